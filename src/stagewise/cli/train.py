@@ -1,0 +1,202 @@
+"""`stagewise train`: check the options, start one worker per stage, train, tell the result."""
+
+import shlex
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from stagewise.cli import options as opt
+from stagewise.cli.workers import errors_told_once, run_in_workers
+from stagewise.errors import CheckpointError, UsageError
+from stagewise.training.environment import launched_by_us
+
+if TYPE_CHECKING:
+    from stagewise.training.checkpoint import Checkpoint
+    from stagewise.training.prepare import TrainOptions
+    from stagewise.training.recipe import Recipe
+    from stagewise.training.summary import Outcome
+
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="After how many steps (minibatches) training ends; with --resume, the steps before "
+        "count. [default: one pass over the recipe's data]",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for log and checkpoints. [default: runs/RECIPE, or with a number behind "
+        "it if that one is taken]",
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Go on from a run's last checkpoint (give the run's directory) or from one "
+        "checkpoint (its directory). The number of stages may differ from before.",
+        show_default=False,
+    ),
+]
+ValidateEvery = Annotated[
+    int, typer.Option(min=0, metavar="STEPS", help="Steps between two validations; 0 for none.")
+]
+CheckpointEvery = Annotated[
+    int, typer.Option(min=0, metavar="STEPS", help="Steps between two checkpoints; 0 for none.")
+]
+
+
+def train(
+    recipe: opt.RecipeArgument,
+    stages: opt.Stages = 2,
+    microbatches: opt.Microbatches = 8,
+    schedule: opt.ScheduleName = "1f1b",
+    recompute: opt.Recompute = "never",
+    balance: opt.Balance = None,
+    steps: Steps = None,
+    seed: opt.Seed = None,
+    out: Out = None,
+    resume: Resume = None,
+    validate_every: ValidateEvery = 100,
+    checkpoint_every: CheckpointEvery = 100,
+) -> None:
+    """Train the model of a recipe, cut into stages that work side by side.
+
+    Starts one worker process per stage, or joins the workers that `torchrun` has started. The
+    cells of the model are measured first and cut so that the stages are equally busy. Progress
+    goes to the screen and to OUT/log.jsonl, checkpoints to OUT/checkpoints. Ctrl-C ends the run
+    after the running step, with a checkpoint; go on with --resume.
+
+    Example: stagewise train examples/shakespeare.py --stages 2
+    """
+    with errors_told_once():
+        cut = opt.parsed_balance(balance, stages)
+        opt.check_schedule(schedule, recompute, stages, microbatches)
+        from stagewise.training.checkpoint import find
+        from stagewise.training.prepare import PlanOptions, TrainOptions
+        from stagewise.training.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        checkpoint = find(resume) if resume else None
+        options = TrainOptions(
+            plan=PlanOptions(
+                num_stages=stages,
+                num_microbatches=microbatches,
+                schedule=schedule,
+                recompute=recompute,
+                balance=cut,
+            ),
+            run=_run_directory(loaded.name, out, checkpoint),
+            num_steps=steps,
+            seed=_seed(seed, checkpoint),
+            validate_every=validate_every,
+            checkpoint_every=checkpoint_every,
+            resume=checkpoint,
+        )
+        run_in_workers(stages, _arguments(recipe, options), lambda: _run(loaded, options))
+
+
+def _run(recipe: "Recipe", options: "TrainOptions") -> None:
+    """What every worker does; rank 0 tells the result."""
+    import torch.distributed as dist
+
+    from stagewise.training.stop import stop_request
+    from stagewise.training.trainer import train as run_training
+
+    console, stop = Console(), stop_request()
+    with stop.listening():
+        outcome = run_training(recipe, options, console=console, stop=stop)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _tell(console, recipe.path, options, outcome)
+
+
+def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outcome") -> None:
+    from stagewise.training.summary import comparison_table, predicted
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if outcome.stopped:
+        say(f"stopped after step {outcome.last_step} of {outcome.num_steps}")
+    if outcome.sample is not None:
+        say(f"\n--- sample ---\n{outcome.sample}\n--- end of sample ---\n")
+    if outcome.measured is not None:
+        console.print(comparison_table(predicted(outcome.plan), outcome.measured))
+    if outcome.validation_before is not None and outcome.validation_after is not None:
+        say(
+            f"validation loss: {outcome.validation_before:.4f} after step {outcome.first_step}, "
+            f"{outcome.validation_after:.4f} now"
+        )
+    say(f"log: {options.run / 'log.jsonl'}")
+    if outcome.checkpoint is None:
+        say("checkpoint: none, since no step was done")
+        return
+    say(f"checkpoint: {outcome.checkpoint}")
+    steps = outcome.num_steps if outcome.stopped else 2 * outcome.num_steps
+    onward = replace(options, num_steps=steps, resume=None)
+    arguments = [*_arguments(path, onward), "--resume", str(options.run)]
+    say(f"go on with: {shlex.join(['stagewise', *arguments])}")
+
+
+def _arguments(recipe: Path, options: "TrainOptions") -> list[str]:
+    """The command line that gives `options`, for workers and for resuming."""
+    plan, resume = options.plan, options.resume
+    values = {
+        "--stages": plan.num_stages,
+        "--microbatches": plan.num_microbatches,
+        "--schedule": plan.schedule,
+        "--recompute": plan.recompute,
+        "--balance": ",".join(map(str, plan.balance)) if plan.balance else None,
+        "--steps": options.num_steps,
+        "--seed": options.seed,
+        "--out": options.run,
+        "--resume": resume.path if resume else None,
+        "--validate-every": options.validate_every,
+        "--checkpoint-every": options.checkpoint_every,
+    }
+    given = [(name, str(value)) for name, value in values.items() if value is not None]
+    return ["train", str(recipe), *(word for pair in given for word in pair)]
+
+
+def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:
+    if checkpoint is None:
+        return 0 if given is None else given
+    if given is not None and given != checkpoint.seed:
+        raise UsageError(
+            f"--seed {given} is not the seed of {checkpoint.path}, which is {checkpoint.seed}; "
+            "leave --seed out to go on with that run"
+        )
+    return checkpoint.seed
+
+
+def _run_directory(name: str, out: Path | None, checkpoint: "Checkpoint | None") -> Path:
+    """Where log and checkpoints go; never where they would mix with another run's."""
+    from stagewise.training.checkpoint import latest
+
+    if launched_by_us() and out is not None:
+        return out  # the parent has chosen it
+    if checkpoint is not None and (out is None or out.resolve() == checkpoint.run.resolve()):
+        newest = latest(checkpoint.run)
+        if newest is not None and newest.step > checkpoint.step:
+            raise CheckpointError(
+                f"{checkpoint.run} holds a later checkpoint, step {newest.step}; go on from that "
+                f"one with --resume {checkpoint.run}, or keep the two apart with another --out"
+            )
+        return checkpoint.run
+    if out is not None:
+        if (taken := latest(out)) is not None:
+            raise CheckpointError(
+                f"{out} holds the checkpoints of a run of {taken.step} steps; go on from there "
+                f"with --resume {out}, or give another --out"
+            )
+        return out
+    candidates = (Path("runs", name if number == 1 else f"{name}-{number}") for number in count(1))
+    return next(path for path in candidates if not path.exists())

@@ -1,0 +1,82 @@
+"""What cells, stages and links cost: the numbers that partition, simulation and plans work on.
+
+All costs are of *one microbatch*. They are plain numbers, so that exact arithmetic
+(`fractions.Fraction`) passes through the simulator unchanged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellCost:
+    """One cell's costs for one microbatch.
+
+    `activation_bytes` counts what autograd keeps for the backward pass plus the cell's output,
+    without the cell's input and without parameters; `output_bytes` is what crosses the
+    boundary behind the cell, `gradient_bytes` what comes back across it.
+    """
+
+    name: str
+    forward_seconds: float
+    backward_seconds: float
+    parameter_bytes: int = 0
+    activation_bytes: int = 0
+    output_bytes: int = 0
+    gradient_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """One stage's costs for one microbatch.
+
+    `input_bytes` is kept from forward to backward whatever the recompute policy;
+    `activation_bytes` is kept besides while the stage's graph exists.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    recompute_seconds: float
+    parameter_bytes: int = 0
+    input_bytes: int = 0
+    activation_bytes: int = 0
+    output_bytes: int = 0
+    gradient_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkCost:
+    """Time for a message between two devices: `latency_seconds + num_bytes * seconds_per_byte`."""
+
+    latency_seconds: float = 0  # not 0.0, which would turn exact numbers into floats
+    seconds_per_byte: float = 0
+
+    def transfer_seconds(self, num_bytes: int) -> float:
+        """Seconds that a message of `num_bytes` bytes needs."""
+        return self.latency_seconds + num_bytes * self.seconds_per_byte
+
+
+FREE_LINK = LinkCost()
+
+
+def stage_costs(
+    cells: Sequence[CellCost], balance: Sequence[int], *, input_bytes: int = 0
+) -> tuple[StageCost, ...]:
+    """Sum cell costs into stage costs; `balance` is the number of cells on each stage."""
+    stages, start, incoming = [], 0, input_bytes
+    for num_cells in balance:
+        own = cells[start : start + num_cells]
+        stages.append(
+            StageCost(
+                forward_seconds=sum(cell.forward_seconds for cell in own),
+                backward_seconds=sum(cell.backward_seconds for cell in own),
+                recompute_seconds=sum(cell.forward_seconds for cell in own),
+                parameter_bytes=sum(cell.parameter_bytes for cell in own),
+                input_bytes=incoming,
+                activation_bytes=sum(cell.activation_bytes for cell in own),
+                output_bytes=own[-1].output_bytes,
+                gradient_bytes=own[-1].gradient_bytes,
+            )
+        )
+        start, incoming = start + num_cells, own[-1].output_bytes
+    return tuple(stages)

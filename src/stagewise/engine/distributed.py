@@ -1,0 +1,238 @@
+"""One process per device: messages over torch.distributed (gloo on CPU, NCCL on GPU).
+
+Problem: the receiver must know shapes before it can post a receive, yet shapes may change.
+Idea: the first call of a signature sends a header with each message and both ends remember it;
+later calls of that signature send bare tensors, and receives are posted ahead, so that data
+arrives while the device computes. A message that does not match what was remembered is refused
+by its sender, in words.
+
+Invariant: on each link messages travel in the sender's program order (no tags needed). The two
+directions between a pair use different process groups, since NCCL runs one communicator's
+operations in order and would block on crossed sends.
+"""
+
+import pickle
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from stagewise.engine.transport import T
+from stagewise.engine.values import Structure, put_together, take_apart
+from stagewise.errors import CellError
+from stagewise.schedule import LoweredProgram, Message, links
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of a loss
+POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one tensor travels."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class _Header:
+    """All that the receiver must know to rebuild a message."""
+
+    structure: Structure
+    layouts: tuple[_Layout, ...]
+
+
+class DistributedTransport:
+    """Rank r of `group` runs device r of the schedule."""
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group if group is not None else dist.group.WORLD
+        assert self._group is not None
+        self.rank = dist.get_rank(self._group)
+        self.num_ranks = dist.get_world_size(self._group)
+        self._device = device
+        ranks = dist.get_process_group_ranks(self._group)
+        if device.type == "cpu":
+            self._control = self._down = self._up = self._group
+        else:
+            self._control = dist.new_group(ranks, backend="gloo")
+            self._down, self._up = dist.new_group(ranks), dist.new_group(ranks)
+        self._headers: dict[tuple[int, Message], _Header] = {}
+        self._signature = 0
+        self._expected: dict[int, deque[Message]] = {}
+        self._posted: dict[
+            int, deque[tuple[Message, list[torch.Tensor], list[dist.Work | None]]]
+        ] = {}
+        self._arrived: dict[Message, object] = {}
+        self._leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def begin(self, signature: int, programs: Sequence[LoweredProgram]) -> None:
+        self._signature = signature
+        self._arrived.clear()
+        self._expected = {
+            source: deque(messages)
+            for (source, destination), messages in links(tuple(programs)).items()
+            if destination == self.rank
+        }
+        self._posted = {source: deque() for source in self._expected}
+        for source in self._expected:
+            self._post(source)
+
+    def receive(self, message: Message) -> object:
+        while message not in self._arrived:
+            self._take(message.source)
+        return self._arrived.pop(message)
+
+    def send(self, message: Message, value: object) -> None:
+        if message.destination == self.rank:
+            self._arrived[message] = value
+            return
+        tensors, structure = take_apart(value)
+        flat = [_flat(tensor) for tensor in tensors]
+        header = _Header(structure, tuple(map(_layout, tensors)))
+        known = self._headers.get((self._signature, message))
+        if known is None:
+            self._headers[self._signature, message] = header
+            self._send_header(message, header)
+        elif known != header:
+            raise CellError(
+                f"the {message} changed its form though the batch did not: {_words(known)} "
+                f"before, {_words(header)} now; shapes that depend on the data cannot cross a "
+                "stage boundary: pad them, or move the cut with `balance`"
+            )
+        group = self._direction(message)
+        for tensor in flat:
+            if tensor.numel():
+                self._start(dist.isend(tensor, group=group, group_dst=message.destination), tensor)
+
+    def finish(self) -> None:
+        while self._leaving:
+            work, _ = self._leaving.popleft()
+            work.wait()
+
+    def exchange(self, row: Sequence[int]) -> list[list[int]]:
+        own = torch.tensor(row, dtype=torch.int64)
+        rows = [torch.empty_like(own) for _ in range(self.num_ranks)]
+        dist.all_gather(rows, own, group=self._control)
+        return [other.tolist() for other in rows]
+
+    def gather(self, value: T) -> list[T]:
+        values = [value] * self.num_ranks
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
+        packet = torch.zeros(2, dtype=torch.float64)  # the number, and which dtype it has
+        if number is not None:
+            packet[0], packet[1] = number.double(), _DTYPES.index(number.dtype)
+        dist.broadcast(packet, group=self._control, group_src=source)
+        return packet[0].to(dtype=_DTYPES[int(packet[1])], device=self._device)
+
+    def broadcast(self, value: object, source: int) -> object:
+        tensors, structure = take_apart(value)
+        header: list[object] = [_Header(structure, tuple(map(_layout, tensors)))]
+        dist.broadcast_object_list(header, group=self._control, group_src=source)
+        assert isinstance(header[0], _Header)
+        if self.rank != source:
+            tensors = [_empty(layout, torch.device("cpu")) for layout in header[0].layouts]
+        tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        for tensor in tensors:
+            if tensor.numel():
+                dist.broadcast(tensor, group=self._control, group_src=source)
+        return put_together([t.to(self._device) for t in tensors], header[0].structure)
+
+    def _post(self, source: int) -> None:
+        """Post receives for the next known messages from `source`."""
+        expected, posted = self._expected[source], self._posted[source]
+        while expected and len(posted) < POSTED_AHEAD:
+            header = self._headers.get((self._signature, expected[0]))
+            if header is None:
+                return
+            message = expected.popleft()
+            posted.append((message, *self._receive_tensors(message, header)))
+
+    def _take(self, source: int) -> None:
+        """Wait for the next message from `source`."""
+        if not self._posted[source]:
+            message = self._expected[source][0]
+            self._headers[self._signature, message] = self._receive_header(message)
+            self._post(source)
+        message, tensors, works = self._posted[source].popleft()
+        for work in works:
+            assert work is not None
+            work.wait()
+        header = self._headers[self._signature, message]
+        for tensor, layout in zip(tensors, header.layouts, strict=True):
+            tensor.requires_grad_(layout.requires_grad)
+        self._arrived[message] = put_together(tensors, header.structure)
+        self._post(source)
+
+    def _receive_tensors(
+        self, message: Message, header: _Header
+    ) -> tuple[list[torch.Tensor], list[dist.Work | None]]:
+        tensors = [_empty(layout, self._device) for layout in header.layouts]
+        group = self._direction(message)
+        works = [
+            dist.irecv(_flat(tensor), group=group, group_src=message.source)
+            for tensor in tensors
+            if tensor.numel()
+        ]
+        return tensors, works
+
+    def _send_header(self, message: Message, header: _Header) -> None:
+        payload = torch.frombuffer(bytearray(pickle.dumps(header)), dtype=torch.uint8)
+        for tensor in (torch.tensor([payload.numel()]), payload):
+            work = dist.isend(tensor, group=self._control, group_dst=message.destination)
+            self._start(work, tensor)
+
+    def _receive_header(self, message: Message) -> _Header:
+        size = torch.empty(1, dtype=torch.int64)
+        dist.recv(size, group=self._control, group_src=message.source)
+        payload = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(payload, group=self._control, group_src=message.source)
+        header = pickle.loads(payload.numpy().tobytes())
+        assert isinstance(header, _Header)
+        return header
+
+    def _direction(self, message: Message) -> dist.ProcessGroup:
+        return self._down if message.source < message.destination else self._up
+
+    def _start(self, work: dist.Work | None, tensor: torch.Tensor) -> None:
+        """Keep `tensor` alive until its send has ended, and no longer."""
+        assert work is not None
+        self._leaving.append((work, tensor))
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` if its elements fill a stretch of memory in some order, else a contiguous copy."""
+    expected = 1
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(axis for axis in axes if axis[1] != 1):
+        if stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor in memory order, whatever its strides (channels_last stays)."""
+    dense = _dense(tensor.detach())
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def _layout(tensor: torch.Tensor) -> _Layout:
+    return _Layout(tensor.shape, _dense(tensor).stride(), tensor.dtype, tensor.requires_grad)
+
+
+def _empty(layout: _Layout, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=device)
+
+
+def _words(header: _Header) -> str:
+    return str([(tuple(layout.shape), str(layout.dtype)) for layout in header.layouts])

@@ -1,0 +1,220 @@
+"""One stage at work: what each instruction does with one microbatch.
+
+A stage is a graph island: detached tensors in, outputs out. Its saved state per microbatch is a
+`_Flight`: the inputs, and while a graph exists, the roots of that graph. `F` makes the graph, or
+only the output if the microbatch is recomputed; `R` makes the graph again with the same seeds,
+buffers and autocast; `B` uses it once and drops it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from stagewise.engine.buffers import BufferKeeper, Saved
+from stagewise.engine.call import Call, Mode
+from stagewise.engine.values import Structure, put_together, take_apart
+from stagewise.errors import BatchError, CellError, StagewiseError
+from stagewise.model.chain import Chain
+from stagewise.schedule import Instruction, Kind
+
+Loss = Callable[..., torch.Tensor]
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+@dataclass
+class _Flight:
+    """A microbatch between its forward and its backward."""
+
+    inputs: list[torch.Tensor]  # detached leaves
+    structure: Structure
+    roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the loss
+    buffers: Saved = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What a first run taught about the stage, for given mode and `requires_grad` flags."""
+
+    mutates: tuple[bool, ...]  # per input tensor: changed in place by the cells
+    differentiable: tuple[bool, ...]  # per output tensor: has a gradient
+
+
+class Stage:
+    """The cells of one stage on one device."""
+
+    def __init__(
+        self, index: int, cells: Chain, device: torch.device, *, is_last: bool, loss: Loss | None
+    ) -> None:
+        self.index, self.cells, self.device = index, cells, device
+        self.is_last, self._loss = is_last, loss
+        self.parameters = [p for cell in cells for p in cell.module.parameters()]
+        self._buffers = BufferKeeper([cell.module for cell in cells])
+        self._flights: dict[int, _Flight] = {}
+        self._traits: dict[tuple[bool, ...], _Traits] = {}
+
+    def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
+        """Run `instruction` on what was received for it; returns the value to send on."""
+        return _ACTIONS[instruction.kind](self, instruction.microbatch, received, call)
+
+    def held(self) -> Iterator[torch.Tensor]:
+        """The tensors kept from forward to backward, besides those that autograd saved."""
+        for flight in self._flights.values():
+            yield from flight.inputs
+            yield from flight.roots
+
+    def clear(self) -> None:
+        """Forget every microbatch in flight (after a failure)."""
+        self._flights.clear()
+
+    def forward(self, m: int, received: list[object], call: Call) -> object:
+        """Run microbatch m; keep its graph unless it is recomputed later."""
+        inputs, structure = take_apart(received[0] if received else call.inputs[m])
+        flight = _Flight([_leaf(tensor) for tensor in inputs], structure)
+        training = call.mode is Mode.TRAIN
+        recomputed = (self.index, m) in call.recomputed
+        key = self._traits_key(flight, training)
+        traits = self._traits.get(key)
+        keep_graph = training and not recomputed
+        with (
+            torch.set_grad_enabled(keep_graph or (training and traits is None)),
+            self._buffers.forward(remember=recomputed) as flight.buffers,
+        ):
+            output, mutates = self._run_cells(flight, traits, Kind.FORWARD, m, call)
+        roots, output_structure = take_apart(output)
+        if traits is None:
+            traits = _Traits(mutates, tuple(root.requires_grad for root in roots))
+            self._traits[key] = traits
+        if training:
+            self._flights[m] = flight
+        if keep_graph:
+            flight.roots = roots
+        sent = [
+            root.detach().requires_grad_(training and flag)
+            for root, flag in zip(roots, traits.differentiable, strict=True)
+        ]
+        return put_together(sent, output_structure)
+
+    def recompute(self, m: int, received: list[object], call: Call) -> object:
+        """Make the graph of microbatch m again, from its inputs."""
+        flight = self._flights[m]
+        traits = self._traits[self._traits_key(flight, training=True)]
+        with torch.enable_grad(), self._buffers.recompute(flight.buffers):
+            output, _ = self._run_cells(flight, traits, Kind.RECOMPUTE, m, call)
+        flight.roots, _ = take_apart(output)
+        return None
+
+    def backward(self, m: int, received: list[object], call: Call) -> object:
+        """Run microbatch m's graph backward; returns a gradient, or None, per input tensor."""
+        flight = self._flights.pop(m)
+        gradients: Gradients
+        if self.is_last:
+            gradients = (torch.full_like(flight.roots[0], call.weights[m]),)
+        else:
+            gradients = received[0]  # type: ignore[assignment]
+        pairs = [
+            (root, gradient)
+            for root, gradient in zip(flight.roots, gradients, strict=True)
+            if root.requires_grad and gradient is not None
+        ]
+        if pairs:
+            with torch.autocast(self.device.type, enabled=False):
+                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+        result = tuple(leaf.grad for leaf in flight.inputs)
+        if self.index == 0:
+            call.input_gradients[m] = result
+        return result
+
+    def _run_cells(
+        self, flight: _Flight, traits: _Traits | None, kind: Kind, m: int, call: Call
+    ) -> tuple[object, tuple[bool, ...]]:
+        """Run the cells, and the loss on the last stage; tells which inputs changed in place.
+
+        Cells that change their input in place work on a copy, since the input is needed again.
+        Until it is known which do, all get copies.
+        """
+        copied = (True,) * len(flight.inputs) if traits is None else traits.mutates
+        fed = [
+            leaf.clone() if copy else leaf for leaf, copy in zip(flight.inputs, copied, strict=True)
+        ]
+        versions = [tensor._version for tensor in fed]
+        value = put_together(fed, flight.structure)
+        where = "loss"
+        randomness = call.randomness[self.device]
+        try:
+            with _uncached_autocast(self.device.type):
+                for cell in self.cells:
+                    where = f"cell {cell.name!r} ({type(cell.module).__name__})"
+                    randomness.enter_cell(cell.index, m)
+                    value = cell.module(value)
+                where = "loss"
+                if self.is_last:
+                    value = self._end(value, m, call)
+        except StagewiseError:
+            raise
+        except Exception as error:
+            raise CellError(
+                f"{where} failed on microbatch {m}: {type(error).__name__}: {error}\n"
+                f"(instruction {Instruction(self.index, kind, m)} on stage {self.index}, "
+                f"device {self.device})"
+            ) from error
+        changed = tuple(
+            tensor._version != version for tensor, version in zip(fed, versions, strict=True)
+        )
+        if any(now and not copy for now, copy in zip(changed, copied, strict=True)):
+            raise CellError(
+                f"stage {self.index} changed an input in place on microbatch {m}, but not on the "
+                "first; make its first cell change its input always or never"
+            )
+        return value, changed
+
+    def _end(self, output: object, m: int, call: Call) -> object:
+        """Past the last cell: record the output, or compute the loss and record that."""
+        if call.mode is Mode.PREDICT:
+            call.outputs[m] = output
+            return output
+        call.randomness[self.device].enter_loss(m)
+        loss = output if self._loss is None else self._loss(output, *call.targets[m : m + 1])
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise BatchError(
+                f"the loss must be one number, a mean over the samples, but it is {got}; "
+                + (
+                    "give Pipeline a loss function"
+                    if self._loss is None
+                    else "let the loss function return a mean"
+                )
+            )
+        call.losses[m] = loss.detach()
+        return loss
+
+    def _traits_key(self, flight: _Flight, training: bool) -> tuple[bool, ...]:
+        inputs = (tensor.requires_grad for tensor in flight.inputs)
+        return (training, *inputs, *(parameter.requires_grad for parameter in self.parameters))
+
+
+_ACTIONS = {
+    Kind.FORWARD: Stage.forward,
+    Kind.RECOMPUTE: Stage.recompute,
+    Kind.BACKWARD: Stage.backward,
+}
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _uncached_autocast(device_type: str) -> Iterator[None]:
+    """The caller's autocast without its weight cache.
+
+    The cache would hand weights cast under no_grad to a recomputation, whose graph would then
+    miss them.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+        yield

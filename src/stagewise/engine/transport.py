@@ -1,0 +1,82 @@
+"""Transports: how a value gets from one stage to another, and how ranks agree.
+
+`Transport` is the seam. `LocalTransport` serves one process that runs every stage; the
+distributed one lives in `distributed.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from stagewise.engine.values import move
+from stagewise.schedule import LoweredProgram, Message
+
+T = TypeVar("T")
+
+
+class Transport(Protocol):
+    """Moves messages of one call; `begin` and `finish` stand around it."""
+
+    rank: int
+    num_ranks: int
+
+    def begin(self, signature: int, programs: Sequence[LoweredProgram]) -> None:
+        """Prepare for one call; equal signatures promise equal shapes on equal messages."""
+
+    def receive(self, message: Message) -> object:
+        """Wait for `message`; its tensors are on this rank's device and need no copy."""
+
+    def send(self, message: Message, value: object) -> None:
+        """Start sending; returns at once."""
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+
+    def exchange(self, row: Sequence[int]) -> list[list[int]]:
+        """Every rank's row, by rank: how ranks agree before anything moves."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's (picklable) value, by rank."""
+
+    def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
+        """Rank `source`'s scalar, on every rank, in its own dtype; the others may pass None."""
+
+    def broadcast(self, value: object, source: int) -> object:
+        """Rank `source`'s pytree of tensors, on every rank."""
+
+
+class LocalTransport:
+    """One process holds every stage: messages wait in a dictionary, then move to their device."""
+
+    rank = 0
+    num_ranks = 1
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
+        self._mail: dict[Message, object] = {}
+
+    def begin(self, signature: int, programs: Sequence[LoweredProgram]) -> None:
+        self._mail.clear()
+
+    def receive(self, message: Message) -> object:
+        return move(self._mail.pop(message), self._devices[message.destination])
+
+    def send(self, message: Message, value: object) -> None:
+        self._mail[message] = value
+
+    def finish(self) -> None:
+        assert not self._mail, f"never received: {list(map(str, self._mail))}"
+
+    def exchange(self, row: Sequence[int]) -> list[list[int]]:
+        return [list(row)]
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
+        assert number is not None
+        return number
+
+    def broadcast(self, value: object, source: int) -> object:
+        return value

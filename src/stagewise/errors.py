@@ -1,0 +1,55 @@
+"""Every error that stagewise raises, by whose fault it is.
+
+    StagewiseError
+    ├── UsageError (also ValueError)   the caller's mistake, found before anything runs
+    │   ├── ModelError                 the model is no chain of cells
+    │   ├── ScheduleError              a schedule breaks a rule
+    │   ├── PlanError                  a partition or plan does not fit model or machine
+    │   ├── BatchError                 a batch cannot be split, or ranks disagree about it
+    │   ├── RecipeError                a recipe file lacks something or holds nonsense
+    │   └── CheckpointError            a checkpoint is absent, incomplete or another model's
+    ├── CellError                      the user's code failed inside a cell, while training
+    └── PeerError                      another rank failed; carries that rank's cause
+
+A message says what was got, what is needed, and what to do next.
+"""
+
+
+class StagewiseError(Exception):
+    """Base of every error raised by stagewise."""
+
+
+class UsageError(StagewiseError, ValueError):
+    """The caller's mistake, found before anything runs."""
+
+
+class ModelError(UsageError):
+    """The model is no chain of cells."""
+
+
+class ScheduleError(UsageError):
+    """A schedule breaks a rule; the message shows the grid with the culprit marked."""
+
+
+class PlanError(UsageError):
+    """A partition or plan does not fit the model or the machine."""
+
+
+class BatchError(UsageError):
+    """A batch cannot be split into microbatches, or ranks disagree about it."""
+
+
+class RecipeError(UsageError):
+    """A recipe file lacks something that training needs."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is absent, incomplete, or belongs to another model."""
+
+
+class CellError(StagewiseError, RuntimeError):
+    """The user's code failed inside a cell; names stage, cell, microbatch, instruction, rank."""
+
+
+class PeerError(StagewiseError, RuntimeError):
+    """Another rank failed; the message carries its cause."""

@@ -1,0 +1,92 @@
+"""A model as a chain of cells: the smallest pieces that a partition never cuts.
+
+Nested `nn.Sequential`s are flattened. A Sequential that is more than its children (own forward,
+hooks, parameters or buffers) stays one cell, since flattening would lose what it adds.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from stagewise.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its position in the chain, its path in the model (`"0.1"`), its module."""
+
+    index: int
+    name: str
+    module: nn.Module
+
+
+Chain = tuple[Cell, ...]
+
+
+def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
+    """Return the model's cells in running order.
+
+    `model` is an `nn.Sequential` (nested ones are flattened) or a list of modules; raises
+    ModelError for anything else, naming what to pass.
+    """
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+        if not _is_plain_sequential(model):
+            raise ModelError(
+                f"{type(model).__name__} is no chain of cells: stagewise needs an nn.Sequential "
+                "or a list of modules, each fed with what the one before it returns; wrap the "
+                "model's layers in nn.Sequential(...)"
+            )
+        children = [(n, m) for n, m in model._modules.items() if m is not None]
+    else:
+        children = []
+        for index, module in enumerate(model):
+            if not isinstance(module, nn.Module):
+                raise ModelError(
+                    f"item {index} of the list of layers is a {type(module).__name__}; "
+                    "every item must be an nn.Module"
+                )
+            children.append((str(index), module))
+    named = [pair for name, child in children for pair in _flatten(name, child)]
+    if not named:
+        raise ModelError("the model has no cells; give it at least one layer")
+    return tuple(Cell(index, name, module) for index, (name, module) in enumerate(named))
+
+
+def module_tree(cells: Sequence[Cell]) -> nn.Module:
+    """A module that holds `cells` under their paths, so that all names are the plain model's."""
+    root = nn.Module()
+    for cell in cells:
+        *path, leaf = cell.name.split(".")
+        parent = root
+        for name in path:
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(leaf, cell.module)
+    return root
+
+
+def _flatten(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if not (_is_plain_sequential(module) and len(list(module.children()))):
+        yield name, module
+        return
+    for child_name, child in module._modules.items():
+        assert child is not None
+        yield from _flatten(f"{name}.{child_name}", child)
+
+
+def _is_plain_sequential(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and not any(hooks)
+        and not any(module._parameters)
+        and not any(module._buffers)
+    )

@@ -1,0 +1,92 @@
+"""Choosing devices and transport for a plan, and checking that all ranks build the same thing."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from stagewise.engine.distributed import DistributedTransport
+from stagewise.engine.transport import LocalTransport, Transport
+from stagewise.errors import PlanError
+from stagewise.model.chain import Chain
+from stagewise.planning.plan import Plan
+
+Device = torch.device | str
+
+
+def connect(
+    transport: str, devices: Sequence[Device] | None, chain: Chain, num_devices: int
+) -> tuple[list[torch.device], Transport]:
+    """The plan's devices and this rank's transport; raises PlanError if they do not fit."""
+    if transport not in ("auto", "local", "distributed"):
+        raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
+    if devices is not None and len(devices) != num_devices:
+        raise PlanError(
+            f"got {len(devices)} devices for a plan of {num_devices}; name one for each"
+        )
+    ready = dist.is_available() and dist.is_initialized()
+    if transport == "distributed" and not ready:
+        raise PlanError(
+            "transport 'distributed' needs torch.distributed: start the script with torchrun and "
+            "call torch.distributed.init_process_group() first"
+        )
+    if transport == "local" or not ready or dist.get_world_size() == 1:
+        own = [torch.device(d) for d in devices or [_home(chain)] * num_devices]
+        return own, LocalTransport(own)
+    if dist.get_world_size() != num_devices:
+        raise PlanError(
+            f"the plan needs {num_devices} ranks, one per device, but {dist.get_world_size()} "
+            f"run; start torchrun with --nproc-per-node {num_devices}, or plan "
+            f"{dist.get_world_size()} stages"
+        )
+    if devices is None:
+        uses_gpu = "nccl" in str(dist.get_backend())
+        own_device = (
+            torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")
+        )
+        own = [own_device] * num_devices
+    else:
+        own = [torch.device(d) for d in devices]
+    return own, DistributedTransport(own[dist.get_rank()])
+
+
+def agree_on_model(
+    transport: Transport, plan: Plan, parameter_shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise PlanError on every rank unless all have the same plan and parameter names."""
+    marks = []
+    for text in (plan.to_json(), repr(list(parameter_shapes.items()))):
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        marks.append(int.from_bytes(digest, "big"))
+    rows = transport.exchange(marks)
+    for column, what in enumerate(("plans", "models")):
+        differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
+        if differing:
+            raise PlanError(
+                f"ranks {differing} have other {what} than rank 0; build model and plan from the "
+                "same code on every rank (stagewise.plan agrees by itself when every rank calls it)"
+            )
+
+
+def check_unshared(chain: Chain, balance: Sequence[int]) -> None:
+    """Raise PlanError if stages on different ranks share a parameter: its copies would drift."""
+    owner: dict[int, tuple[int, str]] = {}
+    ends = [sum(balance[: stage + 1]) for stage in range(len(balance))]
+    for cell in chain:
+        stage = next(index for index, end in enumerate(ends) if cell.index < end)
+        for name, parameter in cell.module.named_parameters():
+            first_stage, first = owner.setdefault(id(parameter), (stage, f"{cell.name}.{name}"))
+            if first_stage != stage:
+                raise PlanError(
+                    f"{first} on stage {first_stage} and {cell.name}.{name} on stage {stage} are "
+                    "one parameter, and its copies on two ranks would drift apart; put both cells "
+                    "on one stage with `balance`, or run in one process"
+                )
+
+
+def _home(chain: Chain) -> torch.device:
+    for cell in chain:
+        for tensor in (*cell.module.parameters(), *cell.module.buffers()):
+            return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,107 @@
+"""GPipe as its paper describes it, in one class: a thin front on plan and Pipeline."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from stagewise.engine.stage import Loss
+from stagewise.errors import BatchError, PlanError
+from stagewise.model.chain import chain_of
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.pipeline.planning import plan
+from stagewise.planning.partition import check_counts
+from stagewise.planning.plan import Plan
+
+
+class GPipe:
+    """Cuts `layers` into `num_partitions`, pipelines microbatches, recomputes, updates at the end.
+
+    The cut is chosen by measuring the layers on the first minibatch, unless `balance` (layers
+    per partition) is given. Works in one process, in a notebook too; under torchrun with
+    `num_partitions` ranks it runs one partition on each.
+
+    Args:
+        layers: an `nn.Sequential` or a list of modules.
+        loss: `loss(output, target)`, a mean over samples; None if the last layer returns that.
+        optimizer: makes an optimizer from parameters, as `torch.optim.SGD` does with its
+            arguments bound; None leaves the update to the caller.
+        recompute: "except_last" as in the paper, "always" or "never".
+
+    Example:
+        >>> import functools, torch, stagewise
+        >>> layers = [torch.nn.Linear(4, 4) for _ in range(8)]
+        >>> sgd = functools.partial(torch.optim.SGD, lr=0.1)
+        >>> gpipe = stagewise.GPipe(layers, loss=torch.nn.functional.mse_loss, optimizer=sgd)
+        >>> x = torch.ones(16, 4)
+        >>> bool(gpipe.training_step((x, x)) > gpipe.training_step((x, x)))
+        True
+    """
+
+    def __init__(
+        self,
+        layers: nn.Module | Sequence[nn.Module],
+        num_partitions: int = 4,
+        num_microbatches: int = 8,
+        *,
+        loss: Loss | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        recompute: str = "except_last",
+        balance: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_counts(len(chain_of(layers)), num_partitions)
+        self._layers, self._loss, self._seed = layers, loss, seed
+        self._make_optimizer = optimizer
+        self._plan = functools.partial(
+            plan,
+            layers,
+            loss=loss,
+            num_stages=num_partitions,
+            num_microbatches=num_microbatches,
+            schedule="gpipe",
+            recompute=recompute,
+            balance=balance,
+        )
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._pipeline = self._build(self._plan()) if balance is not None else None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The Pipeline underneath; raises PlanError before the cut is known."""
+        if self._pipeline is None:
+            raise PlanError(
+                "the cut is measured on the first minibatch; call training_step first, or give "
+                "GPipe a balance"
+            )
+        return self._pipeline
+
+    def training_step(self, minibatch: object) -> torch.Tensor:
+        """Forward, backward and, with an optimizer, update on `minibatch`; returns the mean loss.
+
+        `minibatch` is a pair (inputs, target), or just the inputs if there is no loss function.
+        Without an optimizer gradients add up in `.grad`, for the caller to use and clear.
+        """
+        inputs, target = minibatch, None
+        if self._loss is not None:
+            if not isinstance(minibatch, (tuple, list)) or len(minibatch) != 2:
+                raise BatchError(
+                    f"a minibatch is a pair (inputs, target), but this is a "
+                    f"{type(minibatch).__name__}; pass training_step((inputs, target))"
+                )
+            inputs, target = minibatch
+        if self._pipeline is None:
+            self._pipeline = self._build(self._plan(inputs, target=target))
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        loss = self._pipeline.step(inputs, target=target)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss
+
+    def _build(self, chosen: Plan) -> Pipeline:
+        pipeline = Pipeline(self._layers, chosen, loss=self._loss, seed=self._seed)
+        if self._make_optimizer is not None:
+            self.optimizer = self._make_optimizer(pipeline.parameters())
+        return pipeline

@@ -1,0 +1,151 @@
+"""Measuring without a trace: trial steps that leave the model as it was.
+
+A trial is a real step, run by the real executor; afterwards gradients, buffers and random
+generators are what they were before. The profile of a model is such a step with one cell per
+stage: the same Timeline type, read cell by cell.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch.utils import _pytree as pytree
+
+from stagewise.costs import CellCost
+from stagewise.engine.call import Mode
+from stagewise.engine.memory import ActivationMeter
+from stagewise.engine.stage import Loss, Stage
+from stagewise.engine.transport import LocalTransport
+from stagewise.engine.values import take_apart
+from stagewise.model.chain import Chain
+from stagewise.pipeline.runner import Runner
+from stagewise.schedule import Instruction, Kind, Message, gpipe
+
+MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
+
+
+@contextmanager
+def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
+    """Put gradients and buffers of `stages` back as they were, whatever runs inside."""
+    modules = [cell.module for stage in stages.values() for cell in stage.cells]
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    buffers = [
+        (owner, name, buffer, buffer.clone())
+        for module in modules
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for owner, name, buffer, value in buffers:
+                owner._buffers[name] = buffer.copy_(value)
+
+
+def measure_memory(runner: Runner, inputs: object, target: object) -> int:
+    """Peak activation bytes on this rank over one trial step."""
+    meter, peak = _meter(runner, inputs, target), 0
+
+    def observe(instruction: Instruction) -> None:
+        nonlocal peak
+        peak = max(peak, meter.live_bytes(_held(runner)))
+
+    with untouched(runner.stages), meter.counting():
+        runner.run(Mode.TRAIN, 0, inputs, target, observe=observe)
+    return peak
+
+
+def profile(
+    chain: Chain,
+    inputs: object,
+    target: object,
+    *,
+    loss: Loss | None,
+    device: torch.device,
+    seconds: float = 3.0,
+) -> tuple[CellCost, ...]:
+    """Measure every cell on one microbatch; the loss counts to the last cell.
+
+    Takes about `seconds`, at least MIN_ROUNDS trial steps, and the median of each cell's times.
+    """
+    num_cells = len(chain)
+    transport = _WeighingTransport(device, num_cells)
+    stages = {
+        cell.index: Stage(
+            cell.index, (cell,), device, is_last=cell.index == num_cells - 1, loss=loss
+        )
+        for cell in chain
+    }
+    runner = Runner(stages, transport, gpipe(num_cells, 1), seed=0)
+    inputs, target = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (inputs, target))
+    times: dict[Instruction, list[float]] = {}
+    deadline, rounds = time.perf_counter() + seconds, 0
+    with untouched(stages):
+        while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
+            time.perf_counter() < deadline and rounds < MAX_ROUNDS
+        ):
+            runner.run(Mode.TRAIN, 0, inputs, target)
+            if rounds >= WARMUP_ROUNDS:
+                for span in runner.spans:
+                    times.setdefault(span.instruction, []).append(span.seconds)
+            rounds += 1
+    kept = _activation_bytes(runner, inputs, target)
+    return tuple(
+        CellCost(
+            name=cell.name,
+            forward_seconds=statistics.median(times[Instruction(cell.index, Kind.FORWARD, 0)]),
+            backward_seconds=statistics.median(times[Instruction(cell.index, Kind.BACKWARD, 0)]),
+            parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
+            activation_bytes=kept[cell.index],
+            output_bytes=transport.weights.get((Kind.FORWARD, cell.index), 0),
+            gradient_bytes=transport.weights.get((Kind.BACKWARD, cell.index + 1), 0),
+        )
+        for cell in chain
+    )
+
+
+class _WeighingTransport(LocalTransport):
+    """Also notes how many bytes each stage sends."""
+
+    def __init__(self, device: torch.device, num_devices: int) -> None:
+        super().__init__([device] * num_devices)
+        self.weights: dict[tuple[Kind, int], int] = {}
+
+    def send(self, message: Message, value: object) -> None:
+        nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
+        self.weights[message.kind, message.source_stage] = nbytes
+        super().send(message, value)
+
+
+def _activation_bytes(runner: Runner, inputs: object, target: object) -> list[int]:
+    """What each one-cell stage adds to the live bytes, forward by forward."""
+    meter, levels = _meter(runner, inputs, target), [0]
+
+    def observe(instruction: Instruction) -> None:
+        if instruction.kind is Kind.FORWARD:
+            levels.append(meter.live_bytes(_held(runner)))
+
+    with untouched(runner.stages), meter.counting():
+        runner.run(Mode.TRAIN, 0, inputs, target, observe=observe)
+    return [after - before for before, after in itertools.pairwise(levels)]
+
+
+def _meter(runner: Runner, inputs: object, target: object) -> ActivationMeter:
+    modules = [cell.module for stage in runner.stages.values() for cell in stage.cells]
+    own = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return ActivationMeter([*own, *take_apart((inputs, target))[0]])
+
+
+def _held(runner: Runner) -> Iterator[torch.Tensor]:
+    for stage in runner.stages.values():
+        yield from stage.held()

@@ -1,0 +1,242 @@
+"""The façade: a model and a plan become something that trains like the plain model.
+
+Every rank builds the same Pipeline and makes the same calls in the same order. A rank keeps only
+its own stages' cells; drop your own reference to the model to free the rest.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from stagewise.engine.call import Call, Mode
+from stagewise.engine.gradients import clip_by_global_norm
+from stagewise.engine.microbatch import join
+from stagewise.engine.stage import Loss, Stage
+from stagewise.errors import CheckpointError, ModelError
+from stagewise.model.chain import Chain, chain_of, module_tree
+from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
+from stagewise.pipeline.measure import measure_memory
+from stagewise.pipeline.runner import Runner
+from stagewise.planning.partition import check_balance
+from stagewise.planning.plan import Plan
+from stagewise.timeline import Timeline
+
+
+class Pipeline:
+    """Trains `model` by `plan`, with the plain model's losses and gradients.
+
+    Args:
+        model: an `nn.Sequential` (nested ones are flattened) or a list of modules.
+        plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
+        loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
+            output is that mean itself.
+        seed: decides, with step, cell and microbatch, what dropout and its like draw.
+        devices: one per device of the plan; by default the model's own device under the local
+            transport, and under the distributed one this rank's GPU with NCCL, else its CPU.
+        transport: "local" runs every stage in this process; "distributed" runs device r of the
+            plan on rank r; "auto" takes "distributed" if torch.distributed is initialised with
+            more than one rank.
+
+    Raises:
+        ModelError: the model is no chain of cells.
+        PlanError: the plan does not fit the model, the ranks or the devices.
+
+    Example:
+        >>> import torch, stagewise
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        >>> plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+        >>> pipe = stagewise.Pipeline(model, plan, loss=torch.nn.functional.mse_loss)
+        >>> loss = pipe.step(torch.ones(8, 4), target=torch.zeros(8, 1))
+        >>> all(parameter.grad is not None for parameter in pipe.parameters())
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        plan: Plan,
+        *,
+        loss: Loss | None = None,
+        seed: int = 0,
+        devices: Sequence[Device] | None = None,
+        transport: Literal["auto", "local", "distributed"] = "auto",
+    ) -> None:
+        chain = chain_of(model)
+        check_balance(plan.balance, len(chain))
+        schedule = plan.built_schedule
+        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+            raise ModelError(
+                "the loss has parameters, which no stage would own; make them part of the "
+                "model's last cell and let loss be a function of its output"
+            )
+        whole = module_tree(chain)
+        self.plan, self.step_index = plan, 0
+        self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
+        self._dtypes = {p.dtype for p in whole.parameters()}
+        self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
+        if self.num_ranks > 1:
+            check_unshared(chain, plan.balance)
+        agree_on_model(self._transport, plan, self.parameter_shapes)
+        stages = self._build_stages(chain, loss)
+        self._runner = Runner(stages, self._transport, schedule, seed)
+        self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
+
+    # Calls: every rank makes the same ones, in the same order.
+
+    def step(self, inputs: object = None, *, target: object = None) -> torch.Tensor:
+        """Run one minibatch forward and backward; gradients are added to `.grad`.
+
+        `inputs` and `target` are pytrees of tensors with samples along dimension 0. Every rank
+        may pass the whole batch; ranks without the first stage may pass no inputs, ranks without
+        the last no target. Returns the minibatch's mean loss (detached) on every rank; raises
+        BatchError before anything runs if the batch cannot be split or ranks disagree, CellError
+        if the model's own code fails.
+        """
+        call = self._runner.run(Mode.TRAIN, self.step_index, inputs, target)
+        self._runner.backward_into(inputs, call)
+        self.step_index += 1
+        return self._loss_of(call)
+
+    def evaluate(self, inputs: object = None, *, target: object = None) -> torch.Tensor:
+        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients."""
+        with self._eval_mode():
+            call = self._runner.run(Mode.EVALUATE, self.step_index, inputs, target)
+        return self._loss_of(call)
+
+    def predict(self, inputs: object = None) -> object:
+        """The model's output in eval mode, samples in order, on every rank."""
+        with self._eval_mode():
+            call = self._runner.run(Mode.PREDICT, self.step_index, inputs)
+        joined = join([call.outputs[m] for m in sorted(call.outputs)]) if call.outputs else None
+        return self._transport.broadcast(joined, self._last_rank)
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
+
+        Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
+        """
+        dtype = torch.float32
+        for other in self._dtypes:
+            dtype = torch.promote_types(dtype, other)
+        own = dict(self.module.named_parameters())
+        return clip_by_global_norm(
+            own, list(self.parameter_shapes), dtype, max_norm, self._transport
+        )
+
+    def timeline(self) -> Timeline:
+        """What the last call really did, from all ranks; times are seconds from its start."""
+        spans = [span for own in self._transport.gather(self._runner.spans) for span in own]
+        spans.sort(key=lambda span: (span.start_seconds, span.device))
+        return Timeline(self.plan.built_schedule.num_devices, tuple(spans))
+
+    def measure_memory(self, inputs: object = None, *, target: object = None) -> tuple[int, ...]:
+        """Peak activation bytes per rank over one trial step that leaves no trace.
+
+        Counts what is kept from forward to backward, not parameters, gradients or workspace.
+        """
+        peak = measure_memory(self._runner, inputs, target)
+        return tuple(row[0] for row in self._transport.exchange([peak]))
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
+        return any(row[0] for row in self._transport.exchange([int(flag)]))
+
+    # This rank's share of the model, under the plain model's names.
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of this rank's stages."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this rank's stages, by the plain model's names."""
+        return self.module.named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Buffers of this rank's stages, by the plain model's names."""
+        return self.module.named_buffers()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """State of this rank's stages; the ranks' dictionaries together are the plain model's."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load this rank's share of the plain model's `state`; other ranks' entries are ignored.
+
+        Raises CheckpointError if one of this rank's entries is missing or has another shape.
+        """
+        own = self.module.state_dict()
+        wrong = [n for n, t in own.items() if n not in state or state[n].shape != t.shape]
+        if wrong:
+            raise CheckpointError(
+                f"the state lacks {len(wrong)} entries of this rank, or has them in another "
+                f"shape: {', '.join(wrong[:5])}; load a state_dict of the same model"
+            )
+        self.module.load_state_dict({name: state[name] for name in own})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear this rank's gradients."""
+        self.module.zero_grad(set_to_none)
+
+    def train(self, mode: bool = True) -> "Pipeline":
+        """Put this rank's cells in training mode, or in eval mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> "Pipeline":
+        """Put this rank's cells in eval mode."""
+        return self.train(False)
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.plan.num_microbatches
+
+    @property
+    def rank(self) -> int:
+        return self._transport.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self._transport.num_ranks
+
+    @property
+    def _last_rank(self) -> int:
+        schedule = self.plan.built_schedule
+        return schedule.placement[-1][0] if self.num_ranks > 1 else 0
+
+    def _build_stages(self, chain: Chain, loss: Loss | None) -> dict[int, Stage]:
+        """This rank's stages; their cells move to their devices."""
+        schedule = self.plan.built_schedule
+        stages, start = {}, 0
+        for index, num_cells in enumerate(self.plan.balance):
+            cells = chain[start : start + num_cells]
+            start += num_cells
+            device = schedule.placement[index][0]
+            if self.num_ranks > 1 and device != self.rank:
+                continue
+            for cell in cells:
+                cell.module.to(self._devices[device])
+            is_last = index == schedule.num_stages - 1
+            stages[index] = Stage(index, cells, self._devices[device], is_last=is_last, loss=loss)
+        return stages
+
+    def _loss_of(self, call: Call) -> torch.Tensor:
+        """The weighted mean of the microbatches' losses, summed in their order."""
+        total = None
+        for m in sorted(call.losses):
+            part = call.losses[m].reshape(()) * call.weights[m]
+            total = part if total is None else total + part
+        return self._transport.share_number(total, self._last_rank)
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        modules = list(self.module.modules())
+        modes = [module.training for module in modules]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode

@@ -1,0 +1,151 @@
+"""`stagewise.plan`: measure the model where it will run, then cut it optimally.
+
+Under torch.distributed every rank measures at the same time, so that the costs are those of a
+machine as busy as in training, and all take the mean; so every rank must call it.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stagewise.costs import FREE_LINK, CellCost, LinkCost
+from stagewise.engine.microbatch import batch_size, microbatch_sizes, split
+from stagewise.engine.stage import Loss
+from stagewise.engine.values import move
+from stagewise.errors import PlanError
+from stagewise.model.chain import chain_of
+from stagewise.pipeline.connect import Device, connect
+from stagewise.pipeline.measure import profile
+from stagewise.planning.partition import check_balance, check_counts
+from stagewise.planning.plan import Plan, plan_from_costs
+from stagewise.schedule import named_schedule, with_recompute
+
+_SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
+
+
+def plan(
+    model: nn.Module | Sequence[nn.Module],
+    inputs: object = None,
+    *,
+    target: object = None,
+    loss: Loss | None = None,
+    num_stages: int,
+    num_microbatches: int,
+    schedule: str = "1f1b",
+    recompute: str = "never",
+    balance: Sequence[int] | None = None,
+    device: Device | None = None,
+    seconds: float = 3.0,
+) -> Plan:
+    """Choose the cut of `model` whose busiest stage has the least to do.
+
+    Args:
+        model: an `nn.Sequential` or a list of modules; left as it was (gradients, buffers,
+            random state, mode).
+        inputs, target: an example minibatch; its first microbatch is measured. They may be None
+            if `balance` is given; then nothing is measured and the plan predicts nothing.
+        loss: as for Pipeline; counts to the last cell.
+        num_stages, num_microbatches, schedule, recompute: how the model will be run; schedules
+            and policies are in `stagewise.schedule.SCHEDULES` and `POLICIES`.
+        balance: number of cells on each stage, in place of the optimal cut.
+        device: where to measure; by default where Pipeline would run.
+        seconds: about how long to measure.
+
+    Raises:
+        PlanError: more stages than cells, or a balance that does not fit.
+        ScheduleError: unknown schedule or policy.
+        BatchError: the example has fewer samples than microbatches.
+    """
+    chain = chain_of(model)
+    check_counts(len(chain), num_stages)
+    if balance is not None:
+        check_balance(balance, len(chain), num_stages)
+    with_recompute(named_schedule(schedule, num_stages, num_microbatches), recompute)
+    if inputs is None:
+        if balance is None:
+            raise PlanError(
+                "plan() got neither an example batch nor a balance; pass inputs (and target) to "
+                "measure the cells, or balance=[...] to cut by hand"
+            )
+        return Plan(
+            balance=tuple(balance),
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            recompute=recompute,
+        )
+    sizes = microbatch_sizes(batch_size(inputs, "inputs"), num_microbatches)
+    first_inputs, first_target = (
+        None if value is None else split(value, sizes)[0] for value in (inputs, target)
+    )
+    devices, _ = connect("local", None, chain, 1)
+    where = torch.device(device) if device is not None else devices[0]
+    for cell in chain:
+        cell.module.to(where)
+    cells = profile(
+        chain,
+        move(first_inputs, where),
+        move(first_target, where),
+        loss=loss,
+        device=where,
+        seconds=seconds,
+    )
+    cells, link = _agree(cells)
+    return plan_from_costs(
+        cells,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        recompute=recompute,
+        link=link,
+        balance=balance,
+    )
+
+
+def _agree(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
+    """The mean of all ranks' times, and what a message between ranks costs."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return cells, FREE_LINK
+    own = (cells, *_link_times())
+    ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    all_cells = [cells for cells, _, _ in ranks]
+    small = max(seconds for _, seconds, _ in ranks)
+    large = max(seconds for _, _, seconds in ranks)
+    mean = tuple(
+        CellCost(
+            name=same[0].name,
+            forward_seconds=sum(cell.forward_seconds for cell in same) / len(same),
+            backward_seconds=sum(cell.backward_seconds for cell in same) / len(same),
+            parameter_bytes=same[0].parameter_bytes,
+            activation_bytes=same[0].activation_bytes,
+            output_bytes=same[0].output_bytes,
+            gradient_bytes=same[0].gradient_bytes,
+        )
+        for same in zip(*all_cells, strict=True)
+    )
+    per_byte = max(0.0, large - small) / (_LARGE_BYTES - _SMALL_BYTES)
+    return mean, LinkCost(latency_seconds=small, seconds_per_byte=per_byte)
+
+
+def _link_times() -> tuple[float, float]:
+    """Median one-way seconds of a small and of a large message between ranks 0 and 1."""
+    rank = dist.get_rank()
+    uses_gpu = "nccl" in str(dist.get_backend())
+    device = torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")
+    medians = []
+    for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        times = []
+        for _ in range(_PROBES if rank < 2 else 0):
+            start = time.perf_counter()
+            for sender in (0, 1):
+                if rank == sender:
+                    dist.send(buffer, 1 - sender)
+                else:
+                    dist.recv(buffer, sender)
+            times.append((time.perf_counter() - start) / 2)
+        medians.append(sorted(times)[len(times) // 2] if times else 0.0)
+    return medians[0], medians[1]

@@ -1,0 +1,137 @@
+"""Runs one call: agree, split, execute; for training, evaluation, prediction and profiling."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from stagewise.engine.call import Call, Mode
+from stagewise.engine.execute import Observer, execute
+from stagewise.engine.microbatch import split
+from stagewise.engine.randomness import CellRandomness, generators_kept
+from stagewise.engine.stage import Stage
+from stagewise.engine.transport import Transport
+from stagewise.engine.values import move, take_apart
+from stagewise.errors import StagewiseError
+from stagewise.pipeline.admission import admit
+from stagewise.planning.simulate import simulate, unit_costs
+from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, lower
+from stagewise.timeline import Span
+
+
+class Runner:
+    """The stages of this rank, their transport, and the programs for every kind of call."""
+
+    def __init__(
+        self, stages: Mapping[int, Stage], transport: Transport, schedule: Schedule, seed: int
+    ) -> None:
+        self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
+        self.spans: tuple[Span, ...] = ()
+        self._programs: dict[
+            tuple[bool, int], tuple[tuple[LoweredProgram, ...], list[tuple[int, Step]]]
+        ] = {}
+        self._broken = False
+
+    def run(
+        self,
+        mode: Mode,
+        step_index: int,
+        inputs: object,
+        target: object = None,
+        *,
+        observe: Observer | None = None,
+    ) -> Call:
+        """Run one call to its end; the spans of this rank are in `spans` afterwards."""
+        if self._broken:
+            raise StagewiseError(
+                "an earlier call failed half-way and the ranks no longer agree; "
+                "build the Pipeline anew, or restart from a checkpoint"
+            )
+        training = mode is Mode.TRAIN
+        last = self.schedule.num_stages - 1
+        admitted = admit(
+            self.transport,
+            mode,
+            step_index,
+            inputs,
+            target,
+            needs_inputs=0 in self.stages,
+            needs_target=last in self.stages and mode is not Mode.PREDICT,
+            num_microbatches=self._count if training else lambda n: min(n, self._count(n)),
+            flags=[p.requires_grad for stage in self.stages.values() for p in stage.parameters],
+        )
+        programs, own = self._program(training, len(admitted.sizes))
+        devices = {stage.device for stage in self.stages.values()}
+        total = sum(admitted.sizes)
+        call = Call(
+            mode=mode,
+            recomputed=self.schedule.recomputed if training else frozenset(),
+            weights=[size / total for size in admitted.sizes],
+            randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
+        )
+        if 0 in self.stages:
+            call.inputs = split(move(inputs, self.stages[0].device), admitted.sizes)
+        if last in self.stages and target is not None:
+            call.targets = split(move(target, self.stages[last].device), admitted.sizes)
+        self._broken = True
+        with generators_kept(devices):
+            self.transport.begin(admitted.signature, programs)
+            start = time.perf_counter()
+            try:
+                self.spans = execute(
+                    own,
+                    self.stages,
+                    self.transport,
+                    call,
+                    clock=lambda: time.perf_counter() - start,
+                    observe=observe,
+                )
+                self.transport.finish()
+            finally:
+                for stage in self.stages.values():
+                    stage.clear()
+        self._broken = False
+        return call
+
+    def backward_into(self, inputs: object, call: Call) -> None:
+        """Pass the gradients of the first stage's inputs on to the caller's own graph."""
+        pairs = [
+            (tensor, torch.cat(parts).to(tensor.device))  # type: ignore[arg-type]
+            for index, tensor in enumerate(take_apart(inputs)[0])
+            if tensor.requires_grad and 0 in self.stages
+            for parts in [[call.input_gradients[m][index] for m in sorted(call.input_gradients)]]
+            if all(part is not None for part in parts)
+        ]
+        if pairs:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+
+    def _count(self, num_samples: int) -> int:
+        return self.schedule.num_microbatches
+
+    def _program(
+        self, training: bool, num_microbatches: int
+    ) -> tuple[tuple[LoweredProgram, ...], list[tuple[int, Step]]]:
+        """All programs, and what this rank runs of them: its own, or all in simulated order."""
+        key = (training, num_microbatches)
+        if key not in self._programs:
+            schedule = (
+                self.schedule
+                if training
+                else forward_only(self.schedule.num_stages, num_microbatches)
+            )
+            programs = lower(schedule)
+            own: Iterable[tuple[int, Step]]
+            if self.transport.num_ranks > 1:
+                own = ((self.transport.rank, step) for step in programs[self.transport.rank])
+            else:
+                own = _in_time_order(schedule, programs)
+            self._programs[key] = (programs, list(own))
+        return self._programs[key]
+
+
+def _in_time_order(
+    schedule: Schedule, programs: Sequence[LoweredProgram]
+) -> Iterable[tuple[int, Step]]:
+    steps = {step.instruction: step for program in programs for step in program}
+    for span in simulate(schedule, unit_costs(schedule.num_stages)).spans:
+        yield span.device, steps[span.instruction]

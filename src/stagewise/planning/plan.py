@@ -1,0 +1,127 @@
+"""A plan: everything that says how a model will run, frozen, with its predictions.
+
+A plan is data (JSON in and out). Measured cell costs travel in it, so that any of its
+predictions can be made again, anywhere, without the model.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
+from stagewise.errors import PlanError
+from stagewise.planning.partition import check_balance, partition
+from stagewise.planning.simulate import simulate
+from stagewise.schedule import Schedule, named_schedule, validate, with_recompute
+from stagewise.timeline import Timeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Partition, schedule, microbatches and recomputation for one model.
+
+    `balance[s]` is the number of cells on stage s. `cells` holds the costs of one microbatch
+    that the plan was made from; it is empty where `balance` was given and nothing measured.
+    """
+
+    balance: tuple[int, ...]
+    schedule: str
+    num_microbatches: int
+    recompute: str = "never"
+    cells: tuple[CellCost, ...] = ()
+    input_bytes: int = 0
+    link: LinkCost = FREE_LINK
+
+    def __post_init__(self) -> None:
+        check_balance(self.balance, len(self.cells) or sum(self.balance))
+        _ = self.built_schedule
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.balance)
+
+    @cached_property
+    def built_schedule(self) -> Schedule:
+        """The validated schedule, recomputations included."""
+        plain = named_schedule(self.schedule, self.num_stages, self.num_microbatches)
+        return validate(with_recompute(plain, self.recompute))
+
+    @property
+    def stage_costs(self) -> tuple[StageCost, ...]:
+        """Costs per stage; raises PlanError where nothing was measured."""
+        if not self.cells:
+            raise PlanError(
+                "this plan was made from a balance without measured costs, so it predicts "
+                "nothing; give plan() an example batch"
+            )
+        return stage_costs(self.cells, self.balance, input_bytes=self.input_bytes)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The predicted step."""
+        return simulate(self.built_schedule, self.stage_costs, self.link)
+
+    @property
+    def peak_activation_bytes(self) -> tuple[int, ...]:
+        """Predicted peak of what each device keeps for the backward pass."""
+        return self.timeline.peak_activation_bytes(self.stage_costs)
+
+    def to_json(self) -> str:
+        """The plan's fields as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """The inverse of `to_json`; raises PlanError when `text` is no plan."""
+        try:
+            fields = json.loads(text)
+            return Plan(
+                balance=tuple(fields["balance"]),
+                schedule=fields["schedule"],
+                num_microbatches=fields["num_microbatches"],
+                recompute=fields["recompute"],
+                cells=tuple(CellCost(**cell) for cell in fields["cells"]),
+                input_bytes=fields["input_bytes"],
+                link=LinkCost(**fields["link"]),
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise PlanError(
+                f"this is no plan ({type(error).__name__}: {error}); give the text that "
+                "Plan.to_json() or `stagewise plan --json` wrote"
+            ) from error
+
+
+def plan_from_costs(
+    cells: Sequence[CellCost],
+    *,
+    num_stages: int,
+    num_microbatches: int,
+    schedule: str = "1f1b",
+    recompute: str = "never",
+    link: LinkCost = FREE_LINK,
+    input_bytes: int = 0,
+    balance: Sequence[int] | None = None,
+) -> Plan:
+    """The plan whose busiest stage has the least load; or the one with the given `balance`."""
+    if balance is None:
+        forwards = 1 if recompute == "never" else 2
+        balance = partition(
+            [forwards * cell.forward_seconds + cell.backward_seconds for cell in cells],
+            num_stages,
+            transfer_seconds=[
+                link.transfer_seconds(cell.output_bytes)
+                + link.transfer_seconds(cell.gradient_bytes)
+                for cell in cells[:-1]
+            ],
+        )
+    check_balance(balance, len(cells), num_stages)
+    return Plan(
+        balance=tuple(balance),
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        recompute=recompute,
+        cells=tuple(cells),
+        input_bytes=input_bytes,
+        link=link,
+    )

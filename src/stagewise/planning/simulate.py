@@ -1,0 +1,78 @@
+"""The simulator: a schedule and its costs give a Timeline, with no device involved.
+
+An instruction starts when its device is free and its messages have arrived. A message leaves
+when its producer ends, waits until its link is free, then takes the link's transfer time.
+Only addition and comparison are used, so exact numbers (Fraction) stay exact.
+"""
+
+from collections.abc import Sequence
+
+from stagewise.costs import FREE_LINK, LinkCost, StageCost
+from stagewise.errors import PlanError
+from stagewise.schedule import Instruction, Kind, Message, Schedule, lower, walk
+from stagewise.timeline import Span, Timeline
+
+
+def simulate(
+    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
+) -> Timeline:
+    """Predict one step of a valid `schedule`; `costs` per stage, one `link` for all pairs."""
+    if len(costs) != schedule.num_stages:
+        raise PlanError(f"got costs of {len(costs)} stages for a schedule of {schedule.num_stages}")
+    zero = 0 * costs[0].forward_seconds
+    device_free = [zero] * schedule.num_devices
+    link_free: dict[tuple[int, int], float] = {}
+    arrival: dict[Message, float] = {}
+    spans = []
+    for device, step in walk(lower(schedule)):
+        start = max([device_free[device], *(arrival[message] for message in step.receives)])
+        end = start + instruction_seconds(step.instruction, costs)
+        device_free[device] = end
+        spans.append(
+            Span(
+                device=device,
+                instruction=step.instruction,
+                start_seconds=start,
+                end_seconds=end,
+            )
+        )
+        for message in step.sends:
+            arrival[message] = end
+            if message.source != message.destination:
+                between = (message.source, message.destination)
+                leaves = max(end, link_free.get(between, zero))
+                arrival[message] = leaves + link.transfer_seconds(_bytes(message, costs))
+                link_free[between] = arrival[message]
+    return Timeline(schedule.num_devices, tuple(sorted(spans, key=_when)))
+
+
+def instruction_seconds(instruction: Instruction, costs: Sequence[StageCost]) -> float:
+    """How long `instruction` keeps its device busy."""
+    cost = costs[instruction.stage]
+    match instruction.kind:
+        case Kind.FORWARD:
+            return cost.forward_seconds
+        case Kind.RECOMPUTE:
+            return cost.recompute_seconds
+        case Kind.BACKWARD:
+            return cost.backward_seconds
+        case _:
+            raise PlanError(
+                f"{instruction}: split backward has no costs yet; use B in place of I and W"
+            )
+
+
+def unit_costs(num_stages: int) -> tuple[StageCost, ...]:
+    """Equal stages, every instruction one second."""
+    one = StageCost(forward_seconds=1, backward_seconds=1, recompute_seconds=1)
+    return (one,) * num_stages
+
+
+def _bytes(message: Message, costs: Sequence[StageCost]) -> int:
+    if message.kind is Kind.FORWARD:
+        return costs[message.source_stage].output_bytes
+    return costs[message.destination_stage].gradient_bytes
+
+
+def _when(span: Span) -> tuple[float, int]:
+    return span.start_seconds, span.device

@@ -1,0 +1,130 @@
+"""A timeline in the terminal: a row per device, time to the right, idle time as dots.
+
+Every column stands for the instruction that runs in the middle of its stretch of time. An
+instruction begins with its letter and microbatch and is filled up with a character of its kind,
+so that the drawing is read without colour too; one too short for its name keeps the letter, and
+one shorter than a column may not show at all.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from stagewise.schedule.instruction import Kind
+from stagewise.timeline import Span, Timeline
+
+# kind -> what it is called, fill character, style
+_LOOKS = {
+    Kind.FORWARD: ("forward", "=", "white on blue"),
+    Kind.BACKWARD: ("backward", "#", "black on green"),
+    Kind.RECOMPUTE: ("recompute", "~", "black on yellow"),
+    Kind.BACKWARD_INPUT: ("backward for inputs", "+", "black on cyan"),
+    Kind.BACKWARD_WEIGHT: ("backward for weights", "-", "black on magenta"),
+}
+_IDLE = "."
+_MIN_COLUMNS = 10
+_REGULAR = 1e-6  # spans this close to whole multiples of the shortest are drawn as such
+
+
+def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
+    """Draw `timeline` in at most `width` columns (more only where that is too few to draw in).
+
+    Below stand the legend, for each device the share of the step in which it is busy and the
+    most microbatches that it holds at once, then the step time and the bubble fraction.
+    """
+    names = [f"device {device}" for device in range(timeline.num_devices)]
+    margin = max(map(len, names), default=0) + 2
+    scale = _columns_per_second(timeline, max(_MIN_COLUMNS, width - margin))
+    columns = round(timeline.duration_seconds * scale)
+    with_stage = any(
+        len({s.instruction.stage for s in timeline.spans if s.device == device}) > 1
+        for device in range(timeline.num_devices)
+    )
+    end = format_seconds(timeline.duration_seconds)
+    lines = [Text(" " * margin + "0" + end.rjust(columns - 1), style="dim")]
+    for device, name in enumerate(names):
+        line = Text(name.ljust(margin))
+        spans = [span for span in timeline.spans if span.device == device]
+        for text, style in _runs(spans, columns, scale, with_stage):
+            line.append(text, style)
+        lines.append(line)
+    lines += [_legend(timeline).append("\n"), *_device_lines(timeline, names), _summary(timeline)]
+    for line in lines:
+        line.no_wrap, line.overflow = True, "crop"
+    return Group(*lines)
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits and the fitting unit, as in `1.25 s`, `12.5 ms`, `80 us`."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if float(f"{seconds * factor:.3g}") >= 1 or unit == "us":
+            break
+    number = float(seconds * factor)
+    digits = f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+    return f"{digits} {unit}" if seconds else "0 s"
+
+
+def _columns_per_second(timeline: Timeline, room: int) -> float:
+    """As wide as fits; if all times are multiples of a unit, a whole number of columns each."""
+    if not timeline.duration_seconds:
+        return 0
+    lengths = [span.seconds for span in timeline.spans if span.seconds]
+    unit = min(lengths)
+    times = [*lengths, *(span.start_seconds for span in timeline.spans)]
+    regular = all(abs(time / unit - round(time / unit)) < _REGULAR for time in times)
+    columns_per_unit = int(room / (timeline.duration_seconds / unit) + _REGULAR)
+    if regular and columns_per_unit >= 1:
+        return columns_per_unit / unit
+    return room / timeline.duration_seconds
+
+
+def _runs(
+    spans: list[Span], columns: int, scale: float, with_stage: bool
+) -> Iterator[tuple[str, str]]:
+    """Text and style of every stretch of columns in which one instruction, or none, runs."""
+    shown: list[Span | None] = [None] * columns
+    for span in spans:
+        # Columns whose middles lie in the span.
+        first, last = (
+            round(float(seconds * scale) + _REGULAR)
+            for seconds in (span.start_seconds, span.end_seconds)
+        )
+        shown[first:last] = [span] * (min(last, columns) - first)
+    for running, stretch in groupby(shown):
+        length = len(list(stretch))
+        if running is None:
+            yield _IDLE * length, "dim"
+            continue
+        kind, microbatch = running.instruction.kind, running.instruction.microbatch
+        _, fill, style = _LOOKS[kind]
+        labels = (str(running.instruction) if with_stage else "", f"{kind}{microbatch}", str(kind))
+        label = next(text for text in labels if text and len(text) <= length)
+        yield label.ljust(length, fill), style
+
+
+def _legend(timeline: Timeline) -> Text:
+    used = {span.instruction.kind for span in timeline.spans}
+    legend = Text()
+    for kind, (name, fill, style) in _LOOKS.items():
+        if kind in used:
+            legend.append(f"{kind}0{fill}", style).append(f" {name}  ")
+    return legend.append(_IDLE * 3, "dim").append(" idle  (0: the microbatch)")
+
+
+def _device_lines(timeline: Timeline, names: list[str]) -> Iterator[Text]:
+    for device, (name, busy) in enumerate(zip(names, timeline.busy_seconds, strict=True)):
+        share = float(busy / timeline.duration_seconds) if timeline.duration_seconds else 0.0
+        peak = timeline.peak_in_flight(device)
+        yield Text(f"{name:<{len(names[-1])}}  busy {share:>6.1%}, at most {peak} in flight")
+
+
+def _summary(timeline: Timeline) -> Text:
+    return Text.assemble(
+        "step ",
+        (format_seconds(timeline.duration_seconds), "bold"),
+        ", bubble ",
+        (f"{float(timeline.bubble_fraction):.1%}", "bold"),
+        " of all devices' time",
+    )

@@ -1,0 +1,90 @@
+"""Lowering: which tensor goes where, and in which order on each link.
+
+Every instruction is given the messages it waits for and the messages it sends. A message
+between two devices travels on their link; the order on a link is the order in which the
+source device's program sends, so the receiver can post its receives ahead without tags.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True, order=True)
+class Message:
+    """What one instruction hands to another stage: activations down, gradients up."""
+
+    kind: Kind  # of the producing instruction
+    microbatch: int
+    source_stage: int
+    destination_stage: int
+    source: int  # device
+    destination: int  # device
+
+    def __str__(self) -> str:
+        what = "activation" if self.kind is Kind.FORWARD else "gradient"
+        return (
+            f"{what} of microbatch {self.microbatch}, stage {self.source_stage} "
+            f"-> {self.destination_stage} (device {self.source} -> {self.destination})"
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """An instruction with what it receives before and sends after."""
+
+    instruction: Instruction
+    receives: tuple[Message, ...]
+    sends: tuple[Message, ...]
+
+
+LoweredProgram = tuple[Step, ...]
+
+
+def consumer_of(schedule: Schedule, instruction: Instruction) -> Message | None:
+    """The message that `instruction` sends, if it sends any."""
+    stage, kind, m = instruction.stage, instruction.kind, instruction.microbatch
+    if kind is Kind.FORWARD:
+        target = stage + 1
+    elif kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+        target = stage - 1
+        kind = Kind.BACKWARD
+    else:
+        return None
+    if not 0 <= target < schedule.num_stages:
+        return None
+    source, destination = schedule.device_of(stage, m), schedule.device_of(target, m)
+    return Message(kind, m, stage, target, source, destination)
+
+
+def lower(schedule: Schedule) -> tuple[LoweredProgram, ...]:
+    """Add receives and sends to every instruction of a valid schedule."""
+    awaited: dict[tuple[int, Kind, int], list[Message]] = defaultdict(list)
+    for _, instruction in schedule.instructions():
+        message = consumer_of(schedule, instruction)
+        if message is not None:
+            awaited[message.destination_stage, message.kind, message.microbatch].append(message)
+
+    def step(instruction: Instruction) -> Step:
+        kind = Kind.BACKWARD if instruction.kind is Kind.BACKWARD_INPUT else instruction.kind
+        message = consumer_of(schedule, instruction)
+        return Step(
+            instruction,
+            tuple(awaited.get((instruction.stage, kind, instruction.microbatch), ())),
+            (message,) if message is not None else (),
+        )
+
+    return tuple(tuple(map(step, program)) for program in schedule.programs)
+
+
+def links(programs: tuple[LoweredProgram, ...]) -> dict[tuple[int, int], tuple[Message, ...]]:
+    """Per (source, destination) device pair: its messages in sending order."""
+    order: dict[tuple[int, int], list[Message]] = defaultdict(list)
+    for program in programs:
+        for step in program:
+            for message in step.sends:
+                if message.source != message.destination:
+                    order[message.source, message.destination].append(message)
+    return {link: tuple(messages) for link, messages in order.items()}

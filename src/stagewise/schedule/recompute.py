@@ -1,0 +1,48 @@
+"""Recomputation as a pass over a schedule: which microbatches get an `R`, and where.
+
+The `R` stands right before its backward. The executor waits for a gradient only when it
+reaches the backward, so the recomputation runs while the gradient is still on its way.
+A backward that follows its own forward at once gets no `R`: dropping the graph for no time
+at all would save no memory and cost a forward.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from stagewise.errors import ScheduleError
+from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.schedule import Program, Schedule
+
+# policy -> does microbatch m of num_microbatches recompute?  (GPipe's three, as in torchgpipe)
+POLICIES: dict[str, Callable[[int, int], bool]] = {
+    "never": lambda m, num_microbatches: False,
+    "always": lambda m, num_microbatches: True,
+    "except_last": lambda m, num_microbatches: m != num_microbatches - 1,
+}
+
+_BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+
+
+def with_recompute(schedule: Schedule, policy: str) -> Schedule:
+    """Return `schedule` with the recomputations of `policy` inserted."""
+    if policy not in POLICIES:
+        raise ScheduleError(
+            f"there is no recompute policy {policy!r}; choose one of {', '.join(sorted(POLICIES))}"
+        )
+    wanted = POLICIES[policy]
+
+    def rewrite(program: Program) -> Program:
+        out: list[Instruction] = []
+        for instruction in program:
+            stage, m = instruction.stage, instruction.microbatch
+            fresh = bool(out) and out[-1] == Instruction(stage, Kind.FORWARD, m)
+            if (
+                instruction.kind in _BACKWARDS
+                and wanted(m, schedule.num_microbatches)
+                and not fresh
+            ):
+                out.append(Instruction(stage, Kind.RECOMPUTE, m))
+            out.append(instruction)
+        return tuple(out)
+
+    return replace(schedule, programs=tuple(map(rewrite, schedule.programs)))

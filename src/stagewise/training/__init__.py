@@ -1,0 +1,1 @@
+"""Training from a recipe: loading it, starting workers, the loop, checkpoints, progress."""

@@ -1,0 +1,89 @@
+"""The recipe's batches, at a position that a resumed run finds again.
+
+Problem: after a resume the next batch must be the one that an uninterrupted run would have
+taken, even if the recipe shuffles with torch's default generator, which others use too.
+Idea: the recipe's data runs on a generator state of its own, and a resumed run draws and
+drops the batches that are already done.
+"""
+
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+
+import torch
+
+from stagewise.errors import RecipeError
+from stagewise.training.recipe import Batch, Recipe, checked_batch
+
+
+class TrainingBatches:
+    """The batches of data("train") one after another, from the start again when they end."""
+
+    def __init__(self, recipe: Recipe, *, seed: int) -> None:
+        self._recipe = recipe
+        self._generator_state = torch.Generator().manual_seed(seed).get_state()
+        with self._own_randomness():
+            self._data = _data(recipe, "train")
+            self._iterator = iter(self._data)
+        self.first = self._draw()
+        self._first_is_next = True
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in one pass, if the recipe's data has a length."""
+        return len(self._data) if isinstance(self._data, Sized) else None
+
+    def next(self) -> Batch:
+        """The next batch, beginning with `first`."""
+        if self._first_is_next:
+            self._first_is_next = False
+            return self.first
+        return self._draw()
+
+    def skip(self, num_batches: int) -> None:
+        """Draw and drop `num_batches` batches."""
+        for _ in range(num_batches):
+            self.next()
+
+    def _draw(self) -> Batch:
+        nothing = object()
+        with self._own_randomness():
+            batch: object = next(self._iterator, nothing)
+            if batch is nothing:
+                if iter(self._data) is self._data:  # a generator runs once: ask for a new one
+                    self._data = _data(self._recipe, "train")
+                self._iterator = iter(self._data)
+                batch = next(self._iterator, nothing)
+        if batch is nothing:
+            raise RecipeError(
+                f"data('train') in {self._recipe.path} gives no batch; it must give at least one"
+            )
+        return checked_batch(self._recipe, "train", batch)
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        callers = torch.get_rng_state()
+        torch.set_rng_state(self._generator_state)
+        try:
+            with self._recipe.blame("data('train')"):
+                yield
+        finally:
+            self._generator_state = torch.get_rng_state()
+            torch.set_rng_state(callers)
+
+
+def validation_batches(recipe: Recipe) -> tuple[Batch, ...]:
+    """The batches of data("validation"); none where the recipe returns None."""
+    with recipe.blame("data('validation')"):
+        data = recipe.data("validation")
+        batches = () if data is None else tuple(data)
+    return tuple(checked_batch(recipe, "validation", batch) for batch in batches)
+
+
+def _data(recipe: Recipe, split: str) -> Iterable[object]:
+    data = recipe.data(split)
+    if not isinstance(data, Iterable):
+        raise RecipeError(
+            f"data({split!r}) in {recipe.path} returned a {type(data).__name__}; it must return "
+            "batches: a list, a DataLoader, or anything else to loop over"
+        )
+    return data

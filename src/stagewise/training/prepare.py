@@ -1,0 +1,134 @@
+"""From a recipe and options to something that runs: model, data, plan, pipeline, optimizer."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import stagewise
+from stagewise.errors import CheckpointError, RecipeError, UsageError
+from stagewise.model.chain import chain_of, module_tree
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.planning import Plan
+from stagewise.training import checkpoint as checkpoints
+from stagewise.training.batches import TrainingBatches, validation_batches
+from stagewise.training.checkpoint import Checkpoint
+from stagewise.training.recipe import Batch, Recipe
+
+Model = nn.Module | Sequence[nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How the model is to be cut and run."""
+
+    num_stages: int
+    num_microbatches: int
+    schedule: str = "1f1b"
+    recompute: str = "never"
+    balance: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What to train, how long, and where to keep it; intervals are in steps, 0 means never."""
+
+    plan: PlanOptions
+    run: Path
+    num_steps: int | None = None  # None: one pass over the recipe's data
+    seed: int = 0
+    validate_every: int = 100
+    checkpoint_every: int = 100
+    resume: Checkpoint | None = None
+
+    @property
+    def first_step(self) -> int:
+        """How many steps are done when the run starts."""
+        return self.resume.step if self.resume else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A recipe made into something that runs."""
+
+    pipe: Pipeline
+    optimizer: Optimizer | None  # None on a rank without parameters
+    batches: TrainingBatches
+    validation: tuple[Batch, ...]
+    num_steps: int
+
+
+def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
+    """Build everything, at the state that the run starts from; every rank calls this."""
+    model = build_model(recipe, seed=options.seed)
+    if options.resume is not None:
+        shapes = {n: tuple(p.shape) for n, p in module_tree(chain_of(model)).named_parameters()}
+        checkpoints.check_fits(options.resume, shapes)
+    batches = TrainingBatches(recipe, seed=options.seed)
+    num_steps = _num_steps(recipe, options, batches)
+    plan = make_plan(recipe, model, options.plan, batch=batches.first)
+    pipe = Pipeline(model, plan, loss=recipe.loss, seed=options.seed)
+    optimizer = recipe.make_optimizer(list(pipe.parameters()))
+    if options.resume is not None:
+        checkpoints.restore(options.resume, pipe, optimizer)
+        batches.skip(options.resume.step)
+    seed_everything(options.seed)
+    return Prepared(
+        pipe=pipe,
+        optimizer=optimizer,
+        batches=batches,
+        validation=validation_batches(recipe),
+        num_steps=num_steps,
+    )
+
+
+def build_model(recipe: Recipe, *, seed: int) -> Model:
+    """The recipe's model, the same on every rank."""
+    seed_everything(seed)
+    with recipe.blame("model()"):
+        return recipe.model()
+
+
+def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
+    """The plan measured on `batch`; every rank calls this."""
+    inputs, target = batch
+    return stagewise.plan(
+        model,
+        inputs,
+        target=target,
+        loss=recipe.loss,
+        num_stages=options.num_stages,
+        num_microbatches=options.num_microbatches,
+        schedule=options.schedule,
+        recompute=options.recompute,
+        balance=options.balance,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what a recipe may draw from: torch, Python's random, NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) -> int:
+    num_steps = options.num_steps if options.num_steps is not None else batches.num_batches
+    if num_steps is None:
+        raise RecipeError(
+            f"data('train') in {recipe.path} does not tell its length, so the number of steps is "
+            "unknown; give --steps"
+        )
+    if num_steps < 1:
+        raise UsageError(f"the number of steps is {num_steps}; train for at least 1 step")
+    if options.resume is not None and num_steps <= options.resume.step:
+        raise CheckpointError(
+            f"the checkpoint {options.resume.path} has {options.resume.step} steps done, so "
+            f"there is nothing left of {num_steps}; give a larger --steps to train on"
+        )
+    return num_steps

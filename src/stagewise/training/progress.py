@@ -1,0 +1,173 @@
+"""What a run shows while it trains: a bar on a terminal, lines elsewhere, and a log file.
+
+Only rank 0 shows anything; the other ranks have a `Silent` reporter. The log holds one JSON
+object a line: a step's or a validation's figures.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One finished step; `bubble_fraction` only at steps where it was measured."""
+
+    step: int
+    loss: float
+    seconds: float
+    rate: float
+    rate_unit: str
+    bubble_fraction: float | None = None
+
+    def to_log(self) -> dict[str, float | int | None]:
+        """The record as the log writes it; a loss that is no number becomes null."""
+        fields: dict[str, float | int | None] = {
+            "step": self.step,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "seconds": round(self.seconds, 6),
+            f"{self.rate_unit}_per_second": round(self.rate, 1),
+        }
+        if self.bubble_fraction is not None:
+            fields["bubble_fraction"] = round(self.bubble_fraction, 4)
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """The loss on the validation batches after `step` steps."""
+
+    step: int
+    validation_loss: float
+    metrics: Mapping[str, float]
+
+    def to_log(self) -> dict[str, object]:
+        """The record as the log writes it."""
+        loss = self.validation_loss if math.isfinite(self.validation_loss) else None
+        return {**asdict(self), "validation_loss": loss}
+
+
+class Reporter(ABC):
+    """Where a run tells what happens."""
+
+    @abstractmethod
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+
+    @abstractmethod
+    def validation(self, record: ValidationRecord) -> None:
+        """The validation batches were evaluated."""
+
+    @abstractmethod
+    def say(self, text: object) -> None:
+        """Show a message or a rich renderable."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take the bar away and close the log."""
+
+
+class Silent(Reporter):
+    """The reporter of ranks other than 0."""
+
+    def step(self, record: StepRecord) -> None:
+        pass
+
+    def validation(self, record: ValidationRecord) -> None:
+        pass
+
+    def say(self, text: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Shown(Reporter):
+    """The reporter of rank 0: log file, and a bar or, without a terminal, a line every so often."""
+
+    def __init__(
+        self, *, console: Console, run: Path, first_step: int, num_steps: int, line_every: int
+    ) -> None:
+        self._console, self._line_every, self._num_steps = console, line_every, num_steps
+        self._bar = _bar(console)
+        self._task = self._bar.add_task("training", total=num_steps, completed=first_step, shown="")
+        self._bubble: float | None = None
+        run.mkdir(parents=True, exist_ok=True)
+        log = run / LOG_FILE
+        kept = _lines_until(log, first_step) if log.exists() else []
+        log.write_text("".join(kept))
+        self._log = log.open("a", buffering=1)
+
+    def step(self, record: StepRecord) -> None:
+        self._write(record.to_log())
+        if record.bubble_fraction is not None:
+            self._bubble = record.bubble_fraction
+        shown = f"loss {record.loss:.4f}  {record.rate:,.0f} {record.rate_unit}/s"
+        if self._bubble is not None:
+            shown += f"  bubble {self._bubble:.0%}"
+        if self._console.is_terminal:
+            self._bar.start()  # does nothing if it is running
+            self._bar.update(self._task, completed=record.step, shown=shown)
+        elif record.step % self._line_every == 0 or record.step == self._num_steps:
+            left = record.seconds * (self._num_steps - record.step)
+            self._print(f"step {record.step}/{self._num_steps}  {shown}  {left:,.0f} s left")
+
+    def validation(self, record: ValidationRecord) -> None:
+        self._write(record.to_log())
+        metrics = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
+        self.say(f"step {record.step}: validation loss {record.validation_loss:.4f}{metrics}")
+
+    def say(self, text: object) -> None:
+        self._print(text)
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._log.close()
+
+    def _print(self, text: object) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
+
+    def _write(self, fields: Mapping[str, object]) -> None:
+        self._log.write(json.dumps(fields) + "\n")
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _lines_until(log: Path, step: int) -> list[str]:
+    """The log's lines up to `step`: a resumed run writes what came after once more."""
+    kept = []
+    for line in log.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a crash cut short
+    return kept

@@ -1,0 +1,173 @@
+"""A recipe: a plain Python file that says what to train.
+
+Problem: a user's file is wrong in many ways, and a traceback through our loader tells little.
+Idea: everything of the user's is run under `Recipe.blame`, which turns an error into a
+RecipeError that names the file, the line and what is needed instead.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stagewise.errors import RecipeError, StagewiseError
+
+# Inputs, target and output are the user's own: any pytree that the model and the loss agree on.
+Tree = Any
+Batch = tuple[Tree, Tree]
+
+REQUIRED = {
+    "model": (
+        "def model():\n    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))"
+    ),
+    "data": (
+        "def data(split):  # 'train' or 'validation'\n"
+        "    return [(torch.randn(32, 8), torch.randn(32, 1)) for _ in range(100)]"
+    ),
+    "loss": ("def loss(output, target):\n    return torch.nn.functional.mse_loss(output, target)"),
+    "optimizer": ("def optimizer(parameters):\n    return torch.optim.AdamW(parameters, lr=1e-3)"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `stagewise train` takes from a recipe file."""
+
+    path: Path
+    model: Callable[[], nn.Module | Sequence[nn.Module]]
+    data: Callable[[str], Iterable[Batch] | None]
+    loss: Callable[[Tree, Tree], Tensor]
+    optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    generate: Callable[[Callable[[Tree], Tree]], str] | None = None
+    metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
+    clip_grad_norm: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+    @contextmanager
+    def blame(self, what: str) -> Iterator[None]:
+        """Turn an error of the recipe's own code into a RecipeError; `what` was being run."""
+        try:
+            yield
+        except StagewiseError:
+            raise
+        except Exception as error:
+            where = _place(self.path, error)
+            message = f"{what} failed in {where}: {type(error).__name__}: {error}"
+            raise RecipeError(message) from error
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer | None:
+        """The optimizer of this rank's parameters; None if the rank has none."""
+        if not parameters:
+            return None
+        with self.blame("optimizer(parameters)"):
+            made = self.optimizer(parameters)
+        if not isinstance(made, Optimizer):
+            raise RecipeError(
+                f"optimizer(parameters) in {self.path} returned a {type(made).__name__}; it must "
+                f"return a torch.optim.Optimizer, for example:\n\n{REQUIRED['optimizer']}"
+            )
+        return made
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Run the file at `path` and take its functions; raises RecipeError if it is no recipe."""
+    if not path.is_file():
+        raise RecipeError(
+            f"there is no recipe file {path}; give the path of a Python file that defines "
+            f"{', '.join(REQUIRED)}"
+        )
+    module = _run(path)
+    for name, example in REQUIRED.items():
+        _check(path, name, _get(module, name, f"for example:\n\n{example}"))
+    optional = {
+        name: _check(path, name, getattr(module, name))
+        for name in ("generate", "metrics")
+        if hasattr(module, name)
+    }
+    clip_grad_norm = getattr(module, "clip_grad_norm", None)
+    if clip_grad_norm is not None and not (
+        isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0
+    ):
+        raise RecipeError(
+            f"clip_grad_norm in {path} is {clip_grad_norm!r}; it must be a number above 0, the "
+            "largest norm that the gradients may have"
+        )
+    return Recipe(
+        path=path,
+        model=module.model,
+        data=module.data,
+        loss=module.loss,
+        optimizer=module.optimizer,
+        clip_grad_norm=clip_grad_norm,
+        **optional,
+    )
+
+
+def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
+    """`batch` as a pair; raises RecipeError unless it is (inputs, target)."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = f"a {type(batch).__name__}"
+    if isinstance(batch, tuple | list | dict):
+        got += f" of {len(batch)}"
+    raise RecipeError(
+        f"data({split!r}) in {recipe.path} gave {got} as a batch; every batch must be a pair "
+        "(inputs, target): put several inputs in a tuple or dict of their own"
+    )
+
+
+T = TypeVar("T")
+
+
+def _check(path: Path, name: str, value: T) -> T:
+    if not callable(value):
+        raise RecipeError(f"{name} in {path} is a {type(value).__name__}; it must be a function")
+    return value
+
+
+def _get(module: ModuleType, name: str, remedy: str) -> object:
+    if not hasattr(module, name):
+        raise RecipeError(f"the recipe {module.__file__} defines no {name}; add it, {remedy}\n")
+    return getattr(module, name)
+
+
+def _run(path: Path) -> ModuleType:
+    name = f"stagewise_recipe_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path} is no Python file; a recipe's name ends in .py")
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # where pickle and dataclasses look the recipe's classes up
+    directory = str(path.resolve().parent)
+    if directory not in sys.path:  # a recipe imports its neighbours, as a script does
+        sys.path.insert(0, directory)
+    try:
+        spec.loader.exec_module(module)
+    except StagewiseError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"the recipe does not load: {type(error).__name__}: {error}, at {_place(path, error)}"
+        ) from error
+    return module
+
+
+def _place(path: Path, error: Exception) -> str:
+    """The recipe's line that led to `error`."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
+        return f"{path}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename) == path]
+    return f"{path}, line {own[-1].lineno}" if own else f"a function of {path}"

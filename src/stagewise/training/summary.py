@@ -1,0 +1,149 @@
+"""Plans and results as tables: what is predicted, and beside it what was measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from stagewise.planning import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a plan predicts for one step, or what was measured; None where nothing was."""
+
+    step_seconds: float | None
+    bubble_fraction: float | None
+    peak_activation_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a training run gives back, the same on every rank."""
+
+    plan: Plan
+    first_step: int
+    last_step: int
+    num_steps: int
+    validation_before: float | None
+    validation_after: float | None
+    measured: Figures | None
+    sample: str | None
+    checkpoint: Path | None
+
+    @property
+    def stopped(self) -> bool:
+        """True if the run ended before its last step."""
+        return self.last_step < self.num_steps
+
+
+def predicted(plan: Plan) -> Figures:
+    """A measured plan's predictions."""
+    return Figures(
+        step_seconds=plan.timeline.duration_seconds,
+        bubble_fraction=plan.timeline.bubble_fraction,
+        peak_activation_bytes=plan.peak_activation_bytes,
+    )
+
+
+def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
+    """One line a stage: which cells it has."""
+    lines, start = [], 0
+    for stage, size in enumerate(plan.balance):
+        own = names[start : start + size]
+        cells = own[0] if size == 1 else f"{own[0]} to {own[-1]}"
+        lines.append(f"stage {stage}: {size} cell{'s' if size > 1 else ''} ({cells})")
+        start += size
+    return "\n".join(lines)
+
+
+def plan_in_words(plan: Plan) -> str:
+    """The cut and the predictions of a measured plan, before training starts."""
+    figures = predicted(plan)
+    memory = ", ".join(_mebibytes(number) for number in figures.peak_activation_bytes)
+    return (
+        f"{cut_in_words(plan, [cell.name for cell in plan.cells])}\n"
+        f"schedule {plan.schedule}, {plan.num_microbatches} microbatches, recompute "
+        f"{plan.recompute}\n"
+        f"predicted: step {_milliseconds(figures.step_seconds)}, bubble "
+        f"{_percent(figures.bubble_fraction)}, activations {memory}"
+    )
+
+
+def cells_table(plan: Plan) -> Table:
+    """Each cell's costs for one microbatch, and the stage it is on."""
+    table = _table("Cells (one microbatch)", "cell", "stage", "forward", "backward")
+    for heading in ("parameters", "activations", "output"):
+        table.add_column(heading, justify="right")
+    stages = [stage for stage, size in enumerate(plan.balance) for _ in range(size)]
+    for stage, cell in zip(stages, plan.cells, strict=True):
+        table.add_row(
+            cell.name,
+            str(stage),
+            _milliseconds(cell.forward_seconds),
+            _milliseconds(cell.backward_seconds),
+            _mebibytes(cell.parameter_bytes),
+            _mebibytes(cell.activation_bytes),
+            _mebibytes(cell.output_bytes),
+        )
+    return table
+
+
+def stages_table(plan: Plan) -> Table:
+    """Each stage's share of one predicted step, and its memory."""
+    figures = predicted(plan)
+    table = _table("Stages (one step)", "stage", "cells", "busy", "idle", "parameters")
+    table.add_column("peak activations", justify="right")
+    duration = plan.timeline.duration_seconds
+    for stage, cost in enumerate(plan.stage_costs):
+        busy = plan.timeline.busy_seconds[stage]
+        table.add_row(
+            str(stage),
+            str(plan.balance[stage]),
+            _milliseconds(busy),
+            _percent(1 - busy / duration if duration else 0.0),
+            _mebibytes(cost.parameter_bytes),
+            _mebibytes(figures.peak_activation_bytes[stage]),
+        )
+    return table
+
+
+def comparison_table(expected: Figures, measured: Figures) -> Table:
+    """Predicted and measured side by side."""
+    table = _table("Prediction and reality", "", "predicted", "measured", "difference")
+
+    def row(what: str, left: float | None, right: float | None, show: str) -> None:
+        ratio = f"{right / left - 1:+.1%}" if left and right is not None else ""
+        table.add_row(what, _SHOW[show](left), _SHOW[show](right), ratio)
+
+    row("step time", expected.step_seconds, measured.step_seconds, "time")
+    table.add_row(
+        "bubble", _percent(expected.bubble_fraction), _percent(measured.bubble_fraction), ""
+    )
+    pairs = zip(expected.peak_activation_bytes, measured.peak_activation_bytes, strict=True)
+    for device, (left, right) in enumerate(pairs):
+        row(f"peak activations, device {device}", left, right, "bytes")
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:,.1f} ms"
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
+
+
+def _mebibytes(num_bytes: float | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:,.2f} MiB"
+
+
+_SHOW = {"time": _milliseconds, "bytes": _mebibytes}

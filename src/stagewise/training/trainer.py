@@ -1,0 +1,192 @@
+"""The training loop: the same code on every rank, under either transport.
+
+Problem: a run must end, fail, and go on after a pause as if nothing had happened.
+Idea: everything that decides a step is a function of (seed, step): the batches (`batches.py`),
+dropout (the pipeline's seeds), and what the checkpoint holds. So a resumed run is, bit for bit,
+the run that was never interrupted. What ranks must agree on (stopping) they ask each other.
+"""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import torch.distributed as dist
+from rich.console import Console
+
+from stagewise.engine.microbatch import batch_size
+from stagewise.engine.values import move, take_apart
+from stagewise.training import checkpoint as checkpoints
+from stagewise.training.prepare import Prepared, TrainOptions, prepare
+from stagewise.training.progress import Reporter, Shown, Silent, StepRecord, ValidationRecord
+from stagewise.training.recipe import Batch, Recipe
+from stagewise.training.stop import StopRequest
+from stagewise.training.summary import Figures, Outcome, plan_in_words
+
+LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
+WARM_UP = 3  # steps that measured times leave out
+
+
+def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
+    """Train until the last step or until `stop` is made; every rank calls this."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first:
+        console.print("measuring the model's cells ...", highlight=False)
+    prepared = prepare(recipe, options)
+    reporter: Reporter = Silent()
+    if is_first:
+        reporter = Shown(
+            console=console,
+            run=options.run,
+            first_step=options.first_step,
+            num_steps=prepared.num_steps,
+            line_every=LOOK_EVERY,
+        )
+    reporter.say(plan_in_words(prepared.pipe.plan))
+    try:
+        return Trainer(recipe, options, prepared, reporter, stop).run()
+    finally:
+        reporter.close()
+
+
+class Trainer:
+    """One run of a prepared recipe."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: TrainOptions,
+        prepared: Prepared,
+        reporter: Reporter,
+        stop: StopRequest,
+    ) -> None:
+        self._recipe, self._options, self._prepared = recipe, options, prepared
+        self._pipe, self._reporter, self._stop = prepared.pipe, reporter, stop
+        self._step_seconds: list[float] = []
+        self._bubbles: list[float] = []
+        self._checkpoint: Path | None = options.resume.path if options.resume else None
+
+    def run(self) -> Outcome:
+        """Train, validate, keep checkpoints; at the end generate and measure."""
+        options, num_steps = self._options, self._prepared.num_steps
+        first = step = options.first_step
+        before = after = self._validate(step)
+        while step < num_steps and not self._pipe.any(self._stop.made):
+            step += 1
+            self._train_step(step)
+            is_last = step == num_steps
+            if is_last or _is_due(step, options.validate_every):
+                after = self._validate(step)
+            if is_last or _is_due(step, options.checkpoint_every):
+                self._save(step)
+        if step < num_steps and step > first and not _is_due(step, options.checkpoint_every):
+            self._save(step)
+        ended = step == num_steps
+        return Outcome(
+            plan=self._pipe.plan,
+            first_step=first,
+            last_step=step,
+            num_steps=num_steps,
+            validation_before=before,
+            validation_after=after,
+            measured=self._measured() if ended else None,
+            sample=self._generate() if ended else None,
+            checkpoint=self._checkpoint,
+        )
+
+    def _train_step(self, step: int) -> None:
+        pipe, optimizer = self._pipe, self._prepared.optimizer
+        inputs, target = self._prepared.batches.next()
+        start = time.perf_counter()
+        pipe.zero_grad()
+        loss = float(pipe.step(inputs, target=target))
+        pipe_seconds = time.perf_counter() - start
+        if self._recipe.clip_grad_norm is not None:
+            pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
+        if optimizer is not None:
+            optimizer.step()
+        seconds = time.perf_counter() - start
+        bubble = None
+        if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
+            bubble = float(pipe.timeline().bubble_fraction)
+            self._bubbles.append(bubble)
+        self._step_seconds.append(pipe_seconds)
+        amount, unit = _amount((inputs, target))
+        self._reporter.step(
+            StepRecord(
+                step=step,
+                loss=loss,
+                seconds=pipe_seconds,
+                rate=amount / seconds,
+                rate_unit=unit,
+                bubble_fraction=bubble,
+            )
+        )
+
+    def _validate(self, step: int) -> float | None:
+        """The mean loss over all validation samples; None where there are none."""
+        batches = self._prepared.validation
+        if not batches:
+            return None
+        totals: dict[str, float] = {}
+        total_loss, num_samples = 0.0, 0
+        for inputs, target in batches:
+            size = batch_size(inputs, "inputs")
+            num_samples += size
+            total_loss += size * float(self._pipe.evaluate(inputs, target=target))
+            for name, value in self._metrics(inputs, target).items():
+                totals[name] = totals.get(name, 0.0) + size * value
+        loss = total_loss / num_samples
+        metrics = {name: total / num_samples for name, total in totals.items()}
+        self._reporter.validation(
+            ValidationRecord(step=step, validation_loss=loss, metrics=metrics)
+        )
+        return loss
+
+    def _metrics(self, inputs: object, target: object) -> dict[str, float]:
+        if self._recipe.metrics is None:
+            return {}
+        output = self._pipe.predict(inputs)
+        target = move(target, take_apart(output)[0][0].device)
+        with self._recipe.blame("metrics(output, target)"):
+            return {
+                name: float(value) for name, value in self._recipe.metrics(output, target).items()
+            }
+
+    def _generate(self) -> str | None:
+        if self._recipe.generate is None:
+            return None
+        self._reporter.say("generating a sample ...")
+        with self._recipe.blame("generate(predict)"):
+            return str(self._recipe.generate(self._pipe.predict))
+
+    def _measured(self) -> Figures:
+        """What the steps after the first few took, and one more step's memory."""
+        inputs, target = self._prepared.batches.first
+        seconds = self._step_seconds[WARM_UP:] or self._step_seconds
+        return Figures(
+            step_seconds=median(seconds),
+            bubble_fraction=median(self._bubbles),
+            peak_activation_bytes=self._pipe.measure_memory(inputs, target=target),
+        )
+
+    def _save(self, step: int) -> None:
+        saved = checkpoints.save(
+            self._options.run,
+            self._pipe,
+            self._prepared.optimizer,
+            step=step,
+            seed=self._options.seed,
+        )
+        self._checkpoint = saved.path
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _amount(batch: Batch) -> tuple[int, str]:
+    """How much work a batch is: tokens where the target is integers per position, else samples."""
+    targets = take_apart(batch[1])[0]
+    if targets and targets[0].dim() >= 2 and not targets[0].is_floating_point():
+        return targets[0].numel(), "tokens"
+    return batch_size(batch[0], "inputs"), "samples"

@@ -1,0 +1,128 @@
+import dataclasses
+
+import pytest
+
+from stagewise.costs import CellCost, LinkCost, stage_costs
+from stagewise.errors import PlanError, ScheduleError
+from stagewise.planning import Plan, bottleneck_seconds, plan_from_costs, simulate
+from stagewise.schedule import POLICIES, SCHEDULES, Kind
+
+CELLS = tuple(
+    CellCost(
+        name=f"layers.{index}",
+        forward_seconds=seconds,
+        backward_seconds=2 * seconds,
+        parameter_bytes=40 * index,
+        activation_bytes=1000,
+        output_bytes=100,
+        gradient_bytes=100,
+    )
+    for index, seconds in enumerate([0.05, 0.2, 0.08, 0.3, 0.06, 0.15, 0.09, 0.25])
+)
+
+
+def make(**changes: object) -> Plan:
+    arguments: dict[str, object] = {"num_stages": 4, "num_microbatches": 8, "input_bytes": 10}
+    return plan_from_costs(CELLS, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_the_cut_is_the_optimal_one() -> None:
+    plan = make()
+    seconds = [cell.forward_seconds + cell.backward_seconds for cell in CELLS]
+    assert bottleneck_seconds(seconds, plan.balance) == pytest.approx(3 * 0.33)
+    assert sum(plan.balance) == len(CELLS)
+    assert (plan.schedule, plan.recompute, plan.num_stages) == ("1f1b", "never", 4)
+
+
+def test_recomputation_and_transfer_enter_the_cut() -> None:
+    def cells(forwards: list[float], backwards: list[float], output: list[int]) -> list[CellCost]:
+        return [
+            CellCost(name=str(i), forward_seconds=f, backward_seconds=b, output_bytes=o)
+            for i, (f, b, o) in enumerate(zip(forwards, backwards, output, strict=True))
+        ]
+
+    counts = {"num_stages": 2, "num_microbatches": 4}
+    uneven = cells([4, 1, 1], [0, 2, 2], [0, 0, 0])
+    assert plan_from_costs(uneven, **counts).balance == (1, 2)
+    late = cells([3, 3, 3, 0], [0, 0, 3, 4], [0, 0, 0, 0])
+    assert plan_from_costs(late, **counts).balance == (2, 2)
+    assert plan_from_costs(late, **counts, recompute="always").balance == (2, 2)
+    wide = cells([1, 1, 1, 1], [1, 1, 1, 1], [0, 50, 1, 0])
+    slow = LinkCost(seconds_per_byte=0.1)
+    assert plan_from_costs(wide, **counts).balance == (2, 2)
+    assert plan_from_costs(wide, **counts, link=slow).balance in {(1, 3), (3, 1)}
+
+
+def test_a_given_balance_is_kept_and_checked() -> None:
+    assert make(balance=[1, 1, 1, 5]).balance == (1, 1, 1, 5)
+    with pytest.raises(PlanError, match="places 7 cells but the model has 8"):
+        make(balance=[1, 1, 1, 4])
+    with pytest.raises(PlanError, match="has 2 stages but num_stages is 4"):
+        make(balance=[4, 4])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_json_round_trips(name: str, policy: str) -> None:
+    link = LinkCost(latency_seconds=1e-4, seconds_per_byte=1e-9)
+    plan = make(schedule=name, recompute=policy, link=link)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.timeline == plan.timeline
+
+
+def test_the_timeline_is_the_simulators() -> None:
+    plan = make(recompute="always", link=LinkCost(latency_seconds=0.01))
+    costs = stage_costs(CELLS, plan.balance, input_bytes=10)
+    assert plan.stage_costs == costs
+    assert plan.timeline == simulate(plan.built_schedule, costs, plan.link)
+    assert any(span.instruction.kind is Kind.RECOMPUTE for span in plan.timeline.spans)
+
+
+def test_predicted_memory_follows_microbatches_in_flight() -> None:
+    held = [1000 * cells for cells in make().balance]
+    inputs = [10, 100, 100, 100]
+    one = [h + i for h, i in zip(held, inputs, strict=True)]
+    gpipe, one_f_one_b = make(schedule="gpipe"), make()
+    assert gpipe.peak_activation_bytes == tuple(8 * each for each in one)
+    assert one_f_one_b.peak_activation_bytes == tuple(
+        (4 - stage) * each for stage, each in enumerate(one)
+    )
+
+
+def test_recomputation_keeps_inputs_and_one_graph() -> None:
+    plan = make(schedule="gpipe", recompute="always")
+    balance = plan.balance
+    # 7 inputs wait while the last microbatch, whose backward comes at once, keeps its graph.
+    assert plan.peak_activation_bytes[1] == 8 * 100 + 1000 * balance[1]
+
+
+def test_a_plan_without_costs_predicts_nothing() -> None:
+    plan = Plan(balance=(2, 2), schedule="gpipe", num_microbatches=4)
+    assert plan.built_schedule.num_stages == 2
+    with pytest.raises(PlanError, match="predicts nothing; give plan\\(\\) an example batch"):
+        _ = plan.timeline
+
+
+def test_a_plan_is_checked_when_made() -> None:
+    with pytest.raises(ScheduleError, match="there is no schedule 'zigzag'"):
+        make(schedule="zigzag")
+    with pytest.raises(ScheduleError, match="there is no recompute policy 'maybe'"):
+        make(recompute="maybe")
+    with pytest.raises(ScheduleError, match="num_microbatches is 0"):
+        make(num_microbatches=0)
+    with pytest.raises(PlanError, match="9 stages need at least as many cells"):
+        make(num_stages=9)
+    with pytest.raises(PlanError, match="places 3 cells but the model has 8"):
+        Plan(balance=(1, 2), schedule="gpipe", num_microbatches=1, cells=CELLS)
+
+
+def test_a_plan_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().schedule = "gpipe"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"balance": [1]}', "null"])
+def test_text_that_is_no_plan(text: str) -> None:
+    with pytest.raises(PlanError, match=r"this is no plan .*give the text that Plan.to_json\(\)"):
+        Plan.from_json(text)

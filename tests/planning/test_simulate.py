@@ -1,0 +1,210 @@
+from collections.abc import Sequence
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagewise.costs import LinkCost, StageCost
+from stagewise.errors import PlanError
+from stagewise.planning import simulate, unit_costs
+from stagewise.schedule import (
+    POLICIES,
+    SCHEDULES,
+    Kind,
+    Schedule,
+    forward_only,
+    grid,
+    lower,
+    named_schedule,
+    parse_programs,
+    validate,
+    with_recompute,
+)
+from stagewise.schedule.order import slots
+
+SECONDS = st.integers(0, 50)
+POSITIVE = st.builds(Fraction, st.integers(1, 500), st.integers(1, 60))
+COUNTS = {"num_stages": st.integers(1, 8), "num_microbatches": st.integers(1, 16)}
+
+
+def cost(forward: float, backward: float, recompute: float | None = None) -> StageCost:
+    return StageCost(
+        forward_seconds=forward,
+        backward_seconds=backward,
+        recompute_seconds=forward if recompute is None else recompute,
+        output_bytes=1,
+        gradient_bytes=1,
+    )
+
+
+@settings(max_examples=300)
+@given(**COUNTS, forward=POSITIVE, backward=POSITIVE, name=st.sampled_from(sorted(SCHEDULES)))
+def test_bubble_on_equal_stages_is_the_closed_form_exactly(
+    num_stages: int, num_microbatches: int, forward: Fraction, backward: Fraction, name: str
+) -> None:
+    schedule = named_schedule(name, num_stages, num_microbatches)
+    timeline = simulate(schedule, [cost(forward, backward)] * num_stages)  # type: ignore[arg-type]
+    slot_count = num_microbatches + num_stages - 1
+    assert timeline.bubble_fraction == Fraction(num_stages - 1, slot_count)
+    assert timeline.duration_seconds == slot_count * (forward + backward)
+    assert isinstance(timeline.bubble_fraction, Fraction)
+
+
+@settings(max_examples=200)
+@given(
+    **COUNTS,
+    data=st.data(),
+    name=st.sampled_from(sorted(SCHEDULES)),
+    policy=st.sampled_from(sorted(POLICIES)),
+    latency=SECONDS,
+)
+def test_properties_of_any_prediction(
+    num_stages: int,
+    num_microbatches: int,
+    data: st.DataObject,
+    name: str,
+    policy: str,
+    latency: int,
+) -> None:
+    costs = [
+        cost(data.draw(SECONDS), data.draw(SECONDS), data.draw(SECONDS)) for _ in range(num_stages)
+    ]
+    schedule = with_recompute(named_schedule(name, num_stages, num_microbatches), policy)
+    link = LinkCost(latency_seconds=latency)
+    timeline = simulate(schedule, costs, link)
+
+    # Every instruction runs once, for its cost, in program order, one at a time.
+    ran = {(span.device, span.instruction): span for span in timeline.spans}
+    assert len(ran) == len(timeline.spans)
+    assert set(ran) == set(schedule.instructions())
+    for device, program in enumerate(schedule.programs):
+        now = 0
+        for instruction in program:
+            span = ran[device, instruction]
+            assert span.start_seconds >= now
+            assert span.seconds == seconds_of(instruction.kind, costs[instruction.stage])
+            now = span.end_seconds
+
+    # Nothing starts before what it waits for has ended and travelled.
+    ended = {(i.stage, i.kind, i.microbatch): span.end_seconds for (_, i), span in ran.items()}
+    for device, steps in enumerate(lower(schedule)):
+        for step in steps:
+            for message in step.receives:
+                sent = ended[message.source_stage, message.kind, message.microbatch]
+                assert ran[device, step.instruction].start_seconds >= sent + latency
+
+    # No step is shorter than the busiest device, nor than one microbatch's way there and back.
+    assert timeline.duration_seconds >= max(timeline.busy_seconds)
+    way = sum(c.forward_seconds + c.backward_seconds for c in costs)
+    assert timeline.duration_seconds >= way + 2 * (num_stages - 1) * latency
+    assert 0 <= timeline.bubble_fraction < 1
+
+
+def seconds_of(kind: Kind, stage: StageCost) -> float:
+    return {
+        Kind.FORWARD: stage.forward_seconds,
+        Kind.BACKWARD: stage.backward_seconds,
+        Kind.RECOMPUTE: stage.recompute_seconds,
+    }[kind]
+
+
+@given(**COUNTS, name=st.sampled_from(sorted(SCHEDULES)), policy=st.sampled_from(sorted(POLICIES)))
+def test_unit_costs_give_the_grid(
+    num_stages: int, num_microbatches: int, name: str, policy: str
+) -> None:
+    schedule = with_recompute(named_schedule(name, num_stages, num_microbatches), policy)
+    timeline = simulate(schedule, unit_costs(num_stages))
+    starts: list[list[float]] = [[] for _ in schedule.programs]
+    for span in timeline.spans:
+        starts[span.device].append(span.start_seconds)
+    assert starts == slots(schedule)
+    assert timeline.duration_seconds == len(grid(schedule).splitlines()[0].split()) - 2
+
+
+@given(**COUNTS, data=st.data(), name=st.sampled_from(sorted(SCHEDULES)))
+def test_recomputing_never_ends_earlier(
+    num_stages: int, num_microbatches: int, data: st.DataObject, name: str
+) -> None:
+    costs = [cost(data.draw(SECONDS), data.draw(SECONDS)) for _ in range(num_stages)]
+    plain = named_schedule(name, num_stages, num_microbatches)
+    never, except_last, always = (
+        simulate(with_recompute(plain, policy), costs).duration_seconds
+        for policy in ("never", "except_last", "always")
+    )
+    assert never <= except_last <= always
+
+
+def spans_of(schedule: Schedule, costs: Sequence[StageCost], link: LinkCost) -> list[str]:
+    return [
+        f"{span.device} {span.instruction} {span.start_seconds}-{span.end_seconds}"
+        for span in simulate(schedule, costs, link).spans
+    ]
+
+
+def test_recomputation_overlaps_the_gradients_way() -> None:
+    schedule = with_recompute(named_schedule("gpipe", 2, 2), "always")
+    costs = [StageCost(forward_seconds=1, backward_seconds=2, recompute_seconds=1)] * 2
+    link = LinkCost(latency_seconds=1)
+    spans = spans_of(schedule, costs, link)
+    # 1B0 ends at 9 and its gradient arrives at 10; device 0 is free from 9 and recomputes then.
+    assert "1 1B0 7-9" in spans
+    assert "0 0B1 7-9" in spans
+    assert "0 0R0 9-10" in spans
+    assert "0 0B0 10-12" in spans
+
+
+def test_a_link_carries_one_message_at_a_time() -> None:
+    costs = [
+        StageCost(forward_seconds=1, backward_seconds=1, recompute_seconds=1, output_bytes=30)
+    ] * 2
+    link = LinkCost(latency_seconds=1, seconds_per_byte=0.1)  # 4 seconds a message
+    spans = spans_of(forward_only(2, 3), costs, link)
+    assert [s for s in spans if s.startswith("1")] == [
+        "1 1F0 5.0-6.0",  # left at 1
+        "1 1F1 9.0-10.0",  # ready at 2, left at 5
+        "1 1F2 13.0-14.0",
+    ]
+
+
+def test_activations_and_gradients_have_their_own_sizes_and_links() -> None:
+    def stage(output_bytes: int, gradient_bytes: int) -> StageCost:
+        return StageCost(
+            forward_seconds=1,
+            backward_seconds=1,
+            recompute_seconds=1,
+            output_bytes=output_bytes,
+            gradient_bytes=gradient_bytes,
+        )
+
+    spans = spans_of(
+        named_schedule("gpipe", 2, 1), [stage(3, 5), stage(100, 100)], LinkCost(seconds_per_byte=1)
+    )
+    assert spans == ["0 0F0 0-1", "1 1F0 4-5", "1 1B0 5-6", "0 0B0 11-12"]
+
+
+def test_stages_on_one_device_send_for_free() -> None:
+    schedule = Schedule(
+        name="one device",
+        programs=parse_programs("0F0 1F0 1B0 0B0"),
+        placement=((0,), (0,)),
+        num_microbatches=1,
+    )
+    timeline = simulate(validate(schedule), unit_costs(2), LinkCost(latency_seconds=9))
+    assert timeline.duration_seconds == 4
+
+
+def test_costs_must_match_the_stages() -> None:
+    with pytest.raises(PlanError, match="got costs of 3 stages for a schedule of 2"):
+        simulate(named_schedule("gpipe", 2, 2), unit_costs(3))
+
+
+def test_a_split_backward_has_no_costs_yet() -> None:
+    schedule = Schedule(
+        name="split",
+        programs=parse_programs("0F0 0I0 0W0"),
+        placement=((0,),),
+        num_microbatches=1,
+    )
+    with pytest.raises(PlanError, match="0I0: split backward has no costs yet; use B in place"):
+        simulate(schedule, unit_costs(1))

@@ -1,0 +1,148 @@
+import json
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagewise.costs import StageCost
+from stagewise.planning import simulate, unit_costs
+from stagewise.schedule import POLICIES, SCHEDULES, Instruction, named_schedule, with_recompute
+from stagewise.timeline import Span, Timeline
+
+
+def timeline_of(text: str, num_devices: int = 1) -> Timeline:
+    """From lines of `device instruction start end`."""
+    rows = [line.split() for line in text.strip().splitlines()]
+    return Timeline(
+        num_devices,
+        tuple(
+            Span(
+                device=int(device),
+                instruction=Instruction.parse(instruction),
+                start_seconds=float(start),
+                end_seconds=float(end),
+            )
+            for device, instruction, start, end in rows
+        ),
+    )
+
+
+def test_duration_busy_and_bubble() -> None:
+    timeline = timeline_of("0 0F0 0 1\n1 1F0 1 3\n1 1B0 3 4\n0 0B0 5 6", num_devices=2)
+    assert timeline.duration_seconds == 6
+    assert timeline.busy_seconds == (2, 3)
+    assert timeline.bubble_fraction == pytest.approx(7 / 12)
+    assert [span.seconds for span in timeline.spans] == [1, 2, 1, 1]
+
+
+def test_an_empty_timeline() -> None:
+    timeline = Timeline(2, ())
+    assert timeline.duration_seconds == 0
+    assert timeline.busy_seconds == (0, 0)
+    assert timeline.bubble_fraction == 0
+    assert timeline.peak_in_flight(1) == 0
+
+
+def test_in_flight_rises_at_the_forwards_start_and_falls_at_the_backwards_end() -> None:
+    timeline = timeline_of("0 0F0 0 1\n0 0F1 1 2\n0 0R1 2 3\n0 0B1 3 5\n0 0B0 5 7")
+    assert timeline.in_flight(0) == ((0, 1), (1, 2), (5, 1), (7, 0))
+    assert timeline.peak_in_flight(0) == 2
+
+
+def test_what_ends_goes_before_what_begins() -> None:
+    assert timeline_of("0 0F0 0 1\n0 0B0 1 2\n0 0F1 2 3\n0 0B1 3 4").peak_in_flight(0) == 1
+
+
+def test_instructions_that_take_no_time_count_too() -> None:
+    # A forward and its backward at one instant once gave -1, then 0: a peak of nothing.
+    timeline = timeline_of("0 0F0 2 2\n0 0B0 2 2\n0 0F1 2 3\n0 0B1 3 3")
+    assert [count for _, count in timeline.in_flight(0)] == [1, 0, 1, 0]
+
+
+def test_a_split_backward_frees_with_its_weights_half() -> None:
+    timeline = timeline_of("0 0F0 0 1\n0 0I0 1 2\n0 0W0 2 3")
+    assert timeline.in_flight(0) == ((0, 1), (3, 0))
+
+
+COST = StageCost(
+    forward_seconds=1,
+    backward_seconds=2,
+    recompute_seconds=1,
+    input_bytes=10,
+    activation_bytes=100,
+)
+
+
+def test_activation_bytes_without_recomputation() -> None:
+    timeline = timeline_of("0 0F0 0 1\n0 0F1 1 2\n0 0B1 2 4\n0 0B0 4 6")
+    assert timeline.activation_bytes(0, [COST]) == ((0, 110), (1, 220), (4, 110), (6, 0))
+    assert timeline.peak_activation_bytes([COST]) == (220,)
+
+
+def test_activation_bytes_with_recomputation() -> None:
+    timeline = timeline_of("0 0F0 0 1\n0 0F1 1 2\n0 0B1 2 4\n0 0R0 4 5\n0 0B0 5 7")
+    assert timeline.activation_bytes(0, [COST]) == (
+        (0, 10),
+        (1, 120),
+        (4, 10),
+        (4, 110),
+        (7, 0),
+    )
+    assert timeline.peak_activation_bytes([COST]) == (120,)
+
+
+@given(
+    num_stages=st.integers(1, 6),
+    num_microbatches=st.integers(1, 12),
+    name=st.sampled_from(sorted(SCHEDULES)),
+    policy=st.sampled_from(sorted(POLICIES)),
+    costs=st.data(),
+)
+def test_curves_never_fall_below_zero_and_end_there(
+    num_stages: int, num_microbatches: int, name: str, policy: str, costs: st.DataObject
+) -> None:
+    seconds = st.integers(0, 3)
+    stages = [
+        StageCost(
+            forward_seconds=costs.draw(seconds),
+            backward_seconds=costs.draw(seconds),
+            recompute_seconds=costs.draw(seconds),
+            input_bytes=costs.draw(st.integers(0, 5)),
+            activation_bytes=costs.draw(st.integers(0, 5)),
+        )
+        for _ in range(num_stages)
+    ]
+    schedule = with_recompute(named_schedule(name, num_stages, num_microbatches), policy)
+    timeline = simulate(schedule, stages)
+    assert sum(timeline.busy_seconds) == sum(span.seconds for span in timeline.spans)
+    for device in range(num_stages):
+        for curve in (timeline.in_flight(device), timeline.activation_bytes(device, stages)):
+            assert [time for time, _ in curve] == sorted(time for time, _ in curve)
+            assert all(value >= 0 for _, value in curve)
+            assert not curve or curve[-1][1] == 0
+
+
+def test_records_round_trip_through_json() -> None:
+    timeline = simulate(with_recompute(named_schedule("1f1b", 3, 4), "always"), unit_costs(3))
+    records = json.loads(json.dumps(timeline.to_records()))
+    assert records[0] == {
+        "device": 0,
+        "instruction": "0F0",
+        "start_seconds": 0.0,
+        "end_seconds": 1.0,
+    }
+    assert Timeline.from_records(3, records) == timeline
+
+
+def test_exact_numbers_stay_exact() -> None:
+    costs = [
+        StageCost(
+            forward_seconds=Fraction(1, 3),  # type: ignore[arg-type]
+            backward_seconds=Fraction(1, 7),  # type: ignore[arg-type]
+            recompute_seconds=0,
+        )
+    ] * 2
+    timeline = simulate(named_schedule("gpipe", 2, 2), costs)
+    assert timeline.duration_seconds == 3 * Fraction(10, 21)
+    assert timeline.bubble_fraction == Fraction(1, 3)
