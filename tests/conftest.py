@@ -1,7 +1,11 @@
-"""Shared set-up: deterministic hypothesis, and GPU tests that skip themselves."""
+"""Shared set-up: deterministic hypothesis, worker pools, GPU tests that skip themselves."""
+
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from tests.harness import Pools
 
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None
@@ -18,3 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    """`pools[K].run(case, *args)` runs `case` on K ranks."""
+    pools = Pools()
+    yield pools
+    pools.kill()

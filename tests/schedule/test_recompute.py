@@ -17,15 +17,15 @@ from stagewise.schedule import (
     with_recompute,
 )
 
-# Where a program has a backward right behind its own forward, a recomputation would save nothing,
-# so there is none: 1f1b's last device, and every device's last microbatch in gpipe.
+# The last stage waits for no gradient. Where its backward stands right behind its own forward, a
+# recomputation would save nothing, so there is none: all of 1f1b's, and gpipe's last microbatch.
 GRIDS = {
     ("gpipe", "never"): """
         device 0  0F0 0F1 0F2  .   .  0B2 0B1 0B0
         device 1   .  1F0 1F1 1F2 1B2 1B1 1B0  .
     """,
     ("gpipe", "always"): """
-        device 0  0F0 0F1 0F2  .   .  0B2 0R1 0B1 0R0 0B0
+        device 0  0F0 0F1 0F2 0R2  .  0B2 0R1 0B1 0R0 0B0
         device 1   .  1F0 1F1 1F2 1B2 1R1 1B1 1R0 1B0  .
     """,
     ("gpipe", "except_last"): """
@@ -73,7 +73,8 @@ def test_what_is_recomputed(name: str, num_stages: int, num_microbatches: int, p
         assert tuple(i for i in program if i.kind is not Kind.RECOMPUTE) == before
         for previous, here in pairwise(before):
             if here.kind is Kind.BACKWARD:
-                fresh = previous == Instruction(here.stage, Kind.FORWARD, here.microbatch)
+                forward = Instruction(num_stages - 1, Kind.FORWARD, here.microbatch)
+                fresh = previous == forward
                 recomputed = (here.stage, here.microbatch) in schedule.recomputed
                 assert recomputed == (here.microbatch in wanted and not fresh)
         for position, i in enumerate(program):

@@ -44,7 +44,7 @@ def plan_command(
     with errors_told_once():
         cut = opt.parsed_balance(balance, stages)
         opt.check_schedule(schedule, recompute, stages, microbatches)
-        from stagewise.training.prepare import PlanOptions
+        from stagewise.training.prepare import PlanOptions, check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
@@ -61,7 +61,12 @@ def plan_command(
             *(("--balance", balance) if balance else ()),
             *(("--json",) if as_json else ()),
         ]
-        run_in_workers(stages, arguments, lambda: _run(loaded, options, as_json=as_json))
+        run_in_workers(
+            stages,
+            arguments,
+            before=lambda: check_form(loaded, options, None),
+            body=lambda: _run(loaded, options, as_json=as_json),
+        )
 
 
 def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:

@@ -88,6 +88,8 @@ def simulate_command(
 def _stage_costs(forward: str, backward: str, num_stages: int) -> list[StageCost]:
     forwards = _seconds("--forward", forward, num_stages)
     backwards = _seconds("--backward", backward, num_stages)
+    if not any(forwards + backwards):
+        raise UsageError("--forward and --backward are all 0; give at least one stage some seconds")
     return [
         StageCost(forward_seconds=f, backward_seconds=b, recompute_seconds=f)
         for f, b in zip(forwards, backwards, strict=True)

@@ -53,6 +53,15 @@ CheckpointEvery = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps between two checkpoints; 0 for none.")
 ]
 
+_DEFAULTS = {
+    "--microbatches": 8,
+    "--schedule": "1f1b",
+    "--recompute": "never",
+    "--validate-every": 100,
+    "--checkpoint-every": 100,
+}
+_IN_CHECKPOINT = ("--seed", "--out", "--resume")  # what --resume RUN says by itself
+
 
 def train(
     recipe: opt.RecipeArgument,
@@ -81,7 +90,7 @@ def train(
         cut = opt.parsed_balance(balance, stages)
         opt.check_schedule(schedule, recompute, stages, microbatches)
         from stagewise.training.checkpoint import find
-        from stagewise.training.prepare import PlanOptions, TrainOptions
+        from stagewise.training.prepare import PlanOptions, TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
@@ -101,7 +110,12 @@ def train(
             checkpoint_every=checkpoint_every,
             resume=checkpoint,
         )
-        run_in_workers(stages, _arguments(recipe, options), lambda: _run(loaded, options))
+        run_in_workers(
+            stages,
+            _arguments(recipe, options),
+            before=lambda: check_form(loaded, options.plan, checkpoint),
+            body=lambda: _run(loaded, options),
+        )
 
 
 def _run(recipe: "Recipe", options: "TrainOptions") -> None:
@@ -141,13 +155,12 @@ def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outco
         return
     say(f"checkpoint: {outcome.checkpoint}")
     steps = outcome.num_steps if outcome.stopped else 2 * outcome.num_steps
-    onward = replace(options, num_steps=steps, resume=None)
-    arguments = [*_arguments(path, onward), "--resume", str(options.run)]
-    say(f"go on with: {shlex.join(['stagewise', *arguments])}")
+    onward = ["stagewise", *_arguments(path, replace(options, num_steps=steps), short=True)]
+    say(f"go on with: {shlex.join(onward)} --resume {shlex.quote(str(options.run))}")
 
 
-def _arguments(recipe: Path, options: "TrainOptions") -> list[str]:
-    """The command line that gives `options`, for workers and for resuming."""
+def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
+    """The command line that gives `options`; short: only what resuming that run needs to say."""
     plan, resume = options.plan, options.resume
     values = {
         "--stages": plan.num_stages,
@@ -162,6 +175,12 @@ def _arguments(recipe: Path, options: "TrainOptions") -> list[str]:
         "--validate-every": options.validate_every,
         "--checkpoint-every": options.checkpoint_every,
     }
+    if short:
+        values = {
+            name: value
+            for name, value in values.items()
+            if name not in _IN_CHECKPOINT and value != _DEFAULTS.get(name)
+        }
     given = [(name, str(value)) for name, value in values.items() if value is not None]
     return ["train", str(recipe), *(word for pair in given for word in pair)]
 

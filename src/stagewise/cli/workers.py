@@ -19,11 +19,18 @@ def errors_told_once() -> Iterator[None]:
         yield
 
 
-def run_in_workers(num_workers: int, arguments: list[str], body: Callable[[], None]) -> None:
+def run_in_workers(
+    num_workers: int,
+    arguments: list[str],
+    *,
+    before: Callable[[], None],
+    body: Callable[[], None],
+) -> None:
     """Run `body` in each of `num_workers` workers.
 
-    In a worker that is already running, join the others and run it. Otherwise start the workers
-    with the command line `arguments`, which leads them here; a single one needs no process.
+    In a worker that is already running, join the others and run it. Otherwise start the workers,
+    if `before` finds nothing wrong, with the command line `arguments`, which leads them here; a
+    single one needs no process.
     """
     if launched():
         if world_size() != num_workers:
@@ -39,6 +46,7 @@ def run_in_workers(num_workers: int, arguments: list[str], body: Callable[[], No
     elif num_workers == 1:
         body()
     else:
+        before()
         from stagewise.training.launch import launch
 
         try:

@@ -1,8 +1,10 @@
 """Buffers that change in forward (BatchNorm's statistics, spectral norm's vectors).
 
 They change once per microbatch, in microbatch order, whatever is recomputed: a recomputation
-runs with the values that its forward saw, and leaves no trace. Which buffers change is learnt
-from the forwards, so that constant ones (masks, position tables) are never copied.
+runs with the values that its forward saw, and leaves no trace. Which modules change their
+buffers is learnt from their first remembered forward in each mode, so that constant buffers
+(masks, position tables) are copied once and never again. Values are compared there, since
+BatchNorm, and code that writes through `.data`, leave no mark in a tensor's version.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,51 +13,69 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_Place = tuple[nn.Module, str]
-Saved = dict[int, torch.Tensor]  # by index into the list of buffers
+from stagewise.errors import CellError
+
+_Buffers = dict[str, torch.Tensor | None]
+Saved = dict[int, _Buffers]  # by index into the list of modules with buffers
 
 
 class BufferKeeper:
     """Remembers and replays the changing buffers of some modules."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._places: list[_Place] = [
-            (module, name)
-            for root in modules
-            for module in root.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self._changing: set[int] = set(range(len(self._places)))  # until a forward was seen
-        self._seen: set[int] = set()
+        every = dict.fromkeys(module for root in modules for module in root.modules())
+        self._owners = [module for module in every if module._buffers]
+        self._changes: dict[tuple[int, bool], bool] = {}  # (owner, in training mode)
 
     @contextmanager
     def forward(self, *, remember: bool) -> Iterator[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
-        before = self._tensors()
-        versions = [buffer._version for buffer in before]
-        saved = {i: before[i].clone() for i in self._changing} if remember else {}
+        saved: Saved = {}
+        if not remember:
+            yield saved
+            return
+        before = [dict(owner._buffers) for owner in self._owners]
+        marks = [_marks(buffers) for buffers in before]
+        for index, owner in enumerate(self._owners):
+            if self._changes.get((index, owner.training), True):
+                saved[index] = {n: None if b is None else b.clone() for n, b in before[index].items()}
+        modes = [owner.training for owner in self._owners]
         yield saved
-        for index, now in enumerate(self._tensors()):
-            if now is not before[index] or now._version != versions[index]:
-                self._seen.add(index)
-        self._changing = set(self._seen)
-        for index in set(saved) - self._changing:
-            del saved[index]
+        for index, (owner, mode) in enumerate(zip(self._owners, modes, strict=True)):
+            marked = _marks(owner._buffers) != marks[index]
+            changes = self._changes.get((index, mode))
+            if changes is None:
+                changes = marked or not _equal(owner._buffers, saved[index])
+                self._changes[index, mode] = changes
+            elif marked and not changes:
+                raise CellError(
+                    f"{type(owner).__name__} changed a buffer that its first forward left alone "
+                    f"({', '.join(owner._buffers)}); recomputation needs the old value: use "
+                    "recompute='never', or write the buffer in every forward"
+                )
+            if not changes:
+                saved.pop(index, None)
 
     @contextmanager
     def recompute(self, saved: Saved) -> Iterator[None]:
         """Run a recomputation inside, with the buffers of its forward; then put all back."""
-        now = self._tensors()
-        for index, tensor in saved.items():
-            self._put(index, tensor)
-        yield
-        for index in saved:
-            self._put(index, now[index])
+        now = {index: dict(self._owners[index]._buffers) for index in saved}
+        try:
+            for index, buffers in saved.items():
+                self._owners[index]._buffers.update(buffers)
+            yield
+        finally:
+            for index, buffers in now.items():
+                self._owners[index]._buffers.update(buffers)
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [module._buffers[name] for module, name in self._places]  # type: ignore[misc]
 
-    def _put(self, index: int, tensor: torch.Tensor) -> None:
-        module, name = self._places[index]
-        module._buffers[name] = tensor
+def _marks(buffers: _Buffers) -> list[tuple[str, int, int]]:
+    """What changes when a buffer is replaced, or written in a way that autograd sees."""
+    return [(n, id(b), 0 if b is None else b._version) for n, b in buffers.items()]
+
+
+def _equal(ours: _Buffers, theirs: _Buffers) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours.values(), theirs.values(), strict=True)
+    )

@@ -2,69 +2,118 @@
 
 A value is taken apart into its tensors and a Structure (how to put it together again, with the
 constants in it), so that transports move tensors only, and the structure is sent just when it
-changes.
+changes. A tensor that stands in several places is taken once, so that it arrives as one tensor:
+its gradients are then summed in the plain model's order, and it travels once. Dataclasses are
+taken apart too.
 """
 
-import enum
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.errors import CellError
+
 
 @dataclass(frozen=True)
 class Structure:
-    """A pytree without its tensors; `constants[i]` is None where leaf i is a tensor."""
+    """A pytree without its tensors.
+
+    `places[i]` is the tensor that leaf i is, or None where it is `constants[i]`.
+    """
 
     spec: pytree.TreeSpec
     constants: tuple[object, ...]
-    is_tensor: tuple[bool, ...]
+    places: tuple[int | None, ...]
 
     def __reduce__(self) -> tuple[object, ...]:
         # TreeSpec warns when pickled, so the tree itself travels, with marks for its tensors.
         leaves = [
-            _TENSOR if is_tensor else constant
-            for is_tensor, constant in zip(self.is_tensor, self.constants, strict=True)
+            constant if place is None else _Mark(place)
+            for place, constant in zip(self.places, self.constants, strict=True)
         ]
         return _structure_of, (pytree.tree_unflatten(leaves, self.spec),)
 
 
-class _Mark(enum.Enum):
-    TENSOR = enum.auto()
+@dataclass(frozen=True)
+class _Mark:
+    """Stands for a tensor."""
 
-
-_TENSOR = _Mark.TENSOR
+    place: int
 
 
 def _structure_of(skeleton: object) -> Structure:
-    leaves, spec = pytree.tree_flatten(skeleton)
+    leaves, spec = flatten(skeleton)
     return Structure(
         spec,
-        tuple(None if leaf is _TENSOR else leaf for leaf in leaves),
-        tuple(leaf is _TENSOR for leaf in leaves),
+        tuple(None if isinstance(leaf, _Mark) else leaf for leaf in leaves),
+        tuple(leaf.place if isinstance(leaf, _Mark) else None for leaf in leaves),
     )
 
 
-def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
-    """Split `value` into its tensors, in order, and its structure."""
+def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
+    """The leaves of `value` and its spec; dataclasses that hold tensors are nodes, not leaves.
+
+    Raises CellError for an object of another class that hides tensors: its gradients would be
+    lost at a boundary.
+    """
     leaves, spec = pytree.tree_flatten(value)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    opaque = {type(leaf): leaf for leaf in leaves if _hides_tensors(leaf)}
+    if not opaque:
+        return leaves, spec
+    for cls in opaque:
+        if not dataclasses.is_dataclass(cls):
+            raise CellError(
+                f"a {cls.__name__} hides tensors from the pipeline; use a tuple, dict or "
+                "dataclass instead, or register it with torch.utils._pytree"
+            )
+        pytree.register_dataclass(cls)
+    return flatten(value)
+
+
+def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
+    """Split `value` into its tensors, in order and each once, and its structure."""
+    leaves, spec = flatten(value)
+    tensors: list[torch.Tensor] = []
+    known: dict[int, int] = {}
+    places: list[int | None] = []
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            places.append(None)
+            continue
+        if id(leaf) not in known:
+            known[id(leaf)] = len(tensors)
+            tensors.append(leaf)
+        places.append(known[id(leaf)])
     constants = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    return tensors, Structure(spec, constants, is_tensor)
+    return tensors, Structure(spec, constants, tuple(places))
 
 
 def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> object:
     """The inverse of `take_apart`."""
-    own = iter(tensors)
     leaves = [
-        next(own) if is_tensor else constant
-        for is_tensor, constant in zip(structure.is_tensor, structure.constants, strict=True)
+        constant if place is None else tensors[place]
+        for place, constant in zip(structure.places, structure.constants, strict=True)
     ]
     return pytree.tree_unflatten(leaves, structure.spec)
 
 
 def move(value: object, device: torch.device) -> object:
     """`value` with every tensor on `device`; tensors already there are passed on as they are."""
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
+    tensors, structure = take_apart(value)
+    return put_together([tensor.to(device) for tensor in tensors], structure)
+
+
+def _hides_tensors(leaf: object) -> bool:
+    if leaf is None or isinstance(leaf, (torch.Tensor, _Mark, str, int, float)):
+        return False
+    inside = vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, type) else {}
+    fields = list(inside.values())
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        fields = [getattr(leaf, field.name) for field in dataclasses.fields(leaf)]
+    return any(
+        isinstance(part, (torch.Tensor, _Mark)) or _hides_tensors(part)
+        for part in pytree.tree_leaves(fields)
+    )

@@ -2,8 +2,8 @@
 
 The `R` stands right before its backward. The executor waits for a gradient only when it
 reaches the backward, so the recomputation runs while the gradient is still on its way.
-A backward that follows its own forward at once gets no `R`: dropping the graph for no time
-at all would save no memory and cost a forward.
+On the last stage, which waits for no gradient, a backward that follows its own forward gets no
+`R`: dropping the graph for no time at all would save no memory and cost a forward.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ def with_recompute(schedule: Schedule, policy: str) -> Schedule:
         raise ScheduleError(
             f"there is no recompute policy {policy!r}; choose one of {', '.join(sorted(POLICIES))}"
         )
-    wanted = POLICIES[policy]
+    wanted, last = POLICIES[policy], schedule.num_stages - 1
 
     def rewrite(program: Program) -> Program:
         out: list[Instruction] = []
         for instruction in program:
             stage, m = instruction.stage, instruction.microbatch
-            fresh = bool(out) and out[-1] == Instruction(stage, Kind.FORWARD, m)
+            fresh = stage == last and out[-1:] == [Instruction(stage, Kind.FORWARD, m)]
             if (
                 instruction.kind in _BACKWARDS
                 and wanted(m, schedule.num_microbatches)

@@ -14,7 +14,8 @@ import stagewise
 from stagewise.errors import CheckpointError, RecipeError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning import Plan
+from stagewise.planning import Plan, check_balance
+from stagewise.planning.partition import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
@@ -67,8 +68,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     """Build everything, at the state that the run starts from; every rank calls this."""
     model = build_model(recipe, seed=options.seed)
     if options.resume is not None:
-        shapes = {n: tuple(p.shape) for n, p in module_tree(chain_of(model)).named_parameters()}
-        checkpoints.check_fits(options.resume, shapes)
+        checkpoints.check_fits(options.resume, parameter_shapes(model))
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
     plan = make_plan(recipe, model, options.plan, batch=batches.first)
@@ -85,6 +85,31 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         validation=validation_batches(recipe),
         num_steps=num_steps,
     )
+
+
+def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) -> None:
+    """Find, before workers start, the mistakes that the model's form alone shows.
+
+    The model is built on the meta device, without memory; one that cannot be is left to the
+    workers, who find the same mistakes later.
+    """
+    try:
+        with torch.device("meta"):
+            model = recipe.model()
+    except Exception:
+        return
+    chain = chain_of(model)
+    check_counts(len(chain), options.num_stages)
+    if options.balance is not None:
+        check_balance(options.balance, len(chain), options.num_stages)
+    if resume is not None:
+        checkpoints.check_fits(resume, parameter_shapes(model))
+
+
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The shapes of all of the model's parameters, by name."""
+    named = module_tree(chain_of(model)).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in named}
 
 
 def build_model(recipe: Recipe, *, seed: int) -> Model:

@@ -166,7 +166,9 @@ def _lines_until(log: Path, step: int) -> list[str]:
     kept = []
     for line in log.read_text().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
+            fields = json.loads(line)
+            # The run begins with a validation of its first step, which it writes itself.
+            if fields["step"] < step or (fields["step"] == step and "loss" in fields):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a crash cut short

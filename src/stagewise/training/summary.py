@@ -1,12 +1,13 @@
 """Plans and results as tables: what is predicted, and beside it what was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from stagewise.planning import Plan
+from stagewise.report import format_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,12 @@ def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
 def plan_in_words(plan: Plan) -> str:
     """The cut and the predictions of a measured plan, before training starts."""
     figures = predicted(plan)
-    memory = ", ".join(_mebibytes(number) for number in figures.peak_activation_bytes)
+    memory = ", ".join(_size(number) for number in figures.peak_activation_bytes)
     return (
         f"{cut_in_words(plan, [cell.name for cell in plan.cells])}\n"
         f"schedule {plan.schedule}, {plan.num_microbatches} microbatches, recompute "
         f"{plan.recompute}\n"
-        f"predicted: step {_milliseconds(figures.step_seconds)}, bubble "
+        f"predicted: step {_time(figures.step_seconds)}, bubble "
         f"{_percent(figures.bubble_fraction)}, activations {memory}"
     )
 
@@ -81,11 +82,11 @@ def cells_table(plan: Plan) -> Table:
         table.add_row(
             cell.name,
             str(stage),
-            _milliseconds(cell.forward_seconds),
-            _milliseconds(cell.backward_seconds),
-            _mebibytes(cell.parameter_bytes),
-            _mebibytes(cell.activation_bytes),
-            _mebibytes(cell.output_bytes),
+            _time(cell.forward_seconds),
+            _time(cell.backward_seconds),
+            _size(cell.parameter_bytes),
+            _size(cell.activation_bytes),
+            _size(cell.output_bytes),
         )
     return table
 
@@ -101,10 +102,10 @@ def stages_table(plan: Plan) -> Table:
         table.add_row(
             str(stage),
             str(plan.balance[stage]),
-            _milliseconds(busy),
+            _time(busy),
             _percent(1 - busy / duration if duration else 0.0),
-            _mebibytes(cost.parameter_bytes),
-            _mebibytes(figures.peak_activation_bytes[stage]),
+            _size(cost.parameter_bytes),
+            _size(figures.peak_activation_bytes[stage]),
         )
     return table
 
@@ -113,17 +114,22 @@ def comparison_table(expected: Figures, measured: Figures) -> Table:
     """Predicted and measured side by side."""
     table = _table("Prediction and reality", "", "predicted", "measured", "difference")
 
-    def row(what: str, left: float | None, right: float | None, show: str) -> None:
+    def row(
+        what: str, left: float | None, right: float | None, show: Callable[[float | None], str]
+    ) -> None:
         ratio = f"{right / left - 1:+.1%}" if left and right is not None else ""
-        table.add_row(what, _SHOW[show](left), _SHOW[show](right), ratio)
+        table.add_row(what, show(left), show(right), ratio)
 
-    row("step time", expected.step_seconds, measured.step_seconds, "time")
+    row("step time", expected.step_seconds, measured.step_seconds, _time)
     table.add_row(
         "bubble", _percent(expected.bubble_fraction), _percent(measured.bubble_fraction), ""
     )
-    pairs = zip(expected.peak_activation_bytes, measured.peak_activation_bytes, strict=True)
-    for device, (left, right) in enumerate(pairs):
-        row(f"peak activations, device {device}", left, right, "bytes")
+    left, right = expected.peak_activation_bytes, measured.peak_activation_bytes
+    if len(left) == len(right):
+        for device, peaks in enumerate(zip(left, right, strict=True)):
+            row(f"peak activations, device {device}", *peaks, _size)
+    else:  # one process ran several devices' programs
+        row("peak activations, all devices", None, sum(right), _size)
     return table
 
 
@@ -134,16 +140,19 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:,.1f} ms"
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else format_seconds(seconds)
 
 
 def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.1%}"
 
 
-def _mebibytes(num_bytes: float | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 2**20:,.2f} MiB"
-
-
-_SHOW = {"time": _milliseconds, "bytes": _mebibytes}
+def _size(num_bytes: float | None) -> str:
+    if num_bytes is None:
+        return "-"
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1024
+        units.pop()
+    return f"{num_bytes:.3g} {units[-1]}"

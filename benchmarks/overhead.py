@@ -1,0 +1,143 @@
+"""How much slower than its own simulation is a step? Devices are emulated by sleeping cells.
+
+Eight worker processes stand for eight devices; 24 cells, equal or unequal; 32 microbatches. The
+simulator is told the sleeping times and free links, so the ratio is the engine's whole overhead:
+Python, autograd, messages over gloo, and eight processes sharing this machine's cores.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import typer
+
+import stagewise
+from benchmarks.workers import Row, print_rows, run_workers
+from stagewise.costs import CellCost
+from stagewise.planning import plan_from_costs
+from stagewise.testing import EmulatedDevice, emulated_model
+
+NUM_STAGES, NUM_MICROBATCHES, NUM_CELLS = 8, 32, 24
+WORK_SECONDS = 6.56  # forward and backward of all microbatches on one device: a step of about 1 s
+BACKWARD_OVER_FORWARD = 2
+WEIGHTS = {
+    "equal": [1.0] * NUM_CELLS,
+    "unequal": [50.0, 200.0, 80.0, 300.0, 60.0, 150.0, 90.0, 250.0] * 3,
+}
+PUBLISHED = (
+    "GPipe's paper at K=8, M=32 (with recomputation): speedup 6.3 (Transformer), "
+    "3.48 (AmoebaNet-D)",
+    "torch.distributed.pipelining, measured the same way on such a machine: ratio 1.14 (gpipe), "
+    "1.15 (1f1b), 1.30 (with checkpointing)",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure."""
+
+    profile: str
+    schedule: str
+    recompute: str
+
+
+CASES = [
+    Case(profile, schedule, recompute)
+    for profile in WEIGHTS
+    for schedule in ("gpipe", "1f1b")
+    for recompute in ("never", "always")
+]
+
+
+def main(
+    quick: bool = typer.Option(False, help="Fewer repetitions; ends within a minute."),
+    json: bool = typer.Option(False, "--json", help="One JSON object per row."),
+) -> None:
+    """Measure a step on emulated devices against the simulator."""
+    rows = run_workers(NUM_STAGES, measure, CASES, 2 if quick else 7)
+    print_rows("engine overhead on emulated devices", rows, as_json=json, notes=PUBLISHED)
+
+
+def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:
+    """Run on every rank: all cases, and one device for the speedup."""
+    alone = {profile: _one_device_seconds(profile) for profile in WEIGHTS}
+    return [_measure_case(case, num_steps, alone[case.profile]) for case in cases]
+
+
+def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
+    cells = _cell_costs(case.profile)
+    plan = plan_from_costs(
+        cells,
+        num_stages=NUM_STAGES,
+        num_microbatches=NUM_MICROBATCHES,
+        schedule=case.schedule,
+        recompute=case.recompute,
+    )
+    pipe = stagewise.Pipeline(_model(cells), plan, loss=_loss)
+    batch = torch.zeros(NUM_MICROBATCHES, 1024)
+    times = []
+    for _ in range(1 + num_steps):
+        dist.barrier()
+        start = time.perf_counter()
+        pipe.step(batch, target=batch)
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    simulated, measured = plan.timeline.duration_seconds, statistics.median(times[1:])
+    return {
+        "profile": case.profile,
+        "schedule": case.schedule,
+        "recompute": case.recompute,
+        "num_stages": NUM_STAGES,
+        "num_microbatches": NUM_MICROBATCHES,
+        "simulated_seconds": simulated,
+        "measured_seconds": measured,
+        "ratio": measured / simulated,
+        "speedup": alone_seconds / measured,
+    }
+
+
+def _one_device_seconds(profile: str) -> float:
+    """One step of the whole chain on one device, without recomputation; measured on rank 0."""
+    seconds = 0.0
+    if dist.get_rank() == 0:
+        cells = _cell_costs(profile)
+        plan = plan_from_costs(cells, num_stages=1, num_microbatches=NUM_MICROBATCHES)
+        pipe = stagewise.Pipeline(_model(cells), plan, loss=_loss, transport="local")
+        batch = torch.zeros(NUM_MICROBATCHES, 1024)
+        start = time.perf_counter()
+        pipe.step(batch, target=batch)
+        seconds = time.perf_counter() - start
+    dist.barrier()
+    return seconds
+
+
+def _cell_costs(profile: str) -> list[CellCost]:
+    weights = WEIGHTS[profile]
+    forward = WORK_SECONDS / NUM_MICROBATCHES / (1 + BACKWARD_OVER_FORWARD) / sum(weights)
+    return [
+        CellCost(
+            name=str(index),
+            forward_seconds=weight * forward,
+            backward_seconds=weight * forward * BACKWARD_OVER_FORWARD,
+        )
+        for index, weight in enumerate(weights)
+    ]
+
+
+def _model(cells: Sequence[CellCost]) -> torch.nn.Sequential:
+    return emulated_model(
+        [cell.forward_seconds for cell in cells],
+        [cell.backward_seconds for cell in cells],
+        EmulatedDevice(),
+    )
+
+
+def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return output.mean()
+
+
+if __name__ == "__main__":
+    typer.run(main)

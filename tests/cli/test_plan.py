@@ -1,0 +1,35 @@
+"""`stagewise plan` measures in workers, and prints a table or JSON that is a plan."""
+
+import json
+from pathlib import Path
+
+import stagewise
+from tests.recipes import run_command, write_recipe
+
+
+def test_json_is_a_plan_with_predictions(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    code, out, err = run_command("plan", recipe, "--microbatches", "4", "--json", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    plan = stagewise.Plan.from_json(out)
+    predicted = json.loads(out)["predicted"]
+    assert plan.num_stages == 2 and len(plan.cells) == 10
+    assert predicted["step_seconds"] == plan.timeline.duration_seconds
+    assert predicted["peak_activation_bytes"] == list(plan.peak_activation_bytes)
+    assert predicted["parameter_bytes"] == [c.parameter_bytes for c in plan.stage_costs]
+
+
+def test_tables(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    code, out, err = run_command(
+        "plan", recipe, "--stages", "1", "--balance", "10", "--schedule", "gpipe", cwd=tmp_path
+    )
+    assert (code, err) == (0, "")
+    for expected in ("forward", "peak activations", "stage 0: 10 cells (0.0 to 3)", "predicted:"):
+        assert expected in out
+
+
+def test_more_stages_than_cells(tmp_path: Path) -> None:
+    code, _, err = run_command("plan", write_recipe(tmp_path), "--stages", "11", cwd=tmp_path)
+    assert code == 2
+    assert "use at most 10 stages" in err

@@ -1,0 +1,184 @@
+"""`stagewise train` for real: worker processes, Ctrl-C, resuming, and wrong use told once."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.recipes import Command, log_of, run_command, write_recipe
+
+SMALL = ("--microbatches", "4", "--validate-every", "0")
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [record for record in log_of(run) if "loss" in record]
+
+
+def test_two_workers_train_and_what_they_leave(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    code, out, err = run_command("train", recipe, "--steps", "10", *SMALL, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    for expected in ("stage 1:", "step 10/10  loss", "step time", "peak activations, device 1"):
+        assert expected in out
+    assert out.count("validation loss") == 3  # before, after, and in the summary
+    assert "--steps 20 --validate-every 0 --resume runs/tiny" in out
+    run = tmp_path / "runs/tiny"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+
+    # One process gives the same losses, bit for bit; its run gets a directory of its own.
+    code, _, err = run_command(
+        "train", recipe, "--stages", "1", "--steps", "10", *SMALL, cwd=tmp_path
+    )
+    assert (code, err) == (0, "")
+    assert losses(tmp_path / "runs/tiny-2") == losses(run)
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    command = Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path)
+    try:
+        command.read_until("step 10/")
+        command.interrupt()
+        code, out, err = command.finish()
+    finally:
+        command.kill()
+    assert code == 0, err
+    assert err == "\nstopping after this step; once more to stop at once\n"
+    assert "stopped after step" in out
+    run = tmp_path / "runs/tiny"
+    (last,) = sorted((run / "checkpoints").iterdir())[-1:]
+    stopped_at = int(last.name.removeprefix("step-"))
+    assert [record["step"] for record in losses(run)] == list(range(1, stopped_at + 1))
+
+    steps = str(stopped_at + 5)
+    code, _, err = run_command(
+        "train", recipe, "--steps", steps, *SMALL, "--resume", "runs/tiny", cwd=tmp_path
+    )
+    assert (code, err) == (0, "")
+    whole = ("train", recipe, "--stages", "1", "--steps", steps, "--out", "whole", *SMALL)
+    assert run_command(*whole, cwd=tmp_path)[0] == 0
+    assert losses(tmp_path / "whole") == losses(run)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        ("inputs = torch.randn", "__import__('time').sleep(5)\n            inputs = torch.randn"),
+    )
+    command = Command("train", recipe, "--steps", "1000", *SMALL, cwd=tmp_path)
+    try:
+        command.read_until("step 0")
+        command.interrupt()
+        assert command.process.stderr is not None
+        while "once more" not in command.process.stderr.readline():
+            pass
+        command.interrupt()
+        code, _, err = command.finish()
+    finally:
+        command.kill()
+    assert code == 130
+    assert "Traceback" not in err
+
+
+def test_a_killed_worker_is_told_and_ends_the_run(tmp_path: Path) -> None:
+    kill = "__import__('os').environ.get('RANK') == '1' and __import__('os').kill("
+    kill += "__import__('os').getpid(), 9)"
+    recipe = write_recipe(
+        tmp_path, ("inputs = torch.randn", f"{kill}\n            inputs = torch.randn")
+    )
+    code, _, err = run_command("train", recipe, "--steps", "5", *SMALL, cwd=tmp_path)
+    assert code == 1
+    assert "rank 1" in err and "SIGKILL" in err
+
+
+def test_a_workers_failure_is_told_once_with_its_traceback(tmp_path: Path) -> None:
+    fail = (
+        "import os\n    if os.environ.get('RANK') == '1' and os.environ.get('LOCAL_RANK') == '1':"
+    )
+    recipe = write_recipe(
+        tmp_path,
+        (
+            "def loss(output, target):",
+            f"def loss(output, target):\n    {fail}\n        raise KeyError('oh')",
+        ),
+    )
+    code, _, err = run_command("train", recipe, "--steps", "5", *SMALL, cwd=tmp_path)
+    assert code != 0
+    assert err.count("KeyError: 'oh'") >= 1
+    assert "torch/distributed/elastic" not in err
+
+
+def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
+    tell = "import os\n    open(f\"pid-{os.environ['RANK']}\", 'w').write(str(os.getpid()))"
+    recipe = write_recipe(tmp_path, ("def model():", f"def model():\n    {tell}"))
+    command = Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path)
+    try:
+        command.read_until("step 10/")
+        os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
+        code, out, err = command.finish()
+    finally:
+        command.kill()
+    assert (code, err) == (0, "")
+    assert "go on with: stagewise train" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule", "zigzag"], "there is no schedule 'zigzag'; choose one of"),
+        (["--recompute", "rarely"], "there is no recompute policy 'rarely'; choose one of"),
+        (["--stages", "11"], "use at most 10 stages"),
+        (["--balance", "4,7"], "places 11 cells but the model has 10"),
+        (["--balance", "4,5,1"], "has 3 stages but num_stages is 2"),
+        (["--balance", "half"], "such as --balance 4,6"),
+        (["--resume", "nowhere"], "nowhere does not exist"),
+        (["--microbatches", "9"], "8 samples cannot fill 9 microbatches"),
+    ],
+)
+def test_wrong_use_is_told_once(tmp_path: Path, arguments: list[str], message: str) -> None:
+    recipe = write_recipe(tmp_path)
+    code, _, err = run_command("train", recipe, "--steps", "5", *arguments, cwd=tmp_path)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count(message) == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_recipe_without_loss(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("def loss(", "def lossy("))
+    code, _, err = run_command("train", recipe, cwd=tmp_path)
+    assert code == 2
+    assert "defines no loss; add it, for example:\n\ndef loss(output, target):" in err
+
+
+def test_resume_of_another_model_and_of_a_taken_directory(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    one = ("--stages", "1", "--steps", "2", "--out", "run")
+    assert run_command("train", recipe, *one, cwd=tmp_path)[0] == 0
+    code, _, err = run_command("train", recipe, *one, cwd=tmp_path)
+    assert code == 2
+    assert "run holds the checkpoints of a run of 2 steps; go on from there" in err
+    wider = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 9"), name="wider.py")
+    code, _, err = run_command("train", wider, "--resume", "run", "--steps", "4", cwd=tmp_path)
+    assert code == 2
+    assert "of another model" in err
+    assert "0.0.weight: (8, 8) in the checkpoint, (9, 9) here" in err
+    code, _, err = run_command("train", recipe, "--resume", "run", "--seed", "5", cwd=tmp_path)
+    assert code == 2
+    assert "leave --seed out" in err
+
+
+def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "stagewise")
+    arguments = (*torchrun, "train", recipe, "--steps", "3", *SMALL)
+    code, out, err = Command(*arguments, cwd=tmp_path, module="torch.distributed.run").finish()
+    assert code == 0, err
+    assert out.count("go on with") == 1
+    code, _, err = Command(
+        *arguments, "--stages", "3", cwd=tmp_path, module="torch.distributed.run"
+    ).finish()
+    assert code != 0
+    assert err.count("torchrun has started 2 workers but --stages is 3") == 1

@@ -1,0 +1,132 @@
+"""The public surface: change it on purpose only, with a line in CHANGELOG.md."""
+
+import importlib
+
+import pytest
+import typer.main
+
+import stagewise
+from stagewise.cli.main import COMMANDS, app, command_app
+
+EXPORTS = [
+    "GPipe",
+    "Pipeline",
+    "Plan",
+    "Schedule",
+    "StagewiseError",
+    "Timeline",
+    "UsageError",
+    "plan",
+    "simulate",
+]
+
+PACKAGES = {
+    "stagewise.planning": [
+        "Plan",
+        "bottleneck_seconds",
+        "check_balance",
+        "partition",
+        "plan_from_costs",
+        "simulate",
+        "unit_costs",
+    ],
+    "stagewise.report": ["format_seconds", "render_timeline"],
+    "stagewise.schedule": [
+        "POLICIES",
+        "SCHEDULES",
+        "Blocked",
+        "Instruction",
+        "Kind",
+        "LoweredProgram",
+        "Message",
+        "Program",
+        "Schedule",
+        "Step",
+        "forward_only",
+        "gpipe",
+        "grid",
+        "links",
+        "lower",
+        "named_schedule",
+        "one_f_one_b",
+        "parse_programs",
+        "validate",
+        "walk",
+        "with_recompute",
+    ],
+}
+
+# command -> its arguments and options
+COMMAND_LINE = {
+    "train": [
+        "--balance",
+        "--checkpoint-every",
+        "--help",
+        "--microbatches",
+        "--out",
+        "--recompute",
+        "--resume",
+        "--schedule",
+        "--seed",
+        "--stages",
+        "--steps",
+        "--validate-every",
+        "recipe",
+    ],
+    "plan": [
+        "--balance",
+        "--help",
+        "--json",
+        "--microbatches",
+        "--recompute",
+        "--schedule",
+        "--stages",
+        "recipe",
+    ],
+    "simulate": [
+        "--backward",
+        "--forward",
+        "--help",
+        "--json",
+        "--latency",
+        "--microbatches",
+        "--recompute",
+        "--schedule",
+        "--stages",
+        "--text",
+    ],
+}
+
+
+def parameters_of(application: typer.Typer) -> list[str]:
+    command = typer.main.get_command(application)
+    context = command.make_context("stagewise", [], resilient_parsing=True)
+    return sorted(name for p in command.get_params(context) for name in p.opts + p.secondary_opts)
+
+
+def test_exports() -> None:
+    assert sorted(stagewise.__all__) == EXPORTS
+
+
+def test_every_export_loads_and_dir_shows_it() -> None:
+    for name in EXPORTS:
+        assert getattr(stagewise, name).__name__ == name
+        assert name in dir(stagewise)
+    with pytest.raises(AttributeError, match="has no attribute 'pipe'"):
+        _ = stagewise.pipe
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_exports_of_packages(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PACKAGES[package])
+
+
+def test_commands() -> None:
+    assert list(COMMANDS) == list(COMMAND_LINE)
+    assert parameters_of(app) == ["--help", "--version"]
+
+
+@pytest.mark.parametrize("name", COMMAND_LINE)
+def test_options(name: str) -> None:
+    assert parameters_of(command_app(name)) == COMMAND_LINE[name]

@@ -1,0 +1,147 @@
+"""The loop in this process: a pause changes nothing, and what happened is logged."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stagewise.errors import CheckpointError, RecipeError
+from stagewise.training import checkpoint as checkpoints
+from stagewise.training.prepare import PlanOptions, TrainOptions
+from stagewise.training.recipe import load_recipe
+from stagewise.training.stop import StopRequest
+from stagewise.training.summary import Outcome
+from stagewise.training.trainer import train
+from tests.recipes import log_of, write_recipe
+
+
+class StopAfter(StopRequest):
+    """Asks to stop when it has been looked at `number` times."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    @property
+    def made(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def run(
+    recipe: Path,
+    out: Path,
+    *,
+    stages: int = 1,
+    steps: int | None = 10,
+    resume: Path | None = None,
+    stop: StopRequest | None = None,
+    checkpoint_every: int = 4,
+) -> tuple[Outcome, str]:
+    console = Console(file=io.StringIO(), width=100)
+    options = TrainOptions(
+        plan=PlanOptions(num_stages=stages, num_microbatches=4),
+        run=out,
+        num_steps=steps,
+        validate_every=5,
+        checkpoint_every=checkpoint_every,
+        resume=checkpoints.find(resume) if resume else None,
+    )
+    outcome = train(load_recipe(recipe), options, console=console, stop=stop or StopRequest())
+    assert isinstance(console.file, io.StringIO)
+    return outcome, console.file.getvalue()
+
+
+def test_a_run_and_its_log(tmp_path: Path) -> None:
+    generate = "def generate(predict):\n    return str(tuple(predict(torch.ones(3, 8)).shape))"
+    recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\nclip_grad_norm = 1.0\n{generate}"))
+    outcome, shown = run(recipe, tmp_path / "run", stages=2)
+    assert outcome.sample == "(3, 1)"
+    assert outcome.validation_before is not None and outcome.validation_after is not None
+    assert outcome.validation_after < outcome.validation_before
+    assert outcome.measured is not None and outcome.measured.step_seconds is not None
+    assert len(outcome.measured.peak_activation_bytes) == 1  # one process
+    assert min(outcome.measured.peak_activation_bytes) > 0
+    assert not outcome.stopped
+    assert outcome.checkpoint == tmp_path / "run/checkpoints/step-00000010"
+    assert "step 10/10  loss" in shown
+    assert "stage 1:" in shown and "predicted: step" in shown
+
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
+    assert [r["step"] for r in records if "validation_loss" in r] == [0, 5, 10]
+    assert all(r["samples_per_second"] > 0 and r["seconds"] > 0 for r in records if "loss" in r)
+    assert [r["step"] for r in records if "bubble_fraction" in r] == [10]
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_pause_changes_nothing(tmp_path: Path, stages: int) -> None:
+    recipe = write_recipe(tmp_path)
+    run(recipe, tmp_path / "whole")
+    stopped, _ = run(recipe, tmp_path / "parts", stages=2, stop=StopAfter(7))
+    assert stopped.stopped and stopped.last_step == 7
+    assert stopped.sample is None and stopped.measured is None
+    assert stopped.checkpoint == tmp_path / "parts/checkpoints/step-00000007"
+    run(recipe, tmp_path / "parts", stages=stages, resume=tmp_path / "parts")
+    whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
+    assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
+    assert whole[-1] == parts[-1]
+
+
+def test_a_crash_is_made_up_for_from_the_last_checkpoint(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run(recipe, tmp_path / "whole", steps=9, checkpoint_every=0)
+    run(recipe, tmp_path / "parts", steps=8)
+    run(recipe, tmp_path / "parts", steps=9, resume=tmp_path / "parts/checkpoints/step-00000004")
+    whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
+    assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
+
+
+def test_stopped_before_the_first_step(tmp_path: Path) -> None:
+    outcome, _ = run(write_recipe(tmp_path), tmp_path / "run", stop=StopAfter(0))
+    assert outcome.stopped and outcome.checkpoint is None
+
+
+def test_metrics_are_averaged_over_samples(tmp_path: Path) -> None:
+    metrics = "def metrics(output, target):\n    return {'samples': len(output)}"
+    batches = "[(torch.ones(n, WIDTH), torch.ones(n, 1)) for n in (1, 3)]"
+    recipe = write_recipe(
+        tmp_path,
+        ("WIDTH = 8", f"WIDTH = 8\n{metrics}"),
+        ("[(torch.ones(5, WIDTH), torch.ones(5, 1))]", batches),
+    )
+    run(recipe, tmp_path / "run", steps=1)
+    assert log_of(tmp_path / "run")[0]["metrics"] == {"samples": (1 * 1 + 3 * 3) / 4}
+
+
+def test_one_pass_by_default(tmp_path: Path) -> None:
+    outcome, _ = run(write_recipe(tmp_path), tmp_path / "run", steps=None)
+    assert outcome.last_step == 6
+
+
+def test_data_of_unknown_length_needs_steps(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("Shuffled() if", "iter(Shuffled()) if"))
+    with pytest.raises(RecipeError, match="give --steps"):
+        run(recipe, tmp_path / "run", steps=None)
+
+
+def test_nothing_left_to_do(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run(recipe, tmp_path / "run", steps=4)
+    with pytest.raises(CheckpointError, match=r"4 steps done.*larger --steps"):
+        run(recipe, tmp_path / "run", steps=4, resume=tmp_path / "run")
+
+
+def test_a_stage_without_parameters(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path))
+    options = TrainOptions(
+        plan=PlanOptions(num_stages=2, num_microbatches=2, balance=(1, 9)),
+        run=tmp_path / "run",
+        num_steps=2,
+    )
+    console = Console(file=io.StringIO())
+    outcome = train(recipe, options, console=console, stop=StopRequest())
+    assert outcome.last_step == 2
