@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 
@@ -21,7 +20,7 @@ class Example:
     model: Callable[[], nn.Module]
     inputs: Callable[[int], object]
     target: Callable[[int], object]
-    loss: Callable[..., Tensor] | None = F.mse_loss
+    loss: Callable[..., Tensor] | None = nn.functional.mse_loss
     exact: bool = True
 
 
@@ -31,7 +30,6 @@ class Carried(NamedTuple):
     scale: float
 
 
-@pytree.register_dataclass
 @dataclass
 class Pair:
     first: Tensor
@@ -57,14 +55,14 @@ class OpenSkip(nn.Module):
 
 
 class Inside(nn.Module):
-    """Applies a module to the hidden tensor; the skip passes by."""
+    """A residual block on the hidden tensor; the skip passes by."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, carried: Carried) -> Carried:
-        return carried._replace(hidden=self.module(carried.hidden))
+        return carried._replace(hidden=carried.hidden + self.module(carried.hidden))
 
 
 class CloseSkip(nn.Module):
@@ -134,6 +132,10 @@ class Counter(nn.Module):
         return x * (1 + 0.01 * self.count.to(x.dtype)) + self.mean.to(x.dtype)
 
 
+def token_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
 def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
@@ -177,7 +179,7 @@ def _values(dropout: float) -> nn.Module:
 
 
 def _language(dropout: float) -> nn.Module:
-    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True, bias=False)
     return nn.Sequential(
         Call(lambda batch: batch["tokens"]),  # an integer boundary
         nn.Embedding(11, 8),
@@ -220,13 +222,13 @@ EXAMPLES: dict[str, Example] = {
         lambda: _language(0.0),
         lambda n: {"tokens": torch.randint(11, (n, 5)), "mask": None},
         lambda n: torch.randint(11, (n, 5)),
-        lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten()),
+        token_loss,
     ),
     "language_dropout": Example(
         lambda: _language(0.2),
         lambda n: {"tokens": torch.randint(11, (n, 5)), "mask": None},
         lambda n: torch.randint(11, (n, 5)),
-        lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten()),
+        token_loss,
         exact=False,
     ),
     "odd": Example(_odd, _rows(3), _rows(2), exact=False),  # xs[2] sums over the microbatch

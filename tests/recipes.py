@@ -78,11 +78,7 @@ class Command:
 
     def finish(self) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        try:
-            out, err = self.process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        out, err = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, out, err
 
     def read_until(self, text: str) -> str:
@@ -91,18 +87,30 @@ class Command:
         for line in self.process.stdout:
             if text in line:
                 return line
-        raise AssertionError(f"the process ended without saying {text!r}")
+        _, _, err = self.finish()
+        raise AssertionError(f"the process ended without saying {text!r}:\n{err}")
 
     def interrupt(self) -> None:
         """What Ctrl-C does: SIGINT to the foreground process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """End it at once; workers notice that their parent is gone."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+        """End the command and its workers at once, if it still runs."""
+        if self.process.poll() is None:
+            pid = self.process.pid
+            workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            for number in (pid, *map(int, workers)):
+                os.kill(number, signal.SIGKILL)
+            self.process.communicate()
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
 
 def run_command(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
     """Run `stagewise ARGUMENTS` to its end."""
-    return Command(*arguments, cwd=cwd).finish()
+    with Command(*arguments, cwd=cwd) as command:
+        return command.finish()

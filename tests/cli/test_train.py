@@ -36,13 +36,10 @@ def test_two_workers_train_and_what_they_leave(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    command = Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path)
-    try:
+    with Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path) as command:
         command.read_until("step 10/")
         command.interrupt()
         code, out, err = command.finish()
-    finally:
-        command.kill()
     assert code == 0, err
     assert err == "\nstopping after this step; once more to stop at once\n"
     assert "stopped after step" in out
@@ -66,8 +63,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         tmp_path,
         ("inputs = torch.randn", "__import__('time').sleep(5)\n            inputs = torch.randn"),
     )
-    command = Command("train", recipe, "--steps", "1000", *SMALL, cwd=tmp_path)
-    try:
+    with Command("train", recipe, "--steps", "1000", *SMALL, cwd=tmp_path) as command:
         command.read_until("step 0")
         command.interrupt()
         assert command.process.stderr is not None
@@ -75,8 +71,6 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
             pass
         command.interrupt()
         code, _, err = command.finish()
-    finally:
-        command.kill()
     assert code == 130
     assert "Traceback" not in err
 
@@ -112,13 +106,10 @@ def test_a_workers_failure_is_told_once_with_its_traceback(tmp_path: Path) -> No
 def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
     tell = "import os\n    open(f\"pid-{os.environ['RANK']}\", 'w').write(str(os.getpid()))"
     recipe = write_recipe(tmp_path, ("def model():", f"def model():\n    {tell}"))
-    command = Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path)
-    try:
+    with Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path) as command:
         command.read_until("step 10/")
         os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
         code, out, err = command.finish()
-    finally:
-        command.kill()
     assert (code, err) == (0, "")
     assert "go on with: stagewise train" in out
 
@@ -174,11 +165,12 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "stagewise")
     arguments = (*torchrun, "train", recipe, "--steps", "3", *SMALL)
-    code, out, err = Command(*arguments, cwd=tmp_path, module="torch.distributed.run").finish()
+    with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
+        code, out, err = command.finish()
     assert code == 0, err
     assert out.count("go on with") == 1
-    code, _, err = Command(
-        *arguments, "--stages", "3", cwd=tmp_path, module="torch.distributed.run"
-    ).finish()
+    arguments = (*arguments, "--stages", "3")
+    with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
+        code, _, err = command.finish()
     assert code != 0
     assert err.count("torchrun has started 2 workers but --stages is 3") == 1

@@ -39,7 +39,7 @@ def test_a_lacking_function_is_named_with_an_example(tmp_path: Path, name: str) 
 
 def test_no_function(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("def loss(", "loss = 3\ndef my_loss("))
-    with pytest.raises(RecipeError, match="loss in .* is a int; it must be a function"):
+    with pytest.raises(RecipeError, match=r"loss in .* is a int; it must be a function"):
         load_recipe(path)
 
 
@@ -69,7 +69,7 @@ def test_wrong_clip_grad_norm(tmp_path: Path) -> None:
 
 def test_optimizer_of_another_kind(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, ("torch.optim.AdamW(parameters, lr=1e-2)", "42")))
-    with pytest.raises(RecipeError, match="returned a int; it must return a torch.optim.Optim"):
+    with pytest.raises(RecipeError, match=r"returned a int; it must return a torch\.optim\.Optim"):
         recipe.make_optimizer([torch.nn.Parameter(torch.ones(1))])
 
 

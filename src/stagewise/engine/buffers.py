@@ -38,7 +38,7 @@ class BufferKeeper:
         marks = [_marks(buffers) for buffers in before]
         for index, owner in enumerate(self._owners):
             if self._changes.get((index, owner.training), True):
-                saved[index] = {n: None if b is None else b.clone() for n, b in before[index].items()}
+                saved[index] = _copies(before[index])
         modes = [owner.training for owner in self._owners]
         yield saved
         for index, (owner, mode) in enumerate(zip(self._owners, modes, strict=True)):
@@ -72,6 +72,10 @@ class BufferKeeper:
 def _marks(buffers: _Buffers) -> list[tuple[str, int, int]]:
     """What changes when a buffer is replaced, or written in a way that autograd sees."""
     return [(n, id(b), 0 if b is None else b._version) for n, b in buffers.items()]
+
+
+def _copies(buffers: _Buffers) -> _Buffers:
+    return {name: None if b is None else b.clone() for name, b in buffers.items()}
 
 
 def _equal(ours: _Buffers, theirs: _Buffers) -> bool:

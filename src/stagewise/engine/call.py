@@ -20,7 +20,7 @@ class Mode(enum.IntEnum):
 class Call:
     """One call on one rank. Lists are indexed by microbatch and empty where this rank has none.
 
-    `weights[m]` is microbatch m's share of the minibatch. The last stage fills `losses`
+    `sizes[m]` is the number of samples in microbatch m. The last stage fills `losses`
     (detached, unweighted) and, for PREDICT, `outputs`; the first fills `input_gradients`.
     """
 
@@ -28,8 +28,12 @@ class Call:
     recomputed: frozenset[tuple[int, int]] = frozenset()
     inputs: list[object] = field(default_factory=list)
     targets: list[object] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    sizes: tuple[int, ...] = ()
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+
+    def weight(self, m: int) -> float:
+        """Microbatch m's share of the minibatch."""
+        return self.sizes[m] / sum(self.sizes)

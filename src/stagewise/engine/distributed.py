@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from stagewise.engine.failure import FailureBoard
 from stagewise.engine.transport import T
 from stagewise.engine.values import Structure, put_together, take_apart
-from stagewise.errors import CellError
+from stagewise.errors import CellError, PeerError
 from stagewise.schedule import LoweredProgram, Message, links
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of a loss
@@ -55,6 +56,7 @@ class DistributedTransport:
         self.rank = dist.get_rank(self._group)
         self.num_ranks = dist.get_world_size(self._group)
         self._device = device
+        self._failures = FailureBoard(dist.distributed_c10d._get_default_store(), self.rank)
         ranks = dist.get_process_group_ranks(self._group)
         if device.type == "cpu":
             self._control = self._down = self._up = self._group
@@ -112,12 +114,15 @@ class DistributedTransport:
     def finish(self) -> None:
         while self._leaving:
             work, _ = self._leaving.popleft()
-            work.wait()
+            self._wait(work)
+
+    def fail(self, cause: str) -> None:
+        self._failures.write(cause)
 
     def exchange(self, row: Sequence[int]) -> list[list[int]]:
         own = torch.tensor(row, dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self.num_ranks)]
-        dist.all_gather(rows, own, group=self._control)
+        self._wait(dist.all_gather(rows, own, group=self._control, async_op=True))
         return [other.tolist() for other in rows]
 
     def gather(self, value: T) -> list[T]:
@@ -129,10 +134,10 @@ class DistributedTransport:
         packet = torch.zeros(2, dtype=torch.float64)  # the number, and which dtype it has
         if number is not None:
             packet[0], packet[1] = number.double(), _DTYPES.index(number.dtype)
-        dist.broadcast(packet, group=self._control, group_src=source)
+        self._wait(dist.broadcast(packet, group=self._control, group_src=source, async_op=True))
         return packet[0].to(dtype=_DTYPES[int(packet[1])], device=self._device)
 
-    def broadcast(self, value: object, source: int) -> object:
+    def broadcast(self, value: T, source: int) -> T:
         tensors, structure = take_apart(value)
         header: list[object] = [_Header(structure, tuple(map(_layout, tensors)))]
         dist.broadcast_object_list(header, group=self._control, group_src=source)
@@ -143,7 +148,10 @@ class DistributedTransport:
         for tensor in tensors:
             if tensor.numel():
                 dist.broadcast(tensor, group=self._control, group_src=source)
-        return put_together([t.to(self._device) for t in tensors], header[0].structure)
+        received: T = put_together(  # type: ignore[assignment]
+            [tensor.to(self._device) for tensor in tensors], header[0].structure
+        )
+        return received
 
     def _post(self, source: int) -> None:
         """Post receives for the next known messages from `source`."""
@@ -163,8 +171,7 @@ class DistributedTransport:
             self._post(source)
         message, tensors, works = self._posted[source].popleft()
         for work in works:
-            assert work is not None
-            work.wait()
+            self._wait(work)
         header = self._headers[self._signature, message]
         for tensor, layout in zip(tensors, header.layouts, strict=True):
             tensor.requires_grad_(layout.requires_grad)
@@ -191,15 +198,26 @@ class DistributedTransport:
 
     def _receive_header(self, message: Message) -> _Header:
         size = torch.empty(1, dtype=torch.int64)
-        dist.recv(size, group=self._control, group_src=message.source)
+        self._wait(dist.irecv(size, group=self._control, group_src=message.source))
         payload = torch.empty(int(size), dtype=torch.uint8)
-        dist.recv(payload, group=self._control, group_src=message.source)
+        self._wait(dist.irecv(payload, group=self._control, group_src=message.source))
         header = pickle.loads(payload.numpy().tobytes())
         assert isinstance(header, _Header)
         return header
 
     def _direction(self, message: Message) -> dist.ProcessGroup:
         return self._down if message.source < message.destination else self._up
+
+    def _wait(self, work: dist.Work | None) -> None:
+        """Wait for `work`; raises PeerError with the first failing rank's cause."""
+        assert work is not None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise PeerError(
+                f"rank {self.rank} lost another rank while waiting for it. First failure: "
+                f"{self._failures.read()}"
+            ) from error
 
     def _start(self, work: dist.Work | None, tensor: torch.Tensor) -> None:
         """Keep `tensor` alive until its send has ended, and no longer."""

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch.utils import _pytree as pytree
 
-from stagewise.errors import BatchError
+from stagewise.engine.values import flatten, put_together, take_apart
+from stagewise.errors import BatchError, CellError
 
 
 def batch_size(value: object, what: str) -> int:
     """Number of samples in `value`; raises BatchError naming the leaves that disagree."""
     sizes: dict[str, int] = {}
+    try:
+        flatten(value)
+    except CellError as error:
+        raise BatchError(f"{what}: {error}") from error
     for path, leaf in pytree.tree_flatten_with_path(value)[0]:
         if isinstance(leaf, torch.Tensor):
             name = what + pytree.keystr(path)
@@ -51,22 +56,35 @@ def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
 
 def split(value: object, sizes: Sequence[int]) -> list[object]:
     """One pytree per microbatch; tensors are views, constants are shared."""
-    leaves, spec = pytree.tree_flatten(value)
-    parts = [
-        torch.split(leaf, list(sizes)) if isinstance(leaf, torch.Tensor) else [leaf] * len(sizes)
-        for leaf in leaves
-    ]
+    tensors, structure = take_apart(value)
+    columns = [torch.split(tensor, list(sizes)) for tensor in tensors]
     return [
-        pytree.tree_unflatten([part[index] for part in parts], spec) for index in range(len(sizes))
+        put_together([column[index] for column in columns], structure)
+        for index in range(len(sizes))
     ]
 
 
-def join(values: Sequence[object]) -> object:
-    """Concatenate the microbatches' outputs along dimension 0; constants are the first's."""
-    flat = [pytree.tree_flatten(value) for value in values]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    joined = [
-        torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0]
-        for column in columns
-    ]
+def join(values: Sequence[object], sizes: Sequence[int]) -> object:
+    """Concatenate the microbatches' outputs along dimension 0; constants are the first's.
+
+    Raises BatchError where an output does not hold its microbatch's samples along dimension 0.
+    """
+    flat = [flatten(value) for value in values]
+    joined: list[object] = []
+    for column in zip(*(leaves for leaves, _ in flat), strict=True):
+        parts = [leaf for leaf in column if isinstance(leaf, torch.Tensor)]
+        if not parts:
+            joined.append(column[0])
+            continue
+        shapes = [tuple(part.shape) for part in parts]
+        if [shape[:1] for shape in shapes] != [(size,) for size in sizes] or (
+            len({shape[1:] for shape in shapes}) > 1
+        ):
+            raise BatchError(
+                f"outputs of shapes {shapes} cannot be joined to one of {sum(sizes)} samples: "
+                f"dimension 0 must hold the microbatch's samples ({list(sizes)}) and the other "
+                "dimensions must agree; let the last cell return the samples' outputs, and "
+                "the loss function reduce them"
+            )
+        joined.append(torch.cat(parts))
     return pytree.tree_unflatten(joined, flat[0][1])

@@ -49,10 +49,23 @@ class Stage:
     ) -> None:
         self.index, self.cells, self.device = index, cells, device
         self.is_last, self._loss = is_last, loss
-        self.parameters = [p for cell in cells for p in cell.module.parameters()]
+        self._modules = [module for cell in cells for module in cell.module.modules()]
+        self._parameters = [p for cell in cells for p in cell.module.parameters()]
         self._buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, _Flight] = {}
         self._traits: dict[tuple[bool, ...], _Traits] = {}
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether this stage computes a loss from output and target."""
+        return self.is_last and self._loss is not None
+
+    def flags(self) -> tuple[bool, ...]:
+        """What decides, besides the inputs, which gradients there are and what is mutated."""
+        return (
+            *(module.training for module in self._modules),
+            *(parameter.requires_grad for parameter in self._parameters),
+        )
 
     def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
         """Run `instruction` on what was received for it; returns the value to send on."""
@@ -83,16 +96,18 @@ class Stage:
         ):
             output, mutates = self._run_cells(flight, traits, Kind.FORWARD, m, call)
         roots, output_structure = take_apart(output)
+        differentiable = tuple(root.requires_grad for root in roots)
         if traits is None:
-            traits = _Traits(mutates, tuple(root.requires_grad for root in roots))
-            self._traits[key] = traits
+            traits = self._traits[key] = _Traits(mutates, differentiable)
         if training:
             self._flights[m] = flight
         if keep_graph:
             flight.roots = roots
+        elif len(differentiable) == len(traits.differentiable):
+            differentiable = traits.differentiable  # `recompute` will check it
         sent = [
             root.detach().requires_grad_(training and flag)
-            for root, flag in zip(roots, traits.differentiable, strict=True)
+            for root, flag in zip(roots, differentiable, strict=True)
         ]
         return put_together(sent, output_structure)
 
@@ -103,6 +118,14 @@ class Stage:
         with torch.enable_grad(), self._buffers.recompute(flight.buffers):
             output, _ = self._run_cells(flight, traits, Kind.RECOMPUTE, m, call)
         flight.roots, _ = take_apart(output)
+        flags = tuple(root.requires_grad for root in flight.roots)
+        if len(flags) != len(traits.differentiable) or any(
+            now and not before for now, before in zip(flags, traits.differentiable, strict=True)
+        ):
+            raise CellError(
+                f"stage {self.index} returned other tensors with a gradient on microbatch {m} than "
+                "on the first; recomputation must know them beforehand: use recompute='never'"
+            )
         return None
 
     def backward(self, m: int, received: list[object], call: Call) -> object:
@@ -110,7 +133,7 @@ class Stage:
         flight = self._flights.pop(m)
         gradients: Gradients
         if self.is_last:
-            gradients = (torch.full_like(flight.roots[0], call.weights[m]),)
+            gradients = (torch.full_like(flight.roots[0], call.weight(m)),)
         else:
             gradients = received[0]  # type: ignore[assignment]
         pairs = [
@@ -191,7 +214,7 @@ class Stage:
 
     def _traits_key(self, flight: _Flight, training: bool) -> tuple[bool, ...]:
         inputs = (tensor.requires_grad for tensor in flight.inputs)
-        return (training, *inputs, *(parameter.requires_grad for parameter in self.parameters))
+        return (training, *inputs, *self.flags())
 
 
 _ACTIONS = {

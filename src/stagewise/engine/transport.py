@@ -33,6 +33,9 @@ class Transport(Protocol):
     def finish(self) -> None:
         """Wait until everything sent has left."""
 
+    def fail(self, cause: str) -> None:
+        """Tell the other ranks why this one stops."""
+
     def exchange(self, row: Sequence[int]) -> list[list[int]]:
         """Every rank's row, by rank: how ranks agree before anything moves."""
 
@@ -42,7 +45,7 @@ class Transport(Protocol):
     def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
         """Rank `source`'s scalar, on every rank, in its own dtype; the others may pass None."""
 
-    def broadcast(self, value: object, source: int) -> object:
+    def broadcast(self, value: T, source: int) -> T:
         """Rank `source`'s pytree of tensors, on every rank."""
 
 
@@ -68,6 +71,9 @@ class LocalTransport:
     def finish(self) -> None:
         assert not self._mail, f"never received: {list(map(str, self._mail))}"
 
+    def fail(self, cause: str) -> None:
+        self._mail.clear()
+
     def exchange(self, row: Sequence[int]) -> list[list[int]]:
         return [list(row)]
 
@@ -78,5 +84,5 @@ class LocalTransport:
         assert number is not None
         return number
 
-    def broadcast(self, value: object, source: int) -> object:
+    def broadcast(self, value: T, source: int) -> T:
         return value

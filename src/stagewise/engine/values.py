@@ -107,13 +107,13 @@ def move(value: object, device: torch.device) -> object:
 
 
 def _hides_tensors(leaf: object) -> bool:
-    if leaf is None or isinstance(leaf, (torch.Tensor, _Mark, str, int, float)):
+    if leaf is None or isinstance(leaf, (torch.Tensor, _Mark, str, int, float, type)):
         return False
-    inside = vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, type) else {}
-    fields = list(inside.values())
-    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        fields = [getattr(leaf, field.name) for field in dataclasses.fields(leaf)]
-    return any(
-        isinstance(part, (torch.Tensor, _Mark)) or _hides_tensors(part)
-        for part in pytree.tree_leaves(fields)
-    )
+    if dataclasses.is_dataclass(leaf):
+        parts = pytree.tree_leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        return any(_is_tensor(part) or _hides_tensors(part) for part in parts)
+    return any(map(_is_tensor, pytree.tree_leaves(getattr(leaf, "__dict__", {}))))
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, (torch.Tensor, _Mark))

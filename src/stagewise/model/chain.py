@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stagewise.errors import ModelError
 
@@ -48,6 +49,12 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
                 )
             children.append((str(index), module))
     named = [pair for name, child in children for pair in _flatten(name, child)]
+    for name, module in named:
+        if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+            raise ModelError(
+                f"cell {name!r} ({type(module).__name__}) is lazy: its parameters have no shape "
+                "yet; run the model once on a sample, then cut it"
+            )
     if not named:
         raise ModelError("the model has no cells; give it at least one layer")
     return tuple(Cell(index, name, module) for index, (name, module) in enumerate(named))

@@ -15,7 +15,7 @@ from stagewise.engine.call import Call, Mode
 from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.microbatch import join
 from stagewise.engine.stage import Loss, Stage
-from stagewise.errors import CheckpointError, ModelError
+from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
 from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
 from stagewise.pipeline.measure import measure_memory
@@ -75,7 +75,7 @@ class Pipeline:
         whole = module_tree(chain)
         self.plan, self.step_index = plan, 0
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
-        self._dtypes = {p.dtype for p in whole.parameters()}
+        self._dtypes = [p.dtype for p in whole.parameters()]
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
         if self.num_ranks > 1:
             check_unshared(chain, plan.balance)
@@ -110,20 +110,28 @@ class Pipeline:
         """The model's output in eval mode, samples in order, on every rank."""
         with self._eval_mode():
             call = self._runner.run(Mode.PREDICT, self.step_index, inputs)
-        joined = join([call.outputs[m] for m in sorted(call.outputs)]) if call.outputs else None
-        return self._transport.broadcast(joined, self._last_rank)
+        joined: object = None
+        problem: str | None = None
+        if call.outputs:
+            try:
+                joined = join([call.outputs[m] for m in sorted(call.outputs)], call.sizes)
+            except BatchError as error:
+                problem = str(error)
+        joined, problem = self._transport.broadcast((joined, problem), self._last_rank)
+        if problem is not None:
+            raise BatchError(problem)
+        return joined
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
 
         Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
         """
-        dtype = torch.float32
-        for other in self._dtypes:
-            dtype = torch.promote_types(dtype, other)
-        own = dict(self.module.named_parameters())
         return clip_by_global_norm(
-            own, list(self.parameter_shapes), dtype, max_norm, self._transport
+            dict(self.module.named_parameters()),
+            dict(zip(self.parameter_shapes, self._dtypes, strict=True)),
+            max_norm,
+            self._transport,
         )
 
     def timeline(self) -> Timeline:
@@ -226,7 +234,7 @@ class Pipeline:
         """The weighted mean of the microbatches' losses, summed in their order."""
         total = None
         for m in sorted(call.losses):
-            part = call.losses[m].reshape(()) * call.weights[m]
+            part = call.losses[m].reshape(()) * call.weight(m)
             total = part if total is None else total + part
         return self._transport.share_number(total, self._last_rank)
 

@@ -12,7 +12,7 @@ from stagewise.engine.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage import Stage
 from stagewise.engine.transport import Transport
 from stagewise.engine.values import move, take_apart
-from stagewise.errors import StagewiseError
+from stagewise.errors import PeerError, StagewiseError
 from stagewise.pipeline.admission import admit
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, lower
@@ -56,17 +56,18 @@ class Runner:
             inputs,
             target,
             needs_inputs=0 in self.stages,
-            needs_target=last in self.stages and mode is not Mode.PREDICT,
+            needs_target=last in self.stages
+            and self.stages[last].needs_target
+            and mode is not Mode.PREDICT,
             num_microbatches=self._count if training else lambda n: min(n, self._count(n)),
-            flags=[p.requires_grad for stage in self.stages.values() for p in stage.parameters],
+            flags=[flag for stage in self.stages.values() for flag in stage.flags()],
         )
         programs, own = self._program(training, len(admitted.sizes))
         devices = {stage.device for stage in self.stages.values()}
-        total = sum(admitted.sizes)
         call = Call(
             mode=mode,
             recomputed=self.schedule.recomputed if training else frozenset(),
-            weights=[size / total for size in admitted.sizes],
+            sizes=admitted.sizes,
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
         )
         if 0 in self.stages:
@@ -87,6 +88,11 @@ class Runner:
                     observe=observe,
                 )
                 self.transport.finish()
+            except PeerError:
+                raise
+            except BaseException as error:
+                self.transport.fail(f"{type(error).__name__}: {error}")
+                raise
             finally:
                 for stage in self.stages.values():
                     stage.clear()

@@ -25,6 +25,7 @@ from stagewise.errors import PeerError, StagewiseError, UsageError
 from stagewise.training.environment import STOP_FILE, USAGE_EXIT_CODE, num_cores
 from stagewise.training.stop import SIGNALS
 
+_CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
 _CONNECTION_LOST = "gloo/transport"  # in what gloo says when another rank has gone
 
 
@@ -121,20 +122,23 @@ def _first_cause(failures: Mapping[int, ProcessFailure]) -> StagewiseError:
     failure = failures[rank]
     if failure.exitcode == USAGE_EXIT_CODE:
         return UsageError(_text(failure).partition(": ")[2])
-    return PeerError(f"the worker of rank {rank} failed:\n\n{_traceback(failure)}")
+    return PeerError(f"the worker of rank {rank} failed: {_text(failure)}{_root(failure)}")
 
 
 def _text(failure: ProcessFailure) -> str:
     """ "Type: message" as the worker wrote it, or how it died."""
     # torch types `message` as str, but it is the dictionary that the worker's handler wrote.
     message: object = failure.message
-    return str(message["message"]) if isinstance(message, dict) else str(message)
-
-
-def _traceback(failure: ProcessFailure) -> str:
-    message: object = failure.message
     if isinstance(message, dict):
-        return str(message["extraInfo"]["py_callstack"]).rstrip()
+        return str(message["message"])
     if failure.exitcode < 0:
-        return f"{failure.message}; if it was SIGKILL, the machine may be out of memory"
+        return f"{message}; if it was SIGKILL, the machine may be out of memory"
     return f"exit code {failure.exitcode}, without a message"
+
+
+def _root(failure: ProcessFailure) -> str:
+    """The traceback of the error at the bottom of the worker's failure."""
+    message: object = failure.message
+    if not isinstance(message, dict):
+        return ""
+    return "\n\n" + str(message["extraInfo"]["py_callstack"]).split(_CAUSED)[0].rstrip()
