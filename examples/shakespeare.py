@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 NUM_BLOCKS, WIDTH, NUM_HEADS, DROPOUT = 8, 192, 6, 0.1
 VOCABULARY = 256  # one token per byte
-CONTEXT, BATCH = 64, 32  # bytes per sample, samples per minibatch
-NUM_BATCHES, NUM_VALIDATION_BATCHES = 300, 8
+CONTEXT, BATCH = 64, 16  # bytes per sample, samples per minibatch
+NUM_BATCHES, NUM_VALIDATION_BATCHES = 500, 16
 
 
 class Embedding(nn.Module):
@@ -146,7 +146,7 @@ def plays() -> list[Path]:
 
 def read(paths: Sequence[Path]) -> Tensor:
     """The plays one after another as plain text, one uint8 per byte."""
-    markup = re.compile(r"^#+ |\*\*|_|\\| +$", flags=re.MULTILINE)
+    markup = re.compile(r"^#+ |[*_\\]| +$", flags=re.MULTILINE)
     text = "\n\n".join(markup.sub("", path.read_text(encoding="utf-8")) for path in paths)
     return torch.frombuffer(bytearray(text.replace("—", "--").encode()), dtype=torch.uint8)
 

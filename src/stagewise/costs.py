@@ -13,7 +13,8 @@ class CellCost:
     """One cell's costs for one microbatch.
 
     `activation_bytes` counts what autograd keeps for the backward pass plus the cell's output,
-    without the cell's input and without parameters; `output_bytes` is what crosses the
+    without the cell's input and without parameters; `unsaved_output_bytes` is the part of it
+    that is kept only where a stage ends behind the cell; `output_bytes` is what crosses the
     boundary behind the cell, `gradient_bytes` what comes back across it.
     """
 
@@ -22,6 +23,7 @@ class CellCost:
     backward_seconds: float
     parameter_bytes: int = 0
     activation_bytes: int = 0
+    unsaved_output_bytes: int = 0
     output_bytes: int = 0
     gradient_bytes: int = 0
 
@@ -73,7 +75,8 @@ def stage_costs(
                 recompute_seconds=sum(cell.forward_seconds for cell in own),
                 parameter_bytes=sum(cell.parameter_bytes for cell in own),
                 input_bytes=incoming,
-                activation_bytes=sum(cell.activation_bytes for cell in own),
+                activation_bytes=sum(cell.activation_bytes for cell in own)
+                - sum(cell.unsaved_output_bytes for cell in own[:-1]),
                 output_bytes=own[-1].output_bytes,
                 gradient_bytes=own[-1].gradient_bytes,
             )

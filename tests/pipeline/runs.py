@@ -73,7 +73,9 @@ def pipeline(run: Run) -> stagewise.Pipeline:
 def train(run: Run) -> Record:
     """Train as `run` says; gradients are those of the last step, before any clipping."""
     pipe, record = pipeline(run), Record()
-    optimizer = OPTIMIZERS[run.optimizer](pipe.parameters()) if run.optimizer else None
+    optimizer = None
+    if run.optimizer and any(True for _ in pipe.parameters()):  # torch refuses an empty list
+        optimizer = OPTIMIZERS[run.optimizer](pipe.parameters())
     for index, size in enumerate(run.sizes):
         inputs, target = batch(run.example, size, run.dtype, seed=4 + index)
         pipe.zero_grad()
@@ -87,6 +89,11 @@ def train(run: Run) -> Record:
     record.parameters = {n: p.detach().clone() for n, p in pipe.named_parameters()}
     record.buffers = {n: b.clone() for n, b in pipe.named_buffers()}
     return record
+
+
+def train_each(runs: Sequence[Run]) -> list[Record]:
+    """`train` for every run: one trip to the workers."""
+    return [train(run) for run in runs]
 
 
 def train_plain(run: Run) -> Record:

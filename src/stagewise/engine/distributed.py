@@ -13,7 +13,8 @@ operations in order and would block on crossed sends.
 
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -103,18 +104,20 @@ class DistributedTransport:
         elif known != header:
             raise CellError(
                 f"the {message} changed its form though the batch did not: {_words(known)} "
-                f"before, {_words(header)} now; shapes that depend on the data cannot cross a "
-                "stage boundary: pad them, or move the cut with `balance`"
+                f"before, {_words(header)} now; shapes, constants and gradients that depend on the "
+                "data cannot cross a stage boundary: pad them, make them tensors, or move the cut "
+                "with `balance`"
             )
         group = self._direction(message)
         for tensor in flat:
             if tensor.numel():
-                self._start(dist.isend(tensor, group=group, group_dst=message.destination), tensor)
+                self._start(tensor, group, message.destination)
 
     def finish(self) -> None:
         while self._leaving:
             work, _ = self._leaving.popleft()
-            self._wait(work)
+            with self._peers():
+                work.wait()
 
     def fail(self, cause: str) -> None:
         self._failures.write(cause)
@@ -122,32 +125,37 @@ class DistributedTransport:
     def exchange(self, row: Sequence[int]) -> list[list[int]]:
         own = torch.tensor(row, dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self.num_ranks)]
-        self._wait(dist.all_gather(rows, own, group=self._control, async_op=True))
+        with self._peers():
+            dist.all_gather(rows, own, group=self._control)
         return [other.tolist() for other in rows]
 
     def gather(self, value: T) -> list[T]:
         values = [value] * self.num_ranks
-        dist.all_gather_object(values, value, group=self._control)
+        with self._peers():
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
     def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
         packet = torch.zeros(2, dtype=torch.float64)  # the number, and which dtype it has
         if number is not None:
             packet[0], packet[1] = number.double(), _DTYPES.index(number.dtype)
-        self._wait(dist.broadcast(packet, group=self._control, group_src=source, async_op=True))
+        with self._peers():
+            dist.broadcast(packet, group=self._control, group_src=source)
         return packet[0].to(dtype=_DTYPES[int(packet[1])], device=self._device)
 
     def broadcast(self, value: T, source: int) -> T:
         tensors, structure = take_apart(value)
         header: list[object] = [_Header(structure, tuple(map(_layout, tensors)))]
-        dist.broadcast_object_list(header, group=self._control, group_src=source)
+        with self._peers():
+            dist.broadcast_object_list(header, group=self._control, group_src=source)
         assert isinstance(header[0], _Header)
         if self.rank != source:
             tensors = [_empty(layout, torch.device("cpu")) for layout in header[0].layouts]
         tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
-        for tensor in tensors:
-            if tensor.numel():
-                dist.broadcast(tensor, group=self._control, group_src=source)
+        with self._peers():
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.broadcast(tensor, group=self._control, group_src=source)
         received: T = put_together(  # type: ignore[assignment]
             [tensor.to(self._device) for tensor in tensors], header[0].structure
         )
@@ -170,8 +178,10 @@ class DistributedTransport:
             self._headers[self._signature, message] = self._receive_header(message)
             self._post(source)
         message, tensors, works = self._posted[source].popleft()
-        for work in works:
-            self._wait(work)
+        with self._peers():
+            for work in works:
+                assert work is not None
+                work.wait()
         header = self._headers[self._signature, message]
         for tensor, layout in zip(tensors, header.layouts, strict=True):
             tensor.requires_grad_(layout.requires_grad)
@@ -183,24 +193,25 @@ class DistributedTransport:
     ) -> tuple[list[torch.Tensor], list[dist.Work | None]]:
         tensors = [_empty(layout, self._device) for layout in header.layouts]
         group = self._direction(message)
-        works = [
-            dist.irecv(_flat(tensor), group=group, group_src=message.source)
-            for tensor in tensors
-            if tensor.numel()
-        ]
+        with self._peers():
+            works = [
+                dist.irecv(_flat(tensor), group=group, group_src=message.source)
+                for tensor in tensors
+                if tensor.numel()
+            ]
         return tensors, works
 
     def _send_header(self, message: Message, header: _Header) -> None:
         payload = torch.frombuffer(bytearray(pickle.dumps(header)), dtype=torch.uint8)
         for tensor in (torch.tensor([payload.numel()]), payload):
-            work = dist.isend(tensor, group=self._control, group_dst=message.destination)
-            self._start(work, tensor)
+            self._start(tensor, self._control, message.destination)
 
     def _receive_header(self, message: Message) -> _Header:
         size = torch.empty(1, dtype=torch.int64)
-        self._wait(dist.irecv(size, group=self._control, group_src=message.source))
-        payload = torch.empty(int(size), dtype=torch.uint8)
-        self._wait(dist.irecv(payload, group=self._control, group_src=message.source))
+        with self._peers():
+            dist.recv(size, group=self._control, group_src=message.source)
+            payload = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(payload, group=self._control, group_src=message.source)
         header = pickle.loads(payload.numpy().tobytes())
         assert isinstance(header, _Header)
         return header
@@ -208,19 +219,21 @@ class DistributedTransport:
     def _direction(self, message: Message) -> dist.ProcessGroup:
         return self._down if message.source < message.destination else self._up
 
-    def _wait(self, work: dist.Work | None) -> None:
-        """Wait for `work`; raises PeerError with the first failing rank's cause."""
-        assert work is not None
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Talk to other ranks inside; raises PeerError with the first failing rank's cause."""
         try:
-            work.wait()
+            yield
         except RuntimeError as error:
             raise PeerError(
                 f"rank {self.rank} lost another rank while waiting for it. First failure: "
                 f"{self._failures.read()}"
             ) from error
 
-    def _start(self, work: dist.Work | None, tensor: torch.Tensor) -> None:
-        """Keep `tensor` alive until its send has ended, and no longer."""
+    def _start(self, tensor: torch.Tensor, group: dist.ProcessGroup, destination: int) -> None:
+        """Start to send `tensor`; keep it alive until it has left, and no longer."""
+        with self._peers():
+            work = dist.isend(tensor, group=group, group_dst=destination)
         assert work is not None
         self._leaving.append((work, tensor))
         while self._leaving and self._leaving[0][0].is_completed():
@@ -228,7 +241,11 @@ class DistributedTransport:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` if its elements fill a stretch of memory in some order, else a contiguous copy."""
+    """`tensor` if its elements fill a stretch of memory in some order, else a contiguous copy.
+
+    A lazily conjugated or negated tensor is computed, since its memory says nothing of that.
+    """
+    tensor = tensor.resolve_conj().resolve_neg()
     expected = 1
     axes = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted(axis for axis in axes if axis[1] != 1):
@@ -253,4 +270,9 @@ def _empty(layout: _Layout, device: torch.device) -> torch.Tensor:
 
 
 def _words(header: _Header) -> str:
-    return str([(tuple(layout.shape), str(layout.dtype)) for layout in header.layouts])
+    tensors = [
+        f"{tuple(layout.shape)} {layout.dtype}" + " with gradient" * layout.requires_grad
+        for layout in header.layouts
+    ]
+    constants = [c for c in header.structure.constants if c is not None]
+    return f"[{', '.join(tensors)}]" + (f" and constants {constants}" if constants else "")

@@ -10,14 +10,18 @@ from contextlib import contextmanager
 
 import torch
 
-_Key = tuple[torch.device, int]
+StorageKey = tuple[torch.device, int]
 
 
 class _Saved:
     """Stands for a tensor that autograd saved; tells the meter when autograd lets go."""
 
-    def __init__(self, tensor: torch.Tensor, key: _Key, counts: dict[_Key, list[int]]) -> None:
-        self.tensor, self._key, self._counts = tensor, key, counts
+    def __init__(
+        self, tensor: torch.Tensor, key: StorageKey, counts: dict[StorageKey, list[int]]
+    ) -> None:
+        # Detached: a node that saves its own output would else keep itself alive for ever where
+        # its graph never runs backward. Autograd puts the graph back when it unpacks.
+        self.tensor, self._key, self._counts = tensor.detach(), key, counts
         counts.setdefault(key, [0, tensor.untyped_storage().nbytes()])[0] += 1
 
     def __del__(self) -> None:
@@ -32,7 +36,7 @@ class ActivationMeter:
 
     def __init__(self, excluded: Iterable[torch.Tensor]) -> None:
         self._excluded = {_key(tensor) for tensor in excluded}
-        self._saved: dict[_Key, list[int]] = {}  # storage -> [how often saved, bytes]
+        self._saved: dict[StorageKey, list[int]] = {}  # storage -> [how often saved, bytes]
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -42,12 +46,15 @@ class ActivationMeter:
 
     def live_bytes(self, held: Iterable[torch.Tensor]) -> int:
         """Bytes of what autograd keeps now and of the storages behind `held`."""
-        sizes = {key: entry[1] for key, entry in self._saved.items()}
-        for tensor in held:
-            key = _key(tensor)
-            if key not in self._excluded:
-                sizes[key] = tensor.untyped_storage().nbytes()
-        return sum(sizes.values())
+        return sum(entry[1] for entry in self._saved.values()) + sum(self.unsaved(held).values())
+
+    def unsaved(self, held: Iterable[torch.Tensor]) -> dict[StorageKey, int]:
+        """Bytes of the storages behind `held` that autograd does not keep, by storage."""
+        return {
+            _key(tensor): tensor.untyped_storage().nbytes()
+            for tensor in held
+            if _key(tensor) not in self._excluded and _key(tensor) not in self._saved
+        }
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
         key = _key(tensor)
@@ -58,5 +65,5 @@ def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
     return saved.tensor if isinstance(saved, _Saved) else saved
 
 
-def _key(tensor: torch.Tensor) -> _Key:
+def _key(tensor: torch.Tensor) -> StorageKey:
     return tensor.device, tensor.untyped_storage().data_ptr()

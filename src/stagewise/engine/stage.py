@@ -75,6 +75,11 @@ class Stage:
         """The tensors kept from forward to backward, besides those that autograd saved."""
         for flight in self._flights.values():
             yield from flight.inputs
+        yield from self.roots()
+
+    def roots(self) -> Iterator[torch.Tensor]:
+        """The outputs of the microbatches in flight, while their graphs exist."""
+        for flight in self._flights.values():
             yield from flight.roots
 
     def clear(self) -> None:
@@ -225,6 +230,8 @@ _ACTIONS = {
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
+        return tensor.clone()
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 

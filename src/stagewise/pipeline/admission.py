@@ -46,11 +46,6 @@ def admit(
     """
     objection, num_inputs, num_targets, signature = None, _NONE, _NONE, _NONE
     try:
-        if mode is Mode.TRAIN and torch.is_inference_mode_enabled():
-            raise BatchError(
-                "step() needs gradients, which torch.inference_mode() rules out; call step() "
-                "outside of it, or evaluate()"
-            )
         num_inputs = _count(inputs, "inputs", needs_inputs)
         num_targets = _count(target, "target", needs_target)
         known = {n for n in (num_inputs, num_targets) if n != _NONE}

@@ -8,6 +8,7 @@ stage: the same Timeline type, read cell by cell.
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.costs import CellCost
 from stagewise.engine.call import Mode
-from stagewise.engine.memory import ActivationMeter
+from stagewise.engine.memory import ActivationMeter, StorageKey
 from stagewise.engine.stage import Loss, Stage
 from stagewise.engine.transport import LocalTransport
 from stagewise.engine.values import take_apart
@@ -99,7 +100,7 @@ def profile(
                 for span in runner.spans:
                     times.setdefault(span.instruction, []).append(span.seconds)
             rounds += 1
-    kept = _activation_bytes(runner, inputs, target)
+    kept, unsaved = _activation_bytes(runner, inputs, target)
     return tuple(
         CellCost(
             name=cell.name,
@@ -107,6 +108,7 @@ def profile(
             backward_seconds=statistics.median(times[Instruction(cell.index, Kind.BACKWARD, 0)]),
             parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
             activation_bytes=kept[cell.index],
+            unsaved_output_bytes=unsaved[cell.index],
             output_bytes=transport.weights.get((Kind.FORWARD, cell.index), 0),
             gradient_bytes=transport.weights.get((Kind.BACKWARD, cell.index + 1), 0),
         )
@@ -127,17 +129,28 @@ class _WeighingTransport(LocalTransport):
         super().send(message, value)
 
 
-def _activation_bytes(runner: Runner, inputs: object, target: object) -> list[int]:
-    """What each one-cell stage adds to the live bytes, forward by forward."""
+def _activation_bytes(
+    runner: Runner, inputs: object, target: object
+) -> tuple[list[int], list[int]]:
+    """What each one-cell stage adds to the live bytes, and how much of that is unsaved output."""
     meter, levels = _meter(runner, inputs, target), [0]
+    unsaved: list[dict[StorageKey, int]] = []
 
     def observe(instruction: Instruction) -> None:
         if instruction.kind is Kind.FORWARD:
             levels.append(meter.live_bytes(_held(runner)))
+            # Once all forwards have run, every cell has saved what it will.
+            unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
 
     with untouched(runner.stages), meter.counting():
         runner.run(Mode.TRAIN, 0, inputs, target, observe=observe)
-    return [after - before for before, after in itertools.pairwise(levels)]
+    kept = [after - before for before, after in itertools.pairwise(levels)]
+    # What several cells hand on stays out: it is held wherever the cut falls.
+    holders = Counter(key for storages in unsaved for key in storages)
+    return kept, [
+        sum(num_bytes for key, num_bytes in storages.items() if holders[key] == 1)
+        for storages in unsaved
+    ]
 
 
 def _meter(runner: Runner, inputs: object, target: object) -> ActivationMeter:

@@ -176,7 +176,7 @@ class Pipeline:
         Raises CheckpointError if one of this rank's entries is missing or has another shape.
         """
         own = self.module.state_dict()
-        wrong = [n for n, t in own.items() if n not in state or state[n].shape != t.shape]
+        wrong = [n for n, t in own.items() if n not in state or _shape(state[n]) != _shape(t)]
         if wrong:
             raise CheckpointError(
                 f"the state lacks {len(wrong)} entries of this rank, or has them in another "
@@ -248,3 +248,8 @@ class Pipeline:
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
+
+
+def _shape(entry: object) -> torch.Size | None:
+    """None for what modules keep in a state_dict besides tensors (`get_extra_state`)."""
+    return entry.shape if isinstance(entry, torch.Tensor) else None

@@ -121,6 +121,7 @@ def _agree(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]
             backward_seconds=sum(cell.backward_seconds for cell in same) / len(same),
             parameter_bytes=same[0].parameter_bytes,
             activation_bytes=same[0].activation_bytes,
+            unsaved_output_bytes=same[0].unsaved_output_bytes,
             output_bytes=same[0].output_bytes,
             gradient_bytes=same[0].gradient_bytes,
         )

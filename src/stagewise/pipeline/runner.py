@@ -75,7 +75,8 @@ class Runner:
         if last in self.stages and target is not None:
             call.targets = split(move(target, self.stages[last].device), admitted.sizes)
         self._broken = True
-        with generators_kept(devices):
+        # The engine itself decides where gradients are on, also inside torch.inference_mode().
+        with generators_kept(devices), torch.inference_mode(False):
             self.transport.begin(admitted.signature, programs)
             start = time.perf_counter()
             try:

@@ -26,6 +26,7 @@ from stagewise.training.environment import STOP_FILE, USAGE_EXIT_CODE, num_cores
 from stagewise.training.stop import SIGNALS
 
 _CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
+_KEEP_BYTES = str(1 << 40)  # more than there is
 _CONNECTION_LOST = "gloo/transport"  # in what gloo says when another rank has gone
 
 
@@ -51,7 +52,7 @@ def launch(num_workers: int, arguments: list[str]) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=directory),
             signals_to_handle="SIGQUIT",  # the others are ours
         )
-        environment = {STOP_FILE: str(stop_file), **thread_environment(num_workers)}
+        environment = {STOP_FILE: str(stop_file), **worker_environment(num_workers)}
         entrypoint = elastic_launch(config, sys.executable)
         try:
             with _environment(environment), _signals_touch(stop_file):
@@ -62,11 +63,18 @@ def launch(num_workers: int, arguments: list[str]) -> None:
             raise KeyboardInterrupt from None
 
 
-def thread_environment(num_workers: int) -> dict[str, str]:
-    """Share this machine's cores between the workers, unless the user has set threads."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, num_cores() // num_workers))}
+def worker_environment(num_workers: int) -> dict[str, str]:
+    """Variables for the workers, where the user has not set them.
+
+    The cores are shared between them. glibc keeps freed memory: giving it back within
+    every step, as it does by default, makes the next one fault its pages in again.
+    """
+    wanted = {
+        "OMP_NUM_THREADS": str(max(1, num_cores() // num_workers)),
+        "MALLOC_TRIM_THRESHOLD_": _KEEP_BYTES,
+        "MALLOC_MMAP_THRESHOLD_": _KEEP_BYTES,
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 @contextmanager

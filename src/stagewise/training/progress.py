@@ -17,7 +17,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -137,7 +136,8 @@ class Shown(Reporter):
         self._print(text)
 
     def close(self) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
         self._log.close()
 
     def _print(self, text: object) -> None:
@@ -151,9 +151,8 @@ def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,

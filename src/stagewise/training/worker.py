@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from stagewise.training.environment import (
     USAGE_EXIT_CODE,
     launched_by_us,
 )
+
+RANK_0_SECONDS = 5.0
 
 
 @contextmanager
@@ -50,8 +53,11 @@ def failure_told() -> Iterator[None]:
         usage = isinstance(error, UsageError)
         if launched_by_us():
             get_error_handler().record_exception(error)
-        elif usage and os.environ["RANK"] == "0":
-            print(f"stagewise: {error}", file=sys.stderr)
+        elif usage:
+            if os.environ["RANK"] != "0":
+                # Rank 0 finds the same, tells it and ends, upon which torchrun ends us.
+                time.sleep(RANK_0_SECONDS)
+            print(f"error: {error}", file=sys.stderr)
         elif not usage and not isinstance(error, PeerError):
             traceback.print_exc()
         sys.stdout.flush()

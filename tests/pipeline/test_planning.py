@@ -1,0 +1,143 @@
+"""stagewise.plan: measures without a trace, predicts memory to the byte, refuses nonsense."""
+
+import pytest
+import torch
+from torch import nn
+
+import stagewise
+from stagewise.errors import BatchError, ModelError, PlanError, ScheduleError
+from stagewise.schedule import POLICIES, SCHEDULES
+from tests.harness import Pools
+from tests.models import EXAMPLES, batch, build
+from tests.pipeline.runs import num_cells
+
+
+def plan_for(example: str, **changes: object) -> stagewise.Plan:
+    inputs, target = batch(example, 16)
+    arguments: dict[str, object] = {
+        "inputs": inputs,
+        "target": target,
+        "loss": EXAMPLES[example].loss,
+        "num_stages": 2,
+        "num_microbatches": 4,
+        "seconds": 0.0,
+        **changes,
+    }
+    return stagewise.plan(build(example), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("example", ["buffers", "conv_batchnorm", "values_dropout"])
+def test_leaves_the_model_as_it_was(example: str) -> None:
+    model, loss = build(example), EXAMPLES[example].loss
+    assert loss is not None
+    inputs, target = batch(example, 16)
+    assert isinstance(inputs, torch.Tensor)
+    inputs.requires_grad_()
+    loss(model(inputs), target).backward()
+    next(model.children()).eval()
+    inputs.grad = None
+    parameters = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
+    gradients = [None if g is None else g.clone() for _, _, g in parameters]
+    buffers = {n: (b, b.clone()) for n, b in model.named_buffers()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    stagewise.plan(
+        model,
+        inputs,
+        target=target,
+        loss=loss,
+        num_stages=2,
+        num_microbatches=4,
+        recompute="always",
+        seconds=0.0,
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert inputs.grad is None and torch.is_grad_enabled()
+    for (parameter, value, gradient), copy in zip(parameters, gradients, strict=True):
+        assert torch.equal(parameter, value) and parameter.grad is gradient
+        assert gradient is None or torch.equal(gradient, copy)
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name][0] and torch.equal(buffer, buffers[name][1]), name
+
+
+def test_measures_every_cell() -> None:
+    plan = plan_for("conv")
+    model = build("conv")
+    assert sum(plan.balance) == len(plan.cells) == num_cells("conv")
+    assert all(cell.forward_seconds > 0 and cell.backward_seconds > 0 for cell in plan.cells)
+    for cell in plan.cells:
+        module = model.get_submodule(cell.name)
+        assert cell.parameter_bytes == 4 * sum(p.numel() for p in module.parameters())
+    conv = plan.cells[1]
+    assert conv.output_bytes == conv.gradient_bytes == 4 * (4 * 4 * 6 * 6)
+    assert plan.cells[0].gradient_bytes == 0, "the inputs need no gradient"
+
+
+def test_round_trip() -> None:
+    plan = plan_for("values")
+    assert stagewise.Plan.from_json(plan.to_json()) == plan
+    inputs, target = batch("values", 16)
+    loss = stagewise.Pipeline(build("values"), plan, loss=nn.functional.mse_loss)
+    assert loss.step(inputs, target=target) > 0
+
+
+def memory(plan: stagewise.Plan, example: str) -> tuple[int, ...]:
+    inputs, target = batch(example, 16)
+    pipe = stagewise.Pipeline(build(example), plan, loss=EXAMPLES[example].loss)
+    pipe.step(inputs, target=target)  # where a stage learns whether it must copy its inputs
+    return pipe.measure_memory(inputs, target=target)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("recompute", POLICIES)
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("example", ["mlp_dropout", "language_dropout", "conv"])
+def test_predicted_memory_is_measured_memory(
+    pools: Pools, example: str, num_stages: int, recompute: str, schedule: str
+) -> None:
+    plan = plan_for(example, num_stages=num_stages, schedule=schedule, recompute=recompute)
+    if num_stages == 1:
+        measured = memory(plan, example)
+    else:
+        measured, *others = pools[num_stages].run(memory, plan, example)
+        assert others == [measured] * (num_stages - 1)
+    assert measured == plan.peak_activation_bytes
+
+
+def plan_on_ranks(example: str) -> stagewise.Plan:
+    return plan_for(example, num_stages=2)
+
+
+def test_ranks_agree_on_one_plan(pools: Pools) -> None:
+    first, second = pools[2].run(plan_on_ranks, "mlp")
+    assert first == second
+    assert first.link.latency_seconds > 0
+    assert all(cell.forward_seconds > 0 for cell in first.cells)
+
+
+def test_a_given_balance_is_measured_and_kept() -> None:
+    assert plan_for("mlp", balance=[5, 3]).balance == (5, 3)
+    plan = plan_for("mlp", balance=[5, 3], inputs=None, target=None)
+    assert plan.cells == ()
+    with pytest.raises(PlanError, match="made from a balance without measured costs"):
+        _ = plan.timeline
+
+
+def test_wrong_use() -> None:
+    for changes, error, text in [
+        ({"num_stages": 9}, PlanError, "9 stages need at least as many cells, .* has 8"),
+        ({"num_stages": 0}, PlanError, "must be at least 1"),
+        ({"balance": [3, 3]}, PlanError, "places 6 cells but the model has 8"),
+        ({"balance": [8, 0]}, PlanError, "at least one cell"),
+        ({"balance": [8]}, PlanError, "has 1 stages but num_stages is 2"),
+        ({"num_microbatches": 17}, BatchError, "16 samples cannot fill 17 microbatches"),
+        ({"num_microbatches": 0}, ScheduleError, "at least 1"),
+        ({"schedule": "zigzag"}, ScheduleError, "no schedule 'zigzag'; choose one of 1f1b, gpipe"),
+        ({"recompute": "maybe"}, ScheduleError, "no recompute policy 'maybe'; choose one of"),
+        ({"inputs": None}, PlanError, "neither an example batch nor a balance"),
+    ]:
+        with pytest.raises(error, match=text):
+            plan_for("mlp", **changes)
+    with pytest.raises(ModelError, match="Linear is no chain of cells"):
+        stagewise.plan(nn.Linear(2, 2), num_stages=1, num_microbatches=1, balance=[1])

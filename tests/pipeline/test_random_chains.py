@@ -1,0 +1,214 @@
+"""Generated chains: any cells, cut, schedule, policy, batch against one stage and plain torch."""
+
+import itertools
+from collections.abc import Callable
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import stagewise
+from stagewise.schedule import POLICIES, SCHEDULES
+from tests.models import (
+    Call,
+    CloseSkip,
+    Counter,
+    Cube,
+    Gather,
+    Inside,
+    Noise,
+    OpenSkip,
+    Spread,
+    frozen,
+)
+
+WIDTH, LENGTH = 4, 3  # every cell maps (samples, LENGTH, WIDTH) to the same shape
+
+
+class Channels(nn.Module):
+    """Applies a module that wants channels second."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def linear() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH)
+
+
+# Pieces of one or more cells. Exact pieces equal the plain full batch; the others draw numbers,
+# or depend on the microbatch.
+EXACT: dict[str, Callable[[], list[nn.Module]]] = {
+    "linear": lambda: [linear()],
+    "frozen": lambda: [frozen(linear())],
+    "no bias": lambda: [nn.Linear(WIDTH, WIDTH, bias=False)],
+    "relu in place": lambda: [linear(), nn.ReLU(inplace=True)],
+    "tanh": lambda: [nn.Tanh()],
+    "norm": lambda: [nn.LayerNorm(WIDTH)],
+    "group norm": lambda: [Channels(nn.GroupNorm(2, WIDTH))],
+    "conv": lambda: [Channels(nn.Conv1d(WIDTH, WIDTH, 3, padding=1))],
+    "nested": lambda: [nn.Sequential(linear(), nn.Sequential(nn.GELU()), linear())],
+    "cube": lambda: [nn.Tanh(), Cube()],
+    "skip": lambda: [OpenSkip(), Inside(linear()), Inside(nn.Tanh()), CloseSkip()],
+    "spread": lambda: [Spread(), Gather(WIDTH)],
+    "identity": lambda: [Call(lambda x: x)],
+    "view": lambda: [Call(lambda x: x.flip(1).transpose(0, 1)), Call(lambda x: x.transpose(0, 1))],  # type: ignore[attr-defined]
+    "halves": lambda: [Call(lambda x: x.chunk(2, -1)), Call(lambda xs: torch.cat(xs[::-1], -1))],  # type: ignore[attr-defined,index]
+    "expanded": lambda: [
+        Call(lambda x: (x, x.mean(1, keepdim=True).expand_as(x))),  # type: ignore[attr-defined]
+        Call(lambda xs: xs[0] * xs[1].sigmoid()),  # type: ignore[index]
+    ],
+    "pooled": lambda: [
+        Call(lambda x: x.sum(1)),  # type: ignore[attr-defined]
+        linear(),
+        Call(lambda x: x.unsqueeze(1).expand(-1, LENGTH, -1)),  # type: ignore[attr-defined]
+    ],
+    "tokens": lambda: [
+        Call(lambda x: (x, x[..., 0].gt(0).long())),  # type: ignore[index]
+        Call(lambda xs: (xs[0] + 1, xs[1])),  # type: ignore[index]
+        Embeds(),
+    ],
+}
+INEXACT: dict[str, Callable[[], list[nn.Module]]] = {
+    "dropout": lambda: [nn.Dropout(0.4)],
+    "dropout in place": lambda: [linear(), nn.Dropout(0.4, inplace=True)],
+    "noise": lambda: [Noise()],
+    "batch norm": lambda: [Channels(nn.BatchNorm1d(WIDTH))],
+    "counter": lambda: [Counter()],
+    "spectral norm": lambda: [nn.utils.parametrizations.spectral_norm(linear())],
+}
+# Valid as a model's first cells only: a cell before them may have saved what they overwrite.
+FIRST: dict[str, Callable[[], list[nn.Module]]] = {
+    "first in place": lambda: [nn.ReLU(inplace=True)],
+    "first twice": lambda: [Call(lambda x: x), nn.ReLU(inplace=True)],
+}
+ALL = EXACT | INEXACT | FIRST
+
+
+def chains(pieces: dict[str, Callable[[], list[nn.Module]]]) -> st.SearchStrategy[list[str]]:
+    return st.tuples(
+        st.lists(st.sampled_from(sorted(FIRST)), max_size=1),
+        st.lists(st.sampled_from(sorted(pieces)), min_size=1, max_size=6),
+    ).map(lambda both: both[0] + both[1])
+
+
+class Embeds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2, WIDTH)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + self.embedding(pair[1])  # type: ignore[no-any-return]
+
+
+def model_of(names: list[str], dtype: torch.dtype) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(*(cell for name in names for cell in ALL[name]())).to(dtype)
+
+
+def rows(num_samples: int, seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_samples, LENGTH, WIDTH, generator=generator).to(dtype)
+
+
+def outcome(
+    names: list[str], plan: stagewise.Plan, sizes: list[int], dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    """Losses, gradients and buffers after a step on each batch, with an update in between."""
+    pipe = stagewise.Pipeline(
+        model_of(names, dtype), plan, loss=nn.functional.mse_loss, transport="local"
+    )
+    seen: dict[str, Tensor | None] = {}
+    for step, size in enumerate(sizes):
+        with torch.no_grad():
+            for parameter in pipe.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+        pipe.zero_grad()
+        inputs = rows(size, 2 * step, dtype).requires_grad_(step == 1)
+        seen[f"loss {step}"] = pipe.step(inputs, target=rows(size, 2 * step + 1, dtype))
+        seen[f"input {step}"] = inputs.grad
+    seen.update((f"gradient {n}", p.grad) for n, p in pipe.named_parameters())
+    seen.update((f"buffer {n}", b) for n, b in pipe.named_buffers())
+    return seen
+
+
+@st.composite
+def plans(draw: st.DrawFn, num_cells: int, num_microbatches: int) -> stagewise.Plan:
+    num_stages = draw(st.integers(1, min(num_cells, 5)))
+    cuts = sorted(
+        draw(
+            st.sets(
+                st.integers(1, max(num_cells - 1, 1)),
+                min_size=num_stages - 1,
+                max_size=num_stages - 1,
+            )
+        )
+        if num_stages > 1
+        else []
+    )
+    edges = [0, *cuts, num_cells]
+    return stagewise.Plan(
+        balance=tuple(b - a for a, b in itertools.pairwise(edges)),
+        schedule=draw(st.sampled_from(sorted(SCHEDULES))),
+        num_microbatches=num_microbatches,
+        recompute=draw(st.sampled_from(sorted(POLICIES))),
+    )
+
+
+def num_cells_of(names: list[str]) -> int:
+    from stagewise.model.chain import chain_of
+
+    return len(chain_of(model_of(names, torch.float32)))
+
+
+@hypothesis.settings(max_examples=120)
+@hypothesis.given(data=st.data())
+def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> None:
+    names = data.draw(chains(EXACT | INEXACT))
+    num_microbatches = data.draw(st.integers(1, 5))
+    sizes = data.draw(st.lists(st.integers(2 * num_microbatches, 12), min_size=1, max_size=3))
+    num_cells = num_cells_of(names)
+    plan = data.draw(plans(num_cells, num_microbatches))
+    one = stagewise.Plan(
+        balance=(num_cells,), schedule=plan.schedule, num_microbatches=num_microbatches
+    )
+    wanted = outcome(names, one, sizes, torch.float32)
+    got = outcome(names, plan, sizes, torch.float32)
+    assert set(got) == set(wanted)
+    for what, tensor in got.items():
+        other = wanted[what]
+        assert (tensor is None) == (other is None), what
+        assert tensor is None or other is None or torch.equal(tensor, other), what
+
+
+@hypothesis.settings(max_examples=80)
+@hypothesis.given(data=st.data())
+def test_any_exact_chain_equals_the_plain_full_batch(data: st.DataObject) -> None:
+    names = data.draw(chains(EXACT))
+    num_microbatches = data.draw(st.integers(1, 5))
+    size = data.draw(st.integers(num_microbatches, 12))
+    plan = data.draw(plans(num_cells_of(names), num_microbatches))
+    model, pipe_model = (model_of(names, torch.float64) for _ in range(2))
+    inputs = [rows(size, 0, torch.float64).requires_grad_() for _ in range(2)]
+    target = rows(size, 1, torch.float64)
+    pipe = stagewise.Pipeline(pipe_model, plan, loss=nn.functional.mse_loss, transport="local")
+    loss = pipe.step(inputs[0], target=target)
+    # A model that begins in place cannot take a leaf that requires grad; the pipeline can.
+    wanted = nn.functional.mse_loss(model(inputs[1].clone()), target)
+    if wanted.requires_grad:
+        wanted.backward()
+    assert abs(loss - wanted) <= 1e-12 * abs(wanted)
+    theirs = dict(model.named_parameters()) | {"inputs": inputs[1]}
+    for name, ours in [*pipe.named_parameters(), ("inputs", inputs[0])]:
+        other = theirs[name].grad
+        assert (ours.grad is None) == (other is None), name
+        if ours.grad is not None and other is not None:
+            scale = max(float(other.norm()), 1e-6)  # a gradient that is all rounding has no scale
+            assert (ours.grad - other).norm() <= 1e-11 * scale, name
