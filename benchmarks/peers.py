@@ -172,8 +172,9 @@ def _torch(
     rank, device = dist.get_rank(), torch.device("cpu")
     start = sum(balance[:rank])
     own = range(start, start + balance[rank])
-    cells = copy.deepcopy(model)[own.start : own.stop]
-    module = _Checkpointed(cells) if recompute == "always" else cells
+    cells = list(copy.deepcopy(model))[own.start : own.stop]
+    inner = nn.Sequential(*cells)
+    module = _Checkpointed(inner) if recompute == "always" else inner
     stage = PipelineStage(module, rank, NUM_STAGES, device)
     runner = TORCH_SCHEDULES[schedule](stage, num_microbatches, loss_fn=loss)
 
@@ -213,7 +214,7 @@ def _alone(
         if dist.get_rank() == 0:
             pairs = zip(inputs.chunk(num_microbatches), target.chunk(num_microbatches), strict=True)
             for part, part_target in pairs:
-                (loss(own(part), part_target) / num_microbatches).backward()
+                torch.autograd.backward(loss(own(part), part_target) / num_microbatches)
 
     return Contender(
         f"one process, {num_threads} thread{'s' if num_threads > 1 else ''}",
@@ -249,8 +250,13 @@ def _task(
     assert spec is not None and spec.loader is not None
     demo = module_from_spec(spec)
     spec.loader.exec_module(demo)
-    demo.NUM_BLOCKS, demo.WIDTH, demo.CONTEXT = size.num_blocks, size.width, size.context
-    demo.NUM_HEADS, demo.DROPOUT = size.width // 32, 0.0
+    vars(demo).update(
+        NUM_BLOCKS=size.num_blocks,
+        WIDTH=size.width,
+        CONTEXT=size.context,
+        NUM_HEADS=size.width // 32,
+        DROPOUT=0.0,
+    )
     torch.manual_seed(0)
     model = demo.model()
     inputs = torch.randint(0, 256, (size.batch, size.context))
@@ -264,7 +270,7 @@ def _plain_gradients(
     loss: Callable[..., torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     plain = copy.deepcopy(model)
-    loss(plain(inputs), target).backward()
+    torch.autograd.backward(loss(plain(inputs), target))
     return {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
 
 

@@ -1,15 +1,19 @@
 """Generated chains: any cells, cut, schedule, policy, batch against one stage and plain torch."""
 
 import itertools
+import random
 from collections.abc import Callable
+from typing import Literal
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stagewise
 from stagewise.schedule import POLICIES, SCHEDULES
+from tests.harness import Pools
 from tests.models import (
     Call,
     CloseSkip,
@@ -118,11 +122,15 @@ def rows(num_samples: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def outcome(
-    names: list[str], plan: stagewise.Plan, sizes: list[int], dtype: torch.dtype
+    names: list[str],
+    plan: stagewise.Plan,
+    sizes: list[int],
+    dtype: torch.dtype,
+    transport: Literal["auto", "local"] = "local",
 ) -> dict[str, Tensor | None]:
     """Losses, gradients and buffers after a step on each batch, with an update in between."""
     pipe = stagewise.Pipeline(
-        model_of(names, dtype), plan, loss=nn.functional.mse_loss, transport="local"
+        model_of(names, dtype), plan, loss=nn.functional.mse_loss, transport=transport
     )
     seen: dict[str, Tensor | None] = {}
     for step, size in enumerate(sizes):
@@ -168,7 +176,7 @@ def num_cells_of(names: list[str]) -> int:
     return len(chain_of(model_of(names, torch.float32)))
 
 
-@hypothesis.settings(max_examples=120)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(data=st.data())
 def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> None:
     names = data.draw(chains(EXACT | INEXACT))
@@ -188,7 +196,7 @@ def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> No
         assert tensor is None or other is None or torch.equal(tensor, other), what
 
 
-@hypothesis.settings(max_examples=80)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(data=st.data())
 def test_any_exact_chain_equals_the_plain_full_batch(data: st.DataObject) -> None:
     names = data.draw(chains(EXACT))
@@ -212,3 +220,51 @@ def test_any_exact_chain_equals_the_plain_full_batch(data: st.DataObject) -> Non
         if ours.grad is not None and other is not None:
             scale = max(float(other.norm()), 1e-6)  # a gradient that is all rounding has no scale
             assert (ours.grad - other).norm() <= 1e-11 * scale, name
+
+
+Case = tuple[list[str], stagewise.Plan, list[int]]
+
+
+def random_cases(num_stages: int, number: int) -> list[Case]:
+    """As above, without hypothesis, so that one trip to the workers serves many cases."""
+    draw, cases = random.Random(num_stages), []
+    while len(cases) < number:
+        names = draw.choices(sorted(EXACT | INEXACT), k=draw.randint(1, 6))
+        num_cells, num_microbatches = num_cells_of(names), draw.randint(1, 5)
+        if num_cells < num_stages:
+            continue
+        edges = [0, *sorted(draw.sample(range(1, num_cells), num_stages - 1)), num_cells]
+        plan = stagewise.Plan(
+            balance=tuple(b - a for a, b in itertools.pairwise(edges)),
+            schedule=draw.choice(sorted(SCHEDULES)),
+            num_microbatches=num_microbatches,
+            recompute=draw.choice(sorted(POLICIES)),
+        )
+        sizes = [draw.randint(2 * num_microbatches, 12) for _ in range(draw.randint(1, 3))]
+        cases.append((names, plan, sizes))
+    return cases
+
+
+def outcomes(cases: list[Case]) -> list[dict[str, Tensor | None]]:
+    return [outcome(*case, torch.float32, "auto") for case in cases]
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_any_chain_is_bit_identical_between_processes(pools: Pools, num_stages: int) -> None:
+    cases = random_cases(num_stages, number=60)
+    by_rank = pools[num_stages].run(outcomes, cases)
+    for case, *parts in zip(cases, *by_rank, strict=True):
+        names, plan, sizes = case
+        one = stagewise.Plan(
+            balance=(sum(plan.balance),),
+            schedule=plan.schedule,
+            num_microbatches=plan.num_microbatches,
+        )
+        wanted = outcome(names, one, sizes, torch.float32)
+        for rank, part in enumerate(parts):
+            for what, tensor in part.items():
+                if what.startswith("input") and rank > 0:
+                    continue  # only the first stage's rank gives the inputs a gradient
+                other = wanted[what]
+                assert (tensor is None) == (other is None), (case, what)
+                assert tensor is None or other is None or torch.equal(tensor, other), (case, what)

@@ -32,12 +32,17 @@ POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one tensor travels."""
+    """How one tensor travels: densely, whatever its strides, and once what `expand` repeats."""
 
     shape: torch.Size
-    stride: tuple[int, ...]
+    stride: tuple[int, ...]  # 0 where repeated
     dtype: torch.dtype
     requires_grad: bool
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """Room for what travels; `expand` it to `shape` afterwards."""
+        once = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
+        return torch.empty_strided(once, self.stride, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class DistributedTransport:
             self._arrived[message] = value
             return
         tensors, structure = take_apart(value)
-        flat = [_flat(tensor) for tensor in tensors]
-        header = _Header(structure, tuple(map(_layout, tensors)))
+        dense = [_dense(tensor) for tensor in tensors]
+        header = _Header(structure, tuple(map(_layout, tensors, dense)))
         known = self._headers.get((self._signature, message))
         if known is None:
             self._headers[self._signature, message] = header
@@ -109,9 +114,9 @@ class DistributedTransport:
                 "with `balance`"
             )
         group = self._direction(message)
-        for tensor in flat:
+        for tensor in dense:
             if tensor.numel():
-                self._start(tensor, group, message.destination)
+                self._start(_flat(tensor), group, message.destination)
 
     def finish(self) -> None:
         while self._leaving:
@@ -145,12 +150,12 @@ class DistributedTransport:
 
     def broadcast(self, value: T, source: int) -> T:
         tensors, structure = take_apart(value)
-        header: list[object] = [_Header(structure, tuple(map(_layout, tensors)))]
+        header: list[object] = [_Header(structure, tuple(map(_layout, tensors, tensors)))]
         with self._peers():
             dist.broadcast_object_list(header, group=self._control, group_src=source)
         assert isinstance(header[0], _Header)
         if self.rank != source:
-            tensors = [_empty(layout, torch.device("cpu")) for layout in header[0].layouts]
+            tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header[0].layouts]
         tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
         with self._peers():
             for tensor in tensors:
@@ -183,15 +188,17 @@ class DistributedTransport:
                 assert work is not None
                 work.wait()
         header = self._headers[self._signature, message]
-        for tensor, layout in zip(tensors, header.layouts, strict=True):
-            tensor.requires_grad_(layout.requires_grad)
-        self._arrived[message] = put_together(tensors, header.structure)
+        whole = [
+            tensor.expand(layout.shape).requires_grad_(layout.requires_grad)
+            for tensor, layout in zip(tensors, header.layouts, strict=True)
+        ]
+        self._arrived[message] = put_together(whole, header.structure)
         self._post(source)
 
     def _receive_tensors(
         self, message: Message, header: _Header
     ) -> tuple[list[torch.Tensor], list[dist.Work | None]]:
-        tensors = [_empty(layout, self._device) for layout in header.layouts]
+        tensors = [layout.empty(self._device) for layout in header.layouts]
         group = self._direction(message)
         with self._peers():
             works = [
@@ -241,11 +248,14 @@ class DistributedTransport:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` if its elements fill a stretch of memory in some order, else a contiguous copy.
+    """`tensor` without repetitions, if its elements then fill a stretch of memory in some order.
 
-    A lazily conjugated or negated tensor is computed, since its memory says nothing of that.
+    Else a contiguous copy of that. A lazily conjugated or negated tensor is computed, since its
+    memory says nothing of that.
     """
-    tensor = tensor.resolve_conj().resolve_neg()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    for dim in _repeated(tensor):
+        tensor = tensor.narrow(dim, 0, 1)
     expected = 1
     axes = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted(axis for axis in axes if axis[1] != 1):
@@ -255,18 +265,25 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _repeated(tensor: torch.Tensor) -> list[int]:
+    """The dimensions along which `expand` repeats the tensor's memory."""
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    return [dim for dim, (stride, size) in enumerate(axes) if stride == 0 and size > 1]
+
+
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a dense tensor in memory order, whatever its strides (channels_last stays)."""
-    dense = _dense(tensor.detach())
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _layout(tensor: torch.Tensor) -> _Layout:
-    return _Layout(tensor.shape, _dense(tensor).stride(), tensor.dtype, tensor.requires_grad)
-
-
-def _empty(layout: _Layout, device: torch.device) -> torch.Tensor:
-    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=device)
+def _layout(tensor: torch.Tensor, dense: torch.Tensor) -> _Layout:
+    stride = list(dense.stride())
+    for dim in _repeated(tensor):
+        stride[dim] = 0
+    for dim, size in enumerate(tensor.shape):
+        if size == 1:
+            stride[dim] = max(stride[dim], 1)  # 0 would read as repeated; it moves nothing
+    return _Layout(tensor.shape, tuple(stride), tensor.dtype, tensor.requires_grad)
 
 
 def _words(header: _Header) -> str:

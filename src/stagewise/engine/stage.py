@@ -21,6 +21,7 @@ from stagewise.schedule import Instruction, Kind
 
 Loss = Callable[..., torch.Tensor]
 Gradients = tuple[torch.Tensor | None, ...]
+_Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
 
 
 @dataclass
@@ -29,16 +30,9 @@ class _Flight:
 
     inputs: list[torch.Tensor]  # detached leaves
     structure: Structure
+    gradients: list[torch.Tensor | None]  # of the inputs, once the graph ran backward
     roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the loss
     buffers: Saved = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Traits:
-    """What a first run taught about the stage, for given mode and `requires_grad` flags."""
-
-    mutates: tuple[bool, ...]  # per input tensor: changed in place by the cells
-    differentiable: tuple[bool, ...]  # per output tensor: has a gradient
 
 
 class Stage:
@@ -53,7 +47,8 @@ class Stage:
         self._parameters = [p for cell in cells for p in cell.module.parameters()]
         self._buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, _Flight] = {}
-        self._traits: dict[tuple[bool, ...], _Traits] = {}
+        # Per input tensor, learnt from the first run: do the cells change it in place?
+        self._mutates: dict[tuple[bool, ...], tuple[bool, ...]] = {}
 
     @property
     def needs_target(self) -> bool:
@@ -87,50 +82,34 @@ class Stage:
         self._flights.clear()
 
     def forward(self, m: int, received: list[object], call: Call) -> object:
-        """Run microbatch m; keep its graph unless it is recomputed later."""
+        """Run microbatch m; keep its graph unless it is recomputed later.
+
+        The graph is made in any case: kernels choose their order of summation, and modules their
+        way, by whether gradients are on, and the recomputation must give the same bits. It is
+        dropped at once, so the peak is that of the recomputation.
+        """
         inputs, structure = take_apart(received[0] if received else call.inputs[m])
-        flight = _Flight([_leaf(tensor) for tensor in inputs], structure)
+        flight = _Flight([_leaf(tensor) for tensor in inputs], structure, [None] * len(inputs))
         training = call.mode is Mode.TRAIN
         recomputed = (self.index, m) in call.recomputed
-        key = self._traits_key(flight, training)
-        traits = self._traits.get(key)
-        keep_graph = training and not recomputed
         with (
-            torch.set_grad_enabled(keep_graph or (training and traits is None)),
+            torch.set_grad_enabled(training),
             self._buffers.forward(remember=recomputed) as flight.buffers,
         ):
-            output, mutates = self._run_cells(flight, traits, Kind.FORWARD, m, call)
+            output = self._run_cells(flight, Kind.FORWARD, m, call)
         roots, output_structure = take_apart(output)
-        differentiable = tuple(root.requires_grad for root in roots)
-        if traits is None:
-            traits = self._traits[key] = _Traits(mutates, differentiable)
         if training:
             self._flights[m] = flight
-        if keep_graph:
-            flight.roots = roots
-        elif len(differentiable) == len(traits.differentiable):
-            differentiable = traits.differentiable  # `recompute` will check it
-        sent = [
-            root.detach().requires_grad_(training and flag)
-            for root, flag in zip(roots, differentiable, strict=True)
-        ]
+            flight.roots = [] if recomputed else roots
+        sent = [root.detach().requires_grad_(root.requires_grad) for root in roots]
         return put_together(sent, output_structure)
 
     def recompute(self, m: int, received: list[object], call: Call) -> object:
         """Make the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
-        traits = self._traits[self._traits_key(flight, training=True)]
         with torch.enable_grad(), self._buffers.recompute(flight.buffers):
-            output, _ = self._run_cells(flight, traits, Kind.RECOMPUTE, m, call)
+            output = self._run_cells(flight, Kind.RECOMPUTE, m, call)
         flight.roots, _ = take_apart(output)
-        flags = tuple(root.requires_grad for root in flight.roots)
-        if len(flags) != len(traits.differentiable) or any(
-            now and not before for now, before in zip(flags, traits.differentiable, strict=True)
-        ):
-            raise CellError(
-                f"stage {self.index} returned other tensors with a gradient on microbatch {m} than "
-                "on the first; recomputation must know them beforehand: use recompute='never'"
-            )
         return None
 
     def backward(self, m: int, received: list[object], call: Call) -> object:
@@ -149,23 +128,26 @@ class Stage:
         if pairs:
             with torch.autocast(self.device.type, enabled=False):
                 torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
-        result = tuple(leaf.grad for leaf in flight.inputs)
+        result = tuple(flight.gradients)
         if self.index == 0:
             call.input_gradients[m] = result
         return result
 
-    def _run_cells(
-        self, flight: _Flight, traits: _Traits | None, kind: Kind, m: int, call: Call
-    ) -> tuple[object, tuple[bool, ...]]:
-        """Run the cells, and the loss on the last stage; tells which inputs changed in place.
+    def _run_cells(self, flight: _Flight, kind: Kind, m: int, call: Call) -> object:
+        """Run the cells, and the loss on the last stage.
 
         Cells that change their input in place work on a copy, since the input is needed again.
         Until it is known which do, all get copies.
         """
-        copied = (True,) * len(flight.inputs) if traits is None else traits.mutates
+        key = self._key(flight, call)
+        copied = self._mutates.get(key, (True,) * len(flight.inputs))
         fed = [
-            leaf.clone() if copy else leaf for leaf, copy in zip(flight.inputs, copied, strict=True)
+            _copy(leaf) if copy else leaf[...]
+            for leaf, copy in zip(flight.inputs, copied, strict=True)
         ]
+        for index, tensor in enumerate(fed):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(_keep(flight.gradients, index))
         versions = [tensor._version for tensor in fed]
         value = put_together(fed, flight.structure)
         where = "loss"
@@ -195,7 +177,8 @@ class Stage:
                 f"stage {self.index} changed an input in place on microbatch {m}, but not on the "
                 "first; make its first cell change its input always or never"
             )
-        return value, changed
+        self._mutates.setdefault(key, changed)
+        return value
 
     def _end(self, output: object, m: int, call: Call) -> object:
         """Past the last cell: record the output, or compute the loss and record that."""
@@ -217,9 +200,10 @@ class Stage:
         call.losses[m] = loss.detach()
         return loss
 
-    def _traits_key(self, flight: _Flight, training: bool) -> tuple[bool, ...]:
+    def _key(self, flight: _Flight, call: Call) -> tuple[bool, ...]:
+        """What decides whether cells change their inputs in place."""
         inputs = (tensor.requires_grad for tensor in flight.inputs)
-        return (training, *inputs, *self.flags())
+        return (call.mode is Mode.TRAIN, *inputs, *self.flags())
 
 
 _ACTIONS = {
@@ -233,6 +217,34 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
         return tensor.clone()
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, since they decide in which order kernels sum.
+
+    What shares memory with itself (`expand`) cannot be changed in place and needs no copy.
+    """
+    if any(
+        stride == 0 < size - 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        return tensor[...]
+    empty = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return empty.copy_(tensor)
+
+
+def _keep(gradients: list[torch.Tensor | None], index: int) -> _Prehook:
+    """A hook that takes an input's gradient as the plain model would pass it on.
+
+    `leaf.grad` would not do: accumulating there changes its strides.
+    """
+
+    def hook(received: tuple[torch.Tensor, ...]) -> tuple[None, ...]:
+        (gradients[index],) = received
+        return (None,)
+
+    return hook
 
 
 @contextmanager
