@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.failure import FailureBoard
-from stagewise.engine.transport import T
+from stagewise.engine.transport import Links, T
 from stagewise.engine.values import Structure, put_together, take_apart
 from stagewise.errors import CellError, PeerError
-from stagewise.schedule import LoweredProgram, Message, links
+from stagewise.schedule import Message
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of a loss
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
@@ -78,17 +78,16 @@ class DistributedTransport:
         self._arrived: dict[Message, object] = {}
         self._leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def begin(self, signature: int, programs: Sequence[LoweredProgram]) -> None:
+    def begin(self, signature: int, links: Links) -> None:
         self._signature = signature
         self._arrived.clear()
         self._expected = {
             source: deque(messages)
-            for (source, destination), messages in links(tuple(programs)).items()
+            for (source, destination), messages in links.items()
             if destination == self.rank
         }
         self._posted = {source: deque() for source in self._expected}
-        for source in self._expected:
-            self._post(source)
+        self.look_ahead()
 
     def receive(self, message: Message) -> object:
         while message not in self._arrived:
@@ -117,6 +116,10 @@ class DistributedTransport:
         for tensor in dense:
             if tensor.numel():
                 self._start(_flat(tensor), group, message.destination)
+
+    def look_ahead(self) -> None:
+        for source in self._expected:
+            self._post(source)
 
     def finish(self) -> None:
         while self._leaving:
@@ -180,7 +183,8 @@ class DistributedTransport:
         """Wait for the next message from `source`."""
         if not self._posted[source]:
             message = self._expected[source][0]
-            self._headers[self._signature, message] = self._receive_header(message)
+            if (self._signature, message) not in self._headers:
+                self._headers[self._signature, message] = self._receive_header(message)
             self._post(source)
         message, tensors, works = self._posted[source].popleft()
         with self._peers():
@@ -193,7 +197,6 @@ class DistributedTransport:
             for tensor, layout in zip(tensors, header.layouts, strict=True)
         ]
         self._arrived[message] = put_together(whole, header.structure)
-        self._post(source)
 
     def _receive_tensors(
         self, message: Message, header: _Header

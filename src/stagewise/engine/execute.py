@@ -35,6 +35,7 @@ def execute(
         end = clock()
         for message in step.sends:
             transport.send(message, value)
+        transport.look_ahead()
         spans.append(
             Span(device=device, instruction=step.instruction, start_seconds=start, end_seconds=end)
         )

@@ -49,6 +49,7 @@ class Stage:
         self._flights: dict[int, _Flight] = {}
         # Per input tensor, learnt from the first run: do the cells change it in place?
         self._mutates: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+        self._flags: tuple[bool, ...] | None = None  # those of the running call
 
     @property
     def needs_target(self) -> bool:
@@ -78,8 +79,9 @@ class Stage:
             yield from flight.roots
 
     def clear(self) -> None:
-        """Forget every microbatch in flight (after a failure)."""
+        """End a call; what a failed one left in flight is forgotten."""
         self._flights.clear()
+        self._flags = None
 
     def forward(self, m: int, received: list[object], call: Call) -> object:
         """Run microbatch m; keep its graph unless it is recomputed later.
@@ -203,7 +205,8 @@ class Stage:
     def _key(self, flight: _Flight, call: Call) -> tuple[bool, ...]:
         """What decides whether cells change their inputs in place."""
         inputs = (tensor.requires_grad for tensor in flight.inputs)
-        return (call.mode is Mode.TRAIN, *inputs, *self.flags())
+        self._flags = self._flags or self.flags()
+        return (call.mode is Mode.TRAIN, *inputs, *self._flags)
 
 
 _ACTIONS = {

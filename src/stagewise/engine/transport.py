@@ -4,15 +4,16 @@
 distributed one lives in `distributed.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 
 from stagewise.engine.values import move
-from stagewise.schedule import LoweredProgram, Message
+from stagewise.schedule import Message
 
 T = TypeVar("T")
+Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -> in sending order
 
 
 class Transport(Protocol):
@@ -21,7 +22,7 @@ class Transport(Protocol):
     rank: int
     num_ranks: int
 
-    def begin(self, signature: int, programs: Sequence[LoweredProgram]) -> None:
+    def begin(self, signature: int, links: Links) -> None:
         """Prepare for one call; equal signatures promise equal shapes on equal messages."""
 
     def receive(self, message: Message) -> object:
@@ -29,6 +30,9 @@ class Transport(Protocol):
 
     def send(self, message: Message, value: object) -> None:
         """Start sending; returns at once."""
+
+    def look_ahead(self) -> None:
+        """Get ready for coming messages; called when nothing waits for this rank."""
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
@@ -59,7 +63,7 @@ class LocalTransport:
         self._devices = devices
         self._mail: dict[Message, object] = {}
 
-    def begin(self, signature: int, programs: Sequence[LoweredProgram]) -> None:
+    def begin(self, signature: int, links: Links) -> None:
         self._mail.clear()
 
     def receive(self, message: Message) -> object:
@@ -67,6 +71,9 @@ class LocalTransport:
 
     def send(self, message: Message, value: object) -> None:
         self._mail[message] = value
+
+    def look_ahead(self) -> None:
+        pass
 
     def finish(self) -> None:
         assert not self._mail, f"never received: {list(map(str, self._mail))}"

@@ -8,6 +8,8 @@ taken apart too.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +77,12 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
 
 def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
     """Split `value` into its tensors, in order and each once, and its structure."""
+    if isinstance(value, torch.Tensor):  # the two usual forms, without walking a tree
+        return [value], _form((True,), in_tuple=False)
+    if type(value) is tuple and all(item is None or type(item) is torch.Tensor for item in value):
+        present = [item for item in value if item is not None]
+        if len({id(tensor) for tensor in present}) == len(present):
+            return present, _form(tuple(item is not None for item in value), in_tuple=True)
     leaves, spec = flatten(value)
     tensors: list[torch.Tensor] = []
     known: dict[int, int] = {}
@@ -91,8 +99,18 @@ def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
     return tensors, Structure(spec, constants, tuple(places))
 
 
+@functools.cache
+def _form(is_tensor: tuple[bool, ...], *, in_tuple: bool) -> Structure:
+    """The structure of one tensor, or of a tuple of tensors and None."""
+    places = itertools.count()
+    marks = tuple(_Mark(next(places)) if tensor else None for tensor in is_tensor)
+    return _structure_of(marks if in_tuple else marks[0])
+
+
 def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> object:
     """The inverse of `take_apart`."""
+    if structure.spec.is_leaf() and structure.places == (0,):
+        return tensors[0]
     leaves = [
         constant if place is None else tensors[place]
         for place, constant in zip(structure.places, structure.constants, strict=True)

@@ -10,12 +10,12 @@ from stagewise.engine.execute import Observer, execute
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage import Stage
-from stagewise.engine.transport import Transport
+from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move, take_apart
 from stagewise.errors import PeerError, StagewiseError
 from stagewise.pipeline.admission import admit
 from stagewise.planning.simulate import simulate, unit_costs
-from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, lower
+from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span
 
 
@@ -27,9 +27,7 @@ class Runner:
     ) -> None:
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.spans: tuple[Span, ...] = ()
-        self._programs: dict[
-            tuple[bool, int], tuple[tuple[LoweredProgram, ...], list[tuple[int, Step]]]
-        ] = {}
+        self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
 
     def run(
@@ -62,7 +60,7 @@ class Runner:
             num_microbatches=self._count if training else lambda n: min(n, self._count(n)),
             flags=[flag for stage in self.stages.values() for flag in stage.flags()],
         )
-        programs, own = self._program(training, len(admitted.sizes))
+        order, own = self._program(training, len(admitted.sizes))
         devices = {stage.device for stage in self.stages.values()}
         call = Call(
             mode=mode,
@@ -77,7 +75,7 @@ class Runner:
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with generators_kept(devices), torch.inference_mode(False):
-            self.transport.begin(admitted.signature, programs)
+            self.transport.begin(admitted.signature, order)
             start = time.perf_counter()
             try:
                 self.spans = execute(
@@ -117,8 +115,8 @@ class Runner:
 
     def _program(
         self, training: bool, num_microbatches: int
-    ) -> tuple[tuple[LoweredProgram, ...], list[tuple[int, Step]]]:
-        """All programs, and what this rank runs of them: its own, or all in simulated order."""
+    ) -> tuple[Links, list[tuple[int, Step]]]:
+        """The order on the links, and what this rank runs: its program, or all in time order."""
         key = (training, num_microbatches)
         if key not in self._programs:
             schedule = (
@@ -132,7 +130,7 @@ class Runner:
                 own = ((self.transport.rank, step) for step in programs[self.transport.rank])
             else:
                 own = _in_time_order(schedule, programs)
-            self._programs[key] = (programs, list(own))
+            self._programs[key] = (links(programs), list(own))
         return self._programs[key]
 
 
