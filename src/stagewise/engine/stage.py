@@ -227,9 +227,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
     What shares memory with itself (`expand`) cannot be changed in place and needs no copy.
     """
-    if any(
-        stride == 0 < size - 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ):
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(stride == 0 < size - 1 for stride, size in axes):
         return tensor[...]
     empty = torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device

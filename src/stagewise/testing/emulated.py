@@ -26,9 +26,8 @@ class EmulatedDevice:
         if sys.platform == "linux":  # 50 us of slack by default, on every sleep
             ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
 
-    def busy(self, seconds: float) -> None:
-        """Sleep for `seconds`, less what the sleep just before took too long."""
-        start = time.perf_counter()
+    def busy(self, start: float, seconds: float) -> None:
+        """Sleep until `seconds` after `start`, less what the sleep just before took too long."""
         late = self._late if start - self._ended < _AT_ONCE_SECONDS else 0.0
         deadline = start + max(0.0, seconds - late)
         while (left := deadline - time.perf_counter()) > 0:
@@ -49,8 +48,9 @@ class EmulatedCell(nn.Module):
         self._seconds = forward_seconds, backward_seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
         output: torch.Tensor = _Sleep.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self._device, self._seconds
+            x, self.weight, self._device, self._seconds, start
         )
         return output
 
@@ -71,14 +71,18 @@ class _Sleep(torch.autograd.Function):
         weight: torch.Tensor,
         device: EmulatedDevice,
         seconds: tuple[float, float],
+        start: float,
     ) -> torch.Tensor:
         ctx.device, ctx.seconds = device, seconds[1]  # type: ignore[attr-defined]
-        device.busy(seconds[0])
-        return x + weight
+        output = x + weight
+        device.busy(start, seconds[0])
+        return output
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        ctx.device.busy(ctx.seconds)  # type: ignore[attr-defined]
-        return gradient, gradient.sum().reshape(1), None, None
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        start = time.perf_counter()
+        weight_gradient = gradient.sum().reshape(1)
+        ctx.device.busy(start, ctx.seconds)  # type: ignore[attr-defined]
+        return gradient, weight_gradient, None, None, None
