@@ -306,7 +306,7 @@ def _repeated(tensor: torch.Tensor) -> list[int]:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a dense tensor in memory order, whatever its strides (channels_last stays)."""
-    if not tensor.is_contiguous():
+    if not tensor.is_contiguous() or tensor.numel() == 1:  # one element may have any strides
         tensor = tensor.as_strided((tensor.numel(),), (1,))
     return tensor.view(-1).view(torch.uint8)
 
