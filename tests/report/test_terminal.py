@@ -44,7 +44,7 @@ def test_recomputation_has_its_own_letter_and_filling() -> None:
     schedule = with_recompute(named_schedule("gpipe", 2, 2), "always")
     timeline = simulate(schedule, unit_costs(2))
     assert draw(timeline, 42)[1:4] == [
-        "device 0  F0==F1==........B1##R0~~B0##",
+        "device 0  F0==F1==R1~~....B1##R0~~B0##",
         "device 1  ....F0==F1==B1##R0~~B0##....",
         "F0= forward  B0# backward  R0~ recompute",
     ]
