@@ -128,7 +128,7 @@ class Stage:
             if root.requires_grad and gradient is not None
         ]
         if pairs:
-            with torch.autocast(self.device.type, enabled=False):
+            with _no_autocast(self.device.type):
                 torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
         result = tuple(flight.gradients)
         if self.index == 0:
@@ -247,6 +247,16 @@ def _keep(gradients: list[torch.Tensor | None], index: int) -> _Prehook:
         return (None,)
 
     return hook
+
+
+@contextmanager
+def _no_autocast(device_type: str) -> Iterator[None]:
+    """Autocast off, as backward wants it; costs nothing where it is off already."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
 
 
 @contextmanager
