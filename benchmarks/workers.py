@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -13,37 +12,20 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
+
+from stagewise.training.launch import launch_config, worker_environment
 
 Result = TypeVar("Result")
 Row = Mapping[str, str | int | float | None]
-
-# Freed memory stays with the process: returning it makes every step fault its pages in again,
-# which adds noise to all systems alike.
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": "4000000000",
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-}
 
 
 def run_workers(num_workers: int, function: Callable[..., Result], *arguments: object) -> Result:
     """Call `function(*arguments)` in every worker, gloo ready; returns rank 0's result."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update({**worker_environment(num_workers), "OMP_NUM_THREADS": "1"})
     with tempfile.TemporaryDirectory() as logs:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_workers,
-            run_id=str(uuid.uuid4()),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
+        config = launch_config(num_workers, logs, signals="SIGTERM,SIGINT")
         results: dict[int, Result] = elastic_launch(config, _worker)(function, *arguments)
     return results[0]
 

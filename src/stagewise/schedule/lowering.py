@@ -43,7 +43,7 @@ class Step:
 LoweredProgram = tuple[Step, ...]
 
 
-def consumer_of(schedule: Schedule, instruction: Instruction) -> Message | None:
+def message_of(schedule: Schedule, instruction: Instruction) -> Message | None:
     """The message that `instruction` sends, if it sends any."""
     stage, kind, m = instruction.stage, instruction.kind, instruction.microbatch
     if kind is Kind.FORWARD:
@@ -63,13 +63,13 @@ def lower(schedule: Schedule) -> tuple[LoweredProgram, ...]:
     """Add receives and sends to every instruction of a valid schedule."""
     awaited: dict[tuple[int, Kind, int], list[Message]] = defaultdict(list)
     for _, instruction in schedule.instructions():
-        message = consumer_of(schedule, instruction)
+        message = message_of(schedule, instruction)
         if message is not None:
             awaited[message.destination_stage, message.kind, message.microbatch].append(message)
 
     def step(instruction: Instruction) -> Step:
         kind = Kind.BACKWARD if instruction.kind is Kind.BACKWARD_INPUT else instruction.kind
-        message = consumer_of(schedule, instruction)
+        message = message_of(schedule, instruction)
         return Step(
             instruction,
             tuple(awaited.get((instruction.stage, kind, instruction.microbatch), ())),

@@ -40,18 +40,7 @@ def launch(num_workers: int, arguments: list[str]) -> None:
     _silence_torchelastic()
     with TemporaryDirectory(prefix="stagewise-") as directory:
         stop_file = Path(directory, "stop")
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_workers,
-            run_id=str(uuid.uuid4()),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=directory),
-            signals_to_handle="SIGQUIT",  # the others are ours
-        )
+        config = launch_config(num_workers, directory, signals="SIGQUIT")  # others are ours
         environment = {STOP_FILE: str(stop_file), **worker_environment(num_workers)}
         entrypoint = elastic_launch(config, sys.executable)
         try:
@@ -61,6 +50,22 @@ def launch(num_workers: int, arguments: list[str]) -> None:
             raise _first_cause(error.failures) from None
         except SignalException:
             raise KeyboardInterrupt from None
+
+
+def launch_config(num_workers: int, log_directory: str, *, signals: str) -> LaunchConfig:
+    """One node, `num_workers` processes, no restarts; torchelastic handles only `signals`."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_workers,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=log_directory),
+        signals_to_handle=signals,
+    )
 
 
 def worker_environment(num_workers: int) -> dict[str, str]:
