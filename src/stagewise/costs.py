@@ -48,10 +48,15 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkCost:
-    """Time for a message between two devices: `latency_seconds + num_bytes * seconds_per_byte`."""
+    """Time for a message between two devices: `latency_seconds + num_bytes * seconds_per_byte`.
+
+    Before that, `overhead_seconds` go by in which its sender can do nothing else (the LogP model
+    of Culler et al., PPoPP 1993).
+    """
 
     latency_seconds: float = 0  # not 0.0, which would turn exact numbers into floats
     seconds_per_byte: float = 0
+    overhead_seconds: float = 0
 
     def transfer_seconds(self, num_bytes: int) -> float:
         """Seconds that a message of `num_bytes` bytes needs."""

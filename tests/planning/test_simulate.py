@@ -208,3 +208,13 @@ def test_a_split_backward_has_no_costs_yet() -> None:
     )
     with pytest.raises(PlanError, match="0I0: split backward has no costs yet; use B in place"):
         simulate(schedule, unit_costs(1))
+
+
+def test_a_sender_is_busy_for_the_overhead_of_each_message() -> None:
+    schedule = named_schedule("gpipe", 2, 2)
+    costs = [cost(10, 20)] * 2
+    spans = simulate(schedule, costs, LinkCost(latency_seconds=3, overhead_seconds=2)).spans
+    starts = {str(span.instruction): span.start_seconds for span in spans}
+    assert starts["0F1"] == 12
+    assert starts["1F0"] == 15
+    assert starts["1F1"] == 27

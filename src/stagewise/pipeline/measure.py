@@ -24,6 +24,7 @@ from stagewise.engine.values import take_apart
 from stagewise.model.chain import Chain
 from stagewise.pipeline.runner import Runner
 from stagewise.schedule import Instruction, Kind, Message, gpipe
+from stagewise.timeline import Timeline
 
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
 
@@ -64,6 +65,18 @@ def measure_memory(runner: Runner, inputs: object, target: object) -> int:
     with untouched(runner.stages), meter.counting():
         runner.run(Mode.TRAIN, 0, inputs, target, observe=observe)
     return peak
+
+
+def rehearse(
+    runner: Runner, inputs: object, target: object, num_steps: int
+) -> tuple[Timeline, ...]:
+    """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
+    timelines = []
+    with untouched(runner.stages):
+        for _ in range(WARMUP_ROUNDS + num_steps):
+            runner.run(Mode.TRAIN, 0, inputs, target)
+            timelines.append(runner.timeline())
+    return tuple(timelines[WARMUP_ROUNDS:])
 
 
 def profile(

@@ -18,7 +18,7 @@ from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
 from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
-from stagewise.pipeline.measure import measure_memory
+from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.runner import Runner
 from stagewise.planning.partition import check_balance
 from stagewise.planning.plan import Plan
@@ -136,9 +136,7 @@ class Pipeline:
 
     def timeline(self) -> Timeline:
         """What the last call really did, from all ranks; times are seconds from its start."""
-        spans = [span for own in self._transport.gather(self._runner.spans) for span in own]
-        spans.sort(key=lambda span: (span.start_seconds, span.device))
-        return Timeline(self.plan.built_schedule.num_devices, tuple(spans))
+        return self._runner.timeline()
 
     def measure_memory(self, inputs: object = None, *, target: object = None) -> tuple[int, ...]:
         """Peak activation bytes per rank over one trial step that leaves no trace.
@@ -147,6 +145,12 @@ class Pipeline:
         """
         peak = measure_memory(self._runner, inputs, target)
         return tuple(row[0] for row in self._transport.exchange([peak]))
+
+    def rehearse(
+        self, inputs: object = None, *, target: object = None, num_steps: int = 4
+    ) -> tuple[Timeline, ...]:
+        """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
+        return rehearse(self._runner, inputs, target, num_steps)
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""

@@ -4,8 +4,10 @@ Under torch.distributed every rank measures at the same time, so that the costs 
 machine as busy as in training, and all take the mean; so every rank must call it.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,11 +18,13 @@ from stagewise.engine.microbatch import batch_size, microbatch_sizes, split
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move
 from stagewise.errors import PlanError
-from stagewise.model.chain import chain_of
+from stagewise.model.chain import Chain, chain_of
 from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
+from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.partition import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
+from stagewise.planning.rehearsal import message_seconds
 from stagewise.schedule import named_schedule, with_recompute
 
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
@@ -93,20 +97,28 @@ def plan(
         seconds=seconds,
     )
     cells, link = _agree(cells)
-    return plan_from_costs(
-        cells,
-        num_stages=num_stages,
-        num_microbatches=num_microbatches,
-        schedule=schedule,
-        recompute=recompute,
-        link=link,
-        balance=balance,
-    )
+
+    def best(link: LinkCost) -> Plan:
+        return plan_from_costs(
+            cells,
+            num_stages=num_stages,
+            num_microbatches=num_microbatches,
+            schedule=schedule,
+            recompute=recompute,
+            link=link,
+            balance=balance,
+        )
+
+    return best(_rehearsed(link, best(link), chain, loss, inputs, target))
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _agree(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
     """The mean of all ranks' times, and what a message between ranks costs."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _distributed():
         return cells, FREE_LINK
     own = (cells, *_link_times())
     ranks = [own] * dist.get_world_size()
@@ -129,6 +141,24 @@ def _agree(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]
     )
     per_byte = max(0.0, large - small) / (_LARGE_BYTES - _SMALL_BYTES)
     return mean, LinkCost(latency_seconds=small, seconds_per_byte=per_byte)
+
+
+def _rehearsed(
+    link: LinkCost, chosen: Plan, chain: Chain, loss: Loss | None, inputs: object, target: object
+) -> LinkCost:
+    """`link` with what trial steps of the chosen plan showed of it, on busy devices."""
+    if not _distributed() or dist.get_world_size() != chosen.num_stages:
+        return link
+    pipe = Pipeline([cell.module for cell in chain], chosen, loss=loss)
+    timelines = pipe.rehearse(inputs, target=target)
+    overhead, waited = message_seconds(chosen.built_schedule, timelines)
+    num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
+    on_its_way = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte
+    return replace(
+        link,
+        latency_seconds=max(link.latency_seconds, on_its_way),
+        overhead_seconds=overhead,
+    )
 
 
 def _link_times() -> tuple[float, float]:

@@ -16,7 +16,7 @@ from stagewise.errors import PeerError, StagewiseError
 from stagewise.pipeline.admission import admit
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
-from stagewise.timeline import Span
+from stagewise.timeline import Span, Timeline
 
 
 class Runner:
@@ -97,6 +97,12 @@ class Runner:
                     stage.clear()
         self._broken = False
         return call
+
+    def timeline(self) -> Timeline:
+        """The last call's spans of all ranks; every rank must ask."""
+        spans = [span for own in self.transport.gather(self.spans) for span in own]
+        spans.sort(key=lambda span: (span.start_seconds, span.device))
+        return Timeline(self.schedule.num_devices, tuple(spans))
 
     def backward_into(self, inputs: object, call: Call) -> None:
         """Pass the gradients of the first stage's inputs on to the caller's own graph."""

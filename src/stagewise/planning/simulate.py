@@ -1,7 +1,8 @@
 """The simulator: a schedule and its costs give a Timeline, with no device involved.
 
-An instruction starts when its device is free and its messages have arrived. A message leaves
-when its producer ends, waits until its link is free, then takes the link's transfer time.
+An instruction starts when its device is free and its messages have arrived. When it ends its
+device is busy with each message for the link's overhead; then the message waits until its link
+is free, and takes the link's transfer time.
 Only addition and comparison are used, so exact numbers (Fraction) stay exact.
 """
 
@@ -40,7 +41,8 @@ def simulate(
             arrival[message] = end
             if message.source != message.destination:
                 between = (message.source, message.destination)
-                leaves = max(end, link_free.get(between, zero))
+                device_free[device] += link.overhead_seconds
+                leaves = max(device_free[device], link_free.get(between, zero))
                 arrival[message] = leaves + link.transfer_seconds(_bytes(message, costs))
                 link_free[between] = arrival[message]
     return Timeline(schedule.num_devices, tuple(sorted(spans, key=_when)))

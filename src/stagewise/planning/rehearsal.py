@@ -1,0 +1,51 @@
+"""What messages really cost, read from the timelines of trial steps.
+
+A message between busy processes costs more than one between idle ones: its sender packs it, and
+the threads that carry it wait for a core. Both show in the gaps between instructions.
+"""
+
+import statistics
+from collections.abc import Sequence
+
+from stagewise.schedule import Message, Schedule, lower
+from stagewise.timeline import Timeline
+
+
+def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[float, float]:
+    """Mean seconds per message, as (sender's overhead, from its making to its use).
+
+    The overhead is the gap before an instruction that waited for nothing else. The second counts
+    where the receiver stood still for the message; each direction counts half, so that clocks
+    which differ between devices cancel out. 0 for what no timeline shows.
+    """
+    overheads: list[float] = []
+    waits: dict[bool, list[float]] = {True: [], False: []}  # by direction
+    programs = lower(schedule)
+    for timeline in timelines:
+        spans = {span.instruction: span for span in timeline.spans}
+        made = {
+            message: spans[step.instruction].end_seconds
+            for program in programs
+            for step in program
+            for message in step.sends
+        }
+        for program in programs:
+            free, num_sent = 0.0, 0
+            for step in program:
+                span = spans[step.instruction]
+                late = [m for m in step.receives if _travels(m) and made[m] > free]
+                for message in late:
+                    down = message.source < message.destination
+                    waits[down].append(span.start_seconds - made[message])
+                if num_sent and not late:
+                    overheads.append((span.start_seconds - free) / num_sent)
+                free, num_sent = span.end_seconds, sum(map(_travels, step.sends))
+    means = [statistics.fmean(direction) for direction in waits.values() if direction]
+    return (
+        statistics.fmean(overheads) if overheads else 0.0,
+        max(0.0, statistics.fmean(means)) if means else 0.0,
+    )
+
+
+def _travels(message: Message) -> bool:
+    return message.source != message.destination

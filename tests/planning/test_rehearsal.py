@@ -1,0 +1,46 @@
+import pytest
+
+from stagewise.costs import LinkCost, StageCost
+from stagewise.planning import simulate
+from stagewise.planning.rehearsal import message_seconds
+from stagewise.schedule import SCHEDULES, named_schedule
+from stagewise.timeline import Span, Timeline
+
+STAGE = StageCost(forward_seconds=2, backward_seconds=4, recompute_seconds=2)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_what_the_simulator_was_told_is_read_back(name: str, num_stages: int) -> None:
+    schedule = named_schedule(name, num_stages, 8)
+    for link, expected in [
+        (LinkCost(overhead_seconds=0.25), (0.25, 0.25)),
+        (LinkCost(latency_seconds=0.5), (0, 0.5)),
+        (LinkCost(), (0, 0)),
+    ]:
+        timeline = simulate(schedule, [STAGE] * num_stages, link)
+        assert message_seconds(schedule, [timeline, timeline]) == pytest.approx(expected, abs=0.05)
+
+
+def test_clocks_that_differ_between_devices_cancel_out() -> None:
+    schedule = named_schedule("1f1b", 2, 8)
+    timeline = simulate(schedule, [STAGE] * 2, LinkCost(latency_seconds=0.5))
+    shifted = Timeline(
+        2,
+        tuple(
+            Span(
+                device=span.device,
+                instruction=span.instruction,
+                start_seconds=span.start_seconds + 0.2 * span.device,
+                end_seconds=span.end_seconds + 0.2 * span.device,
+            )
+            for span in timeline.spans
+        ),
+    )
+    _, waited = message_seconds(schedule, [shifted])
+    assert waited == pytest.approx(0.5, abs=0.05)
+
+
+def test_nothing_sent_nothing_known() -> None:
+    schedule = named_schedule("gpipe", 1, 4)
+    assert message_seconds(schedule, [simulate(schedule, [STAGE])]) == (0, 0)
