@@ -10,12 +10,15 @@ from stagewise.cli.main import COMMANDS, app, command_app
 
 EXPORTS = [
     "GPipe",
+    "GradScaler",
     "Pipeline",
     "Plan",
     "Schedule",
     "StagewiseError",
     "Timeline",
     "UsageError",
+    "add_loss",
+    "collect_losses",
     "plan",
     "simulate",
 ]

@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stagewise.engine.losses import add_loss, collect_losses
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.pipeline.gpipe import GPipe
     from stagewise.pipeline.pipeline import Pipeline
     from stagewise.pipeline.planning import plan
+    from stagewise.pipeline.scaler import GradScaler
     from stagewise.planning.plan import Plan
     from stagewise.planning.simulate import simulate
     from stagewise.schedule import Schedule
@@ -21,24 +23,30 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GPipe": "stagewise.pipeline.gpipe",
+    "GradScaler": "stagewise.pipeline.scaler",
     "Pipeline": "stagewise.pipeline.pipeline",
     "Plan": "stagewise.planning.plan",
     "Schedule": "stagewise.schedule",
     "StagewiseError": "stagewise.errors",
     "Timeline": "stagewise.timeline",
     "UsageError": "stagewise.errors",
+    "add_loss": "stagewise.engine.losses",
+    "collect_losses": "stagewise.engine.losses",
     "plan": "stagewise.pipeline.planning",
     "simulate": "stagewise.planning.simulate",
 }
 
 __all__ = [
     "GPipe",
+    "GradScaler",
     "Pipeline",
     "Plan",
     "Schedule",
     "StagewiseError",
     "Timeline",
     "UsageError",
+    "add_loss",
+    "collect_losses",
     "plan",
     "simulate",
 ]

@@ -86,9 +86,10 @@ def test_the_last_stage_weighs_its_losses() -> None:
     loss.backward()
     torch.testing.assert_close(linear.weight.grad, whole.weight.grad)
     torch.testing.assert_close(
-        call.losses[0] * call.weight(0) + call.losses[1] * call.weight(1), loss.detach()
+        call.losses[0]["loss"] * call.weight(0) + call.losses[1]["loss"] * call.weight(1),
+        loss.detach(),
     )
-    assert not any(loss.requires_grad for loss in call.losses.values())
+    assert not any(loss["loss"].requires_grad for loss in call.losses.values())
 
 
 @pytest.mark.parametrize("mode", [Mode.EVALUATE, Mode.PREDICT])

@@ -1,10 +1,12 @@
 """What one call of the pipeline carries: its mode, microbatches, weights and randomness."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from stagewise.engine.losses import AddedLoss
 from stagewise.engine.randomness import CellRandomness
 
 
@@ -16,12 +18,27 @@ class Mode(enum.IntEnum):
     PREDICT = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How a step's loss counts where it is a part of something larger.
+
+    `total_samples` and `total_weight` are those of all the steps whose gradients are accumulated
+    (None: this step is all); `gradient_scale` multiplies every gradient, as against underflow.
+    """
+
+    total_samples: int | None = None
+    total_weight: float | Mapping[str, float] | None = None
+    gradient_scale: float = 1.0
+
+
 @dataclass(kw_only=True)
 class Call:
     """One call on one rank. Lists are indexed by microbatch and empty where this rank has none.
 
-    `sizes[m]` is the number of samples in microbatch m. The last stage fills `losses`
-    (detached, unweighted) and, for PREDICT, `outputs`; the first fills `input_gradients`.
+    `sizes[m]` is the number of samples in microbatch m; `shares[name][m]` what the loss `name`
+    of microbatch m counts, "" standing for all others; by samples where neither is given. The
+    last stage fills `losses` (detached, unweighted, by name) and, for PREDICT, `outputs`; the
+    first fills `input_gradients`; every stage `added`, in the order of its cells.
     """
 
     mode: Mode
@@ -29,11 +46,23 @@ class Call:
     inputs: list[object] = field(default_factory=list)
     targets: list[object] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
+    shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    scaling: Scaling = Scaling()
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    losses: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    added: dict[int, list[AddedLoss]] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
 
     def weight(self, m: int) -> float:
-        """Microbatch m's share of the minibatch."""
-        return self.sizes[m] / sum(self.sizes)
+        """Microbatch m's share of the samples."""
+        return self.sizes[m] / (self.scaling.total_samples or sum(self.sizes))
+
+    def share(self, name: str, m: int) -> float:
+        """What the loss `name` of microbatch m counts."""
+        by_microbatch = self.shares.get(name, self.shares.get(""))
+        return self.weight(m) if by_microbatch is None else by_microbatch[m]
+
+    def counts(self, m: int) -> bool:
+        """Whether any loss of microbatch m may count."""
+        return "" not in self.shares or any(shares[m] for shares in self.shares.values())

@@ -26,7 +26,6 @@ from stagewise.engine.values import Structure, put_together, take_apart
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of a loss
 _TAG = 0
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 
@@ -161,14 +160,6 @@ class DistributedTransport:
         with self._peers():
             dist.all_gather_object(values, value, group=self._control)
         return values
-
-    def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
-        packet = torch.zeros(2, dtype=torch.float64)  # the number, and which dtype it has
-        if number is not None:
-            packet[0], packet[1] = number.double(), _DTYPES.index(number.dtype)
-        with self._peers():
-            dist.broadcast(packet, group=self._control, group_src=source)
-        return packet[0].to(dtype=_DTYPES[int(packet[1])], device=self._device)
 
     def broadcast(self, value: T, source: int) -> T:
         tensors, structure = take_apart(value)

@@ -6,20 +6,21 @@ only the output if the microbatch is recomputed; `R` makes the graph again with 
 buffers and autocast; `B` uses it once and drops it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from stagewise.engine.buffers import BufferKeeper, Saved
 from stagewise.engine.call import Call, Mode
+from stagewise.engine.losses import MAIN_LOSS, AddedLoss, LossCollector, collecting
 from stagewise.engine.values import Structure, put_together, take_apart
 from stagewise.errors import BatchError, CellError, StagewiseError
 from stagewise.model.chain import Chain
 from stagewise.schedule import Instruction, Kind
 
-Loss = Callable[..., torch.Tensor]
+Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 Gradients = tuple[torch.Tensor | None, ...]
 _Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
 
@@ -31,7 +32,9 @@ class _Flight:
     inputs: list[torch.Tensor]  # detached leaves
     structure: Structure
     gradients: list[torch.Tensor | None]  # of the inputs, once the graph ran backward
-    roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the loss
+    roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the losses
+    names: tuple[str, ...] = ()  # of the losses
+    added: list[AddedLoss] = field(default_factory=list)  # by the cells, with graph
     buffers: Saved = field(default_factory=dict)
 
 
@@ -77,6 +80,7 @@ class Stage:
         """The outputs of the microbatches in flight, while their graphs exist."""
         for flight in self._flights.values():
             yield from flight.roots
+            yield from (loss.value for loss in flight.added)
 
     def clear(self) -> None:
         """End a call; what a failed one left in flight is forgotten."""
@@ -100,9 +104,13 @@ class Stage:
         ):
             output = self._run_cells(flight, Kind.FORWARD, m, call)
         roots, output_structure = take_apart(output)
+        if flight.added:
+            call.added.setdefault(m, []).extend(map(_detached, flight.added))
         if training:
             self._flights[m] = flight
-            flight.roots = [] if recomputed else roots
+            flight.roots = roots
+            if recomputed:
+                flight.roots, flight.added = [], []
         sent = [root.detach().requires_grad_(root.requires_grad) for root in roots]
         return put_together(sent, output_structure)
 
@@ -117,16 +125,16 @@ class Stage:
     def backward(self, m: int, received: list[object], call: Call) -> object:
         """Run microbatch m's graph backward; returns a gradient, or None, per input tensor."""
         flight = self._flights.pop(m)
-        gradients: Gradients
-        if self.is_last:
-            gradients = (torch.full_like(flight.roots[0], call.weight(m)),)
-        else:
-            gradients = received[0]  # type: ignore[assignment]
+        gradients: Gradients = _loss_gradients(flight, m, call) if self.is_last else received[0]  # type: ignore[assignment]
         pairs = [
             (root, gradient)
             for root, gradient in zip(flight.roots, gradients, strict=True)
             if root.requires_grad and gradient is not None
         ]
+        for loss in flight.added:
+            if loss.value.requires_grad:
+                share = call.weight(m) * call.scaling.gradient_scale
+                pairs.append((loss.value, torch.full_like(loss.value, share)))
         if pairs:
             with _no_autocast(self.device.type):
                 torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
@@ -154,15 +162,18 @@ class Stage:
         value = put_together(fed, flight.structure)
         where = "loss"
         randomness = call.randomness[self.device]
+        collector = LossCollector()
+        outer = collecting(collector)
         try:
             with _uncached_autocast(self.device.type):
                 for cell in self.cells:
                     where = f"cell {cell.name!r} ({type(cell.module).__name__})"
                     randomness.enter_cell(cell.index, m)
+                    collector.cell = cell.index
                     value = cell.module(value)
                 where = "loss"
                 if self.is_last:
-                    value = self._end(value, m, call)
+                    value = self._end(value, flight, m, call)
         except StagewiseError:
             raise
         except Exception as error:
@@ -171,6 +182,9 @@ class Stage:
                 f"(instruction {Instruction(self.index, kind, m)} on stage {self.index}, "
                 f"device {self.device})"
             ) from error
+        finally:
+            collecting(outer)
+        flight.added = collector.added
         changed = tuple(
             tensor._version != version for tensor, version in zip(fed, versions, strict=True)
         )
@@ -182,25 +196,37 @@ class Stage:
         self._mutates.setdefault(key, changed)
         return value
 
-    def _end(self, output: object, m: int, call: Call) -> object:
-        """Past the last cell: record the output, or compute the loss and record that."""
+    def _end(self, output: object, flight: _Flight, m: int, call: Call) -> object:
+        """Past the last cell: record the output, or compute the losses and record those."""
         if call.mode is Mode.PREDICT:
             call.outputs[m] = output
             return output
+        if not call.counts(m):  # its mean over nothing would be NaN
+            return output
         call.randomness[self.device].enter_loss(m)
-        loss = output if self._loss is None else self._loss(output, *call.targets[m : m + 1])
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-            raise BatchError(
-                f"the loss must be one number, a mean over the samples, but it is {got}; "
-                + (
-                    "give Pipeline a loss function"
-                    if self._loss is None
-                    else "let the loss function return a mean"
-                )
+        value = output if self._loss is None else self._loss(output, *call.targets[m : m + 1])
+        by_name = value if isinstance(value, Mapping) else {MAIN_LOSS: value}
+        losses = {name: self._checked_loss(name, loss) for name, loss in by_name.items()}
+        call.losses[m] = {name: loss.detach() for name, loss in losses.items()}
+        flight.names = tuple(losses)
+        # A tensor that is two losses is a root twice.
+        return (
+            tuple(losses.values()) if len(losses) == 1 else tuple(x[...] for x in losses.values())
+        )
+
+    def _checked_loss(self, name: str, loss: object) -> torch.Tensor:
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            return loss
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise BatchError(
+            f"the {name} must be one number, a mean over the samples, or a dict of such numbers, "
+            f"but it is {got}; "
+            + (
+                "give Pipeline a loss function"
+                if self._loss is None
+                else "let the loss function return a mean"
             )
-        call.losses[m] = loss.detach()
-        return loss
+        )
 
     def _key(self, flight: _Flight, call: Call) -> tuple[bool, ...]:
         """What decides whether cells change their inputs in place."""
@@ -214,6 +240,22 @@ _ACTIONS = {
     Kind.RECOMPUTE: Stage.recompute,
     Kind.BACKWARD: Stage.backward,
 }
+
+
+def _loss_gradients(flight: _Flight, m: int, call: Call) -> Gradients:
+    """What each loss of microbatch m counts; for one that does not count, of its output."""
+    scale = call.scaling.gradient_scale
+    if not flight.names:
+        return tuple(map(torch.zeros_like, flight.roots))
+    shares = (call.share(name, m) for name in flight.names)
+    return tuple(
+        torch.full_like(root, share * scale) if share else None
+        for root, share in zip(flight.roots, shares, strict=True)
+    )
+
+
+def _detached(loss: AddedLoss) -> AddedLoss:
+    return replace(loss, value=loss.value.detach())
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -46,9 +46,6 @@ class Transport(Protocol):
     def gather(self, value: T) -> list[T]:
         """Every rank's (picklable) value, by rank."""
 
-    def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
-        """Rank `source`'s scalar, on every rank, in its own dtype; the others may pass None."""
-
     def broadcast(self, value: T, source: int) -> T:
         """Rank `source`'s pytree of tensors, on every rank."""
 
@@ -86,10 +83,6 @@ class LocalTransport:
 
     def gather(self, value: T) -> list[T]:
         return [value]
-
-    def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
-        assert number is not None
-        return number
 
     def broadcast(self, value: T, source: int) -> T:
         return value

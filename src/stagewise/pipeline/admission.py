@@ -38,11 +38,13 @@ def admit(
     needs_target: bool,
     num_microbatches: Callable[[int], int],
     flags: Sequence[bool],
+    options: object = None,
 ) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
     `num_microbatches(samples)` tells into how many microbatches a batch is split; `flags` is
-    what else on this rank decides what its messages hold (`Stage.flags`).
+    what else on this rank decides what its messages hold (`Stage.flags`); `options` must be the
+    same on all ranks.
     """
     objection, num_inputs, num_targets, signature = None, _NONE, _NONE, _NONE
     try:
@@ -62,7 +64,7 @@ def admit(
         objection = error
     own = _fingerprint((tuple(flags), _autocast()))
     row = (mode, step_index, num_inputs, num_targets, signature, objection is not None, own)
-    rows = transport.exchange([int(number) for number in row])
+    rows = transport.exchange([int(number) for number in (*row, _fingerprint(options))])
     if any(row[5] for row in rows):
         texts = transport.gather(str(objection) if objection else None)
         if objection:
@@ -72,6 +74,7 @@ def admit(
     _agree(rows, 0, "make different calls", lambda number: Mode(number).name.lower())
     _agree(rows, 1, "are at different steps", str)
     _agree(rows, 4, "were given inputs of different shapes (fingerprints differ)", hex)
+    _agree(rows, 7, "were given different totals or scales (fingerprints differ)", hex)
     totals = {number for row in rows for number in row[2:4] if number != _NONE}
     if len(totals) != 1:
         raise BatchError(

@@ -11,15 +11,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from stagewise.engine.call import Call, Mode
+from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.microbatch import join
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
 from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
+from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.runner import Runner
+from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.timeline import Timeline
@@ -32,7 +34,11 @@ class Pipeline:
         model: an `nn.Sequential` (nested ones are flattened) or a list of modules.
         plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
         loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
-            output is that mean itself.
+            output is that mean itself. It may return several by name, in a dict; their sum is
+            what is minimised. Cells add losses of their own with `stagewise.add_loss`.
+        weight: `weight(target)` of a microbatch, by which its mean loss counts (say, the number
+            of tokens that are no padding), or one weight per named loss in a dict; by default
+            the number of samples. A microbatch of weight 0 counts nothing.
         seed: decides, with step, cell and microbatch, what dropout and its like draw.
         devices: one per device of the plan; by default the model's own device under the local
             transport, and under the distributed one this rank's GPU with NCCL, else its CPU.
@@ -60,6 +66,7 @@ class Pipeline:
         plan: Plan,
         *,
         loss: Loss | None = None,
+        weight: Weight | None = None,
         seed: int = 0,
         devices: Sequence[Device] | None = None,
         transport: Literal["auto", "local", "distributed"] = "auto",
@@ -81,12 +88,21 @@ class Pipeline:
             check_unshared(chain, plan.balance)
         agree_on_model(self._transport, plan, self.parameter_shapes)
         stages = self._build_stages(chain, loss)
-        self._runner = Runner(stages, self._transport, schedule, seed)
+        self._runner = Runner(stages, self._transport, schedule, seed, weight)
+        self._losses: dict[str, torch.Tensor] = {}
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
 
     # Calls: every rank makes the same ones, in the same order.
 
-    def step(self, inputs: object = None, *, target: object = None) -> torch.Tensor:
+    def step(
+        self,
+        inputs: object = None,
+        *,
+        target: object = None,
+        total_samples: int | None = None,
+        total_weight: float | Mapping[str, float] | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
         """Run one minibatch forward and backward; gradients are added to `.grad`.
 
         `inputs` and `target` are pytrees of tensors with samples along dimension 0. Every rank
@@ -94,8 +110,16 @@ class Pipeline:
         the last no target. Returns the minibatch's mean loss (detached) on every rank; raises
         BatchError before anything runs if the batch cannot be split or ranks disagree, CellError
         if the model's own code fails.
+
+        To accumulate gradients over several steps, give each of them the `total_samples` of all
+        (and the `total_weight`, where there is a weight function): each loss is then its part of
+        the whole, and their sum that of one large minibatch. Gradients, but not the loss, are
+        multiplied by `scale`: give `GradScaler.get_scale()`.
         """
-        call = self._runner.run(Mode.TRAIN, self.step_index, inputs, target)
+        scaling = Scaling(
+            total_samples=total_samples, total_weight=total_weight, gradient_scale=scale
+        )
+        call = self._runner.run(Mode.TRAIN, self.step_index, inputs, target, scaling=scaling)
         self._runner.backward_into(inputs, call)
         self.step_index += 1
         return self._loss_of(call)
@@ -152,6 +176,10 @@ class Pipeline:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
         return rehearse(self._runner, inputs, target, num_steps)
 
+    def clip_grad_value_(self, max_value: float) -> None:
+        """Clamp every gradient's elements to [-max_value, max_value]."""
+        torch.nn.utils.clip_grad_value_(self.parameters(), max_value)
+
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
         return any(row[0] for row in self._transport.exchange([int(flag)]))
@@ -206,6 +234,11 @@ class Pipeline:
         return self.plan.num_microbatches
 
     @property
+    def device(self) -> torch.device:
+        """This rank's device; in one process that of the last stage, where the loss is."""
+        return self._devices[self.rank if self.num_ranks > 1 else -1]
+
+    @property
     def rank(self) -> int:
         return self._transport.rank
 
@@ -214,9 +247,13 @@ class Pipeline:
         return self._transport.num_ranks
 
     @property
+    def losses(self) -> dict[str, torch.Tensor]:
+        """The last call's losses by name, those that cells added included; "loss" has no name."""
+        return dict(self._losses)
+
+    @property
     def _last_rank(self) -> int:
-        schedule = self.plan.built_schedule
-        return schedule.placement[-1][0] if self.num_ranks > 1 else 0
+        return self._runner.last_rank
 
     def _build_stages(self, chain: Chain, loss: Loss | None) -> dict[int, Stage]:
         """This rank's stages; their cells move to their devices."""
@@ -235,12 +272,8 @@ class Pipeline:
         return stages
 
     def _loss_of(self, call: Call) -> torch.Tensor:
-        """The weighted mean of the microbatches' losses, summed in their order."""
-        total = None
-        for m in sorted(call.losses):
-            part = call.losses[m].reshape(()) * call.weight(m)
-            total = part if total is None else total + part
-        return self._transport.share_number(total, self._last_rank)
+        total, self._losses = agree_on_losses(self._transport, call, self._last_rank, self.device)
+        return total
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from stagewise.engine.call import Call, Mode
+from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.execute import Observer, execute
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
@@ -14,18 +14,28 @@ from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move, take_apart
 from stagewise.errors import PeerError, StagewiseError
 from stagewise.pipeline.admission import admit
+from stagewise.pipeline.weighting import Weight, agree_on_shares, check_scaling
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span, Timeline
+
+UNSCALED = Scaling()
 
 
 class Runner:
     """The stages of this rank, their transport, and the programs for every kind of call."""
 
     def __init__(
-        self, stages: Mapping[int, Stage], transport: Transport, schedule: Schedule, seed: int
+        self,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        schedule: Schedule,
+        seed: int,
+        weight: Weight | None = None,
     ) -> None:
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
+        self.weight = weight
+        self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -37,6 +47,7 @@ class Runner:
         inputs: object,
         target: object = None,
         *,
+        scaling: Scaling = UNSCALED,
         observe: Observer | None = None,
     ) -> Call:
         """Run one call to its end; the spans of this rank are in `spans` afterwards."""
@@ -55,23 +66,30 @@ class Runner:
             target,
             needs_inputs=0 in self.stages,
             needs_target=last in self.stages
-            and self.stages[last].needs_target
+            and (self.stages[last].needs_target or self.weight is not None)
             and mode is not Mode.PREDICT,
             num_microbatches=self._count if training else lambda n: min(n, self._count(n)),
             flags=[flag for stage in self.stages.values() for flag in stage.flags()],
+            options=scaling,
         )
+        check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
         order, own = self._program(training, len(admitted.sizes))
         devices = {stage.device for stage in self.stages.values()}
         call = Call(
             mode=mode,
             recomputed=self.schedule.recomputed if training else frozenset(),
             sizes=admitted.sizes,
+            scaling=scaling,
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
         )
         if 0 in self.stages:
             call.inputs = split(move(inputs, self.stages[0].device), admitted.sizes)
         if last in self.stages and target is not None:
             call.targets = split(move(target, self.stages[last].device), admitted.sizes)
+        if self.weight is not None and mode is not Mode.PREDICT:
+            call.shares = agree_on_shares(
+                self.transport, self.weight, call.targets, scaling.total_weight, self.last_rank
+            )
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with generators_kept(devices), torch.inference_mode(False):
