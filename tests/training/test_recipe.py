@@ -14,7 +14,7 @@ from tests.recipes import write_recipe
 def test_a_whole_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path))
     assert recipe.name == "tiny"
-    assert recipe.generate is recipe.metrics is recipe.clip_grad_norm is None
+    assert recipe.generate is recipe.metrics is recipe.weight is recipe.clip_grad_norm is None
     assert isinstance(recipe.model(), torch.nn.Sequential)
 
 

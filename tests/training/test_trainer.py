@@ -54,6 +54,18 @@ def run(
     return outcome, console.file.getvalue()
 
 
+def test_a_recipe_may_weigh_its_targets(tmp_path: Path) -> None:
+    losses = []
+    for name, body in [("none", "None"), ("same", "len(target)"), ("size", "target.abs().sum()")]:
+        weight = "" if name == "none" else f"def weight(target):\n    return {body}"
+        recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\n{weight}"), name=f"{name}.py")
+        run(recipe, tmp_path / name, stages=2)
+        losses.append([r["loss"] for r in log_of(tmp_path / name) if "loss" in r])
+    by_samples, the_same, by_size = losses
+    assert the_same == by_samples
+    assert all(a != b for a, b in zip(by_size, by_samples, strict=True))
+
+
 def test_a_run_and_its_log(tmp_path: Path) -> None:
     generate = "def generate(predict):\n    return str(tuple(predict(torch.ones(3, 8)).shape))"
     recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\nclip_grad_norm = 1.0\n{generate}"))

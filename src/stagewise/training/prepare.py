@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
     plan = make_plan(recipe, model, options.plan, batch=batches.first)
-    pipe = Pipeline(model, plan, loss=recipe.loss, seed=options.seed)
+    pipe = Pipeline(model, plan, loss=recipe.loss, weight=recipe.weight, seed=options.seed)
     optimizer = recipe.make_optimizer(list(pipe.parameters()))
     if options.resume is not None:
         checkpoints.restore(options.resume, pipe, optimizer)

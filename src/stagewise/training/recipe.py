@@ -44,10 +44,11 @@ class Recipe:
     path: Path
     model: Callable[[], nn.Module | Sequence[nn.Module]]
     data: Callable[[str], Iterable[Batch] | None]
-    loss: Callable[[Tree, Tree], Tensor]
+    loss: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     generate: Callable[[Callable[[Tree], Tree]], str] | None = None
     metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
+    weight: Callable[[Tree], float | Tensor] | None = None
     clip_grad_norm: float | None = None
 
     @property
@@ -93,7 +94,7 @@ def load_recipe(path: Path) -> Recipe:
         _check(path, name, _get(module, name, f"for example:\n\n{example}"))
     optional = {
         name: _check(path, name, getattr(module, name))
-        for name in ("generate", "metrics")
+        for name in ("generate", "metrics", "weight")
         if hasattr(module, name)
     }
     clip_grad_norm = getattr(module, "clip_grad_norm", None)

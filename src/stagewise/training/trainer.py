@@ -123,19 +123,21 @@ class Trainer:
         )
 
     def _validate(self, step: int) -> float | None:
-        """The mean loss over all validation samples; None where there are none."""
+        """The mean loss over all validation samples, or weights; None where there are none."""
         batches = self._prepared.validation
         if not batches:
             return None
         totals: dict[str, float] = {}
-        total_loss, num_samples = 0.0, 0
+        total_loss, total_weight, num_samples = 0.0, 0.0, 0
         for inputs, target in batches:
             size = batch_size(inputs, "inputs")
-            num_samples += size
-            total_loss += size * float(self._pipe.evaluate(inputs, target=target))
+            with self._recipe.blame("weight(target)"):
+                weight = float(self._recipe.weight(target) if self._recipe.weight else size)
+            num_samples, total_weight = num_samples + size, total_weight + weight
+            total_loss += weight * float(self._pipe.evaluate(inputs, target=target))
             for name, value in self._metrics(inputs, target).items():
                 totals[name] = totals.get(name, 0.0) + size * value
-        loss = total_loss / num_samples
+        loss = total_loss / total_weight
         metrics = {name: total / num_samples for name, total in totals.items()}
         self._reporter.validation(
             ValidationRecord(step=step, validation_loss=loss, metrics=metrics)
