@@ -28,7 +28,7 @@ class Run:
     optimizer: str | None = None
     max_norm: float | None = None
     dtype: torch.dtype = torch.float32
-    autocast: bool = False
+    autocast: torch.dtype | None = None
     transport: str = "auto"
 
 
@@ -79,7 +79,7 @@ def train(run: Run) -> Record:
     for index, size in enumerate(run.sizes):
         inputs, target = batch(run.example, size, run.dtype, seed=4 + index)
         pipe.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
+        with torch.autocast("cpu", run.autocast, enabled=run.autocast is not None):
             record.losses.append(pipe.step(inputs, target=target))
         record.gradients = _gradients(pipe.module)
         if run.max_norm is not None:

@@ -76,14 +76,15 @@ def test_any_number_of_microbatches(pools: Pools, num_microbatches: int) -> None
     assert_close(on_ranks(pools, cut(run, 4)), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", POLICIES)
-def test_under_autocast(pools: Pools, recompute: str) -> None:
+def test_under_autocast(pools: Pools, recompute: str, precision: torch.dtype) -> None:
     """Recomputation runs in the forward's precision, and keeps the weights in its graph."""
-    run = Run(example="mlp_dropout", autocast=True, recompute=recompute, sizes=(10, 10))
+    run = Run(example="mlp_dropout", autocast=precision, recompute=recompute, sizes=(10, 10))
     wanted = train(cut(replace(run, recompute="never"), 1))
     assert_identical(train(cut(run, 3)), wanted)
     assert_identical(on_ranks(pools, cut(run, 3)), wanted)
-    plain = train(cut(replace(run, autocast=False), 1))
+    plain = train(cut(replace(run, autocast=None), 1))
     assert not torch.equal(plain.losses[0], wanted.losses[0]), "autocast must have had an effect"
 
 
