@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.failure import FailureBoard
+from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T
 from stagewise.engine.values import Structure, put_together, take_apart
 from stagewise.errors import CellError, PeerError
@@ -97,7 +98,7 @@ class DistributedTransport:
         self._expected: dict[int, deque[Message]] = {}
         self._posted: dict[int, deque[tuple[Message, list[torch.Tensor], list[dist.Work]]]] = {}
         self._arrived: dict[Message, object] = {}
-        self._leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._outbox = Outbox()
 
     def begin(self, signature: int, links: Links) -> None:
         self._signature = signature
@@ -137,10 +138,8 @@ class DistributedTransport:
             self._post(source)
 
     def finish(self) -> None:
-        while self._leaving:
-            work, _ = self._leaving.popleft()
-            with self._peers():
-                work.wait()
+        with self._peers():
+            self._outbox.finish()
 
     def fail(self, cause: str) -> None:
         self._failures.write(cause)
@@ -263,12 +262,10 @@ class DistributedTransport:
             ) from error
 
     def _start(self, tensor: torch.Tensor, group: dist.ProcessGroup, destination: int) -> None:
-        """Start to send `tensor`; keep it alive until it has left, and no longer."""
+        """Start to send `tensor`."""
         with self._peers():
             work = group.send([tensor], destination, _TAG)
-        self._leaving.append((work, tensor))
-        while self._leaving and self._leaving[0][0].is_completed():
-            self._leaving.popleft()
+        self._outbox.add(work, tensor)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
