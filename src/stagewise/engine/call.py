@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stagewise.engine.randomness import CellRandomness
+from stagewise.engine.tied import StandIns
 
 
 class Mode(enum.IntEnum):
@@ -30,6 +31,7 @@ class Call:
     targets: list[object] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
+    stand_ins: StandIns = field(default_factory=StandIns)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)

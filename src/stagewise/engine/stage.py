@@ -159,7 +159,8 @@ class Stage:
                 for cell in self.cells:
                     where = f"cell {cell.name!r} ({type(cell.module).__name__})"
                     randomness.enter_cell(cell.index, m)
-                    value = cell.module(value)
+                    with call.stand_ins.inside(cell.index):
+                        value = cell.module(value)
                 where = "loss"
                 if self.is_last:
                     value = self._end(value, m, call)

@@ -10,6 +10,7 @@ from stagewise.engine.execute import Observer, execute
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage import Stage
+from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move, take_apart
 from stagewise.errors import PeerError, StagewiseError
@@ -23,9 +24,15 @@ class Runner:
     """The stages of this rank, their transport, and the programs for every kind of call."""
 
     def __init__(
-        self, stages: Mapping[int, Stage], transport: Transport, schedule: Schedule, seed: int
+        self,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        schedule: Schedule,
+        seed: int,
+        tied: TiedParameters | None = None,
     ) -> None:
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
+        self.tied = tied if tied is not None else TiedParameters()
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -75,6 +82,7 @@ class Runner:
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with generators_kept(devices), torch.inference_mode(False):
+            call.stand_ins = self.tied.stand_ins(training=training)
             self.transport.begin(admitted.signature, order)
             start = time.perf_counter()
             try:
@@ -86,6 +94,8 @@ class Runner:
                     clock=lambda: time.perf_counter() - start,
                     observe=observe,
                 )
+                if training:
+                    self.tied.settle(call.stand_ins, self.transport)
                 self.transport.finish()
             except PeerError:
                 raise
