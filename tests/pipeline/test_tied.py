@@ -15,7 +15,7 @@ from stagewise.errors import PlanError
 from stagewise.model.chain import chain_of
 from stagewise.model.tied import find_tied
 from stagewise.training import checkpoint as checkpoints
-from tests.harness import Pools
+from tests.harness import Pools, Raised
 from tests.models import EXAMPLES, Call, batch, build
 from tests.pipeline.runs import (
     OPTIMIZERS,
@@ -352,6 +352,22 @@ def test_other_ways_to_a_gradient(pools: Pools) -> None:
     assert len(both) == 3
     for gradients in both:
         assert torch.equal(gradients["1.module.weight"], both[0]["1.module.weight"])
+
+
+def unseen(balance: Sequence[int]) -> None:
+    """A function uses another cell's weight, which no module of its own cell holds."""
+    torch.manual_seed(0)
+    first = nn.Linear(3, 3)
+    cells = [first, nn.Tanh(), Call(lambda x: x @ first.weight)]  # type: ignore[operator]
+    pipe_of(cells, balance).step(torch.ones(8, 3), target=torch.ones(8, 3))
+
+
+def test_a_use_that_cannot_be_seen_is_no_silent_loss(pools: Pools) -> None:
+    unseen((1, 2))
+    outcomes = pools[3].outcomes(unseen, (1, 1, 1))
+    for outcome in outcomes:
+        assert isinstance(outcome, Raised)
+        assert "a cell on rank 2 uses the parameter 0.weight, which none of its" in outcome.error
 
 
 # Buffers

@@ -9,6 +9,7 @@ Invariant: every copy is given the same bits, and once per step, so optimizers k
 """
 
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from stagewise.engine.transport import Transport
+from stagewise.errors import CellError
 from stagewise.model.tied import Tied
 
 Gradient = torch.Tensor | None
@@ -65,7 +67,8 @@ class StandIns:
 class TiedParameters:
     """The tied parameters that cells of this rank use.
 
-    `cells` are this rank's cells with their devices, `ranks` the rank of every cell of the chain.
+    `cells` are this rank's cells with their devices, `ranks` the rank of every cell of the chain,
+    `others` the parameters that no cell of this rank has.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class TiedParameters:
         ties: Sequence[Tied] = (),
         cells: Mapping[int, tuple[nn.Module, torch.device]] | None = None,
         ranks: Sequence[int] = (),
+        others: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         cells = cells or {}
         self.ties = tuple(tied for tied in ties if not cells.keys().isdisjoint(tied.cells))
@@ -81,6 +85,11 @@ class TiedParameters:
         self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by using cells
         for tied in self.ties:
             self._groups.setdefault(tied.cells, []).append(tied.parameter)
+        self._others = {
+            name: weakref.ref(parameter)
+            for name, parameter in (others or {}).items()
+            if parameter.grad is None
+        }
         known = {tied.parameter for tied in self.ties}
         self._places = {
             index: places
@@ -121,7 +130,19 @@ class TiedParameters:
 
     @torch.no_grad()
     def settle(self, stand_ins: StandIns, transport: Transport) -> None:
-        """End a training step: sum the gradients of all users, and add the sum to `.grad`."""
+        """End a training step: sum the gradients of all users, and add the sum to `.grad`.
+
+        Raises CellError after the first step if a cell used another rank's parameter unseen.
+        """
+        for name, reference in self._others.items():
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None:
+                raise CellError(
+                    f"a cell on rank {transport.rank} uses the parameter {name}, which none of "
+                    "its modules holds, so its gradient would be lost; register it in that cell "
+                    "(self.weight = other.weight), and it is tied"
+                )
+        self._others = {}
         for cells, parameters in self._groups.items():
             totals = self._sum(cells, parameters, stand_ins, transport)
             for parameter, total in zip(parameters, totals, strict=True):

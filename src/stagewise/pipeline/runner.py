@@ -116,13 +116,16 @@ class Runner:
 
     def backward_into(self, inputs: object, call: Call) -> None:
         """Pass the gradients of the first stage's inputs on to the caller's own graph."""
-        pairs = [
-            (tensor, torch.cat(parts).to(tensor.device))  # type: ignore[arg-type]
-            for index, tensor in enumerate(take_apart(inputs)[0])
-            if tensor.requires_grad and 0 in self.stages
-            for parts in [[call.input_gradients[m][index] for m in sorted(call.input_gradients)]]
-            if all(part is not None for part in parts)
-        ]
+        pairs = []
+        for index, tensor in enumerate(take_apart(inputs)[0] if 0 in self.stages else ()):
+            parts = [call.input_gradients[m][index] for m in sorted(call.input_gradients)]
+            if tensor.requires_grad and any(part is not None for part in parts):
+                # A microbatch in which no cell used the input has no gradient for it.
+                whole = [
+                    torch.zeros_like(own) if part is None else part.to(tensor.device)
+                    for part, own in zip(parts, torch.split(tensor, list(call.sizes)), strict=True)
+                ]
+                pairs.append((tensor, torch.cat(whole)))
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 

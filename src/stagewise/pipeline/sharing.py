@@ -10,7 +10,7 @@ from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Transport
 from stagewise.errors import PlanError
-from stagewise.model.chain import Chain
+from stagewise.model.chain import Chain, module_tree
 from stagewise.model.tied import find_tied
 from stagewise.planning.plan import Plan
 
@@ -47,10 +47,14 @@ def tie(
 ) -> TiedParameters:
     """This rank's tied parameters, equal to all other copies from now on; every rank calls this."""
     placed = _placed(plan)
+    cells = [cell for stage in stages.values() for cell in stage.cells]
+    own = set(module_tree(cells).parameters())
+    others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
     tied = TiedParameters(
         find_tied(chain),
         {c.index: (c.module, stage.device) for stage in stages.values() for c in stage.cells},
         [placed[stage] if transport.num_ranks > 1 else 0 for stage in _stages(plan)],
+        others,
     )
     tied.equalise(transport)
     return tied
