@@ -11,7 +11,7 @@ Invariant: every copy is given the same bits, and once per step, so optimizers k
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +45,13 @@ class StandIns:
         self._places, self._leaves = places or {}, leaves or {}
         self.before = before or {}  # the gradients that the parameters came with
 
-    @contextmanager
-    def inside(self, cell: int) -> Iterator[None]:
+    def inside(self, cell: int) -> AbstractContextManager[None]:
         """Run cell `cell` inside, with its stand-ins in place."""
-        places = [p for p in self._places.get(cell, ()) if (cell, p.parameter) in self._leaves]
+        return self._placed(cell) if cell in self._places else nullcontext()
+
+    @contextmanager
+    def _placed(self, cell: int) -> Iterator[None]:
+        places = [p for p in self._places[cell] if (cell, p.parameter) in self._leaves]
         for place in places:  # setattr, since nn.LSTM and its like keep a list besides
             setattr(place.module, place.attribute, self._leaves[cell, place.parameter])
         try:
