@@ -190,6 +190,37 @@ def _language(dropout: float) -> nn.Module:
     )
 
 
+class Mixed(nn.Module):
+    """Mixes its hidden states with all tokens' embeddings: a use of an embedding in the middle."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x @ self.weight.T).softmax(-1) @ self.weight + self.bias
+
+
+def _tied(dropout: float, *, users: int) -> nn.Module:
+    embedding, head = nn.Embedding(11, 8), nn.Linear(8, 11)
+    head.weight = embedding.weight
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+    middle = [Mixed(embedding)] if users == 3 else []
+    cells = [embedding, nn.Dropout(dropout), block, *middle, nn.LayerNorm(8), head]
+    return nn.Sequential(Call(lambda batch: batch["tokens"]), *cells)
+
+
+def _shared_modules() -> nn.Module:
+    """One LSTM and one Linear as several cells each, and a parameter of theirs tied besides."""
+    lstm, linear = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 4)
+    last = nn.Linear(4, 4)
+    last.bias = linear.bias
+    first = Call(lambda x: x[0])
+    recurrent = nn.Sequential(lstm, first, linear)
+    return nn.Sequential(recurrent, nn.Tanh(), recurrent, linear, nn.Sequential(lstm, first), last)
+
+
 def _odd() -> nn.Module:
     return nn.Sequential(
         Call(lambda x: x),  # its input, unchanged
@@ -231,6 +262,26 @@ EXAMPLES: dict[str, Example] = {
         token_loss,
         exact=False,
     ),
+    "tied": Example(
+        lambda: _tied(0.0, users=2),
+        lambda n: {"tokens": torch.randint(11, (n, 5))},
+        lambda n: torch.randint(11, (n, 5)),
+        token_loss,
+    ),
+    "tied_three": Example(
+        lambda: _tied(0.0, users=3),
+        lambda n: {"tokens": torch.randint(11, (n, 5))},
+        lambda n: torch.randint(11, (n, 5)),
+        token_loss,
+    ),
+    "tied_dropout": Example(
+        lambda: _tied(0.3, users=3),
+        lambda n: {"tokens": torch.randint(11, (n, 5))},
+        lambda n: torch.randint(11, (n, 5)),
+        token_loss,
+        exact=False,
+    ),
+    "shared_modules": Example(_shared_modules, _rows(5, 4), _rows(5, 4)),
     "odd": Example(_odd, _rows(3), _rows(2), exact=False),  # xs[2] sums over the microbatch
     "noise": Example(
         lambda: nn.Sequential(nn.Linear(3, 4), Noise(), nn.Linear(4, 4), Noise()),

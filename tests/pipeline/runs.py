@@ -81,7 +81,7 @@ def train(run: Run) -> Record:
         pipe.zero_grad()
         with torch.autocast("cpu", run.autocast, enabled=run.autocast is not None):
             record.losses.append(pipe.step(inputs, target=target))
-        record.gradients = _gradients(pipe.module)
+        record.gradients = _gradients(pipe)
         if run.max_norm is not None:
             record.norms.append(pipe.clip_grad_norm_(run.max_norm))
         if optimizer is not None:
@@ -119,7 +119,7 @@ def train_plain(run: Run) -> Record:
 
 
 def merged(records: Sequence[Record]) -> Record:
-    """All ranks' records as one; every rank must own different names and see equal losses."""
+    """All ranks' records as one; what several ranks have (tied parameters) must be equal."""
     first, *others = records
     whole = Record(list(first.losses), list(first.norms))
     for other in others:
@@ -131,7 +131,8 @@ def merged(records: Sequence[Record]) -> Record:
             (whole.parameters, record.parameters),
             (whole.buffers, record.buffers),
         ):
-            assert not set(into) & set(own), "two ranks own the same tensor"
+            differing = [n for n in set(into) & set(own) if not _same(into[n], own[n])]
+            assert not differing, f"the ranks' copies differ: {differing}"
             into.update(own)  # type: ignore[arg-type]
     return whole
 
@@ -184,7 +185,7 @@ def _worst(
     return {n: distance(t, theirs[n]) for n, t in ours.items() if not _same(t, theirs[n])}
 
 
-def _gradients(module: nn.Module) -> dict[str, Tensor | None]:
+def _gradients(module: nn.Module | stagewise.Pipeline) -> dict[str, Tensor | None]:
     return {
         n: None if p.grad is None else p.grad.detach().clone() for n, p in module.named_parameters()
     }

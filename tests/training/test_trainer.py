@@ -89,9 +89,15 @@ def test_a_run_and_its_log(tmp_path: Path) -> None:
     assert [r["step"] for r in records if "bubble_fraction" in r] == [10]
 
 
+TIED = ("    return nn.Seq", "    layers[2][0].weight = layers[0][0].weight\n    return nn.Seq")
+
+
+@pytest.mark.parametrize("changes", [(), (TIED,)], ids=["", "tied"])
 @pytest.mark.parametrize("stages", [1, 3])
-def test_a_pause_changes_nothing(tmp_path: Path, stages: int) -> None:
-    recipe = write_recipe(tmp_path)
+def test_a_pause_changes_nothing(
+    tmp_path: Path, stages: int, changes: tuple[tuple[str, str], ...]
+) -> None:
+    recipe = write_recipe(tmp_path, *changes)
     run(recipe, tmp_path / "whole")
     stopped, _ = run(recipe, tmp_path / "parts", stages=2, stop=StopAfter(7))
     assert stopped.stopped and stopped.last_step == 7

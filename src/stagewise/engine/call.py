@@ -8,6 +8,7 @@ import torch
 
 from stagewise.engine.losses import AddedLoss
 from stagewise.engine.randomness import CellRandomness
+from stagewise.engine.tied import StandIns
 
 
 class Mode(enum.IntEnum):
@@ -49,6 +50,7 @@ class Call:
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     scaling: Scaling = Scaling()
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
+    stand_ins: StandIns = field(default_factory=StandIns)
     losses: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     added: dict[int, list[AddedLoss]] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)

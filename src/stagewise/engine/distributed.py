@@ -178,6 +178,32 @@ class DistributedTransport:
         )
         return received
 
+    def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
+        present = torch.tensor([tensor is not None for tensor in tensors])
+        self._start(present, self._control, rank)
+        group = self._down if self.rank < rank else self._up
+        for tensor in tensors:
+            if tensor is not None and tensor.numel():
+                self._start(_flat(tensor), group, rank)
+
+    def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        present = torch.empty(len(like), dtype=torch.bool)
+        with self._peers():
+            dist.recv(present, group=self._control, group_src=rank)
+            taken = [
+                torch.empty_like(tensor, requires_grad=False) if is_there else None
+                for tensor, is_there in zip(like, present.tolist(), strict=True)
+            ]
+            group = self._down if rank < self.rank else self._up
+            works = [
+                group.recv([_flat(tensor)], rank, _TAG)
+                for tensor in taken
+                if tensor is not None and tensor.numel()
+            ]
+            for work in works:
+                work.wait()
+        return taken
+
     def _post(self, source: int) -> None:
         """Post receives for the next known messages from `source`."""
         expected, posted = self._expected[source], self._posted[source]

@@ -30,7 +30,8 @@ def clip_by_global_norm(
             present[place[name]] = 1
     row = [*norms.view(torch.int64).tolist(), *present.tolist()]
     rows = torch.tensor(transport.exchange(row), dtype=torch.int64)
-    all_norms = rows[:, : len(dtypes)].view(torch.float64).sum(0)
+    # The maximum, not the sum: a tied parameter has the same norm on each of its ranks.
+    all_norms = rows[:, : len(dtypes)].view(torch.float64).amax(0)
     all_present = rows[:, len(dtypes) :].sum(0) > 0
     if not all_present.any():
         return torch.tensor(0.0)

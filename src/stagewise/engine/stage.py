@@ -170,7 +170,8 @@ class Stage:
                     where = f"cell {cell.name!r} ({type(cell.module).__name__})"
                     randomness.enter_cell(cell.index, m)
                     collector.cell = cell.index
-                    value = cell.module(value)
+                    with call.stand_ins.inside(cell.index):
+                        value = cell.module(value)
                 where = "loss"
                 if self.is_last:
                     value = self._end(value, flight, m, call)

@@ -49,6 +49,12 @@ class Transport(Protocol):
     def broadcast(self, value: T, source: int) -> T:
         """Rank `source`'s pytree of tensors, on every rank."""
 
+    def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Start sending to one rank, which must `take` as many; leave them alone until `finish`."""
+
+    def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """What `rank` gives: tensors of the forms of `like`, or None."""
+
 
 class LocalTransport:
     """One process holds every stage: messages wait in a dictionary, then move to their device."""
@@ -86,3 +92,9 @@ class LocalTransport:
 
     def broadcast(self, value: T, source: int) -> T:
         return value
+
+    def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
+        raise AssertionError("there is no other rank")
+
+    def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        raise AssertionError("there is no other rank")

@@ -69,22 +69,6 @@ def agree_on_model(
             )
 
 
-def check_unshared(chain: Chain, balance: Sequence[int]) -> None:
-    """Raise PlanError if stages on different ranks share a parameter: its copies would drift."""
-    owner: dict[int, tuple[int, str]] = {}
-    ends = [sum(balance[: stage + 1]) for stage in range(len(balance))]
-    for cell in chain:
-        stage = next(index for index, end in enumerate(ends) if cell.index < end)
-        for name, parameter in cell.module.named_parameters():
-            first_stage, first = owner.setdefault(id(parameter), (stage, f"{cell.name}.{name}"))
-            if first_stage != stage:
-                raise PlanError(
-                    f"{first} on stage {first_stage} and {cell.name}.{name} on stage {stage} are "
-                    "one parameter, and its copies on two ranks would drift apart; put both cells "
-                    "on one stage with `balance`, or run in one process"
-                )
-
-
 def _home(chain: Chain) -> torch.device:
     for cell in chain:
         for tensor in (*cell.module.parameters(), *cell.module.buffers()):

@@ -17,10 +17,12 @@ from stagewise.engine.microbatch import join
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
-from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
+from stagewise.model.tied import with_all_names
+from stagewise.pipeline.connect import Device, agree_on_model, connect
 from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.runner import Runner
+from stagewise.pipeline.sharing import check_buffers, tie
 from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_balance
 from stagewise.planning.plan import Plan
@@ -84,11 +86,13 @@ class Pipeline:
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
-        if self.num_ranks > 1:
-            check_unshared(chain, plan.balance)
         agree_on_model(self._transport, plan, self.parameter_shapes)
+        check_buffers(chain, plan, self._devices, self._transport)
         stages = self._build_stages(chain, loss)
-        self._runner = Runner(stages, self._transport, schedule, seed, weight)
+        tied = tie(chain, plan, stages, self._transport)
+        self._ties = tied.ties
+        self._first_names = {name: one.names[0] for one in tied.ties for name in one.names}
+        self._runner = Runner(stages, self._transport, schedule, seed, weight=weight, tied=tied)
         self._losses: dict[str, torch.Tensor] = {}
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
 
@@ -152,7 +156,7 @@ class Pipeline:
         Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
         """
         return clip_by_global_norm(
-            dict(self.module.named_parameters()),
+            dict(self.named_parameters()),
             dict(zip(self.parameter_shapes, self._dtypes, strict=True)),
             max_norm,
             self._transport,
@@ -191,8 +195,13 @@ class Pipeline:
         return self.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of this rank's stages, by the plain model's names."""
-        return self.module.named_parameters()
+        """Parameters of this rank's stages, by the plain model's names.
+
+        A parameter that cells of several ranks use is there once on each of them, under its
+        first name in the plain model, as `named_parameters()` gives it there.
+        """
+        for name, parameter in self.module.named_parameters():
+            yield self._first_names.get(name, name), parameter
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Buffers of this rank's stages, by the plain model's names."""
@@ -207,6 +216,7 @@ class Pipeline:
 
         Raises CheckpointError if one of this rank's entries is missing or has another shape.
         """
+        state = with_all_names(state, self._ties)
         own = self.module.state_dict()
         wrong = [n for n, t in own.items() if n not in state or _shape(state[n]) != _shape(t)]
         if wrong:

@@ -10,6 +10,7 @@ from stagewise.engine.execute import Observer, execute
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage import Stage
+from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move, take_apart
 from stagewise.errors import PeerError, StagewiseError
@@ -31,10 +32,13 @@ class Runner:
         transport: Transport,
         schedule: Schedule,
         seed: int,
+        *,
         weight: Weight | None = None,
+        tied: TiedParameters | None = None,
     ) -> None:
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.weight = weight
+        self.tied = tied if tied is not None else TiedParameters()
         self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
@@ -93,6 +97,7 @@ class Runner:
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with generators_kept(devices), torch.inference_mode(False):
+            call.stand_ins = self.tied.stand_ins(training=training)
             self.transport.begin(admitted.signature, order)
             start = time.perf_counter()
             try:
@@ -104,6 +109,8 @@ class Runner:
                     clock=lambda: time.perf_counter() - start,
                     observe=observe,
                 )
+                if training:
+                    self.tied.settle(call.stand_ins, self.transport)
                 self.transport.finish()
             except PeerError:
                 raise
@@ -124,13 +131,16 @@ class Runner:
 
     def backward_into(self, inputs: object, call: Call) -> None:
         """Pass the gradients of the first stage's inputs on to the caller's own graph."""
-        pairs = [
-            (tensor, torch.cat(parts).to(tensor.device))  # type: ignore[arg-type]
-            for index, tensor in enumerate(take_apart(inputs)[0])
-            if tensor.requires_grad and 0 in self.stages
-            for parts in [[call.input_gradients[m][index] for m in sorted(call.input_gradients)]]
-            if all(part is not None for part in parts)
-        ]
+        pairs = []
+        for index, tensor in enumerate(take_apart(inputs)[0] if 0 in self.stages else ()):
+            parts = [call.input_gradients[m][index] for m in sorted(call.input_gradients)]
+            if tensor.requires_grad and any(part is not None for part in parts):
+                # A microbatch in which no cell used the input has no gradient for it.
+                whole = [
+                    torch.zeros_like(own) if part is None else part.to(tensor.device)
+                    for part, own in zip(parts, torch.split(tensor, list(call.sizes)), strict=True)
+                ]
+                pairs.append((tensor, torch.cat(whole)))
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -133,7 +134,7 @@ def restore(checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None)
         ) from error
     set_model_state_dict(pipe.module, state["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(pipe.module, optimizer, state["optimizer"], options=_OPTIONS)
+        set_optimizer_state_dict(_named(pipe), optimizer, state["optimizer"], options=_OPTIONS)
     pipe.step_index = checkpoint.step
 
 
@@ -143,8 +144,25 @@ def _state(pipe: Pipeline, optimizer: Optimizer | None) -> dict[str, dict[str, A
         "model": get_model_state_dict(pipe.module),
         "optimizer": {}
         if optimizer is None
-        else get_optimizer_state_dict(pipe.module, optimizer, options=_OPTIONS),
+        else get_optimizer_state_dict(_named(pipe), optimizer, options=_OPTIONS),
     }
+
+
+def _named(pipe: Pipeline) -> nn.Module:
+    """This rank's parameters, each under one name that is the same on every rank that has it.
+
+    `pipe.module` would name a tied parameter after the first cell on this rank.
+    """
+    root = nn.Module()
+    for name, parameter in pipe.named_parameters():
+        *path, leaf = name.split(".")
+        parent = root
+        for step in path:
+            if step not in parent._modules:
+                parent.add_module(step, nn.Module())
+            parent = parent.get_submodule(step)
+        parent.register_parameter(leaf, parameter)
+    return root
 
 
 def _whole(run: Path) -> list[Path]:

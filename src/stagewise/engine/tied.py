@@ -1,0 +1,232 @@
+"""Tied parameters: one parameter in several cells, on one rank or on many.
+
+Problem: autograd sums such a parameter's gradient in an order that depends on where the chain
+is cut, and copies on several ranks would each see a part of it and drift apart.
+Idea: while a using cell runs, a stand-in (a leaf of its own on the same memory) takes the
+parameter's place, so that each cell's gradient adds up apart. At the end of a step they are
+summed in cell order: partial sums travel along the users' ranks, the total goes to all of them.
+Invariant: every copy is given the same bits, and once per step, so optimizers keep copies equal.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stagewise.engine.transport import Transport
+from stagewise.errors import CellError
+from stagewise.model.tied import Tied
+
+Gradient = torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module of a using cell keeps a tied parameter."""
+
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+
+
+class StandIns:
+    """What takes the place of tied parameters in one call."""
+
+    def __init__(
+        self,
+        places: Mapping[int, Sequence[_Place]] | None = None,
+        leaves: Mapping[tuple[int, nn.Parameter], nn.Parameter] | None = None,
+        before: Mapping[nn.Parameter, Gradient] | None = None,
+    ) -> None:
+        self._places, self._leaves = places or {}, leaves or {}
+        self.before = before or {}  # the gradients that the parameters came with
+
+    def inside(self, cell: int) -> AbstractContextManager[None]:
+        """Run cell `cell` inside, with its stand-ins in place."""
+        return self._placed(cell) if cell in self._places else nullcontext()
+
+    @contextmanager
+    def _placed(self, cell: int) -> Iterator[None]:
+        places = [p for p in self._places[cell] if (cell, p.parameter) in self._leaves]
+        for place in places:  # setattr, since nn.LSTM and its like keep a list besides
+            setattr(place.module, place.attribute, self._leaves[cell, place.parameter])
+        try:
+            yield
+        finally:
+            for place in places:
+                setattr(place.module, place.attribute, place.parameter)
+
+    def take_gradient(self, cell: int, parameter: nn.Parameter) -> Gradient:
+        """What the microbatches left for `parameter` in `cell`, dense and on its device."""
+        leaf = self._leaves[cell, parameter]
+        gradient, leaf.grad = leaf.grad, None
+        return _like(parameter, gradient)
+
+
+class TiedParameters:
+    """The tied parameters that cells of this rank use.
+
+    `cells` are this rank's cells with their devices, `ranks` the rank of every cell of the chain,
+    `others` the parameters that no cell of this rank has.
+    """
+
+    def __init__(
+        self,
+        ties: Sequence[Tied] = (),
+        cells: Mapping[int, tuple[nn.Module, torch.device]] | None = None,
+        ranks: Sequence[int] = (),
+        others: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        cells = cells or {}
+        self.ties = tuple(tied for tied in ties if not cells.keys().isdisjoint(tied.cells))
+        self._ranks = ranks
+        self._devices = {index: device for index, (_, device) in cells.items()}
+        self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by using cells
+        for tied in self.ties:
+            self._groups.setdefault(tied.cells, []).append(tied.parameter)
+        self._others = {
+            name: weakref.ref(parameter)
+            for name, parameter in (others or {}).items()
+            if parameter.grad is None
+        }
+        known = {tied.parameter for tied in self.ties}
+        self._places = {
+            index: places
+            for index, (root, _) in cells.items()
+            for places in [[place for place in _places(root) if place.parameter in known]]
+            if places
+        }
+
+    @torch.no_grad()
+    def equalise(self, transport: Transport) -> None:
+        """Give every copy the values of the first user's."""
+        for cells, parameters in self._groups.items():
+            first = self._ranks[cells[0]]
+            values = self._spread(
+                cells, first, [_like(p, p.detach()) for p in parameters], transport
+            )
+            for parameter, value in zip(parameters, values, strict=True):
+                if first != transport.rank and value is not None:
+                    parameter.copy_(value)
+        transport.finish()
+
+    def stand_ins(self, *, training: bool) -> StandIns:
+        """New ones for one call; without training only for cells on another device."""
+        leaves = {
+            (cell, place.parameter): nn.Parameter(
+                place.parameter.detach().to(self._devices[cell]),
+                requires_grad=place.parameter.requires_grad,
+            )
+            for cell, places in self._places.items()
+            for place in places
+            if training or place.parameter.device != self._devices[cell]
+        }
+        before: dict[nn.Parameter, Gradient] = {}
+        if training:
+            for tied in self.ties:
+                before[tied.parameter], tied.parameter.grad = tied.parameter.grad, None
+        return StandIns(self._places, leaves, before)
+
+    @torch.no_grad()
+    def settle(self, stand_ins: StandIns, transport: Transport) -> None:
+        """End a training step: sum the gradients of all users, and add the sum to `.grad`.
+
+        Raises CellError after the first step if a cell used another rank's parameter unseen.
+        """
+        for name, reference in self._others.items():
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None:
+                raise CellError(
+                    f"a cell on rank {transport.rank} uses the parameter {name}, which none of "
+                    "its modules holds, so its gradient would be lost; register it in that cell "
+                    "(self.weight = other.weight), and it is tied"
+                )
+        self._others = {}
+        for cells, parameters in self._groups.items():
+            totals = self._sum(cells, parameters, stand_ins, transport)
+            for parameter, total in zip(parameters, totals, strict=True):
+                parameter.grad = stand_ins.before[parameter]
+                if total is not None:
+                    _accumulate(parameter, total)
+
+    def _sum(
+        self,
+        cells: tuple[int, ...],
+        parameters: Sequence[nn.Parameter],
+        stand_ins: StandIns,
+        transport: Transport,
+    ) -> list[Gradient]:
+        """Each parameter's gradient, summed over `cells` from left to right, on every user."""
+        legs = [
+            (rank, list(own)) for rank, own in itertools.groupby(cells, self._ranks.__getitem__)
+        ]
+        sums: list[Gradient] = [None] * len(parameters)
+        for index, (rank, own) in enumerate(legs):
+            if rank != transport.rank:
+                continue
+            if index > 0:
+                sums = transport.take(legs[index - 1][0], parameters)
+            for number, parameter in enumerate(parameters):
+                for cell in own:
+                    gradient = stand_ins.take_gradient(cell, parameter)
+                    sums[number] = _plus(sums[number], gradient)
+                # Reentrant checkpointing runs a cell again during backward, without stand-ins.
+                sums[number] = _plus(sums[number], _like(parameter, parameter.grad))
+                parameter.grad = None
+            if index + 1 < len(legs):
+                transport.give(legs[index + 1][0], sums)
+        return self._spread(cells, legs[-1][0], sums, transport)
+
+    def _spread(
+        self, cells: tuple[int, ...], source: int, values: list[Gradient], transport: Transport
+    ) -> list[Gradient]:
+        """Rank `source`'s values on every rank that runs one of `cells`."""
+        users = sorted({self._ranks[cell] for cell in cells} - {source})
+        if transport.rank != source:
+            return transport.take(source, self._groups[cells])
+        for user in users:
+            transport.give(user, values)
+        return values
+
+
+def _places(root: nn.Module) -> Iterator[_Place]:
+    for module in root.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _Place(module, attribute, parameter)
+
+
+def _like(parameter: nn.Parameter, value: Gradient) -> Gradient:
+    """`value` dense, on the device of `parameter`, with the strides that autograd would choose."""
+    if value is None:
+        return None
+    if value.layout is not torch.strided:
+        value = value.to_dense()
+    value = value.to(parameter.device)
+    if value.stride() == parameter.stride() and value.is_contiguous():
+        return value
+    room = torch.empty_like(parameter, requires_grad=False)
+    return value if value.stride() == room.stride() else room.copy_(value)
+
+
+def _plus(one: Gradient, other: Gradient) -> Gradient:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
+
+
+def _accumulate(parameter: nn.Parameter, total: torch.Tensor) -> None:
+    """As autograd does it, hooks included: they see the step's sum, once."""
+    for hook in (parameter._backward_hooks or {}).values():
+        changed = hook(total)
+        total = total if changed is None else changed
+    if parameter.grad is None:
+        parameter.grad = total
+    else:
+        parameter.grad.add_(total)
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        hook(parameter)

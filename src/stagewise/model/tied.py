@@ -1,0 +1,53 @@
+"""Finding parameters that several cells use: tied weights, shared modules."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from stagewise.model.chain import Chain, module_tree
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A parameter used by more than one cell.
+
+    `names` are all of its names in the plain model's order (`named_parameters()` gives the first
+    alone, `state_dict()` all); `cells` are the using cells' positions in the chain.
+    """
+
+    parameter: nn.Parameter
+    names: tuple[str, ...]
+    cells: tuple[int, ...]
+
+
+def find_tied(chain: Chain) -> tuple[Tied, ...]:
+    """The parameters that several cells use, in the plain model's order."""
+    cells: dict[nn.Parameter, list[int]] = {}
+    for cell in chain:
+        for parameter in cell.module.parameters():
+            cells.setdefault(parameter, []).append(cell.index)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module_tree(chain).named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return tuple(
+        Tied(parameter, tuple(all_names), tuple(cells[parameter]))
+        for parameter, all_names in names.items()
+        if len(cells[parameter]) > 1
+    )
+
+
+def with_all_names(state: Mapping[str, V], ties: tuple[Tied, ...]) -> dict[str, V]:
+    """`state` with one value under all names of a tied parameter: the one that stands last.
+
+    That is the one which the plain model's `load_state_dict` leaves there.
+    """
+    whole = dict(state)
+    for tied in ties:
+        given = [name for name in tied.names if name in state]
+        if given:
+            whole.update(dict.fromkeys(tied.names, state[given[-1]]))
+    return whole

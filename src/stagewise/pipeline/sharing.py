@@ -1,0 +1,71 @@
+"""What cells of several stages share: parameters are tied together, buffers are refused."""
+
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stagewise.engine.stage import Stage
+from stagewise.engine.tied import TiedParameters
+from stagewise.engine.transport import Transport
+from stagewise.errors import PlanError
+from stagewise.model.chain import Chain, module_tree
+from stagewise.model.tied import find_tied
+from stagewise.planning.plan import Plan
+
+
+def check_buffers(
+    chain: Chain, plan: Plan, devices: Sequence[torch.device], transport: Transport
+) -> None:
+    """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
+
+    A constant (`persistent=False`) may be shared, but in one process not by stages on different
+    devices, since it would be on one of them only.
+    """
+    owner: dict[int, tuple[int, str]] = {}
+    homes = [0 if transport.num_ranks > 1 else devices[device] for device in _placed(plan)]
+    for cell, stage in zip(chain, _stages(plan), strict=True):
+        for path, module in cell.module.named_modules(prefix=cell.name):
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                first_stage, first = owner.setdefault(id(buffer), (stage, f"{path}.{name}"))
+                is_constant = name in module._non_persistent_buffers_set
+                if stage == first_stage or (is_constant and homes[stage] == homes[first_stage]):
+                    continue
+                raise PlanError(
+                    f"{first} on stage {first_stage} and {path}.{name} on stage {stage} are one "
+                    "buffer, whose values would depend on the cut; put both cells on one stage "
+                    "with `balance`, give each a module of its own, or, if it is a constant, "
+                    "register it with persistent=False"
+                )
+
+
+def tie(
+    chain: Chain, plan: Plan, stages: Mapping[int, Stage], transport: Transport
+) -> TiedParameters:
+    """This rank's tied parameters, equal to all other copies from now on; every rank calls this."""
+    placed = _placed(plan)
+    cells = [cell for stage in stages.values() for cell in stage.cells]
+    own = set(module_tree(cells).parameters())
+    others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
+    tied = TiedParameters(
+        find_tied(chain),
+        {c.index: (c.module, stage.device) for stage in stages.values() for c in stage.cells},
+        [placed[stage] if transport.num_ranks > 1 else 0 for stage in _stages(plan)],
+        others,
+    )
+    tied.equalise(transport)
+    return tied
+
+
+def _placed(plan: Plan) -> list[int]:
+    """The device of every stage."""
+    return [devices[0] for devices in plan.built_schedule.placement]
+
+
+def _stages(plan: Plan) -> list[int]:
+    """The stage of every cell."""
+    ends = list(itertools.accumulate(plan.balance))
+    return [bisect.bisect_right(ends, cell) for cell in range(ends[-1])]

@@ -1,0 +1,55 @@
+"""Sums of tied gradients over ranks whose cells alternate, as under interleaved stages."""
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.engine.distributed import DistributedTransport
+from stagewise.engine.tied import StandIns, TiedParameters
+from stagewise.model.chain import chain_of
+from stagewise.model.tied import find_tied
+from tests.harness import Pools
+
+RANKS = (0, 1, 0, 2, 1, 0)
+CPU = torch.device("cpu")
+
+
+def gradient(cell: int) -> Tensor:
+    return torch.randn(3, 2, generator=torch.Generator().manual_seed(cell))
+
+
+def model() -> list[nn.Module]:
+    torch.manual_seed(0)
+    cells: list[nn.Module] = [nn.Linear(2, 3, bias=False) for _ in RANKS]
+    for cell in cells[1:]:
+        cell.weight = cells[0].weight
+    return cells
+
+
+def settled(present: tuple[bool, ...]) -> Tensor | None:
+    """Sum what this rank's cells got; the transport is the real one."""
+    chain, transport = chain_of(model()), DistributedTransport(CPU)
+    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == transport.rank}
+    tied = TiedParameters(find_tied(chain), own, RANKS)
+    weight = next(iter(own.values()))[0].weight
+    assert isinstance(weight, nn.Parameter)
+    weight.grad = torch.ones(3, 2)
+    stand_ins: StandIns = tied.stand_ins(training=True)
+    for index, (module, _) in own.items():
+        with stand_ins.inside(index):
+            assert module.weight is not weight
+            if present[index]:
+                (module.weight * gradient(index)).sum().backward()  # type: ignore[operator]
+    tied.settle(stand_ins, transport)
+    transport.finish()
+    return weight.grad
+
+
+def test_alternating_ranks_sum_in_cell_order(pools: Pools) -> None:
+    for present in [(True,) * 6, (False, True, True, False, True, False)]:
+        first, *others = [gradient(cell) for cell, there in enumerate(present) if there]
+        for other in others:
+            first = first + other
+        for total in pools[3].run(settled, present):
+            assert torch.equal(total, torch.ones(3, 2) + first)
+    for total in pools[3].run(settled, (False,) * 6):
+        assert torch.equal(total, torch.ones(3, 2))
