@@ -14,6 +14,7 @@ from torch import nn
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.microbatch import join
+from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
@@ -47,7 +48,7 @@ class Pipeline:
             more than one rank.
 
     Raises:
-        ModelError: the model is no chain of cells.
+        ModelError: the model is no chain of cells, or its skips do not pair up.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
     Example:
@@ -87,8 +88,9 @@ class Pipeline:
         if self.num_ranks > 1:
             check_unshared(chain, plan.balance)
         agree_on_model(self._transport, plan, self.parameter_shapes)
-        stages = self._build_stages(chain, loss)
-        self._runner = Runner(stages, self._transport, schedule, seed, weight)
+        routes = SkipRoutes(chain, plan.balance)
+        stages = self._build_stages(chain, routes, loss)
+        self._runner = Runner(stages, self._transport, schedule, seed, weight, routes.flows)
         self._losses: dict[str, torch.Tensor] = {}
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
 
@@ -255,7 +257,9 @@ class Pipeline:
     def _last_rank(self) -> int:
         return self._runner.last_rank
 
-    def _build_stages(self, chain: Chain, loss: Loss | None) -> dict[int, Stage]:
+    def _build_stages(
+        self, chain: Chain, routes: SkipRoutes, loss: Loss | None
+    ) -> dict[int, Stage]:
         """This rank's stages; their cells move to their devices."""
         schedule = self.plan.built_schedule
         stages, start = {}, 0
@@ -268,7 +272,8 @@ class Pipeline:
             for cell in cells:
                 cell.module.to(self._devices[device])
             is_last = index == schedule.num_stages - 1
-            stages[index] = Stage(index, cells, self._devices[device], is_last=is_last, loss=loss)
+            own_device = self._devices[device]
+            stages[index] = routes.stage(index, cells, own_device, is_last=is_last, loss=loss)
         return stages
 
     def _loss_of(self, call: Call) -> torch.Tensor:

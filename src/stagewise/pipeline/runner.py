@@ -32,7 +32,9 @@ class Runner:
         schedule: Schedule,
         seed: int,
         weight: Weight | None = None,
+        flows: tuple[tuple[int, int], ...] = (),
     ) -> None:
+        self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.weight = weight
         self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
@@ -148,7 +150,7 @@ class Runner:
                 if training
                 else forward_only(self.schedule.num_stages, num_microbatches)
             )
-            programs = lower(schedule)
+            programs = lower(schedule, self._flows)
             own: Iterable[tuple[int, Step]]
             if self.transport.num_ranks > 1:
                 own = ((self.transport.rank, step) for step in programs[self.transport.rank])
