@@ -328,3 +328,37 @@ def test_undeclared_skips_in_a_stage_without_any() -> None:
     pipe = stagewise.Pipeline(stagewise.SkipScope(*cells), plan, loss=MSE)
     with pytest.raises(CellError, match=r"cell '1' \(Stashes\).*stash\('y'\).*declare the cell"):
         pipe.step(torch.ones(1, 3), target=torch.ones(1, 3))
+
+
+def peak(recompute: str, balance: tuple[int, ...]) -> list[int]:
+    """Floats by rank, under gpipe with 4 microbatches of 2 samples.
+
+    Of each microbatch are kept: tanh's output (8), which is stashed and handed on, the last
+    Linear's output (2), which is multiplied with the skip, and the loss (1).
+    """
+
+    @stagewise.skippable(pop=["first"])
+    class Multiply(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * stagewise.pop("first")  # type: ignore[no-any-return]
+
+    cells = [nn.Linear(4, 4), nn.Tanh(), Remember(), nn.Linear(4, 1), nn.Flatten(), Multiply()]
+    plan = stagewise.Plan(
+        balance=balance, schedule="gpipe", num_microbatches=4, recompute=recompute
+    )
+    pipe = stagewise.Pipeline(
+        stagewise.SkipScope(*cells), plan, loss=lambda output, target: output.mean()
+    )
+    inputs, target = torch.randn(8, 4), torch.randn(8, 1)
+    pipe.step(inputs, target=target)
+    return [nbytes // 4 for nbytes in pipe.measure_memory(inputs, target=target)]
+
+
+def test_what_is_held_for_skips_is_counted(pools: Pools) -> None:
+    for balance in [(6,), (3, 3), (3, 2, 1)]:  # one process: one storage
+        assert peak("never", balance) == [4 * (8 + 2 + 1)]
+    # While stage 1 has its last graph (2 + 1), stage 0 has one too (8).
+    assert peak("always", (3, 3)) == [4 * 8 + 2 + 1 + 8]
+    # Between processes each rank has its own, whether it waits in the transport or in a stage.
+    assert pools[3].run(peak, "never", (3, 2, 1))[0] == [4 * 8, 4 * (8 + 2), 4 * (8 + 2 + 1)]
+    assert pools[3].run(peak, "always", (3, 2, 1))[0] == [8, 4 * 8 + 2, 4 * (8 + 2) + 1]

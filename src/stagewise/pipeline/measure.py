@@ -139,7 +139,7 @@ class _WeighingTransport(LocalTransport):
         self.weights: dict[tuple[Kind, int], int] = {}
 
     def send(self, message: Message, value: object) -> None:
-        if abs(message.destination_stage - message.source_stage) == 1:
+        if message.distance == 1:
             nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
             self.weights[message.kind, message.source_stage] = nbytes
         super().send(message, value)
@@ -178,3 +178,4 @@ def _meter(runner: Runner, inputs: object, target: object) -> ActivationMeter:
 def _held(runner: Runner) -> Iterator[torch.Tensor]:
     for stage in runner.stages.values():
         yield from stage.held()
+    yield from runner.transport.waiting()

@@ -15,7 +15,10 @@ from stagewise.schedule.schedule import Schedule
 
 @dataclass(frozen=True, order=True)
 class Message:
-    """What one instruction hands to another stage: activations down, gradients up."""
+    """What one instruction hands to another stage: activations down, gradients up.
+
+    Skips between neighbours travel with the boundary's values, others in messages of their own.
+    """
 
     kind: Kind  # of the producing instruction
     microbatch: int
@@ -23,6 +26,11 @@ class Message:
     destination_stage: int
     source: int  # device
     destination: int  # device
+
+    @property
+    def distance(self) -> int:
+        """In stages: 1 between neighbours, more for what skips the stages between."""
+        return abs(self.destination_stage - self.source_stage)
 
     def __str__(self) -> str:
         what = "activation" if self.kind is Kind.FORWARD else "gradient"
@@ -89,13 +97,13 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
     def step(instruction: Instruction) -> Step:
         kind = Kind.BACKWARD if instruction.kind is Kind.BACKWARD_INPUT else instruction.kind
         receives = awaited.get((instruction.stage, kind, instruction.microbatch), [])
-        return Step(instruction, tuple(sorted(receives, key=_distance)), sent.get(instruction, ()))
+        return Step(
+            instruction,
+            tuple(sorted(receives, key=lambda message: message.distance)),
+            sent.get(instruction, ()),
+        )
 
     return tuple(tuple(map(step, program)) for program in schedule.programs)
-
-
-def _distance(message: Message) -> int:
-    return abs(message.destination_stage - message.source_stage)
 
 
 def links(programs: tuple[LoweredProgram, ...]) -> dict[tuple[int, int], tuple[Message, ...]]:
