@@ -18,7 +18,7 @@ from stagewise.engine.stage import Stage
 from stagewise.errors import CellError
 from stagewise.model.chain import chain_of
 from stagewise.schedule import POLICIES, SCHEDULES, Message
-from tests.harness import Pools
+from tests.harness import Pools, Raised
 from tests.models import Call
 from tests.skip_models import WHATS, Recall, Remember, Wire, level, wired
 
@@ -315,18 +315,25 @@ def test_cells_must_do_what_they_declare() -> None:
             pipe.step(x, target=x)
 
 
-def test_undeclared_skips_in_a_stage_without_any() -> None:
-    @stagewise.skippable(stash=["y"])
-    class Stashes(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            stagewise.stash("y", x)
-            return x
+def forgets_on_rank_1() -> None:
+    cells = (nn.Tanh(), Forgets(), nn.Tanh(), PopsSecond())
+    plan = stagewise.Plan(balance=(1, 1, 1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(stagewise.SkipScope(*cells), plan, loss=MSE)
+    pipe.step(torch.ones(2, 3), target=torch.ones(2, 3))
 
-    del Stashes._stagewise_skips  # type: ignore[attr-defined]
-    cells = [nn.Tanh(), Stashes()]
+
+def test_every_rank_stops_with_the_cause(pools: Pools) -> None:
+    outcomes = pools[4].outcomes(forgets_on_rank_1)
+    assert all(isinstance(outcome, Raised) and outcome.seconds < 20 for outcome in outcomes)
+    assert all("declares that it stashes 'second' but did not" in o.error for o in outcomes)
+    assert "instruction 1F0 on stage 1" in outcomes[1].error
+
+
+def test_undeclared_skips_in_a_stage_without_any() -> None:
+    cells = [nn.Tanh(), does(lambda x: stagewise.stash("y", x))]
     plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=1)
     pipe = stagewise.Pipeline(stagewise.SkipScope(*cells), plan, loss=MSE)
-    with pytest.raises(CellError, match=r"cell '1' \(Stashes\).*stash\('y'\).*declare the cell"):
+    with pytest.raises(CellError, match=r"cell '1' \(Call\).*stash\('y'\).*declare the cell"):
         pipe.step(torch.ones(1, 3), target=torch.ones(1, 3))
 
 

@@ -29,11 +29,11 @@ class SkipRoutes:
     def __init__(self, chain: Chain, balance: Sequence[int]) -> None:
         stage_of = [stage for stage, size in enumerate(balance) for _ in range(size)]
         self._last = len(balance) - 1
-        self._source = {s: stage_of[cell.index] for cell in chain for s in cell.skips.stashes}
+        source = {skip: stage_of[cell.index] for cell in chain for skip in cell.skips.stashes}
         self._between: dict[tuple[int, int], tuple[Skip, ...]] = {}
         for cell in chain:
             for skip in cell.skips.pops:
-                pair = self._source[skip], stage_of[cell.index]
+                pair = source[skip], stage_of[cell.index]
                 if pair[0] != pair[1]:
                     self._between[pair] = (*self._between.get(pair, ()), skip)
 
@@ -76,6 +76,44 @@ class _Journey:
         return {Skip(path, name) for path, frame in self.frames.items() for name in frame.stashed}
 
 
+class _Visits:
+    """Runs the cells of one pass; apart from the stage, which would else refer to itself."""
+
+    def __init__(self, cells: Chain, arriving: Cargo, leaving: Cargo) -> None:
+        self._cells, self._arriving, self._leaving = cells, arriving, leaving
+        self._scopes = {scope for cell in cells for scope in cell.skips.scopes}
+
+    def run(self, cell: Cell, value: object) -> object:
+        """Run one cell; the first unpacks what arrived, the last packs what leaves."""
+        journey = value if cell is not self._cells[0] else self._unpack(value)
+        assert isinstance(journey, _Journey)
+        before = journey.stashed()
+        with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
+            journey.value = cell.module(journey.value)
+        _check(cell, before, journey.stashed())
+        for skip in cell.skips.stashes:
+            _branch(journey.frames[skip.scope], skip.name)
+        return journey if cell is not self._cells[-1] else self._pack(journey)
+
+    def _unpack(self, value: object) -> _Journey:
+        journey = _Journey(value, {scope.path: Frame(scope.own_names) for scope in self._scopes})
+        first, *others = _several(value) if len(self._arriving) > 1 else (value,)
+        journey.value, *near = _several(first) if self._arriving[0] else (first,)
+        skips = itertools.chain.from_iterable(self._arriving)
+        parts = itertools.chain(near, *map(_several, others))
+        for skip, part in zip(skips, parts, strict=True):
+            journey.frames[skip.scope].stashed[skip.name] = Stashed(skip.name, part)
+        return journey
+
+    def _pack(self, journey: _Journey) -> object:
+        near, *others = (
+            tuple(journey.frames[skip.scope].stashed[skip.name].unchanged() for skip in skips)
+            for skips in self._leaving
+        )
+        first = (journey.value, *near) if near else journey.value
+        return (first, *others) if others else first
+
+
 class SkipStage(Stage):
     """A stage whose cells stash and pop."""
 
@@ -91,22 +129,23 @@ class SkipStage(Stage):
         leaving: Cargo,
     ) -> None:
         super().__init__(index, cells, device, is_last=is_last, loss=loss)
-        self._arriving, self._leaving = arriving, leaving
-        self._calls = [(cell, partial(self._visit, cell)) for cell in cells]
+        visits = _Visits(cells, arriving, leaving)
+        self._calls = [(cell, partial(visits.run, cell)) for cell in cells]
+        self._several = len(arriving) > 1
         self._num_inputs: dict[int, list[int]] = {}  # microbatch -> tensors of each message
 
     def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
         """As `Stage.run`, with one value per message in and out where there are several."""
-        m, several = instruction.microbatch, len(self._arriving) > 1
+        m = instruction.microbatch
         if instruction.kind is Kind.FORWARD:
-            if several:
+            if self._several:
                 self._num_inputs[m] = [len(take_apart(value)[0]) for value in received]
                 received = [tuple(received)]
             return super().run(instruction, received, call)
         if len(received) > 1:
             received = [tuple(itertools.chain.from_iterable(received))]  # type: ignore[arg-type]
         gradients = super().run(instruction, received, call)
-        if not several or not isinstance(gradients, tuple):
+        if not self._several or not isinstance(gradients, tuple):
             return gradients
         rest = iter(gradients)
         return tuple(tuple(itertools.islice(rest, n)) for n in self._num_inputs.pop(m))
@@ -114,39 +153,6 @@ class SkipStage(Stage):
     def clear(self) -> None:
         self._num_inputs.clear()
         super().clear()
-
-    def _visit(self, cell: Cell, value: object) -> object:
-        """Run one cell; the first unpacks what arrived, the last packs what leaves."""
-        journey = value if cell is not self.cells[0] else self._unpack(value)
-        assert isinstance(journey, _Journey)
-        before = journey.stashed()
-        with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
-            journey.value = cell.module(journey.value)
-        _check(cell, before, journey.stashed())
-        for skip in cell.skips.stashes:
-            _branch(journey.frames[skip.scope], skip.name)
-        return journey if cell is not self.cells[-1] else self._pack(journey)
-
-    def _unpack(self, value: object) -> _Journey:
-        scopes = {scope for cell in self.cells for scope in cell.skips.scopes}
-        journey = _Journey(value, {scope.path: Frame(scope.own_names) for scope in scopes})
-        first, *others = _several(value) if len(self._arriving) > 1 else (value,)
-        journey.value, *near = _several(first) if self._arriving[0] else (first,)
-        skips = itertools.chain.from_iterable(self._arriving)
-        parts = itertools.chain(near, *map(_several, others))
-        for skip, part in zip(skips, parts, strict=True):
-            journey.frames[skip.scope].stashed[skip.name] = Stashed(skip.name, part)
-        return journey
-
-    def _pack(self, journey: _Journey) -> object:
-        if not any(self._leaving):
-            return journey.value
-        parts = [
-            tuple(journey.frames[s.scope].stashed[s.name].unchanged() for s in skips)
-            for skips in self._leaving
-        ]
-        first = (journey.value, *parts[0]) if parts[0] else journey.value
-        return (first, *parts[1:]) if len(parts) > 1 else first
 
 
 def _several(value: object) -> tuple[object, ...]:

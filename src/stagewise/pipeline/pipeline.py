@@ -32,7 +32,8 @@ class Pipeline:
     """Trains `model` by `plan`, with the plain model's losses and gradients.
 
     Args:
-        model: an `nn.Sequential` (nested ones are flattened) or a list of modules.
+        model: an `nn.Sequential` (nested ones are flattened; `SkipScope` is one) or a list of
+            modules.
         plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
         loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
             output is that mean itself. It may return several by name, in a dict; their sum is
