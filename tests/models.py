@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tests.skip_models import unet
+
 
 @dataclass(frozen=True)
 class Example:
@@ -300,6 +302,10 @@ EXAMPLES: dict[str, Example] = {
         _rows(3),
         _rows(4),
         exact=False,
+    ),
+    "unet": Example(lambda: unet(nn.GroupNorm(2, 4), 0.0), _rows(3, 6, 6), _rows(2)),
+    "unet_dropout": Example(
+        lambda: unet(nn.BatchNorm2d(4), 0.3), _rows(3, 6, 6), _rows(2), exact=False
     ),
     "loss_inside": Example(
         lambda: nn.Sequential(

@@ -14,13 +14,17 @@ EXPORTS = [
     "Pipeline",
     "Plan",
     "Schedule",
+    "SkipScope",
     "StagewiseError",
     "Timeline",
     "UsageError",
     "add_loss",
     "collect_losses",
     "plan",
+    "pop",
     "simulate",
+    "skippable",
+    "stash",
 ]
 
 PACKAGES = {

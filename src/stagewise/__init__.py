@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stagewise.engine.losses import add_loss, collect_losses
     from stagewise.errors import StagewiseError, UsageError
+    from stagewise.model.skip import SkipScope, pop, skippable, stash
     from stagewise.pipeline.gpipe import GPipe
     from stagewise.pipeline.pipeline import Pipeline
     from stagewise.pipeline.planning import plan
@@ -27,13 +28,17 @@ _HOMES = {
     "Pipeline": "stagewise.pipeline.pipeline",
     "Plan": "stagewise.planning.plan",
     "Schedule": "stagewise.schedule",
+    "SkipScope": "stagewise.model.skip",
     "StagewiseError": "stagewise.errors",
     "Timeline": "stagewise.timeline",
     "UsageError": "stagewise.errors",
     "add_loss": "stagewise.engine.losses",
     "collect_losses": "stagewise.engine.losses",
     "plan": "stagewise.pipeline.planning",
+    "pop": "stagewise.model.skip",
     "simulate": "stagewise.planning.simulate",
+    "skippable": "stagewise.model.skip",
+    "stash": "stagewise.model.skip",
 }
 
 __all__ = [
@@ -42,13 +47,17 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Schedule",
+    "SkipScope",
     "StagewiseError",
     "Timeline",
     "UsageError",
     "add_loss",
     "collect_losses",
     "plan",
+    "pop",
     "simulate",
+    "skippable",
+    "stash",
 ]
 
 

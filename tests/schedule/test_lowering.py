@@ -11,6 +11,7 @@ from stagewise.schedule import (
     named_schedule,
     parse_programs,
     validate,
+    walk,
     with_recompute,
 )
 
@@ -114,3 +115,60 @@ def test_a_message_says_what_travels_where() -> None:
     assert str(Message(Kind.BACKWARD, 3, 1, 0, 5, 4)) == (
         "gradient of microbatch 3, stage 1 -> 0 (device 5 -> 4)"
     )
+
+
+def test_a_skip_has_a_message_of_its_own_in_order_of_distance() -> None:
+    first, second, *_, last = lower(named_schedule("gpipe", 5, 1), [(0, 4), (0, 2), (1, 4)])
+    near, skip = Message(Kind.FORWARD, 0, 0, 1, 0, 1), Message(Kind.FORWARD, 0, 0, 2, 0, 2)
+    far = Message(Kind.FORWARD, 0, 0, 4, 0, 4)
+    assert first[0].sends == (near, skip, far)
+    assert [m.source_stage for m in last[0].receives] == [3, 1, 0]
+    assert [m.destination_stage for m in last[1].sends] == [3, 1, 0]
+    assert [m.source_stage for m in first[1].receives] == [1, 2, 4]
+    assert [m.source_stage for m in second[1].receives] == [2, 4]
+    assert str(last[1].sends[2]) == "gradient of microbatch 0, stage 4 -> 0 (device 4 -> 0)"
+
+
+@pytest.mark.parametrize("policy", ["never", "always"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_skips_block_no_schedule(name: str, policy: str) -> None:
+    flows = [(a, b) for a in range(5) for b in range(a + 2, 5)]
+    schedule = with_recompute(named_schedule(name, 5, 7), policy)
+    programs = lower(schedule, flows)
+    assert len(list(walk(programs))) == sum(map(len, schedule.programs))
+    order = links(programs)
+    assert len(order) == 2 * (4 + len(flows))
+    for (source, destination), sent in order.items():
+        received = [
+            message
+            for step in programs[destination]
+            for message in step.receives
+            if message.source == source
+        ]
+        assert received == list(sent)
+
+
+def test_skips_between_stages_that_share_devices() -> None:
+    """Stages 0 and 3 on one device, 1 and 2 on another: a link then carries several kinds."""
+    schedule = Schedule(
+        name="shared",
+        programs=parse_programs("0F0 0F1 3F0 3B0 3F1 3B1 0B0 0B1\n1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1"),
+        placement=((0,), (1,), (1,), (0,)),
+        num_microbatches=2,
+    )
+    programs = lower(validate(schedule), [(0, 2), (0, 3), (1, 3)])
+    assert len(list(walk(programs))) == 16
+    down = [(m.source_stage, m.destination_stage) for m in links(programs)[0, 1]]
+    assert down == [(0, 1), (0, 2), (0, 1), (0, 2), (3, 2), (3, 1), (3, 2), (3, 1)]
+
+
+def test_a_split_backward_sends_skips_from_its_first_half() -> None:
+    schedule = Schedule(
+        name="split",
+        programs=parse_programs("0F0 0I0 0W0\n1F0 1I0 1W0\n2F0 2I0 2W0"),
+        placement=((0,), (1,), (2,)),
+        num_microbatches=1,
+    )
+    programs = lower(validate(schedule), [(0, 2)])
+    assert [[m.destination_stage for m in step.sends] for step in programs[2]] == [[], [1, 0], []]
+    assert [[m.source_stage for m in step.receives] for step in programs[0]] == [[], [1, 2], []]

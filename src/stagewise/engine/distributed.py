@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from stagewise.engine.failure import FailureBoard
 from stagewise.engine.outbox import Outbox
-from stagewise.engine.transport import Links, T
+from stagewise.engine.transport import Links, T, is_skip
 from stagewise.engine.values import Structure, put_together, take_apart
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message
@@ -136,6 +136,14 @@ class DistributedTransport:
     def look_ahead(self) -> None:
         for source in self._expected:
             self._post(source)
+
+    def waiting(self) -> Iterator[torch.Tensor]:
+        for message, value in self._arrived.items():
+            if is_skip(message):
+                yield from take_apart(value)[0]
+        for posted in self._posted.values():
+            for message, tensors, _ in posted:
+                yield from tensors if is_skip(message) else ()
 
     def finish(self) -> None:
         with self._peers():

@@ -33,8 +33,12 @@ def execute(
         start = clock()
         value = stages[step.instruction.stage].run(step.instruction, received, call)
         end = clock()
-        for message in step.sends:
-            transport.send(message, value)
+        if len(step.sends) < 2:
+            for message in step.sends:
+                transport.send(message, value)
+        else:  # skips leave too: one value for each message
+            for message, part in zip(step.sends, value, strict=True):  # type: ignore[call-overload]
+                transport.send(message, part)
         transport.look_ahead()
         spans.append(
             Span(device=device, instruction=step.instruction, start_seconds=start, end_seconds=end)

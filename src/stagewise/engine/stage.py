@@ -16,12 +16,13 @@ from stagewise.engine.buffers import BufferKeeper, Saved
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.losses import MAIN_LOSS, AddedLoss, LossCollector, collecting
 from stagewise.engine.values import Structure, put_together, take_apart
-from stagewise.errors import BatchError, CellError, StagewiseError
-from stagewise.model.chain import Chain
+from stagewise.errors import BatchError, CellError, UsageError
+from stagewise.model.chain import Cell, Chain
 from stagewise.schedule import Instruction, Kind
 
 Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 Gradients = tuple[torch.Tensor | None, ...]
+_Forward = Callable[[object], object]
 _Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
 
 
@@ -46,6 +47,7 @@ class Stage:
     ) -> None:
         self.index, self.cells, self.device = index, cells, device
         self.is_last, self._loss = is_last, loss
+        self._calls: list[tuple[Cell, _Forward]] = [(cell, cell.module) for cell in cells]
         self._modules = [module for cell in cells for module in cell.module.modules()]
         self._parameters = [p for cell in cells for p in cell.module.parameters()]
         self._buffers = BufferKeeper([cell.module for cell in cells])
@@ -166,16 +168,16 @@ class Stage:
         outer = collecting(collector)
         try:
             with _uncached_autocast(self.device.type):
-                for cell in self.cells:
+                for cell, forward in self._calls:
                     where = f"cell {cell.name!r} ({type(cell.module).__name__})"
                     randomness.enter_cell(cell.index, m)
                     collector.cell = cell.index
                     with call.stand_ins.inside(cell.index):
-                        value = cell.module(value)
+                        value = forward(value)
                 where = "loss"
                 if self.is_last:
                     value = self._end(value, flight, m, call)
-        except StagewiseError:
+        except UsageError:
             raise
         except Exception as error:
             raise CellError(

@@ -4,16 +4,21 @@
 distributed one lives in `distributed.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 
-from stagewise.engine.values import move
-from stagewise.schedule import Message
+from stagewise.engine.values import move, take_apart
+from stagewise.schedule import Kind, Message
 
 T = TypeVar("T")
 Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -> in sending order
+
+
+def is_skip(message: Message) -> bool:
+    """Whether an activation travels that no neighbour takes over at once."""
+    return message.kind is Kind.FORWARD and message.distance > 1
 
 
 class Transport(Protocol):
@@ -33,6 +38,9 @@ class Transport(Protocol):
 
     def look_ahead(self) -> None:
         """Get ready for coming messages; called when nothing waits for this rank."""
+
+    def waiting(self) -> Iterator[torch.Tensor]:
+        """The skips that wait here, beside the boundary's values, for the stage that pops them."""
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
@@ -77,6 +85,11 @@ class LocalTransport:
 
     def look_ahead(self) -> None:
         pass
+
+    def waiting(self) -> Iterator[torch.Tensor]:
+        for message, value in self._mail.items():
+            if is_skip(message):
+                yield from take_apart(value)[0]
 
     def finish(self) -> None:
         assert not self._mail, f"never received: {list(map(str, self._mail))}"

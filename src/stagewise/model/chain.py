@@ -11,15 +11,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import ModelError
+from stagewise.model.skip import NO_SKIPS, CellSkips, Scope, SkipScope, check_skips, enter, skips_of
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its position in the chain, its path in the model (`"0.1"`), its module."""
+    """One cell: its position in the chain, its path in the model (`"0.1"`), module and skips."""
 
     index: int
     name: str
     module: nn.Module
+    skips: CellSkips = NO_SKIPS
 
 
 Chain = tuple[Cell, ...]
@@ -29,8 +31,9 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
     """Return the model's cells in running order.
 
     `model` is an `nn.Sequential` (nested ones are flattened) or a list of modules; raises
-    ModelError for anything else, naming what to pass.
+    ModelError for anything else, naming what to pass, and for skips that do not pair up.
     """
+    scopes: tuple[Scope, ...] = ()
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
         if not _is_plain_sequential(model):
             raise ModelError(
@@ -39,6 +42,7 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
                 "model's layers in nn.Sequential(...)"
             )
         children = [(n, m) for n, m in model._modules.items() if m is not None]
+        scopes = enter((), "", model)
     else:
         children = []
         for index, module in enumerate(model):
@@ -48,8 +52,8 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
                     "every item must be an nn.Module"
                 )
             children.append((str(index), module))
-    named = [pair for name, child in children for pair in _flatten(name, child)]
-    for name, module in named:
+    named = [found for name, child in children for found in _flatten(name, child, scopes)]
+    for name, module, _ in named:
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             raise ModelError(
                 f"cell {name!r} ({type(module).__name__}) is lazy: its parameters have no shape "
@@ -57,7 +61,12 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
             )
     if not named:
         raise ModelError("the model has no cells; give it at least one layer")
-    return tuple(Cell(index, name, module) for index, (name, module) in enumerate(named))
+    chain = tuple(
+        Cell(index, name, module, skips_of(name, module, around))
+        for index, (name, module, around) in enumerate(named)
+    )
+    check_skips((cell.name, cell.skips) for cell in chain)
+    return chain
 
 
 def module_tree(cells: Sequence[Cell]) -> nn.Module:
@@ -74,13 +83,16 @@ def module_tree(cells: Sequence[Cell]) -> nn.Module:
     return root
 
 
-def _flatten(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _flatten(
+    name: str, module: nn.Module, scopes: tuple[Scope, ...]
+) -> Iterator[tuple[str, nn.Module, tuple[Scope, ...]]]:
     if not (_is_plain_sequential(module) and len(list(module.children()))):
-        yield name, module
+        yield name, module, scopes
         return
+    scopes = enter(scopes, name, module)
     for child_name, child in module._modules.items():
         assert child is not None
-        yield from _flatten(f"{name}.{child_name}", child)
+        yield from _flatten(f"{name}.{child_name}", child, scopes)
 
 
 def _is_plain_sequential(module: nn.Module) -> bool:
@@ -92,7 +104,7 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     )
     return (
         isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
+        and type(module).forward in (nn.Sequential.forward, SkipScope.forward)
         and not any(hooks)
         and not any(module._parameters)
         and not any(module._buffers)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from stagewise.costs import CellCost
 from stagewise.engine.call import Mode
 from stagewise.engine.memory import ActivationMeter, StorageKey
+from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.engine.transport import LocalTransport
 from stagewise.engine.values import take_apart
@@ -94,13 +95,14 @@ def profile(
     """
     num_cells = len(chain)
     transport = _WeighingTransport(device, num_cells)
+    routes = SkipRoutes(chain, [1] * num_cells)
     stages = {
-        cell.index: Stage(
+        cell.index: routes.stage(
             cell.index, (cell,), device, is_last=cell.index == num_cells - 1, loss=loss
         )
         for cell in chain
     }
-    runner = Runner(stages, transport, gpipe(num_cells, 1), seed=0)
+    runner = Runner(stages, transport, gpipe(num_cells, 1), seed=0, flows=routes.flows)
     inputs, target = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (inputs, target))
     times: dict[Instruction, list[float]] = {}
     deadline, rounds = time.perf_counter() + seconds, 0
@@ -130,15 +132,16 @@ def profile(
 
 
 class _WeighingTransport(LocalTransport):
-    """Also notes how many bytes each stage sends."""
+    """Also notes how many bytes each stage sends to its neighbours."""
 
     def __init__(self, device: torch.device, num_devices: int) -> None:
         super().__init__([device] * num_devices)
         self.weights: dict[tuple[Kind, int], int] = {}
 
     def send(self, message: Message, value: object) -> None:
-        nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
-        self.weights[message.kind, message.source_stage] = nbytes
+        if message.distance == 1:
+            nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
+            self.weights[message.kind, message.source_stage] = nbytes
         super().send(message, value)
 
 
@@ -175,3 +178,4 @@ def _meter(runner: Runner, inputs: object, target: object) -> ActivationMeter:
 def _held(runner: Runner) -> Iterator[torch.Tensor]:
     for stage in runner.stages.values():
         yield from stage.held()
+    yield from runner.transport.waiting()

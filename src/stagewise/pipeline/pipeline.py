@@ -14,6 +14,7 @@ from torch import nn
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.microbatch import join
+from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
@@ -33,7 +34,8 @@ class Pipeline:
     """Trains `model` by `plan`, with the plain model's losses and gradients.
 
     Args:
-        model: an `nn.Sequential` (nested ones are flattened) or a list of modules.
+        model: an `nn.Sequential` (nested ones are flattened; `SkipScope` is one) or a list of
+            modules.
         plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
         loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
             output is that mean itself. It may return several by name, in a dict; their sum is
@@ -49,7 +51,7 @@ class Pipeline:
             more than one rank.
 
     Raises:
-        ModelError: the model is no chain of cells.
+        ModelError: the model is no chain of cells, or its skips do not pair up.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
     Example:
@@ -88,11 +90,14 @@ class Pipeline:
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
-        stages = self._build_stages(chain, loss)
+        routes = SkipRoutes(chain, plan.balance)
+        stages = self._build_stages(chain, routes, loss)
         tied = tie(chain, plan, stages, self._transport)
         self._ties = tied.ties
         self._first_names = {name: one.names[0] for one in tied.ties for name in one.names}
-        self._runner = Runner(stages, self._transport, schedule, seed, weight=weight, tied=tied)
+        self._runner = Runner(
+            stages, self._transport, schedule, seed, weight=weight, tied=tied, flows=routes.flows
+        )
         self._losses: dict[str, torch.Tensor] = {}
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
 
@@ -265,7 +270,9 @@ class Pipeline:
     def _last_rank(self) -> int:
         return self._runner.last_rank
 
-    def _build_stages(self, chain: Chain, loss: Loss | None) -> dict[int, Stage]:
+    def _build_stages(
+        self, chain: Chain, routes: SkipRoutes, loss: Loss | None
+    ) -> dict[int, Stage]:
         """This rank's stages; their cells move to their devices."""
         schedule = self.plan.built_schedule
         stages, start = {}, 0
@@ -278,7 +285,8 @@ class Pipeline:
             for cell in cells:
                 cell.module.to(self._devices[device])
             is_last = index == schedule.num_stages - 1
-            stages[index] = Stage(index, cells, self._devices[device], is_last=is_last, loss=loss)
+            own_device = self._devices[device]
+            stages[index] = routes.stage(index, cells, own_device, is_last=is_last, loss=loss)
         return stages
 
     def _loss_of(self, call: Call) -> torch.Tensor:

@@ -18,7 +18,7 @@ from stagewise.engine.microbatch import batch_size, microbatch_sizes, split
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move
 from stagewise.errors import PlanError
-from stagewise.model.chain import Chain, chain_of
+from stagewise.model.chain import chain_of
 from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
 from stagewise.pipeline.pipeline import Pipeline
@@ -109,7 +109,7 @@ def plan(
             balance=balance,
         )
 
-    return best(_rehearsed(link, best(link), chain, loss, inputs, target))
+    return best(_rehearsed(link, best(link), model, loss, inputs, target))
 
 
 def _distributed() -> bool:
@@ -144,12 +144,17 @@ def _agree(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]
 
 
 def _rehearsed(
-    link: LinkCost, chosen: Plan, chain: Chain, loss: Loss | None, inputs: object, target: object
+    link: LinkCost,
+    chosen: Plan,
+    model: nn.Module | Sequence[nn.Module],
+    loss: Loss | None,
+    inputs: object,
+    target: object,
 ) -> LinkCost:
     """`link` with what trial steps of the chosen plan showed of it, on busy devices."""
     if not _distributed() or dist.get_world_size() != chosen.num_stages:
         return link
-    pipe = Pipeline([cell.module for cell in chain], chosen, loss=loss)
+    pipe = Pipeline(model, chosen, loss=loss)
     timelines = pipe.rehearse(inputs, target=target)
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]

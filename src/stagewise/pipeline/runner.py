@@ -35,7 +35,9 @@ class Runner:
         *,
         weight: Weight | None = None,
         tied: TiedParameters | None = None,
+        flows: tuple[tuple[int, int], ...] = (),
     ) -> None:
+        self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.weight = weight
         self.tied = tied if tied is not None else TiedParameters()
@@ -158,7 +160,7 @@ class Runner:
                 if training
                 else forward_only(self.schedule.num_stages, num_microbatches)
             )
-            programs = lower(schedule)
+            programs = lower(schedule, self._flows)
             own: Iterable[tuple[int, Step]]
             if self.transport.num_ranks > 1:
                 own = ((self.transport.rank, step) for step in programs[self.transport.rank])

@@ -6,6 +6,7 @@ source device's program sends, so the receiver can post its receives ahead witho
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stagewise.schedule.instruction import Instruction, Kind
@@ -14,7 +15,10 @@ from stagewise.schedule.schedule import Schedule
 
 @dataclass(frozen=True, order=True)
 class Message:
-    """What one instruction hands to another stage: activations down, gradients up."""
+    """What one instruction hands to another stage: activations down, gradients up.
+
+    Skips between neighbours travel with the boundary's values, others in messages of their own.
+    """
 
     kind: Kind  # of the producing instruction
     microbatch: int
@@ -22,6 +26,11 @@ class Message:
     destination_stage: int
     source: int  # device
     destination: int  # device
+
+    @property
+    def distance(self) -> int:
+        """In stages: 1 between neighbours, more for what skips the stages between."""
+        return abs(self.destination_stage - self.source_stage)
 
     def __str__(self) -> str:
         what = "activation" if self.kind is Kind.FORWARD else "gradient"
@@ -59,21 +68,39 @@ def message_of(schedule: Schedule, instruction: Instruction) -> Message | None:
     return Message(kind, m, stage, target, source, destination)
 
 
-def lower(schedule: Schedule) -> tuple[LoweredProgram, ...]:
-    """Add receives and sends to every instruction of a valid schedule."""
+def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[LoweredProgram, ...]:
+    """Add receives and sends to every instruction of a valid schedule.
+
+    `flows` are the (source, destination) stages between which skips travel past others; they
+    wait for nothing that their destination does not wait for anyway, so no schedule that is
+    valid without them can block. An instruction's messages stand in order of distance.
+    """
+    targets: dict[tuple[Kind, int], list[int]] = defaultdict(list)
+    for source, destination in sorted(flows, key=lambda flow: flow[1] - flow[0]):
+        targets[Kind.FORWARD, source].append(destination)
+        targets[Kind.BACKWARD, destination].append(source)
     awaited: dict[tuple[int, Kind, int], list[Message]] = defaultdict(list)
+    sent: dict[Instruction, tuple[Message, ...]] = {}
     for _, instruction in schedule.instructions():
         message = message_of(schedule, instruction)
-        if message is not None:
-            awaited[message.destination_stage, message.kind, message.microbatch].append(message)
+        if message is None:
+            continue
+        stage, kind, m = message.source_stage, message.kind, message.microbatch
+        skips = (
+            Message(kind, m, stage, target, message.source, schedule.device_of(target, m))
+            for target in targets.get((kind, stage), ())
+        )
+        sent[instruction] = (message, *skips)
+        for message in sent[instruction]:
+            awaited[message.destination_stage, kind, m].append(message)
 
     def step(instruction: Instruction) -> Step:
         kind = Kind.BACKWARD if instruction.kind is Kind.BACKWARD_INPUT else instruction.kind
-        message = message_of(schedule, instruction)
+        receives = awaited.get((instruction.stage, kind, instruction.microbatch), [])
         return Step(
             instruction,
-            tuple(awaited.get((instruction.stage, kind, instruction.microbatch), ())),
-            (message,) if message is not None else (),
+            tuple(sorted(receives, key=lambda message: message.distance)),
+            sent.get(instruction, ()),
         )
 
     return tuple(tuple(map(step, program)) for program in schedule.programs)
