@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from stagewise.engine.batchnorm import BatchNorms
 from stagewise.engine.randomness import CellRandomness
 
 
@@ -30,6 +31,7 @@ class Call:
     targets: list[object] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
+    batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
