@@ -70,9 +70,14 @@ class Float32Sums:
     def _continued(self, gradient: torch.Tensor) -> torch.Tensor:
         """The float32 sum whose rounding `gradient` is, or else `gradient` itself in float32.
 
-        Values are compared, since what is written through `.data` leaves no mark.
+        Values are compared, since what is written through `.data` leaves no mark; torch compares
+        no sparse ones, which therefore start from their rounding.
         """
         total = self._sums.pop(gradient, None)
-        if total is not None and torch.equal(total.to(gradient.dtype), gradient):
+        if (
+            total is not None
+            and not total.is_sparse
+            and torch.equal(total.to(gradient.dtype), gradient)
+        ):
             return total
         return gradient.detach().float()

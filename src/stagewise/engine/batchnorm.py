@@ -101,7 +101,7 @@ class BatchNorms:
         self._own_forward = [n for o, n in self._names.items() if o.training and not _is_plain(o)]
         forward = self._forward
         if "torch._dynamo" in sys.modules:  # a compiled cell would compile anew for every note
-            forward = torch.compiler.disable(forward)
+            forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         for layer in layers:
             layer.__dict__["forward"] = functools.partial(forward, layer)
         try:
