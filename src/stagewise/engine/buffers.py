@@ -1,10 +1,11 @@
-"""Buffers that change in forward (BatchNorm's statistics, spectral norm's vectors).
+"""Buffers that change in forward: spectral norm's vectors, counters, moving averages.
 
 They change once per microbatch, in microbatch order, whatever is recomputed: a recomputation
-runs with the values that its forward saw, and leaves no trace. Which modules change their
-buffers is learnt from their first remembered forward in each mode, so that constant buffers
-(masks, position tables) are copied once and never again. Values are compared there, since
-BatchNorm, and code that writes through `.data`, leave no mark in a tensor's version.
+runs with the values that its forward saw, and leaves no trace. Nor does a call that fails, or
+that does not train. (BatchNorm's statistics change once per step: `engine.batchnorm`.) Which
+modules change their buffers is learnt from their first forward in each mode, so that constant
+buffers (masks, position tables) are copied once and never again. Values are compared there, since
+some kernels, and code that writes through `.data`, leave no mark in a tensor's version.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from stagewise.errors import CellError
 
 _Buffers = dict[str, torch.Tensor | None]
 Saved = dict[int, _Buffers]  # by index into the list of modules with buffers
+_Snapshot = dict[int, tuple[_Buffers, _Buffers]]  # the tensors themselves, and copies
 
 
 class BufferKeeper:
@@ -31,7 +33,8 @@ class BufferKeeper:
     def forward(self, *, remember: bool) -> Iterator[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
         saved: Saved = {}
-        if not remember:
+        learnt = all((i, owner.training) in self._changes for i, owner in enumerate(self._owners))
+        if learnt and not remember:
             yield saved
             return
         before = [dict(owner._buffers) for owner in self._owners]
@@ -47,13 +50,13 @@ class BufferKeeper:
             if changes is None:
                 changes = marked or not _equal(owner._buffers, saved[index])
                 self._changes[index, mode] = changes
-            elif marked and not changes:
+            elif marked and not changes and remember:
                 raise CellError(
                     f"{type(owner).__name__} changed a buffer that its first forward left alone "
                     f"({', '.join(owner._buffers)}); recomputation needs the old value: use "
                     "recompute='never', or write the buffer in every forward"
                 )
-            if not changes:
+            if not (changes and remember):
                 saved.pop(index, None)
 
     @contextmanager
@@ -67,6 +70,45 @@ class BufferKeeper:
         finally:
             for index, buffers in now.items():
                 self._owners[index]._buffers.update(buffers)
+
+    def snapshot(self) -> _Snapshot:
+        """The buffers that may change, for `put_back`."""
+        return {
+            index: (dict(owner._buffers), _copies(owner._buffers))
+            for index, owner in enumerate(self._owners)
+            if self._changes.get((index, owner.training), True)
+        }
+
+    @torch.no_grad()
+    def put_back(self, snapshot: _Snapshot) -> None:
+        """Make all buffers again the tensors and the values that they were."""
+        for index, (buffers, copies) in snapshot.items():
+            for name, buffer in buffers.items():
+                overwrite(buffer, copies[name])
+            self._owners[index]._buffers.update(buffers)
+
+
+@contextmanager
+def undone(keepers: Sequence[BufferKeeper], *, always: bool) -> Iterator[None]:
+    """Run a call inside; buffers are put back if it fails, or `always`."""
+    snapshots = [keeper.snapshot() for keeper in keepers]
+    done = False
+    try:
+        yield
+        done = not always
+    finally:
+        if not done:
+            for keeper, snapshot in zip(keepers, snapshots, strict=True):
+                keeper.put_back(snapshot)
+
+
+def overwrite(buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
+    """Make `buffer` equal `value` in place; call without gradients.
+
+    A buffer that shares memory with itself (`expand`) refuses that, but cannot have changed.
+    """
+    if buffer is not None and value is not None and not torch.equal(buffer, value):
+        buffer.copy_(value)
 
 
 def _marks(buffers: _Buffers) -> list[tuple[str, int, int]]:

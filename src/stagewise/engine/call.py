@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from stagewise.engine.batchnorm import BatchNorms
 from stagewise.engine.losses import AddedLoss
 from stagewise.engine.randomness import CellRandomness
 from stagewise.engine.tied import StandIns
@@ -51,6 +52,7 @@ class Call:
     scaling: Scaling = Scaling()
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=StandIns)
+    batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
     losses: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     added: dict[int, list[AddedLoss]] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)

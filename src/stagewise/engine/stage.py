@@ -50,7 +50,7 @@ class Stage:
         self._calls: list[tuple[Cell, _Forward]] = [(cell, cell.module) for cell in cells]
         self._modules = [module for cell in cells for module in cell.module.modules()]
         self._parameters = [p for cell in cells for p in cell.module.parameters()]
-        self._buffers = BufferKeeper([cell.module for cell in cells])
+        self.buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, _Flight] = {}
         # Per input tensor, learnt from the first run: do the cells change it in place?
         self._mutates: dict[tuple[bool, ...], tuple[bool, ...]] = {}
@@ -102,7 +102,8 @@ class Stage:
         recomputed = (self.index, m) in call.recomputed
         with (
             torch.set_grad_enabled(training),
-            self._buffers.forward(remember=recomputed) as flight.buffers,
+            self.buffers.forward(remember=recomputed) as flight.buffers,
+            call.batchnorms.noting(self.index, m),
         ):
             output = self._run_cells(flight, Kind.FORWARD, m, call)
         roots, output_structure = take_apart(output)
@@ -119,7 +120,7 @@ class Stage:
     def recompute(self, m: int, received: list[object], call: Call) -> object:
         """Make the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
-        with torch.enable_grad(), self._buffers.recompute(flight.buffers):
+        with torch.enable_grad(), self.buffers.recompute(flight.buffers):
             output = self._run_cells(flight, Kind.RECOMPUTE, m, call)
         flight.roots, _ = take_apart(output)
         return None

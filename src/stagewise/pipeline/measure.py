@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stagewise.costs import CellCost
+from stagewise.engine.buffers import overwrite
 from stagewise.engine.call import Mode
 from stagewise.engine.memory import ActivationMeter, StorageKey
 from stagewise.engine.skips import SkipRoutes
@@ -37,11 +38,10 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     buffers = [
-        (owner, name, buffer, buffer.clone())
+        (owner, name, buffer, None if buffer is None else buffer.clone())
         for module in modules
         for owner in module.modules()
         for name, buffer in owner._buffers.items()
-        if buffer is not None
     ]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -52,7 +52,8 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
             parameter.grad = gradient
         with torch.no_grad():
             for owner, name, buffer, value in buffers:
-                owner._buffers[name] = buffer.copy_(value)
+                owner._buffers[name] = buffer
+                overwrite(buffer, value)
 
 
 def measure_memory(runner: Runner, inputs: object, target: object) -> int:

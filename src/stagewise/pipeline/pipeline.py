@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from stagewise.engine.batchnorm import check_batchnorms
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.microbatch import join
@@ -49,9 +50,19 @@ class Pipeline:
         transport: "local" runs every stage in this process; "distributed" runs device r of the
             plan on rank r; "auto" takes "distributed" if torch.distributed is initialised with
             more than one rank.
+        accumulate_in_float32: sum the gradients of bfloat16 and float16 parameters over
+            microbatches in float32. `.grad`, of the parameter's dtype, gets the sum rounded once
+            at the end of each step. Over several steps the float32 sum goes on while `.grad` is
+            left alone; once it is cleared or clipped, the sum starts from it. Costs 4 bytes per
+            such parameter while `.grad` lives.
+
+    BatchNorm normalises by microbatch; its running statistics get one update per step, by those of
+    the whole minibatch. Other buffers change once per microbatch, in order. A step that fails,
+    `evaluate` and `predict` leave this rank's buffers as they were.
 
     Raises:
-        ModelError: the model is no chain of cells, or its skips do not pair up.
+        ModelError: the model is no chain of cells, its skips do not pair up, or it has a
+            SyncBatchNorm.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
     Example:
@@ -74,6 +85,7 @@ class Pipeline:
         seed: int = 0,
         devices: Sequence[Device] | None = None,
         transport: Literal["auto", "local", "distributed"] = "auto",
+        accumulate_in_float32: bool = False,
     ) -> None:
         chain = chain_of(model)
         check_balance(plan.balance, len(chain))
@@ -88,6 +100,7 @@ class Pipeline:
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
+        check_batchnorms(chain, plan.balance if self.num_ranks > 1 else [len(chain)])
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
         routes = SkipRoutes(chain, plan.balance)
@@ -96,7 +109,14 @@ class Pipeline:
         self._ties = tied.ties
         self._first_names = {name: one.names[0] for one in tied.ties for name in one.names}
         self._runner = Runner(
-            stages, self._transport, schedule, seed, weight=weight, tied=tied, flows=routes.flows
+            stages,
+            self._transport,
+            schedule,
+            seed,
+            weight=weight,
+            tied=tied,
+            flows=routes.flows,
+            accumulate_in_float32=accumulate_in_float32,
         )
         self._losses: dict[str, torch.Tensor] = {}
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
@@ -118,7 +138,7 @@ class Pipeline:
         may pass the whole batch; ranks without the first stage may pass no inputs, ranks without
         the last no target. Returns the minibatch's mean loss (detached) on every rank; raises
         BatchError before anything runs if the batch cannot be split or ranks disagree, CellError
-        if the model's own code fails.
+        if the model's own code fails. Warns once of BatchNorm layers whose microbatches are small.
 
         To accumulate gradients over several steps, give each of them the `total_samples` of all
         (and the `total_weight`, where there is a weight function): each loss is then its part of

@@ -1,10 +1,14 @@
 """Runs one call: agree, split, execute; for training, evaluation, prediction and profiling."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from stagewise.engine.accumulation import Float32Sums
+from stagewise.engine.batchnorm import BatchNorms
+from stagewise.engine.buffers import undone
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.execute import Observer, execute
 from stagewise.engine.microbatch import split
@@ -36,12 +40,17 @@ class Runner:
         weight: Weight | None = None,
         tied: TiedParameters | None = None,
         flows: tuple[tuple[int, int], ...] = (),
+        accumulate_in_float32: bool = False,
     ) -> None:
         self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.weight = weight
         self.tied = tied if tied is not None else TiedParameters()
         self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
+        cells = [cell for stage in stages.values() for cell in stage.cells]
+        self._batchnorms = BatchNorms(cells)
+        summed = cells if accumulate_in_float32 else []
+        self._sums = Float32Sums(p for cell in summed for p in cell.module.parameters())
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -87,6 +96,7 @@ class Runner:
             sizes=admitted.sizes,
             scaling=scaling,
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
+            batchnorms=self._batchnorms,
         )
         if 0 in self.stages:
             call.inputs = split(move(inputs, self.stages[0].device), admitted.sizes)
@@ -98,11 +108,13 @@ class Runner:
             )
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
-        with generators_kept(devices), torch.inference_mode(False):
+        with generators_kept(devices), torch.inference_mode(False), self._kept(training):
             call.stand_ins = self.tied.stand_ins(training=training)
             self.transport.begin(admitted.signature, order)
             start = time.perf_counter()
             try:
+                if training:
+                    self._batchnorms.warn(admitted.sizes)
                 self.spans = execute(
                     own,
                     self.stages,
@@ -124,6 +136,18 @@ class Runner:
                     stage.clear()
         self._broken = False
         return call
+
+    @contextmanager
+    def _kept(self, training: bool) -> Iterator[None]:
+        """Run a call inside that leaves in buffers and gradients what it should."""
+        keepers = [stage.buffers for stage in self.stages.values()]
+        sums = self._sums if training else Float32Sums(())
+        with (
+            undone(keepers, always=not training),
+            self._batchnorms.one_update(training=training),
+            sums.rounded_once(),
+        ):
+            yield
 
     def timeline(self) -> Timeline:
         """The last call's spans of all ranks; every rank must ask."""

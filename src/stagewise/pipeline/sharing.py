@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
@@ -27,6 +28,8 @@ def check_buffers(
     homes = [0 if transport.num_ranks > 1 else devices[device] for device in _placed(plan)]
     for cell, stage in zip(chain, _stages(plan), strict=True):
         for path, module in cell.module.named_modules(prefix=cell.name):
+            if isinstance(module, _BatchNorm):  # see `check_batchnorms`
+                continue
             for name, buffer in module._buffers.items():
                 if buffer is None:
                     continue
