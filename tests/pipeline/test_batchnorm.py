@@ -354,6 +354,13 @@ def test_a_subclass_with_its_own_forward_changes_once_per_microbatch_and_says_so
     assert states[0]["2.num_batches_tracked"] == 1
 
 
+def test_each_kind_of_warning_comes_once() -> None:
+    pipe = pipe_of([OwnForward(WIDTH), nn.Linear(WIDTH, 1)], 2, num_microbatches=2)
+    for size, texts in ((16, ["forward of their own"]), (8, ["smallest has 4"]), (8, [])):
+        got = warned(pipe, size)
+        assert len(got) == len(texts) and all(t in g for t, g in zip(texts, got, strict=True))
+
+
 def test_a_compiled_cell() -> None:
     """Its graph is made anew where a layer's forward is another."""
     wanted, got = BN(WIDTH), BN(WIDTH)

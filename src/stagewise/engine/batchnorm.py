@@ -65,19 +65,19 @@ class BatchNorms:
                 if isinstance(module, _BatchNorm):
                     self._names.setdefault(module, path)
         self._own_forward: list[str] = []  # what changes its statistics in its own way
-        self._warned = False
+        self._warned: set[str] = set()
         self._microbatch: tuple[int, int] | None = None  # (stage, microbatch) in its forward
         self._num_calls: dict[_BatchNorm, int] = {}  # in that forward
         # By layer, then by (stage, how many times it ran before in the same forward).
         self._noted: dict[_BatchNorm, dict[tuple[int, int], dict[int, Moments]]] = {}
 
     def warn(self, sizes: Sequence[int]) -> None:
-        """Warn, once, of layers for which microbatches of `sizes` samples make a difference."""
-        if self._warned or len(sizes) < 2:  # one microbatch is what the plain model has
+        """Warn, once of each kind, of layers to which microbatches of `sizes` samples matter."""
+        if len(sizes) < 2:  # one microbatch is what the plain model has
             return
         few = [name for layer, name in self._names.items() if _uses_batch_statistics(layer)]
-        if few and min(sizes) < FEW_SAMPLES:
-            self._warned = True
+        if few and min(sizes) < FEW_SAMPLES and "few" not in self._warned:
+            self._warned.add("few")
             warnings.warn(
                 f"BatchNorm layers {', '.join(few)} normalise by microbatch, and the smallest has "
                 f"{min(sizes)} samples, fewer than {FEW_SAMPLES}, so their statistics are noisy; "
@@ -85,8 +85,8 @@ class BatchNorms:
                 "them with .eval()",
                 stacklevel=4,  # who called Pipeline.step
             )
-        if self._own_forward:
-            self._warned = True
+        if self._own_forward and "own" not in self._warned:
+            self._warned.add("own")
             warnings.warn(
                 f"BatchNorm layers {', '.join(self._own_forward)} have a forward of their own, so "
                 "their running statistics change once per microbatch, not once per minibatch; call "
@@ -98,7 +98,11 @@ class BatchNorms:
     def one_update(self, *, training: bool) -> Iterator[None]:
         """Run a call inside; if it trains and succeeds, update by what its forwards noted."""
         layers = [layer for layer in self._names if _is_plain(layer)]
-        self._own_forward = [n for o, n in self._names.items() if o.training and not _is_plain(o)]
+        self._own_forward = [
+            name
+            for layer, name in self._names.items()
+            if layer.training and layer.running_mean is not None and not _is_plain(layer)
+        ]
         forward = self._forward
         if "torch._dynamo" in sys.modules:  # a compiled cell would compile anew for every note
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
