@@ -9,9 +9,12 @@ import stagewise
 from stagewise.cli.main import COMMANDS, app, command_app
 
 EXPORTS = [
+    "Arguments",
     "GPipe",
+    "Microbatches",
     "Pipeline",
     "Plan",
+    "Replicated",
     "Schedule",
     "StagewiseError",
     "Timeline",

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stagewise.engine.markers import Arguments, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.pipeline.gpipe import GPipe
     from stagewise.pipeline.pipeline import Pipeline
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Arguments": "stagewise.engine.markers",
     "GPipe": "stagewise.pipeline.gpipe",
+    "Microbatches": "stagewise.engine.markers",
     "Pipeline": "stagewise.pipeline.pipeline",
     "Plan": "stagewise.planning.plan",
+    "Replicated": "stagewise.engine.markers",
     "Schedule": "stagewise.schedule",
     "StagewiseError": "stagewise.errors",
     "Timeline": "stagewise.timeline",
@@ -32,9 +36,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Arguments",
     "GPipe",
+    "Microbatches",
     "Pipeline",
     "Plan",
+    "Replicated",
     "Schedule",
     "StagewiseError",
     "Timeline",

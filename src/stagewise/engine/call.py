@@ -7,6 +7,9 @@ import torch
 
 from stagewise.engine.randomness import CellRandomness
 
+# (microbatch, -cell) -> the caller's tensors that the cell was given by name, their gradients
+KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
+
 
 class Mode(enum.IntEnum):
     """What the caller asked for."""
@@ -21,7 +24,8 @@ class Call:
     """One call on one rank. Lists are indexed by microbatch and empty where this rank has none.
 
     `sizes[m]` is the number of samples in microbatch m. The last stage fills `losses`
-    (detached, unweighted) and, for PREDICT, `outputs`; the first fills `input_gradients`.
+    (detached, unweighted) and, for PREDICT and with `keeps_outputs`, `outputs`; the first fills
+    `input_gradients`, and every cell that was given keyword arguments `keyword_gradients`.
     """
 
     mode: Mode
@@ -29,10 +33,15 @@ class Call:
     inputs: list[object] = field(default_factory=list)
     targets: list[object] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
+    keywords: list[dict[str, object]] = field(default_factory=list)
+    num_args: int = 1  # positional arguments of the model's first cell
+    ready: bool = False  # the caller gave Microbatches, and gets outputs as such
+    keeps_outputs: bool = False
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+    keyword_gradients: KeywordGradients = field(default_factory=dict)
 
     def weight(self, m: int) -> float:
         """Microbatch m's share of the minibatch."""

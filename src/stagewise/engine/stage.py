@@ -14,7 +14,8 @@ import torch
 
 from stagewise.engine.buffers import BufferKeeper, Saved
 from stagewise.engine.call import Call, Mode
-from stagewise.engine.values import Structure, put_together, take_apart
+from stagewise.engine.keywords import CellKeywords, invoke, keywords_of
+from stagewise.engine.values import Structure, detached, put_together, take_apart
 from stagewise.errors import BatchError, CellError, StagewiseError
 from stagewise.model.chain import Chain
 from stagewise.schedule import Instruction, Kind
@@ -33,6 +34,15 @@ class _Flight:
     gradients: list[torch.Tensor | None]  # of the inputs, once the graph ran backward
     roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the loss
     buffers: Saved = field(default_factory=dict)
+    # Tensors given by name follow the received ones in `inputs`.
+    keywords: list[CellKeywords] = field(default_factory=list)
+
+    def slot(self, index: int) -> tuple[list[torch.Tensor | None], int]:
+        """Where the gradient of input `index` is kept."""
+        for given in self.keywords:
+            if index in given.places:
+                return given.gradients, index - given.places.start
+        return self.gradients, index
 
 
 class Stage:
@@ -48,7 +58,7 @@ class Stage:
         self._buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, _Flight] = {}
         # Per input tensor, learnt from the first run: do the cells change it in place?
-        self._mutates: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+        self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._flags: tuple[bool, ...] | None = None  # those of the running call
 
     @property
@@ -92,6 +102,10 @@ class Stage:
         """
         inputs, structure = take_apart(received[0] if received else call.inputs[m])
         flight = _Flight([_leaf(tensor) for tensor in inputs], structure, [None] * len(inputs))
+        if call.keywords:
+            flight.keywords = keywords_of(self.cells, m, call, first_place=len(inputs))
+            for given in flight.keywords:
+                flight.inputs += [_leaf(tensor.to(self.device)) for tensor in given.tensors]
         training = call.mode is Mode.TRAIN
         recomputed = (self.index, m) in call.recomputed
         with (
@@ -149,9 +163,10 @@ class Stage:
         ]
         for index, tensor in enumerate(fed):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(_keep(flight.gradients, index))
+                tensor.grad_fn.register_prehook(_keep(*flight.slot(index)))
         versions = [tensor._version for tensor in fed]
         value = put_together(fed, flight.structure)
+        keywords = {given.cell: given.values(fed) for given in flight.keywords}
         where = "loss"
         randomness = call.randomness[self.device]
         try:
@@ -159,8 +174,10 @@ class Stage:
                 for cell in self.cells:
                     where = f"cell {cell.name!r} ({type(cell.module).__name__})"
                     randomness.enter_cell(cell.index, m)
-                    value = cell.module(value)
+                    value = invoke(cell.module, value, keywords.get(cell.index, {}))
                 where = "loss"
+                if self.is_last and call.keeps_outputs and kind is Kind.FORWARD:
+                    call.outputs[m] = detached(value)
                 if self.is_last:
                     value = self._end(value, m, call)
         except StagewiseError:
@@ -202,11 +219,12 @@ class Stage:
         call.losses[m] = loss.detach()
         return loss
 
-    def _key(self, flight: _Flight, call: Call) -> tuple[bool, ...]:
+    def _key(self, flight: _Flight, call: Call) -> tuple[object, ...]:
         """What decides whether cells change their inputs in place."""
         inputs = (tensor.requires_grad for tensor in flight.inputs)
         self._flags = self._flags or self.flags()
-        return (call.mode is Mode.TRAIN, *inputs, *self._flags)
+        names = call.keywords[0] if call.keywords else ()
+        return (call.mode is Mode.TRAIN, *inputs, *self._flags, *names)
 
 
 _ACTIONS = {

@@ -49,8 +49,8 @@ class Transport(Protocol):
     def share_number(self, number: torch.Tensor | None, source: int) -> torch.Tensor:
         """Rank `source`'s scalar, on every rank, in its own dtype; the others may pass None."""
 
-    def broadcast(self, value: T, source: int) -> T:
-        """Rank `source`'s pytree of tensors, on every rank."""
+    def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
+        """Rank `source`'s pytree of tensors on `ranks` (on all); others get None per tensor."""
 
 
 class LocalTransport:
@@ -91,5 +91,5 @@ class LocalTransport:
         assert number is not None
         return number
 
-    def broadcast(self, value: T, source: int) -> T:
+    def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         return value

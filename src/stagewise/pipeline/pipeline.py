@@ -6,13 +6,14 @@ its own stages' cells; drop your own reference to the model to free the rest.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import nn
 
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.gradients import clip_by_global_norm
+from stagewise.engine.markers import Microbatches, packed
 from stagewise.engine.microbatch import join
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
@@ -20,9 +21,12 @@ from stagewise.model.chain import Chain, chain_of, module_tree
 from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.runner import Runner
+from stagewise.pipeline.takers import Takers
 from stagewise.planning.partition import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.timeline import Timeline
+
+Ranks = Sequence[int] | Literal["all"] | None  # None: all
 
 
 class Pipeline:
@@ -81,46 +85,112 @@ class Pipeline:
             check_unshared(chain, plan.balance)
         agree_on_model(self._transport, plan, self.parameter_shapes)
         stages = self._build_stages(chain, loss)
-        self._runner = Runner(stages, self._transport, schedule, seed)
+        alone = self.num_ranks == 1
+        ranks = [0 if alone else devices[0] for devices in schedule.placement]
+        takers = Takers(chain, plan.balance, ranks)
+        self._runner = Runner(stages, self._transport, schedule, seed, takers)
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
 
     # Calls: every rank makes the same ones, in the same order.
 
-    def step(self, inputs: object = None, *, target: object = None) -> torch.Tensor:
+    @overload
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[False] = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[True],
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, object]: ...
+
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: bool = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         """Run one minibatch forward and backward; gradients are added to `.grad`.
 
-        `inputs` and `target` are pytrees of tensors with samples along dimension 0. Every rank
-        may pass the whole batch; ranks without the first stage may pass no inputs, ranks without
-        the last no target. Returns the minibatch's mean loss (detached) on every rank; raises
-        BatchError before anything runs if the batch cannot be split or ranks disagree, CellError
-        if the model's own code fails.
+        `inputs` are the first cell's positional arguments, `target` is the loss's, and a keyword
+        argument goes to every cell whose `forward` has a parameter of that name (besides the one
+        that takes what the cell before returned; `*args` and `**kwargs` take none). All are
+        pytrees of tensors with samples along dimension 0, in which None, numbers and tensors
+        without dimensions go to every microbatch, as does what is marked `Replicated`;
+        `Microbatches` marks what is split already. Every rank may pass the whole batch; ranks
+        without the first stage may pass no inputs, ranks without the last no target, ranks
+        without a taker no keyword argument. Gradients for the batch's own tensors arrive on the
+        ranks that use them.
+
+        Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
+        the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
+        before anything runs if the batch cannot be split or ranks disagree, CellError if the
+        model's own code fails.
         """
-        call = self._runner.run(Mode.TRAIN, self.step_index, inputs, target)
-        self._runner.backward_into(inputs, call)
+        call = self._run(Mode.TRAIN, inputs, target, kwargs, return_outputs, ranks)
+        self._runner.backward_into(call)
         self.step_index += 1
-        return self._loss_of(call)
+        loss = self._loss_of(call)
+        return (loss, self._outputs_of(call, ranks)) if return_outputs else loss
 
-    def evaluate(self, inputs: object = None, *, target: object = None) -> torch.Tensor:
-        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients."""
-        with self._eval_mode():
-            call = self._runner.run(Mode.EVALUATE, self.step_index, inputs, target)
-        return self._loss_of(call)
+    @overload
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[False] = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor: ...
 
-    def predict(self, inputs: object = None) -> object:
-        """The model's output in eval mode, samples in order, on every rank."""
+    @overload
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[True],
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, object]: ...
+
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: bool = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients.
+
+        Arguments and outputs are those of `step`.
+        """
         with self._eval_mode():
-            call = self._runner.run(Mode.PREDICT, self.step_index, inputs)
-        joined: object = None
-        problem: str | None = None
-        if call.outputs:
-            try:
-                joined = join([call.outputs[m] for m in sorted(call.outputs)], call.sizes)
-            except BatchError as error:
-                problem = str(error)
-        joined, problem = self._transport.broadcast((joined, problem), self._last_rank)
-        if problem is not None:
-            raise BatchError(problem)
-        return joined
+            call = self._run(Mode.EVALUATE, inputs, target, kwargs, return_outputs, ranks)
+        loss = self._loss_of(call)
+        return (loss, self._outputs_of(call, ranks)) if return_outputs else loss
+
+    def predict(self, *inputs: object, ranks: Ranks = None, **kwargs: object) -> object:
+        """The model's output in eval mode, samples in order, on `ranks` (by default on all).
+
+        Any batch size; the other ranks get None. Where the batch holds `Microbatches`, so does
+        the result: the outputs as they are, of any shapes. Else raises BatchError, on every rank,
+        if an output does not hold its microbatch's samples along dimension 0.
+        """
+        with self._eval_mode():
+            call = self._run(Mode.PREDICT, inputs, None, kwargs, True, ranks)
+        return self._outputs_of(call, ranks)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
@@ -138,19 +208,21 @@ class Pipeline:
         """What the last call really did, from all ranks; times are seconds from its start."""
         return self._runner.timeline()
 
-    def measure_memory(self, inputs: object = None, *, target: object = None) -> tuple[int, ...]:
+    def measure_memory(
+        self, *inputs: object, target: object = None, **kwargs: object
+    ) -> tuple[int, ...]:
         """Peak activation bytes per rank over one trial step that leaves no trace.
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
-        peak = measure_memory(self._runner, inputs, target)
+        peak = measure_memory(self._runner, packed(inputs), target, kwargs)
         return tuple(row[0] for row in self._transport.exchange([peak]))
 
     def rehearse(
-        self, inputs: object = None, *, target: object = None, num_steps: int = 4
+        self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
-        return rehearse(self._runner, inputs, target, num_steps)
+        return rehearse(self._runner, packed(inputs), target, kwargs, num_steps)
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
@@ -233,6 +305,40 @@ class Pipeline:
             is_last = index == schedule.num_stages - 1
             stages[index] = Stage(index, cells, self._devices[device], is_last=is_last, loss=loss)
         return stages
+
+    def _run(
+        self,
+        mode: Mode,
+        inputs: tuple[object, ...],
+        target: object,
+        kwargs: Mapping[str, object],
+        wants_outputs: bool,
+        ranks: Ranks,
+    ) -> Call:
+        outputs_on = self._ranks(ranks) if wants_outputs else ()
+        batch = packed(inputs), target, kwargs
+        return self._runner.run(mode, self.step_index, *batch, outputs_on)
+
+    def _ranks(self, ranks: Ranks) -> Sequence[int]:
+        if ranks is None or ranks == "all":
+            return range(self.num_ranks)
+        return sorted(set(ranks))
+
+    def _outputs_of(self, call: Call, ranks: Ranks) -> object:
+        """The microbatches' outputs, put together again; None where they are not wanted."""
+        outputs, problem = None, None
+        if call.outputs:
+            parts = [call.outputs[m] for m in sorted(call.outputs)]
+            try:
+                outputs = Microbatches(parts) if call.ready else join(parts, call.sizes)
+            except BatchError as error:
+                problem = str(error)
+        outputs, problem = self._transport.broadcast(
+            (outputs, problem), self._last_rank, self._ranks(ranks)
+        )
+        if problem is not None:
+            raise BatchError(problem)
+        return outputs if self.rank in self._ranks(ranks) else None
 
     def _loss_of(self, call: Call) -> torch.Tensor:
         """The weighted mean of the microbatches' losses, summed in their order."""

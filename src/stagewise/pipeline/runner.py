@@ -7,25 +7,36 @@ import torch
 
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.execute import Observer, execute
+from stagewise.engine.keywords import batch_gradients
+from stagewise.engine.markers import Arguments
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage import Stage
 from stagewise.engine.transport import Links, Transport
-from stagewise.engine.values import move, take_apart
+from stagewise.engine.values import move
 from stagewise.errors import PeerError, StagewiseError
-from stagewise.pipeline.admission import admit
+from stagewise.pipeline.admission import admit, positional
+from stagewise.pipeline.takers import Takers
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span, Timeline
+
+_NO_KEYWORDS: Mapping[str, object] = {}
 
 
 class Runner:
     """The stages of this rank, their transport, and the programs for every kind of call."""
 
     def __init__(
-        self, stages: Mapping[int, Stage], transport: Transport, schedule: Schedule, seed: int
+        self,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        schedule: Schedule,
+        seed: int,
+        takers: Takers,
     ) -> None:
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
+        self.takers = takers
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -36,10 +47,15 @@ class Runner:
         step_index: int,
         inputs: object,
         target: object = None,
+        keywords: Mapping[str, object] = _NO_KEYWORDS,
+        outputs_on: Sequence[int] = (),
         *,
         observe: Observer | None = None,
     ) -> Call:
-        """Run one call to its end; the spans of this rank are in `spans` afterwards."""
+        """Run one call to its end; the spans of this rank are in `spans` afterwards.
+
+        The outputs are kept where some rank wants them.
+        """
         if self._broken:
             raise StagewiseError(
                 "an earlier call failed half-way and the ranks no longer agree; "
@@ -53,6 +69,9 @@ class Runner:
             step_index,
             inputs,
             target,
+            keywords,
+            outputs_on,
+            takers=self.takers,
             needs_inputs=0 in self.stages,
             needs_target=last in self.stages
             and self.stages[last].needs_target
@@ -66,12 +85,22 @@ class Runner:
             mode=mode,
             recomputed=self.schedule.recomputed if training else frozenset(),
             sizes=admitted.sizes,
+            ready=admitted.ready,
+            num_args=positional(inputs),
+            keeps_outputs=bool(outputs_on),
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
         )
         if 0 in self.stages:
-            call.inputs = split(move(inputs, self.stages[0].device), admitted.sizes)
+            whole = Arguments() if inputs is None else inputs
+            call.inputs = split(move(whole, self.stages[0].device), admitted.sizes)
         if last in self.stages and target is not None:
             call.targets = split(move(target, self.stages[last].device), admitted.sizes)
+        if keywords:
+            parts = {name: split(value, admitted.sizes) for name, value in keywords.items()}
+            call.keywords = [
+                {name: column[m] for name, column in parts.items()}
+                for m in range(len(admitted.sizes))
+            ]
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with generators_kept(devices), torch.inference_mode(False):
@@ -104,15 +133,13 @@ class Runner:
         spans.sort(key=lambda span: (span.start_seconds, span.device))
         return Timeline(self.schedule.num_devices, tuple(spans))
 
-    def backward_into(self, inputs: object, call: Call) -> None:
-        """Pass the gradients of the first stage's inputs on to the caller's own graph."""
-        pairs = [
-            (tensor, torch.cat(parts).to(tensor.device))  # type: ignore[arg-type]
-            for index, tensor in enumerate(take_apart(inputs)[0])
-            if tensor.requires_grad and 0 in self.stages
-            for parts in [[call.input_gradients[m][index] for m in sorted(call.input_gradients)]]
-            if all(part is not None for part in parts)
-        ]
+    def backward_into(self, call: Call) -> None:
+        """Pass the gradients of the batch on to the caller's own graph.
+
+        The microbatches are views of the batch, so autograd puts their gradients together, and
+        sums those of what is replicated.
+        """
+        pairs = list(batch_gradients(call))
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 
