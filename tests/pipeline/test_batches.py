@@ -1,5 +1,7 @@
 """Batches of any form, into cells by position and by name, at every cut and on both transports."""
 
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import stagewise
 from stagewise.engine.markers import Arguments, Microbatches, Replicated
+from stagewise.errors import BatchError, StagewiseError
 from stagewise.schedule import POLICIES, SCHEDULES
 from tests.harness import Pools
 from tests.models import Call
@@ -306,8 +309,6 @@ def plain_parts(
 
 
 def takes(cell: nn.Module, name: str, value: object) -> bool:
-    import inspect
-
     names = list(inspect.signature(cell.forward).parameters)
     return name in names[len(value.args) if isinstance(value, Arguments) else 1 :]
 
@@ -381,3 +382,257 @@ def test_gradients_of_the_batch_are_bit_identical(form: str) -> None:
             for policy in POLICIES:
                 run = Run(form=form, num_stages=num_stages, schedule=schedule, recompute=policy)
                 assert_same(train(replace(run, gradients=True)), wanted)
+
+
+X = torch.arange(24.0).view(8, 3)
+
+
+class Takes(nn.Module):
+    """A linear layer with a number `scale` and a tensor `mask` by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        y: Tensor = self.linear(x) * scale
+        return y if mask is None else y * mask
+
+
+def takers_pipe(transport: str = "auto") -> stagewise.Pipeline:
+    """Cells 1 and 2 of 3 take `mask` and `scale`."""
+    plan = stagewise.Plan(balance=(1, 1, 1), schedule="1f1b", num_microbatches=NUM_MICROBATCHES)
+    cells = [nn.Linear(3, 3), Takes(), Takes()]
+    return stagewise.Pipeline(cells, plan, loss=MSE, transport=transport)  # type: ignore[arg-type]
+
+
+def refused(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except BatchError as error:
+        return str(error)
+    return "no error"
+
+
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "unknown": (
+        {"maks": X},
+        r"no cell's forward takes the keyword argument 'maks'; by name this model's cells take: "
+        r"input, mask, scale \(",
+    ),
+    "the value itself": (
+        {"input": X},
+        r"takes the keyword argument 'input' besides its positional",
+    ),
+    "length": ({"mask": {"a": [X[:7]]}}, r"inputs has 8 samples but mask\['a'\]\[0\] has 7"),
+    "no samples": ({"mask": X[:0]}, "mask has no samples"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_keyword_arguments_that_do_not_fit(name: str) -> None:
+    keywords, text = WRONG[name]
+    pipe = takers_pipe("local")
+    with pytest.raises(BatchError, match=text):
+        pipe.step(X, target=X, **keywords)  # type: ignore[arg-type]
+    with pytest.raises(BatchError, match=text):
+        pipe.predict(X, **keywords)  # type: ignore[arg-type]
+    pipe.step(X, target=X, mask=X, scale=2.0)
+
+
+def test_an_opaque_keyword_argument_is_refused() -> None:
+    class Opaque:
+        def __init__(self) -> None:
+            self.hidden = X
+
+    with pytest.raises(StagewiseError, match="mask: a Opaque hides tensors"):
+        takers_pipe("local").step(X, target=X, mask=Opaque())
+
+
+def test_an_argument_given_twice_is_an_error() -> None:
+    pipe = pipe_of(Run(form=""), [Two(), Shifted()], "local")
+    y = torch.ones(8, 6)
+    pipe.step(X, y, target=y, mask=y)
+    with pytest.raises(BatchError, match="'y' besides its positional argument"):
+        pipe.step(X, y, target=y, mask=y, y=y)
+
+
+def disagreements() -> dict[str, str]:
+    """Each case must raise on this rank, whatever it itself did."""
+    pipe = takers_pipe()
+    rank = pipe.rank
+
+    def step(**keywords: object) -> str:
+        own = {name: value for name, value in keywords.items() if value is not NOTHING}
+        return refused(lambda: pipe.step(X, target=X, **own))  # type: ignore[arg-type]
+
+    mask = X.clone().requires_grad_()
+    texts = {
+        **{name: step(**keywords) for name, (keywords, _) in WRONG.items()},
+        "unknown on one": step(**({"maks": X} if rank == 2 else {})),
+        "lacking": step(mask=X if rank < 2 else NOTHING),
+        "None": step(mask=X if rank < 2 else None),
+        "shape": step(mask=X[:, : 3 - 2 * (rank == 1)]),
+        "constant": step(scale=float(rank)),
+        "gradient": step(mask=mask),
+        "ranks": refused(lambda: pipe.predict(X, ranks=[rank])),
+        "ranks outside": refused(lambda: pipe.predict(X, ranks=[rank + 1])),
+        "outputs on one": refused(lambda: pipe.step(X, target=X, return_outputs=rank == 1)),
+        "sizes": refused(
+            lambda: pipe.step(
+                Microbatches(X.split([2, 2, 2, 2] if rank else [1, 3, 2, 2])), target=X
+            )
+        ),
+    }
+    # What a rank does not take it may leave out, and a constant is as good as a tensor.
+    pipe.step(X, target=X, **({} if rank == 0 else {"mask": X, "scale": 2.0}))  # type: ignore[arg-type]
+    return texts
+
+
+NOTHING = object()
+
+
+def test_every_rank_refuses_what_one_must(pools: Pools) -> None:
+    for rank, texts in enumerate(pools[3].run(disagreements)):
+        for name, (_, text) in WRONG.items():
+            assert re.search(text, texts[name]), texts[name]
+        assert "keyword argument 'maks'" in texts["unknown on one"]
+        assert ("rank 2 refused the batch" in texts["unknown on one"]) == (rank != 2)
+        for name in ("lacking", "None"):
+            assert "ranks [2] need the keyword argument 'mask' but got none" in texts[name]
+            assert "pass it on ranks [1, 2]" in texts[name]
+        assert "other forms of 'mask'" in texts["shape"]
+        assert "other forms of 'scale'" in texts["constant"]
+        assert "'mask' requires a gradient, but cells on ranks [1, 2]" in texts["gradient"]
+        assert "want the outputs on different ranks" in texts["ranks"]
+        assert "outputs are wanted on ranks [3], but there are 3" in texts["ranks outside"]
+        assert "want the outputs on different ranks" in texts["outputs on one"]
+        assert "Microbatches of other sizes" in texts["sizes"]
+
+
+def gradients_of_the_batch(transport: str) -> list[Tensor | None]:
+    """Of inputs, of an argument that the last rank takes, and of the table every sample shares."""
+    torch.manual_seed(0)
+    plan = stagewise.Plan(balance=(2, 2), schedule="1f1b", num_microbatches=NUM_MICROBATCHES)
+    cells = [nn.Linear(3, 6), nn.Tanh(), Scaled(), Masked()]
+    pipe = stagewise.Pipeline(cells, plan, loss=MSE, transport=transport)  # type: ignore[arg-type]
+    keywords = by_name(10)
+    x, mask, temperature = torch.randn(10, 3), keywords["mask"], keywords["temperature"]
+    table = keywords["table"]["bias"].value  # type: ignore[index]
+    leaves = [x, mask, temperature, table]
+    for leaf in leaves:
+        leaf.requires_grad_()  # type: ignore[union-attr]
+    pipe.step(x * 2, target=torch.randn(10, 6), **keywords)  # type: ignore[arg-type]
+    return [leaf.grad for leaf in leaves]  # type: ignore[union-attr]
+
+
+def test_gradients_of_the_batch_arrive_where_it_is_used(pools: Pools) -> None:
+    wanted = gradients_of_the_batch("local")
+    first, last = pools[2].run(gradients_of_the_batch, "distributed")
+    assert [g is None for g in first] == [False, True, True, True]
+    assert [g is None for g in last] == [True, False, False, False]
+    for a, b in zip([first[0], *last[1:]], wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def given_on_its_own_rank() -> list[object]:
+    """Only what a rank needs: inputs on the first, Microbatches on the last; outputs on one."""
+    torch.manual_seed(0)
+    pipe = takers_pipe()
+    whole, target = torch.randn(10, 3), torch.randn(10, 3)
+    sizes = [1, 4, 3, 2]
+    alone = pipe.num_ranks == 1
+    loss, outputs = pipe.step(
+        whole if pipe.rank == 0 else None,
+        target=Microbatches(target.split(sizes)) if alone or pipe.rank == 2 else None,
+        return_outputs=True,
+        ranks=[0],
+    )
+    last = pipe.num_ranks - 1
+    return [
+        loss,
+        outputs,
+        pipe.predict(whole if pipe.rank == 0 else None, ranks=[last]),
+        pipe.predict(whole if pipe.rank == 0 else None, ranks=[0, last, 0]),
+        pipe.predict(whole[:2] if pipe.rank == 0 else None, ranks="all"),
+    ]
+
+
+def test_outputs_come_to_the_ranks_asked_for(pools: Pools) -> None:
+    loss, outputs, on_last, on_two, on_all = given_on_its_own_rank()
+    assert isinstance(outputs, Microbatches) and [len(p) for p in outputs.parts] == [1, 4, 3, 2]  # type: ignore[arg-type]
+    for rank, got in enumerate(pools[3].run(given_on_its_own_rank)):
+        assert torch.equal(got[0], loss)
+        assert (got[1] is None) == (rank != 0)
+        if rank == 0:
+            same(got[1], outputs)
+        for output, wanted, ranks in [(got[2], on_last, {2}), (got[3], on_two, {0, 2})]:
+            assert (output is None) == (rank not in ranks)
+            assert output is None or torch.equal(output, wanted)
+        assert torch.equal(got[4], on_all)
+
+
+def test_planning_and_measuring_with_arguments_by_name() -> None:
+    """What is Replicated stays whole in the microbatch that is measured."""
+    cells = FORMS["by name"].cells()
+    (x,), target, keywords = FORMS["by name"].batch(8)
+    plan = stagewise.plan(
+        cells,
+        x,
+        target=target,
+        kwargs=keywords,
+        loss=MSE,
+        num_stages=2,
+        num_microbatches=4,
+        seconds=0,
+    )
+    assert len(plan.cells) == len(cells)
+    pipe = stagewise.Pipeline(cells, plan, loss=MSE)
+    assert pipe.measure_memory(x, target=target, **keywords)[0] > 0
+    assert len(pipe.rehearse(x, target=target, num_steps=1, **keywords)) == 1  # type: ignore[arg-type]
+    loss = pipe.step(x, target=target, **keywords)  # type: ignore[call-overload]
+    gpipe = stagewise.GPipe(cells, 2, 4, loss=MSE)
+    torch.testing.assert_close(gpipe.training_step((x, target), **keywords), loss)
+    ready = FORMS["ready microbatches"].batch(8)
+    plan = stagewise.plan(
+        FORMS["ready microbatches"].cells(),
+        *ready[0],
+        target=ready[1],
+        kwargs=ready[2],
+        loss=MSE,
+        num_stages=2,
+        num_microbatches=4,
+        seconds=0,
+    )
+    assert plan.num_stages == 2
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_a_wrapped_value_that_requires_a_gradient_and_is_skipped_on_some_microbatches(
+    recompute: str,
+) -> None:
+    """Found a bug: where one microbatch gave an input no gradient, the others' were lost."""
+
+    def skip(pair: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = pair
+        return x if x[0, 0] > 3 else x * y
+
+    pipe = pipe_of(Run(form="", num_stages=2, recompute=recompute), [Call(skip), nn.Linear(3, 3)])  # type: ignore[arg-type]
+    x, y = X.clone().requires_grad_(), torch.full((8, 3), 2.0).requires_grad_()
+    pipe.step((x, y), target=X)
+    assert x.grad is not None and y.grad is not None
+    assert y.grad[0].abs().sum() > 0 and not y.grad[2:].any()
+
+
+def test_a_cell_changes_an_argument_in_place_sometimes() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.linear(x) * (mask.mul_(2) if x[0, 0] > 3 else mask)  # type: ignore[no-any-return]
+
+    pipe = pipe_of(Run(form=""), [Sometimes()])
+    with pytest.raises(StagewiseError, match="changed an input in place on microbatch"):
+        pipe.step(X, target=X, mask=torch.ones(8, 3))

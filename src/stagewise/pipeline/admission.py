@@ -19,6 +19,7 @@ from stagewise.errors import BatchError, CellError
 from stagewise.pipeline.takers import NOT_GIVEN, Takers
 
 _NONE = NOT_GIVEN
+_FIRST_KEYWORD = 9  # of a row's columns
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,31 @@ def admit(
         raise BatchError(f"rank {rank} refused the batch: {text}")
     _agree(rows, 0, "make different calls", lambda number: Mode(number).name.lower())
     _agree(rows, 1, "are at different steps", str)
-    _agree(rows, 4, "were given inputs of different shapes (fingerprints differ)", hex)
     _agree(rows, 3, "were given Microbatches of other sizes (fingerprints differ)", hex)
+    _agree(rows, 4, "were given inputs of different shapes (fingerprints differ)", hex)
     _agree(rows, 7, "want the outputs on different ranks (fingerprints differ)", hex)
-    columns = list(zip(*rows, strict=True))
-    for column, name in enumerate(takers.names, start=len(row) - len(named)):
+    for column, name in enumerate(takers.names, start=_FIRST_KEYWORD):
         _agree(rows, column, f"were given other forms of {name!r} (fingerprints differ)", hex)
-    takers.check_given(columns[len(row) - len(named) :], max(columns[8]), mode is Mode.TRAIN)
-    totals = {number for number in columns[2] if number != _NONE}
+    columns = list(zip(*rows, strict=True))
+    forms = columns[_FIRST_KEYWORD:]
+    takers.check_given(forms, max(columns[8]), training=mode is Mode.TRAIN)
+    total = _total(columns[2])
+    is_ready = max(columns[3]) != _NONE
+    if is_ready:  # some ranks may have none of the Microbatches
+        sizes = next(sizes for sizes in transport.gather(batch.sizes) if sizes is not None)
+        if mode is Mode.TRAIN and len(sizes) != num_microbatches(total):
+            raise BatchError(
+                f"got Microbatches of {len(sizes)} parts, but the plan has "
+                f"{num_microbatches(total)} microbatches; give it one part for each"
+            )
+    else:
+        sizes = tuple(microbatch_sizes(total, num_microbatches(total)))
+    shared = (max(columns[4]), [max(form) for form in forms], sizes if is_ready else None)
+    return Admitted(_fingerprint((int(mode), shared, columns[6])), sizes, is_ready)
+
+
+def _total(counts: Sequence[int]) -> int:
+    totals = {number for number in counts if number != _NONE}
     if not totals:
         raise BatchError(
             "nothing in the batch has samples; pass tensors with samples along dimension 0"
@@ -102,22 +120,7 @@ def admit(
             f"ranks were given batches of {sorted(totals)} samples; give every rank the same "
             "batch, or nothing where it needs none"
         )
-    size = totals.pop()
-    is_ready = max(columns[3]) != _NONE
-    if is_ready:  # some ranks may have none of the Microbatches
-        sizes = next(sizes for sizes in transport.gather(batch.sizes) if sizes is not None)
-        if mode is Mode.TRAIN and len(sizes) != num_microbatches(size):
-            raise BatchError(
-                f"got Microbatches of {len(sizes)} parts, but the plan has "
-                f"{num_microbatches(size)} microbatches; give it one part for each"
-            )
-    else:
-        sizes = tuple(microbatch_sizes(size, num_microbatches(size)))
-    forms = [max(column) for column in columns[len(row) - len(named) :]]
-    together = _fingerprint(
-        (int(mode), max(columns[4]), columns[6], forms, sizes if is_ready else ())
-    )
-    return Admitted(together, sizes, is_ready)
+    return totals.pop()
 
 
 def positional(inputs: object) -> int:

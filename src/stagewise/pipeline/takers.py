@@ -17,7 +17,7 @@ class Takers:
     def __init__(self, chain: Chain, balance: Sequence[int], stage_ranks: Sequence[int]) -> None:
         self._chain, self._stage_ranks = chain, stage_ranks
         self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
-        self.names = sorted({name for cell in chain for name in cell.keywords(0)})
+        self.names = sorted({name for cell in chain for name in cell.keywords(cell.index and 1)})
 
     def ranks(self, name: str, num_args: int) -> list[int]:
         """The ranks that need `name` where the first cell gets `num_args` positional arguments."""
@@ -40,7 +40,9 @@ class Takers:
             if name not in self.names:
                 raise self._unknown(name)
 
-    def check_given(self, columns: Sequence[Sequence[int]], num_args: int, training: bool) -> None:
+    def check_given(
+        self, columns: Sequence[Sequence[int]], num_args: int, *, training: bool
+    ) -> None:
         """Raise BatchError if some rank lacks what it takes, or a gradient would be incomplete.
 
         `columns[i][rank]` is NOT_GIVEN, or odd where `names[i]` requires a gradient.
