@@ -636,3 +636,88 @@ def test_a_cell_changes_an_argument_in_place_sometimes() -> None:
     pipe = pipe_of(Run(form=""), [Sometimes()])
     with pytest.raises(StagewiseError, match="changed an input in place on microbatch"):
         pipe.step(X, target=X, mask=torch.ones(8, 3))
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_a_target_with_a_graph_and_what_all_its_samples_share(recompute: str) -> None:
+    """Found a bug: the microbatches ran backward through the target's graph one after another,
+    which autograd refuses."""
+
+    def loss(output: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return (target["weights"] * (output - target["y"]).square()).mean() * target["factor"]
+
+    model = nn.Linear(3, 3).double()
+    grads = []
+    for balance in [None, (1, 1), (2,)]:
+        torch.manual_seed(0)
+        x, y = (torch.randn(10, 3, dtype=torch.double).requires_grad_() for _ in range(2))
+        weights = torch.rand(3, dtype=torch.double).requires_grad_()
+        factor = torch.tensor(0.5, dtype=torch.double).requires_grad_()
+        model.zero_grad()
+        if balance is None:
+            target = {"y": y.exp().sin(), "weights": weights, "factor": factor}
+            loss(model(x.tanh()), target).backward()
+        else:
+            target = {"y": y.exp().sin(), "weights": Replicated(weights), "factor": factor}  # type: ignore[dict-item]
+            plan = stagewise.Plan(
+                balance=balance, schedule="1f1b", num_microbatches=4, recompute=recompute
+            )
+            pipe = stagewise.Pipeline([model, nn.Identity()], plan, loss=loss)
+            pipe.step(x.tanh(), target=target)
+        leaves = [x, y, weights, factor, model.weight]
+        grads.append([leaf.grad for leaf in leaves])
+    for ours in grads[1:]:
+        for a, b, c in zip(ours, grads[0], grads[1], strict=True):
+            assert a is not None and b is not None and c is not None and torch.equal(a, c)
+            close(a, b)
+
+
+def bare(value: object) -> Tensor:
+    return value.kept[0] if isinstance(value, Pieces) else tensors(value)[0]
+
+
+class Restless(nn.Module):
+    """Puts another kind of value on its boundary for every length."""
+
+    def forward(self, value: object, mask: Tensor | None = None) -> object:
+        x = bare(value)
+        x = x if mask is None else x * mask
+        form = x.shape[1] % 4
+        if form == 0:
+            return {"x": x, "n": None, "flags": (True, x > 0)}
+        if form == 1:
+            return Pieces(None, [x, x.argsort(-1)], False)
+        return x if form == 2 else (x, x.detach().bfloat16(), x[:, :0])
+
+
+def restless(num_stages: int, schedule: str, recompute: str) -> tuple[list[object], list[Tensor]]:
+    """Other shapes, forms and arguments at every step, and then the same again."""
+    torch.manual_seed(0)
+    last = Call(lambda value: bare(value).mean((1, 2)))
+    cells = [nn.Linear(3, 3), Restless(), Restless(), Restless(), last]
+    run = Run(form="", num_stages=num_stages, schedule=schedule, recompute=recompute)
+    pipe = pipe_of(run, cells)
+    results: list[object] = []
+    gradients = []
+    for step, length in enumerate([4, 5, 6, 7, 4, 7, 6, 5, 1, 5]):
+        size = 8 + step % 3
+        x, y = torch.randn(size, length, 3), torch.randn(size)
+        mask = {"mask": torch.rand(size, length, 3)} if step % 4 < 2 else {}
+        pipe.zero_grad()
+        results.append(pipe.step(x, target=y, **mask))  # type: ignore[call-overload]
+        results.append(pipe.predict(x, **mask))
+        gradients += [p.grad.clone() for p in pipe.parameters() if p.grad is not None]
+    return results, gradients
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_other_shapes_forms_and_arguments_at_every_step(pools: Pools, schedule: str) -> None:
+    wanted = restless(1, schedule, "never")
+    for recompute in POLICIES:
+        for num_stages in (2, 4):
+            first, *others = pools[num_stages].run(restless, num_stages, schedule, recompute)
+            for got in (restless(num_stages, schedule, recompute), first):
+                same(got, wanted)
+            for results, gradients in others:  # whose stages have no parameters
+                same(results, wanted[0])
+                assert not gradients

@@ -26,6 +26,7 @@ class Call:
     `sizes[m]` is the number of samples in microbatch m. The last stage fills `losses`
     (detached, unweighted) and, for PREDICT and with `keeps_outputs`, `outputs`; the first fills
     `input_gradients`, and every cell that was given keyword arguments `keyword_gradients`.
+    `target_leaves` are (the caller's tensor, the one that the loss gets and whose `.grad` counts).
     """
 
     mode: Mode
@@ -42,6 +43,7 @@ class Call:
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
     keyword_gradients: KeywordGradients = field(default_factory=dict)
+    target_leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def weight(self, m: int) -> float:
         """Microbatch m's share of the minibatch."""

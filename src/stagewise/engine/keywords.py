@@ -55,6 +55,19 @@ def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> 
     return module(value, **keywords)
 
 
+def take_targets(targets: Sequence[object], call: Call) -> None:
+    """Give the loss its targets, as leaves of their own where they require gradients.
+
+    The microbatches' graphs would else meet in the caller's, which can run backward just once.
+    """
+    for target in targets:
+        tensors, structure = take_apart(target)
+        leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
+        pairs = zip(tensors, leaves, strict=True)
+        call.target_leaves += [(tensor, leaf) for tensor, leaf in pairs if leaf is not tensor]
+        call.targets.append(put_together(leaves, structure))
+
+
 def batch_gradients(call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(the caller's tensor, a gradient for it) in an order that no cut or schedule changes."""
     for m in sorted(call.input_gradients):
@@ -62,6 +75,8 @@ def batch_gradients(call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from _wanted(tensors, call.input_gradients[m])
     for key in sorted(call.keyword_gradients):
         yield from _wanted(*call.keyword_gradients[key])
+    for tensor, leaf in call.target_leaves:
+        yield from _wanted([tensor], [leaf.grad])
 
 
 def _wanted(

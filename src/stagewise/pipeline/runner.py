@@ -7,7 +7,7 @@ import torch
 
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.execute import Observer, execute
-from stagewise.engine.keywords import batch_gradients
+from stagewise.engine.keywords import batch_gradients, take_targets
 from stagewise.engine.markers import Arguments
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
@@ -94,7 +94,7 @@ class Runner:
             whole = Arguments() if inputs is None else inputs
             call.inputs = split(move(whole, self.stages[0].device), admitted.sizes)
         if last in self.stages and target is not None:
-            call.targets = split(move(target, self.stages[last].device), admitted.sizes)
+            take_targets(split(move(target, self.stages[last].device), admitted.sizes), call)
         if keywords:
             parts = {name: split(value, admitted.sizes) for name, value in keywords.items()}
             call.keywords = [
