@@ -204,3 +204,17 @@ def test_outputs_of_ready_microbatches_come_as_they_are() -> None:
     loss = pipe.evaluate(Microbatches(parts), target=Microbatches(parts))
     each = [pipe.evaluate(part, target=part) * len(part) / 6 for part in parts]
     torch.testing.assert_close(loss, torch.stack(each).sum())
+
+
+def test_outputs_that_nobody_can_be_given() -> None:
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline([nn.Linear(3, 3), Call(lambda x: x.mean())], plan)  # type: ignore[attr-defined]
+    x = torch.ones(4, 3)
+    with pytest.raises(BatchError, match="the model's output is its loss"):
+        pipe.step(x, return_outputs=True)
+    assert all(p.grad is None for p in pipe.parameters()), "refused before it ran"
+    with pytest.raises(BatchError, match=r"ranks is 'last'; give a list"):
+        pipe.predict(x, ranks="last")  # type: ignore[arg-type]
+    with pytest.raises(BatchError, match=r"on ranks \[-1, 1\], but there are 1"):
+        pipe.predict(x, ranks=[1, 0, -1])
+    assert pipe.step(x, ranks=[5]).shape == (), "ranks count only where outputs are asked for"

@@ -13,20 +13,18 @@ from torch import nn
 
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.gradients import clip_by_global_norm
-from stagewise.engine.markers import Microbatches, packed
-from stagewise.engine.microbatch import join
+from stagewise.engine.markers import packed
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
 from stagewise.pipeline.connect import Device, agree_on_model, check_unshared, connect
 from stagewise.pipeline.measure import measure_memory, rehearse
+from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
 from stagewise.pipeline.runner import Runner
 from stagewise.pipeline.takers import Takers
 from stagewise.planning.partition import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.timeline import Timeline
-
-Ranks = Sequence[int] | Literal["all"] | None  # None: all
 
 
 class Pipeline:
@@ -78,6 +76,7 @@ class Pipeline:
             )
         whole = module_tree(chain)
         self.plan, self.step_index = plan, 0
+        self._returns_loss = loss is None
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
@@ -138,11 +137,12 @@ class Pipeline:
         before anything runs if the batch cannot be split or ranks disagree, CellError if the
         model's own code fails.
         """
-        call = self._run(Mode.TRAIN, inputs, target, kwargs, return_outputs, ranks)
+        outputs_on = self._ranks(ranks, return_outputs)
+        call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on)
         self._runner.backward_into(call)
         self.step_index += 1
         loss = self._loss_of(call)
-        return (loss, self._outputs_of(call, ranks)) if return_outputs else loss
+        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
 
     @overload
     def evaluate(
@@ -176,10 +176,11 @@ class Pipeline:
 
         Arguments and outputs are those of `step`.
         """
+        outputs_on = self._ranks(ranks, return_outputs)
         with self._eval_mode():
-            call = self._run(Mode.EVALUATE, inputs, target, kwargs, return_outputs, ranks)
+            call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on)
         loss = self._loss_of(call)
-        return (loss, self._outputs_of(call, ranks)) if return_outputs else loss
+        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
 
     def predict(self, *inputs: object, ranks: Ranks = None, **kwargs: object) -> object:
         """The model's output in eval mode, samples in order, on `ranks` (by default on all).
@@ -188,9 +189,10 @@ class Pipeline:
         the result: the outputs as they are, of any shapes. Else raises BatchError, on every rank,
         if an output does not hold its microbatch's samples along dimension 0.
         """
+        outputs_on = self._ranks(ranks)
         with self._eval_mode():
-            call = self._run(Mode.PREDICT, inputs, None, kwargs, True, ranks)
-        return self._outputs_of(call, ranks)
+            call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on)
+        return self._outputs_of(call, outputs_on)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
@@ -312,33 +314,21 @@ class Pipeline:
         inputs: tuple[object, ...],
         target: object,
         kwargs: Mapping[str, object],
-        wants_outputs: bool,
-        ranks: Ranks,
+        outputs_on: Sequence[int],
     ) -> Call:
-        outputs_on = self._ranks(ranks) if wants_outputs else ()
+        if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
+            raise BatchError(
+                "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
+                "function, so that the model can return outputs"
+            )
         batch = packed(inputs), target, kwargs
         return self._runner.run(mode, self.step_index, *batch, outputs_on)
 
-    def _ranks(self, ranks: Ranks) -> Sequence[int]:
-        if ranks is None or ranks == "all":
-            return range(self.num_ranks)
-        return sorted(set(ranks))
+    def _ranks(self, ranks: Ranks, asked: bool = True) -> list[int]:
+        return ranks_of(ranks, self.num_ranks) if asked else []
 
-    def _outputs_of(self, call: Call, ranks: Ranks) -> object:
-        """The microbatches' outputs, put together again; None where they are not wanted."""
-        outputs, problem = None, None
-        if call.outputs:
-            parts = [call.outputs[m] for m in sorted(call.outputs)]
-            try:
-                outputs = Microbatches(parts) if call.ready else join(parts, call.sizes)
-            except BatchError as error:
-                problem = str(error)
-        outputs, problem = self._transport.broadcast(
-            (outputs, problem), self._last_rank, self._ranks(ranks)
-        )
-        if problem is not None:
-            raise BatchError(problem)
-        return outputs if self.rank in self._ranks(ranks) else None
+    def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
+        return outputs_of(call, self._transport, self._last_rank, ranks)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
         """The weighted mean of the microbatches' losses, summed in their order."""
