@@ -9,10 +9,13 @@ import stagewise
 from stagewise.cli.main import COMMANDS, app, command_app
 
 EXPORTS = [
+    "Arguments",
     "GPipe",
     "GradScaler",
+    "Microbatches",
     "Pipeline",
     "Plan",
+    "Replicated",
     "Schedule",
     "SkipScope",
     "StagewiseError",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stagewise.engine.losses import add_loss, collect_losses
+    from stagewise.engine.markers import Arguments, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.model.skip import SkipScope, pop, skippable, stash
     from stagewise.pipeline.gpipe import GPipe
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Arguments": "stagewise.engine.markers",
     "GPipe": "stagewise.pipeline.gpipe",
     "GradScaler": "stagewise.pipeline.scaler",
+    "Microbatches": "stagewise.engine.markers",
     "Pipeline": "stagewise.pipeline.pipeline",
     "Plan": "stagewise.planning.plan",
+    "Replicated": "stagewise.engine.markers",
     "Schedule": "stagewise.schedule",
     "SkipScope": "stagewise.model.skip",
     "StagewiseError": "stagewise.errors",
@@ -42,10 +46,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "Arguments",
     "GPipe",
     "GradScaler",
+    "Microbatches",
     "Pipeline",
     "Plan",
+    "Replicated",
     "Schedule",
     "SkipScope",
     "StagewiseError",

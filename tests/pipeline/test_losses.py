@@ -182,7 +182,7 @@ WRONG = [
     (num_tokens, {"total_weight": 3}, "sum to .*, of a total of 3"),
     (None, {"total_samples": 9}, "total_samples is 9 but this step alone has 10"),
     (None, {"total_weight": 9}, "give total_samples"),
-    (None, {"scale": 0.0}, "give a positive number"),
+    (None, {"loss_scale": 0.0}, "give a positive number"),
 ]
 
 
@@ -230,7 +230,7 @@ def scaled(balance: tuple[int, ...], bad_cell: int | None) -> tuple[float, bool,
     pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
     optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
     scaler = stagewise.GradScaler(pipe, init_scale=1024.0)
-    pipe.step(torch.ones(4, 4), target=torch.zeros(4, 4), scale=scaler.get_scale())
+    pipe.step(torch.ones(4, 4), target=torch.zeros(4, 4), loss_scale=scaler.get_scale())
     for name, parameter in pipe.named_parameters():
         if name == f"{bad_cell}.bias":
             parameter.grad[0] = torch.inf  # type: ignore[index]

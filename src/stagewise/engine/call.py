@@ -11,6 +11,9 @@ from stagewise.engine.losses import AddedLoss
 from stagewise.engine.randomness import CellRandomness
 from stagewise.engine.tied import StandIns
 
+# (microbatch, -cell) -> the caller's tensors that the cell was given by name, their gradients
+KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
+
 
 class Mode(enum.IntEnum):
     """What the caller asked for."""
@@ -39,8 +42,10 @@ class Call:
 
     `sizes[m]` is the number of samples in microbatch m; `shares[name][m]` what the loss `name`
     of microbatch m counts, "" standing for all others; by samples where neither is given. The
-    last stage fills `losses` (detached, unweighted, by name) and, for PREDICT, `outputs`; the
-    first fills `input_gradients`; every stage `added`, in the order of its cells.
+    last stage fills `losses` (detached, unweighted, by name) and, for PREDICT and with
+    `keeps_outputs`, `outputs`; the first fills `input_gradients`; every stage `added`, in the
+    order of its cells, and every cell that was given keyword arguments `keyword_gradients`.
+    `target_leaves` are (the caller's tensor, the one that the loss gets and whose `.grad` counts).
     """
 
     mode: Mode
@@ -50,6 +55,10 @@ class Call:
     sizes: tuple[int, ...] = ()
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     scaling: Scaling = Scaling()
+    keywords: list[dict[str, object]] = field(default_factory=list)
+    num_args: int = 1  # positional arguments of the model's first cell
+    ready: bool = False  # the caller gave Microbatches, and gets outputs as such
+    keeps_outputs: bool = False
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=StandIns)
     batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
@@ -57,6 +66,8 @@ class Call:
     added: dict[int, list[AddedLoss]] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+    keyword_gradients: KeywordGradients = field(default_factory=dict)
+    target_leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def weight(self, m: int) -> float:
         """Microbatch m's share of the samples."""

@@ -168,19 +168,24 @@ class DistributedTransport:
             dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def broadcast(self, value: T, source: int) -> T:
+    def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         tensors, structure = take_apart(value)
         header: list[object] = [_Header(structure, tuple(map(_layout, tensors, tensors)))]
         with self._peers():
             dist.broadcast_object_list(header, group=self._control, group_src=source)
         assert isinstance(header[0], _Header)
+        wanted = range(self.num_ranks) if ranks is None else ranks
+        present = [source, *(rank for rank in wanted if rank != source)]
+        if self.rank not in present:
+            nothing: T = put_together([None] * len(header[0].layouts), header[0].structure)  # type: ignore
+            return nothing
         if self.rank != source:
             tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header[0].layouts]
         tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
         with self._peers():
             for tensor in tensors:
                 if tensor.numel():
-                    dist.broadcast(tensor, group=self._control, group_src=source)
+                    self._spread(tensor, source, present)
         received: T = put_together(  # type: ignore[assignment]
             [tensor.to(self._device) for tensor in tensors], header[0].structure
         )
@@ -211,6 +216,16 @@ class DistributedTransport:
             for work in works:
                 work.wait()
         return taken
+
+    def _spread(self, tensor: torch.Tensor, source: int, present: Sequence[int]) -> None:
+        """Fill `tensor` on the ranks `present` with that of `source`."""
+        if len(present) == self.num_ranks:
+            dist.broadcast(tensor, group=self._control, group_src=source)
+        elif self.rank == source:
+            for rank in present[1:]:
+                dist.send(tensor, group=self._control, group_dst=rank)
+        else:
+            dist.recv(tensor, group=self._control, group_src=source)
 
     def _post(self, source: int) -> None:
         """Post receives for the next known messages from `source`."""

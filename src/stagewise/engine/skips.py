@@ -6,13 +6,14 @@ gradient comes back the same way. To the stage it is one more input, or one more
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from stagewise.engine.call import Call
+from stagewise.engine.keywords import invoke
 from stagewise.engine.stage import Loss, Stage
 from stagewise.engine.values import put_together, take_apart
 from stagewise.errors import CellError
@@ -83,13 +84,13 @@ class _Visits:
         self._cells, self._arriving, self._leaving = cells, arriving, leaving
         self._scopes = {scope for cell in cells for scope in cell.skips.scopes}
 
-    def run(self, cell: Cell, value: object) -> object:
+    def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
         """Run one cell; the first unpacks what arrived, the last packs what leaves."""
         journey = value if cell is not self._cells[0] else self._unpack(value)
         assert isinstance(journey, _Journey)
         before = journey.stashed()
         with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
-            journey.value = cell.module(journey.value)
+            journey.value = invoke(cell.module, journey.value, keywords)
         _check(cell, before, journey.stashed())
         for skip in cell.skips.stashes:
             _branch(journey.frames[skip.scope], skip.name)

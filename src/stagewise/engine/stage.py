@@ -9,20 +9,23 @@ buffers and autocast; `B` uses it once and drops it.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from stagewise.engine.buffers import BufferKeeper, Saved
 from stagewise.engine.call import Call, Mode
+from stagewise.engine.keywords import CellKeywords, invoke, keywords_of
 from stagewise.engine.losses import MAIN_LOSS, AddedLoss, LossCollector, collecting
-from stagewise.engine.values import Structure, put_together, take_apart
+from stagewise.engine.values import Structure, detached, put_together, take_apart
 from stagewise.errors import BatchError, CellError, UsageError
 from stagewise.model.chain import Cell, Chain
 from stagewise.schedule import Instruction, Kind
 
 Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 Gradients = tuple[torch.Tensor | None, ...]
-_Forward = Callable[[object], object]
+_Forward = Callable[[object, Mapping[str, object]], object]
+_NO_KEYWORDS: Mapping[str, object] = {}
 _Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
 
 
@@ -37,6 +40,15 @@ class _Flight:
     names: tuple[str, ...] = ()  # of the losses
     added: list[AddedLoss] = field(default_factory=list)  # by the cells, with graph
     buffers: Saved = field(default_factory=dict)
+    # Tensors given by name follow the received ones in `inputs`.
+    keywords: list[CellKeywords] = field(default_factory=list)
+
+    def slot(self, index: int) -> tuple[list[torch.Tensor | None], int]:
+        """Where the gradient of input `index` is kept."""
+        for given in self.keywords:
+            if index in given.places:
+                return given.gradients, index - given.places.start
+        return self.gradients, index
 
 
 class Stage:
@@ -47,13 +59,15 @@ class Stage:
     ) -> None:
         self.index, self.cells, self.device = index, cells, device
         self.is_last, self._loss = is_last, loss
-        self._calls: list[tuple[Cell, _Forward]] = [(cell, cell.module) for cell in cells]
+        self._calls: list[tuple[Cell, _Forward]] = [
+            (cell, partial(invoke, cell.module)) for cell in cells
+        ]
         self._modules = [module for cell in cells for module in cell.module.modules()]
         self._parameters = [p for cell in cells for p in cell.module.parameters()]
         self.buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, _Flight] = {}
         # Per input tensor, learnt from the first run: do the cells change it in place?
-        self._mutates: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+        self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._flags: tuple[bool, ...] | None = None  # those of the running call
 
     @property
@@ -98,6 +112,10 @@ class Stage:
         """
         inputs, structure = take_apart(received[0] if received else call.inputs[m])
         flight = _Flight([_leaf(tensor) for tensor in inputs], structure, [None] * len(inputs))
+        if call.keywords:
+            flight.keywords = keywords_of(self.cells, m, call, first_place=len(inputs))
+            for given in flight.keywords:
+                flight.inputs += [_leaf(tensor.to(self.device)) for tensor in given.tensors]
         training = call.mode is Mode.TRAIN
         recomputed = (self.index, m) in call.recomputed
         with (
@@ -160,9 +178,10 @@ class Stage:
         ]
         for index, tensor in enumerate(fed):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(_keep(flight.gradients, index))
+                tensor.grad_fn.register_prehook(_keep(*flight.slot(index)))
         versions = [tensor._version for tensor in fed]
         value = put_together(fed, flight.structure)
+        keywords = {given.cell: given.values(fed) for given in flight.keywords}
         where = "loss"
         randomness = call.randomness[self.device]
         collector = LossCollector()
@@ -174,8 +193,10 @@ class Stage:
                     randomness.enter_cell(cell.index, m)
                     collector.cell = cell.index
                     with call.stand_ins.inside(cell.index):
-                        value = forward(value)
+                        value = forward(value, keywords.get(cell.index, _NO_KEYWORDS))
                 where = "loss"
+                if self.is_last and call.keeps_outputs and kind is Kind.FORWARD:
+                    call.outputs[m] = detached(value)
                 if self.is_last:
                     value = self._end(value, flight, m, call)
         except UsageError:
@@ -232,11 +253,12 @@ class Stage:
             )
         )
 
-    def _key(self, flight: _Flight, call: Call) -> tuple[bool, ...]:
+    def _key(self, flight: _Flight, call: Call) -> tuple[object, ...]:
         """What decides whether cells change their inputs in place."""
         inputs = (tensor.requires_grad for tensor in flight.inputs)
         self._flags = self._flags or self.flags()
-        return (call.mode is Mode.TRAIN, *inputs, *self._flags)
+        names = call.keywords[0] if call.keywords else ()
+        return (call.mode is Mode.TRAIN, *inputs, *self._flags, *names)
 
 
 _ACTIONS = {

@@ -54,8 +54,8 @@ class Transport(Protocol):
     def gather(self, value: T) -> list[T]:
         """Every rank's (picklable) value, by rank."""
 
-    def broadcast(self, value: T, source: int) -> T:
-        """Rank `source`'s pytree of tensors, on every rank."""
+    def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
+        """Rank `source`'s pytree of tensors on `ranks` (on all); others get None per tensor."""
 
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
         """Start sending to one rank, which must `take` as many; leave them alone until `finish`."""
@@ -103,7 +103,7 @@ class LocalTransport:
     def gather(self, value: T) -> list[T]:
         return [value]
 
-    def broadcast(self, value: T, source: int) -> T:
+    def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         return value
 
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:

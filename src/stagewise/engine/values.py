@@ -124,6 +124,12 @@ def move(value: object, device: torch.device) -> object:
     return put_together([tensor.to(device) for tensor in tensors], structure)
 
 
+def detached(value: object) -> object:
+    """`value` without its graph."""
+    tensors, structure = take_apart(value)
+    return put_together([tensor.detach() for tensor in tensors], structure)
+
+
 def _hides_tensors(leaf: object) -> bool:
     if leaf is None or isinstance(leaf, (torch.Tensor, _Mark, str, int, float, type)):
         return False

@@ -6,11 +6,13 @@ hooks, parameters or buffers) stays one cell, since flattening would lose what i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import ModelError
+from stagewise.model.signature import parameter_names
 from stagewise.model.skip import NO_SKIPS, CellSkips, Scope, SkipScope, check_skips, enter, skips_of
 
 
@@ -22,6 +24,15 @@ class Cell:
     name: str
     module: nn.Module
     skips: CellSkips = NO_SKIPS
+
+    def keywords(self, num_args: int = 1) -> tuple[str, ...]:
+        """What `forward` takes by name beside `num_args` positional arguments."""
+        positional, keyword_only = self._parameter_names
+        return positional[num_args:] + keyword_only
+
+    @cached_property
+    def _parameter_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return parameter_names(self.module)
 
 
 Chain = tuple[Cell, ...]

@@ -5,18 +5,21 @@ at the same step, with batches that fit together. If any rank objects, all raise
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stagewise.engine.call import Mode
-from stagewise.engine.microbatch import batch_size, microbatch_sizes
+from stagewise.engine.markers import Arguments
+from stagewise.engine.microbatch import Extent, extent, microbatch_sizes
 from stagewise.engine.transport import Transport
 from stagewise.engine.values import take_apart
-from stagewise.errors import BatchError
+from stagewise.errors import BatchError, CellError
+from stagewise.pipeline.takers import NOT_GIVEN, Takers
 
-_NONE = -1
+_NONE = NOT_GIVEN
+_FIRST_KEYWORD = 10  # of a row's columns
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Admitted:
 
     signature: int  # equal for calls whose messages have equal shapes
     sizes: tuple[int, ...]  # samples per microbatch
+    ready: bool = False  # the caller gave Microbatches
 
 
 def admit(
@@ -33,7 +37,10 @@ def admit(
     step_index: int,
     inputs: object,
     target: object,
+    keywords: Mapping[str, object],
+    outputs_on: Sequence[int],
     *,
+    takers: Takers,
     needs_inputs: bool,
     needs_target: bool,
     num_microbatches: Callable[[int], int],
@@ -42,29 +49,37 @@ def admit(
 ) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
-    `num_microbatches(samples)` tells into how many microbatches a batch is split; `flags` is
-    what else on this rank decides what its messages hold (`Stage.flags`); `options` must be the
-    same on all ranks.
+    `num_microbatches(samples)` tells into how many microbatches a batch is split; `outputs_on`
+    are the ranks that want the outputs; `flags` is what else on this rank decides what its
+    messages hold (`Stage.flags`); `options` must be the same on all ranks.
     """
-    objection, num_inputs, num_targets, signature = None, _NONE, _NONE, _NONE
+    objection, signature, batch = None, _NONE, Extent()
+    named = [_NONE] * len(takers.names)
     try:
-        num_inputs = _count(inputs, "inputs", needs_inputs)
-        num_targets = _count(target, "target", needs_target)
-        known = {n for n in (num_inputs, num_targets) if n != _NONE}
-        if len(known) == 2:
-            raise BatchError(
-                f"inputs have {num_inputs} samples but target has {num_targets}; "
-                "they must be the same samples"
-            )
-        for samples in known:
-            microbatch_sizes(samples, num_microbatches(samples))
-        if num_inputs != _NONE:
+        takers.check_known(keywords)
+        _check_present("inputs", inputs, needs_inputs and not takers.starts_by_name(keywords))
+        _check_present("target", target, needs_target)
+        _check_ranks(outputs_on, transport.num_ranks)
+        batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
+        if batch.num_samples is not None and batch.sizes is None:
+            microbatch_sizes(batch.num_samples, num_microbatches(batch.num_samples))
+        if inputs is not None:
             signature = _fingerprint(_forms(inputs))
+        if keywords:
+            named = [_mark(keywords.get(name)) for name in takers.names]
     except BatchError as error:
         objection = error
     own = _fingerprint((tuple(flags), _autocast()))
-    row = (mode, step_index, num_inputs, num_targets, signature, objection is not None, own)
-    rows = transport.exchange([int(number) for number in (*row, _fingerprint(options))])
+    total = _NONE if batch.num_samples is None else batch.num_samples
+    ready = _NONE if batch.sizes is None else _fingerprint(batch.sizes)
+    wanted = _fingerprint(list(outputs_on)) if outputs_on else 0
+    num_args = positional(inputs) if needs_inputs else _NONE
+    row = (
+        *(mode, step_index, total, ready, signature, objection is not None, own, wanted, num_args),
+        _fingerprint(options),
+        *named,
+    )
+    rows = transport.exchange([int(number) for number in row])
     if any(row[5] for row in rows):
         texts = transport.gather(str(objection) if objection else None)
         if objection:
@@ -73,29 +88,84 @@ def admit(
         raise BatchError(f"rank {rank} refused the batch: {text}")
     _agree(rows, 0, "make different calls", lambda number: Mode(number).name.lower())
     _agree(rows, 1, "are at different steps", str)
+    _agree(rows, 3, "were given Microbatches of other sizes (fingerprints differ)", hex)
     _agree(rows, 4, "were given inputs of different shapes (fingerprints differ)", hex)
-    _agree(rows, 7, "were given different totals or scales (fingerprints differ)", hex)
-    totals = {number for row in rows for number in row[2:4] if number != _NONE}
+    _agree(rows, 9, "were given different totals or scales (fingerprints differ)", hex)
+    _agree(rows, 7, "want the outputs on different ranks (fingerprints differ)", hex)
+    for column, name in enumerate(takers.names, start=_FIRST_KEYWORD):
+        _agree(rows, column, f"were given other forms of {name!r} (fingerprints differ)", hex)
+    columns = list(zip(*rows, strict=True))
+    forms = columns[_FIRST_KEYWORD:]
+    takers.check_given(forms, max(columns[8]), training=mode is Mode.TRAIN)
+    total = _total(columns[2])
+    is_ready = max(columns[3]) != _NONE
+    if is_ready:  # some ranks may have none of the Microbatches
+        sizes = next(sizes for sizes in transport.gather(batch.sizes) if sizes is not None)
+        if mode is Mode.TRAIN and len(sizes) != num_microbatches(total):
+            raise BatchError(
+                f"got Microbatches of {len(sizes)} parts, but the plan has "
+                f"{num_microbatches(total)} microbatches; give it one part for each"
+            )
+    else:
+        sizes = tuple(microbatch_sizes(total, num_microbatches(total)))
+    shared = (max(columns[4]), [max(form) for form in forms], sizes if is_ready else None)
+    return Admitted(_fingerprint((int(mode), shared, columns[6])), sizes, is_ready)
+
+
+def _total(counts: Sequence[int]) -> int:
+    totals = {number for number in counts if number != _NONE}
+    if not totals:
+        raise BatchError(
+            "nothing in the batch has samples; pass tensors with samples along dimension 0"
+        )
     if len(totals) != 1:
         raise BatchError(
             f"ranks were given batches of {sorted(totals)} samples; give every rank the same "
             "batch, or nothing where it needs none"
         )
-    size = totals.pop()
-    shared = next(row[4] for row in rows if row[4] != _NONE)
-    together = _fingerprint((int(mode), shared, [row[6] for row in rows]))
-    return Admitted(together, tuple(microbatch_sizes(size, num_microbatches(size))))
+    return totals.pop()
 
 
-def _count(value: object, what: str, needed: bool) -> int:
+def positional(inputs: object) -> int:
+    """How many positional arguments the first cell gets."""
+    if inputs is None:
+        return 0
+    return len(inputs.args) if isinstance(inputs, Arguments) else 1
+
+
+def _check_present(what: str, value: object, needed: bool) -> None:
     if value is None:
         if needed:
             raise BatchError(
                 f"this rank needs {what} but got none; pass the whole batch's {what} "
                 "(only ranks in the middle of the pipeline may leave it out)"
             )
+    elif not isinstance(value, torch.Tensor) and not _tensors(value, what):
+        raise BatchError(f"{what} holds no tensor; pass a batch with samples along dimension 0")
+
+
+def _check_ranks(ranks: Sequence[int], num_ranks: int) -> None:
+    wrong = [rank for rank in ranks if not 0 <= rank < num_ranks]
+    if wrong:
+        raise BatchError(
+            f"outputs are wanted on ranks {wrong}, but there are {num_ranks}; choose from 0 to "
+            f"{num_ranks - 1}, or 'all'"
+        )
+
+
+def _mark(value: object) -> int:
+    """A keyword argument's fingerprint, odd where a tensor in it requires a gradient."""
+    if value is None:
         return _NONE
-    return batch_size(value, what)
+    requires_grad = any(tensor.requires_grad for tensor in take_apart(value)[0])
+    return _fingerprint(_forms(value)) * 2 + requires_grad
+
+
+def _tensors(value: object, what: str) -> list[torch.Tensor]:
+    try:
+        return take_apart(value)[0]
+    except CellError as error:
+        raise BatchError(f"{what}: {error}") from error
 
 
 def _agree(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,10 +78,11 @@ class GPipe:
             )
         return self._pipeline
 
-    def training_step(self, minibatch: object) -> torch.Tensor:
+    def training_step(self, minibatch: object, **kwargs: Any) -> torch.Tensor:
         """Forward, backward and, with an optimizer, update on `minibatch`; returns the mean loss.
 
-        `minibatch` is a pair (inputs, target), or just the inputs if there is no loss function.
+        `minibatch` is a pair (inputs, target), or just the inputs if there is no loss function;
+        keyword arguments go to the layers that name them, as in `Pipeline.step`.
         Without an optimizer gradients add up in `.grad`, for the caller to use and clear.
         """
         inputs, target = minibatch, None
@@ -92,10 +94,10 @@ class GPipe:
                 )
             inputs, target = minibatch
         if self._pipeline is None:
-            self._pipeline = self._build(self._plan(inputs, target=target))
+            self._pipeline = self._build(self._plan(inputs, target=target, kwargs=kwargs))
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        loss = self._pipeline.step(inputs, target=target)
+        loss: torch.Tensor = self._pipeline.step(inputs, target=target, **kwargs)
         if self.optimizer is not None:
             self.optimizer.step()
         return loss

@@ -25,6 +25,7 @@ from stagewise.engine.transport import LocalTransport
 from stagewise.engine.values import take_apart
 from stagewise.model.chain import Chain
 from stagewise.pipeline.runner import Runner
+from stagewise.pipeline.takers import Takers
 from stagewise.schedule import Instruction, Kind, Message, gpipe
 from stagewise.timeline import Timeline
 
@@ -56,27 +57,33 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
                 overwrite(buffer, value)
 
 
-def measure_memory(runner: Runner, inputs: object, target: object) -> int:
+def measure_memory(
+    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
+) -> int:
     """Peak activation bytes on this rank over one trial step."""
-    meter, peak = _meter(runner, inputs, target), 0
+    meter, peak = _meter(runner, (inputs, target, keywords)), 0
 
     def observe(instruction: Instruction) -> None:
         nonlocal peak
         peak = max(peak, meter.live_bytes(_held(runner)))
 
     with untouched(runner.stages), meter.counting():
-        runner.run(Mode.TRAIN, 0, inputs, target, observe=observe)
+        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
     return peak
 
 
 def rehearse(
-    runner: Runner, inputs: object, target: object, num_steps: int
+    runner: Runner,
+    inputs: object,
+    target: object,
+    keywords: Mapping[str, object],
+    num_steps: int,
 ) -> tuple[Timeline, ...]:
     """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
     timelines = []
     with untouched(runner.stages):
         for _ in range(WARMUP_ROUNDS + num_steps):
-            runner.run(Mode.TRAIN, 0, inputs, target)
+            runner.run(Mode.TRAIN, 0, inputs, target, keywords)
             timelines.append(runner.timeline())
     return tuple(timelines[WARMUP_ROUNDS:])
 
@@ -85,6 +92,7 @@ def profile(
     chain: Chain,
     inputs: object,
     target: object,
+    keywords: Mapping[str, object],
     *,
     loss: Loss | None,
     device: torch.device,
@@ -103,20 +111,25 @@ def profile(
         )
         for cell in chain
     }
-    runner = Runner(stages, transport, gpipe(num_cells, 1), seed=0, flows=routes.flows)
-    inputs, target = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (inputs, target))
+    takers = Takers(chain, [1] * num_cells, [0] * num_cells)
+    runner = Runner(
+        stages, transport, gpipe(num_cells, 1), seed=0, takers=takers, flows=routes.flows
+    )
+    inputs, target, keywords = pytree.tree_map_only(
+        torch.Tensor, torch.Tensor.detach, (inputs, target, dict(keywords))
+    )
     times: dict[Instruction, list[float]] = {}
     deadline, rounds = time.perf_counter() + seconds, 0
     with untouched(stages):
         while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
             time.perf_counter() < deadline and rounds < MAX_ROUNDS
         ):
-            runner.run(Mode.TRAIN, 0, inputs, target)
+            runner.run(Mode.TRAIN, 0, inputs, target, keywords)
             if rounds >= WARMUP_ROUNDS:
                 for span in runner.spans:
                     times.setdefault(span.instruction, []).append(span.seconds)
             rounds += 1
-    kept, unsaved = _activation_bytes(runner, inputs, target)
+    kept, unsaved = _activation_bytes(runner, inputs, target, keywords)
     return tuple(
         CellCost(
             name=cell.name,
@@ -147,10 +160,10 @@ class _WeighingTransport(LocalTransport):
 
 
 def _activation_bytes(
-    runner: Runner, inputs: object, target: object
+    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
 ) -> tuple[list[int], list[int]]:
     """What each one-cell stage adds to the live bytes, and how much of that is unsaved output."""
-    meter, levels = _meter(runner, inputs, target), [0]
+    meter, levels = _meter(runner, (inputs, target, keywords)), [0]
     unsaved: list[dict[StorageKey, int]] = []
 
     def observe(instruction: Instruction) -> None:
@@ -160,7 +173,7 @@ def _activation_bytes(
             unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
 
     with untouched(runner.stages), meter.counting():
-        runner.run(Mode.TRAIN, 0, inputs, target, observe=observe)
+        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
     kept = [after - before for before, after in itertools.pairwise(levels)]
     # What several cells hand on stays out: it is held wherever the cut falls.
     holders = Counter(key for storages in unsaved for key in storages)
@@ -170,10 +183,10 @@ def _activation_bytes(
     ]
 
 
-def _meter(runner: Runner, inputs: object, target: object) -> ActivationMeter:
+def _meter(runner: Runner, batch: tuple[object, object, Mapping[str, object]]) -> ActivationMeter:
     modules = [cell.module for stage in runner.stages.values() for cell in stage.cells]
     own = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    return ActivationMeter([*own, *take_apart((inputs, target))[0]])
+    return ActivationMeter([*own, *take_apart((*batch[:2], dict(batch[2])))[0]])
 
 
 def _held(runner: Runner) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ its own stages' cells; drop your own reference to the model to free the rest.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from stagewise.engine.batchnorm import check_batchnorms
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.gradients import clip_by_global_norm
-from stagewise.engine.microbatch import join
+from stagewise.engine.markers import packed
 from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
@@ -23,8 +23,10 @@ from stagewise.model.tied import with_all_names
 from stagewise.pipeline.connect import Device, agree_on_model, connect
 from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
-from stagewise.pipeline.runner import Runner
+from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
+from stagewise.pipeline.runner import UNSCALED, Runner
 from stagewise.pipeline.sharing import check_buffers, tie
+from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_balance
 from stagewise.planning.plan import Plan
@@ -97,6 +99,7 @@ class Pipeline:
             )
         whole = module_tree(chain)
         self.plan, self.step_index = plan, 0
+        self._returns_loss = loss is None
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
@@ -108,11 +111,14 @@ class Pipeline:
         tied = tie(chain, plan, stages, self._transport)
         self._ties = tied.ties
         self._first_names = {name: one.names[0] for one in tied.ties for name in one.names}
+        alone = self.num_ranks == 1
+        ranks = [0 if alone else devices[0] for devices in schedule.placement]
         self._runner = Runner(
             stages,
             self._transport,
             schedule,
             seed,
+            takers=Takers(chain, plan.balance, ranks),
             weight=weight,
             tied=tied,
             flows=routes.flows,
@@ -123,57 +129,124 @@ class Pipeline:
 
     # Calls: every rank makes the same ones, in the same order.
 
+    @overload
     def step(
         self,
-        inputs: object = None,
-        *,
+        *inputs: object,
         target: object = None,
         total_samples: int | None = None,
         total_weight: float | Mapping[str, float] | None = None,
-        scale: float = 1.0,
-    ) -> torch.Tensor:
+        loss_scale: float = 1.0,
+        return_outputs: Literal[False] = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        total_samples: int | None = None,
+        total_weight: float | Mapping[str, float] | None = None,
+        loss_scale: float = 1.0,
+        return_outputs: Literal[True],
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, object]: ...
+
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        total_samples: int | None = None,
+        total_weight: float | Mapping[str, float] | None = None,
+        loss_scale: float = 1.0,
+        return_outputs: bool = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         """Run one minibatch forward and backward; gradients are added to `.grad`.
 
-        `inputs` and `target` are pytrees of tensors with samples along dimension 0. Every rank
-        may pass the whole batch; ranks without the first stage may pass no inputs, ranks without
-        the last no target. Returns the minibatch's mean loss (detached) on every rank; raises
-        BatchError before anything runs if the batch cannot be split or ranks disagree, CellError
-        if the model's own code fails. Warns once of BatchNorm layers whose microbatches are small.
+        `inputs` are the first cell's positional arguments, `target` is the loss's, and a keyword
+        argument goes to every cell whose `forward` has a parameter of that name (besides the one
+        that takes what the cell before returned; `*args` and `**kwargs` take none). All are
+        pytrees of tensors with samples along dimension 0, in which None, numbers and tensors
+        without dimensions go to every microbatch, as does what is marked `Replicated`;
+        `Microbatches` marks what is split already. Every rank may pass the whole batch; ranks
+        without the first stage may pass no inputs, ranks without the last no target, ranks
+        without a taker no keyword argument. Gradients for the batch's own tensors arrive on the
+        ranks that use them.
+
+        Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
+        the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
+        before anything runs if the batch cannot be split or ranks disagree, CellError if the
+        model's own code fails. Warns once of BatchNorm layers whose microbatches are small.
 
         To accumulate gradients over several steps, give each of them the `total_samples` of all
         (and the `total_weight`, where there is a weight function): each loss is then its part of
         the whole, and their sum that of one large minibatch. Gradients, but not the loss, are
-        multiplied by `scale`: give `GradScaler.get_scale()`.
+        multiplied by `loss_scale`: give `GradScaler.get_scale()`.
         """
         scaling = Scaling(
-            total_samples=total_samples, total_weight=total_weight, gradient_scale=scale
+            total_samples=total_samples, total_weight=total_weight, gradient_scale=loss_scale
         )
-        call = self._runner.run(Mode.TRAIN, self.step_index, inputs, target, scaling=scaling)
-        self._runner.backward_into(inputs, call)
+        outputs_on = self._ranks(ranks, return_outputs)
+        call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, scaling)
+        self._runner.backward_into(call)
         self.step_index += 1
-        return self._loss_of(call)
+        loss = self._loss_of(call)
+        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
 
-    def evaluate(self, inputs: object = None, *, target: object = None) -> torch.Tensor:
-        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients."""
-        with self._eval_mode():
-            call = self._runner.run(Mode.EVALUATE, self.step_index, inputs, target)
-        return self._loss_of(call)
+    @overload
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[False] = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor: ...
 
-    def predict(self, inputs: object = None) -> object:
-        """The model's output in eval mode, samples in order, on every rank."""
+    @overload
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[True],
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, object]: ...
+
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: bool = False,
+        ranks: Ranks = None,
+        **kwargs: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients.
+
+        Arguments and outputs are those of `step`.
+        """
+        outputs_on = self._ranks(ranks, return_outputs)
         with self._eval_mode():
-            call = self._runner.run(Mode.PREDICT, self.step_index, inputs)
-        joined: object = None
-        problem: str | None = None
-        if call.outputs:
-            try:
-                joined = join([call.outputs[m] for m in sorted(call.outputs)], call.sizes)
-            except BatchError as error:
-                problem = str(error)
-        joined, problem = self._transport.broadcast((joined, problem), self._last_rank)
-        if problem is not None:
-            raise BatchError(problem)
-        return joined
+            call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on)
+        loss = self._loss_of(call)
+        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
+
+    def predict(self, *inputs: object, ranks: Ranks = None, **kwargs: object) -> object:
+        """The model's output in eval mode, samples in order, on `ranks` (by default on all).
+
+        Any batch size; the other ranks get None. Where the batch holds `Microbatches`, so does
+        the result: the outputs as they are, of any shapes. Else raises BatchError, on every rank,
+        if an output does not hold its microbatch's samples along dimension 0.
+        """
+        outputs_on = self._ranks(ranks)
+        with self._eval_mode():
+            call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on)
+        return self._outputs_of(call, outputs_on)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
@@ -191,19 +264,21 @@ class Pipeline:
         """What the last call really did, from all ranks; times are seconds from its start."""
         return self._runner.timeline()
 
-    def measure_memory(self, inputs: object = None, *, target: object = None) -> tuple[int, ...]:
+    def measure_memory(
+        self, *inputs: object, target: object = None, **kwargs: object
+    ) -> tuple[int, ...]:
         """Peak activation bytes per rank over one trial step that leaves no trace.
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
-        peak = measure_memory(self._runner, inputs, target)
+        peak = measure_memory(self._runner, packed(inputs), target, kwargs)
         return tuple(row[0] for row in self._transport.exchange([peak]))
 
     def rehearse(
-        self, inputs: object = None, *, target: object = None, num_steps: int = 4
+        self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
-        return rehearse(self._runner, inputs, target, num_steps)
+        return rehearse(self._runner, packed(inputs), target, kwargs, num_steps)
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
@@ -308,6 +383,29 @@ class Pipeline:
             own_device = self._devices[device]
             stages[index] = routes.stage(index, cells, own_device, is_last=is_last, loss=loss)
         return stages
+
+    def _run(
+        self,
+        mode: Mode,
+        inputs: tuple[object, ...],
+        target: object,
+        kwargs: Mapping[str, object],
+        outputs_on: Sequence[int],
+        scaling: Scaling = UNSCALED,
+    ) -> Call:
+        if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
+            raise BatchError(
+                "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
+                "function, so that the model can return outputs"
+            )
+        batch = packed(inputs), target, kwargs
+        return self._runner.run(mode, self.step_index, *batch, outputs_on, scaling=scaling)
+
+    def _ranks(self, ranks: Ranks, asked: bool = True) -> list[int]:
+        return ranks_of(ranks, self.num_ranks) if asked else []
+
+    def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
+        return outputs_of(call, self._transport, self._last_rank, ranks)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
         total, self._losses = agree_on_losses(self._transport, call, self._last_rank, self.device)

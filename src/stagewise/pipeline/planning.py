@@ -6,7 +6,7 @@ machine as busy as in training, and all take the mean; so every rank must call i
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
-from stagewise.engine.microbatch import batch_size, microbatch_sizes, split
+from stagewise.engine.microbatch import extent, first_microbatch, microbatch_sizes
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move
-from stagewise.errors import PlanError
+from stagewise.errors import BatchError, PlanError
 from stagewise.model.chain import chain_of
 from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
@@ -35,6 +35,7 @@ def plan(
     inputs: object = None,
     *,
     target: object = None,
+    kwargs: Mapping[str, object] | None = None,
     loss: Loss | None = None,
     num_stages: int,
     num_microbatches: int,
@@ -51,6 +52,7 @@ def plan(
             random state, mode).
         inputs, target: an example minibatch; its first microbatch is measured. They may be None
             if `balance` is given; then nothing is measured and the plan predicts nothing.
+        kwargs: the example's keyword arguments, as for `Pipeline.step`.
         loss: as for Pipeline; counts to the last cell.
         num_stages, num_microbatches, schedule, recompute: how the model will be run; schedules
             and policies are in `stagewise.schedule.SCHEDULES` and `POLICIES`.
@@ -68,7 +70,7 @@ def plan(
     if balance is not None:
         check_balance(balance, len(chain), num_stages)
     with_recompute(named_schedule(schedule, num_stages, num_microbatches), recompute)
-    if inputs is None:
+    if inputs is None and not kwargs:
         if balance is None:
             raise PlanError(
                 "plan() got neither an example batch nor a balance; pass inputs (and target) to "
@@ -80,18 +82,21 @@ def plan(
             num_microbatches=num_microbatches,
             recompute=recompute,
         )
-    sizes = microbatch_sizes(batch_size(inputs, "inputs"), num_microbatches)
-    first_inputs, first_target = (
-        None if value is None else split(value, sizes)[0] for value in (inputs, target)
-    )
+    keywords = dict(kwargs or {})
+    batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
+    if batch.num_samples is None:
+        raise BatchError(
+            "nothing in the example has samples; pass tensors with samples along dimension 0"
+        )
+    sizes = batch.sizes or microbatch_sizes(batch.num_samples, num_microbatches)
+    first = first_microbatch((inputs, target, keywords), sizes[0])
     devices, _ = connect("local", None, chain, 1)
     where = torch.device(device) if device is not None else devices[0]
     for cell in chain:
         cell.module.to(where)
     cells = profile(
         chain,
-        move(first_inputs, where),
-        move(first_target, where),
+        *move(first, where),  # type: ignore[misc]
         loss=loss,
         device=where,
         seconds=seconds,
@@ -109,7 +114,7 @@ def plan(
             balance=balance,
         )
 
-    return best(_rehearsed(link, best(link), model, loss, inputs, target))
+    return best(_rehearsed(link, best(link), model, loss, (inputs, target, keywords)))
 
 
 def _distributed() -> bool:
@@ -148,14 +153,14 @@ def _rehearsed(
     chosen: Plan,
     model: nn.Module | Sequence[nn.Module],
     loss: Loss | None,
-    inputs: object,
-    target: object,
+    batch: tuple[object, object, dict[str, object]],
 ) -> LinkCost:
     """`link` with what trial steps of the chosen plan showed of it, on busy devices."""
     if not _distributed() or dist.get_world_size() != chosen.num_stages:
         return link
     pipe = Pipeline(model, chosen, loss=loss)
-    timelines = pipe.rehearse(inputs, target=target)
+    inputs, target, keywords = batch
+    timelines = pipe.rehearse(inputs, target=target, **keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
     on_its_way = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte

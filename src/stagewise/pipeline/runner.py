@@ -11,20 +11,24 @@ from stagewise.engine.batchnorm import BatchNorms
 from stagewise.engine.buffers import undone
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.execute import Observer, execute
+from stagewise.engine.keywords import batch_gradients, take_targets
+from stagewise.engine.markers import Arguments
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Links, Transport
-from stagewise.engine.values import move, take_apart
+from stagewise.engine.values import move
 from stagewise.errors import PeerError, StagewiseError
-from stagewise.pipeline.admission import admit
+from stagewise.pipeline.admission import admit, positional
+from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight, agree_on_shares, check_scaling
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span, Timeline
 
 UNSCALED = Scaling()
+_NO_KEYWORDS: Mapping[str, object] = {}
 
 
 class Runner:
@@ -37,6 +41,7 @@ class Runner:
         schedule: Schedule,
         seed: int,
         *,
+        takers: Takers,
         weight: Weight | None = None,
         tied: TiedParameters | None = None,
         flows: tuple[tuple[int, int], ...] = (),
@@ -44,6 +49,7 @@ class Runner:
     ) -> None:
         self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
+        self.takers = takers
         self.weight = weight
         self.tied = tied if tied is not None else TiedParameters()
         self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
@@ -61,11 +67,16 @@ class Runner:
         step_index: int,
         inputs: object,
         target: object = None,
+        keywords: Mapping[str, object] = _NO_KEYWORDS,
+        outputs_on: Sequence[int] = (),
         *,
         scaling: Scaling = UNSCALED,
         observe: Observer | None = None,
     ) -> Call:
-        """Run one call to its end; the spans of this rank are in `spans` afterwards."""
+        """Run one call to its end; the spans of this rank are in `spans` afterwards.
+
+        The outputs are kept where some rank wants them.
+        """
         if self._broken:
             raise StagewiseError(
                 "an earlier call failed half-way and the ranks no longer agree; "
@@ -79,6 +90,9 @@ class Runner:
             step_index,
             inputs,
             target,
+            keywords,
+            outputs_on,
+            takers=self.takers,
             needs_inputs=0 in self.stages,
             needs_target=last in self.stages
             and (self.stages[last].needs_target or self.weight is not None)
@@ -95,13 +109,23 @@ class Runner:
             recomputed=self.schedule.recomputed if training else frozenset(),
             sizes=admitted.sizes,
             scaling=scaling,
+            ready=admitted.ready,
+            num_args=positional(inputs),
+            keeps_outputs=bool(outputs_on),
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
             batchnorms=self._batchnorms,
         )
         if 0 in self.stages:
-            call.inputs = split(move(inputs, self.stages[0].device), admitted.sizes)
+            whole = Arguments() if inputs is None else inputs
+            call.inputs = split(move(whole, self.stages[0].device), admitted.sizes)
         if last in self.stages and target is not None:
-            call.targets = split(move(target, self.stages[last].device), admitted.sizes)
+            take_targets(split(move(target, self.stages[last].device), admitted.sizes), call)
+        if keywords:
+            parts = {name: split(value, admitted.sizes) for name, value in keywords.items()}
+            call.keywords = [
+                {name: column[m] for name, column in parts.items()}
+                for m in range(len(admitted.sizes))
+            ]
         if self.weight is not None and mode is not Mode.PREDICT:
             call.shares = agree_on_shares(
                 self.transport, self.weight, call.targets, scaling.total_weight, self.last_rank
@@ -155,18 +179,13 @@ class Runner:
         spans.sort(key=lambda span: (span.start_seconds, span.device))
         return Timeline(self.schedule.num_devices, tuple(spans))
 
-    def backward_into(self, inputs: object, call: Call) -> None:
-        """Pass the gradients of the first stage's inputs on to the caller's own graph."""
-        pairs = []
-        for index, tensor in enumerate(take_apart(inputs)[0] if 0 in self.stages else ()):
-            parts = [call.input_gradients[m][index] for m in sorted(call.input_gradients)]
-            if tensor.requires_grad and any(part is not None for part in parts):
-                # A microbatch in which no cell used the input has no gradient for it.
-                whole = [
-                    torch.zeros_like(own) if part is None else part.to(tensor.device)
-                    for part, own in zip(parts, torch.split(tensor, list(call.sizes)), strict=True)
-                ]
-                pairs.append((tensor, torch.cat(whole)))
+    def backward_into(self, call: Call) -> None:
+        """Pass the gradients of the batch on to the caller's own graph.
+
+        The microbatches are views of the batch, so autograd puts their gradients together, and
+        sums those of what is replicated.
+        """
+        pairs = list(batch_gradients(call))
         if pairs:
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 

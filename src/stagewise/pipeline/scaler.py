@@ -21,7 +21,7 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler = stagewise.GradScaler(pipe)
         >>> x, y = torch.ones(8, 4), torch.zeros(8, 1)
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-        ...     loss = pipe.step(x, target=y, scale=scaler.get_scale())
+        ...     loss = pipe.step(x, target=y, loss_scale=scaler.get_scale())
         >>> scaler.unscale_(optimizer)
         >>> norm = pipe.clip_grad_norm_(1.0)
         >>> _ = scaler.step(optimizer)

@@ -27,7 +27,7 @@ def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> No
             "give total_samples"
         )
     if not (math.isfinite(scaling.gradient_scale) and scaling.gradient_scale > 0):
-        raise BatchError(f"scale is {scaling.gradient_scale}; give a positive number")
+        raise BatchError(f"loss_scale is {scaling.gradient_scale}; give a positive number")
 
 
 def agree_on_shares(

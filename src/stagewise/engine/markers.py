@@ -1,0 +1,122 @@
+"""Marks on a batch: what is not samples along dimension 0, and several arguments of one cell.
+
+They are pytree nodes, so that all that walks a batch finds the tensors inside.
+"""
+
+from collections.abc import Iterable
+
+from torch.utils import _pytree as pytree
+
+_Keyed = tuple[pytree.KeyEntry, object]
+
+
+class Replicated:
+    """A part of a batch that every microbatch gets whole: a table, a temperature, a mask.
+
+    `value` is any pytree. A tensor without dimensions needs no mark. A gradient that it requires
+    is the sum over the microbatches, as in the plain model.
+
+    Example:
+        >>> import torch, stagewise
+        >>> batch = {"x": torch.ones(8, 3), "table": stagewise.Replicated(torch.ones(5))}
+    """
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"Replicated({self.value!r})"
+
+
+class Microbatches:
+    """A part of a batch that is split already: one pytree per microbatch, of any lengths.
+
+    The samples lie along dimension 0 of every part's tensors. What else belongs to the batch is
+    split into the same numbers of samples.
+
+    Example:
+        >>> import torch, stagewise
+        >>> short, long = torch.ones(4, 10), torch.ones(4, 50)
+        >>> batch = stagewise.Microbatches([short, long])
+    """
+
+    def __init__(self, parts: Iterable[object]) -> None:
+        self.parts = tuple(parts)
+
+    def __repr__(self) -> str:
+        return f"Microbatches({list(self.parts)!r})"
+
+
+class Arguments:
+    """The arguments of one cell: `cell(*args, **kwargs)` in place of `cell(value)`.
+
+    Pass it as the inputs, or return it from a cell for the next one.
+
+    Example:
+        >>> import torch, stagewise
+        >>> inputs = stagewise.Arguments(torch.ones(8, 3), mask=torch.ones(8, 3))
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __repr__(self) -> str:
+        parts = [*map(repr, self.args), *(f"{k}={v!r}" for k, v in self.kwargs.items())]
+        return f"Arguments({', '.join(parts)})"
+
+
+def is_mark(node: object) -> bool:
+    """Whether splitting treats `node` in another way than its parts."""
+    return isinstance(node, (Replicated, Microbatches))
+
+
+def packed(args: tuple[object, ...]) -> object:
+    """A call's positional arguments as the one value that enters the chain; None for none."""
+    if len(args) > 1:
+        return Arguments(*args)
+    return args[0] if args else None
+
+
+def _flatten_arguments(node: Arguments) -> tuple[list[object], tuple[int, tuple[str, ...]]]:
+    return [*node.args, *node.kwargs.values()], (len(node.args), tuple(node.kwargs))
+
+
+def _unflatten_arguments(leaves: Iterable[object], context: object) -> Arguments:
+    (num_args, names), values = context, list(leaves)  # type: ignore[misc]
+    named = zip(names, values[num_args:], strict=True)  # type: ignore[has-type]
+    return Arguments(*values[:num_args], **dict(named))  # type: ignore[has-type]
+
+
+def _argument_keys(node: Arguments) -> tuple[list[_Keyed], object]:
+    positional: list[_Keyed] = [
+        (pytree.SequenceKey(index), arg) for index, arg in enumerate(node.args)
+    ]
+    named: list[_Keyed] = [(pytree.MappingKey(name), arg) for name, arg in node.kwargs.items()]
+    return [*positional, *named], _flatten_arguments(node)[1]
+
+
+def _part_keys(node: Microbatches) -> tuple[list[_Keyed], None]:
+    return [(pytree.SequenceKey(index), part) for index, part in enumerate(node.parts)], None
+
+
+pytree.register_pytree_node(
+    Arguments,
+    _flatten_arguments,
+    _unflatten_arguments,
+    serialized_type_name="stagewise.Arguments",
+    flatten_with_keys_fn=_argument_keys,
+)
+pytree.register_pytree_node(
+    Replicated,
+    lambda node: ([node.value], None),
+    lambda leaves, _: Replicated(*leaves),
+    serialized_type_name="stagewise.Replicated",
+    flatten_with_keys_fn=lambda node: ([(pytree.GetAttrKey("value"), node.value)], None),
+)
+pytree.register_pytree_node(
+    Microbatches,
+    lambda node: (list(node.parts), None),
+    lambda leaves, _: Microbatches(leaves),
+    serialized_type_name="stagewise.Microbatches",
+    flatten_with_keys_fn=_part_keys,
+)
