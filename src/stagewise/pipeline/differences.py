@@ -1,5 +1,6 @@
 """How far two tensors of a step are apart, on a scale where round-off is small."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -9,22 +10,35 @@ from torch import Tensor
 _FLOOR = 1e-2
 
 
-def difference(quantity: str, ours: Tensor | None, reference: Mapping[str, Tensor | None]) -> float:
-    """Largest absolute difference, relative to the reference's largest number.
+class Reference:
+    """Tensors by quantity, with the scale of each: about its largest number."""
 
-    Infinite where one of the two is absent, has another shape, or holds a NaN.
-    """
-    theirs = reference.get(quantity)
-    if ours is None or theirs is None:
-        return 0.0 if ours is theirs else float("inf")
-    if ours.shape != theirs.shape:
-        return float("inf")
-    if torch.equal(ours, theirs) or not ours.numel():
-        return 0.0
-    scale = max(_largest(theirs), _FLOOR * _beside(quantity, reference))
-    apart = torch.where(ours == theirs, 0.0, (ours.double() - theirs.double()).abs())
-    relative = float(apart.max()) / scale if scale else float("inf")
-    return relative if relative == relative else float("inf")
+    def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
+        self.tensors = dict(tensors)
+        largest = {q: 0.0 if t is None else _largest(t) for q, t in self.tensors.items()}
+        beside: dict[str, float] = defaultdict(float)
+        for quantity, tensor in self.tensors.items():
+            if tensor is not None and tensor.is_floating_point():
+                group = _group(quantity)
+                beside[group] = max(beside[group], largest[quantity])
+        self._scales = {q: max(own, _FLOOR * beside[_group(q)]) for q, own in largest.items()}
+
+    def difference(self, quantity: str, ours: Tensor | None) -> float:
+        """Largest absolute difference, relative to the quantity's scale.
+
+        Infinite where one of the two is absent, has another shape, or holds a NaN.
+        """
+        theirs = self.tensors.get(quantity)
+        if ours is None or theirs is None:
+            return 0.0 if ours is theirs else float("inf")
+        if ours.shape != theirs.shape:
+            return float("inf")
+        if torch.equal(ours, theirs) or not ours.numel():
+            return 0.0
+        scale = self._scales[quantity]
+        apart = torch.where(ours == theirs, 0.0, (ours.double() - theirs.double()).abs())
+        relative = float(apart.max()) / scale if scale else float("inf")
+        return relative if relative == relative else float("inf")
 
 
 def identical(ours: Tensor | None, theirs: Tensor | None) -> bool:
@@ -34,20 +48,12 @@ def identical(ours: Tensor | None, theirs: Tensor | None) -> bool:
     return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
-def _beside(quantity: str, reference: Mapping[str, Tensor | None]) -> float:
-    """The largest number of what is of the same kind: all gradients, or one module's tensors."""
+def _group(quantity: str) -> str:
+    """What may be measured together: all gradients, or one module's buffers or parameters."""
     kind, _, name = quantity.partition(" ")
-    if kind not in ("gradient", "buffer", "parameter"):
-        return 0.0
-    group = "gradient " if kind == "gradient" else f"{kind} {name.rpartition('.')[0]}."
-    return max(
-        (
-            _largest(tensor)
-            for other, tensor in reference.items()
-            if other.startswith(group) and tensor is not None and tensor.is_floating_point()
-        ),
-        default=0.0,
-    )
+    if kind in ("buffer", "parameter"):
+        return f"{kind} {name.rpartition('.')[0]}"
+    return kind if kind == "gradient" else quantity
 
 
 def _largest(tensor: Tensor) -> float:

@@ -8,7 +8,7 @@ difference is explained only if it vanishes once the cells that mathematics make
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ from stagewise.model.chain import chain_of, module_tree
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
 from stagewise.pipeline import references
 from stagewise.pipeline.connect import connect
-from stagewise.pipeline.differences import difference, identical
+from stagewise.pipeline.differences import Reference, identical
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.references import MakeOptimizer, Model, Subject, Tensors
 from stagewise.planning.partition import check_counts
@@ -103,6 +103,7 @@ def check_parity(
     compared = _dtype_of(subject)
     allowed = TOLERANCES[compared] if tolerance is None else tolerance
     rows: list[ParityRow] = []
+    predicted: dict[tuple[int, int, str], Tensors] = {}
     names = [*(schedules if schedules is not None else SCHEDULES)]
     policies = [*(recompute if recompute is not None else POLICIES)]
     for what, values in (("schedules", names), ("recompute", policies), ("microbatches", counts)):
@@ -119,13 +120,17 @@ def check_parity(
                     num_microbatches=count,
                     recompute=policy,
                 )
-                run = _pipelined(subject, configuration, transport)
+                run = _pipelined(subject, configuration, transport, predicted)
                 if first is None:
                     local = transport == "local"
                     one = Configuration(
                         schedule=schedule, num_stages=1, num_microbatches=count, recompute=policy
                     )
-                    first = run.tensors if local else _pipelined(subject, one, "local").tensors
+                    first = (
+                        run.tensors
+                        if local
+                        else _pipelined(subject, one, "local", predicted).tensors
+                    )
                 rows += plain.compare(configuration, run, first)
     if transport == "distributed":
         rows = _merged(rows)
@@ -141,8 +146,12 @@ class _Run:
 
 
 def _pipelined(
-    subject: Subject, configuration: Configuration, transport: Literal["local", "distributed"]
+    subject: Subject,
+    configuration: Configuration,
+    transport: Literal["local", "distributed"],
+    predicted: dict[tuple[int, int, str], Tensors],
 ) -> _Run:
+    """One step of the pipelined model; `predicted` keeps outputs for other runs."""
     plan = Plan(
         balance=_even(len(chain_of(subject.model)), configuration.num_stages),
         schedule=configuration.schedule,
@@ -155,12 +164,9 @@ def _pipelined(
             subject.fresh_model(), plan, loss=subject.loss, seed=subject.seed, transport=transport
         )
 
-    outputs: Tensors = {}
-    if subject.loss is not None:
-        try:
-            outputs = _outputs(build().predict(subject.fresh_batch()[0]))
-        except BatchError:  # not one output per sample: the loss alone can tell
-            outputs = {}
+    key = (configuration.num_stages, configuration.num_microbatches, transport)
+    if key not in predicted:  # the same whatever schedule and policy
+        predicted[key] = _outputs_or_none(lambda: build().predict(subject.fresh_batch()[0]))
     pipe = build()
     inputs, target = subject.fresh_batch()
     loss = pipe.step(inputs, target=target)
@@ -172,7 +178,9 @@ def _pipelined(
     }
     new = references.updated(subject, dict(pipe.named_parameters()))
     tensors.update((f"parameter {name}", value) for name, value in new.items())
-    return _Run(tensors=outputs | tensors, given=references.after_optimizer(subject, gradients))
+    return _Run(
+        tensors=predicted[key] | tensors, given=references.after_optimizer(subject, gradients)
+    )
 
 
 class _Plain:
@@ -182,31 +190,34 @@ class _Plain:
         self._subject, self._tolerance = subject, tolerance
         size = batch_size(subject.inputs, "inputs")
         self._sizes = microbatch_sizes(size, num_microbatches)
-        self._full = references.full_batch(subject)
-        loss = self._full["loss"]
+        full = references.full_batch(subject)
+        loss = full["loss"]
         if loss is None or not loss.isfinite():
             raise UsageError(
                 f"the plain model's loss on this batch is {loss}, so nothing can be compared; "
                 "give a batch on which it is finite"
             )
-        self._parts, self._traits, self._pooled = references.by_microbatch(subject, self._sizes)
-        self._full |= _outputs_or_none(lambda: references.outputs_of_full_batch(subject))
-        self._parts |= _outputs_or_none(
-            lambda: references.outputs_by_microbatch(subject, self._sizes)
+        parts, self._traits, pooled = references.by_microbatch(subject, self._sizes)
+        self._full = Reference(
+            full | _outputs_or_none(lambda: references.outputs_of_full_batch(subject))
         )
+        parts |= _outputs_or_none(lambda: references.outputs_by_microbatch(subject, self._sizes))
+        # Running statistics may have been updated by every microbatch, or once from them all.
+        self._parts = Reference(parts), Reference(parts | pooled)
+        self._no_outputs: Tensors = {q: None for q in parts if q.startswith("outputs")}
 
     @functools.cached_property
-    def _proof(self) -> tuple[Tensors, Tensors] | None:
-        """Reference 3; None where nothing explains a difference, or nothing can be proved."""
+    def _proof(self) -> tuple[Reference, ...]:
+        """Reference 3; empty where nothing explains a difference, or nothing can be proved."""
         if not self._traits.reason():
-            return None
+            return ()
         arguments = (self._subject, self._sizes, self._traits)
         try:
             tensors, pooled = references.proof(*arguments)
         except references.Unsplittable:
-            return None
-        outputs = _outputs_or_none(lambda: references.outputs_for_proof(*arguments))
-        return tensors | outputs, pooled
+            return ()
+        tensors |= _outputs_or_none(lambda: references.outputs_for_proof(*arguments))
+        return Reference(tensors), Reference(tensors | pooled)
 
     @functools.cached_property
     def _culprit(self) -> str:
@@ -216,18 +227,18 @@ class _Plain:
     def compare(self, configuration: Configuration, run: _Run, first: Tensors) -> list[ParityRow]:
         """A row for every quantity of `run`; `first` is the run whose bits it must have."""
         rows: dict[str, ParityRow] = {}
-        for quantity, tensor in run.tensors.items():
-            full = difference(quantity, tensor, self._full)
-            parts = min(
-                difference(quantity, tensor, reference)
-                for reference in (self._parts, self._parts | self._pooled)
-            )
+        given = Reference({f"parameter {name}": value for name, value in run.given.items()})
+        for quantity, tensor in (self._no_outputs | run.tensors).items():
+            full = self._full.difference(quantity, tensor)
+            parts = min(reference.difference(quantity, tensor) for reference in self._parts)
             same = identical(tensor, first.get(quantity))
             verdict: Verdict
             if not same:
                 verdict, reason = "FAILED", "other bits than with the first cut and policy"
             elif quantity.startswith("parameter "):
-                verdict, reason = self._of_parameter(quantity, run, max(full, parts), rows)
+                gradient = rows[quantity.replace("parameter", "gradient", 1)]
+                step = given.difference(quantity, tensor)
+                verdict, reason = self._of_parameter(gradient, step, max(full, parts))
             elif not parts <= self._tolerance:
                 verdict = "FAILED"
                 reason = "not what the plain model gives by microbatch"
@@ -248,23 +259,15 @@ class _Plain:
 
     def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
         """What differs from the full batch only."""
-        if self._proof is not None:
-            tensors, pooled = self._proof
-            proofs = (tensors, tensors | pooled)
-            if min(difference(quantity, tensor, p) for p in proofs) <= self._tolerance:
-                return "explained", self._traits.reason()
+        differences = [reference.difference(quantity, tensor) for reference in self._proof]
+        if any(apart <= self._tolerance for apart in differences):
+            return "explained", self._traits.reason()
         return "FAILED", f"not what the plain model gives on the full batch{self._culprit}"
 
-    def _of_parameter(
-        self, quantity: str, run: _Run, apart: float, rows: Mapping[str, ParityRow]
-    ) -> tuple[Verdict, str]:
-        """A parameter is right if its gradient is, and the update that of the plain model."""
-        name = quantity.removeprefix("parameter ")
-        tensor = run.tensors[quantity]
-        given = {f"parameter {n}": value for n, value in run.given.items()}
-        if not difference(quantity, tensor, given) <= self._tolerance:
+    def _of_parameter(self, gradient: ParityRow, step: float, apart: float) -> tuple[Verdict, str]:
+        """A parameter is right if its gradient is, and the plain optimizer's step with that."""
+        if not step <= self._tolerance:
             return "FAILED", "the optimizer did not do what it does to the plain model"
-        gradient = rows[f"gradient {name}"]
         if gradient.verdict != "ok":
             return gradient.verdict, gradient.reason
         if apart <= self._tolerance:
