@@ -137,7 +137,9 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
         _randomness(subject) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
-        for m, value in enumerate(split(_entered(inputs), sizes)):
+        for m, part in enumerate(split(inputs, sizes)):
+            # A copy of its own: a cell may change it in place, which would mark all parts changed.
+            value = pytree.tree_map_only(Tensor, torch.clone, part)
             for cell in chain:
                 traits.parts.setdefault(cell.index, []).append(_shapes(value))
                 before = _state_of(cell)

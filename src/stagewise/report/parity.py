@@ -1,5 +1,6 @@
 """A parity report in the terminal: by quantity, by run, then the verdict in one sentence."""
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -46,34 +47,34 @@ def _runs(report: ParityReport) -> Table:
     for row in report.rows:
         grouped.setdefault(row.configuration, []).append(row)
     kinds = [kind for kind in _KINDS if any(row.quantity.startswith(kind) for row in report.rows)]
-    headings = ("schedule", "stages", "microbatches", "recompute", *kinds, "identical", "verdict")
-    table = _table("Runs, beside the plain model by microbatch", *headings)
+    first = "schedule, stages, microbatches, recompute"
+    table = _table("Largest differences to the plain model by microbatch", first, *kinds, "verdict")
     for configuration in report.configurations:
         rows = grouped[configuration]
         worst = report.worst(rows)
         table.add_row(
-            configuration.schedule,
-            str(configuration.num_stages),
-            str(configuration.num_microbatches),
-            configuration.recompute,
+            Text(
+                f"{configuration.schedule}, {configuration.num_stages}, "
+                f"{configuration.num_microbatches}, {configuration.recompute}",
+                overflow="fold",
+            ),
             *(
                 _number(
                     max((r.microbatched for r in rows if r.quantity.startswith(kind)), default=0.0)
                 )
                 for kind in kinds
             ),
-            "yes" if all(row.identical for row in rows) else "NO",
             Text(worst.verdict, _STYLES[worst.verdict]),
         )
     return table
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
     return table
 
 
 def _number(value: object) -> str:
-    return f"{value:.1e}" if value else "0"
+    return f"{value:.0e}" if value else "0"
