@@ -112,8 +112,8 @@ class ParityReport:
             more = len(culprits) - _SHOWN_FAILURES
             first = self.failures[0]
             return (
-                f"FAILED: {shown}{f' and {more} more' if more > 0 else ''} differ from the plain "
-                f"model in {len({row.configuration for row in self.failures})} of {runs}; "
+                f"FAILED: {shown}{f' and {more} more' if more > 0 else ''} "
+                f"differ{'s' * (len(culprits) == 1)} from the plain model in {len({row.configuration for row in self.failures})} of {runs}; "
                 f"{first.quantity} ({first.configuration}): {first.reason}"
             )
         explained = [row for row in self.rows if row.verdict == "explained"]

@@ -62,4 +62,19 @@ def test_verdicts() -> None:
     }
 
 
-DRAWN: list[str] = []
+DRAWN = [
+    "Relative difference to the plain model (float64, round-off to 1e-10)",
+    "                                                   identical across",
+    " quantity            full batch   by microbatch              stages     verdict",
+    " ──────────────────────────────────────────────────────────────────────────────",
+    " loss                     2e-01               0                 yes   explained",
+    " gradient 0.weight          inf             inf                  NO      FAILED",
+    "Largest differences to the plain model by microbatch",
+    " schedule, stages, microbatches, recompute   loss   gradient     verdict",
+    " ───────────────────────────────────────────────────────────────────────",
+    " 1f1b, 1, 4, except_last                        0          0   explained",
+    " 1f1b, 2, 4, except_last                        0        inf      FAILED",
+    "FAILED: gradient 0.weight differs from the plain model in 1 of 2 pipelined runs;",
+    "gradient 0.weight (1f1b, 2 stages, 4 microbatches, recompute except_last): other",
+    "bits",
+]

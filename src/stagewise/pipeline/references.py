@@ -187,6 +187,7 @@ def culprit(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
     """The first cell, or the loss, that gives something else by microbatch; None if none does."""
     chain = chain_of(subject.fresh_model())
     inputs, target = subject.fresh_batch()
+    unsplittable: str | None = None
     with _randomness(subject) as randomness, torch.no_grad():
         value = inputs
         for cell in chain:
@@ -195,7 +196,11 @@ def culprit(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
             try:
                 parts = _by_parts(twin, value, sizes, traits, randomness, is_loss=is_loss)
             except Unsplittable:
-                return f"cell {_named(cell)}, whose values cannot be split by samples"
+                unsplittable = (
+                    unsplittable or f"cell {_named(cell)}, whose values cannot be split by samples"
+                )
+                value = cell.module(value)
+                continue
             if cell.index in traits.cells:
                 value = parts
                 continue
@@ -203,10 +208,13 @@ def culprit(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
             pairs = zip(take_apart(value)[0], take_apart(parts)[0], strict=True)
             if not all(_near(whole, part, tolerance) for whole, part in pairs):
                 return f"cell {_named(cell)}, whose output depends on how the batch is split"
-        if subject.loss is None or traits.loss_draws:
-            return None
+        if unsplittable or subject.loss is None or traits.loss_draws:
+            return unsplittable
         whole = subject.loss_of(value, *_given(target))
-        parts = _whole_loss(subject, value, target, sizes, traits, randomness, split_it=True)
+        try:
+            parts = _whole_loss(subject, value, target, sizes, traits, randomness, split_it=True)
+        except Unsplittable:
+            return "the loss, whose argument cannot be split by samples"
         if not _near(whole, parts, tolerance):
             return (
                 f"the loss, {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
@@ -333,19 +341,32 @@ def _split_as(value: object, parts: Sequence[Shapes]) -> Iterator[object]:
     for tensor, shapes in zip(tensors, zip(*parts, strict=True), strict=True):
         if all(shape == tensor.shape for shape in shapes):
             columns.append([tensor] * len(parts))
-        elif tensor.dim() and sum(shape[0] for shape in shapes) == tensor.shape[0]:
-            pieces = torch.split(tensor, [shape[0] for shape in shapes])
-            columns.append([piece.clone() for piece in pieces])  # a cell may change it in place
         else:
-            raise Unsplittable
+            axis = _axis_of_samples(shapes, tensor.shape)
+            pieces = torch.split(tensor, [shape[axis] for shape in shapes], axis)
+            columns.append([piece.clone() for piece in pieces])  # a cell may change it in place
     return (put_together([c[m] for c in columns], structure) for m in range(len(parts)))
 
 
 def _joined(parts: Sequence[Tensor], whole: torch.Size) -> Tensor:
     if all(part.shape == whole and torch.equal(part, parts[0]) for part in parts):
         return parts[0]
-    if whole and sum(part.shape[0] for part in parts) == whole[0]:
-        return torch.cat(list(parts))
+    axis = _axis_of_samples([part.shape for part in parts], whole)
+    # In the parts' order of memory, since random numbers are drawn in that order.
+    order = sorted(range(len(whole)), key=lambda d: parts[0].stride(d), reverse=True)
+    joined = torch.cat([part.permute(order) for part in parts], order.index(axis))
+    return joined.permute([order.index(d) for d in range(len(whole))])
+
+
+def _axis_of_samples(parts: Sequence[torch.Size], whole: torch.Size) -> int:
+    """Along which dimension `parts` make up `whole`; raises Unsplittable if along none."""
+    for axis, size in enumerate(whole):
+        rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in parts}
+        if (
+            rest == {(*whole[:axis], *whole[axis + 1 :])}
+            and sum(shape[axis] for shape in parts) == size
+        ):
+            return axis
     raise Unsplittable
 
 
