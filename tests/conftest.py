@@ -1,4 +1,4 @@
-"""Shared set-up: deterministic hypothesis (unless it soaks), worker pools, GPU tests that skip themselves."""
+"""Shared set-up: deterministic hypothesis (but for `make soak`), worker pools, GPU tests."""
 
 from collections.abc import Iterator
 

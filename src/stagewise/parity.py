@@ -109,11 +109,13 @@ class ParityReport:
         if not self.ok:
             culprits = list(dict.fromkeys(row.quantity for row in self.failures))
             shown = ", ".join(culprits[:_SHOWN_FAILURES])
-            more = len(culprits) - _SHOWN_FAILURES
+            if (more := len(culprits) - _SHOWN_FAILURES) > 0:
+                shown += f" and {more} more"
+            verb = "differs" if len(culprits) == 1 else "differ"
+            num_wrong = len({row.configuration for row in self.failures})
             first = self.failures[0]
             return (
-                f"FAILED: {shown}{f' and {more} more' if more > 0 else ''} "
-                f"differ{'s' * (len(culprits) == 1)} from the plain model in {len({row.configuration for row in self.failures})} of {runs}; "
+                f"FAILED: {shown} {verb} from the plain model in {num_wrong} of {runs}; "
                 f"{first.quantity} ({first.configuration}): {first.reason}"
             )
         explained = [row for row in self.rows if row.verdict == "explained"]

@@ -31,6 +31,10 @@ PIECES: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
+# Beside these, subtracting a mean over dimension 0 may change nothing.
+HIDING = {"view", "pooled", *(name for name in PIECES if "norm" in name)}
+
+
 class First(nn.Module):
     def forward(self, values: tuple[Tensor, ...]) -> Tensor:
         return values[0]
@@ -93,7 +97,7 @@ def test_the_checker_is_not_fooled(
 ) -> None:
     """Wherever the cell that sees its microbatch stands, and whatever else may explain it."""
     names, arguments = case
-    hypothesis.assume(arguments["num_microbatches"] != 1)
+    hypothesis.assume(arguments["num_microbatches"] != 1 and not HIDING & set(names))
     cells = list(model_of([*names, "linear"]))
     place = data.draw(st.integers(0, len(cells) - 1))
     cells.insert(place, Wherever())

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # What is zero but for round-off (a bias before a norm) is measured by what stands beside it.
 _FLOOR = 1e-2
+# Where all gradients are so (a norm right before a norm), the loss gives the order of magnitude.
+_LOSS_FLOOR = 1e-2
 
 
 class Reference:
@@ -17,6 +19,7 @@ class Reference:
         self.tensors = dict(tensors)
         largest = {q: 0.0 if t is None else _largest(t) for q, t in self.tensors.items()}
         beside: dict[str, float] = defaultdict(float)
+        beside["gradient"] = _LOSS_FLOOR * largest.get("loss", 0.0)
         for quantity, tensor in self.tensors.items():
             if tensor is not None and tensor.is_floating_point():
                 group = _group(quantity)

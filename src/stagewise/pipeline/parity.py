@@ -188,6 +188,7 @@ class _Plain:
 
     def __init__(self, subject: Subject, num_microbatches: int, tolerance: float) -> None:
         self._subject, self._tolerance = subject, tolerance
+        self._culprits: dict[bool, str] = {}  # by whether training
         size = batch_size(subject.inputs, "inputs")
         self._sizes = microbatch_sizes(size, num_microbatches)
         full = references.full_batch(subject)
@@ -219,10 +220,13 @@ class _Plain:
         tensors |= _outputs_or_none(lambda: references.outputs_for_proof(*arguments))
         return Reference(tensors), Reference(tensors | pooled)
 
-    @functools.cached_property
-    def _culprit(self) -> str:
-        found = references.culprit(self._subject, self._sizes, self._traits, self._tolerance)
-        return f"; first differs: {found}" if found else ""
+    def _culprit(self, *, training: bool) -> str:
+        if training not in self._culprits:
+            found = references.culprit(
+                self._subject, self._sizes, self._traits, self._tolerance, training=training
+            )
+            self._culprits[training] = f"; first differs: {found}" if found else ""
+        return self._culprits[training]
 
     def compare(self, configuration: Configuration, run: _Run, first: Tensors) -> list[ParityRow]:
         """A row for every quantity of `run`; `first` is the run whose bits it must have."""
@@ -262,7 +266,8 @@ class _Plain:
         differences = [reference.difference(quantity, tensor) for reference in self._proof]
         if any(apart <= self._tolerance for apart in differences):
             return "explained", self._traits.reason()
-        return "FAILED", f"not what the plain model gives on the full batch{self._culprit}"
+        culprit = self._culprit(training=not quantity.startswith("outputs"))
+        return "FAILED", f"not what the plain model gives on the full batch{culprit}"
 
     def _of_parameter(self, gradient: ParityRow, step: float, apart: float) -> tuple[Verdict, str]:
         """A parameter is right if its gradient is, and the plain optimizer's step with that."""

@@ -183,9 +183,16 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
     return tensors, {f"buffer {name}": value for name, value in pooled().items()}
 
 
-def culprit(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
-    """The first cell, or the loss, that gives something else by microbatch; None if none does."""
+def culprit(
+    subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float, *, training: bool
+) -> str | None:
+    """The first cell, or the loss, that gives something else by microbatch; None if none does.
+
+    In eval mode, which decides the outputs, unless `training`.
+    """
     chain = chain_of(subject.fresh_model())
+    if not training:
+        module_tree(chain).eval()
     inputs, target = subject.fresh_batch()
     unsplittable: str | None = None
     with _randomness(subject) as randomness, torch.no_grad():
@@ -208,7 +215,7 @@ def culprit(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
             pairs = zip(take_apart(value)[0], take_apart(parts)[0], strict=True)
             if not all(_near(whole, part, tolerance) for whole, part in pairs):
                 return f"cell {_named(cell)}, whose output depends on how the batch is split"
-        if unsplittable or subject.loss is None or traits.loss_draws:
+        if unsplittable or not training or subject.loss is None or traits.loss_draws:
             return unsplittable
         whole = subject.loss_of(value, *_given(target))
         try:
