@@ -26,6 +26,7 @@ from tests.models import (
     Spread,
     frozen,
 )
+from tests.soak import examples
 
 WIDTH, LENGTH = 4, 3  # every cell maps (samples, LENGTH, WIDTH) to the same shape
 
@@ -176,7 +177,7 @@ def num_cells_of(names: list[str]) -> int:
     return len(chain_of(model_of(names, torch.float32)))
 
 
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=examples(300))
 @hypothesis.given(data=st.data())
 def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> None:
     names = data.draw(chains(EXACT | INEXACT))
@@ -196,7 +197,7 @@ def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> No
         assert tensor is None or other is None or torch.equal(tensor, other), what
 
 
-@hypothesis.settings(max_examples=200)
+@hypothesis.settings(max_examples=examples(200))
 @hypothesis.given(data=st.data())
 def test_any_exact_chain_equals_the_plain_full_batch(data: st.DataObject) -> None:
     names = data.draw(chains(EXACT))
