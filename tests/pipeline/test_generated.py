@@ -1,8 +1,8 @@
 """Generated chains through the parity checker: any cells, random ones too, against plain torch.
 
 Where `test_random_chains.py` compares a pipeline with another cut of it, this compares it with
-the plain model in float64, by microbatch and on the full batch. A new kind of piece (a skip, a
-tied pair) joins by a row in that file's EXACT or INEXACT, or here, where a plain run needs it.
+the plain model in float64, by microbatch and on the full batch. A new kind of piece
+joins by a row in that file's EXACT or INEXACT, or here, where a plain run needs it.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,21 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import stagewise
 from stagewise.model.chain import chain_of
 from stagewise.schedule import POLICIES, SCHEDULES
 from stagewise.testing import check_parity
-from tests.pipeline.test_random_chains import ALL, EXACT, FIRST, INEXACT, WIDTH, Channels, rows
+from tests.pipeline.test_random_chains import (
+    ALL,
+    EXACT,
+    FIRST,
+    INEXACT,
+    WIDTH,
+    Channels,
+    Pop,
+    Stash,
+    rows,
+)
 from tests.soak import examples
 
 PIECES: dict[str, Callable[[], list[nn.Module]]] = {
@@ -25,6 +36,9 @@ PIECES: dict[str, Callable[[], list[nn.Module]]] = {
     "batch norm, cumulative": lambda: [Channels(nn.BatchNorm1d(WIDTH, momentum=None))],
     "batch norm, no memory": lambda: [
         Channels(nn.BatchNorm1d(WIDTH, affine=False, track_running_stats=False))
+    ],
+    "skips around batch norm": lambda: [
+        stagewise.SkipScope(Stash(), Channels(nn.BatchNorm1d(WIDTH)), nn.Dropout(0.2), Pop())
     ],
     "alpha dropout": lambda: [nn.AlphaDropout(0.2)],
     "recurrent": lambda: [nn.GRU(WIDTH, WIDTH, batch_first=True), First()],

@@ -123,6 +123,7 @@ def _run(
             inputs,
             target=target,
             loss=recipe.loss,
+            weight=recipe.weight,
             optimizer=optimizer,
             num_stages=stages,
             num_microbatches=microbatches,

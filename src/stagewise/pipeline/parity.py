@@ -9,7 +9,7 @@ difference is explained only if it vanishes once the cells that mathematics make
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ from stagewise.pipeline.connect import connect
 from stagewise.pipeline.differences import Reference, identical
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.references import MakeOptimizer, Model, Subject, Tensors
+from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_counts
 from stagewise.planning.plan import Plan
 from stagewise.schedule import POLICIES, SCHEDULES
@@ -45,6 +46,7 @@ def check_parity(
     *,
     target: object = None,
     loss: Loss | None = None,
+    weight: Weight | None = None,
     optimizer: MakeOptimizer | None = DEFAULT_OPTIMIZER,
     num_stages: Sequence[int] | None = None,
     num_microbatches: int | Sequence[int] = 4,
@@ -61,7 +63,7 @@ def check_parity(
     are compared with the plain model's on the full batch and by microbatch.
 
     Args:
-        model, inputs, target, loss: as for Pipeline and its `step`; left as they were.
+        model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were.
         optimizer: makes an optimizer from a list of parameters; None leaves the update out.
         num_stages: numbers of stages to cut into, evenly by number of cells; by default those
             of 1, 2, 4 for which there are cells. Under "distributed" the number of ranks.
@@ -94,6 +96,7 @@ def check_parity(
         inputs=move(inputs, devices[0]),
         target=move(target, devices[0]),
         loss=loss,
+        weight=weight,
         optimizer=optimizer,
         seed=seed,
         device=devices[0],
@@ -161,7 +164,12 @@ def _pipelined(
 
     def build() -> Pipeline:
         return Pipeline(
-            subject.fresh_model(), plan, loss=subject.loss, seed=subject.seed, transport=transport
+            subject.fresh_model(),
+            plan,
+            loss=subject.loss,
+            weight=subject.weight,
+            seed=subject.seed,
+            transport=transport,
         )
 
     key = (configuration.num_stages, configuration.num_microbatches, transport)
@@ -203,22 +211,21 @@ class _Plain:
             full | _outputs_or_none(lambda: references.outputs_of_full_batch(subject))
         )
         parts |= _outputs_or_none(lambda: references.outputs_by_microbatch(subject, self._sizes))
-        # Running statistics may have been updated by every microbatch, or once from them all.
-        self._parts = Reference(parts), Reference(parts | pooled)
+        self._parts = Reference(parts | pooled)
         self._no_outputs: Tensors = {q: None for q in parts if q.startswith("outputs")}
 
     @functools.cached_property
-    def _proof(self) -> tuple[Reference, ...]:
-        """Reference 3; empty where nothing explains a difference, or nothing can be proved."""
+    def _proof(self) -> Reference | None:
+        """Reference 3; None where nothing explains a difference, or nothing can be proved."""
         if not self._traits.reason():
-            return ()
+            return None
         arguments = (self._subject, self._sizes, self._traits)
         try:
             tensors, pooled = references.proof(*arguments)
         except references.Unsplittable:
-            return ()
+            return None
         tensors |= _outputs_or_none(lambda: references.outputs_for_proof(*arguments))
-        return Reference(tensors), Reference(tensors | pooled)
+        return Reference(tensors | pooled)
 
     def _culprit(self, *, training: bool) -> str:
         if training not in self._culprits:
@@ -234,7 +241,7 @@ class _Plain:
         given = Reference({f"parameter {name}": value for name, value in run.given.items()})
         for quantity, tensor in (self._no_outputs | run.tensors).items():
             full = self._full.difference(quantity, tensor)
-            parts = min(reference.difference(quantity, tensor) for reference in self._parts)
+            parts = self._parts.difference(quantity, tensor)
             same = identical(tensor, first.get(quantity))
             verdict: Verdict
             if not same:
@@ -263,8 +270,8 @@ class _Plain:
 
     def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
         """What differs from the full batch only."""
-        differences = [reference.difference(quantity, tensor) for reference in self._proof]
-        if any(apart <= self._tolerance for apart in differences):
+        proof = self._proof
+        if proof is not None and proof.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
         return "FAILED", f"not what the plain model gives on the full batch{culprit}"
@@ -306,15 +313,7 @@ def _converted(subject: Subject, dtype: torch.dtype) -> Subject:
         ),
         (subject.inputs, subject.target),
     )
-    return Subject(
-        model=model,
-        inputs=inputs,
-        target=target,
-        loss=subject.loss,
-        optimizer=subject.optimizer,
-        seed=subject.seed,
-        device=subject.device,
-    )
+    return replace(subject, model=model, inputs=inputs, target=target)
 
 
 def _dtype_of(subject: Subject) -> torch.dtype:

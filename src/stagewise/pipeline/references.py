@@ -7,30 +7,37 @@
    statistics or change buffers in forward run by microbatch, and nothing else. Where 1 differs
    from the pipeline and 3 does not, exactly those cells are the reason.
 
-Nothing here uses the executor or its stages.
+Nothing here runs the executor or its stages.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from stagewise.engine.keywords import invoke
+from stagewise.engine.losses import MAIN_LOSS, add_loss, collect_losses
 from stagewise.engine.microbatch import join, split
 from stagewise.engine.randomness import CellRandomness, default_generator, generators_kept
+from stagewise.engine.stage import Loss
 from stagewise.engine.values import put_together, take_apart
 from stagewise.errors import BatchError, ModelError
 from stagewise.model.chain import Cell, Chain, chain_of, module_tree
 from stagewise.pipeline.statistics import pooled_statistics
+from stagewise.pipeline.walk import Walk
+from stagewise.pipeline.weighting import Weight
 
 Model = nn.Module | Sequence[nn.Module]
 Tensors = dict[str, Tensor | None]  # by quantity
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Shapes = list[torch.Size]
+Shares = dict[str, list[float]]  # by loss, then by microbatch
 
 
 class Unsplittable(Exception):
@@ -44,7 +51,8 @@ class Subject:
     model: Model
     inputs: object
     target: object
-    loss: Callable[..., Tensor] | None
+    loss: Loss | None
+    weight: Weight | None
     optimizer: MakeOptimizer | None
     seed: int
     device: torch.device
@@ -68,16 +76,40 @@ class Subject:
         )
         return inputs, target
 
-    def loss_of(self, output: object, *target: object) -> Tensor:
-        """One number; raises BatchError if it is anything else."""
+    def losses_of(self, output: object, *target: object) -> dict[str, Tensor]:
+        """Numbers by name; raises BatchError if they are anything else."""
         value = output if self.loss is None else self.loss(output, *target)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise BatchError(
-                f"the loss must be one number, a mean over the samples, but it is {got}; let "
-                "the loss function, or without one the model's last layer, return a mean"
-            )
-        return value.reshape(())
+        losses = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
+        numbers: dict[str, Tensor] = {}
+        for name, loss in losses.items():
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+                raise BatchError(
+                    f"the loss must be one number, a mean over the samples, but it is {got}; let "
+                    "the loss function, or without one the model's last layer, return a mean"
+                )
+            numbers[name] = loss.reshape(())
+        return numbers
+
+    def loss_of(self, output: object, *target: object) -> Tensor:
+        """The sum of the losses."""
+        return _sum(self.losses_of(output, *target).values())
+
+    def shares(self, targets: Sequence[tuple[object, ...]], sizes: Sequence[int]) -> Shares:
+        """What the loss of a name counts in each microbatch; "" stands for all others."""
+        shares: Shares = {"": [size / sum(sizes) for size in sizes]}
+        if self.weight is None:
+            return shares
+        weights = [self.weight(*target) for target in targets]
+        rows = [dict(w) if isinstance(w, Mapping) else {"": w} for w in weights]
+        for name in rows[0]:
+            column = [float(row[name]) for row in rows]
+            if not sum(column) > 0:
+                raise BatchError(
+                    f"the weights of this batch sum to {sum(column)}; give a batch with a weight"
+                )
+            shares[name] = [weight / sum(column) for weight in column]
+        return shares
 
 
 @dataclass
@@ -113,25 +145,28 @@ def full_batch(subject: Subject) -> Tensors:
     """Reference 1."""
     model = subject.fresh_model()
     chain = chain_of(model)
+    walk = Walk(chain)
     inputs, target = subject.fresh_batch()
     with generators_kept([subject.device]):
         default_generator(subject.device).manual_seed(subject.seed)
         value = _entered(inputs)
-        if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-            value = model(value)
-        else:
-            for cell in chain:
-                value = cell.module(value)
-        loss = subject.loss_of(value, *_given(target))
-    return _finish(subject, chain, inputs, loss)
+        with collect_losses() as added:
+            if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+                value = invoke(model, value, {})
+            else:
+                for cell in chain:
+                    value = walk.run(cell, value)
+            loss = subject.loss_of(value, *_given(target))
+    return _finish(subject, chain, inputs, _sum([loss, *added.values()]))
 
 
 def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Traits, Tensors]:
     """Reference 2, what its cells did, and BatchNorm's buffers had it seen the whole minibatch."""
     chain, traits = chain_of(subject.fresh_model()), Traits()
+    walk = Walk(chain)
     inputs, target = subject.fresh_batch()
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
-    total = torch.zeros((), device=subject.device)
+    shares, parts = subject.shares(targets, sizes), list[Tensor]()
     traits.normalises = {cell.index: _named(cell) for cell in chain if _uses_batch_statistics(cell)}
     with (
         _randomness(subject) as randomness,
@@ -140,22 +175,24 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
         for m, part in enumerate(split(inputs, sizes)):
             # A copy of its own: a cell may change it in place, which would mark all parts changed.
             value = pytree.tree_map_only(Tensor, torch.clone, part)
-            for cell in chain:
-                traits.parts.setdefault(cell.index, []).append(_shapes(value))
-                before = _state_of(cell)
-                randomness.enter_cell(cell.index, m)
-                with _noting_draws(subject, cell.index, _named(cell), traits.draws):
-                    value = cell.module(value)
-                if not all(map(torch.equal, before, _state_of(cell))):
-                    traits.changes[cell.index] = _named(cell)
-            randomness.enter_loss(m)
-            drawn: dict[int, str] = {}
-            with _noting_draws(subject, 0, "", drawn):
-                loss = subject.loss_of(value, *targets[m])
-            traits.loss_draws |= bool(drawn)
-            weighted = loss * (sizes[m] / sum(sizes))
-            total = weighted if m == 0 else total + weighted
-    tensors = _finish(subject, chain, inputs, total)
+            with collect_losses() as added:
+                for cell in chain:
+                    traits.parts.setdefault(cell.index, []).append(_shapes(value))
+                    before = _state_of(cell)
+                    randomness.enter_cell(cell.index, m)
+                    with _noting_draws(subject, cell.index, _named(cell), traits.draws):
+                        value = walk.run(cell, value)
+                    if not all(map(torch.equal, before, _state_of(cell))):
+                        traits.changes[cell.index] = _named(cell)
+                if any(column[m] for column in shares.values()):
+                    randomness.enter_loss(m)
+                    drawn: dict[int, str] = {}
+                    with _noting_draws(subject, 0, "", drawn):
+                        losses = subject.losses_of(value, *targets[m])
+                    traits.loss_draws |= bool(drawn)
+                    parts += _weighted(losses, shares, m)
+            parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
+    tensors = _finish(subject, chain, inputs, _sum(parts))
     traits.wholes = _output_shapes(subject)
     return tensors, traits, {f"buffer {name}": value for name, value in pooled().items()}
 
@@ -166,20 +203,22 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
     Raises Unsplittable where a value cannot be split by samples.
     """
     chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
     inputs, target = subject.fresh_batch()
     with (
         _randomness(subject) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
         value = _entered(inputs)
-        for cell in chain:
-            if cell.index in traits.cells:
-                is_loss = subject.loss is None and cell.index == len(chain) - 1
-                value = _by_parts(cell, value, sizes, traits, randomness, is_loss=is_loss)
-            else:
-                value = cell.module(value)
-        loss = _whole_loss(subject, value, target, sizes, traits, randomness)
-    tensors = _finish(subject, chain, inputs, loss)
+        with collect_losses() as added:
+            for cell in chain:
+                if cell.index in traits.cells:
+                    is_loss = subject.loss is None and cell.index == len(chain) - 1
+                    value = _by_parts(walk, cell, value, sizes, traits, randomness, is_loss=is_loss)
+                else:
+                    value = walk.run(cell, value)
+            loss = _whole_loss(subject, value, target, sizes, traits, randomness)
+    tensors = _finish(subject, chain, inputs, _sum([loss, *added.values()]))
     return tensors, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -191,6 +230,7 @@ def culprit(
     In eval mode, which decides the outputs, unless `training`.
     """
     chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
     if not training:
         module_tree(chain).eval()
     inputs, target = subject.fresh_batch()
@@ -199,19 +239,19 @@ def culprit(
         value = inputs
         for cell in chain:
             is_loss = subject.loss is None and cell.index == len(chain) - 1
-            twin = Cell(cell.index, cell.name, copy.deepcopy(cell.module))
+            twin = replace(cell, module=copy.deepcopy(cell.module))
             try:
-                parts = _by_parts(twin, value, sizes, traits, randomness, is_loss=is_loss)
+                parts = _by_parts(walk, twin, value, sizes, traits, randomness, is_loss=is_loss)
             except Unsplittable:
                 unsplittable = (
                     unsplittable or f"cell {_named(cell)}, whose values cannot be split by samples"
                 )
-                value = cell.module(value)
+                value = walk.run(cell, value)
                 continue
             if cell.index in traits.cells:
                 value = parts
                 continue
-            value = cell.module(value)
+            value = walk.run(cell, value)
             pairs = zip(take_apart(value)[0], take_apart(parts)[0], strict=True)
             if not all(_near(whole, part, tolerance) for whole, part in pairs):
                 return f"cell {_named(cell)}, whose output depends on how the batch is split"
@@ -233,6 +273,7 @@ def culprit(
 def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
     """The outputs in eval mode, as `Pipeline.predict` gives them; BatchError: not by sample."""
     chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
     module_tree(chain).eval()
     inputs, _ = subject.fresh_batch()
     values = []
@@ -240,7 +281,7 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
         for m, value in enumerate(split(inputs, sizes)):
             for cell in chain:
                 randomness.enter_cell(cell.index, m)
-                value = cell.module(value)
+                value = walk.run(cell, value)
             values.append(value)
     return join(values, sizes)
 
@@ -248,26 +289,28 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
 def outputs_of_full_batch(subject: Subject) -> object:
     """The outputs in eval mode."""
     chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
     module_tree(chain).eval()
     value, _ = subject.fresh_batch()
     with generators_kept([subject.device]), torch.no_grad():
         default_generator(subject.device).manual_seed(subject.seed)
         for cell in chain:
-            value = cell.module(value)
+            value = walk.run(cell, value)
     return value
 
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:
     """The outputs in eval mode, run as for reference 3."""
     chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
     module_tree(chain).eval()
     value, _ = subject.fresh_batch()
     with _randomness(subject) as randomness, torch.no_grad():
         for cell in chain:
             if cell.index in traits.cells:
-                value = _by_parts(cell, value, sizes, traits, randomness, is_loss=False)
+                value = _by_parts(walk, cell, value, sizes, traits, randomness, is_loss=False)
             else:
-                value = cell.module(value)
+                value = walk.run(cell, value)
     return value
 
 
@@ -317,6 +360,7 @@ def _finish(subject: Subject, chain: Chain, inputs: object, loss: Tensor) -> Ten
 
 
 def _by_parts(
+    walk: Walk,
     cell: Cell,
     value: object,
     sizes: Sequence[int],
@@ -326,10 +370,13 @@ def _by_parts(
     is_loss: bool,
 ) -> object:
     """Run `cell` on the microbatches of `value`, and put its outputs together."""
-    outputs = []
+    outputs: list[Any] = []
     for m, part in enumerate(_split_as(value, traits.parts[cell.index])):
         randomness.enter_cell(cell.index, m)
-        outputs.append(cell.module(part))
+        with collect_losses() as added:
+            outputs.append(walk.run(cell, part))
+        for name, loss in added.items():
+            add_loss(loss * (sizes[m] / sum(sizes)), name)
     if is_loss:
         weighted = [o * (size / sum(sizes)) for o, size in zip(outputs, sizes, strict=True)]
         return torch.stack(weighted).sum(0)
@@ -389,25 +436,37 @@ def _whole_loss(
 ) -> Tensor:
     if not (split_it or traits.loss_draws):
         return subject.loss_of(output, *_given(target))
-    parts = []
-    shares = [size / sum(sizes) for size in sizes]
+    parts: list[Tensor] = []
     try:
         outputs = split(output, sizes)
     except RuntimeError:
         raise Unsplittable from None
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
-    for m, share in enumerate(shares):
+    shares = subject.shares(targets, sizes)
+    for m in range(len(sizes)):
         randomness.enter_loss(m)
-        parts.append(subject.loss_of(outputs[m], *targets[m]) * share)
-    return torch.stack(parts).sum()
+        parts += _weighted(subject.losses_of(outputs[m], *targets[m]), shares, m)
+    return _sum(parts)
+
+
+def _weighted(losses: Mapping[str, Tensor], shares: Shares, m: int) -> list[Tensor]:
+    """What counts of microbatch m; a loss without a share may be NaN."""
+    pairs = [(loss, shares.get(name, shares[""])[m]) for name, loss in losses.items()]
+    return [loss * share for loss, share in pairs if share]
+
+
+def _sum(losses: Iterable[Tensor]) -> Tensor:
+    return torch.stack([loss.reshape(()) for loss in losses]).sum()
 
 
 def _output_shapes(subject: Subject) -> dict[int, Shapes]:
     value, _ = subject.fresh_batch()
+    chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
     shapes = {}
     with _randomness(subject), torch.no_grad():
-        for cell in chain_of(subject.fresh_model()):
-            value = cell.module(value)
+        for cell in chain:
+            value = walk.run(cell, value)
             shapes[cell.index] = _shapes(value)
     return shapes
 
