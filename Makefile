@@ -9,13 +9,14 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest test-gpu bench clean
+.PHONY: help setup demo test lint types pytest soak test-gpu bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
 	@echo "make test      lint, types and all tests"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict"
+	@echo "make soak      thousands of generated models, new ones each time"
 	@echo "make test-gpu  the tests that need a GPU; skipped where there is none"
 	@echo "make bench     the benchmarks, in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
@@ -42,6 +43,10 @@ types: $(READY)
 
 pytest: $(READY)
 	$(BIN)/pytest
+
+soak: $(READY)
+	STAGEWISE_SOAK=20 $(BIN)/pytest --timeout 3600 \
+		tests/pipeline/test_generated.py tests/pipeline/test_random_chains.py
 
 test-gpu: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -1,4 +1,4 @@
-"""Shared set-up: deterministic hypothesis, worker pools, GPU tests that skip themselves."""
+"""Shared set-up: deterministic hypothesis (but for `make soak`), worker pools, GPU tests."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,13 @@ import hypothesis
 import pytest
 
 from tests.harness import Pools
+from tests.soak import FACTOR
 
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None
 )
-hypothesis.settings.load_profile("deterministic")
+hypothesis.settings.register_profile("soak", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("soak" if FACTOR > 1 else "deterministic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(stagewise.__file__).parent
 
 # layer -> the layers that it may import, besides itself; "" is stagewise/__init__.py.
 BASE = {"costs", "errors"}
-PURE = {"planning", "schedule", "timeline", *BASE}
+PURE = {"parity", "planning", "schedule", "timeline", *BASE}
 MODEL = {"model", *PURE}
 ENGINE = {"engine", *MODEL}
 PIPELINE = {"pipeline", *ENGINE}
@@ -22,6 +22,7 @@ FACADE = {"", *PIPELINE}
 ALLOWED = {
     "errors": set(),
     "costs": {"errors"},
+    "parity": {"errors"},
     "schedule": BASE,
     "timeline": {"schedule", *BASE},
     "planning": {"schedule", "timeline", *BASE},
@@ -39,6 +40,7 @@ NO_TORCH = [
     "stagewise",
     "stagewise.errors",
     "stagewise.costs",
+    "stagewise.parity",
     "stagewise.timeline",
     "stagewise.schedule",
     "stagewise.planning",

@@ -40,7 +40,7 @@ PACKAGES = {
         "simulate",
         "unit_costs",
     ],
-    "stagewise.report": ["format_seconds", "render_timeline"],
+    "stagewise.report": ["format_seconds", "render_parity", "render_timeline"],
     "stagewise.schedule": [
         "POLICIES",
         "SCHEDULES",
@@ -63,6 +63,18 @@ PACKAGES = {
         "validate",
         "walk",
         "with_recompute",
+    ],
+    "stagewise.testing": [
+        "Configuration",
+        "EmulatedCell",
+        "EmulatedDevice",
+        "LiveTensors",
+        "ParityReport",
+        "ParityRow",
+        "check_parity",
+        "emulated_model",
+        "live_activation_bytes",
+        "live_tensors",
     ],
 }
 
@@ -87,6 +99,15 @@ COMMAND_LINE = {
         "--balance",
         "--help",
         "--json",
+        "--microbatches",
+        "--recompute",
+        "--schedule",
+        "--stages",
+        "recipe",
+    ],
+    "check": [
+        "--double",
+        "--help",
         "--microbatches",
         "--recompute",
         "--schedule",

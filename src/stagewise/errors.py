@@ -9,7 +9,8 @@
     │   ├── RecipeError                a recipe file lacks something or holds nonsense
     │   └── CheckpointError            a checkpoint is absent, incomplete or another model's
     ├── CellError                      the user's code failed inside a cell, while training
-    └── PeerError                      another rank failed; carries that rank's cause
+    ├── PeerError                      another rank failed; carries that rank's cause
+    └── ParityError                    a pipelined model differs from the plain one
 
 A message says what was got, what is needed, and what to do next.
 """
@@ -53,3 +54,7 @@ class CellError(StagewiseError, RuntimeError):
 
 class PeerError(StagewiseError, RuntimeError):
     """Another rank failed; the message carries its cause."""
+
+
+class ParityError(StagewiseError, AssertionError):
+    """A pipelined model differs from the plain one, and mathematics does not explain it."""

@@ -287,3 +287,40 @@ def test_sparse_gradients() -> None:
         assert table.weight.grad is not None and table.weight.grad.is_sparse
         wanted.append(table.weight.grad.to_dense())
     assert torch.equal(*wanted)  # nothing adds up within a step, and doubling is exact
+
+
+def build_tied() -> list[nn.Module]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        cells = [nn.Linear(WIDTH, WIDTH).to(BF16) for _ in range(4)]
+    cells[3].weight = cells[1].weight = cells[0].weight
+    return list(cells)
+
+
+def trained_tied(balance: tuple[int, ...], in_float32: bool) -> State:
+    pipe = pipe_of(build_tied(), *balance, in_float32=in_float32)
+    for index in range(2):
+        inputs, target = minibatch(index)
+        pipe.step(inputs, target=target)
+    return {n: None if p.grad is None else p.grad.clone() for n, p in pipe.named_parameters()}
+
+
+def test_a_tied_parameter_is_summed_in_float32_too(pools: Pools) -> None:
+    wanted = trained_tied((4,), in_float32=True)
+    for balance in [(1, 3), (2, 2), (1, 1, 2), (1, 1, 1, 1)]:
+        assert_same(trained_tied(balance, in_float32=True), wanted)
+        for rank in pools[len(balance)].run(trained_tied, balance, True):
+            for name, gradient in rank.items():
+                assert torch.equal(gradient, wanted[name]), name
+    exact = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    for index in range(2):
+        for x, y in zip(*(torch.chunk(t, NUM_MICROBATCHES) for t in minibatch(index)), strict=True):
+            cells = build_tied()
+            for cell in (cells[1], cells[3]):  # untied, so that each user's gradient is apart
+                cell.weight = nn.Parameter(cell.weight.detach().clone())
+            (loss(nn.Sequential(*cells)(x), y) / NUM_MICROBATCHES).backward()
+            exact += sum(cells[user].weight.grad.double() for user in (0, 1, 3))  # type: ignore[union-attr, operator]
+    got = wanted["0.weight"]
+    assert got is not None and torch.equal(got, exact.to(BF16))
+    coarse = trained_tied((4,), in_float32=False)["0.weight"]
+    assert coarse is not None and not torch.equal(coarse, got)

@@ -26,6 +26,7 @@ from tests.models import (
     Spread,
     frozen,
 )
+from tests.soak import examples
 
 WIDTH, LENGTH = 4, 3  # every cell maps (samples, LENGTH, WIDTH) to the same shape
 
@@ -45,6 +46,36 @@ def linear() -> nn.Module:
     return nn.Linear(WIDTH, WIDTH)
 
 
+def tied() -> list[nn.Module]:
+    first, last = linear(), nn.Linear(WIDTH, WIDTH)
+    last.weight = first.weight  # type: ignore[union-attr, assignment]
+    return [first, nn.Tanh(), last]
+
+
+def shared() -> list[nn.Module]:
+    cell = linear()
+    return [cell, nn.Tanh(), cell]
+
+
+@stagewise.skippable(stash=["x"])
+class Stash(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.sin()
+        stagewise.stash("x", y)
+        return y * 2
+
+
+@stagewise.skippable(pop=["x"])
+class Pop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + stagewise.pop("x").cos()  # type: ignore[no-any-return]
+
+
+def skips() -> list[nn.Module]:
+    inside = stagewise.SkipScope(Stash(), linear(), nn.Tanh(), Pop())
+    return [stagewise.SkipScope(Stash(), inside, linear(), Pop())]
+
+
 # Pieces of one or more cells. Exact pieces equal the plain full batch; the others draw numbers,
 # or depend on the microbatch.
 EXACT: dict[str, Callable[[], list[nn.Module]]] = {
@@ -59,6 +90,9 @@ EXACT: dict[str, Callable[[], list[nn.Module]]] = {
     "nested": lambda: [nn.Sequential(linear(), nn.Sequential(nn.GELU()), linear())],
     "cube": lambda: [nn.Tanh(), Cube()],
     "skip": lambda: [OpenSkip(), Inside(linear()), Inside(nn.Tanh()), CloseSkip()],
+    "skips": skips,
+    "tied": tied,
+    "shared": shared,
     "spread": lambda: [Spread(), Gather(WIDTH)],
     "identity": lambda: [Call(lambda x: x)],
     "view": lambda: [Call(lambda x: x.flip(1).transpose(0, 1)), Call(lambda x: x.transpose(0, 1))],  # type: ignore[attr-defined]
@@ -176,7 +210,7 @@ def num_cells_of(names: list[str]) -> int:
     return len(chain_of(model_of(names, torch.float32)))
 
 
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=examples(300))
 @hypothesis.given(data=st.data())
 def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> None:
     names = data.draw(chains(EXACT | INEXACT))
@@ -196,7 +230,7 @@ def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> No
         assert tensor is None or other is None or torch.equal(tensor, other), what
 
 
-@hypothesis.settings(max_examples=200)
+@hypothesis.settings(max_examples=examples(200))
 @hypothesis.given(data=st.data())
 def test_any_exact_chain_equals_the_plain_full_batch(data: st.DataObject) -> None:
     names = data.draw(chains(EXACT))

@@ -37,6 +37,11 @@ COMMANDS = {
         function="plan_command",
         help="Measure a recipe's model and show how it would be cut and how fast it would run.",
     ),
+    "check": Command(
+        module="stagewise.cli.check",
+        function="check_command",
+        help="Run a recipe's model plain and pipelined, and show that both train alike.",
+    ),
     "simulate": Command(
         module="stagewise.cli.simulate",
         function="simulate_command",

@@ -7,49 +7,53 @@ the float32 sum goes on as long as `.grad` is what the last step wrote; otherwis
 clipped) it starts from what `.grad` holds. It lives as long as that tensor.
 """
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+Sums = Callable[[nn.Parameter, torch.Tensor], None]  # adds a gradient to a parameter's sum
 
 
 class Float32Sums:
     """Sums the gradients of those of `parameters` that have low precision."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        distinct = {id(p): p for p in parameters if p.dtype in _LOW_PRECISION}
+        distinct = {id(p): p for p in parameters if p.dtype in LOW_PRECISION}
         self._parameters = list(distinct.values())
         # By the tensor in `.grad`.
         self._sums: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
     @contextmanager
-    def rounded_once(self) -> Iterator[None]:
-        """Run a step inside; if it fails, `.grad` stays what it was."""
+    def rounded_once(self) -> Iterator[Sums]:
+        """Run a step inside, given what adds to a sum; if it fails, `.grad` stays what it was."""
         sums: dict[int, torch.Tensor] = {}
         before = [(p, p.grad) for p in self._parameters if p.requires_grad]
         for parameter, gradient in before:
             if gradient is not None:
                 sums[id(parameter)] = self._continued(gradient)
 
-        def add(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
+        def add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
             if id(parameter) in sums:
                 sums[id(parameter)].add_(gradient)
             else:
                 sums[id(parameter)] = gradient.float()
 
+        def move(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            add(parameter, gradient)
+
         handles = []
         try:
             for parameter, _ in before:
                 parameter.grad = None
-                handle = parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
                 handles.append(handle)
-            yield
+            yield add
         except BaseException:
             for parameter, gradient in before:
                 parameter.grad = gradient

@@ -13,10 +13,12 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from stagewise.engine.accumulation import LOW_PRECISION, Sums
 from stagewise.engine.transport import Transport
 from stagewise.errors import CellError
 from stagewise.model.tied import Tied
@@ -44,6 +46,7 @@ class StandIns:
     ) -> None:
         self._places, self._leaves = places or {}, leaves or {}
         self.before = before or {}  # the gradients that the parameters came with
+        self._sums: dict[tuple[int, nn.Parameter], torch.Tensor] = {}  # in float32
 
     def inside(self, cell: int) -> AbstractContextManager[None]:
         """Run cell `cell` inside, with its stand-ins in place."""
@@ -60,11 +63,22 @@ class StandIns:
             for place in places:
                 setattr(place.module, place.attribute, place.parameter)
 
+    def sum_in_float32(self) -> None:
+        """Let no microbatch's gradient stay in a `.grad` of low precision."""
+        for key, leaf in self._leaves.items():
+            if leaf.dtype in LOW_PRECISION:
+                leaf.register_post_accumulate_grad_hook(partial(self._move, key))  # type: ignore[no-untyped-call]
+
     def take_gradient(self, cell: int, parameter: nn.Parameter) -> Gradient:
         """What the microbatches left for `parameter` in `cell`, dense and on its device."""
         leaf = self._leaves[cell, parameter]
         gradient, leaf.grad = leaf.grad, None
-        return _like(parameter, gradient)
+        return _like(parameter, self._sums.pop((cell, parameter), gradient))
+
+    def _move(self, key: tuple[int, nn.Parameter], leaf: torch.Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        self._sums[key] = self._sums[key].add_(gradient) if key in self._sums else gradient.float()
 
 
 class TiedParameters:
@@ -107,15 +121,18 @@ class TiedParameters:
         for cells, parameters in self._groups.items():
             first = self._ranks[cells[0]]
             values = self._spread(
-                cells, first, [_like(p, p.detach()) for p in parameters], transport
+                cells, first, [_like(p, p.detach()) for p in parameters], parameters, transport
             )
             for parameter, value in zip(parameters, values, strict=True):
                 if first != transport.rank and value is not None:
                     parameter.copy_(value)
         transport.finish()
 
-    def stand_ins(self, *, training: bool) -> StandIns:
-        """New ones for one call; without training only for cells on another device."""
+    def stand_ins(self, *, training: bool, in_float32: bool = False) -> StandIns:
+        """New ones for one call; without training only for cells on another device.
+
+        Those of low precision may sum their gradients `in_float32`.
+        """
         leaves = {
             (cell, place.parameter): nn.Parameter(
                 place.parameter.detach().to(self._devices[cell]),
@@ -129,12 +146,16 @@ class TiedParameters:
         if training:
             for tied in self.ties:
                 before[tied.parameter], tied.parameter.grad = tied.parameter.grad, None
-        return StandIns(self._places, leaves, before)
+        made = StandIns(self._places, leaves, before)
+        if in_float32:
+            made.sum_in_float32()
+        return made
 
     @torch.no_grad()
-    def settle(self, stand_ins: StandIns, transport: Transport) -> None:
+    def settle(self, stand_ins: StandIns, transport: Transport, sums: Sums | None = None) -> None:
         """End a training step: sum the gradients of all users, and add the sum to `.grad`.
 
+        A sum in float32 of a parameter of low precision goes to `sums` instead.
         Raises CellError after the first step if a cell used another rank's parameter unseen.
         """
         for name, reference in self._others.items():
@@ -147,16 +168,20 @@ class TiedParameters:
                 )
         self._others = {}
         for cells, parameters in self._groups.items():
-            totals = self._sum(cells, parameters, stand_ins, transport)
+            like = parameters if sums is None else [*map(_wide, parameters)]
+            totals = self._sum(cells, parameters, like, stand_ins, transport)
             for parameter, total in zip(parameters, totals, strict=True):
                 parameter.grad = stand_ins.before[parameter]
-                if total is not None:
+                if total is not None and sums is not None and total.dtype != parameter.dtype:
+                    sums(parameter, total)
+                elif total is not None:
                     _accumulate(parameter, total)
 
     def _sum(
         self,
         cells: tuple[int, ...],
         parameters: Sequence[nn.Parameter],
+        like: Sequence[torch.Tensor],
         stand_ins: StandIns,
         transport: Transport,
     ) -> list[Gradient]:
@@ -169,7 +194,7 @@ class TiedParameters:
             if rank != transport.rank:
                 continue
             if index > 0:
-                sums = transport.take(legs[index - 1][0], parameters)
+                sums = transport.take(legs[index - 1][0], like)
             for number, parameter in enumerate(parameters):
                 for cell in own:
                     gradient = stand_ins.take_gradient(cell, parameter)
@@ -179,15 +204,20 @@ class TiedParameters:
                 parameter.grad = None
             if index + 1 < len(legs):
                 transport.give(legs[index + 1][0], sums)
-        return self._spread(cells, legs[-1][0], sums, transport)
+        return self._spread(cells, legs[-1][0], sums, like, transport)
 
     def _spread(
-        self, cells: tuple[int, ...], source: int, values: list[Gradient], transport: Transport
+        self,
+        cells: tuple[int, ...],
+        source: int,
+        values: list[Gradient],
+        like: Sequence[torch.Tensor],
+        transport: Transport,
     ) -> list[Gradient]:
         """Rank `source`'s values on every rank that runs one of `cells`."""
         users = sorted({self._ranks[cell] for cell in cells} - {source})
         if transport.rank != source:
-            return transport.take(source, self._groups[cells])
+            return transport.take(source, like)
         for user in users:
             transport.give(user, values)
         return values
@@ -209,8 +239,15 @@ def _like(parameter: nn.Parameter, value: Gradient) -> Gradient:
     value = value.to(parameter.device)
     if value.stride() == parameter.stride() and value.is_contiguous():
         return value
-    room = torch.empty_like(parameter, requires_grad=False)
+    room = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
     return value if value.stride() == room.stride() else room.copy_(value)
+
+
+def _wide(parameter: nn.Parameter) -> torch.Tensor:
+    """The form of its gradient's sum in float32."""
+    if parameter.dtype not in LOW_PRECISION:
+        return parameter
+    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
 
 
 def _plus(one: Gradient, other: Gradient) -> Gradient:

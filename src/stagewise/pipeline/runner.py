@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
-from stagewise.engine.accumulation import Float32Sums
+from stagewise.engine.accumulation import Float32Sums, Sums
 from stagewise.engine.batchnorm import BatchNorms
 from stagewise.engine.buffers import undone
 from stagewise.engine.call import Call, Mode, Scaling
@@ -55,8 +55,8 @@ class Runner:
         self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
         cells = [cell for stage in stages.values() for cell in stage.cells]
         self._batchnorms = BatchNorms(cells)
-        summed = cells if accumulate_in_float32 else []
-        self._sums = Float32Sums(p for cell in summed for p in cell.module.parameters())
+        parameters = (p for cell in cells for p in cell.module.parameters())
+        self._sums = Float32Sums(parameters) if accumulate_in_float32 else None
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -132,8 +132,10 @@ class Runner:
             )
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
-        with generators_kept(devices), torch.inference_mode(False), self._kept(training):
-            call.stand_ins = self.tied.stand_ins(training=training)
+        with generators_kept(devices), torch.inference_mode(False), self._kept(training) as sums:
+            call.stand_ins = self.tied.stand_ins(
+                training=training, in_float32=self._sums is not None
+            )
             self.transport.begin(admitted.signature, order)
             start = time.perf_counter()
             try:
@@ -148,7 +150,7 @@ class Runner:
                     observe=observe,
                 )
                 if training:
-                    self.tied.settle(call.stand_ins, self.transport)
+                    self.tied.settle(call.stand_ins, self.transport, sums)
                 self.transport.finish()
             except PeerError:
                 raise
@@ -162,16 +164,16 @@ class Runner:
         return call
 
     @contextmanager
-    def _kept(self, training: bool) -> Iterator[None]:
+    def _kept(self, training: bool) -> Iterator[Sums | None]:
         """Run a call inside that leaves in buffers and gradients what it should."""
         keepers = [stage.buffers for stage in self.stages.values()]
-        sums = self._sums if training else Float32Sums(())
+        sums = self._sums if training else None
         with (
             undone(keepers, always=not training),
             self._batchnorms.one_update(training=training),
-            sums.rounded_once(),
+            nullcontext() if sums is None else sums.rounded_once() as adds,
         ):
-            yield
+            yield adds
 
     def timeline(self) -> Timeline:
         """The last call's spans of all ranks; every rank must ask."""

@@ -1,5 +1,19 @@
-"""Public helpers for tests and benchmarks: emulated devices."""
+"""Public helpers for tests and benchmarks: parity, live memory, emulated devices."""
 
+from stagewise.parity import Configuration, ParityReport, ParityRow
+from stagewise.pipeline.parity import check_parity
 from stagewise.testing.emulated import EmulatedCell, EmulatedDevice, emulated_model
+from stagewise.testing.memory import LiveTensors, live_activation_bytes, live_tensors
 
-__all__ = ["EmulatedCell", "EmulatedDevice", "emulated_model"]
+__all__ = [
+    "Configuration",
+    "EmulatedCell",
+    "EmulatedDevice",
+    "LiveTensors",
+    "ParityReport",
+    "ParityRow",
+    "check_parity",
+    "emulated_model",
+    "live_activation_bytes",
+    "live_tensors",
+]

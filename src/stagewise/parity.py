@@ -1,0 +1,134 @@
+"""What a parity check found: the pipelined model beside the plain one, as plain data.
+
+Rows are made by `stagewise.pipeline.parity` and drawn by `stagewise.report`. A difference is
+the largest absolute one, relative to the largest number of the plain model's tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stagewise.errors import ParityError
+
+Verdict = Literal["ok", "explained", "FAILED"]
+
+_SHOWN_FAILURES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """How the pipelined model was run."""
+
+    schedule: str
+    num_stages: int
+    num_microbatches: int
+    recompute: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule}, {self.num_stages} stage{'s' * (self.num_stages > 1)}, "
+            f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)}, "
+            f"recompute {self.recompute}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """One quantity of one run: "loss", "gradient 0.weight", "buffer 1.running_mean", ...
+
+    `full_batch` is the relative difference to the plain model on the whole minibatch, and
+    `microbatched` to the plain model run by microbatch with the pipeline's random numbers;
+    infinite where one of the two has no such tensor, or numbers that are not finite.
+    `identical`: bit for bit as with the first number of stages and policy of that schedule.
+    """
+
+    configuration: Configuration
+    quantity: str
+    full_batch: float
+    microbatched: float
+    identical: bool
+    verdict: Verdict
+    reason: str = ""  # of a verdict that is not "ok"
+
+    @property
+    def severity(self) -> tuple[int, bool, float, float]:
+        """Larger is worse."""
+        rank = ("ok", "explained", "FAILED").index(self.verdict)
+        return rank, not self.identical, self.microbatched, self.full_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """Every quantity of every run. `tolerance` is the largest difference called round-off."""
+
+    rows: tuple[ParityRow, ...]
+    tolerance: float
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every difference is round-off, or explained by mathematics."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[ParityRow, ...]:
+        """The rows with verdict FAILED."""
+        return tuple(row for row in self.rows if row.verdict == "FAILED")
+
+    @property
+    def configurations(self) -> tuple[Configuration, ...]:
+        """What was run, in order."""
+        return tuple(dict.fromkeys(row.configuration for row in self.rows))
+
+    def worst(self, rows: Sequence[ParityRow]) -> ParityRow:
+        """The row of `rows` to look at first."""
+        return max(rows, key=lambda row: row.severity)
+
+    def table(self) -> list[dict[str, object]]:
+        """One dictionary per quantity: its largest differences over all runs, worst verdict."""
+        grouped: dict[str, list[ParityRow]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.quantity, []).append(row)
+        return [
+            {
+                "quantity": quantity,
+                "full_batch": max(row.full_batch for row in rows),
+                "microbatched": max(row.microbatched for row in rows),
+                "identical": all(row.identical for row in rows),
+                "verdict": self.worst(rows).verdict,
+                "reason": self.worst(rows).reason,
+                "configuration": str(self.worst(rows).configuration),
+            }
+            for quantity, rows in grouped.items()
+        ]
+
+    def summary(self) -> str:
+        """The verdict in one sentence."""
+        num_runs = len(self.configurations)
+        runs = f"{num_runs} pipelined run{'s' * (num_runs != 1)}"
+        if not self.ok:
+            culprits = list(dict.fromkeys(row.quantity for row in self.failures))
+            shown = ", ".join(culprits[:_SHOWN_FAILURES])
+            if (more := len(culprits) - _SHOWN_FAILURES) > 0:
+                shown += f" and {more} more"
+            verb = "differs" if len(culprits) == 1 else "differ"
+            num_wrong = len({row.configuration for row in self.failures})
+            first = self.failures[0]
+            return (
+                f"FAILED: {shown} {verb} from the plain model in {num_wrong} of {runs}; "
+                f"{first.quantity} ({first.configuration}): {first.reason}"
+            )
+        explained = [row for row in self.rows if row.verdict == "explained"]
+        reasons = list(dict.fromkeys(row.reason for row in explained))
+        within = f"within round-off ({self.tolerance:g} in {self.dtype})"
+        if not explained:
+            return f"ok: {runs} equal the plain model {within}, identical at every cut"
+        return (
+            f"ok: {runs} equal the plain model run by microbatch {within}, identical at every "
+            f"cut; the full batch differs, which is explained by {'; '.join(reasons)}"
+        )
+
+    def raise_for_failure(self) -> None:
+        """Raise ParityError with the summary unless `ok`."""
+        if not self.ok:
+            raise ParityError(self.summary())

@@ -1,0 +1,65 @@
+"""How far two tensors of a step are apart, on a scale where round-off is small."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# What is zero but for round-off (a bias before a norm) is measured by what stands beside it.
+_FLOOR = 1e-2
+# Where all gradients are so (a norm right before a norm), the loss gives the order of magnitude.
+_LOSS_FLOOR = 1e-2
+
+
+class Reference:
+    """Tensors by quantity, with the scale of each: about its largest number."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
+        self.tensors = dict(tensors)
+        largest = {q: 0.0 if t is None else _largest(t) for q, t in self.tensors.items()}
+        beside: dict[str, float] = defaultdict(float)
+        beside["gradient"] = _LOSS_FLOOR * largest.get("loss", 0.0)
+        for quantity, tensor in self.tensors.items():
+            if tensor is not None and tensor.is_floating_point():
+                group = _group(quantity)
+                beside[group] = max(beside[group], largest[quantity])
+        self._scales = {q: max(own, _FLOOR * beside[_group(q)]) for q, own in largest.items()}
+
+    def difference(self, quantity: str, ours: Tensor | None) -> float:
+        """Largest absolute difference, relative to the quantity's scale.
+
+        Infinite where one of the two is absent, has another shape, or holds a NaN.
+        """
+        theirs = self.tensors.get(quantity)
+        if ours is None or theirs is None:
+            return 0.0 if ours is theirs else float("inf")
+        if ours.shape != theirs.shape:
+            return float("inf")
+        if torch.equal(ours, theirs) or not ours.numel():
+            return 0.0
+        scale = self._scales[quantity]
+        apart = torch.where(ours == theirs, 0.0, (ours.double() - theirs.double()).abs())
+        relative = float(apart.max()) / scale if scale else float("inf")
+        return relative if relative == relative else float("inf")
+
+
+def identical(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    """Bit for bit, dtype included."""
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def _group(quantity: str) -> str:
+    """What may be measured together: all gradients, or one module's buffers or parameters."""
+    kind, _, name = quantity.partition(" ")
+    if kind in ("buffer", "parameter"):
+        return f"{kind} {name.rpartition('.')[0]}"
+    return kind if kind == "gradient" else quantity
+
+
+def _largest(tensor: Tensor) -> float:
+    """Of the finite numbers: a mask may hold infinities."""
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0

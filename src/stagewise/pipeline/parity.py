@@ -1,0 +1,355 @@
+"""Parity: the user's own model plain and pipelined, on the user's own batch, compared.
+
+A pipelined step must be the plain model's run by microbatch, to round-off, and the same bits
+however it is cut and whatever is recomputed. Where the plain full batch differs from it, the
+difference is explained only if it vanishes once the cells that mathematics makes differ
+(BatchNorm, dropout), and no others, run by microbatch. See `references.py` for the three.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stagewise.engine.microbatch import batch_size, microbatch_sizes
+from stagewise.engine.stage import Loss
+from stagewise.engine.values import move, take_apart
+from stagewise.errors import BatchError, UsageError
+from stagewise.model.chain import chain_of, module_tree
+from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
+from stagewise.pipeline import references
+from stagewise.pipeline.connect import connect
+from stagewise.pipeline.differences import Reference, identical
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.pipeline.references import MakeOptimizer, Model, Subject, Tensors
+from stagewise.pipeline.weighting import Weight
+from stagewise.planning.partition import check_counts
+from stagewise.planning.plan import Plan
+from stagewise.schedule import POLICIES, SCHEDULES
+
+# About 800 roundings of float32, which in our models loses at most 100, and 50 of the halves; in
+# float64 far more than is ever lost and far less than any mistake.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}
+
+DEFAULT_OPTIMIZER: MakeOptimizer = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def check_parity(
+    model: Model,
+    inputs: object,
+    *,
+    target: object = None,
+    loss: Loss | None = None,
+    weight: Weight | None = None,
+    optimizer: MakeOptimizer | None = DEFAULT_OPTIMIZER,
+    num_stages: Sequence[int] | None = None,
+    num_microbatches: int | Sequence[int] = 4,
+    schedules: Sequence[str] | None = None,
+    recompute: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    transport: Literal["local", "distributed"] = "local",
+) -> ParityReport:
+    """Run `model` plain and pipelined on one batch, in copies, and compare all that a step leaves.
+
+    Loss, outputs in eval mode, every gradient, buffers, and parameters after an optimizer step
+    are compared with the plain model's on the full batch and by microbatch.
+
+    Args:
+        model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were.
+        optimizer: makes an optimizer from a list of parameters; None leaves the update out.
+        num_stages: numbers of stages to cut into, evenly by number of cells; by default those
+            of 1, 2, 4 for which there are cells. Under "distributed" the number of ranks.
+        num_microbatches: one number or several.
+        schedules, recompute: names; by default every schedule and every policy there is.
+        dtype: what to convert floating-point parameters, buffers, inputs and targets to first;
+            in torch.float64 round-off is far smaller than any mistake.
+        tolerance: the largest relative difference called round-off; by default TOLERANCES'.
+        transport: "local" runs all stages in this process; "distributed" runs one per rank, where
+            every rank makes the same call with the whole batch, and gets the same report.
+
+    Raises:
+        UsageError: an option does not fit the model or the batch, or the model cannot be copied.
+        CellError: the model's own code failed in the pipeline.
+
+    Example:
+        >>> import torch
+        >>> from stagewise.testing import check_parity
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        >>> x = torch.ones(8, 4)
+        >>> check_parity(model, x, target=x, loss=torch.nn.functional.mse_loss).ok
+        True
+    """
+    chain = chain_of(model)
+    counts = [num_microbatches] if isinstance(num_microbatches, int) else num_microbatches
+    stages = _num_stages(num_stages, len(chain), transport)
+    devices, _ = connect("local", None, chain, 1)
+    subject = Subject(
+        model=model,
+        inputs=move(inputs, devices[0]),
+        target=move(target, devices[0]),
+        loss=loss,
+        weight=weight,
+        optimizer=optimizer,
+        seed=seed,
+        device=devices[0],
+    )
+    if dtype is not None:
+        subject = _converted(subject, dtype)
+    compared = _dtype_of(subject)
+    allowed = TOLERANCES[compared] if tolerance is None else tolerance
+    rows: list[ParityRow] = []
+    predicted: dict[tuple[int, int, str], Tensors] = {}
+    names = [*(schedules if schedules is not None else SCHEDULES)]
+    policies = [*(recompute if recompute is not None else POLICIES)]
+    for what, values in (("schedules", names), ("recompute", policies), ("microbatches", counts)):
+        if not values:
+            raise UsageError(f"{what} is empty; name at least one, or leave it out for the default")
+    for count in counts:
+        plain = _Plain(subject, count, allowed)
+        for schedule in names:
+            first: Tensors | None = None
+            for policy, number in itertools.product(policies, stages):
+                configuration = Configuration(
+                    schedule=schedule,
+                    num_stages=number,
+                    num_microbatches=count,
+                    recompute=policy,
+                )
+                run = _pipelined(subject, configuration, transport, predicted)
+                if first is None:
+                    local = transport == "local"
+                    one = Configuration(
+                        schedule=schedule, num_stages=1, num_microbatches=count, recompute=policy
+                    )
+                    first = (
+                        run.tensors
+                        if local
+                        else _pipelined(subject, one, "local", predicted).tensors
+                    )
+                rows += plain.compare(configuration, run, first)
+    if transport == "distributed":
+        rows = _merged(rows)
+    return ParityReport(rows=tuple(rows), tolerance=allowed, dtype=str(compared).split(".")[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What one pipelined step left on this rank; `given`: the plain update by its gradients."""
+
+    tensors: Tensors
+    given: dict[str, Tensor]
+
+
+def _pipelined(
+    subject: Subject,
+    configuration: Configuration,
+    transport: Literal["local", "distributed"],
+    predicted: dict[tuple[int, int, str], Tensors],
+) -> _Run:
+    """One step of the pipelined model; `predicted` keeps outputs for other runs."""
+    plan = Plan(
+        balance=_even(len(chain_of(subject.model)), configuration.num_stages),
+        schedule=configuration.schedule,
+        num_microbatches=configuration.num_microbatches,
+        recompute=configuration.recompute,
+    )
+
+    def build() -> Pipeline:
+        return Pipeline(
+            subject.fresh_model(),
+            plan,
+            loss=subject.loss,
+            weight=subject.weight,
+            seed=subject.seed,
+            transport=transport,
+        )
+
+    key = (configuration.num_stages, configuration.num_microbatches, transport)
+    if key not in predicted:  # the same whatever schedule and policy
+        predicted[key] = _outputs_or_none(lambda: build().predict(subject.fresh_batch()[0]))
+    pipe = build()
+    inputs, target = subject.fresh_batch()
+    loss = pipe.step(inputs, target=target)
+    seen = inputs if pipe.rank == 0 else None
+    tensors = references.collected(loss, seen, pipe.named_parameters(), pipe.named_buffers())
+    gradients = {
+        name: None if p.grad is None else p.grad.detach().clone()
+        for name, p in pipe.named_parameters()
+    }
+    new = references.updated(subject, dict(pipe.named_parameters()))
+    tensors.update((f"parameter {name}", value) for name, value in new.items())
+    return _Run(
+        tensors=predicted[key] | tensors, given=references.after_optimizer(subject, gradients)
+    )
+
+
+class _Plain:
+    """The references for one number of microbatches, and the verdicts by them."""
+
+    def __init__(self, subject: Subject, num_microbatches: int, tolerance: float) -> None:
+        self._subject, self._tolerance = subject, tolerance
+        self._culprits: dict[bool, str] = {}  # by whether training
+        size = batch_size(subject.inputs, "inputs")
+        self._sizes = microbatch_sizes(size, num_microbatches)
+        full = references.full_batch(subject)
+        loss = full["loss"]
+        if loss is None or not loss.isfinite():
+            raise UsageError(
+                f"the plain model's loss on this batch is {loss}, so nothing can be compared; "
+                "give a batch on which it is finite"
+            )
+        parts, self._traits, pooled = references.by_microbatch(subject, self._sizes)
+        self._full = Reference(
+            full | _outputs_or_none(lambda: references.outputs_of_full_batch(subject))
+        )
+        parts |= _outputs_or_none(lambda: references.outputs_by_microbatch(subject, self._sizes))
+        self._parts = Reference(parts | pooled)
+        self._no_outputs: Tensors = {q: None for q in parts if q.startswith("outputs")}
+
+    @functools.cached_property
+    def _proof(self) -> Reference | None:
+        """Reference 3; None where nothing explains a difference, or nothing can be proved."""
+        if not self._traits.reason():
+            return None
+        arguments = (self._subject, self._sizes, self._traits)
+        try:
+            tensors, pooled = references.proof(*arguments)
+        except references.Unsplittable:
+            return None
+        tensors |= _outputs_or_none(lambda: references.outputs_for_proof(*arguments))
+        return Reference(tensors | pooled)
+
+    def _culprit(self, *, training: bool) -> str:
+        if training not in self._culprits:
+            found = references.culprit(
+                self._subject, self._sizes, self._traits, self._tolerance, training=training
+            )
+            self._culprits[training] = f"; first differs: {found}" if found else ""
+        return self._culprits[training]
+
+    def compare(self, configuration: Configuration, run: _Run, first: Tensors) -> list[ParityRow]:
+        """A row for every quantity of `run`; `first` is the run whose bits it must have."""
+        rows: dict[str, ParityRow] = {}
+        given = Reference({f"parameter {name}": value for name, value in run.given.items()})
+        for quantity, tensor in (self._no_outputs | run.tensors).items():
+            full = self._full.difference(quantity, tensor)
+            parts = self._parts.difference(quantity, tensor)
+            same = identical(tensor, first.get(quantity))
+            verdict: Verdict
+            if not same:
+                verdict, reason = "FAILED", "other bits than with the first cut and policy"
+            elif quantity.startswith("parameter "):
+                gradient = rows[quantity.replace("parameter", "gradient", 1)]
+                step = given.difference(quantity, tensor)
+                verdict, reason = self._of_parameter(gradient, step, max(full, parts))
+            elif not parts <= self._tolerance:
+                verdict = "FAILED"
+                reason = "not what the plain model gives by microbatch"
+            elif full <= self._tolerance:
+                verdict, reason = "ok", ""
+            else:
+                verdict, reason = self._of_full_batch(quantity, tensor)
+            rows[quantity] = ParityRow(
+                configuration=configuration,
+                quantity=quantity,
+                full_batch=full,
+                microbatched=parts,
+                identical=same,
+                verdict=verdict,
+                reason=reason,
+            )
+        return list(rows.values())
+
+    def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
+        """What differs from the full batch only."""
+        proof = self._proof
+        if proof is not None and proof.difference(quantity, tensor) <= self._tolerance:
+            return "explained", self._traits.reason()
+        culprit = self._culprit(training=not quantity.startswith("outputs"))
+        return "FAILED", f"not what the plain model gives on the full batch{culprit}"
+
+    def _of_parameter(self, gradient: ParityRow, step: float, apart: float) -> tuple[Verdict, str]:
+        """A parameter is right if its gradient is, and the plain optimizer's step with that."""
+        if not step <= self._tolerance:
+            return "FAILED", "the optimizer did not do what it does to the plain model"
+        if gradient.verdict != "ok":
+            return gradient.verdict, gradient.reason
+        if apart <= self._tolerance:
+            return "ok", ""
+        return "explained", "the optimizer, which magnifies the gradients' round-off"
+
+
+def _outputs_or_none(run: Callable[[], object]) -> Tensors:
+    try:
+        return _outputs(run())
+    except (BatchError, references.Unsplittable):  # not one output per sample
+        return {}
+
+
+def _outputs(value: object) -> Tensors:
+    tensors = take_apart(value)[0]
+    if len(tensors) == 1:
+        return {"outputs": tensors[0].detach()}
+    return {f"outputs {index}": tensor.detach() for index, tensor in enumerate(tensors)}
+
+
+def _converted(subject: Subject, dtype: torch.dtype) -> Subject:
+    """`subject` in `dtype`, by a copy of its model."""
+    model = subject.fresh_model()
+    for cell in chain_of(model):
+        cell.module.to(dtype)
+    inputs, target = pytree.tree_map_only(
+        Tensor,
+        lambda t: (
+            t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        ),
+        (subject.inputs, subject.target),
+    )
+    return replace(subject, model=model, inputs=inputs, target=target)
+
+
+def _dtype_of(subject: Subject) -> torch.dtype:
+    """The least precise dtype of parameters and inputs."""
+    tree = module_tree(chain_of(subject.model))
+    tensors = [*tree.parameters(), *take_apart(subject.inputs)[0]]
+    found = {t.dtype for t in tensors if t.is_floating_point()} & TOLERANCES.keys()
+    return max(found or {torch.get_default_dtype()}, key=lambda dtype: TOLERANCES[dtype])
+
+
+def _num_stages(asked: Sequence[int] | None, num_cells: int, transport: str) -> tuple[int, ...]:
+    if transport not in ("local", "distributed"):
+        raise UsageError(f"transport is {transport!r}; choose 'local' or 'distributed'")
+    if asked is None and transport == "distributed":
+        ready = dist.is_available() and dist.is_initialized()
+        asked = (dist.get_world_size() if ready else 1,)
+    elif asked is None:
+        asked = [number for number in (1, 2, 4) if number <= num_cells]
+    if not asked:
+        raise UsageError("num_stages is empty; name at least one number of stages")
+    for number in asked:
+        check_counts(num_cells, number)
+    return tuple(asked)
+
+
+def _even(num_cells: int, num_stages: int) -> tuple[int, ...]:
+    small, extra = divmod(num_cells, num_stages)
+    return tuple(small + (stage < extra) for stage in range(num_stages))
+
+
+def _merged(rows: list[ParityRow]) -> list[ParityRow]:
+    """All ranks' rows; where several ranks have one quantity, the worst."""
+    everyones: list[list[ParityRow]] = [rows] * dist.get_world_size()
+    dist.all_gather_object(everyones, rows)
+    worst: dict[tuple[Configuration, str], ParityRow] = {}
+    for row in itertools.chain(*everyones):
+        key = (row.configuration, row.quantity)
+        worst[key] = max(worst.get(key, row), row, key=lambda r: r.severity)
+    return list(worst.values())

@@ -1,0 +1,57 @@
+"""Counting what is alive: activations of a pipeline, and tensors of the process."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from stagewise.engine.memory import ActivationMeter
+from stagewise.engine.values import take_apart
+from stagewise.pipeline.pipeline import Pipeline
+
+
+@contextmanager
+def live_activation_bytes(pipe: Pipeline, *ignored: object) -> Iterator[Callable[[], int]]:
+    """Inside, the function tells how many bytes this rank keeps from forward to backward now.
+
+    Counts what autograd saved inside, on any device and each storage once, but no parameters
+    and buffers, and no tensors of the pytrees `ignored` (the batch, say).
+
+    Example:
+        >>> import torch, stagewise
+        >>> from stagewise.testing import live_activation_bytes
+        >>> plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+        >>> cells = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)]
+        >>> pipe = stagewise.Pipeline(cells, plan, loss=torch.nn.functional.mse_loss)
+        >>> with live_activation_bytes(pipe) as live:
+        ...     _ = pipe.step(torch.ones(4, 4), target=torch.ones(4, 1))
+        ...     live()
+        0
+    """
+    own = [*pipe.parameters(), *pipe.module.buffers()]
+    meter = ActivationMeter([*own, *take_apart(list(ignored))[0]])
+    with meter.counting():
+        yield lambda: meter.live_bytes([])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveTensors:
+    """How many tensors Python reaches, and the bytes of their storages, each counted once."""
+
+    number: int
+    num_bytes: int
+
+
+def live_tensors() -> LiveTensors:
+    """Count every tensor of this process, after a collection of garbage."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    storages = {
+        (tensor.device, storage.data_ptr()): storage.nbytes()
+        for tensor in found
+        if tensor.layout is torch.strided and tensor.device.type != "meta"
+        for storage in [tensor.untyped_storage()]
+    }
+    return LiveTensors(number=len(found), num_bytes=sum(storages.values()))

@@ -1,0 +1,57 @@
+"""`stagewise check` runs a recipe's model plain and pipelined, and its exit code is the verdict."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.recipes import run_command, write_recipe
+
+
+def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
+    code, out, err = run_command("check", write_recipe(tmp_path), "--double", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    for expected in ("gradient 3.weight", "parameter 0.0.bias", "1f1b, 4, 4, except_last"):
+        assert expected in out
+    *_, verdict = out.strip().splitlines()
+    assert verdict.startswith("ok: 18 pipelined runs equal the plain model run by microbatch")
+    assert "explained by random numbers (0.2 Dropout, 1.2 Dropout, 2.2 Dropout)" in verdict
+    assert not list(tmp_path.glob("runs*")), "a check leaves nothing behind"
+
+
+def test_a_loss_that_is_a_sum_fails(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, ("mse_loss(output, target)", "mse_loss(output, target, reduction='sum')")
+    )
+    code, out, err = run_command(
+        *("check", recipe, "--stages", "2,3", "--schedule", "gpipe", "--recompute", "never"),
+        cwd=tmp_path,
+    )
+    assert (code, err) == (1, "")
+    assert "FAILED: loss, gradient 0.0.weight" in out
+    assert "it must be a mean over samples" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--stages", "1,two"), "--stages '1,two' is no list of numbers"),
+        (("--stages", "11"), "use at most 10 stages"),
+        (("--microbatches", "0"), "--microbatches '0' is no list of numbers from 1"),
+        (("--microbatches", "9"), "8 samples cannot fill 9 microbatches"),
+        (("--schedule", "zigzag"), "--schedule has no 'zigzag'; choose from 1f1b, gpipe"),
+        (("--recompute", "often"), "--recompute has no 'often'"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    tmp_path: Path, arguments: tuple[str, str], message: str
+) -> None:
+    code, out, err = run_command("check", write_recipe(tmp_path), *arguments, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+def test_an_error_in_the_model_names_the_recipes_line(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("nn.Linear(WIDTH, 1)", "nn.Linear(3, 1)"))
+    code, _, err = run_command("check", recipe, cwd=tmp_path)
+    assert code == 2
+    assert "a training step failed in" in err and "mat1 and mat2" in err

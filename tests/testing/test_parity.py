@@ -1,0 +1,278 @@
+"""The checker passes what is right, explains what mathematics explains, and catches the rest."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stagewise.errors import BatchError, ModelError, ParityError, PlanError, UsageError
+from stagewise.parity import ParityReport
+from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.testing import check_parity
+from tests.harness import Pools
+from tests.models import EXAMPLES, batch, build
+from tests.pipeline.test_losses import CASES as LOSSES
+from tests.pipeline.test_losses import language, padded
+
+
+def check(*cells: nn.Module, loss: Callable[..., Tensor] | None = None, **more: object):  # type: ignore[no-untyped-def]
+    """On 10 samples of 4 numbers, ragged over 4 microbatches."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 4), *cells, nn.Linear(4, 2)).double()
+    inputs, target = torch.randn(10, 4).double(), torch.randn(10, 2).double()
+    loss = loss or nn.functional.mse_loss
+    return check_parity(model, inputs, target=target, loss=loss, **more)  # type: ignore[arg-type]
+
+
+def verdicts(report: ParityReport) -> dict[str, object]:
+    return {str(row["quantity"]): row["verdict"] for row in report.table()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("example", sorted(set(EXAMPLES) - {"odd"}))
+def test_every_example_agrees(example: str, dtype: torch.dtype) -> None:
+    inputs, target = batch(example, 10)
+    report = check_parity(
+        build(example), inputs, target=target, loss=EXAMPLES[example].loss, dtype=dtype
+    )
+    report.raise_for_failure()
+    assert len(report.configurations) == 3 * len(SCHEDULES) * len(POLICIES)
+    assert all(row.identical for row in report.rows)
+    assert all(row.microbatched <= report.tolerance for row in report.rows)
+    assert ("explained" in verdicts(report).values()) != EXAMPLES[example].exact
+    assert ("explained by" in report.summary()) != EXAMPLES[example].exact
+
+
+def test_the_rows_of_a_small_model() -> None:
+    cells = (nn.BatchNorm1d(4), nn.Tanh())
+    report = check(*cells, num_stages=[1, 3], schedules=["1f1b"], recompute=["always"])
+    found = verdicts(report)
+    buffers = [f"buffer 1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")]
+    names = [f"{index}.{name}" for index in (0, 1, 3) for name in ("weight", "bias")]
+    gradients = [f"gradient {name}" for name in names]
+    parameters = [f"parameter {name}" for name in names]
+    assert list(found) == ["outputs", "loss", *gradients, *buffers, *parameters]
+    # In eval mode BatchNorm is like any cell; a bias before it has no effect.
+    assert {quantity for quantity in found if found[quantity] == "ok"} - set(buffers) == {
+        *("outputs", "gradient 0.bias", "parameter 0.bias")
+    }
+    reasons = {row.reason for row in report.rows} - {""}
+    assert reasons == {"BatchNorm's statistics by microbatch (1 BatchNorm1d)"}
+    assert [str(c) for c in report.configurations] == [
+        "1f1b, 1 stage, 4 microbatches, recompute always",
+        "1f1b, 3 stages, 4 microbatches, recompute always",
+    ]
+
+
+def test_a_report_is_of_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    inputs = torch.ones(8, 4, requires_grad=True)
+    report = check_parity(model, inputs, target=torch.ones(8, 4), loss=nn.functional.mse_loss)
+    assert report.ok and "input gradient 0" in verdicts(report)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert inputs.grad is None and all(p.grad is None for p in model.parameters())
+
+
+# Broken models.
+
+
+class Remembers(nn.Module):
+    """Keeps Python state: each call multiplies by one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Centres(nn.Module):
+    """Subtracts the mean of whatever samples it sees, and is no BatchNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class ByBatchSize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(x)
+
+
+class _WrongWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient * len(gradient)
+
+
+class BackwardByBatchSize(nn.Module):
+    """Its outputs are right, only its gradients depend on the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _WrongWay.apply(x)  # type: ignore[no-any-return]
+
+
+def failed(report: ParityReport) -> set[str]:
+    with pytest.raises(ParityError, match="FAILED: "):
+        report.raise_for_failure()
+    return {row.quantity for row in report.failures}
+
+
+@pytest.mark.parametrize(
+    ("cell", "named"),
+    [
+        (Remembers(), "cell 1 Remembers, whose output depends on how the batch is split"),
+        (Centres(), "cell 1 Centres, whose output depends on how the batch is split"),
+        (ByBatchSize(), "cell 1 ByBatchSize, whose output depends on how the batch is split"),
+    ],
+)
+def test_a_cell_that_sees_the_microbatch_fails(cell: nn.Module, named: str) -> None:
+    report = check(cell, recompute=["never"])
+    assert {"loss", "gradient 0.weight", "gradient 2.weight"} <= failed(report)
+    assert named in report.summary()
+
+
+def test_state_that_recomputation_changes_is_found() -> None:
+    report = check(Remembers(), schedules=["gpipe"])
+    recomputed = [row for row in report.failures if row.configuration.recompute == "always"]
+    assert any(not row.identical for row in recomputed if row.quantity == "gradient 0.weight")
+
+
+def test_only_the_gradients_before_the_culprit_fail() -> None:
+    report = check(BackwardByBatchSize())
+    assert failed(report) == {
+        f"{w} 0.{n}" for w in ("gradient", "parameter") for n in ("weight", "bias")
+    }
+
+
+def sum_loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum()
+
+
+@pytest.mark.parametrize("cell", [nn.Tanh(), nn.Dropout(0.3), nn.BatchNorm1d(4)])
+def test_a_loss_that_is_a_sum_fails_whatever_else_differs(cell: nn.Module) -> None:
+    """That the model has dropout does not excuse it."""
+    report = check(cell, loss=sum_loss)
+    assert {"loss", "gradient 0.weight", "gradient 2.bias"} <= failed(report)
+    assert "must be a mean over samples" in report.summary()
+
+
+def test_dropout_does_not_excuse_another_cell() -> None:
+    report = check(nn.Dropout(0.3), Centres())
+    assert {"loss", "gradient 0.weight"} <= failed(report)
+    assert "cell 2 Centres" in report.summary()
+
+
+def test_an_optimizer_magnifies_round_off() -> None:
+    """Adam's first step is the gradient's sign, also where the gradient is round-off."""
+
+    def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=0.1, eps=1e-30)
+
+    report = check(nn.LayerNorm(4, elementwise_affine=False), Sums(), optimizer=adam)
+    report.raise_for_failure()
+    assert verdicts(report)["gradient 0.bias"] == "ok"
+    row = next(row for row in report.rows if row.quantity == "parameter 0.bias")
+    assert row.verdict == "explained" and "round-off" in row.reason
+
+
+class Sums(nn.Module):
+    """Normalised numbers sum to zero, so what comes before has no gradient but round-off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True).expand(-1, 4)
+
+
+def test_loss_that_draws_and_values_without_samples() -> None:
+    def noisy(output: Tensor, target: Tensor) -> Tensor:
+        return (output * torch.rand_like(output) - target).square().mean()
+
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return x, torch.eye(10, dtype=x.dtype), x.new_tensor(2.0)
+
+    class Drops(nn.Module):
+        def forward(self, value: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            return nn.functional.dropout(value[0], 0.3, self.training), *value[1:]
+
+    class Uses(nn.Module):
+        def forward(self, value: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            return value[0] * value[1].sum() * value[2]
+
+    report = check(Mask(), Drops(), Uses(), loss=noisy)
+    report.raise_for_failure()
+    assert "random numbers (2 Drops, the loss)" in report.summary()
+
+
+def test_microbatches_schedules_and_policies_asked_for() -> None:
+    report = check(
+        nn.Tanh(),
+        num_microbatches=[1, 3, 10],
+        num_stages=[2],
+        schedules=["gpipe"],
+        recompute=["except_last"],
+    )
+    assert report.ok and [c.num_microbatches for c in report.configurations] == [1, 3, 10]
+
+
+def test_wrong_use() -> None:
+    with pytest.raises(PlanError, match="use at most 3 stages"):
+        check(nn.Tanh(), num_stages=[4])
+    with pytest.raises(BatchError, match="at most 10 microbatches"):
+        check(nn.Tanh(), num_microbatches=11)
+    with pytest.raises(UsageError, match="schedules is empty"):
+        check(nn.Tanh(), schedules=[])
+    with pytest.raises(UsageError, match="num_stages is empty"):
+        check(nn.Tanh(), num_stages=[])
+    with pytest.raises(UsageError, match="no schedule 'zigzag'"):
+        check(nn.Tanh(), schedules=["zigzag"])
+    with pytest.raises(UsageError, match="the loss must be one number"):
+        check(nn.Tanh(), loss=lambda output, target: output)
+    with pytest.raises(UsageError, match="loss on this batch is nan"):
+        check(nn.Tanh(), loss=lambda output, target: output.mean() * float("nan"))
+    cell = nn.Tanh()
+    cell.held = torch.ones(1, requires_grad=True) * 2  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"copy\.deepcopy\(model\) failed"):
+        check(cell)
+
+
+def distributed_report(example: str) -> ParityReport:
+    inputs, target = batch(example, 10)
+    return check_parity(
+        build(example),
+        inputs,
+        target=target,
+        loss=EXAMPLES[example].loss,
+        dtype=torch.float64,
+        transport="distributed",
+    )
+
+
+def test_on_real_ranks(pools: Pools) -> None:
+    first, second = pools[2].run(distributed_report, "conv_batchnorm")
+    assert first == second, "every rank gets the same report"
+    first.raise_for_failure()
+    assert {c.num_stages for c in first.configurations} == {2}
+    names = [name for name, _ in build("conv_batchnorm").named_parameters()]
+    assert {f"gradient {name}" for name in names} <= set(verdicts(first))
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_weighted_several_and_added_losses_agree(case: str) -> None:
+    loss, weight = LOSSES[case]
+    tokens, target = padded()
+    report = check_parity(language(), tokens, target=target, loss=loss, weight=weight)
+    report.raise_for_failure()
+    assert {row.verdict for row in report.rows} == {"ok"}
+    if weight is not None:  # and the check can tell: as if every microbatch counted alike
+        wrong = check_parity(language(), tokens, target=target, loss=loss, num_stages=[2])
+        assert not wrong.ok
