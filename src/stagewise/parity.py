@@ -1,7 +1,7 @@
 """What a parity check found: the pipelined model beside the plain one, as plain data.
 
-Rows are made by `stagewise.pipeline.parity` and drawn by `stagewise.report`. A difference is
-the largest absolute one, relative to the largest number of the plain model's tensor.
+Rows are made by `stagewise.pipeline.checker` and drawn by `stagewise.report`. A difference is the
+largest absolute one, relative to the largest number of the plain model's tensor.
 """
 
 from collections.abc import Sequence

@@ -106,7 +106,7 @@ def _run(
     from torch import nn
     from torch.optim import Optimizer
 
-    from stagewise.pipeline.parity import check_parity
+    from stagewise.pipeline.checker.parity import check_parity
     from stagewise.training.batches import TrainingBatches
     from stagewise.training.prepare import build_model
 

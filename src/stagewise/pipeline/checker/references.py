@@ -11,7 +11,7 @@ Nothing here runs the executor or its stages.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,94 +22,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from stagewise.engine.keywords import invoke
-from stagewise.engine.losses import MAIN_LOSS, add_loss, collect_losses
+from stagewise.engine.losses import add_loss, collect_losses
 from stagewise.engine.microbatch import join, split
 from stagewise.engine.randomness import CellRandomness, default_generator, generators_kept
-from stagewise.engine.stage import Loss
 from stagewise.engine.values import put_together, take_apart
-from stagewise.errors import BatchError, ModelError
 from stagewise.model.chain import Cell, Chain, chain_of, module_tree
-from stagewise.pipeline.statistics import pooled_statistics
-from stagewise.pipeline.walk import Walk
-from stagewise.pipeline.weighting import Weight
+from stagewise.pipeline.checker.statistics import pooled_statistics
+from stagewise.pipeline.checker.subject import Subject, sum_of, weighted
+from stagewise.pipeline.checker.walk import Walk
 
-Model = nn.Module | Sequence[nn.Module]
 Tensors = dict[str, Tensor | None]  # by quantity
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Shapes = list[torch.Size]
-Shares = dict[str, list[float]]  # by loss, then by microbatch
 
 
 class Unsplittable(Exception):
     """A boundary's tensors cannot be told apart by samples, so nothing can be proved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The model and the batch under test; every run gets copies of both."""
-
-    model: Model
-    inputs: object
-    target: object
-    loss: Loss | None
-    weight: Weight | None
-    optimizer: MakeOptimizer | None
-    seed: int
-    device: torch.device
-
-    def fresh_model(self) -> Model:
-        """A copy of the model; raises ModelError where it cannot be copied."""
-        try:
-            return copy.deepcopy(self.model)
-        except Exception as error:
-            raise ModelError(
-                "a parity check runs copies of the model, but copy.deepcopy(model) failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    def fresh_batch(self) -> tuple[object, object]:
-        """Copies of inputs and target."""
-        inputs, target = pytree.tree_map_only(
-            Tensor,
-            lambda t: t.detach().clone().requires_grad_(t.requires_grad),
-            (self.inputs, self.target),
-        )
-        return inputs, target
-
-    def losses_of(self, output: object, *target: object) -> dict[str, Tensor]:
-        """Numbers by name; raises BatchError if they are anything else."""
-        value = output if self.loss is None else self.loss(output, *target)
-        losses = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
-        numbers: dict[str, Tensor] = {}
-        for name, loss in losses.items():
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                got = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-                raise BatchError(
-                    f"the loss must be one number, a mean over the samples, but it is {got}; let "
-                    "the loss function, or without one the model's last layer, return a mean"
-                )
-            numbers[name] = loss.reshape(())
-        return numbers
-
-    def loss_of(self, output: object, *target: object) -> Tensor:
-        """The sum of the losses."""
-        return _sum(self.losses_of(output, *target).values())
-
-    def shares(self, targets: Sequence[tuple[object, ...]], sizes: Sequence[int]) -> Shares:
-        """What the loss of a name counts in each microbatch; "" stands for all others."""
-        shares: Shares = {"": [size / sum(sizes) for size in sizes]}
-        if self.weight is None:
-            return shares
-        weights = [self.weight(*target) for target in targets]
-        rows = [dict(w) if isinstance(w, Mapping) else {"": w} for w in weights]
-        for name in rows[0]:
-            column = [float(row[name]) for row in rows]
-            if not sum(column) > 0:
-                raise BatchError(
-                    f"the weights of this batch sum to {sum(column)}; give a batch with a weight"
-                )
-            shares[name] = [weight / sum(column) for weight in column]
-        return shares
 
 
 @dataclass
@@ -157,7 +84,7 @@ def full_batch(subject: Subject) -> Tensors:
                 for cell in chain:
                     value = walk.run(cell, value)
             loss = subject.loss_of(value, *_given(target))
-    return _finish(subject, chain, inputs, _sum([loss, *added.values()]))
+    return _finish(subject, chain, inputs, sum_of([loss, *added.values()]))
 
 
 def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Traits, Tensors]:
@@ -190,9 +117,9 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
                     with _noting_draws(subject, 0, "", drawn):
                         losses = subject.losses_of(value, *targets[m])
                     traits.loss_draws |= bool(drawn)
-                    parts += _weighted(losses, shares, m)
+                    parts += weighted(losses, shares, m)
             parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
-    tensors = _finish(subject, chain, inputs, _sum(parts))
+    tensors = _finish(subject, chain, inputs, sum_of(parts))
     traits.wholes = _output_shapes(subject)
     return tensors, traits, {f"buffer {name}": value for name, value in pooled().items()}
 
@@ -218,7 +145,7 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
                 else:
                     value = walk.run(cell, value)
             loss = _whole_loss(subject, value, target, sizes, traits, randomness)
-    tensors = _finish(subject, chain, inputs, _sum([loss, *added.values()]))
+    tensors = _finish(subject, chain, inputs, sum_of([loss, *added.values()]))
     return tensors, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -445,18 +372,8 @@ def _whole_loss(
     shares = subject.shares(targets, sizes)
     for m in range(len(sizes)):
         randomness.enter_loss(m)
-        parts += _weighted(subject.losses_of(outputs[m], *targets[m]), shares, m)
-    return _sum(parts)
-
-
-def _weighted(losses: Mapping[str, Tensor], shares: Shares, m: int) -> list[Tensor]:
-    """What counts of microbatch m; a loss without a share may be NaN."""
-    pairs = [(loss, shares.get(name, shares[""])[m]) for name, loss in losses.items()]
-    return [loss * share for loss, share in pairs if share]
-
-
-def _sum(losses: Iterable[Tensor]) -> Tensor:
-    return torch.stack([loss.reshape(()) for loss in losses]).sum()
+        parts += weighted(subject.losses_of(outputs[m], *targets[m]), shares, m)
+    return sum_of(parts)
 
 
 def _output_shapes(subject: Subject) -> dict[int, Shapes]:

@@ -23,11 +23,12 @@ from stagewise.engine.values import move, take_apart
 from stagewise.errors import BatchError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
-from stagewise.pipeline import references
+from stagewise.pipeline.checker import references
+from stagewise.pipeline.checker.differences import Reference, identical
+from stagewise.pipeline.checker.references import Tensors
+from stagewise.pipeline.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.pipeline.connect import connect
-from stagewise.pipeline.differences import Reference, identical
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.pipeline.references import MakeOptimizer, Model, Subject, Tensors
 from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_counts
 from stagewise.planning.plan import Plan

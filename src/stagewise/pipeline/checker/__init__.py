@@ -1,0 +1,1 @@
+"""The parity checker: a model plain and pipelined, compared."""
