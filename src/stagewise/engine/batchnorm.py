@@ -16,7 +16,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from stagewise.errors import ModelError, PlanError
 from stagewise.model.chain import Cell, Chain
 
 FEW_SAMPLES = 8
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,12 @@ class BatchNorms:
             for layer in layers:
                 del layer.__dict__["forward"]
 
-    @contextmanager
-    def noting(self, stage: int, m: int) -> Iterator[None]:
+    def noting(self, stage: int, m: int) -> AbstractContextManager[None]:
         """Run a stage's forward of microbatch m inside; what runs elsewhere is not noted."""
+        return self._noting(stage, m) if self._names else _NOTHING
+
+    @contextmanager
+    def _noting(self, stage: int, m: int) -> Iterator[None]:
         self._microbatch = (stage, m)
         self._num_calls.clear()
         try:

@@ -33,6 +33,7 @@ class BufferKeeper:
     def forward(self, *, remember: bool) -> Iterator[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
         saved: Saved = {}
+        # Whether every module's buffers are known to change, or not, in its present mode.
         learnt = all((i, owner.training) in self._changes for i, owner in enumerate(self._owners))
         if learnt and not remember:
             yield saved

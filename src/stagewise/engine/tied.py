@@ -24,6 +24,7 @@ from stagewise.errors import CellError
 from stagewise.model.tied import Tied
 
 Gradient = torch.Tensor | None
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class StandIns:
 
     def inside(self, cell: int) -> AbstractContextManager[None]:
         """Run cell `cell` inside, with its stand-ins in place."""
-        return self._placed(cell) if cell in self._places else nullcontext()
+        return self._placed(cell) if cell in self._places else _NOTHING
 
     @contextmanager
     def _placed(self, cell: int) -> Iterator[None]:
