@@ -23,7 +23,7 @@ from stagewise.engine.values import move, take_apart
 from stagewise.errors import BatchError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
-from stagewise.pipeline.checker import references
+from stagewise.pipeline.checker import proof, references
 from stagewise.pipeline.checker.differences import Reference, identical
 from stagewise.pipeline.checker.references import Tensors
 from stagewise.pipeline.checker.subject import MakeOptimizer, Model, Subject
@@ -222,15 +222,15 @@ class _Plain:
             return None
         arguments = (self._subject, self._sizes, self._traits)
         try:
-            tensors, pooled = references.proof(*arguments)
-        except references.Unsplittable:
+            tensors, pooled = proof.proof(*arguments)
+        except proof.Unsplittable:
             return None
-        tensors |= _outputs_or_none(lambda: references.outputs_for_proof(*arguments))
+        tensors |= _outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
         return Reference(tensors | pooled)
 
     def _culprit(self, *, training: bool) -> str:
         if training not in self._culprits:
-            found = references.culprit(
+            found = proof.culprit(
                 self._subject, self._sizes, self._traits, self._tolerance, training=training
             )
             self._culprits[training] = f"; first differs: {found}" if found else ""
@@ -271,8 +271,8 @@ class _Plain:
 
     def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
         """What differs from the full batch only."""
-        proof = self._proof
-        if proof is not None and proof.difference(quantity, tensor) <= self._tolerance:
+        shown = self._proof
+        if shown is not None and shown.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
         return "FAILED", f"not what the plain model gives on the full batch{culprit}"
@@ -291,7 +291,7 @@ class _Plain:
 def _outputs_or_none(run: Callable[[], object]) -> Tensors:
     try:
         return _outputs(run())
-    except (BatchError, references.Unsplittable):  # not one output per sample
+    except (BatchError, proof.Unsplittable):  # not one output per sample
         return {}
 
 

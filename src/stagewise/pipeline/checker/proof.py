@@ -1,0 +1,220 @@
+"""Reference 3 (the minibatch whole, but some cells by microbatch), and the search for a culprit."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagewise.engine.losses import add_loss, collect_losses
+from stagewise.engine.microbatch import split
+from stagewise.engine.randomness import CellRandomness
+from stagewise.engine.values import put_together, take_apart
+from stagewise.model.chain import Cell, chain_of, module_tree
+from stagewise.pipeline.checker.references import (
+    Shapes,
+    Tensors,
+    Traits,
+    entered,
+    finish,
+    given,
+    named,
+    seeded,
+)
+from stagewise.pipeline.checker.statistics import pooled_statistics
+from stagewise.pipeline.checker.subject import Subject, sum_of, weighted
+from stagewise.pipeline.checker.walk import Walk
+
+
+class Unsplittable(Exception):
+    """A boundary's tensors cannot be told apart by samples, so nothing can be proved."""
+
+
+def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tensors, Tensors]:
+    """Reference 3, and BatchNorm's buffers had it seen the whole minibatch.
+
+    Raises Unsplittable where a value cannot be split by samples.
+    """
+    chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
+    inputs, target = subject.fresh_batch()
+    with (
+        seeded(subject) as randomness,
+        pooled_statistics(module_tree(chain), len(sizes)) as pooled,
+    ):
+        value = entered(inputs)
+        with collect_losses() as added:
+            for cell in chain:
+                if cell.index in traits.cells:
+                    is_loss = subject.loss is None and cell.index == len(chain) - 1
+                    value = _by_parts(walk, cell, value, sizes, traits, randomness, is_loss=is_loss)
+                else:
+                    value = walk.run(cell, value)
+            loss = _whole_loss(subject, value, target, sizes, traits, randomness)
+    tensors = finish(subject, chain, inputs, sum_of([loss, *added.values()]))
+    return tensors, {f"buffer {name}": value for name, value in pooled().items()}
+
+
+def culprit(
+    subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float, *, training: bool
+) -> str | None:
+    """The first cell, or the loss, that gives something else by microbatch; None if none does.
+
+    In eval mode, which decides the outputs, unless `training`.
+    """
+    chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
+    if not training:
+        module_tree(chain).eval()
+    inputs, target = subject.fresh_batch()
+    unsplittable: str | None = None
+    with seeded(subject) as randomness, torch.no_grad():
+        value = inputs
+        for cell in chain:
+            is_loss = subject.loss is None and cell.index == len(chain) - 1
+            twin = replace(cell, module=copy.deepcopy(cell.module))
+            try:
+                parts = _by_parts(walk, twin, value, sizes, traits, randomness, is_loss=is_loss)
+            except Unsplittable:
+                unsplittable = (
+                    unsplittable or f"cell {named(cell)}, whose values cannot be split by samples"
+                )
+                value = walk.run(cell, value)
+                continue
+            if cell.index in traits.cells:
+                value = parts
+                continue
+            value = walk.run(cell, value)
+            pairs = zip(take_apart(value)[0], take_apart(parts)[0], strict=True)
+            if not all(_near(whole, part, tolerance) for whole, part in pairs):
+                return f"cell {named(cell)}, whose output depends on how the batch is split"
+        if unsplittable or not training or subject.loss is None or traits.loss_draws:
+            return unsplittable
+        whole = subject.loss_of(value, *given(target))
+        try:
+            parts = _whole_loss(subject, value, target, sizes, traits, randomness, split_it=True)
+        except Unsplittable:
+            return "the loss, whose argument cannot be split by samples"
+        if not _near(whole, parts, tolerance):
+            return (
+                f"the loss, {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
+                "over microbatches, weighted by samples: it must be a mean over samples"
+            )
+    return None
+
+
+def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:
+    """The outputs in eval mode, run as for reference 3."""
+    chain = chain_of(subject.fresh_model())
+    walk = Walk(chain)
+    module_tree(chain).eval()
+    value, _ = subject.fresh_batch()
+    with seeded(subject) as randomness, torch.no_grad():
+        for cell in chain:
+            if cell.index in traits.cells:
+                value = _by_parts(walk, cell, value, sizes, traits, randomness, is_loss=False)
+            else:
+                value = walk.run(cell, value)
+    return value
+
+
+def _by_parts(
+    walk: Walk,
+    cell: Cell,
+    value: object,
+    sizes: Sequence[int],
+    traits: Traits,
+    randomness: CellRandomness,
+    *,
+    is_loss: bool,
+) -> object:
+    """Run `cell` on the microbatches of `value`, and put its outputs together."""
+    outputs: list[Any] = []
+    for m, part in enumerate(_split_as(value, traits.parts[cell.index])):
+        randomness.enter_cell(cell.index, m)
+        with collect_losses() as added:
+            outputs.append(walk.run(cell, part))
+        for name, loss in added.items():
+            add_loss(loss * (sizes[m] / sum(sizes)), name)
+    if is_loss:
+        weighted = [o * (size / sum(sizes)) for o, size in zip(outputs, sizes, strict=True)]
+        return torch.stack(weighted).sum(0)
+    flat = [take_apart(output) for output in outputs]
+    columns = list(zip(*(tensors for tensors, _ in flat), strict=True))
+    joined = [_joined(*pair) for pair in zip(columns, traits.wholes[cell.index], strict=True)]
+    return put_together(joined, flat[0][1])
+
+
+def _split_as(value: object, parts: Sequence[Shapes]) -> Iterator[object]:
+    """`value` by microbatch; what was no part of the batch in reference 2 is not split here."""
+    tensors, structure = take_apart(value)
+    if any(len(shapes) != len(tensors) for shapes in parts):
+        raise Unsplittable
+    columns: list[Sequence[Tensor]] = []
+    for tensor, shapes in zip(tensors, zip(*parts, strict=True), strict=True):
+        if all(shape == tensor.shape for shape in shapes):
+            columns.append([tensor] * len(parts))
+        else:
+            axis = _axis_of_samples(shapes, tensor.shape)
+            pieces = torch.split(tensor, [shape[axis] for shape in shapes], axis)
+            columns.append([piece.clone() for piece in pieces])  # a cell may change it in place
+    return (put_together([c[m] for c in columns], structure) for m in range(len(parts)))
+
+
+def _joined(parts: Sequence[Tensor], whole: torch.Size) -> Tensor:
+    if all(part.shape == whole and torch.equal(part, parts[0]) for part in parts):
+        return parts[0]
+    axis = _axis_of_samples([part.shape for part in parts], whole)
+    # In the parts' order of memory, since random numbers are drawn in that order.
+    order = sorted(range(len(whole)), key=lambda d: parts[0].stride(d), reverse=True)
+    joined = torch.cat([part.permute(order) for part in parts], order.index(axis))
+    return joined.permute([order.index(d) for d in range(len(whole))])
+
+
+def _axis_of_samples(parts: Sequence[torch.Size], whole: torch.Size) -> int:
+    """Along which dimension `parts` make up `whole`; raises Unsplittable if along none."""
+    for axis, size in enumerate(whole):
+        rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in parts}
+        if (
+            rest == {(*whole[:axis], *whole[axis + 1 :])}
+            and sum(shape[axis] for shape in parts) == size
+        ):
+            return axis
+    raise Unsplittable
+
+
+def _whole_loss(
+    subject: Subject,
+    output: object,
+    target: object,
+    sizes: Sequence[int],
+    traits: Traits,
+    randomness: CellRandomness,
+    *,
+    split_it: bool = False,
+) -> Tensor:
+    if not (split_it or traits.loss_draws):
+        return subject.loss_of(output, *given(target))
+    parts: list[Tensor] = []
+    try:
+        outputs = split(output, sizes)
+    except RuntimeError:
+        raise Unsplittable from None
+    targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
+    shares = subject.shares(targets, sizes)
+    for m in range(len(sizes)):
+        randomness.enter_loss(m)
+        parts += weighted(subject.losses_of(outputs[m], *targets[m]), shares, m)
+    return sum_of(parts)
+
+
+def _near(whole: Tensor, part: Tensor, tolerance: float) -> bool:
+    if whole.shape != part.shape or not whole.is_floating_point():
+        return whole.shape == part.shape and torch.equal(whole, part)
+    return (
+        bool((whole - part).abs().max() <= tolerance * whole.abs().max())
+        if len(whole.reshape(-1))
+        else True
+    )
