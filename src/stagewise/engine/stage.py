@@ -68,7 +68,8 @@ class Stage:
         self._flights: dict[int, _Flight] = {}
         # Per input tensor, learnt from the first run: do the cells change it in place?
         self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
-        self._flags: tuple[bool, ...] | None = None  # those of the running call
+        self._flags: int | None = None  # a number for those of the running call
+        self._known_flags: dict[tuple[bool, ...], int] = {}
 
     @property
     def needs_target(self) -> bool:
@@ -181,20 +182,23 @@ class Stage:
                 tensor.grad_fn.register_prehook(_keep(*flight.slot(index)))
         versions = [tensor._version for tensor in fed]
         value = put_together(fed, flight.structure)
-        keywords = {given.cell: given.values(fed) for given in flight.keywords}
-        where = "loss"
-        randomness = call.randomness[self.device]
+        keywords = {named.cell: named.values(fed) for named in flight.keywords}
+        running: Cell | None = None
+        randomness, tied = call.randomness[self.device], call.stand_ins
         collector = LossCollector()
         outer = collecting(collector)
         try:
             with _uncached_autocast(self.device.type):
-                for cell, forward in self._calls:
-                    where = f"cell {cell.name!r} ({type(cell.module).__name__})"
-                    randomness.enter_cell(cell.index, m)
-                    collector.cell = cell.index
-                    with call.stand_ins.inside(cell.index):
-                        value = forward(value, keywords.get(cell.index, _NO_KEYWORDS))
-                where = "loss"
+                for running, forward in self._calls:
+                    index = collector.cell = running.index
+                    randomness.enter_cell(index, m)
+                    given = keywords.get(index, _NO_KEYWORDS) if keywords else _NO_KEYWORDS
+                    if index in tied.cells:
+                        with tied.inside(index):
+                            value = forward(value, given)
+                    else:
+                        value = forward(value, given)
+                running = None
                 if self.is_last and call.keeps_outputs and kind is Kind.FORWARD:
                     call.outputs[m] = detached(value)
                 if self.is_last:
@@ -203,7 +207,7 @@ class Stage:
             raise
         except Exception as error:
             raise CellError(
-                f"{where} failed on microbatch {m}: {type(error).__name__}: {error}\n"
+                f"{_words(running)} failed on microbatch {m}: {type(error).__name__}: {error}\n"
                 f"(instruction {Instruction(self.index, kind, m)} on stage {self.index}, "
                 f"device {self.device})"
             ) from error
@@ -256,9 +260,10 @@ class Stage:
     def _key(self, flight: _Flight, call: Call) -> tuple[object, ...]:
         """What decides whether cells change their inputs in place."""
         inputs = (tensor.requires_grad for tensor in flight.inputs)
-        self._flags = self._flags or self.flags()
+        if self._flags is None:
+            self._flags = self._known_flags.setdefault(self.flags(), len(self._known_flags))
         names = call.keywords[0] if call.keywords else ()
-        return (call.mode is Mode.TRAIN, *inputs, *self._flags, *names)
+        return (call.mode is Mode.TRAIN, self._flags, *inputs, *names)
 
 
 _ACTIONS = {
@@ -266,6 +271,10 @@ _ACTIONS = {
     Kind.RECOMPUTE: Stage.recompute,
     Kind.BACKWARD: Stage.backward,
 }
+
+
+def _words(cell: Cell | None) -> str:
+    return "loss" if cell is None else f"cell {cell.name!r} ({type(cell.module).__name__})"
 
 
 def _loss_gradients(flight: _Flight, m: int, call: Call) -> Gradients:

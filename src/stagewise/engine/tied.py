@@ -10,8 +10,8 @@ Invariant: every copy is given the same bits, and once per step, so optimizers k
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,6 @@ from stagewise.errors import CellError
 from stagewise.model.tied import Tied
 
 Gradient = torch.Tensor | None
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,14 @@ class StandIns:
         self.before = before or {}  # the gradients that the parameters came with
         self._sums: dict[tuple[int, nn.Parameter], torch.Tensor] = {}  # in float32
 
-    def inside(self, cell: int) -> AbstractContextManager[None]:
-        """Run cell `cell` inside, with its stand-ins in place."""
-        return self._placed(cell) if cell in self._places else _NOTHING
+    @property
+    def cells(self) -> Collection[int]:
+        """Those that have stand-ins."""
+        return self._places
 
     @contextmanager
-    def _placed(self, cell: int) -> Iterator[None]:
+    def inside(self, cell: int) -> Iterator[None]:
+        """Run cell `cell` inside, with its stand-ins in place."""
         places = [p for p in self._places[cell] if (cell, p.parameter) in self._leaves]
         for place in places:  # setattr, since nn.LSTM and its like keep a list besides
             setattr(place.module, place.attribute, self._leaves[cell, place.parameter])
