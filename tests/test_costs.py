@@ -29,6 +29,9 @@ def test_stage_costs_sum_cells_and_take_the_boundary_of_the_last() -> None:
         activation_bytes=1000,
         output_bytes=20,
         gradient_bytes=30,
+        input_seconds=5,
+        weight_seconds=5,
+        deferred_bytes=1000,
     )
     assert second == StageCost(
         forward_seconds=9,
@@ -39,6 +42,9 @@ def test_stage_costs_sum_cells_and_take_the_boundary_of_the_last() -> None:
         activation_bytes=3006,
         output_bytes=23,
         gradient_bytes=33,
+        input_seconds=45,
+        weight_seconds=45,
+        deferred_bytes=3006,
     )
 
 

@@ -15,7 +15,9 @@ class CellCost:
     `activation_bytes` counts what autograd keeps for the backward pass plus the cell's output,
     without the cell's input and without parameters; `unsaved_output_bytes` is the part of it
     that is kept only where a stage ends behind the cell; `output_bytes` is what crosses the
-    boundary behind the cell, `gradient_bytes` what comes back across it.
+    boundary behind the cell, `gradient_bytes` what comes back across it. A backward that is split
+    takes `input_seconds` for `I` and `weight_seconds` for `W`, and keeps `deferred_bytes` between
+    them; None where that is not known.
     """
 
     name: str
@@ -26,6 +28,21 @@ class CellCost:
     unsaved_output_bytes: int = 0
     output_bytes: int = 0
     gradient_bytes: int = 0
+    input_seconds: float | None = None
+    weight_seconds: float | None = None
+    deferred_bytes: int | None = None
+
+    @property
+    def split_seconds(self) -> tuple[float, float]:
+        """Seconds of `I` and of `W`; half of `B` each where they are not known."""
+        if self.input_seconds is None or self.weight_seconds is None:
+            return self.backward_seconds / 2, self.backward_seconds / 2
+        return self.input_seconds, self.weight_seconds
+
+    @property
+    def kept_for_weights(self) -> int:
+        """Bytes between `I` and `W`; all of the activations where that is not known."""
+        return self.activation_bytes if self.deferred_bytes is None else self.deferred_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +50,8 @@ class StageCost:
     """One stage's costs for one microbatch.
 
     `input_bytes` is kept from forward to backward whatever the recompute policy;
-    `activation_bytes` is kept besides while the stage's graph exists.
+    `activation_bytes` is kept besides while the stage's graph exists. `I` leaves
+    `deferred_bytes` of both until `W`.
     """
 
     forward_seconds: float
@@ -44,6 +62,9 @@ class StageCost:
     activation_bytes: int = 0
     output_bytes: int = 0
     gradient_bytes: int = 0
+    input_seconds: float = 0  # of `I`
+    weight_seconds: float = 0  # of `W`
+    deferred_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +105,9 @@ def stage_costs(
                 - sum(cell.unsaved_output_bytes for cell in own[:-1]),
                 output_bytes=own[-1].output_bytes,
                 gradient_bytes=own[-1].gradient_bytes,
+                input_seconds=sum(cell.split_seconds[0] for cell in own),
+                weight_seconds=sum(cell.split_seconds[1] for cell in own),
+                deferred_bytes=sum(cell.kept_for_weights for cell in own),
             )
         )
         start, incoming = start + num_cells, own[-1].output_bytes

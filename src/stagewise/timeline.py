@@ -89,7 +89,10 @@ class Timeline:
                 return cost.input_bytes + (0 if stored else cost.activation_bytes)
             if i.kind is Kind.RECOMPUTE:
                 return cost.activation_bytes
-            return _IN_FLIGHT.get(i.kind, 0) * (cost.input_bytes + cost.activation_bytes)
+            whole = cost.input_bytes + cost.activation_bytes
+            if i.kind is Kind.BACKWARD_INPUT:
+                return cost.deferred_bytes - whole
+            return -(cost.deferred_bytes if i.kind is Kind.BACKWARD_WEIGHT else whole)
 
         return self._curve(device, change)
 

@@ -78,4 +78,4 @@ def test_as_a_module() -> None:
     )
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "error: num_stages is 0; a schedule needs at least 1\n"
+    assert result.stderr == "error: num_devices is 0; a schedule needs at least 1\n"

@@ -76,7 +76,7 @@ def test_text_is_the_schedules_text_form() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--stages 0", "num_stages is 0; a schedule needs at least 1"),
+        ("--stages 0", "num_devices is 0; a schedule needs at least 1"),
         ("--microbatches 0", "num_microbatches is 0; a schedule needs at least 1"),
         ("--schedule zigzag", "there is no schedule 'zigzag'; choose one of 1f1b, gpipe"),
         ("--recompute maybe", "there is no recompute policy 'maybe'; choose one of always, exc"),

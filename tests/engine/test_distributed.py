@@ -48,7 +48,7 @@ CONTIGUOUS: dict[str, Callable[[], Tensor]] = {  # their gaps do not travel
 def transfer(values: list[object], times: int) -> list[list[object]]:
     """Rank 0 sends one value per microbatch, `times` times; rank 1 gives back what arrived."""
     transport = DistributedTransport(torch.device("cpu"))
-    programs = lower(forward_only(2, len(values)))
+    programs = lower(forward_only([(d,) for d in range(2)], len(values)))
     arrived: list[list[object]] = []
     for _ in range(times):
         transport.begin(1, links(programs))
@@ -106,7 +106,7 @@ def expanded_storage() -> list[int]:
 
 def change_form(second: str) -> str:
     transport = DistributedTransport(torch.device("cpu"))
-    programs = lower(forward_only(2, 1))
+    programs = lower(forward_only([(d,) for d in range(2)], 1))
     values: dict[str, object] = {
         "same": torch.ones(3),
         "shape": torch.ones(4),

@@ -126,3 +126,15 @@ def test_a_plan_is_frozen() -> None:
 def test_text_that_is_no_plan(text: str) -> None:
     with pytest.raises(PlanError, match=r"this is no plan .*give the text that Plan.to_json\(\)"):
         Plan.from_json(text)
+
+
+def test_a_plan_with_programs_of_its_own() -> None:
+    programs = ("0F0 2F0 2B0 0B0", "1F0 3F0 3B0 1B0")
+    plan = Plan(balance=(2,) * 4, schedule="mine", programs=programs, num_microbatches=1)
+    assert plan.num_devices == 2
+    assert plan.built_schedule.placement == ((0,), (1,), (0,), (1,))
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="'mine' have 4 stages, but the plan has 2"):
+        dataclasses.replace(plan, balance=(4, 4))
+    with pytest.raises(PlanError, match="'mine' have 1 microbatches, but the plan has 3"):
+        dataclasses.replace(plan, num_microbatches=3)

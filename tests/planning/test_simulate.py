@@ -159,7 +159,7 @@ def test_a_link_carries_one_message_at_a_time() -> None:
         StageCost(forward_seconds=1, backward_seconds=1, recompute_seconds=1, output_bytes=30)
     ] * 2
     link = LinkCost(latency_seconds=1, seconds_per_byte=0.1)  # 4 seconds a message
-    spans = spans_of(forward_only(2, 3), costs, link)
+    spans = spans_of(forward_only([(d,) for d in range(2)], 3), costs, link)
     assert [s for s in spans if s.startswith("1")] == [
         "1 1F0 5.0-6.0",  # left at 1
         "1 1F1 9.0-10.0",  # ready at 2, left at 5
@@ -199,15 +199,26 @@ def test_costs_must_match_the_stages() -> None:
         simulate(named_schedule("gpipe", 2, 2), unit_costs(3))
 
 
-def test_a_split_backward_has_no_costs_yet() -> None:
+def test_a_split_backward_takes_its_two_costs() -> None:
     schedule = Schedule(
         name="split",
         programs=parse_programs("0F0 0I0 0W0"),
         placement=((0,),),
         num_microbatches=1,
     )
-    with pytest.raises(PlanError, match="0I0: split backward has no costs yet; use B in place"):
-        simulate(schedule, unit_costs(1))
+    cost = StageCost(
+        forward_seconds=1,
+        backward_seconds=9,
+        recompute_seconds=1,
+        input_seconds=2,
+        weight_seconds=4,
+        input_bytes=10,
+        activation_bytes=100,
+        deferred_bytes=30,
+    )
+    timeline = simulate(schedule, [cost])
+    assert [span.end_seconds for span in timeline.spans] == [1, 3, 7]
+    assert timeline.activation_bytes(0, [cost]) == ((0, 110), (3, 30), (7, 0))
 
 
 def test_a_sender_is_busy_for_the_overhead_of_each_message() -> None:

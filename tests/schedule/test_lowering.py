@@ -39,7 +39,7 @@ def test_a_recomputation_waits_for_nothing_and_sends_nothing() -> None:
 
 
 def test_forward_only_sends_no_gradient() -> None:
-    programs = lower(forward_only(3, 2))
+    programs = lower(forward_only([(d,) for d in range(3)], 2))
     sent = [message for program in programs for step in program for message in step.sends]
     assert {message.kind for message in sent} == {Kind.FORWARD}
 

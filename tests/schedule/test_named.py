@@ -64,7 +64,7 @@ def test_golden_grid(name: str, num_stages: int, num_microbatches: int) -> None:
 
 
 def test_forward_only_grid() -> None:
-    assert grid(validate(forward_only(2, 3))) == (
+    assert grid(validate(forward_only([(d,) for d in range(2)], 3))) == (
         "device 0  0F0 0F1 0F2  .\ndevice 1   .  1F0 1F1 1F2"
     )
 
@@ -114,9 +114,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("num_stages", "num_microbatches", "message"),
     [
-        (0, 4, "num_stages is 0; a schedule needs at least 1"),
+        (0, 4, "num_devices is 0; a schedule needs at least 1"),
         (2, 0, "num_microbatches is 0; a schedule needs at least 1"),
-        (-1, 1, "num_stages is -1"),
+        (-1, 1, "num_devices is -1"),
     ],
 )
 def test_counts_below_one_are_refused(

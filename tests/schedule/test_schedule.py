@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from stagewise.errors import ScheduleError
@@ -8,6 +10,7 @@ from stagewise.schedule import (
     forward_only,
     named_schedule,
     parse_programs,
+    schedule_of,
     with_recompute,
 )
 
@@ -45,4 +48,21 @@ def test_replicas_share_microbatches_in_turn() -> None:
 
 def test_has_backward() -> None:
     assert named_schedule("gpipe", 2, 2).has_backward
-    assert not forward_only(2, 2).has_backward
+    assert not forward_only([(d,) for d in range(2)], 2).has_backward
+
+
+def test_programs_say_where_their_stages_are() -> None:
+    replicated = schedule_of("mine", parse_programs("0F0 0F1 2F1\n1F1 1B1\n1F0 2F0"))
+    assert replicated.placement == ((0,), (2, 1), (2, 0))
+    assert replicated.num_microbatches == 2
+    assert schedule_of("again", parse_programs(str(replicated))) == replace(
+        replicated, name="again"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message", [("0F0 2F0", "no instruction of stages \\[1\\]"), ("", "has no instructions")]
+)
+def test_programs_that_leave_a_stage_out(text: str, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        schedule_of("mine", parse_programs(text))

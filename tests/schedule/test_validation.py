@@ -162,7 +162,7 @@ def test_the_first_broken_rule_is_named() -> None:
 
 
 def test_a_valid_schedule_is_returned() -> None:
-    for schedule in (named_schedule("gpipe", 3, 4), forward_only(3, 4)):
+    for schedule in (named_schedule("gpipe", 3, 4), forward_only([(d,) for d in range(3)], 4)):
         assert validate(schedule) is schedule
 
 

@@ -203,7 +203,7 @@ class Runner:
             schedule = (
                 self.schedule
                 if training
-                else forward_only(self.schedule.num_stages, num_microbatches)
+                else forward_only(self.schedule.placement, num_microbatches)
             )
             programs = lower(schedule, self._flows)
             own: Iterable[tuple[int, Step]]

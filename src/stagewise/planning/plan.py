@@ -13,7 +13,15 @@ from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_cost
 from stagewise.errors import PlanError
 from stagewise.planning.partition import check_balance, partition
 from stagewise.planning.simulate import simulate
-from stagewise.schedule import Schedule, named_schedule, validate, with_recompute
+from stagewise.schedule import (
+    Schedule,
+    named_schedule,
+    parse_programs,
+    schedule_of,
+    stages_per_device,
+    validate,
+    with_recompute,
+)
 from stagewise.timeline import Timeline
 
 
@@ -21,14 +29,19 @@ from stagewise.timeline import Timeline
 class Plan:
     """Partition, schedule, microbatches and recomputation for one model.
 
-    `balance[s]` is the number of cells on stage s. `cells` holds the costs of one microbatch
-    that the plan was made from; it is empty where `balance` was given and nothing measured.
+    `balance[s]` is the number of cells on stage s. `schedule` names one of SCHEDULES, with
+    `stages_per_device` stages on each device (None: as the schedule wants); or, if `programs` are
+    given, it is just their name: one text per device, as `str(Schedule)` has its lines. `cells`
+    holds the costs of one microbatch that the plan was made from; it is empty where `balance` was
+    given and nothing measured.
     """
 
     balance: tuple[int, ...]
     schedule: str
     num_microbatches: int
     recompute: str = "never"
+    stages_per_device: int | None = None
+    programs: tuple[str, ...] = ()
     cells: tuple[CellCost, ...] = ()
     input_bytes: int = 0
     link: LinkCost = FREE_LINK
@@ -44,8 +57,11 @@ class Plan:
     @cached_property
     def built_schedule(self) -> Schedule:
         """The validated schedule, recomputations included."""
-        plain = named_schedule(self.schedule, self.num_stages, self.num_microbatches)
-        return validate(with_recompute(plain, self.recompute))
+        return validate(with_recompute(self._plain_schedule(), self.recompute))
+
+    @property
+    def num_devices(self) -> int:
+        return self.built_schedule.num_devices
 
     @property
     def stage_costs(self) -> tuple[StageCost, ...]:
@@ -61,6 +77,27 @@ class Plan:
     def timeline(self) -> Timeline:
         """The predicted step."""
         return simulate(self.built_schedule, self.stage_costs, self.link)
+
+    def _plain_schedule(self) -> Schedule:
+        if self.programs:
+            made = schedule_of(self.schedule, parse_programs("\n".join(self.programs)))
+            for what, got, need in (
+                ("stages", made.num_stages, self.num_stages),
+                ("microbatches", made.num_microbatches, self.num_microbatches),
+            ):
+                if got != need:
+                    raise PlanError(
+                        f"the programs of schedule {self.schedule!r} have {got} {what}, but the "
+                        f"plan has {need}; make them agree"
+                    )
+            return made
+        each = stages_per_device(self.schedule, self.stages_per_device)
+        if self.num_stages % each:
+            raise PlanError(
+                f"{self.schedule} has {each} stages on each device, but the plan has "
+                f"{self.num_stages} stages; make that a multiple of {each}"
+            )
+        return named_schedule(self.schedule, self.num_stages // each, self.num_microbatches, each)
 
     @property
     def peak_activation_bytes(self) -> tuple[int, ...]:
@@ -81,6 +118,8 @@ class Plan:
                 schedule=fields["schedule"],
                 num_microbatches=fields["num_microbatches"],
                 recompute=fields["recompute"],
+                stages_per_device=fields.get("stages_per_device"),
+                programs=tuple(fields.get("programs", ())),
                 cells=tuple(CellCost(**cell) for cell in fields["cells"]),
                 input_bytes=fields["input_bytes"],
                 link=LinkCost(**fields["link"]),

@@ -6,7 +6,7 @@ is free, and takes the link's transfer time.
 Only addition and comparison are used, so exact numbers (Fraction) stay exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
@@ -50,23 +50,27 @@ def simulate(
 
 def instruction_seconds(instruction: Instruction, costs: Sequence[StageCost]) -> float:
     """How long `instruction` keeps its device busy."""
-    cost = costs[instruction.stage]
-    match instruction.kind:
-        case Kind.FORWARD:
-            return cost.forward_seconds
-        case Kind.RECOMPUTE:
-            return cost.recompute_seconds
-        case Kind.BACKWARD:
-            return cost.backward_seconds
-        case _:
-            raise PlanError(
-                f"{instruction}: split backward has no costs yet; use B in place of I and W"
-            )
+    return _SECONDS[instruction.kind](costs[instruction.stage])
+
+
+_SECONDS: dict[Kind, Callable[[StageCost], float]] = {
+    Kind.FORWARD: lambda cost: cost.forward_seconds,
+    Kind.RECOMPUTE: lambda cost: cost.recompute_seconds,
+    Kind.BACKWARD: lambda cost: cost.backward_seconds,
+    Kind.BACKWARD_INPUT: lambda cost: cost.input_seconds,
+    Kind.BACKWARD_WEIGHT: lambda cost: cost.weight_seconds,
+}
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:
     """Equal stages, every instruction one second."""
-    one = StageCost(forward_seconds=1, backward_seconds=1, recompute_seconds=1)
+    one = StageCost(
+        forward_seconds=1,
+        backward_seconds=1,
+        recompute_seconds=1,
+        input_seconds=1,
+        weight_seconds=1,
+    )
     return (one,) * num_stages
 
 

@@ -3,10 +3,18 @@
 from stagewise.schedule.grid import grid
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
-from stagewise.schedule.named import SCHEDULES, forward_only, gpipe, named_schedule, one_f_one_b
+from stagewise.schedule.named import (
+    SCHEDULES,
+    NamedSchedule,
+    forward_only,
+    gpipe,
+    named_schedule,
+    one_f_one_b,
+    stages_per_device,
+)
 from stagewise.schedule.order import Blocked, walk
 from stagewise.schedule.recompute import POLICIES, with_recompute
-from stagewise.schedule.schedule import Program, Schedule, parse_programs
+from stagewise.schedule.schedule import Program, Schedule, parse_programs, schedule_of
 from stagewise.schedule.validation import validate
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "Kind",
     "LoweredProgram",
     "Message",
+    "NamedSchedule",
     "Program",
     "Schedule",
     "Step",
@@ -28,6 +37,8 @@ __all__ = [
     "named_schedule",
     "one_f_one_b",
     "parse_programs",
+    "schedule_of",
+    "stages_per_device",
     "validate",
     "walk",
     "with_recompute",

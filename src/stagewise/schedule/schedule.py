@@ -1,8 +1,9 @@
 """A schedule is data: programs per device, and which devices hold each stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from stagewise.errors import ScheduleError
 from stagewise.schedule.instruction import Instruction, Kind
 
 Program = tuple[Instruction, ...]
@@ -66,4 +67,33 @@ def parse_programs(text: str) -> tuple[Program, ...]:
     return tuple(
         tuple(Instruction.parse(word) for word in line.split())
         for line in text.strip().splitlines()
+    )
+
+
+def schedule_of(name: str, programs: Sequence[Program]) -> Schedule:
+    """The schedule that consists of `programs`: they say themselves where every stage is placed.
+
+    The replicas of a stage stand in the order of the first microbatch that each runs. Raises
+    ScheduleError where nothing says who runs a stage; `validate` finds what else is wrong.
+    """
+    first: dict[int, dict[int, int]] = {}  # stage -> device -> its first microbatch
+    for device, program in enumerate(programs):
+        for i in program:
+            of_stage = first.setdefault(i.stage, {})
+            of_stage[device] = min(i.microbatch, of_stage.get(device, i.microbatch))
+    num_stages = 1 + max(first, default=-1)
+    if missing := [stage for stage in range(num_stages) if stage not in first]:
+        raise ScheduleError(
+            f"schedule {name!r} has no instruction of stages {missing}; number stages from 0 "
+            "without gaps"
+        )
+    if not num_stages:
+        raise ScheduleError(f"schedule {name!r} has no instructions")
+    return Schedule(
+        name=name,
+        programs=tuple(programs),
+        placement=tuple(
+            tuple(sorted(first[stage], key=first[stage].__getitem__)) for stage in range(num_stages)
+        ),
+        num_microbatches=1 + max(i.microbatch for program in programs for i in program),
     )
