@@ -27,6 +27,7 @@ ALLOWED = {
     "timeline": {"schedule", *BASE},
     "planning": {"schedule", "timeline", *BASE},
     "model": PURE,
+    "models": {"model", "errors"},
     "engine": MODEL,
     "pipeline": ENGINE,
     "report": PURE,
@@ -92,6 +93,10 @@ def test_timeline_sees_instructions_only() -> None:
 
 def test_nothing_inside_imports_testing() -> None:
     assert not [here for here, allowed in ALLOWED.items() if "testing" in allowed]
+
+
+def test_nothing_inside_imports_the_model_zoo() -> None:
+    assert not [here for here, allowed in ALLOWED.items() if "models" in allowed]
 
 
 def test_the_table_names_every_layer() -> None:
