@@ -31,6 +31,14 @@ EXPORTS = [
 ]
 
 PACKAGES = {
+    "stagewise.models": [
+        "amoebanet_d",
+        "decoder_lm",
+        "resnet",
+        "transformer",
+        "transformer_l",
+        "unet",
+    ],
     "stagewise.planning": [
         "Plan",
         "bottleneck_seconds",

@@ -82,7 +82,7 @@ class Attention(nn.Module):
         return gathered
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

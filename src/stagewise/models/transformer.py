@@ -10,6 +10,7 @@ the target's tokens are stashed by the first cell for the decoder's first, past 
 Legend of shapes: b samples, s source and t target tokens, w width.
 """
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -210,4 +211,4 @@ def transformer(
 
 def _xavier(fan_in: int, fan_out: int) -> float:
     """The deviation of Glorot's initialisation."""
-    return (2 / (fan_in + fan_out)) ** 0.5
+    return math.sqrt(2 / (fan_in + fan_out))
