@@ -51,8 +51,8 @@ def unet(
     Args:
         num_convs: B, convolutions at every level, down and up.
         channels: C, at the top; a multiple of 2.
-        depth: levels above the bottom; h and w must be at least 2^depth, and one of them twice that,
-            since instance normalisation takes more than one pixel.
+        depth: levels above the bottom; h and w must be at least 2^depth, and one of them twice
+            that, since instance normalisation takes more than one pixel.
         dropout: of whole channels, after every convolution.
 
     Raises:
