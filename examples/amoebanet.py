@@ -20,12 +20,12 @@ NUM_LAYERS, NUM_FILTERS = 3, 8
 
 
 def model() -> nn.Sequential:
-    """AmoebaNet-D (3, 8) at the images' full size."""
+    """AmoebaNet-D (3, 8) at the images' full size: 7 cells, 26 thousand parameters."""
     return amoebanet_d(
         NUM_LAYERS, NUM_FILTERS, num_classes=NUM_CLASSES, in_channels=1, small_images=True
     )
 
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """RMSProp, as GPipe trained it, by its successor."""
+    """GPipe trained with RMSProp and a schedule; AdamW does with a constant rate."""
     return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
