@@ -2,12 +2,17 @@
 
 They change once per microbatch, in microbatch order, whatever is recomputed: a recomputation
 runs with the values that its forward saw, and leaves no trace. Nor does a call that fails, or
-that does not train. (BatchNorm's statistics change once per step: `engine.batchnorm`.) Which
-modules change their buffers is learnt from their first forward in each mode, so that constant
+that does not train. (BatchNorm's statistics change once per step: `engine.batchnorm`.)
+
+Idea: each forward is given copies, and what it makes of them is what the next one starts from.
+So nothing changes what a graph has saved, what a cell has returned, or what a recomputation
+needs; the last values are written into the module's own tensors when the call has succeeded.
+Which modules change their buffers is learnt from their first forward in each mode, so that constant
 buffers (masks, position tables) are copied once and never again. Values are compared there, since
 some kernels, and code that writes through `.data`, leave no mark in a tensor's version.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +23,7 @@ from stagewise.errors import CellError
 
 _Buffers = dict[str, torch.Tensor | None]
 Saved = dict[int, _Buffers]  # by index into the list of modules with buffers
-_Snapshot = dict[int, tuple[_Buffers, _Buffers]]  # the tensors themselves, and copies
+_Marks = list[tuple[str, int, int]]
 
 
 class BufferKeeper:
@@ -28,65 +33,94 @@ class BufferKeeper:
         every = dict.fromkeys(module for root in modules for module in root.modules())
         self._owners = [module for module in every if module._buffers]
         self._changes: dict[tuple[int, bool], bool] = {}  # (owner, in training mode)
+        # In a call: the copy that stands in a module -> the module's own tensor.
+        self._homes: dict[torch.Tensor, torch.Tensor] = {}
 
     @contextmanager
     def forward(self, *, remember: bool) -> Iterator[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
         saved: Saved = {}
-        # Whether every module's buffers are known to change, or not, in its present mode.
-        learnt = all((i, owner.training) in self._changes for i, owner in enumerate(self._owners))
-        if learnt and not remember:
+        modes = [owner.training for owner in self._owners]
+        changing = [i for i, mode in enumerate(modes) if self._changes.get((i, mode), True)]
+        if not changing and not remember:
             yield saved
             return
-        before = [dict(owner._buffers) for owner in self._owners]
-        marks = [_marks(buffers) for buffers in before]
-        for index, owner in enumerate(self._owners):
-            if self._changes.get((index, owner.training), True):
-                saved[index] = _copies(before[index])
-        modes = [owner.training for owner in self._owners]
+        before = {index: dict(self._owners[index]._buffers) for index in changing}
+        for index, copies in _copies(before).items():
+            self._owners[index]._buffers.update(copies)
+        marks = [_marks(owner._buffers) for owner in self._owners]
+        placed = {index: dict(self._owners[index]._buffers) for index in changing}
         yield saved
         for index, (owner, mode) in enumerate(zip(self._owners, modes, strict=True)):
-            marked = _marks(owner._buffers) != marks[index]
-            changes = self._changes.get((index, mode))
-            if changes is None:
-                changes = marked or not _equal(owner._buffers, saved[index])
-                self._changes[index, mode] = changes
-            elif marked and not changes and remember:
+            if index in changing:
+                changes = self._changes.setdefault(
+                    (index, mode),
+                    _marks(owner._buffers) != marks[index]
+                    or not _equal(owner._buffers, before[index]),
+                )
+                if changes:
+                    self._settle_down(before[index], placed[index])
+                    if remember:
+                        saved[index] = before[index]
+                else:
+                    owner._buffers.update(before[index])
+            elif remember and _marks(owner._buffers) != marks[index]:
                 raise CellError(
                     f"{type(owner).__name__} changed a buffer that its first forward left alone "
                     f"({', '.join(owner._buffers)}); recomputation needs the old value: use "
                     "recompute='never', or write the buffer in every forward"
                 )
-            if not (changes and remember):
-                saved.pop(index, None)
 
     @contextmanager
     def recompute(self, saved: Saved) -> Iterator[None]:
         """Run a recomputation inside, with the buffers of its forward; then put all back."""
         now = {index: dict(self._owners[index]._buffers) for index in saved}
         try:
-            for index, buffers in saved.items():
-                self._owners[index]._buffers.update(buffers)
+            for index, copies in _copies(saved).items():
+                self._owners[index]._buffers.update(copies)
             yield
         finally:
             for index, buffers in now.items():
                 self._owners[index]._buffers.update(buffers)
 
-    def snapshot(self) -> _Snapshot:
-        """The buffers that may change, for `put_back`."""
-        return {
-            index: (dict(owner._buffers), _copies(owner._buffers))
-            for index, owner in enumerate(self._owners)
-            if self._changes.get((index, owner.training), True)
-        }
+    def snapshot(self) -> tuple[Saved, list[_Marks]]:
+        """All buffers as they are, for `put_back`."""
+        return (
+            {index: dict(owner._buffers) for index, owner in enumerate(self._owners)},
+            [_marks(owner._buffers) for owner in self._owners],
+        )
+
+    def put_back(self, snapshot: tuple[Saved, list[_Marks]]) -> None:
+        """Make all buffers again the tensors that they were; warns where they were written to."""
+        buffers, marks = snapshot
+        self._homes.clear()
+        for index, owner in enumerate(self._owners):
+            owner._buffers.update(buffers[index])
+            if _marks(owner._buffers) != marks[index]:
+                self._changes[index, owner.training] = True
+                warnings.warn(
+                    f"{type(owner).__name__} changed a buffer that its first forward left alone "
+                    f"({', '.join(owner._buffers)}), in a call that should leave no trace; from "
+                    "now on it is put back",
+                    stacklevel=2,
+                )
 
     @torch.no_grad()
-    def put_back(self, snapshot: _Snapshot) -> None:
-        """Make all buffers again the tensors and the values that they were."""
-        for index, (buffers, copies) in snapshot.items():
-            for name, buffer in buffers.items():
-                overwrite(buffer, copies[name])
-            self._owners[index]._buffers.update(buffers)
+    def write_home(self) -> None:
+        """End a call: give the modules their own tensors again, with the last values."""
+        for owner in self._owners if self._homes else ():
+            for name, buffer in owner._buffers.items():
+                home = None if buffer is None else self._homes.get(buffer)
+                if home is not None and buffer is not None:
+                    owner._buffers[name] = home.copy_(buffer)
+        self._homes.clear()
+
+    def _settle_down(self, before: _Buffers, placed: _Buffers) -> None:
+        """Let the copies in `placed` stand for what `before` stood for."""
+        for name, copy in placed.items():
+            old = before[name]
+            if copy is not None and old is not None:
+                self._homes[copy] = self._homes.pop(old, old)
 
 
 @contextmanager
@@ -98,8 +132,10 @@ def undone(keepers: Sequence[BufferKeeper], *, always: bool) -> Iterator[None]:
         yield
         done = not always
     finally:
-        if not done:
-            for keeper, snapshot in zip(keepers, snapshots, strict=True):
+        for keeper, snapshot in zip(keepers, snapshots, strict=True):
+            if done:
+                keeper.write_home()
+            else:
                 keeper.put_back(snapshot)
 
 
@@ -112,17 +148,26 @@ def overwrite(buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
         buffer.copy_(value)
 
 
-def _marks(buffers: _Buffers) -> list[tuple[str, int, int]]:
+def _marks(buffers: _Buffers) -> _Marks:
     """What changes when a buffer is replaced, or written in a way that autograd sees."""
     return [(n, id(b), 0 if b is None else b._version) for n, b in buffers.items()]
 
 
-def _copies(buffers: _Buffers) -> _Buffers:
-    return {name: None if b is None else b.clone() for name, b in buffers.items()}
+def _copies(originals: Saved) -> Saved:
+    """Copies of all; a buffer that stands in several places is copied once."""
+    known: dict[int, torch.Tensor] = {}
+
+    def copy(buffer: torch.Tensor | None) -> torch.Tensor | None:
+        return None if buffer is None else known.setdefault(id(buffer), buffer.clone())
+
+    return {
+        index: {name: copy(buffer) for name, buffer in buffers.items()}
+        for index, buffers in originals.items()
+    }
 
 
 def _equal(ours: _Buffers, theirs: _Buffers) -> bool:
-    return all(
+    return ours.keys() == theirs.keys() and all(
         a is b or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(ours.values(), theirs.values(), strict=True)
     )

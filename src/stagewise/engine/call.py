@@ -10,6 +10,7 @@ from stagewise.engine.batchnorm import BatchNorms
 from stagewise.engine.losses import AddedLoss
 from stagewise.engine.randomness import CellRandomness
 from stagewise.engine.tied import StandIns
+from stagewise.errors import BatchError
 
 # (microbatch, -cell) -> the caller's tensors that the cell was given by name, their gradients
 KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
@@ -72,6 +73,14 @@ class Call:
     def weight(self, m: int) -> float:
         """Microbatch m's share of the samples."""
         return self.sizes[m] / (self.scaling.total_samples or sum(self.sizes))
+
+    def check_added(self) -> None:
+        """Raise BatchError if what `add_loss` added would count wrong: it counts by samples."""
+        if self.scaling.total_weight is not None and self.scaling.total_samples is None:
+            raise BatchError(
+                "total_weight was given, but a cell adds a loss with add_loss, which counts by "
+                "samples; give total_samples too"
+            )
 
     def share(self, name: str, m: int) -> float:
         """What the loss `name` of microbatch m counts."""

@@ -9,6 +9,7 @@ are split, and then the rest of the batch follows them.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -29,6 +30,7 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
     """What all leaves of `values` (by name) agree on; raises BatchError naming two that do not."""
     total: tuple[str, int] | None = None
     split_by: tuple[str, tuple[int, ...]] | None = None
+    values = tuple(values)
     for what, value in values:
         for name, size in _sizes(value, what):
             num_samples = size if isinstance(size, int) else sum(size)
@@ -48,6 +50,9 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
                         f"{split_by[0]} has microbatches of {list(split_by[1])} samples but "
                         f"{name} of {list(size)}; split both alike"
                     )
+    if total is not None:
+        for what, value in values:
+            _refuse_per_sample_items(value, what, total[1])
     return Extent(total and total[1], split_by and split_by[1])
 
 
@@ -164,6 +169,33 @@ def _sizes(value: object, what: str) -> Iterator[tuple[str, int | tuple[int, ...
                     "with samples along dimension 0 of its tensors"
                 )
             yield name, tuple(size for size in extents if size is not None)
+
+
+def _refuse_per_sample_items(value: object, what: str, num_samples: int) -> None:
+    """Raise BatchError for lists and arrays of one item per sample: they would not be split."""
+    if isinstance(value, torch.Tensor) or num_samples < 2:
+        return
+
+    def is_leaf(node: object) -> bool:
+        return is_mark(node) or _per_sample(node, num_samples)
+
+    for path, leaf in pytree.tree_flatten_with_path(value, is_leaf=is_leaf)[0]:
+        if _per_sample(leaf, num_samples):
+            raise BatchError(
+                f"{what}{pytree.keystr(path)} is a {type(leaf).__name__} of {num_samples} items, "
+                "one for each sample, which cannot be split; make it a tensor, or, if every "
+                "microbatch needs it whole, mark it with stagewise.Replicated"
+            )
+
+
+def _per_sample(node: object, num_samples: int) -> bool:
+    if isinstance(node, np.ndarray):
+        return bool(node.shape[:1] == (num_samples,))
+    return (
+        isinstance(node, list)
+        and len(node) == num_samples
+        and all(isinstance(item, str | int | float | complex) for item in node)
+    )
 
 
 def _column(leaf: object, sizes: Sequence[int]) -> list[object]:

@@ -127,6 +127,7 @@ class Stage:
             output = self._run_cells(flight, Kind.FORWARD, m, call)
         roots, output_structure = take_apart(output)
         if flight.added:
+            call.check_added()
             call.added.setdefault(m, []).extend(map(_detached, flight.added))
         if training:
             self._flights[m] = flight

@@ -10,7 +10,7 @@ taken apart too.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -131,12 +131,25 @@ def detached(value: object) -> object:
 
 
 def _hides_tensors(leaf: object) -> bool:
-    if leaf is None or isinstance(leaf, (torch.Tensor, _Mark, str, int, float, type)):
+    if leaf is None or isinstance(leaf, (torch.Tensor, _Mark, str, int, float, type, range)):
         return False
     if dataclasses.is_dataclass(leaf):
         parts = pytree.tree_leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
         return any(_is_tensor(part) or _hides_tensors(part) for part in parts)
-    return any(map(_is_tensor, pytree.tree_leaves(getattr(leaf, "__dict__", {}))))
+    return any(map(_is_tensor, pytree.tree_leaves([*_contents(leaf)])))
+
+
+def _contents(leaf: object) -> Iterator[object]:
+    """What an object that is no pytree node holds: items of a container, attributes, slots."""
+    if isinstance(leaf, Mapping):
+        yield from map(dict, [leaf])
+    elif isinstance(leaf, Sequence | Set) and not isinstance(leaf, bytes):
+        yield list(leaf)
+    yield getattr(leaf, "__dict__", None)
+    for cls in type(leaf).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            yield getattr(leaf, name, None)
 
 
 def _is_tensor(leaf: object) -> bool:

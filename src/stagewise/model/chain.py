@@ -1,7 +1,7 @@
 """A model as a chain of cells: the smallest pieces that a partition never cuts.
 
-Nested `nn.Sequential`s are flattened. A Sequential that is more than its children (own forward,
-hooks, parameters or buffers) stays one cell, since flattening would lose what it adds.
+Nested `nn.Sequential`s are flattened. A Sequential that is more than its children (own forward or
+`train`, hooks, parameters or buffers) stays one cell, since flattening would lose what it adds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -115,8 +115,24 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     )
     return (
         isinstance(module, nn.Sequential)
-        and type(module).forward in (nn.Sequential.forward, SkipScope.forward)
+        and not any(map(_overrides, type(module).__mro__))
+        and "forward" not in module.__dict__
         and not any(hooks)
         and not any(module._parameters)
         and not any(module._buffers)
     )
+
+
+def _overrides(cls: type) -> bool:
+    """Whether a subclass of Sequential replaces something that flattening would leave out."""
+    if cls is SkipScope or not issubclass(cls, nn.Sequential) or cls is nn.Sequential:
+        return False
+    return any(hasattr(nn.Sequential, name) for name in vars(cls) if name not in _OWN_NAMES)
+
+
+# What every class has of its own, and what only runs before the model is cut.
+_OWN_NAMES = {
+    *vars(type("Empty", (nn.Sequential,), {"__annotations__": {}})),
+    "__init__",
+    "T_destination",
+}

@@ -12,6 +12,7 @@ def parameter_names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]
 
     A positional-only parameter counts under a name that no keyword can have.
     """
+    module = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward hides it
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code may have no signature

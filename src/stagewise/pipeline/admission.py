@@ -5,6 +5,7 @@ at the same step, with batches that fit together. If any rank objects, all raise
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from stagewise.errors import BatchError, CellError
 from stagewise.pipeline.takers import NOT_GIVEN, Takers
 
 _NONE = NOT_GIVEN
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
 _FIRST_KEYWORD = 10  # of a row's columns
 
 
@@ -192,4 +194,5 @@ def _autocast() -> list[tuple[str, torch.dtype]]:
 
 def _fingerprint(value: object) -> int:
     """A 56-bit fingerprint, equal in every process (unlike `hash`)."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
+    text = _ADDRESS.sub("", repr(value))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

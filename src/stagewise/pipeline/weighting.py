@@ -10,6 +10,7 @@ from stagewise.engine.transport import Transport
 from stagewise.errors import BatchError
 
 Number = float | torch.Tensor
+_ROUNDING = 1e-5  # of a caller's total, as a sum in float32 has it
 Weight = Callable[..., Number | Mapping[str, Number]]
 
 
@@ -20,6 +21,11 @@ def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> No
         raise BatchError(
             f"total_samples is {total} but this step alone has {num_samples} samples; give the "
             "number of samples of all the steps that are accumulated"
+        )
+    if total is not None and has_weight and scaling.total_weight is None:
+        raise BatchError(
+            "total_samples was given to a Pipeline with a weight function, whose losses count by "
+            "weight; give total_weight (and total_samples besides, for what add_loss adds)"
         )
     if scaling.total_weight is not None and not has_weight:
         raise BatchError(
@@ -46,6 +52,7 @@ def agree_on_shares(
     if transport.rank == source:
         try:
             columns = _columns([_numbers(weight(target)) for target in targets])
+            _check_names(columns, total)
             columns = {name: _shares(name, column, total) for name, column in columns.items()}
         except BatchError as error:
             problem = str(error)
@@ -55,6 +62,14 @@ def agree_on_shares(
     if problem is not None:
         raise BatchError(problem)
     return columns
+
+
+def _check_names(columns: Mapping[str, object], totals: float | Mapping[str, float] | None) -> None:
+    if isinstance(totals, Mapping) and set(totals) != set(columns):
+        raise BatchError(
+            f"total_weight names {sorted(totals)} but weight(target) names {sorted(columns)}; give "
+            "one total for each of the weights"
+        )
 
 
 def _numbers(weight: Number | Mapping[str, Number]) -> dict[str, float]:
@@ -82,10 +97,10 @@ def _shares(
             "number of at least 0"
         )
     own = math.fsum(column)
-    total = totals.get(name) if isinstance(totals, Mapping) else totals
+    total = totals[name] if isinstance(totals, Mapping) else totals
     if total is None:
         total = own
-    if total < own or total == 0:
+    if total < own * (1 - _ROUNDING) or total == 0:
         raise BatchError(
             f"the minibatch's weights{of} sum to {own}, of a total of {total}; the total must be "
             "positive and that of all accumulated steps, so leave out a batch without any weight "
