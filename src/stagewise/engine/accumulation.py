@@ -71,6 +71,13 @@ class Float32Sums:
                 self._sums[gradient] = total
             parameter.grad = gradient
 
+    def __getstate__(self) -> dict[str, object]:
+        """Weak references cannot be copied: a copy starts from what `.grad` holds."""
+        return {**self.__dict__, "_sums": {}}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update({**state, "_sums": WeakTensorKeyDictionary()})
+
     def _continued(self, gradient: torch.Tensor) -> torch.Tensor:
         """The float32 sum whose rounding `gradient` is, or else `gradient` itself in float32.
 

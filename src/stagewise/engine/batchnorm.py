@@ -175,7 +175,7 @@ def check_batchnorms(chain: Chain, balance: Sequence[int]) -> None:
     `balance` tells how many cells each process has.
     """
     processes = [p for p, num_cells in enumerate(balance) for _ in range(num_cells)]
-    owner: dict[_BatchNorm, tuple[int, str]] = {}
+    owner: dict[torch.Tensor, tuple[int, str]] = {}
     for cell, process in zip(chain, processes, strict=True):
         for path, module in cell.module.named_modules(prefix=cell.name):
             if isinstance(module, nn.SyncBatchNorm):
@@ -186,11 +186,13 @@ def check_batchnorms(chain: Chain, balance: Sequence[int]) -> None:
                 )
             if not isinstance(module, _BatchNorm):
                 continue
-            first_process, first = owner.setdefault(module, (process, path))
-            if first_process != process and module.running_mean is not None:
+            for buffer in (b for b in module._buffers.values() if b is not None):
+                first_process, first = owner.setdefault(buffer, (process, path))
+                if first_process == process:
+                    continue
                 raise PlanError(
-                    f"{first} and {path}, on different ranks, are one BatchNorm, and the running "
-                    "statistics of its two copies would drift apart; put both cells on one stage "
+                    f"{first} and {path}, on different ranks, have one BatchNorm's running "
+                    "statistics, whose two copies would drift apart; put both cells on one stage "
                     "with `balance`, or run in one process"
                 )
 

@@ -112,7 +112,8 @@ class BufferKeeper:
             for name, buffer in owner._buffers.items():
                 home = None if buffer is None else self._homes.get(buffer)
                 if home is not None and buffer is not None:
-                    owner._buffers[name] = home.copy_(buffer)
+                    overwrite(home, buffer)
+                    owner._buffers[name] = home
         self._homes.clear()
 
     def _settle_down(self, before: _Buffers, placed: _Buffers) -> None:

@@ -15,7 +15,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,13 @@ import torch.distributed as dist
 from stagewise.engine.failure import FailureBoard
 from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T, is_skip
-from stagewise.engine.values import Structure, put_together, take_apart
+from stagewise.engine.values import (
+    Structure,
+    mark_shared,
+    put_together,
+    shared,
+    take_apart,
+)
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message
 
@@ -40,6 +46,7 @@ class _Layout:
     dtype: torch.dtype
     requires_grad: bool
     contiguous: bool  # the usual case, which needs no rearranging
+    overlaps: bool = False  # it shared memory with another tensor of its message
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a contiguous `tensor` has this very layout; quicker than making its layout."""
@@ -67,6 +74,10 @@ class _Header:
 
     structure: Structure
     layouts: tuple[_Layout, ...]
+
+    def overlaps(self) -> tuple[bool, ...]:
+        """Which tensors shared memory with others in the first message of this form."""
+        return tuple(layout.overlaps for layout in self.layouts)
 
     def fits(self, tensors: Sequence[torch.Tensor], structure: Structure) -> bool:
         """Whether contiguous `tensors` in `structure` would have this very header."""
@@ -126,7 +137,11 @@ class DistributedTransport:
             dense = [tensor.detach() for tensor in tensors]
         else:
             dense = [_dense(tensor) for tensor in tensors]
-            header = _Header(structure, tuple(map(_layout, tensors, dense)))
+            overlaps = shared(tensors) if known is None else known.overlaps()
+            layouts = map(_layout, tensors, dense)
+            if len(overlaps) == len(tensors):
+                layouts = map(_overlapping, layouts, overlaps)
+            header = _Header(structure, tuple(layouts))
             self._announce(message, header, known)
         group = self._direction(message)
         for tensor in dense:
@@ -255,6 +270,9 @@ class DistributedTransport:
             )
             for tensor, layout in zip(tensors, header.layouts, strict=True)
         ]
+        for tensor, layout in zip(whole, header.layouts, strict=True):
+            if layout.overlaps:
+                mark_shared(tensor)
         self._arrived[message] = put_together(whole, header.structure)
 
     def _receive_tensors(
@@ -357,6 +375,10 @@ def _layout(tensor: torch.Tensor, dense: torch.Tensor) -> _Layout:
             stride[dim] = max(stride[dim], 1)  # 0 would read as repeated; it moves nothing
     contiguous = dense.is_contiguous() and dense.shape == tensor.shape
     return _Layout(tensor.shape, tuple(stride), tensor.dtype, tensor.requires_grad, contiguous)
+
+
+def _overlapping(layout: _Layout, overlaps: bool) -> _Layout:
+    return replace(layout, overlaps=overlaps) if overlaps else layout
 
 
 def _words(header: _Header) -> str:

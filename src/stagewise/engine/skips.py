@@ -15,7 +15,7 @@ import torch
 from stagewise.engine.call import Call
 from stagewise.engine.keywords import invoke
 from stagewise.engine.stage import Loss, Stage
-from stagewise.engine.values import put_together, take_apart
+from stagewise.engine.values import put_together, shared, take_apart
 from stagewise.errors import CellError
 from stagewise.model.chain import Cell, Chain
 from stagewise.model.skip import Frame, Skip, Stashed, running
@@ -88,10 +88,14 @@ class _Visits:
         """Run one cell; the first unpacks what arrived, the last packs what leaves."""
         journey = value if cell is not self._cells[0] else self._unpack(value)
         assert isinstance(journey, _Journey)
-        before = journey.stashed()
+        before, value = journey.stashed(), journey.value
         with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
             journey.value = invoke(cell.module, journey.value, keywords)
         _check(cell, before, journey.stashed())
+        for frame in journey.frames.values():
+            for popped in frame.popped:
+                _check_owned(popped, value, journey)
+            frame.popped.clear()
         for skip in cell.skips.stashes:
             _branch(journey.frames[skip.scope], skip.name)
         return journey if cell is not self._cells[-1] else self._pack(journey)
@@ -170,6 +174,20 @@ def _branch(frame: Frame, name: str) -> None:
     tensors, structure = take_apart(frame.stashed[name].unchanged())
     value = put_together([tensor[...] for tensor in tensors], structure)
     frame.stashed[name] = Stashed(name, value)
+
+
+def _check_owned(popped: Stashed, value: object, journey: _Journey) -> None:
+    """Raise CellError if the cell that popped it changed more by it than what it popped."""
+    changed = popped.changed()
+    if not changed:
+        return
+    others = [
+        value,
+        *(s.value for frame in journey.frames.values() for s in frame.stashed.values()),
+    ]
+    tensors = [*changed, *itertools.chain.from_iterable(take_apart(v)[0] for v in others)]
+    if any(shared(tensors)[: len(changed)]):
+        popped.unchanged("by the cell that popped it; change a clone of it")
 
 
 def _check(cell: Cell, before: set[Skip], after: set[Skip]) -> None:

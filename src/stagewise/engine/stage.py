@@ -6,6 +6,7 @@ only the output if the microbatch is recomputed; `R` makes the graph again with 
 buffers and autocast; `B` uses it once and drops it.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,15 @@ from stagewise.engine.buffers import BufferKeeper, Saved
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.keywords import CellKeywords, invoke, keywords_of
 from stagewise.engine.losses import MAIN_LOSS, AddedLoss, LossCollector, collecting
-from stagewise.engine.values import Structure, detached, put_together, take_apart
+from stagewise.engine.values import (
+    Structure,
+    detached,
+    is_marked,
+    mark_shared,
+    put_together,
+    shared,
+    take_apart,
+)
 from stagewise.errors import BatchError, CellError, UsageError
 from stagewise.model.chain import Cell, Chain
 from stagewise.schedule import Instruction, Kind
@@ -218,6 +227,13 @@ class Stage:
         changed = tuple(
             tensor._version != version for tensor, version in zip(fed, versions, strict=True)
         )
+        received = flight.inputs[: len(flight.gradients)]  # each keyword is its cell's own
+        if key not in self._mutates and any(map(operator.and_, changed, shared(received))):
+            raise CellError(
+                f"a cell of stage {self.index} changed a tensor in place that shares memory with "
+                "another one from the stage before (a view of it?), which keeps its old value "
+                "there; let the cell before return a clone, or change a clone of it"
+            )
         if any(now and not copy for now, copy in zip(changed, copied, strict=True)):
             raise CellError(
                 f"stage {self.index} changed an input in place on microbatch {m}, but not on the "
@@ -236,6 +252,8 @@ class Stage:
         call.randomness[self.device].enter_loss(m)
         value = output if self._loss is None else self._loss(output, *call.targets[m : m + 1])
         by_name = value if isinstance(value, Mapping) else {MAIN_LOSS: value}
+        if not by_name:
+            raise BatchError("the loss function returned an empty dict; return at least one loss")
         losses = {name: self._checked_loss(name, loss) for name, loss in by_name.items()}
         call.losses[m] = {name: loss.detach() for name, loss in losses.items()}
         flight.names = tuple(losses)
@@ -297,7 +315,8 @@ def _detached(loss: AddedLoss) -> AddedLoss:
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
         return tensor.clone()
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+    return mark_shared(leaf) if is_marked(tensor) else leaf
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import CellError
 
+_SHARED = "_stagewise_shared"  # an attribute of tensors
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -128,6 +130,47 @@ def detached(value: object) -> object:
     """`value` without its graph."""
     tensors, structure = take_apart(value)
     return put_together([tensor.detach() for tensor in tensors], structure)
+
+
+def shared(tensors: Sequence[torch.Tensor]) -> tuple[bool, ...]:
+    """Whether each shares memory with another, so that changing one in place changes both."""
+    found = [*map(is_marked, tensors)]
+    for (i, one), (j, other) in itertools.combinations(enumerate(tensors), 2):
+        if not (found[i] and found[j]) and _overlap(one, other):
+            found[i] = found[j] = True
+    return tuple(found)
+
+
+def mark_shared(tensor: torch.Tensor) -> torch.Tensor:
+    """Let `shared` know that `tensor` shared memory where it comes from."""
+    setattr(tensor, _SHARED, True)
+    return tensor
+
+
+def is_marked(tensor: torch.Tensor) -> bool:
+    """Whether `mark_shared` has marked it."""
+    return getattr(tensor, _SHARED, False)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return False
+    storage = one.untyped_storage()
+    if storage.data_ptr() == 0 or storage.data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    taken = torch.zeros(storage.nbytes(), dtype=torch.bool)
+    _bytes_of(one, taken).fill_(True)
+    return bool(_bytes_of(other, taken).any())
+
+
+def _bytes_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Of `memory`, one entry per byte of the storage, those of `tensor`."""
+    size = tensor.element_size()
+    return memory.as_strided(
+        (*tensor.shape, size),
+        (*(stride * size for stride in tensor.stride()), 1),
+        tensor.storage_offset() * size,
+    )
 
 
 def _hides_tensors(leaf: object) -> bool:

@@ -47,10 +47,12 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
     scopes: tuple[Scope, ...] = ()
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
         if not _is_plain_sequential(model):
+            changed = sorted({n for cls in type(model).__mro__ for n in _overridden(cls)})
+            why = f" (its own {', '.join(changed)} would be lost)" if changed else ""
             raise ModelError(
-                f"{type(model).__name__} is no chain of cells: stagewise needs an nn.Sequential "
-                "or a list of modules, each fed with what the one before it returns; wrap the "
-                "model's layers in nn.Sequential(...)"
+                f"{type(model).__name__} is no chain of cells{why}: stagewise needs an "
+                "nn.Sequential or a list of modules, each fed with what the one before it returns; "
+                "wrap the model's layers in nn.Sequential(...)"
             )
         children = [(n, m) for n, m in model._modules.items() if m is not None]
         scopes = enter((), "", model)
@@ -115,7 +117,7 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     )
     return (
         isinstance(module, nn.Sequential)
-        and not any(map(_overrides, type(module).__mro__))
+        and not any(map(_overridden, type(module).__mro__))
         and "forward" not in module.__dict__
         and not any(hooks)
         and not any(module._parameters)
@@ -123,11 +125,11 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     )
 
 
-def _overrides(cls: type) -> bool:
-    """Whether a subclass of Sequential replaces something that flattening would leave out."""
-    if cls is SkipScope or not issubclass(cls, nn.Sequential) or cls is nn.Sequential:
-        return False
-    return any(hasattr(nn.Sequential, name) for name in vars(cls) if name not in _OWN_NAMES)
+def _overridden(cls: type) -> list[str]:
+    """What a subclass of Sequential has in place of Sequential's own: flattening would lose it."""
+    if not issubclass(cls, nn.Sequential) or cls in (SkipScope, nn.Sequential):
+        return []
+    return [n for n in vars(cls) if hasattr(nn.Sequential, n) and n not in _OWN_NAMES]
 
 
 # What every class has of its own, and what only runs before the model is cut.

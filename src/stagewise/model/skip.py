@@ -111,29 +111,37 @@ def pop(name: str) -> Any:
             f"pop({name!r}): nothing is stashed under this name; stash it in an earlier cell, and "
             f"declare this cell with @skippable(pop=[{name!r}])"
         )
-    return frame.stashed.pop(name).unchanged()
+    stashed = frame.stashed.pop(name)
+    frame.popped.append(stashed)
+    return stashed.unchanged()
 
 
 class Stashed:
     """A value on its way within one process."""
 
     def __init__(self, name: str, value: object) -> None:
-        self._name, self._value = name, value
+        self._name, self.value = name, value
         leaves = pytree.tree_leaves(value)
         self._tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._versions = [*map(_version, self._tensors)]
 
-    def unchanged(self) -> object:
+    def unchanged(self, when: str = "after it was stashed; stash a clone of it") -> object:
         """The value; raises CellError if it is no more what was stashed.
 
-        A stage that lies elsewhere would get it as it was, so the result would hang on the cut.
+        A stage that lies elsewhere would get it as it was, and others would not see what is done
+        to it there, so the result would hang on the cut.
         """
-        if [*map(_version, self._tensors)] != self._versions:
+        if self.changed():
             raise CellError(
-                f"{self._name!r} was changed in place after it was stashed; stash a clone of it, "
+                f"{self._name!r} was changed in place {when}, "
                 "or let what follows (inplace=True?) make a new tensor"
             )
-        return self._value
+        return self.value
+
+    def changed(self) -> list[torch.Tensor]:
+        """The tensors in it that were changed in place since."""
+        pairs = zip(self._tensors, self._versions, strict=True)
+        return [tensor for tensor, version in pairs if _version(tensor) != version]
 
 
 class Frame:
@@ -142,6 +150,7 @@ class Frame:
     def __init__(self, own_names: frozenset[str] | None) -> None:
         self.own_names = own_names
         self.stashed: dict[str, Stashed] = {}
+        self.popped: list[Stashed] = []
 
 
 _frames: ContextVar[tuple[Frame, ...]] = ContextVar("stagewise_skips", default=())

@@ -66,19 +66,19 @@ def admit(
         if batch.num_samples is not None and batch.sizes is None:
             microbatch_sizes(batch.num_samples, num_microbatches(batch.num_samples))
         if inputs is not None:
-            signature = _fingerprint(_forms(inputs))
+            signature = fingerprint(_forms(inputs))
         if keywords:
             named = [_mark(keywords.get(name)) for name in takers.names]
     except BatchError as error:
         objection = error
-    own = _fingerprint((tuple(flags), _autocast()))
+    own = fingerprint((tuple(flags), _autocast()))
     total = _NONE if batch.num_samples is None else batch.num_samples
-    ready = _NONE if batch.sizes is None else _fingerprint(batch.sizes)
-    wanted = _fingerprint(list(outputs_on)) if outputs_on else 0
+    ready = _NONE if batch.sizes is None else fingerprint(batch.sizes)
+    wanted = fingerprint(list(outputs_on)) if outputs_on else 0
     num_args = positional(inputs) if needs_inputs else _NONE
     row = (
         *(mode, step_index, total, ready, signature, objection is not None, own, wanted, num_args),
-        _fingerprint(options),
+        fingerprint(options),
         *named,
     )
     rows = transport.exchange([int(number) for number in row])
@@ -111,7 +111,7 @@ def admit(
     else:
         sizes = tuple(microbatch_sizes(total, num_microbatches(total)))
     shared = (max(columns[4]), [max(form) for form in forms], sizes if is_ready else None)
-    return Admitted(_fingerprint((int(mode), shared, columns[6])), sizes, is_ready)
+    return Admitted(fingerprint((int(mode), shared, columns[6])), sizes, is_ready)
 
 
 def _total(counts: Sequence[int]) -> int:
@@ -160,7 +160,7 @@ def _mark(value: object) -> int:
     if value is None:
         return _NONE
     requires_grad = any(tensor.requires_grad for tensor in take_apart(value)[0])
-    return _fingerprint(_forms(value)) * 2 + requires_grad
+    return fingerprint(_forms(value)) * 2 + requires_grad
 
 
 def _tensors(value: object, what: str) -> list[torch.Tensor]:
@@ -192,7 +192,7 @@ def _autocast() -> list[tuple[str, torch.dtype]]:
     ]
 
 
-def _fingerprint(value: object) -> int:
+def fingerprint(value: object) -> int:
     """A 56-bit fingerprint, equal in every process (unlike `hash`)."""
     text = _ADDRESS.sub("", repr(value))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

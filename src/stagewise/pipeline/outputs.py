@@ -7,6 +7,7 @@ from stagewise.engine.call import Call
 from stagewise.engine.markers import Microbatches
 from stagewise.engine.microbatch import join
 from stagewise.engine.transport import Transport
+from stagewise.engine.values import detached
 from stagewise.errors import BatchError
 
 Ranks = Sequence[int] | Literal["all"] | None  # None: all
@@ -28,7 +29,7 @@ def outputs_of(call: Call, transport: Transport, source: int, ranks: Sequence[in
     """
     outputs, problem = None, None
     if call.outputs:
-        parts = [call.outputs[m] for m in sorted(call.outputs)]
+        parts = [detached(call.outputs[m]) for m in sorted(call.outputs)]
         try:
             outputs = Microbatches(parts) if call.ready else join(parts, call.sizes)
         except BatchError as error:

@@ -25,7 +25,7 @@ from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
 from stagewise.pipeline.runner import UNSCALED, Runner
-from stagewise.pipeline.sharing import check_buffers, tie
+from stagewise.pipeline.sharing import check_buffers, check_storages, tie
 from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_balance
@@ -106,6 +106,7 @@ class Pipeline:
         check_batchnorms(chain, plan.balance if self.num_ranks > 1 else [len(chain)])
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
+        check_storages(chain, plan, self._transport)
         routes = SkipRoutes(chain, plan.balance)
         stages = self._build_stages(chain, routes, loss)
         tied = tie(chain, plan, stages, self._transport)

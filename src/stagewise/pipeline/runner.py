@@ -20,7 +20,7 @@ from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move
 from stagewise.errors import PeerError, StagewiseError
-from stagewise.pipeline.admission import admit, positional
+from stagewise.pipeline.admission import admit, fingerprint, positional
 from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight, agree_on_shares, check_scaling
 from stagewise.planning.simulate import simulate, unit_costs
@@ -136,7 +136,9 @@ class Runner:
             call.stand_ins = self.tied.stand_ins(
                 training=training, in_float32=self._sums is not None
             )
-            self.transport.begin(admitted.signature, order)
+            # Where a loss counts nothing, gradients are missing from the messages.
+            missing = [(name, [not share for share in s]) for name, s in call.shares.items()]
+            self.transport.begin(fingerprint((admitted.signature, missing)), order)
             start = time.perf_counter()
             try:
                 if training:

@@ -45,6 +45,24 @@ def check_buffers(
                 )
 
 
+def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
+    """Raise PlanError if parameters on different ranks share memory: their copies would drift."""
+    if transport.num_ranks == 1:
+        return
+    placed = _placed(plan)
+    owner: dict[int, tuple[torch.nn.Parameter, int, str]] = {}
+    for cell, stage in zip(chain, _stages(plan), strict=True):
+        for name, parameter in cell.module.named_parameters(prefix=cell.name):
+            memory = parameter.untyped_storage().data_ptr()
+            first, rank, path = owner.setdefault(memory, (parameter, placed[stage], name))
+            if memory and first is not parameter and rank != placed[stage]:
+                raise PlanError(
+                    f"{path} and {name}, on different ranks, are two parameters in one memory, "
+                    "whose copies would drift apart; make them one parameter (b.weight = "
+                    "a.weight), which is tied, or put both cells on one stage with `balance`"
+                )
+
+
 def tie(
     chain: Chain, plan: Plan, stages: Mapping[int, Stage], transport: Transport
 ) -> TiedParameters:
