@@ -161,7 +161,9 @@ def popping_in_place() -> nn.Module:
 
 @pytest.mark.parametrize("balance", [(4,), (2, 2)])
 def test_what_is_popped_may_not_be_changed_in_place(balance: tuple[int, ...]) -> None:
-    with pytest.raises(CellError, match="in place (by the cell that popped it|that shares memory)"):
+    with pytest.raises(
+        CellError, match=r"in place (by the cell that popped it|that shares memory)"
+    ):
         pipeline(popping_in_place(), balance).step(rows(1), target=rows(2))
 
 

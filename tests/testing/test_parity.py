@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import stagewise
 from stagewise.errors import BatchError, ModelError, ParityError, PlanError, UsageError
 from stagewise.parity import ParityReport
 from stagewise.schedule import POLICIES, SCHEDULES
@@ -210,7 +211,7 @@ def test_loss_that_draws_and_values_without_samples() -> None:
 
     report = check(Mask(), Drops(), Uses(), loss=noisy)
     report.raise_for_failure()
-    assert "random numbers (2 Drops, the loss)" in report.summary()
+    assert "random numbers (2 Drops, the loss, which was therefore not shown" in report.summary()
 
 
 def test_microbatches_schedules_and_policies_asked_for() -> None:
@@ -276,3 +277,71 @@ def test_weighted_several_and_added_losses_agree(case: str) -> None:
     if weight is not None:  # and the check can tell: as if every microbatch counted alike
         wrong = check_parity(language(), tokens, target=target, loss=loss, num_stages=[2])
         assert not wrong.ok
+
+
+class Mixes(nn.Module):
+    """Draws or normalises, which excuses it, and mixes samples, which nothing does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) - x.mean(0)
+
+
+class AddsSum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        stagewise.add_loss(x.square().sum())
+        return nn.functional.dropout(x, 0.3, self.training)
+
+
+@pytest.mark.parametrize("cell", [Mixes(nn.Dropout()), Mixes(nn.BatchNorm1d(6)), AddsSum()])
+def test_an_excuse_covers_no_other_mistake_in_the_same_cell(cell: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), cell, nn.Linear(6, 6)).double()
+    x = torch.randn(10, 6, dtype=torch.float64)
+    report = check_parity(model, x, target=x, loss=nn.functional.mse_loss)
+    assert not report.ok
+    assert f"cell 1 {type(cell).__name__}, which mixes samples even in eval" in report.summary()
+
+
+def test_imaginary_parts_count() -> None:
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.complex(x, x - x.mean(0))
+
+    model = nn.Sequential(nn.Linear(6, 6).double(), Split())
+    x = torch.randn(10, 6, dtype=torch.float64)
+    report = check_parity(
+        model, x, target=x, loss=lambda output, target: (output.real - target).square().mean()
+    )
+    assert {row.quantity for row in report.rows if row.verdict == "FAILED"} == {"outputs"}
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.linear(x) * mask
+
+
+@pytest.mark.parametrize("sabotaged", [False, True])
+def test_keyword_arguments_and_clipping(sabotaged: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Masked(), nn.Tanh(), Masked()).double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(10, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(10, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    mean = nn.functional.mse_loss
+    report = check_parity(
+        model,
+        x,
+        target=y,
+        kwargs={"mask": mask},
+        loss=lambda o, t: mean(o, t) * (len(o) if sabotaged else 1),
+        max_norm=0.01,
+    )
+    assert report.ok is not sabotaged, report.summary()
+    assert {row.quantity for row in report.rows} >= {"input gradient 1", "parameter 1.linear.bias"}
+    assert mask.grad is None

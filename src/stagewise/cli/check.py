@@ -125,6 +125,7 @@ def _run(
             loss=recipe.loss,
             weight=recipe.weight,
             optimizer=optimizer,
+            max_norm=recipe.clip_grad_norm,
             num_stages=stages,
             num_microbatches=microbatches,
             schedules=schedules,

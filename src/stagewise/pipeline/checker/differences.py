@@ -21,7 +21,7 @@ class Reference:
         beside: dict[str, float] = defaultdict(float)
         beside["gradient"] = _LOSS_FLOOR * largest.get("loss", 0.0)
         for quantity, tensor in self.tensors.items():
-            if tensor is not None and tensor.is_floating_point():
+            if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
                 group = _group(quantity)
                 beside[group] = max(beside[group], largest[quantity])
         self._scales = {q: max(own, _FLOOR * beside[_group(q)]) for q, own in largest.items()}
@@ -39,7 +39,7 @@ class Reference:
         if torch.equal(ours, theirs) or not ours.numel():
             return 0.0
         scale = self._scales[quantity]
-        apart = torch.where(ours == theirs, 0.0, (ours.double() - theirs.double()).abs())
+        apart = torch.where(ours == theirs, 0.0, (_wide(ours) - _wide(theirs)).abs())
         relative = float(apart.max()) / scale if scale else float("inf")
         return relative if relative == relative else float("inf")
 
@@ -57,6 +57,10 @@ def _group(quantity: str) -> str:
     if kind in ("buffer", "parameter"):
         return f"{kind} {name.rpartition('.')[0]}"
     return kind if kind == "gradient" else quantity
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -8,7 +8,7 @@ difference is explained only if it vanishes once the cells that mathematics make
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,9 +46,11 @@ def check_parity(
     inputs: object,
     *,
     target: object = None,
+    kwargs: Mapping[str, object] | None = None,
     loss: Loss | None = None,
     weight: Weight | None = None,
     optimizer: MakeOptimizer | None = DEFAULT_OPTIMIZER,
+    max_norm: float | None = None,
     num_stages: Sequence[int] | None = None,
     num_microbatches: int | Sequence[int] = 4,
     schedules: Sequence[str] | None = None,
@@ -65,7 +67,9 @@ def check_parity(
 
     Args:
         model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were.
+        kwargs: the step's keyword arguments.
         optimizer: makes an optimizer from a list of parameters; None leaves the update out.
+        max_norm: clip gradients to this global norm before the update.
         num_stages: numbers of stages to cut into, evenly by number of cells; by default those
             of 1, 2, 4 for which there are cells. Under "distributed" the number of ranks.
         num_microbatches: one number or several.
@@ -96,6 +100,8 @@ def check_parity(
         model=model,
         inputs=move(inputs, devices[0]),
         target=move(target, devices[0]),
+        keywords=move(dict(kwargs or {}), devices[0]),  # type: ignore[arg-type]
+        max_norm=max_norm,
         loss=loss,
         weight=weight,
         optimizer=optimizer,
@@ -175,20 +181,24 @@ def _pipelined(
 
     key = (configuration.num_stages, configuration.num_microbatches, transport)
     if key not in predicted:  # the same whatever schedule and policy
-        predicted[key] = _outputs_or_none(lambda: build().predict(subject.fresh_batch()[0]))
+        inputs, _, keywords = subject.fresh_batch()
+        given = () if inputs is None else (inputs,)
+        predicted[key] = _outputs_or_none(lambda: build().predict(*given, **keywords))  # type: ignore[arg-type]
     pipe = build()
-    inputs, target = subject.fresh_batch()
-    loss = pipe.step(inputs, target=target)
-    seen = inputs if pipe.rank == 0 else None
+    inputs, target, keywords = subject.fresh_batch()
+    given = () if inputs is None else (inputs,)
+    loss = pipe.step(*given, target=target, **keywords)  # type: ignore[call-overload]
+    seen = (inputs, keywords) if pipe.rank == 0 else None
     tensors = references.collected(loss, seen, pipe.named_parameters(), pipe.named_buffers())
     gradients = {
         name: None if p.grad is None else p.grad.detach().clone()
         for name, p in pipe.named_parameters()
     }
+    norm = None if subject.max_norm is None else pipe.clip_grad_norm_(subject.max_norm)
     new = references.updated(subject, dict(pipe.named_parameters()))
     tensors.update((f"parameter {name}", value) for name, value in new.items())
     return _Run(
-        tensors=predicted[key] | tensors, given=references.after_optimizer(subject, gradients)
+        tensors=predicted[key] | tensors, given=references.after_optimizer(subject, gradients, norm)
     )
 
 
@@ -198,7 +208,7 @@ class _Plain:
     def __init__(self, subject: Subject, num_microbatches: int, tolerance: float) -> None:
         self._subject, self._tolerance = subject, tolerance
         self._culprits: dict[bool, str] = {}  # by whether training
-        size = batch_size(subject.inputs, "inputs")
+        size = batch_size((subject.inputs, dict(subject.keywords)), "the batch")
         self._sizes = microbatch_sizes(size, num_microbatches)
         full = references.full_batch(subject)
         loss = full["loss"]
@@ -227,6 +237,11 @@ class _Plain:
             return None
         tensors |= _outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
         return Reference(tensors | pooled)
+
+    @functools.cached_property
+    def _mixing(self) -> str | None:
+        """What makes the full batch differ besides what mathematics explains, if anything."""
+        return proof.mixing(self._subject, self._sizes, self._traits, self._tolerance)
 
     def _culprit(self, *, training: bool) -> str:
         if training not in self._culprits:
@@ -272,6 +287,8 @@ class _Plain:
     def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
         """What differs from the full batch only."""
         shown = self._proof
+        if self._mixing is not None:
+            return "FAILED", f"not what the plain model gives on the full batch: {self._mixing}"
         if shown is not None and shown.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
@@ -307,20 +324,21 @@ def _converted(subject: Subject, dtype: torch.dtype) -> Subject:
     model = subject.fresh_model()
     for cell in chain_of(model):
         cell.module.to(dtype)
-    inputs, target = pytree.tree_map_only(
+    inputs, target, keywords = pytree.tree_map_only(
         Tensor,
         lambda t: (
             t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
         ),
-        (subject.inputs, subject.target),
+        (subject.inputs, subject.target, dict(subject.keywords)),
     )
-    return replace(subject, model=model, inputs=inputs, target=target)
+    return replace(subject, model=model, inputs=inputs, target=target, keywords=keywords)
 
 
 def _dtype_of(subject: Subject) -> torch.dtype:
     """The least precise dtype of parameters and inputs."""
     tree = module_tree(chain_of(subject.model))
-    tensors = [*tree.parameters(), *take_apart(subject.inputs)[0]]
+    batch = take_apart((subject.inputs, dict(subject.keywords)))[0]
+    tensors = [*tree.parameters(), *batch]
     found = {t.dtype for t in tensors if t.is_floating_point()} & TOLERANCES.keys()
     return max(found or {torch.get_default_dtype()}, key=lambda dtype: TOLERANCES[dtype])
 

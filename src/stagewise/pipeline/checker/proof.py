@@ -1,7 +1,7 @@
 """Reference 3 (the minibatch whole, but some cells by microbatch), and the search for a culprit."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,10 @@ from stagewise.pipeline.checker.references import (
     finish,
     given,
     named,
+    noting_draws,
     seeded,
+    state_of,
+    uses_batch_statistics,
 )
 from stagewise.pipeline.checker.statistics import pooled_statistics
 from stagewise.pipeline.checker.subject import Subject, sum_of, weighted
@@ -38,8 +41,8 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
     Raises Unsplittable where a value cannot be split by samples.
     """
     chain = chain_of(subject.fresh_model())
-    walk = Walk(chain)
-    inputs, target = subject.fresh_batch()
+    inputs, target, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
     with (
         seeded(subject) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
@@ -49,11 +52,13 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
             for cell in chain:
                 if cell.index in traits.cells:
                     is_loss = subject.loss is None and cell.index == len(chain) - 1
-                    value = _by_parts(walk, cell, value, sizes, traits, randomness, is_loss=is_loss)
+                    value = _by_parts(
+                        walk, cell, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                    )
                 else:
-                    value = walk.run(cell, value)
+                    value = walk.run(cell, value, keywords)
             loss = _whole_loss(subject, value, target, sizes, traits, randomness)
-    tensors = finish(subject, chain, inputs, sum_of([loss, *added.values()]))
+    tensors = finish(subject, chain, (inputs, keywords), sum_of([loss, *added.values()]))
     return tensors, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -65,10 +70,10 @@ def culprit(
     In eval mode, which decides the outputs, unless `training`.
     """
     chain = chain_of(subject.fresh_model())
-    walk = Walk(chain)
     if not training:
         module_tree(chain).eval()
-    inputs, target = subject.fresh_batch()
+    inputs, target, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
     unsplittable: str | None = None
     with seeded(subject) as randomness, torch.no_grad():
         value = inputs
@@ -76,17 +81,19 @@ def culprit(
             is_loss = subject.loss is None and cell.index == len(chain) - 1
             twin = replace(cell, module=copy.deepcopy(cell.module))
             try:
-                parts = _by_parts(walk, twin, value, sizes, traits, randomness, is_loss=is_loss)
+                parts = _by_parts(
+                    walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                )
             except Unsplittable:
                 unsplittable = (
                     unsplittable or f"cell {named(cell)}, whose values cannot be split by samples"
                 )
-                value = walk.run(cell, value)
+                value = walk.run(cell, value, keywords)
                 continue
             if cell.index in traits.cells:
                 value = parts
                 continue
-            value = walk.run(cell, value)
+            value = walk.run(cell, value, keywords)
             pairs = zip(take_apart(value)[0], take_apart(parts)[0], strict=True)
             if not all(_near(whole, part, tolerance) for whole, part in pairs):
                 return f"cell {named(cell)}, whose output depends on how the batch is split"
@@ -105,18 +112,56 @@ def culprit(
     return None
 
 
+def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
+    """The first cell that is excused, but should not be: in eval mode, where it draws nothing,
+    normalises by no batch and changes no buffer, it still gives something else by microbatch."""
+    chain = chain_of(subject.fresh_model())
+    module_tree(chain).eval()
+    value, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, value)
+    with seeded(subject) as randomness, torch.no_grad():
+        for cell in chain:
+            is_loss = subject.loss is None and cell.index == len(chain) - 1
+            draws: dict[int, str] = {}
+            twin = replace(cell, module=copy.deepcopy(cell.module))
+            before = state_of(twin)
+            with collect_losses() as added, noting_draws(subject, cell.index, "", draws):
+                whole = walk.run(twin, value, keywords)
+            changes = not all(map(torch.equal, before, state_of(twin)))
+            excused = draws or changes or uses_batch_statistics(cell)
+            if cell.index in traits.cells and not excused:
+                twin = replace(cell, module=copy.deepcopy(cell.module))
+                try:
+                    with collect_losses() as added_by_parts:
+                        parts = _by_parts(
+                            walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                        )
+                except Unsplittable:
+                    return None
+                pairs = [
+                    *zip(take_apart(whole)[0], take_apart(parts)[0], strict=True),
+                    *((loss, added_by_parts[name]) for name, loss in added.items()),
+                ]
+                if not all(_near(one, other, tolerance) for one, other in pairs):
+                    return f"cell {named(cell)}, which mixes samples even in eval mode"
+            value = whole
+    return None
+
+
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:
     """The outputs in eval mode, run as for reference 3."""
     chain = chain_of(subject.fresh_model())
-    walk = Walk(chain)
     module_tree(chain).eval()
-    value, _ = subject.fresh_batch()
+    value, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, value)
     with seeded(subject) as randomness, torch.no_grad():
         for cell in chain:
             if cell.index in traits.cells:
-                value = _by_parts(walk, cell, value, sizes, traits, randomness, is_loss=False)
+                value = _by_parts(
+                    walk, cell, value, keywords, sizes, traits, randomness, is_loss=False
+                )
             else:
-                value = walk.run(cell, value)
+                value = walk.run(cell, value, keywords)
     return value
 
 
@@ -124,6 +169,7 @@ def _by_parts(
     walk: Walk,
     cell: Cell,
     value: object,
+    keywords: Mapping[str, object],
     sizes: Sequence[int],
     traits: Traits,
     randomness: CellRandomness,
@@ -132,10 +178,12 @@ def _by_parts(
 ) -> object:
     """Run `cell` on the microbatches of `value`, and put its outputs together."""
     outputs: list[Any] = []
+    by_name = {name: split(part, sizes) for name, part in keywords.items()}
     for m, part in enumerate(_split_as(value, traits.parts[cell.index])):
         randomness.enter_cell(cell.index, m)
+        own = {name: column[m] for name, column in by_name.items()}
         with collect_losses() as added:
-            outputs.append(walk.run(cell, part))
+            outputs.append(walk.run(cell, part, own))
         for name, loss in added.items():
             add_loss(loss * (sizes[m] / sum(sizes)), name)
     if is_loss:

@@ -53,7 +53,8 @@ class Traits:
     def reason(self) -> str:
         """Why the full batch differs, for people; empty where nothing explains it."""
         changes = {i: n for i, n in self.changes.items() if i not in self.normalises}
-        draws = [*self.draws.values(), *(["the loss"] if self.loss_draws else [])]
+        of_loss = "the loss, which was therefore not shown to be a mean over samples"
+        draws = [*self.draws.values(), *([of_loss] if self.loss_draws else [])]
         clauses = (
             ("BatchNorm's statistics by microbatch", self.normalises.values()),
             ("random numbers", draws),
@@ -66,54 +67,58 @@ def full_batch(subject: Subject) -> Tensors:
     """Reference 1."""
     model = subject.fresh_model()
     chain = chain_of(model)
-    walk = Walk(chain)
-    inputs, target = subject.fresh_batch()
+    inputs, target, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
     with generators_kept([subject.device]):
         default_generator(subject.device).manual_seed(subject.seed)
         value = entered(inputs)
         with collect_losses() as added:
-            if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+            if (
+                isinstance(model, nn.Module)
+                and not isinstance(model, nn.ModuleList)
+                and not keywords
+            ):
                 value = invoke(model, value, {})
-            else:
+            else:  # a Sequential takes no keywords
                 for cell in chain:
-                    value = walk.run(cell, value)
+                    value = walk.run(cell, value, keywords)
             loss = subject.loss_of(value, *given(target))
-    return finish(subject, chain, inputs, sum_of([loss, *added.values()]))
+    return finish(subject, chain, (inputs, keywords), sum_of([loss, *added.values()]))
 
 
 def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Traits, Tensors]:
     """Reference 2, what its cells did, and BatchNorm's buffers had it seen the whole minibatch."""
     chain, traits = chain_of(subject.fresh_model()), Traits()
-    walk = Walk(chain)
-    inputs, target = subject.fresh_batch()
+    inputs, target, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
     shares, parts = subject.shares(targets, sizes), list[Tensor]()
-    traits.normalises = {cell.index: named(cell) for cell in chain if _uses_batch_statistics(cell)}
+    traits.normalises = {cell.index: named(cell) for cell in chain if uses_batch_statistics(cell)}
     with (
         seeded(subject) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
-        for m, part in enumerate(split(inputs, sizes)):
+        for m, (part, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             # A copy of its own: a cell may change it in place, which would mark all parts changed.
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             with collect_losses() as added:
                 for cell in chain:
                     traits.parts.setdefault(cell.index, []).append(shapes_of(value))
-                    before = _state_of(cell)
+                    before = state_of(cell)
                     randomness.enter_cell(cell.index, m)
-                    with _noting_draws(subject, cell.index, named(cell), traits.draws):
-                        value = walk.run(cell, value)
-                    if not all(map(torch.equal, before, _state_of(cell))):
+                    with noting_draws(subject, cell.index, named(cell), traits.draws):
+                        value = walk.run(cell, value, named_parts)
+                    if not all(map(torch.equal, before, state_of(cell))):
                         traits.changes[cell.index] = named(cell)
                 if any(column[m] for column in shares.values()):
                     randomness.enter_loss(m)
                     drawn: dict[int, str] = {}
-                    with _noting_draws(subject, 0, "", drawn):
+                    with noting_draws(subject, 0, "", drawn):
                         losses = subject.losses_of(value, *targets[m])
                     traits.loss_draws |= bool(drawn)
                     parts += weighted(losses, shares, m)
             parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
-    tensors = finish(subject, chain, inputs, sum_of(parts))
+    tensors = finish(subject, chain, (inputs, keywords), sum_of(parts))
     traits.wholes = _output_shapes(subject)
     return tensors, traits, {f"buffer {name}": value for name, value in pooled().items()}
 
@@ -121,15 +126,15 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
 def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
     """The outputs in eval mode, as `Pipeline.predict` gives them; BatchError: not by sample."""
     chain = chain_of(subject.fresh_model())
-    walk = Walk(chain)
     module_tree(chain).eval()
-    inputs, _ = subject.fresh_batch()
+    inputs, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
     values = []
     with seeded(subject) as randomness, torch.no_grad():
-        for m, value in enumerate(split(inputs, sizes)):
+        for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             for cell in chain:
                 randomness.enter_cell(cell.index, m)
-                value = walk.run(cell, value)
+                value = walk.run(cell, value, named_parts)
             values.append(value)
     return join(values, sizes)
 
@@ -137,22 +142,29 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
 def outputs_of_full_batch(subject: Subject) -> object:
     """The outputs in eval mode."""
     chain = chain_of(subject.fresh_model())
-    walk = Walk(chain)
     module_tree(chain).eval()
-    value, _ = subject.fresh_batch()
+    value, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, value)
     with generators_kept([subject.device]), torch.no_grad():
         default_generator(subject.device).manual_seed(subject.seed)
         for cell in chain:
-            value = walk.run(cell, value)
+            value = walk.run(cell, value, keywords)
     return value
 
 
-def after_optimizer(subject: Subject, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """The plain model's parameters after one update from given gradients, by name."""
+def after_optimizer(
+    subject: Subject, gradients: Mapping[str, Tensor | None], norm: Tensor | None
+) -> dict[str, Tensor]:
+    """The plain model's parameters after one update from given gradients, by name.
+
+    They are clipped first if `norm`, the whole model's, is given.
+    """
     named = dict(module_tree(chain_of(subject.fresh_model())).named_parameters())
     own = {name: named[name] for name in gradients}
     for name, parameter in own.items():
         parameter.grad = gradients[name]
+    if norm is not None and subject.max_norm is not None:
+        nn.utils.clip_grads_with_norm_(own.values(), subject.max_norm, norm)
     return updated(subject, own)
 
 
@@ -187,19 +199,21 @@ def finish(subject: Subject, chain: Chain, inputs: object, loss: Tensor) -> Tens
     if loss.requires_grad:
         torch.autograd.backward(loss)
     tensors = collected(loss, inputs, tree.named_parameters(), tree.named_buffers())
+    if subject.max_norm is not None:
+        nn.utils.clip_grad_norm_(tree.parameters(), subject.max_norm)
     new = updated(subject, dict(tree.named_parameters()))
     tensors.update((f"parameter {name}", value) for name, value in new.items())
     return tensors
 
 
 def _output_shapes(subject: Subject) -> dict[int, Shapes]:
-    value, _ = subject.fresh_batch()
+    value, _, keywords = subject.fresh_batch()
     chain = chain_of(subject.fresh_model())
-    walk = Walk(chain)
+    walk = Walk(chain, value)
     shapes = {}
     with seeded(subject), torch.no_grad():
         for cell in chain:
-            value = walk.run(cell, value)
+            value = walk.run(cell, value, keywords)
             shapes[cell.index] = shapes_of(value)
     return shapes
 
@@ -212,12 +226,22 @@ def seeded(subject: Subject) -> Iterator[CellRandomness]:
 
 
 @contextmanager
-def _noting_draws(subject: Subject, key: int, name: str, into: dict[int, str]) -> Iterator[None]:
+def noting_draws(subject: Subject, key: int, name: str, into: dict[int, str]) -> Iterator[None]:
+    """Put `name` under `key` if what runs inside draws random numbers."""
     generator = default_generator(subject.device)
     before = generator.get_state()
     yield
     if not torch.equal(before, generator.get_state()):
         into[key] = name
+
+
+def split_both(
+    inputs: object, keywords: Mapping[str, object], sizes: Sequence[int]
+) -> Iterator[tuple[object, dict[str, object]]]:
+    """Inputs and keyword arguments by microbatch."""
+    columns = {name: split(value, sizes) for name, value in keywords.items()}
+    for m, part in enumerate(split(inputs, sizes)):
+        yield part, {name: column[m] for name, column in columns.items()}
 
 
 def entered(inputs: object) -> object:
@@ -230,11 +254,13 @@ def given(target: object) -> tuple[object, ...]:
     return () if target is None else (target,)
 
 
-def _state_of(cell: Cell) -> list[Tensor]:
+def state_of(cell: Cell) -> list[Tensor]:
+    """Copies of the cell's buffers."""
     return [buffer.detach().clone() for buffer in cell.module.buffers()]
 
 
-def _uses_batch_statistics(cell: Cell) -> bool:
+def uses_batch_statistics(cell: Cell) -> bool:
+    """Whether a BatchNorm in it normalises by the batch, in its present mode."""
     norms = [module for module in cell.module.modules() if isinstance(module, _BatchNorm)]
     return any(norm.training or norm.running_mean is None for norm in norms)
 

@@ -25,6 +25,8 @@ class Subject:
     model: Model
     inputs: object
     target: object
+    keywords: Mapping[str, object]
+    max_norm: float | None  # of the gradients before the update
     loss: Loss | None
     weight: Weight | None
     optimizer: MakeOptimizer | None
@@ -41,14 +43,14 @@ class Subject:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def fresh_batch(self) -> tuple[object, object]:
-        """Copies of inputs and target."""
-        inputs, target = pytree.tree_map_only(
+    def fresh_batch(self) -> tuple[object, object, dict[str, object]]:
+        """Copies of inputs, target and keyword arguments."""
+        inputs, target, keywords = pytree.tree_map_only(
             Tensor,
             lambda t: t.detach().clone().requires_grad_(t.requires_grad),
-            (self.inputs, self.target),
+            (self.inputs, self.target, dict(self.keywords)),
         )
-        return inputs, target
+        return inputs, target, keywords
 
     def losses_of(self, output: object, *target: object) -> dict[str, Tensor]:
         """Numbers by name; raises BatchError if they are anything else."""
