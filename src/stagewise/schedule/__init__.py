@@ -1,15 +1,15 @@
 """Schedules as data: instructions, named schedules, recomputation, lowering, validation."""
 
+from stagewise.schedule.basic import forward_only, gpipe, one_f_one_b
+from stagewise.schedule.closed_forms import Bubble, EqualStages, InFlight
 from stagewise.schedule.grid import grid
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
 from stagewise.schedule.named import (
     SCHEDULES,
     NamedSchedule,
-    forward_only,
-    gpipe,
     named_schedule,
-    one_f_one_b,
+    schedule_row,
     stages_per_device,
 )
 from stagewise.schedule.order import Blocked, walk
@@ -21,6 +21,9 @@ __all__ = [
     "POLICIES",
     "SCHEDULES",
     "Blocked",
+    "Bubble",
+    "EqualStages",
+    "InFlight",
     "Instruction",
     "Kind",
     "LoweredProgram",
@@ -38,6 +41,7 @@ __all__ = [
     "one_f_one_b",
     "parse_programs",
     "schedule_of",
+    "schedule_row",
     "stages_per_device",
     "validate",
     "walk",

@@ -1,65 +1,21 @@
-"""The named schedules, as pure functions of devices, microbatches and stages per device.
+"""The named schedules: a table. A new schedule joins by a row, which the contract suite then holds.
 
-GPipe (Huang et al., arXiv:1811.06965, figure 2c) runs all forwards, then all backwards with
-the last microbatch first, so that the microbatch whose activations are fresh goes back first.
-1F1B (PipeDream-Flush, Narayanan et al., arXiv:2006.09503) alternates as early as it can:
-stage k holds at most num_stages - k microbatches. A new schedule joins by a row in SCHEDULES.
+Each row's `build` is a pure function of devices, microbatches and stages per device, for any
+number of them; `tests/schedule/test_contract.py` shows that what it returns is valid, and has the
+bubble and the microbatches in flight that the row says.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from stagewise.errors import ScheduleError
-from stagewise.schedule.instruction import Instruction, Kind
-from stagewise.schedule.schedule import Program, Schedule
-
-
-def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards in reverse order."""
-
-    def program(stage: int) -> Program:
-        forwards = _run(stage, Kind.FORWARD, range(num_microbatches))
-        return forwards + _run(stage, Kind.BACKWARD, reversed(range(num_microbatches)))
-
-    return _one_stage_per_device("gpipe", program, num_stages, num_microbatches)
-
-
-def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
-    """Warm up with num_stages - 1 - stage forwards, then one forward, one backward in turn."""
-
-    def program(stage: int) -> Program:
-        warmup = min(num_stages - 1 - stage, num_microbatches)
-        steady = num_microbatches - warmup
-        pairs = [
-            Instruction(stage, kind, m + offset)
-            for m in range(steady)
-            for kind, offset in ((Kind.FORWARD, warmup), (Kind.BACKWARD, 0))
-        ]
-        cooldown = range(steady, num_microbatches)
-        return (
-            _run(stage, Kind.FORWARD, range(warmup))
-            + tuple(pairs)
-            + _run(stage, Kind.BACKWARD, cooldown)
-        )
-
-    return _one_stage_per_device("1f1b", program, num_stages, num_microbatches)
-
-
-def forward_only(placement: Sequence[Sequence[int]], num_microbatches: int) -> Schedule:
-    """Every stage's forwards in order, stage by stage: what `evaluate` and `predict` run."""
-    num_devices = 1 + max(device for devices in placement for device in devices)
-    schedule = Schedule(
-        name="forward_only",
-        programs=((),) * num_devices,
-        placement=tuple(map(tuple, placement)),
-        num_microbatches=num_microbatches,
-    )
-    programs: list[list[Instruction]] = [[] for _ in range(num_devices)]
-    for stage in range(schedule.num_stages):
-        for m in range(num_microbatches):
-            forward = Instruction(stage, Kind.FORWARD, m)
-            programs[schedule.device_of(stage, m)].append(forward)
-    return replace(schedule, programs=tuple(map(tuple, programs)))
+from stagewise.schedule import closed_forms as forms
+from stagewise.schedule.basic import gpipe, one_f_one_b
+from stagewise.schedule.closed_forms import Bubble, InFlight
+from stagewise.schedule.dualpipe import dualpipe_v
+from stagewise.schedule.interleaved import breadth_first, interleaved, interleaved_v
+from stagewise.schedule.schedule import Schedule
+from stagewise.schedule.zero_bubble import v_half, v_min, zb_h1, zb_v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +23,132 @@ class NamedSchedule:
     """A row of SCHEDULES.
 
     `build(num_devices, num_microbatches, stages_per_device)` makes the schedule; each device has
-    `stages_per_device` stages unless `takes_any` and others are asked for.
+    `stages_per_device` stages unless `takes_any` and others are asked for. `placement` names the
+    function of `stagewise.schedule.placement` that places them.
     """
 
     build: Callable[[int, int, int], Schedule]
+    summary: str
+    source: str
+    placement: str
+    bubble: Bubble
+    in_flight: InFlight
     stages_per_device: int = 1
     takes_any: bool = False
+    splits_backward: bool = False
 
 
 SCHEDULES: dict[str, NamedSchedule] = {
-    "gpipe": NamedSchedule(build=lambda devices, m, _: gpipe(devices, m)),
-    "1f1b": NamedSchedule(build=lambda devices, m, _: one_f_one_b(devices, m)),
+    "gpipe": NamedSchedule(
+        build=lambda devices, m, _: gpipe(devices, m),
+        summary="all forwards, then all backwards",
+        source="arXiv:1811.06965",
+        placement="looped",
+        bubble=forms.FILL,
+        in_flight=forms.ALL,
+    ),
+    "1f1b": NamedSchedule(
+        build=lambda devices, m, _: one_f_one_b(devices, m),
+        summary="one forward, one backward in turn: gpipe's time, less memory",
+        source="arXiv:2006.09503",
+        placement="looped",
+        bubble=forms.FILL,
+        in_flight=forms.ONE_F_ONE_B,
+    ),
+    "interleaved": NamedSchedule(
+        build=interleaved,
+        summary="1f1b with several stages a device: a smaller bubble, more messages",
+        source="arXiv:2104.04473",
+        placement="looped",
+        bubble=forms.LOOPED,
+        in_flight=forms.INTERLEAVED,
+        stages_per_device=2,
+        takes_any=True,
+    ),
+    "interleaved_v": NamedSchedule(
+        build=interleaved_v,
+        summary="the same to and fro: no message at the turns, one memory for all devices",
+        source="arXiv:2308.15762, arXiv:2405.15362",
+        placement="zigzag",
+        bubble=forms.ZIGZAG,
+        in_flight=forms.INTERLEAVED_V,
+        stages_per_device=2,
+        takes_any=True,
+    ),
+    "breadth_first": NamedSchedule(
+        build=breadth_first,
+        summary="all microbatches through one stage, then through the device's next",
+        source="arXiv:2211.05953",
+        placement="looped",
+        bubble=forms.LOOPED,
+        in_flight=forms.ALL,
+        stages_per_device=2,
+        takes_any=True,
+    ),
+    "zb_h1": NamedSchedule(
+        build=lambda devices, m, _: zb_h1(devices, m),
+        summary="1f1b whose weight gradients fill the end: a third of its bubble",
+        source="arXiv:2401.10241",
+        placement="looped",
+        bubble=forms.ZB_H1,
+        in_flight=forms.ONE_F_ONE_B_FIRST,
+        splits_backward=True,
+    ),
+    "zb_v": NamedSchedule(
+        build=lambda devices, m, _: zb_v(devices, m),
+        summary="weight gradients fill nearly all of the bubble, with 1f1b's memory",
+        source="arXiv:2401.10241",
+        placement="zigzag",
+        bubble=forms.ZB_V,
+        in_flight=forms.V_AS_1F1B,
+        stages_per_device=2,
+        splits_backward=True,
+    ),
+    "v_half": NamedSchedule(
+        build=lambda devices, m, _: v_half(devices, m),
+        summary="half of 1f1b's memory",
+        source="arXiv:2405.15362",
+        placement="zigzag",
+        bubble=forms.V_HALF,
+        in_flight=forms.V_AS_HALF,
+        stages_per_device=2,
+        splits_backward=True,
+    ),
+    "v_min": NamedSchedule(
+        build=lambda devices, m, _: v_min(devices, m),
+        summary="a third of 1f1b's memory, at about its time",
+        source="arXiv:2405.15362",
+        placement="zigzag",
+        bubble=forms.V_MIN,
+        in_flight=forms.V_AS_THIRD,
+        stages_per_device=2,
+        splits_backward=True,
+    ),
+    "dualpipe_v": NamedSchedule(
+        build=lambda devices, m, _: dualpipe_v(devices, m),
+        summary="DualPipe cut in half: forwards beside backwards of the other stage",
+        source="arXiv:2412.19437",
+        placement="zigzag",
+        bubble=forms.DUALPIPE_V,
+        in_flight=forms.DUALPIPE,
+        stages_per_device=2,
+        splits_backward=True,
+    ),
 }
 
 
-def stages_per_device(name: str, wanted: int | None = None) -> int:
-    """How many stages each device of schedule `name` has; raises ScheduleError with a way out."""
+def schedule_row(name: str) -> NamedSchedule:
+    """The row called `name`; raises ScheduleError with the names there are."""
     if name not in SCHEDULES:
         raise ScheduleError(
             f"there is no schedule {name!r}; choose one of {', '.join(sorted(SCHEDULES))}"
         )
-    row = SCHEDULES[name]
+    return SCHEDULES[name]
+
+
+def stages_per_device(name: str, wanted: int | None = None) -> int:
+    """How many stages each device of schedule `name` has; raises ScheduleError with a way out."""
+    row = schedule_row(name)
     if wanted is None or wanted == row.stages_per_device:
         return row.stages_per_device
     if not row.takes_any or wanted < 1:
@@ -108,18 +169,3 @@ def named_schedule(
         if number < 1:
             raise ScheduleError(f"{what} is {number}; a schedule needs at least 1")
     return SCHEDULES[name].build(num_devices, num_microbatches, wanted)
-
-
-def _run(stage: int, kind: Kind, microbatches: Iterable[int]) -> Program:
-    return tuple(Instruction(stage, kind, m) for m in microbatches)
-
-
-def _one_stage_per_device(
-    name: str, program: Callable[[int], Program], num_stages: int, num_microbatches: int
-) -> Schedule:
-    return Schedule(
-        name=name,
-        programs=tuple(program(stage) for stage in range(num_stages)),
-        placement=tuple((stage,) for stage in range(num_stages)),
-        num_microbatches=num_microbatches,
-    )
