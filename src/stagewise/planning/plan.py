@@ -11,6 +11,7 @@ from functools import cached_property
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
 from stagewise.errors import PlanError
+from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.partition import check_balance, partition
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
@@ -22,6 +23,7 @@ from stagewise.schedule import (
     validate,
     with_recompute,
 )
+from stagewise.schedule.schedule import IDLE, Program
 from stagewise.timeline import Timeline
 
 
@@ -80,7 +82,7 @@ class Plan:
 
     def _plain_schedule(self) -> Schedule:
         if self.programs:
-            made = schedule_of(self.schedule, parse_programs("\n".join(self.programs)))
+            made = schedule_of(self.schedule, _programs(self.programs))
             for what, got, need in (
                 ("stages", made.num_stages, self.num_stages),
                 ("microbatches", made.num_microbatches, self.num_microbatches),
@@ -103,6 +105,29 @@ class Plan:
     def peak_activation_bytes(self) -> tuple[int, ...]:
         """Predicted peak of what each device keeps for the backward pass."""
         return self.timeline.peak_activation_bytes(self.stage_costs)
+
+    @staticmethod
+    def from_schedule(
+        schedule: Schedule,
+        *,
+        balance: Sequence[int],
+        recompute: str = "never",
+        cells: Sequence[CellCost] = (),
+        input_bytes: int = 0,
+        link: LinkCost = FREE_LINK,
+    ) -> "Plan":
+        """The plan that runs a schedule of one's own; raises ScheduleError if it breaks a rule."""
+        choice = choose_schedule(schedule, schedule.num_microbatches)
+        return Plan(
+            balance=tuple(balance),
+            schedule=choice.name,
+            programs=choice.programs,
+            num_microbatches=schedule.num_microbatches,
+            recompute=recompute,
+            cells=tuple(cells),
+            input_bytes=input_bytes,
+            link=link,
+        )
 
     def to_json(self) -> str:
         """The plan's fields as JSON text."""
@@ -131,33 +156,46 @@ class Plan:
             ) from error
 
 
+def _programs(lines: Sequence[str]) -> tuple[Program, ...]:
+    return parse_programs("\n".join(line or IDLE for line in lines))
+
+
 def plan_from_costs(
     cells: Sequence[CellCost],
     *,
-    num_stages: int,
     num_microbatches: int,
-    schedule: str = "1f1b",
+    num_stages: int | None = None,
+    num_devices: int | None = None,
+    schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
     link: LinkCost = FREE_LINK,
     input_bytes: int = 0,
     balance: Sequence[int] | None = None,
 ) -> Plan:
-    """The plan whose busiest stage has the least load; or the one with the given `balance`."""
+    """The plan whose busiest stage has the least load; or the one with the given `balance`.
+
+    `schedule`, `num_stages` and `num_devices` are those of `choose_schedule`.
+    """
+    choice = choose_schedule(
+        schedule, num_microbatches, num_stages=num_stages, num_devices=num_devices
+    )
     if balance is None:
         forwards = 1 if recompute == "never" else 2
         balance = partition(
             [forwards * cell.forward_seconds + cell.backward_seconds for cell in cells],
-            num_stages,
+            choice.num_stages,
             transfer_seconds=[
                 link.transfer_seconds(cell.output_bytes)
                 + link.transfer_seconds(cell.gradient_bytes)
                 for cell in cells[:-1]
             ],
         )
-    check_balance(balance, len(cells), num_stages)
+    check_balance(balance, len(cells), choice.num_stages)
     return Plan(
         balance=tuple(balance),
-        schedule=schedule,
+        schedule=choice.name,
+        stages_per_device=choice.stages_per_device,
+        programs=choice.programs,
         num_microbatches=num_microbatches,
         recompute=recompute,
         cells=tuple(cells),

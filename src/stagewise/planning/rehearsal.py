@@ -5,7 +5,8 @@ the threads that carry it wait for a core. Both show in the gaps between instruc
 """
 
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from stagewise.schedule import Message, Schedule, lower
 from stagewise.timeline import Timeline
@@ -15,11 +16,11 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
     """Mean seconds per message, as (sender's overhead, from its making to its use).
 
     The overhead is the gap before an instruction that waited for nothing else. The second counts
-    where the receiver stood still for the message; each direction counts half, so that clocks
-    which differ between devices cancel out. 0 for what no timeline shows.
+    where the receiver stood still for the message; between two devices each direction counts half,
+    so that clocks which differ cancel out. 0 for what no timeline shows.
     """
     overheads: list[float] = []
-    waits: dict[bool, list[float]] = {True: [], False: []}  # by direction
+    waits: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (source, destination)
     programs = lower(schedule)
     for timeline in timelines:
         spans = {span.instruction: span for span in timeline.spans}
@@ -35,16 +36,26 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
                 span = spans[step.instruction]
                 late = [m for m in step.receives if _travels(m) and made[m] > free]
                 for message in late:
-                    down = message.source < message.destination
-                    waits[down].append(span.start_seconds - made[message])
+                    between = message.source, message.destination
+                    waits[between].append(span.start_seconds - made[message])
                 if num_sent and not late:
                     overheads.append((span.start_seconds - free) / num_sent)
                 free, num_sent = span.end_seconds, sum(map(_travels, step.sends))
-    means = [statistics.fmean(direction) for direction in waits.values() if direction]
     return (
         statistics.fmean(overheads) if overheads else 0.0,
-        max(0.0, statistics.fmean(means)) if means else 0.0,
+        max(0.0, _mean_of_pairs(waits)),
     )
+
+
+def _mean_of_pairs(waits: Mapping[tuple[int, int], Sequence[float]]) -> float:
+    """The mean over pairs of devices, of those that waited for each other if there are any."""
+    means = {between: statistics.fmean(seconds) for between, seconds in waits.items()}
+    both = [
+        (mean + means[destination, source]) / 2
+        for (source, destination), mean in means.items()
+        if (destination, source) in means
+    ]
+    return statistics.fmean(both or means.values()) if means else 0.0
 
 
 def _travels(message: Message) -> bool:

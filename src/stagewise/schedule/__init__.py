@@ -14,7 +14,8 @@ from stagewise.schedule.named import (
 )
 from stagewise.schedule.order import Blocked, walk
 from stagewise.schedule.recompute import POLICIES, with_recompute
-from stagewise.schedule.schedule import Program, Schedule, parse_programs, schedule_of
+from stagewise.schedule.schedule import Program, Schedule, schedule_of
+from stagewise.schedule.text import parse_programs, parse_schedule
 from stagewise.schedule.validation import validate
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "named_schedule",
     "one_f_one_b",
     "parse_programs",
+    "parse_schedule",
     "schedule_of",
     "schedule_row",
     "stages_per_device",

@@ -1,13 +1,13 @@
 """A schedule as a text grid: a row per device, a column per slot of time.
 
-Where there is no time, because the programs block each other or name a stage that has no device,
+`parse_programs` reads it back. Where there is no time, because the programs block each other or name a stage that has no device,
 the columns are positions in the program. Marked instructions stand between > and <.
 """
 
 from collections.abc import Collection
 
 from stagewise.schedule.order import Blocked, slots
-from stagewise.schedule.schedule import Schedule
+from stagewise.schedule.schedule import IDLE, Schedule
 
 Place = tuple[int, int]  # device, position in its program
 
@@ -22,10 +22,10 @@ def grid(schedule: Schedule, marked: Collection[Place] = ()) -> str:
         starts = slots(schedule)
     except (Blocked, LookupError, ZeroDivisionError):
         starts = [list(range(len(program))) for program in schedule.programs]
-    width = max((starts_of[-1] + 1 for starts_of in starts if starts_of), default=0)
+    width = max((starts_of[-1] + 1 for starts_of in starts if starts_of), default=1)
     rows = []
     for device, (program, at) in enumerate(zip(schedule.programs, starts, strict=True)):
-        row = ["."] * width
+        row = [IDLE] * width
         for position, (instruction, slot) in enumerate(zip(program, at, strict=True)):
             text = str(instruction)
             row[slot] = f">{text}<" if (device, position) in marked else text

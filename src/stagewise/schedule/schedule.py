@@ -7,6 +7,7 @@ from stagewise.errors import ScheduleError
 from stagewise.schedule.instruction import Instruction, Kind
 
 Program = tuple[Instruction, ...]
+IDLE = "."  # in text: no instruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +60,7 @@ class Schedule:
 
     def __str__(self) -> str:
         """One line per device, in program order: the form that `parse_programs` reads."""
-        return "\n".join(" ".join(map(str, program)) for program in self.programs)
-
-
-def parse_programs(text: str) -> tuple[Program, ...]:
-    """Read programs from text, one line per device, instructions separated by blanks."""
-    return tuple(
-        tuple(Instruction.parse(word) for word in line.split())
-        for line in text.strip().splitlines()
-    )
+        return "\n".join(" ".join(map(str, program)) or IDLE for program in self.programs)
 
 
 def schedule_of(name: str, programs: Sequence[Program]) -> Schedule:

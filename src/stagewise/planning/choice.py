@@ -1,0 +1,98 @@
+"""Which schedule is meant: by name, a schedule of one's own, or a function that makes one.
+
+A name fixes how many stages each device has, or takes any; so stages, devices, or both say how
+large it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stagewise.errors import PlanError
+from stagewise.schedule import Schedule, named_schedule, schedule_row, stages_per_device, validate
+
+ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and microbatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleChoice:
+    """A valid schedule, and how a Plan writes it down: by name, or by its programs."""
+
+    built: Schedule
+    stages_per_device: int | None = None
+    programs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.built.name
+
+    @property
+    def num_stages(self) -> int:
+        return self.built.num_stages
+
+    @property
+    def num_devices(self) -> int:
+        return self.built.num_devices
+
+
+def choose_schedule(
+    schedule: ScheduleLike,
+    num_microbatches: int,
+    *,
+    num_stages: int | None = None,
+    num_devices: int | None = None,
+) -> ScheduleChoice:
+    """The schedule that is meant; of `num_stages` and `num_devices` one may be None.
+
+    Both may be for a Schedule, which has its own. Raises PlanError where the numbers disagree,
+    ScheduleError where there is no such schedule or it is invalid.
+    """
+    if isinstance(schedule, str):
+        devices, each = _counts(schedule, num_stages, num_devices)
+        own = None if each == schedule_row(schedule).stages_per_device else each
+        built = named_schedule(schedule, devices, num_microbatches, each)
+        return ScheduleChoice(built=built, stages_per_device=own)
+    if not isinstance(schedule, Schedule):
+        devices = num_devices if num_devices is not None else num_stages or 0
+        if not devices:
+            raise PlanError(
+                "a function that makes the schedule needs to know for how many devices; give "
+                "num_devices"
+            )
+        schedule = schedule(devices, num_microbatches)
+    validate(schedule)
+    for what, got, wanted in (
+        ("stages", schedule.num_stages, num_stages),
+        ("devices", schedule.num_devices, num_devices),
+        ("microbatches", schedule.num_microbatches, num_microbatches),
+    ):
+        if wanted is not None and got != wanted:
+            raise PlanError(
+                f"schedule {schedule.name!r} has {got} {what}, but {wanted} were asked for; ask "
+                f"for {got}, or change the schedule"
+            )
+    return ScheduleChoice(built=schedule, programs=tuple(str(schedule).splitlines()))
+
+
+def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple[int, int]:
+    """Devices, and stages on each."""
+    usual = stages_per_device(name)
+    if num_stages is None:
+        if num_devices is None:
+            raise PlanError("neither num_stages nor num_devices is given; give one of them")
+        return num_devices, usual
+    if num_devices is None:
+        if num_stages % usual:
+            raise PlanError(
+                f"{name} has {usual} stages on each device, which cannot be with {num_stages} "
+                f"stages; make that a multiple of {usual}"
+            )
+        return num_stages // usual, usual
+    if num_stages != num_devices * usual and (
+        not schedule_row(name).takes_any or num_devices < 1 or num_stages % num_devices
+    ):
+        need = "any number of" if schedule_row(name).takes_any else str(usual)
+        raise PlanError(
+            f"{num_stages} stages and {num_devices} devices disagree: {name} has {need} stages on "
+            "each device, the same on all; leave one of the two out, or correct it"
+        )
+    return num_devices, num_stages // num_devices if num_devices else usual
