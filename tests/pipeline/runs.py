@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import stagewise
 from tests.models import EXAMPLES, batch, build
+from tests.schedules import planned
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -56,9 +57,9 @@ def even(cells: int, stages: int) -> tuple[int, ...]:
 
 
 def pipeline(run: Run) -> stagewise.Pipeline:
-    plan = stagewise.Plan(
-        balance=run.balance,
-        schedule=run.schedule,
+    plan = planned(
+        run.balance,
+        run.schedule,
         num_microbatches=run.num_microbatches,
         recompute=run.recompute,
     )

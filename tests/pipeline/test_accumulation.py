@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.errors import CellError
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
+from tests.schedules import RUNNABLE, layout, planned
 
 WIDTH, SIZE, NUM_MICROBATCHES = 8, 64, 32
 BF16 = torch.bfloat16
@@ -55,9 +56,9 @@ def pipe_of(
     num_microbatches: int = NUM_MICROBATCHES,
     in_float32: bool = True,
 ) -> stagewise.Pipeline:
-    plan = stagewise.Plan(
-        balance=balance,
-        schedule=schedule,
+    plan = planned(
+        balance,
+        schedule,
         num_microbatches=num_microbatches,
         recompute=recompute,
     )
@@ -83,13 +84,13 @@ def trained(balance: tuple[int, ...], schedule: str, policies: list[str]) -> lis
 CUTS = [(7,), (4, 3), (2, 3, 2), (1, 2, 1, 3)]  # the cell in float32 is three
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", RUNNABLE)
 def test_any_cut_policy_and_transport_has_the_same_bits(pools: Pools, schedule: str) -> None:
     (wanted,) = trained((7,), schedule, ["never"])
     for balance in CUTS:
         states = trained(balance, schedule, list(POLICIES))
-        if len(balance) > 1:
-            ranks = pools[len(balance)].run(trained, balance, schedule, list(POLICIES))
+        if (num_devices := layout(schedule, len(balance))[0]) > 1:
+            ranks = pools[num_devices].run(trained, balance, schedule, list(POLICIES))
             for parts in zip(*ranks, strict=True):
                 states.append({k: t for own in parts for k, t in own.items()})
         for state in states:

@@ -16,9 +16,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 import stagewise
 from stagewise.errors import CellError, ModelError, PlanError
 from stagewise.model.chain import chain_of
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
+from tests.schedules import RUNNABLE, layout, planned
 
 WIDTH, SIZE, NUM_MICROBATCHES = 3, 22, 4  # microbatches of 6, 6, 5, 5
 State = dict[str, Tensor]
@@ -131,7 +132,7 @@ def even(num_cells: int, num_stages: int) -> tuple[int, ...]:
 def pipe_of(modules: list[nn.Module], num_stages: int, **changes: object) -> stagewise.Pipeline:
     arguments = {"schedule": "1f1b", "num_microbatches": NUM_MICROBATCHES, **changes}
     num_cells = len(chain_of(modules))
-    plan = stagewise.Plan(balance=even(num_cells, num_stages), **arguments)  # type: ignore[arg-type]
+    plan = planned(even(num_cells, num_stages), **arguments)  # type: ignore[arg-type]
     return stagewise.Pipeline(modules, plan, loss=nn.functional.mse_loss)
 
 
@@ -167,7 +168,7 @@ def test_one_update_from_the_whole_minibatch(name: str) -> None:
                 torch.testing.assert_close(state[key], buffer, rtol=error, atol=0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", RUNNABLE)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_cut_policy_and_transport_has_the_same_bits(
     pools: Pools, name: str, schedule: str
@@ -179,8 +180,8 @@ def test_any_cut_policy_and_transport_has_the_same_bits(
         if name == "twice in a stage":
             if num_stages > 2:
                 continue
-        elif num_stages > 1:
-            for ranks in zip(*pools[num_stages].run(trained, *arguments), strict=True):
+        elif (num_devices := layout(schedule, num_stages)[0]) > 1:
+            for ranks in zip(*pools[num_devices].run(trained, *arguments), strict=True):
                 assert_same({k: t for state in ranks for k, t in state.items()}, wanted)
         for state in trained(*arguments):
             assert_same(state, wanted)
@@ -195,7 +196,7 @@ def assert_same(got: State, wanted: State) -> None:
 def test_one_layer_in_two_stages_of_one_process() -> None:
     """Updates come in the chain's order, as in the plain model."""
     wanted = trained_plain("twice in a stage", torch.float64)
-    for schedule in SCHEDULES:
+    for schedule in RUNNABLE:
         for state in trained("twice in a stage", 4, schedule, list(POLICIES), torch.float64):
             for key, buffer in wanted.items():
                 torch.testing.assert_close(state[key], buffer, rtol=1e-12, atol=0)

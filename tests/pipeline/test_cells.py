@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.errors import CellError, UsageError
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
 from tests.pipeline.runs import Run, assert_identical, even, merged, num_cells, train
+from tests.schedules import RUNNABLE
 
 MSE = nn.functional.mse_loss
 
@@ -94,7 +95,7 @@ def test_in_place_only_in_training_mode() -> None:
     pipe.step(inputs, target=target)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", RUNNABLE)
 def test_buffers_change_once_per_microbatch_and_batchnorms_once(schedule: str) -> None:
     """Found a bug: BatchNorm's kernel changes running_mean without raising its version, so a
     recomputation updated it a second time."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.engine.values import take_apart
-from stagewise.schedule import POLICIES, SCHEDULES, Kind, Message
+from stagewise.schedule import POLICIES, Kind, Message
 from tests.harness import Pools
 from tests.pipeline.runs import even
+from tests.schedules import RUNNABLE, layout, planned
 
 Named = dict[str, Tensor | None]
 
@@ -98,9 +99,7 @@ def gradients(
     """Per policy: this rank's gradients after two steps, and that of the inputs."""
     results = []
     for policy in POLICIES:
-        plan = stagewise.Plan(
-            balance=even(4, num_stages), schedule=schedule, num_microbatches=4, recompute=policy
-        )
+        plan = planned(even(4, num_stages), schedule, num_microbatches=4, recompute=policy)
         pipe = stagewise.Pipeline(
             [Whole(cell) for cell in build(name)],
             plan,
@@ -140,13 +139,13 @@ def plain(name: str, needs_grad: bool) -> tuple[Named, Tensor | None]:
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_plain_models(pools: Pools, name: str, needs_grad: bool) -> None:
     wanted, wanted_input = plain(name, needs_grad)
-    for schedule in SCHEDULES:
+    for schedule in RUNNABLE:
         (one, one_input), *_ = gradients(name, 1, schedule, needs_grad)
         assert (wanted_input is None) == (one_input is None)
         for num_stages in (1, 2, 3, 4):
             ranks = [gradients(name, num_stages, schedule, needs_grad)]
-            if num_stages > 1:
-                ranks += pools[num_stages].run(gradients, name, num_stages, schedule, needs_grad)
+            if (num_devices := layout(schedule, num_stages)[0]) > 1:
+                ranks += pools[num_devices].run(gradients, name, num_stages, schedule, needs_grad)
             for results in ranks:
                 for own, own_input in results:
                     if "0.module.weight" in own or results is ranks[0]:

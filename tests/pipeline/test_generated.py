@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.model.chain import chain_of
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from stagewise.testing import check_parity
 from tests.pipeline.test_random_chains import (
     ALL,
@@ -27,6 +27,7 @@ from tests.pipeline.test_random_chains import (
     Stash,
     rows,
 )
+from tests.schedules import RUNNABLE, stages_on
 from tests.soak import examples
 
 PIECES: dict[str, Callable[[], list[nn.Module]]] = {
@@ -71,18 +72,21 @@ def model_of(names: list[str]) -> nn.Sequential:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[str], dict[str, object]]:
     """A chain's pieces, and the arguments of its check."""
+    schedule = draw(st.sampled_from(RUNNABLE))
+    each = stages_on(schedule, 1)
     first = draw(st.lists(st.sampled_from(sorted(FIRST)), max_size=1))
     names = first + draw(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=6))
     num_cells = len(chain_of(model_of(names)))
+    hypothesis.assume(num_cells >= each)
     num_microbatches = draw(st.integers(1, 5))
     size = draw(st.integers(2 * num_microbatches, 12))
     return names, {
         "inputs": rows(size, draw(st.integers(0, 99)), torch.float32),
         "target": rows(size, 1, torch.float32),
         "loss": draw(st.sampled_from([nn.functional.mse_loss, nn.functional.smooth_l1_loss])),
-        "num_stages": [1, draw(st.integers(1, min(num_cells, 5)))],
+        "num_stages": [each, each * draw(st.integers(1, min(num_cells // each, 5)))],
         "num_microbatches": num_microbatches,
-        "schedules": [draw(st.sampled_from(sorted(SCHEDULES)))],
+        "schedules": [schedule],
         "recompute": ["never", draw(st.sampled_from(sorted(POLICIES)))],
         "dtype": torch.float64,
     }

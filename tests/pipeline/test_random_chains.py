@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import (
     Call,
@@ -26,6 +26,7 @@ from tests.models import (
     Spread,
     frozen,
 )
+from tests.schedules import RUNNABLE, planned, stages_on
 from tests.soak import examples
 
 WIDTH, LENGTH = 4, 3  # every cell maps (samples, LENGTH, WIDTH) to the same shape
@@ -196,9 +197,9 @@ def plans(draw: st.DrawFn, num_cells: int, num_microbatches: int) -> stagewise.P
         else []
     )
     edges = [0, *cuts, num_cells]
-    return stagewise.Plan(
-        balance=tuple(b - a for a, b in itertools.pairwise(edges)),
-        schedule=draw(st.sampled_from(sorted(SCHEDULES))),
+    return planned(
+        [b - a for a, b in itertools.pairwise(edges)],
+        draw(st.sampled_from(RUNNABLE)),
         num_microbatches=num_microbatches,
         recompute=draw(st.sampled_from(sorted(POLICIES))),
     )
@@ -218,9 +219,7 @@ def test_any_chain_is_bit_identical_however_it_is_cut(data: st.DataObject) -> No
     sizes = data.draw(st.lists(st.integers(2 * num_microbatches, 12), min_size=1, max_size=3))
     num_cells = num_cells_of(names)
     plan = data.draw(plans(num_cells, num_microbatches))
-    one = stagewise.Plan(
-        balance=(num_cells,), schedule=plan.schedule, num_microbatches=num_microbatches
-    )
+    one = planned((num_cells,), plan.schedule, num_microbatches=num_microbatches)
     wanted = outcome(names, one, sizes, torch.float32)
     got = outcome(names, plan, sizes, torch.float32)
     assert set(got) == set(wanted)
@@ -259,20 +258,22 @@ def test_any_exact_chain_equals_the_plain_full_batch(data: st.DataObject) -> Non
 Case = tuple[list[str], stagewise.Plan, list[int]]
 
 
-def random_cases(num_stages: int, number: int) -> list[Case]:
+def random_cases(num_devices: int, number: int) -> list[Case]:
     """As above, without hypothesis, so that one trip to the workers serves many cases."""
-    draw, cases = random.Random(num_stages), []
+    draw, cases = random.Random(num_devices), []
     while len(cases) < number:
         # New memory first: a process boundary copies what is passed on of the caller's batch,
         # and kernels may sum a view of it in another order than its aligned copy.
         names = ["linear", *draw.choices(sorted(EXACT | INEXACT), k=draw.randint(1, 6))]
         num_cells, num_microbatches = num_cells_of(names), draw.randint(1, 5)
+        schedule = draw.choice(RUNNABLE)
+        num_stages = stages_on(schedule, num_devices)
         if num_cells < num_stages:
             continue
         edges = [0, *sorted(draw.sample(range(1, num_cells), num_stages - 1)), num_cells]
-        plan = stagewise.Plan(
-            balance=tuple(b - a for a, b in itertools.pairwise(edges)),
-            schedule=draw.choice(sorted(SCHEDULES)),
+        plan = planned(
+            [b - a for a, b in itertools.pairwise(edges)],
+            schedule,
             num_microbatches=num_microbatches,
             recompute=draw.choice(sorted(POLICIES)),
         )
@@ -285,17 +286,13 @@ def outcomes(cases: list[Case]) -> list[dict[str, Tensor | None]]:
     return [outcome(*case, torch.float32, "auto") for case in cases]
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-def test_any_chain_is_bit_identical_between_processes(pools: Pools, num_stages: int) -> None:
-    cases = random_cases(num_stages, number=60)
-    by_rank = pools[num_stages].run(outcomes, cases)
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_any_chain_is_bit_identical_between_processes(pools: Pools, num_devices: int) -> None:
+    cases = random_cases(num_devices, number=60)
+    by_rank = pools[num_devices].run(outcomes, cases)
     for case, *parts in zip(cases, *by_rank, strict=True):
         names, plan, sizes = case
-        one = stagewise.Plan(
-            balance=(sum(plan.balance),),
-            schedule=plan.schedule,
-            num_microbatches=plan.num_microbatches,
-        )
+        one = planned((sum(plan.balance),), plan.schedule, num_microbatches=plan.num_microbatches)
         wanted = outcome(names, one, sizes, torch.float32)
         for rank, part in enumerate(parts):
             for what, tensor in part.items():

@@ -17,9 +17,10 @@ from stagewise.engine.skips import SkipRoutes, SkipStage
 from stagewise.engine.stage import Stage
 from stagewise.errors import CellError
 from stagewise.model.chain import chain_of
-from stagewise.schedule import POLICIES, SCHEDULES, Message
+from stagewise.schedule import POLICIES, Message
 from tests.harness import Pools, Raised
 from tests.models import Call
+from tests.schedules import RUNNABLE, planned, stages_on
 from tests.skip_models import WHATS, Recall, Remember, Wire, level, wired
 
 MSE = nn.functional.mse_loss
@@ -63,9 +64,7 @@ def outcome(
 
 def on_one_stage(case: Case) -> Case:
     num_cells, wires, plan, size = case
-    one = stagewise.Plan(
-        balance=(num_cells,), schedule=plan.schedule, num_microbatches=plan.num_microbatches
-    )
+    one = planned((num_cells,), plan.schedule, num_microbatches=plan.num_microbatches)
     return num_cells, wires, one, size
 
 
@@ -78,8 +77,9 @@ def assert_identical(
         assert tensor is None or other is None or torch.equal(tensor, other), (name, case)
 
 
-def random_case(draw: random.Random, num_stages: int | None = None) -> Case:
-    num_stages = num_stages or draw.randint(1, 5)
+def random_case(draw: random.Random, num_devices: int | None = None) -> Case:
+    schedule = draw.choice(RUNNABLE)
+    num_stages = stages_on(schedule, num_devices) if num_devices else draw.randint(1, 5)
     num_cells = draw.randint(max(num_stages, 2), 8)
     wires = []
     for _ in range(draw.randint(0, 6)):
@@ -87,9 +87,9 @@ def random_case(draw: random.Random, num_stages: int | None = None) -> Case:
         wires.append(Wire(source, destination, draw.choice(WHATS), draw.randint(0, 3)))
     edges = [0, *sorted(draw.sample(range(1, num_cells), num_stages - 1)), num_cells]
     num_microbatches = draw.randint(1, 5)
-    plan = stagewise.Plan(
-        balance=tuple(b - a for a, b in itertools.pairwise(edges)),
-        schedule=draw.choice(sorted(SCHEDULES)),
+    plan = planned(
+        [b - a for a, b in itertools.pairwise(edges)],
+        schedule,
         num_microbatches=num_microbatches,
         recompute=draw.choice(sorted(POLICIES)),
     )
@@ -125,11 +125,11 @@ def outcomes(cases: list[Case]) -> list[dict[str, Tensor | None]]:
     return [outcome(case, transport="auto") for case in cases]
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_any_skips_are_bit_identical_between_processes(pools: Pools, num_stages: int) -> None:
-    draw = random.Random(num_stages)
-    cases = [random_case(draw, num_stages) for _ in range(25)]
-    by_rank = pools[num_stages].run(outcomes, cases)
+@pytest.mark.parametrize("num_devices", [2, 3, 4])
+def test_any_skips_are_bit_identical_between_processes(pools: Pools, num_devices: int) -> None:
+    draw = random.Random(num_devices)
+    cases = [random_case(draw, num_devices) for _ in range(25)]
+    by_rank = pools[num_devices].run(outcomes, cases)
     for case, *parts in zip(cases, *by_rank, strict=True):
         wanted = outcome(on_one_stage(case))
         for part in parts:

@@ -9,10 +9,11 @@ from torch import nn
 
 import stagewise
 from stagewise.errors import CheckpointError
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import batch, build
 from tests.pipeline.runs import Run, even, num_cells, pipeline
+from tests.schedules import RUNNABLE, stages_on
 
 EXAMPLE = "conv_batchnorm"
 
@@ -105,11 +106,11 @@ def timelines(run: Run) -> list[stagewise.Timeline]:
     return seen
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", RUNNABLE)
 def test_timeline_has_every_instruction_once_and_is_the_same_on_all_ranks(
     pools: Pools, schedule: str
 ) -> None:
-    run = run_on(3, schedule=schedule, recompute="except_last")
+    run = run_on(stages_on(schedule, 3), schedule=schedule, recompute="except_last")
     wanted = pipeline(run).plan.built_schedule
     first, *others = pools[3].run(timelines, run)
     assert all(other == first for other in others)

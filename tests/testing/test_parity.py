@@ -9,12 +9,14 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.errors import BatchError, ModelError, ParityError, PlanError, UsageError
 from stagewise.parity import ParityReport
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES
 from stagewise.testing import check_parity
 from tests.harness import Pools
 from tests.models import EXAMPLES, batch, build
+from tests.pipeline.runs import num_cells
 from tests.pipeline.test_losses import CASES as LOSSES
 from tests.pipeline.test_losses import language, padded
+from tests.schedules import RUNNABLE, stages_on
 
 
 def check(*cells: nn.Module, loss: Callable[..., Tensor] | None = None, **more: object):  # type: ignore[no-untyped-def]
@@ -38,7 +40,10 @@ def test_every_example_agrees(example: str, dtype: torch.dtype) -> None:
         build(example), inputs, target=target, loss=EXAMPLES[example].loss, dtype=dtype
     )
     report.raise_for_failure()
-    assert len(report.configurations) == 3 * len(SCHEDULES) * len(POLICIES)
+    layouts = [n * stages_on(name, 1) for name in RUNNABLE for n in (1, 2, 4)]
+    num_cuts = sum(stages <= num_cells(example) for stages in layouts)
+    assert len(report.configurations) == num_cuts * len(POLICIES)
+    assert {c.schedule for c in report.configurations} == set(RUNNABLE)
     assert all(row.identical for row in report.rows)
     assert all(row.microbatched <= report.tolerance for row in report.rows)
     assert ("explained" in verdicts(report).values()) != EXAMPLES[example].exact
@@ -262,7 +267,8 @@ def test_on_real_ranks(pools: Pools) -> None:
     first, second = pools[2].run(distributed_report, "conv_batchnorm")
     assert first == second, "every rank gets the same report"
     first.raise_for_failure()
-    assert {c.num_stages for c in first.configurations} == {2}
+    found = {(c.schedule, c.num_stages) for c in first.configurations}
+    assert found == {(name, stages_on(name, 2)) for name in RUNNABLE}
     names = [name for name, _ in build("conv_batchnorm").named_parameters()]
     assert {f"gradient {name}" for name in names} <= set(verdicts(first))
 

@@ -169,12 +169,11 @@ class BatchNorms:
         self._noted.setdefault(layer, {}).setdefault((stage, call), {})[m] = moments
 
 
-def check_batchnorms(chain: Chain, balance: Sequence[int]) -> None:
+def check_batchnorms(chain: Chain, processes: Sequence[int]) -> None:
     """Raise ModelError or PlanError for BatchNorms that cannot work in a pipeline.
 
-    `balance` tells how many cells each process has.
+    `processes` tells which process runs each cell.
     """
-    processes = [p for p, num_cells in enumerate(balance) for _ in range(num_cells)]
     owner: dict[torch.Tensor, tuple[int, str]] = {}
     for cell, process in zip(chain, processes, strict=True):
         for path, module in cell.module.named_modules(prefix=cell.name):

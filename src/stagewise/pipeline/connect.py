@@ -38,7 +38,7 @@ def connect(
         raise PlanError(
             f"the plan needs {num_devices} ranks, one per device, but {dist.get_world_size()} "
             f"run; start torchrun with --nproc-per-node {num_devices}, or plan "
-            f"{dist.get_world_size()} stages"
+            f"for {dist.get_world_size()} devices"
         )
     if devices is None:
         uses_gpu = "nccl" in str(dist.get_backend())

@@ -25,7 +25,7 @@ from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
 from stagewise.pipeline.runner import UNSCALED, Runner
-from stagewise.pipeline.sharing import check_buffers, check_storages, tie
+from stagewise.pipeline.sharing import check_buffers, check_storages, ranks_of_cells, tie
 from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_balance
@@ -103,7 +103,7 @@ class Pipeline:
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
         self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
-        check_batchnorms(chain, plan.balance if self.num_ranks > 1 else [len(chain)])
+        check_batchnorms(chain, ranks_of_cells(plan, self._transport))
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
         check_storages(chain, plan, self._transport)
@@ -347,7 +347,8 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """This rank's device; in one process that of the last stage, where the loss is."""
-        return self._devices[self.rank if self.num_ranks > 1 else -1]
+        last = self.plan.built_schedule.placement[-1][0]
+        return self._devices[self.rank if self.num_ranks > 1 else last]
 
     @property
     def rank(self) -> int:

@@ -22,10 +22,11 @@ from stagewise.model.chain import chain_of
 from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.partition import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.rehearsal import message_seconds
-from stagewise.schedule import named_schedule, with_recompute
+from stagewise.schedule import with_recompute
 
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
 
@@ -37,9 +38,10 @@ def plan(
     target: object = None,
     kwargs: Mapping[str, object] | None = None,
     loss: Loss | None = None,
-    num_stages: int,
+    num_stages: int | None = None,
+    num_devices: int | None = None,
     num_microbatches: int,
-    schedule: str = "1f1b",
+    schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
     balance: Sequence[int] | None = None,
     device: Device | None = None,
@@ -54,22 +56,30 @@ def plan(
             if `balance` is given; then nothing is measured and the plan predicts nothing.
         kwargs: the example's keyword arguments, as for `Pipeline.step`.
         loss: as for Pipeline; counts to the last cell.
-        num_stages, num_microbatches, schedule, recompute: how the model will be run; schedules
-            and policies are in `stagewise.schedule.SCHEDULES` and `POLICIES`.
+        num_stages, num_devices: into how many stages the model is cut, or on how many devices it
+            will run; one follows from the other by the schedule.
+        num_microbatches, recompute: how the model will be run; policies are in
+            `stagewise.schedule.POLICIES`.
+        schedule: a name in `stagewise.schedule.SCHEDULES`; or a Schedule, or a function
+            (num_devices, num_microbatches) -> Schedule.
         balance: number of cells on each stage, in place of the optimal cut.
         device: where to measure; by default where Pipeline would run.
         seconds: about how long to measure.
 
     Raises:
-        PlanError: more stages than cells, or a balance that does not fit.
-        ScheduleError: unknown schedule or policy.
+        PlanError: more stages than cells, a balance that does not fit, or a schedule that has
+            other numbers of stages, devices or microbatches.
+        ScheduleError: unknown schedule or policy, or a schedule that breaks a rule.
         BatchError: the example has fewer samples than microbatches.
     """
     chain = chain_of(model)
-    check_counts(len(chain), num_stages)
+    choice = choose_schedule(
+        schedule, num_microbatches, num_stages=num_stages, num_devices=num_devices
+    )
+    check_counts(len(chain), choice.num_stages)
     if balance is not None:
-        check_balance(balance, len(chain), num_stages)
-    with_recompute(named_schedule(schedule, num_stages, num_microbatches), recompute)
+        check_balance(balance, len(chain), choice.num_stages)
+    with_recompute(choice.built, recompute)
     if inputs is None and not kwargs:
         if balance is None:
             raise PlanError(
@@ -78,7 +88,9 @@ def plan(
             )
         return Plan(
             balance=tuple(balance),
-            schedule=schedule,
+            schedule=choice.name,
+            stages_per_device=choice.stages_per_device,
+            programs=choice.programs,
             num_microbatches=num_microbatches,
             recompute=recompute,
         )
@@ -106,9 +118,10 @@ def plan(
     def best(link: LinkCost) -> Plan:
         return plan_from_costs(
             cells,
-            num_stages=num_stages,
+            num_stages=choice.num_stages,
+            num_devices=choice.num_devices,
             num_microbatches=num_microbatches,
-            schedule=schedule,
+            schedule=choice.name if isinstance(schedule, str) else choice.built,
             recompute=recompute,
             link=link,
             balance=balance,
@@ -156,7 +169,7 @@ def _rehearsed(
     batch: tuple[object, object, dict[str, object]],
 ) -> LinkCost:
     """`link` with what trial steps of the chosen plan showed of it, on busy devices."""
-    if not _distributed() or dist.get_world_size() != chosen.num_stages:
+    if not _distributed() or dist.get_world_size() != chosen.num_devices:
         return link
     pipe = Pipeline(model, chosen, loss=loss)
     inputs, target, keywords = batch

@@ -67,18 +67,23 @@ def tie(
     chain: Chain, plan: Plan, stages: Mapping[int, Stage], transport: Transport
 ) -> TiedParameters:
     """This rank's tied parameters, equal to all other copies from now on; every rank calls this."""
-    placed = _placed(plan)
     cells = [cell for stage in stages.values() for cell in stage.cells]
     own = set(module_tree(cells).parameters())
     others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
     tied = TiedParameters(
         find_tied(chain),
         {c.index: (c.module, stage.device) for stage in stages.values() for c in stage.cells},
-        [placed[stage] if transport.num_ranks > 1 else 0 for stage in _stages(plan)],
+        ranks_of_cells(plan, transport),
         others,
     )
     tied.equalise(transport)
     return tied
+
+
+def ranks_of_cells(plan: Plan, transport: Transport) -> list[int]:
+    """The rank that runs each cell of the chain."""
+    placed = _placed(plan)
+    return [placed[stage] if transport.num_ranks > 1 else 0 for stage in _stages(plan)]
 
 
 def _placed(plan: Plan) -> list[int]:

@@ -95,9 +95,7 @@ FILL = Bubble(  # Huang et al., arXiv:1811.06965, section 2.3; Narayanan et al.,
 )
 LOOPED = Bubble(  # arXiv:2104.04473, section 2.2, for M >= K
     formula="(K-1)(F+B) + (v-1)max(0,K-M)(F+B)",
-    seconds=lambda s: (
-        (s.num_devices - 1 + (s.stages_per_device - 1) * _fewer(s)) * s.round_seconds
-    ),
+    seconds=lambda s: (s.num_devices - 1 + (s.stages_per_device - 1) * _fewer(s)) * s.round_seconds,
 )
 ZIGZAG = Bubble(
     formula="(K-1)(F+B)",
@@ -140,8 +138,7 @@ V_MIN = Bubble(  # 2p/3m of the work, as there
 DUALPIPE_V = Bubble(  # (PP/2-1)(F&B+B-3W), PP = 2K, F&B = F+B: github.com/deepseek-ai/DualPipe
     formula="(K-1)(F+2B-3W)",
     seconds=lambda s: (
-        (s.num_devices - 1)
-        * (s.forward_seconds + 2 * s.backward_seconds - 3 * s.weight_seconds)
+        (s.num_devices - 1) * (s.forward_seconds + 2 * s.backward_seconds - 3 * s.weight_seconds)
     ),
     where="W <= I, W <= F <= B, M >= 2K",
     holds=lambda s: (
@@ -164,9 +161,7 @@ INTERLEAVED_V = InFlight(
     exact=False,
 )
 ONE_F_ONE_B_FIRST = InFlight(formula="min(M, K)", count=lambda k, m, v, d: min(m, k))
-V_AS_1F1B = InFlight(
-    formula="2 min(M, K)", count=lambda k, m, v, d: 2 * min(m, k), exact=False
-)
+V_AS_1F1B = InFlight(formula="2 min(M, K)", count=lambda k, m, v, d: 2 * min(m, k), exact=False)
 V_AS_HALF = InFlight(  # a table beside the code: (p+2)//2 microbatches, both stages of each
     formula="2 floor((K+2)/2)", count=lambda k, m, v, d: min(2 * m, 2 * ((k + 2) // 2)), exact=False
 )

@@ -1,7 +1,8 @@
 """A schedule as a text grid: a row per device, a column per slot of time.
 
-`parse_programs` reads it back. Where there is no time, because the programs block each other or name a stage that has no device,
-the columns are positions in the program. Marked instructions stand between > and <.
+`parse_programs` reads it back. Where there is no time, because the programs block each other or
+name a stage that has no device, the columns are positions in the program. Marked instructions
+stand between > and <.
 """
 
 from collections.abc import Collection

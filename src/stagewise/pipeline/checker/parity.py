@@ -24,15 +24,16 @@ from stagewise.errors import BatchError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
 from stagewise.pipeline.checker import proof, references
+from stagewise.pipeline.checker.choices import alone, choices_of
 from stagewise.pipeline.checker.differences import Reference, identical
 from stagewise.pipeline.checker.references import Tensors
 from stagewise.pipeline.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.pipeline.connect import connect
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.weighting import Weight
-from stagewise.planning.partition import check_counts
+from stagewise.planning.choice import ScheduleChoice
 from stagewise.planning.plan import Plan
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES, Schedule
 
 # About 800 roundings of float32, which in our models loses at most 100, and 50 of the halves; in
 # float64 far more than is ever lost and far less than any mistake.
@@ -53,7 +54,7 @@ def check_parity(
     max_norm: float | None = None,
     num_stages: Sequence[int] | None = None,
     num_microbatches: int | Sequence[int] = 4,
-    schedules: Sequence[str] | None = None,
+    schedules: Sequence[str | Schedule] | None = None,
     recompute: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
@@ -70,10 +71,12 @@ def check_parity(
         kwargs: the step's keyword arguments.
         optimizer: makes an optimizer from a list of parameters; None leaves the update out.
         max_norm: clip gradients to this global norm before the update.
-        num_stages: numbers of stages to cut into, evenly by number of cells; by default those
-            of 1, 2, 4 for which there are cells. Under "distributed" the number of ranks.
+        num_stages: numbers of stages to cut into, evenly by number of cells; a schedule is run on
+            those that suit it. By default as many as 1, 2, 4 devices hold, as far as there are
+            cells, and under "distributed" as many as the ranks hold.
         num_microbatches: one number or several.
-        schedules, recompute: names; by default every schedule and every policy there is.
+        schedules, recompute: names, or schedules of one's own; by default every policy, and every
+            named schedule that the engine runs.
         dtype: what to convert floating-point parameters, buffers, inputs and targets to first;
             in torch.float64 round-off is far smaller than any mistake.
         tolerance: the largest relative difference called round-off; by default TOLERANCES'.
@@ -94,7 +97,13 @@ def check_parity(
     """
     chain = chain_of(model)
     counts = [num_microbatches] if isinstance(num_microbatches, int) else num_microbatches
-    stages = _num_stages(num_stages, len(chain), transport)
+    policies = [*(recompute if recompute is not None else POLICIES)]
+    for what, values in (("recompute", policies), ("microbatches", counts)):
+        if not values:
+            raise UsageError(f"{what} is empty; name at least one, or leave it out for the default")
+    choices = {
+        count: choices_of(schedules, num_stages, count, len(chain), transport) for count in counts
+    }
     devices, _ = connect("local", None, chain, 1)
     subject = Subject(
         model=model,
@@ -113,34 +122,23 @@ def check_parity(
     compared = _dtype_of(subject)
     allowed = TOLERANCES[compared] if tolerance is None else tolerance
     rows: list[ParityRow] = []
-    predicted: dict[tuple[int, int, str], Tensors] = {}
-    names = [*(schedules if schedules is not None else SCHEDULES)]
-    policies = [*(recompute if recompute is not None else POLICIES)]
-    for what, values in (("schedules", names), ("recompute", policies), ("microbatches", counts)):
-        if not values:
-            raise UsageError(f"{what} is empty; name at least one, or leave it out for the default")
+    predicted: dict[object, Tensors] = {}
     for count in counts:
         plain = _Plain(subject, count, allowed)
-        for schedule in names:
+        for chosen in choices[count]:
             first: Tensors | None = None
-            for policy, number in itertools.product(policies, stages):
+            for policy, choice in itertools.product(policies, chosen):
+                run = _pipelined(subject, choice, policy, transport, predicted)
+                if first is None and transport == "local":
+                    first = run.tensors
+                elif first is None:
+                    first = _pipelined(subject, alone(choice), policy, "local", predicted).tensors
                 configuration = Configuration(
-                    schedule=schedule,
-                    num_stages=number,
+                    schedule=choice.name,
+                    num_stages=choice.num_stages,
                     num_microbatches=count,
                     recompute=policy,
                 )
-                run = _pipelined(subject, configuration, transport, predicted)
-                if first is None:
-                    local = transport == "local"
-                    one = Configuration(
-                        schedule=schedule, num_stages=1, num_microbatches=count, recompute=policy
-                    )
-                    first = (
-                        run.tensors
-                        if local
-                        else _pipelined(subject, one, "local", predicted).tensors
-                    )
                 rows += plain.compare(configuration, run, first)
     if transport == "distributed":
         rows = _merged(rows)
@@ -157,16 +155,19 @@ class _Run:
 
 def _pipelined(
     subject: Subject,
-    configuration: Configuration,
+    choice: ScheduleChoice,
+    recompute: str,
     transport: Literal["local", "distributed"],
-    predicted: dict[tuple[int, int, str], Tensors],
+    predicted: dict[object, Tensors],
 ) -> _Run:
     """One step of the pipelined model; `predicted` keeps outputs for other runs."""
     plan = Plan(
-        balance=_even(len(chain_of(subject.model)), configuration.num_stages),
-        schedule=configuration.schedule,
-        num_microbatches=configuration.num_microbatches,
-        recompute=configuration.recompute,
+        balance=_even(len(chain_of(subject.model)), choice.num_stages),
+        schedule=choice.name,
+        stages_per_device=choice.stages_per_device,
+        programs=choice.programs,
+        num_microbatches=choice.built.num_microbatches,
+        recompute=recompute,
     )
 
     def build() -> Pipeline:
@@ -179,7 +180,7 @@ def _pipelined(
             transport=transport,
         )
 
-    key = (configuration.num_stages, configuration.num_microbatches, transport)
+    key = (choice.built.placement, plan.num_microbatches, transport)
     if key not in predicted:  # the same whatever schedule and policy
         inputs, _, keywords = subject.fresh_batch()
         given = () if inputs is None else (inputs,)
@@ -341,21 +342,6 @@ def _dtype_of(subject: Subject) -> torch.dtype:
     tensors = [*tree.parameters(), *batch]
     found = {t.dtype for t in tensors if t.is_floating_point()} & TOLERANCES.keys()
     return max(found or {torch.get_default_dtype()}, key=lambda dtype: TOLERANCES[dtype])
-
-
-def _num_stages(asked: Sequence[int] | None, num_cells: int, transport: str) -> tuple[int, ...]:
-    if transport not in ("local", "distributed"):
-        raise UsageError(f"transport is {transport!r}; choose 'local' or 'distributed'")
-    if asked is None and transport == "distributed":
-        ready = dist.is_available() and dist.is_initialized()
-        asked = (dist.get_world_size() if ready else 1,)
-    elif asked is None:
-        asked = [number for number in (1, 2, 4) if number <= num_cells]
-    if not asked:
-        raise UsageError("num_stages is empty; name at least one number of stages")
-    for number in asked:
-        check_counts(num_cells, number)
-    return tuple(asked)
 
 
 def _even(num_cells: int, num_stages: int) -> tuple[int, ...]:

@@ -1,0 +1,74 @@
+"""Which schedules a parity check runs, on how many stages."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from stagewise.errors import UsageError
+from stagewise.planning.choice import ScheduleChoice, choose_schedule
+from stagewise.planning.partition import check_counts
+from stagewise.schedule import SCHEDULES, Schedule, schedule_row
+
+NUM_DEVICES = (1, 2, 4)  # by default
+
+
+def choices_of(
+    schedules: Sequence[str | Schedule] | None,
+    num_stages: Sequence[int] | None,
+    num_microbatches: int,
+    num_cells: int,
+    transport: str,
+) -> list[list[ScheduleChoice]]:
+    """Per schedule: what to run, fewest devices first.
+
+    Without `schedules` those of the named ones that the engine can run and that fit the numbers.
+    """
+    names = schedules
+    if names is None:
+        names = [name for name, row in SCHEDULES.items() if not row.splits_backward]
+    if not names:
+        raise UsageError("schedules is empty; name at least one, or leave it out for the default")
+    if transport not in ("local", "distributed"):
+        raise UsageError(f"transport is {transport!r}; choose 'local' or 'distributed'")
+    if num_stages is not None and not num_stages:
+        raise UsageError("num_stages is empty; name at least one number of stages")
+    for number in num_stages or ():
+        check_counts(num_cells, number)
+    found = []
+    for schedule in names:
+        if isinstance(schedule, str):
+            numbers = _numbers(schedule, num_stages, num_cells, transport)
+            if not numbers and schedules is None:
+                continue
+            if not numbers:
+                numbers = num_stages or (schedule_row(schedule).stages_per_device,)
+            chosen = [choose_schedule(schedule, num_microbatches, num_stages=n) for n in numbers]
+        else:
+            chosen = [choose_schedule(schedule, num_microbatches)]
+        for choice in chosen:
+            check_counts(num_cells, choice.num_stages)
+        found.append(chosen)
+    return found
+
+
+def alone(choice: ScheduleChoice) -> ScheduleChoice:
+    """The same schedule on one device; one of the user's own is as it is."""
+    if choice.programs:
+        return choice
+    row = schedule_row(choice.name)
+    each = choice.stages_per_device or row.stages_per_device
+    built = row.build(1, choice.built.num_microbatches, each)
+    return ScheduleChoice(built=built, stages_per_device=choice.stages_per_device)
+
+
+def _numbers(
+    name: str, asked: Sequence[int] | None, num_cells: int, transport: str
+) -> Sequence[int]:
+    """Those numbers of stages that suit the schedule."""
+    each = schedule_row(name).stages_per_device
+    if asked is not None:
+        return [number for number in asked if number % each == 0]
+    if transport == "distributed":
+        ready = dist.is_available() and dist.is_initialized()
+        return [each * (dist.get_world_size() if ready else 1)]
+    return [each * number for number in NUM_DEVICES if each * number <= num_cells]
