@@ -24,6 +24,13 @@ def stages_on(name: str, num_devices: int) -> int:
     return num_devices * SCHEDULES[name].stages_per_device
 
 
+def cuts(name: str, num_cells: int) -> list[int]:
+    """Numbers of stages to try on up to 4 devices: all from 1, or the two largest of several."""
+    if SCHEDULES[name].stages_per_device == 1:
+        return [n for n in (1, 2, 3, 4) if n <= num_cells]
+    return [n for n in (2, 3, 4, 6) if n <= num_cells][-2:]
+
+
 def planned(balance: Sequence[int], schedule: str, **more: object) -> stagewise.Plan:
     """A Plan, for a schedule with several stages per device too; see `layout`."""
     _, each = layout(schedule, len(balance))

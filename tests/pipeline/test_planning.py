@@ -135,7 +135,11 @@ def test_wrong_use() -> None:
         ({"balance": [8]}, PlanError, "has 1 stages but num_stages is 2"),
         ({"num_microbatches": 17}, BatchError, "16 samples cannot fill 17 microbatches"),
         ({"num_microbatches": 0}, ScheduleError, "at least 1"),
-        ({"schedule": "zigzag"}, ScheduleError, "no schedule 'zigzag'; choose one of 1f1b, gpipe"),
+        (
+            {"schedule": "zigzag"},
+            ScheduleError,
+            "no schedule 'zigzag'; choose one of 1f1b, breadth",
+        ),
         ({"recompute": "maybe"}, ScheduleError, "no recompute policy 'maybe'; choose one of"),
         ({"inputs": None}, PlanError, "neither an example batch nor a balance"),
     ]:

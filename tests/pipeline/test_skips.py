@@ -242,7 +242,7 @@ def test_it_is_planned_and_trained_like_any_model() -> None:
     assert gpipe.training_step((x, y)) > 0
 
 
-def planned() -> tuple[tuple[int, ...], float]:
+def planned_here() -> tuple[tuple[int, ...], float]:
     torch.manual_seed(0)
     model = wired(WIDTH, 5, (Wire(0, 4, "pair", 2), Wire(1, 3, "output", 1)))
     x = rows(8, 0, torch.float32)
@@ -254,7 +254,7 @@ def planned() -> tuple[tuple[int, ...], float]:
 
 def test_ranks_plan_together(pools: Pools) -> None:
     """The trial steps of a plan run the model itself, not its bare cells."""
-    assert len(set(pools[3].run(planned))) == 1
+    assert len(set(pools[3].run(planned_here))) == 1
 
 
 # What cells do against their word. Each stands second of three, between a Remember and a Recall.

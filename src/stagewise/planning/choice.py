@@ -46,6 +46,9 @@ def choose_schedule(
     Both may be for a Schedule, which has its own. Raises PlanError where the numbers disagree,
     ScheduleError where there is no such schedule or it is invalid.
     """
+    for what, number in (("num_stages", num_stages), ("num_devices", num_devices)):
+        if number is not None and number < 1:
+            raise PlanError(f"{what} is {number}; it must be at least 1")
     if isinstance(schedule, str):
         devices, each = _counts(schedule, num_stages, num_devices)
         own = None if each == schedule_row(schedule).stages_per_device else each
@@ -88,11 +91,11 @@ def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple
             )
         return num_stages // usual, usual
     if num_stages != num_devices * usual and (
-        not schedule_row(name).takes_any or num_devices < 1 or num_stages % num_devices
+        not schedule_row(name).takes_any or num_stages % num_devices
     ):
         need = "any number of" if schedule_row(name).takes_any else str(usual)
         raise PlanError(
             f"{num_stages} stages and {num_devices} devices disagree: {name} has {need} stages on "
             "each device, the same on all; leave one of the two out, or correct it"
         )
-    return num_devices, num_stages // num_devices if num_devices else usual
+    return num_devices, num_stages // num_devices
