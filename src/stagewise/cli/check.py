@@ -1,6 +1,7 @@
 """`stagewise check`: a recipe's model plain and pipelined, compared on one of its batches."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,37 +9,52 @@ from rich.console import Console
 
 from stagewise.cli import options as opt
 from stagewise.errors import UsageError
-from stagewise.schedule import POLICIES, SCHEDULES
+from stagewise.schedule import POLICIES, SCHEDULES, Schedule
 from stagewise.training.environment import launched
 
 if TYPE_CHECKING:
     from stagewise.parity import ParityReport
     from stagewise.training.recipe import Recipe
 
+DEFAULT_MICROBATCHES = 4
+
 StagesList = Annotated[
     str | None,
     typer.Option(
         "--stages",
         metavar="N,N,...",
-        help="Into how many stages the model is cut, one number after another. "
-        "[default: 1,2,4, as far as the model has cells]",
+        help="Into how many stages the model is cut, one number after another; each schedule takes "
+        "those that suit it. [default: as many as 1,2,4 devices hold, as far as the model has "
+        "cells]",
+        show_default=False,
+    ),
+]
+DevicesList = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="N,N,...",
+        help="The same by devices: each schedule cuts the model into what they hold.",
         show_default=False,
     ),
 ]
 MicrobatchesList = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--microbatches",
         metavar="N,N,...",
-        help="Into how many microbatches the batch is split.",
+        help="Into how many microbatches the batch is split. [default: 4, or those of the "
+        "schedule's file]",
+        show_default=False,
     ),
 ]
 ScheduleList = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        metavar="NAME,NAME,...",
-        help=f"Which schedules to run, of {', '.join(sorted(SCHEDULES))}. [default: all]",
+        metavar="NAME|FILE,...",
+        help=f"Which schedules to run, of {', '.join(sorted(SCHEDULES))}, or files as `stagewise "
+        "simulate --text` prints them. [default: all that do not split the backward]",
         show_default=False,
     ),
 ]
@@ -63,7 +79,8 @@ Double = Annotated[
 def check_command(
     recipe: opt.RecipeArgument,
     stages: StagesList = None,
-    microbatches: MicrobatchesList = "4",
+    devices: DevicesList = None,
+    microbatches: MicrobatchesList = None,
     schedule: ScheduleList = None,
     recompute: RecomputeList = None,
     double: Double = False,
@@ -79,13 +96,19 @@ def check_command(
     """
     if launched():
         raise UsageError("stagewise check runs in one process; start it without torchrun")
-    numbers = None if stages is None else _numbers("--stages", stages)
-    counts = _numbers("--microbatches", microbatches)
-    schedules = _names("--schedule", schedule, SCHEDULES)
-    policies = _names("--recompute", recompute, POLICIES)
+    if stages is not None and devices is not None:
+        raise UsageError("--stages and --devices were both given; choose one of them")
+    schedules = None if schedule is None else tuple(map(opt.schedule_meant, schedule.split(",")))
+    what = _Asked(
+        num_stages=None if stages is None else _numbers("--stages", stages),
+        num_devices=None if devices is None else _numbers("--devices", devices),
+        num_microbatches=_counts(microbatches, schedules),
+        schedules=schedules,
+        recompute=_policies(recompute),
+    )
     from stagewise.training.recipe import load_recipe
 
-    report = _run(load_recipe(recipe), numbers, counts, schedules, policies, double=double)
+    report = _run(load_recipe(recipe), what, double=double)
     from stagewise.report import render_parity
 
     Console(soft_wrap=True).print(render_parity(report), highlight=False)
@@ -93,15 +116,18 @@ def check_command(
         raise SystemExit(1)
 
 
-def _run(
-    recipe: "Recipe",
-    stages: tuple[int, ...] | None,
-    microbatches: tuple[int, ...],
-    schedules: tuple[str, ...],
-    policies: tuple[str, ...],
-    *,
-    double: bool,
-) -> "ParityReport":
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Which runs; None: what suits the schedules, or all schedules."""
+
+    num_stages: tuple[int, ...] | None
+    num_devices: tuple[int, ...] | None
+    num_microbatches: tuple[int, ...]
+    schedules: tuple[str | Schedule, ...] | None
+    recompute: tuple[str, ...]
+
+
+def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
     import torch
     from torch import nn
     from torch.optim import Optimizer
@@ -126,10 +152,11 @@ def _run(
             weight=recipe.weight,
             optimizer=optimizer,
             max_norm=recipe.clip_grad_norm,
-            num_stages=stages,
-            num_microbatches=microbatches,
-            schedules=schedules,
-            recompute=policies,
+            num_stages=asked.num_stages,
+            num_devices=asked.num_devices,
+            num_microbatches=asked.num_microbatches,
+            schedules=asked.schedules,
+            recompute=asked.recompute,
             dtype=torch.float64 if double else None,
         )
 
@@ -147,10 +174,17 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _names(option: str, text: str | None, known: Mapping[str, object]) -> tuple[str, ...]:
-    """ "gpipe,1f1b" as names, all of `known` by default; raises UsageError naming the option."""
-    names = tuple(known) if text is None else tuple(text.split(","))
+def _counts(text: str | None, schedules: Sequence[str | Schedule] | None) -> tuple[int, ...]:
+    if text is not None:
+        return _numbers("--microbatches", text)
+    own = {s.num_microbatches for s in schedules or () if isinstance(s, Schedule)}
+    return tuple(sorted(own)) or (DEFAULT_MICROBATCHES,)
+
+
+def _policies(text: str | None) -> tuple[str, ...]:
+    """ "never,always" as names, all by default; raises UsageError for others."""
+    names = tuple(POLICIES) if text is None else tuple(text.split(","))
     for name in names:
-        if name not in known:
-            raise UsageError(f"{option} has no {name!r}; choose from {', '.join(sorted(known))}")
+        if name not in POLICIES:
+            raise UsageError(f"--recompute has no {name!r}; choose from {', '.join(POLICIES)}")
     return names

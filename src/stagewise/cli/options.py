@@ -1,13 +1,15 @@
-"""Options that `train` and `plan` share, and the checks that need no torch."""
+"""Options that several commands share, and the checks that need no torch."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stagewise.errors import PlanError
-from stagewise.planning import check_balance
-from stagewise.schedule import POLICIES, SCHEDULES, named_schedule, with_recompute
+from stagewise.errors import PlanError, ScheduleError
+from stagewise.planning import ScheduleChoice, check_balance, choose_schedule
+from stagewise.schedule import POLICIES, SCHEDULES, Schedule, parse_schedule, with_recompute
+
+DEFAULT_MICROBATCHES, DEFAULT_DEVICES = 8, 2
 
 RecipeArgument = Annotated[
     Path,
@@ -19,27 +21,41 @@ RecipeArgument = Annotated[
     ),
 ]
 Stages = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
-        help="Into how many stages the model is cut. Each stage gets a worker process of its own "
-        "(and a GPU of its own, where there are any); 1 trains in this process.",
+        help="Into how many stages the model is cut. Some schedules put several on each device. "
+        "[default: as many as the devices hold]",
+        show_default=False,
+    ),
+]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many devices work side by side: each gets a worker process of its own (and a "
+        "GPU of its own, where there are any); 1 trains in this process. [default: 2, or as many "
+        "as hold the stages]",
+        show_default=False,
     ),
 ]
 Microbatches = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
-        help="Into how many microbatches each minibatch is split. More keep the stages busier "
-        "(4 times the stages is plenty), but each must still be worth computing.",
+        help="Into how many microbatches each minibatch is split. More keep the devices busier "
+        "(4 times the devices is plenty), but each must still be worth computing. "
+        f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
+        show_default=False,
     ),
 ]
 ScheduleName = Annotated[
     str,
     typer.Option(
-        metavar="NAME",
-        help=f"In which order a stage runs its microbatches: {' or '.join(sorted(SCHEDULES))}. "
-        "1f1b keeps fewer activations in memory.",
+        metavar="NAME|FILE",
+        help="In which order devices run stages and microbatches; `stagewise simulate --list` "
+        f"explains the names: {', '.join(SCHEDULES)}. Or a file with a schedule of your own, as "
+        "`stagewise simulate --text` prints it.",
     ),
 ]
 Recompute = Annotated[
@@ -84,6 +100,58 @@ def parsed_balance(text: str | None, num_stages: int) -> tuple[int, ...] | None:
     return balance
 
 
-def check_schedule(schedule: str, recompute: str, num_stages: int, num_microbatches: int) -> None:
-    """Raise ScheduleError unless there are such a schedule and policy."""
-    with_recompute(named_schedule(schedule, num_stages, num_microbatches), recompute)
+def schedule_meant(text: str) -> str | Schedule:
+    """A schedule's name as it is, or the schedule that the file of that name holds.
+
+    Raises ScheduleError where there is neither, or the file holds no valid schedule.
+    """
+    if text in SCHEDULES:
+        return text
+    path = Path(text)
+    if path.suffix or path.parent != Path(".") or path.exists():
+        try:
+            return parse_schedule(text, path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ScheduleError(
+                f"the schedule {text} cannot be read ({error}); give one of {_names()}, or write "
+                f"a file to start from: stagewise simulate --text > {text}"
+            ) from None
+    raise ScheduleError(
+        f"there is no schedule {text!r}; choose one of {_names()}, or give a file that holds one, "
+        f"such as {text}.txt"
+    )
+
+
+def chosen_schedule(
+    schedule: str,
+    recompute: str,
+    *,
+    stages: int | None,
+    devices: int | None,
+    microbatches: int | None,
+    default_devices: int = DEFAULT_DEVICES,
+) -> ScheduleChoice:
+    """The schedule that options ask for; raises PlanError or ScheduleError with a way out."""
+    meant = schedule_meant(schedule)
+    if isinstance(meant, str):
+        if stages is None and devices is None:
+            devices = default_devices
+        count = DEFAULT_MICROBATCHES if microbatches is None else microbatches
+    else:
+        count = meant.num_microbatches if microbatches is None else microbatches
+    choice = choose_schedule(meant, count, num_stages=stages, num_devices=devices)
+    with_recompute(choice.built, recompute)
+    return choice
+
+
+def size_arguments(
+    schedule: str | Schedule, num_stages: int, num_devices: int
+) -> dict[str, int | None]:
+    """The options that give these numbers again; None where the schedule says it."""
+    usual = SCHEDULES[schedule].stages_per_device if isinstance(schedule, str) else None
+    implied = usual is None or usual * num_devices == num_stages
+    return {"--stages": num_stages, "--devices": None if implied else num_devices}
+
+
+def _names() -> str:
+    return ", ".join(sorted(SCHEDULES))

@@ -26,8 +26,9 @@ AsJson = Annotated[
 
 def plan_command(
     recipe: opt.RecipeArgument,
-    stages: opt.Stages = 2,
-    microbatches: opt.Microbatches = 8,
+    stages: opt.Stages = None,
+    devices: opt.Devices = None,
+    microbatches: opt.Microbatches = None,
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
@@ -36,33 +37,37 @@ def plan_command(
     """Show how the model of a recipe would be cut, and what a step would take, without training.
 
     Measures every cell of the model on the first batch, in as many workers at once as there are
-    stages, so that the machine is as busy as it will be. Prints the cells' costs, the cut with
-    the least busy stages, the predicted step time and bubble, and the memory of each stage.
+    devices, so that the machine is as busy as it will be. Prints the cells' costs, the cut with
+    the least busy stages, the predicted step time and bubble, and the memory of each device.
 
     Example: stagewise plan examples/shakespeare.py --stages 3
     """
     with errors_told_once():
-        cut = opt.parsed_balance(balance, stages)
-        opt.check_schedule(schedule, recompute, stages, microbatches)
+        choice = opt.chosen_schedule(
+            schedule, recompute, stages=stages, devices=devices, microbatches=microbatches
+        )
+        cut = opt.parsed_balance(balance, choice.num_stages)
         from stagewise.training.prepare import PlanOptions, check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
         options = PlanOptions(
-            num_stages=stages,
-            num_microbatches=microbatches,
-            schedule=schedule,
+            num_stages=choice.num_stages,
+            num_devices=choice.num_devices,
+            num_microbatches=choice.built.num_microbatches,
+            schedule=choice.like,
             recompute=recompute,
             balance=cut,
         )
         arguments = [
-            *("plan", str(recipe), "--stages", str(stages), "--microbatches", str(microbatches)),
-            *("--schedule", schedule, "--recompute", recompute),
+            *("plan", str(recipe), "--schedule", schedule, "--recompute", recompute),
+            *("--stages", str(choice.num_stages), "--devices", str(choice.num_devices)),
+            *("--microbatches", str(choice.built.num_microbatches)),
             *(("--balance", balance) if balance else ()),
             *(("--json",) if as_json else ()),
         ]
         run_in_workers(
-            stages,
+            choice.num_devices,
             arguments,
             before=lambda: check_form(loaded, options, None),
             body=lambda: _run(loaded, options, as_json=as_json),
@@ -99,9 +104,9 @@ def _json(plan: "Plan") -> str:
 
 
 def _print(plan: "Plan") -> None:
-    from stagewise.training.summary import cells_table, plan_in_words, stages_table
+    from stagewise.training.summary import cells_table, devices_table, plan_in_words
 
     console = Console()
     console.print(cells_table(plan))
-    console.print(stages_table(plan))
+    console.print(devices_table(plan))
     console.print(plan_in_words(plan), markup=False, highlight=False, soft_wrap=True)

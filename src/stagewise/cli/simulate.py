@@ -5,33 +5,52 @@ import math
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
+from stagewise.cli import options as opt
 from stagewise.costs import LinkCost, StageCost
 from stagewise.errors import UsageError
+from stagewise.planning import ScheduleChoice
 from stagewise.planning.simulate import simulate
-from stagewise.report import render_timeline
+from stagewise.report import format_seconds, render_timeline
 from stagewise.schedule import (
     POLICIES,
     SCHEDULES,
+    EqualStages,
     Schedule,
-    named_schedule,
+    grid,
     validate,
     with_recompute,
 )
 from stagewise.timeline import Timeline
 
+DEFAULT_DEVICES = 4
+
+PerDevice = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stages on each device, for schedules that take any number. [default: 2 for those]",
+        show_default=False,
+    ),
+]
+
 
 def simulate_command(
-    schedule: Annotated[
-        str, typer.Option(help=f"Order of work: {' or '.join(sorted(SCHEDULES))}.")
-    ] = "1f1b",
-    stages: Annotated[
-        int, typer.Option(help="Stages that the model is cut into; one device each.")
-    ] = 4,
-    microbatches: Annotated[
-        int, typer.Option(help="Microbatches that the minibatch is split into.")
-    ] = 8,
+    schedule: opt.ScheduleName = "1f1b",
+    stages: opt.Stages = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Devices. [default: {DEFAULT_DEVICES}, or as many as hold the stages]",
+            show_default=False,
+        ),
+    ] = None,
+    stages_per_device: PerDevice = None,
+    microbatches: opt.Microbatches = None,
     recompute: Annotated[
         str,
         typer.Option(
@@ -47,6 +66,14 @@ def simulate_command(
         ),
     ] = "1",
     backward: Annotated[str, typer.Option(help="The same for the backward.")] = "2",
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            help="The same for that part of the backward that only weights need, where a schedule "
+            "splits it. [default: half]",
+            show_default=False,
+        ),
+    ] = None,
     latency: Annotated[
         float, typer.Option(help="Seconds that a message between two devices takes.")
     ] = 0,
@@ -54,45 +81,100 @@ def simulate_command(
         bool, typer.Option("--json", help="Print one JSON object instead of the drawing.")
     ] = False,
     as_text: Annotated[
-        bool, typer.Option("--text", help="Print the schedule itself: a line per device.")
+        bool,
+        typer.Option(
+            "--text",
+            help="Print the schedule itself: a line per device, a column per slot, dots for idle "
+            "ones. Edit it in a file, and give that as --schedule.",
+        ),
+    ] = False,
+    as_list: Annotated[
+        bool, typer.Option("--list", help="Explain the schedules that there are, and end.")
     ] = False,
 ) -> None:
     """Draw how a pipeline spends one training step, from costs alone: no model, no device.
 
     Each row is a device and time runs to the right: `F3` is the forward of microbatch 3, `B3` its
-    backward, `R3` its recomputation; dots are idle time, the *bubble*. Try more microbatches to
-    shrink the bubble, or unequal stages to see who waits for whom:
+    backward (`I3` and `W3` its halves, for inputs and for weights), `R3` its recomputation; the
+    stage stands before them where a device has several. Dots are idle time, the *bubble*. Try
+    more microbatches to shrink it, or unequal stages to see who waits for whom:
 
-        stagewise simulate --stages 4 --microbatches 8
+        stagewise simulate --devices 4 --microbatches 8
 
         stagewise simulate --schedule gpipe --stages 3 --forward 1,2,1 --backward 2,4,2
+
+        stagewise simulate --schedule zb_v --devices 4 --text > mine.txt
     """
+    if as_list:
+        Console().print(_schedules_table())
+        return
     if as_json and as_text:
         raise UsageError("--json and --text were both given; choose one of them")
-    plain = named_schedule(schedule, stages, microbatches)
-    built = validate(with_recompute(plain, recompute))
-    costs = _stage_costs(forward, backward, stages)
+    stages, devices = _numbers(schedule, stages, devices, stages_per_device)
+    choice = opt.chosen_schedule(
+        schedule,
+        recompute,
+        stages=stages,
+        devices=devices,
+        microbatches=microbatches,
+        default_devices=DEFAULT_DEVICES,
+    )
+    built = validate(with_recompute(choice.built, recompute))
+    costs = _stage_costs(forward, backward, weight, built.num_stages)
     link = LinkCost(latency_seconds=_checked("--latency", latency))
     timeline = simulate(built, costs, link)
     if as_json:
         typer.echo(json.dumps(_as_json(built, recompute, timeline)))
     elif as_text:
-        typer.echo(str(built))
+        typer.echo(_as_text(built, recompute))
     else:
         console = Console()
         console.print(render_timeline(timeline, width=console.width))
-        if len(set(costs)) == 1:
-            console.print(_closed_form(stages, microbatches), highlight=False, soft_wrap=True)
+        if len(set(costs)) == 1 and not choice.programs:
+            console.print(_closed_form(choice, costs[0]), highlight=False, soft_wrap=True)
 
 
-def _stage_costs(forward: str, backward: str, num_stages: int) -> list[StageCost]:
+def _numbers(
+    schedule: str, stages: int | None, devices: int | None, each: int | None
+) -> tuple[int | None, int | None]:
+    """Stages and devices where stages per device are asked for."""
+    if each is None:
+        return stages, devices
+    if schedule not in SCHEDULES:
+        raise UsageError("--stages-per-device is for schedules by name; a file says it itself")
+    if devices is None:
+        devices = DEFAULT_DEVICES if stages is None else max(1, stages // each)
+    if stages is not None and stages != devices * each:
+        raise UsageError(
+            f"--stages {stages} is not --stages-per-device {each} times {devices} devices; leave "
+            "one of them out, or correct it"
+        )
+    return devices * each, devices
+
+
+def _stage_costs(
+    forward: str, backward: str, weight: str | None, num_stages: int
+) -> list[StageCost]:
     forwards = _seconds("--forward", forward, num_stages)
     backwards = _seconds("--backward", backward, num_stages)
     if not any(forwards + backwards):
         raise UsageError("--forward and --backward are all 0; give at least one stage some seconds")
+    halves = [seconds / 2 for seconds in backwards]
+    weights = halves if weight is None else _seconds("--weight", weight, num_stages)
+    for w, b in zip(weights, backwards, strict=True):
+        if w > b:
+            raise UsageError(
+                f"--weight has {w:g} seconds of a backward of {b:g}; it is a part of --backward"
+            )
     return [
-        StageCost(forward_seconds=f, backward_seconds=b, recompute_seconds=f)
-        for f, b in zip(forwards, backwards, strict=True)
+        StageCost(
+            forward_seconds=f,
+            backward_seconds=b,
+            recompute_seconds=f,
+            input_seconds=b - w,
+            weight_seconds=w,
+        )
+        for f, b, w in zip(forwards, backwards, weights, strict=True)
     ]
 
 
@@ -124,6 +206,7 @@ def _as_json(schedule: Schedule, recompute: str, timeline: Timeline) -> dict[str
     return {
         "schedule": schedule.name,
         "num_stages": schedule.num_stages,
+        "num_devices": schedule.num_devices,
         "num_microbatches": schedule.num_microbatches,
         "recompute": recompute,
         "step_seconds": timeline.duration_seconds,
@@ -133,9 +216,49 @@ def _as_json(schedule: Schedule, recompute: str, timeline: Timeline) -> dict[str
     }
 
 
-def _closed_form(num_stages: int, num_microbatches: int) -> str:
-    part, whole = num_stages - 1, num_microbatches + num_stages - 1
+def _as_text(schedule: Schedule, recompute: str) -> str:
     return (
-        "equal stages without recomputation and latency: bubble (K-1)/(M+K-1) = "
-        f"{part}/{whole} = {part / whole:.1%}"
+        f"# {schedule.name}: {schedule.num_stages} stages on {schedule.num_devices} devices, "
+        f"{schedule.num_microbatches} microbatches, recompute {recompute}\n{grid(schedule)}"
     )
+
+
+def _closed_form(choice: ScheduleChoice, cost: StageCost) -> str:
+    """What the literature says of this schedule on equal stages."""
+    row, built = SCHEDULES[choice.name], choice.built
+    stages = EqualStages(
+        num_devices=built.num_devices,
+        num_microbatches=built.num_microbatches,
+        stages_per_device=built.num_stages // built.num_devices,
+        forward_seconds=cost.forward_seconds,
+        input_seconds=cost.input_seconds,
+        weight_seconds=cost.weight_seconds,
+    )
+    said = f"equal stages without recomputation and latency: idle {row.bubble}"
+    if row.bubble.holds(stages):
+        idle = format_seconds(float(row.bubble.seconds(stages)))
+        said += f" = {idle}, bubble {float(row.bubble.fraction(stages)):.1%}"
+    else:
+        said += ", which is not so here"
+    return f"{said}\nin flight on device d, by stage: {row.in_flight}"
+
+
+def _schedules_table() -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for heading in ("schedule", "stages a device", "idle, equal stages", "in flight", "source"):
+        table.add_column(heading, overflow="fold")
+    for name, row in SCHEDULES.items():
+        each = "any" if row.takes_any else str(row.stages_per_device)
+        table.add_row(
+            f"{name}: {row.summary}",
+            f"{each}, {row.placement}",
+            str(row.bubble),
+            str(row.in_flight),
+            row.source,
+        )
+    table.caption = (
+        "K devices, M microbatches, v stages a device, d a device, g microbatches a group; F, B "
+        "seconds of one stage's forward and backward, I + W = B its halves for inputs and for "
+        "weights. In flight: microbatches held from forward to backward, counted by stage."
+    )
+    return table

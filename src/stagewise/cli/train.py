@@ -1,4 +1,4 @@
-"""`stagewise train`: check the options, start one worker per stage, train, tell the result."""
+"""`stagewise train`: check the options, start one worker per device, train, tell the result."""
 
 import shlex
 from dataclasses import replace
@@ -12,6 +12,7 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.cli.workers import errors_told_once, run_in_workers
 from stagewise.errors import CheckpointError, UsageError
+from stagewise.schedule import Schedule
 from stagewise.training.environment import launched_by_us
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ CheckpointEvery = Annotated[
 ]
 
 _DEFAULTS = {
-    "--microbatches": 8,
+    "--microbatches": opt.DEFAULT_MICROBATCHES,
     "--schedule": "1f1b",
     "--recompute": "never",
     "--validate-every": 100,
@@ -65,8 +66,9 @@ _IN_CHECKPOINT = ("--seed", "--out", "--resume")  # what --resume RUN says by it
 
 def train(
     recipe: opt.RecipeArgument,
-    stages: opt.Stages = 2,
-    microbatches: opt.Microbatches = 8,
+    stages: opt.Stages = None,
+    devices: opt.Devices = None,
+    microbatches: opt.Microbatches = None,
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
@@ -79,7 +81,7 @@ def train(
 ) -> None:
     """Train the model of a recipe, cut into stages that work side by side.
 
-    Starts one worker process per stage, or joins the workers that `torchrun` has started. The
+    Starts one worker process per device, or joins the workers that `torchrun` has started. The
     cells of the model are measured first and cut so that the stages are equally busy. Progress
     goes to the screen and to OUT/log.jsonl, checkpoints to OUT/checkpoints. Ctrl-C ends the run
     after the running step, with a checkpoint; go on with --resume.
@@ -87,8 +89,10 @@ def train(
     Example: stagewise train examples/shakespeare.py --stages 2
     """
     with errors_told_once():
-        cut = opt.parsed_balance(balance, stages)
-        opt.check_schedule(schedule, recompute, stages, microbatches)
+        choice = opt.chosen_schedule(
+            schedule, recompute, stages=stages, devices=devices, microbatches=microbatches
+        )
+        cut = opt.parsed_balance(balance, choice.num_stages)
         from stagewise.training.checkpoint import find
         from stagewise.training.prepare import PlanOptions, TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
@@ -97,9 +101,10 @@ def train(
         checkpoint = find(resume) if resume else None
         options = TrainOptions(
             plan=PlanOptions(
-                num_stages=stages,
-                num_microbatches=microbatches,
-                schedule=schedule,
+                num_stages=choice.num_stages,
+                num_devices=choice.num_devices,
+                num_microbatches=choice.built.num_microbatches,
+                schedule=choice.like,
                 recompute=recompute,
                 balance=cut,
             ),
@@ -111,7 +116,7 @@ def train(
             resume=checkpoint,
         )
         run_in_workers(
-            stages,
+            choice.num_devices,
             _arguments(recipe, options),
             before=lambda: check_form(loaded, options.plan, checkpoint),
             body=lambda: _run(loaded, options),
@@ -162,10 +167,11 @@ def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outco
 def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
     """The command line that gives `options`; short: only what resuming that run needs to say."""
     plan, resume = options.plan, options.resume
+    assert plan.num_devices is not None and isinstance(plan.schedule, str | Schedule)
     values = {
-        "--stages": plan.num_stages,
+        **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices),
         "--microbatches": plan.num_microbatches,
-        "--schedule": plan.schedule,
+        "--schedule": plan.schedule if isinstance(plan.schedule, str) else plan.schedule.name,
         "--recompute": plan.recompute,
         "--balance": ",".join(map(str, plan.balance)) if plan.balance else None,
         "--steps": options.num_steps,

@@ -1,4 +1,4 @@
-"""Running a command's body once per stage: in this process, in our workers, or torchrun's."""
+"""Running a command's body once per device: in this process, in our workers, or torchrun's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,9 +35,9 @@ def run_in_workers(
     if launched():
         if world_size() != num_workers:
             raise UsageError(
-                f"torchrun has started {world_size()} workers but --stages is {num_workers}; "
-                f"every stage needs one worker: give --stages {world_size()}, or torchrun "
-                f"--nproc-per-node {num_workers}"
+                f"torchrun has started {world_size()} workers but the schedule is for "
+                f"{num_workers} devices, and each needs one: give --devices {world_size()}, or "
+                f"torchrun --nproc-per-node {num_workers}"
             )
         from stagewise.training.worker import joined
 

@@ -26,6 +26,11 @@ class ScheduleChoice:
         return self.built.name
 
     @property
+    def like(self) -> ScheduleLike:
+        """What chooses it again, with the same numbers."""
+        return self.built if self.programs else self.name
+
+    @property
     def num_stages(self) -> int:
         return self.built.num_stages
 

@@ -14,7 +14,7 @@ import stagewise
 from stagewise.errors import CheckpointError, RecipeError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning import Plan, check_balance
+from stagewise.planning import Plan, ScheduleLike, check_balance
 from stagewise.planning.partition import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
@@ -30,7 +30,8 @@ class PlanOptions:
 
     num_stages: int
     num_microbatches: int
-    schedule: str = "1f1b"
+    num_devices: int | None = None  # None: as many as the schedule needs
+    schedule: ScheduleLike = "1f1b"
     recompute: str = "never"
     balance: tuple[int, ...] | None = None
 
@@ -128,6 +129,7 @@ def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batc
         target=target,
         loss=recipe.loss,
         num_stages=options.num_stages,
+        num_devices=options.num_devices,
         num_microbatches=options.num_microbatches,
         schedule=options.schedule,
         recompute=options.recompute,

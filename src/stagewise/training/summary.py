@@ -91,21 +91,22 @@ def cells_table(plan: Plan) -> Table:
     return table
 
 
-def stages_table(plan: Plan) -> Table:
-    """Each stage's share of one predicted step, and its memory."""
-    figures = predicted(plan)
-    table = _table("Stages (one step)", "stage", "cells", "busy", "idle", "parameters")
+def devices_table(plan: Plan) -> Table:
+    """Each device's share of one predicted step, and its memory."""
+    figures, costs = predicted(plan), plan.stage_costs
+    table = _table("Devices (one step)", "device", "stages", "cells", "busy", "idle", "parameters")
     table.add_column("peak activations", justify="right")
     duration = plan.timeline.duration_seconds
-    for stage, cost in enumerate(plan.stage_costs):
-        busy = plan.timeline.busy_seconds[stage]
+    for device, busy in enumerate(plan.timeline.busy_seconds):
+        stages = plan.built_schedule.stages_of(device)
         table.add_row(
-            str(stage),
-            str(plan.balance[stage]),
+            str(device),
+            ", ".join(map(str, stages)),
+            str(sum(plan.balance[stage] for stage in stages)),
             _time(busy),
             _percent(1 - busy / duration if duration else 0.0),
-            _size(cost.parameter_bytes),
-            _size(figures.peak_activation_bytes[stage]),
+            _size(sum(costs[stage].parameter_bytes for stage in stages)),
+            _size(figures.peak_activation_bytes[device]),
         )
     return table
 

@@ -15,11 +15,12 @@ NUM_DEVICES = (1, 2, 4)  # by default
 def choices_of(
     schedules: Sequence[str | Schedule] | None,
     num_stages: Sequence[int] | None,
+    num_devices: Sequence[int] | None,
     num_microbatches: int,
     num_cells: int,
     transport: str,
 ) -> list[list[ScheduleChoice]]:
-    """Per schedule: what to run, fewest devices first.
+    """Per schedule: what to run, in the order of the numbers given, or fewest devices first.
 
     Without `schedules` those of the named ones that the engine can run and that fit the numbers.
     """
@@ -30,18 +31,25 @@ def choices_of(
         raise UsageError("schedules is empty; name at least one, or leave it out for the default")
     if transport not in ("local", "distributed"):
         raise UsageError(f"transport is {transport!r}; choose 'local' or 'distributed'")
-    if num_stages is not None and not num_stages:
-        raise UsageError("num_stages is empty; name at least one number of stages")
+    for what, numbers in (("stages", num_stages), ("devices", num_devices)):
+        if numbers is not None and not numbers:
+            raise UsageError(f"num_{what} is empty; name at least one number of {what}")
+    if num_stages is not None and num_devices is not None:
+        raise UsageError("num_stages and num_devices are both given; leave one out")
     for number in num_stages or ():
         check_counts(num_cells, number)
     found = []
     for schedule in names:
         if isinstance(schedule, str):
-            numbers = _numbers(schedule, num_stages, num_cells, transport)
+            each = schedule_row(schedule).stages_per_device
+            if num_stages is not None:
+                numbers = [number for number in num_stages if number % each == 0]
+            else:
+                numbers = _numbers(each, num_devices, num_cells, transport)
             if not numbers and schedules is None:
                 continue
             if not numbers:
-                numbers = num_stages or (schedule_row(schedule).stages_per_device,)
+                numbers = num_stages or (each,)
             chosen = [choose_schedule(schedule, num_microbatches, num_stages=n) for n in numbers]
         else:
             chosen = [choose_schedule(schedule, num_microbatches)]
@@ -62,12 +70,11 @@ def alone(choice: ScheduleChoice) -> ScheduleChoice:
 
 
 def _numbers(
-    name: str, asked: Sequence[int] | None, num_cells: int, transport: str
+    each: int, num_devices: Sequence[int] | None, num_cells: int, transport: str
 ) -> Sequence[int]:
-    """Those numbers of stages that suit the schedule."""
-    each = schedule_row(name).stages_per_device
-    if asked is not None:
-        return [number for number in asked if number % each == 0]
+    """How many stages the devices have; those that there are cells for where none are asked for."""
+    if num_devices is not None:
+        return [each * number for number in num_devices]
     if transport == "distributed":
         ready = dist.is_available() and dist.is_initialized()
         return [each * (dist.get_world_size() if ready else 1)]

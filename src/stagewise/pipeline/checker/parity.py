@@ -53,6 +53,7 @@ def check_parity(
     optimizer: MakeOptimizer | None = DEFAULT_OPTIMIZER,
     max_norm: float | None = None,
     num_stages: Sequence[int] | None = None,
+    num_devices: Sequence[int] | None = None,
     num_microbatches: int | Sequence[int] = 4,
     schedules: Sequence[str | Schedule] | None = None,
     recompute: Sequence[str] | None = None,
@@ -72,8 +73,9 @@ def check_parity(
         optimizer: makes an optimizer from a list of parameters; None leaves the update out.
         max_norm: clip gradients to this global norm before the update.
         num_stages: numbers of stages to cut into, evenly by number of cells; a schedule is run on
-            those that suit it. By default as many as 1, 2, 4 devices hold, as far as there are
-            cells, and under "distributed" as many as the ranks hold.
+            those that suit it.
+        num_devices: the same by devices. By default 1, 2, 4, as far as there are cells, and under
+            "distributed" the number of ranks.
         num_microbatches: one number or several.
         schedules, recompute: names, or schedules of one's own; by default every policy, and every
             named schedule that the engine runs.
@@ -102,7 +104,8 @@ def check_parity(
         if not values:
             raise UsageError(f"{what} is empty; name at least one, or leave it out for the default")
     choices = {
-        count: choices_of(schedules, num_stages, count, len(chain), transport) for count in counts
+        count: choices_of(schedules, num_stages, num_devices, count, len(chain), transport)
+        for count in counts
     }
     devices, _ = connect("local", None, chain, 1)
     subject = Subject(
