@@ -1,9 +1,43 @@
-"""Schedules for tests that run models: which ones the engine runs, and on how many devices."""
+"""Schedules for tests: of any size, and those that the engine runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
 
 import stagewise
-from stagewise.schedule import SCHEDULES
+from stagewise.schedule import SCHEDULES, Schedule, named_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    """A row of SCHEDULES and numbers that suit it."""
+
+    name: str
+    num_devices: int
+    num_microbatches: int
+    each: int
+
+    def build(self) -> Schedule:
+        return named_schedule(self.name, self.num_devices, self.num_microbatches, self.each)
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_devices * self.each
+
+
+@st.composite
+def sized(draw: st.DrawFn, max_devices: int = 8, max_microbatches: int = 20) -> Sized:
+    """Any schedule of any size."""
+    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    row = SCHEDULES[name]
+    return Sized(
+        name=name,
+        num_devices=draw(st.integers(1, max_devices)),
+        num_microbatches=draw(st.integers(1, max_microbatches)),
+        each=draw(st.integers(1, 4)) if row.takes_any else row.stages_per_device,
+    )
+
 
 # The engine does not run a split backward yet.
 RUNNABLE = sorted(name for name, row in SCHEDULES.items() if not row.splits_backward)

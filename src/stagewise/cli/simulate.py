@@ -5,9 +5,7 @@ import math
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from stagewise.cli import options as opt
 from stagewise.costs import LinkCost, StageCost
@@ -106,7 +104,7 @@ def simulate_command(
         stagewise simulate --schedule zb_v --devices 4 --text > mine.txt
     """
     if as_list:
-        Console().print(_schedules_table())
+        typer.echo(_schedules_in_words())
         return
     if as_json and as_text:
         raise UsageError("--json and --text were both given; choose one of them")
@@ -243,22 +241,23 @@ def _closed_form(choice: ScheduleChoice, cost: StageCost) -> str:
     return f"{said}\nin flight on device d, by stage: {row.in_flight}"
 
 
-def _schedules_table() -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    for heading in ("schedule", "stages a device", "idle, equal stages", "in flight", "source"):
-        table.add_column(heading, overflow="fold")
+def _schedules_in_words() -> str:
+    """Every row of SCHEDULES in a few lines, below what its letters mean."""
+    lines = [
+        "K devices, v stages on each, M microbatches, d a device, g microbatches in a group; F and",
+        "B are the seconds of one stage's forward and backward, B = I + W where that is split.",
+        "idle: of each device in a step on equal stages; in flight: microbatches held from forward",
+        "to backward, counted by stage. `looped` devices hold stages d, d+K, ...; `zigzag` to and",
+        "fro.",
+    ]
     for name, row in SCHEDULES.items():
-        each = "any" if row.takes_any else str(row.stages_per_device)
-        table.add_row(
+        each = f"{row.stages_per_device} a device"
+        lines += [
+            "",
             f"{name}: {row.summary}",
-            f"{each}, {row.placement}",
-            str(row.bubble),
-            str(row.in_flight),
-            row.source,
-        )
-    table.caption = (
-        "K devices, M microbatches, v stages a device, d a device, g microbatches a group; F, B "
-        "seconds of one stage's forward and backward, I + W = B its halves for inputs and for "
-        "weights. In flight: microbatches held from forward to backward, counted by stage."
-    )
-    return table
+            f"    stages: {each + ', or any number' * row.takes_any}, {row.placement}",
+            f"    idle: {row.bubble}",
+            f"    in flight: {row.in_flight}",
+            f"    source: {row.source}",
+        ]
+    return "\n".join(lines)

@@ -3,7 +3,8 @@
 Every column stands for the instruction that runs in the middle of its stretch of time. An
 instruction begins with its letter and microbatch and is filled up with a character of its kind,
 so that the drawing is read without colour too; one too short for its name keeps the letter, and
-one shorter than a column may not show at all.
+one shorter than a column may not show at all. Where devices hold several stages, the stage stands
+before the letter; where that is too long, a small letter says that it is not the device's first.
 """
 
 from collections.abc import Iterator
@@ -35,22 +36,21 @@ def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
     most microbatches that it holds at once, then the step time and the bubble fraction.
     """
     names = [f"device {device}" for device in range(timeline.num_devices)]
+    stages = [_stages(timeline, device) for device in range(timeline.num_devices)]
     margin = max(map(len, names), default=0) + 2
     scale = _columns_per_second(timeline, max(_MIN_COLUMNS, width - margin))
     columns = round(timeline.duration_seconds * scale)
-    with_stage = any(
-        len({s.instruction.stage for s in timeline.spans if s.device == device}) > 1
-        for device in range(timeline.num_devices)
-    )
+    with_stage = any(len(own) > 1 for own in stages)
     end = format_seconds(timeline.duration_seconds)
     lines = [Text(" " * margin + "0" + end.rjust(columns - 1), style="dim")]
     for device, name in enumerate(names):
         line = Text(name.ljust(margin))
         spans = [span for span in timeline.spans if span.device == device]
-        for text, style in _runs(spans, columns, scale, with_stage):
+        for text, style in _runs(spans, columns, scale, stages[device] if with_stage else ()):
             line.append(text, style)
         lines.append(line)
-    lines += [_legend(timeline).append("\n"), *_device_lines(timeline, names), _summary(timeline)]
+    lines += _legend(timeline, with_stage)
+    lines += [Text(), *_device_lines(timeline, names, stages, with_stage), _summary(timeline)]
     for line in lines:
         line.no_wrap, line.overflow = True, "crop"
     return Group(*lines)
@@ -64,6 +64,10 @@ def format_seconds(seconds: float) -> str:
     number = float(seconds * factor)
     digits = f"{number:.0f}" if number >= 100 else f"{number:.3g}"
     return f"{digits} {unit}" if seconds else "0 s"
+
+
+def _stages(timeline: Timeline, device: int) -> tuple[int, ...]:
+    return tuple(sorted({s.instruction.stage for s in timeline.spans if s.device == device}))
 
 
 def _columns_per_second(timeline: Timeline, room: int) -> float:
@@ -81,9 +85,12 @@ def _columns_per_second(timeline: Timeline, room: int) -> float:
 
 
 def _runs(
-    spans: list[Span], columns: int, scale: float, with_stage: bool
+    spans: list[Span], columns: int, scale: float, stages: tuple[int, ...]
 ) -> Iterator[tuple[str, str]]:
-    """Text and style of every stretch of columns in which one instruction, or none, runs."""
+    """Text and style of every stretch of columns in which one instruction, or none, runs.
+
+    `stages` are the device's, if they are to be told apart.
+    """
     shown: list[Span | None] = [None] * columns
     for span in spans:
         # Columns whose middles lie in the span.
@@ -99,25 +106,33 @@ def _runs(
             continue
         kind, microbatch = running.instruction.kind, running.instruction.microbatch
         _, fill, style = _LOOKS[kind]
-        labels = (str(running.instruction) if with_stage else "", f"{kind}{microbatch}", str(kind))
+        later = running.instruction.stage in stages[1:]
+        letter = kind.lower() if later else str(kind)
+        labels = (str(running.instruction) if stages else "", f"{letter}{microbatch}", letter)
         label = next(text for text in labels if text and len(text) <= length)
         yield label.ljust(length, fill), style
 
 
-def _legend(timeline: Timeline) -> Text:
+def _legend(timeline: Timeline, with_stage: bool) -> list[Text]:
     used = {span.instruction.kind for span in timeline.spans}
     legend = Text()
     for kind, (name, fill, style) in _LOOKS.items():
         if kind in used:
             legend.append(f"{kind}0{fill}", style).append(f" {name}  ")
-    return legend.append(_IDLE * 3, "dim").append(" idle  (0: the microbatch)")
+    legend.append(_IDLE * 3, "dim").append(" idle  (0: the microbatch)")
+    if not with_stage:
+        return [legend]
+    return [legend, Text("1F0: of stage 1; f0: of a stage that is not the device's first")]
 
 
-def _device_lines(timeline: Timeline, names: list[str]) -> Iterator[Text]:
+def _device_lines(
+    timeline: Timeline, names: list[str], stages: list[tuple[int, ...]], with_stage: bool
+) -> Iterator[Text]:
     for device, (name, busy) in enumerate(zip(names, timeline.busy_seconds, strict=True)):
         share = float(busy / timeline.duration_seconds) if timeline.duration_seconds else 0.0
         peak = timeline.peak_in_flight(device)
-        yield Text(f"{name:<{len(names[-1])}}  busy {share:>6.1%}, at most {peak} in flight")
+        own = f", stages {', '.join(map(str, stages[device]))}" if with_stage else ""
+        yield Text(f"{name:<{len(names[-1])}}  busy {share:>6.1%}, at most {peak} in flight{own}")
 
 
 def _summary(timeline: Timeline) -> Text:

@@ -24,7 +24,8 @@ class NamedSchedule:
 
     `build(num_devices, num_microbatches, stages_per_device)` makes the schedule; each device has
     `stages_per_device` stages unless `takes_any` and others are asked for. `placement` names the
-    function of `stagewise.schedule.placement` that places them.
+    function of `stagewise.schedule.placement` that places them. In which order a stage's gradients
+    are summed, `last_first` says.
     """
 
     build: Callable[[int, int, int], Schedule]
@@ -36,6 +37,7 @@ class NamedSchedule:
     stages_per_device: int = 1
     takes_any: bool = False
     splits_backward: bool = False
+    last_first: bool = False  # backwards begin with the last microbatch; else with the first
 
 
 SCHEDULES: dict[str, NamedSchedule] = {
@@ -46,6 +48,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
         placement="looped",
         bubble=forms.FILL,
         in_flight=forms.ALL,
+        last_first=True,
     ),
     "1f1b": NamedSchedule(
         build=lambda devices, m, _: one_f_one_b(devices, m),
@@ -84,6 +87,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
         in_flight=forms.ALL,
         stages_per_device=2,
         takes_any=True,
+        last_first=True,
     ),
     "zb_h1": NamedSchedule(
         build=lambda devices, m, _: zb_h1(devices, m),

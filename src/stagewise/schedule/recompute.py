@@ -24,10 +24,19 @@ _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
 
 
 def with_recompute(schedule: Schedule, policy: str) -> Schedule:
-    """Return `schedule` with the recomputations of `policy` inserted."""
+    """Return `schedule` with the recomputations of `policy` inserted.
+
+    A split backward gets its `R` before its `I`, and `W` uses the same graph. Raises ScheduleError
+    for an unknown policy, or where the schedule has recomputations of its own.
+    """
     if policy not in POLICIES:
         raise ScheduleError(
             f"there is no recompute policy {policy!r}; choose one of {', '.join(sorted(POLICIES))}"
+        )
+    if policy != "never" and schedule.recomputed:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} has recomputations of its own, so the policy {policy!r} "
+            "cannot be added; take them out, or use the policy 'never'"
         )
     wanted, last = POLICIES[policy], schedule.num_stages - 1
 
