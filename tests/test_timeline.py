@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from stagewise.costs import StageCost
 from stagewise.planning import simulate, unit_costs
-from stagewise.schedule import POLICIES, SCHEDULES, Instruction, named_schedule, with_recompute
+from stagewise.schedule import POLICIES, Instruction, named_schedule, with_recompute
 from stagewise.timeline import Span, Timeline
+from tests.schedules import Sized, sized
 
 
 def timeline_of(text: str, num_devices: int = 1) -> Timeline:
@@ -93,34 +94,55 @@ def test_activation_bytes_with_recomputation() -> None:
 
 
 @given(
-    num_stages=st.integers(1, 6),
-    num_microbatches=st.integers(1, 12),
-    name=st.sampled_from(sorted(SCHEDULES)),
+    size=sized(max_devices=6, max_microbatches=12),
     policy=st.sampled_from(sorted(POLICIES)),
     costs=st.data(),
 )
 def test_curves_never_fall_below_zero_and_end_there(
-    num_stages: int, num_microbatches: int, name: str, policy: str, costs: st.DataObject
+    size: Sized, policy: str, costs: st.DataObject
 ) -> None:
-    seconds = st.integers(0, 3)
+    numbers = st.tuples(*[st.integers(0, 3)] * 5, *[st.integers(0, 5)] * 3)
     stages = [
         StageCost(
-            forward_seconds=costs.draw(seconds),
-            backward_seconds=costs.draw(seconds),
-            recompute_seconds=costs.draw(seconds),
-            input_bytes=costs.draw(st.integers(0, 5)),
-            activation_bytes=costs.draw(st.integers(0, 5)),
+            forward_seconds=forward,
+            backward_seconds=backward,
+            recompute_seconds=recompute,
+            input_seconds=for_inputs,
+            weight_seconds=for_weights,
+            input_bytes=given,
+            activation_bytes=kept,
+            deferred_bytes=deferred,
         )
-        for _ in range(num_stages)
+        for forward, backward, recompute, for_inputs, for_weights, given, kept, deferred in (
+            costs.draw(numbers) for _ in range(size.num_stages)
+        )
     ]
-    schedule = with_recompute(named_schedule(name, num_stages, num_microbatches), policy)
+    schedule = with_recompute(size.build(), policy)
     timeline = simulate(schedule, stages)
     assert sum(timeline.busy_seconds) == sum(span.seconds for span in timeline.spans)
-    for device in range(num_stages):
+    for device in range(size.num_devices):
         for curve in (timeline.in_flight(device), timeline.activation_bytes(device, stages)):
             assert [time for time, _ in curve] == sorted(time for time, _ in curve)
             assert all(value >= 0 for _, value in curve)
             assert not curve or curve[-1][1] == 0
+
+
+def test_what_one_stage_gives_another_on_its_device_is_kept_once() -> None:
+    """Unless the giving stage drops its output and makes it again."""
+    cost = StageCost(
+        forward_seconds=1,
+        backward_seconds=1,
+        recompute_seconds=1,
+        input_bytes=10,
+        activation_bytes=100,
+    )
+    for policy, peak in (("never", 10 + 100 + 100), ("always", 10 + 10 + 100)):
+        schedule = with_recompute(named_schedule("interleaved", 1, 1), policy)
+        timeline = simulate(schedule, [cost] * 2)
+        assert timeline.peak_activation_bytes([cost] * 2) == (peak,)
+        assert timeline.activation_bytes(0, [cost] * 2)[-1][1] == 0
+    apart = simulate(named_schedule("1f1b", 2, 1), [cost] * 2)
+    assert apart.peak_activation_bytes([cost] * 2) == (110, 110)
 
 
 def test_records_round_trip_through_json() -> None:

@@ -66,6 +66,7 @@ def test_a_given_balance_is_kept_and_checked() -> None:
 def test_json_round_trips(name: str, policy: str) -> None:
     link = LinkCost(latency_seconds=1e-4, seconds_per_byte=1e-9)
     plan = make(schedule=name, recompute=policy, link=link)
+    assert plan.num_stages == 4
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert again.timeline == plan.timeline

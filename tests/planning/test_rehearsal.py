@@ -6,27 +6,31 @@ from stagewise.planning.rehearsal import message_seconds
 from stagewise.schedule import SCHEDULES, named_schedule
 from stagewise.timeline import Span, Timeline
 
-STAGE = StageCost(forward_seconds=2, backward_seconds=4, recompute_seconds=2)
+STAGE = StageCost(
+    forward_seconds=2, backward_seconds=4, recompute_seconds=2, input_seconds=2, weight_seconds=2
+)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-@pytest.mark.parametrize("num_stages", [2, 3, 5])
-def test_what_the_simulator_was_told_is_read_back(name: str, num_stages: int) -> None:
-    schedule = named_schedule(name, num_stages, 8)
+@pytest.mark.parametrize("num_devices", [2, 3, 5])
+def test_what_the_simulator_was_told_is_read_back(name: str, num_devices: int) -> None:
+    schedule = named_schedule(name, num_devices, 8)
     for link, expected in [
         (LinkCost(overhead_seconds=0.25), (0.25, 0.25)),
         (LinkCost(latency_seconds=0.5), (0, 0.5)),
         (LinkCost(), (0, 0)),
     ]:
-        timeline = simulate(schedule, [STAGE] * num_stages, link)
+        timeline = simulate(schedule, [STAGE] * schedule.num_stages, link)
         assert message_seconds(schedule, [timeline, timeline]) == pytest.approx(expected, abs=0.05)
 
 
-def test_clocks_that_differ_between_devices_cancel_out() -> None:
-    schedule = named_schedule("1f1b", 2, 8)
-    timeline = simulate(schedule, [STAGE] * 2, LinkCost(latency_seconds=0.5))
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb_v"])
+def test_clocks_that_differ_between_devices_cancel_out(name: str) -> None:
+    """Also where both activations and gradients go down a link, as on looped placement."""
+    schedule = named_schedule(name, 3, 8)
+    timeline = simulate(schedule, [STAGE] * schedule.num_stages, LinkCost(latency_seconds=0.5))
     shifted = Timeline(
-        2,
+        3,
         tuple(
             Span(
                 device=span.device,

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +10,6 @@ from stagewise.errors import PlanError
 from stagewise.planning import simulate, unit_costs
 from stagewise.schedule import (
     POLICIES,
-    SCHEDULES,
     Kind,
     Schedule,
     forward_only,
@@ -22,10 +21,9 @@ from stagewise.schedule import (
     with_recompute,
 )
 from stagewise.schedule.order import slots
+from tests.schedules import Sized, sized
 
 SECONDS = st.integers(0, 50)
-POSITIVE = st.builds(Fraction, st.integers(1, 500), st.integers(1, 60))
-COUNTS = {"num_stages": st.integers(1, 8), "num_microbatches": st.integers(1, 16)}
 
 
 def cost(forward: float, backward: float, recompute: float | None = None) -> StageCost:
@@ -33,44 +31,26 @@ def cost(forward: float, backward: float, recompute: float | None = None) -> Sta
         forward_seconds=forward,
         backward_seconds=backward,
         recompute_seconds=forward if recompute is None else recompute,
+        input_seconds=backward // 2,
+        weight_seconds=backward - backward // 2,
         output_bytes=1,
         gradient_bytes=1,
     )
 
 
-@settings(max_examples=300)
-@given(**COUNTS, forward=POSITIVE, backward=POSITIVE, name=st.sampled_from(sorted(SCHEDULES)))
-def test_bubble_on_equal_stages_is_the_closed_form_exactly(
-    num_stages: int, num_microbatches: int, forward: Fraction, backward: Fraction, name: str
-) -> None:
-    schedule = named_schedule(name, num_stages, num_microbatches)
-    timeline = simulate(schedule, [cost(forward, backward)] * num_stages)  # type: ignore[arg-type]
-    slot_count = num_microbatches + num_stages - 1
-    assert timeline.bubble_fraction == Fraction(num_stages - 1, slot_count)
-    assert timeline.duration_seconds == slot_count * (forward + backward)
-    assert isinstance(timeline.bubble_fraction, Fraction)
-
-
 @settings(max_examples=200)
 @given(
-    **COUNTS,
+    size=sized(max_microbatches=12),
     data=st.data(),
-    name=st.sampled_from(sorted(SCHEDULES)),
     policy=st.sampled_from(sorted(POLICIES)),
     latency=SECONDS,
 )
 def test_properties_of_any_prediction(
-    num_stages: int,
-    num_microbatches: int,
-    data: st.DataObject,
-    name: str,
-    policy: str,
-    latency: int,
+    size: Sized, data: st.DataObject, policy: str, latency: int
 ) -> None:
-    costs = [
-        cost(data.draw(SECONDS), data.draw(SECONDS), data.draw(SECONDS)) for _ in range(num_stages)
-    ]
-    schedule = with_recompute(named_schedule(name, num_stages, num_microbatches), policy)
+    seconds = st.tuples(SECONDS, SECONDS, SECONDS)
+    costs = [cost(*data.draw(seconds)) for _ in range(size.num_stages)]
+    schedule = with_recompute(size.build(), policy)
     link = LinkCost(latency_seconds=latency)
     timeline = simulate(schedule, costs, link)
 
@@ -87,17 +67,27 @@ def test_properties_of_any_prediction(
             now = span.end_seconds
 
     # Nothing starts before what it waits for has ended and travelled.
-    ended = {(i.stage, i.kind, i.microbatch): span.end_seconds for (_, i), span in ran.items()}
+    ended = {
+        (i.stage, Kind.BACKWARD if i.kind is Kind.BACKWARD_INPUT else i.kind, i.microbatch): (
+            span.end_seconds
+        )
+        for (_, i), span in ran.items()
+    }
     for device, steps in enumerate(lower(schedule)):
         for step in steps:
             for message in step.receives:
                 sent = ended[message.source_stage, message.kind, message.microbatch]
-                assert ran[device, step.instruction].start_seconds >= sent + latency
+                travels = latency if message.source != message.destination else 0
+                assert ran[device, step.instruction].start_seconds >= sent + travels
 
     # No step is shorter than the busiest device, nor than one microbatch's way there and back.
     assert timeline.duration_seconds >= max(timeline.busy_seconds)
-    way = sum(c.forward_seconds + c.backward_seconds for c in costs)
-    assert timeline.duration_seconds >= way + 2 * (num_stages - 1) * latency
+    back = [c.backward_seconds for c in costs]
+    if any(i.kind is Kind.BACKWARD_INPUT for _, i in schedule.instructions()):
+        back = [min(c.input_seconds, c.backward_seconds) for c in costs]
+    way = sum(c.forward_seconds for c in costs) + sum(back)
+    crossed = sum(a != b for a, b in pairwise(schedule.placement))
+    assert timeline.duration_seconds >= way + 2 * crossed * latency
     assert 0 <= timeline.bubble_fraction < 1
 
 
@@ -106,15 +96,15 @@ def seconds_of(kind: Kind, stage: StageCost) -> float:
         Kind.FORWARD: stage.forward_seconds,
         Kind.BACKWARD: stage.backward_seconds,
         Kind.RECOMPUTE: stage.recompute_seconds,
+        Kind.BACKWARD_INPUT: stage.input_seconds,
+        Kind.BACKWARD_WEIGHT: stage.weight_seconds,
     }[kind]
 
 
-@given(**COUNTS, name=st.sampled_from(sorted(SCHEDULES)), policy=st.sampled_from(sorted(POLICIES)))
-def test_unit_costs_give_the_grid(
-    num_stages: int, num_microbatches: int, name: str, policy: str
-) -> None:
-    schedule = with_recompute(named_schedule(name, num_stages, num_microbatches), policy)
-    timeline = simulate(schedule, unit_costs(num_stages))
+@given(sized(), st.sampled_from(sorted(POLICIES)))
+def test_unit_costs_give_the_grid(size: Sized, policy: str) -> None:
+    schedule = with_recompute(size.build(), policy)
+    timeline = simulate(schedule, unit_costs(size.num_stages))
     starts: list[list[float]] = [[] for _ in schedule.programs]
     for span in timeline.spans:
         starts[span.device].append(span.start_seconds)
@@ -122,12 +112,10 @@ def test_unit_costs_give_the_grid(
     assert timeline.duration_seconds == len(grid(schedule).splitlines()[0].split()) - 2
 
 
-@given(**COUNTS, data=st.data(), name=st.sampled_from(sorted(SCHEDULES)))
-def test_recomputing_never_ends_earlier(
-    num_stages: int, num_microbatches: int, data: st.DataObject, name: str
-) -> None:
-    costs = [cost(data.draw(SECONDS), data.draw(SECONDS)) for _ in range(num_stages)]
-    plain = named_schedule(name, num_stages, num_microbatches)
+@given(sized(max_microbatches=12), st.data())
+def test_recomputing_never_ends_earlier(size: Sized, data: st.DataObject) -> None:
+    costs = [cost(*data.draw(st.tuples(SECONDS, SECONDS))) for _ in range(size.num_stages)]
+    plain = size.build()
     never, except_last, always = (
         simulate(with_recompute(plain, policy), costs).duration_seconds
         for policy in ("never", "except_last", "always")

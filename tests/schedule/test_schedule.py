@@ -4,34 +4,12 @@ import pytest
 
 from stagewise.errors import ScheduleError
 from stagewise.schedule import (
-    POLICIES,
-    SCHEDULES,
     Schedule,
     forward_only,
     named_schedule,
     parse_programs,
     schedule_of,
-    with_recompute,
 )
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_text_form_round_trips(name: str, policy: str) -> None:
-    for num_stages in range(1, 6):
-        for num_microbatches in range(1, 12):
-            plain = named_schedule(name, num_stages, num_microbatches)
-            schedule = with_recompute(plain, policy)
-            assert parse_programs(str(schedule)) == schedule.programs
-
-
-def test_text_form_is_a_line_per_device() -> None:
-    assert str(named_schedule("1f1b", 2, 2)) == "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
-
-
-def test_text_that_is_no_program_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="'0Z0' is no instruction"):
-        parse_programs("0F0 0B0\n0Z0")
 
 
 def test_replicas_share_microbatches_in_turn() -> None:
