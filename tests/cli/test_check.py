@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from stagewise.schedule import POLICIES
 from tests.recipes import run_command, write_recipe
+from tests.schedules import RUNNABLE
 
 
 def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
@@ -13,7 +15,10 @@ def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
     for expected in ("gradient 3.weight", "parameter 0.0.bias", "1f1b, 4, 4, except_last"):
         assert expected in out
     *_, verdict = out.strip().splitlines()
-    assert verdict.startswith("ok: 18 pipelined runs equal the plain model run by microbatch")
+    num_runs = len(RUNNABLE) * len((1, 2, 4)) * len(POLICIES)
+    assert verdict.startswith(
+        f"ok: {num_runs} pipelined runs equal the plain model run by microbatch"
+    )
     assert "explained by random numbers (0.2 Dropout, 1.2 Dropout, 2.2 Dropout)" in verdict
     assert not list(tmp_path.glob("runs*")), "a check leaves nothing behind"
 
@@ -31,6 +36,14 @@ def test_a_loss_that_is_a_sum_fails(tmp_path: Path) -> None:
     assert "it must be a mean over samples" in out
 
 
+def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("0F0 0F1 2F0 2B0 2F1 0B0 2B1 0B1\n1F0 1F1 1B0 1B1\n")
+    arguments = ("--schedule", "mine.txt", "--recompute", "never", "--double")
+    code, out, err = run_command("check", write_recipe(tmp_path), *arguments, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "mine.txt, 3, 2, never" in out and "ok: 1 pipelined run " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -38,7 +51,8 @@ def test_a_loss_that_is_a_sum_fails(tmp_path: Path) -> None:
         (("--stages", "11"), "use at most 10 stages"),
         (("--microbatches", "0"), "--microbatches '0' is no list of numbers from 1"),
         (("--microbatches", "9"), "8 samples cannot fill 9 microbatches"),
-        (("--schedule", "zigzag"), "--schedule has no 'zigzag'; choose from 1f1b, gpipe"),
+        (("--schedule", "zigzag"), "there is no schedule 'zigzag'; choose one of 1f1b, breadth"),
+        (("--stages", "2", "--devices", "2"), "--stages and --devices were both given"),
         (("--recompute", "often"), "--recompute has no 'often'"),
     ],
 )

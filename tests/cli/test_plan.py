@@ -29,6 +29,17 @@ def test_tables(tmp_path: Path) -> None:
         assert expected in out
 
 
+def test_several_stages_on_each_device(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    arguments = ("--schedule", "interleaved_v", "--stages", "6", "--devices", "2")
+    code, out, err = run_command("plan", recipe, *arguments, "--json", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    plan = stagewise.Plan.from_json(out)
+    assert (plan.num_stages, plan.num_devices, plan.stages_per_device) == (6, 2, 3)
+    assert plan.built_schedule.stages_of(0) == (0, 3, 4)
+    assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 2
+
+
 def test_more_stages_than_cells(tmp_path: Path) -> None:
     code, _, err = run_command("plan", write_recipe(tmp_path), "--stages", "11", cwd=tmp_path)
     assert code == 2

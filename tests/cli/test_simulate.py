@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -7,7 +8,7 @@ from stagewise.cli.main import command_app
 from stagewise.costs import StageCost
 from stagewise.errors import UsageError
 from stagewise.planning import simulate
-from stagewise.schedule import named_schedule, parse_programs, with_recompute
+from stagewise.schedule import SCHEDULES, named_schedule, parse_programs, with_recompute
 from stagewise.timeline import Timeline
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
@@ -24,13 +25,96 @@ def test_the_plain_call_draws_the_default_schedule() -> None:
     assert lines[1] == (
         "device 0  F0F1F2F3............B0##F4B1##F5B2##F6B3##F7B4##..B5##..B6##..B7##"
     )
-    assert lines[-2] == "step 33 s, bubble 27.3% of all devices' time"
-    assert lines[-1].endswith("bubble (K-1)/(M+K-1) = 3/11 = 27.3%")
+    assert lines[-3] == "step 33 s, bubble 27.3% of all devices' time"
+    assert lines[-2].endswith("idle (K-1)(F+B) = 9 s, bubble 27.3%")
+    assert lines[-1] == "in flight on device d, by stage: min(M, K-d)"
 
 
 def test_the_closed_form_is_for_equal_stages_only() -> None:
-    assert "(K-1)/(M+K-1)" in run("--forward", "1,1", "--stages", "2").stdout
-    assert "(K-1)/(M+K-1)" not in run("--forward", "1,2", "--stages", "2").stdout
+    assert "(K-1)(F+B)" in run("--forward", "1,1", "--stages", "2").stdout
+    assert "(K-1)(F+B)" not in run("--forward", "1,2", "--stages", "2").stdout
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_drawn_with_its_closed_form(name: str) -> None:
+    shown = run("--schedule", name, "--devices", "3").stdout
+    row = SCHEDULES[name]
+    assert f"equal stages without recomputation and latency: idle {row.bubble} = " in shown
+    assert ("stage that is not the device's first" in shown) == (row.stages_per_device > 1)
+    if row.bubble.exact:
+        assert shown.count(f"bubble {shown.partition(', bubble ')[2].split('%')[0]}%") == 2
+
+
+def test_where_the_closed_form_does_not_hold() -> None:
+    shown = run("--schedule", "zb_v", "--weight", "0.5").stdout
+    assert "idle (K-1)F (F = I = W, M >= K), which is not so here" in shown
+
+
+def test_halves_of_the_backward() -> None:
+    arguments = ("--schedule", "zb_h1", "--stages", "2", "--microbatches", "2", "--json")
+    for more, (for_inputs, for_weights) in {
+        (): (1, 1),
+        ("--weight", "0.5"): (1.5, 0.5),
+        ("--backward", "4", "--weight", "1"): (3, 1),
+    }.items():
+        spans = json.loads(run(*arguments, *more).stdout)["spans"]
+        seconds = {s["instruction"][1]: s["end_seconds"] - s["start_seconds"] for s in spans}
+        assert (seconds["I"], seconds["W"]) == (for_inputs, for_weights)
+
+
+def test_numbers_of_stages_and_devices() -> None:
+    def numbers(*arguments: str) -> tuple[int, int]:
+        record = json.loads(run("--microbatches", "4", "--json", *arguments).stdout)
+        return record["num_stages"], record["num_devices"]
+
+    several = ("--schedule", "interleaved")
+    assert numbers() == (4, 4)
+    assert numbers("--devices", "3") == numbers("--stages", "3") == (3, 3)
+    assert numbers(*several) == (8, 4)
+    assert numbers(*several, "--stages", "6") == (6, 3)
+    assert numbers(*several, "--stages", "6", "--devices", "2") == (6, 2)
+    assert numbers(*several, "--stages-per-device", "3", "--devices", "2") == (6, 2)
+    assert numbers(*several, "--stages-per-device", "3", "--stages", "9") == (9, 3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_text_is_read_back(tmp_path: Path, name: str) -> None:
+    arguments = ("--devices", "3", "--microbatches", "5", "--recompute", "except_last")
+    text = run("--schedule", name, *arguments, "--text").stdout
+    assert text.startswith(f"# {name}: ") and "recompute except_last\ndevice 0 " in text
+    file = tmp_path / "mine.txt"
+    file.write_text(text)
+    one, other = (
+        json.loads(run("--json", *more).stdout)
+        for more in (("--schedule", name, *arguments), ("--schedule", str(file)))
+    )
+    assert one["spans"] == other["spans"]
+    assert run("--schedule", str(file), "--text").stdout.splitlines()[1:] == text.splitlines()[1:]
+
+
+def test_the_list_has_every_schedule() -> None:
+    shown = run("--list").stdout
+    for name, row in SCHEDULES.items():
+        for part in (f"\n{name}: {row.summary}\n", str(row.bubble), str(row.in_flight), row.source):
+            assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("0F0 0B0 0Q0", "line 1: '0Q0' is no instruction"),
+        ("0F0\n1F0 1B0", "the backward of stage 0, microbatch 0 is missing"),
+        ("0F0 0B0", "has 1 stages, but 3 were asked for"),
+    ],
+)
+def test_a_file_that_will_not_do(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "mine.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        run("--schedule", str(file), "--stages", "3")
+    assert message in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_json() -> None:
@@ -44,6 +128,7 @@ def test_json() -> None:
     assert record == {
         "schedule": "gpipe",
         "num_stages": 3,
+        "num_devices": 3,
         "num_microbatches": 4,
         "recompute": "always",
         "step_seconds": timeline.duration_seconds,
@@ -76,9 +161,16 @@ def test_text_is_the_schedules_text_form() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--stages 0", "num_devices is 0; a schedule needs at least 1"),
-        ("--microbatches 0", "num_microbatches is 0; a schedule needs at least 1"),
-        ("--schedule zigzag", "there is no schedule 'zigzag'; choose one of 1f1b, gpipe"),
+        ("--schedule zigzag", "there is no schedule 'zigzag'; choose one of 1f1b, breadth_first"),
+        ("--schedule zigzag", "or give a file that holds one, such as zigzag.txt"),
+        ("--schedule zb_v --stages 3", "zb_v has 2 stages on each device, which cannot be with 3"),
+        ("--schedule zb_v --stages 6 --devices 2", "6 stages and 2 devices disagree: zb_v has 2"),
+        ("--schedule interleaved --stages 6 --devices 4", "disagree: interleaved has any number"),
+        ("--stages-per-device 2", "disagree: 1f1b has 1 stages on each device"),
+        ("--stages 5 --stages-per-device 2", "--stages 5 is not --stages-per-device 2 times 2"),
+        ("--schedule a.txt --stages-per-device 2", "a file says it itself"),
+        ("--weight 3", "--weight has 3 seconds of a backward of 2; it is a part of --backward"),
+        ("--weight 1,2", "--weight 1,2 gives 2 costs for 4 stages"),
         ("--recompute maybe", "there is no recompute policy 'maybe'; choose one of always, exc"),
         ("--forward 1,2", "--forward 1,2 gives 2 costs for 4 stages; give one cost for all"),
         ("--backward 1,2,3,4,5", "--backward 1,2,3,4,5 gives 5 costs for 4 stages"),
@@ -99,8 +191,13 @@ def test_wrong_input(arguments: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["--stages", "--devices", "--microbatches"])
+def test_less_than_one_of_anything_is_refused(option: str) -> None:
+    assert run(option, "0").exit_code == 2
+
+
 def test_help_explains_and_gives_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "no model, no" in result.stdout
-    assert "stagewise simulate --stages 4 --microbatches 8" in result.stdout
+    assert "stagewise simulate --devices 4 --microbatches 8" in result.stdout

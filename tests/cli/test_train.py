@@ -34,6 +34,22 @@ def test_two_workers_train_and_what_they_leave(tmp_path: Path) -> None:
     assert losses(tmp_path / "runs/tiny-2") == losses(run)
 
 
+def test_a_schedule_of_ones_own_trains_alike(tmp_path: Path) -> None:
+    """Four stages on two workers, from a file; and in one process, by name, as 1f1b."""
+    recipe = write_recipe(tmp_path)
+    arguments = ("--schedule", "interleaved", "--devices", "2", "--microbatches", "4")
+    code, text, _ = run_command("simulate", *arguments, "--text", cwd=tmp_path)
+    (tmp_path / "mine.txt").write_text(text)
+    own = ("--schedule", "mine.txt", "--steps", "3", "--validate-every", "0")
+    code, out, err = run_command("train", recipe, *own, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "stage 3:" in out and "peak activations, device 1" in out
+    assert "--schedule mine.txt --steps 6 --validate-every 0 --resume runs/tiny" in out
+    one = ("--devices", "1", "--steps", "3", *SMALL)
+    assert run_command("train", recipe, *one, cwd=tmp_path)[0] == 0
+    assert losses(tmp_path / "runs/tiny-2") == losses(tmp_path / "runs/tiny")
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     with Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path) as command:
@@ -168,4 +184,4 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
         code, _, err = command.finish()
     assert code != 0
-    assert err.count("torchrun has started 2 workers but --stages is 3") == 1
+    assert err.count("torchrun has started 2 workers but the schedule is for 3") == 1

@@ -1,12 +1,14 @@
 """stagewise.plan: measures without a trace, predicts memory to the byte, refuses nonsense."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import stagewise
 from stagewise.errors import BatchError, ModelError, PlanError, ScheduleError
-from stagewise.schedule import POLICIES
+from stagewise.schedule import POLICIES, named_schedule
 from tests.harness import Pools
 from tests.models import EXAMPLES, batch, build
 from tests.pipeline.runs import num_cells
@@ -105,6 +107,27 @@ def test_predicted_memory_is_measured_memory(
         measured, *others = pools[num_devices].run(memory, plan, example)
         assert others == [measured] * (num_devices - 1)
     assert measured == plan.peak_activation_bytes
+
+
+def test_a_schedule_of_ones_own_is_planned_and_run() -> None:
+    """As data, or as a function of devices and microbatches."""
+
+    def mine(num_devices: int, num_microbatches: int) -> stagewise.Schedule:
+        return replace(named_schedule("interleaved", num_devices, num_microbatches), name="mine")
+
+    inputs, target = batch("mlp", 16)
+    losses = []
+    for changes in (
+        {"schedule": mine, "num_stages": None, "num_devices": 2},
+        {"schedule": mine(2, 4), "num_stages": None},
+        {"schedule": "interleaved", "num_stages": 4},
+    ):
+        plan = plan_for("mlp", **changes)
+        assert plan.built_schedule.programs == mine(2, 4).programs
+        pipe = stagewise.Pipeline(build("mlp"), plan, loss=EXAMPLES["mlp"].loss)
+        losses.append(pipe.step(inputs, target=target))
+        assert pipe.timeline().num_devices == 2
+    assert losses[0] == losses[1] == losses[2]
 
 
 def plan_on_ranks(example: str) -> stagewise.Plan:

@@ -122,9 +122,9 @@ GRIDS = {
         device 1   .  1F0  .   .  4F0 1F1  .  4I0 4F1 4W0 1I0 4I1 1W0 4W1 1I1 1W1  .
         device 2   .   .  2F0 3F0  .   .  2F1 3F1 3I0 2I0 3W0 2W0 3I1 2I1 3W1 2W1  .
     """,
-    ("v_min", 2, 3, 2): """
-        device 0  0F0  .   .  3F0 3I0 0F1 3W0 0I0 0W0 3F1 3I1 0F2 3W1 0I1 0W1 3F2 3I2 3W2  .  0I2 0W2
-        device 1   .  1F0 2F0  .   .  2I0 1I0 1F1 2F1 2W0 1W0 2I1 1I1 1F2 2F2 2W1 1W1 2I2 1I2 2W2 1W2
+    ("v_min", 2, 2, 2): """
+        device 0  0F0  .   .  3F0 3I0 0F1 3W0 0I0 0W0 3F1 3I1 3W1  .  0I1 0W1
+        device 1   .  1F0 2F0  .   .  2I0 1I0 1F1 2F1 2W0 1W0 2I1 1I1 2W1 1W1
     """,
     ("dualpipe_v", 2, 4, 2): """
         device 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1 3F2 0B0 3B2 3F3 0B1 3B3 0I2 0W2 0I3 0W3

@@ -1,6 +1,7 @@
 """The checker passes what is right, explains what mathematics explains, and catches the rest."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.errors import BatchError, ModelError, ParityError, PlanError, UsageError
 from stagewise.parity import ParityReport
-from stagewise.schedule import POLICIES
+from stagewise.schedule import POLICIES, named_schedule
 from stagewise.testing import check_parity
 from tests.harness import Pools
 from tests.models import EXAMPLES, batch, build
@@ -228,6 +229,20 @@ def test_microbatches_schedules_and_policies_asked_for() -> None:
         recompute=["except_last"],
     )
     assert report.ok and [c.num_microbatches for c in report.configurations] == [1, 3, 10]
+
+
+def test_schedules_of_ones_own_and_numbers_of_devices() -> None:
+    mine = replace(named_schedule("breadth_first", 1, 3), name="mine")
+    report = check(nn.Tanh(), nn.Tanh(), num_microbatches=3, schedules=[mine], num_devices=[2])
+    assert report.ok and {c.num_stages for c in report.configurations} == {2}
+    report = check(nn.Tanh(), nn.Tanh(), schedules=["interleaved_v", "gpipe"], num_devices=[2, 1])
+    assert report.ok
+    found = [(c.schedule, c.num_stages) for c in report.configurations if c.recompute == "never"]
+    assert found == [("interleaved_v", 4), ("interleaved_v", 2), ("gpipe", 2), ("gpipe", 1)]
+    with pytest.raises(UsageError, match="num_stages and num_devices are both given"):
+        check(nn.Tanh(), num_stages=[2], num_devices=[2])
+    with pytest.raises(PlanError, match="interleaved has 2 stages on each device"):
+        check(nn.Tanh(), num_stages=[1, 3], schedules=["interleaved"])
 
 
 def test_wrong_use() -> None:
