@@ -16,6 +16,7 @@ for microbatch j, so that no order of microbatches is assumed.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.planning.problem import NEVER, B, F, I, Problem, problem_of
@@ -85,7 +86,7 @@ def bound_of(problem: Problem) -> LowerBound:
     return LowerBound(
         work_seconds=tuple(ranks.work_seconds(device) for device in devices),
         device_seconds=tuple(ranks.one_machine_seconds(device) for device in devices),
-        memory_seconds=tuple(ranks.area_seconds(device) for device in devices),
+        memory_seconds=tuple(ranks.memory_seconds(device) for device in devices),
         path_seconds=ranks.path_seconds,
     )
 
@@ -121,10 +122,8 @@ class Ranks:
             self.inputs.append(gradient + up[s][0])
             self.weights.append(whole - gradient)
         last = p.num_stages - 1
-        self.again = [
-            c.recompute_seconds if all(p.recomputes) and s != last else 0
-            for s, c in enumerate(p.costs)
-        ]
+        self.spared = p.recomputes.count(False)  # microbatches that do not recompute
+        self.again = [c.recompute_seconds if s != last else 0 for s, c in enumerate(p.costs)]
         self.trips = self._trips()
         self._heads()
         self._tails()
@@ -143,20 +142,22 @@ class Ranks:
         for s in reversed(self.stages[:-1]):
             there = self.forward[s] - self.problem.costs[s].forward_seconds + self.down_seconds[s]
             below = self.forward[s + 1] - self._overhead(s + 1) + trips[s + 1]
-            trips[s] = max(
-                self.again[s], there + below + self.inputs[s + 1] + self.up_seconds[s + 1]
-            )
+            trips[s] = there + below + self.inputs[s + 1] + self.up_seconds[s + 1]
         return trips
 
     def _overhead(self, stage: int) -> float:
         return self.forward[stage] - self.problem.costs[stage].forward_seconds
 
     def _slots(self, stage: int, device: int) -> int:
-        """Bounds how many microbatches `device` can hold between F and backward of `stage`."""
-        p, cost = self.problem, self.problem.costs[stage]
-        kept, more = p.whole_bytes(stage), 0
-        if any(p.recomputes):
-            kept, more = cost.input_bytes, cost.activation_bytes if self.again[stage] else 0
+        """Bounds how many microbatches `device` can hold between F and backward of `stage`.
+
+        Each also keeps what the stages before left on the device, and the next of them to go
+        backward has its whole graph then.
+        """
+        p, before = self.problem, [t for t in self.alike[stage] if t <= stage]
+        again = any(p.recomputes)
+        kept = sum(p.costs[t].input_bytes if again else p.whole_bytes(t) for t in before)
+        more = p.costs[stage].activation_bytes if again else 0
         if kept == 0 or p.caps[device] == NEVER:
             return p.num_microbatches
         return max(1, int((p.caps[device] - more) // kept))
@@ -179,9 +180,10 @@ class Ranks:
         f_work = [sum(self.forward[t] for t in self.alike[s] if t <= s) for s in self.stages]
         i_work = [
             sum(self.forward[t] for t in self.alike[s])
-            + sum(self.inputs[t] + self.again[t] for t in self.alike[s] if t >= s)
+            + sum(self.inputs[t] for t in self.alike[s] if t >= s)
             for s in self.stages
         ]
+        r_work = [sum(self.again[t] for t in self.alike[s] if t >= s) for s in self.stages]
         for j in range(1, count + 1):
             for s in self.stages:
                 r = self.replicas[s]
@@ -196,15 +198,15 @@ class Ranks:
                 )
             for s in reversed(self.stages):
                 r = self.replicas[s]
-                ready = self.f_done[s][j] + self.again[s]
+                ready = self.f_done[s][j] + (0 if self.spared else self.again[s])
                 if s + 1 < p.num_stages:
                     ready = max(ready, self.i_done[s + 1][j] + self.up_seconds[s + 1])
                 self.i_ready[s][j] = ready
                 before = self.i_done[s][j - r] if j > r else 0
                 first = self.f_ready[self.alike[s][0]][1]
-                self.i_done[s][j] = max(
-                    max(ready, before) + self.inputs[s], first + -(-j // r) * i_work[s]
-                )
+                own = -(-j // r)
+                work = own * i_work[s] + max(0, own - self.spared) * r_work[s]
+                self.i_done[s][j] = max(max(ready, before) + self.inputs[s], first + work)
 
     def _tails(self) -> None:
         p, count = self.problem, self.problem.num_microbatches
@@ -215,10 +217,11 @@ class Ranks:
         rest = [self.inputs[s] + self.weights[s] for s in self.stages]
         i_work = [sum(rest[t] for t in self.alike[s] if t <= s) for s in self.stages]
         f_work = [
-            sum(rest[t] + self.again[t] for t in self.alike[s])
+            sum(rest[t] for t in self.alike[s])
             + sum(self.forward[t] for t in self.alike[s] if t >= s)
             for s in self.stages
         ]
+        r_work = [sum(self.again[t] for t in self.alike[s]) for s in self.stages]
         for j in range(1, count + 1):
             for s in self.stages:
                 r = self.replicas[s]
@@ -232,13 +235,15 @@ class Ranks:
                 )
             for s in reversed(self.stages):
                 r = self.replicas[s]
-                left = self.again[s] + self.i_left[s][j]
+                left = self.i_left[s][j] + (0 if self.spared else self.again[s])
                 if j > r:
                     left = max(left, self.f_left[s][j - r])
                 if s + 1 < p.num_stages:
                     left = max(left, self.down_seconds[s] + self.f_left[s + 1][j])
+                own = -(-j // r)
+                work = own * f_work[s] + max(0, own - self.spared) * r_work[s]
                 self.f_left[s][j] = max(
-                    self.forward[s] + left, -(-j // r) * f_work[s] + self._out(self.alike[s][0])
+                    self.forward[s] + left, work + self._out(self.alike[s][0])
                 )
 
     def _out(self, first: int) -> float:
@@ -261,8 +266,8 @@ class Ranks:
         if not stages:
             return 0
         work = sum(
-            self._count(s, device)
-            * (self.forward[s] + self.inputs[s] + self.again[s] + self.weights[s])
+            self._count(s, device) * (self.forward[s] + self.inputs[s] + self.weights[s])
+            + self._recomputing(s, device) * self.again[s]
             for s in stages
         )
         before = min(self.f_ready[s][1] for s in stages)
@@ -278,6 +283,12 @@ class Ranks:
         """How many microbatches `device` runs on `stage`."""
         return self.problem.device_of[stage].count(device)
 
+    def _recomputing(self, stage: int, device: int) -> int:
+        """How many of them recompute."""
+        p = self.problem
+        owners = zip(p.device_of[stage], p.recomputes, strict=True)
+        return sum(again and owner == device for owner, again in owners)
+
     def one_machine_seconds(self, device: int) -> float:
         """The preemptive optimum of `device` alone, with heads and tails."""
         tasks = []  # (ready, seconds, tail)
@@ -290,31 +301,67 @@ class Ranks:
                 if i > slots:
                     ready = max(ready, self.i_done[s][i - slots] - self.up_overhead[s])
                 tasks.append((ready, self.forward[s], self.f_left[s][left] - self.forward[s]))
-                tasks.append((self.f_done[s][i], self.again[s], self.i_left[s][left]))
                 tail = self.i_left[s][left] - self.inputs[s]
                 tasks.append((self.i_ready[s][i], self.inputs[s], tail))
                 tail = self.i_left[s][left - waiting - 1] if left > waiting + 1 else 0
                 tasks.append((self.i_done[s][i], self.weights[s], tail))
+            for i in range(1, (again := self._recomputing(s, device)) + 1):
+                tasks.append((self.f_done[s][i], self.again[s], self.i_left[s][again - i + 1]))
         return jackson([task for task in tasks if task[1]])
 
-    def area_seconds(self, device: int) -> float:
-        """Bytes times seconds that all microbatches need, under the device's cap."""
+    def memory_seconds(self, device: int) -> float:
+        """Room times seconds that all microbatches need, under the device's cap.
+
+        Room is counted in bytes, and in weighted microbatches per stage, of which only whole
+        numbers fit.
+        """
         p, stages = self.problem, self.problem.stages_of[device]
         if p.caps[device] == NEVER or p.caps[device] <= 0 or not stages:
             return 0
+        keeps, stays = [], []
         area: float = 0
         for s in stages:
-            cost = p.costs[s]
-            kept = cost.input_bytes if any(p.recomputes) else p.whole_bytes(s)
+            cost, whole = p.costs[s], p.whole_bytes(s)
+            keeps.append(cost.input_bytes if any(p.recomputes) else whole)
             waits = cost.forward_seconds + self.trips[s]
-            each = kept * (waits + cost.backward_seconds)
+            gradient = self.inputs[s] - self.up_overhead[s]
+            stays.append(waits + gradient)
+            rest = whole * cost.backward_seconds
             if p.split:
-                later = min(kept, cost.deferred_bytes) * cost.weight_seconds
-                each = min(each, kept * (waits + cost.input_seconds) + later)
-            area += self._count(s, device) * each
+                later = cost.deferred_bytes * cost.weight_seconds
+                rest = min(rest, whole * cost.input_seconds + later)
+            area += self._count(s, device) * (keeps[-1] * waits + rest)
+        most = area / p.caps[device]
+        alike = self.alike[stages[0]] == stages
+        room = p.caps[device]  # the next of what is held to go backward has its graph then
+        if any(p.recomputes):
+            room -= min(p.costs[s].activation_bytes for s in stages)
+        for weights in product((0, 1, 2), repeat=len(stages)) if alike and len(stages) <= 3 else ():
+            if held := _most_value(room, keeps, weights):
+                each = sum(w * stay for w, stay in zip(weights, stays, strict=True))
+                most = max(most, self._count(stages[0], device) * each / held)
         before = min(self.f_ready[s][1] for s in stages)
         after = 0 if p.split else min(self._after(s) for s in stages)
-        return before + area / p.caps[device] + after
+        return before + most + after
+
+
+def _most_value(cap: float, keeps: Sequence[int], weights: Sequence[int]) -> int:
+    """The most that microbatches within `cap` weigh together; 0 where there is no limit.
+
+    One that has come to the k-th stage keeps, and counts, what the first k do.
+    """
+    kinds = list(zip(accumulate(keeps), accumulate(weights), strict=True))
+
+    def most(room: float, at: int) -> int:
+        kept, value = kinds[at]
+        fit = int(room // kept)
+        if at == 0:
+            return fit * value
+        return max(n * value + most(room - n * kept, at - 1) for n in range(fit + 1))
+
+    if kinds[0][0] <= 0 or cap // kinds[0][0] > 64:
+        return 0
+    return most(cap, len(kinds) - 1)
 
 
 def jackson(tasks: Sequence[tuple[float, float, float]]) -> float:

@@ -10,22 +10,34 @@ from stagewise.planning.problem import NEVER, B, F, I, Problem, Programs
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """When every operation of some programs runs; `starts[op]` and `ends[op]` in seconds.
+    """When the operations of some programs run, in seconds.
 
-    A recomputation runs within its backward's start and end.
+    Per operation: when its device could have begun it (`frees`, a recomputation done) and its
+    end. Per arrival: when, and by which operation.
     """
 
-    starts: list[float]
+    frees: list[float]
     ends: list[float]
     arrivals: list[float]
-    duration_seconds: float
+    makers: list[int]
 
 
-def duration(problem: Problem, programs: Programs, *, record: bool = False) -> float | Replay:
-    """Seconds until the last operation ends; infinite where the programs block each other.
+def duration(problem: Problem, programs: Programs) -> float:
+    """Seconds until the last operation ends; infinite where the programs block each other."""
+    return _replay(problem, programs, None)
 
-    With `record`, all times.
-    """
+
+def replay(problem: Problem, programs: Programs) -> Replay:
+    """All times of programs that do not block each other."""
+    size = 2 * problem.num_stages * problem.num_microbatches
+    times = Replay(
+        frees=[NEVER] * (2 * size), ends=[NEVER] * (2 * size), arrivals=[], makers=[-1] * size
+    )
+    _replay(problem, programs, times)
+    return times
+
+
+def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float:
     seconds, again, transfers = (
         problem.seconds,
         problem.recompute_seconds,
@@ -38,17 +50,14 @@ def duration(problem: Problem, programs: Programs, *, record: bool = False) -> f
         problem.link_of,
     )
     overhead = problem.link.overhead_seconds
-    num_arrivals = 2 * problem.num_stages * problem.num_microbatches
-    arrivals: list[float] = [NEVER] * num_arrivals
-    starts: list[float] = [NEVER] * (2 * num_arrivals) if record else []
-    ends: list[float] = [NEVER] * (2 * num_arrivals) if record else []
+    recomputing = any(problem.recomputes)
+    arrivals: list[float] = [NEVER] * (2 * problem.num_stages * problem.num_microbatches)
     waiting: dict[int, int] = {}
     link_free: list[float] = [0] * problem.num_links
     free: list[float] = [0] * problem.num_devices
     last: list[float] = [0] * problem.num_devices
     at = [0] * problem.num_devices
     ready = list(range(problem.num_devices))
-    recomputing = problem.recompute != "never"
     while ready:
         device = ready.pop()
         program, i, t, end = programs[device], at[device], free[device], last[device]
@@ -56,23 +65,19 @@ def duration(problem: Problem, programs: Programs, *, record: bool = False) -> f
         while i < size:
             op = program[i]
             need = needs[op]
-            start = t
-            if need >= 0:
-                arrival = arrivals[need]
-                if arrival == NEVER:
-                    waiting[need] = device
-                    break
-                if recomputing and again[op] and not (i and problem.fresh(program[i - 1], op)):
-                    t += again[op]
-                if arrival > t:
-                    if start == t:
-                        start = arrival
-                    t = arrival
-            elif recomputing and again[op] and not (i and problem.fresh(program[i - 1], op)):
+            arrival = arrivals[need] if need >= 0 else 0
+            if arrival == NEVER:
+                waiting[need] = device
+                break
+            if recomputing and again[op] and not (i and problem.fresh(program[i - 1], op)):
                 t += again[op]
+            if times is not None:
+                times.frees[op] = t
+            if arrival > t:
+                t = arrival
             end = t = t + seconds[op]
-            if record:
-                starts[op], ends[op] = start, end
+            if times is not None:
+                times.ends[op] = t
             fill = fills[op]
             if fill >= 0:
                 link = link_of[op]
@@ -85,13 +90,14 @@ def duration(problem: Problem, programs: Programs, *, record: bool = False) -> f
                     if fill in waiting:
                         del waiting[fill]
                         ready.append(reaches[op])
+                if times is not None:
+                    times.makers[fill] = op
             i += 1
         at[device], free[device], last[device] = i, t, end
+    if times is not None:
+        times.arrivals[:] = arrivals
     blocked = any(i < len(program) for i, program in zip(at, programs, strict=True))
-    seconds_all = NEVER if blocked else max(last)
-    if not record:
-        return seconds_all
-    return Replay(starts=starts, ends=ends, arrivals=arrivals, duration_seconds=seconds_all)
+    return NEVER if blocked else max(last)
 
 
 def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
@@ -99,7 +105,6 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
     costs = problem.costs
     level = peak = 0
     graph: dict[tuple[int, int], int] = {}  # what its backward has to rebuild
-    previous = -1
     for i, op in enumerate(program):
         kind, stage, m = problem.parts(op)
         cost = costs[stage]
@@ -118,7 +123,6 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
         else:
             level -= cost.deferred_bytes
         peak = max(peak, level)
-        previous = op
     return peak
 
 
