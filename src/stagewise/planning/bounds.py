@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
-from stagewise.planning.problem import NEVER, B, F, I, Problem, problem_of
+from stagewise.planning.problem import NEVER, B, F, Problem, problem_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +242,7 @@ class Ranks:
                     left = max(left, self.down_seconds[s] + self.f_left[s + 1][j])
                 own = -(-j // r)
                 work = own * f_work[s] + max(0, own - self.spared) * r_work[s]
-                self.f_left[s][j] = max(
-                    self.forward[s] + left, work + self._out(self.alike[s][0])
-                )
+                self.f_left[s][j] = max(self.forward[s] + left, work + self._out(self.alike[s][0]))
 
     def _out(self, first: int) -> float:
         """Least seconds after the last instruction on the devices whose first stage is `first`.

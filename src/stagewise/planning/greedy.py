@@ -253,7 +253,7 @@ class _Run:
         if back >= 0:
             return forward if forward >= 0 else back
         if has_weights and (
-            short or len(device.weights) - device.next_weight > rule.backlog and forward >= 0
+            short or (len(device.weights) - device.next_weight > rule.backlog and forward >= 0)
         ):
             return device.weights[device.next_weight]
         if forward >= 0:

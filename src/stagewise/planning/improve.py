@@ -62,9 +62,7 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
     return best
 
 
-def _moves(
-    problem: Problem, programs: Programs, times: Replay
-) -> Iterator[tuple[int, list[int]]]:
+def _moves(problem: Problem, programs: Programs, times: Replay) -> Iterator[tuple[int, list[int]]]:
     """Devices and the programs that they could have instead."""
     for device, first, last in critical_blocks(problem, programs, times):
         program = programs[device]

@@ -18,7 +18,7 @@ from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning.bounds import Ranks, bound_of
 from stagewise.planning.greedy import UNLIMITED, Memory, Rule, list_schedule
 from stagewise.planning.improve import Found, improve
-from stagewise.planning.problem import B, Problem, problem_of
+from stagewise.planning.problem import Problem, problem_of
 from stagewise.planning.replay import duration, fits
 from stagewise.schedule import SCHEDULES, Kind, Schedule, named_schedule
 
@@ -69,7 +69,7 @@ def search(problem: Problem, effort: int = EFFORT) -> Found:
     allowed = max(LEAST_RULES, effort // 2 // (size * GREEDY_EFFORT))
     spent = 0
     seen = set()
-    for rule in _rules(problem, ranks):
+    for rule in rules(problem, ranks):
         if spent >= allowed or (found and min(f.seconds for f in found) <= enough):
             break
         if rule in seen:
@@ -123,7 +123,7 @@ def named_schedules(
             yield schedule
 
 
-def _rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
+def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
     """The rules to try, the most promising first; they may repeat."""
     stages = range(problem.num_stages)
     splits = [(problem.split,) * problem.num_stages]
@@ -148,9 +148,7 @@ def _rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
     for patience, limits, split, order, first in product(
         (0.0, 0.5), sweeps, splits, orders, (False, True)
     ):
-        yield Rule(
-            limits=limits, split=split, order=order, forward_first=first, patience=patience
-        )
+        yield Rule(limits=limits, split=split, order=order, forward_first=first, patience=patience)
     for gap, backlog, limits, order in product((0.5, 1.0), (0, 2, UNLIMITED), sweeps, orders):
         yield Rule(limits=limits, split=splits[0], order=order, gap=gap, backlog=backlog)
 
