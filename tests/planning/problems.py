@@ -6,7 +6,16 @@ from itertools import product
 from hypothesis import strategies as st
 
 from stagewise.costs import LinkCost, StageCost
-from stagewise.planning.problem import NEVER, B, F, I, Problem, Programs, W, problem_of
+from stagewise.planning.problem import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NEVER,
+    Problem,
+    Programs,
+    problem_of,
+)
 from stagewise.planning.replay import duration, peak_bytes
 from stagewise.schedule import POLICIES
 
@@ -91,11 +100,19 @@ def _precedence(
     after: dict[int, set[int]] = {}
     for m in range(problem.num_microbatches):
         own = [s for s in problem.stages_of[device] if problem.device_of[s][m] == device]
-        chain = [problem.op(F, s, m) for s in own]
-        chain += [problem.op(I if split[s, m] else B, s, m) for s in reversed(own)]
+        chain = [problem.op(FORWARD, s, m) for s in own]
+        chain += [
+            problem.op(BACKWARD_INPUT if split[s, m] else BACKWARD, s, m) for s in reversed(own)
+        ]
         after.update({op: set(chain[at - 1 : at]) for at, op in enumerate(chain) if at})
         after.update({op: set() for op in chain[:1]})
-        after.update({problem.op(W, s, m): {problem.op(I, s, m)} for s in own if split[s, m]})
+        after.update(
+            {
+                problem.op(BACKWARD_WEIGHT, s, m): {problem.op(BACKWARD_INPUT, s, m)}
+                for s in own
+                if split[s, m]
+            }
+        )
     return after
 
 

@@ -8,7 +8,7 @@ from stagewise.planning import simulate
 from stagewise.planning.bounds import Ranks
 from stagewise.planning.greedy import list_schedule
 from stagewise.planning.improve import Found, improve
-from stagewise.planning.problem import NEVER, B, F, problem_of
+from stagewise.planning.problem import BACKWARD, FORWARD, NEVER, problem_of
 from stagewise.planning.replay import duration, peak_bytes, replay
 from stagewise.planning.synthesis import rules
 from stagewise.schedule import Kind, validate
@@ -51,6 +51,6 @@ def test_equals_the_simulator_to_the_last_bit(seed: int, rule: int, moves: int) 
 def test_blocked_programs_never_end() -> None:
     case = random_case(random.Random(0))
     problem = problem_of(((0,), (1,)), case.costs[:2], 1)
-    f0, f1, b0, b1 = (problem.op(kind, s, 0) for kind in (F, B) for s in (0, 1))
+    f0, f1, b0, b1 = (problem.op(kind, s, 0) for kind in (FORWARD, BACKWARD) for s in (0, 1))
     assert duration(problem, [[f0, b0], [f1, b1]]) < NEVER
     assert duration(problem, [[b0, f0], [f1, b1]]) == NEVER

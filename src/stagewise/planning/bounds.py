@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
-from stagewise.planning.problem import NEVER, B, F, Problem, problem_of
+from stagewise.planning.problem import BACKWARD, FORWARD, NEVER, Problem, problem_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,8 @@ class Ranks:
         self.alike = [  # stages on the very same devices run a microbatch on the same one
             [t for t in self.stages if p.placement[t] == p.placement[s]] for s in self.stages
         ]
-        down = [self._hop(F, s) for s in self.stages]
-        up = [self._hop(B, s) for s in self.stages]
+        down = [self._hop(FORWARD, s) for s in self.stages]
+        up = [self._hop(BACKWARD, s) for s in self.stages]
         self.down_seconds, self.up_seconds = [d[1] for d in down], [u[1] for u in up]
         self.up_overhead = [u[0] for u in up]
         self.forward = [c.forward_seconds + d[0] for c, d in zip(p.costs, down, strict=True)]

@@ -11,7 +11,15 @@ import heapq
 from dataclasses import dataclass, field
 
 from stagewise.planning.bounds import Ranks
-from stagewise.planning.problem import NEVER, B, F, I, Problem, Programs, W
+from stagewise.planning.problem import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NEVER,
+    Problem,
+    Programs,
+)
 
 UNLIMITED = 1 << 30
 
@@ -141,10 +149,10 @@ class _Run:
             self.devices.append(device)
         for m, d in enumerate(problem.device_of[0]):
             self.devices[d].forwards[0].append(m)
-        back = [I if split else B for split in rule.split]
+        back = [BACKWARD_INPUT if split else BACKWARD for split in rule.split]
         self.back = [k * problem.num_stages for k in back]
         self.back_weight = [
-            c.input_seconds + c.weight_seconds if k == I else c.backward_seconds
+            c.input_seconds + c.weight_seconds if k == BACKWARD_INPUT else c.backward_seconds
             for k, c in zip(back, problem.costs, strict=True)
         ]
 
@@ -179,7 +187,7 @@ class _Run:
         device.program.append(op)
         now += pause + p.seconds[op]
         self._account(device, kind, stage, m)
-        if kind == F and stage == self.last:
+        if kind == FORWARD and stage == self.last:
             follow = (self.back[stage] + stage) * p.num_microbatches + m
             if p.recomputes[m]:
                 device.forced = follow
@@ -195,7 +203,7 @@ class _Run:
             device.free = now + p.link.overhead_seconds
             leaves = max(device.free, self.link_free[link])
             arrival = self.link_free[link] = leaves + p.transfer_seconds[op]
-        if kind == F:
+        if kind == FORWARD:
             follow = (stage + 1) * p.num_microbatches + m
         else:
             follow = (self.back[stage - 1] + stage - 1) * p.num_microbatches + m
@@ -207,12 +215,12 @@ class _Run:
 
     def _account(self, device: _Device, kind: int, stage: int, m: int) -> None:
         """Book what `kind` keeps and frees, and take it off its queue."""
-        if kind == W:
+        if kind == BACKWARD_WEIGHT:
             device.used -= self.problem.costs[stage].deferred_bytes
             device.next_weight += 1
             return
         kept = self.memory.keeps[stage][self.problem.recomputes[m]]
-        if kind == F:
+        if kind == FORWARD:
             heapq.heappop(device.forwards[stage])
             self.left[stage] -= 1
             device.between[stage] += 1
@@ -230,9 +238,9 @@ class _Run:
         held = device.held[m]
         held[0] -= kept
         held[1] += 1
-        if kind == I:
+        if kind == BACKWARD_INPUT:
             device.used += self.problem.costs[stage].deferred_bytes
-            device.weights.append(self.problem.op(W, stage, m))
+            device.weights.append(self.problem.op(BACKWARD_WEIGHT, stage, m))
         if held[1] + 1 == len(self.memory.needs(self.problem.device_of[stage][m], m)):
             del device.held[m]
 
@@ -244,7 +252,7 @@ class _Run:
         coming = device.coming
         while coming and coming[0][0] <= now:
             kind, stage, m = p.parts(heapq.heappop(coming)[1])
-            heapq.heappush((device.forwards if kind == F else device.backwards)[stage], m)
+            heapq.heappush((device.forwards if kind == FORWARD else device.backwards)[stage], m)
         has_weights = device.next_weight < len(device.weights)
         back = self._backward(device)
         if back >= 0 and not rule.forward_first:
@@ -277,7 +285,7 @@ class _Run:
                 m = ready[0]
                 if device.used + self.memory.adds[stage][p.recomputes[m]] > device.cap:
                     continue
-                key = self._key(order, stage, m, I)
+                key = self._key(order, stage, m, BACKWARD_INPUT)
                 if key < best_key:
                     best, best_key = (self.back[stage] + stage) * p.num_microbatches + m, key
         if best < 0 and any(device.backwards.values()) and device.next_weight < len(device.weights):
@@ -285,7 +293,7 @@ class _Run:
         return best
 
     def _forward(self, d: int, device: _Device) -> tuple[int, bool]:
-        """The best forward that may begin, or -1; and whether W would make room for one."""
+        """The best forward that may begin, or -1; and whether a W would make room for one."""
         best, best_key, short = -1, (NEVER, NEVER), False
         p, rule = self.problem, self.rule
         for stage, ready in device.forwards.items():
@@ -302,7 +310,7 @@ class _Run:
                 if device.used + kept > device.cap:
                     short = True
                     continue
-            key = self._key(rule.order, stage, m, F)
+            key = self._key(rule.order, stage, m, FORWARD)
             if key < best_key:
                 best, best_key = stage * p.num_microbatches + m, key
         return best, short
@@ -330,6 +338,6 @@ class _Run:
             return -stage, m
         if order == "wide":
             return stage, m
-        left = self.ranks.f_left if kind == F else self.ranks.i_left
-        count = self.left if kind == F else self.backwards_left
+        left = self.ranks.f_left if kind == FORWARD else self.ranks.i_left
+        count = self.left if kind == FORWARD else self.backwards_left
         return -left[stage][count[stage]], m

@@ -11,7 +11,15 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stagewise.planning.problem import NEVER, B, F, I, Problem, Programs, W
+from stagewise.planning.problem import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NEVER,
+    Problem,
+    Programs,
+)
 from stagewise.planning.replay import Replay, duration, peak_bytes, replay
 
 HISTORY = 12  # of late acceptance: so many values back
@@ -39,9 +47,9 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
         dice.shuffle(moves)
         tried += 2  # a replay that records takes about twice as long
         for device, program in moves:
-            if problem.caps[device] < NEVER:
-                if peak_bytes(problem, device, program) > problem.caps[device]:
-                    continue
+            cap = problem.caps[device]
+            if cap < NEVER and peak_bytes(problem, device, program) > cap:
+                continue
             tried += 1
             programs = [*now.programs]
             programs[device] = program
@@ -71,21 +79,24 @@ def _moves(problem: Problem, programs: Programs, times: Replay) -> Iterator[tupl
                 yield device, [*program[:at], program[at + 1], program[at], *program[at + 2 :]]
         for at in range(first, last + 1):
             kind, stage, m = problem.parts(program[at])
-            if kind == W and at < last:
+            if kind == BACKWARD_WEIGHT and at < last:
                 yield device, _moved(program, at, last)
                 yield device, _moved(program, at, len(program) - 1)
-            elif at > first + 1 and kind != W:
-                own = {problem.op(k, stage, m) for k in (F, B, I)}
+            elif at > first + 1 and kind != BACKWARD_WEIGHT:
+                own = {problem.op(k, stage, m) for k in (FORWARD, BACKWARD, BACKWARD_INPUT)}
                 if own.isdisjoint(program[first:at]):
                     yield device, _moved(program, at, first)
             if not problem.split:
                 continue
-            if kind == B and stage:
-                rest = [*program[:at], problem.op(I, stage, m), *program[at + 1 :]]
-                yield device, [*rest[: last + 1], problem.op(W, stage, m), *rest[last + 1 :]]
-            elif kind == I:
-                weight = problem.op(W, stage, m)
-                whole = [*program[:at], problem.op(B, stage, m), *program[at + 1 :]]
+            if kind == BACKWARD and stage:
+                rest = [*program[:at], problem.op(BACKWARD_INPUT, stage, m), *program[at + 1 :]]
+                yield (
+                    device,
+                    [*rest[: last + 1], problem.op(BACKWARD_WEIGHT, stage, m), *rest[last + 1 :]],
+                )
+            elif kind == BACKWARD_INPUT:
+                weight = problem.op(BACKWARD_WEIGHT, stage, m)
+                whole = [*program[:at], problem.op(BACKWARD, stage, m), *program[at + 1 :]]
                 whole.remove(weight)
                 yield device, whole
 

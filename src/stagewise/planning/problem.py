@@ -17,7 +17,7 @@ from stagewise.errors import PlanError
 from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
 
 KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-F, B, I, W = range(4)
+FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
 NEVER = float("inf")
 
 Programs = list[list[int]]  # operations per device, in order
@@ -78,7 +78,7 @@ class Problem:
     def fresh(self, previous: int, op: int) -> bool:
         """Does backward `op` follow its own forward `previous` on the last stage?"""
         _, stage, m = self.parts(op)
-        return stage == self.num_stages - 1 and previous == self.op(F, stage, m)
+        return stage == self.num_stages - 1 and previous == self.op(FORWARD, stage, m)
 
     def schedule(self, name: str, programs: Programs) -> Schedule:
         """The schedule of `programs`, recomputations included."""
@@ -151,17 +151,17 @@ def problem_of(
     needs, fills, reaches, link_of, transfers = [], [], [], [], []
     links: dict[tuple[int, int], int] = {}
     half = num_stages * num_microbatches
-    for kind in (F, B, I, W):
+    for kind in (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT):
         for stage in range(num_stages):
             target = (stage + 1, stage - 1, stage - 1, -1)[kind]
             inside = 0 <= target < num_stages
-            where = half * (kind != F)
-            waits = kind != W and 0 <= 2 * stage - target < num_stages
-            size = costs[stage].output_bytes if kind == F else costs[target].gradient_bytes
+            where = half * (kind != FORWARD)
+            waits = kind != BACKWARD_WEIGHT and 0 <= 2 * stage - target < num_stages
+            size = costs[stage].output_bytes if kind == FORWARD else costs[target].gradient_bytes
             took = link.transfer_seconds(size) if inside else 0
             for m in microbatches:
                 seconds.append(by_kind[kind][stage])
-                backward = kind in (B, I) and recomputes[m]
+                backward = kind in (BACKWARD, BACKWARD_INPUT) and recomputes[m]
                 again.append(costs[stage].recompute_seconds if backward else 0)
                 needs.append(where + stage * num_microbatches + m if waits else -1)
                 fills.append(where + target * num_microbatches + m if inside else -1)

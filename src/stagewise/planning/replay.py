@@ -5,7 +5,7 @@ The additions are those of the simulator, in its order, so that the seconds are 
 
 from dataclasses import dataclass
 
-from stagewise.planning.problem import NEVER, B, F, I, Problem, Programs
+from stagewise.planning.problem import BACKWARD, BACKWARD_INPUT, FORWARD, NEVER, Problem, Programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +108,18 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
     for i, op in enumerate(program):
         kind, stage, m = problem.parts(op)
         cost = costs[stage]
-        if kind == F:
+        if kind == FORWARD:
             stored = problem.recomputes[m] and not (
                 i + 1 < len(program)
-                and problem.parts(program[i + 1])[0] in (B, I)
+                and problem.parts(program[i + 1])[0] in (BACKWARD, BACKWARD_INPUT)
                 and problem.fresh(op, program[i + 1])
             )
             graph[stage, m] = cost.activation_bytes if stored else 0
             level += cost.input_bytes + cost.activation_bytes - graph[stage, m]
-        elif kind in (B, I):
+        elif kind in (BACKWARD, BACKWARD_INPUT):
             peak = max(peak, level + graph[stage, m])
             level += graph[stage, m] - cost.input_bytes - cost.activation_bytes
-            level += cost.deferred_bytes if kind == I else 0
+            level += cost.deferred_bytes if kind == BACKWARD_INPUT else 0
         else:
             level -= cost.deferred_bytes
         peak = max(peak, level)
