@@ -46,6 +46,7 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
         moves = list(_moves(problem, now.programs, replay(problem, now.programs)))
         dice.shuffle(moves)
         tried += 2  # a replay that records takes about twice as long
+        others = []
         for device, program in moves:
             cap = problem.caps[device]
             if cap < NEVER and peak_bytes(problem, device, program) > cap:
@@ -53,20 +54,21 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
             tried += 1
             programs = [*now.programs]
             programs[device] = program
-            seconds = duration(problem, programs)
+            other = Found(seconds=duration(problem, programs), programs=programs)
             late = history[tried % HISTORY]
             history[tried % HISTORY] = min(late, now.seconds)
-            if seconds <= now.seconds or seconds <= late:
-                now = Found(seconds=seconds, programs=programs)
-                if seconds < best.seconds:
-                    best = now
+            if other.seconds <= max(now.seconds, late):
+                now = other
                 break
+            if other.seconds < NEVER:
+                others.append(other)
             if tried >= replays:
                 break
-        else:
-            if now is best or not moves:
+        else:  # a local optimum: leave it by any move
+            if not others:
                 return best
-            now = best
+            now = others[0]
+        best = min(best, now, key=lambda f: f.seconds)
     return best
 
 
@@ -88,7 +90,7 @@ def _moves(problem: Problem, programs: Programs, times: Replay) -> Iterator[tupl
                     yield device, _moved(program, at, first)
             if not problem.split:
                 continue
-            if kind == BACKWARD and stage:
+            if kind == BACKWARD:
                 rest = [*program[:at], problem.op(BACKWARD_INPUT, stage, m), *program[at + 1 :]]
                 yield (
                     device,

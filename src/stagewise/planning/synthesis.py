@@ -125,13 +125,17 @@ def named_schedules(
 
 def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
     """The rules to try, the most promising first; they may repeat."""
-    stages = range(problem.num_stages)
-    splits = [(problem.split,) * problem.num_stages]
-    if problem.split:
-        splits.append((False, *splits[0][1:]))
-        splits.append((False,) * problem.num_stages)
+    stages, costs = range(problem.num_stages), problem.costs
+    cheaper = tuple(
+        problem.split and c.input_seconds + c.weight_seconds < c.backward_seconds for c in costs
+    )
+    whole, every = (False,) * problem.num_stages, (True,) * problem.num_stages
+    splits = [whole]
+    if problem.split:  # nothing waits for the gradient of the first stage
+        splits = list(dict.fromkeys((every, (cheaper[0], *every[1:]), cheaper, whole)))
     deep = any(len(own) > 1 for own in problem.stages_of)
     orders = ("deep", "old", "wide", "long") if deep else ("deep",)
+    back_orders = ("old", "deep", "long") if deep else ("old",)
     cycle = max(
         sum(
             (ranks.forward[s] + ranks.inputs[s] + ranks.weights[s] + ranks.again[s])
@@ -145,10 +149,17 @@ def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
     sweeps = [(UNLIMITED,) * problem.num_stages]
     sweeps += [tuple(n + more for n in little) for more in (0, 1, 2, 4)]
     sweeps += [tuple(len(stages) - s + more for s in stages) for more in (0, 2)]
-    for patience, limits, split, order, first in product(
-        (0.0, 0.5), sweeps, splits, orders, (False, True)
+    for back_order, patience, limits, split, order, first in product(
+        back_orders, (0.0, 0.5), sweeps, splits, orders, (False, True)
     ):
-        yield Rule(limits=limits, split=split, order=order, forward_first=first, patience=patience)
+        yield Rule(
+            limits=limits,
+            split=split,
+            order=order,
+            back_order=back_order,
+            forward_first=first,
+            patience=patience,
+        )
     for gap, backlog, limits, order in product((0.5, 1.0), (0, 2, UNLIMITED), sweeps, orders):
         yield Rule(limits=limits, split=splits[0], order=order, gap=gap, backlog=backlog)
 
