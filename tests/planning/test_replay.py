@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 
 from benchmarks.synthesis import random_case
 from stagewise.planning import simulate
-from stagewise.planning.bounds import Ranks
 from stagewise.planning.greedy import list_schedule
 from stagewise.planning.improve import Found, improve
 from stagewise.planning.problem import BACKWARD, FORWARD, NEVER, problem_of
+from stagewise.planning.ranks import Ranks
 from stagewise.planning.replay import duration, peak_bytes, replay
-from stagewise.planning.synthesis import rules
+from stagewise.planning.rules import rules
 from stagewise.schedule import Kind, validate
 
 

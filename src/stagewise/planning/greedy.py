@@ -2,15 +2,15 @@
 
 Problem: which of the ready operations a device should run next depends on costs, links and caps.
 Idea: one event-driven loop and a `Rule` that answers; many rules are tried and the best kept.
-Invariant (no deadlock): the microbatches that a device holds can always finish one after the
-other, oldest first (Dijkstra's banker); a forward that would break this is not admitted. The
-oldest unfinished microbatch of all is the oldest wherever it stands, so it can always go on.
+Invariant (no deadlock): what a device holds can always finish, oldest microbatch first (`banker`),
+and limits never hold a device's oldest back. The oldest unfinished microbatch of all is the oldest
+wherever it stands, so it can always go on.
 """
 
 import heapq
 from dataclasses import dataclass, field
 
-from stagewise.planning.bounds import Ranks
+from stagewise.planning.banker import Memory
 from stagewise.planning.problem import (
     BACKWARD,
     BACKWARD_INPUT,
@@ -20,32 +20,8 @@ from stagewise.planning.problem import (
     Problem,
     Programs,
 )
-
-UNLIMITED = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What a free device runs next.
-
-    `limits[s]`: so many microbatches may be between F and backward of stage s on one device.
-    `split[s]`: stage s runs I and W rather than B.
-    `forward_first`: a ready forward goes before a ready backward.
-    `order`, `back_order`: among ready stages "deep" takes the last, "wide" the first, "old" the
-    one with the oldest microbatch, "long" the one with most left to do.
-    `backlog`: a forward waits while more W than this do.
-    `gap`: a W waits for what arrives within this share of its seconds.
-    `patience`: a forward waits for a backward that arrives within this share of its seconds.
-    """
-
-    limits: tuple[int, ...]
-    split: tuple[bool, ...]
-    forward_first: bool = False
-    order: str = "deep"
-    back_order: str = "old"
-    backlog: int = UNLIMITED
-    gap: float = 0.0
-    patience: float = 0.0
+from stagewise.planning.ranks import Ranks
+from stagewise.planning.rules import Rule
 
 
 def list_schedule(problem: Problem, rule: Rule, ranks: Ranks) -> Programs | None:
@@ -54,53 +30,6 @@ def list_schedule(problem: Problem, rule: Rule, ranks: Ranks) -> Programs | None
     if memory.shortage() is not None:
         return None
     return _Run(problem, rule, memory, ranks).programs()
-
-
-class Memory:
-    """What operations keep on their devices, and what a microbatch needs to finish."""
-
-    def __init__(self, problem: Problem, split: tuple[bool, ...]) -> None:
-        self.problem = problem
-        last = problem.num_stages - 1
-        # [stage][recomputes]: bytes from F to backward, and what a backward adds before it frees
-        self.keeps: list[tuple[int, int]] = []
-        self.adds: list[tuple[int, int]] = []
-        for s, cost in enumerate(problem.costs):
-            whole = problem.whole_bytes(s)
-            over = max(0, cost.deferred_bytes - whole) if split[s] else 0
-            if s == last:  # a backward right behind its forward finds the graph
-                self.keeps.append((whole + over, whole + over))
-                self.adds.append((0, 0))
-            else:
-                self.keeps.append((whole + over, cost.input_bytes))
-                self.adds.append((0, cost.activation_bytes + over))
-        self._needs: dict[tuple[int, int, bool], list[int]] = {}
-
-    def needs(self, device: int, microbatch: int) -> list[int]:
-        """The most bytes that a microbatch will hold on `device`, by its backwards done."""
-        p, again = self.problem, self.problem.recomputes[microbatch]
-        key = device, microbatch % p.cycle, again
-        if key not in self._needs:
-            held, peaks = 0, [0]
-            for s in p.stages_of[device]:
-                if p.device_of[s][microbatch] == device:
-                    held += self.keeps[s][again]
-                    peaks.append(max(peaks[-1], held + self.adds[s][again]))
-            self._needs[key] = peaks[::-1]
-        return self._needs[key]
-
-    def most(self, device: int) -> int:
-        """The most bytes that any microbatch needs on `device`."""
-        p = self.problem
-        some = {*range(min(p.cycle, p.num_microbatches)), p.num_microbatches - 1}
-        return max(self.needs(device, m)[0] for m in some)
-
-    def shortage(self) -> tuple[int, int] | None:
-        """A device whose cap holds no microbatch, and the bytes it needs."""
-        for device, cap in enumerate(self.problem.caps):
-            if cap != NEVER and self.most(device) > cap:
-                return device, self.most(device)
-        return None
 
 
 @dataclass(kw_only=True)
@@ -151,10 +80,6 @@ class _Run:
             self.devices[d].forwards[0].append(m)
         back = [BACKWARD_INPUT if split else BACKWARD for split in rule.split]
         self.back = [k * problem.num_stages for k in back]
-        self.back_weight = [
-            c.input_seconds + c.weight_seconds if k == BACKWARD_INPUT else c.backward_seconds
-            for k, c in zip(back, problem.costs, strict=True)
-        ]
 
     def programs(self) -> Programs:
         """Run to the end."""
@@ -172,13 +97,14 @@ class _Run:
                     heapq.heappush(events, (device.coming[0][0], d))
                 continue
             device.asleep = False
-            woken = self._begin(d, device, op, now)
+            woken = self._begin(device, op, now)
             heapq.heappush(events, (device.free, d))
             if woken >= 0:
                 heapq.heappush(events, (max(now, devices[woken].coming[0][0]), woken))
+        assert not any(self.backwards_left), "list scheduling stands still"
         return [device.program for device in devices]
 
-    def _begin(self, d: int, device: _Device, op: int, now: float) -> int:
+    def _begin(self, device: _Device, op: int, now: float) -> int:
         """Run `op` from `now`; returns a sleeping device that its message should wake, or -1."""
         p = self.problem
         kind, stage, m = p.parts(op)
@@ -304,8 +230,8 @@ class _Run:
             if device.between[stage] >= rule.limits[stage] and not oldest:
                 continue
             kept = self.memory.keeps[stage][p.recomputes[m]]
-            if device.cap != NEVER:
-                if not self._safe(d, device, m, kept):
+            if device.used + kept + device.most > device.cap:
+                if not self.memory.safe(d, device.held, device.not_begun[-1:], m, kept):
                     continue
                 if device.used + kept > device.cap:
                     short = True
@@ -314,21 +240,6 @@ class _Run:
             if key < best_key:
                 best, best_key = stage * p.num_microbatches + m, key
         return best, short
-
-    def _safe(self, d: int, device: _Device, m: int, kept: int) -> bool:
-        """Can all that is held still finish, oldest first, if `m` keeps so much more?"""
-        if device.used + kept + device.most <= device.cap:
-            return True
-        needs, held = self.memory.needs, device.held
-        waiting = {*held, m, *device.not_begun[-1:]}
-        above = 0
-        for other in sorted(waiting, reverse=True):
-            keeps, done = held.get(other, (0, 0))
-            keeps += kept if other == m else 0
-            if above + needs(d, other)[done] > device.cap:
-                return False
-            above += keeps
-        return True
 
     def _key(self, order: str, stage: int, m: int, kind: int) -> tuple[float, float]:
         """What comes first among ready stages: the least key."""

@@ -9,17 +9,18 @@ the same on any machine.
 Invariant: the result is no slower than any named schedule that fits, since they all take part.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from itertools import product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError, ScheduleError
-from stagewise.planning.bounds import Ranks, bound_of
-from stagewise.planning.greedy import UNLIMITED, Memory, Rule, list_schedule
+from stagewise.planning.banker import Memory
+from stagewise.planning.bounds import bound_of
+from stagewise.planning.greedy import list_schedule
 from stagewise.planning.improve import Found, improve
 from stagewise.planning.problem import Problem, problem_of
+from stagewise.planning.ranks import Ranks
 from stagewise.planning.replay import duration, fits
+from stagewise.planning.rules import rules
 from stagewise.schedule import SCHEDULES, Kind, Schedule, named_schedule
 
 EFFORT = 4_000_000
@@ -121,47 +122,6 @@ def named_schedules(
             continue
         if schedule.placement == placed and schedule.has_backward:
             yield schedule
-
-
-def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
-    """The rules to try, the most promising first; they may repeat."""
-    stages, costs = range(problem.num_stages), problem.costs
-    cheaper = tuple(
-        problem.split and c.input_seconds + c.weight_seconds < c.backward_seconds for c in costs
-    )
-    whole, every = (False,) * problem.num_stages, (True,) * problem.num_stages
-    splits = [whole]
-    if problem.split:  # nothing waits for the gradient of the first stage
-        splits = list(dict.fromkeys((every, (cheaper[0], *every[1:]), cheaper, whole)))
-    deep = any(len(own) > 1 for own in problem.stages_of)
-    orders = ("deep", "old", "wide", "long") if deep else ("deep",)
-    back_orders = ("old", "deep", "long") if deep else ("old",)
-    cycle = max(
-        sum(
-            (ranks.forward[s] + ranks.inputs[s] + ranks.weights[s] + ranks.again[s])
-            / len(problem.placement[s])
-            for s in own
-        )
-        for own in problem.stages_of
-    )
-    lasting = [ranks.forward[s] + ranks.trips[s] + ranks.inputs[s] for s in stages]
-    little = [math.ceil(t / cycle) if cycle else 1 for t in lasting]  # Little's law
-    sweeps = [(UNLIMITED,) * problem.num_stages]
-    sweeps += [tuple(n + more for n in little) for more in (0, 1, 2, 4)]
-    sweeps += [tuple(len(stages) - s + more for s in stages) for more in (0, 2)]
-    for back_order, patience, limits, split, order, first in product(
-        back_orders, (0.0, 0.5), sweeps, splits, orders, (False, True)
-    ):
-        yield Rule(
-            limits=limits,
-            split=split,
-            order=order,
-            back_order=back_order,
-            forward_first=first,
-            patience=patience,
-        )
-    for gap, backlog, limits, order in product((0.5, 1.0), (0, 2, UNLIMITED), sweeps, orders):
-        yield Rule(limits=limits, split=splits[0], order=order, gap=gap, backlog=backlog)
 
 
 def _check_memory(problem: Problem) -> None:
