@@ -75,21 +75,31 @@ class Timeline:
         return max((count for _, count in self.in_flight(device)), default=0)
 
     def activation_bytes(self, device: int, costs: Sequence[StageCost]) -> Curve:
-        """Bytes kept for the backward pass on `device` over time; `costs` per stage."""
+        """Bytes kept for the backward pass on `device` over time; `costs` per stage.
+
+        What a stage is given by one on the same device is that one's output: it is kept once,
+        unless the giving stage drops it and recomputes.
+        """
         recomputed = {
             (s.instruction.stage, s.instruction.microbatch)
             for s in self.spans
             if s.instruction.kind is Kind.RECOMPUTE
         }
+        kept_here = {
+            (s.instruction.stage, s.instruction.microbatch)
+            for s in self.spans
+            if s.instruction.kind is Kind.FORWARD and s.device == device
+        } - recomputed
 
         def change(i: Instruction) -> int:
             cost = costs[i.stage]
+            given = 0 if (i.stage - 1, i.microbatch) in kept_here else cost.input_bytes
             if i.kind is Kind.FORWARD:
                 stored = (i.stage, i.microbatch) in recomputed
-                return cost.input_bytes + (0 if stored else cost.activation_bytes)
+                return given + (0 if stored else cost.activation_bytes)
             if i.kind is Kind.RECOMPUTE:
                 return cost.activation_bytes
-            whole = cost.input_bytes + cost.activation_bytes
+            whole = given + cost.activation_bytes
             if i.kind is Kind.BACKWARD_INPUT:
                 return cost.deferred_bytes - whole
             return -(cost.deferred_bytes if i.kind is Kind.BACKWARD_WEIGHT else whole)

@@ -17,18 +17,19 @@ class Memory:
     def __init__(self, problem: Problem, split: tuple[bool, ...]) -> None:
         self.problem = problem
         last = problem.num_stages - 1
-        # [stage][recomputes]: bytes from F to backward, and what a backward adds before it frees
-        self.keeps: list[tuple[int, int]] = []
-        self.adds: list[tuple[int, int]] = []
+        # [stage][microbatch]: bytes from F to backward, and what a backward adds before it frees
+        self.keeps: list[list[int]] = []
+        self.adds: list[list[int]] = []
         for s, cost in enumerate(problem.costs):
-            whole = problem.whole_bytes(s)
-            over = max(0, cost.deferred_bytes - whole) if split[s] else 0
-            if s == last:  # a backward right behind its forward finds the graph
-                self.keeps.append((whole + over, whole + over))
-                self.adds.append((0, 0))
-            else:
-                self.keeps.append((whole + over, cost.input_bytes))
-                self.adds.append((0, cost.activation_bytes + over))
+            keeps, adds = [], []
+            for m, again in enumerate(problem.recomputes):
+                whole = problem.whole_bytes(s, m)
+                most = max(whole, cost.deferred_bytes) if split[s] else whole
+                # On the last stage a backward right behind its forward finds the graph.
+                keeps.append(problem.input_bytes(s, m) if again and s != last else most)
+                adds.append(most - keeps[-1])
+            self.keeps.append(keeps)
+            self.adds.append(adds)
         self._needs: dict[tuple[int, int, bool], list[int]] = {}
 
     def needs(self, device: int, microbatch: int) -> list[int]:
@@ -39,8 +40,8 @@ class Memory:
             held, peaks = 0, [0]
             for s in p.stages_of[device]:
                 if p.device_of[s][microbatch] == device:
-                    held += self.keeps[s][again]
-                    peaks.append(max(peaks[-1], held + self.adds[s][again]))
+                    held += self.keeps[s][microbatch]
+                    peaks.append(max(peaks[-1], held + self.adds[s][microbatch]))
             self._needs[key] = peaks[::-1]
         return self._needs[key]
 

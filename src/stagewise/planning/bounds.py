@@ -132,24 +132,22 @@ def _memory_seconds(ranks: Ranks, device: int) -> float:
     p, stages = ranks.problem, ranks.problem.stages_of[device]
     if p.caps[device] == NEVER or p.caps[device] <= 0 or not stages:
         return 0
-    keeps, stays = [], []
+    stays = []
     area: float = 0
     for s in stages:
-        cost, whole = p.costs[s], p.whole_bytes(s)
-        keeps.append(cost.input_bytes if any(p.recomputes) else whole)
+        cost, whole = p.costs[s], ranks.wholes[s]
         waits = cost.forward_seconds + ranks.trips[s]
-        gradient = ranks.inputs[s] - ranks.up_overhead[s]
-        stays.append(waits + gradient)
+        stays.append(waits + ranks.inputs[s] - ranks.up_overhead[s])
         rest = whole * cost.backward_seconds
         if p.split:
             later = cost.deferred_bytes * cost.weight_seconds
             rest = min(rest, whole * cost.input_seconds + later)
-        area += ranks.count(s, device) * (keeps[-1] * waits + rest)
+        area += ranks.count(s, device) * (ranks.keeps[s] * waits + rest)
     most = area / p.caps[device]
     alike = ranks.alike[stages[0]] == stages
-    room = p.caps[device]  # the next of what is held to go backward has its graph then
-    if any(p.recomputes):
-        room -= min(p.costs[s].activation_bytes for s in stages)
+    keeps = [ranks.keeps[s] for s in stages]
+    # The next of what is held to go backward has its whole graph then.
+    room = p.caps[device] - min(ranks.wholes[s] - ranks.keeps[s] for s in stages)
     for weights in product((0, 1, 2), repeat=len(stages)) if alike and len(stages) <= 3 else ():
         if held := _most_value(room, keeps, weights):
             each = sum(w * stay for w, stay in zip(weights, stays, strict=True))

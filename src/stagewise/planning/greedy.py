@@ -145,7 +145,7 @@ class _Run:
             device.used -= self.problem.costs[stage].deferred_bytes
             device.next_weight += 1
             return
-        kept = self.memory.keeps[stage][self.problem.recomputes[m]]
+        kept = self.memory.keeps[stage][m]
         if kind == FORWARD:
             heapq.heappop(device.forwards[stage])
             self.left[stage] -= 1
@@ -209,7 +209,7 @@ class _Run:
         for stage, ready in device.backwards.items():
             if ready:
                 m = ready[0]
-                if device.used + self.memory.adds[stage][p.recomputes[m]] > device.cap:
+                if device.used + self.memory.adds[stage][m] > device.cap:
                     continue
                 key = self._key(order, stage, m, BACKWARD_INPUT)
                 if key < best_key:
@@ -229,7 +229,7 @@ class _Run:
             oldest = not device.held or m < min(device.held)
             if device.between[stage] >= rule.limits[stage] and not oldest:
                 continue
-            kept = self.memory.keeps[stage][p.recomputes[m]]
+            kept = self.memory.keeps[stage][m]
             if device.used + kept + device.most > device.cap:
                 if not self.memory.safe(d, device.held, device.not_begun[-1:], m, kept):
                     continue

@@ -71,9 +71,17 @@ class Problem:
         rest, microbatch = divmod(op, self.num_microbatches)
         return rest // self.num_stages, rest % self.num_stages, microbatch
 
-    def whole_bytes(self, stage: int) -> int:
+    def input_bytes(self, stage: int, microbatch: int) -> int:
+        """What `stage` keeps of its input besides what the stage before keeps on its device."""
+        if stage and not self.recomputes[microbatch]:
+            before, here = self.device_of[stage - 1], self.device_of[stage]
+            if before[microbatch] == here[microbatch]:
+                return 0
+        return self.costs[stage].input_bytes
+
+    def whole_bytes(self, stage: int, microbatch: int) -> int:
         """What a microbatch keeps on `stage` while its graph exists."""
-        return self.costs[stage].input_bytes + self.costs[stage].activation_bytes
+        return self.input_bytes(stage, microbatch) + self.costs[stage].activation_bytes
 
     def fresh(self, previous: int, op: int) -> bool:
         """Does backward `op` follow its own forward `previous` on the last stage?"""

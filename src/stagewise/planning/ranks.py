@@ -18,7 +18,8 @@ class Ranks:
     free again; `*_left[s][j]`: the least time from the start of the j-th last to the end of the
     step. `forward[s]`, `inputs[s]`, `weights[s]` are the least seconds of stage s for F, for the
     backward until its gradient leaves, and for the rest of the backward; a sender's overhead
-    counts into the instruction that sends.
+    counts into the instruction that sends. `wholes[s]` and `keeps[s]`: the least bytes that a
+    microbatch keeps on stage s with its graph, and between F and backward.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -45,6 +46,15 @@ class Ranks:
         self.spared = p.recomputes.count(False)  # microbatches that do not recompute
         self.again = [c.recompute_seconds if s != last else 0 for s, c in enumerate(p.costs)]
         self.trips = self._trips()
+        microbatches = range(p.num_microbatches)
+        self.wholes = [min(p.whole_bytes(s, m) for m in microbatches) for s in self.stages]
+        self.keeps = [
+            min(
+                p.input_bytes(s, m) if p.recomputes[m] else p.whole_bytes(s, m)
+                for m in microbatches
+            )
+            for s in self.stages
+        ]
         self._heads()
         self._tails()
 
@@ -74,20 +84,18 @@ class Ranks:
         Each also keeps what the stages before left on the device, and the next of them to go
         backward has its whole graph then.
         """
-        p, before = self.problem, [t for t in self.alike[stage] if t <= stage]
-        again = any(p.recomputes)
-        kept = sum(p.costs[t].input_bytes if again else p.whole_bytes(t) for t in before)
-        more = p.costs[stage].activation_bytes if again else 0
-        if kept == 0 or p.caps[device] == NEVER:
-            return p.num_microbatches
-        return max(1, int((p.caps[device] - more) // kept))
+        cap = self.problem.caps[device]
+        kept = sum(self.keeps[t] for t in self.alike[stage] if t <= stage)
+        if kept == 0 or cap == NEVER:
+            return self.problem.num_microbatches
+        return max(1, int((cap - self.wholes[stage] + self.keeps[stage]) // kept))
 
     def deferrals(self, stage: int, device: int) -> int:
         """Bounds how many W of `stage` can wait on `device` when a backward of it starts."""
-        p, kept = self.problem, self.problem.costs[stage].deferred_bytes
-        if kept == 0 or p.caps[device] == NEVER:
-            return p.num_microbatches
-        return max(0, int((p.caps[device] - p.whole_bytes(stage)) // kept))
+        cap, kept = self.problem.caps[device], self.problem.costs[stage].deferred_bytes
+        if kept == 0 or cap == NEVER:
+            return self.problem.num_microbatches
+        return max(0, int((cap - self.wholes[stage]) // kept))
 
     def _heads(self) -> None:
         p, count = self.problem, self.problem.num_microbatches

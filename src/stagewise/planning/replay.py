@@ -115,10 +115,10 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
                 and problem.fresh(op, program[i + 1])
             )
             graph[stage, m] = cost.activation_bytes if stored else 0
-            level += cost.input_bytes + cost.activation_bytes - graph[stage, m]
+            level += problem.whole_bytes(stage, m) - graph[stage, m]
         elif kind in (BACKWARD, BACKWARD_INPUT):
             peak = max(peak, level + graph[stage, m])
-            level += graph[stage, m] - cost.input_bytes - cost.activation_bytes
+            level += graph[stage, m] - problem.whole_bytes(stage, m)
             level += cost.deferred_bytes if kind == BACKWARD_INPUT else 0
         else:
             level -= cost.deferred_bytes
