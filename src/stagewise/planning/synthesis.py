@@ -81,13 +81,14 @@ def search(problem: Problem, effort: int = EFFORT) -> Found:
             spent += 1
             if fits(problem, programs):
                 found.append(_found(problem, programs))
-    found.sort(key=lambda f: f.seconds)
-    best = found[0]
-    replays = effort // 2 // size // KEPT
-    for start in found[:KEPT]:
+    distinct = {f.seconds: f for f in found}
+    starts = [distinct[seconds] for seconds in sorted(distinct)[:KEPT]]
+    best = starts[0]
+    replays = effort // 2 // size // len(starts)
+    for seed, start in enumerate(starts):
         if best.seconds <= enough:
             break
-        better = improve(problem, start, replays=replays, enough=enough)
+        better = improve(problem, start, replays=replays, enough=enough, seed=seed)
         best = min(best, better, key=lambda f: f.seconds)
     return best
 
