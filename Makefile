@@ -58,6 +58,7 @@ test-gpu: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
 	$(BIN)/python -m benchmarks.peers --quick
+	$(BIN)/python -m benchmarks.synthesis --quick
 
 clean:
 	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
