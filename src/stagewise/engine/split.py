@@ -90,6 +90,7 @@ def backward_weights(products: list[Product]) -> None:
         while products:
             product = products.pop(0)
             found = product.node(*product.received)  # type: ignore[operator]
+            _release(product.node)
             results = found if isinstance(found, tuple) else (found,)
             pairs = [(edge, results[index]) for index, edge in product.weights.items()]
             present = [(edge, _fitted(grad, edge)) for edge, grad in pairs if grad is not None]

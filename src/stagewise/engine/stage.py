@@ -186,8 +186,8 @@ class Stage:
         if roots:
             with without_autocast(self.device.type):
                 self._deferred[m] = backward_inputs(roots, gradients, flight.entries)
-        for leaf in flight.inputs:  # the graph that is left still ends there
-            leaf.data = leaf.new_empty(0)
+            for leaf in flight.inputs:  # what is left of the graph ends there
+                leaf.data = leaf.new_empty(0)
         return self._input_gradients(flight, m, call)
 
     def backward_weight(self, m: int, received: list[object], call: Call) -> object:
