@@ -158,14 +158,18 @@ def profile(
 
 
 def _in_halves(num_stages: int) -> Schedule:
-    """One microbatch forward, down to the inputs, and to the weights; every stage on its device."""
-    kinds = Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+    """One microbatch: forward, down to the inputs through all stages, then to the weights.
+
+    So each `W` lets go of what its stage alone has kept: nothing else of the step lives then.
+    """
+    up, down = range(num_stages), range(num_stages - 1, -1, -1)
+    order = (Kind.FORWARD, up), (Kind.BACKWARD_INPUT, down), (Kind.BACKWARD_WEIGHT, down)
     return Schedule(
         name="in halves",
-        programs=tuple(
-            tuple(Instruction(stage, kind, 0) for kind in kinds) for stage in range(num_stages)
+        programs=(
+            tuple(Instruction(stage, kind, 0) for kind, stages in order for stage in stages),
         ),
-        placement=tuple((stage,) for stage in range(num_stages)),
+        placement=((0,),) * num_stages,
         num_microbatches=1,
     )
 
