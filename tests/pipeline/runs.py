@@ -73,7 +73,12 @@ def pipeline(run: Run) -> stagewise.Pipeline:
 
 def train(run: Run) -> Record:
     """Train as `run` says; gradients are those of the last step, before any clipping."""
-    pipe, record = pipeline(run), Record()
+    return trained(pipeline(run), run)
+
+
+def trained(pipe: stagewise.Pipeline, run: Run) -> Record:
+    """What comes of `run` on its pipeline."""
+    record = Record()
     optimizer = None
     if run.optimizer and any(True for _ in pipe.parameters()):  # torch refuses an empty list
         optimizer = OPTIMIZERS[run.optimizer](pipe.parameters())

@@ -13,7 +13,7 @@ import torch
 StorageKey = tuple[torch.device, int]
 
 
-class _Saved:
+class Packed:
     """Stands for a tensor that autograd saved; tells the meter when autograd lets go."""
 
     def __init__(
@@ -21,10 +21,18 @@ class _Saved:
     ) -> None:
         # Detached: a node that saves its own output would else keep itself alive for ever where
         # its graph never runs backward. Autograd puts the graph back when it unpacks.
-        self.tensor, self._key, self._counts = tensor.detach(), key, counts
+        self.tensor: torch.Tensor | None = tensor.detach()
+        self._key, self._counts = key, counts
         counts.setdefault(key, [0, tensor.untyped_storage().nbytes()])[0] += 1
 
     def __del__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Forget the tensor; nothing may unpack it any more."""
+        if self.tensor is None:
+            return
+        self.tensor = None
         entry = self._counts[self._key]
         entry[0] -= 1
         if entry[0] == 0:
@@ -41,7 +49,7 @@ class ActivationMeter:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what is saved for backward by graphs made inside."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, unpack):
             yield
 
     def live_bytes(self, held: Iterable[torch.Tensor]) -> int:
@@ -56,13 +64,17 @@ class ActivationMeter:
             if _key(tensor) not in self._excluded and _key(tensor) not in self._saved
         }
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Packed:
         key = _key(tensor)
-        return tensor if key in self._excluded else _Saved(tensor, key, self._saved)
+        return tensor if key in self._excluded else Packed(tensor, key, self._saved)
 
 
-def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
-    return saved.tensor if isinstance(saved, _Saved) else saved
+def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
+    """The tensor that a meter packed."""
+    if not isinstance(saved, Packed):
+        return saved
+    assert saved.tensor is not None, "unpacked after its release"
+    return saved.tensor
 
 
 def _key(tensor: torch.Tensor) -> StorageKey:

@@ -3,26 +3,33 @@
 A stage is a graph island: detached tensors in, outputs out. Its saved state per microbatch is a
 `_Flight`: the inputs, and while a graph exists, the roots of that graph. `F` makes the graph, or
 only the output if the microbatch is recomputed; `R` makes the graph again with the same seeds,
-buffers and autocast; `B` uses it once and drops it.
+buffers and autocast; `B` uses it once and drops it; `I` uses it, and leaves for `W` what that
+needs of it.
 """
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch.autograd.graph import Node
 
+from stagewise.engine.autograd import (
+    copy_of,
+    keeping,
+    leaf_of,
+    without_autocast,
+    without_weight_cache,
+)
 from stagewise.engine.buffers import BufferKeeper, Saved
 from stagewise.engine.call import Call, Mode
 from stagewise.engine.keywords import CellKeywords, invoke, keywords_of
 from stagewise.engine.losses import MAIN_LOSS, AddedLoss, LossCollector, collecting
+from stagewise.engine.split import Product, backward_inputs, backward_weights
 from stagewise.engine.values import (
     Structure,
     detached,
-    is_marked,
-    mark_shared,
     put_together,
     shared,
     take_apart,
@@ -35,7 +42,6 @@ Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 Gradients = tuple[torch.Tensor | None, ...]
 _Forward = Callable[[object, Mapping[str, object]], object]
 _NO_KEYWORDS: Mapping[str, object] = {}
-_Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
 
 
 @dataclass
@@ -45,6 +51,7 @@ class _Flight:
     inputs: list[torch.Tensor]  # detached leaves
     structure: Structure
     gradients: list[torch.Tensor | None]  # of the inputs, once the graph ran backward
+    entries: list[Node] = field(default_factory=list)  # where the graph begins, at the inputs
     roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the losses
     names: tuple[str, ...] = ()  # of the losses
     added: list[AddedLoss] = field(default_factory=list)  # by the cells, with graph
@@ -75,6 +82,7 @@ class Stage:
         self._parameters = [p for cell in cells for p in cell.module.parameters()]
         self.buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, _Flight] = {}
+        self._deferred: dict[int, list[Product]] = {}  # from `I` to `W`
         # Per input tensor, learnt from the first run: do the cells change it in place?
         self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._flags: int | None = None  # a number for those of the running call
@@ -101,6 +109,9 @@ class Stage:
         for flight in self._flights.values():
             yield from flight.inputs
         yield from self.roots()
+        for products in self._deferred.values():
+            for product in products:
+                yield from (tensor for tensor in product.received if tensor is not None)
 
     def roots(self) -> Iterator[torch.Tensor]:
         """The outputs of the microbatches in flight, while their graphs exist."""
@@ -111,6 +122,7 @@ class Stage:
     def clear(self) -> None:
         """End a call; what a failed one left in flight is forgotten."""
         self._flights.clear()
+        self._deferred.clear()
         self._flags = None
 
     def forward(self, m: int, received: list[object], call: Call) -> object:
@@ -121,11 +133,11 @@ class Stage:
         dropped at once, so the peak is that of the recomputation.
         """
         inputs, structure = take_apart(received[0] if received else call.inputs[m])
-        flight = _Flight([_leaf(tensor) for tensor in inputs], structure, [None] * len(inputs))
+        flight = _Flight([leaf_of(tensor) for tensor in inputs], structure, [None] * len(inputs))
         if call.keywords:
             flight.keywords = keywords_of(self.cells, m, call, first_place=len(inputs))
             for given in flight.keywords:
-                flight.inputs += [_leaf(tensor.to(self.device)) for tensor in given.tensors]
+                flight.inputs += [leaf_of(tensor.to(self.device)) for tensor in given.tensors]
         training = call.mode is Mode.TRAIN
         recomputed = (self.index, m) in call.recomputed
         with (
@@ -157,6 +169,37 @@ class Stage:
     def backward(self, m: int, received: list[object], call: Call) -> object:
         """Run microbatch m's graph backward; returns a gradient, or None, per input tensor."""
         flight = self._flights.pop(m)
+        roots, gradients = self._roots_of(flight, m, received, call)
+        if roots:
+            with without_autocast(self.device.type):
+                torch.autograd.backward(roots, gradients)
+        return self._input_gradients(flight, m, call)
+
+    def backward_input(self, m: int, received: list[object], call: Call) -> object:
+        """As `backward`, but put off what only parameters need, where that can be put off."""
+        flight = self._flights.pop(m)
+        roots, gradients = self._roots_of(flight, m, received, call)
+        # Such a hook (not a full one) sees what its module's last node gives, weights included.
+        if any(module._is_full_backward_hook is False for module in self._modules):
+            self._flights[m] = flight
+            return self.backward(m, received, call)
+        if roots:
+            with without_autocast(self.device.type):
+                self._deferred[m] = backward_inputs(roots, gradients, flight.entries)
+            for leaf in flight.inputs:  # what is left of the graph ends there
+                leaf.data = leaf.new_empty(0)
+        return self._input_gradients(flight, m, call)
+
+    def backward_weight(self, m: int, received: list[object], call: Call) -> object:
+        """Add to the parameters' gradients what `backward_input` put off."""
+        with without_autocast(self.device.type):
+            backward_weights(self._deferred.pop(m, []))
+        return None
+
+    def _roots_of(
+        self, flight: _Flight, m: int, received: list[object], call: Call
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where microbatch m's backward starts, and with which gradients."""
         gradients: Gradients = _loss_gradients(flight, m, call) if self.is_last else received[0]  # type: ignore[assignment]
         pairs = [
             (root, gradient)
@@ -167,9 +210,9 @@ class Stage:
             if loss.value.requires_grad:
                 share = call.weight(m) * call.scaling.gradient_scale
                 pairs.append((loss.value, torch.full_like(loss.value, share)))
-        if pairs:
-            with _no_autocast(self.device.type):
-                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
+
+    def _input_gradients(self, flight: _Flight, m: int, call: Call) -> Gradients:
         result = tuple(flight.gradients)
         if self.index == 0:
             call.input_gradients[m] = result
@@ -184,12 +227,14 @@ class Stage:
         key = self._key(flight, call)
         copied = self._mutates.get(key, (True,) * len(flight.inputs))
         fed = [
-            _copy(leaf) if copy else leaf[...]
+            copy_of(leaf) if copy else leaf[...]
             for leaf, copy in zip(flight.inputs, copied, strict=True)
         ]
+        flight.entries = []
         for index, tensor in enumerate(fed):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(_keep(*flight.slot(index)))
+                tensor.grad_fn.register_prehook(keeping(*flight.slot(index)))
+                flight.entries.append(tensor.grad_fn)
         versions = [tensor._version for tensor in fed]
         value = put_together(fed, flight.structure)
         keywords = {named.cell: named.values(fed) for named in flight.keywords}
@@ -198,7 +243,7 @@ class Stage:
         collector = LossCollector()
         outer = collecting(collector)
         try:
-            with _uncached_autocast(self.device.type):
+            with without_weight_cache(self.device.type):
                 for running, forward in self._calls:
                     index = collector.cell = running.index
                     randomness.enter_cell(index, m)
@@ -289,6 +334,8 @@ _ACTIONS = {
     Kind.FORWARD: Stage.forward,
     Kind.RECOMPUTE: Stage.recompute,
     Kind.BACKWARD: Stage.backward,
+    Kind.BACKWARD_INPUT: Stage.backward_input,
+    Kind.BACKWARD_WEIGHT: Stage.backward_weight,
 }
 
 
@@ -310,62 +357,3 @@ def _loss_gradients(flight: _Flight, m: int, call: Call) -> Gradients:
 
 def _detached(loss: AddedLoss) -> AddedLoss:
     return replace(loss, value=loss.value.detach())
-
-
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
-        return tensor.clone()
-    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
-    return mark_shared(leaf) if is_marked(tensor) else leaf
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, since they decide in which order kernels sum.
-
-    What shares memory with itself (`expand`) cannot be changed in place and needs no copy.
-    """
-    axes = zip(tensor.stride(), tensor.shape, strict=True)
-    if any(stride == 0 < size - 1 for stride, size in axes):
-        return tensor[...]
-    empty = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
-    return empty.copy_(tensor)
-
-
-def _keep(gradients: list[torch.Tensor | None], index: int) -> _Prehook:
-    """A hook that takes an input's gradient as the plain model would pass it on.
-
-    `leaf.grad` would not do: accumulating there changes its strides.
-    """
-
-    def hook(received: tuple[torch.Tensor, ...]) -> tuple[None, ...]:
-        (gradients[index],) = received
-        return (None,)
-
-    return hook
-
-
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """Autocast off, as backward wants it; costs nothing where it is off already."""
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
-
-
-@contextmanager
-def _uncached_autocast(device_type: str) -> Iterator[None]:
-    """The caller's autocast without its weight cache.
-
-    The cache would hand weights cast under no_grad to a recomputation, whose graph would then
-    miss them.
-    """
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
-        yield

@@ -23,10 +23,10 @@ from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.engine.transport import LocalTransport
 from stagewise.engine.values import take_apart
-from stagewise.model.chain import Chain
+from stagewise.model.chain import Cell, Chain
 from stagewise.pipeline.runner import Runner
 from stagewise.pipeline.takers import Takers
-from stagewise.schedule import Instruction, Kind, Message, gpipe
+from stagewise.schedule import Instruction, Kind, Message, Schedule, gpipe
 from stagewise.timeline import Timeline
 
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
@@ -97,10 +97,13 @@ def profile(
     loss: Loss | None,
     device: torch.device,
     seconds: float = 3.0,
+    split: bool = False,
 ) -> tuple[CellCost, ...]:
     """Measure every cell on one microbatch; the loss counts to the last cell.
 
     Takes about `seconds`, at least MIN_ROUNDS trial steps, and the median of each cell's times.
+    With `split`, also what `I` and `W` take and keep, by as many steps of them in turn with the
+    others, in the same time.
     """
     num_cells = len(chain)
     transport = _WeighingTransport(device, num_cells)
@@ -112,9 +115,10 @@ def profile(
         for cell in chain
     }
     takers = Takers(chain, [1] * num_cells, [0] * num_cells)
-    runner = Runner(
-        stages, transport, gpipe(num_cells, 1), seed=0, takers=takers, flows=routes.flows
-    )
+    runners = [
+        Runner(stages, transport, schedule, seed=0, takers=takers, flows=routes.flows)
+        for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
+    ]
     inputs, target, keywords = pytree.tree_map_only(
         torch.Tensor, torch.Tensor.detach, (inputs, target, dict(keywords))
     )
@@ -124,24 +128,49 @@ def profile(
         while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
             time.perf_counter() < deadline and rounds < MAX_ROUNDS
         ):
-            runner.run(Mode.TRAIN, 0, inputs, target, keywords)
-            if rounds >= WARMUP_ROUNDS:
-                for span in runner.spans:
-                    times.setdefault(span.instruction, []).append(span.seconds)
+            for runner in runners:
+                runner.run(Mode.TRAIN, 0, inputs, target, keywords)
+                if rounds >= WARMUP_ROUNDS:
+                    for span in runner.spans:
+                        times.setdefault(span.instruction, []).append(span.seconds)
             rounds += 1
-    kept, unsaved = _activation_bytes(runner, inputs, target, keywords)
+    kept, unsaved, deferred = _activation_bytes(runners[-1], inputs, target, keywords)
+
+    def seconds_of(cell: Cell, kind: Kind) -> float:
+        return statistics.median(times[Instruction(cell.index, kind, 0)])
+
     return tuple(
         CellCost(
             name=cell.name,
-            forward_seconds=statistics.median(times[Instruction(cell.index, Kind.FORWARD, 0)]),
-            backward_seconds=statistics.median(times[Instruction(cell.index, Kind.BACKWARD, 0)]),
+            forward_seconds=seconds_of(cell, Kind.FORWARD),
+            backward_seconds=seconds_of(cell, Kind.BACKWARD),
             parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
             activation_bytes=kept[cell.index],
             unsaved_output_bytes=unsaved[cell.index],
             output_bytes=transport.weights.get((Kind.FORWARD, cell.index), 0),
             gradient_bytes=transport.weights.get((Kind.BACKWARD, cell.index + 1), 0),
+            input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
+            weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
+            deferred_bytes=deferred[cell.index] if split else None,
         )
         for cell in chain
+    )
+
+
+def _in_halves(num_stages: int) -> Schedule:
+    """One microbatch: forward, down to the inputs through all stages, then to the weights.
+
+    So each `W` lets go of what its stage alone has kept: nothing else of the step lives then.
+    """
+    up, down = range(num_stages), range(num_stages - 1, -1, -1)
+    order = (Kind.FORWARD, up), (Kind.BACKWARD_INPUT, down), (Kind.BACKWARD_WEIGHT, down)
+    return Schedule(
+        name="in halves",
+        programs=(
+            tuple(Instruction(stage, kind, 0) for kind, stages in order for stage in stages),
+        ),
+        placement=((0,),) * num_stages,
+        num_microbatches=1,
     )
 
 
@@ -161,26 +190,33 @@ class _WeighingTransport(LocalTransport):
 
 def _activation_bytes(
     runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
-) -> tuple[list[int], list[int]]:
-    """What each one-cell stage adds to the live bytes, and how much of that is unsaved output."""
+) -> tuple[list[int], list[int], dict[int, int]]:
+    """What each one-cell stage adds to the live bytes, how much of that is unsaved output, and
+    what its `W` lets go of, where there is one."""
     meter, levels = _meter(runner, (inputs, target, keywords)), [0]
     unsaved: list[dict[StorageKey, int]] = []
+    deferred: dict[int, int] = {}
 
     def observe(instruction: Instruction) -> None:
+        before = levels[-1]
+        levels.append(meter.live_bytes(_held(runner)))
         if instruction.kind is Kind.FORWARD:
-            levels.append(meter.live_bytes(_held(runner)))
             # Once all forwards have run, every cell has saved what it will.
             unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
+        if instruction.kind is Kind.BACKWARD_WEIGHT:
+            deferred[instruction.stage] = before - levels[-1]
 
     with untouched(runner.stages), meter.counting():
         runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
-    kept = [after - before for before, after in itertools.pairwise(levels)]
+    num_cells = len(runner.stages)
+    kept = [after - before for before, after in itertools.pairwise(levels[: num_cells + 1])]
     # What several cells hand on stays out: it is held wherever the cut falls.
     holders = Counter(key for storages in unsaved for key in storages)
-    return kept, [
+    only_unsaved = [
         sum(num_bytes for key, num_bytes in storages.items() if holders[key] == 1)
         for storages in unsaved
     ]
+    return kept, only_unsaved, deferred
 
 
 def _meter(runner: Runner, batch: tuple[object, object, Mapping[str, object]]) -> ActivationMeter:

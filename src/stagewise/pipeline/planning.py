@@ -28,6 +28,7 @@ from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.rehearsal import message_seconds
 from stagewise.schedule import with_recompute
 
+_TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
 
 
@@ -79,7 +80,7 @@ def plan(
     check_counts(len(chain), choice.num_stages)
     if balance is not None:
         check_balance(balance, len(chain), choice.num_stages)
-    with_recompute(choice.built, recompute)
+    built = with_recompute(choice.built, recompute)
     if inputs is None and not kwargs:
         if balance is None:
             raise PlanError(
@@ -112,6 +113,7 @@ def plan(
         loss=loss,
         device=where,
         seconds=seconds,
+        split=built.splits_backward,
     )
     cells, link = _agree(cells)
 
@@ -144,21 +146,19 @@ def _agree(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]
     all_cells = [cells for cells, _, _ in ranks]
     small = max(seconds for _, seconds, _ in ranks)
     large = max(seconds for _, _, seconds in ranks)
-    mean = tuple(
-        CellCost(
-            name=same[0].name,
-            forward_seconds=sum(cell.forward_seconds for cell in same) / len(same),
-            backward_seconds=sum(cell.backward_seconds for cell in same) / len(same),
-            parameter_bytes=same[0].parameter_bytes,
-            activation_bytes=same[0].activation_bytes,
-            unsaved_output_bytes=same[0].unsaved_output_bytes,
-            output_bytes=same[0].output_bytes,
-            gradient_bytes=same[0].gradient_bytes,
-        )
-        for same in zip(*all_cells, strict=True)
-    )
+    mean = tuple(_mean(same) for same in zip(*all_cells, strict=True))
     per_byte = max(0.0, large - small) / (_LARGE_BYTES - _SMALL_BYTES)
     return mean, LinkCost(latency_seconds=small, seconds_per_byte=per_byte)
+
+
+def _mean(same: Sequence[CellCost]) -> CellCost:
+    """The mean of several ranks' times for one cell; its bytes are the same everywhere."""
+    times: dict[str, float] = {}
+    for name in _TIMES:
+        values = [getattr(cell, name) for cell in same]
+        if None not in values:
+            times[name] = statistics.fmean(values)
+    return replace(same[0], **times)  # type: ignore[arg-type]
 
 
 def _rehearsed(

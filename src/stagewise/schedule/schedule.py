@@ -58,6 +58,11 @@ class Schedule:
         """False for a forward-only schedule."""
         return any(i.kind is not Kind.FORWARD for _, i in self.instructions())
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether any backward is done in two halves, `I` and `W`."""
+        return any(i.kind is Kind.BACKWARD_WEIGHT for _, i in self.instructions())
+
     def __str__(self) -> str:
         """One line per device, in program order: the form that `parse_programs` reads."""
         return "\n".join(" ".join(map(str, program)) or IDLE for program in self.programs)

@@ -48,31 +48,50 @@ class EmulatedDevice:
 
 
 class EmulatedCell(nn.Module):
-    """Hands its input on after `forward_seconds`, and its gradient after `backward_seconds`."""
+    """Hands its input on after `forward_seconds`, and its gradient after `backward_seconds`.
+
+    Of the latter, `weight_seconds` are spent for a weight: where backward is split, in `W`.
+    """
 
     def __init__(
-        self, device: EmulatedDevice, forward_seconds: float, backward_seconds: float
+        self,
+        device: EmulatedDevice,
+        forward_seconds: float,
+        backward_seconds: float,
+        weight_seconds: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.anchor, self.weight = (nn.Parameter(torch.zeros(1)) for _ in range(2))
         self._device = device
-        self._seconds = forward_seconds, backward_seconds
+        self._seconds = forward_seconds, backward_seconds - weight_seconds
+        self._weight_seconds = weight_seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
+        # Backward must come by here also where the input needs no gradient; and not for a weight
+        # alone, which could wait for `W`, so for two.
+        anchors = (None, None) if x.requires_grad else (self.anchor, self.anchor)
         output: torch.Tensor = _Sleep.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self._device, self._seconds, start
+            x, *anchors, self._device, self._seconds, start
         )
+        if self._weight_seconds:  # plus zero times the weight: a product, as cells consist of
+            weight = _SleepLater.apply(self.weight, self._device, self._weight_seconds)  # type: ignore[no-untyped-call]
+            zeros = output.new_zeros(output.numel(), 1)
+            output = torch.addmv(output.reshape(-1), zeros, weight).view(output.shape)
         self._device.left()
         return output
 
 
 def emulated_model(
-    forward_seconds: Sequence[float], backward_seconds: Sequence[float], device: EmulatedDevice
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    device: EmulatedDevice,
+    weight_seconds: Sequence[float] | None = None,
 ) -> nn.Sequential:
     """A chain of emulated cells on one device (per process)."""
-    pairs = zip(forward_seconds, backward_seconds, strict=True)
-    return nn.Sequential(*(EmulatedCell(device, forward, back) for forward, back in pairs))
+    weights = [0.0] * len(forward_seconds) if weight_seconds is None else weight_seconds
+    cells = zip(forward_seconds, backward_seconds, weights, strict=True)
+    return nn.Sequential(*(EmulatedCell(device, *seconds) for seconds in cells))
 
 
 class _Sleep(torch.autograd.Function):
@@ -80,7 +99,8 @@ class _Sleep(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        one_anchor: torch.Tensor | None,
+        other_anchor: torch.Tensor | None,
         device: EmulatedDevice,
         seconds: tuple[float, float],
         start: float,
@@ -93,6 +113,27 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
         ctx.device.busy(time.perf_counter(), ctx.seconds)  # type: ignore[attr-defined]
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
+
+
+class _SleepLater(torch.autograd.Function):
+    """Hands a weight on at once, and its gradient after `seconds`."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        weight: torch.Tensor,
+        device: EmulatedDevice,
+        seconds: float,
+    ) -> torch.Tensor:
+        ctx.device, ctx.seconds = device, seconds  # type: ignore[attr-defined]
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        ctx.device.busy(time.perf_counter(), ctx.seconds)  # type: ignore[attr-defined]
+        return gradient, None, None

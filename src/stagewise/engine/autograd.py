@@ -1,0 +1,73 @@
+"""How a stage cuts its graph out of the model's, and under which autocast it runs.
+
+A stage's graph begins at leaves of its own, so that no backward runs on into another stage's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from stagewise.engine.values import is_marked, mark_shared
+
+_Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
+
+
+def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as a leaf, which needs a gradient if `tensor` does."""
+    if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
+        return tensor.clone()
+    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+    return mark_shared(leaf) if is_marked(tensor) else leaf
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, since they decide in which order kernels sum.
+
+    What shares memory with itself (`expand`) cannot be changed in place and needs no copy.
+    """
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(stride == 0 < size - 1 for stride, size in axes):
+        return tensor[...]
+    empty = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return empty.copy_(tensor)
+
+
+def keeping(gradients: list[torch.Tensor | None], index: int) -> _Prehook:
+    """A hook that takes an input's gradient as the plain model would pass it on.
+
+    `leaf.grad` would not do: accumulating there changes its strides.
+    """
+
+    def hook(received: tuple[torch.Tensor, ...]) -> tuple[None, ...]:
+        (gradients[index],) = received
+        return (None,)
+
+    return hook
+
+
+@contextmanager
+def without_autocast(device_type: str) -> Iterator[None]:
+    """Autocast off, as backward wants it; costs nothing where it is off already."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+@contextmanager
+def without_weight_cache(device_type: str) -> Iterator[None]:
+    """The caller's autocast without its weight cache.
+
+    The cache would hand weights cast under no_grad to a recomputation, whose graph would then
+    miss them.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+        yield
