@@ -29,7 +29,7 @@ def settled(present: tuple[bool, ...]) -> Tensor | None:
     """Sum what this rank's cells got; the transport is the real one."""
     chain, transport = chain_of(model()), DistributedTransport(CPU)
     own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == transport.rank}
-    tied = TiedParameters(find_tied(chain), own, RANKS)
+    tied = TiedParameters(find_tied(chain), own, [(rank,) for rank in RANKS])
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
     weight.grad = torch.ones(3, 2)

@@ -111,7 +111,7 @@ def profile(
         )
         for cell in chain
     }
-    takers = Takers(chain, [1] * num_cells, [0] * num_cells)
+    takers = Takers(chain, [1] * num_cells, [(0,)] * num_cells)
     runner = Runner(
         stages, transport, gpipe(num_cells, 1), seed=0, takers=takers, flows=routes.flows
     )
