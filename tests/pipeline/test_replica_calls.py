@@ -1,6 +1,8 @@
 """All features on replicas, outputs and gradients of the batch, errors, plans of one's own."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch.nn.functional import mse_loss
 
 import stagewise
 from stagewise.engine.markers import Microbatches, Replicated
-from stagewise.errors import BatchError
+from stagewise.errors import BatchError, CellError, PlanError, ScheduleError
+from stagewise.schedule import named_schedule
+from stagewise.training import checkpoint as checkpoints
 from tests.harness import Pools, Raised
-from tests.models import Call
+from tests.models import Call, Counter
 from tests.pipeline import test_combined as combined
 
 Step = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -198,3 +202,192 @@ def test_a_failure_on_one_replica_is_told_by_all(pools: Pools) -> None:
     assert owner.error.startswith("CellError") and "no sixes" in owner.error
     assert other.error.startswith("PeerError") and "no sixes" in other.error
     assert other.seconds < 20
+
+
+def refusals() -> dict[str, str]:
+    """What a pipeline with two replicas says; it stays usable."""
+    texts = {}
+    x = torch.ones(4, 3)
+    pipe = stagewise.Pipeline(
+        [nn.Linear(3, 3), nn.Linear(3, 3)], plan_of((2,), (2,)), loss=mse_loss
+    )
+    rank, first = pipe.rank, pipe.module.get_submodule("0")
+
+    def refused(what: str, act: Callable[[], object]) -> None:
+        with pytest.raises(BatchError) as caught:
+            act()
+        texts[what] = str(caught.value)
+
+    first.requires_grad_(rank == 0)
+    refused("frozen", lambda: pipe.step(x, target=x))
+    first.requires_grad_(True)
+    pipe.module.get_submodule("1").train(rank == 0)
+    refused("mode", lambda: pipe.step(x, target=x))
+    pipe.train()
+    refused("no target", lambda: pipe.step(x, target=x if rank == 0 else None))
+    y = x.clone().requires_grad_(rank == 0)
+    refused("target", lambda: pipe.step(x, target=y))
+    refused("inputs", lambda: pipe.step(x[:, : 3 - rank], target=x))
+    pipe.step(x, target=x)
+    return texts
+
+
+def test_replicas_must_agree(pools: Pools) -> None:
+    for rank, texts in enumerate(pools[2].run(refusals)):
+        for name in ("frozen", "mode"):
+            assert "ranks hold one stage, but with other modes or requires_grad" in texts[name]
+        assert "needs target but got none" in texts["no target"]
+        assert ("rank 1 refused" in texts["no target"]) == (rank == 0)
+        assert "other forms of them" in texts["target"]
+        assert "inputs of different shapes" in texts["inputs"]
+
+
+class Cached(nn.Module):
+    """Fills a constant late, and keeps one from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angles", None, persistent=False)
+        self.register_buffer("ones", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.angles is None or len(self.angles) < len(x):
+            self.angles = torch.arange(float(len(x)))
+        return x * self.angles[: len(x), None].cos() * self.ones  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (Counter(), "1 (Counter) changed its buffer count, mean in forward; stage 0 has 2 repl"),
+        (
+            nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))),
+            "1.0.parametrizations.weight.0 (_SpectralNorm) changed its buffer _u, _v",
+        ),
+        (
+            type("Own", (nn.BatchNorm1d,), {"forward": lambda s, x: nn.BatchNorm1d.forward(s, x)})(
+                3
+            ),
+            "1 (Own) changed its buffer num_batches_tracked, running_mean",
+        ),
+    ],
+)
+def test_buffers_that_depend_on_order_are_refused(cell: nn.Module, text: str) -> None:
+    pipe = stagewise.Pipeline([nn.Linear(3, 3), cell], plan_of((2,), (2,), 1), loss=mse_loss)
+    before = {name: buffer.clone() for name, buffer in pipe.named_buffers()}
+    with pytest.raises(CellError, match=re.escape(text)):
+        pipe.step(torch.randn(9, 3), target=torch.ones(9, 3))
+    assert all(torch.equal(before[name], buffer) for name, buffer in pipe.named_buffers())
+
+
+def test_constants_are_no_such_buffers() -> None:
+    pipe = stagewise.Pipeline([nn.Linear(3, 3), Cached()], plan_of((2,), (2,)), loss=mse_loss)
+    for size in (4, 8):
+        pipe.step(torch.ones(size, 3), target=torch.ones(size, 3))
+
+
+def saved(directory: Path, replicas: tuple[int, ...], num_steps: int) -> dict[str, Tensor]:
+    """Go on from the checkpoint that is there, if any, train, and leave a checkpoint."""
+    torch.manual_seed(0)
+    cells = [nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3)]
+    pipe = stagewise.Pipeline(cells, plan_of((2, 2), replicas, 2), loss=mse_loss)
+    optimizer = torch.optim.Adam(pipe.parameters(), lr=0.1)
+    if checkpoints.latest(directory) is not None:
+        checkpoints.restore(checkpoints.find(directory), pipe, optimizer)
+    for _ in range(num_steps):
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(pipe.step_index))
+        optimizer.zero_grad()
+        pipe.step(x, target=x)
+        optimizer.step()
+    checkpoints.save(directory, pipe, optimizer, step=pipe.step_index, seed=0)
+    return pipe.state_dict()
+
+
+def test_checkpoints_fit_any_replicas(tmp_path: Path, pools: Pools) -> None:
+    """Two microbatches on two replicas: bit for bit what one process does."""
+    wanted = saved(tmp_path / "alone", (), 6)
+    saved(tmp_path / "run", (), 2)
+    pools[4].run(saved, tmp_path / "run", (2, 2), 1)
+    pools[3].run(saved, tmp_path / "run", (1, 2), 1)
+    state = {}
+    for own in pools[3].run(saved, tmp_path / "run", (2, 1), 1):
+        state |= own
+    assert state.keys() == wanted.keys()
+    alone = saved(tmp_path / "run", (), 1)
+    assert all(torch.equal(alone[name], wanted[name]) for name in wanted)
+
+
+def measured(replicas: tuple[int, ...]) -> tuple[tuple[int, ...], list[str], int]:
+    torch.manual_seed(0)
+    pipe = stagewise.Pipeline(
+        [nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)], plan_of((2, 1), replicas), loss=mse_loss
+    )
+    x = torch.ones(8, 3)
+    memory = pipe.measure_memory(x, target=x)
+    steps = pipe.rehearse(x, target=x, num_steps=1)
+    assert all(p.grad is None for p in pipe.parameters())
+    programs: dict[int, list[str]] = {}
+    for span in steps[0].spans:
+        programs.setdefault(span.device, []).append(str(span.instruction))
+    return memory, [" ".join(programs[device]) for device in sorted(programs)], steps[0].num_devices
+
+
+def test_measuring_on_replicas(pools: Pools) -> None:
+    schedule = plan_of((2, 1), (2, 1)).built_schedule
+    for memory, programs, num_devices in pools[3].run(measured, (2, 1)):
+        assert "\n".join(programs) == str(schedule) and num_devices == 3
+        assert len(memory) == 3 and memory[0] == memory[1] and min(memory) > 0
+
+
+PROGRAMS = ("0F0 0F1 0F2 0B0 0B2 0B1", "1F0 1F2 2F1 2B1 1B0 1B2", "1F1 2F0 2F2 2B2 2B0 1B1")
+
+
+def custom(programs: tuple[str, ...], replicas: tuple[int, ...], stages: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    number = 1 + max(int(word[2:]) for line in programs for word in line.split())
+    plan = stagewise.Plan(
+        balance=(1,) * stages,
+        schedule="mine",
+        num_microbatches=number,
+        programs=programs,
+        replicas=replicas,
+    )
+    assert stagewise.Plan.from_json(plan.to_json()) == plan
+    cells = [nn.Linear(3, 3, dtype=torch.float64) for _ in range(stages)]
+    pipe = stagewise.Pipeline(cells, plan, loss=mse_loss)
+    x = torch.arange(30, dtype=torch.float64).view(10, 3) / 30
+    pipe.step(x, target=x.sin())
+    pipe.evaluate(x[:1], target=x[:1])
+    return {n: p.grad for n, p in pipe.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("programs", "replicas", "stages"),
+    [
+        (PROGRAMS, (), 3),  # several stages on a device, in another order on each
+        (("0F0 0B0", "", "1F0 1B0"), (2, 1), 2),  # an idle replica in the middle
+        (("0F0 0B0", "1F0 1B0", ""), (1, 2), 2),  # and at the end
+    ],
+)
+def test_programs_of_ones_own(
+    programs: tuple[str, ...], replicas: tuple[int, ...], stages: int, pools: Pools
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3, dtype=torch.float64) for _ in range(stages)))
+    x = torch.arange(30, dtype=torch.float64).view(10, 3) / 30
+    mse_loss(model(x), x.sin()).backward()  # type: ignore[no-untyped-call]
+    wanted = {n: p.grad for n, p in model.named_parameters()}
+    ranks = pools[3].run(custom, programs, replicas, stages)
+    assert {name for own in ranks for name in own} == wanted.keys()
+    for own in ranks:
+        for name, gradient in own.items():
+            assert (gradient - wanted[name]).norm() <= 1e-12 * wanted[name].norm()  # type: ignore[operator,union-attr]
+
+
+def test_replicas_that_do_not_fit() -> None:
+    for replicas in [(1,), (1, 0), (2, 1, 1)]:
+        with pytest.raises(ScheduleError, match="must give each of 2 stages at least one device"):
+            plan_of((1, 1), replicas)
+    with pytest.raises(PlanError, match="got 2 devices for a plan of 3"):
+        stagewise.Pipeline([nn.Tanh()] * 2, plan_of((1, 1), (1, 2)), devices=["cpu", "cpu"])
+    assert named_schedule("1f1b", 2, 3, replicas=(1, 1)) == named_schedule("1f1b", 2, 3)
