@@ -39,6 +39,7 @@ __all__ = [
     "forward_only",
     "gpipe",
     "grid",
+    "in_flight",
     "links",
     "lower",
     "named_schedule",
