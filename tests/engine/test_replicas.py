@@ -99,7 +99,7 @@ def test_a_replica_without_microbatches_starts_at_once() -> None:
 
 def test_gradients_of_before_stay_apart() -> None:
     layer, frozen = nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False)
-    replicas, log = made(layer, frozen)
+    replicas, _ = made(layer, frozen)
     layer.weight.grad = torch.full((1, 1), 10.0)
     with replicas.summing(StandIns(), program("0F0 0B0"), in_float32=False) as sums:
         observe = sums.begin(None)
