@@ -130,6 +130,7 @@ class Plan:
         return Plan(
             balance=tuple(balance),
             schedule=choice.name,
+            replicas=choice.replicas,
             programs=choice.programs,
             num_microbatches=schedule.num_microbatches,
             recompute=recompute,
@@ -176,18 +177,23 @@ def plan_from_costs(
     num_microbatches: int,
     num_stages: int | None = None,
     num_devices: int | None = None,
+    replicas: Sequence[int] = (),
     schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
     link: LinkCost = FREE_LINK,
     input_bytes: int = 0,
     balance: Sequence[int] | None = None,
 ) -> Plan:
-    """The plan whose busiest stage has the least load; or the one with the given `balance`.
+    """The plan whose busiest device has the least load; or the one with the given `balance`.
 
-    `schedule`, `num_stages` and `num_devices` are those of `choose_schedule`.
+    `schedule`, `num_stages`, `num_devices` and `replicas` are those of `choose_schedule`.
     """
     choice = choose_schedule(
-        schedule, num_microbatches, num_stages=num_stages, num_devices=num_devices
+        schedule,
+        num_microbatches,
+        num_stages=num_stages,
+        num_devices=num_devices,
+        replicas=replicas,
     )
     if balance is None:
         forwards = 1 if recompute == "never" else 2
@@ -199,12 +205,14 @@ def plan_from_costs(
                 + link.transfer_seconds(cell.gradient_bytes)
                 for cell in cells[:-1]
             ],
+            replicas=choice.replicas,
         )
     check_balance(balance, len(cells), choice.num_stages)
     return Plan(
         balance=tuple(balance),
         schedule=choice.name,
         stages_per_device=choice.stages_per_device,
+        replicas=choice.replicas,
         programs=choice.programs,
         num_microbatches=num_microbatches,
         recompute=recompute,
