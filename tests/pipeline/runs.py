@@ -23,6 +23,7 @@ class Run:
     example: str
     balance: tuple[int, ...] = ()
     schedule: str = "1f1b"
+    replicas: tuple[int, ...] = ()
     num_microbatches: int = 4
     recompute: str = "never"
     sizes: tuple[int, ...] = (10,)  # samples of each step's batch
@@ -31,6 +32,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     transport: str = "auto"
+    accumulate_in_float32: bool = False
 
 
 @dataclass
@@ -60,6 +62,7 @@ def pipeline(run: Run) -> stagewise.Pipeline:
     plan = planned(
         run.balance,
         run.schedule,
+        replicas=run.replicas,
         num_microbatches=run.num_microbatches,
         recompute=run.recompute,
     )
@@ -68,6 +71,7 @@ def pipeline(run: Run) -> stagewise.Pipeline:
         plan,
         loss=EXAMPLES[run.example].loss,
         transport=run.transport,  # type: ignore[arg-type]
+        accumulate_in_float32=run.accumulate_in_float32,
     )
 
 

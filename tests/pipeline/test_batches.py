@@ -468,7 +468,6 @@ def disagreements() -> dict[str, str]:
         own = {name: value for name, value in keywords.items() if value is not NOTHING}
         return refused(lambda: pipe.step(X, target=X, **own))  # type: ignore[arg-type]
 
-    mask = X.clone().requires_grad_()
     texts = {
         **{name: step(**keywords) for name, (keywords, _) in WRONG.items()},
         "unknown on one": step(**({"maks": X} if rank == 2 else {})),
@@ -476,7 +475,6 @@ def disagreements() -> dict[str, str]:
         "None": step(mask=X if rank < 2 else None),
         "shape": step(mask=X[:, : 3 - 2 * (rank == 1)]),
         "constant": step(scale=float(rank)),
-        "gradient": step(mask=mask),
         "ranks": refused(lambda: pipe.predict(X, ranks=[rank])),
         "ranks outside": refused(lambda: pipe.predict(X, ranks=[rank + 1])),
         "outputs on one": refused(lambda: pipe.step(X, target=X, return_outputs=rank == 1)),
@@ -505,7 +503,6 @@ def test_every_rank_refuses_what_one_must(pools: Pools) -> None:
             assert "pass it on ranks [1, 2]" in texts[name]
         assert "other forms of 'mask'" in texts["shape"]
         assert "other forms of 'scale'" in texts["constant"]
-        assert "'mask' requires a gradient, but cells on ranks [1, 2]" in texts["gradient"]
         assert "want the outputs on different ranks" in texts["ranks"]
         assert "outputs are wanted on ranks [3], but there are 3" in texts["ranks outside"]
         assert "want the outputs on different ranks" in texts["outputs on one"]

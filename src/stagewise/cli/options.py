@@ -75,6 +75,18 @@ Balance = Annotated[
         show_default=False,
     ),
 ]
+Replicas = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,...",
+        help="How many devices each stage gets, such as 1,2,1, in place of --stages and --devices: "
+        "those of a stage take its microbatches in turn, so that a stage may have twice the work "
+        "on two; one number alone is data parallelism. For "
+        f"{', '.join(name for name, row in SCHEDULES.items() if row.takes_replicas)}, or a file. "
+        "[default: one each]",
+        show_default=False,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(
@@ -98,6 +110,20 @@ def parsed_balance(text: str | None, num_stages: int) -> tuple[int, ...] | None:
         ) from None
     check_balance(balance, sum(balance), num_stages)
     return balance
+
+
+def parsed_replicas(text: str | None) -> tuple[int, ...]:
+    """ "1,2,1" as numbers; raises ScheduleError if it is anything else."""
+    if text is None:
+        return ()
+    words = text.split(",")
+    replicas = tuple(int(word) for word in words if word.strip().isdecimal())
+    if len(replicas) != len(words) or 0 in replicas:
+        raise ScheduleError(
+            f"--replicas {text!r} is no list of numbers from 1; write the number of devices of "
+            "each stage, such as --replicas 1,2,1"
+        )
+    return replicas
 
 
 def schedule_meant(text: str) -> str | Schedule:
@@ -129,25 +155,34 @@ def chosen_schedule(
     stages: int | None,
     devices: int | None,
     microbatches: int | None,
+    replicas: str | None = None,
     default_devices: int = DEFAULT_DEVICES,
 ) -> ScheduleChoice:
     """The schedule that options ask for; raises PlanError or ScheduleError with a way out."""
     meant = schedule_meant(schedule)
     if isinstance(meant, str):
-        if stages is None and devices is None:
+        if stages is None and devices is None and replicas is None:
             devices = default_devices
         count = DEFAULT_MICROBATCHES if microbatches is None else microbatches
     else:
         count = meant.num_microbatches if microbatches is None else microbatches
-    choice = choose_schedule(meant, count, num_stages=stages, num_devices=devices)
+    choice = choose_schedule(
+        meant,
+        count,
+        num_stages=stages,
+        num_devices=devices,
+        replicas=parsed_replicas(replicas),
+    )
     with_recompute(choice.built, recompute)
     return choice
 
 
 def size_arguments(
-    schedule: str | Schedule, num_stages: int, num_devices: int
-) -> dict[str, int | None]:
-    """The options that give these numbers again; None where the schedule says it."""
+    schedule: str | Schedule, num_stages: int, num_devices: int, replicas: tuple[int, ...] = ()
+) -> dict[str, int | str | None]:
+    """The options that give these numbers again; None where the schedule or others say it."""
+    if replicas:
+        return {"--replicas": ",".join(map(str, replicas))}
     usual = SCHEDULES[schedule].stages_per_device if isinstance(schedule, str) else None
     implied = usual is None or usual * num_devices == num_stages
     return {"--stages": num_stages, "--devices": None if implied else num_devices}

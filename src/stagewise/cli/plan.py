@@ -28,6 +28,7 @@ def plan_command(
     recipe: opt.RecipeArgument,
     stages: opt.Stages = None,
     devices: opt.Devices = None,
+    replicas: opt.Replicas = None,
     microbatches: opt.Microbatches = None,
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
@@ -44,7 +45,12 @@ def plan_command(
     """
     with errors_told_once():
         choice = opt.chosen_schedule(
-            schedule, recompute, stages=stages, devices=devices, microbatches=microbatches
+            schedule,
+            recompute,
+            stages=stages,
+            devices=devices,
+            replicas=replicas,
+            microbatches=microbatches,
         )
         cut = opt.parsed_balance(balance, choice.num_stages)
         from stagewise.training.prepare import PlanOptions, check_form
@@ -54,6 +60,7 @@ def plan_command(
         options = PlanOptions(
             num_stages=choice.num_stages,
             num_devices=choice.num_devices,
+            replicas=choice.replicas,
             num_microbatches=choice.built.num_microbatches,
             schedule=choice.like,
             recompute=recompute,
@@ -64,6 +71,7 @@ def plan_command(
             *("--stages", str(choice.num_stages), "--devices", str(choice.num_devices)),
             *("--microbatches", str(choice.built.num_microbatches)),
             *(("--balance", balance) if balance else ()),
+            *(("--replicas", replicas) if replicas else ()),
             *(("--json",) if as_json else ()),
         ]
         run_in_workers(

@@ -48,6 +48,7 @@ def simulate_command(
         ),
     ] = None,
     stages_per_device: PerDevice = None,
+    replicas: opt.Replicas = None,
     microbatches: opt.Microbatches = None,
     recompute: Annotated[
         str,
@@ -102,6 +103,8 @@ def simulate_command(
         stagewise simulate --schedule gpipe --stages 3 --forward 1,2,1 --backward 2,4,2
 
         stagewise simulate --schedule zb_v --devices 4 --text > mine.txt
+
+        stagewise simulate --replicas 1,2,1 --forward 1,2,1 --backward 2,4,2
     """
     if as_list:
         typer.echo(_schedules_in_words())
@@ -114,6 +117,7 @@ def simulate_command(
         recompute,
         stages=stages,
         devices=devices,
+        replicas=replicas,
         microbatches=microbatches,
         default_devices=DEFAULT_DEVICES,
     )
@@ -128,7 +132,7 @@ def simulate_command(
     else:
         console = Console()
         console.print(render_timeline(timeline, width=console.width))
-        if len(set(costs)) == 1 and not choice.programs:
+        if len(set(costs)) == 1 and not (choice.programs or choice.replicas):
             console.print(_closed_form(choice, costs[0]), highlight=False, soft_wrap=True)
 
 

@@ -68,6 +68,7 @@ def train(
     recipe: opt.RecipeArgument,
     stages: opt.Stages = None,
     devices: opt.Devices = None,
+    replicas: opt.Replicas = None,
     microbatches: opt.Microbatches = None,
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
@@ -90,7 +91,12 @@ def train(
     """
     with errors_told_once():
         choice = opt.chosen_schedule(
-            schedule, recompute, stages=stages, devices=devices, microbatches=microbatches
+            schedule,
+            recompute,
+            stages=stages,
+            devices=devices,
+            replicas=replicas,
+            microbatches=microbatches,
         )
         cut = opt.parsed_balance(balance, choice.num_stages)
         from stagewise.training.checkpoint import find
@@ -103,6 +109,7 @@ def train(
             plan=PlanOptions(
                 num_stages=choice.num_stages,
                 num_devices=choice.num_devices,
+                replicas=choice.replicas,
                 num_microbatches=choice.built.num_microbatches,
                 schedule=choice.like,
                 recompute=recompute,
@@ -169,7 +176,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
     plan, resume = options.plan, options.resume
     assert plan.num_devices is not None and isinstance(plan.schedule, str | Schedule)
     values = {
-        **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices),
+        **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices, plan.replicas),
         "--microbatches": plan.num_microbatches,
         "--schedule": plan.schedule if isinstance(plan.schedule, str) else plan.schedule.name,
         "--recompute": plan.recompute,

@@ -15,7 +15,7 @@ in the order of the chain, as in the plain model.
 import functools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -52,6 +52,16 @@ def combined(parts: Sequence[Moments]) -> Moments:
     return Moments(total, mean, squares / (total - 1))
 
 
+def layers_of(cells: Iterable[Cell]) -> dict[_BatchNorm, str]:
+    """The BatchNorm layers of `cells`, each with its first name."""
+    names: dict[_BatchNorm, str] = {}
+    for cell in cells:
+        for path, module in cell.module.named_modules(prefix=cell.name):
+            if isinstance(module, _BatchNorm):
+                names.setdefault(module, path)
+    return names
+
+
 class BatchNorms:
     """The BatchNorm layers of some cells, and what their microbatches in this step noted.
 
@@ -60,11 +70,7 @@ class BatchNorms:
     """
 
     def __init__(self, cells: Iterable[Cell]) -> None:
-        self._names: dict[_BatchNorm, str] = {}
-        for cell in cells:
-            for path, module in cell.module.named_modules(prefix=cell.name):
-                if isinstance(module, _BatchNorm):
-                    self._names.setdefault(module, path)
+        self._names = layers_of(cells)
         self._own_forward: list[str] = []  # what changes its statistics in its own way
         self._warned: set[str] = set()
         self._microbatch: tuple[int, int] | None = None  # (stage, microbatch) in its forward
@@ -132,6 +138,35 @@ class BatchNorms:
             self._microbatch = None
 
     @torch.no_grad()
+    def exchange(
+        self,
+        stage: int,
+        layers: Sequence[_BatchNorm],
+        gather: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    ) -> None:
+        """Let all who hold `stage`, with `layers`, know what each of them noted in it.
+
+        They call this together. Travels in float64, in which moments are combined.
+        """
+        parts = [torch.empty(0, dtype=torch.float64)]
+        for index, layer in enumerate(layers):
+            for (of_stage, call), notes in self._noted.get(layer, {}).items():
+                for m, note in notes.items() if of_stage == stage else ():
+                    size = note.mean.numel()
+                    head = torch.tensor([index, call, m, note.count, size], dtype=torch.float64)
+                    parts += [head, note.mean.double().cpu(), note.variance.double().cpu()]
+        for numbers in gather(torch.cat(parts)):
+            rest = numbers.cpu()
+            while rest.numel():
+                index, call, m, count, size = map(int, rest[:5].tolist())
+                layer, all_notes = layers[index], self._noted.setdefault(layers[index], {})
+                assert layer.running_mean is not None
+                mean, variance = rest[5 : 5 + 2 * size].to(layer.running_mean.device).chunk(2)
+                known = all_notes.setdefault((stage, call), {})
+                known.setdefault(m, Moments(count, mean, variance))
+                rest = rest[5 + 2 * size :]
+
+    @torch.no_grad()
     def _commit(self) -> None:
         for layer, calls in self._noted.items():
             for _, parts in sorted(calls.items()):
@@ -169,13 +204,14 @@ class BatchNorms:
         self._noted.setdefault(layer, {}).setdefault((stage, call), {})[m] = moments
 
 
-def check_batchnorms(chain: Chain, processes: Sequence[int]) -> None:
+def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None:
     """Raise ModelError or PlanError for BatchNorms that cannot work in a pipeline.
 
-    `processes` tells which process runs each cell.
+    `processes` tells which processes run each cell.
     """
-    owner: dict[torch.Tensor, tuple[int, str]] = {}
-    for cell, process in zip(chain, processes, strict=True):
+    owner: dict[torch.Tensor, tuple[set[int], str]] = {}
+    for cell, ranks in zip(chain, processes, strict=True):
+        process = set(ranks)
         for path, module in cell.module.named_modules(prefix=cell.name):
             if isinstance(module, nn.SyncBatchNorm):
                 raise ModelError(

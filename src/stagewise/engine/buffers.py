@@ -13,7 +13,7 @@ some kernels, and code that writes through `.data`, leave no mark in a tensor's 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,15 @@ class BufferKeeper:
         self._changes: dict[tuple[int, bool], bool] = {}  # (owner, in training mode)
         # In a call: the copy that stands in a module -> the module's own tensor.
         self._homes: dict[torch.Tensor, torch.Tensor] = {}
+        self._forbidden = ""  # why none may change, if so
+        self._names: Mapping[nn.Module, str] = {}
+
+    def forbid_changes(self, names: Mapping[nn.Module, str], why: str) -> None:
+        """Let a forward that changes a persistent buffer raise CellError; `why` explains it.
+
+        One with persistent=False is a constant, or kept to save time, and may be filled late.
+        """
+        self._names, self._forbidden = names, why
 
     @contextmanager
     def forward(self, *, remember: bool) -> Iterator[Saved]:
@@ -42,7 +51,7 @@ class BufferKeeper:
         saved: Saved = {}
         modes = [owner.training for owner in self._owners]
         changing = [i for i, mode in enumerate(modes) if self._changes.get((i, mode), True)]
-        if not changing and not remember:
+        if not changing and not remember and not self._forbidden:
             yield saved
             return
         before = {index: dict(self._owners[index]._buffers) for index in changing}
@@ -52,6 +61,8 @@ class BufferKeeper:
         placed = {index: dict(self._owners[index]._buffers) for index in changing}
         yield saved
         for index, (owner, mode) in enumerate(zip(self._owners, modes, strict=True)):
+            if self._forbidden:
+                self._check_constant(owner, marks[index], before.get(index))
             if index in changing:
                 changes = self._changes.setdefault(
                     (index, mode),
@@ -82,6 +93,19 @@ class BufferKeeper:
         finally:
             for index, buffers in now.items():
                 self._owners[index]._buffers.update(buffers)
+
+    def _check_constant(self, owner: nn.Module, marks: _Marks, before: _Buffers | None) -> None:
+        """Raise CellError where buffers differ from `before`, or without that from `marks`."""
+        now = owner._buffers
+        changed = {name for name, _, _ in set(_marks(now)).symmetric_difference(marks)}
+        if before is not None:
+            changed = {n for n, b in now.items() if not _equal({n: b}, {n: before.get(n)})}
+        changed -= owner._non_persistent_buffers_set
+        if changed:
+            raise CellError(
+                f"{self._names[owner]} ({type(owner).__name__}) changed its buffer "
+                f"{', '.join(sorted(changed))} in forward; {self._forbidden}"
+            )
 
     def snapshot(self) -> tuple[Saved, list[_Marks]]:
         """All buffers as they are, for `put_back`."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.failure import FailureBoard
+from stagewise.engine.group import DistributedGroup
 from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T, is_skip
 from stagewise.engine.values import (
@@ -231,6 +232,14 @@ class DistributedTransport:
             for work in works:
                 work.wait()
         return taken
+
+    def group(self, ranks: Sequence[int]) -> DistributedGroup | None:
+        assert self._group is not None
+        everyone = dist.get_process_group_ranks(self._group)
+        made = dist.new_group([everyone[rank] for rank in ranks])
+        if self.rank not in ranks:
+            return None
+        return DistributedGroup(made, self._device, self._peers)
 
     def _spread(self, tensor: torch.Tensor, source: int, present: Sequence[int]) -> None:
         """Fill `tensor` on the ranks `present` with that of `source`."""

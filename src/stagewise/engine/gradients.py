@@ -1,12 +1,16 @@
-"""Gradients of the whole model, spread over ranks."""
+"""Gradients: their form, adding them up as autograd does, and their norm over all ranks."""
 
 import functools
 import itertools
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
+from stagewise.engine.accumulation import LOW_PRECISION
 from stagewise.engine.transport import Transport
+
+Gradient = torch.Tensor | None
 
 
 def clip_by_global_norm(
@@ -40,3 +44,43 @@ def clip_by_global_norm(
     total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype))
     torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total)
     return total
+
+
+def dense_like(parameter: torch.Tensor, value: Gradient) -> Gradient:
+    """`value` dense, on the device of `parameter`, with the strides that autograd would choose."""
+    if value is None:
+        return None
+    if value.layout is not torch.strided:
+        value = value.to_dense()
+    value = value.to(parameter.device)
+    if value.stride() == parameter.stride() and value.is_contiguous():
+        return value
+    room = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+    return value if value.stride() == room.stride() else room.copy_(value)
+
+
+def wide(parameter: nn.Parameter) -> torch.Tensor:
+    """The form of its gradient's sum in float32."""
+    if parameter.dtype not in LOW_PRECISION:
+        return parameter
+    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+
+
+def plus(one: Gradient, other: Gradient) -> Gradient:
+    """Their sum, where None is nothing."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
+
+
+def accumulate(parameter: nn.Parameter, total: torch.Tensor) -> None:
+    """As autograd does it, hooks included: they see the step's sum, once."""
+    for hook in (parameter._backward_hooks or {}).values():
+        changed = hook(total)
+        total = total if changed is None else changed
+    if parameter.grad is None:
+        parameter.grad = total
+    else:
+        parameter.grad.add_(total)
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        hook(parameter)

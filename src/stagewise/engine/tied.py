@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 from stagewise.engine.accumulation import LOW_PRECISION, Sums
+from stagewise.engine.gradients import Gradient, accumulate, dense_like, plus, wide
 from stagewise.engine.transport import Transport
 from stagewise.errors import CellError
 from stagewise.model.tied import Tied
-
-Gradient = torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class StandIns:
         """What the microbatches left for `parameter` in `cell`, dense and on its device."""
         leaf = self._leaves[cell, parameter]
         gradient, leaf.grad = leaf.grad, None
-        return _like(parameter, self._sums.pop((cell, parameter), gradient))
+        return dense_like(parameter, self._sums.pop((cell, parameter), gradient))
 
     def _move(self, key: tuple[int, nn.Parameter], leaf: torch.Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
@@ -86,16 +85,18 @@ class StandIns:
 class TiedParameters:
     """The tied parameters that cells of this rank use.
 
-    `cells` are this rank's cells with their devices, `ranks` the rank of every cell of the chain,
-    `others` the parameters that no cell of this rank has.
+    `cells` are this rank's cells with their devices, `ranks` the ranks of every cell of the chain
+    (several where its stage is replicated), `others` the parameters that no cell of this rank
+    has. Those of `within` are used in one replicated stage only: `Replicas` sums them.
     """
 
     def __init__(
         self,
         ties: Sequence[Tied] = (),
         cells: Mapping[int, tuple[nn.Module, torch.device]] | None = None,
-        ranks: Sequence[int] = (),
+        ranks: Sequence[Sequence[int]] = (),
         others: Mapping[str, nn.Parameter] | None = None,
+        within: Collection[nn.Parameter] = (),
     ) -> None:
         cells = cells or {}
         self.ties = tuple(tied for tied in ties if not cells.keys().isdisjoint(tied.cells))
@@ -103,7 +104,8 @@ class TiedParameters:
         self._devices = {index: device for index, (_, device) in cells.items()}
         self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by using cells
         for tied in self.ties:
-            self._groups.setdefault(tied.cells, []).append(tied.parameter)
+            if tied.parameter not in within:
+                self._groups.setdefault(tied.cells, []).append(tied.parameter)
         self._others = {
             name: weakref.ref(parameter)
             for name, parameter in (others or {}).items()
@@ -121,10 +123,9 @@ class TiedParameters:
     def equalise(self, transport: Transport) -> None:
         """Give every copy the values of the first user's."""
         for cells, parameters in self._groups.items():
-            first = self._ranks[cells[0]]
-            values = self._spread(
-                cells, first, [_like(p, p.detach()) for p in parameters], parameters, transport
-            )
+            first = self._ranks[cells[0]][0]
+            own = [dense_like(p, p.detach()) for p in parameters]
+            values = self._spread(cells, first, own, parameters, transport)
             for parameter, value in zip(parameters, values, strict=True):
                 if first != transport.rank and value is not None:
                     parameter.copy_(value)
@@ -170,14 +171,14 @@ class TiedParameters:
                 )
         self._others = {}
         for cells, parameters in self._groups.items():
-            like = parameters if sums is None else [*map(_wide, parameters)]
+            like = parameters if sums is None else [*map(wide, parameters)]
             totals = self._sum(cells, parameters, like, stand_ins, transport)
             for parameter, total in zip(parameters, totals, strict=True):
                 parameter.grad = stand_ins.before[parameter]
                 if total is not None and sums is not None and total.dtype != parameter.dtype:
                     sums(parameter, total)
                 elif total is not None:
-                    _accumulate(parameter, total)
+                    accumulate(parameter, total)
 
     def _sum(
         self,
@@ -188,9 +189,7 @@ class TiedParameters:
         transport: Transport,
     ) -> list[Gradient]:
         """Each parameter's gradient, summed over `cells` from left to right, on every user."""
-        legs = [
-            (rank, list(own)) for rank, own in itertools.groupby(cells, self._ranks.__getitem__)
-        ]
+        legs = self._legs(cells)
         sums: list[Gradient] = [None] * len(parameters)
         for index, (rank, own) in enumerate(legs):
             if rank != transport.rank:
@@ -200,13 +199,25 @@ class TiedParameters:
             for number, parameter in enumerate(parameters):
                 for cell in own:
                     gradient = stand_ins.take_gradient(cell, parameter)
-                    sums[number] = _plus(sums[number], gradient)
+                    sums[number] = plus(sums[number], gradient)
                 # Reentrant checkpointing runs a cell again during backward, without stand-ins.
-                sums[number] = _plus(sums[number], _like(parameter, parameter.grad))
+                sums[number] = plus(sums[number], dense_like(parameter, parameter.grad))
                 parameter.grad = None
             if index + 1 < len(legs):
                 transport.give(legs[index + 1][0], sums)
         return self._spread(cells, legs[-1][0], sums, like, transport)
+
+    def _legs(self, cells: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+        """The way of the partial sums: in cell order, and from replica to replica of a stage."""
+        stops = [
+            (rank, cell)
+            for ranks, same in itertools.groupby(cells, self._ranks.__getitem__)
+            for own in [list(same)]
+            for rank in ranks
+            for cell in own
+        ]
+        by_rank = itertools.groupby(stops, lambda stop: stop[0])
+        return [(rank, [cell for _, cell in stops]) for rank, stops in by_rank]
 
     def _spread(
         self,
@@ -217,7 +228,7 @@ class TiedParameters:
         transport: Transport,
     ) -> list[Gradient]:
         """Rank `source`'s values on every rank that runs one of `cells`."""
-        users = sorted({self._ranks[cell] for cell in cells} - {source})
+        users = sorted({rank for cell in cells for rank in self._ranks[cell]} - {source})
         if transport.rank != source:
             return transport.take(source, like)
         for user in users:
@@ -230,42 +241,3 @@ def _places(root: nn.Module) -> Iterator[_Place]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 yield _Place(module, attribute, parameter)
-
-
-def _like(parameter: nn.Parameter, value: Gradient) -> Gradient:
-    """`value` dense, on the device of `parameter`, with the strides that autograd would choose."""
-    if value is None:
-        return None
-    if value.layout is not torch.strided:
-        value = value.to_dense()
-    value = value.to(parameter.device)
-    if value.stride() == parameter.stride() and value.is_contiguous():
-        return value
-    room = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-    return value if value.stride() == room.stride() else room.copy_(value)
-
-
-def _wide(parameter: nn.Parameter) -> torch.Tensor:
-    """The form of its gradient's sum in float32."""
-    if parameter.dtype not in LOW_PRECISION:
-        return parameter
-    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-
-
-def _plus(one: Gradient, other: Gradient) -> Gradient:
-    if one is None or other is None:
-        return one if other is None else other
-    return one + other
-
-
-def _accumulate(parameter: nn.Parameter, total: torch.Tensor) -> None:
-    """As autograd does it, hooks included: they see the step's sum, once."""
-    for hook in (parameter._backward_hooks or {}).values():
-        changed = hook(total)
-        total = total if changed is None else changed
-    if parameter.grad is None:
-        parameter.grad = total
-    else:
-        parameter.grad.add_(total)
-    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-        hook(parameter)

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from stagewise.engine.group import Group
 from stagewise.engine.values import move, take_apart
 from stagewise.schedule import Kind, Message
 
@@ -63,9 +64,15 @@ class Transport(Protocol):
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """What `rank` gives: tensors of the forms of `like`, or None."""
 
+    def group(self, ranks: Sequence[int]) -> Group | None:
+        """What `ranks` compute together by; None on another rank. Every rank calls this."""
+
 
 class LocalTransport:
-    """One process holds every stage: messages wait in a dictionary, then move to their device."""
+    """One process holds every stage: messages wait in a dictionary, then move to their device.
+
+    `devices[s]` is where stage s is: once, on one device, whoever its replicas are.
+    """
 
     rank = 0
     num_ranks = 1
@@ -78,7 +85,7 @@ class LocalTransport:
         self._mail.clear()
 
     def receive(self, message: Message) -> object:
-        return move(self._mail.pop(message), self._devices[message.destination])
+        return move(self._mail.pop(message), self._devices[message.destination_stage])
 
     def send(self, message: Message, value: object) -> None:
         self._mail[message] = value
@@ -110,4 +117,7 @@ class LocalTransport:
         raise AssertionError("there is no other rank")
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        raise AssertionError("there is no other rank")
+
+    def group(self, ranks: Sequence[int]) -> Group | None:
         raise AssertionError("there is no other rank")

@@ -21,7 +21,7 @@ from stagewise.pipeline.takers import NOT_GIVEN, Takers
 
 _NONE = NOT_GIVEN
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
-_FIRST_KEYWORD = 10  # of a row's columns
+_FIRST_KEYWORD = 11  # of a row's columns
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Admitted:
     signature: int  # equal for calls whose messages have equal shapes
     sizes: tuple[int, ...]  # samples per microbatch
     ready: bool = False  # the caller gave Microbatches
+    num_args: int = 1  # positional arguments of the model's first cell
 
 
 def admit(
@@ -47,13 +48,15 @@ def admit(
     needs_target: bool,
     num_microbatches: Callable[[int], int],
     flags: Sequence[bool],
+    shared_flags: Sequence[Sequence[bool] | None] = (),
     options: object = None,
 ) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
     `num_microbatches(samples)` tells into how many microbatches a batch is split; `outputs_on`
     are the ranks that want the outputs; `flags` is what else on this rank decides what its
-    messages hold (`Stage.flags`); `options` must be the same on all ranks.
+    messages hold (`Stage.flags`); `shared_flags` are those of every replicated stage, None where
+    this rank does not hold it; they and `options` must be the same on all ranks.
     """
     objection, signature, batch = None, _NONE, Extent()
     named = [_NONE] * len(takers.names)
@@ -79,7 +82,9 @@ def admit(
     row = (
         *(mode, step_index, total, ready, signature, objection is not None, own, wanted, num_args),
         fingerprint(options),
+        _mark(target) if needs_target and shared_flags and not objection else _NONE,
         *named,
+        *(_NONE if flags is None else fingerprint(tuple(flags)) for flags in shared_flags),
     )
     rows = transport.exchange([int(number) for number in row])
     if any(row[5] for row in rows):
@@ -94,11 +99,16 @@ def admit(
     _agree(rows, 4, "were given inputs of different shapes (fingerprints differ)", hex)
     _agree(rows, 9, "were given different totals or scales (fingerprints differ)", hex)
     _agree(rows, 7, "want the outputs on different ranks (fingerprints differ)", hex)
+    _agree(rows, 10, "need targets but were given other forms of them (fingerprints differ)", hex)
+    end = _FIRST_KEYWORD + len(takers.names)
+    for column in range(end, end + len(shared_flags)):
+        what = "hold one stage, but with other modes or requires_grad (fingerprints differ)"
+        _agree(rows, column, what, hex)
     for column, name in enumerate(takers.names, start=_FIRST_KEYWORD):
         _agree(rows, column, f"were given other forms of {name!r} (fingerprints differ)", hex)
     columns = list(zip(*rows, strict=True))
-    forms = columns[_FIRST_KEYWORD:]
-    takers.check_given(forms, max(columns[8]), training=mode is Mode.TRAIN)
+    forms = columns[_FIRST_KEYWORD:end]
+    takers.check_given(forms, max(columns[8]))
     total = _total(columns[2])
     is_ready = max(columns[3]) != _NONE
     if is_ready:  # some ranks may have none of the Microbatches
@@ -111,7 +121,8 @@ def admit(
     else:
         sizes = tuple(microbatch_sizes(total, num_microbatches(total)))
     shared = (max(columns[4]), [max(form) for form in forms], sizes if is_ready else None)
-    return Admitted(fingerprint((int(mode), shared, columns[6])), sizes, is_ready)
+    signature = fingerprint((int(mode), shared, columns[6]))
+    return Admitted(signature, sizes, is_ready, max(columns[8]))
 
 
 def _total(counts: Sequence[int]) -> int:
@@ -156,11 +167,8 @@ def _check_ranks(ranks: Sequence[int], num_ranks: int) -> None:
 
 
 def _mark(value: object) -> int:
-    """A keyword argument's fingerprint, odd where a tensor in it requires a gradient."""
-    if value is None:
-        return _NONE
-    requires_grad = any(tensor.requires_grad for tensor in take_apart(value)[0])
-    return fingerprint(_forms(value)) * 2 + requires_grad
+    """A part of the batch that this rank passes, as a number."""
+    return _NONE if value is None else fingerprint(_forms(value))
 
 
 def _tensors(value: object, what: str) -> list[torch.Tensor]:

@@ -16,9 +16,16 @@ Device = torch.device | str
 
 
 def connect(
-    transport: str, devices: Sequence[Device] | None, chain: Chain, num_devices: int
+    transport: str,
+    devices: Sequence[Device] | None,
+    chain: Chain,
+    num_devices: int,
+    homes: Sequence[int] = (0,),
 ) -> tuple[list[torch.device], Transport]:
-    """The plan's devices and this rank's transport; raises PlanError if they do not fit."""
+    """The plan's devices and this rank's transport; raises PlanError if they do not fit.
+
+    Under the local transport stage s is on device `homes[s]`.
+    """
     if transport not in ("auto", "local", "distributed"):
         raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
     if devices is not None and len(devices) != num_devices:
@@ -33,7 +40,7 @@ def connect(
         )
     if transport == "local" or not ready or dist.get_world_size() == 1:
         own = [torch.device(d) for d in devices or [_home(chain)] * num_devices]
-        return own, LocalTransport(own)
+        return own, LocalTransport([own[device] for device in homes])
     if dist.get_world_size() != num_devices:
         raise PlanError(
             f"the plan needs {num_devices} ranks, one per device, but {dist.get_world_size()} "

@@ -7,31 +7,45 @@ the number of stages.
 import functools
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from stagewise.engine.call import Call
-from stagewise.engine.losses import MAIN_LOSS
+from stagewise.engine.losses import MAIN_LOSS, AddedLoss
 from stagewise.engine.transport import Transport
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-Added = dict[tuple[int, str], torch.Tensor]  # by (cell, name)
+Losses = dict[int, dict[str, torch.Tensor]]  # by microbatch, then by name
+AddedLosses = dict[int, list[AddedLoss]]  # by microbatch
+Added = dict[tuple[int, str], torch.Tensor]  # sums by (cell, name)
 
 
 def agree_on_losses(
-    transport: Transport, call: Call, source: int, device: torch.device
+    transport: Transport, call: Call, sources: Sequence[int], device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The total, and its parts by name; rank `source` has the last stage."""
-    main, added = _main(call), _added(call)
-    if transport.rank == source and not main:  # every microbatch had the weight 0
-        main = {MAIN_LOSS: torch.zeros((), device=device)}
+    """The total, and its parts by name; ranks `sources` have the last stage, or replicas of it.
+
+    Where stages are replicated (`call.shared`), no rank has all microbatches' losses: then they
+    travel one by one and every rank takes the sums.
+    """
+    source = sources[0]
+    if call.shared and transport.num_ranks > 1:
+        losses, from_cells = _everyones(transport, call, device)
+        main, added = _main(losses, call), _added(from_cells, call)
+        if not main:
+            main = _nothing(device)
+        return _total(main, added, device)
+    main, added = _main(call.losses, call), _added(call.added, call)
+    if transport.rank == source and not main:
+        main = _nothing(device)
     usual = not added and set(main) <= {MAIN_LOSS}
     only = main.get(MAIN_LOSS)
     if transport.num_ranks > 1:
         row = [0, 0, int(usual)]
         if usual and only is not None:
-            row[:2] = _bits(only), _DTYPES.index(only.dtype)
+            row[:2] = _packed(only)
         rows = transport.exchange(row)
         usual = all(other[2] for other in rows)
         only = _number(rows[source], device)
@@ -39,19 +53,62 @@ def agree_on_losses(
         return only, {MAIN_LOSS: only}
     rank_parts = transport.gather(({n: t.cpu() for n, t in main.items()}, _on_cpu(added)))
     every = {key: value for _, others in rank_parts for key, value in others.items()}
-    losses = {name: value.to(device) for name, value in rank_parts[source][0].items()}
+    return _total(rank_parts[source][0], every, device)
+
+
+def _total(
+    main: Mapping[str, torch.Tensor], added: Added, device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    losses = {name: value.to(device) for name, value in main.items()}
     total = functools.reduce(operator.add, losses.values())
-    for (_, name), value in sorted(every.items(), key=lambda item: item[0][0]):
+    for (_, name), value in sorted(added.items(), key=lambda item: item[0][0]):
         part = value.to(device)
         losses[name] = losses[name] + part if name in losses else part
         total = total + part
     return total, losses
 
 
-def _main(call: Call) -> dict[str, torch.Tensor]:
+def _everyones(
+    transport: Transport, call: Call, device: torch.device
+) -> tuple[Losses, AddedLosses]:
+    """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
+    usual = not call.added and all(set(named) <= {MAIN_LOSS} for named in call.losses.values())
+    row = [int(usual)]
+    for m in range(len(call.sizes)):
+        loss = call.losses.get(m, {}).get(MAIN_LOSS) if usual else None
+        row += [0, -1] if loss is None else _packed(loss)
+    rows = transport.exchange(row)
+    losses: Losses = {}
+    if all(row[0] for row in rows):
+        for m in range(len(call.sizes)):
+            pairs = [row[1 + 2 * m : 3 + 2 * m] for row in rows]
+            for pair in pairs:
+                if pair[1] >= 0:
+                    losses[m] = {MAIN_LOSS: _number(pair, device)}
+        return losses, {}
+    own = (
+        {m: {n: t.to("cpu") for n, t in named.items()} for m, named in call.losses.items()},
+        {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in call.added.items()},
+    )
+    added: AddedLosses = {}
+    for named_by_m, added_by_m in transport.gather(own):
+        for m, named in named_by_m.items():
+            losses[m] = {name: loss.to(device) for name, loss in named.items()}
+        for m, parts in added_by_m.items():
+            moved = [replace(x, value=x.value.to(device)) for x in parts]
+            added[m] = sorted([*added.get(m, ()), *moved], key=lambda x: x.cell)
+    return losses, added
+
+
+def _nothing(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where every microbatch had the weight 0."""
+    return {MAIN_LOSS: torch.zeros((), device=device)}
+
+
+def _main(losses: Losses, call: Call) -> dict[str, torch.Tensor]:
     sums: dict[str, torch.Tensor] = {}
-    for m in sorted(call.losses):
-        for name, loss in call.losses[m].items():
+    for m in sorted(losses):
+        for name, loss in losses[m].items():
             share = call.share(name, m)
             # Nothing counts for nothing, even if it is NaN, as a mean over no tokens is.
             part = loss.reshape(()) * share if share else torch.zeros_like(loss.reshape(()))
@@ -59,10 +116,10 @@ def _main(call: Call) -> dict[str, torch.Tensor]:
     return sums
 
 
-def _added(call: Call) -> Added:
+def _added(added: AddedLosses, call: Call) -> Added:
     sums: Added = {}
-    for m in sorted(call.added):
-        for loss in call.added[m]:
+    for m in sorted(added):
+        for loss in added[m]:
             part, key = loss.value.reshape(()) * call.weight(m), (loss.cell, loss.name)
             sums[key] = sums[key] + part if key in sums else part
     return sums
@@ -72,8 +129,9 @@ def _on_cpu(added: Added) -> Added:
     return {key: value.cpu() for key, value in added.items()}
 
 
-def _bits(number: torch.Tensor) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", float(number)))[0])
+def _packed(number: torch.Tensor) -> list[int]:
+    (bits,) = struct.unpack("<q", struct.pack("<d", float(number)))
+    return [int(bits), _DTYPES.index(number.dtype)]
 
 
 def _number(row: Sequence[int], device: torch.device) -> torch.Tensor:

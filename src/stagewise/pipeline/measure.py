@@ -114,7 +114,7 @@ def profile(
         )
         for cell in chain
     }
-    takers = Takers(chain, [1] * num_cells, [0] * num_cells)
+    takers = Takers(chain, [1] * num_cells, [(0,)] * num_cells)
     runners = [
         Runner(stages, transport, schedule, seed=0, takers=takers, flows=routes.flows)
         for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))

@@ -22,14 +22,21 @@ def ranks_of(ranks: Ranks, num_ranks: int) -> list[int]:
     return sorted(set(ranks))
 
 
-def outputs_of(call: Call, transport: Transport, source: int, ranks: Sequence[int]) -> object:
-    """The microbatches' outputs from rank `source`, put together, on `ranks`; else None.
+def outputs_of(
+    call: Call, transport: Transport, sources: Sequence[int], ranks: Sequence[int]
+) -> object:
+    """The microbatches' outputs from ranks `sources`, put together, on `ranks`; else None.
 
     Raises BatchError on every rank if they cannot be put together.
     """
     outputs, problem = None, None
-    if call.outputs:
-        parts = [detached(call.outputs[m]) for m in sorted(call.outputs)]
+    source, every = sources[0], dict(call.outputs)
+    for other in sources[1:]:  # replicas: the first puts together what all of them have
+        theirs = transport.broadcast(call.outputs, other, [source])
+        if transport.rank == source:
+            every.update(theirs)
+    if every and transport.rank == source:
+        parts = [detached(every[m]) for m in sorted(every)]
         try:
             outputs = Microbatches(parts) if call.ready else join(parts, call.sizes)
         except BatchError as error:

@@ -25,7 +25,13 @@ from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
 from stagewise.pipeline.runner import UNSCALED, Runner
-from stagewise.pipeline.sharing import check_buffers, check_storages, ranks_of_cells, tie
+from stagewise.pipeline.sharing import (
+    check_buffers,
+    check_storages,
+    forbid_changing_buffers,
+    ranks_of_cells,
+    tie,
+)
 from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight
 from stagewise.planning.partition import check_balance
@@ -102,18 +108,22 @@ class Pipeline:
         self._returns_loss = loss is None
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
-        self._devices, self._transport = connect(transport, devices, chain, schedule.num_devices)
+        homes = [devices[0] for devices in schedule.placement]
+        self._devices, self._transport = connect(
+            transport, devices, chain, schedule.num_devices, homes
+        )
         check_batchnorms(chain, ranks_of_cells(plan, self._transport))
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
         check_storages(chain, plan, self._transport)
         routes = SkipRoutes(chain, plan.balance)
         stages = self._build_stages(chain, routes, loss)
-        tied = tie(chain, plan, stages, self._transport)
+        forbid_changing_buffers(stages, plan)
+        tied, replicas = tie(chain, plan, stages, self._transport)
         self._ties = tied.ties
         self._first_names = {name: one.names[0] for one in tied.ties for name in one.names}
         alone = self.num_ranks == 1
-        ranks = [0 if alone else devices[0] for devices in schedule.placement]
+        ranks = [(0,) if alone else devices for devices in schedule.placement]
         self._runner = Runner(
             stages,
             self._transport,
@@ -122,6 +132,7 @@ class Pipeline:
             takers=Takers(chain, plan.balance, ranks),
             weight=weight,
             tied=tied,
+            replicas=replicas,
             flows=routes.flows,
             accumulate_in_float32=accumulate_in_float32,
         )
@@ -363,10 +374,6 @@ class Pipeline:
         """The last call's losses by name, those that cells added included; "loss" has no name."""
         return dict(self._losses)
 
-    @property
-    def _last_rank(self) -> int:
-        return self._runner.last_rank
-
     def _build_stages(
         self, chain: Chain, routes: SkipRoutes, loss: Loss | None
     ) -> dict[int, Stage]:
@@ -376,13 +383,13 @@ class Pipeline:
         for index, num_cells in enumerate(self.plan.balance):
             cells = chain[start : start + num_cells]
             start += num_cells
-            device = schedule.placement[index][0]
-            if self.num_ranks > 1 and device != self.rank:
+            devices = schedule.placement[index]
+            if self.num_ranks > 1 and self.rank not in devices:
                 continue
+            own_device = self._devices[self.rank if self.num_ranks > 1 else devices[0]]
             for cell in cells:
-                cell.module.to(self._devices[device])
+                cell.module.to(own_device)
             is_last = index == schedule.num_stages - 1
-            own_device = self._devices[device]
             stages[index] = routes.stage(index, cells, own_device, is_last=is_last, loss=loss)
         return stages
 
@@ -407,10 +414,11 @@ class Pipeline:
         return ranks_of(ranks, self.num_ranks) if asked else []
 
     def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
-        return outputs_of(call, self._transport, self._last_rank, ranks)
+        return outputs_of(call, self._transport, self._runner.last_ranks, ranks)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
-        total, self._losses = agree_on_losses(self._transport, call, self._last_rank, self.device)
+        sources = self._runner.last_ranks
+        total, self._losses = agree_on_losses(self._transport, call, sources, self.device)
         return total
 
     @contextmanager

@@ -41,6 +41,7 @@ def plan(
     loss: Loss | None = None,
     num_stages: int | None = None,
     num_devices: int | None = None,
+    replicas: Sequence[int] = (),
     num_microbatches: int,
     schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
@@ -59,6 +60,7 @@ def plan(
         loss: as for Pipeline; counts to the last cell.
         num_stages, num_devices: into how many stages the model is cut, or on how many devices it
             will run; one follows from the other by the schedule.
+        replicas: devices of each stage, which share its microbatches; in place of the two.
         num_microbatches, recompute: how the model will be run; policies are in
             `stagewise.schedule.POLICIES`.
         schedule: a name in `stagewise.schedule.SCHEDULES`; or a Schedule, or a function
@@ -75,7 +77,11 @@ def plan(
     """
     chain = chain_of(model)
     choice = choose_schedule(
-        schedule, num_microbatches, num_stages=num_stages, num_devices=num_devices
+        schedule,
+        num_microbatches,
+        num_stages=num_stages,
+        num_devices=num_devices,
+        replicas=replicas,
     )
     check_counts(len(chain), choice.num_stages)
     if balance is not None:
@@ -91,6 +97,7 @@ def plan(
             balance=tuple(balance),
             schedule=choice.name,
             stages_per_device=choice.stages_per_device,
+            replicas=choice.replicas,
             programs=choice.programs,
             num_microbatches=num_microbatches,
             recompute=recompute,
@@ -122,6 +129,7 @@ def plan(
             cells,
             num_stages=choice.num_stages,
             num_devices=choice.num_devices,
+            replicas=choice.replicas,
             num_microbatches=num_microbatches,
             schedule=choice.name if isinstance(schedule, str) else choice.built,
             recompute=recompute,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -15,12 +15,14 @@ from stagewise.engine.keywords import batch_gradients, take_targets
 from stagewise.engine.markers import Arguments
 from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness, generators_kept
+from stagewise.engine.replicas import Replicas, StepSums
 from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move
 from stagewise.errors import PeerError, StagewiseError
-from stagewise.pipeline.admission import admit, fingerprint, positional
+from stagewise.pipeline.admission import admit, fingerprint
+from stagewise.pipeline.shared_batch import share_gradients
 from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight, agree_on_shares, check_scaling
 from stagewise.planning.simulate import simulate, unit_costs
@@ -44,6 +46,7 @@ class Runner:
         takers: Takers,
         weight: Weight | None = None,
         tied: TiedParameters | None = None,
+        replicas: Replicas | None = None,
         flows: tuple[tuple[int, int], ...] = (),
         accumulate_in_float32: bool = False,
     ) -> None:
@@ -52,7 +55,10 @@ class Runner:
         self.takers = takers
         self.weight = weight
         self.tied = tied if tied is not None else TiedParameters()
-        self.last_rank = schedule.placement[-1][0] if transport.num_ranks > 1 else 0
+        self._replicas = replicas if replicas is not None else Replicas({}, (), transport)
+        alone = transport.num_ranks == 1
+        self.last_ranks = (0,) if alone else schedule.placement[-1]
+        self._replicated = [s for s, devices in enumerate(schedule.placement) if len(devices) > 1]
         cells = [cell for stage in stages.values() for cell in stage.cells]
         self._batchnorms = BatchNorms(cells)
         parameters = (p for cell in cells for p in cell.module.parameters())
@@ -99,6 +105,9 @@ class Runner:
             and mode is not Mode.PREDICT,
             num_microbatches=self._count if training else lambda n: min(n, self._count(n)),
             flags=[flag for stage in self.stages.values() for flag in stage.flags()],
+            shared_flags=[
+                self.stages[s].flags() if s in self.stages else None for s in self._replicated
+            ],
             options=scaling,
         )
         check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
@@ -110,7 +119,8 @@ class Runner:
             sizes=admitted.sizes,
             scaling=scaling,
             ready=admitted.ready,
-            num_args=positional(inputs),
+            num_args=admitted.num_args,
+            shared=bool(self._replicated),
             keeps_outputs=bool(outputs_on),
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
             batchnorms=self._batchnorms,
@@ -128,7 +138,7 @@ class Runner:
             ]
         if self.weight is not None and mode is not Mode.PREDICT:
             call.shares = agree_on_shares(
-                self.transport, self.weight, call.targets, scaling.total_weight, self.last_rank
+                self.transport, self.weight, call.targets, scaling.total_weight, self.last_ranks[0]
             )
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
@@ -141,18 +151,19 @@ class Runner:
             self.transport.begin(fingerprint((admitted.signature, missing)), order)
             start = time.perf_counter()
             try:
-                if training:
-                    self._batchnorms.warn(admitted.sizes)
-                self.spans = execute(
-                    own,
-                    self.stages,
-                    self.transport,
-                    call,
-                    clock=lambda: time.perf_counter() - start,
-                    observe=observe,
-                )
-                if training:
-                    self.tied.settle(call.stand_ins, self.transport, sums)
+                with self._summing(call, own) as shared:
+                    if training:
+                        self._batchnorms.warn(admitted.sizes)
+                    self.spans = execute(
+                        own,
+                        self.stages,
+                        self.transport,
+                        call,
+                        clock=lambda: time.perf_counter() - start,
+                        observe=shared.begin(observe),
+                    )
+                    if training:
+                        self._settle(call, shared, sums)
                 self.transport.finish()
             except PeerError:
                 raise
@@ -164,6 +175,26 @@ class Runner:
                     stage.clear()
         self._broken = False
         return call
+
+    def _summing(
+        self, call: Call, program: Sequence[tuple[int, Step]]
+    ) -> AbstractContextManager[StepSums]:
+        """A call's sums over the replicas; none unless it trains."""
+        if call.mode is not Mode.TRAIN:
+            return nullcontext(StepSums({}, ()))
+        instructions = [step.instruction for _, step in program]
+        return self._replicas.summing(
+            call.stand_ins, instructions, in_float32=self._sums is not None
+        )
+
+    def _settle(self, call: Call, shared: StepSums, sums: Sums | None) -> None:
+        """End a training step: what several ranks computed parts of becomes whole on all."""
+        self.tied.settle(call.stand_ins, self.transport, sums)
+        shared.settle(sums)
+        self._replicas.gather_moments(self._batchnorms)
+        if self.stages and self.transport.num_ranks > 1:
+            device = next(iter(self.stages.values())).device
+            share_gradients(call, self.schedule, self.takers, self.transport, device)
 
     @contextmanager
     def _kept(self, training: bool) -> Iterator[Sums | None]:

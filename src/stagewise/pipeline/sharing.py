@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stagewise.engine.replicas import Replicas
 from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Transport
 from stagewise.errors import PlanError
 from stagewise.model.chain import Chain, module_tree
-from stagewise.model.tied import find_tied
+from stagewise.model.tied import Tied, find_tied
 from stagewise.planning.plan import Plan
 
 
@@ -49,13 +50,12 @@ def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
     """Raise PlanError if parameters on different ranks share memory: their copies would drift."""
     if transport.num_ranks == 1:
         return
-    placed = _placed(plan)
-    owner: dict[int, tuple[torch.nn.Parameter, int, str]] = {}
-    for cell, stage in zip(chain, _stages(plan), strict=True):
+    owner: dict[int, tuple[torch.nn.Parameter, set[int], str]] = {}
+    for cell, ranks in zip(chain, ranks_of_cells(plan, transport), strict=True):
         for name, parameter in cell.module.named_parameters(prefix=cell.name):
             memory = parameter.untyped_storage().data_ptr()
-            first, rank, path = owner.setdefault(memory, (parameter, placed[stage], name))
-            if memory and first is not parameter and rank != placed[stage]:
+            first, others, path = owner.setdefault(memory, (parameter, set(ranks), name))
+            if memory and first is not parameter and others != set(ranks):
                 raise PlanError(
                     f"{path} and {name}, on different ranks, are two parameters in one memory, "
                     "whose copies would drift apart; make them one parameter (b.weight = "
@@ -65,25 +65,64 @@ def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
 
 def tie(
     chain: Chain, plan: Plan, stages: Mapping[int, Stage], transport: Transport
-) -> TiedParameters:
-    """This rank's tied parameters, equal to all other copies from now on; every rank calls this."""
+) -> tuple[TiedParameters, Replicas]:
+    """This rank's tied parameters and replicated stages, equal to all other copies from now on.
+
+    Every rank calls this.
+    """
+    placement = plan.built_schedule.placement if transport.num_ranks > 1 else ()
     cells = [cell for stage in stages.values() for cell in stage.cells]
     own = set(module_tree(cells).parameters())
     others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
+    ties, stage_of = find_tied(chain), _stages(plan)
+
+    def is_within(tied: Tied) -> bool:
+        used_in = {stage_of[cell] for cell in tied.cells}
+        return bool(placement) and len(used_in) == 1 and len(placement[used_in.pop()]) > 1
+
+    within = {tied.parameter: tied.cells for tied in ties if is_within(tied)}
+    replicas = Replicas(
+        stages,
+        placement,
+        transport,
+        apart={tied.parameter for tied in ties} - within.keys(),
+        within=within,
+    )
     tied = TiedParameters(
-        find_tied(chain),
+        ties,
         {c.index: (c.module, stage.device) for stage in stages.values() for c in stage.cells},
         ranks_of_cells(plan, transport),
         others,
+        within,
     )
+    replicas.equalise()
     tied.equalise(transport)
-    return tied
+    return tied, replicas
 
 
-def ranks_of_cells(plan: Plan, transport: Transport) -> list[int]:
-    """The rank that runs each cell of the chain."""
-    placed = _placed(plan)
-    return [placed[stage] if transport.num_ranks > 1 else 0 for stage in _stages(plan)]
+def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:
+    """Let replicated stages refuse cells whose buffers change in forward."""
+    for index, stage in stages.items():
+        devices = plan.built_schedule.placement[index]
+        if len(devices) == 1:
+            continue
+        names = {
+            module: path
+            for cell in stage.cells
+            for path, module in cell.module.named_modules(prefix=cell.name)
+        }
+        stage.buffers.forbid_changes(
+            names,
+            f"stage {index} has {len(devices)} replicas, none of which sees all microbatches, so "
+            "their copies would differ; give that stage one device, put the cell on a stage that "
+            "has one, or register what is a constant with persistent=False",
+        )
+
+
+def ranks_of_cells(plan: Plan, transport: Transport) -> list[tuple[int, ...]]:
+    """The ranks that run each cell of the chain: several where its stage is replicated."""
+    placement = plan.built_schedule.placement
+    return [placement[stage] if transport.num_ranks > 1 else (0,) for stage in _stages(plan)]
 
 
 def _placed(plan: Plan) -> list[int]:

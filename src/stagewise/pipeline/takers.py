@@ -11,23 +11,28 @@ NOT_GIVEN = -1
 class Takers:
     """For every name that some cell's `forward` has: the stages and ranks that take it.
 
-    `stage_ranks[s]` is the rank that runs stage s.
+    `stage_ranks[s]` are the ranks that run stage s.
     """
 
-    def __init__(self, chain: Chain, balance: Sequence[int], stage_ranks: Sequence[int]) -> None:
+    def __init__(
+        self, chain: Chain, balance: Sequence[int], stage_ranks: Sequence[Sequence[int]]
+    ) -> None:
         self._chain, self._stage_ranks = chain, stage_ranks
         self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
         self.names = sorted({name for cell in chain for name in cell.keywords(cell.index and 1)})
 
     def ranks(self, name: str, num_args: int) -> list[int]:
         """The ranks that need `name` where the first cell gets `num_args` positional arguments."""
-        return sorted(
-            {
-                self._stage_ranks[self._stages[cell.index]]
-                for cell in self._chain
-                if name in cell.keywords(num_args if cell.index == 0 else 1)
-            }
-        )
+        stages = {stage for _, stage in self.cells(name, num_args)}
+        return sorted({rank for stage in stages for rank in self._stage_ranks[stage]})
+
+    def cells(self, name: str, num_args: int) -> list[tuple[int, int]]:
+        """The (cell, stage) pairs that need it, in order of the chain."""
+        return [
+            (cell.index, self._stages[cell.index])
+            for cell in self._chain
+            if name in cell.keywords(num_args if cell.index == 0 else 1)
+        ]
 
     def starts_by_name(self, keywords: Mapping[str, object]) -> bool:
         """Whether `keywords` hold the first cell's first argument, which then needs no inputs."""
@@ -40,16 +45,10 @@ class Takers:
             if name not in self.names:
                 raise self._unknown(name)
 
-    def check_given(
-        self, columns: Sequence[Sequence[int]], num_args: int, *, training: bool
-    ) -> None:
-        """Raise BatchError if some rank lacks what it takes, or a gradient would be incomplete.
-
-        `columns[i][rank]` is NOT_GIVEN, or odd where `names[i]` requires a gradient.
-        """
+    def check_given(self, columns: Sequence[Sequence[int]], num_args: int) -> None:
+        """Raise BatchError if some rank lacks what it takes: `columns[i][rank]` is NOT_GIVEN."""
         for name, column in zip(self.names, columns, strict=True):
-            given = [mark for mark in column if mark != NOT_GIVEN]
-            if not given:
+            if all(mark == NOT_GIVEN for mark in column):
                 continue
             needing = self.ranks(name, num_args)
             if not needing:
@@ -59,13 +58,6 @@ class Takers:
                 raise BatchError(
                     f"ranks {without} need the keyword argument {name!r} but got none, though "
                     f"other ranks got it; pass it on ranks {needing}, whose cells take it"
-                )
-            if training and given[0] % 2 and len(needing) > 1:
-                raise BatchError(
-                    f"the keyword argument {name!r} requires a gradient, but cells on ranks "
-                    f"{needing} take it and each would see a part of its gradient only; detach "
-                    "it, pass it along in the inputs, or put these cells on one rank with "
-                    "`balance`"
                 )
 
     def _unknown(self, name: str, besides: str = "") -> BatchError:

@@ -4,11 +4,18 @@ A name fixes how many stages each device has, or takes any; so stages, devices, 
 large it is.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from stagewise.errors import PlanError
-from stagewise.schedule import Schedule, named_schedule, schedule_row, stages_per_device, validate
+from stagewise.schedule import (
+    Schedule,
+    consecutive,
+    named_schedule,
+    schedule_row,
+    stages_per_device,
+    validate,
+)
 
 ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and microbatches
 
@@ -19,6 +26,7 @@ class ScheduleChoice:
 
     built: Schedule
     stages_per_device: int | None = None
+    replicas: tuple[int, ...] = ()  # devices per stage, where they say more than the rest
     programs: tuple[str, ...] = ()
 
     @property
@@ -45,15 +53,22 @@ def choose_schedule(
     *,
     num_stages: int | None = None,
     num_devices: int | None = None,
+    replicas: Sequence[int] = (),
 ) -> ScheduleChoice:
     """The schedule that is meant; of `num_stages` and `num_devices` one may be None.
 
-    Both may be for a Schedule, which has its own. Raises PlanError where the numbers disagree,
-    ScheduleError where there is no such schedule or it is invalid.
+    Both may be for a Schedule, which has its own, and for `replicas`, which are the devices of
+    each stage. Raises PlanError where the numbers disagree, ScheduleError where there is no such
+    schedule or it is invalid.
     """
+    if replicas:
+        num_stages, num_devices = _replicated_counts(replicas, num_stages, num_devices)
     for what, number in (("num_stages", num_stages), ("num_devices", num_devices)):
         if number is not None and number < 1:
             raise PlanError(f"{what} is {number}; it must be at least 1")
+    if isinstance(schedule, str) and replicas:
+        built = named_schedule(schedule, num_stages or 0, num_microbatches, replicas=replicas)
+        return ScheduleChoice(built=built, replicas=tuple(replicas))
     if isinstance(schedule, str):
         devices, each = _counts(schedule, num_stages, num_devices)
         own = None if each == schedule_row(schedule).stages_per_device else each
@@ -67,6 +82,8 @@ def choose_schedule(
                 "num_devices"
             )
         schedule = schedule(devices, num_microbatches)
+    if replicas and len(replicas) == schedule.num_stages:
+        schedule = replace(schedule, placement=consecutive(replicas))
     validate(schedule)
     for what, got, wanted in (
         ("stages", schedule.num_stages, num_stages),
@@ -78,7 +95,29 @@ def choose_schedule(
                 f"schedule {schedule.name!r} has {got} {what}, but {wanted} were asked for; ask "
                 f"for {got}, or change the schedule"
             )
-    return ScheduleChoice(built=schedule, programs=tuple(str(schedule).splitlines()))
+    shared_by = tuple(map(len, schedule.placement))
+    says_all = max(shared_by) > 1 and schedule.placement == consecutive(shared_by)
+    return ScheduleChoice(
+        built=schedule,
+        programs=tuple(str(schedule).splitlines()),
+        replicas=shared_by if says_all else (),
+    )
+
+
+def _replicated_counts(
+    replicas: Sequence[int], num_stages: int | None, num_devices: int | None
+) -> tuple[int, int]:
+    """Stages and devices."""
+    for what, got, wanted in (
+        ("stages", len(replicas), num_stages),
+        ("devices", sum(replicas), num_devices),
+    ):
+        if wanted is not None and got != wanted:
+            raise PlanError(
+                f"replicas {list(replicas)} are {got} {what}, but {wanted} were asked for; give "
+                "one number of devices for each stage, and leave the rest out"
+            )
+    return len(replicas), sum(replicas)
 
 
 def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple[int, int]:

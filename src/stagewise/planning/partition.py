@@ -15,6 +15,7 @@ from itertools import accumulate
 import numpy as np
 
 from stagewise.errors import PlanError
+from stagewise.schedule import check_replicas
 
 
 def partition(
@@ -22,11 +23,13 @@ def partition(
     num_stages: int,
     *,
     transfer_seconds: Sequence[float] | None = None,
+    replicas: Sequence[int] = (),
 ) -> tuple[int, ...]:
     """Return how many cells each stage gets, such that the busiest stage's load is least.
 
     `cell_seconds[i]` is cell i's time; `transfer_seconds[i]`, one fewer, the time that the
-    boundary behind cell i costs each of its two stages if it is cut there.
+    boundary behind cell i costs each of its two stages if it is cut there. A stage's load is
+    shared by its `replicas`, if they are given.
 
     >>> partition([1, 1, 1, 1, 1, 1, 1], 4)
     (1, 2, 2, 2)
@@ -46,10 +49,14 @@ def partition(
         raise PlanError("costs must be finite numbers; measure again or give a balance")
     if (seconds < 0).any() or (transfers < 0).any():
         raise PlanError("costs must not be negative; measure again or give a balance")
-    least = max(seconds.sum() / num_stages, seconds.max())  # no partition can be better
+    if replicas:
+        check_replicas(replicas, num_stages)
+    shared_by = np.array(replicas or [1] * num_stages)
+    # No partition can be better.
+    least = max(seconds.sum() / shared_by.sum(), seconds.max() / shared_by.max())
     bound, width = least, 8 * -(-num_cells // num_stages)
     while True:
-        load, balance, whole = _within(seconds, transfers, num_stages, bound, width)
+        load, balance, whole = _within(seconds, transfers, shared_by, bound, width)
         if load <= least or (load <= bound and whole):
             return balance
         if whole:
@@ -63,13 +70,15 @@ def bottleneck_seconds(
     balance: Sequence[int],
     *,
     transfer_seconds: Sequence[float] | None = None,
+    replicas: Sequence[int] = (),
 ) -> float:
-    """The busiest stage's load under `balance`: the objective that `partition` minimises."""
+    """The busiest device's load under `balance`: the objective that `partition` minimises."""
     ends = accumulate(balance)
     transfers = [0.0, *(transfer_seconds or [0.0] * (len(cell_seconds) - 1)), 0.0]
     return max(
-        float(sum(cell_seconds[end - size : end])) + transfers[end - size] + transfers[end]
-        for size, end in zip(balance, ends, strict=True)
+        (float(sum(cell_seconds[end - size : end])) + transfers[end - size] + transfers[end])
+        / number
+        for size, end, number in zip(balance, ends, replicas or [1] * len(balance), strict=True)
     )
 
 
@@ -101,13 +110,15 @@ def check_counts(num_cells: int, num_stages: int) -> None:
 
 
 def _within(
-    seconds: np.ndarray, transfers: np.ndarray, num_stages: int, bound: float, width: int
+    seconds: np.ndarray, transfers: np.ndarray, shared_by: np.ndarray, bound: float, width: int
 ) -> tuple[float, tuple[int, ...], bool]:
-    """Best load and balance over stages of at most `width` cells that alone take at most `bound`.
+    """Best load and balance over stages of at most `width` cells that alone take at most `bound`
+    on each device of the stage that has most.
 
     The third value tells whether `width` left no stage within `bound` out.
     """
-    num_cells = len(seconds)
+    num_cells, num_stages = len(seconds), len(shared_by)
+    bound = bound * shared_by.max()
     prefix = np.concatenate([[0.0], np.cumsum(seconds)])
     slack = 1e-9 * (prefix[-1] + bound)  # rounding in prefix sums must not shut a window
     sizes = np.arange(num_cells + 1) - np.searchsorted(prefix, prefix - bound - slack)
@@ -126,7 +137,7 @@ def _within(
     for stage in range(num_stages):
         padded = np.concatenate([np.full(width, np.inf), best[:-1]])
         reached = np.lib.stride_tricks.sliding_window_view(padded, width)[: num_cells + 1]
-        candidates = np.maximum(reached, loads)
+        candidates = np.maximum(reached, loads / shared_by[stage])
         choices[stage] = candidates.argmin(axis=1)
         best = np.take_along_axis(candidates, choices[stage][:, None], axis=1)[:, 0]
     if not np.isfinite(best[num_cells]):

@@ -16,6 +16,8 @@ from stagewise.planning.partition import check_balance, partition
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,
+    check_replicas,
+    consecutive,
     named_schedule,
     parse_programs,
     schedule_of,
@@ -32,7 +34,8 @@ class Plan:
     """Partition, schedule, microbatches and recomputation for one model.
 
     `balance[s]` is the number of cells on stage s. `schedule` names one of SCHEDULES, with
-    `stages_per_device` stages on each device (None: as the schedule wants); or, if `programs` are
+    `stages_per_device` stages on each device (None: as the schedule wants), or `replicas[s]`
+    devices for stage s, numbered stage by stage (empty: one each); or, if `programs` are
     given, it is just their name: one text per device, as `str(Schedule)` has its lines. `cells`
     holds the costs of one microbatch that the plan was made from; it is empty where `balance` was
     given and nothing measured.
@@ -43,6 +46,7 @@ class Plan:
     num_microbatches: int
     recompute: str = "never"
     stages_per_device: int | None = None
+    replicas: tuple[int, ...] = ()
     programs: tuple[str, ...] = ()
     cells: tuple[CellCost, ...] = ()
     input_bytes: int = 0
@@ -81,8 +85,11 @@ class Plan:
         return simulate(self.built_schedule, self.stage_costs, self.link)
 
     def _plain_schedule(self) -> Schedule:
+        if self.replicas:
+            check_replicas(self.replicas, self.num_stages)
         if self.programs:
-            made = schedule_of(self.schedule, _programs(self.programs))
+            programs, placement = _programs(self.programs), consecutive(self.replicas)
+            made = schedule_of(self.schedule, programs, placement)
             for what, got, need in (
                 ("stages", made.num_stages, self.num_stages),
                 ("microbatches", made.num_microbatches, self.num_microbatches),
@@ -99,7 +106,9 @@ class Plan:
                 f"{self.schedule} has {each} stages on each device, but the plan has "
                 f"{self.num_stages} stages; make that a multiple of {each}"
             )
-        return named_schedule(self.schedule, self.num_stages // each, self.num_microbatches, each)
+        return named_schedule(
+            self.schedule, self.num_stages // each, self.num_microbatches, each, self.replicas
+        )
 
     @property
     def peak_activation_bytes(self) -> tuple[int, ...]:
@@ -121,6 +130,7 @@ class Plan:
         return Plan(
             balance=tuple(balance),
             schedule=choice.name,
+            replicas=choice.replicas,
             programs=choice.programs,
             num_microbatches=schedule.num_microbatches,
             recompute=recompute,
@@ -144,6 +154,7 @@ class Plan:
                 num_microbatches=fields["num_microbatches"],
                 recompute=fields["recompute"],
                 stages_per_device=fields.get("stages_per_device"),
+                replicas=tuple(fields.get("replicas", ())),
                 programs=tuple(fields.get("programs", ())),
                 cells=tuple(CellCost(**cell) for cell in fields["cells"]),
                 input_bytes=fields["input_bytes"],
@@ -166,18 +177,23 @@ def plan_from_costs(
     num_microbatches: int,
     num_stages: int | None = None,
     num_devices: int | None = None,
+    replicas: Sequence[int] = (),
     schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
     link: LinkCost = FREE_LINK,
     input_bytes: int = 0,
     balance: Sequence[int] | None = None,
 ) -> Plan:
-    """The plan whose busiest stage has the least load; or the one with the given `balance`.
+    """The plan whose busiest device has the least load; or the one with the given `balance`.
 
-    `schedule`, `num_stages` and `num_devices` are those of `choose_schedule`.
+    `schedule`, `num_stages`, `num_devices` and `replicas` are those of `choose_schedule`.
     """
     choice = choose_schedule(
-        schedule, num_microbatches, num_stages=num_stages, num_devices=num_devices
+        schedule,
+        num_microbatches,
+        num_stages=num_stages,
+        num_devices=num_devices,
+        replicas=replicas,
     )
     if balance is None:
         forwards = 1 if recompute == "never" else 2
@@ -189,12 +205,14 @@ def plan_from_costs(
                 + link.transfer_seconds(cell.gradient_bytes)
                 for cell in cells[:-1]
             ],
+            replicas=choice.replicas,
         )
     check_balance(balance, len(cells), choice.num_stages)
     return Plan(
         balance=tuple(balance),
         schedule=choice.name,
         stages_per_device=choice.stages_per_device,
+        replicas=choice.replicas,
         programs=choice.programs,
         num_microbatches=num_microbatches,
         recompute=recompute,

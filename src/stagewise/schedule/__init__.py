@@ -14,6 +14,7 @@ from stagewise.schedule.named import (
 )
 from stagewise.schedule.order import Blocked, walk
 from stagewise.schedule.recompute import POLICIES, with_recompute
+from stagewise.schedule.replicated import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.schedule import Program, Schedule, schedule_of
 from stagewise.schedule.text import parse_programs, parse_schedule
 from stagewise.schedule.validation import validate
@@ -33,12 +34,16 @@ __all__ = [
     "Program",
     "Schedule",
     "Step",
+    "check_replicas",
+    "consecutive",
     "forward_only",
     "gpipe",
     "grid",
+    "in_flight",
     "links",
     "lower",
     "named_schedule",
+    "on_replicas",
     "one_f_one_b",
     "parse_programs",
     "parse_schedule",

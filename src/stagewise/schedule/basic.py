@@ -11,24 +11,30 @@ from dataclasses import replace
 
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.placement import looped
+from stagewise.schedule.replicated import in_flight, on_replicas
 from stagewise.schedule.schedule import Program, Schedule
 
 
-def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards in reverse order."""
+def gpipe(num_stages: int, num_microbatches: int, replicas: tuple[int, ...] = ()) -> Schedule:
+    """All forwards, then all backwards in reverse order; `replicas` are devices per stage."""
 
     def program(stage: int) -> Program:
         forwards = run(stage, Kind.FORWARD, range(num_microbatches))
         return forwards + run(stage, Kind.BACKWARD, reversed(range(num_microbatches)))
 
-    return one_stage_per_device("gpipe", program, num_stages, num_microbatches)
+    plain = one_stage_per_device("gpipe", program, num_stages, num_microbatches)
+    return on_replicas(plain, replicas) if replicas else plain
 
 
-def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
-    """Warm up with num_stages - 1 - stage forwards, then one forward, one backward in turn."""
+def one_f_one_b(num_stages: int, num_microbatches: int, replicas: tuple[int, ...] = ()) -> Schedule:
+    """Warm up with num_stages - 1 - stage forwards, then one forward, one backward in turn.
+
+    With `replicas`, which are devices per stage, those of a stage warm up for `in_flight`.
+    """
+    devices = replicas or (1,) * num_stages
 
     def program(stage: int) -> Program:
-        warmup = min(num_stages - 1 - stage, num_microbatches)
+        warmup = min(in_flight(devices, stage) - 1, num_microbatches)
         steady = num_microbatches - warmup
         pairs = [
             Instruction(stage, kind, m + offset)
@@ -42,7 +48,8 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
             + run(stage, Kind.BACKWARD, cooldown)
         )
 
-    return one_stage_per_device("1f1b", program, num_stages, num_microbatches)
+    plain = one_stage_per_device("1f1b", program, num_stages, num_microbatches)
+    return on_replicas(plain, replicas) if replicas else plain
 
 
 def forward_only(placement: Sequence[Sequence[int]], num_microbatches: int) -> Schedule:

@@ -5,7 +5,7 @@ number of them; `tests/schedule/test_contract.py` shows that what it returns is 
 bubble and the microbatches in flight that the row says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagewise.errors import ScheduleError
@@ -14,6 +14,7 @@ from stagewise.schedule.basic import gpipe, one_f_one_b
 from stagewise.schedule.closed_forms import Bubble, InFlight
 from stagewise.schedule.dualpipe import dualpipe_v
 from stagewise.schedule.interleaved import breadth_first, interleaved, interleaved_v
+from stagewise.schedule.replicated import check_replicas
 from stagewise.schedule.schedule import Schedule
 from stagewise.schedule.zero_bubble import v_half, v_min, zb_h1, zb_v
 
@@ -25,7 +26,8 @@ class NamedSchedule:
     `build(num_devices, num_microbatches, stages_per_device)` makes the schedule; each device has
     `stages_per_device` stages unless `takes_any` and others are asked for. `placement` names the
     function of `stagewise.schedule.placement` that places them. In which order a stage's gradients
-    are summed, `last_first` says.
+    are summed, `last_first` says. Where a stage may have several devices, it is
+    `replicated(num_stages, num_microbatches, replicas)` that makes the schedule with them.
     """
 
     build: Callable[[int, int, int], Schedule]
@@ -38,6 +40,12 @@ class NamedSchedule:
     takes_any: bool = False
     splits_backward: bool = False
     last_first: bool = False  # backwards begin with the last microbatch; else with the first
+    replicated: Callable[[int, int, tuple[int, ...]], Schedule] | None = None
+
+    @property
+    def takes_replicas(self) -> bool:
+        """Whether a stage may have several devices."""
+        return self.replicated is not None
 
 
 SCHEDULES: dict[str, NamedSchedule] = {
@@ -49,6 +57,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
         bubble=forms.FILL,
         in_flight=forms.ALL,
         last_first=True,
+        replicated=gpipe,
     ),
     "1f1b": NamedSchedule(
         build=lambda devices, m, _: one_f_one_b(devices, m),
@@ -57,6 +66,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
         placement="looped",
         bubble=forms.FILL,
         in_flight=forms.ONE_F_ONE_B,
+        replicated=one_f_one_b,
     ),
     "interleaved": NamedSchedule(
         build=interleaved,
@@ -162,14 +172,29 @@ def stages_per_device(name: str, wanted: int | None = None) -> int:
 
 
 def named_schedule(
-    name: str, num_devices: int, num_microbatches: int, per_device: int | None = None
+    name: str,
+    num_devices: int,
+    num_microbatches: int,
+    per_device: int | None = None,
+    replicas: Sequence[int] = (),
 ) -> Schedule:
     """Build the schedule called `name`; raises ScheduleError with the names there are.
 
-    It has `num_devices * per_device` stages; by default as many per device as the row says.
+    It has `num_devices * per_device` stages; by default as many per device as the row says. Or,
+    with `replicas`, which are devices per stage, `num_devices` is the number of stages.
     """
     wanted = stages_per_device(name, per_device)
     for what, number in (("num_devices", num_devices), ("num_microbatches", num_microbatches)):
         if number < 1:
             raise ScheduleError(f"{what} is {number}; a schedule needs at least 1")
-    return SCHEDULES[name].build(num_devices, num_microbatches, wanted)
+    if not replicas:
+        return SCHEDULES[name].build(num_devices, num_microbatches, wanted)
+    check_replicas(replicas, num_devices)
+    replicated = SCHEDULES[name].replicated
+    if replicated is None:
+        able = ", ".join(sorted(n for n, row in SCHEDULES.items() if row.takes_replicas))
+        raise ScheduleError(
+            f"{name} has one device per stage but was given replicas {list(replicas)}; choose one "
+            f"of {able}, or leave replicas out"
+        )
+    return replicated(num_devices, num_microbatches, tuple(replicas))

@@ -68,10 +68,13 @@ class Schedule:
         return "\n".join(" ".join(map(str, program)) or IDLE for program in self.programs)
 
 
-def schedule_of(name: str, programs: Sequence[Program]) -> Schedule:
+def schedule_of(
+    name: str, programs: Sequence[Program], placement: Sequence[Sequence[int]] = ()
+) -> Schedule:
     """The schedule that consists of `programs`: they say themselves where every stage is placed.
 
-    The replicas of a stage stand in the order of the first microbatch that each runs. Raises
+    The replicas of a stage stand in the order of the first microbatch that each runs; give the
+    `placement` where one has no microbatch, as with fewer microbatches than replicas. Raises
     ScheduleError where nothing says who runs a stage; `validate` finds what else is wrong.
     """
     first: dict[int, dict[int, int]] = {}  # stage -> device -> its first microbatch
@@ -90,7 +93,8 @@ def schedule_of(name: str, programs: Sequence[Program]) -> Schedule:
     return Schedule(
         name=name,
         programs=tuple(programs),
-        placement=tuple(
+        placement=tuple(map(tuple, placement))
+        or tuple(
             tuple(sorted(first[stage], key=first[stage].__getitem__)) for stage in range(num_stages)
         ),
         num_microbatches=1 + max(i.microbatch for program in programs for i in program),

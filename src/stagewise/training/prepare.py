@@ -31,6 +31,7 @@ class PlanOptions:
     num_stages: int
     num_microbatches: int
     num_devices: int | None = None  # None: as many as the schedule needs
+    replicas: tuple[int, ...] = ()  # devices per stage
     schedule: ScheduleLike = "1f1b"
     recompute: str = "never"
     balance: tuple[int, ...] | None = None
@@ -130,6 +131,7 @@ def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batc
         loss=recipe.loss,
         num_stages=options.num_stages,
         num_devices=options.num_devices,
+        replicas=options.replicas,
         num_microbatches=options.num_microbatches,
         schedule=options.schedule,
         recompute=options.recompute,
