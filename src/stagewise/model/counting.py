@@ -52,14 +52,21 @@ def _convolution_backward(
     return forward * sum(output_mask[:2])
 
 
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(
-    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+    gradient: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *_: object,
+    **__: object,
 ) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
 # What torch counts wrongly (grouped convolutions, backward) or not at all.
@@ -70,11 +77,11 @@ _FORMULAS: dict[object, Callable[..., int]] = {
 }
 
 
-class OpCounter(TorchDispatchMode):
+class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that run inside; `running` is the one that failed, if one did."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._counts: Counter[tuple[str, int, int, str]] = Counter()
         self.running: str | None = None
 

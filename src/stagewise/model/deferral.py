@@ -35,17 +35,18 @@ def deferred_by(
     at_once: set[int] = set()
     kept: dict[int, int] = {}
     held = {tensor.untyped_storage()._cdata for tensor in own}
+    known = {id(tensor) for tensor in own}
     for node in _nodes(root.grad_fn for root in roots):
         if _kind(node) in _VIEWS:
             continue
-        parameters = list(_parameters_of(node))
+        parameters = [leaf for leaf in _leaves_of(node) if id(leaf) in known]
         if _kind(node) not in _PRODUCTS:
             at_once |= {id(parameter) for parameter in parameters}
         elif parameters:
             waiting |= {id(parameter): parameter for parameter in parameters}
             kept[-id(node)] = sum(
                 part.dtype.itemsize * torch.Size(part.shape).numel()
-                for part in node._input_metadata  # type: ignore[attr-defined]
+                for part in node._input_metadata
             )
             for tensor in _saved_by(node):
                 storage = tensor.untyped_storage()
@@ -67,7 +68,7 @@ def _nodes(starts: Iterable[Node | None]) -> Iterator[Node]:
         stack += [following for following, _ in node.next_functions if following is not None]
 
 
-def _parameters_of(node: Node) -> Iterator[torch.Tensor]:
+def _leaves_of(node: Node) -> Iterator[torch.Tensor]:
     """The leaves that `node` has for inputs, directly or through views."""
     for following, _ in node.next_functions:
         if following is None:
@@ -75,7 +76,7 @@ def _parameters_of(node: Node) -> Iterator[torch.Tensor]:
         if _kind(following) == "AccumulateGrad":
             yield following.variable  # type: ignore[attr-defined]
         elif _kind(following) in _VIEWS:
-            yield from _parameters_of(following)
+            yield from _leaves_of(following)
 
 
 def _saved_by(node: Node) -> Iterator[torch.Tensor]:
