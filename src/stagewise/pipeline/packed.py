@@ -69,6 +69,7 @@ def numbered(value: object, number: Number) -> dict[StorageKey, int]:
 
 
 def packed(value: object, number: Number) -> Packed:
+    """`value` without its tensors, its storages numbered by `number`."""
     tensors, structure = take_apart(value)
     return Packed(
         structure,
