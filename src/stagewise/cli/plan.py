@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from stagewise.cli import devices as dev
 from stagewise.cli import options as opt
 from stagewise.cli.workers import errors_told_once, run_in_workers
 
@@ -23,6 +24,15 @@ AsJson = Annotated[
     ),
 ]
 
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many devices there are: one stage on each, so another word for --stages.",
+        show_default=False,
+    ),
+]
+
 
 def plan_command(
     recipe: opt.RecipeArgument,
@@ -31,6 +41,10 @@ def plan_command(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    device: dev.DeviceName = None,
+    devices: Devices = None,
+    device_file: dev.DeviceFile = None,
+    efficiency: dev.EfficiencyText = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how the model of a recipe would be cut, and what a step would take, without training.
@@ -39,9 +53,14 @@ def plan_command(
     stages, so that the machine is as busy as it will be. Prints the cells' costs, the cut with
     the least busy stages, the predicted step time and bubble, and the memory of each stage.
 
+    With --device nothing is measured and nothing allocated: the costs are estimated for that
+    device, so that a plan for 64 of them can be made on a laptop.
+
     Example: stagewise plan examples/shakespeare.py --stages 3
     """
     with errors_told_once():
+        stages = stages if devices is None else devices
+        spec = dev.chosen_device(device, device_file, efficiency)
         cut = opt.parsed_balance(balance, stages)
         opt.check_schedule(schedule, recompute, stages, microbatches)
         from stagewise.training.prepare import PlanOptions, check_form
@@ -55,6 +74,11 @@ def plan_command(
             recompute=recompute,
             balance=cut,
         )
+        if spec is not None:
+            from stagewise.training.estimated import estimated_plan
+
+            _show(estimated_plan(loaded, options, spec), as_json=as_json)
+            return
         arguments = [
             *("plan", str(recipe), "--stages", str(stages), "--microbatches", str(microbatches)),
             *("--schedule", schedule, "--recompute", recompute),
@@ -81,6 +105,10 @@ def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:
     plan = make_plan(recipe, model, options, batch=batch)
     if dist.is_initialized() and dist.get_rank() != 0:
         return
+    _show(plan, as_json=as_json)
+
+
+def _show(plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print(_json(plan))
     else:
