@@ -100,8 +100,8 @@ REASONS = {
     (False, "AmoebaNet-D"): "microbatches of one image keep least; the paper does not give its M, "
     "and with larger ones activations grow. Nor do we count workspaces",
     (False, "Transformer-L"): "a cut by memory fills every device alike; microbatches of one "
-    "sentence, with attention that keeps no scores; these would be 128 MiB a layer, and as much again "
-    "for each further tensor of their size (32 heads, 1,024 x 1,024, float32)",
+    "sentence, with attention that keeps no scores; these would be 128 MiB a layer, and as much "
+    "again for each further tensor of their size (32 heads, 1,024 x 1,024, float32)",
 }
 
 

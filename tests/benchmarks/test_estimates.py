@@ -1,6 +1,6 @@
 """What the tables of GPipe's paper are planned with."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_the_cut_is_the_best_of_all(seed: int) -> None:
         for count in range(num_stages)
         for inner in combinations(range(1, num_cells), count)
     ]
-    best = min(max(memory[a, b] for a, b in zip(c, c[1:], strict=False)) for c in cuts)
+    best = min(max(memory[a, b] for a, b in pairwise(c)) for c in cuts)
     room, balance = least_room(memory, num_stages)
     assert room == best
     assert len(balance) == num_stages and sum(balance) == num_cells
