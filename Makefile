@@ -58,6 +58,8 @@ test-gpu: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
 	$(BIN)/python -m benchmarks.peers --quick
+	$(BIN)/python -m benchmarks.table1 --quick
+	$(BIN)/python -m benchmarks.table2 --quick
 
 clean:
 	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -83,7 +83,7 @@ class CellTrial:
         self._cell = replace(cell, module=fake_module(cell.module))
         self._num_messages, is_last = num_messages, num_messages == 0
         self._stage = routes.stage(cell.index, (self._cell,), CPU, is_last=is_last, loss=loss)
-        self._stage.buffers = BufferKeeper([])  # fake values can be neither compared nor kept
+        self._stage.buffers = BufferKeeper([self._cell.module], has_values=False)
         self._batchnorms = BatchNorms([self._cell])
         self._target = batch.target if self._stage.needs_target else None
         self._deferrable: list[torch.Tensor] = []
