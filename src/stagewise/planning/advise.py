@@ -319,4 +319,4 @@ def _load(cell: CellCost) -> float:
 
 
 def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+    return f"{num_bytes / 1e12:.3g} TB" if num_bytes >= 1e12 else f"{num_bytes / 1e9:.3g} GB"
