@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stagewise.engine.markers import Arguments, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.model.skip import SkipScope, pop, skippable, stash
+    from stagewise.pipeline.estimate import estimate
     from stagewise.pipeline.gpipe import GPipe
     from stagewise.pipeline.pipeline import Pipeline
     from stagewise.pipeline.planning import plan
@@ -38,6 +39,7 @@ _HOMES = {
     "UsageError": "stagewise.errors",
     "add_loss": "stagewise.engine.losses",
     "collect_losses": "stagewise.engine.losses",
+    "estimate": "stagewise.pipeline.estimate",
     "plan": "stagewise.pipeline.planning",
     "pop": "stagewise.model.skip",
     "simulate": "stagewise.planning.simulate",
@@ -60,6 +62,7 @@ __all__ = [
     "UsageError",
     "add_loss",
     "collect_losses",
+    "estimate",
     "plan",
     "pop",
     "simulate",

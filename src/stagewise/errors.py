@@ -5,6 +5,7 @@
     │   ├── ModelError                 the model is no chain of cells
     │   ├── ScheduleError              a schedule breaks a rule
     │   ├── PlanError                  a partition or plan does not fit model or machine
+    │   ├── DeviceError                a device is unknown, or its description holds nonsense
     │   ├── BatchError                 a batch cannot be split, or ranks disagree about it
     │   ├── RecipeError                a recipe file lacks something or holds nonsense
     │   └── CheckpointError            a checkpoint is absent, incomplete or another model's
@@ -34,6 +35,10 @@ class ScheduleError(UsageError):
 
 class PlanError(UsageError):
     """A partition or plan does not fit the model or the machine."""
+
+
+class DeviceError(UsageError):
+    """A device is not in the catalogue, or its description lacks something or holds nonsense."""
 
 
 class BatchError(UsageError):

@@ -37,6 +37,11 @@ COMMANDS = {
         function="plan_command",
         help="Measure a recipe's model and show how it would be cut and how fast it would run.",
     ),
+    "advise": Command(
+        module="stagewise.cli.advise",
+        function="advise_command",
+        help="Say whether a pipeline is the right tool for a recipe's model, and what else is.",
+    ),
     "check": Command(
         module="stagewise.cli.check",
         function="check_command",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from stagewise.cli import devices as dev
 from stagewise.cli import options as opt
 from stagewise.cli.workers import errors_told_once, run_in_workers
 
@@ -33,6 +34,9 @@ def plan_command(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    device: dev.DeviceName = None,
+    device_file: dev.DeviceFile = None,
+    efficiency: dev.EfficiencyText = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how the model of a recipe would be cut, and what a step would take, without training.
@@ -41,9 +45,13 @@ def plan_command(
     devices, so that the machine is as busy as it will be. Prints the cells' costs, the cut with
     the least busy stages, the predicted step time and bubble, and the memory of each device.
 
+    With --device nothing is measured and nothing allocated: the costs are estimated for that
+    device, so that a plan for 64 of them can be made on a laptop.
+
     Example: stagewise plan examples/shakespeare.py --stages 3
     """
     with errors_told_once():
+        spec = dev.chosen_device(device, device_file, efficiency)
         choice = opt.chosen_schedule(
             schedule,
             recompute,
@@ -66,6 +74,11 @@ def plan_command(
             recompute=recompute,
             balance=cut,
         )
+        if spec is not None:
+            from stagewise.training.estimated import estimated_plan
+
+            _show(estimated_plan(loaded, options, spec), as_json=as_json)
+            return
         arguments = [
             *("plan", str(recipe), "--schedule", schedule, "--recompute", recompute),
             *("--stages", str(choice.num_stages), "--devices", str(choice.num_devices)),
@@ -94,6 +107,10 @@ def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:
     plan = make_plan(recipe, model, options, batch=batch)
     if dist.is_initialized() and dist.get_rank() != 0:
         return
+    _show(plan, as_json=as_json)
+
+
+def _show(plan: "Plan", *, as_json: bool) -> None:
     if as_json:
         print(_json(plan))
     else:

@@ -29,7 +29,8 @@ _Marks = list[tuple[str, int, int]]
 class BufferKeeper:
     """Remembers and replays the changing buffers of some modules."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, has_values: bool = True) -> None:
+        self._has_values = has_values  # fake buffers have none to compare
         every = dict.fromkeys(module for root in modules for module in root.modules())
         self._owners = [module for module in every if module._buffers]
         self._changes: dict[tuple[int, bool], bool] = {}  # (owner, in training mode)
@@ -67,7 +68,7 @@ class BufferKeeper:
                 changes = self._changes.setdefault(
                     (index, mode),
                     _marks(owner._buffers) != marks[index]
-                    or not _equal(owner._buffers, before[index]),
+                    or (self._has_values and not _equal(owner._buffers, before[index])),
                 )
                 if changes:
                     self._settle_down(before[index], placed[index])

@@ -43,7 +43,7 @@ class ActivationMeter:
     """Counts live activation bytes while `counting()`."""
 
     def __init__(self, excluded: Iterable[torch.Tensor]) -> None:
-        self._excluded = {_key(tensor) for tensor in excluded}
+        self._excluded = {storage_key(tensor) for tensor in excluded}
         self._saved: dict[StorageKey, list[int]] = {}  # storage -> [how often saved, bytes]
 
     @contextmanager
@@ -56,16 +56,21 @@ class ActivationMeter:
         """Bytes of what autograd keeps now and of the storages behind `held`."""
         return sum(entry[1] for entry in self._saved.values()) + sum(self.unsaved(held).values())
 
+    @property
+    def saved(self) -> dict[StorageKey, int]:
+        """Bytes of the storages that autograd keeps now."""
+        return {key: num_bytes for key, (_, num_bytes) in self._saved.items()}
+
     def unsaved(self, held: Iterable[torch.Tensor]) -> dict[StorageKey, int]:
         """Bytes of the storages behind `held` that autograd does not keep, by storage."""
         return {
-            _key(tensor): tensor.untyped_storage().nbytes()
+            storage_key(tensor): tensor.untyped_storage().nbytes()
             for tensor in held
-            if _key(tensor) not in self._excluded and _key(tensor) not in self._saved
+            if storage_key(tensor) not in self._excluded and storage_key(tensor) not in self._saved
         }
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Packed:
-        key = _key(tensor)
+        key = storage_key(tensor)
         return tensor if key in self._excluded else Packed(tensor, key, self._saved)
 
 
@@ -77,5 +82,6 @@ def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
     return saved.tensor
 
 
-def _key(tensor: torch.Tensor) -> StorageKey:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def storage_key(tensor: torch.Tensor) -> StorageKey:
+    """What tells storages apart while they live, those without memory too (meta, fake)."""
+    return tensor.device, tensor.untyped_storage()._cdata

@@ -273,7 +273,8 @@ class Stage:
             tensor._version != version for tensor, version in zip(fed, versions, strict=True)
         )
         received = flight.inputs[: len(flight.gradients)]  # each keyword is its cell's own
-        if key not in self._mutates and any(map(operator.and_, changed, shared(received))):
+        unknown = any(changed) and key not in self._mutates
+        if unknown and any(map(operator.and_, changed, shared(received))):
             raise CellError(
                 f"a cell of stage {self.index} changed a tensor in place that shares memory with "
                 "another one from the stage before (a view of it?), which keeps its old value "

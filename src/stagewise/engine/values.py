@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -156,20 +157,21 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.layout is not torch.strided or other.layout is not torch.strided:
         return False
     storage = one.untyped_storage()
-    if storage.data_ptr() == 0 or storage.data_ptr() != other.untyped_storage().data_ptr():
+    if storage.nbytes() == 0 or storage._cdata != other.untyped_storage()._cdata:
         return False
-    taken = torch.zeros(storage.nbytes(), dtype=torch.bool)
-    _bytes_of(one, taken).fill_(True)
+    # In NumPy, which counts also where tensors have no values (an estimate's).
+    taken = np.zeros(storage.nbytes(), dtype=np.bool_)
+    _bytes_of(one, taken)[...] = True
     return bool(_bytes_of(other, taken).any())
 
 
-def _bytes_of(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+def _bytes_of(tensor: torch.Tensor, memory: np.ndarray) -> np.ndarray:
     """Of `memory`, one entry per byte of the storage, those of `tensor`."""
     size = tensor.element_size()
-    return memory.as_strided(
+    return np.lib.stride_tricks.as_strided(
+        memory[int(tensor.storage_offset()) * size :],
         (*tensor.shape, size),
         (*(stride * size for stride in tensor.stride()), 1),
-        tensor.storage_offset() * size,
     )
 
 

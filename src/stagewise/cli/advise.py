@@ -1,0 +1,97 @@
+"""`stagewise advise`: is a pipeline the right tool for this model on these devices?"""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stagewise.cli import devices as dev
+from stagewise.cli import options as opt
+from stagewise.errors import UsageError
+from stagewise.planning.devices import parse_bytes
+from stagewise.training.environment import launched
+
+if TYPE_CHECKING:
+    from stagewise.planning.advise import Advice
+    from stagewise.planning.facts import Facts
+
+Devices = Annotated[int, typer.Option(min=1, help="How many devices there are.")]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of each device, such as 16GB. [default: the device's, or this machine's]",
+        show_default=False,
+    ),
+]
+Microbatches = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Into how many microbatches each minibatch is split. [default: four times the "
+        "devices, as far as the batch has samples]",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def advise_command(
+    recipe: opt.RecipeArgument,
+    devices: Devices = 2,
+    device: dev.DeviceName = None,
+    device_memory: DeviceMemory = None,
+    device_file: dev.DeviceFile = None,
+    efficiency: dev.EfficiencyText = None,
+    microbatches: Microbatches = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how to train a recipe's model: data parallelism, a pipeline, with replicas, or else.
+
+    Costs are measured here, or estimated for the device that you name; then the model is never
+    allocated. Each rule is shown with its numbers and with what to do about it: does the model fit
+    one device, does every cell, do cells cost alike, are there enough microbatches of enough
+    samples, does sending take long?
+
+    Example: stagewise advise examples/shakespeare.py --devices 8 --device h100
+    """
+    if launched():
+        raise UsageError("stagewise advise runs in one process; start it without torchrun")
+    spec = dev.chosen_device(device, device_file, efficiency)
+    memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
+    from stagewise.planning.advise import advise
+    from stagewise.training.estimated import facts_of
+    from stagewise.training.recipe import load_recipe
+
+    facts = facts_of(
+        load_recipe(recipe),
+        spec,
+        num_devices=devices,
+        device_memory_bytes=memory,
+        num_microbatches=microbatches,
+    )
+    advice = advise(facts)
+    if as_json:
+        print(json.dumps({**asdict(advice), "device": device or "measured here"}, indent=2))
+    else:
+        _print(advice, facts, device)
+
+
+def _print(advice: "Advice", facts: "Facts", device: str | None) -> None:
+    source = f"estimated for {device}" if device else "measured here"
+    table = Table(
+        title=f"{facts.num_devices} devices, {facts.num_microbatches} microbatches of "
+        f"{facts.microbatch_size} samples; costs {source}",
+        title_justify="left",
+    )
+    for heading in ("", "rule", "reason", "what to do"):
+        table.add_column(heading)
+    for verdict in advice.verdicts:
+        mark = "[green]yes[/]" if verdict.ok else "[yellow]no[/]"
+        table.add_row(mark, verdict.rule, verdict.reason, "" if verdict.ok else verdict.advice)
+    console = Console()
+    console.print(table)
+    console.print(f"[bold]{advice.choice}[/]: {advice.reason}", soft_wrap=True, highlight=False)

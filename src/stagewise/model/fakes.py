@@ -1,0 +1,84 @@
+"""Copies of modules and tensors that have shapes but no memory, and when two modules are alike.
+
+Fake tensors claim to be on the CPU, so that PyTorch chooses its kernels (attention, above all) as
+it does for real tensors; on the meta device it would fall back to decompositions that save other
+tensors for the backward pass.
+"""
+
+import copy
+from collections.abc import Hashable, Iterator
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_OWN = ("_parameters", "_buffers", "_modules")
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which nothing is allocated; tensors that a loss brings along are taken in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same form; call inside a `fake_mode`."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def fake_module(module: nn.Module) -> nn.Module:
+    """A copy of `module` all of whose tensors are fake; call inside a `fake_mode`.
+
+    The module itself, and what it may keep from call to call, stays as it is.
+    """
+    fakes: dict[int, object] = {}
+    for tensor in _tensors(module):
+        fake = fake_like(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(module, fakes)
+
+
+def likeness(module: nn.Module) -> Hashable:
+    """Equal for modules that do the same work: classes, shapes, modes, settings.
+
+    What cannot be compared (functions, hooks, other objects) counts as alike only if it is the
+    same object.
+    """
+    order: dict[int, int] = {}  # tied tensors are part of the likeness
+    return tuple(
+        (
+            path,
+            type(part),
+            *(
+                (kind, name, order.setdefault(id(value), len(order)), plain(value))
+                for kind, tensors in (("p", part._parameters), ("b", part._buffers))
+                for name, value in tensors.items()
+            ),
+            *((name, plain(v)) for name, v in vars(part).items() if name not in _OWN),
+        )
+        for path, part in module.named_modules(remove_duplicate=False)
+    )
+
+
+def plain(value: object) -> Hashable:
+    """Equal for values that are equal, or the same object."""
+    if isinstance(value, torch.Tensor):
+        form = (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
+        return (type(value), *form)
+    if isinstance(value, tuple | list | set | frozenset):
+        return (type(value), *map(plain, value))
+    if isinstance(value, dict):
+        return (type(value), *((plain(key), plain(item)) for key, item in value.items()))
+    simple = bool | int | float | complex | str | bytes | torch.dtype | torch.device
+    if value is None or isinstance(value, simple):
+        return (type(value), value)
+    return ("the same object", id(value))
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    for part in module.modules():
+        for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+            if isinstance(value, torch.Tensor):
+                yield value

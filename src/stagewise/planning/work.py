@@ -1,0 +1,85 @@
+"""What a cell has to do for one microbatch, in FLOPs and bytes: costs before any device is known.
+
+The roofline (Williams, Waterman and Patterson, CACM 52(4), 2009) turns work into seconds: an
+operator takes as long as its arithmetic or its memory traffic, whichever is longer. Operators run
+one after another, each reading and writing memory, as PyTorch's eager mode does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stagewise.costs import CellCost
+from stagewise.planning.devices import DeviceSpec
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator, or `count` equal ones: floating-point operations, bytes moved, dtype."""
+
+    name: str
+    flops: int
+    num_bytes: int
+    dtype: str
+    count: int = 1
+
+    def seconds(self, device: DeviceSpec) -> float:
+        """The roofline on `device`."""
+        return self.count * max(
+            self.flops / device.flops_rate(self.dtype), self.num_bytes / device.memory_rate
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellWork:
+    """One cell's operators for one microbatch, and its bytes, which mean what CellCost's do.
+
+    `input_backward` is the backward that a split backward cannot put off: without the weight
+    gradients of linear layers, convolutions, embeddings and matrix products.
+    """
+
+    name: str
+    forward: tuple[Op, ...]
+    backward: tuple[Op, ...]
+    input_backward: tuple[Op, ...]
+    parameter_bytes: int
+    activation_bytes: int
+    unsaved_output_bytes: int
+    output_bytes: int
+    gradient_bytes: int
+    deferred_bytes: int
+
+    @property
+    def forward_flops(self) -> int:
+        return total_flops(self.forward)
+
+    @property
+    def backward_flops(self) -> int:
+        return total_flops(self.backward)
+
+    def cost(self, device: DeviceSpec) -> CellCost:
+        """Estimated costs on `device`."""
+        backward = seconds(self.backward, device)
+        of_inputs = min(backward, seconds(self.input_backward, device))
+        return CellCost(
+            name=self.name,
+            forward_seconds=seconds(self.forward, device),
+            backward_seconds=backward,
+            parameter_bytes=self.parameter_bytes,
+            activation_bytes=self.activation_bytes,
+            unsaved_output_bytes=self.unsaved_output_bytes,
+            output_bytes=self.output_bytes,
+            gradient_bytes=self.gradient_bytes,
+            input_seconds=of_inputs,
+            weight_seconds=backward - of_inputs,
+            deferred_bytes=self.deferred_bytes,
+        )
+
+
+def seconds(ops: Sequence[Op], device: DeviceSpec) -> float:
+    """How long `ops` take one after another."""
+    return sum(op.seconds(device) for op in ops)
+
+
+def total_flops(ops: Sequence[Op]) -> int:
+    """Floating-point operations of all `ops`."""
+    return sum(op.count * op.flops for op in ops)
