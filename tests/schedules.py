@@ -1,4 +1,4 @@
-"""Schedules for tests: of any size, and those that the engine runs."""
+"""Schedules for tests, of any size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +39,7 @@ def sized(draw: st.DrawFn, max_devices: int = 8, max_microbatches: int = 20) -> 
     )
 
 
-# The engine does not run a split backward yet.
-RUNNABLE = sorted(name for name, row in SCHEDULES.items() if not row.splits_backward)
+RUNNABLE = sorted(SCHEDULES)
 
 
 def layout(name: str, num_stages: int) -> tuple[int, int]:

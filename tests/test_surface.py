@@ -41,8 +41,8 @@ PACKAGES = {
         "unet",
     ],
     "stagewise.planning": [
-        "LowerBound",
         "DeviceSpec",
+        "LowerBound",
         "Plan",
         "ScheduleChoice",
         "ScheduleLike",
@@ -128,7 +128,6 @@ COMMAND_LINE = {
     ],
     "plan": [
         "--balance",
-        "--devices",
         "--device",
         "--device-file",
         "--devices",

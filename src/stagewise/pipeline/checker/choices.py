@@ -22,11 +22,11 @@ def choices_of(
 ) -> list[list[ScheduleChoice]]:
     """Per schedule: what to run, in the order of the numbers given, or fewest devices first.
 
-    Without `schedules` those of the named ones that the engine can run and that fit the numbers.
+    Without `schedules` those of the named ones that fit the numbers.
     """
     names = schedules
     if names is None:
-        names = [name for name, row in SCHEDULES.items() if not row.splits_backward]
+        names = [*SCHEDULES]
     if not names:
         raise UsageError("schedules is empty; name at least one, or leave it out for the default")
     if transport not in ("local", "distributed"):
