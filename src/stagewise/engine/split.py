@@ -10,6 +10,7 @@ hook and every custom function runs once; between `I` and `W` there lives what t
 saved and received, and no more. Such splitting is due to zero bubble (arXiv:2401.10241).
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -205,21 +206,16 @@ def _spent(_: None) -> torch.Tensor:
     )
 
 
-_KNOWN: dict[type[Node], _Traits] = {}
-
-
 def _traits(node: Node) -> _Traits:
-    traits = _KNOWN.get(type(node))
-    if traits is None:
-        traits = _KNOWN[type(node)] = _read_traits(node)
-    return traits
+    return _traits_of(type(node))
 
 
-def _read_traits(node: Node) -> _Traits:
-    name = type(node).__name__
+@functools.lru_cache(maxsize=1024)
+def _traits_of(kind: type[Node]) -> _Traits:
+    name = kind.__name__
     return _Traits(
         is_leaf=name == "AccumulateGrad",
         is_product=name.rstrip("0123456789") in {f"{product}Backward" for product in _PRODUCTS},
         is_indivisible=name in _INDIVISIBLE,
-        saved=tuple(name for name in dir(node) if name.startswith("_raw_saved_")),
+        saved=tuple(name for name in dir(kind) if name.startswith("_raw_saved_")),
     )
