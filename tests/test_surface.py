@@ -141,6 +141,7 @@ COMMAND_LINE = {
         "--help",
         "--microbatches",
         "--recompute",
+        "--replicas",
         "--schedule",
         "--stages",
         "recipe",
