@@ -158,6 +158,7 @@ COMMAND_LINE = {
         "--help",
         "--microbatches",
         "--recompute",
+        "--replicas",
         "--schedule",
         "--stages",
         "recipe",

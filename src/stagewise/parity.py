@@ -23,10 +23,20 @@ class Configuration:
     num_stages: int
     num_microbatches: int
     recompute: str
+    replicas: tuple[int, ...] = ()  # devices per stage, where some have several
+
+    @property
+    def stages(self) -> str:
+        """Their number, and that of their devices where it is another."""
+        return f"{self.num_stages}{self._on}"
+
+    @property
+    def _on(self) -> str:
+        return f" on {'+'.join(map(str, self.replicas))} devices" if self.replicas else ""
 
     def __str__(self) -> str:
         return (
-            f"{self.schedule}, {self.num_stages} stage{'s' * (self.num_stages > 1)}, "
+            f"{self.schedule}, {self.num_stages} stage{'s' * (self.num_stages > 1)}{self._on}, "
             f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)}, "
             f"recompute {self.recompute}"
         )
@@ -39,7 +49,8 @@ class ParityRow:
     `full_batch` is the relative difference to the plain model on the whole minibatch, and
     `microbatched` to the plain model run by microbatch with the pipeline's random numbers;
     infinite where one of the two has no such tensor, or numbers that are not finite.
-    `identical`: bit for bit as with the first number of stages and policy of that schedule.
+    `identical`: bit for bit as with the first number of stages and policy of that schedule, which
+    gradients need not be where replicas sum them in another order.
     """
 
     configuration: Configuration
@@ -121,11 +132,14 @@ class ParityReport:
         explained = [row for row in self.rows if row.verdict == "explained"]
         reasons = list(dict.fromkeys(row.reason for row in explained))
         within = f"within round-off ({self.tolerance:g} in {self.dtype})"
+        alike = "identical at every cut"
+        if not all(row.identical for row in self.rows):
+            alike += ", but for the order in which replicas sum gradients"
         if not explained:
-            return f"ok: {runs} equal the plain model {within}, identical at every cut"
+            return f"ok: {runs} equal the plain model {within}, {alike}"
         return (
-            f"ok: {runs} equal the plain model run by microbatch {within}, identical at every "
-            f"cut; the full batch differs, which is explained by {'; '.join(reasons)}"
+            f"ok: {runs} equal the plain model run by microbatch {within}, {alike}; the full batch "
+            f"differs, which is explained by {'; '.join(reasons)}"
         )
 
     def raise_for_failure(self) -> None:

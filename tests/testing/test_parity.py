@@ -51,6 +51,39 @@ def test_every_example_agrees(example: str, dtype: torch.dtype) -> None:
     assert ("explained by" in report.summary()) != EXAMPLES[example].exact
 
 
+def replicated_check(replicas: tuple[int, ...], transport: str) -> ParityReport:
+    cells = (nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Tanh())
+    return check(
+        *cells,
+        replicas=replicas,
+        num_stages=[1] if transport == "local" else None,
+        schedules=["gpipe", "1f1b"],
+        recompute=["except_last"],
+        transport=transport,
+        max_norm=0.1,
+    )
+
+
+@pytest.mark.parametrize("replicas", [(3,), (1, 2)])
+def test_replicas(replicas: tuple[int, ...], pools: Pools) -> None:
+    local, *everywhere = (
+        replicated_check(replicas, "local"),
+        *pools[3].run(replicated_check, replicas, "distributed"),
+    )
+    for report in [local, *everywhere]:
+        report.raise_for_failure()
+        runs = [c for c in report.configurations if c.replicas]
+        assert [c.schedule for c in runs] == ["gpipe", "1f1b"]
+        assert f" on {'+'.join(map(str, replicas))} devices, 4 micro" in str(runs[0])
+        for row in report.rows:
+            summed = row.quantity.startswith(("gradient", "parameter"))
+            assert row.identical or (summed and row.configuration.replicas)
+    for report in everywhere:
+        assert all(row.configuration.replicas for row in report.rows)
+        assert "but for the order in which replicas sum gradients" in report.summary()
+    assert len(local.configurations) == 4
+
+
 def test_the_rows_of_a_small_model() -> None:
     cells = (nn.BatchNorm1d(4), nn.Tanh())
     report = check(*cells, num_stages=[1, 3], schedules=["1f1b"], recompute=["always"])

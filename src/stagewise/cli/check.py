@@ -80,6 +80,7 @@ def check_command(
     recipe: opt.RecipeArgument,
     stages: StagesList = None,
     devices: DevicesList = None,
+    replicas: opt.Replicas = None,
     microbatches: MicrobatchesList = None,
     schedule: ScheduleList = None,
     recompute: RecomputeList = None,
@@ -102,6 +103,7 @@ def check_command(
     what = _Asked(
         num_stages=None if stages is None else _numbers("--stages", stages),
         num_devices=None if devices is None else _numbers("--devices", devices),
+        replicas=opt.parsed_replicas(replicas),
         num_microbatches=_counts(microbatches, schedules),
         schedules=schedules,
         recompute=_policies(recompute),
@@ -122,6 +124,7 @@ class _Asked:
 
     num_stages: tuple[int, ...] | None
     num_devices: tuple[int, ...] | None
+    replicas: tuple[int, ...]
     num_microbatches: tuple[int, ...]
     schedules: tuple[str | Schedule, ...] | None
     recompute: tuple[str, ...]
@@ -154,6 +157,7 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             max_norm=recipe.clip_grad_norm,
             num_stages=asked.num_stages,
             num_devices=asked.num_devices,
+            replicas=asked.replicas,
             num_microbatches=asked.num_microbatches,
             schedules=asked.schedules,
             recompute=asked.recompute,

@@ -36,7 +36,7 @@ def _quantities(report: ParityReport) -> Table:
             Text(str(row["quantity"]), overflow="fold"),
             _number(row["full_batch"]),
             _number(row["microbatched"]),
-            "yes" if row["identical"] else "NO",
+            "yes" if row["identical"] else "NO" if verdict == "FAILED" else "but for replicas",
             Text(verdict, _STYLES[verdict]),
         )
     return table
@@ -54,7 +54,7 @@ def _runs(report: ParityReport) -> Table:
         worst = report.worst(rows)
         table.add_row(
             Text(
-                f"{configuration.schedule}, {configuration.num_stages}, "
+                f"{configuration.schedule}, {configuration.stages}, "
                 f"{configuration.num_microbatches}, {configuration.recompute}",
                 overflow="fold",
             ),

@@ -19,11 +19,16 @@ def choices_of(
     num_microbatches: int,
     num_cells: int,
     transport: str,
+    replicas: Sequence[int] = (),
 ) -> list[list[ScheduleChoice]]:
     """Per schedule: what to run, in the order of the numbers given, or fewest devices first.
 
     Without `schedules` those of the named ones that fit the numbers.
+    Those that take `replicas` are run with them besides; and alone with them under "distributed",
+    where no other number fits the ranks unless it is asked for.
     """
+    only_replicas = bool(replicas) and transport == "distributed"
+    only_replicas &= num_stages is None and num_devices is None
     names = schedules
     if names is None:
         names = [*SCHEDULES]
@@ -46,11 +51,16 @@ def choices_of(
                 numbers = [number for number in num_stages if number % each == 0]
             else:
                 numbers = _numbers(each, num_devices, num_cells, transport)
-            if not numbers and schedules is None:
+            replicated = bool(replicas) and schedule_row(schedule).takes_replicas
+            if only_replicas:
+                numbers = []
+            if not (numbers or replicated) and schedules is None:
                 continue
-            if not numbers:
+            if not (numbers or replicated):
                 numbers = num_stages or (each,)
             chosen = [choose_schedule(schedule, num_microbatches, num_stages=n) for n in numbers]
+            if replicated:
+                chosen.append(choose_schedule(schedule, num_microbatches, replicas=replicas))
         else:
             chosen = [choose_schedule(schedule, num_microbatches)]
         for choice in chosen:

@@ -39,6 +39,8 @@ from stagewise.schedule import POLICIES, Schedule
 # float64 far more than is ever lost and far less than any mistake.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}
 
+_SUMMED = ("gradient ", "parameter ")  # what the order of summation over replicas changes
+
 DEFAULT_OPTIMIZER: MakeOptimizer = functools.partial(torch.optim.SGD, lr=0.1)
 
 
@@ -54,6 +56,7 @@ def check_parity(
     max_norm: float | None = None,
     num_stages: Sequence[int] | None = None,
     num_devices: Sequence[int] | None = None,
+    replicas: Sequence[int] = (),
     num_microbatches: int | Sequence[int] = 4,
     schedules: Sequence[str | Schedule] | None = None,
     recompute: Sequence[str] | None = None,
@@ -76,6 +79,8 @@ def check_parity(
             those that suit it.
         num_devices: the same by devices. By default 1, 2, 4, as far as there are cells, and under
             "distributed" the number of ranks.
+        replicas: devices per stage, to run besides with the schedules that take them; of gradients
+            summed over replicas the bits depend on the order, so only their values are compared.
         num_microbatches: one number or several.
         schedules, recompute: names, or schedules of one's own; by default every policy, and every
             named schedule that the engine runs.
@@ -104,7 +109,9 @@ def check_parity(
         if not values:
             raise UsageError(f"{what} is empty; name at least one, or leave it out for the default")
     choices = {
-        count: choices_of(schedules, num_stages, num_devices, count, len(chain), transport)
+        count: choices_of(
+            schedules, num_stages, num_devices, count, len(chain), transport, replicas
+        )
         for count in counts
     }
     devices, _ = connect("local", None, chain, 1)
@@ -141,6 +148,7 @@ def check_parity(
                     num_stages=choice.num_stages,
                     num_microbatches=count,
                     recompute=policy,
+                    replicas=_devices_per_stage(choice),
                 )
                 rows += plain.compare(configuration, run, first)
     if transport == "distributed":
@@ -168,6 +176,7 @@ def _pipelined(
         balance=_even(len(chain_of(subject.model)), choice.num_stages),
         schedule=choice.name,
         stages_per_device=choice.stages_per_device,
+        replicas=choice.replicas,
         programs=choice.programs,
         num_microbatches=choice.built.num_microbatches,
         recompute=recompute,
@@ -264,7 +273,8 @@ class _Plain:
             parts = self._parts.difference(quantity, tensor)
             same = identical(tensor, first.get(quantity))
             verdict: Verdict
-            if not same:
+            reordered = configuration.replicas and quantity.startswith(_SUMMED)
+            if not (same or reordered):
                 verdict, reason = "FAILED", "other bits than with the first cut and policy"
             elif quantity.startswith("parameter "):
                 gradient = rows[quantity.replace("parameter", "gradient", 1)]
@@ -307,6 +317,12 @@ class _Plain:
         if apart <= self._tolerance:
             return "ok", ""
         return "explained", "the optimizer, which magnifies the gradients' round-off"
+
+
+def _devices_per_stage(choice: ScheduleChoice) -> tuple[int, ...]:
+    """Where some stage has several."""
+    numbers = tuple(map(len, choice.built.placement))
+    return numbers if max(numbers) > 1 else ()
 
 
 def _outputs_or_none(run: Callable[[], object]) -> Tensors:
