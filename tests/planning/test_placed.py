@@ -199,9 +199,7 @@ def test_replicas_equal_brute_force() -> None:
             num_microbatches=num_microbatches,
             recomputed=recomputed,
         )
-        best = best_replicas(
-            seconds, transfers, num_devices, num_microbatches, memory, recomputed
-        )
+        best = best_replicas(seconds, transfers, num_devices, num_microbatches, memory, recomputed)
         if found is None:
             assert best == NEVER, case
             continue

@@ -197,7 +197,9 @@ def layout(
         np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
         for values in (memory.state, memory.kept)
     )
-    inputs, graphs = (np.asarray(n, dtype=np.float64)[:, None] for n in (memory.inputs, memory.graphs))
+    inputs, graphs = (
+        np.asarray(n, dtype=np.float64)[:, None] for n in (memory.inputs, memory.graphs)
+    )
     whole = state[None, :] + graphs * kept
     return Layout(
         placement=placed,

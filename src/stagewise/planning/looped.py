@@ -12,14 +12,15 @@ HiGHS (Huangfu and Hall, 2018; through scipy.optimize.milp) solves it by branch 
 what it has proven. Numbers are scaled, since its tolerances are absolute.
 """
 
-from itertools import pairwise
+import random
 
 import numpy as np
 
 from stagewise.planning.layout import Array, Layout
 
 _SCALE = 1000.0  # the known solution's seconds, in the programme's unit
-_POWER, _SWEEPS = 12, 30
+_POWER, _SWEEPS = 12, 20
+_WIDTH = 4  # times the mean: the longest stage that the descent looks at
 
 
 def branch_and_bound(
@@ -35,7 +36,11 @@ def branch_and_bound(
     width = num_cells + 1
     num_choices = (num_stages + 1) * width  # stage `num_stages` begins behind the last cell
     scale = _SCALE / better_than if better_than else 1.0
-    rows, columns, values, low, high = [], [], [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    low: list[float] = []
+    high: list[float] = []
 
     def row(entries: list[tuple[int, float]], least: float, most: float) -> None:
         at = len(low)
@@ -105,30 +110,55 @@ def _entries(coefficients: Array) -> list[tuple[int, float]]:
     return [(int(at), float(coefficients[at])) for at in np.flatnonzero(coefficients)]
 
 
-def descend(layout: Layout, cuts: tuple[int, ...]) -> tuple[int, ...]:
+def descend(
+    layout: Layout, cuts: tuple[int, ...], *, kicks: int, tolerance: float = 0
+) -> tuple[int, ...]:
     """Better cuts than `cuts`, by cutting runs of stages anew while the others stay.
 
     A run of stages that share no device is cut by dynamic programming, so that the sum of the
     loads' powers is least: with a high power that is nearly the busiest load, but where one load
-    cannot be lowered, others still are.
+    cannot be lowered, others still are. Where no run gets better, some cuts are moved at random
+    (always the same ones) and it is tried again, `kicks` times, unless the bound is reached within
+    `tolerance`.
     """
-    best, least = cuts, layout.busiest_seconds(cuts)
-    runs = _runs(layout)
+    rng, runs = random.Random(0), _runs(layout)
+    enough = layout.least_seconds() * (1 + max(tolerance, 1e-9))
+    best = _settled(layout, cuts, runs)
+    for _ in range(kicks):
+        if layout.busiest_seconds(best) <= enough:
+            break
+        found = _settled(layout, _kicked(best, rng), runs)
+        best = min(best, found, key=layout.busiest_seconds)
+    return best
+
+
+def _settled(layout: Layout, cuts: tuple[int, ...], runs: list[tuple[int, int]]) -> tuple[int, ...]:
+    best = cuts
     for _ in range(_SWEEPS):
         before = cuts
         for first, last in runs:
             cuts = _recut(layout, cuts, first, last)
-            seconds = layout.busiest_seconds(cuts)
-            if seconds < least:
-                best, least = cuts, seconds
+            best = min(best, cuts, key=layout.busiest_seconds)
         if cuts == before:
             break
     return best
 
 
+def _kicked(cuts: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
+    """`cuts` with a third of them moved by a few cells, where there is room."""
+    moved = list(cuts)
+    for at in range(1, len(cuts) - 1):
+        if rng.random() < 1 / 3:
+            new = moved[at] + rng.choice([-2, -1, 1, 2])
+            if moved[at - 1] < new < moved[at + 1]:
+                moved[at] = new
+    return tuple(moved)
+
+
 def _runs(layout: Layout) -> list[tuple[int, int]]:
     """Runs (first, last) of stages on different devices, as long as can be, from many starts."""
-    runs, step = [], max(1, layout.num_stages // 32)
+    runs: list[tuple[int, int]] = []
+    step = max(1, layout.num_stages // 32)
     for first in range(0, layout.num_stages - 1, step):
         seen: set[int] = set()
         last = first
@@ -144,34 +174,38 @@ def _recut(layout: Layout, cuts: tuple[int, ...], first: int, last: int) -> tupl
     """`cuts` with the stages from `first` to before `last` cut anew."""
     begin, end = cuts[first], cuts[last]
     num_cells, num_stages = end - begin, last - first
-    loads = layout.device_seconds(cuts)
-    needs = layout.device_bytes(cuts)
+    width = min(num_cells - num_stages + 1, _WIDTH * -(-num_cells // num_stages))
+    loads, needs = layout.device_seconds(cuts), layout.device_bytes(cuts)
     scale = max(layout.least_seconds(), 1e-300)
-    at = np.arange(num_cells + 1)
-    longer = at[:, None] > at[None, :]  # [end, begin]
+    ends = np.arange(num_cells + 1)[:, None]
+    begins = ends - np.arange(width, 0, -1)[None, :]
+    outside = begins < 0
+    ends, begins = begin + ends, begin + np.maximum(begins, 0)
     best = np.full(num_cells + 1, np.inf)
     best[0] = 0.0
     choices = []
     for stage in range(first, last):
         others = _others(layout, cuts, stage, loads, layout.starts, layout.ends)
-        own = layout.ends[stage, begin : end + 1][:, None] - layout.starts[stage, begin : end + 1]
+        own = layout.ends[stage][ends] - layout.starts[stage][begins]
         powers = np.minimum((others + own) / scale, 1e12) ** _POWER
-        powers[~longer] = np.inf
         if layout.capped:
             room = layout.memory_bytes - _others(
                 layout, cuts, stage, needs, layout.start_bytes, layout.end_bytes
             )
-            need = layout.end_bytes[stage, begin : end + 1][:, None]
-            over = need - layout.start_bytes[stage, begin : end + 1] - room
-            powers = powers + np.where(over > 0, 1e200 * (1 + over / layout.memory_bytes), 0)
-        candidates = best[None, :] + powers
+            over = layout.end_bytes[stage][ends] - layout.start_bytes[stage][begins] - room
+            powers += np.where(over > 0, 1e200 * (1 + over / layout.memory_bytes), 0)
+        powers[outside] = np.inf
+        padded = np.concatenate([np.full(width, np.inf), best[:-1]])
+        reached = np.lib.stride_tricks.sliding_window_view(padded, width)[: num_cells + 1]
+        candidates = reached + powers
         choices.append(candidates.argmin(axis=1))
         best = np.take_along_axis(candidates, choices[-1][:, None], axis=1)[:, 0]
+    if not np.isfinite(best[num_cells]):
+        return cuts
     inner = [num_cells]
-    for stage in reversed(range(num_stages)):
-        inner.append(int(choices[stage][inner[-1]]))
-    new = (*cuts[:first], *(begin + a for a in reversed(inner)), *cuts[last + 1 :])
-    return new if all(a < b for a, b in pairwise(new)) else cuts
+    for choice in reversed(choices):
+        inner.append(inner[-1] - (width - int(choice[inner[-1]])))
+    return (*cuts[:first], *(begin + at for at in reversed(inner)), *cuts[last + 1 :])
 
 
 def _others(

@@ -1,8 +1,8 @@
 """The optimal partition for any placement, and what is proven about it.
 
 Which method is exact depends on the placement: one stage a device (`contiguous`), two
-(`twofold`: looped or a V), anything else (`looped`, a mixed-integer programme). Where the exact one would take too long, what
-was found stands beside the bound that was proven, never as optimal.
+(`twofold`: looped or a V), anything else (`looped`, a mixed-integer programme). Where the exact
+one would take too long, what was found stands beside the bound that was proven, never as optimal.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from stagewise.planning.partition import partition
 from stagewise.planning.twofold import TooMuchWork, is_twofold, twofold
 
 _ROUNDING = 1e-9  # relative; of HiGHS's tolerances
-_TWOFOLD_WORK = 20_000_000  # states looked at: some seconds
 _MAX_CHOICES = 4_000  # boundaries times stages of a mixed-integer programme
 
 
@@ -48,6 +47,8 @@ def place(
     transfer_seconds: Sequence[float] | None = None,
     memory: MemoryNeeds | None = None,
     max_nodes: int = 2_000,
+    max_work: int = 20_000_000,
+    tolerance: float = 0,
 ) -> Partition | None:
     """Cut the chain into the stages of `placement` so that the busiest device has least to do.
 
@@ -55,8 +56,10 @@ def place(
     `transfer_seconds[i]`, one fewer than cells, is what the boundary behind cell i costs each of
     its sides, but where both lie on the same devices. None if nothing was found that fits
     `memory`; that is proven, but where devices hold three stages or more.
-    `max_nodes` limits the branch and bound of those: 0 leaves it out, and the gap says what is
-    then known.
+
+    `max_nodes` limits the branch and bound of those (0 leaves it out), `max_work` the states that
+    are looked at for two stages a device; and a cut within `tolerance` of the bound is not
+    improved. The result's gap says what is known of it.
 
     >>> place([(0,), (1,), (0,), (1,)], [3, 1, 1, 1, 1, 5]).balance
     (2, 2, 1, 1)
@@ -65,19 +68,28 @@ def place(
     if chain.alone:
         exact = contiguous(chain)
         return None if exact is None else _optimal(chain, exact[1])
-    start = _start(chain)
-    known = chain.busiest_seconds(start)
-    bound = chain.least_seconds()
+    even = partition(
+        chain.cell_seconds.tolist(),
+        chain.num_stages,
+        transfer_seconds=chain.transfers[1:-1].tolist(),
+    )
+    start = descend(chain, cuts_of(even), kicks=0)
+    known, bound = chain.busiest_seconds(start), chain.least_seconds()
     if known <= bound * (1 + _ROUNDING):
         return _optimal(chain, start)
+    if known <= bound * (1 + tolerance):
+        return _found(chain, start, bound)
     if is_twofold(chain):
         try:
-            better = twofold(chain, known, _TWOFOLD_WORK)
+            better = twofold(chain, known, max_work)
         except TooMuchWork:
-            return _found(chain, start, bound)
-        if better is None and known == float("inf"):
-            return None
-        return _optimal(chain, start if better is None else better[1])
+            pass
+        else:
+            if better is None and known == float("inf"):
+                return None
+            return _optimal(chain, start if better is None else better[1])
+    start = descend(chain, start, kicks=_kicks(chain), tolerance=tolerance)
+    known = chain.busiest_seconds(start)
     if max_nodes and chain.num_stages * chain.num_cells <= _MAX_CHOICES:
         cuts, proven = branch_and_bound(chain, known, max_nodes)
         bound = max(bound, proven)
@@ -86,14 +98,8 @@ def place(
     return _found(chain, start, bound)
 
 
-def _start(chain: Layout) -> tuple[int, ...]:
-    """A good cut to begin with: even stages, then a descent."""
-    even = partition(
-        chain.cell_seconds.tolist(),
-        chain.num_stages,
-        transfer_seconds=chain.transfers[1:-1].tolist(),
-    )
-    return descend(chain, cuts_of(even))
+def _kicks(chain: Layout) -> int:
+    return max(2, min(20, 2_000 // chain.num_stages))
 
 
 def _optimal(chain: Layout, cuts: tuple[int, ...]) -> Partition:

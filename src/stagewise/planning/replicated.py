@@ -142,7 +142,7 @@ class _Problem:
         loads = self.prefix[ends] - self.prefix[i] + self.transfers[i] + self.transfers[ends]
         never = self.num_devices + 1
         most = min(never, self.num_microbatches + 1)
-        share = np.minimum(np.ceil(loads / bound), most).astype(np.int64).clip(1)
+        share: Ints = np.minimum(np.ceil(loads / bound), most).astype(np.int64).clip(1)
         share[loads > bound * share] += 1  # where the division was rounded down
         while self.needs is not None:
             rounds = -(-self.num_microbatches // share)

@@ -1,10 +1,10 @@
 """Exact partition where every device holds two stages: dynamic programming over pairs of cells.
 
-Problem: device d's load is the sum of two runs of cells: stage d with stage K + d (looped, Narayanan
-et al., arXiv:2104.04473) or with stage 2K - 1 - d (a V, Qi et al., arXiv:2405.15362). Idea: after d
-devices, what counts is only how far the first run has come, and how far the second: from the middle
-on, or from the end back. In a loop the middle is tried everywhere. States that are no better than
-the best known solution are dropped, which leaves few.
+Problem: device d's load is the sum of two runs of cells: stage d with stage K + d (looped,
+Narayanan et al., arXiv:2104.04473) or with stage 2K - 1 - d (a V, Qi et al., arXiv:2405.15362).
+Idea: after d devices, what counts is only how far the first run has come, and how far the second:
+from the middle on, or from the end back. In a loop the middle is tried everywhere. States that are
+no better than the best known solution are dropped, which leaves few.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,9 @@ def twofold(layout: Layout, better_than: float, max_work: int) -> Found | None:
     if layout.placement[half:] == layout.placement[:half][::-1]:
         search.fill(_Fold(layout, num_cells))
     else:
-        for middle in sorted(range(half, num_cells - half + 1), key=lambda m: abs(2 * m - num_cells)):
+        for middle in sorted(
+            range(half, num_cells - half + 1), key=lambda m: abs(2 * m - num_cells)
+        ):
             search.fill(_Loop(layout, middle))
     return search.best
 
@@ -76,7 +78,8 @@ class _Loop:
 
     def room(self, i: Ints, j: Ints) -> Ints:
         """How many devices could still have a cell of each run."""
-        return np.minimum(self.middle - i, self.layout.num_cells - j)
+        room: Ints = np.minimum(self.middle - i, self.layout.num_cells - j)
+        return room
 
     def rest(self, i: Ints, j: Ints) -> Array:
         """Seconds of the cells that are left."""
@@ -93,8 +96,9 @@ class _Loop:
     def sums(self, starts: Array, ends: Array, device: int, moved: "_Moved") -> Array:
         before, i, j = moved
         back = self.layout.num_stages // 2 + device
-        total: Array = ends[device, i] - starts[device, before.first]
-        return total + ends[back, j] - starts[back, before.second]
+        first: Array = ends[device, i] - starts[device, before.first]
+        second: Array = ends[back, j] - starts[back, before.second]
+        return first + second
 
     def cuts(self, firsts: list[int], seconds: list[int]) -> tuple[int, ...]:
         return (*firsts, *seconds[1:])
@@ -109,7 +113,8 @@ class _Fold(_Loop):
         return 0, self.layout.num_cells
 
     def room(self, i: Ints, j: Ints) -> Ints:
-        return (j - i) // 2
+        room: Ints = (j - i) // 2
+        return room
 
     def rest(self, i: Ints, j: Ints) -> Array:
         total: Array = self.layout.prefix[j] - self.layout.prefix[i]
@@ -125,8 +130,9 @@ class _Fold(_Loop):
     def sums(self, starts: Array, ends: Array, device: int, moved: "_Moved") -> Array:
         before, i, j = moved
         back = self.layout.num_stages - 1 - device
-        total: Array = ends[device, i] - starts[device, before.first]
-        return total + ends[back, before.second] - starts[back, j]
+        first: Array = ends[device, i] - starts[device, before.first]
+        second: Array = ends[back, before.second] - starts[back, j]
+        return first + second
 
     def cuts(self, firsts: list[int], seconds: list[int]) -> tuple[int, ...]:
         return (*firsts, *reversed(seconds[:-1]))
@@ -151,9 +157,6 @@ class _Search:
         for device in range(self._layout.num_stages // 2):
             found = np.full((num_cells + 1, num_cells + 1), np.inf)
             for moved in self._moves(shape, device, states, limit):
-                self._work -= len(moved[1]) + _PER_MOVE
-                if self._work < 0:
-                    raise TooMuchWork
                 np.minimum.at(found, moved[1:], self._loads(shape, device, moved))
             i, j = np.nonzero(found < limit)
             if not len(i):
@@ -164,9 +167,7 @@ class _Search:
         self._known = float(states.seconds[at])
         self.best = self._known, self._trace(shape, history, at)
 
-    def _moves(
-        self, shape: _Loop, device: int, states: _States, limit: float
-    ) -> Iterator[_Moved]:
+    def _moves(self, shape: _Loop, device: int, states: _States, limit: float) -> Iterator[_Moved]:
         """Every way to give `device` its cells."""
         prefix, num_cells = self._layout.prefix, self._layout.num_cells
         left = self._layout.num_stages // 2 - device - 1  # devices to come
@@ -181,6 +182,9 @@ class _Search:
             for up in range(1, num_cells):
                 if not len(ahead.first):
                     break
+                self._work -= len(ahead.first) + _PER_MOVE
+                if self._work < 0:
+                    raise TooMuchWork
                 i, j = ahead.first + down, ahead.second + shape.step * up
                 taken = prefix[i] - prefix[ahead.first] + abs(prefix[ahead.second] - prefix[j])
                 rest = shape.rest(i, j) < left * limit

@@ -17,6 +17,8 @@ from stagewise.schedule.recompute import POLICIES, with_recompute
 from stagewise.schedule.replicated import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.schedule import Program, Schedule, schedule_of
 from stagewise.schedule.text import parse_programs, parse_schedule
+from stagewise.schedule.schedule import Program, Schedule, parse_programs, schedule_of
+from stagewise.schedule.segments import Segments, refine
 from stagewise.schedule.validation import validate
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "NamedSchedule",
     "Program",
     "Schedule",
+    "Segments",
     "Step",
     "check_replicas",
     "consecutive",
@@ -47,6 +50,7 @@ __all__ = [
     "one_f_one_b",
     "parse_programs",
     "parse_schedule",
+    "refine",
     "schedule_of",
     "schedule_row",
     "stages_per_device",
