@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
+from stagewise.schedule import Segments
 from tests.models import EXAMPLES, batch, build
 from tests.schedules import planned
 
@@ -26,6 +27,7 @@ class Run:
     replicas: tuple[int, ...] = ()
     num_microbatches: int = 4
     recompute: str = "never"
+    segments: tuple[Segments, ...] = ()
     sizes: tuple[int, ...] = (10,)  # samples of each step's batch
     optimizer: str | None = None
     max_norm: float | None = None
@@ -65,6 +67,7 @@ def pipeline(run: Run) -> stagewise.Pipeline:
         replicas=run.replicas,
         num_microbatches=run.num_microbatches,
         recompute=run.recompute,
+        segments=run.segments,
     )
     return stagewise.Pipeline(
         build(run.example, run.dtype),
