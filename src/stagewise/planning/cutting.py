@@ -1,14 +1,13 @@
 """The cuts worth trying for an option, and what is known of them.
 
 Memory of a device is `state_factor` bytes per parameter byte (parameter, gradient, and two moments
-of Adam in the same dtype make 4) and the peak of what is kept for the backward pass. First comes the
-cut that is best without a cap, then, if there is one, the best under it, by the microbatches that
-the schedule holds at its worst moment; whether they fit is for the simulation to say.
+of Adam in the same dtype make 4) and the peak of what is kept for the backward pass. A cut is made
+for time alone, or for time under the cap, by the microbatches that the schedule holds at its worst
+moment; whether it then fits is for the simulation to say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 from stagewise.costs import CellCost, LinkCost
 from stagewise.errors import ScheduleError
@@ -17,11 +16,12 @@ from stagewise.planning.options import Option, placement_of, replicated_schedule
 from stagewise.planning.placed import place
 from stagewise.planning.quick import in_flight
 from stagewise.planning.replicated import replicated_partition
+from stagewise.planning.words import size_in_words
 from stagewise.schedule import Schedule
 
 SEGMENTS = "segments"  # beside the policies of recomputation: the optimal parts
 _TOLERANCE = 0.002  # a partition this near to its bound is near enough for a search
-_MAX_WORK = 2_000_000  # of an exact search for two stages a device
+_MAX_WORK, _KICKS = 2_000_000, 4  # see `place`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +61,32 @@ class Cutter:
         self._known: dict[object, tuple[tuple[int, ...], float] | None] = {}
         self._near: dict[object, tuple[tuple[int, ...], float]] = {}  # for other microbatches
         self._schedules: dict[Option, Schedule] = {}
-        self.objection = ""  # why the last `of` gave no cut
 
-    def of(self, option: Option, cells: Sequence[CellCost], recompute: str) -> Iterator[Cut]:
-        """The cuts to try, better ones for memory after better ones for time."""
-        self.objection = "no cut fits the memory"
+    def cut(
+        self, option: Option, cells: Sequence[CellCost], recompute: str, capped: bool
+    ) -> Cut | str:
+        """The best cut for time, under the memory cap if `capped`; or why there is none."""
         if option.replicated:
-            yield from self._replicated(option, cells, recompute)
-            return
+            return self._replicated(option, cells, recompute, capped)
         try:
             schedule = self._schedule(option)
         except ScheduleError as error:
-            self.objection = str(error).splitlines()[0]
-            return
-        held = in_flight(schedule) if isfinite(self._machine.memory_bytes) else ()
-        graphs = held if recompute == "never" else (1,) * len(held)
-        found: list[tuple[int, ...]] = []
-        for capped in (False, True) if held else (False,):
-            needs = self._needs(cells, held, graphs) if capped else None
-            partition = self._partition(option, cells, recompute, needs)
-            if partition is not None and partition[0] not in found:
-                balance, gap = partition
-                found.append(balance)
-                yield Cut(option=option, schedule=schedule, balance=balance, gap=gap)
+            return str(error).splitlines()[0]
+        needs = None
+        if capped:
+            held = in_flight(schedule)
+            needs = self._needs(cells, held, held if recompute == "never" else (1,) * len(held))
+            least = sum(needs.state) + min(needs.graphs) * sum(needs.kept)
+            if least > option.num_devices * self._machine.memory_bytes:
+                return (
+                    f"at least {size_in_words(least)} are needed on all devices, which have "
+                    f"{size_in_words(option.num_devices * self._machine.memory_bytes)}"
+                )
+        partition = self._partition(option, cells, recompute, needs)
+        if partition is None:
+            return "no cut fits the memory"
+        balance, gap = partition
+        return Cut(option=option, schedule=schedule, balance=balance, gap=gap)
 
     def _schedule(self, option: Option) -> Schedule:
         if option not in self._schedules:
@@ -111,7 +114,8 @@ class Cutter:
     ) -> tuple[tuple[int, ...], float] | None:
         placement = placement_of(option)
         memory = (needs.inputs, needs.graphs) if needs else None
-        forwards = 1 if recompute in ("never", SEGMENTS) else 2
+        # What segments recompute is not known yet; under a cap it is nearly all.
+        forwards = 1 if recompute == "never" or (recompute == SEGMENTS and not needs) else 2
         group = (placement, forwards, memory)
         key = (*group, option.num_microbatches)
         if key not in self._known:
@@ -132,7 +136,7 @@ class Cutter:
         )
         if near := self._near.get(group):  # other microbatches' cut may be as good for these
             chain = layout(placement, seconds, transfer_seconds=transfers, memory=needs)
-            gap = chain.busiest_seconds(cuts_of(near[0])) / max(chain.least_seconds(), 1e-300) - 1
+            gap = chain.busiest_seconds(cuts_of(near[0])) / max(chain.least_seconds, 1e-300) - 1
             if gap <= max(near[1], _TOLERANCE):
                 return near[0], gap
         self._work.partitions += 1
@@ -143,19 +147,19 @@ class Cutter:
             memory=needs,
             max_nodes=0,
             max_work=_MAX_WORK,
+            kicks=_KICKS,
             tolerance=_TOLERANCE,
         )
         if made is None:
             return None
-        least = layout(placement, seconds, transfer_seconds=transfers).least_seconds()
+        least = layout(placement, seconds, transfer_seconds=transfers).least_seconds
         self._near[group] = made.balance, made.seconds / max(least, 1e-300) - 1
         return made.balance, made.gap
 
     def _replicated(
-        self, option: Option, cells: Sequence[CellCost], recompute: str
-    ) -> Iterator[Cut]:
+        self, option: Option, cells: Sequence[CellCost], recompute: str, capped: bool
+    ) -> Cut | str:
         forwards = 1 if recompute in ("never", SEGMENTS) else 2
-        capped = isfinite(self._machine.memory_bytes)
         self._work.partitions += 1
         made = replicated_partition(
             cell_seconds(cells, forwards),
@@ -166,12 +170,11 @@ class Cutter:
             recomputed=recompute != "never",
         )
         if made is None:
-            return
+            return "no cut fits the memory"
         if max(made.replicas) == 1:
-            self.objection = "no stage gains from a second device"
-            return
+            return "no stage gains from a second device"
         schedule = replicated_schedule(option, made.replicas)
-        yield Cut(option=option, schedule=schedule, balance=made.balance)
+        return Cut(option=option, schedule=schedule, balance=made.balance)
 
 
 def cell_seconds(cells: Sequence[CellCost], forwards: int) -> list[float]:

@@ -43,8 +43,7 @@ class Tried:
         return self.option.num_microbatches
 
     def __str__(self) -> str:
-        recompute = "" if self.recompute == "never" else f", recompute {self.recompute}"
-        return f"{self.option}{recompute}"
+        return _in_words(self.option, self.recompute)
 
     def plan(self) -> Plan:
         """The plan, whose timeline takes `seconds`."""
@@ -53,6 +52,7 @@ class Tried:
             balance=self.balance,
             schedule="auto" if self.programs else self.option.schedule,
             num_microbatches=self.num_microbatches,
+            # Programs hold their recomputations already.
             recompute="never" if self.segments or self.programs else self.recompute,
             stages_per_device=None if self.programs else per_device,
             programs=self.programs,
@@ -68,7 +68,8 @@ class Rejected:
 
     what: str
     reason: str
-    seconds: float | None = None  # of a step, where that is known
+    bound_seconds: float = 0.0  # it takes no less
+    lacks_memory: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: {self.reason}"
@@ -92,25 +93,45 @@ class Evaluator:
             max(seconds) * (1 if option.replicated else option.num_microbatches),
         )
 
-    def ways(
+    def plain(
+        self, option: Option, cells: Sequence[CellCost], better_than: float
+    ) -> Tried | Rejected:
+        """The option with its fastest cut, recomputing nothing that it was not told to."""
+        recompute = "never" if self._recompute == "auto" else self._recompute
+        return self._way(option, cells, recompute, False, better_than)
+
+    def sparing(
         self, option: Option, cells: Sequence[CellCost], better_than: float
     ) -> Iterator[Tried | Rejected]:
-        """All ways to run `option`: what fits, and what does not or cannot beat `better_than`."""
-        policies = ("never", SEGMENTS, "except_last", "always")
-        for recompute in policies if self._recompute == "auto" else (self._recompute,):
-            rejected: Rejected | None = None
-            for cut in self._cuts.of(option, cells, recompute):
-                found = self._judged(cut, cells, recompute, better_than)
-                if isinstance(found, Tried):
-                    yield found
-                    if recompute == "never":
-                        return  # recomputing only takes longer
-                    better_than = min(better_than, found.seconds)
-                    break
-                rejected = found
-            else:
-                what = f"{option}, recompute {recompute}"
-                yield rejected or Rejected(what=what, reason=self._cuts.objection)
+        """The option in ways that need less memory; the first kind that fits is the fastest."""
+        fastest = self._cuts.cut(option, cells, "never", False)
+        if isinstance(fastest, Cut):
+            costs = stage_costs(cells, fastest.balance)
+            bound = least_step_seconds(fastest.schedule, costs, self.machine.link)
+            if bound >= better_than:
+                yield _too_slow(str(option), bound, better_than)
+                return
+        for ways in _SPARING if self._recompute == "auto" else (((self._recompute, True),),):
+            found = [self._way(option, cells, *way, better_than) for way in ways]
+            if fitting := [way for way in found if isinstance(way, Tried)]:
+                yield min(fitting, key=lambda tried: tried.seconds)
+                return
+            yield found[-1]
+            if isinstance(found[0], Rejected) and not found[0].lacks_memory:
+                return  # too slow already
+
+    def _way(
+        self,
+        option: Option,
+        cells: Sequence[CellCost],
+        recompute: str,
+        capped: bool,
+        better_than: float,
+    ) -> Tried | Rejected:
+        cut = self._cuts.cut(option, cells, recompute, capped)
+        if isinstance(cut, Cut):
+            return self._judged(cut, cells, recompute, better_than)
+        return Rejected(what=_in_words(option, recompute), reason=cut, lacks_memory=True)
 
     def synthesised(self, tried: Tried, effort: int) -> Tried | Rejected:
         """The same cut under a schedule that is made for it."""
@@ -132,26 +153,25 @@ class Evaluator:
             return Rejected(what=str(option), reason=str(error))
         programs = tuple(str(schedule).splitlines())
         cut = Cut(option=option, schedule=schedule, balance=tried.balance, gap=tried.partition_gap)
-        found = self._outcome(cut, tried.cells, schedule, costs, "auto")
+        found = self._outcome(cut, tried.cells, schedule, costs, tried.recompute)
         return replace(found, programs=programs) if isinstance(found, Tried) else found
 
     def _judged(
         self, cut: Cut, cells: Sequence[CellCost], recompute: str, better_than: float
     ) -> Tried | Rejected:
         """Whether a cut fits, and what it takes."""
-        what = f"{cut.option}, recompute {recompute}"
+        what = _in_words(cut.option, recompute)
         costs = stage_costs(cells, cut.balance)
         bound = least_step_seconds(cut.schedule, costs, self.machine.link)
         if bound >= better_than:
-            reason = f"takes {bound:.4g} s at least, longer than another plan"
-            return Rejected(what=what, reason=reason, seconds=bound)
+            return _too_slow(str(cut.option), bound, better_than)
         if recompute != SEGMENTS:
             schedule = with_recompute(cut.schedule, recompute)
             return self._outcome(cut, cells, schedule, costs, recompute)
         room = self._room(cut.schedule.placement, costs)
         segments = segments_within(cut.schedule, cells, cut.balance, room)
         if segments is None:
-            return Rejected(what=what, reason="no segments fit the memory")
+            return Rejected(what=what, reason="no segments fit the memory", lacks_memory=True)
         refined = refine(cut.schedule, segments)
         finer = stage_costs(cells, [size for parts in segments for size, _ in parts])
         return self._outcome(cut, cells, refined, finer, recompute, segments)
@@ -173,10 +193,10 @@ class Evaluator:
         worst = max(range(len(needs)), key=needs.__getitem__)
         if needs[worst] > self.machine.memory_bytes:
             return Rejected(
-                what=f"{cut.option}, recompute {recompute}",
+                what=_in_words(cut.option, recompute),
                 reason=f"device {worst} needs {size_in_words(needs[worst])} of "
                 f"{size_in_words(self.machine.memory_bytes)}",
-                seconds=outcome.seconds,
+                lacks_memory=True,
             )
         return Tried(
             option=cut.option,
@@ -203,6 +223,24 @@ class Evaluator:
             for device in devices:
                 state[device] += self.machine.state_factor * cost.parameter_bytes
         return state
+
+
+# (recomputation, whether the cut is made for memory): the best of each group is taken. Recomputing
+# only takes longer, and segments can do what `always` does.
+_SPARING = (
+    (("never", True),),
+    ((SEGMENTS, False), (SEGMENTS, True)),
+    (("except_last", True), ("always", True)),
+)
+
+
+def _in_words(option: Option, recompute: str) -> str:
+    return f"{option}" if recompute == "never" else f"{option}, recompute {recompute}"
+
+
+def _too_slow(what: str, bound: float, best: float) -> Rejected:
+    reason = f"its fastest cut takes {bound:.4g} s at least, and another plan {best:.4g} s"
+    return Rejected(what=what, reason=reason, bound_seconds=bound)
 
 
 def least_step_seconds(

@@ -128,6 +128,7 @@ class Layout:
             return float("inf")
         return float(self.device_seconds(cuts).max())
 
+    @cached_property
     def least_seconds(self) -> float:
         """A bound that no cut can beat: all work shared evenly, or what shares a device at least.
 

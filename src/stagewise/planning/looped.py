@@ -73,7 +73,7 @@ def branch_and_bound(
         if not s:
             choices[1:] = 0
     lower = np.zeros(num_choices + 1)
-    lower[num_choices] = min(layout.least_seconds() * scale, _SCALE)
+    lower[num_choices] = min(layout.least_seconds * scale, _SCALE)
     objective = np.zeros(num_choices + 1)
     objective[num_choices] = 1
     solved = milp(
@@ -87,7 +87,7 @@ def branch_and_bound(
         ),
         options={"node_limit": max_nodes, "mip_rel_gap": 0},
     )
-    bound = layout.least_seconds()
+    bound = layout.least_seconds
     if solved.mip_dual_bound is not None and np.isfinite(solved.mip_dual_bound):
         bound = max(bound, float(solved.mip_dual_bound) / scale)
     if solved.status == 2:  # infeasible: nothing takes as little as `better_than`
@@ -122,7 +122,7 @@ def descend(
     `tolerance`.
     """
     rng, runs = random.Random(0), _runs(layout)
-    enough = layout.least_seconds() * (1 + max(tolerance, 1e-9))
+    enough = layout.least_seconds * (1 + max(tolerance, 1e-9))
     best = _settled(layout, cuts, runs)
     for _ in range(kicks):
         if layout.busiest_seconds(best) <= enough:
@@ -176,9 +176,10 @@ def _recut(layout: Layout, cuts: tuple[int, ...], first: int, last: int) -> tupl
     num_cells, num_stages = end - begin, last - first
     width = min(num_cells - num_stages + 1, _WIDTH * -(-num_cells // num_stages))
     loads, needs = layout.device_seconds(cuts), layout.device_bytes(cuts)
-    scale = max(layout.least_seconds(), 1e-300)
+    scale = max(layout.least_seconds, 1e-300)
     ends = np.arange(num_cells + 1)[:, None]
     begins = ends - np.arange(width, 0, -1)[None, :]
+    rows, window = ends[:, 0], begins + width  # of `best`, padded
     outside = begins < 0
     ends, begins = begin + ends, begin + np.maximum(begins, 0)
     best = np.full(num_cells + 1, np.inf)
@@ -196,10 +197,9 @@ def _recut(layout: Layout, cuts: tuple[int, ...], first: int, last: int) -> tupl
             powers += np.where(over > 0, 1e200 * (1 + over / layout.memory_bytes), 0)
         powers[outside] = np.inf
         padded = np.concatenate([np.full(width, np.inf), best[:-1]])
-        reached = np.lib.stride_tricks.sliding_window_view(padded, width)[: num_cells + 1]
-        candidates = reached + powers
+        candidates = padded[window] + powers
         choices.append(candidates.argmin(axis=1))
-        best = np.take_along_axis(candidates, choices[-1][:, None], axis=1)[:, 0]
+        best = candidates[rows, choices[-1]]
     if not np.isfinite(best[num_cells]):
         return cuts
     inner = [num_cells]

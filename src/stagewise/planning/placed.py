@@ -48,6 +48,7 @@ def place(
     memory: MemoryNeeds | None = None,
     max_nodes: int = 2_000,
     max_work: int = 20_000_000,
+    kicks: int = 20,
     tolerance: float = 0,
 ) -> Partition | None:
     """Cut the chain into the stages of `placement` so that the busiest device has least to do.
@@ -58,7 +59,8 @@ def place(
     `memory`; that is proven, but where devices hold three stages or more.
 
     `max_nodes` limits the branch and bound of those (0 leaves it out), `max_work` the states that
-    are looked at for two stages a device; and a cut within `tolerance` of the bound is not
+    are looked at for two stages a device, `kicks` the tries to leave a local optimum else; and a cut
+    within `tolerance` of the bound is not
     improved. The result's gap says what is known of it.
 
     >>> place([(0,), (1,), (0,), (1,)], [3, 1, 1, 1, 1, 5]).balance
@@ -74,7 +76,7 @@ def place(
         transfer_seconds=chain.transfers[1:-1].tolist(),
     )
     start = descend(chain, cuts_of(even), kicks=0)
-    known, bound = chain.busiest_seconds(start), chain.least_seconds()
+    known, bound = chain.busiest_seconds(start), chain.least_seconds
     if known <= bound * (1 + _ROUNDING):
         return _optimal(chain, start)
     if known <= bound * (1 + tolerance):
@@ -88,7 +90,9 @@ def place(
             if better is None and known == float("inf"):
                 return None
             return _optimal(chain, start if better is None else better[1])
-    start = descend(chain, start, kicks=_kicks(chain), tolerance=tolerance)
+    if known == float("inf"):
+        kicks = min(kicks, 2)
+    start = descend(chain, start, kicks=min(kicks, 2_000 // chain.num_stages), tolerance=tolerance)
     known = chain.busiest_seconds(start)
     if max_nodes and chain.num_stages * chain.num_cells <= _MAX_CHOICES:
         cuts, proven = branch_and_bound(chain, known, max_nodes)
@@ -96,10 +100,6 @@ def place(
         if cuts is not None and chain.busiest_seconds(cuts) < known:
             start = cuts
     return _found(chain, start, bound)
-
-
-def _kicks(chain: Layout) -> int:
-    return max(2, min(20, 2_000 // chain.num_stages))
 
 
 def _optimal(chain: Layout, cuts: tuple[int, ...]) -> Partition:

@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, stage_costs
+from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.errors import PlanError
 from stagewise.planning.bounds import lower_bound_seconds
-from stagewise.planning.cutting import SEGMENTS, Machine, Work
+from stagewise.planning.cutting import SEGMENTS, Machine, Work, cell_seconds
 from stagewise.planning.evaluate import Evaluator, Rejected, Tried
+from stagewise.planning.layout import layout
 from stagewise.planning.options import Option, options
 from stagewise.planning.plan import Plan
 from stagewise.schedule import POLICIES
 
 MAX_INSTRUCTIONS = 6_000_000
-_SYNTHESISED, _SYNTHESIS_EFFORT, _MAX_SYNTHESIS = 3, 1_000_000, 12_000
+_SYNTHESISED, _SYNTHESIS_EFFORT, _MAX_SYNTHESIS = 3, 300_000, 12_000
 _RUNNERS_UP = 5
 
 CostsAt = Callable[[int], Sequence[CellCost]]
@@ -81,21 +82,31 @@ class _Search:
         else:
             self.rejected.append(found)
 
-    def look_at(self, option: Option, cells: Sequence[CellCost], max_instructions: int) -> None:
-        """Evaluate one option, unless it cannot win or there is no more effort."""
+    def look_at(
+        self, option: Option, cells: Sequence[CellCost], max_instructions: int, sparing: bool
+    ) -> bool:
+        """Evaluate one option, unless it cannot win or there is no more effort.
+
+        False if memory is all that it lacks; then it may be tried again, `sparing` memory.
+        """
         bound, best = self.evaluator.bound_seconds(option, cells), self.best_seconds
         if bound >= best:
             reason = f"takes {bound:.4g} s at least, and another plan {best:.4g} s"
-            self.note(Rejected(what=str(option), reason=reason, seconds=bound))
+            self.note(Rejected(what=str(option), reason=reason, bound_seconds=bound))
         elif self.evaluator.work.instructions + option.num_instructions > max_instructions:
             reason = (
                 f"not simulated: its {option.num_instructions:,} instructions are beyond the "
                 f"search's {max_instructions:,}; its bound is {bound:.4g} s"
             )
             self.note(Rejected(what=str(option), reason=reason))
-        else:
-            for found in self.evaluator.ways(option, cells, best):
+        elif sparing:
+            for found in self.evaluator.sparing(option, cells, best):
                 self.note(found)
+        else:
+            found = self.evaluator.plain(option, cells, best)
+            self.note(found)
+            return isinstance(found, Tried) or not found.lacks_memory
+        return True
 
     def synthesise(self) -> None:
         """Schedules made for the best cuts, where they are of a size for that."""
@@ -160,10 +171,16 @@ def search(
             option.num_instructions,
         ),
     )
-    for index, option in enumerate(all_options):
-        if progress is not None:
-            progress(index, len(all_options), str(option))
-        running.look_at(option, cells[option.num_microbatches], max_instructions)
+    for sparing in (False, True):  # what fits at once leaves little to spare memory for
+        again = []
+        for index, option in enumerate(all_options):
+            if progress is not None:
+                progress(index, len(all_options), str(option))
+            if not running.look_at(
+                option, cells[option.num_microbatches], max_instructions, sparing
+            ):
+                again.append(option)
+        all_options = again
     if synthesis:
         if progress is not None:
             progress(len(all_options), len(all_options), "schedules made for the best cuts")
@@ -192,12 +209,12 @@ def _rank(tried: Tried) -> tuple[float, int, int]:
 def _least_seconds(
     cells: Sequence[CellCost], num_devices: int, num_microbatches: int, replicas: bool
 ) -> float:
-    """No plan is faster: all work shared evenly, the heaviest cell, or one microbatch's way."""
-    (whole,) = stage_costs(cells, [len(cells)])
-    heaviest = max(cell.forward_seconds + cell.backward_seconds for cell in cells)
-    work = whole.forward_seconds + whole.backward_seconds
-    rounds = 1 if replicas else num_microbatches
-    return max(num_microbatches * work / num_devices, rounds * heaviest, work)
+    """No plan is faster: the busiest device's work however it is cut, or one microbatch's way."""
+    seconds = cell_seconds(cells, 1)
+    if replicas:
+        return max(num_microbatches * sum(seconds) / num_devices, sum(seconds))
+    anywhere = layout([(cell % num_devices,) for cell in range(len(cells))], seconds)
+    return max(num_microbatches * anywhere.least_seconds, sum(seconds))
 
 
 def _check(num_devices: int, num_microbatches: Sequence[int], recompute: str) -> None:
