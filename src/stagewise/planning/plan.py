@@ -16,9 +16,9 @@ from stagewise.planning.partition import check_balance, partition
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,
+    Segments,
     check_replicas,
     consecutive,
-    Segments,
     named_schedule,
     parse_programs,
     refine,

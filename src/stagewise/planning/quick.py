@@ -1,7 +1,7 @@
 """How long a schedule takes and what it keeps, without the Timeline: what a search can afford.
 
-The additions are those of `simulate` and `Timeline.activation_bytes`, in their order, so the numbers
-are equal, not close. One pass over the programs, arrivals in flat lists, no objects.
+The additions are those of `simulate` and `Timeline.activation_bytes`, in their order, so the
+numbers are equal, not close. One pass over the programs, arrivals in flat lists, no objects.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,9 @@
 Problem: stages that share a device share its memory, and their peaks need not come at one time.
 Idea: every stage has a front of (bytes, extra seconds); a device takes the combination with least
 seconds whose bytes are within its room, exactly. Then the refined schedule is looked at: where it
-needs more than the sum of the stages' own peaks, the room is corrected and it is done again. Where a device has one stage and no backward is split, the sum is what the Timeline says, so the
-segments are the best for this cut; else they fit, but better ones may exist.
+needs more than the sum of the stages' own peaks, the room is corrected and it is done again. Where
+a device has one stage and no backward is split, the sum is what the Timeline says, so the segments
+are the best for this cut; else they fit, but better ones may exist.
 """
 
 from collections.abc import Sequence

@@ -16,9 +16,8 @@ from stagewise.schedule.order import Blocked, walk
 from stagewise.schedule.recompute import POLICIES, with_recompute
 from stagewise.schedule.replicated import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.schedule import Program, Schedule, schedule_of
-from stagewise.schedule.text import parse_programs, parse_schedule
-from stagewise.schedule.schedule import Program, Schedule, parse_programs, schedule_of
 from stagewise.schedule.segments import Segments, refine
+from stagewise.schedule.text import parse_programs, parse_schedule
 from stagewise.schedule.validation import validate
 
 __all__ = [
