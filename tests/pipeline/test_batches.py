@@ -17,7 +17,7 @@ from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
 from tests.pipeline.runs import even
-from tests.schedules import RUNNABLE, layout, planned
+from tests.schedules import RUNNABLE, cuts, layout, planned
 
 MSE = nn.functional.mse_loss
 NUM_MICROBATCHES = 4
@@ -341,7 +341,7 @@ def test_any_cut_schedule_policy_and_transport_is_bit_identical(pools: Pools, fo
     for schedule in RUNNABLE:
         wanted = train(Run(form=form, schedule=schedule))
         assert wanted.gradients
-        for num_stages in (1, 2, 3, 4):
+        for num_stages in cuts(schedule, 4):
             runs = [
                 Run(form=form, num_stages=num_stages, schedule=schedule, recompute=policy)
                 for policy in POLICIES

@@ -12,7 +12,7 @@ from stagewise.engine.values import take_apart
 from stagewise.schedule import POLICIES, Kind, Message
 from tests.harness import Pools
 from tests.pipeline.runs import even
-from tests.schedules import RUNNABLE, layout, planned
+from tests.schedules import RUNNABLE, cuts, layout, planned
 
 Named = dict[str, Tensor | None]
 
@@ -142,7 +142,7 @@ def test_gradients_are_the_plain_models(pools: Pools, name: str, needs_grad: boo
     for schedule in RUNNABLE:
         (one, one_input), *_ = gradients(name, 1, schedule, needs_grad)
         assert (wanted_input is None) == (one_input is None)
-        for num_stages in (1, 2, 3, 4):
+        for num_stages in cuts(schedule, 4):
             ranks = [gradients(name, num_stages, schedule, needs_grad)]
             if (num_devices := layout(schedule, num_stages)[0]) > 1:
                 ranks += pools[num_devices].run(gradients, name, num_stages, schedule, needs_grad)
