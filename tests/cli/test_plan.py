@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import stagewise
+from stagewise.planning import bottleneck_seconds
 from tests.recipes import run_command, write_recipe
 
 
@@ -17,6 +18,20 @@ def test_json_is_a_plan_with_predictions(tmp_path: Path) -> None:
     assert predicted["step_seconds"] == plan.timeline.duration_seconds
     assert predicted["peak_activation_bytes"] == list(plan.peak_activation_bytes)
     assert predicted["parameter_bytes"] == [c.parameter_bytes for c in plan.stage_costs]
+
+
+def test_replicas_share_the_load(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    arguments = ("--replicas", "1,2", "--microbatches", "4", "--json")
+    code, out, err = run_command("plan", recipe, *arguments, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    plan = stagewise.Plan.from_json(out)
+    assert plan.replicas == (1, 2) and plan.built_schedule.placement == ((0,), (1, 2))
+    seconds = [cell.forward_seconds + cell.backward_seconds for cell in plan.cells]
+    chosen = bottleneck_seconds(seconds, plan.balance, replicas=(1, 2))
+    others = ((n, 10 - n) for n in range(1, 10))
+    assert chosen < 1.5 * min(bottleneck_seconds(seconds, b, replicas=(1, 2)) for b in others)
+    assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 3
 
 
 def test_tables(tmp_path: Path) -> None:
