@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import stagewise
 from stagewise.planning import bottleneck_seconds
 from tests.recipes import run_command, write_recipe
@@ -28,9 +30,16 @@ def test_replicas_share_the_load(tmp_path: Path) -> None:
     plan = stagewise.Plan.from_json(out)
     assert plan.replicas == (1, 2) and plan.built_schedule.placement == ((0,), (1, 2))
     seconds = [cell.forward_seconds + cell.backward_seconds for cell in plan.cells]
-    chosen = bottleneck_seconds(seconds, plan.balance, replicas=(1, 2))
-    others = ((n, 10 - n) for n in range(1, 10))
-    assert chosen < 1.5 * min(bottleneck_seconds(seconds, b, replicas=(1, 2)) for b in others)
+    transfers = [
+        plan.link.transfer_seconds(cell.output_bytes)
+        + plan.link.transfer_seconds(cell.gradient_bytes)
+        for cell in plan.cells[:-1]
+    ]
+    chosen, *others = (
+        bottleneck_seconds(seconds, balance, transfer_seconds=transfers, replicas=(1, 2))
+        for balance in [plan.balance, *((n, 10 - n) for n in range(1, 10))]
+    )
+    assert chosen == pytest.approx(min(others), rel=1e-9)
     assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 3
 
 

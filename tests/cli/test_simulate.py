@@ -50,7 +50,7 @@ def test_an_idle_replica_round_trips_as_text(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(text)
     again = run("--schedule", str(tmp_path / "mine.txt"), "--replicas", "1,3", "--text").stdout
     assert again.splitlines()[1:] == text.splitlines()[1:]
-    assert text.splitlines()[-1].replace(" ", "") == "device3......."
+    assert text.splitlines()[-1].replace(" ", "") == "device3....."
 
 
 @pytest.mark.parametrize(
