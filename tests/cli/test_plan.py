@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import stagewise
+from stagewise.planning import bottleneck_seconds
 from tests.recipes import run_command, write_recipe
 
 
@@ -17,6 +20,27 @@ def test_json_is_a_plan_with_predictions(tmp_path: Path) -> None:
     assert predicted["step_seconds"] == plan.timeline.duration_seconds
     assert predicted["peak_activation_bytes"] == list(plan.peak_activation_bytes)
     assert predicted["parameter_bytes"] == [c.parameter_bytes for c in plan.stage_costs]
+
+
+def test_replicas_share_the_load(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    arguments = ("--replicas", "1,2", "--microbatches", "4", "--json")
+    code, out, err = run_command("plan", recipe, *arguments, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    plan = stagewise.Plan.from_json(out)
+    assert plan.replicas == (1, 2) and plan.built_schedule.placement == ((0,), (1, 2))
+    seconds = [cell.forward_seconds + cell.backward_seconds for cell in plan.cells]
+    transfers = [
+        plan.link.transfer_seconds(cell.output_bytes)
+        + plan.link.transfer_seconds(cell.gradient_bytes)
+        for cell in plan.cells[:-1]
+    ]
+    chosen, *others = (
+        bottleneck_seconds(seconds, balance, transfer_seconds=transfers, replicas=(1, 2))
+        for balance in [plan.balance, *((n, 10 - n) for n in range(1, 10))]
+    )
+    assert chosen == pytest.approx(min(others), rel=1e-9)
+    assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 3
 
 
 def test_tables(tmp_path: Path) -> None:

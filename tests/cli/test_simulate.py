@@ -35,6 +35,39 @@ def test_the_closed_form_is_for_equal_stages_only() -> None:
     assert "(K-1)(F+B)" not in run("--forward", "1,2", "--stages", "2").stdout
 
 
+def test_replicas() -> None:
+    costs = ("--forward", "1,2,1", "--backward", "2,4,2")
+    result = run("--replicas", "1,2,1", *costs)
+    assert result.stdout.splitlines()[3].startswith("device 2  ....F1==F3==")
+    assert "in flight on device d" not in run("--replicas", "2,2").stdout
+    spans = json.loads(run("--replicas", "1,2,1", *costs, "--json").stdout)
+    assert (spans["num_stages"], spans["num_devices"], spans["step_seconds"]) == (3, 4, 33)
+
+
+def test_an_idle_replica_round_trips_as_text(tmp_path: Path) -> None:
+    arguments = ("--replicas", "1,3", "--microbatches", "2", "--text")
+    text = run(*arguments).stdout
+    (tmp_path / "mine.txt").write_text(text)
+    again = run("--schedule", str(tmp_path / "mine.txt"), "--replicas", "1,3", "--text").stdout
+    assert again.splitlines()[1:] == text.splitlines()[1:]
+    assert text.splitlines()[-1].replace(" ", "") == "device3....."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--replicas", "1,x"), "--replicas '1,x' is no list of numbers from 1"),
+        (("--replicas", "1,0"), "--replicas '1,0' is no list of numbers from 1"),
+        (("--replicas", "1,2", "--stages", "3"), "are 2 stages, but 3 were asked for"),
+        (("--replicas", "1,2", "--devices", "4"), "are 3 devices, but 4 were asked for"),
+        (("--replicas", "1,2", "--schedule", "zb_h1"), "choose one of 1f1b, gpipe, or leave"),
+    ],
+)
+def test_replicas_that_do_not_fit(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(*arguments)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_is_drawn_with_its_closed_form(name: str) -> None:
     shown = run("--schedule", name, "--devices", "3").stdout

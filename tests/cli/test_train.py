@@ -50,6 +50,19 @@ def test_a_schedule_of_ones_own_trains_alike(tmp_path: Path) -> None:
     assert losses(tmp_path / "runs/tiny-2") == losses(tmp_path / "runs/tiny")
 
 
+def test_replicas_train_alike(tmp_path: Path) -> None:
+    """Two microbatches on two devices: a sum of two has one order, so the very same losses."""
+    recipe = write_recipe(tmp_path)
+    more = ("--microbatches", "2", "--steps", "3", "--validate-every", "0")
+    code, out, err = run_command("train", recipe, "--replicas", "2", *more, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "stage 0: 10 cells" in out and "peak activations, device 1" in out
+    assert "--replicas 2 --microbatches 2 --steps 6 --validate-every 0 --resume runs/tiny" in out
+    one = ("train", recipe, "--devices", "1", *more)
+    assert run_command(*one, cwd=tmp_path)[0] == 0
+    assert losses(tmp_path / "runs/tiny-2") == losses(tmp_path / "runs/tiny")
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     with Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path) as command:

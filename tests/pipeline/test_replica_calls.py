@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 import stagewise
 from stagewise.engine.markers import Microbatches, Replicated
 from stagewise.errors import BatchError, CellError, PlanError, ScheduleError
-from stagewise.schedule import named_schedule
+from stagewise.schedule import named_schedule, on_replicas
 from stagewise.training import checkpoint as checkpoints
 from tests.harness import Pools, Raised
 from tests.models import Call, Counter
@@ -339,6 +339,12 @@ def test_measuring_on_replicas(pools: Pools) -> None:
         assert len(memory) == 3 and memory[0] == memory[1] and min(memory) > 0
 
 
+def lines_of(name: str, replicas: tuple[int, ...]) -> tuple[str, ...]:
+    """The programs of a schedule that by itself has a device per stage."""
+    schedule = on_replicas(named_schedule(name, len(replicas), 5), replicas)
+    return tuple(str(schedule).splitlines())
+
+
 PROGRAMS = ("0F0 0F1 0F2 0B0 0B2 0B1", "1F0 1F2 2F1 2B1 1B0 1B2", "1F1 2F0 2F2 2B2 2B0 1B1")
 
 
@@ -367,6 +373,7 @@ def custom(programs: tuple[str, ...], replicas: tuple[int, ...], stages: int) ->
         (PROGRAMS, (), 3),  # several stages on a device, in another order on each
         (("0F0 0B0", "", "1F0 1B0"), (2, 1), 2),  # an idle replica in the middle
         (("0F0 0B0", "1F0 1B0", ""), (1, 2), 2),  # and at the end
+        *((lines_of("zb_h1", layout), layout, 2) for layout in [(1, 2), (2, 1)]),  # I and W
     ],
 )
 def test_programs_of_ones_own(
@@ -382,6 +389,15 @@ def test_programs_of_ones_own(
     for own in ranks:
         for name, gradient in own.items():
             assert (gradient - wanted[name]).norm() <= 1e-12 * wanted[name].norm()  # type: ignore[operator,union-attr]
+
+
+def test_in_one_process_a_stage_is_on_the_first_of_its_devices() -> None:
+    plan, x = plan_of((1, 1), (1, 2)), torch.ones(4, 3)
+    pipe = stagewise.Pipeline(
+        [nn.Linear(3, 3), nn.Linear(3, 3)], plan, loss=mse_loss, devices=["cpu", "cpu", "meta"]
+    )
+    assert pipe.device == torch.device("cpu") and not pipe.step(x, target=x).is_meta
+    assert {span.device for span in pipe.timeline().spans} == {0, 1, 2}
 
 
 def test_replicas_that_do_not_fit() -> None:

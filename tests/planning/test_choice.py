@@ -1,5 +1,7 @@
 """Which schedule is meant, and for how many stages and devices."""
 
+from dataclasses import replace
+
 import pytest
 
 from stagewise.errors import PlanError, ScheduleError
@@ -33,6 +35,28 @@ def test_ones_own_schedule_or_function() -> None:
         assert (choice.name, choice.num_stages, choice.num_devices) == ("interleaved", 6, 2)
         assert choice.programs == tuple(str(MINE).splitlines())
     assert choose_schedule(MINE, 4).built == MINE
+
+
+def test_replicas_say_stages_and_devices() -> None:
+    choice = choose_schedule("1f1b", 5, replicas=(1, 2))
+    assert choice == choose_schedule("1f1b", 5, num_stages=2, num_devices=3, replicas=[1, 2])
+    assert choice.built == named_schedule("1f1b", 2, 5, replicas=(1, 2))
+    assert (choice.replicas, choice.num_stages, choice.num_devices) == ((1, 2), 2, 3)
+    for numbers in ({"num_stages": 3}, {"num_devices": 2}):
+        with pytest.raises(PlanError, match=r"replicas \[1, 2\] are"):
+            choose_schedule("1f1b", 5, replicas=(1, 2), **numbers)
+
+
+def test_ones_own_schedule_keeps_idle_replicas() -> None:
+    mine = named_schedule("gpipe", 2, 1, replicas=(2, 3))
+    plan = Plan.from_schedule(mine, balance=(1, 1))
+    assert plan.built_schedule == mine and Plan.from_json(plan.to_json()) == plan
+    unsaid = replace(mine, placement=((0,), (2,)))
+    assert choose_schedule(unsaid, 1, replicas=(2, 3)).built == mine
+    with pytest.raises(ScheduleError, match="stands on device 2, but stage 1 runs microbatch 0"):
+        choose_schedule(unsaid, 1, replicas=(1, 4))
+    plan = plan_from_costs(CELLS, num_microbatches=4, replicas=(1, 2))
+    assert plan.replicas == (1, 2) and plan.timeline.num_devices == 3
 
 
 @pytest.mark.parametrize(

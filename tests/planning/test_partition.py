@@ -49,6 +49,23 @@ def test_equals_brute_force(num_cells: int) -> None:
         assert found == best, (case, seconds, num_stages, transfers, balance)
 
 
+@pytest.mark.parametrize("num_cells", range(1, 9))
+def test_equals_brute_force_with_replicas(num_cells: int) -> None:
+    rng = random.Random(num_cells)
+    for case in range(300):
+        replicas = [rng.choice([1, 1, 2, 4]) for _ in range(rng.randint(1, num_cells))]
+        seconds, transfers = random_cells(rng, num_cells)
+        balance = partition(seconds, len(replicas), transfer_seconds=transfers, replicas=replicas)
+        found, best = (
+            min(
+                bottleneck_seconds(seconds, b, transfer_seconds=transfers, replicas=replicas)
+                for b in among
+            )
+            for among in ([balance], balances(num_cells, len(replicas)))
+        )
+        assert found == best, (case, seconds, replicas, transfers, balance)
+
+
 @given(st.data(), st.lists(st.floats(0, 1e6), min_size=1, max_size=9))
 def test_equals_brute_force_with_any_floats(data: st.DataObject, seconds: list[float]) -> None:
     num_stages = data.draw(st.integers(1, len(seconds)))

@@ -64,9 +64,14 @@ class Pipeline:
             left alone; once it is cleared or clipped, the sum starts from it. Costs 4 bytes per
             such parameter while `.grad` lives.
 
+    Where the plan gives a stage several devices (`Plan.replicas`), each of their ranks holds the
+    stage, with the first one's parameters and buffers, and runs its share of the microbatches;
+    gradients, dense there, are summed once per step, and hooks on parameters see that sum. In one
+    process the stage is there once, on the first of its devices.
+
     BatchNorm normalises by microbatch; its running statistics get one update per step, by those of
-    the whole minibatch. Other buffers change once per microbatch, in order. A step that fails,
-    `evaluate` and `predict` leave this rank's buffers as they were.
+    the whole minibatch. Other buffers change once per microbatch, in order, and on replicas must
+    not. A step that fails, `evaluate` and `predict` leave this rank's buffers as they were.
 
     Raises:
         ModelError: the model is no chain of cells, its skips do not pair up, or it has a
@@ -187,8 +192,8 @@ class Pipeline:
         without dimensions go to every microbatch, as does what is marked `Replicated`;
         `Microbatches` marks what is split already. Every rank may pass the whole batch; ranks
         without the first stage may pass no inputs, ranks without the last no target, ranks
-        without a taker no keyword argument. Gradients for the batch's own tensors arrive on the
-        ranks that use them.
+        without a taker no keyword argument. Replicas are given the whole batch, too. Gradients
+        for the batch's own tensors arrive, whole, on all ranks that use them.
 
         Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
         the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
