@@ -1,0 +1,80 @@
+"""What a Pipeline starts from: values for a model on the meta device, or a checkpoint's.
+
+Every rank makes and fills its own cells only; what they start with does not depend on the cut.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stagewise.engine.randomness import generators_kept, seed_initialisation
+from stagewise.engine.transport import Transport
+from stagewise.model.chain import Chain, module_tree
+from stagewise.model.materialise import Init, is_meta, materialise
+from stagewise.pipeline.checkpoints.agreement import agreed
+from stagewise.pipeline.checkpoints.loading import check, fill
+from stagewise.pipeline.checkpoints.names import Aliases
+from stagewise.pipeline.checkpoints.sources import State, open_source
+from stagewise.planning.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the caller of Pipeline gave to start from."""
+
+    seed: int
+    init: Init | None = None
+    state: State | None = None
+
+
+def initialise(
+    model: nn.Module | Sequence[nn.Module],
+    chain: Chain,
+    plan: Plan,
+    transport: Transport,
+    aliases: Aliases,
+    given: Given,
+) -> None:
+    """Give this rank's cells their first values; every rank calls this.
+
+    Raises ModelError or CheckpointError, on every rank, before a cell is changed on any.
+    """
+    own = _own_cells(chain, plan, transport)
+    source, found = None, {}
+    with agreed(transport):
+        on_meta = is_meta(chain)
+        if given.state is not None:
+            source = open_source(given.state, aliases)
+            found = check(source, _tensors(chain, own), aliases)
+    if on_meta:
+        with agreed(transport), generators_kept([]), torch.inference_mode(False):
+            materialise(
+                chain,
+                own,
+                seed_cell=lambda name: seed_initialisation(given.seed, name),
+                init=given.init,
+                model=model if isinstance(model, nn.Module) else None,
+                given=found,
+            )
+    if source is not None:
+        fill(source, _tensors(chain, own), found, transport)
+
+
+def _tensors(chain: Chain, cells: Sequence[int]) -> dict[str, torch.Tensor]:
+    return module_tree([chain[index] for index in cells]).state_dict()
+
+
+def _own_cells(chain: Chain, plan: Plan, transport: Transport) -> list[int]:
+    """The positions of the cells that this rank runs."""
+    placement = plan.built_schedule.placement
+    stages = itertools.chain.from_iterable(
+        itertools.repeat(stage, num_cells) for stage, num_cells in enumerate(plan.balance)
+    )
+    return [
+        cell.index
+        for cell, stage in zip(chain, stages, strict=True)
+        if transport.num_ranks == 1 or transport.rank in placement[stage]
+    ]
