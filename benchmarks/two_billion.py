@@ -1,6 +1,6 @@
 """A Transformer of two billion parameters on this machine: planned whole, run one stage at a time.
 
-Transformer-L with 37 layers (1.99 billion parameters, 8 GB in float32) is built on the meta device
+Transformer-L with 38 layers (2.04 billion parameters, 8 GB in float32) is built on the meta device
 and cut into 16 stages; one stage is then made real, with the values that it has in the whole model,
 and runs forward and backward alone. Each row is a process of its own, so that its peak memory (all
 of the process, PyTorch included) is its own.
@@ -21,7 +21,7 @@ from stagewise.costs import CellCost
 from stagewise.models import transformer_l
 from stagewise.planning import plan_from_costs
 
-NUM_LAYERS, WIDTH = 37, 2048
+NUM_LAYERS, WIDTH = 38, 2048
 NUM_STAGES, NUM_MICROBATCHES = 16, 32
 SAMPLES, CONTEXT = 1, 256  # of one microbatch
 STAGE = NUM_STAGES // 2

@@ -136,6 +136,17 @@ def test_tied_weights_stay_tied_with_the_first_users_values() -> None:
     assert not other[3].scores.weight.is_meta and other[1].attention.query.weight.is_meta
 
 
+def test_a_module_in_several_cells() -> None:
+    def build() -> nn.Sequential:
+        shared = nn.Linear(3, 3)
+        return nn.Sequential(shared, nn.Tanh(), nn.Sequential(shared, nn.Linear(3, 3)))
+
+    whole = make(on_meta(build))
+    assert whole[0] is whole[2][0] and bool(whole[0].weight.isfinite().all())
+    other = make(on_meta(build), own=[2])  # rank 0 gives its values later
+    assert not other[0].weight.is_meta and other[2][1].weight.is_meta
+
+
 def test_weights_tied_inside_a_cell_are_initialised_once_by_the_first() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

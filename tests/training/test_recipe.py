@@ -63,7 +63,7 @@ def test_a_recipe_imports_its_neighbours(tmp_path: Path) -> None:
 
 def test_wrong_meta(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nmeta = 'cuda'"))
-    with pytest.raises(RecipeError, match="meta in .* is 'cuda'; it must be True, to build"):
+    with pytest.raises(RecipeError, match=r"meta in .* is 'cuda'; it must be True, to build"):
         load_recipe(path)
 
 

@@ -28,7 +28,6 @@ _NUM_SHOWN = 5
 class _Place:
     """Where a module of a cell keeps a tensor."""
 
-    cell: int
     name: str  # the plain model's
     module: nn.Module
     attribute: str
@@ -51,6 +50,7 @@ class _Entry:
     tensor: torch.Tensor
     places: list[_Place] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    cells: set[int] = field(default_factory=set)  # that use it
 
     @property
     def is_saved(self) -> bool:
@@ -123,14 +123,16 @@ def materialise(
             a constructor initialised it in a way that is lost.
     """
     entries = _entries(chain)
+    by_cell: dict[int, list[_Entry]] = {}
+    for entry in entries:
+        by_cell.setdefault(min(entry.cells), []).append(entry)
     made: dict[int, torch.Tensor] = {}
     for cell in chain:
         if cell.index in own:
-            mine = [entry for entry in entries if entry.places[0].cell == cell.index]
             parts = list(_parts(cell, model, init))
-            made |= _initialised(cell, mine, parts, seed_cell, set(given))
+            made |= _initialised(cell, by_cell.get(cell.index, []), parts, seed_cell, set(given))
     for entry in entries:
-        if not any(place.cell in own for place in entry.places):
+        if entry.cells.isdisjoint(own):
             continue
         # A tied tensor that a cell of another rank initialises gets memory here, for a copy.
         real = made[id(entry.tensor)] if id(entry.tensor) in made else _room(entry.tensor)
@@ -148,10 +150,11 @@ def _entries(chain: Chain) -> list[_Entry]:
                 if tensor is None or not tensor.is_meta:
                     continue
                 entry = entries.setdefault(id(tensor), _Entry(tensor))
-                entry.names.append(f"{path}.{attribute}")
+                place = _Place(f"{path}.{attribute}", module, attribute)
+                entry.names.append(place.name)
+                entry.cells.add(cell.index)
                 if all((p.module, p.attribute) != (module, attribute) for p in entry.places):
-                    name = f"{path}.{attribute}"
-                    entry.places.append(_Place(cell.index, name, module, attribute))
+                    entry.places.append(place)
     return list(entries.values())
 
 

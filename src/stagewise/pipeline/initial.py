@@ -49,8 +49,8 @@ def initialise(
         if given.state is not None:
             source = open_source(given.state, aliases)
             found = check(source, _tensors(chain, own), aliases)
-    if on_meta:
-        with agreed(transport), generators_kept([]), torch.inference_mode(False):
+    with agreed(transport), generators_kept([]), torch.inference_mode(False):
+        if on_meta:
             materialise(
                 chain,
                 own,
@@ -59,8 +59,8 @@ def initialise(
                 model=model if isinstance(model, nn.Module) else None,
                 given=found,
             )
-    if source is not None:
-        fill(source, _tensors(chain, own), found, transport)
+        if source is not None:
+            fill(source, _tensors(chain, own), found)
 
 
 def _tensors(chain: Chain, cells: Sequence[int]) -> dict[str, torch.Tensor]:

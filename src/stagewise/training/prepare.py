@@ -126,9 +126,9 @@ def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
     """The recipe's model, the same on every rank; on the meta device it takes no memory."""
     seed_everything(seed)
     if meta:
-        with recipe.blame("model() under torch.device('meta'), as meta = True asks for,"):
-            with torch.device("meta"):
-                return recipe.model()
+        what = "model() under torch.device('meta'), as meta = True asks for,"
+        with recipe.blame(what), torch.device("meta"):
+            return recipe.model()
     with recipe.blame("model()"):
         return recipe.model()
 

@@ -34,17 +34,13 @@ def load(
     with agreed(transport):
         source = open_source(state, aliases)
         found = check(source, own, aliases, strict=strict, convert=convert)
-    fill(source, own, found, transport)
+    with agreed(transport):
+        fill(source, own, found)
 
 
-def fill(
-    source: Source,
-    own: Mapping[str, torch.Tensor],
-    found: Mapping[str, str],
-    transport: Transport,
-) -> None:
+def fill(source: Source, own: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
     """Copy what `check` has found."""
-    with agreed(transport), torch.no_grad():
+    with torch.no_grad():
         source.read({saved: own[name].detach() for name, saved in found.items()})
 
 
