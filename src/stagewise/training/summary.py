@@ -132,7 +132,8 @@ def comparison_table(expected: Figures, measured: Figures) -> Table:
     table.add_row(
         "bubble", _percent(expected.bubble_fraction), _percent(measured.bubble_fraction), ""
     )
-    left, right = expected.peak_activation_bytes, measured.peak_activation_bytes
+    right = measured.peak_activation_bytes
+    left = expected.peak_activation_bytes or (None,) * len(right)
     if len(left) == len(right):
         for device, peaks in enumerate(zip(left, right, strict=True)):
             row(f"peak activations, device {device}", *peaks, _size)
