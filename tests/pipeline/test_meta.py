@@ -1,6 +1,7 @@
 """Models on the meta device: each rank makes its own stages, with the same values at any cut."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,31 @@ def test_the_same_weights_and_training_at_any_number_of_stages(pools: Pools, nam
         assert part.real_bytes == part.own_bytes, "nothing else has memory"
     assert {key for part in parts for key in part.state} == set(whole.state)
     assert all(part.own_bytes < whole.own_bytes for part in parts)
+
+
+def replicated(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The state and two losses of a stage on ranks 0 and 1, and one on rank 2."""
+    plan = stagewise.Plan(balance=(2, 3), schedule="1f1b", num_microbatches=2, replicas=(2, 1))
+    pipe = stagewise.Pipeline(on_meta("decoder_lm"), plan, loss=token_loss, seed=5)
+    state = {name: tensor.clone() for name, tensor in pipe.state_dict().items()}
+    pipe.save_checkpoint(path)
+    torch.manual_seed(1)
+    inputs, target = CASES["decoder_lm"].batch()
+    losses = [pipe.step(inputs, target=target)]
+    again = stagewise.Pipeline(on_meta("decoder_lm"), plan, loss=token_loss, state=path)
+    return state, [*losses, again.step(inputs, target=target)]
+
+
+def test_replicas_have_the_same_weights_and_write_them_once(pools: Pools, tmp_path: Path) -> None:
+    whole = train("decoder_lm", 1)
+    parts = pools[3].run(replicated, tmp_path)
+    for state, losses in parts:
+        assert all(torch.equal(tensor, whole.state[n]) for n, tensor in state.items())
+        assert torch.equal(losses[0], whole.losses[0]) and torch.equal(losses[1], losses[0])
+    assert parts[0][0].keys() == parts[1][0].keys()
+    assert {name for state, _ in parts for name in state} == set(whole.state)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def test_a_stage_alone_has_the_whole_models_weights() -> None:

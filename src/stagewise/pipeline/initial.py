@@ -3,7 +3,6 @@
 Every rank makes and fills its own cells only; what they start with does not depend on the cut.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from stagewise.pipeline.checkpoints.agreement import agreed
 from stagewise.pipeline.checkpoints.loading import check, fill
 from stagewise.pipeline.checkpoints.names import Aliases
 from stagewise.pipeline.checkpoints.sources import State, open_source
+from stagewise.pipeline.sharing import ranks_of_cells
 from stagewise.planning.plan import Plan
 
 
@@ -42,7 +42,8 @@ def initialise(
 
     Raises ModelError or CheckpointError, on every rank, before a cell is changed on any.
     """
-    own = _own_cells(chain, plan, transport)
+    ranks = ranks_of_cells(plan, transport)
+    own = [cell.index for cell in chain if transport.rank in ranks[cell.index]]
     source, found = None, {}
     with agreed(transport):
         on_meta = is_meta(chain)
@@ -65,16 +66,3 @@ def initialise(
 
 def _tensors(chain: Chain, cells: Sequence[int]) -> dict[str, torch.Tensor]:
     return module_tree([chain[index] for index in cells]).state_dict()
-
-
-def _own_cells(chain: Chain, plan: Plan, transport: Transport) -> list[int]:
-    """The positions of the cells that this rank runs."""
-    placement = plan.built_schedule.placement
-    stages = itertools.chain.from_iterable(
-        itertools.repeat(stage, num_cells) for stage, num_cells in enumerate(plan.balance)
-    )
-    return [
-        cell.index
-        for cell, stage in zip(chain, stages, strict=True)
-        if transport.num_ranks == 1 or transport.rank in placement[stage]
-    ]
