@@ -61,6 +61,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.synthesis --quick
 	$(BIN)/python -m benchmarks.table1 --quick
 	$(BIN)/python -m benchmarks.table2 --quick
+	$(BIN)/python -m benchmarks.memory --quick
+	$(BIN)/python -m benchmarks.two_billion
 
 clean:
 	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -64,6 +64,14 @@ def test_several_stages_on_each_device(tmp_path: Path) -> None:
     assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 2
 
 
+def test_a_model_on_the_meta_device_is_cut_by_size(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nmeta = True"))
+    code, out, err = run_command("plan", recipe, "--stages", "1", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "stage 0: 10 cells (0 to 9)" in out
+    assert "predicted: nothing, since a model on the meta device cannot be measured" in out
+
+
 def test_more_stages_than_cells(tmp_path: Path) -> None:
     code, _, err = run_command("plan", write_recipe(tmp_path), "--stages", "11", cwd=tmp_path)
     assert code == 2

@@ -61,6 +61,12 @@ def test_a_recipe_imports_its_neighbours(tmp_path: Path) -> None:
     assert load_recipe(path).model()[0][0].in_features == 4
 
 
+def test_wrong_meta(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nmeta = 'cuda'"))
+    with pytest.raises(RecipeError, match=r"meta in .* is 'cuda'; it must be True, to build"):
+        load_recipe(path)
+
+
 def test_wrong_clip_grad_norm(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nclip_grad_norm = 0"))
     with pytest.raises(RecipeError, match="must be a number above 0"):

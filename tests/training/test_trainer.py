@@ -9,7 +9,7 @@ from rich.console import Console
 
 from stagewise.errors import CheckpointError, RecipeError
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training.prepare import PlanOptions, TrainOptions
+from stagewise.training.prepare import PlanOptions, TrainOptions, prepare
 from stagewise.training.recipe import load_recipe
 from stagewise.training.stop import StopRequest
 from stagewise.training.summary import Outcome
@@ -107,6 +107,44 @@ def test_a_pause_changes_nothing(
     whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
     assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
     assert whole[-1] == parts[-1]
+
+
+META = ("WIDTH = 8", "WIDTH = 8\nmeta = True")
+
+
+def test_a_model_on_the_meta_device_trains_alike_at_any_number_of_stages(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, META, TIED)
+    outcome, shown = run(recipe, tmp_path / "whole")
+    assert outcome.last_step == 10 and outcome.measured is not None
+    assert "predicted: nothing, since a model on the meta device cannot be measured" in shown
+    run(recipe, tmp_path / "parts", stages=2, stop=StopAfter(7))
+    run(recipe, tmp_path / "parts", stages=3, resume=tmp_path / "parts")
+    whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
+    assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
+    assert whole[-1] == parts[-1]
+
+
+def test_a_recipes_init_fills_its_model(tmp_path: Path) -> None:
+    init = "def init(module):\n    getattr(module, 'weight', torch.ones(1)).data.zero_()"
+    recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\nmeta = True\n{init}"))
+    options = TrainOptions(plan=PlanOptions(num_stages=2, num_microbatches=2), run=tmp_path / "run")
+    pipe = prepare(load_recipe(recipe), options).pipe
+    state = pipe.state_dict()
+    assert not any(state[n].any() for n in state if n.endswith("weight"))
+    assert state["3.bias"].any()
+    assert pipe.plan.balance == (4, 6)  # the cut by size: 72 parameters, three times, and 9
+
+
+def test_a_model_that_cannot_be_built_on_the_meta_device(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        META,
+        ("    return nn.Seq", "    layers[0][0].weight.max().item()\n    return nn.Seq"),
+    )
+    with pytest.raises(
+        RecipeError, match=r"model\(\) under torch.device\('meta'\), as meta = True"
+    ):
+        run(recipe, tmp_path / "run")
 
 
 def test_a_crash_is_made_up_for_from_the_last_checkpoint(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:
     from stagewise.training.batches import TrainingBatches
     from stagewise.training.prepare import build_model, make_plan
 
-    model = build_model(recipe, seed=0)
+    model = build_model(recipe, seed=0, meta=recipe.meta)
     batch = TrainingBatches(recipe, seed=0).first
     plan = make_plan(recipe, model, options, batch=batch)
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -118,6 +118,8 @@ def _show(plan: "Plan", *, as_json: bool) -> None:
 
 
 def _json(plan: "Plan") -> str:
+    if not plan.cells:
+        return plan.to_json()
     predictions = {
         "step_seconds": plan.timeline.duration_seconds,
         "bubble_fraction": plan.timeline.bubble_fraction,
@@ -132,6 +134,7 @@ def _print(plan: "Plan") -> None:
     from stagewise.training.summary import cells_table, devices_table, plan_in_words
 
     console = Console()
-    console.print(cells_table(plan))
-    console.print(devices_table(plan))
+    if plan.cells:
+        console.print(cells_table(plan))
+        console.print(devices_table(plan))
     console.print(plan_in_words(plan), markup=False, highlight=False, soft_wrap=True)

@@ -6,12 +6,14 @@ a run is the same at any number of stages. The caller's generator state is put b
 `Generator.manual_seed` costs about a microsecond, `torch.manual_seed` seventy.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 _MASK = (1 << 64) - 1
+_INITIALISATION = -1  # the step before all others
 _LOSS_CELL = (1 << 32) - 1  # the loss draws as a cell of its own, whatever the chain's length
 
 
@@ -32,6 +34,14 @@ def default_generator(device: torch.device) -> torch.Generator:
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
     return torch.default_generator
+
+
+def seed_initialisation(seed: int, cell_name: str) -> None:
+    """Seed the CPU's generator for a cell's initial values: by its name, so that they stay the
+    same in a part of the chain."""
+    digest = hashlib.blake2b(cell_name.encode(), digest_size=8).digest()
+    name = int.from_bytes(digest, "big")
+    torch.default_generator.manual_seed(derive_seed(seed, _INITIALISATION, name, 0))
 
 
 class CellRandomness:

@@ -79,5 +79,5 @@ def agree_on_model(
 def _home(chain: Chain) -> torch.device:
     for cell in chain:
         for tensor in (*cell.module.parameters(), *cell.module.buffers()):
-            return tensor.device
+            return torch.device("cpu") if tensor.is_meta else tensor.device
     return torch.device("cpu")

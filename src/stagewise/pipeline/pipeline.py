@@ -6,6 +6,8 @@ its own stages' cells; drop your own reference to the model to free the rest.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Literal, overload
 
 import torch
@@ -19,8 +21,14 @@ from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.errors import BatchError, CheckpointError, ModelError
 from stagewise.model.chain import Chain, chain_of, module_tree
+from stagewise.model.materialise import Init
 from stagewise.model.tied import with_all_names
+from stagewise.pipeline.checkpoints.loading import load
+from stagewise.pipeline.checkpoints.names import names_of
+from stagewise.pipeline.checkpoints.saving import save
+from stagewise.pipeline.checkpoints.sources import State
 from stagewise.pipeline.connect import Device, agree_on_model, connect
+from stagewise.pipeline.initial import Given, initialise
 from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
@@ -58,6 +66,10 @@ class Pipeline:
         transport: "local" runs every stage in this process; "distributed" runs device r of the
             plan on rank r; "auto" takes "distributed" if torch.distributed is initialised with
             more than one rank.
+        init: fills the modules of a model on the meta device, see below: `init(module)` is called
+            for each, children first, after every `reset_parameters()`.
+        state: what the model starts from in place of its own or new values: the path of a
+            checkpoint (see `load_checkpoint`), or a state_dict.
         accumulate_in_float32: sum the gradients of bfloat16 and float16 parameters over
             microbatches in float32. `.grad`, of the parameter's dtype, gets the sum rounded once
             at the end of each step. Over several steps the float32 sum goes on while `.grad` is
@@ -69,13 +81,22 @@ class Pipeline:
     gradients, dense there, are summed once per step, and hooks on parameters see that sum. In one
     process the stage is there once, on the first of its devices.
 
+    A model that was built under `torch.device("meta")` is made real here, each rank's own stages
+    only: by `reset_parameters()` of its modules, then by `init`, or by an `_init_weights(module)`
+    of the module or one around it; each cell from `seed` and its name, on the CPU, so that the
+    values are the same at any cut and on any device. Tied weights stay tied. Buffers are filled in
+    the same way, unless they were built with values. What these functions do not fill, or what
+    constructors had initialised otherwise, is a ModelError. With `state`, only what the checkpoint
+    has not (`persistent=False`) needs filling.
+
     BatchNorm normalises by microbatch; its running statistics get one update per step, by those of
     the whole minibatch. Other buffers change once per microbatch, in order, and on replicas must
     not. A step that fails, `evaluate` and `predict` leave this rank's buffers as they were.
 
     Raises:
-        ModelError: the model is no chain of cells, its skips do not pair up, or it has a
-            SyncBatchNorm.
+        ModelError: the model is no chain of cells, its skips do not pair up, it has a
+            SyncBatchNorm, or it is on the meta device and cannot be initialised.
+        CheckpointError: `state` cannot be read, or is another model's.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
     Example:
@@ -98,6 +119,8 @@ class Pipeline:
         seed: int = 0,
         devices: Sequence[Device] | None = None,
         transport: Literal["auto", "local", "distributed"] = "auto",
+        init: Init | None = None,
+        state: State | None = None,
         accumulate_in_float32: bool = False,
     ) -> None:
         chain = chain_of(model)
@@ -121,6 +144,9 @@ class Pipeline:
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
         check_storages(chain, plan, self._transport)
+        self._aliases = names_of(chain)
+        given = Given(init=init, state=state, seed=seed)
+        initialise(model, chain, plan, self._transport, self._aliases, given)
         routes = SkipRoutes(chain, plan.engine_balance)
         stages = self._build_stages(chain, routes, loss)
         forbid_changing_buffers(stages, plan)
@@ -342,6 +368,33 @@ class Pipeline:
                 f"shape: {', '.join(wrong[:5])}; load a state_dict of the same model"
             )
         self.module.load_state_dict({name: state[name] for name in own})
+
+    def load_checkpoint(
+        self, path: str | PathLike[str], *, strict: bool = True, convert: bool = False
+    ) -> None:
+        """Load this rank's share of a checkpoint of the plain model; every rank calls this.
+
+        `path` is a safetensors file, a directory with `model.safetensors` or with shards and
+        `model.safetensors.index.json` (as Hugging Face's are), or a directory that
+        `torch.distributed.checkpoint` wrote, the model alone or below "model" (such as a
+        checkpoint of `stagewise train`). Only this rank's tensors are read.
+
+        With `strict` the checkpoint must hold the model's entries and no others. A dtype other
+        than the model's is an error, unless it is to be converted (`convert`). Raises
+        CheckpointError on every rank before anything is changed on any.
+        """
+        how = {"strict": strict, "convert": convert}
+        load(path, self.state_dict(), self._aliases, self._transport, **how)
+
+    def save_checkpoint(self, directory: str | PathLike[str]) -> None:
+        """Write the model as safetensors shards with an index, each rank its own; all call this.
+
+        Hugging Face's tools and `load_checkpoint` read it, at any number of stages; what else is in
+        the directory is left alone. An earlier checkpoint there is replaced at once, at the end, so
+        a crash leaves one of the two. All ranks must see one file system. Raises CheckpointError on
+        every rank.
+        """
+        save(Path(directory), self.state_dict(), self._aliases, self._transport)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear this rank's gradients."""

@@ -19,6 +19,7 @@ from stagewise.engine.stage import Loss
 from stagewise.engine.values import move
 from stagewise.errors import BatchError, PlanError
 from stagewise.model.chain import chain_of
+from stagewise.model.materialise import is_meta
 from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
 from stagewise.pipeline.pipeline import Pipeline
@@ -101,6 +102,11 @@ def plan(
             programs=choice.programs,
             num_microbatches=num_microbatches,
             recompute=recompute,
+        )
+    if is_meta(chain):
+        raise PlanError(
+            "the model is on the meta device, where nothing can be measured; give plan() a "
+            "balance and no inputs, or build the model on a real device"
         )
     keywords = dict(kwargs or {})
     batch = extent([("inputs", inputs), ("target", target), *keywords.items()])

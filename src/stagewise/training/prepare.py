@@ -15,7 +15,7 @@ from stagewise.errors import CheckpointError, RecipeError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, ScheduleLike, check_balance
-from stagewise.planning.partition import check_counts
+from stagewise.planning.partition import check_counts, partition
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
@@ -68,13 +68,21 @@ class Prepared:
 
 def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     """Build everything, at the state that the run starts from; every rank calls this."""
-    model = build_model(recipe, seed=options.seed)
+    model = build_model(recipe, seed=options.seed, meta=recipe.meta)
     if options.resume is not None:
         checkpoints.check_fits(options.resume, parameter_shapes(model))
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
     plan = make_plan(recipe, model, options.plan, batch=batches.first)
-    pipe = Pipeline(model, plan, loss=recipe.loss, weight=recipe.weight, seed=options.seed)
+    pipe = Pipeline(
+        model,
+        plan,
+        loss=recipe.loss,
+        weight=recipe.weight,
+        seed=options.seed,
+        init=recipe.init,
+    )
+    del model  # the rest of it can go
     optimizer = recipe.make_optimizer(list(pipe.parameters()))
     if options.resume is not None:
         checkpoints.restore(options.resume, pipe, optimizer)
@@ -114,16 +122,27 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in named}
 
 
-def build_model(recipe: Recipe, *, seed: int) -> Model:
-    """The recipe's model, the same on every rank."""
+def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
+    """The recipe's model, the same on every rank; on the meta device it takes no memory."""
     seed_everything(seed)
+    if meta:
+        what = "model() under torch.device('meta'), as meta = True asks for,"
+        with recipe.blame(what), torch.device("meta"):
+            return recipe.model()
     with recipe.blame("model()"):
         return recipe.model()
 
 
 def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
-    """The plan measured on `batch`; every rank calls this."""
+    """The plan measured on `batch`; every rank calls this.
+
+    What is on the meta device cannot be measured: it is cut into stages of equal size.
+    """
     inputs, target = batch
+    balance = options.balance
+    if recipe.meta:
+        inputs = target = None
+        balance = balance or balance_by_size(model, options.num_stages)
     return stagewise.plan(
         model,
         inputs,
@@ -135,8 +154,14 @@ def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batc
         num_microbatches=options.num_microbatches,
         schedule=options.schedule,
         recompute=options.recompute,
-        balance=options.balance,
+        balance=balance,
     )
+
+
+def balance_by_size(model: Model, num_stages: int) -> tuple[int, ...]:
+    """The cut whose largest stage has the fewest parameters."""
+    sizes = [sum(p.numel() for p in cell.module.parameters()) for cell in chain_of(model)]
+    return tuple(partition([float(size) for size in sizes], num_stages))
 
 
 def seed_everything(seed: int) -> None:

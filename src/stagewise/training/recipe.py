@@ -39,7 +39,12 @@ REQUIRED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What `stagewise train` takes from a recipe file."""
+    """What `stagewise train` takes from a recipe file.
+
+    With `meta = True` in the file, `model()` is called under `torch.device("meta")`, so that no
+    worker ever holds more than its own stage; the initial values come from `reset_parameters()` of
+    the modules and `init(module)`, if the recipe has one: see `stagewise.Pipeline`.
+    """
 
     path: Path
     model: Callable[[], nn.Module | Sequence[nn.Module]]
@@ -50,6 +55,8 @@ class Recipe:
     metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
     weight: Callable[[Tree], float | Tensor] | None = None
     clip_grad_norm: float | None = None
+    meta: bool = False
+    init: Callable[[nn.Module], object] | None = None
 
     @property
     def name(self) -> str:
@@ -94,7 +101,7 @@ def load_recipe(path: Path) -> Recipe:
         _check(path, name, _get(module, name, f"for example:\n\n{example}"))
     optional = {
         name: _check(path, name, getattr(module, name))
-        for name in ("generate", "metrics", "weight")
+        for name in ("generate", "init", "metrics", "weight")
         if hasattr(module, name)
     }
     clip_grad_norm = getattr(module, "clip_grad_norm", None)
@@ -105,8 +112,15 @@ def load_recipe(path: Path) -> Recipe:
             f"clip_grad_norm in {path} is {clip_grad_norm!r}; it must be a number above 0, the "
             "largest norm that the gradients may have"
         )
+    meta = getattr(module, "meta", False)
+    if not isinstance(meta, bool):
+        raise RecipeError(
+            f"meta in {path} is {meta!r}; it must be True, to build the model on the meta device, "
+            "or False"
+        )
     return Recipe(
         path=path,
+        meta=meta,
         model=module.model,
         data=module.data,
         loss=module.loss,

@@ -40,7 +40,9 @@ class Outcome:
 
 
 def predicted(plan: Plan) -> Figures:
-    """A measured plan's predictions."""
+    """A plan's predictions; none if its cells were not measured."""
+    if not plan.cells:
+        return Figures(step_seconds=None, bubble_fraction=None, peak_activation_bytes=())
     return Figures(
         step_seconds=plan.timeline.duration_seconds,
         bubble_fraction=plan.timeline.bubble_fraction,
@@ -60,14 +62,19 @@ def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
 
 
 def plan_in_words(plan: Plan) -> str:
-    """The cut and the predictions of a measured plan, before training starts."""
+    """The cut and the predictions of a plan, before training starts."""
     figures = predicted(plan)
     memory = ", ".join(_size(number) for number in figures.peak_activation_bytes)
-    return (
-        f"{cut_in_words(plan, [cell.name for cell in plan.cells])}\n"
+    names = [cell.name for cell in plan.cells] or [*map(str, range(sum(plan.balance)))]
+    head = (
+        f"{cut_in_words(plan, names)}\n"
         f"schedule {plan.schedule}, {plan.num_microbatches} microbatches, recompute "
         f"{plan.recompute}\n"
-        f"predicted: step {_time(figures.step_seconds)}, bubble "
+    )
+    if not plan.cells:
+        return f"{head}predicted: nothing, since a model on the meta device cannot be measured"
+    return (
+        f"{head}predicted: step {_time(figures.step_seconds)}, bubble "
         f"{_percent(figures.bubble_fraction)}, activations {memory}"
     )
 
@@ -125,7 +132,8 @@ def comparison_table(expected: Figures, measured: Figures) -> Table:
     table.add_row(
         "bubble", _percent(expected.bubble_fraction), _percent(measured.bubble_fraction), ""
     )
-    left, right = expected.peak_activation_bytes, measured.peak_activation_bytes
+    right = measured.peak_activation_bytes
+    left = expected.peak_activation_bytes or (None,) * len(right)
     if len(left) == len(right):
         for device, peaks in enumerate(zip(left, right, strict=True)):
             row(f"peak activations, device {device}", *peaks, _size)

@@ -1,0 +1,346 @@
+"""Making a model that was built on the meta device real, cell by cell.
+
+Problem: tensors on the meta device have shapes only, so what constructors drew is lost. PyTorch's
+remedy (`to_empty`, then `reset_parameters`) unties weights, and what it does not reach keeps what
+lay in memory. Idea: a cell's tensors get memory full of NaN, then its modules' `reset_parameters`
+run, then the `init` of the user or of the model; what is still NaN is an error that names it.
+Invariants: while a cell is initialised every other one is on the meta device, and a tied tensor
+everywhere but at its first place, so its values depend on the cell's seed alone. The model is
+touched only when all its cells are made.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import nn
+
+from stagewise.errors import ModelError
+from stagewise.model.chain import Cell, Chain
+
+Init = Callable[[nn.Module], object]
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module of a cell keeps a tensor."""
+
+    name: str  # the plain model's
+    module: nn.Module
+    attribute: str
+
+    def get(self) -> torch.Tensor | None:
+        kept = self.module._parameters.get(self.attribute)
+        return self.module._buffers.get(self.attribute) if kept is None else kept
+
+    def put(self, tensor: torch.Tensor) -> None:
+        setattr(self.module, self.attribute, tensor)  # nn.LSTM and its like keep a list besides
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+
+@dataclass
+class _Entry:
+    """A tensor on the meta device and where it is kept; it is initialised at its first place."""
+
+    tensor: torch.Tensor
+    places: list[_Place] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    cells: set[int] = field(default_factory=set)  # that use it
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is in a state_dict."""
+        first = self.places[0]
+        return first.attribute not in first.module._non_persistent_buffers_set
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module to initialise, and what does it besides its own `reset_parameters`."""
+
+    path: str
+    module: nn.Module
+    init: Init | None
+    is_around: bool = False  # other cells are in it too
+
+
+def is_meta(chain: Chain) -> bool:
+    """Whether the model is on the meta device; raises ModelError if only a part of it is.
+
+    Buffers with values are welcome in a model whose parameters are on the meta device.
+    """
+    tensors = [
+        (f"{path}.{name}", tensor)
+        for cell in chain
+        for path, module in cell.module.named_modules(prefix=cell.name)
+        for kept in (module._parameters, module._buffers)
+        for name, tensor in kept.items()
+        if tensor is not None
+    ]
+    metas = [(name, tensor) for name, tensor in tensors if tensor.is_meta]
+    reals = [
+        (name, tensor)
+        for name, tensor in tensors
+        if isinstance(tensor, nn.Parameter) and not tensor.is_meta
+    ]
+    if metas and reals:
+        raise ModelError(
+            f"the model is half on the meta device: {metas[0][0]} is, {reals[0][0]} is on "
+            f"{reals[0][1].device}; build all of it anew under torch.device('meta'), or none of it "
+            "(a Pipeline makes its own stages real); give trained values to Pipeline as "
+            "state={name: tensor}, or as the path of a checkpoint"
+        )
+    return bool(metas)
+
+
+@torch.no_grad()
+def materialise(
+    chain: Chain,
+    own: Collection[int],
+    *,
+    seed_cell: Callable[[str], None],
+    init: Init | None = None,
+    model: nn.Module | None = None,
+    given: Collection[str] = (),
+) -> None:
+    """Give the cells with indices `own` memory and values; all others stay on the meta device.
+
+    Args:
+        seed_cell: called with a cell's name right before it is initialised.
+        init: called with every module of a cell, children first, and with the modules around it,
+            after all `reset_parameters`; by default a module's own or its nearest ancestor's
+            `_init_weights(module)`, where it has one, as in transformers.
+        model: what the chain was made of, whose other modules may have such an `_init_weights`.
+        given: names of tensors that get memory only, since the caller fills them.
+
+    Raises:
+        ModelError: a tensor of these cells has no initialisation, its initialisation failed, or
+            a constructor initialised it in a way that is lost.
+    """
+    entries = _entries(chain)
+    by_cell: dict[int, list[_Entry]] = {}
+    for entry in entries:
+        by_cell.setdefault(min(entry.cells), []).append(entry)
+    made: dict[int, torch.Tensor] = {}
+    for cell in chain:
+        if cell.index in own:
+            parts = list(_parts(cell, model, init))
+            made |= _initialised(cell, by_cell.get(cell.index, []), parts, seed_cell, set(given))
+    for entry in entries:
+        if entry.cells.isdisjoint(own):
+            continue
+        # A tied tensor that a cell of another rank initialises gets memory here, for a copy.
+        real = made[id(entry.tensor)] if id(entry.tensor) in made else _room(entry.tensor)
+        for place in entry.places:
+            place.put(real)
+
+
+def _entries(chain: Chain) -> list[_Entry]:
+    """The model's tensors on the meta device, in its order."""
+    entries: dict[int, _Entry] = {}
+    for cell in chain:
+        modules = cell.module.named_modules(prefix=cell.name, remove_duplicate=False)
+        for path, module in modules:
+            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None or not tensor.is_meta:
+                    continue
+                entry = entries.setdefault(id(tensor), _Entry(tensor))
+                place = _Place(f"{path}.{attribute}", module, attribute)
+                entry.names.append(place.name)
+                entry.cells.add(cell.index)
+                if all((p.module, p.attribute) != (module, attribute) for p in entry.places):
+                    entry.places.append(place)
+    return list(entries.values())
+
+
+def _parts(cell: Cell, model: nn.Module | None, init: Init | None) -> Iterator[_Part]:
+    """The cell's modules, children first as their constructors ran, then those around it."""
+    around: list[_Part] = []
+    hook = init
+    path = cell.name.split(".")
+    for depth in range(len(path) if model is not None else 0):
+        prefix = ".".join(path[:depth])
+        assert model is not None
+        module = model.get_submodule(prefix)
+        hook = init or _own_init(module) or hook
+        around.append(_Part(prefix, module, hook, is_around=True))
+    seen: set[nn.Module] = set()
+
+    def inside(name: str, module: nn.Module, hook: Init | None) -> Iterator[_Part]:
+        if module in seen:
+            return
+        seen.add(module)
+        hook = init or _own_init(module) or hook
+        for child_name, child in module.named_children():
+            yield from inside(f"{name}.{child_name}", child, hook)
+        yield _Part(name, module, hook)
+
+    yield from inside(cell.name, cell.module, hook)
+    yield from reversed(around)
+
+
+def _initialised(
+    cell: Cell,
+    entries: Sequence[_Entry],
+    parts: Sequence[_Part],
+    seed_cell: Callable[[str], None],
+    given: set[str],
+) -> dict[int, torch.Tensor]:
+    """New tensors for `entries`, which the cell initialises, by the old ones' id."""
+    rooms = [(entry, _room(entry.tensor)) for entry in entries]
+    missing = [
+        (entry, room)
+        for entry, room in rooms
+        if not (entry.is_saved and given.intersection(entry.names))
+    ]
+    try:
+        for entry, room in rooms:
+            entry.places[0].put(room)
+        for _, room in missing:
+            room.fill_(float("nan") if _has_nan(room) else 0)
+        versions = [room._version for _, room in missing]
+        seed_cell(cell.name)
+        if missing:
+            _run(parts, {entry.places[0].module for entry, _ in missing})
+        made = {id(entry.tensor): entry.places[0].get() for entry, _ in rooms}
+        hooked = {part.module for part in parts if part.init is not None}
+        unfilled, lost = [], []
+        for (entry, room), version in zip(missing, versions, strict=True):
+            real, place = made[id(entry.tensor)], entry.places[0]
+            num_writes = room._version - version if real is room else None
+            if not _is_filled(real, num_writes):
+                unfilled.append(entry)
+            elif (
+                isinstance(room, nn.Parameter)
+                and num_writes is not None
+                and place.module not in hooked
+                and _num_writes(entry.tensor) > num_writes
+            ):
+                lost.append(entry)
+        _check_filled(unfilled)
+        _check_constructors(lost)
+        _check_attributes(cell)
+    finally:
+        for entry in entries:
+            entry.places[0].put(entry.tensor)
+    return {key: real for key, real in made.items() if real is not None}
+
+
+def _run(parts: Sequence[_Part], holders: Collection[nn.Module]) -> None:
+    """Initialise the modules that hold what is missing, those in which they are, and around."""
+    needed = [p for p in parts if p.is_around or any(m in holders for m in p.module.modules())]
+    with torch.device("cpu"):
+        for part in needed:
+            for name in ("reset_parameters", "_reset_parameters"):  # the latter in nn.Transformer
+                reset = getattr(part.module, name, None)
+                if callable(reset):
+                    _blamed(f"{name}()", part, reset)
+                    break
+        for part in needed:
+            if part.init is not None:
+                _blamed("init(module)", part, part.init, part.module)
+
+
+def _blamed(what: str, part: _Part, function: Callable[..., object], *args: object) -> None:
+    try:
+        function(*args)
+    except Exception as error:
+        raise ModelError(
+            f"{what} failed for {part.path or 'the model'} ({type(part.module).__name__}), which "
+            f"is made from the meta device: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _own_init(module: nn.Module) -> Init | None:
+    """The module's `_init_weights`, if it takes a module."""
+    hook = getattr(module, "_init_weights", None)
+    if not callable(hook):
+        return None
+    try:
+        inspect.signature(hook).bind(module)
+    except (TypeError, ValueError):
+        return None
+    return cast(Init, hook)
+
+
+def _room(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory on the CPU for a tensor on the meta device, with its kind and attributes."""
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise ModelError(
+            "a parameter on the meta device has hooks, which its copy with memory would not have; "
+            "register them after the Pipeline is made, on what pipe.named_parameters() gives"
+        )
+    room = torch.empty_like(tensor, device="cpu", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        room = nn.Parameter(room, tensor.requires_grad)
+    vars(room).update(vars(tensor))
+    return room
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_filled(tensor: torch.Tensor | None, num_writes: int | None) -> bool:
+    """Whether all of a tensor that was spoilt has got values; no writes counted: it is another."""
+    if tensor is None or tensor.is_meta:
+        return False
+    if not _has_nan(tensor):
+        return num_writes != 0 or bool(tensor.any())
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    # The sum needs no memory, and is NaN if any element is.
+    return not bool(values.sum().isnan()) or not bool(values.isnan().any())
+
+
+def _num_writes(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _check_filled(unfilled: Sequence[_Entry]) -> None:
+    if not unfilled:
+        return
+    fleeting = [entry for entry in unfilled if not entry.is_saved]
+    hint = (
+        f"; {fleeting[0].places[0].name} is in no checkpoint (persistent=False): let "
+        "reset_parameters compute it too, or build it on a real device: "
+        'torch.arange(..., device="cpu")'
+        if fleeting
+        else ""
+    )
+    raise ModelError(
+        f"{_listing(unfilled)} of a model on the meta device have no initialisation: give their "
+        "modules a reset_parameters() that fills them, or give Pipeline init=function(module), "
+        f"or state= with a checkpoint that holds them{hint}"
+    )
+
+
+def _check_constructors(lost: Sequence[_Entry]) -> None:
+    if lost:
+        raise ModelError(
+            f"{_listing(lost)} were initialised again after reset_parameters() by the code that "
+            "built the model on the meta device, and that cannot be repeated: move it to a "
+            "reset_parameters() of the module that does it, or give Pipeline "
+            "init=function(module), or state= with a checkpoint"
+        )
+
+
+def _check_attributes(cell: Cell) -> None:
+    for path, module in cell.module.named_modules(prefix=cell.name):
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise ModelError(
+                    f"{path}.{name} is a tensor on the meta device that is no buffer, so it "
+                    "cannot be made real: register it with register_buffer and fill it in "
+                    "reset_parameters(), compute it in forward, or build it on a real device"
+                )
+
+
+def _listing(entries: Sequence[_Entry]) -> str:
+    shown = ", ".join(str(entry.places[0]) for entry in entries[:_NUM_SHOWN])
+    more = f" and {len(entries) - _NUM_SHOWN} more" if len(entries) > _NUM_SHOWN else ""
+    return shown + more

@@ -1,0 +1,209 @@
+"""Where saved tensors come from: safetensors files, torch.distributed.checkpoint, a dictionary.
+
+A source tells forms without reading values, and reads values straight to where they belong, one
+tensor at a time, so that a rank's memory stays near its own share.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from stagewise.errors import CheckpointError
+
+State = str | os.PathLike[str] | Mapping[str, torch.Tensor]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DISTRIBUTED = ".metadata"
+_PREFIX = "model."  # where applications keep the model's part beside the optimizer's
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a saved tensor looks like; no dtype: one that PyTorch does not know."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+class Source(Protocol):
+    """Saved tensors by name."""
+
+    description: str
+
+    @property
+    def names(self) -> Collection[str]:
+        """All that there are."""
+
+    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
+        """The forms of `names`, all of which must be there."""
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Copy saved values into `targets`, of the same shapes, converting dtypes."""
+
+
+def open_source(state: State, model_names: Collection[str]) -> Source:
+    """The saved tensors at a path, or in a dictionary; raises CheckpointError if there are none.
+
+    `model_names` are what they will be asked for.
+    """
+    if isinstance(state, Mapping):
+        return _Dictionary(state)
+    path = Path(state)
+    if path.suffix == ".safetensors" and path.is_file():
+        with _blame(path), _opened(path) as handle:
+            return _Safetensors(path, dict.fromkeys(handle.keys(), path))
+    if (path / SINGLE).is_file():  # before the index, as transformers does
+        return open_source(path / SINGLE, model_names)
+    if (path / INDEX).is_file():
+        return _Safetensors(path, {n: path / file for n, file in weight_map(path).items()})
+    if (path / _DISTRIBUTED).is_file():
+        return _Distributed(path, model_names)
+    raise CheckpointError(
+        f"{path} {'is no checkpoint that stagewise reads' if path.exists() else 'does not exist'}; "
+        f"give a .safetensors file, a directory with {SINGLE} or {INDEX}, or one that "
+        f"torch.distributed.checkpoint wrote (it holds {_DISTRIBUTED})"
+    )
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """The file of every tensor, from the index of a sharded checkpoint."""
+    with _blame(directory / INDEX):
+        files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+    return files
+
+
+class _Dictionary:
+    description = "the given state"
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._state.keys()
+
+    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
+        return {name: Form(tuple(t.shape), t.dtype) for name in names for t in [self._state[name]]}
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        for name, target in targets.items():
+            target.copy_(self._state[name])
+
+
+class _Safetensors:
+    """One file or several; each is opened once for all that is wanted of it."""
+
+    def __init__(self, path: Path, files: Mapping[str, Path]) -> None:
+        self.description, self._files = str(path), files
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
+        found = {}
+        for path, own in self._by_file(names):
+            with _blame(path), _opened(path) as handle:
+                for name in own:
+                    part = handle.get_slice(name)
+                    found[name] = Form(tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
+        return found
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        for path, own in self._by_file(targets):
+            with _blame(path), _opened(path) as handle:
+                for name in own:
+                    targets[name].copy_(handle.get_tensor(name))
+
+    def _by_file(self, names: Iterable[str]) -> Iterable[tuple[Path, list[str]]]:
+        files: dict[Path, list[str]] = {}
+        for name in names:
+            files.setdefault(self._files[name], []).append(name)
+        return files.items()
+
+
+class _Distributed:
+    """What torch.distributed.checkpoint wrote; `stagewise train` writes such checkpoints."""
+
+    def __init__(self, path: Path, model_names: Collection[str]) -> None:
+        self.description = str(path)
+        with _blame(path):
+            self._reader = FileSystemReader(path)
+            entries = self._reader.read_metadata().state_dict_metadata
+        is_nested = not any(name in entries for name in model_names) and any(
+            _PREFIX + name in entries for name in model_names
+        )
+        self._prefix = _PREFIX if is_nested else ""
+        self._entries = {
+            key.removeprefix(self._prefix): entry
+            for key, entry in entries.items()
+            if key.startswith(self._prefix)
+        }
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._entries.keys()
+
+    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
+        found = {}
+        for name in names:
+            entry = self._entries[name]
+            if isinstance(entry, TensorStorageMetadata):
+                found[name] = Form(tuple(entry.size), entry.properties.dtype)
+            else:
+                found[name] = Form((), None)
+        return found
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        state: dict[str, Any] = {self._prefix + name: t for name, t in targets.items()}
+        with _blame(Path(self.description)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            if state:
+                load_distributed(state, storage_reader=self._reader, no_dist=True)
+
+
+def _opened(path: Path) -> Any:
+    # Read, not mapped into memory: mapped pages would stay until the file is closed.
+    return safe_open(path, framework="pt", backend="pread")
+
+
+@contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading `path` into a CheckpointError."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # a broken file may raise anything
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}; if its "
+            "writing was cut short, take another one"
+        ) from error
