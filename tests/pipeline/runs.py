@@ -1,12 +1,13 @@
 """Training runs that tests compare: the same function for one process and for every rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 import stagewise
+from stagewise.schedule import Segments
 from tests.models import EXAMPLES, batch, build
 from tests.schedules import planned
 
@@ -26,6 +27,7 @@ class Run:
     replicas: tuple[int, ...] = ()
     num_microbatches: int = 4
     recompute: str = "never"
+    segments: tuple[Segments, ...] = ()
     sizes: tuple[int, ...] = (10,)  # samples of each step's batch
     optimizer: str | None = None
     max_norm: float | None = None
@@ -68,7 +70,7 @@ def pipeline(run: Run) -> stagewise.Pipeline:
     )
     return stagewise.Pipeline(
         build(run.example, run.dtype),
-        plan,
+        replace(plan, segments=run.segments),
         loss=EXAMPLES[run.example].loss,
         transport=run.transport,  # type: ignore[arg-type]
         accumulate_in_float32=run.accumulate_in_float32,

@@ -116,7 +116,7 @@ class Pipeline:
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
         check_storages(chain, plan, self._transport)
-        routes = SkipRoutes(chain, plan.balance)
+        routes = SkipRoutes(chain, plan.engine_balance)
         stages = self._build_stages(chain, routes, loss)
         forbid_changing_buffers(stages, plan)
         tied, replicas = tie(chain, plan, stages, self._transport)
@@ -129,7 +129,7 @@ class Pipeline:
             self._transport,
             schedule,
             seed,
-            takers=Takers(chain, plan.balance, ranks),
+            takers=Takers(chain, plan.engine_balance, ranks),
             weight=weight,
             tied=tied,
             replicas=replicas,
@@ -380,7 +380,7 @@ class Pipeline:
         """This rank's stages; their cells move to their devices."""
         schedule = self.plan.built_schedule
         stages, start = {}, 0
-        for index, num_cells in enumerate(self.plan.balance):
+        for index, num_cells in enumerate(self.plan.engine_balance):
             cells = chain[start : start + num_cells]
             start += num_cells
             devices = schedule.placement[index]

@@ -132,5 +132,5 @@ def _placed(plan: Plan) -> list[int]:
 
 def _stages(plan: Plan) -> list[int]:
     """The stage of every cell."""
-    ends = list(itertools.accumulate(plan.balance))
+    ends = list(itertools.accumulate(plan.engine_balance))
     return [bisect.bisect_right(ends, cell) for cell in range(ends[-1])]

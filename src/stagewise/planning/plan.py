@@ -16,10 +16,12 @@ from stagewise.planning.partition import check_balance, partition
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,
+    Segments,
     check_replicas,
     consecutive,
     named_schedule,
     parse_programs,
+    refine,
     schedule_of,
     stages_per_device,
     validate,
@@ -36,7 +38,9 @@ class Plan:
     `balance[s]` is the number of cells on stage s. `schedule` names one of SCHEDULES, with
     `stages_per_device` stages on each device (None: as the schedule wants), or `replicas[s]`
     devices for stage s, numbered stage by stage (empty: one each); or, if `programs` are
-    given, it is just their name: one text per device, as `str(Schedule)` has its lines. `cells`
+    given, it is just their name: one text per device, as `str(Schedule)` has its lines.
+    `segments[s]` are the parts of stage s as (number of cells, recomputed), in place of the policy
+    `recompute`; the engine runs every part as a stage of its own (`engine_balance`). `cells`
     holds the costs of one microbatch that the plan was made from; it is empty where `balance` was
     given and nothing measured.
     """
@@ -48,12 +52,14 @@ class Plan:
     stages_per_device: int | None = None
     replicas: tuple[int, ...] = ()
     programs: tuple[str, ...] = ()
+    segments: tuple[Segments, ...] = ()
     cells: tuple[CellCost, ...] = ()
     input_bytes: int = 0
     link: LinkCost = FREE_LINK
 
     def __post_init__(self) -> None:
         check_balance(self.balance, len(self.cells) or sum(self.balance))
+        self._check_segments()
         _ = self.built_schedule
 
     @property
@@ -62,8 +68,18 @@ class Plan:
 
     @cached_property
     def built_schedule(self) -> Schedule:
-        """The validated schedule, recomputations included."""
-        return validate(with_recompute(self._plain_schedule(), self.recompute))
+        """The validated schedule of the engine's stages, recomputations included."""
+        plain = self._plain_schedule()
+        if self.segments:
+            return validate(refine(plain, self.segments))
+        return validate(with_recompute(plain, self.recompute))
+
+    @property
+    def engine_balance(self) -> tuple[int, ...]:
+        """Number of cells on each of the engine's stages: those of `built_schedule`."""
+        if not self.segments:
+            return self.balance
+        return tuple(size for parts in self.segments for size, _ in parts)
 
     @property
     def num_devices(self) -> int:
@@ -72,17 +88,40 @@ class Plan:
     @property
     def stage_costs(self) -> tuple[StageCost, ...]:
         """Costs per stage; raises PlanError where nothing was measured."""
+        return self._costs(self.balance)
+
+    @property
+    def engine_costs(self) -> tuple[StageCost, ...]:
+        """Costs per stage of the engine; raises PlanError where nothing was measured."""
+        return self._costs(self.engine_balance)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The predicted step."""
+        return simulate(self.built_schedule, self.engine_costs, self.link)
+
+    def _costs(self, balance: Sequence[int]) -> tuple[StageCost, ...]:
         if not self.cells:
             raise PlanError(
                 "this plan was made from a balance without measured costs, so it predicts "
                 "nothing; give plan() an example batch"
             )
-        return stage_costs(self.cells, self.balance, input_bytes=self.input_bytes)
+        return stage_costs(self.cells, balance, input_bytes=self.input_bytes)
 
-    @cached_property
-    def timeline(self) -> Timeline:
-        """The predicted step."""
-        return simulate(self.built_schedule, self.stage_costs, self.link)
+    def _check_segments(self) -> None:
+        if not self.segments:
+            return
+        if self.recompute != "never":
+            raise PlanError(
+                f"the plan has segments and the recompute policy {self.recompute!r}; segments say "
+                "what is recomputed: leave the policy at 'never'"
+            )
+        sizes = tuple(sum(size for size, _ in parts) for parts in self.segments)
+        if sizes != self.balance or any(size < 1 for size in self.engine_balance):
+            raise PlanError(
+                f"the segments {self.segments} have {list(sizes)} cells on the stages, but the "
+                f"balance is {list(self.balance)}; give every stage segments of all its cells"
+            )
 
     def _plain_schedule(self) -> Schedule:
         if self.replicas:
@@ -113,7 +152,7 @@ class Plan:
     @property
     def peak_activation_bytes(self) -> tuple[int, ...]:
         """Predicted peak of what each device keeps for the backward pass."""
-        return self.timeline.peak_activation_bytes(self.stage_costs)
+        return self.timeline.peak_activation_bytes(self.engine_costs)
 
     @staticmethod
     def from_schedule(
@@ -156,6 +195,10 @@ class Plan:
                 stages_per_device=fields.get("stages_per_device"),
                 replicas=tuple(fields.get("replicas", ())),
                 programs=tuple(fields.get("programs", ())),
+                segments=tuple(
+                    tuple((int(size), bool(recomputed)) for size, recomputed in parts)
+                    for parts in fields.get("segments", ())
+                ),
                 cells=tuple(CellCost(**cell) for cell in fields["cells"]),
                 input_bytes=fields["input_bytes"],
                 link=LinkCost(**fields["link"]),

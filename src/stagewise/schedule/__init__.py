@@ -16,6 +16,7 @@ from stagewise.schedule.order import Blocked, walk
 from stagewise.schedule.recompute import POLICIES, with_recompute
 from stagewise.schedule.replicated import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.schedule import Program, Schedule, schedule_of
+from stagewise.schedule.segments import Segments, refine
 from stagewise.schedule.text import parse_programs, parse_schedule
 from stagewise.schedule.validation import validate
 
@@ -33,6 +34,7 @@ __all__ = [
     "NamedSchedule",
     "Program",
     "Schedule",
+    "Segments",
     "Step",
     "check_replicas",
     "consecutive",
@@ -47,6 +49,7 @@ __all__ = [
     "one_f_one_b",
     "parse_programs",
     "parse_schedule",
+    "refine",
     "schedule_of",
     "schedule_row",
     "stages_per_device",

@@ -1,0 +1,10 @@
+"""Numbers in words."""
+
+
+def size_in_words(num_bytes: float) -> str:
+    """Three significant digits and the fitting unit, as in `1.5 GiB`."""
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1024
+        units.pop()
+    return f"{num_bytes:.3g} {units[-1]}"
