@@ -5,7 +5,7 @@ All costs are of *one microbatch*. They are plain numbers, so that exact arithme
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,24 +112,3 @@ def stage_costs(
         )
         start, incoming = start + num_cells, own[-1].output_bytes
     return tuple(stages)
-
-
-def segment_costs(
-    cells: Sequence[CellCost],
-    segments: Sequence[Sequence[tuple[int, bool]]],
-    *,
-    input_bytes: int = 0,
-) -> tuple[StageCost, ...]:
-    """Costs per segment, in order; `segments[s]` are (number of cells, recomputed) of stage s.
-
-    As `stage_costs`, but the input of a segment is kept already where the segment before it on the
-    same stage keeps its activations: it is their last one.
-    """
-    balance = [size for parts in segments for size, _ in parts]
-    shared = [at > 0 and not parts[at - 1][1] for parts in segments for at in range(len(parts))]
-    return tuple(
-        replace(cost, input_bytes=0) if is_shared else cost
-        for cost, is_shared in zip(
-            stage_costs(cells, balance, input_bytes=input_bytes), shared, strict=True
-        )
-    )

@@ -1,7 +1,7 @@
 """Training runs that tests compare: the same function for one process and for every rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def pipeline(run: Run) -> stagewise.Pipeline:
     )
     return stagewise.Pipeline(
         build(run.example, run.dtype),
-        plan,
+        replace(plan, segments=run.segments),
         loss=EXAMPLES[run.example].loss,
         transport=run.transport,  # type: ignore[arg-type]
         accumulate_in_float32=run.accumulate_in_float32,

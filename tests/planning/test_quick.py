@@ -8,7 +8,7 @@ import pytest
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
 from stagewise.planning import simulate
-from stagewise.planning.quick import in_flight, outcome_of
+from stagewise.planning.quick import held_microbatches, outcome_of
 from stagewise.schedule import (
     POLICIES,
     SCHEDULES,
@@ -71,9 +71,11 @@ def test_equals_the_simulator_on_segments(name: str) -> None:
 
 
 def test_microbatches_in_flight() -> None:
-    assert in_flight(named_schedule("1f1b", 4, 8)) == (4, 3, 2, 1)
-    assert in_flight(named_schedule("gpipe", 2, 8)) == (8, 8)
-    assert in_flight(schedule_of("loop", parse_programs("0F0 1F0 0F1 1B0 1F1 1B1 0B0 0B1"))) == (
+    assert held_microbatches(named_schedule("1f1b", 4, 8)) == (4, 3, 2, 1)
+    assert held_microbatches(named_schedule("gpipe", 2, 8)) == (8, 8)
+    assert held_microbatches(
+        schedule_of("loop", parse_programs("0F0 1F0 0F1 1B0 1F1 1B1 0B0 0B1"))
+    ) == (
         2,
         1,
     )

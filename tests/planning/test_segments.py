@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stagewise.costs import CellCost, segment_costs, stage_costs
+from stagewise.costs import CellCost, stage_costs
 from stagewise.planning import simulate
 from stagewise.planning.segments import best_segments, segments_front
 from stagewise.schedule import Schedule, gpipe, one_f_one_b, refine, validate
@@ -47,8 +47,8 @@ def peak_bytes(cells: list[CellCost], parts: Segments, input_bytes: int, in_flig
     # A stage behind it without costs, so that no backward follows its own forward there.
     after = CellCost(name="after", forward_seconds=0, backward_seconds=0)
     segments = (parts, ((1, False),))
-    costs = segment_costs([*cells, after], segments, input_bytes=input_bytes)
-    # Its input is what the chain gives out, which is no part of what is asked here.
+    sizes = [size for size, _ in parts]
+    costs = stage_costs([*cells, after], [*sizes, 1], input_bytes=input_bytes)
     schedule = validate(refine(gpipe(2, in_flight), segments))
     return simulate(schedule, costs).peak_activation_bytes(costs)[0]
 
@@ -155,7 +155,8 @@ def test_peak_of_1f1b_is_what_the_segments_say() -> None:
     ]
     segments = tuple(each.segments for each in found if each)
     assert len(segments) == 3
-    costs = segment_costs(cells, segments, input_bytes=4)
+    balance = [size for parts in segments for size, _ in parts]
+    costs = stage_costs(cells, balance, input_bytes=4)
     refined: Schedule = validate(refine(schedule, segments))
     timeline = simulate(refined, costs)
     assert timeline.peak_activation_bytes(costs) == tuple(each.peak_bytes for each in found if each)

@@ -14,7 +14,7 @@ from stagewise.errors import ScheduleError
 from stagewise.planning.layout import MemoryNeeds, Placement, cuts_of, layout, memory_needs
 from stagewise.planning.options import Option, placement_of, replicated_schedule, schedule_for
 from stagewise.planning.placed import place
-from stagewise.planning.quick import in_flight
+from stagewise.planning.quick import held_microbatches
 from stagewise.planning.replicated import replicated_partition
 from stagewise.planning.words import size_in_words
 from stagewise.schedule import Schedule
@@ -74,7 +74,7 @@ class Cutter:
             return str(error).splitlines()[0]
         needs = None
         if capped:
-            held = in_flight(schedule)
+            held = held_microbatches(schedule)
             needs = self._needs(cells, held, held if recompute == "never" else (1,) * len(held))
             least = sum(needs.state) + min(needs.graphs) * sum(needs.kept)
             if least > option.num_devices * self._machine.memory_bytes:

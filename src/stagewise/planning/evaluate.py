@@ -18,12 +18,15 @@ from stagewise.planning.quick import outcome_of
 from stagewise.planning.recomputing import segments_within
 from stagewise.planning.synthesis import synthesise
 from stagewise.planning.words import size_in_words
-from stagewise.schedule import Kind, Schedule, Segments, refine, with_recompute
+from stagewise.schedule import Schedule, Segments, refine, with_recompute
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A complete plan in short, and what it takes; `plan()` makes the Plan."""
+    """A complete plan in short, and what it takes; `plan()` makes the Plan.
+
+    `seconds` are those of the plan's timeline, and of summing the gradients of replicas after it.
+    """
 
     option: Option
     balance: tuple[int, ...]
@@ -46,15 +49,16 @@ class Tried:
         return _in_words(self.option, self.recompute)
 
     def plan(self) -> Plan:
-        """The plan, whose timeline takes `seconds`."""
-        per_device = self.option.stages_per_device
+        """The plan."""
+        named, per_device = not self.programs, self.option.stages_per_device
         return Plan(
             balance=self.balance,
-            schedule="auto" if self.programs else self.option.schedule,
+            schedule=self.option.schedule,
             num_microbatches=self.num_microbatches,
             # Programs hold their recomputations already.
             recompute="never" if self.segments or self.programs else self.recompute,
-            stages_per_device=None if self.programs else per_device,
+            stages_per_device=per_device if named and not self.option.replicated else None,
+            replicas=tuple(map(len, self.placement)) if self.option.replicated else (),
             programs=self.programs,
             segments=self.segments,
             cells=self.cells,
@@ -92,6 +96,11 @@ class Evaluator:
             sum(seconds) * option.num_microbatches / option.num_devices,
             max(seconds) * (1 if option.replicated else option.num_microbatches),
         )
+
+    def estimate_seconds(self, option: Option, cells: Sequence[CellCost]) -> float:
+        """What the option may take: its bound, and the bubble of equal stages (K - 1) / (v M)."""
+        filling = (option.num_devices - 1) / option.stages_per_device / option.num_microbatches
+        return self.bound_seconds(option, cells) * (1 + filling)
 
     def plain(
         self, option: Option, cells: Sequence[CellCost], better_than: float
@@ -188,6 +197,7 @@ class Evaluator:
         self.work.simulations += 1
         self.work.instructions += sum(map(len, schedule.programs))
         outcome = outcome_of(schedule, costs, self.machine.link)
+        reduced = self._reduce_seconds(schedule.placement, costs)
         state = self._state(schedule.placement, costs)
         needs = [int(s + peak) for s, peak in zip(state, outcome.peak_bytes, strict=True)]
         worst = max(range(len(needs)), key=needs.__getitem__)
@@ -204,13 +214,26 @@ class Evaluator:
             placement=cut.schedule.placement,
             recompute=recompute,
             segments=segments,
-            seconds=outcome.seconds,
+            seconds=max(map(sum, zip(outcome.end_seconds, reduced, strict=True))),
             partition_gap=cut.gap,
             device_bytes=tuple(needs),
             busy_seconds=outcome.busy_seconds,
             cells=tuple(cells),
             link=self.machine.link,
         )
+
+    def _reduce_seconds(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
+        """What summing replicas' gradients adds at the end of each device's step: a ring.
+
+        2 (r - 1) messages of 1/r of the gradients (Patarasuk and Yuan, 2009).
+        """
+        added = [0.0] * (1 + max(device for devices in placement for device in devices))
+        for devices, cost in zip(placement, costs, strict=True):
+            r = len(devices)
+            each = self.machine.link.transfer_seconds(-(-cost.parameter_bytes // r))
+            for device in devices:
+                added[device] += 2 * (r - 1) * each if r > 1 else 0.0
+        return added
 
     def _room(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
         """What each device has left for activations."""
@@ -250,7 +273,7 @@ def least_step_seconds(
 
     Unlike `lower_bound_seconds` it takes no time to find.
     """
-    split = any(i.kind is Kind.BACKWARD_INPUT for i in schedule.programs[0])
+    split = schedule.splits_backward
     placement, head = schedule.placement, [0.0] * len(costs)
     tail = [0.0] * len(costs)
     for stage in range(1, len(costs)):

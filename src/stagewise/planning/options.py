@@ -60,7 +60,7 @@ def options(
                 )
                 if option.num_stages <= num_cells:
                     yield option
-            if replicas and takes_replicas(name):
+            if replicas and schedule_row(name).takes_replicas:
                 yield Option(
                     schedule=name,
                     num_devices=num_devices,
@@ -84,14 +84,7 @@ def schedule_for(option: Option) -> Schedule:
     )
 
 
-# The seam to replicated stages.
-
-
-def takes_replicas(name: str) -> bool:
-    """Whether a schedule's stages may have several devices each."""
-    return False
-
-
 def replicated_schedule(option: Option, replicas: Sequence[int]) -> Schedule:
     """The option's schedule with so many devices for each stage, numbered stage by stage."""
-    raise NotImplementedError
+    count = option.num_microbatches
+    return named_schedule(option.schedule, len(replicas), count, replicas=replicas)

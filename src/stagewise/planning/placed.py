@@ -59,7 +59,7 @@ def place(
     `memory`; that is proven, but where devices hold three stages or more.
 
     `max_nodes` limits the branch and bound of those (0 leaves it out), `max_work` the states that
-    are looked at for two stages a device, `kicks` the tries to leave a local optimum else; a cut
+    are looked at for two stages a device, `kicks` the tries to leave a local optimum; and a cut
     within `tolerance` of the bound is not improved. The result's gap says what is known of it.
 
     >>> place([(0,), (1,), (0,), (1,)], [3, 1, 1, 1, 1, 5]).balance

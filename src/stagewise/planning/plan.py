@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, segment_costs, stage_costs
+from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
 from stagewise.errors import PlanError
 from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.partition import check_balance, partition
@@ -88,28 +88,25 @@ class Plan:
     @property
     def stage_costs(self) -> tuple[StageCost, ...]:
         """Costs per stage; raises PlanError where nothing was measured."""
-        self._check_measured()
-        return stage_costs(self.cells, self.balance, input_bytes=self.input_bytes)
+        return self._costs(self.balance)
 
     @property
     def engine_costs(self) -> tuple[StageCost, ...]:
         """Costs per stage of the engine; raises PlanError where nothing was measured."""
-        if not self.segments:
-            return self.stage_costs
-        self._check_measured()
-        return segment_costs(self.cells, self.segments, input_bytes=self.input_bytes)
+        return self._costs(self.engine_balance)
 
     @cached_property
     def timeline(self) -> Timeline:
         """The predicted step."""
         return simulate(self.built_schedule, self.engine_costs, self.link)
 
-    def _check_measured(self) -> None:
+    def _costs(self, balance: Sequence[int]) -> tuple[StageCost, ...]:
         if not self.cells:
             raise PlanError(
                 "this plan was made from a balance without measured costs, so it predicts "
                 "nothing; give plan() an example batch"
             )
+        return stage_costs(self.cells, balance, input_bytes=self.input_bytes)
 
     def _check_segments(self) -> None:
         if not self.segments:

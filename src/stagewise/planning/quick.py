@@ -17,9 +17,10 @@ _NEVER = float("inf")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The seconds of a step, and each device's busy time and peak activations."""
+    """The seconds of a step, and each device's last end, busy time and peak activations."""
 
     seconds: float
+    end_seconds: tuple[float, ...]
     busy_seconds: tuple[float, ...]
     peak_bytes: tuple[int, ...]
 
@@ -90,6 +91,7 @@ def outcome_of(
         raise ScheduleError(f"schedule {schedule.name!r} blocks; validate() shows where")
     return Outcome(
         seconds=max(last),
+        end_seconds=tuple(last),
         busy_seconds=tuple(busy),
         peak_bytes=peak_bytes(schedule, costs),
     )
@@ -137,7 +139,7 @@ def _peak(
     return peak
 
 
-def in_flight(schedule: Schedule) -> tuple[int, ...]:
+def held_microbatches(schedule: Schedule) -> tuple[int, ...]:
     """Per stage: how many of its microbatches a device holds when it holds most of all stages'."""
     counts = [0] * schedule.num_stages
     for program in schedule.programs:

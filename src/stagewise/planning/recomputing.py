@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from stagewise.costs import CellCost, stage_costs
 from stagewise.planning.layout import cuts_of
-from stagewise.planning.quick import in_flight, peak_bytes
+from stagewise.planning.quick import held_microbatches, peak_bytes
 from stagewise.planning.segments import Segmentation, best_segments, segments_front
 from stagewise.schedule import Schedule, Segments, refine
 
@@ -27,7 +27,7 @@ def segments_within(
     schedule: Schedule, cells: Sequence[CellCost], balance: Sequence[int], room: Sequence[float]
 ) -> tuple[Segments, ...] | None:
     """Segments of every stage such that device d keeps at most `room[d]` bytes; None if none do."""
-    cuts, held = cuts_of(balance), in_flight(schedule)
+    cuts, held = cuts_of(balance), held_microbatches(schedule)
     finder = _Finder(
         [cells[cuts[s] : cuts[s + 1]] for s in range(schedule.num_stages)],
         [0, *(cells[at - 1].output_bytes for at in cuts[1:-1])],

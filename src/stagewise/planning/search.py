@@ -1,10 +1,10 @@
 """The search for the fastest plan that fits: over everything that a plan decides.
 
-Options (schedule x microbatches x stages per device x replicas) are taken in the order of their
-lower bounds; each is cut optimally, simulated, and recomputed where it does not fit. What cannot be
-faster than the best plan so far is dropped with its bound for a reason. The best cuts then get a
-schedule of their own (`synthesise`). Work is counted in simulated instructions, not in seconds, so
-that every rank and every machine finds the same plan.
+Options (schedule x microbatches x stages per device x replicas) are taken in the order of what
+they may take; each is cut optimally and simulated, and those that do not fit are tried again with
+recomputation. What cannot be faster than the best plan so far is dropped with its bound for a
+reason. The best cuts then get a schedule of their own (`synthesise`). Work is counted in simulated
+instructions, not in seconds, so that every rank and every machine finds the same plan.
 """
 
 from collections.abc import Callable, Sequence
@@ -167,7 +167,7 @@ def search(
     all_options = sorted(
         options(num_devices, len(cells[counts[0]]), counts, schedules, replicas),
         key=lambda option: (
-            evaluator.bound_seconds(option, cells[option.num_microbatches]),
+            evaluator.estimate_seconds(option, cells[option.num_microbatches]),
             option.num_instructions,
         ),
     )
