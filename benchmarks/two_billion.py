@@ -1,23 +1,22 @@
 """A Transformer of two billion parameters on this machine: planned whole, run one stage at a time.
 
 Transformer-L with 38 layers (2.04 billion parameters, 8 GB in float32) is built on the meta device
-and cut into 16 stages; one stage is then made real, with the values that it has in the whole model,
-and runs forward and backward alone. Each row is a process of its own, so that its peak memory (all
-of the process, PyTorch included) is its own.
+and cut into 16 stages by estimated costs; one stage is then made real, with the values that it has
+in the whole model, and runs forward and backward alone. Each row is a process of its own, so that
+its peak memory (all of the process, PyTorch included) is its own.
 """
 
 import itertools
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 import stagewise
 from benchmarks.workers import Row, print_rows, run_workers
-from stagewise.costs import CellCost
 from stagewise.models import transformer_l
 from stagewise.planning import plan_from_costs
 
@@ -87,21 +86,20 @@ def _model() -> nn.Sequential:
 
 
 def _plan(model: nn.Sequential) -> stagewise.Plan:
-    return plan_from_costs(_costs(model), num_stages=NUM_STAGES, num_microbatches=NUM_MICROBATCHES)
+    tokens = torch.empty(SAMPLES * NUM_MICROBATCHES, CONTEXT, dtype=torch.long, device="meta")
+    cells = stagewise.estimate(
+        model,
+        tokens,
+        target=tokens,
+        loss=_loss,
+        num_microbatches=NUM_MICROBATCHES,
+        device="cpu",
+    )
+    return plan_from_costs(cells, num_stages=NUM_STAGES, num_microbatches=NUM_MICROBATCHES)
 
 
-def _costs(model: Sequence[nn.Module]) -> list[CellCost]:
-    """Two FLOPs for every parameter and token forward, four backward, at 1 TFLOP/s."""
-    seconds = 2 * SAMPLES * CONTEXT / 1e12
-    return [
-        CellCost(
-            name=str(index),
-            forward_seconds=seconds * _size(cell),
-            backward_seconds=2 * seconds * _size(cell),
-            parameter_bytes=4 * _size(cell),
-        )
-        for index, cell in enumerate(model)
-    ]
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def _size(module: nn.Module) -> int:

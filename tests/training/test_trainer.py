@@ -1,6 +1,7 @@
 """The loop in this process: a pause changes nothing, and what happened is logged."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -132,7 +133,23 @@ def test_a_recipes_init_fills_its_model(tmp_path: Path) -> None:
     state = pipe.state_dict()
     assert not any(state[n].any() for n in state if n.endswith("weight"))
     assert state["3.bias"].any()
-    assert pipe.plan.balance == (4, 6)  # the cut by size: 72 parameters, three times, and 9
+
+
+def test_what_cannot_be_estimated_is_cut_by_size(tmp_path: Path) -> None:
+    """A loss that needs values; 72 parameters three times, and 9."""
+    recipe = write_recipe(
+        tmp_path,
+        META,
+        ("return nn.functional", "assert target.max() > -1e9\n    return nn.functional"),
+    )
+    options = TrainOptions(plan=PlanOptions(num_stages=3, num_microbatches=2), run=tmp_path / "run")
+    plan = prepare(load_recipe(recipe), options).pipe.plan
+    starts = [0, *itertools.accumulate(plan.balance)]
+    sizes = [
+        sum((72, 0, 0)[i % 3] if i < 9 else 9 for i in range(*pair))
+        for pair in itertools.pairwise(starts)
+    ]
+    assert max(sizes) == 81 and not plan.cells
 
 
 def test_a_model_that_cannot_be_built_on_the_meta_device(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def plan(
         )
     if is_meta(chain):
         raise PlanError(
-            "the model is on the meta device, where nothing can be measured; give plan() a "
+            "the model is on the meta device, where nothing can be measured; give the costs of "
+            "stagewise.estimate(...) to stagewise.planning.plan_from_costs(...), give plan() a "
             "balance and no inputs, or build the model on a real device"
         )
     keywords = dict(kwargs or {})

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import stagewise
-from stagewise.errors import CheckpointError, RecipeError, UsageError
+from stagewise.costs import CellCost
+from stagewise.errors import CheckpointError, ModelError, RecipeError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning import Plan, ScheduleLike, check_balance
-from stagewise.planning.partition import check_counts, partition
+from stagewise.planning import Plan, ScheduleLike, check_balance, plan_from_costs
+from stagewise.planning.partition import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
@@ -136,13 +137,11 @@ def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
 def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
     """The plan measured on `batch`; every rank calls this.
 
-    What is on the meta device cannot be measured: it is cut into stages of equal size.
+    What is on the meta device cannot be measured: see `plan_on_meta`.
     """
-    inputs, target = batch
-    balance = options.balance
     if recipe.meta:
-        inputs = target = None
-        balance = balance or balance_by_size(model, options.num_stages)
+        return plan_on_meta(recipe, model, options, batch=batch)
+    inputs, target = batch
     return stagewise.plan(
         model,
         inputs,
@@ -154,14 +153,48 @@ def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batc
         num_microbatches=options.num_microbatches,
         schedule=options.schedule,
         recompute=options.recompute,
-        balance=balance,
+        balance=options.balance,
     )
 
 
-def balance_by_size(model: Model, num_stages: int) -> tuple[int, ...]:
-    """The cut whose largest stage has the fewest parameters."""
-    sizes = [sum(p.numel() for p in cell.module.parameters()) for cell in chain_of(model)]
-    return tuple(partition([float(size) for size in sizes], num_stages))
+def plan_on_meta(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
+    """A plan that predicts nothing, its cut made by estimated work.
+
+    The estimate's device is a plain server, so how long cells take beside each other is of use
+    here, and their seconds are not. Where a cell cannot be estimated, parameters count as work.
+    """
+    inputs, target = batch
+    try:
+        cells = stagewise.estimate(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_microbatches=options.num_microbatches,
+            device="cpu",
+        )
+    except ModelError:
+        cells = sizes_as_costs(model)
+    plan = plan_from_costs(
+        cells,
+        num_stages=options.num_stages,
+        num_devices=options.num_devices,
+        replicas=options.replicas,
+        num_microbatches=options.num_microbatches,
+        schedule=options.schedule,
+        recompute=options.recompute,
+        balance=options.balance,
+    )
+    return replace(plan, cells=())
+
+
+def sizes_as_costs(model: Model) -> tuple[CellCost, ...]:
+    """Each cell's number of parameters as its seconds."""
+    return tuple(
+        CellCost(name=cell.name, forward_seconds=size, backward_seconds=2 * size)
+        for cell in chain_of(model)
+        for size in [float(sum(p.numel() for p in cell.module.parameters()))]
+    )
 
 
 def seed_everything(seed: int) -> None:
