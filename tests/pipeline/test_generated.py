@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.model.chain import chain_of
-from stagewise.schedule import POLICIES
+from stagewise.schedule import POLICIES, SCHEDULES
 from stagewise.testing import check_parity
 from tests.pipeline.test_random_chains import (
     ALL,
@@ -27,7 +27,7 @@ from tests.pipeline.test_random_chains import (
     Stash,
     rows,
 )
-from tests.schedules import RUNNABLE, stages_on
+from tests.schedules import stages_on
 from tests.soak import examples
 
 PIECES: dict[str, Callable[[], list[nn.Module]]] = {
@@ -72,7 +72,7 @@ def model_of(names: list[str]) -> nn.Sequential:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[str], dict[str, object]]:
     """A chain's pieces, and the arguments of its check."""
-    schedule = draw(st.sampled_from(RUNNABLE))
+    schedule = draw(st.sampled_from(sorted(SCHEDULES)))
     each = stages_on(schedule, 1)
     first = draw(st.lists(st.sampled_from(sorted(FIRST)), max_size=1))
     names = first + draw(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=6))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.schedule import POLICIES
+from stagewise.schedule import POLICIES, SCHEDULES
 from tests.harness import Pools
 from tests.models import (
     Call,
@@ -26,7 +26,7 @@ from tests.models import (
     Spread,
     frozen,
 )
-from tests.schedules import RUNNABLE, planned, stages_on
+from tests.schedules import planned, stages_on
 from tests.soak import examples
 
 WIDTH, LENGTH = 4, 3  # every cell maps (samples, LENGTH, WIDTH) to the same shape
@@ -199,7 +199,7 @@ def plans(draw: st.DrawFn, num_cells: int, num_microbatches: int) -> stagewise.P
     edges = [0, *cuts, num_cells]
     return planned(
         [b - a for a, b in itertools.pairwise(edges)],
-        draw(st.sampled_from(RUNNABLE)),
+        draw(st.sampled_from(sorted(SCHEDULES))),
         num_microbatches=num_microbatches,
         recompute=draw(st.sampled_from(sorted(POLICIES))),
     )
@@ -266,7 +266,7 @@ def random_cases(num_devices: int, number: int) -> list[Case]:
         # and kernels may sum a view of it in another order than its aligned copy.
         names = ["linear", *draw.choices(sorted(EXACT | INEXACT), k=draw.randint(1, 6))]
         num_cells, num_microbatches = num_cells_of(names), draw.randint(1, 5)
-        schedule = draw.choice(RUNNABLE)
+        schedule = draw.choice(sorted(SCHEDULES))
         num_stages = stages_on(schedule, num_devices)
         if num_cells < num_stages:
             continue

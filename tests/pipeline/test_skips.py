@@ -17,10 +17,10 @@ from stagewise.engine.skips import SkipRoutes, SkipStage
 from stagewise.engine.stage import Stage
 from stagewise.errors import CellError
 from stagewise.model.chain import chain_of
-from stagewise.schedule import POLICIES, Message
+from stagewise.schedule import POLICIES, SCHEDULES, Message
 from tests.harness import Pools, Raised
 from tests.models import Call
-from tests.schedules import RUNNABLE, planned, stages_on
+from tests.schedules import planned, stages_on
 from tests.skip_models import WHATS, Recall, Remember, Wire, level, wired
 
 MSE = nn.functional.mse_loss
@@ -78,7 +78,7 @@ def assert_identical(
 
 
 def random_case(draw: random.Random, num_devices: int | None = None) -> Case:
-    schedule = draw.choice(RUNNABLE)
+    schedule = draw.choice(sorted(SCHEDULES))
     num_stages = stages_on(schedule, num_devices) if num_devices else draw.randint(1, 5)
     num_cells = draw.randint(max(num_stages, 2), 8)
     wires = []
