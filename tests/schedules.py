@@ -44,12 +44,8 @@ RUNNABLE = sorted(SCHEDULES)
 
 def layout(name: str, num_stages: int) -> tuple[int, int]:
     """(devices, stages on each): as the schedule usually has it, or else all on one device."""
-    row = SCHEDULES[name]
-    each = row.stages_per_device
-    if num_stages % each == 0:
-        return num_stages // each, each
-    assert row.takes_any
-    return 1, num_stages
+    each = SCHEDULES[name].stages_per_device
+    return (num_stages // each, each) if num_stages % each == 0 else (1, num_stages)
 
 
 def stages_on(name: str, num_devices: int) -> int:
@@ -65,8 +61,14 @@ def cuts(name: str, num_cells: int) -> list[int]:
 
 
 def planned(balance: Sequence[int], schedule: str, **more: object) -> stagewise.Plan:
-    """A Plan, for a schedule with several stages per device too; see `layout`."""
+    """A Plan, for a schedule with several stages per device too; see `layout`.
+
+    One that cannot have all stages on one device gives way to one that sums gradients in its order.
+    """
     _, each = layout(schedule, len(balance))
+    row = SCHEDULES[schedule]
+    if each != row.stages_per_device and not row.takes_any:
+        schedule, each = "gpipe" if row.last_first else "1f1b", 1
     return stagewise.Plan(
         balance=tuple(balance),
         schedule=schedule,

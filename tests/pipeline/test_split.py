@@ -34,9 +34,11 @@ from tests.pipeline.runs import (
     merged,
     num_cells,
     train,
+    train_each,
     train_plain,
     trained,
 )
+from tests.schedules import SPLITTING, cuts, layout, planned, stages_on
 from tests.soak import examples
 
 CPU = torch.device("cpu")
@@ -90,10 +92,6 @@ def train_halved(run: Run) -> Record:
     return trained(pipe, run)
 
 
-def train_each_halved(runs: Sequence[Run]) -> list[Record]:
-    return [train_halved(run) for run in runs]
-
-
 def cut(run: Run, num_stages: int) -> Run:
     return replace(run, balance=even(num_cells(run.example), num_stages))
 
@@ -107,27 +105,37 @@ def test_the_schedules_under_test() -> None:
     assert halves(2, 1, lags=(-1, 3)) == ("0F0 0B0", "1F0 1I0 1W0")
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES))
+# Every example on one of them.
+IN_TURN = list(zip(sorted(EXAMPLES), itertools.cycle(SPLITTING)))
+
+
+@pytest.mark.parametrize(("example", "schedule"), IN_TURN)
 def test_any_cut_policy_and_transport_has_the_bits_of_whole_backwards(
-    pools: Pools, example: str
+    pools: Pools, example: str, schedule: str
 ) -> None:
     """Momentum steps with clipping, against 1F1B on one stage, never recomputing."""
-    run = Run(example=example, sizes=SIZES, optimizer="sgd", max_norm=0.5)
+    run = Run(example=example, schedule="1f1b", sizes=SIZES, optimizer="sgd", max_norm=0.5)
     wanted = train(cut(run, 1))
-    for num_stages in (1, 2, 3):
-        runs = [cut(replace(run, recompute=policy), num_stages) for policy in POLICIES]
-        for record in train_each_halved(runs):
+    for num_stages in cuts(schedule, num_cells(example)):
+        num_devices, _ = layout(schedule, num_stages)
+        again = cut(replace(run, schedule=schedule), num_stages)
+        runs = [replace(again, recompute=policy) for policy in POLICIES]
+        for record in train_each(runs):
             assert_identical(record, wanted)
-        if num_stages == 2:
-            for records in zip(*pools[2].run(train_each_halved, runs), strict=True):
+        if num_devices > 1:
+            for records in zip(*pools[num_devices].run(train_each, runs), strict=True):
                 assert_identical(merged(records), wanted)
 
 
-@pytest.mark.parametrize("example", ["language_dropout", "unet_dropout", "tied_dropout", "values"])
-def test_on_four_ranks(pools: Pools, example: str) -> None:
-    run = cut(Run(example=example, sizes=SIZES, num_microbatches=6, recompute="except_last"), 4)
-    got = merged(pools[4].run(train_halved, run))
-    assert_identical(got, train(cut(replace(run, recompute="never"), 1)))
+@pytest.mark.parametrize("schedule", SPLITTING)
+def test_on_four_devices(pools: Pools, schedule: str) -> None:
+    """More microbatches than the schedule needs to come into its steady state."""
+    run = Run(example="language_dropout", schedule="1f1b", sizes=(22,), num_microbatches=11)
+    wanted = train(cut(run, 1))
+    run = replace(run, schedule=schedule, recompute="except_last")
+    run = cut(run, min(stages_on(schedule, 4), num_cells(run.example) // 2 * 2))
+    devices, _ = layout(schedule, len(run.balance))
+    assert_identical(merged(pools[devices].run(train, run)), wanted)
 
 
 @pytest.mark.parametrize("example", EXACT)
@@ -158,17 +166,23 @@ def step_of_all(plan: stagewise.Plan) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 @pytest.mark.parametrize("recompute", POLICIES)
-@pytest.mark.parametrize("balance", combined.BALANCES.values())
-def test_with_all_features(balance: tuple[int, ...], recompute: str) -> None:
+@pytest.mark.parametrize("schedule", ["halves", *SPLITTING])
+def test_with_all_features(schedule: str, recompute: str) -> None:
     """Skips, keywords that need gradients, added and named losses, weights, ties, frozen cells."""
-    plain = stagewise.Plan(balance=(combined.CELLS,), schedule="1f1b", num_microbatches=4)
-    losses, wanted = step_of_all(plain)
-    halved_losses, got = step_of_all(halved(balance, recompute=recompute))
-    assert halved_losses == losses and got.keys() == wanted.keys()
+    whole = stagewise.Plan(balance=(combined.CELLS,), schedule="1f1b", num_microbatches=4)
+    losses, wanted = step_of_all(whole)
     assert wanted["mask"] is not None
-    for name, gradient in wanted.items():
-        other = got[name]
-        assert gradient is other is None or torch.equal(gradient, other), name  # type: ignore[arg-type]
+    for balance in (even(combined.CELLS, 2), even(combined.CELLS, 4), (1,) * combined.CELLS):
+        if schedule == "halves":
+            plan = halved(balance, recompute=recompute)
+        else:
+            plan = planned(balance, schedule, num_microbatches=4, recompute=recompute)
+        assert plan.built_schedule.splits_backward
+        halved_losses, got = step_of_all(plan)
+        assert halved_losses == losses and got.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            other = got[name]
+            assert gradient is other is None or torch.equal(gradient, other), name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("balance", accumulation.CUTS)
