@@ -1,4 +1,6 @@
-"""Schedules that split backward into `I` and `W`: the bits of one that does not, on any cut."""
+"""Schedules that split backward into `I` and `W`: the bits of one that does not, on any cut.
+
+The named ones are rows of all tests; here are those of one's own, and what only such show."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,7 +24,6 @@ from stagewise.pipeline.measure import profile
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import EXAMPLES, batch, build
-from tests.pipeline import test_accumulation as accumulation
 from tests.pipeline import test_combined as combined
 from tests.pipeline import test_random_chains as chains
 from tests.pipeline.runs import (
@@ -34,15 +35,12 @@ from tests.pipeline.runs import (
     merged,
     num_cells,
     train,
-    train_each,
     train_plain,
     trained,
 )
-from tests.schedules import SPLITTING, cuts, layout, planned, stages_on
 from tests.soak import examples
 
 CPU = torch.device("cpu")
-EXACT = sorted(name for name, example in EXAMPLES.items() if example.exact)
 SIZES = (10, 8)  # ragged over 4 microbatches, and a smaller last batch
 
 
@@ -105,45 +103,6 @@ def test_the_schedules_under_test() -> None:
     assert halves(2, 1, lags=(-1, 3)) == ("0F0 0B0", "1F0 1I0 1W0")
 
 
-# Every example on one of them.
-IN_TURN = list(zip(sorted(EXAMPLES), itertools.cycle(SPLITTING)))
-
-
-@pytest.mark.parametrize(("example", "schedule"), IN_TURN)
-def test_any_cut_policy_and_transport_has_the_bits_of_whole_backwards(
-    pools: Pools, example: str, schedule: str
-) -> None:
-    """Momentum steps with clipping, against 1F1B on one stage, never recomputing."""
-    run = Run(example=example, schedule="1f1b", sizes=SIZES, optimizer="sgd", max_norm=0.5)
-    wanted = train(cut(run, 1))
-    for num_stages in cuts(schedule, num_cells(example)):
-        num_devices, _ = layout(schedule, num_stages)
-        again = cut(replace(run, schedule=schedule), num_stages)
-        runs = [replace(again, recompute=policy) for policy in POLICIES]
-        for record in train_each(runs):
-            assert_identical(record, wanted)
-        if num_devices > 1:
-            for records in zip(*pools[num_devices].run(train_each, runs), strict=True):
-                assert_identical(merged(records), wanted)
-
-
-@pytest.mark.parametrize("schedule", SPLITTING)
-def test_on_four_devices(pools: Pools, schedule: str) -> None:
-    """More microbatches than the schedule needs to come into its steady state."""
-    run = Run(example="language_dropout", schedule="1f1b", sizes=(22,), num_microbatches=11)
-    wanted = train(cut(run, 1))
-    run = replace(run, schedule=schedule, recompute="except_last")
-    run = cut(run, min(stages_on(schedule, 4), num_cells(run.example) // 2 * 2))
-    devices, _ = layout(schedule, len(run.balance))
-    assert_identical(merged(pools[devices].run(train, run)), wanted)
-
-
-@pytest.mark.parametrize("example", EXACT)
-def test_a_step_equals_the_plain_full_batch(example: str) -> None:
-    run = Run(example=example, dtype=torch.float64, recompute="except_last")
-    assert_close(train_halved(cut(run, 3)), train_plain(run), 1e-12)
-
-
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("example", ["mlp_dropout", "language_dropout"])
 def test_under_autocast(example: str, precision: torch.dtype) -> None:
@@ -166,40 +125,38 @@ def step_of_all(plan: stagewise.Plan) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 @pytest.mark.parametrize("recompute", POLICIES)
-@pytest.mark.parametrize("schedule", ["halves", *SPLITTING])
-def test_with_all_features(schedule: str, recompute: str) -> None:
+@pytest.mark.parametrize("balance", combined.BALANCES.values())
+def test_with_all_features(balance: tuple[int, ...], recompute: str) -> None:
     """Skips, keywords that need gradients, added and named losses, weights, ties, frozen cells."""
     whole = stagewise.Plan(balance=(combined.CELLS,), schedule="1f1b", num_microbatches=4)
     losses, wanted = step_of_all(whole)
+    halved_losses, got = step_of_all(halved(balance, recompute=recompute))
+    assert halved_losses == losses and got.keys() == wanted.keys()
     assert wanted["mask"] is not None
-    for balance in (even(combined.CELLS, 2), even(combined.CELLS, 4), (1,) * combined.CELLS):
-        if schedule == "halves":
-            plan = halved(balance, recompute=recompute)
-        else:
-            plan = planned(balance, schedule, num_microbatches=4, recompute=recompute)
-        assert plan.built_schedule.splits_backward
-        halved_losses, got = step_of_all(plan)
-        assert halved_losses == losses and got.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            other = got[name]
-            assert gradient is other is None or torch.equal(gradient, other), name  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("balance", accumulation.CUTS)
-def test_sums_in_float32(balance: tuple[int, ...]) -> None:
-    (wanted,) = accumulation.trained((7,), "1f1b", ["never"])
-    plan = halved(balance, accumulation.NUM_MICROBATCHES)
-    pipe = stagewise.Pipeline(
-        accumulation.build(), plan, loss=accumulation.loss, accumulate_in_float32=True
-    )
-    for index in range(2):
-        inputs, target = accumulation.minibatch(index)
-        pipe.step(inputs, target=target)
-    got = accumulation.gradients(pipe.module)
-    assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         other = got[name]
         assert gradient is other is None or torch.equal(gradient, other), name  # type: ignore[arg-type]
+
+
+def replicated(programs: tuple[str, ...], balance: tuple[int, ...]) -> Record:
+    plan = stagewise.Plan(balance=balance, schedule="mine", num_microbatches=4, programs=programs)
+    run = Run(example="language", dtype=torch.float64, sizes=SIZES, optimizer="sgd", max_norm=0.5)
+    pipe = stagewise.Pipeline(build(run.example, run.dtype), plan, loss=EXAMPLES["language"].loss)
+    return trained(pipe, run)
+
+
+def test_replicas_sum_once_all_weights_are_there(pools: Pools) -> None:
+    """The second stage on two ranks, whose last `W`s stand behind all their `I`s."""
+    programs = (
+        "0F0 0F1 0F2 0F3 0I0 0I1 0W0 0I2 0I3 0W1 0W2 0W3",
+        "1F0 1I0 1F2 1I2 1W0 1W2",
+        "1F1 1I1 1F3 1I3 1W1 1W3",
+    )
+    got = pools[3].run(replicated, programs, (2, 4))
+    wanted = train_plain(
+        Run(example="language", dtype=torch.float64, sizes=SIZES, optimizer="sgd", max_norm=0.5)
+    )
+    assert_close(merged(got), wanted, 1e-11)
 
 
 def test_a_grad_scaler_skips_what_overflows() -> None:
