@@ -46,11 +46,8 @@ RUNNABLE = ["1f1b", "gpipe", "interleaved", "zb_v"]
 
 def layout(name: str, num_stages: int) -> tuple[int, int]:
     """(devices, stages on each): as the schedule usually has it, or else all on one device."""
-    row = SCHEDULES[name]
-    each = row.stages_per_device
-    if num_stages % each == 0:
-        return num_stages // each, each
-    return 1, num_stages
+    each = SCHEDULES[name].stages_per_device
+    return (num_stages // each, each) if num_stages % each == 0 else (1, num_stages)
 
 
 def stages_on(name: str, num_devices: int) -> int:
@@ -66,34 +63,17 @@ def cuts(name: str, num_cells: int) -> list[int]:
 
 
 def planned(balance: Sequence[int], schedule: str, **more: object) -> stagewise.Plan:
-    """A Plan, for a schedule with several stages per device too; see `layout`."""
+    """A Plan, for a schedule with several stages per device too; see `layout`.
+
+    One that cannot have all stages on one device gives way to one that sums gradients in its order.
+    """
     _, each = layout(schedule, len(balance))
     row = SCHEDULES[schedule]
-    if each == row.stages_per_device or row.takes_any:
-        return stagewise.Plan(
-            balance=tuple(balance),
-            schedule=schedule,
-            stages_per_device=each,
-            **more,  # type: ignore[arg-type]
-        )
-    count = more["num_microbatches"]
-    assert isinstance(count, int)
-    program = alone(len(balance), count, splits_backward=row.splits_backward)
+    if each != row.stages_per_device and not row.takes_any:
+        schedule, each = "gpipe" if row.last_first else "1f1b", 1
     return stagewise.Plan(
         balance=tuple(balance),
-        schedule=f"{schedule} on one device",
-        programs=(program,),
+        schedule=schedule,
+        stages_per_device=each,
         **more,  # type: ignore[arg-type]
-    )
-
-
-def alone(num_stages: int, num_microbatches: int, *, splits_backward: bool) -> str:
-    """One microbatch after the other, all stages on one device."""
-    up, down = range(num_stages), range(num_stages - 1, -1, -1)
-    halves = ("I", "W") if splits_backward else ("B",)
-    return " ".join(
-        f"{stage}{kind}{m}"
-        for m in range(num_microbatches)
-        for kind, stages in (("F", up), *((half, down) for half in halves))
-        for stage in stages
     )

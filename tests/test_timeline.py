@@ -1,4 +1,6 @@
+import itertools
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -117,6 +119,11 @@ def test_curves_never_fall_below_zero_and_end_there(
             costs.draw(numbers) for _ in range(size.num_stages)
         )
     ]
+    # What a product keeps of its stage's input, the stage before has made.
+    stages[1:] = [
+        replace(stage, deferred_input_bytes=min(stage.deferred_bytes, before.activation_bytes))
+        for before, stage in itertools.pairwise(stages)
+    ]
     schedule = with_recompute(size.build(), policy)
     timeline = simulate(schedule, stages)
     assert sum(timeline.busy_seconds) == sum(span.seconds for span in timeline.spans)
@@ -143,6 +150,26 @@ def test_what_one_stage_gives_another_on_its_device_is_kept_once() -> None:
         assert timeline.activation_bytes(0, [cost] * 2)[-1][1] == 0
     apart = simulate(named_schedule("1f1b", 2, 1), [cost] * 2)
     assert apart.peak_activation_bytes([cost] * 2) == (110, 110)
+
+
+def test_what_a_weight_still_needs_of_it_is_kept_longer() -> None:
+    """Stage 1's product needs its input (4 bytes), which is stage 0's output, until its `W`."""
+    parts = {"forward_seconds": 1.0, "backward_seconds": 1.0, "recompute_seconds": 1.0}
+    costs = [
+        StageCost(**parts, activation_bytes=10, deferred_bytes=3),
+        StageCost(
+            **parts, input_bytes=4, activation_bytes=6, deferred_bytes=7, deferred_input_bytes=4
+        ),
+    ]
+
+    def levels(*words: str) -> list[int]:
+        program = "\n".join(f"0 {word} {t} {t + 1}" for t, word in enumerate(words))
+        return [value for _, value in timeline_of(program).activation_bytes(0, costs)]
+
+    assert levels("0F0", "1F0", "1I0", "0I0", "1W0", "0W0") == [10, 16, 13, 10, 3, 0]
+    assert levels("0F0", "1F0", "1I0", "1W0", "0I0", "0W0") == [10, 16, 13, 10, 3, 0]
+    assert levels("0F0", "1F0", "1I0", "0B0", "1W0") == [10, 16, 13, 7, 0]
+    assert levels("0F0", "1F0", "1B0", "0I0", "0W0") == [10, 16, 10, 3, 0]
 
 
 def test_records_round_trip_through_json() -> None:

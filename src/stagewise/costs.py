@@ -17,7 +17,7 @@ class CellCost:
     that is kept only where a stage ends behind the cell; `output_bytes` is what crosses the
     boundary behind the cell, `gradient_bytes` what comes back across it. A backward that is split
     takes `input_seconds` for `I` and `weight_seconds` for `W`, and keeps `deferred_bytes` between
-    them; None where that is not known.
+    them; None where that is not known. `deferred_input_bytes` of these are the cell's input.
     """
 
     name: str
@@ -31,6 +31,7 @@ class CellCost:
     input_seconds: float | None = None
     weight_seconds: float | None = None
     deferred_bytes: int | None = None
+    deferred_input_bytes: int = 0
 
     @property
     def split_seconds(self) -> tuple[float, float]:
@@ -51,7 +52,7 @@ class StageCost:
 
     `input_bytes` is kept from forward to backward whatever the recompute policy;
     `activation_bytes` is kept besides while the stage's graph exists. `I` leaves
-    `deferred_bytes` of both until `W`.
+    `deferred_bytes` until `W`, of which `deferred_input_bytes` are the input.
     """
 
     forward_seconds: float
@@ -65,6 +66,7 @@ class StageCost:
     input_seconds: float = 0  # of `I`
     weight_seconds: float = 0  # of `W`
     deferred_bytes: int = 0
+    deferred_input_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ def stage_costs(
                 input_seconds=sum(cell.split_seconds[0] for cell in own),
                 weight_seconds=sum(cell.split_seconds[1] for cell in own),
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
+                deferred_input_bytes=own[0].deferred_input_bytes,
             )
         )
         start, incoming = start + num_cells, own[-1].output_bytes

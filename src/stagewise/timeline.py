@@ -78,7 +78,7 @@ class Timeline:
         """Bytes kept for the backward pass on `device` over time; `costs` per stage.
 
         What a stage is given by one on the same device is that one's output: it is kept once,
-        unless the giving stage drops it and recomputes.
+        unless the giving stage drops it and recomputes; by whichever of the two needs it longer.
         """
         recomputed = {
             (s.instruction.stage, s.instruction.microbatch)
@@ -90,19 +90,30 @@ class Timeline:
             for s in self.spans
             if s.instruction.kind is Kind.FORWARD and s.device == device
         } - recomputed
+        done: set[tuple[int, int]] = set()  # their activations are gone
+        waiting: set[tuple[int, int]] = set()  # for `W`
 
         def change(i: Instruction) -> int:
-            cost = costs[i.stage]
+            cost, it = costs[i.stage], (i.stage, i.microbatch)
             given = 0 if (i.stage - 1, i.microbatch) in kept_here else cost.input_bytes
             if i.kind is Kind.FORWARD:
                 stored = (i.stage, i.microbatch) in recomputed
                 return given + (0 if stored else cost.activation_bytes)
             if i.kind is Kind.RECOMPUTE:
                 return cost.activation_bytes
+            giver, taker = (i.stage - 1, i.microbatch), (i.stage + 1, i.microbatch)
+            lent = cost.deferred_input_bytes * (giver in kept_here and giver not in done)
+            if i.kind is Kind.BACKWARD_WEIGHT:
+                waiting.discard(it)
+                return lent - cost.deferred_bytes
+            done.add(it)
             whole = given + cost.activation_bytes
+            if it in kept_here and taker in waiting:
+                whole -= costs[i.stage + 1].deferred_input_bytes
             if i.kind is Kind.BACKWARD_INPUT:
-                return cost.deferred_bytes - whole
-            return -(cost.deferred_bytes if i.kind is Kind.BACKWARD_WEIGHT else whole)
+                waiting.add(it)
+                return cost.deferred_bytes - lent - whole
+            return -whole
 
         return self._curve(device, change)
 

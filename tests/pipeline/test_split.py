@@ -1,4 +1,6 @@
-"""Schedules that split backward into `I` and `W`: the bits of one that does not, on any cut."""
+"""Schedules that split backward into `I` and `W`: the bits of one that does not, on any cut.
+
+The named ones are rows of all tests; here are those of one's own, and what only such show."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,7 +24,6 @@ from stagewise.pipeline.measure import profile
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import EXAMPLES, batch, build
-from tests.pipeline import test_accumulation as accumulation
 from tests.pipeline import test_combined as combined
 from tests.pipeline import test_random_chains as chains
 from tests.pipeline.runs import (
@@ -40,7 +41,6 @@ from tests.pipeline.runs import (
 from tests.soak import examples
 
 CPU = torch.device("cpu")
-EXACT = sorted(name for name, example in EXAMPLES.items() if example.exact)
 SIZES = (10, 8)  # ragged over 4 microbatches, and a smaller last batch
 
 
@@ -90,10 +90,6 @@ def train_halved(run: Run) -> Record:
     return trained(pipe, run)
 
 
-def train_each_halved(runs: Sequence[Run]) -> list[Record]:
-    return [train_halved(run) for run in runs]
-
-
 def cut(run: Run, num_stages: int) -> Run:
     return replace(run, balance=even(num_cells(run.example), num_stages))
 
@@ -105,35 +101,6 @@ def test_the_schedules_under_test() -> None:
         "2F0 2I0 2F1 2I1 2F2 2I2 2W0 2W1 2W2",
     )
     assert halves(2, 1, lags=(-1, 3)) == ("0F0 0B0", "1F0 1I0 1W0")
-
-
-@pytest.mark.parametrize("example", sorted(EXAMPLES))
-def test_any_cut_policy_and_transport_has_the_bits_of_whole_backwards(
-    pools: Pools, example: str
-) -> None:
-    """Momentum steps with clipping, against 1F1B on one stage, never recomputing."""
-    run = Run(example=example, sizes=SIZES, optimizer="sgd", max_norm=0.5)
-    wanted = train(cut(run, 1))
-    for num_stages in (1, 2, 3):
-        runs = [cut(replace(run, recompute=policy), num_stages) for policy in POLICIES]
-        for record in train_each_halved(runs):
-            assert_identical(record, wanted)
-        if num_stages == 2:
-            for records in zip(*pools[2].run(train_each_halved, runs), strict=True):
-                assert_identical(merged(records), wanted)
-
-
-@pytest.mark.parametrize("example", ["language_dropout", "unet_dropout", "tied_dropout", "values"])
-def test_on_four_ranks(pools: Pools, example: str) -> None:
-    run = cut(Run(example=example, sizes=SIZES, num_microbatches=6, recompute="except_last"), 4)
-    got = merged(pools[4].run(train_halved, run))
-    assert_identical(got, train(cut(replace(run, recompute="never"), 1)))
-
-
-@pytest.mark.parametrize("example", EXACT)
-def test_a_step_equals_the_plain_full_batch(example: str) -> None:
-    run = Run(example=example, dtype=torch.float64, recompute="except_last")
-    assert_close(train_halved(cut(run, 3)), train_plain(run), 1e-12)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -161,8 +128,8 @@ def step_of_all(plan: stagewise.Plan) -> tuple[dict[str, Tensor], dict[str, Tens
 @pytest.mark.parametrize("balance", combined.BALANCES.values())
 def test_with_all_features(balance: tuple[int, ...], recompute: str) -> None:
     """Skips, keywords that need gradients, added and named losses, weights, ties, frozen cells."""
-    plain = stagewise.Plan(balance=(combined.CELLS,), schedule="1f1b", num_microbatches=4)
-    losses, wanted = step_of_all(plain)
+    whole = stagewise.Plan(balance=(combined.CELLS,), schedule="1f1b", num_microbatches=4)
+    losses, wanted = step_of_all(whole)
     halved_losses, got = step_of_all(halved(balance, recompute=recompute))
     assert halved_losses == losses and got.keys() == wanted.keys()
     assert wanted["mask"] is not None
@@ -171,21 +138,25 @@ def test_with_all_features(balance: tuple[int, ...], recompute: str) -> None:
         assert gradient is other is None or torch.equal(gradient, other), name  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("balance", accumulation.CUTS)
-def test_sums_in_float32(balance: tuple[int, ...]) -> None:
-    (wanted,) = accumulation.trained((7,), "1f1b", ["never"])
-    plan = halved(balance, accumulation.NUM_MICROBATCHES)
-    pipe = stagewise.Pipeline(
-        accumulation.build(), plan, loss=accumulation.loss, accumulate_in_float32=True
+def replicated(programs: tuple[str, ...], balance: tuple[int, ...]) -> Record:
+    plan = stagewise.Plan(balance=balance, schedule="mine", num_microbatches=4, programs=programs)
+    run = Run(example="language", dtype=torch.float64, sizes=SIZES, optimizer="sgd", max_norm=0.5)
+    pipe = stagewise.Pipeline(build(run.example, run.dtype), plan, loss=EXAMPLES["language"].loss)
+    return trained(pipe, run)
+
+
+def test_replicas_sum_once_all_weights_are_there(pools: Pools) -> None:
+    """The second stage on two ranks, whose last `W`s stand behind all their `I`s."""
+    programs = (
+        "0F0 0F1 0F2 0F3 0I0 0I1 0W0 0I2 0I3 0W1 0W2 0W3",
+        "1F0 1I0 1F2 1I2 1W0 1W2",
+        "1F1 1I1 1F3 1I3 1W1 1W3",
     )
-    for index in range(2):
-        inputs, target = accumulation.minibatch(index)
-        pipe.step(inputs, target=target)
-    got = accumulation.gradients(pipe.module)
-    assert got.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        other = got[name]
-        assert gradient is other is None or torch.equal(gradient, other), name  # type: ignore[arg-type]
+    got = pools[3].run(replicated, programs, (2, 4))
+    wanted = train_plain(
+        Run(example="language", dtype=torch.float64, sizes=SIZES, optimizer="sgd", max_norm=0.5)
+    )
+    assert_close(merged(got), wanted, 1e-11)
 
 
 def test_a_grad_scaler_skips_what_overflows() -> None:

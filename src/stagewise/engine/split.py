@@ -6,12 +6,12 @@ convolution, embedding), where the work is; each product notes the gradient that
 `W` applies just those nodes again, and asks them for their weights' gradients only. Everything
 else happens in `I`: what is no product, and weights that something else in the graph uses too.
 Invariants: every gradient is the sum that one backward makes, of the same kernels' results; every
-hook and every custom function runs once; between `I` and `W` there lives what the products
-saved and received, and no more. Such splitting is due to zero bubble (arXiv:2401.10241).
+hook and every custom function runs once; between `I` and `W` lives what the products received,
+and what they, and what makes their weights, saved. Source: zero bubble, arXiv:2401.10241.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,12 +53,13 @@ class Product:
 def backward_inputs(
     roots: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
-    inputs: Collection[Node],
+    entries: Iterable[Node],
 ) -> list[Product]:
-    """`I`: run the graph of `roots` backward as far as `inputs`, nodes at which it begins.
+    """`I`: run the graph of `roots` backward as far as `entries`, where it begins.
 
     Returns what `backward_weights` still has to do: nothing where the graph cannot be split.
     """
+    inputs = frozenset(entries)
     users = _users([get_gradient_edge(root).node for root in roots], inputs)
     products = list(_products(users, inputs))
     if not products:
@@ -87,6 +88,9 @@ def backward_weights(products: list[Product]) -> None:
     run on into whatever else the graph holds.
     """
 
+    if not products:
+        return
+
     def apply(_: object) -> None:
         while products:
             product = products.pop(0)
@@ -105,7 +109,7 @@ def backward_weights(products: list[Product]) -> None:
     torch.autograd.backward(start, inputs=[get_gradient_edge(start), *edges])
 
 
-def _users(roots: Sequence[Node], inputs: Collection[Node]) -> dict[Node, int]:
+def _users(roots: Sequence[Node], inputs: frozenset[Node]) -> dict[Node, int]:
     """How many edges lead to each node below `roots`; none for a graph that is indivisible."""
     users = dict.fromkeys(roots, 0)
     stack = list(users)
@@ -128,7 +132,7 @@ def _users(roots: Sequence[Node], inputs: Collection[Node]) -> dict[Node, int]:
     return users
 
 
-def _products(users: dict[Node, int], inputs: Collection[Node]) -> Iterator[Product]:
+def _products(users: dict[Node, int], inputs: frozenset[Node]) -> Iterator[Product]:
     for node in users:
         if not _traits(node).is_product or _is_packed(node):
             continue
@@ -142,7 +146,7 @@ def _products(users: dict[Node, int], inputs: Collection[Node]) -> Iterator[Prod
             yield Product(node, weights, own)
 
 
-def _chain(node: Node, users: dict[Node, int], inputs: Collection[Node]) -> list[Node]:
+def _chain(node: Node, users: dict[Node, int], inputs: frozenset[Node]) -> list[Node]:
     """The nodes from here to a leaf if nothing else leads there; else none.
 
     Between a product and its weight there stand a transposition, say, or a cast of autocast's.

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from stagewise.costs import CellCost
 from stagewise.engine.buffers import overwrite
 from stagewise.engine.call import Mode
-from stagewise.engine.memory import ActivationMeter, StorageKey
+from stagewise.engine.memory import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
 from stagewise.engine.transport import LocalTransport
@@ -134,7 +135,7 @@ def profile(
                     for span in runner.spans:
                         times.setdefault(span.instruction, []).append(span.seconds)
             rounds += 1
-    kept, unsaved, deferred = _activation_bytes(runners[-1], inputs, target, keywords)
+    measured = _activation_bytes(runners[-1], inputs, target, keywords)
 
     def seconds_of(cell: Cell, kind: Kind) -> float:
         return statistics.median(times[Instruction(cell.index, kind, 0)])
@@ -145,13 +146,14 @@ def profile(
             forward_seconds=seconds_of(cell, Kind.FORWARD),
             backward_seconds=seconds_of(cell, Kind.BACKWARD),
             parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
-            activation_bytes=kept[cell.index],
-            unsaved_output_bytes=unsaved[cell.index],
+            activation_bytes=measured.kept[cell.index],
+            unsaved_output_bytes=measured.unsaved[cell.index],
             output_bytes=transport.weights.get((Kind.FORWARD, cell.index), 0),
             gradient_bytes=transport.weights.get((Kind.BACKWARD, cell.index + 1), 0),
             input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
             weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
-            deferred_bytes=deferred[cell.index] if split else None,
+            deferred_bytes=measured.deferred.get(cell.index),
+            deferred_input_bytes=measured.deferred_inputs.get(cell.index, 0),
         )
         for cell in chain
     )
@@ -188,35 +190,56 @@ class _WeighingTransport(LocalTransport):
         super().send(message, value)
 
 
+@dataclass
+class _Bytes:
+    """What each one-cell stage adds to the live bytes, how much of that is unsaved output, what
+    its `W` lets go of, where there is one, and how much of that is the stage's input."""
+
+    kept: list[int]
+    unsaved: list[int]
+    deferred: dict[int, int]
+    deferred_inputs: dict[int, int]
+
+
 def _activation_bytes(
     runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
-) -> tuple[list[int], list[int], dict[int, int]]:
-    """What each one-cell stage adds to the live bytes, how much of that is unsaved output, and
-    what its `W` lets go of, where there is one."""
-    meter, levels = _meter(runner, (inputs, target, keywords)), [0]
+) -> _Bytes:
+    meter = _meter(runner, (inputs, target, keywords))
+    live: list[dict[StorageKey, int]] = [{}]  # after every instruction
     unsaved: list[dict[StorageKey, int]] = []
-    deferred: dict[int, int] = {}
+    given: dict[int, set[StorageKey]] = {}
+    freed: dict[int, dict[StorageKey, int]] = {}
 
     def observe(instruction: Instruction) -> None:
-        before = levels[-1]
-        levels.append(meter.live_bytes(_held(runner)))
+        before, now = live[-1], meter.saved | meter.unsaved(_held(runner))
+        live.append(now)
+        stage = runner.stages[instruction.stage]
         if instruction.kind is Kind.FORWARD:
             # Once all forwards have run, every cell has saved what it will.
             unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
+            given[stage.index] = set(map(storage_key, stage.held())).difference(
+                map(storage_key, stage.roots())
+            )
         if instruction.kind is Kind.BACKWARD_WEIGHT:
-            deferred[instruction.stage] = before - levels[-1]
+            freed[stage.index] = {k: size for k, size in before.items() if k not in now}
 
     with untouched(runner.stages), meter.counting():
         runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
-    num_cells = len(runner.stages)
-    kept = [after - before for before, after in itertools.pairwise(levels[: num_cells + 1])]
+    levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
     # What several cells hand on stays out: it is held wherever the cut falls.
     holders = Counter(key for storages in unsaved for key in storages)
-    only_unsaved = [
-        sum(num_bytes for key, num_bytes in storages.items() if holders[key] == 1)
-        for storages in unsaved
-    ]
-    return kept, only_unsaved, deferred
+    return _Bytes(
+        kept=[after - before for before, after in itertools.pairwise(levels)],
+        unsaved=[
+            sum(num_bytes for key, num_bytes in storages.items() if holders[key] == 1)
+            for storages in unsaved
+        ],
+        deferred={index: sum(storages.values()) for index, storages in freed.items()},
+        deferred_inputs={
+            index: sum(storages[key] for key in storages.keys() & given[index])
+            for index, storages in freed.items()
+        },
+    )
 
 
 def _meter(runner: Runner, batch: tuple[object, object, Mapping[str, object]]) -> ActivationMeter:
