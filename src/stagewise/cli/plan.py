@@ -1,6 +1,7 @@
 """`stagewise plan`: measure a recipe's model, cut it, and predict a step."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,12 +9,15 @@ from rich.console import Console
 
 from stagewise.cli import devices as dev
 from stagewise.cli import options as opt
+from stagewise.cli.search import Memory, Microbatches, Wishes, parsed_microbatches, run_search
 from stagewise.cli.workers import errors_told_once, run_in_workers
+from stagewise.planning.devices import DeviceSpec
 
 if TYPE_CHECKING:
     from stagewise.planning import Plan
     from stagewise.training.prepare import PlanOptions
     from stagewise.training.recipe import Recipe
+    from stagewise.training.searching import SearchOptions
 
 AsJson = Annotated[
     bool,
@@ -30,10 +34,11 @@ def plan_command(
     stages: opt.Stages = None,
     devices: opt.Devices = None,
     replicas: opt.Replicas = None,
-    microbatches: opt.Microbatches = None,
+    microbatches: Microbatches = None,
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    memory: Memory = None,
     device: dev.DeviceName = None,
     device_file: dev.DeviceFile = None,
     efficiency: dev.EfficiencyText = None,
@@ -48,24 +53,42 @@ def plan_command(
     With --device nothing is measured and nothing allocated: the costs are estimated for that
     device, so that a plan for 64 of them can be made on a laptop.
 
+    With --schedule, --microbatches, --recompute or --replicas auto, or with --memory, the fastest
+    plan that fits is searched for, and the answer says what was rejected and why.
+
     Example: stagewise plan examples/shakespeare.py --stages 3
+
+    Example: stagewise plan examples/shakespeare.py --devices 4 --schedule auto --memory 2GB
     """
     with errors_told_once():
         spec = dev.chosen_device(device, device_file, efficiency)
+        wishes = Wishes(
+            schedule=schedule,
+            recompute=recompute,
+            replicas=replicas,
+            microbatches=microbatches,
+            memory=memory,
+        )
+        if wishes.searched:
+            options = wishes.options(devices=devices, stages=stages, balance=balance)
+            _search(recipe, wishes, options, spec, as_json=as_json)
+            return
+        count = parsed_microbatches(microbatches)
+        assert not isinstance(count, tuple)
         choice = opt.chosen_schedule(
             schedule,
             recompute,
             stages=stages,
             devices=devices,
             replicas=replicas,
-            microbatches=microbatches,
+            microbatches=count,
         )
         cut = opt.parsed_balance(balance, choice.num_stages)
         from stagewise.training.prepare import PlanOptions, check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        options = PlanOptions(
+        cut_options = PlanOptions(
             num_stages=choice.num_stages,
             num_devices=choice.num_devices,
             replicas=choice.replicas,
@@ -77,7 +100,7 @@ def plan_command(
         if spec is not None:
             from stagewise.training.estimated import estimated_plan
 
-            _show(estimated_plan(loaded, options, spec), as_json=as_json)
+            _show(estimated_plan(loaded, cut_options, spec), as_json=as_json)
             return
         arguments = [
             *("plan", str(recipe), "--schedule", schedule, "--recompute", recompute),
@@ -90,9 +113,35 @@ def plan_command(
         run_in_workers(
             choice.num_devices,
             arguments,
-            before=lambda: check_form(loaded, options, None),
-            body=lambda: _run(loaded, options, as_json=as_json),
+            before=lambda: check_form(loaded, cut_options, None),
+            body=lambda: _run(loaded, cut_options, as_json=as_json),
         )
+
+
+def _search(
+    path: Path,
+    wishes: Wishes,
+    options: "SearchOptions",
+    spec: DeviceSpec | None,
+    *,
+    as_json: bool,
+) -> None:
+    from stagewise.training.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    if spec is not None:
+        run_search(recipe, options, spec, as_json=as_json)
+        return
+    arguments = [
+        *("plan", str(path), "--devices", str(options.num_devices), *wishes.arguments()),
+        *(("--json",) if as_json else ()),
+    ]
+    run_in_workers(
+        options.num_devices,
+        arguments,
+        before=lambda: None,
+        body=lambda: run_search(recipe, options, None, as_json=as_json),
+    )
 
 
 def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """`stagewise train`: check the options, start one worker per device, train, tell the result."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ from stagewise.training.environment import launched_by_us
 
 if TYPE_CHECKING:
     from stagewise.training.checkpoint import Checkpoint
-    from stagewise.training.prepare import TrainOptions
+    from stagewise.training.prepare import PlanOptions, TrainOptions
     from stagewise.training.recipe import Recipe
     from stagewise.training.summary import Outcome
 
@@ -47,6 +48,16 @@ Resume = Annotated[
         show_default=False,
     ),
 ]
+SavedPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Train by a plan that `stagewise plan --json` has written, in place of measuring and "
+        "of the options above.",
+        show_default=False,
+    ),
+]
 ValidateEvery = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps between two validations; 0 for none.")
 ]
@@ -73,6 +84,7 @@ def train(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    plan: SavedPlan = None,
     steps: Steps = None,
     seed: opt.Seed = None,
     out: Out = None,
@@ -90,31 +102,35 @@ def train(
     Example: stagewise train examples/shakespeare.py --stages 2
     """
     with errors_told_once():
-        choice = opt.chosen_schedule(
-            schedule,
-            recompute,
-            stages=stages,
-            devices=devices,
-            replicas=replicas,
-            microbatches=microbatches,
-        )
-        cut = opt.parsed_balance(balance, choice.num_stages)
+        if plan is None:
+            wanted = _plan_options(
+                schedule,
+                recompute,
+                microbatches,
+                balance,
+                stages=stages,
+                devices=devices,
+                replicas=replicas,
+            )
+        else:
+            others = {
+                "--stages": stages,
+                "--devices": devices,
+                "--replicas": replicas,
+                "--microbatches": microbatches,
+                "--schedule": None if schedule == "1f1b" else schedule,
+                "--recompute": None if recompute == "never" else recompute,
+                "--balance": balance,
+            }
+            wanted = _saved(plan, [name for name, value in others.items() if value is not None])
         from stagewise.training.checkpoint import find
-        from stagewise.training.prepare import PlanOptions, TrainOptions, check_form
+        from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
         checkpoint = find(resume) if resume else None
         options = TrainOptions(
-            plan=PlanOptions(
-                num_stages=choice.num_stages,
-                num_devices=choice.num_devices,
-                replicas=choice.replicas,
-                num_microbatches=choice.built.num_microbatches,
-                schedule=choice.like,
-                recompute=recompute,
-                balance=cut,
-            ),
+            plan=wanted,
             run=_run_directory(loaded.name, out, checkpoint),
             num_steps=steps,
             seed=_seed(seed, checkpoint),
@@ -123,11 +139,55 @@ def train(
             resume=checkpoint,
         )
         run_in_workers(
-            choice.num_devices,
+            wanted.num_devices or wanted.num_stages,
             _arguments(recipe, options),
             before=lambda: check_form(loaded, options.plan, checkpoint),
             body=lambda: _run(loaded, options),
         )
+
+
+def _plan_options(
+    schedule: str,
+    recompute: str,
+    microbatches: int | None,
+    balance: str | None,
+    *,
+    stages: int | None,
+    devices: int | None,
+    replicas: str | None,
+) -> "PlanOptions":
+    choice = opt.chosen_schedule(
+        schedule,
+        recompute,
+        stages=stages,
+        devices=devices,
+        replicas=replicas,
+        microbatches=microbatches,
+    )
+    cut = opt.parsed_balance(balance, choice.num_stages)
+    from stagewise.training.prepare import PlanOptions
+
+    return PlanOptions(
+        num_stages=choice.num_stages,
+        num_devices=choice.num_devices,
+        replicas=choice.replicas,
+        num_microbatches=choice.built.num_microbatches,
+        schedule=choice.like,
+        recompute=recompute,
+        balance=cut,
+    )
+
+
+def _saved(path: Path, others: Sequence[str]) -> "PlanOptions":
+    """The options of a saved plan; raises UsageError where `others` were given besides."""
+    from stagewise.training.prepare import saved_plan
+
+    if others:
+        raise UsageError(
+            f"--plan {path} says how the model is cut and run, but {', '.join(others)} was given "
+            "too; leave it out, or leave --plan out"
+        )
+    return saved_plan(path)
 
 
 def _run(recipe: "Recipe", options: "TrainOptions") -> None:
@@ -174,13 +234,8 @@ def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outco
 def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
     """The command line that gives `options`; short: only what resuming that run needs to say."""
     plan, resume = options.plan, options.resume
-    assert plan.num_devices is not None and isinstance(plan.schedule, str | Schedule)
     values = {
-        **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices, plan.replicas),
-        "--microbatches": plan.num_microbatches,
-        "--schedule": plan.schedule if isinstance(plan.schedule, str) else plan.schedule.name,
-        "--recompute": plan.recompute,
-        "--balance": ",".join(map(str, plan.balance)) if plan.balance else None,
+        **_plan_arguments(plan),
         "--steps": options.num_steps,
         "--seed": options.seed,
         "--out": options.run,
@@ -196,6 +251,19 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
         }
     given = [(name, str(value)) for name, value in values.items() if value is not None]
     return ["train", str(recipe), *(word for pair in given for word in pair)]
+
+
+def _plan_arguments(plan: "PlanOptions") -> dict[str, object]:
+    if plan.path is not None:
+        return {"--plan": plan.path}
+    assert plan.num_devices is not None and isinstance(plan.schedule, str | Schedule)
+    return {
+        **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices, plan.replicas),
+        "--microbatches": plan.num_microbatches,
+        "--schedule": plan.schedule if isinstance(plan.schedule, str) else plan.schedule.name,
+        "--recompute": plan.recompute,
+        "--balance": ",".join(map(str, plan.balance)) if plan.balance else None,
+    }
 
 
 def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:

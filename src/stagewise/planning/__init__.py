@@ -4,23 +4,35 @@ from stagewise.planning.bounds import LowerBound, lower_bound_seconds
 from stagewise.planning.choice import ScheduleChoice, ScheduleLike, choose_schedule
 from stagewise.planning.devices import DeviceSpec, load_devices
 from stagewise.planning.partition import bottleneck_seconds, check_balance, partition
+from stagewise.planning.placed import Partition, place
 from stagewise.planning.plan import Plan, plan_from_costs
+from stagewise.planning.replicated import Replicated, replicated_partition
+from stagewise.planning.search import SearchResult, search
+from stagewise.planning.segments import Segmentation, best_segments
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.planning.synthesis import synthesise
 
 __all__ = [
     "DeviceSpec",
     "LowerBound",
+    "Partition",
     "Plan",
+    "Replicated",
     "ScheduleChoice",
     "ScheduleLike",
+    "SearchResult",
+    "Segmentation",
+    "best_segments",
     "bottleneck_seconds",
     "check_balance",
     "choose_schedule",
     "load_devices",
     "lower_bound_seconds",
     "partition",
+    "place",
     "plan_from_costs",
+    "replicated_partition",
+    "search",
     "simulate",
     "synthesise",
     "unit_costs",

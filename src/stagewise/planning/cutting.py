@@ -63,11 +63,14 @@ class Cutter:
         self._schedules: dict[Option, Schedule] = {}
 
     def cut(
-        self, option: Option, cells: Sequence[CellCost], recompute: str, capped: bool
+        self, option: Option, cells: Sequence[CellCost], *, recomputing: bool, capped: bool
     ) -> Cut | str:
-        """The best cut for time, under the memory cap if `capped`; or why there is none."""
+        """The best cut for time, under the memory cap if `capped`; or why there is none.
+
+        For a step in which everything is recomputed, or nothing.
+        """
         if option.replicated:
-            return self._replicated(option, cells, recompute, capped)
+            return self._replicated(option, cells, recomputing, capped)
         try:
             schedule = self._schedule(option)
         except ScheduleError as error:
@@ -75,14 +78,14 @@ class Cutter:
         needs = None
         if capped:
             held = held_microbatches(schedule)
-            needs = self._needs(cells, held, held if recompute == "never" else (1,) * len(held))
+            needs = self._needs(cells, held, (1,) * len(held) if recomputing else held)
             least = sum(needs.state) + min(needs.graphs) * sum(needs.kept)
             if least > option.num_devices * self._machine.memory_bytes:
                 return (
                     f"at least {size_in_words(least)} are needed on all devices, which have "
                     f"{size_in_words(option.num_devices * self._machine.memory_bytes)}"
                 )
-        partition = self._partition(option, cells, recompute, needs)
+        partition = self._partition(option, cells, 2 if recomputing else 1, needs)
         if partition is None:
             return "no cut fits the memory"
         balance, gap = partition
@@ -109,13 +112,11 @@ class Cutter:
         self,
         option: Option,
         cells: Sequence[CellCost],
-        recompute: str,
+        forwards: int,
         needs: MemoryNeeds | None,
     ) -> tuple[tuple[int, ...], float] | None:
         placement = placement_of(option)
         memory = (needs.inputs, needs.graphs) if needs else None
-        # What segments recompute is not known yet; under a cap it is nearly all.
-        forwards = 1 if recompute == "never" or (recompute == SEGMENTS and not needs) else 2
         group = (placement, forwards, memory)
         key = (*group, option.num_microbatches)
         if key not in self._known:
@@ -157,17 +158,16 @@ class Cutter:
         return made.balance, made.gap
 
     def _replicated(
-        self, option: Option, cells: Sequence[CellCost], recompute: str, capped: bool
+        self, option: Option, cells: Sequence[CellCost], recomputing: bool, capped: bool
     ) -> Cut | str:
-        forwards = 1 if recompute in ("never", SEGMENTS) else 2
         self._work.partitions += 1
         made = replicated_partition(
-            cell_seconds(cells, forwards),
+            cell_seconds(cells, 2 if recomputing else 1),
             option.num_devices,
             transfer_seconds=transfer_seconds(cells, self._machine.link),
             memory=self._needs(cells, (0,), (0,)) if capped else None,
             num_microbatches=option.num_microbatches,
-            recomputed=recompute != "never",
+            recomputed=recomputing,
         )
         if made is None:
             return "no cut fits the memory"

@@ -6,7 +6,9 @@ tried, and then recomputation: optimal segments, and the policies.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import isfinite
+from typing import NamedTuple
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
 from stagewise.errors import PlanError
@@ -107,40 +109,38 @@ class Evaluator:
     ) -> Tried | Rejected:
         """The option with its fastest cut, recomputing nothing that it was not told to."""
         recompute = "never" if self._recompute == "auto" else self._recompute
-        return self._way(option, cells, recompute, False, better_than)
+        way = _Way(recompute, recompute in ("except_last", "always"), False)
+        return self._run(option, cells, way, better_than)
 
     def sparing(
         self, option: Option, cells: Sequence[CellCost], better_than: float
     ) -> Iterator[Tried | Rejected]:
-        """The option in ways that need less memory; the first kind that fits is the fastest."""
-        fastest = self._cuts.cut(option, cells, "never", False)
+        """The option in ways that need less memory: the fastest of each kind of recomputation."""
+        fastest = self._cuts.cut(option, cells, recomputing=False, capped=False)
         if isinstance(fastest, Cut):
             costs = stage_costs(cells, fastest.balance)
             bound = least_step_seconds(fastest.schedule, costs, self.machine.link)
             if bound >= better_than:
                 yield _too_slow(str(option), bound, better_than)
                 return
-        for ways in _SPARING if self._recompute == "auto" else (((self._recompute, True),),):
-            found = [self._way(option, cells, *way, better_than) for way in ways]
+        for recompute, ways in groupby(_SPARING, key=lambda way: way.recompute):
+            if self._recompute not in ("auto", recompute):
+                continue
+            found = [self._run(option, cells, way, better_than) for way in ways]
             if fitting := [way for way in found if isinstance(way, Tried)]:
-                yield min(fitting, key=lambda tried: tried.seconds)
-                return
-            yield found[-1]
-            if isinstance(found[0], Rejected) and not found[0].lacks_memory:
-                return  # too slow already
+                best = min(fitting, key=lambda tried: tried.seconds)
+                better_than = min(better_than, best.seconds)
+                yield best
+            else:
+                yield found[-1]
 
-    def _way(
-        self,
-        option: Option,
-        cells: Sequence[CellCost],
-        recompute: str,
-        capped: bool,
-        better_than: float,
+    def _run(
+        self, option: Option, cells: Sequence[CellCost], way: "_Way", better_than: float
     ) -> Tried | Rejected:
-        cut = self._cuts.cut(option, cells, recompute, capped)
+        cut = self._cuts.cut(option, cells, recomputing=way.recomputing, capped=way.capped)
         if isinstance(cut, Cut):
-            return self._judged(cut, cells, recompute, better_than)
-        return Rejected(what=_in_words(option, recompute), reason=cut, lacks_memory=True)
+            return self._judged(cut, cells, way.recompute, better_than)
+        return Rejected(what=_in_words(option, way.recompute), reason=cut, lacks_memory=True)
 
     def synthesised(self, tried: Tried, effort: int) -> Tried | Rejected:
         """The same cut under a schedule that is made for it."""
@@ -248,12 +248,23 @@ class Evaluator:
         return state
 
 
-# (recomputation, whether the cut is made for memory): the best of each group is taken. Recomputing
-# only takes longer, and segments can do what `always` does.
+class _Way(NamedTuple):
+    """How to recompute, and what the cut is made for: recomputing all, and the memory cap."""
+
+    recompute: str
+    recomputing: bool
+    capped: bool
+
+
 _SPARING = (
-    (("never", True),),
-    ((SEGMENTS, False), (SEGMENTS, True)),
-    (("except_last", True), ("always", True)),
+    _Way("never", False, True),
+    _Way(SEGMENTS, False, False),
+    _Way(SEGMENTS, True, False),
+    _Way(SEGMENTS, True, True),
+    _Way("except_last", True, False),
+    _Way("except_last", True, True),
+    _Way("always", True, False),
+    _Way("always", True, True),
 )
 
 

@@ -47,7 +47,7 @@ def estimate_recipe(recipe: Recipe, device: DeviceSpec, num_microbatches: int) -
         num_microbatches=num_microbatches,
         device=device,
     )
-    return Estimated(cells=cells, chain=chain_of(model), batch_size=_batch_size((inputs, target)))
+    return Estimated(cells=cells, chain=chain_of(model), batch_size=batch_size((inputs, target)))
 
 
 def estimated_plan(recipe: Recipe, options: PlanOptions, device: DeviceSpec) -> Plan:
@@ -77,8 +77,8 @@ def facts_of(
 ) -> Facts:
     """What the rules of `stagewise advise` ask for; measured here if `device` is None."""
     if num_microbatches is None:
-        batch_size = _batch_size(TrainingBatches(recipe, seed=0).first)
-        num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, batch_size)
+        size = batch_size(TrainingBatches(recipe, seed=0).first)
+        num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, size)
     if device is None:
         found = _measured(recipe, num_microbatches)
         memory, link = _memory_here() // num_devices, FREE_LINK
@@ -154,11 +154,12 @@ def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
         num_stages=1,
         num_microbatches=num_microbatches,
     )
-    size = _batch_size((inputs, target))
+    size = batch_size((inputs, target))
     return Estimated(cells=plan.cells, chain=chain_of(model), batch_size=size)
 
 
-def _batch_size(batch: Batch) -> int:
+def batch_size(batch: Batch) -> int:
+    """How many samples a minibatch has; raises BatchError where nothing has any."""
     size = extent([("inputs", batch[0]), ("target", batch[1])]).num_samples
     if size is None:
         raise BatchError(

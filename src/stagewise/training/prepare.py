@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import stagewise
 from stagewise.costs import CellCost
-from stagewise.errors import CheckpointError, ModelError, RecipeError, UsageError
+from stagewise.errors import CheckpointError, ModelError, PlanError, RecipeError, UsageError
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, ScheduleLike, check_balance, plan_from_costs
@@ -36,6 +36,8 @@ class PlanOptions:
     schedule: ScheduleLike = "1f1b"
     recompute: str = "never"
     balance: tuple[int, ...] | None = None
+    saved: Plan | None = None  # a whole plan; the numbers above are its own
+    path: Path | None = None  # of the saved plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,25 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     )
 
 
+def saved_plan(path: Path) -> PlanOptions:
+    """A plan from a file, as `stagewise plan --json` writes it; raises PlanError if it is none."""
+    try:
+        plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"the plan {path} cannot be read ({error}); write one with stagewise plan RECIPE "
+            f"--json > {path}"
+        ) from error
+    return PlanOptions(
+        num_stages=plan.num_stages,
+        num_microbatches=plan.num_microbatches,
+        num_devices=plan.num_devices,
+        balance=plan.balance,
+        saved=plan,
+        path=path,
+    )
+
+
 def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) -> None:
     """Find, before workers start, the mistakes that the model's form alone shows.
 
@@ -137,8 +158,11 @@ def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
 def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
     """The plan measured on `batch`; every rank calls this.
 
-    What is on the meta device cannot be measured: see `plan_on_meta`.
+    What is on the meta device cannot be measured: see `plan_on_meta`. A saved plan is taken as it
+    is.
     """
+    if options.saved is not None:
+        return options.saved
     if recipe.meta:
         return plan_on_meta(recipe, model, options, batch=batch)
     inputs, target = batch

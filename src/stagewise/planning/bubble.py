@@ -1,0 +1,43 @@
+"""The bubble split by cause: what would go with free links, with equal devices, and the rest.
+
+With T the step, T0 the step of the same schedule over free links, and B the busiest device's work:
+
+    communication    K (T - T0)            idle because of messages
+    imbalance        sum over devices of (B - its own work)
+    fill and drain   K (T0 - B)            idle even if all devices had the busiest one's work
+
+These add up to all idle time, K T - sum of work. None is below 0: B <= T0 <= T.
+"""
+
+from dataclasses import dataclass
+
+from stagewise.planning.plan import Plan
+from stagewise.planning.quick import outcome_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class BubbleCauses:
+    """Shares of all devices' time."""
+
+    fill_and_drain: float
+    imbalance: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        """The bubble fraction."""
+        return self.fill_and_drain + self.imbalance + self.communication
+
+
+def bubble_causes(plan: Plan) -> BubbleCauses:
+    """Why the devices of a measured plan are idle."""
+    busy = plan.timeline.busy_seconds
+    step, most = plan.timeline.duration_seconds, max(busy)
+    alone = outcome_of(plan.built_schedule, plan.engine_costs).seconds
+    if not step:
+        return BubbleCauses(fill_and_drain=0.0, imbalance=0.0, communication=0.0)
+    return BubbleCauses(
+        fill_and_drain=(alone - most) / step,
+        imbalance=sum(most - own for own in busy) / (len(busy) * step),
+        communication=(step - alone) / step,
+    )
