@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.schedule import POLICIES
+from stagewise.schedule import POLICIES, SCHEDULES
 from tests.recipes import run_command, write_recipe
-from tests.schedules import RUNNABLE
 
 
 def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
@@ -15,7 +14,7 @@ def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
     for expected in ("gradient 3.weight", "parameter 0.0.bias", "1f1b, 4, 4, except_last"):
         assert expected in out
     *_, verdict = out.strip().splitlines()
-    num_runs = len(RUNNABLE) * len((1, 2, 4)) * len(POLICIES)
+    num_runs = len(SCHEDULES) * len((1, 2, 4)) * len(POLICIES)
     assert verdict.startswith(
         f"ok: {num_runs} pipelined runs equal the plain model run by microbatch"
     )
