@@ -59,6 +59,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
 	$(BIN)/python -m benchmarks.peers --quick
 	$(BIN)/python -m benchmarks.synthesis --quick
+	$(BIN)/python -m benchmarks.planning --quick
+	$(BIN)/python -m benchmarks.prediction --quick
 	$(BIN)/python -m benchmarks.table1 --quick
 	$(BIN)/python -m benchmarks.table2 --quick
 	$(BIN)/python -m benchmarks.memory --quick

@@ -171,6 +171,11 @@ def search(
             option.num_instructions,
         ),
     )
+    if not all_options:
+        raise PlanError(
+            f"{len(cells[counts[0]])} cells cannot fill {num_devices} devices; take fewer, let "
+            "stages have several devices (replicas), or split the model into more layers"
+        )
     for sparing in (False, True):  # what fits at once leaves little to spare memory for
         again = []
         for index, option in enumerate(all_options):
