@@ -15,13 +15,14 @@ from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.errors import PlanError
 from stagewise.planning.bounds import lower_bound_seconds
 from stagewise.planning.cutting import SEGMENTS, Machine, Work, cell_seconds
-from stagewise.planning.evaluate import Evaluator, Rejected, Tried
+from stagewise.planning.evaluate import Evaluator, Rejected, Tried, least_step_seconds
 from stagewise.planning.layout import layout
 from stagewise.planning.options import Option, options
 from stagewise.planning.plan import Plan
 from stagewise.schedule import POLICIES
 
-MAX_INSTRUCTIONS = 6_000_000
+MAX_INSTRUCTIONS = 4_000_000
+_MAX_BOUND = 50_000  # instructions for which the sharper bound is found in a moment
 _SYNTHESISED, _SYNTHESIS_EFFORT, _MAX_SYNTHESIS = 3, 300_000, 12_000
 _RUNNERS_UP = 5
 
@@ -58,6 +59,9 @@ class SearchResult:
     @cached_property
     def schedule_bound_seconds(self) -> float:
         """What no schedule of the chosen cut, placement and recomputation beats."""
+        if self.chosen.option.num_instructions > _MAX_BOUND:
+            schedule, costs = self.plan.built_schedule, self.plan.engine_costs
+            return least_step_seconds(schedule, costs, self.chosen.link)
         return lower_bound_seconds(
             self.plan.built_schedule.placement,
             self.plan.engine_costs,

@@ -86,6 +86,7 @@ def _doubled(schedule: Schedule) -> Iterator[Finding]:
 
 def _complete(schedule: Schedule) -> Iterator[Finding]:
     present = {instruction: place for place, instruction in _places(schedule)}
+    has_backward = schedule.has_backward
 
     def has(stage: int, kind: Kind, m: int) -> bool:
         return Instruction(stage, kind, m) in present
@@ -102,7 +103,7 @@ def _complete(schedule: Schedule) -> Iterator[Finding]:
                 ]
                 never = f"; microbatch {m} never arrives at what waits for it" if waits else ""
                 yield f"{stage}F{m} is missing{never}", waits
-            elif schedule.has_backward and backward not in (
+            elif has_backward and backward not in (
                 {Kind.BACKWARD},
                 {Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT},
             ):
