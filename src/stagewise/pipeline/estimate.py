@@ -6,7 +6,7 @@ once, so that a thousand layers take no longer than one. The bytes are those tha
 measures on a CPU.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch.utils import _pytree as pytree

@@ -111,11 +111,7 @@ def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:
         devices = plan.built_schedule.placement[index]
         if len(devices) == 1:
             continue
-        names = {
-            module: path
-            for cell in stage.cells
-            for path, module in cell.named_modules()
-        }
+        names = {module: path for cell in stage.cells for path, module in cell.named_modules()}
         stage.buffers.forbid_changes(
             names,
             f"stage {index} has {len(devices)} replicas, none of which sees all microbatches, so "

@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 _aten = torch.ops.aten
 # The same operators as methods of a tensor, which are called a microsecond faster.
 _METHODS: Mapping[object, str] = {
-    operator: operator.name().removeprefix("aten::").split(".")[0]
+    operator: operator._schema.name.removeprefix("aten::")
     for operator in (
         *(_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor),
         *(_aten.add_.Tensor, _aten.mul_.Tensor, _aten.relu_.default, _aten.relu.default),
