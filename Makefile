@@ -6,10 +6,12 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MODELS := .venv-models
+MODELS_READY := $(MODELS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak test-gpu bench clean
+.PHONY: help setup demo test lint types pytest soak test-gpu test-models bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -18,6 +20,7 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make soak      thousands of generated models, new ones each time"
 	@echo "make test-gpu  the tests that need a GPU; skipped where there is none"
+	@echo "make test-models  unmodified models of transformers, torchvision, PEFT: a table"
 	@echo "make bench     the benchmarks, in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
@@ -55,6 +58,16 @@ test-gpu: $(READY)
 		echo "no GPU here: the GPU tests are skipped"; \
 	fi
 
+# Other models' libraries want another torch than the project's, so they have their own environment.
+test-models: $(MODELS_READY)
+	$(MODELS)/bin/python -W ignore -m benchmarks.models
+
+$(MODELS_READY): pyproject.toml constraints-models.txt
+	test -x $(MODELS)/bin/python || $(PYTHON) -m venv $(MODELS)
+	$(MODELS)/bin/pip install --disable-pip-version-check -c constraints-models.txt \
+		-e . torch torchvision transformers peft
+	touch $@
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
 	$(BIN)/python -m benchmarks.peers --quick
@@ -65,7 +78,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.table2 --quick
 	$(BIN)/python -m benchmarks.memory --quick
 	$(BIN)/python -m benchmarks.two_billion
+	$(BIN)/python -m benchmarks.capture --quick
 
 clean:
-	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MODELS) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ EXPORTS = [
     "Timeline",
     "UsageError",
     "add_loss",
+    "capture",
     "collect_losses",
     "estimate",
     "plan",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stagewise.engine.losses import add_loss, collect_losses
     from stagewise.engine.markers import Arguments, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
+    from stagewise.model.capture.capture import capture
     from stagewise.model.skip import SkipScope, pop, skippable, stash
     from stagewise.pipeline.estimate import estimate
     from stagewise.pipeline.gpipe import GPipe
@@ -38,6 +39,7 @@ _HOMES = {
     "Timeline": "stagewise.timeline",
     "UsageError": "stagewise.errors",
     "add_loss": "stagewise.engine.losses",
+    "capture": "stagewise.model.capture.capture",
     "collect_losses": "stagewise.engine.losses",
     "estimate": "stagewise.pipeline.estimate",
     "plan": "stagewise.pipeline.planning",
@@ -61,6 +63,7 @@ __all__ = [
     "Timeline",
     "UsageError",
     "add_loss",
+    "capture",
     "collect_losses",
     "estimate",
     "plan",

@@ -105,7 +105,7 @@ def test_plain_subclasses_and_empty_sequentials() -> None:
 
 
 def test_what_is_no_chain() -> None:
-    with pytest.raises(ModelError, match=r"Linear is no chain of cells.*wrap the model's layers"):
+    with pytest.raises(ModelError, match=r"Linear is no chain of cells.*stagewise.capture"):
         chain_of(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="item 1 of the list of layers is a str"):
         chain_of([nn.Tanh(), "tanh"])  # type: ignore[list-item]

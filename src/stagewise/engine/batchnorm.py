@@ -56,7 +56,7 @@ def layers_of(cells: Iterable[Cell]) -> dict[_BatchNorm, str]:
     """The BatchNorm layers of `cells`, each with its first name."""
     names: dict[_BatchNorm, str] = {}
     for cell in cells:
-        for path, module in cell.module.named_modules(prefix=cell.name):
+        for path, module in cell.named_modules():
             if isinstance(module, _BatchNorm):
                 names.setdefault(module, path)
     return names
@@ -212,7 +212,7 @@ def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None
     owner: dict[torch.Tensor, tuple[set[int], str]] = {}
     for cell, ranks in zip(chain, processes, strict=True):
         process = set(ranks)
-        for path, module in cell.module.named_modules(prefix=cell.name):
+        for path, module in cell.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
                 raise ModelError(
                     f"{path} is a SyncBatchNorm, which would mix its statistics with those of "

@@ -7,6 +7,7 @@ buffers and autocast; `B` uses it once and drops it; `I` uses it, and leaves for
 needs of it.
 """
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -90,8 +91,8 @@ class Stage:
 
     @property
     def needs_target(self) -> bool:
-        """Whether this stage computes a loss from output and target."""
-        return self.is_last and self._loss is not None
+        """Whether this stage computes a loss from output and target, not from output alone."""
+        return self.is_last and self._loss is not None and takes_target(self._loss)
 
     def flags(self) -> tuple[bool, ...]:
         """What decides, besides the inputs, which gradients there are and what is mutated."""
@@ -329,6 +330,17 @@ class Stage:
             self._flags = self._known_flags.setdefault(self.flags(), len(self._known_flags))
         names = call.keywords[0] if call.keywords else ()
         return (call.mode is Mode.TRAIN, self._flags, *inputs, *names)
+
+
+def takes_target(loss: Loss) -> bool:
+    """Whether `loss` takes more than the output, by its signature."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return several or sum(p.kind in by_position for p in parameters) > 1
 
 
 _ACTIONS = {

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import ModelError
+from stagewise.model.captured import Captured, captured_of
+from stagewise.model.piece import Holder, Piece
 from stagewise.model.signature import parameter_names
 from stagewise.model.skip import NO_SKIPS, CellSkips, Scope, SkipScope, check_skips, enter, skips_of
 
@@ -25,6 +27,17 @@ class Cell:
     module: nn.Module
     skips: CellSkips = NO_SKIPS
 
+    def named_modules(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+        """All modules in the cell, by their paths in the model."""
+        known: set[nn.Module] = set()
+        for path, root in self._roots():
+            yield from root.named_modules(known, path, remove_duplicate)
+
+    def _roots(self) -> list[tuple[str, nn.Module]]:
+        if isinstance(self.module, Piece):
+            return [(path, module) for _, path, module in self.module.owned()]
+        return [(self.name, self.module)]
+
     def keywords(self, num_args: int = 1) -> tuple[str, ...]:
         """What `forward` takes by name beside `num_args` positional arguments."""
         positional, keyword_only = self._parameter_names
@@ -36,27 +49,34 @@ class Cell:
 
 
 Chain = tuple[Cell, ...]
+Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes
 
 
-def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
+def chain_of(model: Model) -> Chain:
     """Return the model's cells in running order.
 
-    `model` is an `nn.Sequential` (nested ones are flattened) or a list of modules; raises
-    ModelError for anything else, naming what to pass, and for skips that do not pair up.
+    `model` is an `nn.Sequential` (nested ones are flattened), a list of modules, or what was
+    captured of another module (`stagewise.capture`); raises ModelError for anything else, naming
+    what to do, and for skips that do not pair up.
     """
+    captured = captured_of(model)
+    if captured is not None:
+        return captured.chain
     scopes: tuple[Scope, ...] = ()
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        if not _is_plain_sequential(model):
+        if not is_chain(model):
             changed = sorted({n for cls in type(model).__mro__ for n in _overridden(cls)})
             why = f" (its own {', '.join(changed)} would be lost)" if changed else ""
             raise ModelError(
-                f"{type(model).__name__} is no chain of cells{why}: stagewise needs an "
-                "nn.Sequential or a list of modules, each fed with what the one before it returns; "
-                "wrap the model's layers in nn.Sequential(...)"
+                f"{type(model).__name__} is no chain of cells{why}, and was not captured as one; "
+                "call stagewise.capture(model, *args, **kwargs) with an example of its arguments "
+                "first (stagewise.plan does so where it is given an example), or pass an "
+                "nn.Sequential or a list of modules, each fed with what the one before it returns"
             )
         children = [(n, m) for n, m in model._modules.items() if m is not None]
         scopes = enter((), "", model)
     else:
+        assert not isinstance(model, Captured)
         children = []
         for index, module in enumerate(model):
             if not isinstance(module, nn.Module):
@@ -82,18 +102,70 @@ def chain_of(model: nn.Module | Sequence[nn.Module]) -> Chain:
     return chain
 
 
+def is_chain(model: nn.Module) -> bool:
+    """Whether `chain_of` takes the module as it is, without a capture."""
+    return isinstance(model, nn.ModuleList) or _is_plain_sequential(model)
+
+
 def module_tree(cells: Sequence[Cell]) -> nn.Module:
-    """A module that holds `cells` under their paths, so that all names are the plain model's."""
-    root = nn.Module()
+    """A module that holds `cells` under their paths, so that all names are the plain model's.
+
+    Its `train` and `eval` reach the cells also where they are not in it themselves.
+    """
+    held: list[tuple[int, str, nn.Module]] = []
     for cell in cells:
-        *path, leaf = cell.name.split(".")
-        parent = root
-        for name in path:
-            if name not in parent._modules:
-                parent.add_module(name, nn.Module())
-            parent = parent.get_submodule(name)
-        parent.add_module(leaf, cell.module)
+        module = cell.module
+        held += module.owned() if isinstance(module, Piece) else [(-1, cell.name, module)]
+    at: dict[str, list[nn.Module]] = {}
+    for _, path, module in sorted(held, key=lambda item: item[0]):
+        at.setdefault(path, []).append(module)
+    root = _Root(cells)
+    for path, modules in at.items():
+        whole = next((module for module in modules if not isinstance(module, Holder)), None)
+        if path and whole is not None:
+            _node(root, path, whole)
+        else:
+            _adopt(_node(root, path), modules)
     return root
+
+
+class _Root(nn.Module):
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        super().__init__()
+        self._cells = tuple(cell.module for cell in cells)
+
+    def train(self, mode: bool = True) -> "_Root":
+        super().train(mode)
+        for cell in self._cells:
+            cell.train(mode)
+        return self
+
+
+def _node(root: nn.Module, path: str, module: nn.Module | None = None) -> nn.Module:
+    """The module at `path` below `root`: `module`, or one made for it."""
+    parent = root
+    *above, leaf = path.split(".") if path else [""]
+    for name in above:
+        if name not in parent._modules:
+            parent.add_module(name, nn.Module())
+        parent = parent.get_submodule(name)
+    if path and (module is not None or leaf not in parent._modules):
+        parent.add_module(leaf, module if module is not None else nn.Module())
+    return parent.get_submodule(leaf)
+
+
+def _adopt(node: nn.Module, holders: Sequence[nn.Module]) -> None:
+    """Give `node` what `holders` have; of one holder the very dicts, so that both stay equal."""
+    first, *others = holders
+    node._parameters, node._buffers = first._parameters, first._buffers
+    node._non_persistent_buffers_set = first._non_persistent_buffers_set
+    if others:
+        node._parameters, node._buffers = dict(node._parameters), dict(node._buffers)
+        node._non_persistent_buffers_set = set(node._non_persistent_buffers_set)
+    for holder in others:
+        node._parameters.update(holder._parameters)
+        node._buffers.update(holder._buffers)
+        node._non_persistent_buffers_set |= holder._non_persistent_buffers_set
 
 
 def _flatten(

@@ -77,7 +77,7 @@ def is_meta(chain: Chain) -> bool:
     tensors = [
         (f"{path}.{name}", tensor)
         for cell in chain
-        for path, module in cell.module.named_modules(prefix=cell.name)
+        for path, module in cell.named_modules()
         for kept in (module._parameters, module._buffers)
         for name, tensor in kept.items()
         if tensor is not None
@@ -144,8 +144,7 @@ def _entries(chain: Chain) -> list[_Entry]:
     """The model's tensors on the meta device, in its order."""
     entries: dict[int, _Entry] = {}
     for cell in chain:
-        modules = cell.module.named_modules(prefix=cell.name, remove_duplicate=False)
-        for path, module in modules:
+        for path, module in cell.named_modules(remove_duplicate=False):
             for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is None or not tensor.is_meta:
                     continue

@@ -4,6 +4,8 @@ import inspect
 
 from torch import nn
 
+from stagewise.model.piece import Piece
+
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -12,6 +14,9 @@ def parameter_names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]
 
     A positional-only parameter counts under a name that no keyword can have.
     """
+    if isinstance(module, Piece):
+        carried = () if module.is_first else ("value (positional only)",)
+        return (*carried, *module.input_names), ()
     module = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward hides it
     try:
         parameters = inspect.signature(module.forward).parameters.values()

@@ -6,10 +6,9 @@ once, so that a thousand layers take no longer than one. The bytes are those tha
 measures on a CPU.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from stagewise.costs import CellCost
@@ -18,9 +17,10 @@ from stagewise.engine.microbatch import extent, first_microbatch, microbatch_siz
 from stagewise.engine.randomness import generators_kept
 from stagewise.engine.stage import Loss
 from stagewise.errors import BatchError
-from stagewise.model.chain import chain_of
+from stagewise.model.chain import Model
 from stagewise.model.fakes import fake_like, fake_mode
 from stagewise.pipeline.admission import positional
+from stagewise.pipeline.capturing import chain_for, entering
 from stagewise.pipeline.trial import CPU, Batch
 from stagewise.pipeline.walk import Walk
 from stagewise.planning.devices import DeviceSpec, device_named, load_devices
@@ -28,7 +28,7 @@ from stagewise.planning.work import CellWork
 
 
 def estimate(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     inputs: object = None,
     *,
     target: object = None,
@@ -79,7 +79,7 @@ def estimate(
 
 
 def cell_work(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     inputs: object = None,
     *,
     target: object = None,
@@ -88,8 +88,8 @@ def cell_work(
     num_microbatches: int,
 ) -> tuple[CellWork, ...]:
     """FLOPs and bytes of every cell for one microbatch, for any device; see `estimate`."""
-    chain = chain_of(model)
-    keywords = dict(kwargs or {})
+    chain = chain_for(model, inputs, kwargs or {})
+    inputs, keywords = entering(model, inputs, kwargs or {})
     batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
     if batch.num_samples is None:
         raise BatchError(

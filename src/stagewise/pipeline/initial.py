@@ -11,7 +11,7 @@ from torch import nn
 
 from stagewise.engine.randomness import generators_kept, seed_initialisation
 from stagewise.engine.transport import Transport
-from stagewise.model.chain import Chain, module_tree
+from stagewise.model.chain import Chain, Model, module_tree
 from stagewise.model.materialise import Init, is_meta, materialise
 from stagewise.pipeline.checkpoints.agreement import agreed
 from stagewise.pipeline.checkpoints.loading import check, fill
@@ -31,7 +31,7 @@ class Given:
 
 
 def initialise(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     chain: Chain,
     plan: Plan,
     transport: Transport,

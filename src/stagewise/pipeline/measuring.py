@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.engine.microbatch import extent, first_microbatch, microbatch_sizes
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move
 from stagewise.errors import BatchError, PlanError
-from stagewise.model.chain import Chain, chain_of
+from stagewise.model.chain import Chain, Model
 from stagewise.model.materialise import is_meta
+from stagewise.pipeline.capturing import chain_for, entering
 from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
 from stagewise.pipeline.pipeline import Pipeline
@@ -63,7 +63,7 @@ class Example:
 
 
 def example_of(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     inputs: object,
     target: object,
     kwargs: Mapping[str, object] | None,
@@ -74,7 +74,8 @@ def example_of(
 
     Raises BatchError where nothing has samples, PlanError for a model on the meta device.
     """
-    chain, keywords = chain_of(model), dict(kwargs or {})
+    keywords = dict(kwargs or {})
+    chain = chain_for(model, inputs, keywords)
     if is_meta(chain):
         raise PlanError(
             "the model is on the meta device, where nothing can be measured; give plan() a "
@@ -86,11 +87,12 @@ def example_of(
             "nothing in the example has samples; pass tensors with samples along dimension 0"
         )
     devices, _ = connect("local", None, chain, 1)
+    first, named = entering(model, inputs, keywords)
     return Example(
         chain=chain,
-        inputs=inputs,
+        inputs=first,
         target=target,
-        keywords=keywords,
+        keywords=named,
         loss=loss,
         where=torch.device(device) if device is not None else devices[0],
         num_samples=batch.num_samples,
@@ -131,14 +133,15 @@ def _mean(same: Sequence[CellCost]) -> CellCost:
 def rehearsed(
     link: LinkCost,
     chosen: Plan,
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     example: Example,
 ) -> LinkCost:
     """`link` with what trial steps of the chosen plan showed of it, on busy devices."""
     if not distributed() or dist.get_world_size() != chosen.num_devices:
         return link
     pipe = Pipeline(model, chosen, loss=example.loss)
-    timelines = pipe.rehearse(example.inputs, target=example.target, **example.keywords)  # type: ignore[arg-type]
+    args = () if example.inputs is None else (example.inputs,)
+    timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
     on_its_way = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte

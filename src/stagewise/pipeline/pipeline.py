@@ -18,9 +18,10 @@ from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.markers import packed
 from stagewise.engine.skips import SkipRoutes
-from stagewise.engine.stage import Loss, Stage
+from stagewise.engine.stage import Loss, Stage, takes_target
 from stagewise.errors import BatchError, CheckpointError, ModelError
-from stagewise.model.chain import Chain, chain_of, module_tree
+from stagewise.model.captured import captured_of
+from stagewise.model.chain import Chain, Model, chain_of, module_tree
 from stagewise.model.materialise import Init
 from stagewise.model.tied import with_all_names
 from stagewise.pipeline.checkpoints.loading import load
@@ -51,8 +52,9 @@ class Pipeline:
     """Trains `model` by `plan`, with the plain model's losses and gradients.
 
     Args:
-        model: an `nn.Sequential` (nested ones are flattened; `SkipScope` is one) or a list of
-            modules.
+        model: an `nn.Sequential` (nested ones are flattened; `SkipScope` is one), a list of
+            modules, or any module that `stagewise.plan` or `stagewise.capture` has captured; then
+            `step` takes the arguments of the model's own `forward`.
         plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
         loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
             output is that mean itself. It may return several by name, in a dict; their sum is
@@ -94,8 +96,8 @@ class Pipeline:
     not. A step that fails, `evaluate` and `predict` leave this rank's buffers as they were.
 
     Raises:
-        ModelError: the model is no chain of cells, its skips do not pair up, it has a
-            SyncBatchNorm, or it is on the meta device and cannot be initialised.
+        ModelError: the model is no chain of cells and was not captured, its skips do not pair
+            up, it has a SyncBatchNorm, or it is on the meta device and cannot be initialised.
         CheckpointError: `state` cannot be read, or is another model's.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
@@ -111,7 +113,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: nn.Module | Sequence[nn.Module],
+        model: Model,
         plan: Plan,
         *,
         loss: Loss | None = None,
@@ -134,6 +136,8 @@ class Pipeline:
         whole = module_tree(chain)
         self.plan, self.step_index = plan, 0
         self._returns_loss = loss is None
+        self._captured = captured_of(model)
+        self._takes_target = loss is not None and takes_target(loss)
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
         homes = [devices[0] for devices in schedule.placement]
@@ -314,14 +318,14 @@ class Pipeline:
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
-        peak = measure_memory(self._runner, packed(inputs), target, kwargs)
+        peak = measure_memory(self._runner, *self._batch(inputs, target, kwargs))
         return tuple(row[0] for row in self._transport.exchange([peak]))
 
     def rehearse(
         self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
-        return rehearse(self._runner, packed(inputs), target, kwargs, num_steps)
+        return rehearse(self._runner, *self._batch(inputs, target, kwargs), num_steps)
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
@@ -465,8 +469,19 @@ class Pipeline:
                 "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
                 "function, so that the model can return outputs"
             )
-        batch = packed(inputs), target, kwargs
+        batch = self._batch(inputs, target, kwargs)
         return self._runner.run(mode, self.step_index, *batch, outputs_on, scaling=scaling)
+
+    def _batch(
+        self, inputs: tuple[object, ...], target: object, kwargs: Mapping[str, object]
+    ) -> tuple[object, object, Mapping[str, object]]:
+        """A call as the cells take it: what enters the chain, the loss's target, what has names."""
+        if self._captured is not None:
+            named = self._captured.form.bind(inputs, kwargs)
+            if self._captured.form.takes("target") and target is not None:
+                return None, target if self._takes_target else None, {**named, "target": target}
+            return None, target, named
+        return packed(inputs), target, kwargs
 
     def _ranks(self, ranks: Ranks, asked: bool = True) -> list[int]:
         return ranks_of(ranks, self.num_ranks) if asked else []
@@ -481,7 +496,8 @@ class Pipeline:
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        modules = list(self.module.modules())
+        cells = [cell.module for stage in self._runner.stages.values() for cell in stage.cells]
+        modules = [*self.module.modules(), *(m for cell in cells for m in cell.modules())]
         modes = [module.training for module in modules]
         self.module.eval()
         try:

@@ -7,12 +7,11 @@ torch.distributed every rank must call it.
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import nn
-
 from stagewise.costs import LinkCost
 from stagewise.engine.stage import Loss
 from stagewise.errors import PlanError
-from stagewise.model.chain import chain_of
+from stagewise.model.chain import Model
+from stagewise.pipeline.capturing import chain_for
 from stagewise.pipeline.connect import Device
 from stagewise.pipeline.measuring import agreed, example_of, rehearsed
 from stagewise.pipeline.searching import Microbatches, search_plan
@@ -24,7 +23,7 @@ from stagewise.schedule import with_recompute
 
 
 def plan(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     inputs: object = None,
     *,
     target: object = None,
@@ -45,8 +44,9 @@ def plan(
     """Choose the cut of `model` whose busiest stage has the least to do.
 
     Args:
-        model: an `nn.Sequential` or a list of modules; left as it was (gradients, buffers,
-            random state, mode).
+        model: an `nn.Sequential`, a list of modules, or any module: that is captured from the
+            example (see `stagewise.capture`). Left as it was (gradients, buffers, random state,
+            mode).
         inputs, target: an example minibatch; its first microbatch is measured. They may be None
             if `balance` is given; then nothing is measured and the plan predicts nothing.
         kwargs: the example's keyword arguments, as for `Pipeline.step`.
@@ -97,7 +97,7 @@ def plan(
             seconds=seconds,
         ).plan
     assert not isinstance(replicas, str)
-    chain = chain_of(model)
+    chain = chain_for(model, inputs, kwargs or {})
     choice = choose_schedule(
         schedule,
         num_microbatches,

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch.distributed as dist
-from torch import nn
 
 from stagewise.costs import CellCost, LinkCost
 from stagewise.engine.stage import Loss
 from stagewise.errors import PlanError
+from stagewise.model.chain import Model
 from stagewise.pipeline.connect import Device
 from stagewise.pipeline.measuring import Example, agreed, distributed, example_of, rehearsed
 from stagewise.planning.interpolate import interpolated
@@ -24,7 +24,7 @@ _PER_DEVICE = (1, 2, 4, 8)  # microbatches, where the search chooses
 
 
 def search_plan(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     inputs: object,
     *,
     target: object = None,

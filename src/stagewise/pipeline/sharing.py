@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,7 +12,7 @@ from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Transport
 from stagewise.errors import PlanError
-from stagewise.model.chain import Chain, module_tree
+from stagewise.model.chain import Cell, Chain, module_tree
 from stagewise.model.tied import Tied, find_tied
 from stagewise.planning.plan import Plan
 
@@ -28,7 +28,7 @@ def check_buffers(
     owner: dict[int, tuple[int, str]] = {}
     homes = [0 if transport.num_ranks > 1 else devices[device] for device in _placed(plan)]
     for cell, stage in zip(chain, _stages(plan), strict=True):
-        for path, module in cell.module.named_modules(prefix=cell.name):
+        for path, module in cell.named_modules():
             if isinstance(module, _BatchNorm):  # see `check_batchnorms`
                 continue
             for name, buffer in module._buffers.items():
@@ -52,7 +52,7 @@ def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
         return
     owner: dict[int, tuple[torch.nn.Parameter, set[int], str]] = {}
     for cell, ranks in zip(chain, ranks_of_cells(plan, transport), strict=True):
-        for name, parameter in cell.module.named_parameters(prefix=cell.name):
+        for name, parameter in _parameters(cell):
             memory = parameter.untyped_storage().data_ptr()
             first, others, path = owner.setdefault(memory, (parameter, set(ranks), name))
             if memory and first is not parameter and others != set(ranks):
@@ -61,6 +61,11 @@ def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
                     "whose copies would drift apart; make them one parameter (b.weight = "
                     "a.weight), which is tied, or put both cells on one stage with `balance`"
                 )
+
+
+def _parameters(cell: Cell) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for path, module in cell.named_modules():
+        yield from module.named_parameters(prefix=path, recurse=False)
 
 
 def tie(
@@ -106,11 +111,7 @@ def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:
         devices = plan.built_schedule.placement[index]
         if len(devices) == 1:
             continue
-        names = {
-            module: path
-            for cell in stage.cells
-            for path, module in cell.module.named_modules(prefix=cell.name)
-        }
+        names = {module: path for cell in stage.cells for path, module in cell.named_modules()}
         stage.buffers.forbid_changes(
             names,
             f"stage {index} has {len(devices)} replicas, none of which sees all microbatches, so "

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import stagewise
 from stagewise.costs import CellCost
 from stagewise.errors import CheckpointError, ModelError, PlanError, RecipeError, UsageError
-from stagewise.model.chain import chain_of, module_tree
+from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, ScheduleLike, check_balance, plan_from_costs
 from stagewise.planning.partition import check_counts
@@ -130,17 +130,19 @@ def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) 
             model = recipe.model()
     except Exception:
         return
-    chain = chain_of(model)
-    check_counts(len(chain), options.num_stages)
-    if options.balance is not None:
-        check_balance(options.balance, len(chain), options.num_stages)
+    if not isinstance(model, nn.Module) or is_chain(model):  # else cells are known once captured
+        chain = chain_of(model)
+        check_counts(len(chain), options.num_stages)
+        if options.balance is not None:
+            check_balance(options.balance, len(chain), options.num_stages)
     if resume is not None:
         checkpoints.check_fits(resume, parameter_shapes(model))
 
 
 def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shapes of all of the model's parameters, by name."""
-    named = module_tree(chain_of(model)).named_parameters()
+    whole = model if isinstance(model, nn.Module) else module_tree(chain_of(model))
+    named = whole.named_parameters()
     return {name: tuple(parameter.shape) for name, parameter in named}
 
 

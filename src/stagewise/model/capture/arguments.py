@@ -1,0 +1,142 @@
+"""A call of the model as arguments by name, which go straight to the cells that take them.
+
+Constants (flags, None) are part of what was captured, so a call must give the same.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from stagewise.errors import BatchError, ModelError
+from stagewise.model.capture.flow import is_symbolic
+
+_BY_POSITION = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a captured call: the argument, and its place among its tensors or constants."""
+
+    name: str
+    place: int
+    is_tensor: bool
+
+
+class CallForm:
+    """The arguments that a model was captured with."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        self._signature = inspect.signature(model.forward)
+        self._what = type(model).__name__
+        named = self.named(args, kwargs)
+        self.names = tuple(named)
+        self.leaves = tuple(leaf for name, value in named.items() for leaf in _leaves(name, value))
+        self._constants = {name: _constants(value) for name, value in named.items()}
+        self._forms = {name: _form(value) for name, value in named.items() if value is not None}
+        self.taken: frozenset[str] = frozenset(self.names)  # by some cell
+
+    def named(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
+        """All arguments by name; raises BatchError for what `forward` does not take."""
+        try:
+            bound = self._signature.bind_partial(*args, **kwargs)
+        except TypeError as error:
+            raise BatchError(f"{self._what}.forward cannot be called like this: {error}") from error
+        named: dict[str, object] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind in _BY_POSITION:
+                raise BatchError(
+                    f"{self._what}.forward takes {name} by position only, but the cells of a "
+                    "captured model take the batch by name; give it as a keyword argument, or wrap "
+                    "the model in a module whose forward names its arguments"
+                )
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                named.update(value)
+            else:
+                named[name] = value
+        return named
+
+    def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
+        """What of a call the cells take, by name.
+
+        Raises BatchError where it differs from what was captured: a call that leaves something
+        out is a call on a rank that needs none of it.
+        """
+        named = self.named(args, kwargs)
+        for name, value in named.items():
+            known = self._constants.get(name, [None])
+            if name not in self._constants and value is not None:
+                raise BatchError(
+                    f"the model was captured without {name!r}; leave it out, or capture it with "
+                    "an example that has it: stagewise.capture(model, ...), or stagewise.plan"
+                )
+            if known and not _marked(value) and _constants(value) != known:
+                raise BatchError(
+                    f"{name!r} holds the constants {_constants(value)}, but the model was "
+                    f"captured with {known}; pass the same, or capture it anew"
+                )
+        return {name: value for name, value in named.items() if name in self.taken}
+
+    def check_batch(self, inputs: Mapping[fx.Node, int], what: str) -> None:
+        """Raise ModelError unless the batch size may change; `inputs` are the trace's."""
+        sizes = {
+            self.leaves[index].name: node.meta["val"].shape[0]
+            for node, index in inputs.items()
+            if node.meta["val"].dim()
+        }
+        if sizes and not any(map(is_symbolic, sizes.values())):
+            raise ModelError(
+                f"{what} was captured, but only for batches of exactly {min(sizes.values())} "
+                "samples, since it fixes the size somewhere; let it take it from its inputs' shapes"
+            )
+
+    def takes(self, name: str) -> bool:
+        """Whether some cell takes the argument `name`."""
+        return name in self.taken
+
+    def matches(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        """Whether a call has the same arguments of the same shapes, batch size aside."""
+        try:
+            named = self.named(args, kwargs)
+        except BatchError:
+            return False
+        return {n: _form(v) for n, v in named.items() if v is not None} == self._forms
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CallForm":
+        return self  # nothing in it changes
+
+
+def _leaves(name: str, value: object) -> Iterator[Leaf]:
+    tensors = others = 0
+    for leaf in pytree.tree_leaves(value):
+        is_tensor = isinstance(leaf, torch.Tensor)
+        yield Leaf(name, tensors if is_tensor else others, is_tensor)
+        tensors, others = tensors + is_tensor, others + (not is_tensor)
+
+
+def _constants(value: object) -> list[object]:
+    return [leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, torch.Tensor)]
+
+
+def _marked(value: object) -> bool:
+    """Whether `value` is one of stagewise's marks, or holds some: it is checked in the cells."""
+    return any(
+        type(node).__module__ == "stagewise.engine.markers"
+        for node in pytree.tree_leaves(
+            value, is_leaf=lambda node: type(node).__module__ == "stagewise.engine.markers"
+        )
+    )
+
+
+def _form(value: object) -> object:
+    leaves, spec = pytree.tree_flatten(value)
+    return repr(spec), [
+        (leaf.dtype, tuple(leaf.shape[1:])) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in leaves
+    ]

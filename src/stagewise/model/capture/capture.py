@@ -1,0 +1,163 @@
+"""`stagewise.capture`: any module as a chain of cells, by way of torch.export.
+
+The model is traced in training and in eval mode; both traces are cut at the same places, and every
+cell gets its share of the parameters, under the plain model's names, and its code of both modes.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from stagewise.errors import ModelError
+from stagewise.model.capture.arguments import CallForm
+from stagewise.model.capture.cells import CapturedCell
+from stagewise.model.capture.cuts import cuts_of, matching_cuts, names_of
+from stagewise.model.capture.emit import Home
+from stagewise.model.capture.flow import Flow
+from stagewise.model.capture.leaves import leaves_of
+from stagewise.model.capture.owners import owners_of
+from stagewise.model.capture.programs import programs_of
+from stagewise.model.capture.trace import traced
+from stagewise.model.captured import Captured, remember
+from stagewise.model.chain import Cell
+
+
+def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
+    """Capture `model` as a chain of cells, from one call of it as an example.
+
+    `args` and `kwargs` are those of the model's `forward`, with the samples along dimension 0 of
+    every tensor; their values do not matter. Afterwards `Pipeline(model, plan)` accepts the model;
+    `stagewise.plan` captures by itself. The model keeps its parameters, which the cells share.
+    What `forward` decides by anything but the batch size (flags, other sizes, hooks of modules
+    that are not torch.nn's own) is decided now; training and eval mode are captured apart.
+
+    Returns an object that runs as the model does, and that Pipeline takes in its place.
+
+    Raises:
+        ModelError: torch.export cannot trace the model; names module, line and the way out.
+
+    Example:
+        >>> import torch, stagewise
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        ...     def forward(self, x):
+        ...         return x + self.down(self.up(x).relu())
+        >>> net = Net()
+        >>> captured = stagewise.capture(net, torch.ones(2, 4))
+        >>> [cell.name for cell in captured.chain]
+        ['up', 'down']
+        >>> plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+        >>> loss = lambda output, target: (output - target).square().mean()
+        >>> pipe = stagewise.Pipeline(net, plan, loss=loss)
+        >>> float(pipe.step(torch.ones(6, 4), target=net(torch.ones(6, 4))))
+        0.0
+    """
+    _check(model)
+    form = CallForm(model, args, kwargs)
+    example = _doubled(_copied(form.named(args, kwargs)))
+    leaves = leaves_of(model)
+    flows = {}
+    with _modes_kept(model):
+        for training in (True, False):
+            if model.training is not training:
+                model.train(training)
+            flows[training] = Flow(traced(model, leaves, (), example), leaves, _buffers(model))
+    for flow in flows.values():
+        flow.memory.check_inputs()
+    form.check_batch(flows[True].trace.inputs, type(model).__name__)
+    main = flows[True].main
+    cuts = cuts_of(model, flows[True], main)
+    names = names_of(model, flows[True], main, cuts)
+    begins: dict[bool, list[fx.Node | None]] = {
+        True: [main[cut] for cut in cuts],
+        False: _begins(cuts, main, flows[True], flows[False]),
+    }
+    homes = [Home(_device(model)) for _ in names]
+    programs = {
+        training: programs_of(flow, begins[training], homes, form.leaves)
+        for training, flow in flows.items()
+    }
+    owners = owners_of(model, leaves, homes)
+    cells = []
+    for index, (name, home) in enumerate(zip(names, homes, strict=True)):
+        own = {training: both[index] for training, both in programs.items()}
+        taken = {t.name for p in own.values() for t in (*p.inputs, *p.derive_inputs)}
+        constants = {
+            kept: flow.trace.constants[node]
+            for flow in flows.values()
+            for node, kept in home.constants.items()
+            if node in flow.trace.constants
+        }
+        module = CapturedCell(
+            home,
+            owners[index],
+            constants,
+            own,
+            [name for name in form.names if name in taken] or form.names[:1] * (index == 0),
+            is_first=index == 0,
+        )
+        module.training = model.training
+        cells.append(Cell(index, name, module))
+    form.taken = frozenset(n for cell in cells for n in cell.keywords(cell.index and 1))
+    captured = Captured(tuple(cells), form)
+    remember(model, captured)
+    return captured
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"capture() got a {type(model).__name__}; pass an nn.Module")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ModelError(
+            f"{type(model).__name__} is lazy: some parameters have no shape yet; run the model "
+            "once on a sample, then capture it"
+        )
+
+
+def _copied(example: Mapping[str, object]) -> dict[str, object]:
+    """The example with tensors of its own, each once, so that none is tied to another."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(example))  # type: ignore[no-any-return]
+
+
+def _doubled(example: dict[str, object]) -> dict[str, object]:
+    """At least two samples, since torch.export takes a size of one for a constant."""
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.dim()]
+    if any(tensor.shape[0] != 1 for tensor in tensors):
+        return example
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, example
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _buffers(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def _begins(
+    cuts: Sequence[int], main: tuple[fx.Node, ...], flow: Flow, other: Flow
+) -> list[fx.Node | None]:
+    theirs = other.main
+    found = matching_cuts(cuts, main, flow, theirs, other)
+    return [theirs[cut] if cut < len(theirs) else None for cut in found]
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,167 @@
+"""Cells of a captured model: each owns its share of the parameters and runs its share of the code.
+
+A cell holds torch.nn's layers themselves, and for the parameters and buffers of other modules a
+holder with the same attribute names, so that all names are the plain model's.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stagewise.errors import BatchError
+from stagewise.model.capture.emit import Function, Home
+from stagewise.model.piece import Piece
+
+TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
+
+
+class Derived:
+    """What is computed from the batch alone, kept for the next cells of the stage.
+
+    To the engine it is a pytree without leaves, so it crosses no stage boundary with what it
+    holds: the next stage finds it empty, and computes again what it needs.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+
+pytree.register_pytree_node(
+    Derived,
+    lambda _: ([], None),
+    lambda _leaves, _context: Derived(),
+    serialized_type_name="stagewise.Derived",
+    flatten_with_keys_fn=lambda _: ([], None),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenInput:
+    """A tensor of the batch that a cell takes: leaf `leaf` of argument `name`."""
+
+    name: str
+    leaf: int
+    shape: tuple[int | None, ...]  # None where it may change
+    dtype: torch.dtype
+
+    def of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        if self.name not in inputs:
+            raise BatchError(
+                f"the model was captured with {self.name!r}, but it is not given; pass it, or "
+                "capture the model without it (stagewise.capture(model, example))"
+            )
+        value = inputs[self.name]
+        if not isinstance(value, torch.Tensor):
+            value = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)][self.leaf]
+        if (
+            value.dtype != self.dtype
+            or len(value.shape) != len(self.shape)
+            or any(
+                wanted is not None and wanted != size
+                for wanted, size in zip(self.shape, value.shape, strict=True)
+            )
+        ):
+            shape = ", ".join("any" if size is None else str(size) for size in self.shape)
+            raise BatchError(
+                f"{self.name!r} has shape {tuple(value.shape)} and {value.dtype}, but the model "
+                f"was captured for ({shape}) and {self.dtype}; pass that, or capture it with an "
+                "example of this shape"
+            )
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a cell runs in one mode.
+
+    `run(space, *arriving, *shared, *inputs)` returns what leaves, or the tensors of the model's
+    output. `derive(space, *derive_inputs)` computes `shared`, where an earlier cell of the stage
+    has not. `takes_one`: what arrives is one value, not a tuple.
+    """
+
+    run: Function
+    inputs: tuple[TakenInput, ...]
+    takes_one: bool
+    takes_derived: bool
+    hands_on_derived: bool
+    shared: tuple[str, ...]
+    derive: Function | None
+    derive_inputs: tuple[TakenInput, ...]
+    out_spec: pytree.TreeSpec | None  # of the last cell
+    out_constants: tuple[object, ...]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Program":
+        return self  # nothing in it changes
+
+
+class CapturedCell(Piece):
+    """A piece of a captured model; `owners` are what it holds, as `owned` gives it."""
+
+    def __init__(
+        self,
+        home: Home,
+        owners: Sequence[tuple[int, str, nn.Module]],
+        constants: Mapping[str, torch.Tensor],
+        programs: Mapping[bool, Program],
+        input_names: Sequence[str],
+        *,
+        is_first: bool,
+    ) -> None:
+        super().__init__()
+        self._space, self._programs = home.space, dict(programs)
+        self._space.itself = self._space
+        self.input_names, self.is_first = tuple(input_names), is_first
+        self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
+        for place, path, module in owners:
+            name = home.owner(path)
+            self._owned.append((place, path, name))
+            self.add_module(name, module)
+            setattr(self._space, name, module)
+        self._constants = tuple(constants)
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._find_constants()
+
+    def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
+        for place, path, name in self._owned:
+            yield place, path, self.get_submodule(name)
+
+    def forward(self, value: Any = (), **inputs: Any) -> Any:
+        """Run on what the cell before returned, and on tensors of the batch by name."""
+        program, space = self._programs[self.training], self._space
+        derived = None
+        if program.takes_derived:
+            *arriving, derived = value
+        else:
+            arriving = (value,) if program.takes_one else value
+        shared: Iterable[Any] = ()
+        if program.hands_on_derived or program.shared:
+            derived = Derived() if derived is None else derived
+            shared = self._shared(program, derived, inputs) if program.shared else ()
+        result = program.run(space, *arriving, *shared, *[t.of(inputs) for t in program.inputs])
+        if program.out_spec is not None:
+            rest = iter(result)
+            leaves = [next(rest) if leaf is TENSOR else leaf for leaf in program.out_constants]
+            return pytree.tree_unflatten(leaves, program.out_spec)
+        return (*result, derived) if program.hands_on_derived else result
+
+    def _shared(self, program: Program, derived: Derived, inputs: Mapping[str, Any]) -> list[Any]:
+        known = derived.values
+        if program.derive is not None and not all(name in known for name in program.shared):
+            given = [taken.of(inputs) for taken in program.derive_inputs]
+            known.update(zip(program.shared, program.derive(self._space, *given), strict=True))
+        return [known[name] for name in program.shared]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CapturedCell":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._space.device = fn(torch.empty(0, device=self._space.device)).device
+        self._find_constants()
+        return self
+
+    def _find_constants(self) -> None:
+        for name in self._constants:
+            setattr(self._space, name, self._buffers[name])

@@ -1,0 +1,147 @@
+"""Modules that stay calls of the real module in a captured graph.
+
+torch.export writes out what a module computes, and with it what it did in that one mode. But a
+BatchNorm's running statistics, dropout that is frozen by `.eval()`, an LSTM's kernel, hooks and
+parametrizations belong to the module. So the layers of torch.nn that own parameters or draw
+random numbers are traced as one opaque operator, which later becomes a call of the module.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass
+class LeafCall:
+    """One call of a leaf in a trace: how its arguments and what it returned are nested.
+
+    `arguments` are the leaves of (args, kwargs); None stands for a tensor where `is_tensor`.
+    """
+
+    path: str
+    arguments: list[object]
+    is_tensor: list[bool]
+    spec: pytree.TreeSpec
+    run: Callable[..., object]
+    out_paths: list[tuple[object, ...]] = field(default_factory=list)  # of returned tensors
+    _returned: tuple[list[object], list[bool], pytree.TreeSpec] | None = None
+
+    def filled(self, tensors: Sequence[object]) -> tuple[tuple[object, ...], dict[str, object]]:
+        """(args, kwargs) with `tensors` in their places."""
+        rest = iter(tensors)
+        leaves = [
+            next(rest) if is_tensor else argument
+            for argument, is_tensor in zip(self.arguments, self.is_tensor, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def fake(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run it on fake tensors; what it returns shares no memory with them."""
+        args, kwargs = self.filled(tensors)
+        keyed, spec = pytree.tree_flatten_with_path(self.run(*args, **kwargs))
+        is_tensor = [isinstance(leaf, torch.Tensor) for _, leaf in keyed]
+        rest = [None if isinstance(leaf, torch.Tensor) else leaf for _, leaf in keyed]
+        self._returned = (rest, is_tensor, spec)
+        self.out_paths = [path for path, leaf in keyed if isinstance(leaf, torch.Tensor)]
+        return [leaf.clone() for _, leaf in keyed if isinstance(leaf, torch.Tensor)]
+
+    def returned(self, tensors: Sequence[torch.Tensor]) -> object:
+        """What the module returned, with `tensors` in their places."""
+        assert self._returned is not None
+        leaves, is_tensor, spec = self._returned
+        rest = iter(tensors)
+        filled = [
+            next(rest) if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True)
+        ]
+        return pytree.tree_unflatten(filled, spec)
+
+
+_LIBRARY = torch.library.Library("stagewise", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("leaf(Tensor[] inputs, str path, int call) -> Tensor[]")  # type: ignore[no-untyped-call]
+LEAF = torch.ops.stagewise.leaf.default
+_running: dict[int, LeafCall] = {}  # of the traces that are being made
+_numbers = itertools.count()  # never twice, since torch caches what an operator returned
+
+
+def _fake(inputs: list[torch.Tensor], path: str, call: int) -> list[torch.Tensor]:
+    return _running[call].fake(inputs)
+
+
+torch.library.register_fake("stagewise::leaf", _fake, lib=_LIBRARY)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether `module` stays a call."""
+    if isinstance(module, _BatchNorm):
+        return True
+    cls = type(module).__mro__[1] if is_parametrized(module) else type(module)
+    is_torch = cls.__module__.startswith("torch.nn.modules.")
+    is_whole = cls is nn.MultiheadAttention or not any(
+        name != "parametrizations" for name, _ in module.named_children()
+    )
+    keeps = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    in_place = bool(getattr(module, "inplace", False))
+    return is_torch and is_whole and (keeps or isinstance(module, _DropoutNd)) and not in_place
+
+
+def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The leaves inside `model`, by their first path; what lies in a leaf is none."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{leaf}.") for leaf in found)
+        if path and not inside and is_leaf(module):
+            found[path] = module
+    return found
+
+
+@contextmanager
+def opaque(leaves: dict[str, nn.Module]) -> Iterator[dict[int, LeafCall]]:
+    """Trace inside: calls of `leaves` become operators; gives the calls by their number."""
+    calls: dict[int, LeafCall] = {}
+    kept = {path: {name: getattr(leaf, name) for name in _HOOKS} for path, leaf in leaves.items()}
+    forwards = {path: leaf.__dict__.get("forward") for path, leaf in leaves.items()}
+    for path, leaf in leaves.items():
+        for name in _HOOKS:  # they will run when the module does
+            setattr(leaf, name, type(kept[path][name])())
+        leaf.__dict__["forward"] = _marked(path, leaf.forward, calls)
+    try:
+        yield calls
+    finally:
+        for number in calls:
+            del _running[number]
+        for path, leaf in leaves.items():
+            for name, hooks in kept[path].items():
+                setattr(leaf, name, hooks)
+            del leaf.__dict__["forward"]
+            if forwards[path] is not None:
+                leaf.__dict__["forward"] = forwards[path]
+
+
+def _marked(
+    path: str, run: Callable[..., object], calls: dict[int, LeafCall]
+) -> Callable[..., object]:
+    def forward(*args: object, **kwargs: object) -> object:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        rest = [leaf for leaf, tensor in zip(leaves, is_tensor, strict=True) if not tensor]
+        if not any(is_tensor) or not all(type(leaf) in _CONSTANTS for leaf in rest):
+            return run(*args, **kwargs)  # a symbolic size, say: then it is written out
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        number = next(_numbers)
+        call = _running[number] = calls[number] = LeafCall(path, constants, is_tensor, spec, run)
+        return call.returned(torch.ops.stagewise.leaf(tensors, path, number))
+
+    return forward
