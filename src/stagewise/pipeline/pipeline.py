@@ -29,7 +29,6 @@ from stagewise.pipeline.checkpoints.saving import save
 from stagewise.pipeline.checkpoints.sources import State
 from stagewise.pipeline.connect import Device, agree_on_model, connect
 from stagewise.pipeline.initial import Given, initialise
-from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
 from stagewise.pipeline.runner import UNSCALED, Runner
@@ -224,7 +223,9 @@ class Pipeline:
         Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
         the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
         before anything runs if the batch cannot be split or ranks disagree, CellError if the
-        model's own code fails. Warns once of BatchNorm layers whose microbatches are small.
+        model's own code fails, PeerError if it fails on another rank, OutOfMemoryError on all
+        ranks if one has no memory: then the step is undone on every rank, and the next may
+        follow. Warns once of BatchNorm layers whose microbatches are small.
 
         To accumulate gradients over several steps, give each of them the `total_samples` of all
         (and the `total_weight`, where there is a weight function): each loss is then its part of
@@ -475,9 +476,9 @@ class Pipeline:
         return outputs_of(call, self._transport, self._runner.last_ranks, ranks)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
-        sources = self._runner.last_ranks
-        total, self._losses = agree_on_losses(self._transport, call, sources, self.device)
-        return total
+        assert call.agreed is not None, "the call has failed"
+        total, self._losses = call.agreed
+        return total.to(self.device)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
