@@ -19,7 +19,7 @@ from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.markers import packed
 from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage
-from stagewise.errors import BatchError, CheckpointError, ModelError
+from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError
 from stagewise.model.chain import Chain, chain_of, module_tree
 from stagewise.model.materialise import Init
 from stagewise.model.tied import with_all_names
@@ -327,6 +327,27 @@ class Pipeline:
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
         torch.nn.utils.clip_grad_value_(self.parameters(), max_value)
+
+    def use(self, plan: Plan) -> None:
+        """Run by `plan` from the next call on; every rank calls this with the same plan.
+
+        Microbatches, schedule and recompute policy may change, since no parameter moves. Raises
+        PlanError, and changes nothing, where cells would go to other stages or devices.
+        """
+        agree_on_model(self._transport, plan, self.parameter_shapes)
+        now, then = self.plan, plan
+        for what, got, need in (
+            ("balance", then.engine_balance, now.engine_balance),
+            ("placement", then.built_schedule.placement, now.built_schedule.placement),
+        ):
+            if got != need:
+                raise PlanError(
+                    f"the plan has the {what} {got}, but this pipeline's cells are placed by "
+                    f"{need}; use() takes a plan with the same one: build another Pipeline for "
+                    "this plan, and load the state of this one"
+                )
+        self._runner.use(plan.built_schedule)
+        self.plan = plan
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""

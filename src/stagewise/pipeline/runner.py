@@ -262,6 +262,12 @@ class Runner:
         ):
             yield adds
 
+    def use(self, schedule: Schedule) -> None:
+        """Run by `schedule`, of the same placement, from the next call on."""
+        assert schedule.placement == self.schedule.placement
+        self.schedule = schedule
+        self._programs.clear()
+
     def timeline(self) -> Timeline:
         """The last call's spans of all ranks; every rank must ask."""
         spans = [span for own in self.transport.gather(self.spans) for span in own]

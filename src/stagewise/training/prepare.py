@@ -38,6 +38,7 @@ class PlanOptions:
     balance: tuple[int, ...] | None = None
     saved: Plan | None = None  # a whole plan; the numbers above are its own
     path: Path | None = None  # of the saved plan
+    adaptive: bool = False  # microbatches are chosen, and changed in the run
 
 
 @dataclass(frozen=True, kw_only=True)

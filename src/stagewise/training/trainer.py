@@ -6,24 +6,36 @@ dropout (the pipeline's seeds), and what the checkpoint holds. So a resumed run 
 the run that was never interrupted. What ranks must agree on (stopping) they ask each other.
 """
 
+import itertools
 import time
 from pathlib import Path
 from statistics import median
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from stagewise.engine.microbatch import batch_size
 from stagewise.engine.values import move, take_apart
+from stagewise.errors import OutOfMemoryError
+from stagewise.planning.sparing import sparing
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.prepare import Prepared, TrainOptions, prepare
-from stagewise.training.progress import Reporter, Shown, Silent, StepRecord, ValidationRecord
+from stagewise.training.progress import (
+    ChangeRecord,
+    Reporter,
+    Shown,
+    Silent,
+    StepRecord,
+    ValidationRecord,
+)
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.stop import StopRequest
 from stagewise.training.summary import Figures, Outcome, plan_in_words
 
 LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
 WARM_UP = 3  # steps that measured times leave out
+MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that needs less
 
 
 def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
@@ -97,8 +109,7 @@ class Trainer:
         pipe, optimizer = self._pipe, self._prepared.optimizer
         inputs, target = self._prepared.batches.next()
         start = time.perf_counter()
-        pipe.zero_grad()
-        loss = float(pipe.step(inputs, target=target))
+        loss = self._spared_step(step, inputs, target)
         pipe_seconds = time.perf_counter() - start
         if self._recipe.clip_grad_norm is not None:
             pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
@@ -121,6 +132,38 @@ class Trainer:
                 bubble_fraction=bubble,
             )
         )
+
+    def _spared_step(self, step: int, inputs: object, target: object) -> float:
+        """The loss of one step; if it runs out of memory, again by a plan that needs less.
+
+        A failed step leaves no trace, so this is the step of a run that had that plan from here on.
+        """
+        for attempt in itertools.count(1):
+            self._pipe.zero_grad()
+            try:
+                return float(self._pipe.step(inputs, target=target))
+            except OutOfMemoryError as error:
+                text = str(error)
+                if not self._options.plan.adaptive or attempt == MAX_ATTEMPTS:
+                    raise
+            # Outside the handler, so that what the error refers to is free.
+            self._spare(step, batch_size(inputs, "inputs"), text)
+        raise AssertionError("count() does not end")
+
+    def _spare(self, step: int, num_samples: int, text: str) -> None:
+        """Change the plan, which ran out of memory, to one that needs less; every rank does."""
+        found = sparing(self._pipe.plan, num_samples)
+        if found is None:
+            raise OutOfMemoryError(
+                f"{text}\nThis was already with {self._pipe.num_microbatches} microbatches and "
+                f"recompute={self._pipe.plan.recompute!r}, and nothing is left to try: use more "
+                "stages, or a smaller batch or model"
+            )
+        plan, change = found
+        self._pipe.use(plan)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # blocks of the old sizes
+        self._reporter.change(ChangeRecord(step=step, change=change, reason=text))
 
     def _validate(self, step: int) -> float | None:
         """The mean loss over all validation samples, or weights; None where there are none."""
