@@ -2,18 +2,24 @@
 
 import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from stagewise.cli.options import parsed_microbatches
+from stagewise.costs import CellCost
 from stagewise.errors import OutOfMemoryError, PlanError
+from stagewise.planning.plan import Plan
 from stagewise.training import checkpoint as checkpoints
+from stagewise.training import prepare, trainer
+from stagewise.training.adaptive import DriftWatch
 from stagewise.training.prepare import PlanOptions, TrainOptions
-from stagewise.training.recipe import load_recipe
+from stagewise.training.recipe import Batch, Recipe, load_recipe
 from stagewise.training.stop import StopRequest
 from stagewise.training.trainer import train
 from tests.harness import Pools
@@ -52,7 +58,10 @@ def run(recipe: Path, out: Path, *, steps: int = 4, resume: Path | None = None, 
         resume=checkpoints.find(resume) if resume else None,
     )
     console = Console(file=io.StringIO(), width=300)
-    train(load_recipe(recipe), options, console=console, stop=StopRequest())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "ADAPTIVE_COUNTS", (2,))
+        patch.setattr(prepare, "MEASURING_SECONDS", 0.5)
+        train(load_recipe(recipe), options, console=console, stop=StopRequest())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -116,3 +125,103 @@ def test_options(tmp_path: Path) -> None:
     ]:
         with pytest.raises(PlanError, match=problem):
             parsed_microbatches(text, schedule)
+
+
+SLEEPY = '''WIDTH = 8
+import time
+
+class Sleepy(nn.Module):
+    """Sleeps in forward; on the last stage longer from a later batch on."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def forward(self, x):
+        late = SLOW and self.index >= 3 and float(x[0, 0]) >= 4
+        time.sleep(0.02 if late else 0.004)
+        return x
+'''
+
+
+def sleepy(directory: Path, *, slow: bool) -> Path:
+    """A recipe of four cells that sleep, the last of them for longer in the end if `slow`."""
+    return write_recipe(
+        directory,
+        ("WIDTH = 8\n", SLEEPY.replace("SLOW", str(slow))),
+        (
+            "layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.2)) "
+            "for _ in range(3)]",
+            "layers = [Sleepy(i) for i in range(4)]",
+        ),
+        ("return 6", "return 40"),
+        ("for _ in range(6):", "for index in range(40):"),
+        ("yield inputs,", "inputs[:, 0] = index\n            yield inputs,"),
+        name=f"sleepy_{slow}.py",
+    )
+
+
+def watched(recipe: Path, out: Path) -> None:
+    """A run that looks at every step, adapting only to drift."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "LOOK_EVERY", 1)
+        run(recipe, out, steps=16, adaptive=True, balance=None)
+
+
+def test_a_device_that_gets_slower_is_replanned_for(tmp_path: Path, pools: Pools) -> None:
+    """Cells move away from it, the change is logged, and the losses are those without it."""
+    pools[2].run(watched, sleepy(tmp_path, slow=True), tmp_path / "slow", seconds=120)
+    told = changes(tmp_path / "slow")
+    late = [change for change in told if change["step"] > 4]
+    assert any("cells per stage" in change["change"] for change in late), told
+    assert all("times the planned seconds" in change["reason"] for change in told)
+    run(sleepy(tmp_path, slow=False), tmp_path / "wanted", steps=16, balance=None)
+    assert losses(tmp_path / "slow") == losses(tmp_path / "wanted")
+
+
+def test_the_fastest_measured_number_of_microbatches_is_taken(tmp_path: Path) -> None:
+    """By injected costs: halving a microbatch halves its time down to a fixed 2 seconds."""
+    recipe, asked = load_recipe(sleepy(tmp_path, slow=False)), []
+
+    def made(
+        recipe: Recipe, model: prepare.Model, options: PlanOptions, *, batch: Batch, seconds: float
+    ) -> Plan:
+        asked.append(options.num_microbatches)
+        each = max(2.0, 8 / options.num_microbatches)
+        cell = CellCost(name="cell", forward_seconds=each, backward_seconds=each)
+        return Plan(
+            balance=(1, 1),
+            schedule="1f1b",
+            num_microbatches=options.num_microbatches,
+            cells=(cell, cell),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "make_plan", made)
+        options = PlanOptions(num_stages=2, num_microbatches=8, adaptive=True)
+        batch = torch.ones(8, 8), torch.ones(8, 1)
+        plan, measured = prepare._chosen_plan(recipe, [], options, batch)
+    assert asked == [2, 4, 8], "no more than there are samples"
+    assert plan.num_microbatches == 4 and list(measured) == asked
+    assert measured[8][0].forward_seconds == 2.0
+
+
+def test_a_watch_forgets_what_it_saw_of_a_plan_that_ran_out_of_memory() -> None:
+    cells = tuple(CellCost(name=n, forward_seconds=1, backward_seconds=1) for n in "ab")
+    plan = Plan(balance=(1, 1), schedule="1f1b", num_microbatches=4, cells=cells)
+    slow = replace(plan, cells=tuple(replace(c, forward_seconds=3) for c in cells)).timeline
+    cheap = tuple(replace(c, forward_seconds=0.1, backward_seconds=0.1) for c in cells)
+    watch = DriftWatch({2: cheap, 4: cells})
+    watch.look(plan, slow)
+    watch.look(plan, slow)
+    watch.ran_out_of_memory(2)
+    assert watch.look(plan, slow) is None and watch.look(plan, slow) is None
+    decision = watch.look(plan, slow)
+    assert decision is not None and decision.change is None, "2 had no memory"
+    assert "the plan stays" in decision.words and decision.drift.factors == (2, 2)
+    other = DriftWatch({2: cheap, 4: cells})
+    assert [other.look(plan, slow) for _ in range(2)] == [None, None]
+    found = other.look(plan, slow)
+    assert found is not None and found.change is not None
+    assert found.words == "microbatches 2 in place of 4"
+    assert found.change.plan.cells[0].forward_seconds == 0.2, "scaled by what drifted"
