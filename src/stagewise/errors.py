@@ -10,6 +10,7 @@
     │   ├── RecipeError                a recipe file lacks something or holds nonsense
     │   └── CheckpointError            a checkpoint is absent, incomplete or another model's
     ├── CellError                      the user's code failed inside a cell, while training
+    │   └── OutOfMemoryError           ... for want of memory; every rank raises it
     ├── PeerError                      another rank failed; carries that rank's cause
     └── ParityError                    a pipelined model differs from the plain one
 
@@ -55,6 +56,10 @@ class CheckpointError(UsageError):
 
 class CellError(StagewiseError, RuntimeError):
     """The user's code failed inside a cell; names stage, cell, microbatch, instruction, rank."""
+
+
+class OutOfMemoryError(CellError):
+    """A device ran out of memory in a step; names rank, device, stage and microbatch."""
 
 
 class PeerError(StagewiseError, RuntimeError):

@@ -10,6 +10,7 @@ from stagewise.planning import ScheduleChoice, check_balance, choose_schedule
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule, parse_schedule, with_recompute
 
 DEFAULT_MICROBATCHES, DEFAULT_DEVICES = 8, 2
+AUTO = "auto"
 
 RecipeArgument = Annotated[
     Path,
@@ -45,6 +46,17 @@ Microbatches = Annotated[
         min=1,
         help="Into how many microbatches each minibatch is split. More keep the devices busier "
         "(4 times the devices is plenty), but each must still be worth computing. "
+        f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
+        show_default=False,
+    ),
+]
+AdaptiveMicrobatches = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="Into how many microbatches each minibatch is split, or auto: the number is chosen by "
+        "measuring, and changed in the run where that is faster or memory runs out. More keep the "
+        "devices busier (4 times the devices is plenty), but each must still be worth computing. "
         f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
         show_default=False,
     ),
@@ -110,6 +122,20 @@ def parsed_balance(text: str | None, num_stages: int) -> tuple[int, ...] | None:
         ) from None
     check_balance(balance, sum(balance), num_stages)
     return balance
+
+
+def parsed_microbatches(text: str | None, schedule: str) -> tuple[int | None, bool]:
+    """A number and False, or for "auto" None and True; raises PlanError if it is anything else."""
+    if text == AUTO:
+        if schedule not in SCHEDULES:
+            raise PlanError(
+                f"--microbatches auto needs a schedule for any number of them, but {schedule} is "
+                "a file for one; give a name, or leave --microbatches out"
+            )
+        return None, True
+    if text is not None and not (text.isdecimal() and int(text)):
+        raise PlanError(f"--microbatches {text!r} is no number from 1; give one, or auto")
+    return (None if text is None else int(text)), False
 
 
 def parsed_replicas(text: str | None) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def train(
     stages: opt.Stages = None,
     devices: opt.Devices = None,
     replicas: opt.Replicas = None,
-    microbatches: opt.Microbatches = None,
+    microbatches: opt.AdaptiveMicrobatches = None,
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
@@ -149,20 +149,21 @@ def train(
 def _plan_options(
     schedule: str,
     recompute: str,
-    microbatches: int | None,
+    microbatches: str | None,
     balance: str | None,
     *,
     stages: int | None,
     devices: int | None,
     replicas: str | None,
 ) -> "PlanOptions":
+    count, adaptive = opt.parsed_microbatches(microbatches, schedule)
     choice = opt.chosen_schedule(
         schedule,
         recompute,
         stages=stages,
         devices=devices,
         replicas=replicas,
-        microbatches=microbatches,
+        microbatches=count,
     )
     cut = opt.parsed_balance(balance, choice.num_stages)
     from stagewise.training.prepare import PlanOptions
@@ -175,6 +176,7 @@ def _plan_options(
         schedule=choice.like,
         recompute=recompute,
         balance=cut,
+        adaptive=adaptive,
     )
 
 
@@ -259,7 +261,7 @@ def _plan_arguments(plan: "PlanOptions") -> dict[str, object]:
     assert plan.num_devices is not None and isinstance(plan.schedule, str | Schedule)
     return {
         **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices, plan.replicas),
-        "--microbatches": plan.num_microbatches,
+        "--microbatches": opt.AUTO if plan.adaptive else plan.num_microbatches,
         "--schedule": plan.schedule if isinstance(plan.schedule, str) else plan.schedule.name,
         "--recompute": plan.recompute,
         "--balance": ",".join(map(str, plan.balance)) if plan.balance else None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stagewise.engine.batchnorm import BatchNorms
+from stagewise.engine.failure import Failure
 from stagewise.engine.losses import AddedLoss
 from stagewise.engine.randomness import CellRandomness
 from stagewise.engine.tied import StandIns
@@ -46,6 +47,8 @@ class Call:
     last stage fills `losses` (detached, unweighted, by name) and, for PREDICT and with
     `keeps_outputs`, `outputs`; the first fills `input_gradients`; every stage `added`, in the
     order of its cells, and every cell that was given keyword arguments `keyword_gradients`.
+    `failure` is what went wrong here; a `lost` rank computes nothing more, for that or since what
+    it needs will not come. `agreed` is the loss and its parts by name, once all ranks know it.
     `target_leaves` are (the caller's tensor, the one that the loss gets and whose `.grad` counts).
     """
 
@@ -70,6 +73,13 @@ class Call:
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
     keyword_gradients: KeywordGradients = field(default_factory=dict)
     target_leaves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    failure: Failure | None = None
+    lost: bool = False
+    agreed: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+
+    def fail(self, failure: Failure) -> None:
+        """Note why this rank computes nothing more."""
+        self.failure, self.lost = failure, True
 
     def weight(self, m: int) -> float:
         """Microbatch m's share of the samples."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.failure import FailureBoard
+from stagewise.engine.failure import LOST, FailureBoard
 from stagewise.engine.group import DistributedGroup
 from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T, is_skip
@@ -149,6 +149,19 @@ class DistributedTransport:
             if tensor.numel():
                 self._start(_flat(tensor), group, message.destination)
 
+    def send_lost(self, message: Message) -> None:
+        if message.destination == self.rank:
+            self._arrived[message] = LOST
+            return
+        known = self._headers.get((self._signature, message))
+        if known is None:
+            self._send_header(message, pickle.dumps(None))
+            return
+        for layout in known.layouts:  # zeros: the receiver may compute with them
+            tensor = layout.empty(self._device).zero_()
+            if tensor.numel():
+                self._start(_flat(tensor), self._direction(message), message.destination)
+
     def look_ahead(self) -> None:
         for source in self._expected:
             self._post(source)
@@ -266,7 +279,11 @@ class DistributedTransport:
         if not self._posted[source]:
             message = self._expected[source][0]
             if (self._signature, message) not in self._headers:
-                self._headers[self._signature, message] = self._receive_header(message)
+                header = self._receive_header(message)
+                if header is None:  # neither end remembers it
+                    self._arrived[self._expected[source].popleft()] = LOST
+                    return
+                self._headers[self._signature, message] = header
             self._post(source)
         message, tensors, works = self._posted[source].popleft()
         with self._peers():
@@ -308,19 +325,24 @@ class DistributedTransport:
                 "data cannot cross a stage boundary: pad them, make them tensors, or move the cut "
                 "with `balance`"
             )
+        pickled = pickle.dumps(header)  # may fail: then nothing was sent or remembered
         self._headers[self._signature, message] = header
-        payload = torch.frombuffer(bytearray(pickle.dumps(header)), dtype=torch.uint8)
+        self._send_header(message, pickled)
+
+    def _send_header(self, message: Message, pickled: bytes) -> None:
+        payload = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
         for tensor in (torch.tensor([payload.numel()]), payload):
             self._start(tensor, self._control, message.destination)
 
-    def _receive_header(self, message: Message) -> _Header:
+    def _receive_header(self, message: Message) -> _Header | None:
+        """The form of `message`, or None if it is lost."""
         size = torch.empty(1, dtype=torch.int64)
         with self._peers():
             dist.recv(size, group=self._control, group_src=message.source)
             payload = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(payload, group=self._control, group_src=message.source)
         header = pickle.loads(payload.numpy().tobytes())
-        assert isinstance(header, _Header)
+        assert header is None or isinstance(header, _Header)
         return header
 
     def _direction(self, message: Message) -> dist.ProcessGroup:

@@ -3,14 +3,19 @@
 A microbatch's way: `Call.inputs` -> Stage.forward -> Transport -> ... -> the loss, then
 Stage.backward -> Transport -> ... -> `.grad`. Sends and receives run beside the loop; it waits
 only in `receive`, for what the next instruction needs.
+
+Where an instruction fails, or what it needs is LOST, this rank computes nothing more but stays in
+step: it receives what comes and sends something in place of every message.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from stagewise.engine.call import Call
+from stagewise.engine.failure import LOST, Failure
 from stagewise.engine.stage import Stage
 from stagewise.engine.transport import Transport
+from stagewise.errors import PeerError
 from stagewise.schedule import Instruction, Step
 from stagewise.timeline import Span
 
@@ -26,23 +31,45 @@ def execute(
     clock: Callable[[], float] = time.perf_counter,
     observe: Observer | None = None,
 ) -> tuple[Span, ...]:
-    """Run (device, step) pairs in order; returns what ran when, on `clock`."""
+    """Run (device, step) pairs in order; returns what ran when, on `clock`.
+
+    A failure is noted in `call`, not raised, except PeerError and what is no Exception.
+    """
     spans = []
     for device, step in program:
+        instruction, value = step.instruction, None
         received = [transport.receive(message) for message in step.receives]
-        start = clock()
-        value = stages[step.instruction.stage].run(step.instruction, received, call)
-        end = clock()
-        if len(step.sends) < 2:
-            for message in step.sends:
-                transport.send(message, value)
-        else:  # skips leave too: one value for each message
-            for message, part in zip(step.sends, value, strict=True):  # type: ignore[call-overload]
-                transport.send(message, part)
+        if any(part is LOST for part in received):
+            call.lost = True
+        if not call.lost:
+            start = clock()
+            try:
+                value = stages[instruction.stage].run(instruction, received, call)
+            except Exception as error:
+                call.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+            else:
+                span = Span(
+                    device=device,
+                    instruction=instruction,
+                    start_seconds=start,
+                    end_seconds=clock(),
+                )
+                spans.append(span)
+        for index, message in enumerate(step.sends):
+            if not call.lost:
+                try:  # skips leave too: then one value for each message
+                    part = value if len(step.sends) == 1 else value[index]  # type: ignore[index]
+                    transport.send(message, part)
+                    continue
+                except PeerError:
+                    raise
+                except Exception as error:
+                    call.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+            transport.send_lost(message)
+        if call.lost:
+            for stage in stages.values():  # frees memory, for what stands in place of messages
+                stage.clear()
         transport.look_ahead()
-        spans.append(
-            Span(device=device, instruction=step.instruction, start_seconds=start, end_seconds=end)
-        )
         if observe is not None:
-            observe(step.instruction)
+            observe(instruction)
     return tuple(spans)

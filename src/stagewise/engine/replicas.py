@@ -116,6 +116,11 @@ class StepSums:
         for stage_sum in self._sums.values():
             stage_sum.settle(sums)
 
+    def drain(self) -> None:
+        """Wait for all that was started, and let it go: the step has failed."""
+        for stage_sum in self._sums.values():
+            stage_sum.drain()
+
     def restore(self) -> None:
         """Put hooks and, where nothing was settled, gradients back as they were."""
         for stage_sum in self._sums.values():
@@ -191,6 +196,11 @@ class _StageSum:
                     sums(parameter, total)
                 else:
                     accumulate(parameter, total)
+
+    def drain(self) -> None:
+        """Wait for the sums, which are of no use."""
+        for _, _, wait in self._started:
+            wait()
 
     def restore(self) -> None:
         """Hooks and `.grad` as they were before the step."""

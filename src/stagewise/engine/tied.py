@@ -154,13 +154,8 @@ class TiedParameters:
             made.sum_in_float32()
         return made
 
-    @torch.no_grad()
-    def settle(self, stand_ins: StandIns, transport: Transport, sums: Sums | None = None) -> None:
-        """End a training step: sum the gradients of all users, and add the sum to `.grad`.
-
-        A sum in float32 of a parameter of low precision goes to `sums` instead.
-        Raises CellError after the first step if a cell used another rank's parameter unseen.
-        """
+    def check_seen(self, transport: Transport) -> None:
+        """Raise CellError after the first step if a cell used another rank's parameter unseen."""
         for name, reference in self._others.items():
             parameter = reference()
             if parameter is not None and parameter.grad is not None:
@@ -170,6 +165,18 @@ class TiedParameters:
                     "(self.weight = other.weight), and it is tied"
                 )
         self._others = {}
+
+    def put_back(self, stand_ins: StandIns) -> None:
+        """End a failed training step: `.grad` is what it was before."""
+        for parameter, gradient in stand_ins.before.items():
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def settle(self, stand_ins: StandIns, transport: Transport, sums: Sums | None = None) -> None:
+        """End a training step: sum the gradients of all users, and add the sum to `.grad`.
+
+        A sum in float32 of a parameter of low precision goes to `sums` instead.
+        """
         for cells, parameters in self._groups.items():
             like = parameters if sums is None else [*map(wide, parameters)]
             totals = self._sum(cells, parameters, like, stand_ins, transport)

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from stagewise.engine.failure import LOST
 from stagewise.engine.group import Group
 from stagewise.engine.values import move, take_apart
 from stagewise.schedule import Kind, Message
@@ -36,6 +37,12 @@ class Transport(Protocol):
 
     def send(self, message: Message, value: object) -> None:
         """Start sending; returns at once."""
+
+    def send_lost(self, message: Message) -> None:
+        """Start sending something in place of `message`, which this rank cannot compute.
+
+        It arrives as LOST, or as a value of the form that the message had before.
+        """
 
     def look_ahead(self) -> None:
         """Get ready for coming messages; called when nothing waits for this rank."""
@@ -89,6 +96,9 @@ class LocalTransport:
 
     def send(self, message: Message, value: object) -> None:
         self._mail[message] = value
+
+    def send_lost(self, message: Message) -> None:
+        self._mail[message] = LOST
 
     def look_ahead(self) -> None:
         pass

@@ -24,29 +24,38 @@ Added = dict[tuple[int, str], torch.Tensor]  # sums by (cell, name)
 
 def agree_on_losses(
     transport: Transport, call: Call, sources: Sequence[int], device: torch.device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
     """The total, and its parts by name; ranks `sources` have the last stage, or replicas of it.
+
+    None on every rank if any was lost: that is how they agree that all went well.
 
     Where stages are replicated (`call.shared`), no rank has all microbatches' losses: then they
     travel one by one and every rank takes the sums.
     """
     source = sources[0]
     if call.shared and transport.num_ranks > 1:
-        losses, from_cells = _everyones(transport, call, device)
+        everyones = _everyones(transport, call, device)
+        if everyones is None:
+            return None
+        losses, from_cells = everyones
         main, added = _main(losses, call), _added(from_cells, call)
         if not main:
             main = _nothing(device)
         return _total(main, added, device)
-    main, added = _main(call.losses, call), _added(call.added, call)
+    if call.lost and transport.num_ranks == 1:
+        return None
+    main, added = ({}, {}) if call.lost else (_main(call.losses, call), _added(call.added, call))
     if transport.rank == source and not main:
         main = _nothing(device)
     usual = not added and set(main) <= {MAIN_LOSS}
     only = main.get(MAIN_LOSS)
     if transport.num_ranks > 1:
-        row = [0, 0, int(usual)]
+        row = [0, 0, int(usual), int(call.lost)]
         if usual and only is not None:
             row[:2] = _packed(only)
         rows = transport.exchange(row)
+        if any(other[3] for other in rows):
+            return None
         usual = all(other[2] for other in rows)
         only = _number(rows[source], device)
     if usual and only is not None:
@@ -68,20 +77,27 @@ def _total(
     return total, losses
 
 
+def agree_on_end(transport: Transport, call: Call) -> bool:
+    """Whether all went well on every rank, where there is no loss to agree on."""
+    return not any(row[0] for row in transport.exchange([int(call.lost)]))
+
+
 def _everyones(
     transport: Transport, call: Call, device: torch.device
-) -> tuple[Losses, AddedLosses]:
+) -> tuple[Losses, AddedLosses] | None:
     """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
     usual = not call.added and all(set(named) <= {MAIN_LOSS} for named in call.losses.values())
-    row = [int(usual)]
+    row = [int(usual), int(call.lost)]
     for m in range(len(call.sizes)):
         loss = call.losses.get(m, {}).get(MAIN_LOSS) if usual else None
         row += [0, -1] if loss is None else _packed(loss)
     rows = transport.exchange(row)
+    if any(row[1] for row in rows):
+        return None
     losses: Losses = {}
     if all(row[0] for row in rows):
         for m in range(len(call.sizes)):
-            pairs = [row[1 + 2 * m : 3 + 2 * m] for row in rows]
+            pairs = [row[2 + 2 * m : 4 + 2 * m] for row in rows]
             for pair in pairs:
                 if pair[1] >= 0:
                     losses[m] = {MAIN_LOSS: _number(pair, device)}

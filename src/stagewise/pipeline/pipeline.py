@@ -19,7 +19,7 @@ from stagewise.engine.gradients import clip_by_global_norm
 from stagewise.engine.markers import packed
 from stagewise.engine.skips import SkipRoutes
 from stagewise.engine.stage import Loss, Stage, takes_target
-from stagewise.errors import BatchError, CheckpointError, ModelError
+from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Chain, Model, chain_of, module_tree
 from stagewise.model.materialise import Init
@@ -30,7 +30,6 @@ from stagewise.pipeline.checkpoints.saving import save
 from stagewise.pipeline.checkpoints.sources import State
 from stagewise.pipeline.connect import Device, agree_on_model, connect
 from stagewise.pipeline.initial import Given, initialise
-from stagewise.pipeline.losses import agree_on_losses
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
 from stagewise.pipeline.runner import UNSCALED, Runner
@@ -228,7 +227,9 @@ class Pipeline:
         Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
         the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
         before anything runs if the batch cannot be split or ranks disagree, CellError if the
-        model's own code fails. Warns once of BatchNorm layers whose microbatches are small.
+        model's own code fails, PeerError if it fails on another rank, OutOfMemoryError on all
+        ranks if one has no memory: then the step is undone on every rank, and the next may
+        follow. Warns once of BatchNorm layers whose microbatches are small.
 
         To accumulate gradients over several steps, give each of them the `total_samples` of all
         (and the `total_weight`, where there is a weight function): each loss is then its part of
@@ -330,6 +331,27 @@ class Pipeline:
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
         torch.nn.utils.clip_grad_value_(self.parameters(), max_value)
+
+    def use(self, plan: Plan) -> None:
+        """Run by `plan` from the next call on; every rank calls this with the same plan.
+
+        Microbatches, schedule and recompute policy may change, since no parameter moves. Raises
+        PlanError, and changes nothing, where cells would go to other stages or devices.
+        """
+        agree_on_model(self._transport, plan, self.parameter_shapes)
+        now, then = self.plan, plan
+        for what, got, need in (
+            ("balance", then.engine_balance, now.engine_balance),
+            ("placement", then.built_schedule.placement, now.built_schedule.placement),
+        ):
+            if got != need:
+                raise PlanError(
+                    f"the plan has the {what} {got}, but this pipeline's cells are placed by "
+                    f"{need}; use() takes a plan with the same one: build another Pipeline for "
+                    "this plan, and load the state of this one"
+                )
+        self._runner.use(plan.built_schedule)
+        self.plan = plan
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
@@ -490,9 +512,9 @@ class Pipeline:
         return outputs_of(call, self._transport, self._runner.last_ranks, ranks)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
-        sources = self._runner.last_ranks
-        total, self._losses = agree_on_losses(self._transport, call, sources, self.device)
-        return total
+        assert call.agreed is not None, "the call has failed"
+        total, self._losses = call.agreed
+        return total.to(self.device)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

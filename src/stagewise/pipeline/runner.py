@@ -11,6 +11,8 @@ from stagewise.engine.batchnorm import BatchNorms
 from stagewise.engine.buffers import undone
 from stagewise.engine.call import Call, Mode, Scaling
 from stagewise.engine.execute import Observer, execute
+from stagewise.engine.failure import Failure
+from stagewise.engine.gradients import new_ones_dropped
 from stagewise.engine.keywords import batch_gradients, take_targets
 from stagewise.engine.markers import Arguments
 from stagewise.engine.microbatch import split
@@ -20,8 +22,10 @@ from stagewise.engine.stage import Stage
 from stagewise.engine.tied import TiedParameters
 from stagewise.engine.transport import Links, Transport
 from stagewise.engine.values import move
-from stagewise.errors import PeerError, StagewiseError
-from stagewise.pipeline.admission import admit, fingerprint
+from stagewise.errors import CellError, PeerError, StagewiseError
+from stagewise.pipeline.admission import Admitted, admit, fingerprint
+from stagewise.pipeline.failing import agreed_failure
+from stagewise.pipeline.losses import agree_on_end, agree_on_losses
 from stagewise.pipeline.shared_batch import share_gradients
 from stagewise.pipeline.takers import Takers
 from stagewise.pipeline.weighting import Weight, agree_on_shares, check_scaling
@@ -50,6 +54,8 @@ class Runner:
         flows: tuple[tuple[int, int], ...] = (),
         accumulate_in_float32: bool = False,
     ) -> None:
+        devices = [stage.device for stage in stages.values()]
+        self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
         self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.takers = takers
@@ -62,7 +68,8 @@ class Runner:
         cells = [cell for stage in stages.values() for cell in stage.cells]
         self._batchnorms = BatchNorms(cells)
         parameters = (p for cell in cells for p in cell.module.parameters())
-        self._sums = Float32Sums(parameters) if accumulate_in_float32 else None
+        self._parameters = list(dict.fromkeys(parameters))
+        self._sums = Float32Sums(self._parameters) if accumulate_in_float32 else None
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -81,7 +88,8 @@ class Runner:
     ) -> Call:
         """Run one call to its end; the spans of this rank are in `spans` afterwards.
 
-        The outputs are kept where some rank wants them.
+        The outputs are kept where some rank wants them. If a rank fails, all raise, and the next
+        call may follow, unless one was lost or interrupted.
         """
         if self._broken:
             raise StagewiseError(
@@ -125,17 +133,10 @@ class Runner:
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
             batchnorms=self._batchnorms,
         )
-        if 0 in self.stages:
-            whole = Arguments() if inputs is None else inputs
-            call.inputs = split(move(whole, self.stages[0].device), admitted.sizes)
-        if last in self.stages and target is not None:
-            take_targets(split(move(target, self.stages[last].device), admitted.sizes), call)
-        if keywords:
-            parts = {name: split(value, admitted.sizes) for name, value in keywords.items()}
-            call.keywords = [
-                {name: column[m] for name, column in parts.items()}
-                for m in range(len(admitted.sizes))
-            ]
+        try:
+            self._take_batch(call, admitted, inputs, target, keywords)
+        except Exception as error:
+            call.fail(Failure.of(error, None, None))
         if self.weight is not None and mode is not Mode.PREDICT:
             call.shares = agree_on_shares(
                 self.transport, self.weight, call.targets, scaling.total_weight, self.last_ranks[0]
@@ -148,7 +149,8 @@ class Runner:
             )
             # Where a loss counts nothing, gradients are missing from the messages.
             missing = [(name, [not share for share in s]) for name, s in call.shares.items()]
-            self.transport.begin(fingerprint((admitted.signature, missing)), order)
+            form = admitted.signature, len(admitted.sizes), missing
+            self.transport.begin(fingerprint(form), order)
             start = time.perf_counter()
             try:
                 with self._summing(call, own) as shared:
@@ -162,19 +164,70 @@ class Runner:
                         clock=lambda: time.perf_counter() - start,
                         observe=shared.begin(observe),
                     )
+                    if not self._agree(call):
+                        shared.drain()
+                        self.tied.put_back(call.stand_ins)
+                        failure = self._failure(call, training)
+                        self.transport.finish()
+                        self._broken = False
+                        raise failure
                     if training:
                         self._settle(call, shared, sums)
                 self.transport.finish()
             except PeerError:
                 raise
             except BaseException as error:
-                self.transport.fail(f"{type(error).__name__}: {error}")
+                if self._broken:
+                    self.transport.fail(f"{type(error).__name__}: {error}")
                 raise
             finally:
                 for stage in self.stages.values():
                     stage.clear()
         self._broken = False
         return call
+
+    def _take_batch(
+        self,
+        call: Call,
+        admitted: Admitted,
+        inputs: object,
+        target: object,
+        keywords: Mapping[str, object],
+    ) -> None:
+        """Split this rank's part of the batch, on the devices that need it."""
+        last = self.schedule.num_stages - 1
+        if 0 in self.stages:
+            whole = Arguments() if inputs is None else inputs
+            call.inputs = split(move(whole, self.stages[0].device), admitted.sizes)
+        if last in self.stages and target is not None:
+            take_targets(split(move(target, self.stages[last].device), admitted.sizes), call)
+        if keywords:
+            parts = {name: split(value, admitted.sizes) for name, value in keywords.items()}
+            call.keywords = [
+                {name: column[m] for name, column in parts.items()}
+                for m in range(len(admitted.sizes))
+            ]
+
+    def _agree(self, call: Call) -> bool:
+        """Whether all went well on all ranks; then they know the loss."""
+        if call.mode is Mode.TRAIN and not call.lost:
+            try:
+                self.tied.check_seen(self.transport)
+            except CellError as error:
+                call.fail(Failure.of(error, None, None))
+        if call.mode is Mode.PREDICT:
+            return agree_on_end(self.transport, call)
+        call.agreed = agree_on_losses(self.transport, call, self.last_ranks, self._device)
+        return call.agreed is not None
+
+    def _failure(self, call: Call, training: bool) -> StagewiseError:
+        """What to raise here, where some rank has failed; every rank calls this."""
+        place = -1
+        if call.failure is not None and call.failure.instruction is not None:
+            schedule = self._schedule_of(training, len(call.sizes))
+            spans = simulate(schedule, unit_costs(schedule.num_stages)).spans
+            place = [span.instruction for span in spans].index(call.failure.instruction)
+        return agreed_failure(self.transport, call.failure, place)
 
     def _summing(
         self, call: Call, program: Sequence[tuple[int, Step]]
@@ -202,11 +255,18 @@ class Runner:
         keepers = [stage.buffers for stage in self.stages.values()]
         sums = self._sums if training else None
         with (
+            new_ones_dropped(self._parameters if training else ()),
             undone(keepers, always=not training),
             self._batchnorms.one_update(training=training),
             nullcontext() if sums is None else sums.rounded_once() as adds,
         ):
             yield adds
+
+    def use(self, schedule: Schedule) -> None:
+        """Run by `schedule`, of the same placement, from the next call on."""
+        assert schedule.placement == self.schedule.placement
+        self.schedule = schedule
+        self._programs.clear()
 
     def timeline(self) -> Timeline:
         """The last call's spans of all ranks; every rank must ask."""
@@ -233,11 +293,7 @@ class Runner:
         """The order on the links, and what this rank runs: its program, or all in time order."""
         key = (training, num_microbatches)
         if key not in self._programs:
-            schedule = (
-                self.schedule
-                if training
-                else forward_only(self.schedule.placement, num_microbatches)
-            )
+            schedule = self._schedule_of(training, num_microbatches)
             programs = lower(schedule, self._flows)
             own: Iterable[tuple[int, Step]]
             if self.transport.num_ranks > 1:
@@ -246,6 +302,11 @@ class Runner:
                 own = _in_time_order(schedule, programs)
             self._programs[key] = (links(programs), list(own))
         return self._programs[key]
+
+    def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
+        if training:
+            return self.schedule
+        return forward_only(self.schedule.placement, num_microbatches)
 
 
 def _in_time_order(

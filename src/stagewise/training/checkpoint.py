@@ -132,7 +132,8 @@ def restore(checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None)
             f"the checkpoint {checkpoint.path} cannot be read: {error}\nIf the recipe has got "
             "another optimizer since, start anew without --resume"
         ) from error
-    set_model_state_dict(pipe.module, state["model"])
+    if state["model"]:
+        set_model_state_dict(pipe.module, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(_named(pipe), optimizer, state["optimizer"], options=_OPTIONS)
     pipe.step_index = checkpoint.step
@@ -141,7 +142,8 @@ def restore(checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None)
 def _state(pipe: Pipeline, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
     """This rank's part, under names that do not depend on the partition."""
     return {
-        "model": get_model_state_dict(pipe.module),
+        # torch refuses an empty state, which a stage without parameters has
+        "model": get_model_state_dict(pipe.module) if pipe.module.state_dict() else {},
         "optimizer": {}
         if optimizer is None
         else get_optimizer_state_dict(_named(pipe), optimizer, options=_OPTIONS),

@@ -1,7 +1,8 @@
 """From a recipe and options to something that runs: model, data, plan, pipeline, optimizer."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from torch.optim import Optimizer
 
 import stagewise
 from stagewise.costs import CellCost
-from stagewise.errors import CheckpointError, ModelError, PlanError, RecipeError, UsageError
+from stagewise.engine.microbatch import batch_size
+from stagewise.errors import (
+    CheckpointError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    ScheduleError,
+    UsageError,
+)
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, ScheduleLike, check_balance, plan_from_costs
@@ -23,6 +32,9 @@ from stagewise.training.checkpoint import Checkpoint
 from stagewise.training.recipe import Batch, Recipe
 
 Model = nn.Module | Sequence[nn.Module]
+Moved = tuple[Pipeline, Optimizer | None]
+ADAPTIVE_COUNTS = (1, 2, 4, 8)  # microbatches per device that are tried
+MEASURING_SECONDS = 6.0  # for all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,7 @@ class PlanOptions:
     balance: tuple[int, ...] | None = None
     saved: Plan | None = None  # a whole plan; the numbers above are its own
     path: Path | None = None  # of the saved plan
+    adaptive: bool = False  # microbatches are chosen, and changed in the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,7 @@ class Prepared:
     batches: TrainingBatches
     validation: tuple[Batch, ...]
     num_steps: int
+    measured: Mapping[int, tuple[CellCost, ...]]  # by microbatches, where these are adaptive
 
 
 def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
@@ -76,15 +90,8 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         checkpoints.check_fits(options.resume, parameter_shapes(model))
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
-    plan = make_plan(recipe, model, options.plan, batch=batches.first)
-    pipe = Pipeline(
-        model,
-        plan,
-        loss=recipe.loss,
-        weight=recipe.weight,
-        seed=options.seed,
-        init=recipe.init,
-    )
+    plan, measured = _chosen_plan(recipe, model, options.plan, batches.first)
+    pipe = _pipeline(recipe, options, model, plan)
     del model  # the rest of it can go
     optimizer = recipe.make_optimizer(list(pipe.parameters()))
     if options.resume is not None:
@@ -97,6 +104,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         batches=batches,
         validation=validation_batches(recipe),
         num_steps=num_steps,
+        measured=measured,
     )
 
 
@@ -117,6 +125,56 @@ def saved_plan(path: Path) -> PlanOptions:
         saved=plan,
         path=path,
     )
+
+
+def moved(recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint) -> Moved:
+    """Pipeline and optimizer of another plan, at the state of `checkpoint`; every rank calls this.
+
+    What the recipe draws from is left as it was.
+    """
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    model = build_model(recipe, seed=options.seed, meta=recipe.meta)
+    pipe = _pipeline(recipe, options, model, plan)
+    del model
+    optimizer = recipe.make_optimizer(list(pipe.parameters()))
+    checkpoints.restore(checkpoint, pipe, optimizer)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+    return pipe, optimizer
+
+
+def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -> Pipeline:
+    return Pipeline(
+        model,
+        plan,
+        loss=recipe.loss,
+        weight=recipe.weight,
+        seed=options.seed,
+        init=recipe.init,
+    )
+
+
+def _chosen_plan(
+    recipe: Recipe, model: Model, options: PlanOptions, batch: Batch
+) -> tuple[Plan, dict[int, tuple[CellCost, ...]]]:
+    """The plan; if it is adaptive, the fastest of several numbers of microbatches, all measured."""
+    if not options.adaptive or recipe.meta:
+        return make_plan(recipe, model, options, batch=batch), {}
+    num_samples = batch_size(batch[0], "inputs")
+    num_devices = options.num_devices or sum(options.replicas) or options.num_stages
+    counts = [n * num_devices for n in ADAPTIVE_COUNTS if n * num_devices <= num_samples]
+    plans = {}
+    for count in counts or [num_samples]:
+        with suppress(ScheduleError):  # not every schedule takes every number
+            chosen = replace(options, num_microbatches=count)
+            plans[count] = make_plan(
+                recipe, model, chosen, batch=batch, seconds=MEASURING_SECONDS / len(counts or [1])
+            )
+    if not plans:
+        return make_plan(recipe, model, options, batch=batch), {}
+    fastest = min(plans.values(), key=lambda plan: plan.timeline.duration_seconds)
+    return fastest, {count: plan.cells for count, plan in plans.items()}
 
 
 def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) -> None:
@@ -157,8 +215,10 @@ def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
         return recipe.model()
 
 
-def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
-    """The plan measured on `batch`; every rank calls this.
+def make_plan(
+    recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch, seconds: float = 3.0
+) -> Plan:
+    """The plan measured on `batch` for about `seconds`; every rank calls this.
 
     What is on the meta device cannot be measured: see `plan_on_meta`. A saved plan is taken as it
     is.
@@ -180,6 +240,7 @@ def make_plan(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batc
         schedule=options.schedule,
         recompute=options.recompute,
         balance=options.balance,
+        seconds=seconds,
     )
 
 

@@ -61,6 +61,27 @@ class ValidationRecord:
         return {**asdict(self), "validation_loss": loss}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChangeRecord:
+    """Another plan from step `step` on: what changes, why, and the predicted share of time won."""
+
+    step: int
+    change: str
+    reason: str
+    predicted_gain: float | None = None
+
+    def to_log(self) -> dict[str, object]:
+        """The record as the log writes it."""
+        fields: dict[str, object] = {
+            "step": self.step,
+            "change": self.change,
+            "reason": self.reason,
+        }
+        if self.predicted_gain is not None:
+            fields["predicted_gain"] = round(self.predicted_gain, 4)
+        return fields
+
+
 class Reporter(ABC):
     """Where a run tells what happens."""
 
@@ -71,6 +92,10 @@ class Reporter(ABC):
     @abstractmethod
     def validation(self, record: ValidationRecord) -> None:
         """The validation batches were evaluated."""
+
+    @abstractmethod
+    def change(self, record: ChangeRecord) -> None:
+        """The plan changes, or does not though it was thought over."""
 
     @abstractmethod
     def say(self, text: object) -> None:
@@ -88,6 +113,9 @@ class Silent(Reporter):
         pass
 
     def validation(self, record: ValidationRecord) -> None:
+        pass
+
+    def change(self, record: ChangeRecord) -> None:
         pass
 
     def say(self, text: object) -> None:
@@ -131,6 +159,12 @@ class Shown(Reporter):
         self._write(record.to_log())
         metrics = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
         self.say(f"step {record.step}: validation loss {record.validation_loss:.4f}{metrics}")
+
+    def change(self, record: ChangeRecord) -> None:
+        self._write(record.to_log())
+        gain = record.predicted_gain
+        won = "" if gain is None else f" (predicted: {gain:.0%} less time)"
+        self.say(f"step {record.step}: {record.change}{won}, because {record.reason}")
 
     def say(self, text: object) -> None:
         self._print(text)

@@ -6,24 +6,40 @@ dropout (the pipeline's seeds), and what the checkpoint holds. So a resumed run 
 the run that was never interrupted. What ranks must agree on (stopping) they ask each other.
 """
 
+import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from stagewise.engine.microbatch import batch_size
 from stagewise.engine.values import move, take_apart
+from stagewise.errors import OutOfMemoryError
+from stagewise.planning.plan import Plan
+from stagewise.planning.sparing import sparing
+from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training.prepare import Prepared, TrainOptions, prepare
-from stagewise.training.progress import Reporter, Shown, Silent, StepRecord, ValidationRecord
+from stagewise.training.adaptive import DriftWatch
+from stagewise.training.prepare import Prepared, TrainOptions, moved, prepare
+from stagewise.training.progress import (
+    ChangeRecord,
+    Reporter,
+    Shown,
+    Silent,
+    StepRecord,
+    ValidationRecord,
+)
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.stop import StopRequest
 from stagewise.training.summary import Figures, Outcome, plan_in_words
 
 LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
 WARM_UP = 3  # steps that measured times leave out
+MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that needs less
 
 
 def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
@@ -61,6 +77,8 @@ class Trainer:
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._reporter, self._stop = prepared.pipe, reporter, stop
+        self._next_plan: Plan | None = None  # with another cut
+        self._watch = DriftWatch(prepared.measured)
         self._step_seconds: list[float] = []
         self._bubbles: list[float] = []
         self._checkpoint: Path | None = options.resume.path if options.resume else None
@@ -73,6 +91,9 @@ class Trainer:
         while step < num_steps and not self._pipe.any(self._stop.made):
             step += 1
             self._train_step(step)
+            if self._next_plan is not None:
+                self._move(step, self._next_plan)
+                self._next_plan = None
             is_last = step == num_steps
             if is_last or _is_due(step, options.validate_every):
                 after = self._validate(step)
@@ -97,8 +118,7 @@ class Trainer:
         pipe, optimizer = self._pipe, self._prepared.optimizer
         inputs, target = self._prepared.batches.next()
         start = time.perf_counter()
-        pipe.zero_grad()
-        loss = float(pipe.step(inputs, target=target))
+        loss = self._spared_step(step, inputs, target)
         pipe_seconds = time.perf_counter() - start
         if self._recipe.clip_grad_norm is not None:
             pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
@@ -107,8 +127,11 @@ class Trainer:
         seconds = time.perf_counter() - start
         bubble = None
         if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
-            bubble = float(pipe.timeline().bubble_fraction)
+            timeline = pipe.timeline()
+            bubble = float(timeline.bubble_fraction)
             self._bubbles.append(bubble)
+            if step < self._prepared.num_steps:
+                self._look(step, timeline)
         self._step_seconds.append(pipe_seconds)
         amount, unit = _amount((inputs, target))
         self._reporter.step(
@@ -121,6 +144,77 @@ class Trainer:
                 bubble_fraction=bubble,
             )
         )
+
+    def _spared_step(self, step: int, inputs: object, target: object) -> float:
+        """The loss of one step; if it runs out of memory, again by a plan that needs less.
+
+        A failed step leaves no trace, so this is the step of a run that had that plan from here on.
+        """
+        for attempt in itertools.count(1):
+            self._pipe.zero_grad()
+            try:
+                return float(self._pipe.step(inputs, target=target))
+            except OutOfMemoryError as error:
+                text = str(error)
+                if not self._options.plan.adaptive or attempt == MAX_ATTEMPTS:
+                    raise
+            # Outside the handler, so that what the error refers to is free.
+            self._spare(step, batch_size(inputs, "inputs"), text)
+        raise AssertionError("count() does not end")
+
+    def _spare(self, step: int, num_samples: int, text: str) -> None:
+        """Change the plan, which ran out of memory, to one that needs less; every rank does."""
+        found = sparing(self._pipe.plan, num_samples)
+        if found is None:
+            raise OutOfMemoryError(
+                f"{text}\nThis was already with {self._pipe.num_microbatches} microbatches and "
+                f"recompute={self._pipe.plan.recompute!r}, and nothing is left to try: use more "
+                "stages, or a smaller batch or model"
+            )
+        plan, change = found
+        self._watch.ran_out_of_memory(self._pipe.num_microbatches)
+        self._pipe.use(plan)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # blocks of the old sizes
+        self._reporter.change(ChangeRecord(step=step, change=change, reason=text))
+
+    def _look(self, step: int, timeline: Timeline) -> None:
+        """Change the plan where costs have drifted, for the steps after `step`; all ranks do."""
+        pipe = self._pipe
+        if not self._options.plan.adaptive or pipe.num_ranks != pipe.plan.num_devices:
+            return  # in one process devices take turns: no plan is faster
+        decision = self._watch.look(pipe.plan, timeline)
+        if decision is None:
+            return
+        change, plan = decision.change, decision.drift.plan
+        if change is not None:
+            plan = change.plan
+        if change is not None and change.moves:
+            self._next_plan = plan
+        else:
+            pipe.use(plan)
+        self._step_seconds.clear()
+        self._bubbles.clear()
+        self._reporter.change(
+            ChangeRecord(
+                step=step,
+                change=decision.words,
+                reason=str(decision.drift),
+                predicted_gain=None if change is None else change.gain,
+            )
+        )
+
+    def _move(self, step: int, plan: Plan) -> None:
+        """Go on by a plan with another cut: by a checkpoint, as a resumed run does."""
+        self._save(step)
+        assert self._checkpoint is not None
+        checkpoint = checkpoints.find(self._checkpoint)
+        self._pipe.module.to("meta")  # frees the old stages before the new ones are built
+        if self._prepared.optimizer is not None:
+            self._prepared.optimizer.state.clear()
+        pipe, optimizer = moved(self._recipe, self._options, plan, checkpoint)
+        self._pipe = pipe
+        self._prepared = replace(self._prepared, pipe=pipe, optimizer=optimizer)
 
     def _validate(self, step: int) -> float | None:
         """The mean loss over all validation samples, or weights; None where there are none."""

@@ -1,0 +1,76 @@
+"""Changing the plan in the run: where costs drift away from those that it was made from.
+
+All ranks see the same timelines and costs, so each comes to the same decision by itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stagewise.costs import CellCost
+from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster
+from stagewise.planning.plan import Plan
+from stagewise.timeline import Timeline
+
+MAX_CHANGES = 8  # in a run; a machine that changes all the time is not worth running after
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What drifted, and the plan to take; `change` is None where none is worth it."""
+
+    drift: Drift
+    change: Change | None
+
+    @property
+    def words(self) -> str:
+        """What changes."""
+        if self.change is None:
+            return "the plan stays, since no other is predicted to be enough faster"
+        old, new = self.drift.plan, self.change.plan
+        parts = [
+            f"{what} {now} in place of {before}"
+            for what, now, before in (
+                ("microbatches", new.num_microbatches, old.num_microbatches),
+                ("schedule", new.schedule, old.schedule),
+                ("cells per stage", list(new.balance), list(old.balance)),
+            )
+            if now != before
+        ]
+        return ", ".join(parts)
+
+
+class DriftWatch:
+    """Looks at measured timelines; `measured` are the cells' costs by number of microbatches."""
+
+    def __init__(self, measured: Mapping[int, Sequence[CellCost]]) -> None:
+        self._measured = dict(measured)
+        self._looks: list[Timeline] = []
+        self._num_changes = 0
+        self.least_microbatches = 1
+
+    def ran_out_of_memory(self, num_microbatches: int) -> None:
+        """Let no plan have as few microbatches as that again; what was seen is of another plan."""
+        self.least_microbatches = num_microbatches + 1
+        self._looks.clear()
+
+    def look(self, plan: Plan, timeline: Timeline) -> Decision | None:
+        """Take note of a step of `plan`; a decision where costs have drifted.
+
+        The caller then goes on with the change's plan, or with the drift's.
+        """
+        if not plan.cells or self._num_changes >= MAX_CHANGES:
+            return None
+        self._looks = [*self._looks[1 - NUM_LOOKS :], timeline]
+        drift = drift_of(plan, self._looks)
+        if drift is None:
+            return None
+        self._looks.clear()
+        self._num_changes += 1
+        self._measured = {count: drift.scaled(cells) for count, cells in self._measured.items()}
+        change = faster(
+            drift.plan,
+            self._measured,
+            may_move=True,
+            least_microbatches=self.least_microbatches,
+        )
+        return Decision(drift=drift, change=change)
