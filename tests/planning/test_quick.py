@@ -33,7 +33,8 @@ def random_costs(rng: random.Random, num_stages: int) -> list[StageCost]:
             gradient_bytes=rng.randint(0, 9),
             input_seconds=rng.random(),
             weight_seconds=rng.random(),
-            deferred_bytes=rng.randint(0, 99),
+            deferred_bytes=rng.randint(10, 99),
+            deferred_input_bytes=rng.randint(0, 9),
         )
         for _ in range(num_stages)
     ]

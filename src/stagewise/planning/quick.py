@@ -111,30 +111,43 @@ def _peak(
     costs: Sequence[StageCost],
     recomputed: frozenset[tuple[int, int]],
 ) -> int:
-    own = [
+    beside = [
         stage > 0 and device in schedule.placement[stage - 1]
         for stage in range(schedule.num_stages)
     ]
     level = peak = 0
+    done: set[tuple[int, int]] = set()  # their activations are gone
+    waiting: set[tuple[int, int]] = set()  # for `W`
+
+    def lends(stage: int, m: int) -> bool:
+        """Whether the stage before keeps, on this device, what `stage` was given."""
+        return (
+            beside[stage]
+            and (stage - 1, m) not in recomputed
+            and schedule.device_of(stage - 1, m) == device
+        )
+
     for i in schedule.programs[device]:
         stage, kind, m = i.stage, i.kind, i.microbatch
-        cost = costs[stage]
+        cost, lent = costs[stage], lends(stage, m)
         if kind is Kind.RECOMPUTE:
             level += cost.activation_bytes
+        elif kind is Kind.FORWARD:
+            level += 0 if lent else cost.input_bytes
+            level += 0 if (stage, m) in recomputed else cost.activation_bytes
         elif kind is Kind.BACKWARD_WEIGHT:
+            waiting.discard((stage, m))
             level -= cost.deferred_bytes
+            level += cost.deferred_input_bytes if lent and (stage - 1, m) not in done else 0
         else:
-            shared = own[stage] and (
-                schedule.device_of(stage - 1, m) == device and (stage - 1, m) not in recomputed
-            )
-            given = 0 if shared else cost.input_bytes
-            if kind is Kind.FORWARD:
-                stored = recomputed and (stage, m) in recomputed
-                level += given if stored else given + cost.activation_bytes
-            else:
-                level -= given + cost.activation_bytes
-                if kind is Kind.BACKWARD_INPUT:
-                    level += cost.deferred_bytes
+            done.add((stage, m))
+            level -= cost.activation_bytes + (0 if lent else cost.input_bytes)
+            if (stage + 1, m) in waiting and lends(stage + 1, m):
+                level += costs[stage + 1].deferred_input_bytes
+            if kind is Kind.BACKWARD_INPUT:
+                waiting.add((stage, m))
+                level += cost.deferred_bytes
+                level -= cost.deferred_input_bytes if lent and (stage - 1, m) not in done else 0
         peak = max(peak, level)
     return peak
 
