@@ -115,14 +115,16 @@ class BufferKeeper:
             [_marks(owner._buffers) for owner in self._owners],
         )
 
-    def put_back(self, snapshot: tuple[Saved, list[_Marks]]) -> None:
-        """Make all buffers again the tensors that they were; warns where they were written to."""
+    def put_back(self, snapshot: tuple[Saved, list[_Marks]], *, warn: bool) -> None:
+        """Make all buffers again the tensors that they were; may `warn` of one written to."""
         buffers, marks = snapshot
         self._homes.clear()
         for index, owner in enumerate(self._owners):
             owner._buffers.update(buffers[index])
             if _marks(owner._buffers) != marks[index]:
                 self._changes[index, owner.training] = True
+                if not warn:  # an error says more
+                    continue
                 warnings.warn(
                     f"{type(owner).__name__} changed a buffer that its first forward left alone "
                     f"({', '.join(owner._buffers)}), in a call that should leave no trace; from "
@@ -153,16 +155,16 @@ class BufferKeeper:
 def undone(keepers: Sequence[BufferKeeper], *, always: bool) -> Iterator[None]:
     """Run a call inside; buffers are put back if it fails, or `always`."""
     snapshots = [keeper.snapshot() for keeper in keepers]
-    done = False
+    ended = False
     try:
         yield
-        done = not always
+        ended = True
     finally:
         for keeper, snapshot in zip(keepers, snapshots, strict=True):
-            if done:
+            if ended and not always:
                 keeper.write_home()
             else:
-                keeper.put_back(snapshot)
+                keeper.put_back(snapshot, warn=ended)
 
 
 def overwrite(buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
