@@ -18,13 +18,8 @@ import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from stagewise.engine.memory import Packed, unpack
+from stagewise.model.deferral import PRODUCTS
 
-# Autograd's names of the nodes whose weight gradient is worth putting off.
-_PRODUCTS = (
-    *("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "GroupedMm"),
-    *("Convolution", "ConvolutionOverrideable", "ConvTbc", "Trilinear"),
-    *("Embedding", "EmbeddingBag", "IndexSelect"),
-)
 # Nodes that refuse to run as a part of their graph, or to keep it: reentrant checkpointing, and
 # compiled code, which frees what it is given.
 _INDIVISIBLE = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
@@ -219,7 +214,7 @@ def _traits_of(kind: type[Node]) -> _Traits:
     name = kind.__name__
     return _Traits(
         is_leaf=name == "AccumulateGrad",
-        is_product=name.rstrip("0123456789") in {f"{product}Backward" for product in _PRODUCTS},
+        is_product=name.rstrip("0123456789") in {f"{product}Backward" for product in PRODUCTS},
         is_indivisible=name in _INDIVISIBLE,
         saved=tuple(name for name in dir(kind) if name.startswith("_raw_saved_")),
     )

@@ -17,11 +17,12 @@ _VIEWS = {"TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0
     "ToCopyBackward0",
     "ReshapeAliasBackward0",
 }
-_PRODUCTS = {"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0"} | {
-    "MvBackward0",
-    "ConvolutionBackward0",
-    "EmbeddingBackward0",
-}
+# Autograd's names, without "Backward0", of the nodes whose weight gradient is worth putting off.
+PRODUCTS = (
+    *("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "GroupedMm"),
+    *("Convolution", "ConvolutionOverrideable", "ConvTbc", "Trilinear"),
+    *("Embedding", "EmbeddingBag", "IndexSelect"),
+)
 
 
 def deferred_by(
@@ -40,7 +41,7 @@ def deferred_by(
         if _kind(node) in _VIEWS:
             continue
         parameters = [leaf for leaf in _leaves_of(node) if id(leaf) in known]
-        if _kind(node) not in _PRODUCTS:
+        if _kind(node).removesuffix("Backward0") not in PRODUCTS:
             at_once |= {id(parameter) for parameter in parameters}
         elif parameters:
             waiting |= {id(parameter): parameter for parameter in parameters}
