@@ -6,7 +6,7 @@ cell gets its share of the parameters, under the plain model's names, and its co
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import fx, nn
@@ -61,10 +61,11 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     """
     _check(model)
     form = CallForm(model, args, kwargs)
-    example = _doubled(_copied(form.named(args, kwargs)))
+    device = _device(model)
+    example = _doubled(_copied(form.named(args, kwargs), device))
     leaves = leaves_of(model)
     flows = {}
-    with _modes_kept(model):
+    with _modes_kept(model), torch.device("meta") if device.type == "meta" else nullcontext():
         for training in (True, False):
             if model.training is not training:
                 model.train(training)
@@ -79,7 +80,7 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
         True: [main[cut] for cut in cuts],
         False: _begins(cuts, main, flows[True], flows[False]),
     }
-    homes = [Home(_device(model)) for _ in names]
+    homes = [Home(device) for _ in names]
     programs = {
         training: programs_of(flow, begins[training], homes, form.leaves)
         for training, flow in flows.items()
@@ -121,9 +122,11 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _copied(example: Mapping[str, object]) -> dict[str, object]:
+def _copied(example: Mapping[str, object], device: torch.device) -> dict[str, object]:
     """The example with tensors of its own, each once, so that none is tied to another."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(example))  # type: ignore[no-any-return]
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: t.detach().clone().to(device), dict(example)
+    )
 
 
 def _doubled(example: dict[str, object]) -> dict[str, object]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import BatchError
 from stagewise.model.capture.emit import Function, Home
-from stagewise.model.piece import Piece
+from stagewise.model.piece import Holder, Piece
 
 TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
 
@@ -121,10 +121,9 @@ class CapturedCell(Piece):
             self._owned.append((place, path, name))
             self.add_module(name, module)
             setattr(self._space, name, module)
-        self._constants = tuple(constants)
+        self._space.constants = self._constants = Holder()
         for name, tensor in constants.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self._find_constants()
+            self._constants.register_buffer(name, tensor, persistent=False)
 
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
         for place, path, name in self._owned:
@@ -138,11 +137,14 @@ class CapturedCell(Piece):
             *arriving, derived = value
         else:
             arriving = (value,) if program.takes_one else value
+        tensors = (v for v in (*arriving, *inputs.values()) if isinstance(v, torch.Tensor))
+        space.device = next((tensor.device for tensor in tensors), space.device)
         shared: Iterable[Any] = ()
         if program.hands_on_derived or program.shared:
             derived = Derived() if derived is None else derived
             shared = self._shared(program, derived, inputs) if program.shared else ()
-        result = program.run(space, *arriving, *shared, *[t.of(inputs) for t in program.inputs])
+        given = [*arriving, *shared, *[taken.of(inputs) for taken in program.inputs]]
+        result = program.run(space, *given)
         if program.out_spec is not None:
             rest = iter(result)
             leaves = [next(rest) if leaf is TENSOR else leaf for leaf in program.out_constants]
@@ -155,13 +157,3 @@ class CapturedCell(Piece):
             given = [taken.of(inputs) for taken in program.derive_inputs]
             known.update(zip(program.shared, program.derive(self._space, *given), strict=True))
         return [known[name] for name in program.shared]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "CapturedCell":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._space.device = fn(torch.empty(0, device=self._space.device)).device
-        self._find_constants()
-        return self
-
-    def _find_constants(self) -> None:
-        for name in self._constants:
-            setattr(self._space, name, self._buffers[name])

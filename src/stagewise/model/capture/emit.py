@@ -1,8 +1,8 @@
 """A piece of a trace as a Python function: fx writes the code, the cell's own tensors go in.
 
 The function's first argument is a namespace that holds the cell's modules (`self.m3.weight`,
-`self.m3(x)`), its constants and its device, so that what the engine puts in a parameter's place,
-and where the cell is moved, is what runs.
+`self.m3(x)`), its constants, and the device of what it is given; so what the engine puts in a
+parameter's place, and where the cell is moved, is what runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from stagewise.model.capture.effects import EFFECT, make_effect
 from stagewise.model.capture.flow import Flow, inner_graph
 
 Function = Callable[..., Any]
@@ -59,7 +60,8 @@ class Home:
         return self.leaves[path]
 
     def constant(self, node: fx.Node) -> str:
-        return self.constants.setdefault(node, f"c{len(self.constants)}")
+        name = self.constants.setdefault(node, f"c{len(self.constants)}")
+        return f"constants.{name}"
 
     def keep(self, prefix: str, value: object) -> str:
         name = f"{prefix}{len(vars(self.space))}"
@@ -159,6 +161,8 @@ class Emitter:
             return made
         if inner := [s for s in node.all_input_nodes if inner_graph(s) is not None]:
             return self._region(node, inner)
+        if node.target is EFFECT:
+            return self.graph.call_function(make_effect, self._arguments(node.args))
         method = _METHODS.get(node.target)
         return self.graph.create_node(
             "call_function" if method is None else "call_method",
