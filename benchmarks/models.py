@@ -89,6 +89,15 @@ def over_ranks(value: float) -> float:
     return float(tensor)
 
 
+def whole_state(pipe: stagewise.Pipeline) -> dict[str, Tensor]:
+    """All ranks' states as one."""
+    states = [pipe.state_dict()]
+    if pipe.num_ranks > 1:
+        states *= pipe.num_ranks
+        dist.all_gather_object(states, pipe.state_dict())
+    return {name: tensor for state in states for name, tensor in state.items()}
+
+
 def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
     """The batch with its floating tensors in `dtype`."""
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()}
@@ -160,13 +169,12 @@ def row(
     pipe.zero_grad()
     plain.train()
     change = pipe.step(**other) - plain_step(plain, entry, other).loss
-    plain.load_state_dict(model.state_dict())  # the same running statistics
+    plain.load_state_dict(whole_state(pipe))  # the same running statistics
     plain.eval()
     with torch.no_grad():
         evaluated = pipe.evaluate(**batch) - plain_loss(plain, entry, batch)
     step_seconds = seconds_of(lambda: pipe.step(**batch))
-    own = set(pipe.state_dict())
-    same = own <= set(model.state_dict()) and (
+    same = sorted(whole_state(pipe)) == sorted(model.state_dict()) and (
         pipe.num_ranks > 1 or list(pipe.state_dict()) == list(model.state_dict())
     )
     allowed = ALLOWED[wanted.loss.dtype] * float(wanted.loss.abs())

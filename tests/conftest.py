@@ -1,5 +1,6 @@
 """Shared set-up: deterministic hypothesis (but for `make soak`), worker pools, GPU tests."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -7,6 +8,9 @@ import pytest
 
 from tests.harness import Pools
 from tests.soak import FACTOR
+
+# Tests capture models anew, and leave no trace in the user's cache; workers inherit this.
+os.environ["STAGEWISE_CAPTURE_CACHE"] = "off"
 
 hypothesis.settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None

@@ -360,13 +360,17 @@ def test_masks_are_computed_once_per_stage_and_never_sent() -> None:
     assert sum(bool(program.shared) for program in programs) >= 4, "masks are shared"
     made: list[int] = []
 
-    def counted(run: Callable[..., Any], *args: object) -> object:
-        made.append(1)
-        return run(*args)
+    class Counted:
+        def __init__(self, code: Any) -> None:
+            self._run = code.function
+
+        def function(self, *args: object) -> object:
+            made.append(1)
+            return self._run(*args)
 
     for cell, program in zip(chain, programs, strict=True):
         if program.derive is not None:
-            derive = functools.partial(counted, program.derive)
+            derive = Counted(program.derive)
             cell.module._programs[True] = dataclasses.replace(program, derive=derive)  # type: ignore[union-attr, index]
     ours(**words(4))
     assert len(made) == len({name for program in programs for name in program.shared})
@@ -393,6 +397,93 @@ def test_plan_captures_by_itself() -> None:
     pipe = stagewise.Pipeline(model, plan, loss=square)
     by_position, by_name = pipe.evaluate(images(4)["image"]), pipe.evaluate(**images(4))
     assert torch.equal(by_position, by_name)
+
+
+class Scaled(nn.Module):
+    """Its own parameter beside a layer's, with an initialisation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.linear = nn.Parameter(torch.empty(6)), nn.Linear(6, 6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.scale + torch.ones(6))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Scaled(), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def test_the_meta_device() -> None:
+    """Captured, estimated and made real stage by stage; the same weights at any cut."""
+    states = []
+    for num_stages in (1, 2):
+        with torch.device("meta"):
+            model, x = Two(), torch.empty(4, 6)
+        cells = stagewise.estimate(model, x, loss=square, num_microbatches=2, device="cpu")
+        assert [cell.name for cell in cells] == ["one", "two.linear"]
+        balance = (2,) if num_stages == 1 else (1, 1)
+        plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=2)
+        pipe = stagewise.Pipeline(model, plan, loss=square)
+        states.append(pipe.state_dict())
+        plain = Two()
+        plain.load_state_dict(states[-1])
+        wanted = square(plain(torch.ones(4, 6)))
+        assert torch.allclose(pipe.step(torch.ones(4, 6)), wanted, rtol=1e-6)
+        assert abs(states[-1]["one.scale"].std() - 1) < 0.9, "drawn, not left as it was"
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+class Balanced(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        stagewise.add_loss(x.abs().mean(), "balance")
+        return self.two(x)
+
+
+def test_added_losses_are_added_by_the_cells() -> None:
+    torch.manual_seed(0)
+    model, x = Balanced(), torch.randn(6, 6)
+    plain = copy.deepcopy(model)
+    ours = stagewise.capture(model, x)
+    plan = stagewise.Plan(balance=(1, len(ours.chain) - 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=square)
+    loss = pipe.step(x)
+    with stagewise.collect_losses() as added:
+        main = square(plain(x))
+    (main + added["balance"]).backward()
+    torch.testing.assert_close(loss, main + added["balance"])
+    torch.testing.assert_close(pipe.losses["balance"], added["balance"].detach())
+    for name, gradient in gradients(pipe).items():
+        torch.testing.assert_close(gradient, gradients(plain)[name])
+
+
+def test_autocast_is_that_of_the_call() -> None:
+    torch.manual_seed(0)
+    model = Two()
+    ours = stagewise.capture(model, torch.ones(4, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ours(torch.ones(4, 6))
+        assert output.dtype == torch.bfloat16  # type: ignore[union-attr, attr-defined]
+        assert torch.equal(output, model(torch.ones(4, 6)))  # type: ignore[arg-type]
+
+
+def test_gpipe_takes_any_module() -> None:
+    torch.manual_seed(0)
+    gpipe = stagewise.GPipe(Two(), 2, 2, loss=F.mse_loss)
+    x, target = torch.ones(4, 6), torch.zeros(4, 6)
+    torch.manual_seed(0)
+    torch.testing.assert_close(gpipe.training_step((x, target)), F.mse_loss(Two()(x), target))
 
 
 def test_a_capture_lives_as_long_as_its_model() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stagewise.errors import BatchError
+from stagewise.model.capture.effects import trace_effect, traced_effect
 
 MAIN_LOSS = "loss"  # the name of a loss that came without one
 
@@ -53,9 +54,15 @@ def add_loss(value: torch.Tensor, name: str = "added") -> None:
             f"add_loss got {got} as {name!r} but needs a tensor of one number; reduce it to its "
             "mean over the samples"
         )
+    if torch.compiler.is_exporting():  # the model is being captured: its cell will add it
+        trace_effect(value, "add_loss", name)
+        return
     collector = _COLLECTORS.active
     if collector is not None:
         collector.added.append(AddedLoss(collector.cell, name, value))
+
+
+traced_effect("add_loss", add_loss)
 
 
 def collecting(collector: LossCollector | None) -> LossCollector | None:

@@ -30,10 +30,11 @@ class Cell:
     def named_modules(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
         """All modules in the cell, by their paths in the model."""
         known: set[nn.Module] = set()
-        for path, root in self._roots():
+        for path, root in self.roots():
             yield from root.named_modules(known, path, remove_duplicate)
 
-    def _roots(self) -> list[tuple[str, nn.Module]]:
+    def roots(self) -> list[tuple[str, nn.Module]]:
+        """The modules that make up the cell, by their paths in the model."""
         if isinstance(self.module, Piece):
             return [(path, module) for _, path, module in self.module.owned()]
         return [(self.name, self.module)]

@@ -19,6 +19,7 @@ from torch import nn
 
 from stagewise.errors import ModelError
 from stagewise.model.chain import Cell, Chain
+from stagewise.model.piece import Holder
 
 Init = Callable[[nn.Module], object]
 _NUM_SHOWN = 5
@@ -75,7 +76,7 @@ def is_meta(chain: Chain) -> bool:
     Buffers with values are welcome in a model whose parameters are on the meta device.
     """
     tensors = [
-        (f"{path}.{name}", tensor)
+        (_name(path, name), tensor)
         for cell in chain
         for path, module in cell.named_modules()
         for kept in (module._parameters, module._buffers)
@@ -122,7 +123,7 @@ def materialise(
         ModelError: a tensor of these cells has no initialisation, its initialisation failed, or
             a constructor initialised it in a way that is lost.
     """
-    entries = _entries(chain)
+    entries = _entries(chain, model)
     by_cell: dict[int, list[_Entry]] = {}
     for entry in entries:
         by_cell.setdefault(min(entry.cells), []).append(entry)
@@ -140,8 +141,11 @@ def materialise(
             place.put(real)
 
 
-def _entries(chain: Chain) -> list[_Entry]:
-    """The model's tensors on the meta device, in its order."""
+def _entries(chain: Chain, model: nn.Module | None) -> list[_Entry]:
+    """The model's tensors on the meta device, in its order.
+
+    What a cell of a captured model holds of a module is initialised in that module.
+    """
     entries: dict[int, _Entry] = {}
     for cell in chain:
         for path, module in cell.named_modules(remove_duplicate=False):
@@ -149,26 +153,19 @@ def _entries(chain: Chain) -> list[_Entry]:
                 if tensor is None or not tensor.is_meta:
                     continue
                 entry = entries.setdefault(id(tensor), _Entry(tensor))
-                place = _Place(f"{path}.{attribute}", module, attribute)
-                entry.names.append(place.name)
+                name = _name(path, attribute)
+                entry.names.append(name)
                 entry.cells.add(cell.index)
-                if all((p.module, p.attribute) != (module, attribute) for p in entry.places):
-                    entry.places.append(place)
+                for keeper in dict.fromkeys((_original(path, module, model), module)):
+                    if all((p.module, p.attribute) != (keeper, attribute) for p in entry.places):
+                        entry.places.append(_Place(name, keeper, attribute))
     return list(entries.values())
 
 
 def _parts(cell: Cell, model: nn.Module | None, init: Init | None) -> Iterator[_Part]:
     """The cell's modules, children first as their constructors ran, then those around it."""
-    around: list[_Part] = []
-    hook = init
-    path = cell.name.split(".")
-    for depth in range(len(path) if model is not None else 0):
-        prefix = ".".join(path[:depth])
-        assert model is not None
-        module = model.get_submodule(prefix)
-        hook = init or _own_init(module) or hook
-        around.append(_Part(prefix, module, hook, is_around=True))
     seen: set[nn.Module] = set()
+    around: dict[str, _Part] = {}
 
     def inside(name: str, module: nn.Module, hook: Init | None) -> Iterator[_Part]:
         if module in seen:
@@ -179,8 +176,34 @@ def _parts(cell: Cell, model: nn.Module | None, init: Init | None) -> Iterator[_
             yield from inside(f"{name}.{child_name}", child, hook)
         yield _Part(name, module, hook)
 
-    yield from inside(cell.name, cell.module, hook)
-    yield from reversed(around)
+    for path, module in reversed(list(cell.roots())):
+        hook = init
+        for prefix in _above(path) if model is not None else ():
+            assert model is not None
+            outer = model.get_submodule(prefix)
+            hook = init or _own_init(outer) or hook
+            around.setdefault(prefix, _Part(prefix, outer, hook, is_around=True))
+        if isinstance(module, Holder):
+            original = _original(path, module, model)
+            yield _Part(path, original, init or _own_init(original) or hook)
+        else:
+            yield from inside(path, module, hook)
+    yield from sorted(around.values(), key=lambda part: len(_above(part.path)), reverse=True)
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules around `path`, the model's own first."""
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) if path else 0)]
+
+
+def _original(path: str, module: nn.Module, model: nn.Module | None) -> nn.Module:
+    """The model's own module, where `module` stands for it in a cell."""
+    return model.get_submodule(path) if model is not None and isinstance(module, Holder) else module
+
+
+def _name(path: str, attribute: str) -> str:
+    return f"{path}.{attribute}" if path else attribute
 
 
 def _initialised(
@@ -329,7 +352,7 @@ def _check_constructors(lost: Sequence[_Entry]) -> None:
 
 
 def _check_attributes(cell: Cell) -> None:
-    for path, module in cell.module.named_modules(prefix=cell.name):
+    for path, module in cell.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise ModelError(

@@ -9,7 +9,8 @@ from torch import nn
 
 from stagewise.engine.stage import Loss
 from stagewise.errors import BatchError, PlanError
-from stagewise.model.chain import chain_of
+from stagewise.model.captured import captured_of
+from stagewise.model.chain import Model, chain_of, is_chain
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.planning import plan
 from stagewise.planning.partition import check_counts
@@ -24,7 +25,7 @@ class GPipe:
     `num_partitions` ranks it runs one partition on each.
 
     Args:
-        layers: an `nn.Sequential` or a list of modules.
+        layers: an `nn.Sequential`, a list of modules, or any module (see `stagewise.capture`).
         loss: `loss(output, target)`, a mean over samples; None if the last layer returns that.
         optimizer: makes an optimizer from parameters, as `torch.optim.SGD` does with its
             arguments bound; None leaves the update to the caller.
@@ -42,7 +43,7 @@ class GPipe:
 
     def __init__(
         self,
-        layers: nn.Module | Sequence[nn.Module],
+        layers: Model,
         num_partitions: int = 4,
         num_microbatches: int = 8,
         *,
@@ -52,7 +53,8 @@ class GPipe:
         balance: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
-        check_counts(len(chain_of(layers)), num_partitions)
+        if not isinstance(layers, nn.Module) or is_chain(layers) or captured_of(layers):
+            check_counts(len(chain_of(layers)), num_partitions)
         self._layers, self._loss, self._seed = layers, loss, seed
         self._make_optimizer = optimizer
         self._plan = functools.partial(

@@ -108,6 +108,10 @@ class CallForm:
             return False
         return {n: _form(v) for n, v in named.items() if v is not None} == self._forms
 
+    def text(self) -> str:
+        """All that it holds, the same in every process; batch sizes aside."""
+        return repr((self._what, self.names, self.leaves, self._constants, self._forms))
+
     def __deepcopy__(self, memo: dict[int, object]) -> "CallForm":
         return self  # nothing in it changes
 

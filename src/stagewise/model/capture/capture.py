@@ -6,7 +6,7 @@ cell gets its share of the parameters, under the plain model's names, and its co
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import fx, nn
@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
 from stagewise.model.capture.arguments import CallForm
+from stagewise.model.capture.cache import Plain, cached
 from stagewise.model.capture.cells import CapturedCell
 from stagewise.model.capture.cuts import cuts_of, matching_cuts, names_of
-from stagewise.model.capture.emit import Home
 from stagewise.model.capture.flow import Flow
+from stagewise.model.capture.home import Home
 from stagewise.model.capture.leaves import leaves_of
 from stagewise.model.capture.owners import owners_of
 from stagewise.model.capture.programs import programs_of
@@ -34,7 +35,8 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     every tensor; their values do not matter. Afterwards `Pipeline(model, plan)` accepts the model;
     `stagewise.plan` captures by itself. The model keeps its parameters, which the cells share.
     What `forward` decides by anything but the batch size (flags, other sizes, hooks of modules
-    that are not torch.nn's own) is decided now; training and eval mode are captured apart.
+    that are not torch.nn's own) is decided now; training and eval mode are captured apart. What
+    was found is kept on disk (`stagewise.model.capture.cache`), and found again in a second.
 
     Returns an object that runs as the model does, and that Pipeline takes in its place.
 
@@ -61,10 +63,21 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     """
     _check(model)
     form = CallForm(model, args, kwargs)
-    example = _doubled(_copied(form.named(args, kwargs)))
+    pieces = cached(model, form, lambda: _pieces(model, form, args, kwargs))
+    captured = _assembled(model, form, pieces)
+    remember(model, captured)
+    return captured
+
+
+def _pieces(
+    model: nn.Module, form: CallForm, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> list[Plain]:
+    """Trace the model and cut it."""
+    device = _device(model)
+    example = _doubled(_copied(form.named(args, kwargs), device))
     leaves = leaves_of(model)
     flows = {}
-    with _modes_kept(model):
+    with _modes_kept(model), torch.device("meta") if device.type == "meta" else nullcontext():
         for training in (True, False):
             if model.training is not training:
                 model.train(training)
@@ -74,41 +87,36 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     form.check_batch(flows[True].trace.inputs, type(model).__name__)
     main = flows[True].main
     cuts = cuts_of(model, flows[True], main)
-    names = names_of(model, flows[True], main, cuts)
     begins: dict[bool, list[fx.Node | None]] = {
         True: [main[cut] for cut in cuts],
         False: _begins(cuts, main, flows[True], flows[False]),
     }
-    homes = [Home(_device(model)) for _ in names]
+    homes = [Home(device) for _ in range(len(cuts) + 1)]
     programs = {
         training: programs_of(flow, begins[training], homes, form.leaves)
         for training, flow in flows.items()
     }
-    owners = owners_of(model, leaves, homes)
+    names = names_of(model, flows[True], main, cuts)
+    return [
+        Plain(name, home, {training: both[index] for training, both in programs.items()})
+        for index, (name, home) in enumerate(zip(names, homes, strict=True))
+    ]
+
+
+def _assembled(model: nn.Module, form: CallForm, pieces: Sequence[Plain]) -> Captured:
+    """The cells, with the model's own modules and parameters."""
+    owners = owners_of(model, leaves_of(model), [piece.home for piece in pieces])
     cells = []
-    for index, (name, home) in enumerate(zip(names, homes, strict=True)):
-        own = {training: both[index] for training, both in programs.items()}
-        taken = {t.name for p in own.values() for t in (*p.inputs, *p.derive_inputs)}
-        constants = {
-            kept: flow.trace.constants[node]
-            for flow in flows.values()
-            for node, kept in home.constants.items()
-            if node in flow.trace.constants
-        }
-        module = CapturedCell(
-            home,
-            owners[index],
-            constants,
-            own,
-            [name for name in form.names if name in taken] or form.names[:1] * (index == 0),
-            is_first=index == 0,
-        )
+    for index, piece in enumerate(pieces):
+        taken = {t.name for p in piece.programs.values() for t in (*p.inputs, *p.derive_inputs)}
+        names = [name for name in form.names if name in taken]
+        # The first must take something, since the batch enters there.
+        names = names or list(form.names[:1] if index == 0 else ())
+        module = CapturedCell(piece.home, owners[index], piece.programs, names, is_first=index == 0)
         module.training = model.training
-        cells.append(Cell(index, name, module))
+        cells.append(Cell(index, piece.name, module))
     form.taken = frozenset(n for cell in cells for n in cell.keywords(cell.index and 1))
-    captured = Captured(tuple(cells), form)
-    remember(model, captured)
-    return captured
+    return Captured(tuple(cells), form)
 
 
 def _check(model: nn.Module) -> None:
@@ -121,9 +129,11 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _copied(example: Mapping[str, object]) -> dict[str, object]:
+def _copied(example: Mapping[str, object], device: torch.device) -> dict[str, object]:
     """The example with tensors of its own, each once, so that none is tied to another."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(example))  # type: ignore[no-any-return]
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: t.detach().clone().to(device), dict(example)
+    )
 
 
 def _doubled(example: dict[str, object]) -> dict[str, object]:

@@ -6,6 +6,7 @@ holder with the same attribute names, so that all names are the plain model's.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from stagewise.errors import BatchError
-from stagewise.model.capture.emit import Function, Home
-from stagewise.model.piece import Piece
+from stagewise.model.capture.home import Code, Home
+from stagewise.model.piece import Holder, Piece
 
 TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
 
@@ -83,13 +84,13 @@ class Program:
     has not. `takes_one`: what arrives is one value, not a tuple.
     """
 
-    run: Function
+    run: Code
     inputs: tuple[TakenInput, ...]
     takes_one: bool
     takes_derived: bool
     hands_on_derived: bool
     shared: tuple[str, ...]
-    derive: Function | None
+    derive: Code | None
     derive_inputs: tuple[TakenInput, ...]
     out_spec: pytree.TreeSpec | None  # of the last cell
     out_constants: tuple[object, ...]
@@ -105,15 +106,15 @@ class CapturedCell(Piece):
         self,
         home: Home,
         owners: Sequence[tuple[int, str, nn.Module]],
-        constants: Mapping[str, torch.Tensor],
         programs: Mapping[bool, Program],
         input_names: Sequence[str],
         *,
         is_first: bool,
     ) -> None:
         super().__init__()
-        self._space, self._programs = home.space, dict(programs)
+        self._space = SimpleNamespace(device=home.device, **home.kept)
         self._space.itself = self._space
+        self._programs = dict(programs)
         self.input_names, self.is_first = tuple(input_names), is_first
         self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
         for place, path, module in owners:
@@ -121,10 +122,9 @@ class CapturedCell(Piece):
             self._owned.append((place, path, name))
             self.add_module(name, module)
             setattr(self._space, name, module)
-        self._constants = tuple(constants)
-        for name, tensor in constants.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self._find_constants()
+        self._space.constants = self._constants = Holder()
+        for name, tensor in home.constants.items():
+            self._constants.register_buffer(name, tensor, persistent=False)
 
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
         for place, path, name in self._owned:
@@ -138,11 +138,14 @@ class CapturedCell(Piece):
             *arriving, derived = value
         else:
             arriving = (value,) if program.takes_one else value
+        tensors = (v for v in (*arriving, *inputs.values()) if isinstance(v, torch.Tensor))
+        space.device = next((tensor.device for tensor in tensors), space.device)
         shared: Iterable[Any] = ()
         if program.hands_on_derived or program.shared:
             derived = Derived() if derived is None else derived
             shared = self._shared(program, derived, inputs) if program.shared else ()
-        result = program.run(space, *arriving, *shared, *[t.of(inputs) for t in program.inputs])
+        given = [*arriving, *shared, *[taken.of(inputs) for taken in program.inputs]]
+        result = program.run.function(space, *given)
         if program.out_spec is not None:
             rest = iter(result)
             leaves = [next(rest) if leaf is TENSOR else leaf for leaf in program.out_constants]
@@ -153,15 +156,7 @@ class CapturedCell(Piece):
         known = derived.values
         if program.derive is not None and not all(name in known for name in program.shared):
             given = [taken.of(inputs) for taken in program.derive_inputs]
-            known.update(zip(program.shared, program.derive(self._space, *given), strict=True))
+            known.update(
+                zip(program.shared, program.derive.function(self._space, *given), strict=True)
+            )
         return [known[name] for name in program.shared]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "CapturedCell":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._space.device = fn(torch.empty(0, device=self._space.device)).device
-        self._find_constants()
-        return self
-
-    def _find_constants(self) -> None:
-        for name in self._constants:
-            setattr(self._space, name, self._buffers[name])

@@ -1,12 +1,11 @@
 """A piece of a trace as a Python function: fx writes the code, the cell's own tensors go in.
 
 The function's first argument is a namespace that holds the cell's modules (`self.m3.weight`,
-`self.m3(x)`), its constants and its device, so that what the engine puts in a parameter's place,
-and where the cell is moved, is what runs.
+`self.m3(x)`), its constants, and the device of what it is given; so what the engine puts in a
+parameter's place, and where the cell is moved, is what runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from stagewise.model.capture.effects import EFFECT, make_effect
 from stagewise.model.capture.flow import Flow, inner_graph
+from stagewise.model.capture.home import CONTEXTS, Code, Home, Region
 
-Function = Callable[..., Any]
 _aten = torch.ops.aten
 # The same operators as methods of a tensor, which are called a microsecond faster.
 _METHODS: Mapping[object, str] = {
@@ -32,60 +32,6 @@ _METHODS: Mapping[object, str] = {
         *(_aten.tanh.default, _aten.sigmoid.default, _aten.to.dtype, _aten.chunk.default),
     )
 }
-
-
-class Home:
-    """The names under which one cell keeps what its code uses; shared by its functions."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.space = SimpleNamespace(device=device)
-        self.device = device  # the traced one
-        self.states: dict[str, str] = {}  # a parameter's or buffer's name -> where it is kept
-        self.leaves: dict[str, str] = {}  # a leaf's path -> where it is kept
-        self.constants: dict[fx.Node, str] = {}
-        self._known: dict[str, object] = {}
-
-    def owner(self, path: str) -> str:
-        """Where the module at `path` will be kept; `space` gets it once the cell has one."""
-        return self._name("m", path)
-
-    def state(self, name: str) -> str:
-        path, _, attribute = name.rpartition(".")
-        self.states[name] = f"{self.owner(path)}.{attribute}"
-        return self.states[name]
-
-    def leaf(self, path: str) -> str:
-        self.leaves[path] = self.owner(path)
-        return self.leaves[path]
-
-    def constant(self, node: fx.Node) -> str:
-        return self.constants.setdefault(node, f"c{len(self.constants)}")
-
-    def keep(self, prefix: str, value: object) -> str:
-        name = f"{prefix}{len(vars(self.space))}"
-        setattr(self.space, name, value)
-        return name
-
-    @property
-    def owners(self) -> Mapping[str, str]:
-        """Path of a module -> its name here."""
-        return {path: name for path, name in self._known.items() if isinstance(name, str)}
-
-    def _name(self, prefix: str, path: str) -> str:
-        name = self._known.setdefault(path, f"{prefix}{len(self._known)}")
-        assert isinstance(name, str)
-        return name
-
-
-class Region:
-    """Operators that run with gradients off, or under an autocast of their own."""
-
-    def __init__(self, run: Function, contexts: Callable[[str], AbstractContextManager[None]]):
-        self._run, self._contexts = run, contexts
-
-    def __call__(self, space: SimpleNamespace, *args: object) -> object:
-        with self._contexts(space.device.type):
-            return self._run(space, *args)
 
 
 class Emitter:
@@ -119,7 +65,7 @@ class Emitter:
             if node in trace.states:
                 self._here[node] = self._get(self._home.state(trace.states[node]))
             elif node in trace.constants:
-                self._here[node] = self._get(self._home.constant(node))
+                self._here[node] = self._get(self._home.constant(trace.constants[node]))
             elif self._flow.is_size(node):
                 self._here[node] = self._size(node)
             else:
@@ -127,7 +73,7 @@ class Emitter:
                 self._here[node] = self._call(node)
         return self._here[node]
 
-    def function(self, returned: fx.Node | Sequence[fx.Node]) -> Function:
+    def function(self, returned: fx.Node | Sequence[fx.Node]) -> Code:
         """The function, returning `returned`: a node of the trace, or a tuple of them."""
         if isinstance(returned, fx.Node):
             self.graph.output(self.value(returned))
@@ -159,6 +105,8 @@ class Emitter:
             return made
         if inner := [s for s in node.all_input_nodes if inner_graph(s) is not None]:
             return self._region(node, inner)
+        if node.target is EFFECT:
+            return self.graph.call_function(make_effect, self._arguments(node.args))
         method = _METHODS.get(node.target)
         return self.graph.create_node(
             "call_function" if method is None else "call_method",
@@ -184,14 +132,11 @@ class Emitter:
     def _region(self, node: fx.Node, inner: Sequence[fx.Node]) -> fx.Node:
         name = str(node.target)
         before = node.args[: node.args.index(inner[0])]
-        contexts = _CONTEXTS.get(name)
         graph = inner_graph(inner[0])
-        if contexts is None or graph is None or len(inner) > 1:
+        if name not in CONTEXTS or graph is None or len(inner) > 1:
             owner = node.graph.owning_module
             for source in inner:
-                self._here[source] = self._get(
-                    self._home.keep("g", getattr(owner, str(source.target)))
-                )
+                self._here[source] = self._get(self._home.keep(getattr(owner, str(source.target))))
             return self.graph.create_node(
                 "call_function", node.target, self._arguments(node.args), name=node.name
             )
@@ -203,12 +148,12 @@ class Emitter:
             if operator.op == "call_function":
                 emitter.run(operator)
         (output,) = (n for n in graph.nodes if n.op == "output")
-        region = Region(emitter.function(output.args[0]), contexts(*before))
+        region = Region(emitter.function(output.args[0]), name, tuple(before))
         given = node.args[len(before) + 1 :]
         return self.graph.create_node(
             "call_function",
             _run_region,
-            (self._get(self._home.keep("r", region)), self._get("itself"), *self._arguments(given)),
+            (self._get(self._home.keep(region)), self._get("itself"), *self._arguments(given)),
         )
 
     def _size(self, node: fx.Node) -> fx.Node:
@@ -235,13 +180,10 @@ class UnknownSizeError(Exception):
         self.node = node
 
 
-def compiled(graph: fx.Graph) -> Function:
+def compiled(graph: fx.Graph) -> Code:
     """The graph as a function of a namespace and its parameters."""
     code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, "<stagewise cell>", "exec"), scope)
-    function: Function = scope["forward"]
-    return function
+    return Code(code.src, code.globals)
 
 
 def _shape(node: fx.Node) -> Sequence[object]:
@@ -255,19 +197,3 @@ def _getitem(value: Any, index: Any) -> Any:
 
 def _run_region(region: Region, space: SimpleNamespace, *args: object) -> object:
     return region(space, *args)
-
-
-def _gradients(enabled: bool) -> Callable[[str], AbstractContextManager[None]]:
-    return lambda _: torch.set_grad_enabled(enabled)
-
-
-def _autocast(
-    _: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None
-) -> Callable[[str], AbstractContextManager[None]]:
-    return lambda kind: torch.autocast(kind, dtype, enabled, cache_enabled)
-
-
-_CONTEXTS: Mapping[str, Callable[..., Callable[[str], AbstractContextManager[None]]]] = {
-    "wrap_with_set_grad_enabled": _gradients,
-    "wrap_with_autocast": _autocast,
-}

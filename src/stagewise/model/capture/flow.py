@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
+from stagewise.model.capture.effects import EFFECT
 from stagewise.model.capture.leaves import LEAF
 from stagewise.model.capture.memory import Memory, written
 from stagewise.model.capture.trace import Trace
@@ -87,7 +88,7 @@ class Flow:
     def _find_needed(self) -> set[fx.Node]:
         needed = {node for node in self.trace.outputs if isinstance(node, fx.Node)}
         for node in reversed(self.trace.nodes):
-            if node in needed or written(node):
+            if node in needed or written(node) or node.target is EFFECT:
                 needed.update((node, *node.all_input_nodes))
         return needed
 
@@ -152,6 +153,6 @@ def _is_impure(node: fx.Node) -> bool:
     """Whether it draws random numbers, writes, or calls a module."""
     if isinstance(node.target, torch._ops.OpOverload):
         is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-        return is_random or node.target is LEAF or bool(written(node))
+        return is_random or node.target in (LEAF, EFFECT) or bool(written(node))
     graphs = [graph for source in node.all_input_nodes if (graph := inner_graph(source))]
     return any(_is_impure(inner) for graph in graphs for inner in graph.nodes)

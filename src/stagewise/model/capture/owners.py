@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from stagewise.model.capture.emit import Home
+from stagewise.model.capture.home import Home
 from stagewise.model.piece import Holder
 
 V = TypeVar("V")
@@ -27,9 +27,9 @@ def owners_of(
     first = {module: path for path, module in reversed(modules.items())}
     cells: list[dict[str, nn.Module]] = [{} for _ in homes]
     for cell, home in zip(cells, homes, strict=True):
-        for path in home.leaves:
+        for path in sorted(home.leaves):
             cell[path] = leaves[path]
-        for name in home.states:
+        for name in sorted(home.states):
             _hold(cell, model, name)
     for path, module in modules.items():  # other names of layers that are held
         for cell in cells:

@@ -9,8 +9,9 @@ from torch import fx
 
 from stagewise.model.capture.arguments import Leaf
 from stagewise.model.capture.cells import TENSOR, Program, TakenInput
-from stagewise.model.capture.emit import Emitter, Home, UnknownSizeError
+from stagewise.model.capture.emit import Emitter, UnknownSizeError
 from stagewise.model.capture.flow import Flow, is_symbolic
+from stagewise.model.capture.home import Home
 
 
 @dataclass(frozen=True)

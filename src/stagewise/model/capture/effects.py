@@ -1,0 +1,32 @@
+"""Calls that a forward makes for their effect: traced as operators, made again by the cells.
+
+`stagewise.add_loss` is one. Layers above register what is to be called, under a name.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.fx.node import has_side_effect
+
+_LIBRARY = torch.library.Library("stagewise", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("effect(Tensor value, str what, str name) -> ()")  # type: ignore[no-untyped-call]
+torch.library.register_fake("stagewise::effect", lambda value, what, name: None, lib=_LIBRARY)
+EFFECT = torch.ops.stagewise.effect.default
+has_side_effect(EFFECT)
+
+_CALLS: dict[str, Callable[[torch.Tensor, str], None]] = {}
+
+
+def traced_effect(what: str, call: Callable[[torch.Tensor, str], None]) -> None:
+    """Let cells call `call(value, name)` where a trace holds the effect `what`."""
+    _CALLS[what] = call
+
+
+def trace_effect(value: torch.Tensor, what: str, name: str) -> None:
+    """Write the effect into the trace that is being made."""
+    torch.ops.stagewise.effect(value, what, name)
+
+
+def make_effect(value: torch.Tensor, what: str, name: str) -> None:
+    """Make it, in a cell."""
+    _CALLS[what](value, name)
