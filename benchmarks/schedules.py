@@ -31,7 +31,7 @@ UNEQUAL = (50.0, 200.0, 80.0, 300.0, 60.0, 150.0, 90.0, 250.0)
 WEIGHTS = {"equal": (1.0,) * 24, "unequal": UNEQUAL * 3, "once": UNEQUAL}
 QUICK_SCHEDULES = ("1f1b", "interleaved", "zb_v")
 NOTES = (
-    "simulated_seconds and lower_bound_seconds reckon with what a message costs here, measured first",
+    "simulated_seconds and lower_bound_seconds reckon with what a message costs, measured first",
     "GPipe's paper at K=8, M=32: speedup 6.3 (Transformer), 3.48 (AmoebaNet-D)",
     "unequal: the best contiguous cut allows 6.1; once: 3.9 without replicas",
     "a plan of replicas is capped at half of the parameters a device, since pure data parallelism "
@@ -130,32 +130,11 @@ def _cases(profile: str, names: Sequence[str], link: LinkCost) -> list[Case]:
         ]
     named = {name: best(name, schedules=[name], synthesis=False) for name in names}
     peers = [
-        replace(
-            named.get(peer.ours, named[names[0]]),
-            name=f"torch {peer.ours}",
-            peer=peer,
-            **_same_cut(peer, named, profile, link),
-        )
+        replace(named[peer.ours], name=f"torch {peer.name.removeprefix('Schedule')}", peer=peer)
         for peer in TORCH_SCHEDULES
         if peer.ours in named
     ]
     return [best("best"), *named.values(), *peers]
-
-
-def _same_cut(
-    peer: TorchSchedule, named: dict[str, Case], profile: str, link: LinkCost
-) -> dict[str, object]:
-    """Our plan of the same schedule with as many stages as torch's row, and its bound."""
-    plan = plan_from_costs(
-        cell_costs(profile),
-        num_stages=NUM_DEVICES * peer.stages_per_device,
-        num_devices=NUM_DEVICES,
-        schedule=peer.ours,
-        num_microbatches=NUM_MICROBATCHES,
-        link=link,
-    )
-    case = _case(profile, peer.ours, plan, named[peer.ours].words)
-    return {"plan": case.plan, "lower_bound_seconds": case.lower_bound_seconds}
 
 
 def _case(profile: str, name: str, plan: Plan, words: str) -> Case:
