@@ -71,6 +71,7 @@ $(MODELS_READY): pyproject.toml constraints-models.txt
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
 	$(BIN)/python -m benchmarks.peers --quick
+	$(BIN)/python -m benchmarks.schedules --quick
 	$(BIN)/python -m benchmarks.synthesis --quick
 	$(BIN)/python -m benchmarks.planning --quick
 	$(BIN)/python -m benchmarks.prediction --quick
