@@ -71,7 +71,7 @@ def test_wrong_use() -> None:
     with pytest.raises(PlanError, match="7 stages need at least as many cells"):
         stagewise.GPipe(layers(), num_partitions=7)
     with pytest.raises(ModelError, match="is no chain"):
-        stagewise.GPipe(nn.Linear(1, 1), num_partitions=1)
+        stagewise.GPipe(nn.Linear(1, 1), num_partitions=1, balance=[1])
     with pytest.raises(PlanError, match="places 5 cells but the model has 6"):
         stagewise.GPipe(layers(), num_partitions=2, balance=[2, 3])
     gpipe = stagewise.GPipe(layers(), num_partitions=2, loss=MSE)
