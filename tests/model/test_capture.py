@@ -247,7 +247,7 @@ def step(name: str, num_stages: int, num_microbatches: int, size: int, **options
     small, extra = divmod(len(chain), num_stages)
     plan = stagewise.Plan(
         balance=tuple(small + (stage < extra) for stage in range(num_stages)),
-        schedule="1f1b",
+        schedule=options.pop("schedule", "1f1b"),
         num_microbatches=num_microbatches,
         recompute=options.pop("recompute", "never"),
     )
@@ -307,6 +307,7 @@ def test_pipelined_it_is_exact_at_every_cut(name: str) -> None:
     if name != "counting":  # its buffers change once per microbatch
         assert abs(one[3] - example.loss(plain(**example.batch(3)))) <= 1e-12
     others.append(step(name, 2, count, size, recompute="always"))
+    assert_close(step(name, 2, count, size, schedule="zb_h1")[1], one[1])
     for other in others:
         assert torch.equal(other[0], one[0]) and torch.equal(other[3], one[3])
         for ours, theirs in zip(other[1:3], one[1:3], strict=True):

@@ -48,13 +48,13 @@ def cuts_of(model: nn.Module, flow: Flow, main: tuple[fx.Node, ...]) -> list[int
         limits = [most[one] for one in around if one[1] not in free]
         return all(crossing[cut] <= limit for limit in limits)
 
-    places = _places(flow, main)
+    places, live = _places(flow, main), flow.live(main)
     candidates = [
         cut
         for cut in range(1, len(main))
         if stacks[cut - 1] != stacks[cut]
         and allowed(cut)
-        and flow.memory.may_cut(flow.live(main, cut), places[cut])
+        and flow.memory.may_cut(live(cut), places[cut])
     ]
     work = [work_of(flow, node, model) for node in main]
     return _thinned(candidates, crossing, work, [_is_weighty(flow, n, model) for n in main])
@@ -79,14 +79,12 @@ def matching_cuts(
         for block in matcher.get_matching_blocks()
         for step in range(block.size)
     ]
-    places = _places(other_flow, other)
+    places, live = _places(other_flow, other), other_flow.live(other)
     found: list[int] = []
     for cut in cuts:
         before = [b for a, b in pairs if a < cut]
         at = before[-1] + 1 if before else 0
-        while at < len(other) and not other_flow.memory.may_cut(
-            other_flow.live(other, at), places[at]
-        ):
+        while at < len(other) and not other_flow.memory.may_cut(live(at), places[at]):
             at += 1
         found.append(max(at, found[-1] if found else 0))
     return found

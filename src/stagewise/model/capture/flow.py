@@ -7,7 +7,7 @@
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -72,10 +72,10 @@ class Flow:
         last.update((node, len(main)) for node in self.trace.outputs if node in made)
         return last
 
-    def live(self, main: tuple[fx.Node, ...], cut: int) -> list[fx.Node]:
-        """What crosses a boundary before position `cut` of `main`."""
+    def live(self, main: tuple[fx.Node, ...]) -> Callable[[int], list[fx.Node]]:
+        """What crosses a boundary before a position in `main`, as a function of that."""
         last = self.last_uses(main)
-        return [node for node in main[:cut] if last.get(node, -1) >= cut]
+        return lambda cut: [node for node in main[:cut] if last.get(node, -1) >= cut]
 
     def _sources(self, node: fx.Node) -> Iterator[fx.Node]:
         """What `node` takes; the sizes that must be carried may lie behind other sizes."""

@@ -41,7 +41,7 @@ def _programs(
     main = flow.main
     at = {node: position for position, node in enumerate(main)}
     cuts = [at.get(node, len(main)) for node in begins]  # type: ignore[arg-type]
-    live = [[], *(flow.live(main, cut) for cut in cuts), []]
+    live = [[], *map(flow.live(main), cuts), []]
     pieces = [
         _Piece(main[begin:end], live[index], live[index + 1], index == len(cuts))
         for index, (begin, end) in enumerate(itertools.pairwise([0, *cuts, len(main)]))
