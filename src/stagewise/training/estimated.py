@@ -14,13 +14,19 @@ from stagewise.engine.microbatch import extent
 from stagewise.errors import BatchError
 from stagewise.model.chain import Chain, chain_of
 from stagewise.model.fakes import likeness
-from stagewise.planning import Plan, plan_from_costs
+from stagewise.planning import Plan
 from stagewise.planning.advise import MICROBATCHES_PER_STAGE
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.facts import Facts
 from stagewise.planning.partition import check_counts
 from stagewise.training.batches import TrainingBatches
-from stagewise.training.prepare import Model, PlanOptions, build_model, seed_everything
+from stagewise.training.prepare import (
+    Model,
+    PlanOptions,
+    build_model,
+    plan_of_costs,
+    seed_everything,
+)
 from stagewise.training.recipe import Batch, Recipe
 
 _PROBE = 64  # parameters, to see what an optimizer keeps for each
@@ -54,17 +60,8 @@ def estimated_plan(recipe: Recipe, options: PlanOptions, device: DeviceSpec) -> 
     """The plan for `device`."""
     found = estimate_recipe(recipe, device, options.num_microbatches)
     check_counts(len(found.cells), options.num_stages)
-    return plan_from_costs(
-        found.cells,
-        num_stages=options.num_stages,
-        num_devices=options.num_devices,
-        replicas=options.replicas,
-        num_microbatches=options.num_microbatches,
-        schedule=options.schedule,
-        recompute=options.recompute,
-        balance=options.balance,
-        link=device.link(options.num_devices or options.num_stages),
-    )
+    link = device.link(options.num_devices or options.num_stages)
+    return plan_of_costs(found.cells, options, link)
 
 
 def facts_of(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import stagewise
-from stagewise.costs import CellCost
+from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.engine.microbatch import batch_size
 from stagewise.errors import (
     CheckpointError,
@@ -262,7 +262,14 @@ def plan_on_meta(recipe: Recipe, model: Model, options: PlanOptions, *, batch: B
         )
     except ModelError:
         cells = sizes_as_costs(model)
-    plan = plan_from_costs(
+    return replace(plan_of_costs(cells, options), cells=())
+
+
+def plan_of_costs(
+    cells: Sequence[CellCost], options: PlanOptions, link: LinkCost = FREE_LINK
+) -> Plan:
+    """The plan that `options` ask for, by costs that are known."""
+    return plan_from_costs(
         cells,
         num_stages=options.num_stages,
         num_devices=options.num_devices,
@@ -271,8 +278,8 @@ def plan_on_meta(recipe: Recipe, model: Model, options: PlanOptions, *, batch: B
         schedule=options.schedule,
         recompute=options.recompute,
         balance=options.balance,
+        link=link,
     )
-    return replace(plan, cells=())
 
 
 def sizes_as_costs(model: Model) -> tuple[CellCost, ...]:
