@@ -3,14 +3,15 @@
 A stage's graph begins at leaves of its own, so that no backward runs on into another stage's.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from stagewise.engine.values import is_marked, mark_shared
 
 _Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
+_NOTHING = nullcontext()
 
 
 def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,26 +49,20 @@ def keeping(gradients: list[torch.Tensor | None], index: int) -> _Prehook:
     return hook
 
 
-@contextmanager
-def without_autocast(device_type: str) -> Iterator[None]:
-    """Autocast off, as backward wants it; costs nothing where it is off already."""
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off, as backward wants it."""
     if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
+        return _NOTHING
+    return torch.autocast(device_type, enabled=False)
 
 
-@contextmanager
-def without_weight_cache(device_type: str) -> Iterator[None]:
+def without_weight_cache(device_type: str) -> AbstractContextManager[object]:
     """The caller's autocast without its weight cache.
 
     The cache would hand weights cast under no_grad to a recomputation, whose graph would then
     miss them.
     """
     if not torch.is_autocast_enabled(device_type):
-        yield
-        return
+        return _NOTHING
     dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
-        yield
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=False)

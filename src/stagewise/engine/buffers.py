@@ -14,7 +14,7 @@ some kernels, and code that writes through `.data`, leave no mark in a tensor's 
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -46,9 +46,12 @@ class BufferKeeper:
         """
         self._names, self._forbidden = names, why
 
-    @contextmanager
-    def forward(self, *, remember: bool) -> Iterator[Saved]:
+    def forward(self, *, remember: bool) -> AbstractContextManager[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
+        return self._forward(remember=remember) if self._owners else nullcontext({})
+
+    @contextmanager
+    def _forward(self, *, remember: bool) -> Iterator[Saved]:
         saved: Saved = {}
         modes = [owner.training for owner in self._owners]
         changing = [i for i, mode in enumerate(modes) if self._changes.get((i, mode), True)]

@@ -12,81 +12,23 @@ operations in order and would block on crossed sends.
 """
 
 import pickle
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from stagewise.engine.failure import LOST, FailureBoard
 from stagewise.engine.group import DistributedGroup
+from stagewise.engine.layout import Header, flat, in_words, layout_of, packed
 from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T, is_skip
-from stagewise.engine.values import (
-    Structure,
-    mark_shared,
-    put_together,
-    shared,
-    take_apart,
-)
+from stagewise.engine.values import put_together, take_apart
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message
 
 _TAG = 0
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How one tensor travels: densely, whatever its strides, and once what `expand` repeats."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]  # 0 where repeated
-    dtype: torch.dtype
-    requires_grad: bool
-    contiguous: bool  # the usual case, which needs no rearranging
-    overlaps: bool = False  # it shared memory with another tensor of its message
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a contiguous `tensor` has this very layout; quicker than making its layout."""
-        return (
-            self.contiguous
-            and tensor.is_contiguous()
-            and tensor.shape == self.shape
-            and tensor.dtype == self.dtype
-            and tensor.requires_grad == self.requires_grad
-            and not tensor.is_conj()
-            and not tensor.is_neg()
-        )
-
-    def empty(self, device: torch.device) -> torch.Tensor:
-        """Room for what travels; `expand` it to `shape` afterwards."""
-        if self.contiguous:
-            return torch.empty(self.shape, dtype=self.dtype, device=device)
-        once = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
-        return torch.empty_strided(once, self.stride, dtype=self.dtype, device=device)
-
-
-@dataclass(frozen=True)
-class _Header:
-    """All that the receiver must know to rebuild a message."""
-
-    structure: Structure
-    layouts: tuple[_Layout, ...]
-
-    def overlaps(self) -> tuple[bool, ...]:
-        """Which tensors shared memory with others in the first message of this form."""
-        return tuple(layout.overlaps for layout in self.layouts)
-
-    def fits(self, tensors: Sequence[torch.Tensor], structure: Structure) -> bool:
-        """Whether contiguous `tensors` in `structure` would have this very header."""
-        return (
-            structure == self.structure
-            and len(tensors) == len(self.layouts)
-            and all(map(_Layout.fits, self.layouts, tensors))
-        )
 
 
 class DistributedTransport:
@@ -99,21 +41,22 @@ class DistributedTransport:
         self.num_ranks = dist.get_world_size(self._group)
         self._device = device
         self._failures = FailureBoard(dist.distributed_c10d._get_default_store(), self.rank)
+        self._peers = _Peers(self._failures, self.rank)
         ranks = dist.get_process_group_ranks(self._group)
         if device.type == "cpu":
             self._control = self._down = self._up = self._group
         else:
             self._control = dist.new_group(ranks, backend="gloo")
             self._down, self._up = dist.new_group(ranks), dist.new_group(ranks)
-        self._headers: dict[tuple[int, Message], _Header] = {}
-        self._signature = 0
+        self._known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
+        self._headers: dict[Message, Header] = {}  # those of the running call
         self._expected: dict[int, deque[Message]] = {}
         self._posted: dict[int, deque[tuple[Message, list[torch.Tensor], list[dist.Work]]]] = {}
         self._arrived: dict[Message, object] = {}
         self._outbox = Outbox()
 
     def begin(self, signature: int, links: Links) -> None:
-        self._signature = signature
+        self._headers = self._known[signature]
         self._arrived.clear()
         self._expected = {
             source: deque(messages)
@@ -133,34 +76,29 @@ class DistributedTransport:
             self._arrived[message] = value
             return
         tensors, structure = take_apart(value)
-        known = self._headers.get((self._signature, message))
+        known = self._headers.get(message)
         if known is not None and known.fits(tensors, structure):
             dense = [tensor.detach() for tensor in tensors]
         else:
-            dense = [_dense(tensor) for tensor in tensors]
-            overlaps = shared(tensors) if known is None else known.overlaps()
-            layouts = map(_layout, tensors, dense)
-            if len(overlaps) == len(tensors):
-                layouts = map(_overlapping, layouts, overlaps)
-            header = _Header(structure, tuple(layouts))
+            dense, header = packed(tensors, structure, known)
             self._announce(message, header, known)
         group = self._direction(message)
         for tensor in dense:
             if tensor.numel():
-                self._start(_flat(tensor), group, message.destination)
+                self._start(flat(tensor), group, message.destination)
 
     def send_lost(self, message: Message) -> None:
         if message.destination == self.rank:
             self._arrived[message] = LOST
             return
-        known = self._headers.get((self._signature, message))
+        known = self._headers.get(message)
         if known is None:
             self._send_header(message, pickle.dumps(None))
             return
         for layout in known.layouts:  # zeros: the receiver may compute with them
             tensor = layout.empty(self._device).zero_()
             if tensor.numel():
-                self._start(_flat(tensor), self._direction(message), message.destination)
+                self._start(flat(tensor), self._direction(message), message.destination)
 
     def look_ahead(self) -> None:
         for source in self._expected:
@@ -175,7 +113,7 @@ class DistributedTransport:
                 yield from tensors if is_skip(message) else ()
 
     def finish(self) -> None:
-        with self._peers():
+        with self._peers:
             self._outbox.finish()
 
     def fail(self, cause: str) -> None:
@@ -186,23 +124,23 @@ class DistributedTransport:
         own = torch.tensor(row, dtype=torch.int64)
         table = torch.empty(self.num_ranks, len(row), dtype=torch.int64)
         rows = list(table) if self.rank == 0 else None
-        with self._peers():
+        with self._peers:
             dist.gather(own, rows, group=self._control, group_dst=0)
             dist.broadcast(table, group=self._control, group_src=0)
         return [[int(number) for number in other] for other in table.tolist()]
 
     def gather(self, value: T) -> list[T]:
         values = [value] * self.num_ranks
-        with self._peers():
+        with self._peers:
             dist.all_gather_object(values, value, group=self._control)
         return values
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         tensors, structure = take_apart(value)
-        header: list[object] = [_Header(structure, tuple(map(_layout, tensors, tensors)))]
-        with self._peers():
+        header: list[object] = [Header(structure, tuple(map(layout_of, tensors, tensors)))]
+        with self._peers:
             dist.broadcast_object_list(header, group=self._control, group_src=source)
-        assert isinstance(header[0], _Header)
+        assert isinstance(header[0], Header)
         wanted = range(self.num_ranks) if ranks is None else ranks
         present = [source, *(rank for rank in wanted if rank != source)]
         if self.rank not in present:
@@ -211,7 +149,7 @@ class DistributedTransport:
         if self.rank != source:
             tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header[0].layouts]
         tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
-        with self._peers():
+        with self._peers:
             for tensor in tensors:
                 if tensor.numel():
                     self._spread(tensor, source, present)
@@ -226,11 +164,11 @@ class DistributedTransport:
         group = self._down if self.rank < rank else self._up
         for tensor in tensors:
             if tensor is not None and tensor.numel():
-                self._start(_flat(tensor), group, rank)
+                self._start(flat(tensor), group, rank)
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         present = torch.empty(len(like), dtype=torch.bool)
-        with self._peers():
+        with self._peers:
             dist.recv(present, group=self._control, group_src=rank)
             taken = [
                 torch.empty_like(tensor, requires_grad=False) if is_there else None
@@ -238,7 +176,7 @@ class DistributedTransport:
             ]
             group = self._down if rank < self.rank else self._up
             works = [
-                group.recv([_flat(tensor)], rank, _TAG)
+                group.recv([flat(tensor)], rank, _TAG)
                 for tensor in taken
                 if tensor is not None and tensor.numel()
             ]
@@ -268,7 +206,7 @@ class DistributedTransport:
         """Post receives for the next known messages from `source`."""
         expected, posted = self._expected[source], self._posted[source]
         while expected and len(posted) < POSTED_AHEAD:
-            header = self._headers.get((self._signature, expected[0]))
+            header = self._headers.get(expected[0])
             if header is None:
                 return
             message = expected.popleft()
@@ -278,55 +216,45 @@ class DistributedTransport:
         """Wait for the next message from `source`."""
         if not self._posted[source]:
             message = self._expected[source][0]
-            if (self._signature, message) not in self._headers:
+            if message not in self._headers:
                 header = self._receive_header(message)
                 if header is None:  # neither end remembers it
                     self._arrived[self._expected[source].popleft()] = LOST
                     return
-                self._headers[self._signature, message] = header
+                self._headers[message] = header
             self._post(source)
         message, tensors, works = self._posted[source].popleft()
-        with self._peers():
+        with self._peers:
             for work in works:
                 work.wait()
-        header = self._headers[self._signature, message]
-        whole = [
-            (tensor if layout.contiguous else tensor.expand(layout.shape)).requires_grad_(
-                layout.requires_grad
-            )
-            for tensor, layout in zip(tensors, header.layouts, strict=True)
-        ]
-        for tensor, layout in zip(whole, header.layouts, strict=True):
-            if layout.overlaps:
-                mark_shared(tensor)
-        self._arrived[message] = put_together(whole, header.structure)
+        self._arrived[message] = self._headers[message].unpacked(tensors)
 
     def _receive_tensors(
-        self, message: Message, header: _Header
+        self, message: Message, header: Header
     ) -> tuple[list[torch.Tensor], list[dist.Work]]:
         tensors = [layout.empty(self._device) for layout in header.layouts]
         group = self._direction(message)
-        with self._peers():
+        with self._peers:
             works = [
-                group.recv([_flat(tensor)], message.source, _TAG)
+                group.recv([flat(tensor)], message.source, _TAG)
                 for tensor in tensors
                 if tensor.numel()
             ]
         return tensors, works
 
-    def _announce(self, message: Message, header: _Header, known: _Header | None) -> None:
+    def _announce(self, message: Message, header: Header, known: Header | None) -> None:
         """Send `header` if it is the first for this message; refuse it if it is another."""
         if known == header:
             return
         if known is not None:
             raise CellError(
-                f"the {message} changed its form though the batch did not: {_words(known)} "
-                f"before, {_words(header)} now; shapes, constants and gradients that depend on the "
-                "data cannot cross a stage boundary: pad them, make them tensors, or move the cut "
-                "with `balance`"
+                f"the {message} changed its form though the batch did not: {in_words(known)} "
+                f"before, {in_words(header)} now; shapes, constants and gradients that depend on "
+                "the data cannot cross a stage boundary: pad them, make them tensors, or move the "
+                "cut with `balance`"
             )
         pickled = pickle.dumps(header)  # may fail: then nothing was sent or remembered
-        self._headers[self._signature, message] = header
+        self._headers[message] = header
         self._send_header(message, pickled)
 
     def _send_header(self, message: Message, pickled: bytes) -> None:
@@ -334,88 +262,39 @@ class DistributedTransport:
         for tensor in (torch.tensor([payload.numel()]), payload):
             self._start(tensor, self._control, message.destination)
 
-    def _receive_header(self, message: Message) -> _Header | None:
+    def _receive_header(self, message: Message) -> Header | None:
         """The form of `message`, or None if it is lost."""
         size = torch.empty(1, dtype=torch.int64)
-        with self._peers():
+        with self._peers:
             dist.recv(size, group=self._control, group_src=message.source)
             payload = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(payload, group=self._control, group_src=message.source)
         header = pickle.loads(payload.numpy().tobytes())
-        assert header is None or isinstance(header, _Header)
+        assert header is None or isinstance(header, Header)
         return header
 
     def _direction(self, message: Message) -> dist.ProcessGroup:
         return self._down if message.source < message.destination else self._up
 
-    @contextmanager
-    def _peers(self) -> Iterator[None]:
-        """Talk to other ranks inside; raises PeerError with the first failing rank's cause."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise PeerError(
-                f"rank {self.rank} lost another rank while waiting for it. First failure: "
-                f"{self._failures.read()}"
-            ) from error
-
     def _start(self, tensor: torch.Tensor, group: dist.ProcessGroup, destination: int) -> None:
         """Start to send `tensor`."""
-        with self._peers():
+        with self._peers:
             work = group.send([tensor], destination, _TAG)
         self._outbox.add(work, tensor)
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without repetitions, if its elements then fill a stretch of memory in some order.
+class _Peers:
+    """Talk to other ranks inside; raises PeerError with the first failing rank's cause."""
 
-    Else a contiguous copy of that. A lazily conjugated or negated tensor is computed, since its
-    memory says nothing of that.
-    """
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    for dim in _repeated(tensor):
-        tensor = tensor.narrow(dim, 0, 1)
-    expected = 1
-    axes = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(axis for axis in axes if axis[1] != 1):
-        if stride != expected:
-            return tensor.contiguous()
-        expected *= size
-    return tensor
+    def __init__(self, failures: FailureBoard, rank: int) -> None:
+        self._failures, self._rank = failures, rank
 
+    def __enter__(self) -> None:
+        pass
 
-def _repeated(tensor: torch.Tensor) -> list[int]:
-    """The dimensions along which `expand` repeats the tensor's memory."""
-    axes = zip(tensor.stride(), tensor.shape, strict=True)
-    return [dim for dim, (stride, size) in enumerate(axes) if stride == 0 and size > 1]
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor in memory order, whatever its strides (channels_last stays)."""
-    if not tensor.is_contiguous() or tensor.numel() == 1:  # one element may have any strides
-        tensor = tensor.as_strided((tensor.numel(),), (1,))
-    return tensor.view(-1).view(torch.uint8)
-
-
-def _layout(tensor: torch.Tensor, dense: torch.Tensor) -> _Layout:
-    stride = list(dense.stride())
-    for dim in _repeated(tensor):
-        stride[dim] = 0
-    for dim, size in enumerate(tensor.shape):
-        if size == 1:
-            stride[dim] = max(stride[dim], 1)  # 0 would read as repeated; it moves nothing
-    contiguous = dense.is_contiguous() and dense.shape == tensor.shape
-    return _Layout(tensor.shape, tuple(stride), tensor.dtype, tensor.requires_grad, contiguous)
-
-
-def _overlapping(layout: _Layout, overlaps: bool) -> _Layout:
-    return replace(layout, overlaps=overlaps) if overlaps else layout
-
-
-def _words(header: _Header) -> str:
-    tensors = [
-        f"{tuple(layout.shape)} {layout.dtype}" + " with gradient" * layout.requires_grad
-        for layout in header.layouts
-    ]
-    constants = [c for c in header.structure.constants if c is not None]
-    return f"[{', '.join(tensors)}]" + (f" and constants {constants}" if constants else "")
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise PeerError(
+                f"rank {self._rank} lost another rank while waiting for it. First failure: "
+                f"{self._failures.read()}"
+            ) from error

@@ -39,8 +39,9 @@ def execute(
     for device, step in program:
         instruction, value = step.instruction, None
         received = [transport.receive(message) for message in step.receives]
-        if any(part is LOST for part in received):
-            call.lost = True
+        for part in received:
+            if part is LOST:
+                call.lost = True
         if not call.lost:
             start = clock()
             try:

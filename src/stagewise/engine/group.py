@@ -35,18 +35,18 @@ class DistributedGroup:
         self,
         group: dist.ProcessGroup,
         device: torch.device,
-        guard: Callable[[], AbstractContextManager[None]],
+        guard: AbstractContextManager[None],
     ) -> None:
         self._group, self._device, self._guard = group, device, guard
         self._size = dist.get_world_size(group)
 
     def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
-        with self._guard():
+        with self._guard:
             work = dist.all_reduce(tensor, group=self._group, async_op=True)
         assert work is not None
 
         def wait() -> None:
-            with self._guard():
+            with self._guard:
                 work.wait()
 
         return wait
@@ -55,7 +55,7 @@ class DistributedGroup:
     def copy_from_first(self, tensor: torch.Tensor) -> None:
         copy = tensor.detach().to(self._device).contiguous()
         if copy.numel():
-            with self._guard():
+            with self._guard:
                 dist.broadcast(copy.view(-1).view(torch.uint8), group=self._group, group_src=0)
         if dist.get_rank(self._group) != 0:
             tensor.copy_(copy)
@@ -63,7 +63,7 @@ class DistributedGroup:
     def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
         own = torch.tensor([numbers.numel()], device=self._device)
         sizes = [torch.empty_like(own) for _ in range(self._size)]
-        with self._guard():
+        with self._guard:
             dist.all_gather(sizes, own, group=self._group)
         longest = max(map(int, sizes))
         if not longest:
@@ -71,6 +71,6 @@ class DistributedGroup:
         padded = torch.zeros(longest, dtype=numbers.dtype, device=self._device)
         padded[: numbers.numel()] = numbers
         rooms = [torch.empty_like(padded) for _ in sizes]
-        with self._guard():
+        with self._guard:
             dist.all_gather(rooms, padded, group=self._group)
         return [room[: int(size)] for room, size in zip(rooms, sizes, strict=True)]

@@ -27,6 +27,13 @@ class Message:
     source: int  # device
     destination: int  # device
 
+    def __post_init__(self) -> None:
+        where = self.source_stage, self.destination_stage, self.source, self.destination
+        object.__setattr__(self, "_hash", hash((ord(self.kind.value), self.microbatch, *where)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # looked up several times
+
     @property
     def distance(self) -> int:
         """In stages: 1 between neighbours, more for what skips the stages between."""
