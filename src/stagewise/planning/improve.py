@@ -97,10 +97,37 @@ def _moves(problem: Problem, programs: Programs, times: Replay) -> Iterator[tupl
                     [*rest[: last + 1], problem.op(BACKWARD_WEIGHT, stage, m), *rest[last + 1 :]],
                 )
             elif kind == BACKWARD_INPUT:
-                weight = problem.op(BACKWARD_WEIGHT, stage, m)
-                whole = [*program[:at], problem.op(BACKWARD, stage, m), *program[at + 1 :]]
-                whole.remove(weight)
-                yield device, whole
+                yield device, _whole(problem, program, stage, m)
+
+
+def made_whole(problem: Problem, found: Found, *, replays: int, limit: float) -> Found:
+    """`found` with whole backwards where that takes no more than `limit` seconds.
+
+    A whole one is one instruction less and keeps nothing for its second half. Looks at so many
+    neighbours at most.
+    """
+    best = found
+    for device in range(problem.num_devices):
+        for op in found.programs[device]:
+            kind, stage, m = problem.parts(op)
+            if kind != BACKWARD_INPUT:
+                continue
+            if not replays:
+                return best
+            replays -= 1
+            programs = [*best.programs]
+            programs[device] = _whole(problem, programs[device], stage, m)
+            seconds = duration(problem, programs)
+            if seconds <= limit:
+                best = Found(seconds=seconds, programs=programs)
+    return best
+
+
+def _whole(problem: Problem, program: list[int], stage: int, m: int) -> list[int]:
+    """`program` with one backward in place of its halves, where the first of them was."""
+    half, weight = (problem.op(k, stage, m) for k in (BACKWARD_INPUT, BACKWARD_WEIGHT))
+    whole = problem.op(BACKWARD, stage, m)
+    return [whole if op == half else op for op in program if op != weight]
 
 
 def critical_blocks(

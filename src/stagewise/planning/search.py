@@ -23,7 +23,7 @@ from stagewise.schedule import POLICIES
 
 MAX_INSTRUCTIONS = 4_000_000
 _MAX_BOUND = 50_000  # instructions for which the sharper bound is found in a moment
-_SYNTHESISED, _SYNTHESIS_EFFORT, _MAX_SYNTHESIS = 3, 300_000, 12_000
+_SYNTHESISED, _SYNTHESIS_EFFORT, _MAX_SYNTHESIS = 3, 600_000, 12_000
 _RUNNERS_UP = 5
 
 CostsAt = Callable[[int], Sequence[CellCost]]

@@ -4,8 +4,8 @@ Problem: named schedules assume equal stages and free links; real ones are neith
 fastest order is a job-shop problem (NP-hard).
 Idea: build many schedules by list scheduling under a sweep of rules, add every named schedule of
 the same placement, and improve the best of them by local search, until the lower bound is reached
-or the effort is spent. Effort counts operations looked at, not seconds, so that the result is
-the same on any machine.
+or the effort is spent; last, make whole the backwards that gain nothing by being split. Effort
+counts operations looked at, not seconds, so that the result is the same on any machine.
 Invariant: the result is no slower than any named schedule that fits, since they all take part.
 """
 
@@ -16,8 +16,8 @@ from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning.banker import Memory
 from stagewise.planning.bounds import bound_of
 from stagewise.planning.greedy import list_schedule
-from stagewise.planning.improve import Found, improve
-from stagewise.planning.problem import Problem, problem_of
+from stagewise.planning.improve import Found, improve, made_whole
+from stagewise.planning.problem import NEVER, Problem, problem_of
 from stagewise.planning.ranks import Ranks
 from stagewise.planning.replay import duration, fits
 from stagewise.planning.rules import rules
@@ -27,6 +27,7 @@ EFFORT = 4_000_000
 LEAST_RULES = 6  # tried whatever the effort
 GREEDY_EFFORT = 10  # a rule looks at an operation about so often as a replay
 KEPT = 3  # starting points of the local search
+_ROUNDING = 1e-12  # the same seconds, added in another order
 
 
 def synthesise(
@@ -64,9 +65,10 @@ def synthesise(
 def search(problem: Problem, effort: int = EFFORT) -> Found:
     """The best programs that the effort finds."""
     ranks = Ranks(problem)
-    enough = bound_of(problem).seconds * (1 + 1e-12)
+    enough = bound_of(problem).seconds * (1 + _ROUNDING)
     size = 3 * problem.num_stages * problem.num_microbatches
     found = [_found(problem, programs) for programs in _named(problem)]
+    least_named = min((f.seconds for f in found), default=NEVER)
     allowed = max(LEAST_RULES, effort // 2 // (size * GREEDY_EFFORT))
     spent = 0
     seen = set()
@@ -90,7 +92,8 @@ def search(problem: Problem, effort: int = EFFORT) -> Found:
             break
         better = improve(problem, start, replays=replays, enough=enough, seed=seed)
         best = min(best, better, key=lambda f: f.seconds)
-    return best
+    limit = min(best.seconds * (1 + _ROUNDING), max(best.seconds, least_named))
+    return made_whole(problem, best, replays=effort // size, limit=limit)
 
 
 def _found(problem: Problem, programs: list[list[int]]) -> Found:
