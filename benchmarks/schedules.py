@@ -33,7 +33,6 @@ QUICK_SCHEDULES = ("1f1b", "interleaved", "zb_v")
 NOTES = (
     "simulated_seconds and lower_bound_seconds reckon with what a message costs, measured first",
     "GPipe's paper at K=8, M=32: speedup 6.3 (Transformer), 3.48 (AmoebaNet-D)",
-    "torch's zero-bubble schedules do not run on emulated cells; elsewhere they took 1.41 to 1.43",
     "unequal: the best contiguous cut allows 6.1; once: 3.9 without replicas",
     "a plan of replicas is capped at half of the parameters a device, since pure data parallelism "
     "would else win; the row `data parallel` shows it",

@@ -1,8 +1,4 @@
-"""torch.distributed.pipelining's schedules on emulated devices: rows for `benchmarks.schedules`.
-
-Those that split the backward are left out: torch's `stage_backward_input` refuses the graph of an
-emulated cell, which sleeps in a custom function.
-"""
+"""torch.distributed.pipelining's schedules on emulated devices: rows for `benchmarks.schedules`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +25,9 @@ TORCH_SCHEDULES = (
     TorchSchedule("Schedule1F1B", "1f1b"),
     TorchSchedule("ScheduleInterleaved1F1B", "interleaved"),
     TorchSchedule("ScheduleLoopedBFS", "breadth_first"),
+    TorchSchedule("ScheduleInterleavedZeroBubble", "zb_h1"),
+    TorchSchedule("ScheduleZBVZeroBubble", "zb_v"),
+    TorchSchedule("ScheduleDualPipeV", "dualpipe_v"),
 )
 
 
