@@ -15,9 +15,10 @@ from stagewise.timeline import Timeline
 def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[float, float]:
     """Mean seconds per message, as (sender's overhead, from its making to its use).
 
-    The overhead is the gap before an instruction that waited for nothing else. The second counts
-    where the receiver stood still for the message; between two devices each direction counts half,
-    so that clocks which differ cancel out. 0 for what no timeline shows.
+    The overhead is the gap before an instruction whose own messages were made before the one
+    before it began, so that it waited for none. The second counts where the receiver stood still
+    for the message; between two devices each direction counts half, so that clocks which differ
+    cancel out. 0 for what no timeline shows.
     """
     overheads: list[float] = []
     waits: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (source, destination)
@@ -31,16 +32,18 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
             for message in step.sends
         }
         for program in programs:
-            free, num_sent = 0.0, 0
+            began, free, num_sent = 0.0, 0.0, 0
             for step in program:
                 span = spans[step.instruction]
-                late = [m for m in step.receives if _travels(m) and made[m] > free]
-                for message in late:
-                    between = message.source, message.destination
-                    waits[between].append(span.start_seconds - made[message])
-                if num_sent and not late:
+                received = [message for message in step.receives if _travels(message)]
+                for message in received:
+                    if made[message] > free:
+                        between = message.source, message.destination
+                        waits[between].append(span.start_seconds - made[message])
+                if num_sent and all(made[message] <= began for message in received):
                     overheads.append((span.start_seconds - free) / num_sent)
-                free, num_sent = span.end_seconds, sum(map(_travels, step.sends))
+                began, free = span.start_seconds, span.end_seconds
+                num_sent = sum(map(_travels, step.sends))
     return (
         statistics.fmean(overheads) if overheads else 0.0,
         max(0.0, _mean_of_pairs(waits)),
