@@ -76,6 +76,8 @@ class Stage:
     ) -> None:
         self.index, self.cells, self.device = index, cells, device
         self.is_last, self._loss = is_last, loss
+        # Whether this stage computes a loss from output and target, not from output alone.
+        self.needs_target = is_last and loss is not None and takes_target(loss)
         self._calls: list[tuple[Cell, _Forward]] = [
             (cell, partial(invoke, cell.module)) for cell in cells
         ]
@@ -88,11 +90,6 @@ class Stage:
         self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._flags: int | None = None  # a number for those of the running call
         self._known_flags: dict[tuple[bool, ...], int] = {}
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether this stage computes a loss from output and target, not from output alone."""
-        return self.is_last and self._loss is not None and takes_target(self._loss)
 
     def flags(self) -> tuple[bool, ...]:
         """What decides, besides the inputs, which gradients there are and what is mutated."""

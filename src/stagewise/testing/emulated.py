@@ -39,13 +39,9 @@ class EmulatedDevice:
             # Follows the median: after a mean most sleeps would spin, at other processes' cost.
             more = time.perf_counter() - aim > self._oversleep
             self._oversleep += _LEARNT_SECONDS if more else -_LEARNT_SECONDS
-        while time.perf_counter() < self._deadline:
+        while (now := time.perf_counter()) < self._deadline:
             pass
-        self.left()
-
-    def left(self) -> None:
-        """The cell's code ends here; what it needed besides sleeping counts as late."""
-        self._ended = time.perf_counter()
+        self._ended = now
 
 
 class EmulatedCell(nn.Module):
@@ -64,22 +60,28 @@ class EmulatedCell(nn.Module):
         super().__init__()
         self.anchor, self.weight = (nn.Parameter(torch.zeros(1)) for _ in range(2))
         self._device = device
-        self._seconds = forward_seconds, backward_seconds - weight_seconds
+        self._forward_seconds = forward_seconds
+        self._input_seconds = backward_seconds - weight_seconds
         self._weight_seconds = weight_seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
         # Backward must come by here also where the input needs no gradient; and not for a weight
         # alone, which could wait for `W`, so for two.
-        anchors = (None, None) if x.requires_grad else (self.anchor, self.anchor)
-        output: torch.Tensor = _Sleep.apply(  # type: ignore[no-untyped-call]
-            x, *anchors, self._device, self._seconds, start
-        )
+        output = x.clone() if x.requires_grad else x + self.anchor * self.anchor
+        self._sleep_before(output, self._input_seconds)
         if self._weight_seconds:  # plus zero: a product with a weight, as cells consist of
-            weight = _SleepLater.apply(self.weight, self._device, self._weight_seconds)  # type: ignore[no-untyped-call]
+            weight = self.weight.view_as(self.weight)
+            self._sleep_before(weight, self._weight_seconds)
             output = output + torch.mv(x.new_ones(1, 1), weight)
-        self._device.left()
+        self._device.busy(start, self._forward_seconds)
         return output
+
+    def _sleep_before(self, tensor: torch.Tensor, seconds: float) -> None:
+        """Let the gradient of `tensor` go on only after `seconds`."""
+        if tensor.requires_grad:
+            device = self._device
+            tensor.register_hook(lambda _: device.busy(time.perf_counter(), seconds))  # type: ignore[no-untyped-call]
 
 
 def emulated_model(
@@ -92,48 +94,3 @@ def emulated_model(
     weights = [0.0] * len(forward_seconds) if weight_seconds is None else weight_seconds
     cells = zip(forward_seconds, backward_seconds, weights, strict=True)
     return nn.Sequential(*(EmulatedCell(device, *seconds) for seconds in cells))
-
-
-class _Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: torch.Tensor,
-        one_anchor: torch.Tensor | None,
-        other_anchor: torch.Tensor | None,
-        device: EmulatedDevice,
-        seconds: tuple[float, float],
-        start: float,
-    ) -> torch.Tensor:
-        ctx.device, ctx.seconds = device, seconds[1]  # type: ignore[attr-defined]
-        output = x.clone()
-        device.busy(start, seconds[0])
-        return output
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None, None, None]:
-        ctx.device.busy(time.perf_counter(), ctx.seconds)  # type: ignore[attr-defined]
-        return gradient, None, None, None, None, None
-
-
-class _SleepLater(torch.autograd.Function):
-    """Hands a weight on at once, and its gradient after `seconds`."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        weight: torch.Tensor,
-        device: EmulatedDevice,
-        seconds: float,
-    ) -> torch.Tensor:
-        ctx.device, ctx.seconds = device, seconds  # type: ignore[attr-defined]
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        ctx.device.busy(time.perf_counter(), ctx.seconds)  # type: ignore[attr-defined]
-        return gradient, None, None
