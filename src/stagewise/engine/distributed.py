@@ -14,6 +14,7 @@ operations in order and would block on crossed sends.
 import pickle
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,19 @@ from stagewise.schedule import Message
 
 _TAG = 0
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
+# On CPUs more than that, if small: to post many in a row, once, is a quarter of the work.
+POSTED_BYTES = 1 << 21
+
+
+@dataclass
+class _Incoming:
+    """One rank's messages, in its sending order."""
+
+    expected: deque[Message]
+    posted: deque[tuple[Message, list[torch.Tensor], list[dist.Work]]] = field(
+        default_factory=deque
+    )
+    num_bytes: int = 0  # of what is posted
 
 
 class DistributedTransport:
@@ -50,25 +64,25 @@ class DistributedTransport:
             self._down, self._up = dist.new_group(ranks), dist.new_group(ranks)
         self._known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
         self._headers: dict[Message, Header] = {}  # those of the running call
-        self._expected: dict[int, deque[Message]] = {}
-        self._posted: dict[int, deque[tuple[Message, list[torch.Tensor], list[dist.Work]]]] = {}
+        self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
+        self._incoming: dict[int, _Incoming] = {}
         self._arrived: dict[Message, object] = {}
         self._outbox = Outbox()
 
     def begin(self, signature: int, links: Links) -> None:
         self._headers = self._known[signature]
         self._arrived.clear()
-        self._expected = {
-            source: deque(messages)
+        self._incoming = {
+            source: _Incoming(deque(messages))
             for (source, destination), messages in links.items()
             if destination == self.rank
         }
-        self._posted = {source: deque() for source in self._expected}
-        self.look_ahead()
+        for incoming in self._incoming.values():
+            self._post(incoming, 0)
 
     def receive(self, message: Message) -> object:
         while message not in self._arrived:
-            self._take(message.source)
+            self._take(self._incoming[message.source])
         return self._arrived.pop(message)
 
     def send(self, message: Message, value: object) -> None:
@@ -101,15 +115,15 @@ class DistributedTransport:
                 self._start(flat(tensor), self._direction(message), message.destination)
 
     def look_ahead(self) -> None:
-        for source in self._expected:
-            self._post(source)
+        for incoming in self._incoming.values():
+            self._post(incoming, self._posted_bytes)
 
     def waiting(self) -> Iterator[torch.Tensor]:
         for message, value in self._arrived.items():
             if is_skip(message):
                 yield from take_apart(value)[0]
-        for posted in self._posted.values():
-            for message, tensors, _ in posted:
+        for incoming in self._incoming.values():
+            for message, tensors, _ in incoming.posted:
                 yield from tensors if is_skip(message) else ()
 
     def finish(self) -> None:
@@ -202,28 +216,31 @@ class DistributedTransport:
         else:
             dist.recv(tensor, group=self._control, group_src=source)
 
-    def _post(self, source: int) -> None:
-        """Post receives for the next known messages from `source`."""
-        expected, posted = self._expected[source], self._posted[source]
-        while expected and len(posted) < POSTED_AHEAD:
-            header = self._headers.get(expected[0])
+    def _post(self, incoming: _Incoming, num_bytes: int) -> None:
+        """Post receives for the next known messages, up to so many bytes if not for a few."""
+        posted = incoming.posted
+        while incoming.expected and (len(posted) < POSTED_AHEAD or incoming.num_bytes < num_bytes):
+            header = self._headers.get(incoming.expected[0])
             if header is None:
                 return
-            message = expected.popleft()
-            posted.append((message, *self._receive_tensors(message, header)))
+            message = incoming.expected.popleft()
+            tensors, works = self._receive_tensors(message, header)
+            posted.append((message, tensors, works))
+            incoming.num_bytes += sum(tensor.nbytes for tensor in tensors)
 
-    def _take(self, source: int) -> None:
-        """Wait for the next message from `source`."""
-        if not self._posted[source]:
-            message = self._expected[source][0]
+    def _take(self, incoming: _Incoming) -> None:
+        """Wait for the next message."""
+        if not incoming.posted:
+            message = incoming.expected[0]
             if message not in self._headers:
                 header = self._receive_header(message)
                 if header is None:  # neither end remembers it
-                    self._arrived[self._expected[source].popleft()] = LOST
+                    self._arrived[incoming.expected.popleft()] = LOST
                     return
                 self._headers[message] = header
-            self._post(source)
-        message, tensors, works = self._posted[source].popleft()
+            self._post(incoming, 0)
+        message, tensors, works = incoming.posted.popleft()
+        incoming.num_bytes -= sum(tensor.nbytes for tensor in tensors)
         with self._peers:
             for work in works:
                 work.wait()
