@@ -25,6 +25,9 @@ from stagewise.model.deferral import PRODUCTS
 _INDIVISIBLE = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
 
 
+TOGETHER_BYTES = 1 << 20  # of weights' gradients that are added in one go
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Traits:
     """What a class of nodes is like."""
@@ -80,28 +83,38 @@ def backward_weights(products: list[Product]) -> None:
 
     A node computes what the running backward asks for, so the nodes are applied from within one
     that asks for their weights. That spares the gradients of their inputs, and autograd does not
-    run on into whatever else the graph holds.
+    run on into whatever else the graph holds. Small gradients wait for a few others, and go on to
+    their weights together.
     """
 
     if not products:
         return
 
     def apply(_: object) -> None:
+        present: list[tuple[GradientEdge, torch.Tensor]] = []
         while products:
-            product = products.pop(0)
-            found = product.node(*product.received)  # type: ignore[operator]
-            _release(product.node)
-            results = found if isinstance(found, tuple) else (found,)
-            pairs = [(edge, results[index]) for index, edge in product.weights.items()]
-            present = [(edge, _fitted(grad, edge)) for edge, grad in pairs if grad is not None]
-            if present:
-                torch.autograd.backward([e for e, _ in present], [g for _, g in present])
+            present += _applied(products.pop(0))
+            if not products or sum(gradient.nbytes for _, gradient in present) > TOGETHER_BYTES:
+                if present:
+                    torch.autograd.backward(*map(list, zip(*present, strict=True)))  # type: ignore[arg-type]
+                present.clear()
 
     edges = [edge for product in products for edge in product.weights.values()]
     start = torch.zeros((), requires_grad=True)[...]
     assert start.grad_fn is not None
     start.grad_fn.register_prehook(apply)
     torch.autograd.backward(start, inputs=[get_gradient_edge(start), *edges])
+
+
+def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
+    """The gradients of a product's weights, and where each goes on."""
+    found = product.node(*product.received)  # type: ignore[operator]
+    _release(product.node)
+    results = found if isinstance(found, tuple) else (found,)
+    for index, edge in product.weights.items():
+        gradient = results[index]
+        if gradient is not None:
+            yield edge, _fitted(gradient, edge)
 
 
 def _users(roots: Sequence[Node], inputs: frozenset[Node]) -> dict[Node, int]:
