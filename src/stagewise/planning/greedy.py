@@ -78,8 +78,6 @@ class _Run:
             self.devices.append(device)
         for m, d in enumerate(problem.device_of[0]):
             self.devices[d].forwards[0].append(m)
-        back = [BACKWARD_INPUT if split else BACKWARD for split in rule.split]
-        self.back = [k * problem.num_stages for k in back]
 
     def programs(self) -> Programs:
         """Run to the end."""
@@ -114,7 +112,7 @@ class _Run:
         now += pause + p.seconds[op]
         self._account(device, kind, stage, m)
         if kind == FORWARD and stage == self.last:
-            follow = (self.back[stage] + stage) * p.num_microbatches + m
+            follow = self._back(stage, m)
             if p.recomputes[m]:
                 device.forced = follow
             else:
@@ -132,12 +130,28 @@ class _Run:
         if kind == FORWARD:
             follow = (stage + 1) * p.num_microbatches + m
         else:
-            follow = (self.back[stage - 1] + stage - 1) * p.num_microbatches + m
+            follow = p.op(BACKWARD, stage - 1, m)
             arrival -= p.recompute_seconds[follow]
         reached = p.reaches[op]
         receiver = self.devices[reached]
         heapq.heappush(receiver.coming, (arrival, follow))
         return reached if receiver.asleep else -1
+
+    def _back(self, stage: int, m: int) -> int:
+        """The backward of microbatch m that would run now: whole, or its first half."""
+        is_split = self.rule.split[stage] and not self._may_wait(stage, m)
+        return self.problem.op(BACKWARD_INPUT if is_split else BACKWARD, stage, m)
+
+    def _may_wait(self, stage: int, m: int) -> bool:
+        """Has the device that waits for this gradient so much else to do that it may come late?"""
+        p, sparing = self.problem, self.rule.sparing
+        if not sparing or not stage:
+            return bool(sparing)
+        device = self.devices[p.device_of[stage - 1][m]]
+        work = sum(len(ready) * p.costs[s].forward_seconds for s, ready in device.forwards.items())
+        work += sum(len(ready) * p.costs[s].input_seconds for s, ready in device.backwards.items())
+        work += sum(p.seconds[op] for op in device.weights[device.next_weight :])
+        return work >= sparing * p.costs[stage].backward_seconds
 
     def _account(self, device: _Device, kind: int, stage: int, m: int) -> None:
         """Book what `kind` keeps and frees, and take it off its queue."""
@@ -205,7 +219,7 @@ class _Run:
     def _backward(self, device: _Device) -> int:
         """The best of the backwards that are ready and have room."""
         best, best_key = -1, (NEVER, NEVER)
-        p, order = self.problem, self.rule.back_order
+        order = self.rule.back_order
         for stage, ready in device.backwards.items():
             if ready:
                 m = ready[0]
@@ -213,7 +227,7 @@ class _Run:
                     continue
                 key = self._key(order, stage, m, BACKWARD_INPUT)
                 if key < best_key:
-                    best, best_key = (self.back[stage] + stage) * p.num_microbatches + m, key
+                    best, best_key = self._back(stage, m), key
         if best < 0 and any(device.backwards.values()) and device.next_weight < len(device.weights):
             return device.weights[device.next_weight]  # makes room
         return best

@@ -27,6 +27,8 @@ class Rule:
     `backlog`: a forward waits while more W than this do.
     `gap`: a W waits for what arrives within this share of its seconds.
     `patience`: a forward waits for a backward that arrives within this share of its seconds.
+    `sparing`: a backward stays whole all the same while the device that waits for its gradient has
+    other work for so many times its seconds (0: never).
     """
 
     limits: tuple[int, ...]
@@ -37,6 +39,7 @@ class Rule:
     backlog: int = UNLIMITED
     gap: float = 0.0
     patience: float = 0.0
+    sparing: float = 0.0
 
 
 def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
@@ -46,9 +49,10 @@ def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
         problem.split and c.input_seconds + c.weight_seconds < c.backward_seconds for c in costs
     )
     whole, every = (False,) * problem.num_stages, (True,) * problem.num_stages
-    splits = [whole]
+    splits = [(whole, 0.0)]
     if problem.split:  # nothing waits for the gradient of the first stage
-        splits = list(dict.fromkeys((every, (cheaper[0], *every[1:]), cheaper, whole)))
+        always = dict.fromkeys((every, (cheaper[0], *every[1:]), cheaper, whole))
+        splits = [(every, 5.0), *((split, 0.0) for split in always), (every, 2.0)]
     deep = any(len(own) > 1 for own in problem.stages_of)
     orders = ("deep", "old", "wide", "long") if deep else ("deep",)
     back_orders = ("old", "deep", "long") if deep else ("old",)
@@ -65,7 +69,7 @@ def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
     sweeps = [(UNLIMITED,) * problem.num_stages]
     sweeps += [tuple(n + more for n in little) for more in (0, 1, 2, 4)]
     sweeps += [tuple(len(stages) - s + more for s in stages) for more in (0, 2)]
-    for back_order, patience, limits, split, order, first in product(
+    for back_order, patience, limits, (split, sparing), order, first in product(
         back_orders, (0.0, 0.5), sweeps, splits, orders, (False, True)
     ):
         yield Rule(
@@ -75,6 +79,7 @@ def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
             back_order=back_order,
             forward_first=first,
             patience=patience,
+            sparing=sparing,
         )
     for gap, backlog, limits, order in product((0.5, 1.0), (0, 2, UNLIMITED), sweeps, orders):
-        yield Rule(limits=limits, split=splits[0], order=order, gap=gap, backlog=backlog)
+        yield Rule(limits=limits, split=splits[0][0], order=order, gap=gap, backlog=backlog)
