@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from stagewise.planning.problem import Problem
+from stagewise.planning.problem import NEVER, Problem
 from stagewise.planning.ranks import Ranks
 
 UNLIMITED = 1 << 30
@@ -52,7 +52,9 @@ def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
     splits = [(whole, 0.0)]
     if problem.split:  # nothing waits for the gradient of the first stage
         always = dict.fromkeys((every, (cheaper[0], *every[1:]), cheaper, whole))
-        splits = [(every, 5.0), *((split, 0.0) for split in always), (every, 2.0)]
+        splits = [*((split, 0.0) for split in always), (every, 2.0)]
+        if all(cap == NEVER for cap in problem.caps):  # else a graph soon gone makes room
+            splits.insert(0, (every, 5.0))
     deep = any(len(own) > 1 for own in problem.stages_of)
     orders = ("deep", "old", "wide", "long") if deep else ("deep",)
     back_orders = ("old", "deep", "long") if deep else ("old",)
