@@ -1,4 +1,4 @@
-"""Whether a chain of rerun cells is the plain model: outputs, gradients and buffers of one batch."""
+"""Whether a chain of rerun cells is the plain model, on a batch: outputs, gradients, buffers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,9 @@ Tensors = dict[str, torch.Tensor]
 def kept(model: nn.Module, training: bool) -> Iterator[None]:
     """Run inside with `model` in a mode, and put modes, buffers and random state back."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(m, n, b, b.clone()) for m, _ in modes for n, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, n, b, b.clone()) for m, _ in modes for n, b in m._buffers.items() if b is not None
+    ]
     if model.training is not training:
         model.train(training)
     try:
@@ -77,11 +79,10 @@ def check_equal(
 def _differs(what: str, name: str, mode: str, how: str) -> ModelError:
     return ModelError(
         f"cut into the modules of cells=, the model is not the plain model in {mode} mode: the "
-        f"{what} {name} differs ({how}). Something reaches it past what blocks return: a tensor in "
-        "an attribute, a hook or an object that is no tuple, dict or dataclass (use_cache=False for "
-        "a transformers model), a buffer assigned outside of the blocks, a function of torch.autograd "
-        "there. Pass it as an argument and return value of the blocks, or name the module around in "
-        "cells"
+        f"{what} {name} differs ({how}). Something reaches it past what blocks return: a tensor "
+        "in an attribute, a hook, an object that is no tuple, dict or dataclass (use_cache=False "
+        "for a transformers model), a buffer assigned or a function of torch.autograd outside of "
+        "the blocks. Pass it to the blocks and return it, or name the module around in cells"
     )
 
 

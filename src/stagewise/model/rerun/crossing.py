@@ -94,7 +94,7 @@ class Done:
 pytree.register_pytree_node(
     Crossing,
     lambda crossing: (list(crossing.tensors), crossing.story),
-    lambda tensors, story: Crossing(story, list(tensors)),  # type: ignore[arg-type]
+    lambda tensors, story: Crossing(story, list(tensors)),
     serialized_type_name="stagewise.Crossing",
     flatten_with_keys_fn=lambda crossing: (
         [(pytree.SequenceKey(i), t) for i, t in enumerate(crossing.tensors)],

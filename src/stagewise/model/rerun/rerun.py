@@ -64,7 +64,7 @@ def capture_cells(
         ['layers.0', 'layers.1', 'layers.2']
     """
     _check(model)
-    form = AnyForm(model, args, kwargs)
+    form = AnyForm(model, args, kwargs, cells)
     named = form.named(args, kwargs)
     chosen = selected(cells, [path for path, _ in model.named_modules()])
     names = _in_running_order(model, chosen, named)
@@ -102,7 +102,20 @@ def capture_cells(
 
 
 class AnyForm(CallForm):
-    """The arguments of a model that runs its own forward: those of its signature, of any form."""
+    """The arguments of a model that runs its own forward: those of its signature, of any form.
+
+    `cells` are the patterns that it was cut by.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        cells: Sequence[str],
+    ) -> None:
+        super().__init__(model, args, kwargs)
+        self.cells = tuple(cells)
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from stagewise.errors import CellError, ModelError
+from stagewise.errors import CellError
 from stagewise.model.rerun.crossing import (
     Crossing,
     Done,
@@ -32,25 +32,16 @@ from stagewise.model.rerun.crossing import (
     check_constant,
     flat,
 )
+from stagewise.model.rerun.functions import (
+    OF_DEVICE,
+    QUERIES,
+    RANDOM,
+    changes_first,
+    name_of,
+)
 from stagewise.model.rerun.skeleton import Skeleton
 
 _NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-# What is asked of a tensor without its values.
-_QUERIES = frozenset(
-    "shape dtype device ndim size dim numel stride layout is_floating_point is_complex is_signed "
-    "requires_grad is_contiguous __len__ __hash__ nelement ndimension element_size itemsize nbytes is_leaf "
-    "is_sparse is_quantized is_nested is_cuda is_cpu is_meta is_mps is_xpu get_device names "
-    "is_inference is_same_size output_nr grad_fn".split()
-)
-_OF_DEVICE = frozenset(["device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device"])
-# What draws from the default generators, by name.
-_RANDOM = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial "
-    "poisson dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_ "
-    "feature_dropout feature_alpha_dropout rrelu rrelu_ gumbel_softmax native_dropout uniform_ "
-    "normal_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ trunc_normal_ "
-    "fractional_max_pool2d fractional_max_pool3d".split()
-)
 
 
 @dataclass
@@ -143,18 +134,18 @@ class Run(TorchFunctionMode):
     # A call of a block.
 
     def _called(self, index: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             return self._run_block(index, args, kwargs)
         finally:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
-    def _run_block(
-        self, index: int, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> object:
+    def _run_block(self, index: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         name = self._names[index]
         if index <= self._last_block:
-            again = "again" if index == self._last_block else f"after {self._names[self._last_block]}"
+            again = (
+                "again" if index == self._last_block else f"after {self._names[self._last_block]}"
+            )
             raise CellError(
                 f"the model called {name} {again} ({self._line()}), but cells run once and in one "
                 "order, that of the example; name the module around them in cells"
@@ -224,11 +215,11 @@ class Run(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        name = _name_of(func)
+        name = name_of(func)
         if not any(self._is_ours(leaf) for leaf in leaves):
-            if name not in _RANDOM:
+            if name not in RANDOM:
                 return func(*args, **kwargs)
-        elif name in _QUERIES:
+        elif name in QUERIES:
             return self._asked(func, name, leaves, spec)
         elif all(self._is_constant(leaf) for leaf in leaves if self._is_ours(leaf)):
             return _call(func, [self._real(leaf, name) for leaf in leaves], spec)
@@ -240,7 +231,7 @@ class Run(TorchFunctionMode):
     def _asked(
         self, func: Callable[..., Any], name: str, leaves: list[object], spec: pytree.TreeSpec
     ) -> object:
-        if name in _OF_DEVICE:
+        if name in OF_DEVICE:
             asked = torch.empty((), device=self._device)
             leaves = [asked if self._is_ours(leaf) else leaf for leaf in leaves]
         else:
@@ -268,7 +259,7 @@ class Run(TorchFunctionMode):
             else:
                 told.append(Form(leaf.shape, leaf.dtype, leaf.requires_grad))
             self._keep(leaf, Key(event, index), Label(self._part, site, turn, index), leaf)
-        if _changes_first(what) and not self._is_state(leaves[0]):
+        if changes_first(what) and not self._is_state(leaves[0]):
             self._keep(given[0], Key(event, -1), Label(self._part, site, turn, -1), given[0])
         self._events.append(Event(what, pytree.tree_unflatten(told, spec)))
         self._next = len(self._events)
@@ -287,11 +278,11 @@ class Run(TorchFunctionMode):
                 results.append(leaf)
                 continue
             tensor = leaf.empty() if isinstance(leaf, Form) else leaves[leaf.place]
-            if self._is_state(tensor):
-                tensor = torch.empty_like(tensor)  # type: ignore[call-overload]
+            if isinstance(tensor, torch.Tensor) and self._is_state(tensor):
+                tensor = torch.empty_like(tensor)  # else the parameter would be a value
             self._keep(tensor, Key(index, place), self._label(Key(index, place), what))
             results.append(tensor)
-        if _changes_first(what) and not self._is_state(leaves[0]):
+        if changes_first(what) and not self._is_state(leaves[0]):
             self._keep(leaves[0], Key(index, -1), self._label(Key(index, -1), what))
         return pytree.tree_unflatten(results, spec)
 
@@ -369,17 +360,6 @@ class Run(TorchFunctionMode):
         while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODELS):
             frame = frame.f_back  # type: ignore[assignment]
         return f"{frame.f_code.co_filename}, line {frame.f_lineno}" if frame else "its end"
-
-
-def _name_of(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", type(func).__name__)
-    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # type: ignore[attr-defined]
-
-
-def _changes_first(name: str) -> bool:
-    """Whether the function changes its first argument in place, by its name."""
-    special = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    return special or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_tensor(leaf: object) -> bool:

@@ -53,7 +53,7 @@ class Skeleton:
             module = self.model.get_submodule(path)
             for hooks in _HOOKS:
                 setattr(module, hooks, {})
-            module.forward = _StandIn(self, index, path)  # type: ignore[method-assign]
+            module.forward = _StandIn(self, index, path)
         modules = list(self.model.modules())
         self._registered = [
             (module, dict(module._parameters), dict(module._buffers))
