@@ -32,9 +32,18 @@ class Label:
     """What is called the same in every call of the model: the n-th result of a line in a part."""
 
     part: int
-    site: str
+    what: str
+    line: str
     turn: int
     leaf: int
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.line})"
+
+    @property
+    def family(self) -> tuple[str, str, int]:
+        """What the same line gives in other turns and parts, any block there being one of them."""
+        return (self.what.split()[0], self.line, self.leaf)
 
 
 @dataclass(frozen=True)

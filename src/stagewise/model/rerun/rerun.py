@@ -6,6 +6,7 @@ likes. The chain is compared with the plain model before it is given out.
 """
 
 import inspect
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from stagewise.errors import BatchError, ModelError
+from stagewise.errors import BatchError, ModelError, StagewiseError
 from stagewise.model.capture.arguments import CallForm
 from stagewise.model.capture.home import Home
 from stagewise.model.capture.owners import owners_of
@@ -70,7 +71,7 @@ def capture_cells(
     names = _in_running_order(model, chosen, named)
     blocks = {index: model.get_submodule(name) for index, name in enumerate(names)}
     skeleton = Skeleton(model, names)
-    needs = Needs([set() for _ in names], [set() for _ in names])
+    needs = Needs.none(len(names))
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     states = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -79,7 +80,17 @@ def capture_cells(
     for training in (True, False):
         with kept(model, training):
             skeleton.train(training)
-            Run(skeleton, names, None, blocks, states.get, needs).run(named, device)
+            run = Run(skeleton, names, None, blocks, states.get, needs)
+            try:
+                run.run(named, device)
+            except StagewiseError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"with its blocks replaced, forward failed ({type(error).__name__}: {error}, "
+                    f"{_last_line(error)}); let it use blocks by calling them, not by what they "
+                    "keep in attributes, or name the module around them in cells"
+                ) from error
     homes = [Home(device) for _ in names]
     for home, name, used in zip(homes, names, needs.states, strict=True):
         home.leaves.add(name)
@@ -192,6 +203,11 @@ def _in_running_order(
             f"mode ({', '.join(first)}); name the module around them in cells"
         )
     return first
+
+
+def _last_line(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 class _Note:

@@ -3,8 +3,8 @@
 Blocks number the call's parts: part i goes from the call of block i to that of the next one; the
 first begins with the call itself, the last ends with it. In the parts before its own, a cell is
 told by `Event`s what everything computed from parameters, blocks or random numbers gave, as
-tensors without values; what follows from the batch alone is computed anew. At the call of its own
-block it puts the values in that were handed on, and at the call of the next it stops.
+tensors without values; what follows from the batch alone is computed anew. When all is told it
+puts in the values that were handed on, and where the next cell's block is called it stops.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from stagewise.errors import CellError
+from stagewise.errors import CellError, ModelError
 from stagewise.model.rerun.crossing import (
     Crossing,
     Done,
@@ -48,12 +48,30 @@ _NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 class Needs:
     """What the parts of the model use, learnt from whole calls.
 
-    `across[b]` are the values from before block b that are used in its part or later;
-    `states[i]` the parameters and buffers that part i uses.
+    `states[i]` are the parameters and buffers that part i uses, `across[b]` the values from
+    before block b that are used in its part or later, `seen` all values that there were.
     """
 
-    across: list[set[Label]]
     states: list[set[str]]
+    across: list[set[Label]]
+    seen: set[Label]
+
+    @classmethod
+    def none(cls, num_parts: int) -> "Needs":
+        """Nothing learnt yet."""
+        parts = range(num_parts)
+        return cls([set() for _ in parts], [set() for _ in parts], set())
+
+    def wanted(self, block: int, labels: Sequence[Label]) -> set[Label]:
+        """Which of the values that there are, in running order, the rest of forward may use.
+
+        Those that it used in the example, and those that were not there. Where forward leaves
+        blocks out, the last value from a line stands for the one that was used.
+        """
+        across = self.across[block]
+        latest = {label.family: label for label in labels}
+        instead = {latest[f] for label in across if (f := label.family) in latest}
+        return {label for label in labels if label in across or label not in self.seen} | instead
 
 
 @dataclass(eq=False)
@@ -68,7 +86,7 @@ class _Value:
 
 
 class _Stop(BaseException):
-    """The next cell's block was called."""
+    """Another cell goes on, that of `block`."""
 
     def __init__(self, block: int, arguments: list[object]) -> None:
         self.block, self.arguments = block, arguments
@@ -92,28 +110,32 @@ class Run(TorchFunctionMode):
         self._blocks, self._state, self._needs, self._arriving = blocks, state, needs, arriving
         self._events = list(arriving.story.events) if arriving else []
         self._next = 0  # of the events that are told
+        self._is_open = False
         self._part, self._last_block = 0, -1
-        self._turns: Counter[tuple[int, str]] = Counter()
+        self._turns: Counter[tuple[int, str, str]] = Counter()
         self._values: dict[Key, _Value] = {}
         self._by_id: dict[int, _Value] = {}
-        self._kept: list[torch.Tensor] = []  # so that their ids stay theirs
         self._labels: dict[Key, Label] = {}
         if arriving is not None:
             story = arriving.story
             self._labels = dict(zip(story.keys, story.labels, strict=True))
-        self._device = torch.device("cpu")
+        self._device, self._inputs = torch.device("cpu"), set[int]()
 
     @property
     def _is_last(self) -> bool:
         return (self._part if self._cell is None else self._cell) == len(self._names) - 1
 
-    @property
     def _is_live(self) -> bool:
-        return self._cell is None or self._part == self._cell
+        """Whether what comes now really runs; the first time, what was handed on is put in."""
+        if not self._is_open and self._next == len(self._events):
+            self._is_open = True
+            self._open()
+        return self._is_open
 
     def run(self, inputs: Mapping[str, object], device: torch.device) -> object:
         """Call the model; returns its output from the last cell, else what crosses."""
         self._device = device
+        self._inputs = {id(leaf) for leaf in pytree.tree_leaves(dict(inputs))}
         self._skeleton.block = self._called
         try:
             with self:
@@ -123,7 +145,7 @@ class Run(TorchFunctionMode):
         finally:
             self._skeleton.block = None
             self._skeleton.put_back()
-        if not self._is_live:
+        if not self._is_live():
             raise self._astray("the end of forward", self._line())
         if self._cell is None:
             self._part = len(self._names) - 1
@@ -154,11 +176,9 @@ class Run(TorchFunctionMode):
         leaves, spec = flat((args, kwargs))
         if self._cell is not None and index > self._cell:
             raise _Stop(index, leaves)
-        self._part = index
-        if index == self._cell:
-            self._open()
+        self._part = max(self._part, index)
         what = f"block {name}"
-        if not self._is_live:
+        if not self._is_live():
             return self._told(what, leaves)
         given = [self._real(leaf, f"an argument of {name}") for leaf in leaves]
         for leaf in given:
@@ -176,24 +196,21 @@ class Run(TorchFunctionMode):
         if self._arriving is None:
             return
         story = self._arriving.story
-        if self._next != len(self._events):
-            raise self._astray(f"block {self._names[self._part]}", self._line())
+        self._part = max(self._part, story.block)
         for key, tensor in zip(story.keys, self._arriving.tensors, strict=True):
             value = self._values[key]
             value.real = tensor
             self._by_id[id(tensor)] = value
-            self._kept.append(tensor)
 
     def _crossing(self, stop: _Stop) -> Crossing:
-        wanted = self._needs.across[stop.block]
-        arguments = {id(value) for leaf in stop.arguments if (value := self._value(leaf))}
-        values = [
-            value
-            for value in self._values.values()
-            if value.real is not None and (value.label in wanted or id(value) in arguments)
-        ]
+        arguments = set()
         for leaf in stop.arguments:
-            self._real(leaf, f"an argument of {self._names[stop.block]}", uses=False)
+            if (value := self._value(leaf)) is not None:
+                self._carried(value, f"an argument of {self._names[stop.block]}")
+                arguments.add(id(value))
+        there = [value for value in self._values.values() if value.real is not None]
+        wanted = self._needs.wanted(stop.block, [value.label for value in there])
+        values = [v for v in there if v.label in wanted or id(v) in arguments]
         return Crossing(
             Story(
                 stop.block,
@@ -217,16 +234,34 @@ class Run(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         name = name_of(func)
         if not any(self._is_ours(leaf) for leaf in leaves):
+            if changes_first(name) and id(leaves[0]) in self._inputs:
+                raise ModelError(
+                    f"{self._line()} changes an input of the model in place ({name}); the cells "
+                    "that take it would see different values: let it make a new tensor (x = x + 1 "
+                    "in place of x += 1), or clone it first"
+                )
             if name not in RANDOM:
                 return func(*args, **kwargs)
         elif name in QUERIES:
             return self._asked(func, name, leaves, spec)
         elif all(self._is_constant(leaf) for leaf in leaves if self._is_ours(leaf)):
             return _call(func, [self._real(leaf, name) for leaf in leaves], spec)
-        if not self._is_live:
+        if not self._is_live():
             return self._told(name, leaves)
+        self._check_states(leaves)
         given = [self._real(leaf, f"{name} ({self._line()})") for leaf in leaves]
         return self._noted(name, _call(func, given, spec), leaves, given)
+
+    def _check_states(self, leaves: list[object]) -> None:
+        """Stop where another cell goes on: one that holds a parameter, if its block is left out."""
+        if self._cell is None:
+            return
+        for leaf in leaves:
+            name = self._skeleton.states.get(id(leaf))
+            if name is not None and id(leaf) not in self._by_id and self._state(name) is None:
+                for later in range(self._cell + 1, len(self._names)):
+                    if name in self._needs.states[later]:
+                        raise _Stop(later, leaves)
 
     def _asked(
         self, func: Callable[..., Any], name: str, leaves: list[object], spec: pytree.TreeSpec
@@ -243,24 +278,25 @@ class Run(TorchFunctionMode):
         self, what: str, result: object, leaves: list[object], given: list[object]
     ) -> object:
         """Note what really ran; returns the result."""
-        site = f"{what} ({self._line()})"
+        line = self._line()
         found, spec = flat(result)
         places = {id(leaf): i for i, leaf in reversed([*enumerate(given)]) if _is_tensor(leaf)}
         event, told = len(self._events), []
-        turn = self._turn(site)
+        self._turns[self._part, what, line] += 1
+        turn = self._turns[self._part, what, line]
         for index, leaf in enumerate(found):
             if not isinstance(leaf, torch.Tensor):
                 if not self._is_last:
-                    check_constant(leaf, site)
+                    check_constant(leaf, f"{what} ({line})")
                 told.append(leaf)
                 continue
             if id(leaf) in places:
                 told.append(Given(places[id(leaf)]))
             else:
                 told.append(Form(leaf.shape, leaf.dtype, leaf.requires_grad))
-            self._keep(leaf, Key(event, index), Label(self._part, site, turn, index), leaf)
+            self._keep(leaf, Key(event, index), Label(self._part, what, line, turn, index), leaf)
         if changes_first(what) and not self._is_state(leaves[0]):
-            self._keep(given[0], Key(event, -1), Label(self._part, site, turn, -1), given[0])
+            self._keep(given[0], Key(event, -1), Label(self._part, what, line, turn, -1), given[0])
         self._events.append(Event(what, pytree.tree_unflatten(told, spec)))
         self._next = len(self._events)
         return result
@@ -292,15 +328,12 @@ class Run(TorchFunctionMode):
         if not isinstance(tensor, torch.Tensor) or id(tensor) in self._by_id:
             return
         assert real is None or isinstance(real, torch.Tensor)
+        if self._cell is None:
+            self._needs.seen.add(label)
         self._values[key] = self._by_id[id(tensor)] = _Value(tensor, key, label, self._part, real)
-        self._kept.append(tensor)
 
     def _label(self, key: Key, what: str) -> Label:
-        return self._labels.get(key) or Label(self._part, f"{what} ({self._line()})", 0, key.leaf)
-
-    def _turn(self, site: str) -> int:
-        self._turns[self._part, site] += 1
-        return self._turns[self._part, site]
+        return self._labels.get(key) or Label(self._part, what, self._line(), 0, key.leaf)
 
     def _value(self, leaf: object) -> _Value | None:
         return self._by_id.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
@@ -314,28 +347,32 @@ class Run(TorchFunctionMode):
     def _is_constant(self, leaf: object) -> bool:
         return self._skeleton.states.get(id(leaf)) in self._skeleton.constant
 
-    def _real(self, leaf: object, user: str, *, uses: bool = True) -> object:
+    def _carried(self, value: _Value, user: str) -> torch.Tensor:
+        if value.real is None:
+            raise CellError(
+                f"{user} uses the result of {value.label}, which lies in another cell and is not "
+                "carried here, since forward went another way in the example; give "
+                "stagewise.plan an example that goes this way, or pass the value to the blocks "
+                "between as an argument"
+            )
+        return value.real
+
+    def _real(self, leaf: object, user: str) -> object:
         """The tensor itself, where `leaf` stands for one."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         value = self._by_id.get(id(leaf))
         if value is not None:
-            if value.real is None:
-                raise CellError(
-                    f"{user} uses the result of {value.label.site}, which lies in another cell and "
-                    "is not carried here, since forward went another way in the example; give "
-                    "stagewise.plan an example that goes this way, or pass the value to the blocks "
-                    "between as an argument"
-                )
-            if self._cell is None and uses:
+            real = self._carried(value, user)
+            if self._cell is None:
                 for boundary in range(value.part + 1, self._part + 1):
                     self._needs.across[boundary].add(value.label)
-            return value.real
+            return real
         name = self._skeleton.states.get(id(leaf))
         if name is None:
             return leaf
-        real = self._state(name)
-        if real is None:
+        state = self._state(name)
+        if state is None:
             raise CellError(
                 f"{user} uses {name}, which this cell does not hold, since forward did not use it "
                 "here in the example; give stagewise.plan an example that goes this way, or name "
@@ -343,7 +380,7 @@ class Run(TorchFunctionMode):
             )
         if self._cell is None:
             self._needs.states[self._part].add(name)
-        return real
+        return state
 
     def _astray(self, what: str, line: str) -> CellError:
         told = self._events[self._next].what if self._next < len(self._events) else "its block"

@@ -5,6 +5,7 @@ back; one copy serves all cells of a process.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,7 +53,7 @@ class Skeleton:
         for index, path in enumerate(paths):
             module = self.model.get_submodule(path)
             for hooks in _HOOKS:
-                setattr(module, hooks, {})
+                setattr(module, hooks, OrderedDict())
             module.forward = _StandIn(self, index, path)
         modules = list(self.model.modules())
         self._registered = [
