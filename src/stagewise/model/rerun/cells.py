@@ -9,7 +9,8 @@ from torch.utils import _pytree as pytree
 
 from stagewise.model.piece import Piece
 from stagewise.model.rerun.crossing import Crossing, Done
-from stagewise.model.rerun.run import Needs, Run
+from stagewise.model.rerun.needs import Needs
+from stagewise.model.rerun.run import Run
 from stagewise.model.rerun.skeleton import Skeleton
 
 Owners = Sequence[tuple[int, str, nn.Module]]

@@ -23,8 +23,9 @@ from stagewise.model.captured import Captured, remember
 from stagewise.model.chain import Cell
 from stagewise.model.rerun.cells import RerunCell
 from stagewise.model.rerun.compare import check_equal, kept
+from stagewise.model.rerun.needs import Needs
 from stagewise.model.rerun.patterns import selected
-from stagewise.model.rerun.run import Needs, Run
+from stagewise.model.rerun.run import Run
 from stagewise.model.rerun.skeleton import Skeleton
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -9,7 +9,7 @@ puts in the values that were handed on, and where the next cell's block is calle
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,39 +39,10 @@ from stagewise.model.rerun.functions import (
     changes_first,
     name_of,
 )
+from stagewise.model.rerun.needs import Needs
 from stagewise.model.rerun.skeleton import Skeleton
 
 _NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-
-
-@dataclass
-class Needs:
-    """What the parts of the model use, learnt from whole calls.
-
-    `states[i]` are the parameters and buffers that part i uses, `across[b]` the values from
-    before block b that are used in its part or later, `seen` all values that there were.
-    """
-
-    states: list[set[str]]
-    across: list[set[Label]]
-    seen: set[Label]
-
-    @classmethod
-    def none(cls, num_parts: int) -> "Needs":
-        """Nothing learnt yet."""
-        parts = range(num_parts)
-        return cls([set() for _ in parts], [set() for _ in parts], set())
-
-    def wanted(self, block: int, labels: Sequence[Label]) -> set[Label]:
-        """Which of the values that there are, in running order, the rest of forward may use.
-
-        Those that it used in the example, and those that were not there. Where forward leaves
-        blocks out, the last value from a line stands for the one that was used.
-        """
-        across = self.across[block]
-        latest = {label.family: label for label in labels}
-        instead = {latest[f] for label in across if (f := label.family) in latest}
-        return {label for label in labels if label in across or label not in self.seen} | instead
 
 
 @dataclass(eq=False)
@@ -231,10 +202,9 @@ class Run(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        name = name_of(func)
-        if not any(self._is_ours(leaf) for leaf in leaves):
-            if changes_first(name) and id(leaves[0]) in self._inputs:
+        name, touches = name_of(func), self._touches(args) or self._touches(kwargs.values())
+        if not touches:
+            if changes_first(name) and id(args[0]) in self._inputs:
                 raise ModelError(
                     f"{self._line()} changes an input of the model in place ({name}); the cells "
                     "that take it would see different values: let it make a new tensor (x = x + 1 "
@@ -242,14 +212,15 @@ class Run(TorchFunctionMode):
                 )
             if name not in RANDOM:
                 return func(*args, **kwargs)
-        elif name in QUERIES:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if touches and name in QUERIES:
             return self._asked(func, name, leaves, spec)
-        elif all(self._is_constant(leaf) for leaf in leaves if self._is_ours(leaf)):
+        if touches and all(self._is_constant(leaf) for leaf in leaves if self._is_ours(leaf)):
             return _call(func, [self._real(leaf, name) for leaf in leaves], spec)
         if not self._is_live():
             return self._told(name, leaves)
         self._check_states(leaves)
-        given = [self._real(leaf, f"{name} ({self._line()})") for leaf in leaves]
+        given = [self._real(leaf, name) for leaf in leaves]
         return self._noted(name, _call(func, given, spec), leaves, given)
 
     def _check_states(self, leaves: list[object]) -> None:
@@ -341,6 +312,13 @@ class Run(TorchFunctionMode):
     def _is_ours(self, leaf: object) -> bool:
         return id(leaf) in self._by_id or id(leaf) in self._skeleton.states
 
+    def _touches(self, values: Iterable[object]) -> bool:
+        """Whether a tensor that belongs to one cell is among the values."""
+        return any(
+            self._touches(value) if isinstance(value, list | tuple) else self._is_ours(value)
+            for value in values
+        )
+
     def _is_state(self, leaf: object) -> bool:
         return id(leaf) in self._skeleton.states
 
@@ -350,7 +328,7 @@ class Run(TorchFunctionMode):
     def _carried(self, value: _Value, user: str) -> torch.Tensor:
         if value.real is None:
             raise CellError(
-                f"{user} uses the result of {value.label}, which lies in another cell and is not "
+                f"{user} ({self._line()}) uses the result of {value.label}, which lies in another cell and is not "
                 "carried here, since forward went another way in the example; give "
                 "stagewise.plan an example that goes this way, or pass the value to the blocks "
                 "between as an argument"
@@ -374,7 +352,7 @@ class Run(TorchFunctionMode):
         state = self._state(name)
         if state is None:
             raise CellError(
-                f"{user} uses {name}, which this cell does not hold, since forward did not use it "
+                f"{user} ({self._line()}) uses {name}, which this cell does not hold, since forward did not use it "
                 "here in the example; give stagewise.plan an example that goes this way, or name "
                 "the module that uses it in cells"
             )
