@@ -328,8 +328,8 @@ class Run(TorchFunctionMode):
     def _carried(self, value: _Value, user: str) -> torch.Tensor:
         if value.real is None:
             raise CellError(
-                f"{user} ({self._line()}) uses the result of {value.label}, which lies in another cell and is not "
-                "carried here, since forward went another way in the example; give "
+                f"{user} ({self._line()}) uses the result of {value.label}, which lies in another "
+                "cell and is not carried here, since forward went another way in the example; give "
                 "stagewise.plan an example that goes this way, or pass the value to the blocks "
                 "between as an argument"
             )
@@ -352,8 +352,8 @@ class Run(TorchFunctionMode):
         state = self._state(name)
         if state is None:
             raise CellError(
-                f"{user} ({self._line()}) uses {name}, which this cell does not hold, since forward did not use it "
-                "here in the example; give stagewise.plan an example that goes this way, or name "
+                f"{user} ({self._line()}) uses {name}, which this cell does not hold, since "
+                "forward did not use it here in the example; give stagewise.plan an example that goes this way, or name "
                 "the module that uses it in cells"
             )
         if self._cell is None:
