@@ -353,8 +353,8 @@ class Run(TorchFunctionMode):
         if state is None:
             raise CellError(
                 f"{user} ({self._line()}) uses {name}, which this cell does not hold, since "
-                "forward did not use it here in the example; give stagewise.plan an example that goes this way, or name "
-                "the module that uses it in cells"
+                "forward did not use it here in the example; give stagewise.plan an example that "
+                "goes this way, or name the module that uses it in cells"
             )
         if self._cell is None:
             self._needs.states[self._part].add(name)
