@@ -1,9 +1,9 @@
 """Unmodified models of transformers, torchvision and PEFT through the pipeline, beside themselves.
 
-Each is captured, planned and trained for a step at every number of stages, and compared with the
-plain model: loss, gradients, another batch size, evaluation, names. The models are those of
-`benchmarks.unmodified`, in float64 where they can run so. `make test-models` runs this in an
-environment of its own; it fails if a row does.
+Each is captured (the last two are cut by paths instead), planned and trained for a step at every
+number of stages, and compared with the plain model: loss, gradients, another batch size,
+evaluation, names. The models are those of `benchmarks.unmodified`, in float64 where they can run
+so. `make test-models` runs this in an environment of its own; it fails if a row does.
 
 Times are one step's without optimizer, median of three; with all stages in one process the
 pipelined one cannot be faster.
@@ -158,6 +158,7 @@ def row(
         num_stages=num_stages,
         num_microbatches=count,
         seconds=0.2,
+        cells=entry.cells,
     )
     captured = captured_of(model)
     assert captured is not None
@@ -190,7 +191,7 @@ def row(
         "model": entry.name,
         "K": num_stages,
         "M": count,
-        "captured by": "torch.export",
+        "captured by": "cells=" if entry.cells else "torch.export",
         "cells": len(names),
         "cut before": ", ".join(names[end] for end in ends),
         "loss diff": f"{errors['loss']:.0e}",

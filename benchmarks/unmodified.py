@@ -20,7 +20,8 @@ class Entry:
 
     `batch(num_samples)` are the model's keyword arguments and the target ("target", if the loss
     lies outside). `loss` takes the output, and the target if there is one. `whole_batch` says why
-    mathematics forbids microbatches; `dtype` is float64 but for what cannot run in it.
+    mathematics forbids microbatches; `dtype` is float64 but for what cannot run in it. With
+    `cells` the model is cut by the paths of its modules, in place of being captured.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Entry:
     loss: Callable[..., Tensor]
     whole_batch: str = ""
     dtype: torch.dtype = torch.float64
+    cells: tuple[str, ...] | None = None
 
 
 def inside(output: Any) -> Tensor:
@@ -103,11 +105,14 @@ def image(size: int, name: str = "x") -> Callable[[int], Batch]:
     return batch
 
 
-def segmentation(num_samples: int) -> Batch:
-    return {
-        "x": torch.randn(num_samples, 3, 32, 32),
-        "target": torch.randint(0, 5, (num_samples, 32, 32)),
-    }
+def segmentation(size: int) -> Callable[[int], Batch]:
+    def batch(num_samples: int) -> Batch:
+        return {
+            "x": torch.randn(num_samples, 3, size, size),
+            "target": torch.randint(0, 5, (num_samples, size, size)),
+        }
+
+    return batch
 
 
 def gpt2() -> nn.Module:
@@ -365,7 +370,15 @@ ENTRIES = [
     Entry("torchvision DenseNet", densenet, image(64), cross_entropy, NORM),
     Entry("torchvision EfficientNet", efficientnet, image(32), cross_entropy, NORM),
     Entry("torchvision Swin", swin, image(32), cross_entropy),
-    Entry("torchvision FCN", fcn, segmentation, per_pixel, NORM),
-    Entry("U-Net", UNet, segmentation, per_pixel),
+    Entry("torchvision FCN", fcn, segmentation(16), per_pixel, NORM),
+    Entry("U-Net", UNet, segmentation(32), per_pixel),
     Entry("PEFT LoRA on Llama", lora, language, inside),
+    Entry("GPT-2, by path", gpt2, language, inside, cells=("transformer.h.*",)),
+    Entry(
+        "T5, by path",
+        t5,
+        translation,
+        inside,
+        cells=("encoder.block.*", "decoder.block.*", "lm_head"),
+    ),
 ]

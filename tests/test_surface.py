@@ -23,6 +23,7 @@ EXPORTS = [
     "UsageError",
     "add_loss",
     "capture",
+    "capture_cells",
     "collect_losses",
     "estimate",
     "plan",

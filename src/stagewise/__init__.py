@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stagewise.engine.markers import Arguments, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.model.capture.capture import capture
+    from stagewise.model.rerun.rerun import capture_cells
     from stagewise.model.skip import SkipScope, pop, skippable, stash
     from stagewise.pipeline.estimate import estimate
     from stagewise.pipeline.gpipe import GPipe
@@ -40,6 +41,7 @@ _HOMES = {
     "UsageError": "stagewise.errors",
     "add_loss": "stagewise.engine.losses",
     "capture": "stagewise.model.capture.capture",
+    "capture_cells": "stagewise.model.rerun.rerun",
     "collect_losses": "stagewise.engine.losses",
     "estimate": "stagewise.pipeline.estimate",
     "plan": "stagewise.pipeline.planning",
@@ -64,6 +66,7 @@ __all__ = [
     "UsageError",
     "add_loss",
     "capture",
+    "capture_cells",
     "collect_losses",
     "estimate",
     "plan",

@@ -67,6 +67,18 @@ def test_wrong_meta(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cells = 'layers.*'", r"cells in .* is 'layers\.\*'; it must be a list of the names"),
+        ("cells = ['0', '1']; meta = True", r"has meta = True and cells; .* leave one of them out"),
+    ],
+)
+def test_wrong_cells(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\n{line}")))
+
+
 def test_wrong_clip_grad_norm(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nclip_grad_norm = 0"))
     with pytest.raises(RecipeError, match="must be a number above 0"):

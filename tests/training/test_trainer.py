@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from stagewise.errors import CheckpointError, RecipeError
+from stagewise.planning import Plan
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.prepare import PlanOptions, TrainOptions, prepare
 from stagewise.training.recipe import load_recipe
@@ -88,6 +89,42 @@ def test_a_run_and_its_log(tmp_path: Path) -> None:
     assert [r["step"] for r in records if "validation_loss" in r] == [0, 5, 10]
     assert all(r["samples_per_second"] > 0 and r["seconds"] > 0 for r in records if "loss" in r)
     assert [r["step"] for r in records if "bubble_fraction" in r] == [10]
+
+
+BRANCHES = (
+    ("    return nn.Sequential(*layers, nn.Linear(WIDTH, 1))", "    return Branching(layers)"),
+    (
+        "def model():",
+        """cells = ["layers.*", "head"]
+
+class Branching(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if x.sum() > 0 else x - layer(x)
+        return self.head(x)
+
+def model():""",
+    ),
+)
+
+
+def test_cells_of_a_recipe_may_decide_by_the_data(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, *BRANCHES)
+    run(recipe, tmp_path / "one", steps=4)
+    run(recipe, tmp_path / "two", steps=4, stages=2)
+    saved = Plan(balance=(1, 3), schedule="gpipe", num_microbatches=4)
+    options = TrainOptions(
+        plan=PlanOptions(num_stages=2, num_microbatches=4, saved=saved), run=tmp_path, num_steps=1
+    )
+    pipe = prepare(load_recipe(recipe), options).pipe
+    assert [r for r in log_of(tmp_path / "one") if "loss" in r] == [
+        r for r in log_of(tmp_path / "two") if "loss" in r
+    ]
+    assert [*pipe.state_dict()][-1] == "head.bias" and pipe.plan == saved
 
 
 TIED = ("    return nn.Seq", "    layers[2][0].weight = layers[0][0].weight\n    return nn.Seq")

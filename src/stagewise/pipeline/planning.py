@@ -40,6 +40,7 @@ def plan(
     state_factor: float = 4,
     device: Device | None = None,
     seconds: float = 3.0,
+    cells: Sequence[str] | None = None,
 ) -> Plan:
     """Choose the cut of `model` whose busiest stage has the least to do.
 
@@ -64,6 +65,9 @@ def plan(
             activations.
         device: where to measure; by default where Pipeline would run.
         seconds: about how long to measure.
+        cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,
+            that are to be its cells, for a model that torch.export cannot trace; needs an
+            example: see `stagewise.capture_cells`.
 
     With "auto" for `num_microbatches` (or several numbers), `schedule`, `recompute` or `replicas`,
     with segments or with `memory_bytes`, the fastest plan on `num_devices` is searched for that
@@ -71,11 +75,14 @@ def plan(
     and the smallest microbatch, and what lies between is taken to be linear.
 
     Raises:
+        ModelError: the model cannot be captured, or cut into `cells`.
         PlanError: more stages than cells, a balance that does not fit, or a schedule that has
             other numbers of stages, devices or microbatches.
         ScheduleError: unknown schedule or policy, or a schedule that breaks a rule.
         BatchError: the example has fewer samples than microbatches.
     """
+    if cells is not None:
+        chain_for(model, inputs, kwargs or {}, cells)
     wants = (num_microbatches, schedule, recompute, replicas)
     searches = any(isinstance(wish, str) and wish in ("auto", SEGMENTS) for wish in wants)
     if searches or memory_bytes is not None or not isinstance(num_microbatches, int):
@@ -126,11 +133,11 @@ def plan(
         )
     example = example_of(model, inputs, target, kwargs, loss, device)
     size = example.size_of(num_microbatches)
-    cells, link = agreed(example.measured(size, seconds=seconds, split=built.splits_backward))
+    costs, link = agreed(example.measured(size, seconds=seconds, split=built.splits_backward))
 
     def best(link: LinkCost) -> Plan:
         return plan_from_costs(
-            cells,
+            costs,
             num_stages=choice.num_stages,
             num_devices=choice.num_devices,
             replicas=choice.replicas,

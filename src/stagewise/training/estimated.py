@@ -150,6 +150,7 @@ def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
         loss=recipe.loss,
         num_stages=1,
         num_microbatches=num_microbatches,
+        cells=recipe.cells,
     )
     size = batch_size((inputs, target))
     return Estimated(cells=plan.cells, chain=chain_of(model), batch_size=size)

@@ -23,13 +23,14 @@ from stagewise.errors import (
     UsageError,
 )
 from stagewise.model.chain import chain_of, is_chain, module_tree
+from stagewise.pipeline.capturing import chain_for
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, ScheduleLike, check_balance, plan_from_costs
 from stagewise.planning.partition import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
-from stagewise.training.recipe import Batch, Recipe
+from stagewise.training.recipe import Batch, Recipe, Tree
 
 Model = nn.Module | Sequence[nn.Module]
 Moved = tuple[Pipeline, Optimizer | None]
@@ -90,6 +91,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         checkpoints.check_fits(options.resume, parameter_shapes(model))
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
+    chain_for(model, batches.first[0], {}, recipe.cells)
     plan, measured = _chosen_plan(recipe, model, options.plan, batches.first)
     pipe = _pipeline(recipe, options, model, plan)
     del model  # the rest of it can go
@@ -127,13 +129,16 @@ def saved_plan(path: Path) -> PlanOptions:
     )
 
 
-def moved(recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint) -> Moved:
+def moved(
+    recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint, inputs: Tree
+) -> Moved:
     """Pipeline and optimizer of another plan, at the state of `checkpoint`; every rank calls this.
 
-    What the recipe draws from is left as it was.
+    `inputs` are an example of what the model takes. What the recipe draws from is left as it was.
     """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     model = build_model(recipe, seed=options.seed, meta=recipe.meta)
+    chain_for(model, inputs, {}, recipe.cells)
     pipe = _pipeline(recipe, options, model, plan)
     del model
     optimizer = recipe.make_optimizer(list(pipe.parameters()))
@@ -188,7 +193,8 @@ def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) 
             model = recipe.model()
     except Exception:
         return
-    if not isinstance(model, nn.Module) or is_chain(model):  # else cells are known once captured
+    known = not isinstance(model, nn.Module) or (is_chain(model) and recipe.cells is None)
+    if known:  # else cells are known once captured
         chain = chain_of(model)
         check_counts(len(chain), options.num_stages)
         if options.balance is not None:
@@ -241,6 +247,7 @@ def make_plan(
         recompute=options.recompute,
         balance=options.balance,
         seconds=seconds,
+        cells=recipe.cells,
     )
 
 

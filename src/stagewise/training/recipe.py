@@ -43,7 +43,8 @@ class Recipe:
 
     With `meta = True` in the file, `model()` is called under `torch.device("meta")`, so that no
     worker ever holds more than its own stage; the initial values come from `reset_parameters()` of
-    the modules and `init(module)`, if the recipe has one: see `stagewise.Pipeline`.
+    the modules and `init(module)`, if the recipe has one: see `stagewise.Pipeline`. `cells` names
+    the modules that are to be the model's cells: see `stagewise.capture_cells`.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Recipe:
     clip_grad_norm: float | None = None
     meta: bool = False
     init: Callable[[nn.Module], object] | None = None
+    cells: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -118,8 +120,22 @@ def load_recipe(path: Path) -> Recipe:
             f"meta in {path} is {meta!r}; it must be True, to build the model on the meta device, "
             "or False"
         )
+    cells = getattr(module, "cells", None)
+    if cells is not None and not (
+        isinstance(cells, list | tuple) and all(isinstance(name, str) for name in cells)
+    ):
+        raise RecipeError(
+            f"cells in {path} is {cells!r}; it must be a list of the names of modules, or patterns "
+            "of such, for example ['embed', 'layers.*', 'head']"
+        )
+    if cells is not None and meta:
+        raise RecipeError(
+            f"{path} has meta = True and cells; a model is cut by cells where it has values, so "
+            "leave one of them out"
+        )
     return Recipe(
         path=path,
+        cells=None if cells is None else tuple(cells),
         meta=meta,
         model=module.model,
         data=module.data,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import stagewise
 from stagewise.costs import CellCost
 from stagewise.model.chain import chain_of
+from stagewise.pipeline.capturing import chain_for
 from stagewise.pipeline.searching import Microbatches, candidates, search_plan
 from stagewise.planning import DeviceSpec, SearchResult, search
 from stagewise.planning.search import Progress
@@ -31,6 +32,7 @@ def measured_search(recipe: Recipe, options: SearchOptions, progress: Progress) 
     """Search on what is measured here; every rank calls this."""
     model = build_model(recipe, seed=0)
     inputs, target = TrainingBatches(recipe, seed=0).first
+    chain = chain_for(model, inputs, {}, recipe.cells)
     return search_plan(
         model,
         inputs,
@@ -42,7 +44,7 @@ def measured_search(recipe: Recipe, options: SearchOptions, progress: Progress) 
         recompute=options.recompute,
         replicas=options.replicas,
         memory_bytes=options.memory_bytes,
-        state_factor=state_factor(recipe, chain_of(model)),
+        state_factor=state_factor(recipe, chain),
         progress=progress,
     )
 

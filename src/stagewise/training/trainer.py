@@ -212,7 +212,9 @@ class Trainer:
         self._pipe.module.to("meta")  # frees the old stages before the new ones are built
         if self._prepared.optimizer is not None:
             self._prepared.optimizer.state.clear()
-        pipe, optimizer = moved(self._recipe, self._options, plan, checkpoint)
+        pipe, optimizer = moved(
+            self._recipe, self._options, plan, checkpoint, self._prepared.batches.first[0]
+        )
         self._pipe = pipe
         self._prepared = replace(self._prepared, pipe=pipe, optimizer=optimizer)
 

@@ -11,7 +11,6 @@ from stagewise.errors import ModelError
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
-_WAY_OUT = "or pass the model's layers as an nn.Sequential or a list of modules"
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (
     (
@@ -48,8 +47,19 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return ModelError(
         f"{_where(model, error)} cannot be captured: {meaning} ({type(error).__name__}: "
-        f"{first}); {remedy}, {_WAY_OUT}"
+        f"{first}); {remedy}, or name the modules that are to be cells, so that their code and "
+        f"what lies around them runs as it is: stagewise.plan(..., cells={_blocks(model)})"
     )
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """What `cells` might be: the model's lists of modules, or else its children."""
+    patterns: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(pattern[:-1]) for pattern in patterns)
+        if path and isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+            patterns.append(f"{path}.*")
+    return patterns or [name for name, _ in model.named_children()][:5] or ["..."]
 
 
 def place_of(node: fx.Node) -> str:
