@@ -96,7 +96,8 @@ class Pipeline:
 
     Raises:
         ModelError: the model is no chain of cells and was not captured, its skips do not pair
-            up, it has a SyncBatchNorm, or it is on the meta device and cannot be initialised.
+            up, it has a SyncBatchNorm, or it is on the meta device and cannot be initialised; in
+            `step`, modules or parameters came or went after it was built.
         CheckpointError: `state` cannot be read, or is another model's.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
@@ -330,7 +331,9 @@ class Pipeline:
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
-        torch.nn.utils.clip_grad_value_(self.parameters(), max_value)
+        own = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        if own:  # torch fails on none
+            torch.nn.utils.clip_grad_value_(own, max_value)
 
     def use(self, plan: Plan) -> None:
         """Run by `plan` from the next call on; every rank calls this with the same plan.
@@ -360,7 +363,11 @@ class Pipeline:
     # This rank's share of the model, under the plain model's names.
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of this rank's stages."""
+        """Parameters of this rank's stages.
+
+        There may be none, which torch's optimizers refuse as a list, but not as a group: with
+        `AdamW([{"params": [*pipe.parameters()]}])` all ranks go on alike.
+        """
         return self.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
