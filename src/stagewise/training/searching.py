@@ -31,20 +31,21 @@ def measured_search(recipe: Recipe, options: SearchOptions, progress: Progress) 
     """Search on what is measured here; every rank calls this."""
     model = build_model(recipe, seed=0)
     inputs, target = TrainingBatches(recipe, seed=0).first
-    return search_plan(
-        model,
-        inputs,
-        target=target,
-        loss=recipe.loss,
-        num_devices=options.num_devices,
-        num_microbatches=options.num_microbatches,
-        schedules=options.schedules,
-        recompute=options.recompute,
-        replicas=options.replicas,
-        memory_bytes=options.memory_bytes,
-        state_factor=state_factor(recipe, chain_of(model)),
-        progress=progress,
-    )
+    with recipe.precision():
+        return search_plan(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_devices=options.num_devices,
+            num_microbatches=options.num_microbatches,
+            schedules=options.schedules,
+            recompute=options.recompute,
+            replicas=options.replicas,
+            memory_bytes=options.memory_bytes,
+            state_factor=state_factor(recipe, chain_of(model)),
+            progress=progress,
+        )
 
 
 def estimated_search(
@@ -55,14 +56,15 @@ def estimated_search(
     inputs, target = TrainingBatches(recipe, seed=0).first
 
     def costs_at(num_microbatches: int) -> tuple[CellCost, ...]:
-        return stagewise.estimate(
-            model,
-            inputs,
-            target=target,
-            loss=recipe.loss,
-            num_microbatches=num_microbatches,
-            device=device,
-        )
+        with recipe.precision():
+            return stagewise.estimate(
+                model,
+                inputs,
+                target=target,
+                loss=recipe.loss,
+                num_microbatches=num_microbatches,
+                device=device,
+            )
 
     return search(
         costs_at,
