@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_models_and_plans_that_do_not_fit() -> None:
     ]:
         with pytest.raises(error, match=re.escape(text).replace("\\ ", " ")):
             build()
+
+
+def test_gradients_scaled_by_frequency_need_the_whole_minibatch() -> None:
+    tokens = torch.tensor([1, 1, 2, 1, 0, 2])
+    model, plain = (nn.Sequential(nn.Embedding(3, 1, scale_grad_by_freq=True)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    one = stagewise.Plan(balance=(1,), schedule="gpipe", num_microbatches=1)
+    pipe = stagewise.Pipeline(model, one, loss=MSE, transport="local")
+    pipe.step(tokens, target=torch.ones(6, 1))
+    MSE(plain(tokens), torch.ones(6, 1)).backward()
+    assert torch.equal(model[0].weight.grad, plain[0].weight.grad)  # type: ignore[arg-type]
+    two = replace(one, num_microbatches=2)
+    for refused in (lambda: pipe.use(two), lambda: stagewise.Pipeline(plain, two, loss=MSE)):
+        with pytest.raises(ModelError, match=r"0 has scale_grad_by_freq.* of the 2 microbatches"):
+            refused()
+    assert pipe.num_microbatches == 1
 
 
 def test_a_loss_module_without_parameters_is_fine() -> None:

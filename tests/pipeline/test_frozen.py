@@ -207,3 +207,27 @@ def test_no_gradient_travels_where_none_is_needed(
     assert upward(name, needs_grad) == wanted
     ranks = pools[4].run(upward, name, needs_grad)
     assert {link: count for sent in ranks for link, count in sent.items()} == wanted
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_inputs_get_their_gradient_wherever_the_step_is_called(
+    around: Callable[[], torch.autograd.grad_mode.no_grad],
+) -> None:
+    pipe = stagewise.Pipeline(
+        nn.Sequential(*_linears(0)), planned((3, 3), "1f1b", num_microbatches=3), loss=_distance
+    )
+    leaf, target, scale = (torch.ones(7, 4, requires_grad=True) for _ in range(3))
+    x = leaf * 2
+    with around():
+        pipe.step(x, target=target)
+        assert torch.is_inference_mode_enabled() == (around is torch.inference_mode)
+    wanted = {id(t): t.grad for t in (leaf, target)}
+    assert not any(t.grad is None or t.grad.is_inference() for t in (leaf, target))
+    leaf.grad = target.grad = None
+    pipe.step(scale * 2, target=target)
+    assert wanted[id(leaf)] is not None and torch.equal(wanted[id(leaf)], scale.grad)
+    assert wanted[id(target)] is not None and torch.equal(wanted[id(target)], target.grad)
+
+
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()

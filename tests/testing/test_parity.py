@@ -257,7 +257,41 @@ def test_loss_that_draws_and_values_without_samples() -> None:
 
     report = check(Mask(), Drops(), Uses(), loss=noisy)
     report.raise_for_failure()
-    assert "random numbers (2 Drops, the loss, which was therefore not shown" in report.summary()
+    assert "explained by random numbers (2 Drops, the loss)" in report.summary()
+
+
+@pytest.mark.parametrize("weight", [None, lambda target: float(target.abs().sum())])
+def test_a_loss_that_draws_must_be_a_mean_too(weight: Callable[[Tensor], float] | None) -> None:
+    """Its random numbers excuse nothing but themselves."""
+
+    def summed(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.dropout(output - target, 0.3).square().sum() / 40
+
+    report = check(nn.Tanh(), loss=summed, weight=weight)
+    counted = "samples" if weight is None else r"weight\(target\)"
+    with pytest.raises(ParityError, match=rf"random numbers held constant.*by {counted}: it must"):
+        report.raise_for_failure()
+
+
+def test_a_cell_that_draws_even_in_eval_mode_hides_nothing() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.dropout(x, 0.3)
+            return x - 0.5 * x.mean(0, keepdim=True)
+
+    report = check(nn.Tanh(), Centred())
+    assert not report.ok and "cell 2 Centred, which mixes samples" in report.summary()
+    again = check(nn.Tanh(), Rejecting())
+    assert again.ok and "2 Rejecting" in again.summary()
+
+
+class Rejecting(nn.Module):
+    """Draws until it likes the number, which a constant never is; dropout without a mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        while torch.rand(()) < 0.6:
+            pass
+        return nn.functional.dropout(x, 0.3)
 
 
 def test_microbatches_schedules_and_policies_asked_for() -> None:

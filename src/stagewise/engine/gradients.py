@@ -10,6 +10,7 @@ from torch import nn
 
 from stagewise.engine.accumulation import LOW_PRECISION
 from stagewise.engine.transport import Transport
+from stagewise.errors import ModelError
 
 Gradient = torch.Tensor | None
 
@@ -50,17 +51,26 @@ def clip_by_global_norm(
 
     `dtypes` names the whole model's parameters in the plain model's order, so that the norms are
     summed in that order at any number of stages: the result is bit for bit that of
-    `torch.nn.utils.clip_grad_norm_` on the plain model. Returns the norm before clipping.
+    `torch.nn.utils.clip_grad_norm_` on the plain model. Returns the norm before clipping. Raises
+    ModelError on every rank if `own` holds names that `dtypes` has not.
     """
     norms = torch.zeros(len(dtypes), dtype=torch.float64)
     present = torch.zeros(len(dtypes), dtype=torch.int64)
     place = {name: index for index, name in enumerate(dtypes)}
     for name, parameter in own.items():
-        if parameter.grad is not None:
+        if parameter.grad is not None and name in place:
             norms[place[name]] = torch.linalg.vector_norm(parameter.grad).double()
             present[place[name]] = 1
-    row = [*norms.view(torch.int64).tolist(), *present.tolist()]
+    unknown = [name for name in own if name not in place]
+    row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
     rows = torch.tensor(transport.exchange(row), dtype=torch.int64)
+    rows, num_unknown = rows[:, :-1], rows[:, -1]
+    if num_unknown.any():
+        raise ModelError(
+            f"{', '.join(unknown) or 'parameters of another rank'} came after the Pipeline was "
+            "built, so no norm over all ranks is known; change the model (parametrize it, add "
+            "adapters) first and then build the Pipeline"
+        )
     # The maximum, not the sum: a tied parameter has the same norm on each of its ranks.
     all_norms = rows[:, : len(dtypes)].view(torch.float64).amax(0)
     all_present = rows[:, len(dtypes) :].sum(0) > 0

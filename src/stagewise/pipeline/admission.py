@@ -16,7 +16,7 @@ from stagewise.engine.markers import Arguments
 from stagewise.engine.microbatch import Extent, extent, microbatch_sizes
 from stagewise.engine.transport import Transport
 from stagewise.engine.values import take_apart
-from stagewise.errors import BatchError, CellError
+from stagewise.errors import BatchError, CellError, ModelError, UsageError
 from stagewise.pipeline.takers import NOT_GIVEN, Takers
 
 _NONE = NOT_GIVEN
@@ -50,17 +50,21 @@ def admit(
     flags: Sequence[bool],
     shared_flags: Sequence[Sequence[bool] | None] = (),
     options: object = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
     `num_microbatches(samples)` tells into how many microbatches a batch is split; `outputs_on`
     are the ranks that want the outputs; `flags` is what else on this rank decides what its
     messages hold (`Stage.flags`); `shared_flags` are those of every replicated stage, None where
-    this rank does not hold it; they and `options` must be the same on all ranks.
+    this rank does not hold it; they and `options` must be the same on all ranks. `check` raises
+    what else speaks against the call here.
     """
-    objection, signature, batch = None, _NONE, Extent()
+    objection: UsageError | None = None
+    signature, batch = _NONE, Extent()
     named = [_NONE] * len(takers.names)
     try:
+        check()
         takers.check_known(keywords)
         _check_present("inputs", inputs, needs_inputs and not takers.starts_by_name(keywords))
         _check_present("target", target, needs_target)
@@ -72,7 +76,7 @@ def admit(
             signature = fingerprint(_forms(inputs))
         if keywords:
             named = [_mark(keywords.get(name)) for name in takers.names]
-    except BatchError as error:
+    except (BatchError, ModelError) as error:
         objection = error
     own = fingerprint((tuple(flags), _autocast()))
     total = _NONE if batch.num_samples is None else batch.num_samples

@@ -29,6 +29,7 @@ from stagewise.pipeline.checkpoints.names import names_of
 from stagewise.pipeline.checkpoints.saving import save
 from stagewise.pipeline.checkpoints.sources import State
 from stagewise.pipeline.connect import Device, agree_on_model, connect
+from stagewise.pipeline.frequencies import check_frequencies, scaled_by_frequency
 from stagewise.pipeline.initial import Given, initialise
 from stagewise.pipeline.measure import measure_memory, rehearse
 from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
@@ -96,7 +97,9 @@ class Pipeline:
 
     Raises:
         ModelError: the model is no chain of cells and was not captured, its skips do not pair
-            up, it has a SyncBatchNorm, or it is on the meta device and cannot be initialised.
+            up, it has a SyncBatchNorm or `scale_grad_by_freq`, or it is on the meta device and
+            cannot be initialised; in `step`, modules or parameters came or went after it was
+            built.
         CheckpointError: `state` cannot be read, or is another model's.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
@@ -144,6 +147,8 @@ class Pipeline:
             transport, devices, chain, schedule.num_devices, homes
         )
         check_batchnorms(chain, ranks_of_cells(plan, self._transport))
+        self._by_frequency = scaled_by_frequency(chain)
+        check_frequencies(self._by_frequency, plan.num_microbatches)
         agree_on_model(self._transport, plan, self.parameter_shapes)
         check_buffers(chain, plan, self._devices, self._transport)
         check_storages(chain, plan, self._transport)
@@ -330,7 +335,9 @@ class Pipeline:
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
-        torch.nn.utils.clip_grad_value_(self.parameters(), max_value)
+        own = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        if own:  # torch fails on none
+            torch.nn.utils.clip_grad_value_(own, max_value)
 
     def use(self, plan: Plan) -> None:
         """Run by `plan` from the next call on; every rank calls this with the same plan.
@@ -350,6 +357,7 @@ class Pipeline:
                     f"{need}; use() takes a plan with the same one: build another Pipeline for "
                     "this plan, and load the state of this one"
                 )
+        check_frequencies(self._by_frequency, plan.num_microbatches)
         self._runner.use(plan.built_schedule)
         self.plan = plan
 
@@ -360,7 +368,11 @@ class Pipeline:
     # This rank's share of the model, under the plain model's names.
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of this rank's stages."""
+        """Parameters of this rank's stages.
+
+        There may be none, which torch's optimizers refuse as a list, but not as a group: with
+        `AdamW([{"params": [*pipe.parameters()]}])` all ranks go on alike.
+        """
         return self.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -28,6 +28,7 @@ from stagewise.pipeline.failing import agreed_failure
 from stagewise.pipeline.losses import agree_on_end, agree_on_losses
 from stagewise.pipeline.shared_batch import share_gradients
 from stagewise.pipeline.takers import Takers
+from stagewise.pipeline.unchanged import Unchanged
 from stagewise.pipeline.weighting import Weight, agree_on_shares, check_scaling
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
@@ -66,6 +67,7 @@ class Runner:
         self.last_ranks = (0,) if alone else schedule.placement[-1]
         self._replicated = [s for s, devices in enumerate(schedule.placement) if len(devices) > 1]
         cells = [cell for stage in stages.values() for cell in stage.cells]
+        self._unchanged = Unchanged(cells)
         self._batchnorms = BatchNorms(cells)
         parameters = (p for cell in cells for p in cell.module.parameters())
         self._parameters = list(dict.fromkeys(parameters))
@@ -117,6 +119,7 @@ class Runner:
                 self.stages[s].flags() if s in self.stages else None for s in self._replicated
             ],
             options=scaling,
+            check=self._unchanged.check if training else lambda: None,
         )
         check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
         order, own = self._program(training, len(admitted.sizes))
@@ -134,7 +137,9 @@ class Runner:
             batchnorms=self._batchnorms,
         )
         try:
-            self._take_batch(call, admitted, inputs, target, keywords)
+            # Gradients for the batch's own tensors go back through this graph.
+            with torch.inference_mode(False), torch.set_grad_enabled(training):
+                self._take_batch(call, admitted, inputs, target, keywords)
         except Exception as error:
             call.fail(Failure.of(error, None, None))
         if self.weight is not None and mode is not Mode.PREDICT:
@@ -282,7 +287,8 @@ class Runner:
         """
         pairs = list(batch_gradients(call))
         if pairs:
-            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+            with torch.inference_mode(False):
+                torch.autograd.backward([tensor for tensor, _ in pairs], [g for _, g in pairs])
 
     def _count(self, num_samples: int) -> int:
         return self.schedule.num_microbatches

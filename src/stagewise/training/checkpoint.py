@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Checkpoint:
     step: int
     seed: int
     parameter_shapes: Shapes
+    scaler: Mapping[str, float] = field(default_factory=dict)  # state of a GradScaler, if any
 
     @property
     def run(self) -> Path:
@@ -58,7 +59,13 @@ class Checkpoint:
 
 
 def save(
-    run: Path, pipe: Pipeline, optimizer: Optimizer | None, *, step: int, seed: int
+    run: Path,
+    pipe: Pipeline,
+    optimizer: Optimizer | None,
+    *,
+    step: int,
+    seed: int,
+    scaler: Mapping[str, float] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint of `step` finished steps into `run`; every rank calls this."""
     path = run / DIRECTORY / f"step-{step:08d}"
@@ -70,7 +77,9 @@ def save(
     with _one_process_is_fine():
         save_distributed(_state(pipe, optimizer), checkpoint_id=unfinished)
     shapes = {name: tuple(shape) for name, shape in pipe.parameter_shapes.items()}
-    checkpoint = Checkpoint(path=path, step=step, seed=seed, parameter_shapes=shapes)
+    checkpoint = Checkpoint(
+        path=path, step=step, seed=seed, parameter_shapes=shapes, scaler=dict(scaler or {})
+    )
     if pipe.rank == 0:
         fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
         (unfinished / DESCRIPTION).write_text(json.dumps(fields, indent=2))
@@ -180,6 +189,7 @@ def _read(path: Path) -> Checkpoint:
             step=fields["step"],
             seed=fields["seed"],
             parameter_shapes={n: tuple(s) for n, s in fields["parameter_shapes"].items()},
+            scaler=fields.get("scaler", {}),
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(

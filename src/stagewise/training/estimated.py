@@ -45,14 +45,15 @@ def estimate_recipe(recipe: Recipe, device: DeviceSpec, num_microbatches: int) -
     """Estimate a recipe's cells; the model is built on the meta device."""
     model = meta_model(recipe)
     inputs, target = TrainingBatches(recipe, seed=0).first
-    cells = stagewise.estimate(
-        model,
-        inputs,
-        target=target,
-        loss=recipe.loss,
-        num_microbatches=num_microbatches,
-        device=device,
-    )
+    with recipe.precision():
+        cells = stagewise.estimate(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_microbatches=num_microbatches,
+            device=device,
+        )
     return Estimated(cells=cells, chain=chain_of(model), batch_size=batch_size((inputs, target)))
 
 
@@ -143,15 +144,16 @@ def num_experts(chain: Chain) -> dict[int, int]:
 def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
     model = build_model(recipe, seed=0)
     inputs, target = TrainingBatches(recipe, seed=0).first
-    plan = stagewise.plan(
-        model,
-        inputs,
-        target=target,
-        loss=recipe.loss,
-        num_stages=1,
-        num_microbatches=num_microbatches,
-        cells=recipe.cells,
-    )
+    with recipe.precision():
+        plan = stagewise.plan(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_stages=1,
+            num_microbatches=num_microbatches,
+            cells=recipe.cells,
+        )
     size = batch_size((inputs, target))
     return Estimated(cells=plan.cells, chain=chain_of(model), batch_size=size)
 

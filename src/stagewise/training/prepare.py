@@ -97,8 +97,8 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     del model  # the rest of it can go
     optimizer = recipe.make_optimizer(list(pipe.parameters()))
     if options.resume is not None:
-        checkpoints.restore(options.resume, pipe, optimizer)
-        batches.skip(options.resume.step)
+        _restore(recipe, options.resume, pipe, optimizer)
+        batches.skip(pipe.step_index)
     seed_everything(options.seed)
     return Prepared(
         pipe=pipe,
@@ -142,11 +142,18 @@ def moved(
     pipe = _pipeline(recipe, options, model, plan)
     del model
     optimizer = recipe.make_optimizer(list(pipe.parameters()))
-    checkpoints.restore(checkpoint, pipe, optimizer)
+    _restore(recipe, checkpoint, pipe, optimizer)
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])
     return pipe, optimizer
+
+
+def _restore(
+    recipe: Recipe, checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None
+) -> None:
+    checkpoints.restore(checkpoint, pipe, optimizer)
+    pipe.step_index = checkpoint.step * recipe.accumulate  # it counts batches
 
 
 def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -> Pipeline:
@@ -157,6 +164,7 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
         weight=recipe.weight,
         seed=options.seed,
         init=recipe.init,
+        accumulate_in_float32=recipe.accumulate_in_float32,
     )
 
 
@@ -234,21 +242,22 @@ def make_plan(
     if recipe.meta:
         return plan_on_meta(recipe, model, options, batch=batch)
     inputs, target = batch
-    return stagewise.plan(
-        model,
-        inputs,
-        target=target,
-        loss=recipe.loss,
-        num_stages=options.num_stages,
-        num_devices=options.num_devices,
-        replicas=options.replicas,
-        num_microbatches=options.num_microbatches,
-        schedule=options.schedule,
-        recompute=options.recompute,
-        balance=options.balance,
-        seconds=seconds,
-        cells=recipe.cells,
-    )
+    with recipe.precision():
+        return stagewise.plan(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_stages=options.num_stages,
+            num_devices=options.num_devices,
+            replicas=options.replicas,
+            num_microbatches=options.num_microbatches,
+            schedule=options.schedule,
+            recompute=options.recompute,
+            balance=options.balance,
+            seconds=seconds,
+            cells=recipe.cells,
+        )
 
 
 def plan_on_meta(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
@@ -259,14 +268,15 @@ def plan_on_meta(recipe: Recipe, model: Model, options: PlanOptions, *, batch: B
     """
     inputs, target = batch
     try:
-        cells = stagewise.estimate(
-            model,
-            inputs,
-            target=target,
-            loss=recipe.loss,
-            num_microbatches=options.num_microbatches,
-            device="cpu",
-        )
+        with recipe.precision():
+            cells = stagewise.estimate(
+                model,
+                inputs,
+                target=target,
+                loss=recipe.loss,
+                num_microbatches=options.num_microbatches,
+                device="cpu",
+            )
     except ModelError:
         cells = sizes_as_costs(model)
     return replace(plan_of_costs(cells, options), cells=())
@@ -306,7 +316,9 @@ def seed_everything(seed: int) -> None:
 
 
 def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) -> int:
-    num_steps = options.num_steps if options.num_steps is not None else batches.num_batches
+    num_steps = options.num_steps
+    if num_steps is None and batches.num_batches is not None:
+        num_steps = max(batches.num_batches // recipe.accumulate, min(batches.num_batches, 1))
     if num_steps is None:
         raise RecipeError(
             f"data('train') in {recipe.path} does not tell its length, so the number of steps is "

@@ -8,7 +8,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +25,10 @@ LOG_FILE = "log.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One finished step; `bubble_fraction` only at steps where it was measured."""
+    """One finished step; `bubble_fraction` only at steps where it was measured.
+
+    `losses` are the loss's parts by name, if they have names; `loss_scale` is a GradScaler's.
+    """
 
     step: int
     loss: float
@@ -33,17 +36,23 @@ class StepRecord:
     rate: float
     rate_unit: str
     bubble_fraction: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    loss_scale: float | None = None
 
-    def to_log(self) -> dict[str, float | int | None]:
+    def to_log(self) -> dict[str, object]:
         """The record as the log writes it; a loss that is no number becomes null."""
-        fields: dict[str, float | int | None] = {
+        fields: dict[str, object] = {
             "step": self.step,
-            "loss": self.loss if math.isfinite(self.loss) else None,
+            "loss": _finite(self.loss),
             "seconds": round(self.seconds, 6),
             f"{self.rate_unit}_per_second": round(self.rate, 1),
         }
         if self.bubble_fraction is not None:
             fields["bubble_fraction"] = round(self.bubble_fraction, 4)
+        if self.losses:
+            fields["losses"] = {name: _finite(value) for name, value in self.losses.items()}
+        if self.loss_scale is not None:
+            fields["loss_scale"] = self.loss_scale
         return fields
 
 
@@ -54,11 +63,18 @@ class ValidationRecord:
     step: int
     validation_loss: float
     metrics: Mapping[str, float]
+    losses: Mapping[str, float] = field(default_factory=dict)  # by name, if they have names
 
     def to_log(self) -> dict[str, object]:
         """The record as the log writes it."""
-        loss = self.validation_loss if math.isfinite(self.validation_loss) else None
-        return {**asdict(self), "validation_loss": loss}
+        fields: dict[str, object] = {
+            "step": self.step,
+            "validation_loss": _finite(self.validation_loss),
+            "metrics": dict(self.metrics),
+        }
+        if self.losses:
+            fields["losses"] = {name: _finite(value) for name, value in self.losses.items()}
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +161,8 @@ class Shown(Reporter):
         self._write(record.to_log())
         if record.bubble_fraction is not None:
             self._bubble = record.bubble_fraction
-        shown = f"loss {record.loss:.4f}  {record.rate:,.0f} {record.rate_unit}/s"
+        rate = f"{record.rate:,.0f} {record.rate_unit}/s"
+        shown = f"loss {record.loss:.4f}{_parts(record.losses)}  {rate}"
         if self._bubble is not None:
             shown += f"  bubble {self._bubble:.0%}"
         if self._console.is_terminal:
@@ -158,7 +175,8 @@ class Shown(Reporter):
     def validation(self, record: ValidationRecord) -> None:
         self._write(record.to_log())
         metrics = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
-        self.say(f"step {record.step}: validation loss {record.validation_loss:.4f}{metrics}")
+        loss = f"{record.validation_loss:.4f}{_parts(record.losses)}"
+        self.say(f"step {record.step}: validation loss {loss}{metrics}")
 
     def change(self, record: ChangeRecord) -> None:
         self._write(record.to_log())
@@ -179,6 +197,16 @@ class Shown(Reporter):
 
     def _write(self, fields: Mapping[str, object]) -> None:
         self._log.write(json.dumps(fields) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
+def _parts(losses: Mapping[str, float]) -> str:
+    named = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    return f" ({named})" if named else ""
 
 
 def _bar(console: Console) -> Progress:

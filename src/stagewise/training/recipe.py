@@ -8,13 +8,14 @@ RecipeError that names the file, the line and what is needed instead.
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +46,11 @@ class Recipe:
     worker ever holds more than its own stage; the initial values come from `reset_parameters()` of
     the modules and `init(module)`, if the recipe has one: see `stagewise.Pipeline`. `cells` names
     the modules that are to be the model's cells: see `stagewise.capture_cells`.
+
+    One step takes `accumulate` batches of `data("train")` as one minibatch. `autocast` is the
+    dtype of `torch.autocast`. `grad_scaler` are options of `stagewise.GradScaler`, which is on
+    where they are given, and under `autocast = torch.float16`. `accumulate_in_float32` is that of
+    `stagewise.Pipeline`.
     """
 
     path: Path
@@ -54,16 +60,38 @@ class Recipe:
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     generate: Callable[[Callable[[Tree], Tree]], str] | None = None
     metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
-    weight: Callable[[Tree], float | Tensor] | None = None
+    weight: Callable[[Tree], float | Tensor | Mapping[str, float | Tensor]] | None = None
     clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    accumulate: int = 1
+    autocast: torch.dtype | None = None
+    grad_scaler: Mapping[str, float | int | bool] | None = None
+    accumulate_in_float32: bool = False
     meta: bool = False
     init: Callable[[nn.Module], object] | None = None
-    cells: tuple[str, ...] | None = None
+    cells: Sequence[str] | None = None
 
     @property
     def name(self) -> str:
         """The file's name without its ending."""
         return self.path.stem
+
+    @property
+    def scaler_options(self) -> Mapping[str, float | int | bool]:
+        """For `stagewise.GradScaler`."""
+        if self.grad_scaler is not None:
+            return self.grad_scaler
+        return {"enabled": self.autocast is torch.float16}
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Run the model inside: under autocast, if the recipe asks for it."""
+        with ExitStack() as stack:
+            if self.autocast is not None:
+                kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+                for kind in kinds:
+                    stack.enter_context(torch.autocast(kind, dtype=self.autocast))
+            yield
 
     @contextmanager
     def blame(self, what: str) -> Iterator[None]:
@@ -106,43 +134,24 @@ def load_recipe(path: Path) -> Recipe:
         for name in ("generate", "init", "metrics", "weight")
         if hasattr(module, name)
     }
-    clip_grad_norm = getattr(module, "clip_grad_norm", None)
-    if clip_grad_norm is not None and not (
-        isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0
-    ):
-        raise RecipeError(
-            f"clip_grad_norm in {path} is {clip_grad_norm!r}; it must be a number above 0, the "
-            "largest norm that the gradients may have"
-        )
-    meta = getattr(module, "meta", False)
-    if not isinstance(meta, bool):
-        raise RecipeError(
-            f"meta in {path} is {meta!r}; it must be True, to build the model on the meta device, "
-            "or False"
-        )
-    cells = getattr(module, "cells", None)
-    if cells is not None and not (
-        isinstance(cells, list | tuple) and all(isinstance(name, str) for name in cells)
-    ):
-        raise RecipeError(
-            f"cells in {path} is {cells!r}; it must be a list of the names of modules, or patterns "
-            "of such, for example ['embed', 'layers.*', 'head']"
-        )
-    if cells is not None and meta:
+    values = {
+        name: _checked_value(path, name, getattr(module, name))
+        for name in VALUES
+        if getattr(module, name, None) is not None
+    }
+    if "cells" in values and values.get("meta"):
         raise RecipeError(
             f"{path} has meta = True and cells; a model is cut by cells where it has values, so "
             "leave one of them out"
         )
     return Recipe(
         path=path,
-        cells=None if cells is None else tuple(cells),
-        meta=meta,
         model=module.model,
         data=module.data,
         loss=module.loss,
         optimizer=module.optimizer,
-        clip_grad_norm=clip_grad_norm,
         **optional,
+        **values,
     )
 
 
@@ -157,6 +166,67 @@ def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
         f"data({split!r}) in {recipe.path} gave {got} as a batch; every batch must be a pair "
         "(inputs, target): put several inputs in a tuple or dict of their own"
     )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _is_scaler_options(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    try:
+        torch.amp.GradScaler("cpu", **value)
+    except (AssertionError, TypeError, ValueError):
+        return False
+    return True
+
+
+# What a recipe may set besides functions: is it right, and what must it be?
+VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "clip_grad_norm": (
+        _is_positive,
+        "a number above 0, the largest norm that the gradients may have",
+    ),
+    "clip_grad_value": (
+        _is_positive,
+        "a number above 0, the largest that a gradient's element may be",
+    ),
+    "accumulate": (
+        lambda value: type(value) is int and value > 0,
+        "a whole number above 0: how many batches of data('train') make a step",
+    ),
+    "autocast": (
+        lambda value: value in (torch.bfloat16, torch.float16),
+        "torch.bfloat16 or torch.float16",
+    ),
+    "grad_scaler": (
+        _is_scaler_options,
+        "a dict of options of torch.amp.GradScaler, such as {'init_scale': 1024.0}, or {}",
+    ),
+    "accumulate_in_float32": (
+        lambda value: isinstance(value, bool),
+        "True, to sum gradients of bfloat16 and float16 parameters in float32, or False",
+    ),
+    "meta": (
+        lambda value: isinstance(value, bool),
+        "True, to build the model on the meta device, or False",
+    ),
+    "cells": (
+        lambda value: (
+            isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        ),
+        "a list of the names of modules, or patterns of such, for example "
+        "['embed', 'layers.*', 'head']",
+    ),
+}
+
+
+def _checked_value(path: Path, name: str, value: Any) -> Any:
+    is_right, needed = VALUES[name]
+    if not is_right(value):
+        raise RecipeError(f"{name} in {path} is {value!r}; it must be {needed}")
+    return value
 
 
 T = TypeVar("T")

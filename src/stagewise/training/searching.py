@@ -33,20 +33,21 @@ def measured_search(recipe: Recipe, options: SearchOptions, progress: Progress) 
     model = build_model(recipe, seed=0)
     inputs, target = TrainingBatches(recipe, seed=0).first
     chain = chain_for(model, inputs, {}, recipe.cells)
-    return search_plan(
-        model,
-        inputs,
-        target=target,
-        loss=recipe.loss,
-        num_devices=options.num_devices,
-        num_microbatches=options.num_microbatches,
-        schedules=options.schedules,
-        recompute=options.recompute,
-        replicas=options.replicas,
-        memory_bytes=options.memory_bytes,
-        state_factor=state_factor(recipe, chain),
-        progress=progress,
-    )
+    with recipe.precision():
+        return search_plan(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_devices=options.num_devices,
+            num_microbatches=options.num_microbatches,
+            schedules=options.schedules,
+            recompute=options.recompute,
+            replicas=options.replicas,
+            memory_bytes=options.memory_bytes,
+            state_factor=state_factor(recipe, chain),
+            progress=progress,
+        )
 
 
 def estimated_search(
@@ -57,14 +58,15 @@ def estimated_search(
     inputs, target = TrainingBatches(recipe, seed=0).first
 
     def costs_at(num_microbatches: int) -> tuple[CellCost, ...]:
-        return stagewise.estimate(
-            model,
-            inputs,
-            target=target,
-            loss=recipe.loss,
-            num_microbatches=num_microbatches,
-            device=device,
-        )
+        with recipe.precision():
+            return stagewise.estimate(
+                model,
+                inputs,
+                target=target,
+                loss=recipe.loss,
+                num_microbatches=num_microbatches,
+                device=device,
+            )
 
     return search(
         costs_at,

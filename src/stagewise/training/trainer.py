@@ -8,6 +8,7 @@ the run that was never interrupted. What ranks must agree on (stopping) they ask
 
 import itertools
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from stagewise.engine.losses import MAIN_LOSS
 from stagewise.engine.microbatch import batch_size
 from stagewise.engine.values import move, take_apart
 from stagewise.errors import OutOfMemoryError
@@ -36,6 +38,7 @@ from stagewise.training.progress import (
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.stop import StopRequest
 from stagewise.training.summary import Figures, Outcome, plan_in_words
+from stagewise.training.update import Update, weights_of
 
 LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
 WARM_UP = 3  # steps that measured times leave out
@@ -77,6 +80,8 @@ class Trainer:
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._reporter, self._stop = prepared.pipe, reporter, stop
+        resumed = options.resume.scaler if options.resume else None
+        self._update = Update(recipe, prepared.pipe, prepared.optimizer, resumed)
         self._next_plan: Plan | None = None  # with another cut
         self._watch = DriftWatch(prepared.measured)
         self._step_seconds: list[float] = []
@@ -115,15 +120,13 @@ class Trainer:
         )
 
     def _train_step(self, step: int) -> None:
-        pipe, optimizer = self._pipe, self._prepared.optimizer
-        inputs, target = self._prepared.batches.next()
+        pipe = self._pipe
+        batches = [self._prepared.batches.next() for _ in range(self._recipe.accumulate)]
+        scale = self._update.scale
         start = time.perf_counter()
-        loss = self._spared_step(step, inputs, target)
+        loss, losses = self._spared_step(step, batches)
         pipe_seconds = time.perf_counter() - start
-        if self._recipe.clip_grad_norm is not None:
-            pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
-        if optimizer is not None:
-            optimizer.step()
+        self._update.step()
         seconds = time.perf_counter() - start
         bubble = None
         if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
@@ -132,34 +135,38 @@ class Trainer:
             self._bubbles.append(bubble)
             if step < self._prepared.num_steps:
                 self._look(step, timeline)
-        self._step_seconds.append(pipe_seconds)
-        amount, unit = _amount((inputs, target))
+        self._step_seconds.append(pipe_seconds / len(batches))
+        amounts = [_amount(batch) for batch in batches]
         self._reporter.step(
             StepRecord(
                 step=step,
                 loss=loss,
+                losses=_named(losses),
+                loss_scale=scale,
                 seconds=pipe_seconds,
-                rate=amount / seconds,
-                rate_unit=unit,
+                rate=sum(amount for amount, _ in amounts) / seconds,
+                rate_unit=amounts[0][1],
                 bubble_fraction=bubble,
             )
         )
 
-    def _spared_step(self, step: int, inputs: object, target: object) -> float:
-        """The loss of one step; if it runs out of memory, again by a plan that needs less.
+    def _spared_step(self, step: int, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """The losses of one step; if it runs out of memory, again by a plan that needs less.
 
         A failed step leaves no trace, so this is the step of a run that had that plan from here on.
         """
+        first = self._pipe.step_index
         for attempt in itertools.count(1):
-            self._pipe.zero_grad()
+            self._pipe.step_index = first
             try:
-                return float(self._pipe.step(inputs, target=target))
+                return self._update.backward(batches)
             except OutOfMemoryError as error:
                 text = str(error)
                 if not self._options.plan.adaptive or attempt == MAX_ATTEMPTS:
                     raise
             # Outside the handler, so that what the error refers to is free.
-            self._spare(step, batch_size(inputs, "inputs"), text)
+            num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
+            self._spare(step, num_samples, text)
         raise AssertionError("count() does not end")
 
     def _spare(self, step: int, num_samples: int, text: str) -> None:
@@ -217,6 +224,7 @@ class Trainer:
         )
         self._pipe = pipe
         self._prepared = replace(self._prepared, pipe=pipe, optimizer=optimizer)
+        self._update = Update(self._recipe, pipe, optimizer, checkpoint.scaler)
 
     def _validate(self, step: int) -> float | None:
         """The mean loss over all validation samples, or weights; None where there are none."""
@@ -224,26 +232,36 @@ class Trainer:
         if not batches:
             return None
         totals: dict[str, float] = {}
-        total_loss, total_weight, num_samples = 0.0, 0.0, 0
+        sums: dict[str, list[float]] = {}  # by the loss's name: of weighted losses, of weights
+        num_samples = 0
         for inputs, target in batches:
             size = batch_size(inputs, "inputs")
-            with self._recipe.blame("weight(target)"):
-                weight = float(self._recipe.weight(target) if self._recipe.weight else size)
-            num_samples, total_weight = num_samples + size, total_weight + weight
-            total_loss += weight * float(self._pipe.evaluate(inputs, target=target))
+            weights = weights_of(self._recipe, (inputs, target), self._pipe.num_microbatches)
+            num_samples += size
+            with self._recipe.precision():
+                self._pipe.evaluate(inputs, target=target)
+            for name, loss in self._pipe.losses.items():
+                weight = weights.get(name, weights.get("", float(size)))
+                pair = sums.setdefault(name, [0.0, 0.0])
+                pair[0] += weight * float(loss)
+                pair[1] += weight
             for name, value in self._metrics(inputs, target).items():
                 totals[name] = totals.get(name, 0.0) + size * value
-        loss = total_loss / total_weight
+        losses = {name: total / weight for name, (total, weight) in sums.items() if weight}
         metrics = {name: total / num_samples for name, total in totals.items()}
+        mean = sum(losses.values())
         self._reporter.validation(
-            ValidationRecord(step=step, validation_loss=loss, metrics=metrics)
+            ValidationRecord(
+                step=step, validation_loss=mean, metrics=metrics, losses=_named(losses)
+            )
         )
-        return loss
+        return mean
 
     def _metrics(self, inputs: object, target: object) -> dict[str, float]:
         if self._recipe.metrics is None:
             return {}
-        output = self._pipe.predict(inputs)
+        with self._recipe.precision():
+            output = self._pipe.predict(inputs)
         target = move(target, take_apart(output)[0][0].device)
         with self._recipe.blame("metrics(output, target)"):
             return {
@@ -254,17 +272,19 @@ class Trainer:
         if self._recipe.generate is None:
             return None
         self._reporter.say("generating a sample ...")
-        with self._recipe.blame("generate(predict)"):
+        with self._recipe.blame("generate(predict)"), self._recipe.precision():
             return str(self._recipe.generate(self._pipe.predict))
 
     def _measured(self) -> Figures:
         """What the steps after the first few took, and one more step's memory."""
         inputs, target = self._prepared.batches.first
         seconds = self._step_seconds[WARM_UP:] or self._step_seconds
+        with self._recipe.precision():
+            peaks = self._pipe.measure_memory(inputs, target=target)
         return Figures(
             step_seconds=median(seconds),
             bubble_fraction=median(self._bubbles),
-            peak_activation_bytes=self._pipe.measure_memory(inputs, target=target),
+            peak_activation_bytes=peaks,
         )
 
     def _save(self, step: int) -> None:
@@ -274,12 +294,18 @@ class Trainer:
             self._prepared.optimizer,
             step=step,
             seed=self._options.seed,
+            scaler=self._update.scaler_state,
         )
         self._checkpoint = saved.path
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _named(losses: Mapping[str, float]) -> Mapping[str, float]:
+    """The losses if they have names, or some cell added one."""
+    return {} if set(losses) == {MAIN_LOSS} else losses
 
 
 def _amount(batch: Batch) -> tuple[int, str]:

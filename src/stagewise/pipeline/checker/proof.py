@@ -13,6 +13,7 @@ from stagewise.engine.microbatch import split
 from stagewise.engine.randomness import CellRandomness
 from stagewise.engine.values import put_together, take_apart
 from stagewise.model.chain import Cell, chain_of, module_tree
+from stagewise.pipeline.checker.constant import ConstantDraws, TooManyDraws
 from stagewise.pipeline.checker.references import (
     Shapes,
     Tensors,
@@ -21,7 +22,6 @@ from stagewise.pipeline.checker.references import (
     finish,
     given,
     named,
-    noting_draws,
     seeded,
     state_of,
     uses_batch_statistics,
@@ -99,45 +99,38 @@ def culprit(
                 return f"cell {named(cell)}, whose output depends on how the batch is split"
         if unsplittable or not training or subject.loss is None or traits.loss_draws:
             return unsplittable
-        whole = subject.loss_of(value, *given(target))
-        try:
-            parts = _whole_loss(subject, value, target, sizes, traits, randomness, split_it=True)
-        except Unsplittable:
-            return "the loss, whose argument cannot be split by samples"
-        if not _near(whole, parts, tolerance):
-            return (
-                f"the loss, {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
-                "over microbatches, weighted by samples: it must be a mean over samples"
-            )
-    return None
+        return _no_mean(subject, value, target, sizes, traits, randomness, tolerance)
 
 
 def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
-    """The first cell that is excused, but should not be: in eval mode, where it draws nothing,
-    normalises by no batch and changes no buffer, it still gives something else by microbatch."""
+    """The first cell, or the loss, that is excused but should not be: in eval mode, with its random
+    numbers held constant, where it normalises by no batch and changes no buffer, it still gives
+    something else by microbatch. None, too, where that cannot be found out."""
+    try:
+        return _mixing(subject, sizes, traits, tolerance)
+    except (Unsplittable, TooManyDraws):
+        return None
+
+
+def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
     chain = chain_of(subject.fresh_model())
     module_tree(chain).eval()
-    value, _, keywords = subject.fresh_batch()
+    value, target, keywords = subject.fresh_batch()
     walk = Walk(chain, value)
-    with seeded(subject) as randomness, torch.no_grad():
+    with seeded(subject) as randomness, torch.no_grad(), ConstantDraws(subject.device):
         for cell in chain:
             is_loss = subject.loss is None and cell.index == len(chain) - 1
-            draws: dict[int, str] = {}
             twin = replace(cell, module=copy.deepcopy(cell.module))
             before = state_of(twin)
-            with collect_losses() as added, noting_draws(subject, cell.index, "", draws):
+            with collect_losses() as added:
                 whole = walk.run(twin, value, keywords)
             changes = not all(map(torch.equal, before, state_of(twin)))
-            excused = draws or changes or uses_batch_statistics(cell)
-            if cell.index in traits.cells and not excused:
+            if cell.index in traits.cells and not changes and not uses_batch_statistics(cell):
                 twin = replace(cell, module=copy.deepcopy(cell.module))
-                try:
-                    with collect_losses() as added_by_parts:
-                        parts = _by_parts(
-                            walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
-                        )
-                except Unsplittable:
-                    return None
+                with collect_losses() as added_by_parts:
+                    parts = _by_parts(
+                        walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                    )
                 pairs = [
                     *zip(take_apart(whole)[0], take_apart(parts)[0], strict=True),
                     *((loss, added_by_parts[name]) for name, loss in added.items()),
@@ -145,7 +138,35 @@ def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: fl
                 if not all(_near(one, other, tolerance) for one, other in pairs):
                     return f"cell {named(cell)}, which mixes samples even in eval mode"
             value = whole
+        if traits.loss_draws and subject.loss is not None:
+            return _no_mean(subject, value, target, sizes, traits, randomness, tolerance)
     return None
+
+
+def _no_mean(
+    subject: Subject,
+    output: object,
+    target: object,
+    sizes: Sequence[int],
+    traits: Traits,
+    randomness: CellRandomness,
+    tolerance: float,
+) -> str | None:
+    """What is wrong with the loss, if it is no mean over samples."""
+    whole = subject.loss_of(output, *given(target))
+    try:
+        parts = _whole_loss(subject, output, target, sizes, traits, randomness, split_it=True)
+    except Unsplittable:
+        return "the loss, whose argument cannot be split by samples"
+    if _near(whole, parts, tolerance) or not whole.isfinite():
+        return None
+    constant = ", with its random numbers held constant," if traits.loss_draws else ","
+    weigher = "samples" if subject.weight is None else "weight(target)"
+    kind = "samples" if subject.weight is None else "what that counts"
+    return (
+        f"the loss{constant} {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
+        f"over microbatches, weighted by {weigher}: it must be a mean over {kind}"
+    )
 
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:

@@ -53,8 +53,7 @@ class Traits:
     def reason(self) -> str:
         """Why the full batch differs, for people; empty where nothing explains it."""
         changes = {i: n for i, n in self.changes.items() if i not in self.normalises}
-        of_loss = "the loss, which was therefore not shown to be a mean over samples"
-        draws = [*self.draws.values(), *([of_loss] if self.loss_draws else [])]
+        draws = [*self.draws.values(), *(["the loss"] if self.loss_draws else [])]
         clauses = (
             ("BatchNorm's statistics by microbatch", self.normalises.values()),
             ("random numbers", draws),

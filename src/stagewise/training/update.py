@@ -1,0 +1,103 @@
+"""From a minibatch to new parameters: accumulated, scaled, clipped, as the recipe says.
+
+Every rank makes the same calls, also one without parameters: whether gradients are finite, and
+their norm, the ranks ask each other.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from stagewise.engine.microbatch import batch_size, extent, microbatch_sizes, split
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.pipeline.scaler import GradScaler
+from stagewise.training.recipe import Batch, Recipe
+
+Weights = dict[str, float]  # by the loss's name; "" where there is one for all
+
+
+class Update:
+    """Runs the recipe's minibatches through `pipe`, and its optimizer."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pipe: Pipeline,
+        optimizer: Optimizer | None,
+        scaler_state: Mapping[str, float] | None = None,
+    ) -> None:
+        self._recipe, self._pipe = recipe, pipe
+        self._optimizer = optimizer or torch.optim.SGD([{"params": []}])
+        self._scaler = GradScaler(pipe, **recipe.scaler_options)
+        if scaler_state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(dict(scaler_state))
+
+    @property
+    def scale(self) -> float | None:
+        """What gradients are multiplied by until they are complete; None without a scaler."""
+        return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
+    @property
+    def scaler_state(self) -> dict[str, float]:
+        """For a checkpoint; empty without a scaler."""
+        return dict(self._scaler.state_dict())
+
+    def backward(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """The minibatch that `batches` make up: its loss, in all and by name; gradients anew."""
+        total_samples, total_weight = None, None
+        if len(batches) > 1:
+            total_samples = sum(batch_size(inputs, "inputs") for inputs, _ in batches)
+            if self._recipe.weight is not None:
+                total_weight = self._total_weight(batches)
+        self._pipe.zero_grad()
+        loss, losses = 0.0, dict[str, float]()
+        for inputs, target in batches:
+            with self._recipe.precision():
+                part = self._pipe.step(
+                    inputs,
+                    target=target,
+                    total_samples=total_samples,
+                    total_weight=total_weight,
+                    loss_scale=self.scale or 1.0,
+                )
+            loss += float(part)
+            for name, value in self._pipe.losses.items():
+                losses[name] = losses.get(name, 0.0) + float(value)
+        return loss, losses
+
+    def step(self) -> None:
+        """Gradients clipped, then the optimizer's step; none on any rank if they overflowed."""
+        self._scaler.unscale_(self._optimizer)
+        if self._recipe.clip_grad_value is not None:
+            self._pipe.clip_grad_value_(self._recipe.clip_grad_value)
+        if self._recipe.clip_grad_norm is not None:
+            self._pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+    def _total_weight(self, batches: Sequence[Batch]) -> float | Weights:
+        sums: Weights = {}
+        for batch in batches:
+            for name, weight in weights_of(
+                self._recipe, batch, self._pipe.num_microbatches
+            ).items():
+                sums[name] = sums.get(name, 0.0) + weight
+        return sums[""] if set(sums) == {""} else sums
+
+
+def weights_of(recipe: Recipe, batch: Batch, num_microbatches: int) -> Weights:
+    """What the batch's losses count, summed over microbatches as the pipeline does."""
+    inputs, target = batch
+    size = extent([("inputs", inputs), ("target", target)])
+    num_samples = batch_size(inputs, "inputs")
+    if recipe.weight is None:
+        return {"": float(num_samples)}
+    sizes = size.sizes or microbatch_sizes(num_samples, min(num_samples, num_microbatches))
+    sums: Weights = {}
+    with recipe.blame("weight(target)"), torch.no_grad():
+        for part in split(target, sizes):
+            weight = recipe.weight(part)
+            for name, value in (weight if isinstance(weight, Mapping) else {"": weight}).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+    return sums

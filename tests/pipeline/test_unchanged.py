@@ -1,0 +1,130 @@
+"""A model that changes after its Pipeline was built is refused in words, on every rank."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import stagewise
+from stagewise.errors import BatchError, ModelError
+from tests.harness import Pools
+from tests.schedules import planned
+
+Change = Callable[[nn.Linear], object]
+
+
+def replace_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+def old_weight_norm(layer: nn.Linear) -> None:
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(layer)
+
+
+CHANGES: dict[str, Change] = {
+    "weight norm": torch.nn.utils.parametrizations.weight_norm,
+    "weight norm of old": old_weight_norm,
+    "replaced": replace_weight,
+    "adapter": lambda layer: layer.add_module("adapter", nn.Linear(4, 2)),
+}
+
+
+def built() -> tuple[stagewise.Pipeline, nn.Sequential]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
+    plan = planned((1, 2), "1f1b", num_microbatches=2)
+    return stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss), model
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_step_names_what_changed(change: Change) -> None:
+    pipe, model = built()
+    x = torch.ones(4, 4)
+    pipe.step(x, target=x)
+    change(model[1][1])  # type: ignore[arg-type, index]
+    named = r"(weight|adapter).* of a .*Linear in cell '1.1' came, went or was replaced"
+    with pytest.raises(ModelError, match=named):
+        pipe.step(x, target=x)
+    assert pipe.evaluate(x, target=x).isfinite()  # trains nothing
+    assert pipe.step_index == 1
+
+
+def test_clipping_says_so_too() -> None:
+    pipe, model = built()
+    x = torch.ones(4, 4)
+    pipe.step(x, target=x)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ModelError, match=r"0\.parametrizations\.weight.* came after the Pipeline"):
+        pipe.clip_grad_norm_(1.0)
+
+
+def test_before_it_is_built_all_of_them_train() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64)
+    for change in CHANGES.values():
+        model, plain = (
+            nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double() for _ in range(2)
+        )
+        plain.load_state_dict(model.state_dict())
+        for one in (model, plain):
+            torch.manual_seed(0)
+            change(one[2])  # type: ignore[arg-type]
+            one.double()
+        pipe = stagewise.Pipeline(
+            model, planned((2, 1), "zb_h1", num_microbatches=3), loss=nn.functional.mse_loss
+        )
+        pipe.step(x, target=x)
+        norm = pipe.clip_grad_norm_(0.1)
+        nn.functional.mse_loss(plain(x), x).backward()
+        wanted = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        torch.testing.assert_close(norm, wanted, rtol=1e-12, atol=0)
+        for ours, theirs in zip(pipe.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+
+
+def on_one_rank() -> list[str]:
+    pipe, model = built()
+    x, refusals = torch.ones(4, 4), []
+    pipe.step(x, target=x)
+    if pipe.rank == 1:
+        torch.nn.utils.parametrizations.weight_norm(model[1][1])  # type: ignore[index]
+    for call in (lambda: pipe.step(x, target=x), lambda: pipe.clip_grad_norm_(1.0)):
+        try:
+            call()
+        except (BatchError, ModelError) as error:
+            refusals.append(f"{type(error).__name__} {error}")
+    return refusals
+
+
+def test_every_rank_refuses(pools: Pools) -> None:
+    first, second = pools[2].run(on_one_rank)
+    assert "BatchError rank 1 refused the batch: weight, parametrizations of a" in first[0]
+    assert "ModelError parameters of another rank came after" in first[1]
+    assert "ModelError weight, parametrizations of a" in second[0]
+    assert "ModelError 1.1.parametrizations.weight.original0" in second[1]
+
+
+def without_parameters() -> list[int]:
+    """The second stage has none: an optimizer of one empty group stands on its rank."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    plan = planned((1, 1), "1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    numbers = []
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        optimizer = kind([{"params": [*pipe.parameters()]}], lr=0.1)
+        scaler = stagewise.GradScaler(pipe)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        x = torch.ones(4, 4)
+        pipe.step(x, target=x, loss_scale=scaler.get_scale())
+        scaler.unscale_(optimizer)
+        pipe.clip_grad_norm_(1.0)
+        pipe.clip_grad_value_(1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        numbers.append(len([*pipe.parameters()]))
+    return numbers
+
+
+def test_a_rank_without_parameters_trains_along(pools: Pools) -> None:
+    assert pools[2].run(without_parameters) == [[2, 2], [0, 0]]
