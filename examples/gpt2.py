@@ -10,10 +10,9 @@ those of `shakespeare.py`, one token per byte.
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import shakespeare
-import torch
 from shakespeare import CONTEXT, VOCABULARY, clip_grad_norm, data, optimizer
 from torch import Tensor, nn
 
