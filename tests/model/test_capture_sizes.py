@@ -16,22 +16,24 @@ F = nn.functional
 
 
 class Reader(nn.Module):
-    """A Transformer's encoder over tokens of any length, with padding and a mean over the rest."""
+    """Recurrent layers, then a Transformer's encoder with masks, over tokens of any length."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(20, 16), nn.Parameter(torch.randn(40, 16))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)
-        )
+        self.lstm = nn.LSTM(16, 4, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(8, 16, 2, batch_first=True)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
         self.head = nn.Linear(16, 20)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> dict[str, Tensor]:
         length = tokens.shape[1]
         x = self.embed(tokens) + self.position[:length]
         causal = torch.ones(length, length, dtype=torch.bool).triu(1)
-        for layer in self.layers:
-            x = layer(x, src_mask=causal, src_key_padding_mask=~keep)
+        states, (last, _) = self.lstm(x)
+        states, first = self.gru(states + last[-1].repeat(1, 2)[:, None])
+        x = self.encoder(states * first[0][:, None], mask=causal, src_key_padding_mask=~keep)
         return {"scores": self.head(x), "mean": (x * keep[..., None]).sum(1) / length**0.5}
 
 
@@ -68,11 +70,11 @@ def test_lengths_change_at_every_step() -> None:
     model = copy.deepcopy(plain)
     captured = stagewise.capture(model, **words(6, 9))
     names = [cell.name for cell in captured.chain]
-    for first in (1, 2, len(names) - 1):
+    for first in (1, 3):
         balance = (first, len(names) - first)
         plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=3)
         pipe = stagewise.Pipeline(model, plan, loss=loss)
-        for length in (9, 5, 31, 2):
+        for length in (9, 5, 2, 23):
             batch = words(6, length)
             for module in (plain, model):
                 module.zero_grad()
