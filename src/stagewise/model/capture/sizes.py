@@ -57,7 +57,9 @@ class TakenInput:
         return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)][self.leaf]
 
     def __str__(self) -> str:
-        sizes = (str(size) if isinstance(size, int) else "any" for size in self.shape)
+        sizes = [str(s) if isinstance(s, int) else "2 or more" for s in self.shape]
+        if sizes and not isinstance(self.shape[0], int):
+            sizes[0] = "any"  # the number of samples
         return f"({', '.join(sizes)}) and {self.dtype}"
 
 
