@@ -74,7 +74,7 @@ def test_lengths_change_at_every_step() -> None:
         balance = (first, len(names) - first)
         plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=3)
         pipe = stagewise.Pipeline(model, plan, loss=loss)
-        for length in (9, 5, 2, 23):
+        for length in (9, 2, 14):
             batch = words(6, length)
             for module in (plain, model):
                 module.zero_grad()
