@@ -1,6 +1,7 @@
 """Sizes of a captured model's batch: which may change, and what a call of others is told."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,15 @@ from stagewise.model.captured import captured_of
 from stagewise.pipeline.capturing import chain_for
 
 F = nn.functional
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small recurrent layers wait for threads more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Reader(nn.Module):
