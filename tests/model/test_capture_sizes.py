@@ -137,3 +137,36 @@ def test_what_forward_decides_by_sizes_is_kept_to() -> None:
     torch.testing.assert_close(again(x[:10], y[:10]), model(x[:10], y[:10]))
     with pytest.raises(BatchError, match=r"where .*% 4.* != 0"):
         again(x, y)
+
+
+class Named(nn.Module):
+    """Its keyword arguments have no names in its signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        return self.b(self.a(x) * more["gate"]) + reversing(more["shift"])
+
+
+@torch.library.custom_op("stagewise_test::reversing", mutates_args=())
+def reversing(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+reversing.register_fake(torch.empty_like)
+reversing.register_autograd(lambda _, gradient: -gradient)
+
+
+def test_arguments_without_names_and_operators_with_their_own_backward() -> None:
+    model = Named()
+    x, gate = torch.randn(4, 3, 4), torch.randn(4, 3, 8)
+    captured = stagewise.capture(model, x, gate=gate, shift=x)
+    assert "forward" not in vars(model)
+    for length in (3, 2):
+        shift = x[:, :length].clone().requires_grad_()
+        output: Any = captured(x[:, :length], gate=gate[:, :length], shift=shift)
+        torch.testing.assert_close(output, model(x[:, :length], gate=gate[:, :length], shift=shift))
+        output.sum().backward()
+        assert torch.equal(shift.grad, -torch.ones_like(shift))

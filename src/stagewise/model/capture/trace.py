@@ -7,8 +7,8 @@ already) is dropped here, so that the rest is what the plain model runs.
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,10 @@ from torch import fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
-from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
+from stagewise.model.capture.around import traceable
 from stagewise.model.capture.leaves import LEAF, LeafCall, opaque
 from stagewise.model.capture.refusal import refusal
 from stagewise.model.capture.sizes import Condition, conditions_of
@@ -93,7 +93,7 @@ def _traced(
     printed = io.StringIO()  # a failing torch.export prints its whole graph
     with (
         opaque(leaves) as calls,
-        _masks_as_given(),
+        traceable(model, kwargs),
         warnings.catch_warnings(),
         redirect_stderr(printed),
     ):
@@ -112,24 +112,6 @@ def _traced(
             raise refusal(model, error) from error
     sys.stderr.write(printed.getvalue())
     return _trace_of(program, calls)
-
-
-@contextmanager
-def _masks_as_given() -> Iterator[None]:
-    """Let nn.Transformer use its masks without looking whether one is causal.
-
-    It looks in order to choose a faster kernel, which depends on the data; the mask does the same.
-    """
-    found = transformer._detect_is_causal_mask
-    transformer._detect_is_causal_mask = _is_causal
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = found
-
-
-def _is_causal(mask: object, is_causal: bool | None = None, size: object = None) -> bool:
-    return bool(is_causal)
 
 
 def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall]) -> Trace:
