@@ -1,5 +1,6 @@
 """The recipes on real data, here on small files of the same form; models are the zoo's."""
 
+import copy
 import gzip
 import importlib
 import struct
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import stagewise
 from stagewise.engine.microbatch import batch_size
 from stagewise.errors import RecipeError
 from stagewise.model.chain import chain_of
@@ -206,6 +208,62 @@ def test_translation_batches_and_bleu(
     kept[0], kept[1] = kept[1], kept[0]
     text = recipe.generate(knows)  # type: ignore[arg-type]
     assert text.startswith("BLEU of 4 verses: ") and "100.0" not in text
+
+
+def test_gpt2_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(EXAMPLES / "gpt2.py")
+    monkeypatch.setattr(module_of(recipe), "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"run: pip install 'transformers>=5'"):
+        recipe.model()
+
+
+def test_gpt2_takes_scores_from_the_models_output() -> None:
+    recipe = load_recipe(EXAMPLES / "gpt2.py")
+    assert recipe.generate is not None
+    torch.manual_seed(0)
+    scores, target = torch.randn(2, 5, 256), torch.randint(0, 256, (2, 5))
+    output = SimpleNamespace(loss=None, logits=scores)
+    wanted = -scores.log_softmax(-1).gather(-1, target[..., None]).mean()
+    torch.testing.assert_close(recipe.loss(output, target), wanted)
+    lengths: list[int] = []
+
+    def predict(tokens: Tensor) -> SimpleNamespace:
+        lengths.append(tokens.shape[1])
+        return SimpleNamespace(logits=scores[:1, -1:])
+
+    assert len(recipe.generate(predict)) > 200  # type: ignore[arg-type]
+    assert lengths[0] == 6 and max(lengths) == 64
+
+
+def test_gpt2_trains_in_two_stages_and_writes_texts_of_any_length() -> None:
+    """One step, with the gradients of the class as transformers has it; the table is shared."""
+    pytest.importorskip("transformers")
+    recipe = load_recipe(EXAMPLES / "gpt2.py")
+    torch.manual_seed(0)
+    model: Any = recipe.model()
+    assert sum(p.numel() for p in model.parameters()) == 2_731_008
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # masks differ, since microbatches draw their own
+    plain = copy.deepcopy(model)
+    tokens = torch.randint(0, 256, (4, 65))
+    inputs, target = tokens[:, :-1], tokens[:, 1:]
+    cells = len(stagewise.capture(model, inputs).chain)
+    plan = stagewise.Plan(
+        balance=(cells // 2, cells - cells // 2), schedule="1f1b", num_microbatches=2
+    )
+    pipe = stagewise.Pipeline(model, plan, loss=recipe.loss)
+    wanted = recipe.loss(plain(inputs), target)
+    wanted.backward()
+    assert pipe.step(inputs, target=target) == pytest.approx(wanted.item(), rel=1e-5)
+    assert pipe.state_dict().keys() == plain.state_dict().keys()
+    theirs = dict(plain.named_parameters())
+    for name, ours in pipe.named_parameters():
+        torch.testing.assert_close(ours.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
+    plain.eval()
+    for length in (2, 7, 64):
+        scores = pipe.predict(inputs[:1, :length]).logits
+        torch.testing.assert_close(scores, plain(inputs[:1, :length]).logits)
 
 
 def module_of(recipe: Recipe) -> ModuleType:

@@ -1,7 +1,12 @@
 """Captures on disk: found again, never where something differs, never in the way."""
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +89,15 @@ def test_what_differs_is_traced(
         stagewise.capture(model, x)
 
 
+def test_hashes_of_text_are_no_difference(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps one in its GenerationConfig, another one in every process."""
+    for number in (1, 2):
+        model = net()
+        model.generation_config = SimpleNamespace(top_k=50, _original_object_hash=number)
+        stagewise.capture(model, torch.ones(3, 4))
+        monkeypatch.setattr(f"{MODULE}.traced", fails)
+
+
 def with_shift(model: Net) -> Net:
     model.shift = torch.zeros(4)
     return model
@@ -113,3 +127,94 @@ def test_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGEWISE_CAPTURE_CACHE", "off")
     stagewise.capture(net(), torch.ones(3, 4))
     assert entries(cache) == []
+
+
+@pytest.mark.parametrize("what", ["a method put in its place", "an upgraded library", "its source"])
+def test_changed_code_is_traced(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """The model's own file, a library that it calls only functions of, and a patched method."""
+    folder = tmp_path / "site"
+    (folder / "helper_library").mkdir(parents=True)
+    helper = folder / "helper_library" / "__init__.py"
+    helper.write_text("def scaled(x):\n    return 2 * x\n")
+    source = tmp_path / "its_model.py"
+    source.write_text(
+        "import torch, helper_library\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.two(helper_library.scaled(self.one(x)))\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(folder), *sys.path])
+    paths = dict.fromkeys(("stdlib", "platstdlib"), "/nowhere")
+    monkeypatch.setattr(
+        "sysconfig.get_paths", lambda: {**paths, "purelib": str(folder), "platlib": str(folder)}
+    )
+    its_model = importlib.import_module("its_model")
+    for name in ("its_model", "helper_library"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.pop(name))
+    stagewise.capture(its_model.Net(), torch.ones(3, 4))
+    with monkeypatch.context() as context:
+        context.setattr(f"{MODULE}.traced", fails)
+        stagewise.capture(its_model.Net(), torch.ones(3, 4))
+    if what == "its source":
+        source.write_text(source.read_text() + "\n")
+    elif what == "an upgraded library":
+        helper.write_text("def scaled(x):\n    return 30 * x\n")
+    else:
+        its_model.Net.forward = patched
+    monkeypatch.setattr(f"{MODULE}.traced", fails)
+    with pytest.raises(ModelError, match="traced"):
+        stagewise.capture(its_model.Net(), torch.ones(3, 4))
+
+
+def patched(self: Any, x: Tensor) -> Tensor:
+    return self.one(x)
+
+
+def test_nothing_is_kept_where_nothing_can_be_written(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.ones(3, 4)
+
+    def refuses(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as context:
+        context.setattr("os.replace", refuses)
+        stagewise.capture(net(), x)
+    assert entries(cache) == [], "nor is a half left behind"
+    for name in ("mkdir", "open"):
+        with monkeypatch.context() as context:
+            context.setattr(Path, name, refuses)
+            assert torch.equal(stagewise.capture(net(), x)(x)["out"], net()(x)["out"])  # type: ignore[index]
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    stagewise.capture(net(), x)
+
+
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_processes_may_write_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process writes the same entry while this one traces."""
+    x = torch.ones(3, 4)
+    stagewise.capture(net(), x)
+    (entry,) = entries(cache)
+    whole = entry.read_bytes()
+    entry.unlink()
+    replace = os.replace
+
+    def later(source: str, target: Path) -> None:
+        entry.write_bytes(whole)
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", later)
+    stagewise.capture(net(), x)
+    assert entries(cache) == [entry]
+    monkeypatch.setattr(f"{MODULE}.traced", fails)
+    stagewise.capture(net(), x)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
+
+from stagewise.model.piece import Holder, Piece
 
 if TYPE_CHECKING:
     from stagewise.model.chain import Cell
@@ -47,13 +49,43 @@ class Captured:
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Captured] = weakref.WeakKeyDictionary()
 
 
+_MODULES: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Module]]] = (
+    weakref.WeakKeyDictionary()
+)  # that it then had
+
+
 def remember(model: nn.Module, captured: Captured) -> None:
-    """Let `captured` stand for `model` as long as that lives."""
+    """Let `captured` stand for `model` as long as that lives and has the same modules."""
     _CAPTURED[model] = captured
+    _MODULES[model] = {path: weakref.ref(module) for path, module in _inside(model)}
 
 
 def captured_of(model: object) -> Captured | None:
-    """What was captured of `model`, if anything was."""
+    """What was captured of `model`, if anything was, and if it still has what was captured."""
     if isinstance(model, Captured):
         return model
-    return _CAPTURED.get(model) if isinstance(model, nn.Module) else None
+    if not isinstance(model, nn.Module) or model not in _CAPTURED:
+        return None
+    now = {path: weakref.ref(module) for path, module in _inside(model)}
+    captured = _CAPTURED[model]
+    return captured if now == _MODULES[model] and not _replaced(model, captured) else None
+
+
+def _inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, module) for path, module in model.named_modules() if path)
+
+
+def _replaced(model: nn.Module, captured: Captured) -> bool:
+    """Whether a holder has a parameter that is no more the model's own.
+
+    What is on the meta device in the model was made real in the holder.
+    """
+    return any(
+        own is not held and not (own is not None and own.is_meta)
+        for cell in captured.chain
+        if isinstance(cell.module, Piece)
+        for _, path, holder in cell.module.owned()
+        if isinstance(holder, Holder)
+        for name, held in holder._parameters.items()
+        for own in [model.get_submodule(path)._parameters.get(name)]
+    )

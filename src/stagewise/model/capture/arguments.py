@@ -4,7 +4,7 @@ Constants (flags, None) are part of what was captured, so a call must give the s
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import BatchError, ModelError
 from stagewise.model.capture.flow import is_symbolic
+from stagewise.model.capture.sizes import Condition, Size, TakenInput, check
 
+_Promise = tuple[Sequence[TakenInput], Sequence[Condition]]
+_Shape = tuple[torch.dtype, tuple[int, ...]]
 _BY_POSITION = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
 
 
@@ -38,7 +41,9 @@ class CallForm:
         self.names = tuple(named)
         self.leaves = tuple(leaf for name, value in named.items() for leaf in _leaves(name, value))
         self._constants = {name: _constants(value) for name, value in named.items()}
-        self._forms = {name: _form(value) for name, value in named.items() if value is not None}
+        self._rest, self._shapes = _forms(named)
+        self._promises: list[_Promise] = []  # one for each mode
+        self._fulfilled: set[object] = set()  # shapes that were checked
         self.taken: frozenset[str] = frozenset(self.names)  # by some cell
 
     def named(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -81,6 +86,7 @@ class CallForm:
                     f"{name!r} holds the constants {_constants(value)}, but the model was "
                     f"captured with {known}; pass the same, or capture it anew"
                 )
+        self._check_sizes(named)
         return {name: value for name, value in named.items() if name in self.taken}
 
     def check_batch(self, inputs: Mapping[fx.Node, int], what: str) -> None:
@@ -101,16 +107,57 @@ class CallForm:
         return name in self.taken
 
     def matches(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-        """Whether a call has the same arguments of the same shapes, batch size aside."""
+        """Whether a call has the same arguments of the same shapes, sizes that may change aside."""
         try:
             named = self.named(args, kwargs)
         except BatchError:
             return False
-        return {n: _form(v) for n, v in named.items() if v is not None} == self._forms
+        rest, shapes = _forms(named)
+        return (
+            rest == self._rest
+            and shapes.keys() == self._shapes.keys()
+            and all(self._fits(key, shape) for key, shape in shapes.items())
+        )
+
+    def add_promise(self, batch: Sequence[TakenInput], conditions: Sequence[Condition]) -> None:
+        """What the trace of one mode takes for granted of its tensors."""
+        self._promises.append((batch, conditions))
+
+    def _check_sizes(self, named: Mapping[str, object]) -> None:
+        """Raise BatchError where sizes are not as promised, the number of samples aside."""
+        plain = {name: value for name, value in named.items() if not _marked(value)}
+        _, shapes = _forms(plain)
+        key = tuple(shapes.items())
+        if key in self._fulfilled:
+            return
+        for batch, conditions in self._promises:
+            forms = [form for form in batch if (form.name, form.leaf) in shapes]
+            check(forms, [form.of(plain) for form in forms], conditions, samples=False)
+        self._fulfilled.add(key)
+
+    def _shape(self, name: str, leaf: int) -> tuple[Size, ...]:
+        """The shape in the trace; that of the example, where it holds none."""
+        batch, _ = self._promises[0]
+        found = (form.shape for form in batch if (form.name, form.leaf) == (name, leaf))
+        return next(found, self._shapes[name, leaf][1])
+
+    def _fits(self, key: tuple[str, int], found: _Shape) -> bool:
+        dtype, sizes = self._shapes[key]
+        return (
+            found[0] == dtype
+            and len(found[1]) == len(sizes)
+            and all(
+                size == known or axis == 0 or not isinstance(promised, int)
+                for axis, (size, known, promised) in enumerate(
+                    zip(found[1], sizes, self._shape(*key), strict=True)
+                )
+            )
+        )
 
     def text(self) -> str:
         """All that it holds, the same in every process; batch sizes aside."""
-        return repr((self._what, self.names, self.leaves, self._constants, self._forms))
+        shapes = {key: (dtype, sizes[1:]) for key, (dtype, sizes) in self._shapes.items()}
+        return repr((self._what, self.names, self.leaves, self._constants, self._rest, shapes))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CallForm":
         return self  # nothing in it changes
@@ -138,9 +185,15 @@ def _marked(value: object) -> bool:
     )
 
 
-def _form(value: object) -> object:
-    leaves, spec = pytree.tree_flatten(value)
-    return repr(spec), [
-        (leaf.dtype, tuple(leaf.shape[1:])) if isinstance(leaf, torch.Tensor) else leaf
-        for leaf in leaves
-    ]
+def _forms(named: Mapping[str, object]) -> tuple[object, dict[tuple[str, int], _Shape]]:
+    """How arguments are nested, with their constants; and dtype and shape of every tensor."""
+    given = {name: value for name, value in named.items() if value is not None}
+    rest = {n: (repr(pytree.tree_structure(v)), _constants(v)) for n, v in given.items()}
+    shapes = {
+        (name, place): (tensor.dtype, tuple(tensor.shape))
+        for name, value in given.items()
+        for place, tensor in enumerate(
+            leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)
+        )
+    }
+    return rest, shapes

@@ -1,10 +1,11 @@
 """Captures on disk: the code of a model's cells, without its weights, by a fingerprint.
 
-The fingerprint is of all that decides what a trace holds: the versions of torch and of the
-libraries in use, the source of every loaded module that is no library, the model's modules with
-their attributes and modes, the shapes of parameters and buffers, and the form of the call. Where it
-cannot be sure (attributes that have no stable text) there is none, and the model is traced anew.
-An entry that cannot be read is ignored with a warning, and written again.
+The fingerprint is of all that decides what a trace holds: version and installation of the
+libraries that loaded code imports, the files of those that hold the model's classes, the source of
+every loaded module that is no library, the model's modules with their attributes and modes, the
+shapes of parameters and buffers, and the form of the call. Where it cannot be sure (attributes that
+have no stable text) there is none, and the model is traced anew. An entry that cannot be read is
+ignored with a warning, and written again; where nothing can be written, nothing is kept.
 
 They lie in `$XDG_CACHE_HOME/stagewise` (by default `~/.cache/stagewise`); set
 `STAGEWISE_CAPTURE_CACHE=off` to go without. Entries are pickles: keep others from writing there.
@@ -19,7 +20,7 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -32,7 +33,11 @@ from stagewise.model.capture.cells import Program
 from stagewise.model.capture.home import Home
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_OWN = "stagewise.model."  # where the form of an entry is decided
 _INNER = {"_parameters", "_buffers", "_modules", "training", "_forward_hooks_with_kwargs"}
+
+# Hashes of text, which differ in every process: of transformers' GenerationConfig.
+_SALTED = {"_original_object_hash"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,17 @@ def cached(model: nn.Module, form: CallForm, make: Callable[[], list[Plain]]) ->
     path = _path_for(model, form)
     if path is None:
         return make()
-    if path.exists():
-        try:
-            with path.open("rb") as file, _quiet_pickles():
-                return _checked(pickle.load(file))
-        except Exception as error:
-            warnings.warn(
-                f"the capture in {path} is ignored and made anew, since it cannot be read "
-                f"({type(error).__name__}: {error})",
-                stacklevel=3,
-            )
+    try:
+        with path.open("rb") as file, _quiet_pickles():
+            return _checked(pickle.load(file))
+    except OSError:
+        pass  # there is none, or it is not ours to read
+    except Exception as error:
+        warnings.warn(
+            f"the capture in {path} is ignored and made anew, since it cannot be read "
+            f"({type(error).__name__}: {error})",
+            stacklevel=3,
+        )
     pieces = make()
     _write(path, pieces)
     return pieces
@@ -75,12 +81,17 @@ def _write(path: Path, pieces: list[Plain]) -> None:
     try:
         with _quiet_pickles():
             data = pickle.dumps(pieces)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return  # graphs of operators that have graphs inside cannot be pickled
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
-    except (OSError, pickle.PicklingError, TypeError, AttributeError):
-        return  # graphs of operators that have graphs inside cannot be pickled
+            try:
+                file.write(data)
+                file.close()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
 
 
 @contextmanager
@@ -96,9 +107,9 @@ def _path_for(model: nn.Module, form: CallForm) -> Path | None:
         return None
     try:
         text = repr((_code(model), _model(model), form.text()))
-    except (_UnstableError, OSError):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except (_UnstableError, OSError, RuntimeError):  # the last: a user without a home
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Path(home) / "stagewise" / f"capture-{digest}.pkl"
 
@@ -113,25 +124,59 @@ def _code(model: nn.Module) -> list[object]:
     for name in homes:
         if not getattr(sys.modules.get(name), "__file__", None):
             raise _UnstableError(name)  # typed into a notebook, say
-    packages = sorted({name.split(".")[0] for name in homes} | {"torch", "stagewise"})
-    versions = [(p, getattr(sys.modules.get(p), "__version__", None)) for p in packages]
     kinds = "stdlib", "platstdlib", "purelib", "platlib"
     libraries = tuple(sysconfig.get_paths()[kind] for kind in kinds)
-    sources: dict[str, str] = {}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or not os.path.isabs(file):
-            continue
-        if name in homes or not file.startswith(libraries):
-            sources[name] = hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
-    return [sys.version, versions, sorted(sources.items())]
+    loaded = {
+        name: (module, file)
+        for name, module in list(sys.modules.items())
+        if isinstance(file := getattr(module, "__file__", None), str) and os.path.isabs(file)
+    }
+    read = {
+        name
+        for name, (_, file) in loaded.items()
+        if name in homes or not file.startswith(libraries) or name.startswith(_OWN)
+    }
+    used = {_package(name) for name in homes} - {"torch"}
+    reached = {"torch"}.union(*(_packages_in(loaded[name][0]) for name in read))
+    sources = [(name, _digest(loaded[name][1])) for name in sorted(read)]
+    installed = [
+        (name, str(getattr(module, "__version__", None)), status.st_mtime_ns, status.st_size)
+        for name, (module, file) in sorted(loaded.items())
+        if _package(name) in used or name in reached
+        for status in [os.stat(file)]
+    ]
+    return [sys.version, installed, sources]
+
+
+def _packages_in(module: ModuleType) -> set[str]:
+    """The packages that a module has imported, or of which it has functions or classes."""
+    names = {
+        value.__name__ if isinstance(value, ModuleType) else value.__module__
+        for value in list(vars(module).values())
+        if issubclass(type(value), (ModuleType, FunctionType, type))  # asks the value nothing
+    }
+    return {_package(name) for name in names if isinstance(name, str)}
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _digest(file: str) -> str:
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 def _model(model: nn.Module) -> list[object]:
     """The modules with their attributes and modes, and the form of their tensors."""
     paths = {id(module): path for path, module in model.named_modules()}
     modules = [
-        (path, _name_of(type(module)), module.training, _text(_attributes(module), paths, ()))
+        (
+            path,
+            _name_of(type(module)),
+            _forward_of(type(module)),
+            module.training,
+            _text(_attributes(module), paths, ()),
+        )
         for path, module in model.named_modules(remove_duplicate=False)
     ]
     seen: dict[int, int] = {}
@@ -142,6 +187,12 @@ def _model(model: nn.Module) -> list[object]:
     ]
     persistent = sorted(model.state_dict(keep_vars=True))
     return [modules, tensors, persistent, torch.get_default_dtype()]
+
+
+def _forward_of(kind: type[nn.Module]) -> object:
+    """What its forward is now: a program may have put another function there."""
+    code = getattr(kind.forward, "__code__", None)
+    return None if code is None else (code.co_filename, code.co_firstlineno, code.co_qualname)
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:
@@ -187,7 +238,8 @@ def _text(value: object, paths: dict[int, str], above: Collection[int]) -> objec
         return value.__name__  # built in
     if not hasattr(value, "__dict__") or len(above) > 12:
         raise _UnstableError(value)
-    return _name_of(type(value)), _text(vars(value), paths, inside)
+    attributes = {k: v for k, v in vars(value).items() if k not in _SALTED}
+    return _name_of(type(value)), _text(attributes, paths, inside)
 
 
 def _name_of(value: type | FunctionType) -> str:

@@ -34,9 +34,11 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     `args` and `kwargs` are those of the model's `forward`, with the samples along dimension 0 of
     every tensor; their values do not matter. Afterwards `Pipeline(model, plan)` accepts the model;
     `stagewise.plan` captures by itself. The model keeps its parameters, which the cells share.
-    What `forward` decides by anything but the batch size (flags, other sizes, hooks of modules
-    that are not torch.nn's own) is decided now; training and eval mode are captured apart. What
-    was found is kept on disk (`stagewise.model.capture.cache`), and found again in a second.
+    What `forward` decides (by flags, sizes, hooks of modules that are not torch.nn's own) is
+    decided now, and a batch for which it would decide otherwise by its sizes is refused. The number
+    of samples may change, and in tensors of up to three dimensions every size that `forward` does
+    not fix, as the length of sequences. Training and eval mode are captured apart. What was found
+    is kept on disk (`stagewise.model.capture.cache`), and found again in a second.
 
     Returns an object that runs as the model does, and that Pipeline takes in its place.
 
@@ -108,13 +110,15 @@ def _assembled(model: nn.Module, form: CallForm, pieces: Sequence[Plain]) -> Cap
     owners = owners_of(model, leaves_of(model), [piece.home for piece in pieces])
     cells = []
     for index, piece in enumerate(pieces):
-        taken = {t.name for p in piece.programs.values() for t in (*p.inputs, *p.derive_inputs)}
+        taken = {t.name for p in piece.programs.values() for t in p.taken}
         names = [name for name in form.names if name in taken]
         # The first must take something, since the batch enters there.
         names = names or list(form.names[:1] if index == 0 else ())
         module = CapturedCell(piece.home, owners[index], piece.programs, names, is_first=index == 0)
         module.training = model.training
         cells.append(Cell(index, piece.name, module))
+    for program in pieces[0].programs.values():
+        form.add_promise(program.batch, program.conditions)
     form.taken = frozenset(n for cell in cells for n in cell.keywords(cell.index and 1))
     return Captured(tuple(cells), form)
 

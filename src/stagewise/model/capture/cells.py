@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from stagewise.errors import BatchError
 from stagewise.model.capture.home import Code, Home
+from stagewise.model.capture.sizes import Condition, TakenInput, check
 from stagewise.model.piece import Holder, Piece
 
 TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
@@ -41,41 +41,6 @@ pytree.register_pytree_node(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakenInput:
-    """A tensor of the batch that a cell takes: leaf `leaf` of argument `name`."""
-
-    name: str
-    leaf: int
-    shape: tuple[int | None, ...]  # None where it may change
-    dtype: torch.dtype
-
-    def of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        if self.name not in inputs:
-            raise BatchError(
-                f"the model was captured with {self.name!r}, but it is not given; pass it, or "
-                "capture the model without it (stagewise.capture(model, example))"
-            )
-        value = inputs[self.name]
-        if not isinstance(value, torch.Tensor):
-            value = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)][self.leaf]
-        if (
-            value.dtype != self.dtype
-            or len(value.shape) != len(self.shape)
-            or any(
-                wanted is not None and wanted != size
-                for wanted, size in zip(self.shape, value.shape, strict=True)
-            )
-        ):
-            shape = ", ".join("any" if size is None else str(size) for size in self.shape)
-            raise BatchError(
-                f"{self.name!r} has shape {tuple(value.shape)} and {value.dtype}, but the model "
-                f"was captured for ({shape}) and {self.dtype}; pass that, or capture it with an "
-                "example of this shape"
-            )
-        return value
-
-
-@dataclass(frozen=True, kw_only=True)
 class Program:
     """What a cell runs in one mode.
 
@@ -94,6 +59,13 @@ class Program:
     derive_inputs: tuple[TakenInput, ...]
     out_spec: pytree.TreeSpec | None  # of the last cell
     out_constants: tuple[object, ...]
+    batch: tuple[TakenInput, ...]  # of the model, whether this cell takes it or not
+    conditions: tuple[Condition, ...]  # on the batch's sizes
+
+    @property
+    def taken(self) -> tuple[TakenInput, ...]:
+        """What of the batch `run` and then `derive` take."""
+        return (*self.inputs, *self.derive_inputs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Program":
         return self  # nothing in it changes
@@ -116,6 +88,7 @@ class CapturedCell(Piece):
         self._space.itself = self._space
         self._programs = dict(programs)
         self.input_names, self.is_first = tuple(input_names), is_first
+        self._fulfilled: set[object] = set()  # modes, shapes and dtypes of inputs that fit
         self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
         for place, path, module in owners:
             name = home.owner(path)
@@ -133,6 +106,12 @@ class CapturedCell(Piece):
     def forward(self, value: Any = (), **inputs: Any) -> Any:
         """Run on what the cell before returned, and on tensors of the batch by name."""
         program, space = self._programs[self.training], self._space
+        batch = [taken.of(inputs) for taken in program.taken]
+        form = (self.training, *[(tensor.shape, tensor.dtype) for tensor in batch])
+        if form not in self._fulfilled:
+            check(program.taken, batch, program.conditions)
+            self._fulfilled.add(form)
+        given = batch[: len(program.inputs)]
         derived = None
         if program.takes_derived:
             *arriving, derived = value
@@ -143,19 +122,19 @@ class CapturedCell(Piece):
         shared: Iterable[Any] = ()
         if program.hands_on_derived or program.shared:
             derived = Derived() if derived is None else derived
-            shared = self._shared(program, derived, inputs) if program.shared else ()
-        given = [*arriving, *shared, *[taken.of(inputs) for taken in program.inputs]]
-        result = program.run.function(space, *given)
+            shared = self._shared(program, derived, batch[len(given) :]) if program.shared else ()
+        result = program.run.function(space, *arriving, *shared, *given)
         if program.out_spec is not None:
             rest = iter(result)
             leaves = [next(rest) if leaf is TENSOR else leaf for leaf in program.out_constants]
             return pytree.tree_unflatten(leaves, program.out_spec)
         return (*result, derived) if program.hands_on_derived else result
 
-    def _shared(self, program: Program, derived: Derived, inputs: Mapping[str, Any]) -> list[Any]:
+    def _shared(
+        self, program: Program, derived: Derived, given: Sequence[torch.Tensor]
+    ) -> list[Any]:
         known = derived.values
         if program.derive is not None and not all(name in known for name in program.shared):
-            given = [taken.of(inputs) for taken in program.derive_inputs]
             known.update(
                 zip(program.shared, program.derive.function(self._space, *given), strict=True)
             )

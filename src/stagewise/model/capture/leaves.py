@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -115,7 +116,7 @@ def opaque(leaves: dict[str, nn.Module]) -> Iterator[dict[int, LeafCall]]:
     for path, leaf in leaves.items():
         for name in _HOOKS:  # they will run when the module does
             setattr(leaf, name, type(kept[path][name])())
-        leaf.__dict__["forward"] = _marked(path, leaf.forward, calls)
+        leaf.__dict__["forward"] = _marked(path, leaf, calls)
     try:
         yield calls
     finally:
@@ -129,9 +130,10 @@ def opaque(leaves: dict[str, nn.Module]) -> Iterator[dict[int, LeafCall]]:
                 leaf.__dict__["forward"] = forwards[path]
 
 
-def _marked(
-    path: str, run: Callable[..., object], calls: dict[int, LeafCall]
-) -> Callable[..., object]:
+def _marked(path: str, leaf: nn.Module, calls: dict[int, LeafCall]) -> Callable[..., object]:
+    run = leaf.forward
+    faked = partial(_recurrent, leaf) if isinstance(leaf, nn.RNNBase) else run
+
     def forward(*args: object, **kwargs: object) -> object:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
@@ -141,7 +143,21 @@ def _marked(
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         number = next(_numbers)
-        call = _running[number] = calls[number] = LeafCall(path, constants, is_tensor, spec, run)
+        call = _running[number] = calls[number] = LeafCall(path, constants, is_tensor, spec, faked)
         return call.returned(torch.ops.stagewise.leaf(tensors, path, number))
 
     return forward
+
+
+def _recurrent(module: nn.RNNBase, input: torch.Tensor, hx: object = None) -> object:
+    """What a recurrent layer returns, by shape: torch would unroll it, and so fix the length."""
+    del hx
+    directions = 2 if module.bidirectional else 1
+    size = module.proj_size or module.hidden_size
+    samples = input.shape[:-1][: input.dim() - 2] if module.batch_first else input.shape[1:-1]
+    states = [
+        input.new_empty(module.num_layers * directions, *samples, width)
+        for width in (size, module.hidden_size)
+    ]
+    output = input.new_empty(*input.shape[:-1], directions * size)
+    return output, tuple(states) if isinstance(module, nn.LSTM) else states[0]

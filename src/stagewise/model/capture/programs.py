@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from stagewise.model.capture.arguments import Leaf
-from stagewise.model.capture.cells import TENSOR, Program, TakenInput
+from stagewise.model.capture.cells import TENSOR, Program
 from stagewise.model.capture.emit import Emitter, UnknownSizeError
-from stagewise.model.capture.flow import Flow, is_symbolic
+from stagewise.model.capture.flow import Flow
 from stagewise.model.capture.home import Home
+from stagewise.model.capture.sizes import TakenInput, shape_of
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def _program(
         )
         if piece.is_last
         else (),
+        batch=tuple(_taken(trace.inputs, node, leaves) for node in trace.inputs),
+        conditions=trace.conditions,
     )
 
 
@@ -148,9 +151,4 @@ def _inputs(flow: Flow, nodes: Iterable[fx.Node]) -> list[fx.Node]:
 def _taken(inputs: Mapping[fx.Node, int], node: fx.Node, leaves: Sequence[Leaf]) -> TakenInput:
     value = node.meta["val"]
     leaf = leaves[inputs[node]]
-    return TakenInput(
-        name=leaf.name,
-        leaf=leaf.place,
-        shape=tuple(None if is_symbolic(size) else int(size) for size in value.shape),
-        dtype=value.dtype,
-    )
+    return TakenInput(name=leaf.name, leaf=leaf.place, shape=shape_of(value), dtype=value.dtype)

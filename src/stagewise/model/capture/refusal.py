@@ -8,11 +8,17 @@ import torch
 from torch import fx, nn
 
 from stagewise.errors import ModelError
+from stagewise.model.capture.around import OWN_BACKWARD
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (
+    (
+        (OWN_BACKWARD,),
+        "a trace would lose the gradient that it defines",
+        "make it an operator with torch.library.custom_op and register_autograd",
+    ),
     (
         ("data-dependent", "GuardOnDataDependent", "unbacked", "aten._local_scalar_dense"),
         "its control flow or its shapes depend on the data",

@@ -18,8 +18,14 @@ from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
+from stagewise.errors import ModelError
+from stagewise.model.capture.around import traceable
 from stagewise.model.capture.leaves import LEAF, LeafCall, opaque
 from stagewise.model.capture.refusal import refusal
+from stagewise.model.capture.sizes import Condition, conditions_of
+
+# Tokens, or vectors in a row. Images keep their size: symbolic ones can take long to trace.
+MAX_SEQUENCE_DIMS = 3
 
 _aten = torch.ops.aten
 _ASSERTIONS = {
@@ -46,6 +52,7 @@ class Trace:
     outputs: tuple[object, ...]
     out_spec: pytree.TreeSpec
     calls: Mapping[int, LeafCall]
+    conditions: tuple[Condition, ...]
     owner: nn.Module  # of the graphs that operators run inside
 
     def leaf_call(self, node: fx.Node) -> LeafCall | None:
@@ -59,14 +66,37 @@ def traced(
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> Trace:
-    """Trace `model` in its present mode; raises ModelError naming module, line and the way out."""
+    """Trace `model` in its present mode; raises ModelError naming module, line and the way out.
+
+    The number of samples may change, and in sequences every size that the model does not fix.
+    """
+    try:
+        return _traced(model, leaves, args, kwargs, max_dims=MAX_SEQUENCE_DIMS)
+    except ModelError:  # because of other sizes, perhaps; if not, it fails again
+        return _traced(model, leaves, args, kwargs, max_dims=1)
+
+
+def _traced(
+    model: nn.Module,
+    leaves: dict[str, nn.Module],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    max_dims: int,
+) -> Trace:
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     for tensor in tensors:
-        if tensor.dim():
-            shapes[tensor] = {0: Dim.AUTO}
+        free = tensor.dim() if tensor.dim() <= max_dims else 1
+        # A size of one is a constant to torch.export; it may mean broadcasting.
+        shapes[tensor] = {axis: Dim.AUTO for axis in range(free) if tensor.shape[axis] != 1}
     printed = io.StringIO()  # a failing torch.export prints its whole graph
-    with opaque(leaves) as calls, warnings.catch_warnings(), redirect_stderr(printed):
+    with (
+        opaque(leaves) as calls,
+        traceable(model, kwargs),
+        warnings.catch_warnings(),
+        redirect_stderr(printed),
+    ):
         # An LSTM keeps its parameters in a list besides, which torch.export puts back.
         warnings.filterwarnings("ignore", r"The tensor attributes? self\..*\._flat_weights")
         try:
@@ -118,6 +148,7 @@ def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall]) -> Trace:
         outputs=tuple(output.args[0]),
         out_spec=program.call_spec.out_spec,
         calls=calls,
+        conditions=conditions_of(graph),
         owner=program.graph_module,
     )
 
