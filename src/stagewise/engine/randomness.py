@@ -19,13 +19,14 @@ _LOSS_CELL = (1 << 32) - 1  # the loss draws as a cell of its own, whatever the 
 
 def derive_seed(seed: int, step: int, cell: int, microbatch: int) -> int:
     """Mix four numbers into a 64-bit seed (SplitMix64's finaliser, Steele et al., OOPSLA 2014)."""
-    state = 0
-    for number in (seed, step, cell, microbatch):
-        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
+    return _mixed(_mixed(_mixed(_mixed(0, seed), step), cell), microbatch)
+
+
+def _mixed(state: int, number: int) -> int:
+    state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -48,12 +49,16 @@ class CellRandomness:
     """Seeds one device's default generator before each cell of one step."""
 
     def __init__(self, seed: int, step: int, device: torch.device) -> None:
-        self._seed, self._step = seed, step
+        self._step = _mixed(_mixed(0, seed), step)
+        self._cells: dict[int, int] = {}  # mixed that far: the rest is right before a cell runs
         self._generator = default_generator(device)
 
     def enter_cell(self, cell: int, microbatch: int) -> None:
         """Call right before cell `cell` runs on `microbatch`."""
-        self._generator.manual_seed(derive_seed(self._seed, self._step, cell, microbatch))
+        state = self._cells.get(cell)
+        if state is None:
+            state = self._cells[cell] = _mixed(self._step, cell)
+        self._generator.manual_seed(_mixed(state, microbatch))
 
     def enter_loss(self, microbatch: int) -> None:
         """Call right before the loss function runs on `microbatch`."""
