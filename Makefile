@@ -45,7 +45,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 pytest: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 soak: $(READY)
 	STAGEWISE_SOAK=20 $(BIN)/pytest --timeout 3600 \

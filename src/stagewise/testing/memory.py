@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from stagewise.engine.memory import ActivationMeter
 from stagewise.engine.values import take_apart
@@ -45,9 +46,10 @@ class LiveTensors:
 
 
 def live_tensors() -> LiveTensors:
-    """Count every tensor of this process, after a collection of garbage."""
+    """Count every tensor of this process that has values, after a collection of garbage."""
     gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    found = [tensor for tensor in tensors if not is_fake(tensor)]
     storages = {
         (tensor.device, storage.data_ptr()): storage.nbytes()
         for tensor in found

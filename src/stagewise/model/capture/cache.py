@@ -140,7 +140,7 @@ def _code(model: nn.Module) -> list[object]:
     reached = {"torch"}.union(*(_packages_in(loaded[name][0]) for name in read))
     sources = [(name, _digest(loaded[name][1])) for name in sorted(read)]
     installed = [
-        (name, str(getattr(module, "__version__", None)), status.st_mtime_ns, status.st_size)
+        (name, str(vars(module).get("__version__")), status.st_mtime_ns, status.st_size)
         for name, (module, file) in sorted(loaded.items())
         if _package(name) in used or name in reached
         for status in [os.stat(file)]
