@@ -155,6 +155,7 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             weight=recipe.weight,
             optimizer=optimizer,
             max_norm=recipe.clip_grad_norm,
+            max_value=recipe.clip_grad_value,
             num_stages=asked.num_stages,
             num_devices=asked.num_devices,
             replicas=asked.replicas,
@@ -162,6 +163,7 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             schedules=asked.schedules,
             recompute=asked.recompute,
             dtype=torch.float64 if double else None,
+            cells=recipe.cells,
         )
 
 

@@ -58,7 +58,9 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
                 else:
                     value = walk.run(cell, value, keywords)
             loss = _whole_loss(subject, value, target, sizes, traits, randomness)
-    tensors = finish(subject, chain, (inputs, keywords), sum_of([loss, *added.values()]))
+    tensors = finish(
+        subject, module_tree(chain), (inputs, keywords), sum_of([loss, *added.values()])
+    )
     return tensors, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -210,26 +212,32 @@ def _by_parts(
     if is_loss:
         weighted = [o * (size / sum(sizes)) for o, size in zip(outputs, sizes, strict=True)]
         return torch.stack(weighted).sum(0)
-    flat = [take_apart(output) for output in outputs]
-    columns = list(zip(*(tensors for tensors, _ in flat), strict=True))
-    joined = [_joined(*pair) for pair in zip(columns, traits.wholes[cell.index], strict=True)]
-    return put_together(joined, flat[0][1])
+    whole = traits.wholes[cell.index]
+    tensors = [take_apart(output)[0] for output in outputs]
+    if any(len(own) != len(whole.tensors) for own in tensors):
+        raise Unsplittable
+    columns = zip(*tensors, strict=True)
+    joined = [_joined(*pair) for pair in zip(columns, whole.tensors, strict=True)]
+    return put_together(joined, whole.structure)
 
 
 def _split_as(value: object, parts: Sequence[Shapes]) -> Iterator[object]:
     """`value` by microbatch; what was no part of the batch in reference 2 is not split here."""
-    tensors, structure = take_apart(value)
-    if any(len(shapes) != len(tensors) for shapes in parts):
+    tensors, _ = take_apart(value)
+    if any(len(part.tensors) != len(tensors) for part in parts):
         raise Unsplittable
     columns: list[Sequence[Tensor]] = []
-    for tensor, shapes in zip(tensors, zip(*parts, strict=True), strict=True):
+    for tensor, *shapes in zip(tensors, *(part.tensors for part in parts), strict=True):
         if all(shape == tensor.shape for shape in shapes):
             columns.append([tensor] * len(parts))
         else:
             axis = _axis_of_samples(shapes, tensor.shape)
             pieces = torch.split(tensor, [shape[axis] for shape in shapes], axis)
             columns.append([piece.clone() for piece in pieces])  # a cell may change it in place
-    return (put_together([c[m] for c in columns], structure) for m in range(len(parts)))
+    return (
+        put_together([column[m] for column in columns], part.structure)
+        for m, part in enumerate(parts)
+    )
 
 
 def _joined(parts: Sequence[Tensor], whole: torch.Size) -> Tensor:
