@@ -149,15 +149,17 @@ def outputs_of_full_batch(subject: Subject) -> object:
 
 def whole_of(model: Model) -> nn.Module:
     """The plain model: what was captured itself, else all cells under their names."""
-    captured = isinstance(model, nn.Module) and captured_of(model) is not None
-    return model if captured else module_tree(chain_of(model))  # type: ignore[return-value]
+    if isinstance(model, nn.Module) and captured_of(model) is not None:
+        return model
+    return module_tree(chain_of(model))
 
 
 def run_plain(model: Model, inputs: object, keywords: Mapping[str, object]) -> object:
     """Call the model as its owner does, captured or not, without its cells where that can be."""
-    value, named = entered((inputs, dict(keywords)))  # type: ignore[misc]
-    if captured_of(model) is not None:
-        return model(*(() if inputs is None else (value,)), **named)  # type: ignore[operator]
+    value = entered(inputs)
+    if isinstance(model, nn.Module) and captured_of(model) is not None:
+        named = {name: entered(part) for name, part in keywords.items()}
+        return model(*(() if inputs is None else (value,)), **named)
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and not keywords:
         return invoke(model, value, {})
     chain = chain_of(model)  # a Sequential takes no keywords
