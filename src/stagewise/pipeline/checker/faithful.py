@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from stagewise.engine.losses import collect_losses
@@ -27,8 +28,14 @@ def unfaithful(subject: Subject, sizes: Sequence[int], tolerance: float) -> str 
 
     Loss, gradients and buffers in the model's mode and outputs in eval mode are compared.
     """
-    if captured_of(subject.model) is None:
+    captured = captured_of(subject.model)
+    if captured is None:
         return None
+    assert isinstance(subject.model, nn.Module)
+    held = {module for cell in captured.chain for module in cell.module.modules()}
+    for name, norm in subject.model.named_modules():
+        if isinstance(norm, _BatchNorm) and norm.training and norm not in held:
+            return f"every microbatch updates {name}, which is in no cell; name it in cells"
     try:
         module = Reference(_step(subject, sizes, cells=False))
         cells = _step(subject, sizes, cells=True)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from stagewise.engine.microbatch import batch_size, microbatch_sizes
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move, take_apart
-from stagewise.errors import BatchError, UsageError
+from stagewise.errors import BatchError, CellError, UsageError
 from stagewise.model.captured import Captured, captured_of
 from stagewise.model.chain import chain_of
 from stagewise.model.rerun.rerun import AnyForm
@@ -267,9 +267,9 @@ class _Plain:
         arguments = (self._subject, self._sizes, self._traits)
         try:
             tensors, pooled = proof.proof(*arguments)
-        except proof.Unsplittable:
+            tensors |= _outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
+        except (proof.Unsplittable, CellError):  # which a cell raises where parts do not fit it
             return None
-        tensors |= _outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
         return Reference(tensors | pooled)
 
     @functools.cached_property

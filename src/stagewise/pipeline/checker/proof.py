@@ -16,6 +16,7 @@ from stagewise.model.chain import Cell, chain_of, module_tree
 from stagewise.pipeline.checker.constant import ConstantDraws, TooManyDraws
 from stagewise.pipeline.checker.references import (
     Shapes,
+    Splits,
     Tensors,
     Traits,
     entered,
@@ -40,7 +41,7 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
 
     Raises Unsplittable where a value cannot be split by samples.
     """
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[True]
     inputs, target, keywords = subject.fresh_batch()
     walk = Walk(chain, inputs)
     with (
@@ -53,7 +54,7 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
                 if cell.index in traits.cells:
                     is_loss = subject.loss is None and cell.index == len(chain) - 1
                     value = _by_parts(
-                        walk, cell, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                        walk, cell, value, keywords, sizes, splits, randomness, is_loss=is_loss
                     )
                 else:
                     value = walk.run(cell, value, keywords)
@@ -71,7 +72,7 @@ def culprit(
 
     In eval mode, which decides the outputs, unless `training`.
     """
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[training]
     if not training:
         module_tree(chain).eval()
     inputs, target, keywords = subject.fresh_batch()
@@ -84,7 +85,7 @@ def culprit(
             twin = replace(cell, module=copy.deepcopy(cell.module))
             try:
                 parts = _by_parts(
-                    walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                    walk, twin, value, keywords, sizes, splits, randomness, is_loss=is_loss
                 )
             except Unsplittable:
                 unsplittable = (
@@ -115,7 +116,7 @@ def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: fl
 
 
 def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[False]
     module_tree(chain).eval()
     value, target, keywords = subject.fresh_batch()
     walk = Walk(chain, value)
@@ -131,7 +132,7 @@ def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
                 twin = replace(cell, module=copy.deepcopy(cell.module))
                 with collect_losses() as added_by_parts:
                     parts = _by_parts(
-                        walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                        walk, twin, value, keywords, sizes, splits, randomness, is_loss=is_loss
                     )
                 pairs = [
                     *zip(take_apart(whole)[0], take_apart(parts)[0], strict=True),
@@ -173,7 +174,7 @@ def _no_mean(
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:
     """The outputs in eval mode, run as for reference 3."""
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[False]
     module_tree(chain).eval()
     value, _, keywords = subject.fresh_batch()
     walk = Walk(chain, value)
@@ -181,7 +182,7 @@ def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) ->
         for cell in chain:
             if cell.index in traits.cells:
                 value = _by_parts(
-                    walk, cell, value, keywords, sizes, traits, randomness, is_loss=False
+                    walk, cell, value, keywords, sizes, splits, randomness, is_loss=False
                 )
             else:
                 value = walk.run(cell, value, keywords)
@@ -194,7 +195,7 @@ def _by_parts(
     value: object,
     keywords: Mapping[str, object],
     sizes: Sequence[int],
-    traits: Traits,
+    splits: Splits,
     randomness: CellRandomness,
     *,
     is_loss: bool,
@@ -202,7 +203,7 @@ def _by_parts(
     """Run `cell` on the microbatches of `value`, and put its outputs together."""
     outputs: list[Any] = []
     by_name = {name: split(part, sizes) for name, part in keywords.items()}
-    for m, part in enumerate(_split_as(value, traits.parts[cell.index])):
+    for m, part in enumerate(_split_as(value, splits.parts[cell.index])):
         randomness.enter_cell(cell.index, m)
         own = {name: column[m] for name, column in by_name.items()}
         with collect_losses() as added:
@@ -212,7 +213,7 @@ def _by_parts(
     if is_loss:
         weighted = [o * (size / sum(sizes)) for o, size in zip(outputs, sizes, strict=True)]
         return torch.stack(weighted).sum(0)
-    whole = traits.wholes[cell.index]
+    whole = splits.wholes[cell.index]
     tensors = [take_apart(output)[0] for output in outputs]
     if any(len(own) != len(whole.tensors) for own in tensors):
         raise Unsplittable

@@ -42,6 +42,14 @@ class Shapes:
     structure: Structure
 
 
+@dataclass(frozen=True)
+class Splits:
+    """How what the cells take and return is split, by cell index."""
+
+    parts: dict[int, list[Shapes]] = field(default_factory=dict)  # taken, in every microbatch
+    wholes: dict[int, Shapes] = field(default_factory=dict)  # returned, for the whole minibatch
+
+
 @dataclass
 class Traits:
     """What reference 2 saw: why the full batch may differ, and how cells' inputs are split."""
@@ -50,9 +58,7 @@ class Traits:
     normalises: dict[int, str] = field(default_factory=dict)
     changes: dict[int, str] = field(default_factory=dict)
     loss_draws: bool = False
-    # By cell index: its inputs' shapes in every microbatch, its outputs' in the whole minibatch.
-    parts: dict[int, list[Shapes]] = field(default_factory=dict)
-    wholes: dict[int, Shapes] = field(default_factory=dict)
+    splits: dict[bool, Splits] = field(default_factory=dict)  # by whether training
 
     @property
     def cells(self) -> set[int]:
@@ -101,7 +107,6 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             with collect_losses() as added:
                 for cell in chain:
-                    traits.parts.setdefault(cell.index, []).append(shapes_of(value))
                     before = state_of(cell)
                     randomness.enter_cell(cell.index, m)
                     with noting_draws(subject, cell.index, named(cell), traits.draws):
@@ -117,7 +122,7 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
                     parts += weighted(losses, shares, m)
             parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
     tensors = finish(subject, module_tree(chain), (inputs, keywords), sum_of(parts))
-    traits.wholes = _output_shapes(subject)
+    traits.splits = {mode: _splits(subject, sizes, training=mode) for mode in (True, False)}
     return tensors, traits, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -226,16 +231,25 @@ def finish(subject: Subject, tree: nn.Module, inputs: object, loss: Tensor) -> T
     return tensors
 
 
-def _output_shapes(subject: Subject) -> dict[int, Shapes]:
-    value, _, keywords = subject.fresh_batch()
-    chain = chain_of(subject.fresh_model())
-    walk = Walk(chain, value)
-    shapes = {}
-    with seeded(subject), torch.no_grad():
+def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits:
+    """In the model's own mode, or in eval mode unless `training`."""
+    splits, chain = Splits(), chain_of(subject.fresh_model())
+    if not training:
+        module_tree(chain).eval()
+    whole, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, whole)
+    with seeded(subject) as randomness, torch.set_grad_enabled(training), collect_losses():
+        for m, (part, named_parts) in enumerate(split_both(whole, keywords, sizes)):
+            value = pytree.tree_map_only(Tensor, torch.clone, part)
+            for cell in chain:
+                splits.parts.setdefault(cell.index, []).append(shapes_of(value))
+                randomness.enter_cell(cell.index, m)
+                value = walk.run(cell, value, named_parts)
+        value = entered(whole)
         for cell in chain:
             value = walk.run(cell, value, keywords)
-            shapes[cell.index] = shapes_of(value)
-    return shapes
+            splits.wholes[cell.index] = shapes_of(value)
+    return splits
 
 
 @contextmanager
