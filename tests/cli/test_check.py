@@ -95,6 +95,6 @@ def test_a_recipe_that_names_its_cells(tmp_path: Path) -> None:
     arguments = ("--stages", "1,2", "--schedule", "gpipe,1f1b", "--recompute", "never", "--double")
     code, out, err = run_command("check", recipe, *arguments, cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "gradient layers.1.weight" in out and "parameter head.bias" in out
+    assert "gradient head.bias" in out
     assert "ok: 4 pipelined runs equal the plain model within round-off" in out
     assert "Checked without the recipe's autocast, accumulate:" in out

@@ -14,24 +14,21 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from stagewise.engine.microbatch import batch_size, microbatch_sizes
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move, take_apart
 from stagewise.errors import BatchError, CellError, UsageError
-from stagewise.model.captured import Captured, captured_of
 from stagewise.model.chain import chain_of
-from stagewise.model.rerun.rerun import AnyForm
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
-from stagewise.pipeline.capturing import chain_for
 from stagewise.pipeline.checker import proof, references
 from stagewise.pipeline.checker.choices import alone, choices_of
 from stagewise.pipeline.checker.differences import Reference, identical
 from stagewise.pipeline.checker.faithful import unfaithful
+from stagewise.pipeline.checker.prepare import prepared
 from stagewise.pipeline.checker.references import Tensors
-from stagewise.pipeline.checker.subject import MakeOptimizer, Model, Subject, copied
+from stagewise.pipeline.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.pipeline.connect import connect
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.weighting import Weight
@@ -113,16 +110,7 @@ def check_parity(
         >>> check_parity(model, x, target=x, loss=torch.nn.functional.mse_loss).ok
         True
     """
-    if isinstance(model, Captured):
-        raise UsageError(
-            "check_parity compares with the plain model, but got what was captured of it; pass the "
-            "module itself, which keeps its capture"
-        )
-    if dtype is not None:
-        cells = _named_cells(model) if cells is None else cells
-        model, inputs, target, kwargs = _converted(model, inputs, target, kwargs, dtype)
-    chain = chain_for(model, inputs, kwargs or {}, cells)
-    _check_target(model, target)
+    model, batch, chain = prepared(model, inputs, target, kwargs, cells, dtype)
     counts = [num_microbatches] if isinstance(num_microbatches, int) else num_microbatches
     policies = [*(recompute if recompute is not None else POLICIES)]
     for what, values in (("recompute", policies), ("microbatches", counts)):
@@ -137,9 +125,9 @@ def check_parity(
     devices, _ = connect("local", None, chain, 1)
     subject = Subject(
         model=model,
-        inputs=move(inputs, devices[0]),
-        target=move(target, devices[0]),
-        keywords=move(dict(kwargs or {}), devices[0]),  # type: ignore[arg-type]
+        inputs=move(batch.inputs, devices[0]),
+        target=move(batch.target, devices[0]),
+        keywords=move(batch.keywords, devices[0]),  # type: ignore[arg-type]
         max_norm=max_norm,
         max_value=max_value,
         loss=loss,
@@ -364,44 +352,6 @@ def _outputs(value: object) -> Tensors:
     if len(tensors) == 1:
         return {"outputs": tensors[0].detach()}
     return {f"outputs {index}": tensor.detach() for index, tensor in enumerate(tensors)}
-
-
-def _converted(
-    model: Model,
-    inputs: object,
-    target: object,
-    kwargs: Mapping[str, object] | None,
-    dtype: torch.dtype,
-) -> tuple[Model, object, object, dict[str, object]]:
-    """All in `dtype`: a copy of the model, without its capture, which was of another."""
-    model = copied(model)
-    modules = [model] if isinstance(model, nn.Module) else [c.module for c in chain_of(model)]
-    for module in modules:
-        module.to(dtype)
-    batch = pytree.tree_map_only(
-        Tensor,
-        lambda t: (
-            t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        ),
-        (inputs, target, dict(kwargs or {})),
-    )
-    return model, *batch
-
-
-def _named_cells(model: Model) -> tuple[str, ...] | None:
-    """What the model was cut by, where it was so by its modules' names."""
-    captured = captured_of(model)
-    form = None if captured is None else captured.form
-    return form.cells if isinstance(form, AnyForm) else None
-
-
-def _check_target(model: Model, target: object) -> None:
-    captured = captured_of(model)
-    if captured is not None and captured.form.takes("target") and target is not None:
-        raise UsageError(
-            f"{type(model).__name__}.forward takes an argument 'target', and a target was given to "
-            "the check, too; name forward's argument otherwise, and pass it in kwargs"
-        )
 
 
 def _dtype_of(subject: Subject) -> torch.dtype:
