@@ -53,16 +53,17 @@ def _step(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
     inputs, target, keywords = subject.fresh_call()
     targets = [()] * len(sizes) if target is None else [given(t) for t in split(target, sizes)]
     shares, parts = subject.shares(targets, sizes), list[Tensor]()
-    with seeded(subject), ConstantDraws(subject.device):
+    with seeded(subject):
         for m, (value, named) in enumerate(split_both(inputs, keywords, sizes)):
-            with collect_losses() as added:
+            with ConstantDraws(subject.device), collect_losses() as added:
                 output = _call(run, value, named)
                 if any(column[m] for column in shares.values()):
                     parts += weighted(subject.losses_of(output, *targets[m]), shares, m)
             parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
         loss = sum_of(parts)
         if loss.requires_grad:
-            torch.autograd.backward(loss)
+            with ConstantDraws(subject.device):  # of what is computed again in backward
+                torch.autograd.backward(loss)
     seen = subject.entering(inputs, keywords)
     tensors = collected(loss, seen, tree.named_parameters(), tree.named_buffers())
     return tensors | _outputs(subject, sizes, cells=cells)
@@ -73,9 +74,10 @@ def _outputs(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
     tree.eval()
     inputs, _, keywords = subject.fresh_call()
     found: Tensors = {}
-    with seeded(subject), ConstantDraws(subject.device), torch.no_grad():
+    with seeded(subject), torch.no_grad():
         for m, (value, named) in enumerate(split_both(inputs, keywords, sizes)):
-            output = _call(run, value, named)
+            with ConstantDraws(subject.device):
+                output = _call(run, value, named)
             for index, tensor in enumerate(take_apart(output)[0]):
                 found[f"outputs {index} of microbatch {m}"] = tensor
     return found
