@@ -68,3 +68,33 @@ def test_an_error_in_the_model_names_the_recipes_line(tmp_path: Path) -> None:
     code, _, err = run_command("check", recipe, cwd=tmp_path)
     assert code == 2
     assert "a training step failed in" in err and "mat1 and mat2" in err
+
+
+BRANCHING = """class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh() if x.mean() < 1e6 else -layer(x)
+        return self.head(x)
+
+cells = ["layers.*", "head"]
+clip_grad_value, clip_grad_norm, accumulate, autocast = 0.01, 0.5, 2, torch.bfloat16
+
+def model():
+    return Net()
+
+def unused():"""
+
+
+def test_a_recipe_that_names_its_cells(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("def model():", BRANCHING))
+    arguments = ("--stages", "1,2", "--schedule", "gpipe,1f1b", "--recompute", "never", "--double")
+    code, out, err = run_command("check", recipe, *arguments, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "gradient head.bias" in out
+    assert "ok: 4 pipelined runs equal the plain model within round-off" in out
+    assert "Checked without the recipe's autocast, accumulate:" in out

@@ -93,6 +93,8 @@ def check_command(
     after an optimizer step are apart, and which differences mathematics explains (BatchNorm by
     microbatch, dropout's random numbers). The exit code is 1 if any is left unexplained.
 
+    A model that is no chain of cells is captured, as in training, and compared with itself.
+
     Example: stagewise check examples/shakespeare.py --double
     """
     if launched():
@@ -110,10 +112,18 @@ def check_command(
     )
     from stagewise.training.recipe import load_recipe
 
-    report = _run(load_recipe(recipe), what, double=double)
+    loaded = load_recipe(recipe)
+    report = _run(loaded, what, double=double)
     from stagewise.report import render_parity
 
-    Console(soft_wrap=True).print(render_parity(report), highlight=False)
+    console = Console(soft_wrap=True)
+    console.print(render_parity(report), highlight=False)
+    if left_out := _left_out(loaded):
+        console.print(
+            f"Checked without the recipe's {', '.join(left_out)}: one step in the precision of the "
+            "model and its batch.",
+            highlight=False,
+        )
     if not report.ok:
         raise SystemExit(1)
 
@@ -155,6 +165,7 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             weight=recipe.weight,
             optimizer=optimizer,
             max_norm=recipe.clip_grad_norm,
+            max_value=recipe.clip_grad_value,
             num_stages=asked.num_stages,
             num_devices=asked.num_devices,
             replicas=asked.replicas,
@@ -162,7 +173,19 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             schedules=asked.schedules,
             recompute=asked.recompute,
             dtype=torch.float64 if double else None,
+            cells=recipe.cells,
         )
+
+
+def _left_out(recipe: "Recipe") -> list[str]:
+    """What the recipe asks for and the check does not do."""
+    asked = {
+        "autocast": recipe.autocast is not None,
+        "grad_scaler": recipe.grad_scaler is not None,
+        "accumulate": recipe.accumulate > 1,
+        "accumulate_in_float32": recipe.accumulate_in_float32,
+    }
+    return [name for name, is_asked in asked.items() if is_asked]
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -9,23 +9,24 @@ difference is explained only if it vanishes once the cells that mathematics make
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from stagewise.engine.microbatch import batch_size, microbatch_sizes
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move, take_apart
-from stagewise.errors import BatchError, UsageError
-from stagewise.model.chain import chain_of, module_tree
+from stagewise.errors import BatchError, CellError, UsageError
+from stagewise.model.chain import chain_of
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
 from stagewise.pipeline.checker import proof, references
 from stagewise.pipeline.checker.choices import alone, choices_of
 from stagewise.pipeline.checker.differences import Reference, identical
+from stagewise.pipeline.checker.faithful import unfaithful
+from stagewise.pipeline.checker.prepare import prepared
 from stagewise.pipeline.checker.references import Tensors
 from stagewise.pipeline.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.pipeline.connect import connect
@@ -54,6 +55,7 @@ def check_parity(
     weight: Weight | None = None,
     optimizer: MakeOptimizer | None = DEFAULT_OPTIMIZER,
     max_norm: float | None = None,
+    max_value: float | None = None,
     num_stages: Sequence[int] | None = None,
     num_devices: Sequence[int] | None = None,
     replicas: Sequence[int] = (),
@@ -64,6 +66,7 @@ def check_parity(
     tolerance: float | None = None,
     seed: int = 0,
     transport: Literal["local", "distributed"] = "local",
+    cells: Sequence[str] | None = None,
 ) -> ParityReport:
     """Run `model` plain and pipelined on one batch, in copies, and compare all that a step leaves.
 
@@ -71,10 +74,13 @@ def check_parity(
     are compared with the plain model's on the full batch and by microbatch.
 
     Args:
-        model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were.
+        model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were. A
+            module that is no chain of cells is captured from this batch, as by `stagewise.plan`,
+            and the pipelined capture is compared with the module itself.
         kwargs: the step's keyword arguments.
         optimizer: makes an optimizer from a list of parameters; None leaves the update out.
         max_norm: clip gradients to this global norm before the update.
+        max_value: clip each gradient's numbers to this size, before their norm.
         num_stages: numbers of stages to cut into, evenly by number of cells; a schedule is run on
             those that suit it.
         num_devices: the same by devices. By default 1, 2, 4, as far as there are cells, and under
@@ -89,9 +95,11 @@ def check_parity(
         tolerance: the largest relative difference called round-off; by default TOLERANCES'.
         transport: "local" runs all stages in this process; "distributed" runs one per rank, where
             every rank makes the same call with the whole batch, and gets the same report.
+        cells: paths of the modules that are to be the model's cells, as for `stagewise.plan`.
 
     Raises:
-        UsageError: an option does not fit the model or the batch, or the model cannot be copied.
+        UsageError: an option does not fit the model or the batch, or the model cannot be copied,
+            captured, or cut into `cells`.
         CellError: the model's own code failed in the pipeline.
 
     Example:
@@ -102,7 +110,7 @@ def check_parity(
         >>> check_parity(model, x, target=x, loss=torch.nn.functional.mse_loss).ok
         True
     """
-    chain = chain_of(model)
+    model, batch, chain = prepared(model, inputs, target, kwargs, cells, dtype)
     counts = [num_microbatches] if isinstance(num_microbatches, int) else num_microbatches
     policies = [*(recompute if recompute is not None else POLICIES)]
     for what, values in (("recompute", policies), ("microbatches", counts)):
@@ -117,18 +125,17 @@ def check_parity(
     devices, _ = connect("local", None, chain, 1)
     subject = Subject(
         model=model,
-        inputs=move(inputs, devices[0]),
-        target=move(target, devices[0]),
-        keywords=move(dict(kwargs or {}), devices[0]),  # type: ignore[arg-type]
+        inputs=move(batch.inputs, devices[0]),
+        target=move(batch.target, devices[0]),
+        keywords=move(batch.keywords, devices[0]),  # type: ignore[arg-type]
         max_norm=max_norm,
+        max_value=max_value,
         loss=loss,
         weight=weight,
         optimizer=optimizer,
         seed=seed,
         device=devices[0],
     )
-    if dtype is not None:
-        subject = _converted(subject, dtype)
     compared = _dtype_of(subject)
     allowed = TOLERANCES[compared] if tolerance is None else tolerance
     rows: list[ParityRow] = []
@@ -194,19 +201,21 @@ def _pipelined(
 
     key = (choice.built.placement, plan.num_microbatches, transport)
     if key not in predicted:  # the same whatever schedule and policy
-        inputs, _, keywords = subject.fresh_batch()
+        inputs, _, keywords = subject.fresh_call()
         given = () if inputs is None else (inputs,)
         predicted[key] = _outputs_or_none(lambda: build().predict(*given, **keywords))  # type: ignore[arg-type]
     pipe = build()
-    inputs, target, keywords = subject.fresh_batch()
+    inputs, target, keywords = subject.fresh_call()
     given = () if inputs is None else (inputs,)
     loss = pipe.step(*given, target=target, **keywords)  # type: ignore[call-overload]
-    seen = (inputs, keywords) if pipe.rank == 0 else None
+    seen = subject.entering(inputs, keywords) if pipe.rank == 0 else None
     tensors = references.collected(loss, seen, pipe.named_parameters(), pipe.named_buffers())
     gradients = {
         name: None if p.grad is None else p.grad.detach().clone()
         for name, p in pipe.named_parameters()
     }
+    if subject.max_value is not None:
+        pipe.clip_grad_value_(subject.max_value)
     norm = None if subject.max_norm is None else pipe.clip_grad_norm_(subject.max_norm)
     new = references.updated(subject, dict(pipe.named_parameters()))
     tensors.update((f"parameter {name}", value) for name, value in new.items())
@@ -246,15 +255,20 @@ class _Plain:
         arguments = (self._subject, self._sizes, self._traits)
         try:
             tensors, pooled = proof.proof(*arguments)
-        except proof.Unsplittable:
+            tensors |= _outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
+        except (proof.Unsplittable, CellError):  # which a cell raises where parts do not fit it
             return None
-        tensors |= _outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
         return Reference(tensors | pooled)
 
     @functools.cached_property
     def _mixing(self) -> str | None:
         """What makes the full batch differ besides what mathematics explains, if anything."""
         return proof.mixing(self._subject, self._sizes, self._traits, self._tolerance)
+
+    @functools.cached_property
+    def _unfaithful(self) -> str | None:
+        """How a captured model's cells, which the proof runs, differ from it, if they do."""
+        return unfaithful(self._subject, self._sizes, self._tolerance)
 
     def _culprit(self, *, training: bool) -> str:
         if training not in self._culprits:
@@ -300,9 +314,10 @@ class _Plain:
 
     def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
         """What differs from the full batch only."""
+        wrong = self._unfaithful or self._mixing
+        if wrong is not None:
+            return "FAILED", f"not what the plain model gives on the full batch: {wrong}"
         shown = self._proof
-        if self._mixing is not None:
-            return "FAILED", f"not what the plain model gives on the full batch: {self._mixing}"
         if shown is not None and shown.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
@@ -339,24 +354,9 @@ def _outputs(value: object) -> Tensors:
     return {f"outputs {index}": tensor.detach() for index, tensor in enumerate(tensors)}
 
 
-def _converted(subject: Subject, dtype: torch.dtype) -> Subject:
-    """`subject` in `dtype`, by a copy of its model."""
-    model = subject.fresh_model()
-    for cell in chain_of(model):
-        cell.module.to(dtype)
-    inputs, target, keywords = pytree.tree_map_only(
-        Tensor,
-        lambda t: (
-            t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        ),
-        (subject.inputs, subject.target, dict(subject.keywords)),
-    )
-    return replace(subject, model=model, inputs=inputs, target=target, keywords=keywords)
-
-
 def _dtype_of(subject: Subject) -> torch.dtype:
     """The least precise dtype of parameters and inputs."""
-    tree = module_tree(chain_of(subject.model))
+    tree = references.whole_of(subject.model)
     batch = take_apart((subject.inputs, dict(subject.keywords)))[0]
     tensors = [*tree.parameters(), *batch]
     found = {t.dtype for t in tensors if t.is_floating_point()} & TOLERANCES.keys()

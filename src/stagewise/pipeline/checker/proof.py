@@ -16,6 +16,7 @@ from stagewise.model.chain import Cell, chain_of, module_tree
 from stagewise.pipeline.checker.constant import ConstantDraws, TooManyDraws
 from stagewise.pipeline.checker.references import (
     Shapes,
+    Splits,
     Tensors,
     Traits,
     entered,
@@ -40,7 +41,7 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
 
     Raises Unsplittable where a value cannot be split by samples.
     """
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[True]
     inputs, target, keywords = subject.fresh_batch()
     walk = Walk(chain, inputs)
     with (
@@ -53,12 +54,14 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
                 if cell.index in traits.cells:
                     is_loss = subject.loss is None and cell.index == len(chain) - 1
                     value = _by_parts(
-                        walk, cell, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                        walk, cell, value, keywords, sizes, splits, randomness, is_loss=is_loss
                     )
                 else:
                     value = walk.run(cell, value, keywords)
             loss = _whole_loss(subject, value, target, sizes, traits, randomness)
-    tensors = finish(subject, chain, (inputs, keywords), sum_of([loss, *added.values()]))
+    tensors = finish(
+        subject, module_tree(chain), (inputs, keywords), sum_of([loss, *added.values()])
+    )
     return tensors, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -69,7 +72,7 @@ def culprit(
 
     In eval mode, which decides the outputs, unless `training`.
     """
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[training]
     if not training:
         module_tree(chain).eval()
     inputs, target, keywords = subject.fresh_batch()
@@ -82,7 +85,7 @@ def culprit(
             twin = replace(cell, module=copy.deepcopy(cell.module))
             try:
                 parts = _by_parts(
-                    walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                    walk, twin, value, keywords, sizes, splits, randomness, is_loss=is_loss
                 )
             except Unsplittable:
                 unsplittable = (
@@ -113,7 +116,7 @@ def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: fl
 
 
 def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[False]
     module_tree(chain).eval()
     value, target, keywords = subject.fresh_batch()
     walk = Walk(chain, value)
@@ -129,7 +132,7 @@ def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
                 twin = replace(cell, module=copy.deepcopy(cell.module))
                 with collect_losses() as added_by_parts:
                     parts = _by_parts(
-                        walk, twin, value, keywords, sizes, traits, randomness, is_loss=is_loss
+                        walk, twin, value, keywords, sizes, splits, randomness, is_loss=is_loss
                     )
                 pairs = [
                     *zip(take_apart(whole)[0], take_apart(parts)[0], strict=True),
@@ -171,7 +174,7 @@ def _no_mean(
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:
     """The outputs in eval mode, run as for reference 3."""
-    chain = chain_of(subject.fresh_model())
+    chain, splits = chain_of(subject.fresh_model()), traits.splits[False]
     module_tree(chain).eval()
     value, _, keywords = subject.fresh_batch()
     walk = Walk(chain, value)
@@ -179,7 +182,7 @@ def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) ->
         for cell in chain:
             if cell.index in traits.cells:
                 value = _by_parts(
-                    walk, cell, value, keywords, sizes, traits, randomness, is_loss=False
+                    walk, cell, value, keywords, sizes, splits, randomness, is_loss=False
                 )
             else:
                 value = walk.run(cell, value, keywords)
@@ -192,7 +195,7 @@ def _by_parts(
     value: object,
     keywords: Mapping[str, object],
     sizes: Sequence[int],
-    traits: Traits,
+    splits: Splits,
     randomness: CellRandomness,
     *,
     is_loss: bool,
@@ -200,7 +203,7 @@ def _by_parts(
     """Run `cell` on the microbatches of `value`, and put its outputs together."""
     outputs: list[Any] = []
     by_name = {name: split(part, sizes) for name, part in keywords.items()}
-    for m, part in enumerate(_split_as(value, traits.parts[cell.index])):
+    for m, part in enumerate(_split_as(value, splits.parts[cell.index])):
         randomness.enter_cell(cell.index, m)
         own = {name: column[m] for name, column in by_name.items()}
         with collect_losses() as added:
@@ -210,26 +213,32 @@ def _by_parts(
     if is_loss:
         weighted = [o * (size / sum(sizes)) for o, size in zip(outputs, sizes, strict=True)]
         return torch.stack(weighted).sum(0)
-    flat = [take_apart(output) for output in outputs]
-    columns = list(zip(*(tensors for tensors, _ in flat), strict=True))
-    joined = [_joined(*pair) for pair in zip(columns, traits.wholes[cell.index], strict=True)]
-    return put_together(joined, flat[0][1])
+    whole = splits.wholes[cell.index]
+    tensors = [take_apart(output)[0] for output in outputs]
+    if any(len(own) != len(whole.tensors) for own in tensors):
+        raise Unsplittable
+    columns = zip(*tensors, strict=True)
+    joined = [_joined(*pair) for pair in zip(columns, whole.tensors, strict=True)]
+    return put_together(joined, whole.structure)
 
 
 def _split_as(value: object, parts: Sequence[Shapes]) -> Iterator[object]:
     """`value` by microbatch; what was no part of the batch in reference 2 is not split here."""
-    tensors, structure = take_apart(value)
-    if any(len(shapes) != len(tensors) for shapes in parts):
+    tensors, _ = take_apart(value)
+    if any(len(part.tensors) != len(tensors) for part in parts):
         raise Unsplittable
     columns: list[Sequence[Tensor]] = []
-    for tensor, shapes in zip(tensors, zip(*parts, strict=True), strict=True):
+    for tensor, *shapes in zip(tensors, *(part.tensors for part in parts), strict=True):
         if all(shape == tensor.shape for shape in shapes):
             columns.append([tensor] * len(parts))
         else:
             axis = _axis_of_samples(shapes, tensor.shape)
             pieces = torch.split(tensor, [shape[axis] for shape in shapes], axis)
             columns.append([piece.clone() for piece in pieces])  # a cell may change it in place
-    return (put_together([c[m] for c in columns], structure) for m in range(len(parts)))
+    return (
+        put_together([column[m] for column in columns], part.structure)
+        for m, part in enumerate(parts)
+    )
 
 
 def _joined(parts: Sequence[Tensor], whole: torch.Size) -> Tensor:

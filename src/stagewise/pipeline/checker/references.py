@@ -23,14 +23,31 @@ from stagewise.engine.keywords import invoke
 from stagewise.engine.losses import collect_losses
 from stagewise.engine.microbatch import join, split
 from stagewise.engine.randomness import CellRandomness, default_generator, generators_kept
-from stagewise.engine.values import take_apart
-from stagewise.model.chain import Cell, Chain, chain_of, module_tree
+from stagewise.engine.values import Structure, take_apart
+from stagewise.model.captured import captured_of
+from stagewise.model.chain import Cell, chain_of, module_tree
+from stagewise.model.piece import Piece
 from stagewise.pipeline.checker.statistics import pooled_statistics
-from stagewise.pipeline.checker.subject import Subject, sum_of, weighted
+from stagewise.pipeline.checker.subject import Model, Subject, sum_of, weighted
 from stagewise.pipeline.checker.walk import Walk
 
 Tensors = dict[str, Tensor | None]  # by quantity
-Shapes = list[torch.Size]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A value without its tensors' numbers; what else it holds may be sizes of the batch."""
+
+    tensors: list[torch.Size]
+    structure: Structure
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How what the cells take and return is split, by cell index."""
+
+    parts: dict[int, list[Shapes]] = field(default_factory=dict)  # taken, in every microbatch
+    wholes: dict[int, Shapes] = field(default_factory=dict)  # returned, for the whole minibatch
 
 
 @dataclass
@@ -41,9 +58,7 @@ class Traits:
     normalises: dict[int, str] = field(default_factory=dict)
     changes: dict[int, str] = field(default_factory=dict)
     loss_draws: bool = False
-    # By cell index: its inputs' shapes in every microbatch, its outputs' in the whole minibatch.
-    parts: dict[int, list[Shapes]] = field(default_factory=dict)
-    wholes: dict[int, Shapes] = field(default_factory=dict)
+    splits: dict[bool, Splits] = field(default_factory=dict)  # by whether training
 
     @property
     def cells(self) -> set[int]:
@@ -65,24 +80,14 @@ class Traits:
 def full_batch(subject: Subject) -> Tensors:
     """Reference 1."""
     model = subject.fresh_model()
-    chain = chain_of(model)
-    inputs, target, keywords = subject.fresh_batch()
-    walk = Walk(chain, inputs)
+    inputs, target, keywords = subject.fresh_call()
     with generators_kept([subject.device]):
         default_generator(subject.device).manual_seed(subject.seed)
-        value = entered(inputs)
         with collect_losses() as added:
-            if (
-                isinstance(model, nn.Module)
-                and not isinstance(model, nn.ModuleList)
-                and not keywords
-            ):
-                value = invoke(model, value, {})
-            else:  # a Sequential takes no keywords
-                for cell in chain:
-                    value = walk.run(cell, value, keywords)
+            value = run_plain(model, inputs, keywords)
             loss = subject.loss_of(value, *given(target))
-    return finish(subject, chain, (inputs, keywords), sum_of([loss, *added.values()]))
+    seen = subject.entering(inputs, keywords)
+    return finish(subject, whole_of(model), seen, sum_of([loss, *added.values()]))
 
 
 def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Traits, Tensors]:
@@ -102,7 +107,6 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             with collect_losses() as added:
                 for cell in chain:
-                    traits.parts.setdefault(cell.index, []).append(shapes_of(value))
                     before = state_of(cell)
                     randomness.enter_cell(cell.index, m)
                     with noting_draws(subject, cell.index, named(cell), traits.draws):
@@ -117,8 +121,8 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
                     traits.loss_draws |= bool(drawn)
                     parts += weighted(losses, shares, m)
             parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
-    tensors = finish(subject, chain, (inputs, keywords), sum_of(parts))
-    traits.wholes = _output_shapes(subject)
+    tensors = finish(subject, module_tree(chain), (inputs, keywords), sum_of(parts))
+    traits.splits = {mode: _splits(subject, sizes, training=mode) for mode in (True, False)}
     return tensors, traits, {f"buffer {name}": value for name, value in pooled().items()}
 
 
@@ -140,14 +144,33 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
 
 def outputs_of_full_batch(subject: Subject) -> object:
     """The outputs in eval mode."""
-    chain = chain_of(subject.fresh_model())
-    module_tree(chain).eval()
-    value, _, keywords = subject.fresh_batch()
-    walk = Walk(chain, value)
+    model = subject.fresh_model()
+    whole_of(model).eval()
+    inputs, _, keywords = subject.fresh_call()
     with generators_kept([subject.device]), torch.no_grad():
         default_generator(subject.device).manual_seed(subject.seed)
-        for cell in chain:
-            value = walk.run(cell, value, keywords)
+        return run_plain(model, inputs, keywords)
+
+
+def whole_of(model: Model) -> nn.Module:
+    """The plain model: what was captured itself, else all cells under their names."""
+    if isinstance(model, nn.Module) and captured_of(model) is not None:
+        return model
+    return module_tree(chain_of(model))
+
+
+def run_plain(model: Model, inputs: object, keywords: Mapping[str, object]) -> object:
+    """Call the model as its owner does, captured or not, without its cells where that can be."""
+    value = entered(inputs)
+    if isinstance(model, nn.Module) and captured_of(model) is not None:
+        named = {name: entered(part) for name, part in keywords.items()}
+        return model(*(() if inputs is None else (value,)), **named)
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and not keywords:
+        return invoke(model, value, {})
+    chain = chain_of(model)  # a Sequential takes no keywords
+    walk = Walk(chain, inputs)
+    for cell in chain:
+        value = walk.run(cell, value, keywords)
     return value
 
 
@@ -158,10 +181,12 @@ def after_optimizer(
 
     They are clipped first if `norm`, the whole model's, is given.
     """
-    named = dict(module_tree(chain_of(subject.fresh_model())).named_parameters())
+    named = dict(whole_of(subject.fresh_model()).named_parameters())
     own = {name: named[name] for name in gradients}
     for name, parameter in own.items():
         parameter.grad = gradients[name]
+    if subject.max_value is not None:
+        nn.utils.clip_grad_value_(own.values(), subject.max_value)
     if norm is not None and subject.max_norm is not None:
         nn.utils.clip_grads_with_norm_(own.values(), subject.max_norm, norm)
     return updated(subject, own)
@@ -192,12 +217,13 @@ def collected(
     return tensors
 
 
-def finish(subject: Subject, chain: Chain, inputs: object, loss: Tensor) -> Tensors:
-    """Backward and the optimizer's step."""
-    tree = module_tree(chain)
+def finish(subject: Subject, tree: nn.Module, inputs: object, loss: Tensor) -> Tensors:
+    """Backward and the optimizer's step; `tree` has all parameters and buffers."""
     if loss.requires_grad:
         torch.autograd.backward(loss)
     tensors = collected(loss, inputs, tree.named_parameters(), tree.named_buffers())
+    if subject.max_value is not None:
+        nn.utils.clip_grad_value_(tree.parameters(), subject.max_value)
     if subject.max_norm is not None:
         nn.utils.clip_grad_norm_(tree.parameters(), subject.max_norm)
     new = updated(subject, dict(tree.named_parameters()))
@@ -205,16 +231,25 @@ def finish(subject: Subject, chain: Chain, inputs: object, loss: Tensor) -> Tens
     return tensors
 
 
-def _output_shapes(subject: Subject) -> dict[int, Shapes]:
-    value, _, keywords = subject.fresh_batch()
-    chain = chain_of(subject.fresh_model())
-    walk = Walk(chain, value)
-    shapes = {}
-    with seeded(subject), torch.no_grad():
+def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits:
+    """In the model's own mode, or in eval mode unless `training`."""
+    splits, chain = Splits(), chain_of(subject.fresh_model())
+    if not training:
+        module_tree(chain).eval()
+    whole, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, whole)
+    with seeded(subject) as randomness, torch.set_grad_enabled(training), collect_losses():
+        for m, (part, named_parts) in enumerate(split_both(whole, keywords, sizes)):
+            value = pytree.tree_map_only(Tensor, torch.clone, part)
+            for cell in chain:
+                splits.parts.setdefault(cell.index, []).append(shapes_of(value))
+                randomness.enter_cell(cell.index, m)
+                value = walk.run(cell, value, named_parts)
+        value = entered(whole)
         for cell in chain:
             value = walk.run(cell, value, keywords)
-            shapes[cell.index] = shapes_of(value)
-    return shapes
+            splits.wholes[cell.index] = shapes_of(value)
+    return splits
 
 
 @contextmanager
@@ -266,9 +301,12 @@ def uses_batch_statistics(cell: Cell) -> bool:
 
 def shapes_of(value: object) -> Shapes:
     """Of the tensors in `value`."""
-    return [tensor.shape for tensor in take_apart(value)[0]]
+    tensors, structure = take_apart(value)
+    return Shapes([tensor.shape for tensor in tensors], structure)
 
 
 def named(cell: Cell) -> str:
     """A cell for people."""
-    return f"{cell.name} {type(cell.module).__name__}"
+    return (
+        cell.name if isinstance(cell.module, Piece) else f"{cell.name} {type(cell.module).__name__}"
+    )

@@ -3,19 +3,24 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stagewise.engine.losses import MAIN_LOSS
+from stagewise.engine.markers import Arguments
 from stagewise.engine.stage import Loss
 from stagewise.errors import BatchError, ModelError
+from stagewise.model.captured import captured_of, remember
+from stagewise.pipeline.capturing import entering
 from stagewise.pipeline.weighting import Weight
 
 Model = nn.Module | Sequence[nn.Module]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Shares = dict[str, list[float]]  # by loss, then by microbatch
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class Subject:
     target: object
     keywords: Mapping[str, object]
     max_norm: float | None  # of the gradients before the update
+    max_value: float | None  # of each of their numbers, before the norm is taken
     loss: Loss | None
     weight: Weight | None
     optimizer: MakeOptimizer | None
@@ -34,17 +40,30 @@ class Subject:
     device: torch.device
 
     def fresh_model(self) -> Model:
-        """A copy of the model; raises ModelError where it cannot be copied."""
-        try:
-            return copy.deepcopy(self.model)
-        except Exception as error:
-            raise ModelError(
-                "a parity check runs copies of the model, but copy.deepcopy(model) failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        """A copy of the model, with its capture; raises ModelError where it cannot be copied."""
+        # Together, so that the copied cells hold the copied model's own parameters and layers.
+        model, captured = copied((self.model, captured_of(self.model)))
+        if captured is not None:
+            assert isinstance(model, nn.Module)
+            remember(model, captured)
+        return model
 
     def fresh_batch(self) -> tuple[object, object, dict[str, object]]:
-        """Copies of inputs, target and keyword arguments."""
+        """Copies of what enters the chain, the target, and what cells take by name."""
+        inputs, target, keywords = self.fresh_call()
+        value, named = self.entering(inputs, keywords)
+        return value, target, named
+
+    def entering(
+        self, inputs: object, keywords: Mapping[str, object]
+    ) -> tuple[object, dict[str, object]]:
+        """A call of the model as its chain takes it: by name alone, if it is captured."""
+        if captured_of(self.model) is None:
+            return inputs, dict(keywords)
+        return Arguments(), entering(self.model, inputs, keywords)[1]
+
+    def fresh_call(self) -> tuple[object, object, dict[str, object]]:
+        """Copies of inputs, target and keyword arguments, as the model's owner gives them."""
         inputs, target, keywords = pytree.tree_map_only(
             Tensor,
             lambda t: t.detach().clone().requires_grad_(t.requires_grad),
@@ -86,6 +105,17 @@ class Subject:
                 )
             shares[name] = [weight / sum(column) for weight in column]
         return shares
+
+
+def copied(model: T) -> T:
+    """A copy; raises ModelError where there can be none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            "a parity check runs copies of the model, but copy.deepcopy(model) failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def weighted(losses: Mapping[str, Tensor], shares: Shares, m: int) -> list[Tensor]:
