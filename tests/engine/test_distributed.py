@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from stagewise.engine.distributed import DistributedTransport
 from stagewise.errors import CellError
-from stagewise.schedule import forward_only, links, lower
+from stagewise.schedule import Kind, forward_only, links, lower, named_schedule
 from tests.harness import Pools
 
 DENSE: dict[str, Callable[[], Tensor]] = {
@@ -145,6 +146,47 @@ def test_a_changed_form_is_refused_in_words(pools: Pools, second: str, words: st
     assert "[(3,) torch.float32] before" in sender and words in sender.split("before")[1]
     assert receiver == ""
     assert pools[2].run(change_form, "same") == ["", ""]
+
+
+class Varied:
+    """As many tensors as there happen to be, with a word."""
+
+    varies = True
+
+    def __init__(self, word: str, tensors: list[Tensor]) -> None:
+        self.word, self.tensors = word, tensors
+
+
+pytree.register_pytree_node(
+    Varied, lambda v: (v.tensors, v.word), lambda tensors, word: Varied(word, list(tensors))
+)
+
+
+def there_and_back() -> list[list[float]]:
+    """Three calls of one signature; other tensors in each, and as many gradients back."""
+    transport = DistributedTransport(torch.device("cpu"))
+    programs = lower(named_schedule("1f1b", 2, 2))
+    seen: list[list[float]] = []
+    kept: dict[int, list[Tensor]] = {}
+    for call in range(3):
+        transport.begin(1, links(programs))
+        for step in programs[transport.rank]:
+            m = step.instruction.microbatch
+            for message in step.receives:
+                value = transport.receive(message)
+                kept[m] = value.tensors if isinstance(value, Varied) else list(value)  # type: ignore[call-overload]
+                seen.append([float(tensor) for tensor in kept[m]])
+            for message in step.sends:
+                tensors = [torch.tensor(10.0 * call + m + i) for i in range(call + m)]
+                forward = message.kind is Kind.FORWARD
+                transport.send(message, Varied(f"call {call}", tensors) if forward else (*kept[m],))
+        transport.finish()
+    return seen
+
+
+def test_what_varies_by_its_class_may_have_another_form_in_every_call(pools: Pools) -> None:
+    wanted = [[10.0 * call + m + i for i in range(call + m)] for call in range(3) for m in range(2)]
+    assert pools[2].run(there_and_back) == [wanted, wanted]
 
 
 def collectives() -> list[object]:

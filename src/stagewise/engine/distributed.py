@@ -67,11 +67,13 @@ class DistributedTransport:
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
         self._incoming: dict[int, _Incoming] = {}
         self._arrived: dict[Message, object] = {}
+        self._varying: set[tuple[int, int, int]] = set()  # microbatch, upper and lower stage
         self._outbox = Outbox()
 
     def begin(self, signature: int, links: Links) -> None:
         self._headers = self._known[signature]
         self._arrived.clear()
+        self._varying.clear()
         self._incoming = {
             source: _Incoming(deque(messages))
             for (source, destination), messages in links.items()
@@ -241,19 +243,45 @@ class DistributedTransport:
         """Wait for the next message."""
         if not incoming.posted:
             message = incoming.expected[0]
-            if message not in self._headers:
+            header = self._headers.get(message)
+            if header is None:
                 header = self._receive_header(message)
                 if header is None:  # neither end remembers it
                     self._arrived[incoming.expected.popleft()] = LOST
                     return
-                self._headers[message] = header
-            self._post(incoming, 0)
+            if self._remember(message, header):
+                self._post(incoming, 0)
+            else:
+                incoming.expected.popleft()
+                tensors, works = self._receive_tensors(message, header)
+                self._finish_taking(message, header, tensors, works)
+                return
         message, tensors, works = incoming.posted.popleft()
         incoming.num_bytes -= sum(tensor.nbytes for tensor in tensors)
+        self._finish_taking(message, self._headers[message], tensors, works)
+
+    def _finish_taking(
+        self,
+        message: Message,
+        header: Header,
+        tensors: Sequence[torch.Tensor],
+        works: Sequence[dist.Work],
+    ) -> None:
         with self._peers:
             for work in works:
                 work.wait()
-        self._arrived[message] = self._headers[message].unpacked(tensors)
+        self._arrived[message] = header.unpacked(tensors)
+
+    def _remember(self, message: Message, header: Header) -> bool:
+        """Keep a message's form for later calls; not one that may be another each time."""
+        one, other = message.source_stage, message.destination_stage
+        edge = message.microbatch, min(one, other), max(one, other)
+        if header.varies:
+            self._varying.add(edge)
+        if edge in self._varying:  # also gradients of what came in such a message
+            return False
+        self._headers[message] = header
+        return True
 
     def _receive_tensors(
         self, message: Message, header: Header
@@ -280,7 +308,7 @@ class DistributedTransport:
                 "cut with `balance`"
             )
         pickled = pickle.dumps(header)  # may fail: then nothing was sent or remembered
-        self._headers[message] = header
+        self._remember(message, header)
         self._send_header(message, pickled)
 
     def _send_header(self, message: Message, pickled: bytes) -> None:

@@ -50,6 +50,11 @@ class Header:
     structure: Structure
     layouts: tuple[Layout, ...]
 
+    @property
+    def varies(self) -> bool:
+        """Whether the next message in its place may have another form: its class says so."""
+        return getattr(self.structure.spec.type, "varies", False)
+
     def overlaps(self) -> tuple[bool, ...]:
         """Which tensors shared memory with others in the first message of this form."""
         return tuple(layout.overlaps for layout in self.layouts)

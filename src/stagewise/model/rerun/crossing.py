@@ -89,12 +89,16 @@ class Story:
 class Crossing:
     """What crosses from one cell to the next."""
 
+    varies = True  # from call to call, with what forward decides by values
+
     def __init__(self, story: Story, tensors: Sequence[torch.Tensor]) -> None:
         self.story, self.tensors = story, tuple(tensors)
 
 
 class Done:
     """The model's output, found before the last cell since the model left out the blocks left."""
+
+    varies = True
 
     def __init__(self, output: object) -> None:
         self.output = output
