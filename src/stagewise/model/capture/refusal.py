@@ -87,7 +87,7 @@ def _where(model: nn.Module, error: BaseException) -> str:
     names = {module: path for path, module in model.named_modules()}
     path, line = "", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
+        owner = next(map(frame.f_locals.get, frame.f_code.co_varnames[:1]), None)  # self
         if isinstance(owner, nn.Module) and owner in names:
             path = names[owner]
         filename = frame.f_code.co_filename
