@@ -22,13 +22,14 @@ import torch.distributed as dist
 from stagewise.engine.failure import LOST, FailureBoard
 from stagewise.engine.group import DistributedGroup
 from stagewise.engine.layout import Header, flat, in_words, layout_of, packed
+from stagewise.engine.near import SMALL_BYTES, Work, meet
 from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T, is_skip
 from stagewise.engine.values import put_together, take_apart
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message
 
-_TAG, _TAG_OF_ROWS = 0, 1
+_TAG = 0
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 # On CPUs more than that, if small: to post many in a row, once, is a quarter of the work.
 POSTED_BYTES = 1 << 21
@@ -39,9 +40,7 @@ class _Incoming:
     """One rank's messages, in its sending order."""
 
     expected: deque[Message]
-    posted: deque[tuple[Message, list[torch.Tensor], list[dist.Work]]] = field(
-        default_factory=deque
-    )
+    posted: deque[tuple[Message, list[torch.Tensor], list[Work]]] = field(default_factory=deque)
     num_bytes: int = 0  # of what is posted
 
 
@@ -62,6 +61,9 @@ class DistributedTransport:
         else:
             self._control = dist.new_group(ranks, backend="gloo")
             self._down, self._up = dist.new_group(ranks), dist.new_group(ranks)
+        # Ranks of this host: small messages go to them, and come from them, another way.
+        timeout = self._group._get_backend(torch.device("cpu")).options._timeout
+        self._near = meet(self.rank, self.gather, timeout) if device.type == "cpu" else {}
         self._known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
         self._headers: dict[Message, Header] = {}  # those of the running call
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
@@ -83,9 +85,14 @@ class DistributedTransport:
             self._post(incoming, 0)
 
     def receive(self, message: Message) -> object:
-        while message not in self._arrived:
-            self._take(self._incoming[message.source])
-        return self._arrived.pop(message)
+        if message in self._arrived:
+            return self._arrived.pop(message)
+        incoming = self._incoming[message.source]
+        while True:
+            taken, value = self._take(incoming)
+            if taken == message:
+                return value
+            self._arrived[taken] = value
 
     def send(self, message: Message, value: object) -> None:
         if message.destination == self.rank:
@@ -98,10 +105,7 @@ class DistributedTransport:
         else:
             dense, header = packed(tensors, structure, known)
             self._announce(message, header, known)
-        group = self._direction(message)
-        for tensor in dense:
-            if tensor.numel():
-                self._start(flat(tensor), group, message.destination)
+        self._send(message, dense)
 
     def send_lost(self, message: Message) -> None:
         if message.destination == self.rank:
@@ -111,10 +115,8 @@ class DistributedTransport:
         if known is None:
             self._send_header(message, pickle.dumps(None))
             return
-        for layout in known.layouts:  # zeros: the receiver may compute with them
-            tensor = layout.empty(self._device).zero_()
-            if tensor.numel():
-                self._start(flat(tensor), self._direction(message), message.destination)
+        # Zeros: the receiver may compute with them.
+        self._send(message, [layout.empty(self._device).zero_() for layout in known.layouts])
 
     def look_ahead(self) -> None:
         for incoming in self._incoming.values():
@@ -131,6 +133,8 @@ class DistributedTransport:
     def finish(self) -> None:
         with self._peers:
             self._outbox.finish()
+            for neighbour in self._near.values():
+                neighbour.finish()
 
     def fail(self, cause: str) -> None:
         self._failures.write(cause)
@@ -140,18 +144,17 @@ class DistributedTransport:
         # on a machine with few cores every hop waits for a process to wake.
         own = torch.tensor(row, dtype=torch.int64)
         table = own.repeat(self.num_ranks, 1)
-        group, others = self._control, range(1, self.num_ranks)
+        others = range(1, self.num_ranks)
+        if self.rank == 0:
+            arriving = [self._start_receiving(table[rank], rank, self._control) for rank in others]
+        else:
+            arriving = [self._start_receiving(table, 0, self._control)]
+            self._start_sending(own, 0, self._control)
         with self._peers:
-            if self.rank == 0:
-                for work in [group.recv([table[rank]], rank, _TAG_OF_ROWS) for rank in others]:
-                    work.wait()
-                for work in [group.send([table], rank, _TAG_OF_ROWS) for rank in others]:
-                    work.wait()
-            else:
-                answer = group.recv([table], 0, _TAG_OF_ROWS)
-                sent = group.send([own], 0, _TAG_OF_ROWS)
-                answer.wait()
-                sent.wait()
+            for work in arriving:
+                work.wait()
+        for rank in others if self.rank == 0 else ():
+            self._start_sending(table, rank, self._control)
         return [[int(number) for number in other] for other in table.tolist()]
 
     def gather(self, value: T) -> list[T]:
@@ -185,26 +188,27 @@ class DistributedTransport:
 
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
         present = torch.tensor([tensor is not None for tensor in tensors])
-        self._start(present, self._control, rank)
+        self._start_sending(present, rank, self._control)
         group = self._down if self.rank < rank else self._up
         for tensor in tensors:
             if tensor is not None and tensor.numel():
-                self._start(flat(tensor), group, rank)
+                self._start_sending(tensor.detach(), rank, group)
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         present = torch.empty(len(like), dtype=torch.bool)
         with self._peers:
-            dist.recv(present, group=self._control, group_src=rank)
-            taken = [
-                torch.empty_like(tensor, requires_grad=False) if is_there else None
-                for tensor, is_there in zip(like, present.tolist(), strict=True)
-            ]
-            group = self._down if rank < self.rank else self._up
-            works = [
-                group.recv([flat(tensor)], rank, _TAG)
-                for tensor in taken
-                if tensor is not None and tensor.numel()
-            ]
+            self._start_receiving(present, rank, self._control).wait()
+        taken = [
+            torch.empty_like(tensor, requires_grad=False) if is_there else None
+            for tensor, is_there in zip(like, present.tolist(), strict=True)
+        ]
+        group = self._down if rank < self.rank else self._up
+        works = [
+            self._start_receiving(tensor, rank, group)
+            for tensor in taken
+            if tensor is not None and tensor.numel()
+        ]
+        with self._peers:
             for work in works:
                 work.wait()
         return taken
@@ -239,7 +243,7 @@ class DistributedTransport:
             posted.append((message, tensors, works))
             incoming.num_bytes += sum(tensor.nbytes for tensor in tensors)
 
-    def _take(self, incoming: _Incoming) -> None:
+    def _take(self, incoming: _Incoming) -> tuple[Message, object]:
         """Wait for the next message."""
         if not incoming.posted:
             message = incoming.expected[0]
@@ -247,30 +251,24 @@ class DistributedTransport:
             if header is None:
                 header = self._receive_header(message)
                 if header is None:  # neither end remembers it
-                    self._arrived[incoming.expected.popleft()] = LOST
-                    return
+                    return incoming.expected.popleft(), LOST
             if self._remember(message, header):
                 self._post(incoming, 0)
             else:
                 incoming.expected.popleft()
                 tensors, works = self._receive_tensors(message, header)
-                self._finish_taking(message, header, tensors, works)
-                return
+                return message, self._arrived_whole(header, tensors, works)
         message, tensors, works = incoming.posted.popleft()
         incoming.num_bytes -= sum(tensor.nbytes for tensor in tensors)
-        self._finish_taking(message, self._headers[message], tensors, works)
+        return message, self._arrived_whole(self._headers[message], tensors, works)
 
-    def _finish_taking(
-        self,
-        message: Message,
-        header: Header,
-        tensors: Sequence[torch.Tensor],
-        works: Sequence[dist.Work],
-    ) -> None:
+    def _arrived_whole(
+        self, header: Header, tensors: Sequence[torch.Tensor], works: Sequence[Work]
+    ) -> object:
         with self._peers:
             for work in works:
                 work.wait()
-        self._arrived[message] = header.unpacked(tensors)
+        return header.unpacked(tensors)
 
     def _remember(self, message: Message, header: Header) -> bool:
         """Keep a message's form for later calls; not one that may be another each time."""
@@ -285,16 +283,32 @@ class DistributedTransport:
 
     def _receive_tensors(
         self, message: Message, header: Header
-    ) -> tuple[list[torch.Tensor], list[dist.Work]]:
+    ) -> tuple[list[torch.Tensor], list[Work]]:
         tensors = [layout.empty(self._device) for layout in header.layouts]
         group = self._direction(message)
-        with self._peers:
-            works = [
-                group.recv([flat(tensor)], message.source, _TAG)
-                for tensor in tensors
-                if tensor.numel()
-            ]
+        works = [
+            self._start_receiving(tensor, message.source, group)
+            for tensor in tensors
+            if tensor.numel()
+        ]
         return tensors, works
+
+    def _start_receiving(self, tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> Work:
+        with self._peers:
+            if source in self._near and tensor.nbytes <= SMALL_BYTES:
+                return self._near[source].receive(tensor)
+            return group.recv([flat(tensor)], source, _TAG)
+
+    def _start_sending(
+        self, tensor: torch.Tensor, destination: int, group: dist.ProcessGroup
+    ) -> None:
+        """Start to send a dense tensor; it stays alive until it has left."""
+        with self._peers:
+            if destination in self._near and tensor.nbytes <= SMALL_BYTES:
+                self._near[destination].send(tensor)
+            else:
+                data = flat(tensor)
+                self._outbox.add(group.send([data], destination, _TAG), data)
 
     def _announce(self, message: Message, header: Header, known: Header | None) -> None:
         """Send `header` if it is the first for this message; refuse it if it is another."""
@@ -314,27 +328,28 @@ class DistributedTransport:
     def _send_header(self, message: Message, pickled: bytes) -> None:
         payload = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
         for tensor in (torch.tensor([payload.numel()]), payload):
-            self._start(tensor, self._control, message.destination)
+            self._start_sending(tensor, message.destination, self._control)
 
     def _receive_header(self, message: Message) -> Header | None:
         """The form of `message`, or None if it is lost."""
         size = torch.empty(1, dtype=torch.int64)
         with self._peers:
-            dist.recv(size, group=self._control, group_src=message.source)
+            self._start_receiving(size, message.source, self._control).wait()
             payload = torch.empty(int(size), dtype=torch.uint8)
-            dist.recv(payload, group=self._control, group_src=message.source)
+            self._start_receiving(payload, message.source, self._control).wait()
         header = pickle.loads(payload.numpy().tobytes())
         assert header is None or isinstance(header, Header)
         return header
 
+    def _send(self, message: Message, tensors: Sequence[torch.Tensor]) -> None:
+        """Start to send the dense `tensors` of `message`."""
+        group = self._direction(message)
+        for tensor in tensors:
+            if tensor.numel():
+                self._start_sending(tensor, message.destination, group)
+
     def _direction(self, message: Message) -> dist.ProcessGroup:
         return self._down if message.source < message.destination else self._up
-
-    def _start(self, tensor: torch.Tensor, group: dist.ProcessGroup, destination: int) -> None:
-        """Start to send `tensor`."""
-        with self._peers:
-            work = group.send([tensor], destination, _TAG)
-        self._outbox.add(work, tensor)
 
 
 class _Peers:
@@ -347,7 +362,7 @@ class _Peers:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError | OSError):
             raise PeerError(
                 f"rank {self._rank} lost another rank while waiting for it. First failure: "
                 f"{self._failures.read()}"

@@ -35,7 +35,7 @@ def execute(
 
     A failure is noted in `call`, not raised, except PeerError and what is no Exception.
     """
-    spans = []
+    ran: list[tuple[int, Instruction, float, float]] = []
     for device, step in program:
         instruction, value = step.instruction, None
         received = [transport.receive(message) for message in step.receives]
@@ -49,13 +49,7 @@ def execute(
             except Exception as error:
                 call.fail(Failure.of(error, instruction, stages[instruction.stage].device))
             else:
-                span = Span(
-                    device=device,
-                    instruction=instruction,
-                    start_seconds=start,
-                    end_seconds=clock(),
-                )
-                spans.append(span)
+                ran.append((device, instruction, start, clock()))
         for index, message in enumerate(step.sends):
             if not call.lost:
                 try:  # skips leave too: then one value for each message
@@ -73,4 +67,7 @@ def execute(
         transport.look_ahead()
         if observe is not None:
             observe(instruction)
-    return tuple(spans)
+    return tuple(
+        Span(device=device, instruction=instruction, start_seconds=start, end_seconds=end)
+        for device, instruction, start, end in ran
+    )

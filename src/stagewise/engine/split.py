@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from stagewise.engine.autograd import run_backward
 from stagewise.engine.memory import Packed, unpack
 from stagewise.model.deferral import PRODUCTS
 
@@ -50,7 +51,7 @@ class Product:
 
 def backward_inputs(
     roots: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor | None],
+    gradients: Sequence[torch.Tensor],
     entries: Iterable[Node],
 ) -> list[Product]:
     """`I`: run the graph of `roots` backward as far as `entries`, where it begins.
@@ -61,16 +62,14 @@ def backward_inputs(
     users = _users([get_gradient_edge(root).node for root in roots], inputs)
     products = list(_products(users, inputs))
     if not products:
-        torch.autograd.backward(roots, gradients)
+        run_backward(roots, gradients)
         return []
     for product in products:
         product.node.register_prehook(_note(product.received))
     later = {node for product in products for node in product.own}
     now = [node for node in users if _traits(node).is_leaf and node not in later]
     ends = [*inputs, *now, *(product.node for product in products)]
-    torch.autograd.backward(
-        roots, gradients, inputs=[GradientEdge(node, 0) for node in ends], retain_graph=True
-    )
+    run_backward(roots, gradients, [GradientEdge(node, 0) for node in ends], keep_graph=True)
     later.update(product.node for product in products)
     for node in users:
         if node not in later:
@@ -96,14 +95,14 @@ def backward_weights(products: list[Product]) -> None:
             present += _applied(products.pop(0))
             if not products or sum(gradient.nbytes for _, gradient in present) > TOGETHER_BYTES:
                 if present:
-                    torch.autograd.backward(*map(list, zip(*present, strict=True)))  # type: ignore[arg-type]
+                    run_backward(*zip(*present, strict=True))
                 present.clear()
 
     edges = [edge for product in products for edge in product.weights.values()]
     start = torch.zeros((), requires_grad=True)[...]
     assert start.grad_fn is not None
     start.grad_fn.register_prehook(apply)
-    torch.autograd.backward(start, inputs=[get_gradient_edge(start), *edges])
+    run_backward([start], [torch.ones(())], [get_gradient_edge(start), *edges])
 
 
 def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:

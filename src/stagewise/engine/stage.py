@@ -20,6 +20,7 @@ from stagewise.engine.autograd import (
     copy_of,
     keeping,
     leaf_of,
+    run_backward,
     without_autocast,
     without_weight_cache,
 )
@@ -139,7 +140,6 @@ class Stage:
         training = call.mode is Mode.TRAIN
         recomputed = (self.index, m) in call.recomputed
         with (
-            torch.set_grad_enabled(training),
             self.buffers.forward(remember=recomputed) as flight.buffers,
             call.batchnorms.noting(self.index, m),
         ):
@@ -159,7 +159,7 @@ class Stage:
     def recompute(self, m: int, received: list[object], call: Call) -> object:
         """Make the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
-        with torch.enable_grad(), self.buffers.recompute(flight.buffers):
+        with self.buffers.recompute(flight.buffers):
             output = self._run_cells(flight, Kind.RECOMPUTE, m, call)
         flight.roots, _ = take_apart(output)
         return None
@@ -170,7 +170,7 @@ class Stage:
         roots, gradients = self._roots_of(flight, m, received, call)
         if roots:
             with without_autocast(self.device.type):
-                torch.autograd.backward(roots, gradients)
+                run_backward(roots, gradients)
         return self._input_gradients(flight, m, call)
 
     def backward_input(self, m: int, received: list[object], call: Call) -> object:

@@ -50,6 +50,14 @@ class _Mark:
 
 
 def _structure_of(skeleton: object) -> Structure:
+    if isinstance(skeleton, _Mark):
+        return ONE
+    if isinstance(skeleton, tuple) and len(skeleton) == 1 and isinstance(skeleton[0], _Mark):
+        return ONE_IN_TUPLE
+    return _walked(skeleton)
+
+
+def _walked(skeleton: object) -> Structure:
     leaves, spec = flatten(skeleton)
     return Structure(
         spec,
@@ -80,12 +88,14 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
 
 def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
     """Split `value` into its tensors, in order and each once, and its structure."""
-    if isinstance(value, torch.Tensor):  # the two usual forms, without walking a tree
-        return [value], _form((True,), in_tuple=False)
+    if isinstance(value, torch.Tensor):  # the usual forms, without walking a tree
+        return [value], ONE
+    if type(value) is tuple and len(value) == 1 and type(value[0]) is torch.Tensor:
+        return [value[0]], ONE_IN_TUPLE
     if type(value) is tuple and all(item is None or type(item) is torch.Tensor for item in value):
         present = [item for item in value if item is not None]
         if len({id(tensor) for tensor in present}) == len(present):
-            return present, _form(tuple(item is not None for item in value), in_tuple=True)
+            return present, _form(tuple(item is not None for item in value))
     leaves, spec = flatten(value)
     tensors: list[torch.Tensor] = []
     known: dict[int, int] = {}
@@ -103,17 +113,18 @@ def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
 
 
 @functools.cache
-def _form(is_tensor: tuple[bool, ...], *, in_tuple: bool) -> Structure:
-    """The structure of one tensor, or of a tuple of tensors and None."""
+def _form(is_tensor: tuple[bool, ...]) -> Structure:
+    """The structure of a tuple of tensors and None."""
     places = itertools.count()
-    marks = tuple(_Mark(next(places)) if tensor else None for tensor in is_tensor)
-    return _structure_of(marks if in_tuple else marks[0])
+    return _structure_of(tuple(_Mark(next(places)) if tensor else None for tensor in is_tensor))
 
 
 def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> object:
     """The inverse of `take_apart`."""
-    if structure.spec.is_leaf() and structure.places == (0,):
+    if structure is ONE:
         return tensors[0]
+    if structure is ONE_IN_TUPLE:
+        return (tensors[0],)
     leaves = [
         constant if place is None else tensors[place]
         for place, constant in zip(structure.places, structure.constants, strict=True)
@@ -199,3 +210,6 @@ def _contents(leaf: object) -> Iterator[object]:
 
 def _is_tensor(leaf: object) -> bool:
     return isinstance(leaf, (torch.Tensor, _Mark))
+
+
+ONE, ONE_IN_TUPLE = _walked(_Mark(0)), _walked((_Mark(0),))  # one tensor; a tuple of just that

@@ -148,7 +148,12 @@ class Runner:
             )
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
-        with generators_kept(devices), torch.inference_mode(False), self._kept(training) as sums:
+        with (
+            generators_kept(devices),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(training),
+            self._kept(training) as sums,
+        ):
             call.stand_ins = self.tied.stand_ins(
                 training=training, in_float32=self._sums is not None
             )
