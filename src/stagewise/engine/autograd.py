@@ -19,7 +19,9 @@ def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
     """The same values as a leaf, which needs a gradient if `tensor` does."""
     if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
         return tensor.clone()
-    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+    leaf = tensor.detach()
+    if tensor.requires_grad:
+        leaf.requires_grad_()
     return mark_shared(leaf) if is_marked(tensor) else leaf
 
 

@@ -24,6 +24,7 @@ from stagewise.errors import CellError
 _Buffers = dict[str, torch.Tensor | None]
 Saved = dict[int, _Buffers]  # by index into the list of modules with buffers
 _Marks = list[tuple[str, int, int]]
+_NO_BUFFERS: AbstractContextManager[Saved] = nullcontext({})
 
 
 class BufferKeeper:
@@ -48,7 +49,7 @@ class BufferKeeper:
 
     def forward(self, *, remember: bool) -> AbstractContextManager[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
-        return self._forward(remember=remember) if self._owners else nullcontext({})
+        return self._forward(remember=remember) if self._owners else _NO_BUFFERS
 
     @contextmanager
     def _forward(self, *, remember: bool) -> Iterator[Saved]:

@@ -105,7 +105,7 @@ class DistributedTransport:
         else:
             dense, header = packed(tensors, structure, known)
             self._announce(message, header, known)
-        self._send(message, dense)
+        self._start_all(message, dense)
 
     def send_lost(self, message: Message) -> None:
         if message.destination == self.rank:
@@ -116,7 +116,7 @@ class DistributedTransport:
             self._send_header(message, pickle.dumps(None))
             return
         # Zeros: the receiver may compute with them.
-        self._send(message, [layout.empty(self._device).zero_() for layout in known.layouts])
+        self._start_all(message, [layout.empty(self._device).zero_() for layout in known.layouts])
 
     def look_ahead(self) -> None:
         for incoming in self._incoming.values():
@@ -341,7 +341,7 @@ class DistributedTransport:
         assert header is None or isinstance(header, Header)
         return header
 
-    def _send(self, message: Message, tensors: Sequence[torch.Tensor]) -> None:
+    def _start_all(self, message: Message, tensors: Sequence[torch.Tensor]) -> None:
         """Start to send the dense `tensors` of `message`."""
         group = self._direction(message)
         for tensor in tensors:

@@ -52,7 +52,7 @@ def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> 
     """Call a cell with what the one before it returned."""
     if isinstance(value, Arguments):
         return module(*value.args, **{**keywords, **value.kwargs})
-    return module(value, **keywords)
+    return module(value, **keywords) if keywords else module(value)
 
 
 def take_targets(targets: Sequence[object], call: Call) -> None:

@@ -9,8 +9,8 @@ needs of it.
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -46,20 +46,20 @@ _Forward = Callable[[object, Mapping[str, object]], object]
 _NO_KEYWORDS: Mapping[str, object] = {}
 
 
-@dataclass
+@dataclass(slots=True)
 class _Flight:
     """A microbatch between its forward and its backward."""
 
     inputs: list[torch.Tensor]  # detached leaves
     structure: Structure
     gradients: list[torch.Tensor | None]  # of the inputs, once the graph ran backward
-    entries: list[Node] = field(default_factory=list)  # where the graph begins, at the inputs
-    roots: list[torch.Tensor] = field(default_factory=list)  # outputs with graph, or the losses
+    entries: Sequence[Node] = ()  # where the graph begins, at the inputs
+    roots: Sequence[torch.Tensor] = ()  # outputs with graph, or the losses
     names: tuple[str, ...] = ()  # of the losses
-    added: list[AddedLoss] = field(default_factory=list)  # by the cells, with graph
-    buffers: Saved = field(default_factory=dict)
+    added: Sequence[AddedLoss] = ()  # by the cells, with graph
+    buffers: Saved | None = None
     # Tensors given by name follow the received ones in `inputs`.
-    keywords: list[CellKeywords] = field(default_factory=list)
+    keywords: Sequence[CellKeywords] = ()
 
     def slot(self, index: int) -> tuple[list[torch.Tensor | None], int]:
         """Where the gradient of input `index` is kept."""
@@ -152,14 +152,13 @@ class Stage:
             self._flights[m] = flight
             flight.roots = roots
             if recomputed:
-                flight.roots, flight.added = [], []
-        sent = [root.detach().requires_grad_(root.requires_grad) for root in roots]
-        return put_together(sent, output_structure)
+                flight.roots, flight.added = (), ()
+        return put_together([_sent(root) for root in roots], output_structure)
 
     def recompute(self, m: int, received: list[object], call: Call) -> object:
         """Make the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
-        with self.buffers.recompute(flight.buffers):
+        with self.buffers.recompute(flight.buffers or {}):
             output = self._run_cells(flight, Kind.RECOMPUTE, m, call)
         flight.roots, _ = take_apart(output)
         return None
@@ -199,16 +198,17 @@ class Stage:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where microbatch m's backward starts, and with which gradients."""
         gradients: Gradients = _loss_gradients(flight, m, call) if self.is_last else received[0]  # type: ignore[assignment]
-        pairs = [
-            (root, gradient)
-            for root, gradient in zip(flight.roots, gradients, strict=True)
-            if root.requires_grad and gradient is not None
-        ]
+        roots, seeds = [], []
+        for root, gradient in zip(flight.roots, gradients, strict=True):
+            if root.requires_grad and gradient is not None:
+                roots.append(root)
+                seeds.append(gradient)
         for loss in flight.added:
             if loss.value.requires_grad:
                 share = call.weight(m) * call.scaling.gradient_scale
-                pairs.append((loss.value, torch.full_like(loss.value, share)))
-        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
+                roots.append(loss.value)
+                seeds.append(torch.full_like(loss.value, share))
+        return roots, seeds
 
     def _input_gradients(self, flight: _Flight, m: int, call: Call) -> Gradients:
         result = tuple(flight.gradients)
@@ -223,16 +223,20 @@ class Stage:
         Until it is known which do, all get copies.
         """
         key = self._key(flight, call)
-        copied = self._mutates.get(key, (True,) * len(flight.inputs))
-        fed = [
-            copy_of(leaf) if copy else leaf[...]
-            for leaf, copy in zip(flight.inputs, copied, strict=True)
-        ]
-        flight.entries = []
+        mutates = self._mutates.get(key)
+        if mutates is None:
+            fed = [*map(copy_of, flight.inputs)]
+        else:
+            fed = [
+                copy_of(leaf) if mutated else leaf[...]
+                for leaf, mutated in zip(flight.inputs, mutates, strict=True)
+            ]
+        entries = flight.entries = []
         for index, tensor in enumerate(fed):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(keeping(*flight.slot(index)))
-                flight.entries.append(tensor.grad_fn)
+            node = tensor.grad_fn
+            if node is not None:
+                node.register_prehook(keeping(*flight.slot(index)))
+                entries.append(node)
         versions = [tensor._version for tensor in fed]
         value = put_together(fed, flight.structure)
         keywords = {named.cell: named.values(fed) for named in flight.keywords}
@@ -267,24 +271,29 @@ class Stage:
         finally:
             collecting(outer)
         flight.added = collector.added
-        changed = tuple(
-            tensor._version != version for tensor, version in zip(fed, versions, strict=True)
-        )
+        changed = tuple([now._version != before for now, before in zip(fed, versions, strict=True)])
+        if True in changed:
+            self._check_changes(flight, changed, mutates, m)
+        if mutates is None:
+            self._mutates[key] = changed
+        return value
+
+    def _check_changes(
+        self, flight: _Flight, changed: tuple[bool, ...], known: tuple[bool, ...] | None, m: int
+    ) -> None:
+        """Raise CellError if cells may not have changed these inputs in place."""
         received = flight.inputs[: len(flight.gradients)]  # each keyword is its cell's own
-        unknown = any(changed) and key not in self._mutates
-        if unknown and any(map(operator.and_, changed, shared(received))):
+        if known is None and any(map(operator.and_, changed, shared(received))):
             raise CellError(
                 f"a cell of stage {self.index} changed a tensor in place that shares memory with "
                 "another one from the stage before (a view of it?), which keeps its old value "
                 "there; let the cell before return a clone, or change a clone of it"
             )
-        if any(now and not copy for now, copy in zip(changed, copied, strict=True)):
+        if known is not None and any(map(operator.gt, changed, known)):
             raise CellError(
                 f"stage {self.index} changed an input in place on microbatch {m}, but not on the "
                 "first; make its first cell change its input always or never"
             )
-        self._mutates.setdefault(key, changed)
-        return value
 
     def _end(self, output: object, flight: _Flight, m: int, call: Call) -> object:
         """Past the last cell: record the output, or compute the losses and record those."""
@@ -322,7 +331,7 @@ class Stage:
 
     def _key(self, flight: _Flight, call: Call) -> tuple[object, ...]:
         """What decides whether cells change their inputs in place."""
-        inputs = (tensor.requires_grad for tensor in flight.inputs)
+        inputs = [tensor.requires_grad for tensor in flight.inputs]
         if self._flags is None:
             self._flags = self._known_flags.setdefault(self.flags(), len(self._known_flags))
         names = call.keywords[0] if call.keywords else ()
@@ -363,6 +372,12 @@ def _loss_gradients(flight: _Flight, m: int, call: Call) -> Gradients:
         torch.full_like(root, share * scale) if share else None
         for root, share in zip(flight.roots, shares, strict=True)
     )
+
+
+def _sent(root: torch.Tensor) -> torch.Tensor:
+    """A stage's output without its graph, which still says that it needs a gradient."""
+    sent = root.detach()
+    return sent.requires_grad_() if root.requires_grad else sent
 
 
 def _detached(loss: AddedLoss) -> AddedLoss:
