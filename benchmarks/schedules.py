@@ -1,14 +1,15 @@
 """Every schedule on eight emulated devices, beside the best plan, its bound and torch's schedules.
 
 Cells sleep, so eight processes run side by side on two cores, and one device's time is known. What
-a message costs on this machine is measured first, by a rehearsal, as `stagewise.plan` does it; the
-search, the simulations and the bounds reckon with that. Three profiles: 24 equal cells, 24 unequal
-ones, and the eight unequal ones once, where only replicas help.
+a message costs on this machine, and what an instruction takes beyond the sleeping, is measured
+first, by rehearsals, as `stagewise.plan` does it; the search, the simulations and the bounds reckon
+with that. Three profiles: 24 equal cells, 24 unequal ones, and the eight unequal ones once, where
+only replicas help.
 """
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +21,9 @@ from benchmarks.torch_schedules import TORCH_SCHEDULES, TorchSchedule, torch_ste
 from benchmarks.workers import Row, print_rows, run_workers
 from stagewise.costs import CellCost, LinkCost
 from stagewise.planning import Plan, lower_bound_seconds, plan_from_costs
-from stagewise.planning.rehearsal import message_seconds
+from stagewise.planning.rehearsal import message_seconds, paced, paces
 from stagewise.planning.search import search
-from stagewise.schedule import SCHEDULES
+from stagewise.schedule import SCHEDULES, Kind
 from stagewise.testing import EmulatedDevice, emulated_model
 
 NUM_DEVICES, NUM_MICROBATCHES = 8, 32
@@ -31,7 +32,8 @@ UNEQUAL = (50.0, 200.0, 80.0, 300.0, 60.0, 150.0, 90.0, 250.0)
 WEIGHTS = {"equal": (1.0,) * 24, "unequal": UNEQUAL * 3, "once": UNEQUAL}
 QUICK_SCHEDULES = ("1f1b", "interleaved", "zb_v")
 NOTES = (
-    "simulated_seconds and lower_bound_seconds reckon with what a message costs, measured first",
+    "simulated_seconds and lower_bound_seconds reckon with what messages and instructions cost, "
+    "measured first",
     "GPipe's paper at K=8, M=32: speedup 6.3 (Transformer), 3.48 (AmoebaNet-D)",
     "unequal: the best contiguous cut allows 6.1; once: 3.9 without replicas",
     "a plan of replicas is capped at half of the parameters a device, since pure data parallelism "
@@ -57,23 +59,34 @@ def main(
     schedule: list[str] = typer.Option([], help="Only these named schedules."),
 ) -> None:
     """Measure every schedule and the best plans on emulated devices."""
-    link = run_workers(NUM_DEVICES, rehearse)
+    link, by_kind = run_workers(NUM_DEVICES, rehearse)
     names = schedule or (QUICK_SCHEDULES if quick else sorted(SCHEDULES))
-    cases = [case for profile in WEIGHTS for case in _cases(profile, names, link)]
+    cases = [case for profile in WEIGHTS for case in _cases(profile, names, link, by_kind)]
     rows = run_workers(NUM_DEVICES, measure, cases, 2 if quick else 5)
     message = f"a message: {link.overhead_seconds * 1e6:.0f} us of its sender's time, then "
-    notes = (*NOTES, f"{message}{link.latency_seconds * 1e6:.0f} us on its way")
+    message += f"{link.latency_seconds * 1e6:.0f} us on its way"
+    words = ", ".join(f"{kind.name.lower()} {pace:.3f}" for kind, pace in by_kind.items())
+    notes = (*NOTES, message, f"an instruction takes of its sleeping cells' time: {words}")
     print_rows("schedules on 8 emulated devices", rows, as_json=json, notes=notes)
 
 
-def rehearse() -> LinkCost:
-    """Run on every rank: what a message costs between devices that are busy."""
-    cells = cell_costs("equal")
-    plan = plan_from_costs(cells, num_stages=NUM_DEVICES, num_microbatches=NUM_MICROBATCHES)
-    batch = torch.zeros(NUM_MICROBATCHES, 1024)
-    timelines = _pipeline(plan).rehearse(batch, target=batch)
-    overhead, waited = message_seconds(plan.built_schedule, timelines)
-    return LinkCost(latency_seconds=max(0.0, waited - overhead), overhead_seconds=overhead)
+def rehearse() -> tuple[LinkCost, dict[Kind, float]]:
+    """Run on every rank: what messages and instructions cost between devices that are busy."""
+    cells, batch = cell_costs("equal"), torch.zeros(NUM_MICROBATCHES, 1024)
+    timelines, messages = [], []
+    for schedule in ("1f1b", "zb_h1"):  # all kinds of instructions
+        plan = plan_from_costs(
+            cells,
+            num_stages=NUM_DEVICES,
+            num_microbatches=NUM_MICROBATCHES,
+            schedule=schedule,
+        )
+        trials = _pipeline("equal", plan).rehearse(batch, target=batch)
+        messages.append(message_seconds(plan.built_schedule, trials))
+        timelines += trials
+    overhead, waited = map(statistics.fmean, zip(*messages, strict=True))
+    link = LinkCost(latency_seconds=max(0.0, waited - overhead), overhead_seconds=overhead)
+    return link, paces(plan.stage_costs, timelines)
 
 
 def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:
@@ -99,8 +112,10 @@ def cell_costs(profile: str) -> list[CellCost]:
     ]
 
 
-def _cases(profile: str, names: Sequence[str], link: LinkCost) -> list[Case]:
-    cells = cell_costs(profile)
+def _cases(
+    profile: str, names: Sequence[str], link: LinkCost, by_kind: Mapping[Kind, float]
+) -> list[Case]:
+    cells = paced(cell_costs(profile), by_kind)
 
     def best(name: str, **options: object) -> Case:
         found = search(
@@ -148,14 +163,14 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
     plan = Plan.from_json(case.plan)
     batch = torch.zeros(NUM_MICROBATCHES, 1024)
     if case.peer is None:
-        pipe = _pipeline(plan)
+        pipe = _pipeline(case.profile, plan)
 
         def step() -> object:
             return pipe.step(batch, target=batch)
     else:
         placement = plan.built_schedule.placement
         arguments = (plan.balance, placement, NUM_MICROBATCHES, _loss, batch)
-        step = torch_step(case.peer, _model(plan.cells), *arguments)  # type: ignore[assignment]
+        step = torch_step(case.peer, _model(case.profile), *arguments)  # type: ignore[assignment]
     times = []
     for _ in range(1 + num_steps):
         dist.barrier()
@@ -178,11 +193,12 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
     }
 
 
-def _pipeline(plan: Plan) -> stagewise.Pipeline:
-    return stagewise.Pipeline(_model(plan.cells), plan, loss=_loss)
+def _pipeline(profile: str, plan: Plan) -> stagewise.Pipeline:
+    return stagewise.Pipeline(_model(profile), plan, loss=_loss)
 
 
-def _model(cells: Sequence[CellCost]) -> torch.nn.Sequential:
+def _model(profile: str) -> torch.nn.Sequential:
+    cells = cell_costs(profile)
     return emulated_model(
         [cell.forward_seconds for cell in cells],
         [cell.backward_seconds for cell in cells],
@@ -196,7 +212,7 @@ def _one_device_seconds() -> float:
     seconds = 0.0
     if dist.get_rank() == 0:
         plan = plan_from_costs(cell_costs("equal"), num_stages=1, num_microbatches=NUM_MICROBATCHES)
-        pipe = stagewise.Pipeline(_model(plan.cells), plan, loss=_loss, transport="local")
+        pipe = stagewise.Pipeline(_model("equal"), plan, loss=_loss, transport="local")
         batch = torch.zeros(NUM_MICROBATCHES, 1024)
         start = time.perf_counter()
         pipe.step(batch, target=batch)

@@ -1,9 +1,9 @@
 import pytest
 
-from stagewise.costs import LinkCost, StageCost
+from stagewise.costs import CellCost, LinkCost, StageCost, stage_costs
 from stagewise.planning import simulate
-from stagewise.planning.rehearsal import message_seconds
-from stagewise.schedule import SCHEDULES, named_schedule
+from stagewise.planning.rehearsal import message_seconds, paced, paces
+from stagewise.schedule import SCHEDULES, Kind, named_schedule
 from stagewise.timeline import Span, Timeline
 
 STAGE = StageCost(
@@ -48,3 +48,36 @@ def test_clocks_that_differ_between_devices_cancel_out(name: str) -> None:
 def test_nothing_sent_nothing_known() -> None:
     schedule = named_schedule("gpipe", 1, 4)
     assert message_seconds(schedule, [simulate(schedule, [STAGE])]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_instructions_that_took_longer_than_said(name: str) -> None:
+    """Costs made longer by what was read give the timeline that it was read from."""
+    schedule = named_schedule(name, 3, 8)
+    cells = [
+        CellCost(
+            name=str(index),
+            forward_seconds=1 + index,
+            backward_seconds=2 + 2 * index,
+            input_seconds=1 + index,
+            weight_seconds=1 + index,
+        )
+        for index in range(schedule.num_stages)
+    ]
+    each = [1] * schedule.num_stages
+    truth = {
+        Kind.FORWARD: 1.5,
+        Kind.BACKWARD: 1.25,
+        Kind.BACKWARD_INPUT: 1.25,
+        Kind.BACKWARD_WEIGHT: 1.25,
+    }
+    timeline = simulate(schedule, stage_costs(paced(cells, truth), each))
+    read = paces(stage_costs(cells, each), [timeline])
+    assert read == pytest.approx(truth)
+    again = simulate(schedule, stage_costs(paced(cells, read), each))
+    assert again.duration_seconds == pytest.approx(timeline.duration_seconds)
+
+
+def test_where_nothing_ran_nothing_changes() -> None:
+    cell = CellCost(name="cell", forward_seconds=1, backward_seconds=2)
+    assert paced([cell], paces([STAGE], [])) == paced([cell], {}) == (cell,)

@@ -50,7 +50,9 @@ class Neighbour:
         self._late: _Late | None = None
 
     def __del__(self) -> None:
-        if self._late is not None:
+        if self._late is None:
+            self._socket.close()
+        else:
             self._late.queue.put(None)
 
     def send(self, tensor: torch.Tensor) -> None:
@@ -147,6 +149,7 @@ def _send_all(
         except OSError as error:
             errors.append(error)
         queue.task_done()
+    connection.close()
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -24,7 +24,8 @@ from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.plan import Plan
-from stagewise.planning.rehearsal import message_seconds
+from stagewise.planning.rehearsal import message_seconds, paces
+from stagewise.schedule import Kind
 
 _TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
@@ -135,21 +136,27 @@ def rehearsed(
     chosen: Plan,
     model: Model,
     example: Example,
-) -> LinkCost:
-    """`link` with what trial steps of the chosen plan showed of it, on busy devices."""
+) -> tuple[LinkCost, dict[Kind, float]]:
+    """`link` with what trial steps of the chosen plan showed of it, on busy devices.
+
+    And by kind, how many times as long instructions took there as their cells alone.
+    """
     if not distributed() or dist.get_world_size() != chosen.num_devices:
-        return link
+        return link, {}
     pipe = Pipeline(model, chosen, loss=example.loss)
     args = () if example.inputs is None else (example.inputs,)
     timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
     on_its_way = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte
-    return replace(
+    better_known = replace(
         link,
         latency_seconds=max(link.latency_seconds, on_its_way),
         overhead_seconds=overhead,
     )
+    if example.where.type != "cpu":  # elsewhere instructions end before their kernels do
+        return better_known, {}
+    return better_known, paces(chosen.engine_costs, timelines)
 
 
 def _link_times() -> tuple[float, float]:

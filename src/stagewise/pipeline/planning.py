@@ -19,7 +19,8 @@ from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.cutting import SEGMENTS
 from stagewise.planning.partition import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
-from stagewise.schedule import with_recompute
+from stagewise.planning.rehearsal import paced
+from stagewise.schedule import Kind, with_recompute
 
 
 def plan(
@@ -135,9 +136,9 @@ def plan(
     size = example.size_of(num_microbatches)
     costs, link = agreed(example.measured(size, seconds=seconds, split=built.splits_backward))
 
-    def best(link: LinkCost) -> Plan:
+    def best(link: LinkCost, by_kind: Mapping[Kind, float]) -> Plan:
         return plan_from_costs(
-            costs,
+            paced(costs, by_kind),
             num_stages=choice.num_stages,
             num_devices=choice.num_devices,
             replicas=choice.replicas,
@@ -148,7 +149,7 @@ def plan(
             balance=balance,
         )
 
-    return best(rehearsed(link, best(link), model, example))
+    return best(*rehearsed(link, best(link, {}), model, example))
 
 
 def _check_searchable(

@@ -1,15 +1,21 @@
-"""What messages really cost, read from the timelines of trial steps.
+"""What messages and instructions really cost, read from the timelines of trial steps.
 
 A message between busy processes costs more than one between idle ones: its sender packs it, and
-the threads that carry it wait for a core. Both show in the gaps between instructions.
+who carries it waits for a core. Both show in the gaps between instructions. Instructions cost
+more than their cells alone: the engine runs around these, with caches that others have filled.
 """
 
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from stagewise.schedule import Message, Schedule, lower
+from stagewise.costs import CellCost, StageCost
+from stagewise.planning.simulate import instruction_seconds
+from stagewise.schedule import Kind, Message, Schedule, lower
 from stagewise.timeline import Timeline
+
+_PACED = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
 
 def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[float, float]:
@@ -47,6 +53,45 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
     return (
         statistics.fmean(overheads) if overheads else 0.0,
         max(0.0, _mean_of_pairs(waits)),
+    )
+
+
+def paces(costs: Sequence[StageCost], timelines: Sequence[Timeline]) -> dict[Kind, float]:
+    """By kind, how long the instructions took over what `costs`, by stage, say; 1 where unknown.
+
+    `B` stands for `I` and `W` where these did not run, and they for it.
+    """
+    took: dict[Kind, float] = defaultdict(float)
+    said: dict[Kind, float] = defaultdict(float)
+    for span in (span for timeline in timelines for span in timeline.spans):
+        took[span.instruction.kind] += span.seconds
+        said[span.instruction.kind] += instruction_seconds(span.instruction, costs)
+
+    def pace(*kinds: Kind) -> float:
+        whole = sum(said[kind] for kind in kinds)
+        return sum(took[kind] for kind in kinds) / whole if whole else 1.0
+
+    _, whole_backward, *parts = _PACED
+    backward = pace(*([whole_backward] if said[whole_backward] else parts))
+    return {
+        Kind.FORWARD: pace(Kind.FORWARD),
+        whole_backward: backward,
+        **{kind: pace(kind) if said[kind] else backward for kind in parts},
+    }
+
+
+def paced(cells: Sequence[CellCost], by_kind: Mapping[Kind, float]) -> tuple[CellCost, ...]:
+    """The costs of `cells` where a kind of instruction takes so many times as long."""
+    forward, backward, inputs, weights = (by_kind.get(kind, 1.0) for kind in _PACED)
+    return tuple(
+        replace(
+            cell,
+            forward_seconds=cell.forward_seconds * forward,
+            backward_seconds=cell.backward_seconds * backward,
+            input_seconds=cell.input_seconds and cell.input_seconds * inputs,
+            weight_seconds=cell.weight_seconds and cell.weight_seconds * weights,
+        )
+        for cell in cells
     )
 
 
