@@ -9,8 +9,8 @@ only replicas help.
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,11 @@ import typer
 import stagewise
 from benchmarks.torch_schedules import TORCH_SCHEDULES, TorchSchedule, torch_step
 from benchmarks.workers import Row, print_rows, run_workers
-from stagewise.costs import CellCost, LinkCost
+from stagewise.costs import CellCost, InstructionCost, LinkCost
 from stagewise.planning import Plan, lower_bound_seconds, plan_from_costs
-from stagewise.planning.rehearsal import message_seconds, paced, paces
+from stagewise.planning.rehearsal import instruction_cost, message_seconds, surrounded
 from stagewise.planning.search import search
-from stagewise.schedule import SCHEDULES, Kind
+from stagewise.schedule import SCHEDULES
 from stagewise.testing import EmulatedDevice, emulated_model
 
 NUM_DEVICES, NUM_MICROBATCHES = 8, 32
@@ -59,18 +59,18 @@ def main(
     schedule: list[str] = typer.Option([], help="Only these named schedules."),
 ) -> None:
     """Measure every schedule and the best plans on emulated devices."""
-    link, by_kind = run_workers(NUM_DEVICES, rehearse)
+    link, around = run_workers(NUM_DEVICES, rehearse)
     names = schedule or (QUICK_SCHEDULES if quick else sorted(SCHEDULES))
-    cases = [case for profile in WEIGHTS for case in _cases(profile, names, link, by_kind)]
+    cases = [case for profile in WEIGHTS for case in _cases(profile, names, link, around)]
     rows = run_workers(NUM_DEVICES, measure, cases, 2 if quick else 5)
     message = f"a message: {link.overhead_seconds * 1e6:.0f} us of its sender's time, then "
     message += f"{link.latency_seconds * 1e6:.0f} us on its way"
-    words = ", ".join(f"{kind.name.lower()} {pace:.3f}" for kind, pace in by_kind.items())
-    notes = (*NOTES, message, f"an instruction takes of its sleeping cells' time: {words}")
+    words = ", ".join(f"{kind} {cost * 1e6:.0f} us" for kind, cost in asdict(around).items())
+    notes = (*NOTES, message, f"an instruction takes beyond its cells: {words}")
     print_rows("schedules on 8 emulated devices", rows, as_json=json, notes=notes)
 
 
-def rehearse() -> tuple[LinkCost, dict[Kind, float]]:
+def rehearse() -> tuple[LinkCost, InstructionCost]:
     """Run on every rank: what messages and instructions cost between devices that are busy."""
     cells, batch = cell_costs("equal"), torch.zeros(NUM_MICROBATCHES, 1024)
     timelines, messages = [], []
@@ -86,7 +86,7 @@ def rehearse() -> tuple[LinkCost, dict[Kind, float]]:
         timelines += trials
     overhead, waited = map(statistics.fmean, zip(*messages, strict=True))
     link = LinkCost(latency_seconds=max(0.0, waited - overhead), overhead_seconds=overhead)
-    return link, paces(plan.stage_costs, timelines)
+    return link, instruction_cost(plan.stage_costs, timelines)
 
 
 def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:
@@ -113,9 +113,9 @@ def cell_costs(profile: str) -> list[CellCost]:
 
 
 def _cases(
-    profile: str, names: Sequence[str], link: LinkCost, by_kind: Mapping[Kind, float]
+    profile: str, names: Sequence[str], link: LinkCost, around: InstructionCost
 ) -> list[Case]:
-    cells = paced(cell_costs(profile), by_kind)
+    cells = surrounded(cell_costs(profile), around)
 
     def best(name: str, **options: object) -> Case:
         found = search(

@@ -9,6 +9,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class InstructionCost:
+    """What an instruction of each kind takes beyond its cells: the engine's work around them.
+
+    Less than 0 where the cells took longer when they were measured alone.
+    """
+
+    forward_seconds: float = 0
+    backward_seconds: float = 0
+    input_seconds: float = 0
+    weight_seconds: float = 0
+
+
+FREE_INSTRUCTION = InstructionCost()
+
+
+@dataclass(frozen=True, kw_only=True)
 class CellCost:
     """One cell's costs for one microbatch.
 
@@ -18,6 +34,7 @@ class CellCost:
     boundary behind the cell, `gradient_bytes` what comes back across it. A backward that is split
     takes `input_seconds` for `I` and `weight_seconds` for `W`, and keeps `deferred_bytes` between
     them; None where that is not known. `deferred_input_bytes` of these are the cell's input.
+    `around` is added to every instruction of a stage that begins with the cell.
     """
 
     name: str
@@ -32,6 +49,7 @@ class CellCost:
     weight_seconds: float | None = None
     deferred_bytes: int | None = None
     deferred_input_bytes: int = 0
+    around: InstructionCost = FREE_INSTRUCTION
 
     @property
     def split_seconds(self) -> tuple[float, float]:
@@ -96,19 +114,24 @@ def stage_costs(
     stages, start, incoming = [], 0, input_bytes
     for num_cells in balance:
         own = cells[start : start + num_cells]
+        around = own[0].around
+        forward = max(0, sum(cell.forward_seconds for cell in own) + around.forward_seconds)
+        backward = sum(cell.backward_seconds for cell in own)
+        inputs = sum(cell.split_seconds[0] for cell in own)
+        weights = sum(cell.split_seconds[1] for cell in own)
         stages.append(
             StageCost(
-                forward_seconds=sum(cell.forward_seconds for cell in own),
-                backward_seconds=sum(cell.backward_seconds for cell in own),
-                recompute_seconds=sum(cell.forward_seconds for cell in own),
+                forward_seconds=forward,
+                backward_seconds=max(0, backward + around.backward_seconds),
+                recompute_seconds=forward,
                 parameter_bytes=sum(cell.parameter_bytes for cell in own),
                 input_bytes=incoming,
                 activation_bytes=sum(cell.activation_bytes for cell in own)
                 - sum(cell.unsaved_output_bytes for cell in own[:-1]),
                 output_bytes=own[-1].output_bytes,
                 gradient_bytes=own[-1].gradient_bytes,
-                input_seconds=sum(cell.split_seconds[0] for cell in own),
-                weight_seconds=sum(cell.split_seconds[1] for cell in own),
+                input_seconds=max(0, inputs + around.input_seconds),
+                weight_seconds=max(0, weights + around.weight_seconds),
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
                 deferred_input_bytes=own[0].deferred_input_bytes,
             )

@@ -1,8 +1,8 @@
 import pytest
 
-from stagewise.costs import CellCost, LinkCost, StageCost, stage_costs
+from stagewise.costs import CellCost, InstructionCost, LinkCost, StageCost, stage_costs
 from stagewise.planning import simulate
-from stagewise.planning.rehearsal import message_seconds, paced, paces
+from stagewise.planning.rehearsal import instruction_cost, message_seconds, surrounded
 from stagewise.schedule import SCHEDULES, Kind, named_schedule
 from stagewise.timeline import Span, Timeline
 
@@ -51,33 +51,39 @@ def test_nothing_sent_nothing_known() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_instructions_that_took_longer_than_said(name: str) -> None:
-    """Costs made longer by what was read give the timeline that it was read from."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_instructions_take_beyond_their_cells_is_read_back(name: str, sign: int) -> None:
     schedule = named_schedule(name, 3, 8)
     cells = [
-        CellCost(
-            name=str(index),
-            forward_seconds=1 + index,
-            backward_seconds=2 + 2 * index,
-            input_seconds=1 + index,
-            weight_seconds=1 + index,
-        )
+        CellCost(name=str(index), forward_seconds=1 + index, backward_seconds=2 + 2 * index)
         for index in range(schedule.num_stages)
     ]
     each = [1] * schedule.num_stages
-    truth = {
-        Kind.FORWARD: 1.5,
-        Kind.BACKWARD: 1.25,
-        Kind.BACKWARD_INPUT: 1.25,
-        Kind.BACKWARD_WEIGHT: 1.25,
-    }
-    timeline = simulate(schedule, stage_costs(paced(cells, truth), each))
-    read = paces(stage_costs(cells, each), [timeline])
-    assert read == pytest.approx(truth)
-    again = simulate(schedule, stage_costs(paced(cells, read), each))
+    truth = InstructionCost(
+        forward_seconds=sign * 0.5,
+        backward_seconds=sign * 0.75,
+        input_seconds=sign * 0.25,
+        weight_seconds=sign * 0.5,
+    )
+    timeline = simulate(schedule, stage_costs(surrounded(cells, truth), each))
+    read = instruction_cost(stage_costs(cells, each), [timeline])
+    kinds = {instruction.kind for _, instruction in schedule.instructions()}
+    assert read.forward_seconds == pytest.approx(truth.forward_seconds)
+    assert read.backward_seconds == pytest.approx(truth.backward_seconds)
+    if Kind.BACKWARD_INPUT in kinds:
+        assert read == InstructionCost(**{k: pytest.approx(v) for k, v in vars(truth).items()})
+    again = simulate(schedule, stage_costs(surrounded(cells, read), each))
     assert again.duration_seconds == pytest.approx(timeline.duration_seconds)
 
 
-def test_where_nothing_ran_nothing_changes() -> None:
-    cell = CellCost(name="cell", forward_seconds=1, backward_seconds=2)
-    assert paced([cell], paces([STAGE], [])) == paced([cell], {}) == (cell,)
+def test_a_stage_is_surrounded_once_whatever_its_cells() -> None:
+    cell = CellCost(name="cell", forward_seconds=2, backward_seconds=4)
+    around = InstructionCost(forward_seconds=0.5, backward_seconds=-5)
+    one, two = stage_costs(surrounded([cell] * 3, around), [1, 2])
+    assert (one.forward_seconds, two.forward_seconds) == (2.5, 4.5)
+    assert (one.recompute_seconds, two.recompute_seconds) == (2.5, 4.5)
+    assert (one.backward_seconds, two.backward_seconds) == (0, 3)  # never below 0
+
+
+def test_where_nothing_ran_nothing_is_known() -> None:
+    assert instruction_cost([STAGE], []) == InstructionCost()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost
+from stagewise.costs import FREE_INSTRUCTION, FREE_LINK, CellCost, InstructionCost, LinkCost
 from stagewise.engine.microbatch import extent, first_microbatch, microbatch_sizes
 from stagewise.engine.stage import Loss
 from stagewise.engine.values import move
@@ -24,8 +24,7 @@ from stagewise.pipeline.connect import Device, connect
 from stagewise.pipeline.measure import profile
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.plan import Plan
-from stagewise.planning.rehearsal import message_seconds, paces
-from stagewise.schedule import Kind
+from stagewise.planning.rehearsal import instruction_cost, message_seconds
 
 _TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
@@ -136,13 +135,13 @@ def rehearsed(
     chosen: Plan,
     model: Model,
     example: Example,
-) -> tuple[LinkCost, dict[Kind, float]]:
+) -> tuple[LinkCost, InstructionCost]:
     """`link` with what trial steps of the chosen plan showed of it, on busy devices.
 
-    And by kind, how many times as long instructions took there as their cells alone.
+    And what instructions took there beyond their cells.
     """
     if not distributed() or dist.get_world_size() != chosen.num_devices:
-        return link, {}
+        return link, FREE_INSTRUCTION
     pipe = Pipeline(model, chosen, loss=example.loss)
     args = () if example.inputs is None else (example.inputs,)
     timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
@@ -155,8 +154,8 @@ def rehearsed(
         overhead_seconds=overhead,
     )
     if example.where.type != "cpu":  # elsewhere instructions end before their kernels do
-        return better_known, {}
-    return better_known, paces(chosen.engine_costs, timelines)
+        return better_known, FREE_INSTRUCTION
+    return better_known, instruction_cost(chosen.engine_costs, timelines)
 
 
 def _link_times() -> tuple[float, float]:

@@ -7,7 +7,7 @@ torch.distributed every rank must call it.
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from stagewise.costs import LinkCost
+from stagewise.costs import FREE_INSTRUCTION, InstructionCost, LinkCost
 from stagewise.engine.stage import Loss
 from stagewise.errors import PlanError
 from stagewise.model.chain import Model
@@ -19,8 +19,8 @@ from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.cutting import SEGMENTS
 from stagewise.planning.partition import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
-from stagewise.planning.rehearsal import paced
-from stagewise.schedule import Kind, with_recompute
+from stagewise.planning.rehearsal import surrounded
+from stagewise.schedule import with_recompute
 
 
 def plan(
@@ -136,9 +136,9 @@ def plan(
     size = example.size_of(num_microbatches)
     costs, link = agreed(example.measured(size, seconds=seconds, split=built.splits_backward))
 
-    def best(link: LinkCost, by_kind: Mapping[Kind, float]) -> Plan:
+    def best(link: LinkCost, around: InstructionCost) -> Plan:
         return plan_from_costs(
-            paced(costs, by_kind),
+            surrounded(costs, around),
             num_stages=choice.num_stages,
             num_devices=choice.num_devices,
             replicas=choice.replicas,
@@ -149,7 +149,7 @@ def plan(
             balance=balance,
         )
 
-    return best(*rehearsed(link, best(link, {}), model, example))
+    return best(*rehearsed(link, best(link, FREE_INSTRUCTION), model, example))
 
 
 def _check_searchable(

@@ -10,16 +10,15 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from stagewise.costs import CellCost, LinkCost
+from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
 from stagewise.engine.stage import Loss
 from stagewise.errors import PlanError
 from stagewise.model.chain import Model
 from stagewise.pipeline.connect import Device
 from stagewise.pipeline.measuring import Example, agreed, distributed, example_of, rehearsed
 from stagewise.planning.interpolate import interpolated
-from stagewise.planning.rehearsal import paced
+from stagewise.planning.rehearsal import surrounded
 from stagewise.planning.search import CostsAt, Progress, SearchResult, search
-from stagewise.schedule import Kind
 
 Microbatches = int | Sequence[int] | Literal["auto"]
 _PER_DEVICE = (1, 2, 4, 8)  # microbatches, where the search chooses
@@ -56,9 +55,9 @@ def search_plan(
     counts = candidates(num_microbatches, num_devices, example.num_samples, example.parts)
     costs_at, link = _costs(example, counts, seconds)
 
-    def best(link: LinkCost, by_kind: Mapping[Kind, float]) -> SearchResult:
+    def best(link: LinkCost, around: InstructionCost) -> SearchResult:
         return search(
-            lambda count: paced(costs_at(count), by_kind),
+            lambda count: surrounded(costs_at(count), around),
             num_devices,
             num_microbatches=counts,
             memory_bytes=memory_bytes,
@@ -71,9 +70,9 @@ def search_plan(
             progress=progress,
         )
 
-    found = best(link, {})
-    better_known, by_kind = rehearsed(link, found.plan, model, example)
-    return best(better_known, by_kind) if by_kind or better_known != link else found
+    found = best(link, FREE_INSTRUCTION)
+    better_known = rehearsed(link, found.plan, model, example)
+    return found if better_known == (link, FREE_INSTRUCTION) else best(*better_known)
 
 
 def candidates(

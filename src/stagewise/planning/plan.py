@@ -5,11 +5,19 @@ predictions can be made again, anywhere, without the model.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
+from stagewise.costs import (
+    FREE_LINK,
+    CellCost,
+    InstructionCost,
+    LinkCost,
+    StageCost,
+    stage_costs,
+)
 from stagewise.errors import PlanError
 from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.partition import check_balance, partition
@@ -199,7 +207,7 @@ class Plan:
                     tuple((int(size), bool(recomputed)) for size, recomputed in parts)
                     for parts in fields.get("segments", ())
                 ),
-                cells=tuple(CellCost(**cell) for cell in fields["cells"]),
+                cells=tuple(map(_cell, fields["cells"])),
                 input_bytes=fields["input_bytes"],
                 link=LinkCost(**fields["link"]),
             )
@@ -208,6 +216,11 @@ class Plan:
                 f"this is no plan ({type(error).__name__}: {error}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
             ) from error
+
+
+def _cell(fields: Mapping[str, Any]) -> CellCost:
+    around = InstructionCost(**fields.get("around", {}))
+    return CellCost(**{**fields, "around": around})
 
 
 def _programs(lines: Sequence[str]) -> tuple[Program, ...]:

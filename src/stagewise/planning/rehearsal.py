@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from stagewise.costs import CellCost, StageCost
+from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.planning.simulate import instruction_seconds
 from stagewise.schedule import Kind, Message, Schedule, lower
 from stagewise.timeline import Timeline
 
-_PACED = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+_KINDS = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
 
 def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[float, float]:
@@ -56,43 +56,30 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
     )
 
 
-def paces(costs: Sequence[StageCost], timelines: Sequence[Timeline]) -> dict[Kind, float]:
-    """By kind, how long the instructions took over what `costs`, by stage, say; 1 where unknown.
+def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) -> InstructionCost:
+    """What the instructions took on average beyond what `costs`, by stage, say; 0 where unknown.
 
-    `B` stands for `I` and `W` where these did not run, and they for it.
+    `B` stands for `I` and `W` together where these did not run, and they for it.
     """
-    took: dict[Kind, float] = defaultdict(float)
-    said: dict[Kind, float] = defaultdict(float)
+    beyond: dict[Kind, list[float]] = defaultdict(list)
     for span in (span for timeline in timelines for span in timeline.spans):
-        took[span.instruction.kind] += span.seconds
-        said[span.instruction.kind] += instruction_seconds(span.instruction, costs)
-
-    def pace(*kinds: Kind) -> float:
-        whole = sum(said[kind] for kind in kinds)
-        return sum(took[kind] for kind in kinds) / whole if whole else 1.0
-
-    _, whole_backward, *parts = _PACED
-    backward = pace(*([whole_backward] if said[whole_backward] else parts))
-    return {
-        Kind.FORWARD: pace(Kind.FORWARD),
-        whole_backward: backward,
-        **{kind: pace(kind) if said[kind] else backward for kind in parts},
-    }
-
-
-def paced(cells: Sequence[CellCost], by_kind: Mapping[Kind, float]) -> tuple[CellCost, ...]:
-    """The costs of `cells` where a kind of instruction takes so many times as long."""
-    forward, backward, inputs, weights = (by_kind.get(kind, 1.0) for kind in _PACED)
-    return tuple(
-        replace(
-            cell,
-            forward_seconds=cell.forward_seconds * forward,
-            backward_seconds=cell.backward_seconds * backward,
-            input_seconds=cell.input_seconds and cell.input_seconds * inputs,
-            weight_seconds=cell.weight_seconds and cell.weight_seconds * weights,
-        )
-        for cell in cells
+        kind = span.instruction.kind
+        beyond[kind].append(span.seconds - instruction_seconds(span.instruction, costs))
+    mean = {kind: statistics.fmean(seconds) for kind, seconds in beyond.items()}
+    forward, backward, inputs, weights = map(mean.get, _KINDS)
+    if backward is None:
+        backward = (inputs or 0) + (weights or 0)
+    return InstructionCost(
+        forward_seconds=forward or 0,
+        backward_seconds=backward,
+        input_seconds=backward / 2 if inputs is None else inputs,
+        weight_seconds=backward / 2 if weights is None else weights,
     )
+
+
+def surrounded(cells: Sequence[CellCost], around: InstructionCost) -> tuple[CellCost, ...]:
+    """The costs of `cells` where an instruction takes that beyond them, whatever its stage."""
+    return tuple(replace(cell, around=around) for cell in cells)
 
 
 def _mean_of_pairs(waits: Mapping[tuple[int, int], Sequence[float]]) -> float:
