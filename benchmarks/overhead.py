@@ -2,7 +2,7 @@
 
 Eight worker processes stand for eight devices; 24 cells, equal or unequal; 32 microbatches. The
 simulator is told the sleeping times and free links, so the ratio is the engine's whole overhead:
-Python, autograd, messages over gloo, and eight processes sharing this machine's cores.
+Python, autograd, messages, and eight processes sharing this machine's cores, each kept to one.
 """
 
 import statistics
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import typer
 
 import stagewise
-from benchmarks.workers import Row, print_rows, run_workers
+from benchmarks.workers import Row, keep_to_core, print_rows, run_workers
 from stagewise.costs import CellCost
 from stagewise.planning import plan_from_costs
 from stagewise.testing import EmulatedDevice, emulated_model
@@ -63,6 +63,7 @@ def main(
 
 def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:
     """Run on every rank: all cases, and one device for the speedup."""
+    keep_to_core()
     alone_seconds = _one_device_seconds()
     return [_measure_case(case, num_steps, alone_seconds) for case in cases]
 

@@ -1,6 +1,7 @@
 """Every schedule on eight emulated devices, beside the best plan, its bound and torch's schedules.
 
-Cells sleep, so eight processes run side by side on two cores, and one device's time is known. What
+Cells sleep, so eight processes, each kept to one core, run side by side on two, and one device's
+time is known. What
 a message costs on this machine, and what an instruction takes beyond the sleeping, is measured
 first, by rehearsals, as `stagewise.plan` does it; the search, the simulations and the bounds reckon
 with that. Three profiles: 24 equal cells, 24 unequal ones, and the eight unequal ones once, where
@@ -18,7 +19,7 @@ import typer
 
 import stagewise
 from benchmarks.torch_schedules import TORCH_SCHEDULES, TorchSchedule, torch_step
-from benchmarks.workers import Row, print_rows, run_workers
+from benchmarks.workers import Row, keep_to_core, print_rows, run_workers
 from stagewise.costs import CellCost, InstructionCost, LinkCost
 from stagewise.planning import Plan, lower_bound_seconds, plan_from_costs
 from stagewise.planning.rehearsal import instruction_cost, message_seconds, surrounded
@@ -72,6 +73,7 @@ def main(
 
 def rehearse() -> tuple[LinkCost, InstructionCost]:
     """Run on every rank: what messages and instructions cost between devices that are busy."""
+    keep_to_core()
     cells, batch = cell_costs("equal"), torch.zeros(NUM_MICROBATCHES, 1024)
     timelines, messages = [], []
     for schedule in ("1f1b", "zb_h1"):  # all kinds of instructions
@@ -91,6 +93,7 @@ def rehearse() -> tuple[LinkCost, InstructionCost]:
 
 def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:
     """Run on every rank: all cases, and one device for the speedup."""
+    keep_to_core()
     alone_seconds = _one_device_seconds()
     return [_measure_case(case, num_steps, alone_seconds) for case in cases]
 

@@ -57,7 +57,7 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
 
 
 def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) -> InstructionCost:
-    """What the instructions took on average beyond what `costs`, by stage, say; 0 where unknown.
+    """What the instructions took beyond what `costs`, by stage, say: medians; 0 where unknown.
 
     `B` stands for `I` and `W` together where these did not run, and they for it.
     """
@@ -65,8 +65,8 @@ def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) 
     for span in (span for timeline in timelines for span in timeline.spans):
         kind = span.instruction.kind
         beyond[kind].append(span.seconds - instruction_seconds(span.instruction, costs))
-    mean = {kind: statistics.fmean(seconds) for kind, seconds in beyond.items()}
-    forward, backward, inputs, weights = map(mean.get, _KINDS)
+    usual = {kind: statistics.median(seconds) for kind, seconds in beyond.items()}
+    forward, backward, inputs, weights = map(usual.get, _KINDS)
     if backward is None:
         backward = (inputs or 0) + (weights or 0)
     return InstructionCost(
