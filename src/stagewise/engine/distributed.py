@@ -22,7 +22,7 @@ import torch.distributed as dist
 from stagewise.engine.failure import LOST, FailureBoard
 from stagewise.engine.group import DistributedGroup
 from stagewise.engine.layout import Header, flat, in_words, layout_of, packed
-from stagewise.engine.near import SMALL_BYTES, Work, meet
+from stagewise.engine.near import Neighbour, Work, meet
 from stagewise.engine.outbox import Outbox
 from stagewise.engine.transport import Links, T, is_skip
 from stagewise.engine.values import put_together, take_apart
@@ -61,9 +61,10 @@ class DistributedTransport:
         else:
             self._control = dist.new_group(ranks, backend="gloo")
             self._down, self._up = dist.new_group(ranks), dist.new_group(ranks)
-        # Ranks of this host: small messages go to them, and come from them, another way.
-        timeout = self._group._get_backend(torch.device("cpu")).options._timeout
-        self._near = meet(self.rank, self.gather, timeout) if device.type == "cpu" else {}
+        self._near: dict[int, Neighbour] = {}  # ranks of this host; small messages go this way
+        if device.type == "cpu":
+            timeout = self._group._get_backend(device).options._timeout
+            self._near = meet(self.rank, self.gather, timeout)
         self._known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
         self._headers: dict[Message, Header] = {}  # those of the running call
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
@@ -295,8 +296,8 @@ class DistributedTransport:
 
     def _start_receiving(self, tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> Work:
         with self._peers:
-            if source in self._near and tensor.nbytes <= SMALL_BYTES:
-                return self._near[source].receive(tensor)
+            if (near := self._near.get(source)) is not None and tensor.nbytes <= near.limit:
+                return near.receive(tensor)
             return group.recv([flat(tensor)], source, _TAG)
 
     def _start_sending(
@@ -304,8 +305,8 @@ class DistributedTransport:
     ) -> None:
         """Start to send a dense tensor; it stays alive until it has left."""
         with self._peers:
-            if destination in self._near and tensor.nbytes <= SMALL_BYTES:
-                self._near[destination].send(tensor)
+            if (near := self._near.get(destination)) is not None and tensor.nbytes <= near.limit:
+                near.send(tensor)
             else:
                 data = flat(tensor)
                 self._outbox.add(group.send([data], destination, _TAG), data)
@@ -364,6 +365,7 @@ class _Peers:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, RuntimeError | OSError):
             raise PeerError(
-                f"rank {self._rank} lost another rank while waiting for it. First failure: "
-                f"{self._failures.read()}"
+                f"rank {self._rank} lost another rank while waiting for it"
+                + (f" ({error})" if isinstance(error, OSError) else "")
+                + f". First failure: {self._failures.read()}"
             ) from error

@@ -13,17 +13,19 @@ import struct
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from queue import Queue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from stagewise.engine.layout import flat
 
-SMALL_BYTES = 1 << 16  # of a tensor; beyond that copying costs more than waking
+_SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than waking
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
+_MESSAGES = 4  # that the buffer must hold at least, so that they travel while both compute
 _NUMPY = (torch.float32, torch.float64, torch.int64, torch.bool)  # dtypes that NumPy has too
 _RANK = struct.Struct("=i")
 
@@ -39,13 +41,14 @@ class Work(Protocol):
 
 
 class Neighbour:
-    """The connection to another process of this host."""
+    """The connection to another process of this host, for tensors of up to `limit` bytes."""
 
-    def __init__(self, connection: socket.socket, timeout: timedelta) -> None:
+    def __init__(self, connection: socket.socket, timeout: timedelta, limit: int) -> None:
+        self.limit = limit
         seconds, rest = divmod(timeout, timedelta(seconds=1))
-        limit = struct.pack("@ll", seconds, rest.microseconds)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        patience = struct.pack("@ll", seconds, rest.microseconds)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+        _with_room(connection)
         self._socket = connection
         self._late: _Late | None = None
 
@@ -79,31 +82,32 @@ class Neighbour:
             self._late.finish()
 
 
-def meet(
-    rank: int, gather: Callable[[object], list[object]], timeout: timedelta
-) -> dict[int, Neighbour]:
+def meet(rank: int, gather: Callable[[Any], list[Any]], timeout: timedelta) -> dict[int, Neighbour]:
     """Connect to every other rank that runs on this host; all ranks call this.
 
     `gather` gives every rank's value, by rank. Who cannot connect is left out, for example since
     it runs elsewhere.
     """
     connections: dict[int, socket.socket] = {}
-    with tempfile.TemporaryDirectory(prefix="stagewise-") as folder:
-        listener, address = _listener(Path(folder) / "socket")
-        addresses = gather(address)
-        for other in range(rank):
-            connection = _connected(addresses[other], rank)
+    with ExitStack() as until_connected:
+        listener = _listener(until_connected)
+        limit = 0 if listener is None else min(_SMALL_BYTES, _with_room(listener) // _MESSAGES)
+        everyone = gather((limit, listener and listener.getsockname()))
+        for other, (_, address) in enumerate(everyone[:rank]):
+            connection = _connected(address, rank)
             if connection is not None:
                 connections[other] = connection
         callers = gather(sorted(connections))
         if listener is not None:
             for called in callers:
-                if isinstance(called, list) and rank in called:
+                if rank in called:
                     connection, _ = listener.accept()
                     other = _RANK.unpack(connection.recv(_RANK.size, socket.MSG_WAITALL))[0]
                     connections[other] = connection
-            listener.close()
-    return {other: Neighbour(connection, timeout) for other, connection in connections.items()}
+    return {
+        other: Neighbour(connection, timeout, min(limit, everyone[other][0]))
+        for other, connection in connections.items()
+    }
 
 
 class _Late:
@@ -128,12 +132,15 @@ class _Arriving:
 
     def wait(self) -> None:
         tensor = self._tensor
-        read = self._socket.recv_into(_memory(tensor), 0, socket.MSG_WAITALL)
-        while read < tensor.nbytes:  # a signal came between
-            more = self._socket.recv_into(_bytes(tensor)[read:], 0, socket.MSG_WAITALL)
-            if not more:
-                raise ConnectionError("the other process has closed its connection")
-            read += more
+        try:
+            read = self._socket.recv_into(_memory(tensor), 0, socket.MSG_WAITALL)
+            while read < tensor.nbytes:  # a signal came between
+                more = self._socket.recv_into(_bytes(tensor)[read:], 0, socket.MSG_WAITALL)
+                if not more:
+                    raise ConnectionError("the other process has closed its connection")
+                read += more
+        except BlockingIOError as error:
+            raise TimeoutError("nothing came within the process group's timeout") from error
 
     def is_completed(self) -> bool:
         return False
@@ -162,20 +169,27 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return flat(tensor).numpy().data
 
 
-def _listener(path: Path) -> tuple[socket.socket | None, str | None]:
-    """A socket that listens at `path`; nothing where there are no such sockets."""
+def _listener(until: ExitStack) -> socket.socket | None:
+    """A socket that listens in a folder of its own; None where there can be none."""
     try:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
+        folder = until.enter_context(tempfile.TemporaryDirectory(prefix="stagewise-"))
+        listener = until.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(str(Path(folder) / "socket"))
         listener.listen(socket.SOMAXCONN)
-    except (AttributeError, OSError):  # another system; a path that is too long
-        return None, None
-    return listener, str(path)
+    except (AttributeError, OSError):  # another system; no folder, or too long a path
+        return None
+    return listener
 
 
-def _connected(address: object, rank: int) -> socket.socket | None:
+def _with_room(connection: socket.socket) -> int:
+    """The bytes of its buffer, as large as the kernel allows."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+def _connected(address: str | None, rank: int) -> socket.socket | None:
     """A connection to who listens at `address`, which is told our rank; None if it cannot be."""
-    if not isinstance(address, str):
+    if address is None:
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
