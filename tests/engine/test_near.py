@@ -1,5 +1,6 @@
 """Small messages between processes of one host: in order, whole, and without waiting to send."""
 
+import signal
 import socket
 import threading
 from datetime import timedelta
@@ -65,7 +66,16 @@ def test_a_message_in_pieces_becomes_whole() -> None:
     assert torch.equal(arrived, data)
 
 
-def test_who_closes_is_missed() -> None:
+@pytest.mark.parametrize("action", [signal.SIG_IGN, signal.SIG_DFL])  # Python's, the shell's
+def test_who_closes_is_missed(action: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGPIPE, action)
+    try:
+        check_who_closes_is_missed()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+def check_who_closes_is_missed() -> None:
     sender, receiver = pair()
     sender.send(torch.ones(3))
     del sender  # what it sent arrives all the same
@@ -83,6 +93,22 @@ def test_what_is_late_fails_too() -> None:
     del receiver
     with pytest.raises(OSError, match=r"Broken pipe|reset"):
         sender.finish()
+
+
+def test_the_default_timeout_of_sockets_does_not_count() -> None:
+    """Scripts that download their data often set one."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        sender, receiver = pair()
+    finally:
+        socket.setdefaulttimeout(before)
+    thread = threading.Timer(0.2, sender.send, [torch.ones(3)])
+    thread.start()
+    arrived = torch.empty(3)
+    receiver.receive(arrived).wait()
+    thread.join()
+    assert torch.equal(arrived, torch.ones(3))
 
 
 def test_waiting_ends_with_the_process_groups_timeout() -> None:

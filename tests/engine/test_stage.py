@@ -223,3 +223,28 @@ def test_clear_forgets_every_flight() -> None:
     assert list(stage.held())
     stage.clear()
     assert not list(stage.held())
+
+
+class Switch(nn.Module):
+    """Switches gradients for all that follows."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on = on
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(self.on)
+        return x * 2
+
+
+def test_gradients_switched_off_for_what_follows_are_refused() -> None:
+    """The next microbatch, on this stage, would lose its gradients without a word."""
+    x = torch.randn(2, 3).requires_grad_()
+    whole = run(stage_of(nn.Linear(3, 3), Switch(False), Switch(True)), "1F0", x, call_of())
+    assert isinstance(whole, torch.Tensor)
+    with pytest.raises(CellError, match=r"left gradients switched off on microbatch 0.*no_grad"):
+        run(stage_of(nn.Linear(3, 3), Switch(False)), "1F0", x, call_of())
+    assert torch.is_grad_enabled()
+    with torch.no_grad():  # where there are none, nothing is lost
+        run(stage_of(Switch(True)), "1F0", x, call_of(Mode.EVALUATE))
+        assert not torch.is_grad_enabled()

@@ -27,6 +27,7 @@ _SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than wakin
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
 _MESSAGES = 4  # that the buffer must hold at least, so that they travel while both compute
 _NUMPY = (torch.float32, torch.float64, torch.int64, torch.bool)  # dtypes that NumPy has too
+_NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
 _RANK = struct.Struct("=i")
 
 
@@ -44,13 +45,13 @@ class Neighbour:
     """The connection to another process of this host, for tensors of up to `limit` bytes."""
 
     def __init__(self, connection: socket.socket, timeout: timedelta, limit: int) -> None:
-        self.limit = limit
+        self.limit, self._socket = limit, connection
+        self._late: _Late | None = None
+        connection.settimeout(None)  # whatever socket.setdefaulttimeout says: the kernel's counts
         seconds, rest = divmod(timeout, timedelta(seconds=1))
         patience = struct.pack("@ll", seconds, rest.microseconds)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         _with_room(connection)
-        self._socket = connection
-        self._late: _Late | None = None
 
     def __del__(self) -> None:
         if self._late is None:
@@ -63,7 +64,7 @@ class Neighbour:
         sent = 0  # bytes
         if self._late is None or not self._late.queue.unfinished_tasks:
             try:
-                sent = self._socket.send(_memory(tensor), socket.MSG_DONTWAIT)
+                sent = self._socket.send(_memory(tensor), socket.MSG_DONTWAIT | _NO_SIGNAL)
             except BlockingIOError:
                 sent = 0
             if sent == tensor.nbytes:
@@ -89,6 +90,7 @@ def meet(rank: int, gather: Callable[[Any], list[Any]], timeout: timedelta) -> d
     it runs elsewhere.
     """
     connections: dict[int, socket.socket] = {}
+    gather(None)  # so that no folder stands while others are still on their way
     with ExitStack() as until_connected:
         listener = _listener(until_connected)
         limit = 0 if listener is None else min(_SMALL_BYTES, _with_room(listener) // _MESSAGES)
@@ -102,6 +104,7 @@ def meet(rank: int, gather: Callable[[Any], list[Any]], timeout: timedelta) -> d
             for called in callers:
                 if rank in called:
                     connection, _ = listener.accept()
+                    connection.settimeout(None)
                     other = _RANK.unpack(connection.recv(_RANK.size, socket.MSG_WAITALL))[0]
                     connections[other] = connection
     return {
@@ -152,7 +155,7 @@ def _send_all(
     while (data := queue.get()) is not None:
         try:
             if not errors:
-                connection.sendall(data)
+                connection.sendall(data, _NO_SIGNAL)
         except OSError as error:
             errors.append(error)
         queue.task_done()
@@ -174,6 +177,7 @@ def _listener(until: ExitStack) -> socket.socket | None:
     try:
         folder = until.enter_context(tempfile.TemporaryDirectory(prefix="stagewise-"))
         listener = until.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.settimeout(None)
         listener.bind(str(Path(folder) / "socket"))
         listener.listen(socket.SOMAXCONN)
     except (AttributeError, OSError):  # another system; no folder, or too long a path
@@ -191,11 +195,14 @@ def _connected(address: str | None, rank: int) -> socket.socket | None:
     """A connection to who listens at `address`, which is told our rank; None if it cannot be."""
     if address is None:
         return None
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.connect(address)
-        connection.sendall(_RANK.pack(rank))
-    except OSError:
-        connection.close()
-        return None
+    with ExitStack() as on_failure:
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            on_failure.callback(connection.close)
+            connection.settimeout(None)
+            connection.connect(address)
+            connection.sendall(_RANK.pack(rank), _NO_SIGNAL)
+        except (AttributeError, OSError):
+            return None
+        on_failure.pop_all()
     return connection

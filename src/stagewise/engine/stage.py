@@ -271,6 +271,14 @@ class Stage:
         finally:
             collecting(outer)
         flight.added = collector.added
+        if torch.is_grad_enabled() is not (call.mode is Mode.TRAIN):
+            torch.set_grad_enabled(call.mode is Mode.TRAIN)
+            if call.mode is Mode.TRAIN:
+                raise CellError(
+                    f"the cells of stage {self.index} left gradients switched off on microbatch "
+                    f"{m}, for all that follows; use `with torch.no_grad():`, or cut the model so "
+                    "that they are switched on again in the same stage"
+                )
         changed = tuple([now._version != before for now, before in zip(fed, versions, strict=True)])
         if True in changed:
             self._check_changes(flight, changed, mutates, m)

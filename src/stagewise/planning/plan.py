@@ -211,7 +211,7 @@ class Plan:
                 input_bytes=fields["input_bytes"],
                 link=LinkCost(**fields["link"]),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"this is no plan ({type(error).__name__}: {error}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
@@ -219,7 +219,7 @@ class Plan:
 
 
 def _cell(fields: Mapping[str, Any]) -> CellCost:
-    around = InstructionCost(**fields.get("around", {}))
+    around = InstructionCost(**{k: float(v) for k, v in fields.get("around", {}).items()})
     return CellCost(**{**fields, "around": around})
 
 
