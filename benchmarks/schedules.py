@@ -72,14 +72,20 @@ def main(
 
 
 def rehearse() -> tuple[LinkCost, InstructionCost]:
-    """Run on every rank: what messages and instructions cost between devices that are busy."""
+    """Run on every rank: what messages and instructions cost between devices that are busy.
+
+    With two stages a device, as the best plans have here: `stagewise.plan` too rehearses what it
+    is about to choose.
+    """
     keep_to_core()
     cells, batch = cell_costs("equal"), torch.zeros(NUM_MICROBATCHES, 1024)
     timelines, messages = [], []
-    for schedule in ("1f1b", "zb_h1"):  # all kinds of instructions
+    for schedule in ("interleaved_v", "zb_v"):  # all kinds of instructions
         plan = plan_from_costs(
             cells,
-            num_stages=NUM_DEVICES,
+            num_stages=2 * NUM_DEVICES,
+            num_devices=NUM_DEVICES,
+            balance=(2, 1) * NUM_DEVICES,
             num_microbatches=NUM_MICROBATCHES,
             schedule=schedule,
         )
