@@ -25,7 +25,8 @@ def test_what_the_simulator_was_told_is_read_back(name: str, num_devices: int) -
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb_v"])
-def test_clocks_that_differ_between_devices_cancel_out(name: str) -> None:
+@pytest.mark.parametrize("apart", [0.2, -3.0, 50.0])
+def test_clocks_that_differ_between_devices_cancel_out(name: str, apart: float) -> None:
     """Also where both activations and gradients go down a link, as on looped placement."""
     schedule = named_schedule(name, 3, 8)
     timeline = simulate(schedule, [STAGE] * schedule.num_stages, LinkCost(latency_seconds=0.5))
@@ -35,8 +36,8 @@ def test_clocks_that_differ_between_devices_cancel_out(name: str) -> None:
             Span(
                 device=span.device,
                 instruction=span.instruction,
-                start_seconds=span.start_seconds + 0.2 * span.device,
-                end_seconds=span.end_seconds + 0.2 * span.device,
+                start_seconds=span.start_seconds + apart * span.device,
+                end_seconds=span.end_seconds + apart * span.device,
             )
             for span in timeline.spans
         ),

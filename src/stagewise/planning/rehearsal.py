@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.planning.simulate import instruction_seconds
-from stagewise.schedule import Kind, Message, Schedule, lower
-from stagewise.timeline import Timeline
+from stagewise.schedule import Instruction, Kind, LoweredProgram, Message, Schedule, lower
+from stagewise.timeline import Span, Timeline
 
 _KINDS = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
@@ -23,14 +23,14 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
 
     The overhead is the gap before an instruction whose own messages were made before the one
     before it began, so that it waited for none. The second counts where the receiver stood still
-    for the message; between two devices each direction counts half, so that clocks which differ
-    cancel out. 0 for what no timeline shows.
+    for the message; between two devices each direction counts half. 0 for what no
+    timeline shows.
     """
     overheads: list[float] = []
     waits: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (source, destination)
     programs = lower(schedule)
     for timeline in timelines:
-        spans = {span.instruction: span for span in timeline.spans}
+        spans = _on_one_clock(programs, timeline)
         made = {
             message: spans[step.instruction].end_seconds
             for program in programs
@@ -80,6 +80,44 @@ def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) 
 def surrounded(cells: Sequence[CellCost], around: InstructionCost) -> tuple[CellCost, ...]:
     """The costs of `cells` where an instruction takes that beyond them, whatever its stage."""
     return tuple(replace(cell, around=around) for cell in cells)
+
+
+def _on_one_clock(
+    programs: Sequence[LoweredProgram], timeline: Timeline
+) -> dict[Instruction, Span]:
+    """The spans as one clock shows them, though every device counts from its own start.
+
+    Between two that send to each other both ways, the quickest message takes as long in either
+    direction: so the Network Time Protocol (Mills, IEEE Transactions on Communications, 1991)
+    finds how far two clocks are apart.
+    """
+    spans = {span.instruction: span for span in timeline.spans}
+    steps = [step for program in programs for step in program]
+    made = {m: spans[step.instruction].end_seconds for step in steps for m in step.sends}
+    quickest: dict[tuple[int, int], float] = {}
+    for step in steps:
+        for message in filter(_travels, step.receives):
+            between = message.source, message.destination
+            seconds = spans[step.instruction].start_seconds - made[message]
+            quickest[between] = min(seconds, quickest.get(between, seconds))
+    ahead: dict[int, float] = {}  # seconds to add to a device's times
+    for first in range(timeline.num_devices):
+        reached = [first] if first not in ahead else []
+        ahead.setdefault(first, 0.0)
+        while reached:
+            device = reached.pop()
+            for (one, other), seconds in quickest.items():
+                if one == device and other not in ahead and (other, one) in quickest:
+                    ahead[other] = ahead[one] + (quickest[other, one] - seconds) / 2
+                    reached.append(other)
+    return {
+        instruction: replace(
+            span,
+            start_seconds=span.start_seconds + ahead[span.device],
+            end_seconds=span.end_seconds + ahead[span.device],
+        )
+        for instruction, span in spans.items()
+    }
 
 
 def _mean_of_pairs(waits: Mapping[tuple[int, int], Sequence[float]]) -> float:
