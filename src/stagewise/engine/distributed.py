@@ -1,5 +1,7 @@
 """One process per device: messages over torch.distributed (gloo on CPU, NCCL on GPU).
 
+Small ones between processes of one host take a shorter way (`engine.near`).
+
 Problem: the receiver must know shapes before it can post a receive, yet shapes may change.
 Idea: the first call of a signature sends a header with each message and both ends remember it;
 later calls of that signature send bare tensors, and receives are posted ahead, so that data

@@ -35,10 +35,7 @@ class Work(Protocol):
     """A message on its way; torch's works are such."""
 
     def wait(self) -> object:
-        """Wait until it has arrived, or left."""
-
-    def is_completed(self) -> bool:
-        """Whether that is known to be so."""
+        """Wait until it has arrived."""
 
 
 class Neighbour:
@@ -144,9 +141,6 @@ class _Arriving:
                 read += more
         except BlockingIOError as error:
             raise TimeoutError("nothing came within the process group's timeout") from error
-
-    def is_completed(self) -> bool:
-        return False
 
 
 def _send_all(
