@@ -1,11 +1,10 @@
 """Every schedule on eight emulated devices, beside the best plan, its bound and torch's schedules.
 
 Cells sleep, so eight processes, each kept to one core, run side by side on two, and one device's
-time is known. What
-a message costs on this machine, and what an instruction takes beyond the sleeping, is measured
-first, by rehearsals, as `stagewise.plan` does it; the search, the simulations and the bounds reckon
-with that. Three profiles: 24 equal cells, 24 unequal ones, and the eight unequal ones once, where
-only replicas help.
+time is known. What a message costs on this machine, and what an instruction takes beyond the
+sleeping, is measured first, by rehearsals, as `stagewise.plan` does it; the search, the simulations
+and the bounds reckon with that. Three profiles: 24 equal cells, 24 unequal ones, and the eight
+unequal ones once, where only replicas help.
 """
 
 import statistics

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, InstructionCost
 from stagewise.planning.drift import drift_of, faster, stage_factors
 from stagewise.planning.plan import Plan
+from stagewise.planning.rehearsal import surrounded
 from stagewise.planning.simulate import simulate
 from stagewise.timeline import Timeline
 
@@ -55,6 +56,14 @@ def test_several_looks_must_agree() -> None:
     assert str(drift) == "the stages take 1.00, 2.00 times the planned seconds"
     assert [cell.forward_seconds for cell in drift.plan.cells] == [1, 1, 2, 2]
     assert drift_of(drift.plan, [slow] * 3) is None, "it is what the plan says now"
+
+
+def test_what_instructions_take_beyond_their_cells_drifts_with_them() -> None:
+    around = InstructionCost(forward_seconds=0.5, backward_seconds=0.25)
+    plan = replace(PLAN, cells=surrounded(PLAN.cells, around))
+    drift = drift_of(plan, [measured(plan, 1, 2)] * 3)
+    assert drift is not None and drift.factors == (1, 2)
+    assert stage_factors(drift.plan, measured(plan, 1, 2)) == (1, 1)
 
 
 def test_longer_sequences_are_a_drift_of_all_stages() -> None:

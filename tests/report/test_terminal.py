@@ -125,6 +125,7 @@ def test_a_step_of_no_time_and_an_empty_one_can_be_drawn() -> None:
         (0.395, "395 ms"),
         (8e-5, "80 us"),
         (2e-7, "0.2 us"),
+        (-0.002, "-2 ms"),
     ],
 )
 def test_format_seconds(seconds: float, text: str) -> None:

@@ -15,7 +15,7 @@ operations in order and would block on crossed sends.
 
 import pickle
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -153,9 +153,7 @@ class DistributedTransport:
         else:
             arriving = [self._start_receiving(table, 0, self._control)]
             self._start_sending(own, 0, self._control)
-        with self._peers:
-            for work in arriving:
-                work.wait()
+        self._wait(arriving)
         for rank in others if self.rank == 0 else ():
             self._start_sending(table, rank, self._control)
         return [[int(number) for number in other] for other in table.tolist()]
@@ -199,8 +197,7 @@ class DistributedTransport:
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         present = torch.empty(len(like), dtype=torch.bool)
-        with self._peers:
-            self._start_receiving(present, rank, self._control).wait()
+        self._wait([self._start_receiving(present, rank, self._control)])
         taken = [
             torch.empty_like(tensor, requires_grad=False) if is_there else None
             for tensor, is_there in zip(like, present.tolist(), strict=True)
@@ -211,9 +208,7 @@ class DistributedTransport:
             for tensor in taken
             if tensor is not None and tensor.numel()
         ]
-        with self._peers:
-            for work in works:
-                work.wait()
+        self._wait(works)
         return taken
 
     def group(self, ranks: Sequence[int]) -> DistributedGroup | None:
@@ -268,10 +263,14 @@ class DistributedTransport:
     def _arrived_whole(
         self, header: Header, tensors: Sequence[torch.Tensor], works: Sequence[Work]
     ) -> object:
+        self._wait(works)
+        return header.unpacked(tensors)
+
+    def _wait(self, works: Iterable[Work]) -> None:
+        """Until all have arrived, in order."""
         with self._peers:
             for work in works:
                 work.wait()
-        return header.unpacked(tensors)
 
     def _remember(self, message: Message, header: Header) -> bool:
         """Keep a message's form for later calls; not one that may be another each time."""
@@ -336,10 +335,9 @@ class DistributedTransport:
     def _receive_header(self, message: Message) -> Header | None:
         """The form of `message`, or None if it is lost."""
         size = torch.empty(1, dtype=torch.int64)
-        with self._peers:
-            self._start_receiving(size, message.source, self._control).wait()
-            payload = torch.empty(int(size), dtype=torch.uint8)
-            self._start_receiving(payload, message.source, self._control).wait()
+        self._wait([self._start_receiving(size, message.source, self._control)])
+        payload = torch.empty(int(size), dtype=torch.uint8)
+        self._wait([self._start_receiving(payload, message.source, self._control)])
         header = pickle.loads(payload.numpy().tobytes())
         assert header is None or isinstance(header, Header)
         return header

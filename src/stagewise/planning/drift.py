@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from stagewise.costs import CellCost, StageCost
+from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.errors import UsageError
 from stagewise.planning.partition import partition
 from stagewise.planning.plan import Plan
@@ -167,7 +167,7 @@ def _scaled(
 
 
 def _scaled_cell(cell: CellCost, factor: float) -> CellCost:
-    """`cell` with `factor` times the seconds."""
+    """`cell` with `factor` times the seconds, those around it too."""
 
     def times(seconds: float | None) -> float | None:
         return None if seconds is None else seconds * factor
@@ -178,4 +178,5 @@ def _scaled_cell(cell: CellCost, factor: float) -> CellCost:
         backward_seconds=cell.backward_seconds * factor,
         input_seconds=times(cell.input_seconds),
         weight_seconds=times(cell.weight_seconds),
+        around=InstructionCost(**{kind: s * factor for kind, s in vars(cell.around).items()}),
     )

@@ -23,8 +23,8 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
 
     The overhead is the gap before an instruction whose own messages were made before the one
     before it began, so that it waited for none. The second counts where the receiver stood still
-    for the message; between two devices each direction counts half. 0 for what no
-    timeline shows.
+    for the message; between two devices each direction counts half. 0 for what no timeline
+    shows.
     """
     overheads: list[float] = []
     waits: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (source, destination)

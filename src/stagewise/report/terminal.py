@@ -59,10 +59,10 @@ def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
 def format_seconds(seconds: float) -> str:
     """Three significant digits and the fitting unit, as in `1.25 s`, `12.5 ms`, `80 us`."""
     for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if float(f"{seconds * factor:.3g}") >= 1 or unit == "us":
+        if abs(float(f"{seconds * factor:.3g}")) >= 1 or unit == "us":
             break
     number = float(seconds * factor)
-    digits = f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+    digits = f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
     return f"{digits} {unit}" if seconds else "0 s"
 
 

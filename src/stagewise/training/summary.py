@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from stagewise.costs import FREE_INSTRUCTION
 from stagewise.planning import Plan
 from stagewise.report import format_seconds
 
@@ -94,6 +95,12 @@ def cells_table(plan: Plan) -> Table:
             _size(cell.parameter_bytes),
             _size(cell.activation_bytes),
             _size(cell.output_bytes),
+        )
+    around = plan.cells[0].around if plan.cells else FREE_INSTRUCTION
+    if around != FREE_INSTRUCTION:
+        table.caption = (
+            f"an instruction takes beyond its cells: forward {_time(around.forward_seconds)}, "
+            f"backward {_time(around.backward_seconds)}"
         )
     return table
 
