@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from stagewise.models import amoebanet_d, transformer_l
-from stagewise.pipeline.estimate import cell_work
-from stagewise.planning.work import CellWork
+from stagewise.planning.roofline import CellWork
+from stagewise.profiling.estimate import cell_work
 
 IMAGE, CLASSES = 224, 1000  # GPipe, section 3: ImageNet at 224 x 224
 TOKENS, VOCABULARY = 1024, 32_000  # the same: sentences of 1,024 tokens

@@ -16,7 +16,7 @@ from benchmarks.workers import Row, print_rows
 from stagewise.cli.search import progress_bar
 from stagewise.costs import CellCost, LinkCost
 from stagewise.planning import SearchResult, search
-from stagewise.planning.search import CostsAt
+from stagewise.planning.search.search import CostsAt
 
 LINK = LinkCost(latency_seconds=1e-5, seconds_per_byte=1e-10)
 SAMPLES, FIXED_SECONDS = 1024, 1e-3

@@ -17,11 +17,10 @@ import typer
 import stagewise
 from benchmarks.workers import Row, print_rows, run_workers
 from stagewise.training.batches import TrainingBatches
-from stagewise.training.prepare import build_model
-from stagewise.training.recipe import load_recipe
+from stagewise.training.recipe import build_model, load_recipe
 
 if TYPE_CHECKING:
-    from stagewise.pipeline.searching import Microbatches
+    from stagewise.pipeline.plan import Microbatches
 
 RECIPE = Path(__file__).parents[1] / "examples" / "shakespeare.py"
 NUM_WORKERS, WARMUP_STEPS = 2, 3

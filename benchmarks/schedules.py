@@ -21,8 +21,8 @@ from benchmarks.torch_schedules import TORCH_SCHEDULES, TorchSchedule, torch_ste
 from benchmarks.workers import Row, keep_to_core, print_rows, run_workers
 from stagewise.costs import CellCost, InstructionCost, LinkCost
 from stagewise.planning import Plan, lower_bound_seconds, plan_from_costs
-from stagewise.planning.rehearsal import instruction_cost, message_seconds, surrounded
-from stagewise.planning.search import search
+from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
+from stagewise.planning.search.search import search
 from stagewise.schedule import SCHEDULES
 from stagewise.testing import EmulatedDevice, emulated_model
 

@@ -16,7 +16,7 @@ import typer
 from benchmarks.workers import Row, print_rows
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.planning import lower_bound_seconds, simulate, synthesise
-from stagewise.planning.synthesis import EFFORT, named_schedules
+from stagewise.planning.synthesis.synthesise import EFFORT, named_schedules
 from stagewise.schedule import Kind, with_recompute
 
 PLACEMENTS = ("contiguous", "looped", "v", "replicated")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.launcher.api import elastic_launch
 
-from stagewise.training.launch import launch_config, worker_environment
+from stagewise.training.workers.launch import launch_config, worker_environment
 
 Result = TypeVar("Result")
 Row = Mapping[str, str | int | float | None]

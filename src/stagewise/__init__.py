@@ -8,43 +8,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stagewise.engine.losses import add_loss, collect_losses
-    from stagewise.engine.markers import Arguments, Microbatches, Replicated
+    from stagewise.batch.markers import Arguments, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
-    from stagewise.model.capture.capture import capture
-    from stagewise.model.rerun.rerun import capture_cells
+    from stagewise.model.added_losses import add_loss, collect_losses
+    from stagewise.model.export.capture import capture
+    from stagewise.model.replay.capture_cells import capture_cells
     from stagewise.model.skip import SkipScope, pop, skippable, stash
-    from stagewise.pipeline.estimate import estimate
     from stagewise.pipeline.gpipe import GPipe
     from stagewise.pipeline.pipeline import Pipeline
-    from stagewise.pipeline.planning import plan
+    from stagewise.pipeline.plan import plan
     from stagewise.pipeline.scaler import GradScaler
     from stagewise.planning.plan import Plan
     from stagewise.planning.simulate import simulate
+    from stagewise.profiling.estimate import estimate
     from stagewise.schedule import Schedule
     from stagewise.timeline import Timeline
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Arguments": "stagewise.engine.markers",
+    "Arguments": "stagewise.batch.markers",
     "GPipe": "stagewise.pipeline.gpipe",
     "GradScaler": "stagewise.pipeline.scaler",
-    "Microbatches": "stagewise.engine.markers",
+    "Microbatches": "stagewise.batch.markers",
     "Pipeline": "stagewise.pipeline.pipeline",
     "Plan": "stagewise.planning.plan",
-    "Replicated": "stagewise.engine.markers",
+    "Replicated": "stagewise.batch.markers",
     "Schedule": "stagewise.schedule",
     "SkipScope": "stagewise.model.skip",
     "StagewiseError": "stagewise.errors",
     "Timeline": "stagewise.timeline",
     "UsageError": "stagewise.errors",
-    "add_loss": "stagewise.engine.losses",
-    "capture": "stagewise.model.capture.capture",
-    "capture_cells": "stagewise.model.rerun.rerun",
-    "collect_losses": "stagewise.engine.losses",
-    "estimate": "stagewise.pipeline.estimate",
-    "plan": "stagewise.pipeline.planning",
+    "add_loss": "stagewise.model.added_losses",
+    "capture": "stagewise.model.export.capture",
+    "capture_cells": "stagewise.model.replay.capture_cells",
+    "collect_losses": "stagewise.model.added_losses",
+    "estimate": "stagewise.profiling.estimate",
+    "plan": "stagewise.pipeline.plan",
     "pop": "stagewise.model.skip",
     "simulate": "stagewise.planning.simulate",
     "skippable": "stagewise.model.skip",

@@ -1,6 +1,6 @@
 """What a parity check found: the pipelined model beside the plain one, as plain data.
 
-Rows are made by `stagewise.pipeline.checker` and drawn by `stagewise.report`. A difference is the
+Rows are made by `stagewise.checker` and drawn by `stagewise.report`. A difference is the
 largest absolute one, relative to the largest number of the plain model's tensor.
 """
 

@@ -17,7 +17,7 @@ from benchmarks.estimates import (
 from benchmarks.table1 import AMOEBANET, FAMILIES, TRANSFORMER, needed
 from benchmarks.table2 import FAMILIES as FAMILIES_2
 from stagewise.planning import load_devices, plan_from_costs
-from stagewise.planning.work import CellWork
+from stagewise.planning.roofline import CellWork
 
 
 def model_of(seed: int, num_cells: int) -> Estimated:

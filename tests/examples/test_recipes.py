@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import stagewise
-from stagewise.engine.microbatch import batch_size
+from stagewise.batch.split import batch_size
 from stagewise.errors import RecipeError
 from stagewise.model.chain import chain_of
 from stagewise.training.batches import TrainingBatches, validation_batches

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import stagewise
-from stagewise.engine.markers import Arguments, Microbatches, Replicated
+from stagewise.batch.markers import Arguments, Microbatches, Replicated
 from stagewise.errors import BatchError, StagewiseError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.engine.call import Call
-from stagewise.engine.failure import is_out_of_memory
+from stagewise.engine.stage.call import Call
+from stagewise.engine.transport.failure import is_out_of_memory
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 from tests.harness import Pools

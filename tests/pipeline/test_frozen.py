@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.engine.values import take_apart
+from stagewise.batch.values import take_apart
 from stagewise.schedule import POLICIES, Kind, Message
 from tests.harness import Pools
 from tests.pipeline.runs import even

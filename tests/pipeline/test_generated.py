@@ -129,7 +129,7 @@ class Wherever(nn.Module):
     """`ByMicrobatch` on the first floating-point tensor of any value."""
 
     def forward(self, value: object) -> object:
-        from stagewise.engine.values import put_together, take_apart
+        from stagewise.batch.values import put_together, take_apart
 
         tensors, structure = take_apart(value)
         tensors[0] = ByMicrobatch()(tensors[0])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.engine.markers import Microbatches
-from stagewise.engine.values import take_apart
+from stagewise.batch.markers import Microbatches
+from stagewise.batch.values import take_apart
 from stagewise.errors import BatchError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools

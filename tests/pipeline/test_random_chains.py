@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.engine.microbatch import microbatch_sizes
+from stagewise.batch.split import microbatch_sizes
 from stagewise.schedule import POLICIES, SCHEDULES
 from tests.harness import Pools
 from tests.models import (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import stagewise
-from stagewise.engine.markers import Microbatches, Replicated
+from stagewise.batch.markers import Microbatches, Replicated
 from stagewise.errors import BatchError, CellError, PlanError, ScheduleError
 from stagewise.schedule import named_schedule, on_replicas
 from stagewise.training import checkpoint as checkpoints

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stagewise
+from stagewise.batch.split import first_microbatch
 from stagewise.costs import CellCost
-from stagewise.engine.call import Mode
-from stagewise.engine.microbatch import first_microbatch
-from stagewise.engine.split import Product, backward_weights
+from stagewise.engine.stage.call import Mode
+from stagewise.engine.stage.split_backward import Product, backward_weights
 from stagewise.model.chain import chain_of
-from stagewise.pipeline.measure import profile
+from stagewise.profiling.trial_steps import profile
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import EXAMPLES, batch, build
@@ -234,7 +234,7 @@ def test_a_stage_that_cannot_be_split_runs_whole(
         deferred.append(len(products))
         backward_weights(products)
 
-    monkeypatch.setattr("stagewise.engine.stage.backward_weights", counting)
+    monkeypatch.setattr("stagewise.engine.stage.stage.backward_weights", counting)
     hooked: list[list[Tensor]] = []
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     whole = stagewise.Plan(balance=(3,), schedule="1f1b", num_microbatches=4)

@@ -6,7 +6,7 @@ from itertools import product
 from hypothesis import strategies as st
 
 from stagewise.costs import LinkCost, StageCost
-from stagewise.planning.problem import (
+from stagewise.planning.synthesis.problem import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -16,7 +16,7 @@ from stagewise.planning.problem import (
     Programs,
     problem_of,
 )
-from stagewise.planning.replay import duration, peak_bytes
+from stagewise.planning.synthesis.replay import duration, peak_bytes
 from stagewise.schedule import POLICIES
 
 # (placement, most microbatches without and with split backwards) that brute force can enumerate

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stagewise.costs import CellCost, InstructionCost
+from stagewise.planning.calibrate import surrounded
 from stagewise.planning.drift import drift_of, faster, stage_factors
 from stagewise.planning.plan import Plan
-from stagewise.planning.rehearsal import surrounded
 from stagewise.planning.simulate import simulate
 from stagewise.timeline import Timeline
 

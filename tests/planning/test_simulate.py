@@ -20,7 +20,7 @@ from stagewise.schedule import (
     validate,
     with_recompute,
 )
-from stagewise.schedule.order import slots
+from stagewise.schedule.running_order import slots
 from tests.schedules import Sized, sized
 
 SECONDS = st.integers(0, 50)

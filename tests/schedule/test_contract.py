@@ -1,6 +1,6 @@
 """The contract that every row of SCHEDULES fulfils; a new schedule joins by a row, and a grid here.
 
-What is published stands in the rows (`stagewise.schedule.closed_forms` has the sources); here the
+What is published stands in the rows (`stagewise.schedule.published` has the sources); here the
 simulator is asked whether it is so, with exact numbers.
 """
 

@@ -18,10 +18,11 @@ from stagewise.planning.plan import Plan
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training import prepare, trainer
 from stagewise.training.adaptive import DriftWatch
-from stagewise.training.prepare import PlanOptions, TrainOptions
+from stagewise.training.plans import PlanOptions
+from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Batch, Recipe, load_recipe
-from stagewise.training.stop import StopRequest
 from stagewise.training.trainer import train
+from stagewise.training.workers.stop import StopRequest
 from tests.harness import Pools
 from tests.recipes import write_recipe
 

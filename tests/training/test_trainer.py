@@ -11,11 +11,12 @@ from rich.console import Console
 from stagewise.errors import CheckpointError, RecipeError
 from stagewise.planning import Plan
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training.prepare import PlanOptions, TrainOptions, prepare
+from stagewise.training.outcome import Outcome
+from stagewise.training.plans import PlanOptions
+from stagewise.training.prepare import TrainOptions, prepare
 from stagewise.training.recipe import load_recipe
-from stagewise.training.stop import StopRequest
-from stagewise.training.summary import Outcome
 from stagewise.training.trainer import train
+from stagewise.training.workers.stop import StopRequest
 from tests.recipes import log_of, write_recipe
 
 

@@ -12,10 +12,11 @@ from torch import nn
 import stagewise
 from stagewise.errors import RecipeError
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training.prepare import PlanOptions, TrainOptions, build_model
-from stagewise.training.recipe import Recipe, load_recipe
-from stagewise.training.stop import StopRequest
+from stagewise.training.plans import PlanOptions
+from stagewise.training.prepare import TrainOptions
+from stagewise.training.recipe import Recipe, build_model, load_recipe
 from stagewise.training.trainer import train
+from stagewise.training.workers.stop import StopRequest
 
 RECIPE = """
 import torch, stagewise

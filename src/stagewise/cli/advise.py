@@ -8,15 +8,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stagewise.cli import devices as dev
 from stagewise.cli import options as opt
 from stagewise.errors import UsageError
 from stagewise.planning.devices import parse_bytes
-from stagewise.training.environment import launched
+from stagewise.training.workers.environment import launched
 
 if TYPE_CHECKING:
     from stagewise.planning.advise import Advice
-    from stagewise.planning.facts import Facts
+    from stagewise.planning.advise_facts import Facts
 
 Devices = Annotated[int, typer.Option(min=1, help="How many devices there are.")]
 DeviceMemory = Annotated[
@@ -42,10 +41,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def advise_command(
     recipe: opt.RecipeArgument,
     devices: Devices = 2,
-    device: dev.DeviceName = None,
+    device: opt.DeviceName = None,
     device_memory: DeviceMemory = None,
-    device_file: dev.DeviceFile = None,
-    efficiency: dev.EfficiencyText = None,
+    device_file: opt.DeviceFile = None,
+    efficiency: opt.EfficiencyText = None,
     microbatches: Microbatches = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,10 +59,10 @@ def advise_command(
     """
     if launched():
         raise UsageError("stagewise advise runs in one process; start it without torchrun")
-    spec = dev.chosen_device(device, device_file, efficiency)
+    spec = opt.chosen_device(device, device_file, efficiency)
     memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
     from stagewise.planning.advise import advise
-    from stagewise.training.estimated import facts_of
+    from stagewise.training.plans import facts_of
     from stagewise.training.recipe import load_recipe
 
     facts = facts_of(

@@ -10,7 +10,7 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.errors import UsageError
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule
-from stagewise.training.environment import launched
+from stagewise.training.workers.environment import launched
 
 if TYPE_CHECKING:
     from stagewise.parity import ParityReport
@@ -145,9 +145,9 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
     from torch import nn
     from torch.optim import Optimizer
 
-    from stagewise.pipeline.checker.parity import check_parity
+    from stagewise.checker.check_parity import check_parity
     from stagewise.training.batches import TrainingBatches
-    from stagewise.training.prepare import build_model
+    from stagewise.training.recipe import build_model
 
     def optimizer(parameters: list[nn.Parameter]) -> Optimizer:
         made = recipe.make_optimizer(parameters)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from stagewise.cli import devices as dev
 from stagewise.cli import options as opt
 from stagewise.cli.search import Memory, Microbatches, Wishes, parsed_microbatches, run_search
 from stagewise.cli.workers import errors_told_once, run_in_workers
@@ -15,9 +14,8 @@ from stagewise.planning.devices import DeviceSpec
 
 if TYPE_CHECKING:
     from stagewise.planning import Plan
-    from stagewise.training.prepare import PlanOptions
+    from stagewise.training.plans import PlanOptions, SearchOptions
     from stagewise.training.recipe import Recipe
-    from stagewise.training.searching import SearchOptions
 
 AsJson = Annotated[
     bool,
@@ -39,9 +37,9 @@ def plan_command(
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
     memory: Memory = None,
-    device: dev.DeviceName = None,
-    device_file: dev.DeviceFile = None,
-    efficiency: dev.EfficiencyText = None,
+    device: opt.DeviceName = None,
+    device_file: opt.DeviceFile = None,
+    efficiency: opt.EfficiencyText = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how the model of a recipe would be cut, and what a step would take, without training.
@@ -61,7 +59,7 @@ def plan_command(
     Example: stagewise plan examples/shakespeare.py --devices 4 --schedule auto --memory 2GB
     """
     with errors_told_once():
-        spec = dev.chosen_device(device, device_file, efficiency)
+        spec = opt.chosen_device(device, device_file, efficiency)
         wishes = Wishes(
             schedule=schedule,
             recompute=recompute,
@@ -84,7 +82,8 @@ def plan_command(
             microbatches=count,
         )
         cut = opt.parsed_balance(balance, choice.num_stages)
-        from stagewise.training.prepare import PlanOptions, check_form
+        from stagewise.training.plans import PlanOptions
+        from stagewise.training.prepare import check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
@@ -98,7 +97,7 @@ def plan_command(
             balance=cut,
         )
         if spec is not None:
-            from stagewise.training.estimated import estimated_plan
+            from stagewise.training.plans import estimated_plan
 
             _show(estimated_plan(loaded, cut_options, spec), as_json=as_json)
             return
@@ -149,7 +148,8 @@ def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:
     import torch.distributed as dist
 
     from stagewise.training.batches import TrainingBatches
-    from stagewise.training.prepare import build_model, make_plan
+    from stagewise.training.plans import make_plan
+    from stagewise.training.recipe import build_model
 
     model = build_model(recipe, seed=0, meta=recipe.meta)
     batch = TrainingBatches(recipe, seed=0).first
@@ -180,7 +180,7 @@ def _json(plan: "Plan") -> str:
 
 
 def _print(plan: "Plan") -> None:
-    from stagewise.training.summary import cells_table, devices_table, plan_in_words
+    from stagewise.report.plan import cells_table, devices_table, plan_in_words
 
     console = Console()
     if plan.cells:

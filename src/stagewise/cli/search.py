@@ -12,14 +12,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stagewise.cli import options as opt
 from stagewise.errors import PlanError, UsageError
-from stagewise.planning.cutting import SEGMENTS
 from stagewise.planning.devices import DeviceSpec, parse_bytes
+from stagewise.planning.search.cuts import SEGMENTS
 from stagewise.schedule import POLICIES, SCHEDULES
 
 if TYPE_CHECKING:
     from stagewise.planning import SearchResult
+    from stagewise.training.plans import SearchOptions
     from stagewise.training.recipe import Recipe
-    from stagewise.training.searching import SearchOptions
 
 AUTO = "auto"
 
@@ -86,7 +86,7 @@ class Wishes:
                 raise PlanError(
                     f"there is no {what} called {got!r}; choose one of {', '.join(sorted(known))}"
                 )
-        from stagewise.training.searching import SearchOptions
+        from stagewise.training.plans import SearchOptions
 
         return SearchOptions(
             num_devices=opt.DEFAULT_DEVICES if devices is None else devices,
@@ -133,7 +133,7 @@ def run_search(
     """What every worker does; rank 0 prints."""
     import torch.distributed as dist
 
-    from stagewise.training.searching import estimated_search, measured_search
+    from stagewise.training.plans import estimated_search, measured_search
 
     speaks = not (dist.is_initialized() and dist.get_rank() != 0)
     with progress_bar(speaks) as progress:
@@ -163,7 +163,7 @@ def progress_bar(visible: bool) -> Iterator[Callable[[int, int, str], None]]:
 
 def show(result: "SearchResult", *, as_json: bool) -> None:
     """Print what was found, as a screen or as JSON that is the plan too."""
-    from stagewise.training.explained import as_record, explanation
+    from stagewise.report.search import as_record, explanation
 
     if as_json:
         plan = json.loads(result.plan.to_json())

@@ -14,13 +14,14 @@ from stagewise.cli import options as opt
 from stagewise.cli.workers import errors_told_once, run_in_workers
 from stagewise.errors import CheckpointError, UsageError
 from stagewise.schedule import Schedule
-from stagewise.training.environment import launched_by_us
+from stagewise.training.workers.environment import launched_by_us
 
 if TYPE_CHECKING:
     from stagewise.training.checkpoint import Checkpoint
-    from stagewise.training.prepare import PlanOptions, TrainOptions
+    from stagewise.training.outcome import Outcome
+    from stagewise.training.plans import PlanOptions
+    from stagewise.training.prepare import TrainOptions
     from stagewise.training.recipe import Recipe
-    from stagewise.training.summary import Outcome
 
 Steps = Annotated[
     int | None,
@@ -166,7 +167,7 @@ def _plan_options(
         microbatches=count,
     )
     cut = opt.parsed_balance(balance, choice.num_stages)
-    from stagewise.training.prepare import PlanOptions
+    from stagewise.training.plans import PlanOptions
 
     return PlanOptions(
         num_stages=choice.num_stages,
@@ -182,7 +183,7 @@ def _plan_options(
 
 def _saved(path: Path, others: Sequence[str]) -> "PlanOptions":
     """The options of a saved plan; raises UsageError where `others` were given besides."""
-    from stagewise.training.prepare import saved_plan
+    from stagewise.training.plans import saved_plan
 
     if others:
         raise UsageError(
@@ -196,8 +197,8 @@ def _run(recipe: "Recipe", options: "TrainOptions") -> None:
     """What every worker does; rank 0 tells the result."""
     import torch.distributed as dist
 
-    from stagewise.training.stop import stop_request
     from stagewise.training.trainer import train as run_training
+    from stagewise.training.workers.stop import stop_request
 
     console, stop = Console(), stop_request()
     with stop.listening():
@@ -207,7 +208,7 @@ def _run(recipe: "Recipe", options: "TrainOptions") -> None:
 
 
 def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outcome") -> None:
-    from stagewise.training.summary import comparison_table, predicted
+    from stagewise.report.plan import comparison_table, predicted
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

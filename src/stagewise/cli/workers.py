@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stagewise.errors import UsageError
-from stagewise.training.environment import INTERRUPTED_EXIT_CODE, launched, world_size
+from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched, world_size
 
 
 @contextmanager
@@ -13,7 +13,7 @@ def errors_told_once() -> Iterator[None]:
     if not launched():
         yield
         return
-    from stagewise.training.worker import failure_told
+    from stagewise.training.workers.worker import failure_told
 
     with failure_told():
         yield
@@ -39,7 +39,7 @@ def run_in_workers(
                 f"{num_workers} devices, and each needs one: give --devices {world_size()}, or "
                 f"torchrun --nproc-per-node {num_workers}"
             )
-        from stagewise.training.worker import joined
+        from stagewise.training.workers.worker import joined
 
         with joined():
             body()
@@ -47,7 +47,7 @@ def run_in_workers(
         body()
     else:
         before()
-        from stagewise.training.launch import launch
+        from stagewise.training.workers.launch import launch
 
         try:
             launch(num_workers, arguments)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
-from stagewise.model.piece import Holder, Piece
+from stagewise.model.cell import Holder, Piece
 
 if TYPE_CHECKING:
-    from stagewise.model.chain import Cell
+    from stagewise.model.cell import Cell
 
 
 class Form(Protocol):

@@ -5,51 +5,15 @@ Nested `nn.Sequential`s are flattened. A Sequential that is more than its childr
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import ModelError
 from stagewise.model.captured import Captured, captured_of
-from stagewise.model.piece import Holder, Piece
-from stagewise.model.signature import parameter_names
-from stagewise.model.skip import NO_SKIPS, CellSkips, Scope, SkipScope, check_skips, enter, skips_of
+from stagewise.model.cell import Cell, Chain, Holder, Piece
+from stagewise.model.skip import Scope, SkipScope, check_skips, enter, skips_of
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: its position in the chain, its path in the model (`"0.1"`), module and skips."""
-
-    index: int
-    name: str
-    module: nn.Module
-    skips: CellSkips = NO_SKIPS
-
-    def named_modules(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-        """All modules in the cell, by their paths in the model."""
-        known: set[nn.Module] = set()
-        for path, root in self.roots():
-            yield from root.named_modules(known, path, remove_duplicate)
-
-    def roots(self) -> list[tuple[str, nn.Module]]:
-        """The modules that make up the cell, by their paths in the model."""
-        if isinstance(self.module, Piece):
-            return [(path, module) for _, path, module in self.module.owned()]
-        return [(self.name, self.module)]
-
-    def keywords(self, num_args: int = 1) -> tuple[str, ...]:
-        """What `forward` takes by name beside `num_args` positional arguments."""
-        positional, keyword_only = self._parameter_names
-        return positional[num_args:] + keyword_only
-
-    @cached_property
-    def _parameter_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return parameter_names(self.module)
-
-
-Chain = tuple[Cell, ...]
 Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from stagewise.errors import ModelError
-from stagewise.model.chain import Cell, Chain
-from stagewise.model.piece import Holder
+from stagewise.model.cell import Cell, Chain, Holder
 
 Init = Callable[[nn.Module], object]
 _NUM_SHOWN = 5

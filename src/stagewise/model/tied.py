@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from stagewise.model.chain import Chain, module_tree
+from stagewise.model.cell import Chain
+from stagewise.model.chain import module_tree
 
 V = TypeVar("V")
 

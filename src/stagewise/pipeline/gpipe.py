@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagewise.engine.stage import Loss
+from stagewise.engine.stage.stage import Loss
 from stagewise.errors import BatchError, PlanError
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of, is_chain
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.pipeline.planning import plan
-from stagewise.planning.partition import check_counts
+from stagewise.pipeline.plan import plan
+from stagewise.planning.partition.partition import check_counts
 from stagewise.planning.plan import Plan
 
 

@@ -13,38 +13,40 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
-from stagewise.engine.batchnorm import check_batchnorms
-from stagewise.engine.call import Call, Mode, Scaling
-from stagewise.engine.gradients import clip_by_global_norm
-from stagewise.engine.markers import packed
-from stagewise.engine.skips import SkipRoutes
-from stagewise.engine.stage import Loss, Stage, takes_target
+from stagewise.batch.markers import packed
+from stagewise.checkpoints.loading import load
+from stagewise.checkpoints.names import names_of
+from stagewise.checkpoints.saving import save
+from stagewise.checkpoints.sources import State
+from stagewise.engine.gradients.clipping import clip_by_global_norm
+from stagewise.engine.stage.call import Call, Mode, Scaling
+from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.skips import SkipRoutes
+from stagewise.engine.stage.stage import Loss, Stage, takes_target
+from stagewise.engine.step.results import Ranks, outputs_of, ranks_of
+from stagewise.engine.step.step import UNSCALED, Runner
+from stagewise.engine.step.weights import Weight
+from stagewise.engine.transport.connect import Device, connect
 from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError
 from stagewise.model.captured import captured_of
-from stagewise.model.chain import Chain, Model, chain_of, module_tree
+from stagewise.model.cell import Chain
+from stagewise.model.chain import Model, chain_of, module_tree
 from stagewise.model.materialise import Init
 from stagewise.model.tied import with_all_names
-from stagewise.pipeline.checkpoints.loading import load
-from stagewise.pipeline.checkpoints.names import names_of
-from stagewise.pipeline.checkpoints.saving import save
-from stagewise.pipeline.checkpoints.sources import State
-from stagewise.pipeline.connect import Device, agree_on_model, connect
-from stagewise.pipeline.frequencies import check_frequencies, scaled_by_frequency
-from stagewise.pipeline.initial import Given, initialise
-from stagewise.pipeline.measure import measure_memory, rehearse
-from stagewise.pipeline.outputs import Ranks, outputs_of, ranks_of
-from stagewise.pipeline.runner import UNSCALED, Runner
-from stagewise.pipeline.sharing import (
+from stagewise.pipeline.build.initial import Given, initialise
+from stagewise.pipeline.build.places import ranks_of_cells
+from stagewise.pipeline.build.refusals import (
+    agree_on_model,
+    check_batchnorms,
     check_buffers,
+    check_frequencies,
     check_storages,
-    forbid_changing_buffers,
-    ranks_of_cells,
-    tie,
+    scaled_by_frequency,
 )
-from stagewise.pipeline.takers import Takers
-from stagewise.pipeline.weighting import Weight
-from stagewise.planning.partition import check_balance
+from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
+from stagewise.planning.partition.partition import check_balance
 from stagewise.planning.plan import Plan
+from stagewise.profiling.trial_steps import measure_memory, rehearse
 from stagewise.timeline import Timeline
 
 

@@ -11,8 +11,8 @@ These add up to all idle time, K T - sum of work. None is below 0: B <= T0 <= T.
 
 from dataclasses import dataclass
 
+from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.plan import Plan
-from stagewise.planning.quick import outcome_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.errors import UsageError
-from stagewise.planning.partition import partition
+from stagewise.planning.less_memory import with_microbatches
+from stagewise.planning.partition.partition import partition
 from stagewise.planning.plan import Plan
-from stagewise.planning.sparing import with_microbatches
 from stagewise.schedule import SCHEDULES, Kind
 from stagewise.timeline import Timeline
 

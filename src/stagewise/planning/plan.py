@@ -20,7 +20,7 @@ from stagewise.costs import (
 )
 from stagewise.errors import PlanError
 from stagewise.planning.choice import ScheduleLike, choose_schedule
-from stagewise.planning.partition import check_balance, partition
+from stagewise.planning.partition.partition import check_balance, partition
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,

@@ -7,7 +7,7 @@ stand between > and <.
 
 from collections.abc import Collection
 
-from stagewise.schedule.order import Blocked, slots
+from stagewise.schedule.running_order import Blocked, slots
 from stagewise.schedule.schedule import IDLE, Schedule
 
 Place = tuple[int, int]  # device, position in its program

@@ -4,6 +4,12 @@ Where a device holds several stages, each of them is a *chunk*: chunk c is the c
 model passes all devices.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from stagewise.errors import ScheduleError
+from stagewise.schedule.schedule import Schedule
+
 Placement = tuple[tuple[int, ...], ...]  # per stage: its devices, as in Schedule
 
 
@@ -30,4 +36,49 @@ def zigzag(num_devices: int, stages_per_device: int) -> Placement:
         (device,)
         for chunk in range(stages_per_device)
         for device in (way if chunk % 2 == 0 else reversed(way))
+    )
+
+
+def consecutive(replicas: Sequence[int]) -> Placement:
+    """`replicas[s]` devices for each stage s, numbered stage by stage.
+
+    >>> consecutive((1, 2, 1))
+    ((0,), (1, 2), (3,))
+    """
+    ends = accumulate(replicas)
+    return tuple(tuple(range(end - r, end)) for end, r in zip(ends, replicas, strict=True))
+
+
+def check_replicas(replicas: Sequence[int], num_stages: int) -> None:
+    """Raise ScheduleError unless `replicas` gives each of `num_stages` stages a device."""
+    if len(replicas) != num_stages or any(number < 1 for number in replicas):
+        raise ScheduleError(
+            f"replicas {list(replicas)} must give each of {num_stages} stages at least one "
+            "device; write one number for each stage, such as 1,2,1"
+        )
+
+
+def in_flight(replicas: Sequence[int], stage: int) -> int:
+    """How many microbatches 1F1B keeps in flight from `stage` on, all its replicas together.
+
+    One per device from there on, as without replicas, and a round more at every boundary at which
+    microbatches are dealt out or gathered: without it, stages of unequal numbers of replicas fall
+    out of step and wait for each other (up to 2.2 times gpipe's time; with it never more).
+    """
+    behind = pairwise(replicas[stage:])
+    return sum(replicas[stage:]) + sum(max(pair) - 1 for pair in behind)
+
+
+def on_replicas(schedule: Schedule, replicas: Sequence[int]) -> Schedule:
+    """`schedule`, which has stage s on device s, with `replicas[s]` devices for each stage s."""
+    placement = consecutive(replicas)
+    return Schedule(
+        name=schedule.name,
+        programs=tuple(
+            tuple(i for i in program if i.microbatch % len(devices) == replica)
+            for program, devices in zip(schedule.programs, placement, strict=True)
+            for replica in range(len(devices))
+        ),
+        placement=placement,
+        num_microbatches=schedule.num_microbatches,
     )

@@ -6,8 +6,9 @@ On the last stage, which waits for no gradient, a backward that follows its own 
 `R`: dropping the graph for no time at all would save no memory and cost a forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from stagewise.errors import ScheduleError
 from stagewise.schedule.instruction import Instruction, Kind
@@ -55,3 +56,50 @@ def with_recompute(schedule: Schedule, policy: str) -> Schedule:
         return tuple(out)
 
     return replace(schedule, programs=tuple(map(rewrite, schedule.programs)))
+
+
+Segments = tuple[tuple[int, bool], ...]  # of one stage: (number of cells, recomputed?)
+
+
+def refine(schedule: Schedule, segments: Sequence[Segments]) -> Schedule:
+    """`schedule`, which recomputes nothing, with every stage cut into its `segments`.
+
+    As in `with_recompute`, a backward on the last stage that follows its own forward gets no `R`.
+    """
+    if len(segments) != schedule.num_stages or not all(segments):
+        raise ScheduleError(
+            f"got segments for {len(segments)} stages of a schedule of {schedule.num_stages}; "
+            "give every stage one segment or more"
+        )
+    if schedule.recomputed:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} recomputes already; give segments or a policy"
+        )
+    firsts = list(accumulate((len(parts) for parts in segments), initial=0))
+    last = firsts[-1] - 1
+
+    def rewrite(program: Program) -> Program:
+        out: list[Instruction] = []
+        for i in program:
+            parts = [
+                (firsts[i.stage] + at, recomputed)
+                for at, (_, recomputed) in enumerate(segments[i.stage])
+            ]
+            for stage, recomputed in parts if i.kind is Kind.FORWARD else reversed(parts):
+                fresh = stage == last and out[-1:] == [
+                    Instruction(stage, Kind.FORWARD, i.microbatch)
+                ]
+                if recomputed and i.kind in _BACKWARDS and not fresh:
+                    out.append(Instruction(stage, Kind.RECOMPUTE, i.microbatch))
+                out.append(Instruction(stage, i.kind, i.microbatch))
+        return tuple(out)
+
+    return replace(
+        schedule,
+        programs=tuple(map(rewrite, schedule.programs)),
+        placement=tuple(
+            devices
+            for devices, parts in zip(schedule.placement, segments, strict=True)
+            for _ in parts
+        ),
+    )

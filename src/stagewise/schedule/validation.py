@@ -16,7 +16,7 @@ from stagewise.errors import ScheduleError
 from stagewise.schedule.grid import Place, grid
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import lower
-from stagewise.schedule.order import Blocked, walk
+from stagewise.schedule.running_order import Blocked, walk
 from stagewise.schedule.schedule import Schedule
 
 Finding = tuple[str, list[Place]]

@@ -5,8 +5,8 @@ and V-Min of Qi et al., "Pipeline parallelism with controllable memory" (arXiv:2
 explains all three Vs by one building block whose hops decide the memory.
 """
 
-from stagewise.schedule.basic import one_stage_per_device, run
 from stagewise.schedule.blocks import Way, repeated, with_weight_gradients
+from stagewise.schedule.fill_drain import one_stage_per_device, run
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.placement import zigzag
 from stagewise.schedule.schedule import Program, Schedule

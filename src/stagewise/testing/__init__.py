@@ -1,7 +1,7 @@
 """Public helpers for tests and benchmarks: parity, live memory, emulated devices."""
 
+from stagewise.checker.check_parity import check_parity
 from stagewise.parity import Configuration, ParityReport, ParityRow
-from stagewise.pipeline.checker.parity import check_parity
 from stagewise.testing.emulated import EmulatedCell, EmulatedDevice, emulated_model
 from stagewise.testing.memory import LiveTensors, live_activation_bytes, live_tensors
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from stagewise.engine.memory import ActivationMeter
-from stagewise.engine.values import take_apart
+from stagewise.batch.values import take_apart
+from stagewise.engine.stage.activation_meter import ActivationMeter
 from stagewise.pipeline.pipeline import Pipeline
 
 

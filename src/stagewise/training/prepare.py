@@ -1,9 +1,8 @@
 """From a recipe and options to something that runs: model, data, plan, pipeline, optimizer."""
 
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,47 +10,27 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-import stagewise
-from stagewise.costs import FREE_LINK, CellCost, LinkCost
-from stagewise.engine.microbatch import batch_size
+from stagewise.costs import CellCost
 from stagewise.errors import (
     CheckpointError,
-    ModelError,
-    PlanError,
     RecipeError,
-    ScheduleError,
     UsageError,
 )
+from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
-from stagewise.pipeline.capturing import chain_for
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning import Plan, ScheduleLike, check_balance, plan_from_costs
-from stagewise.planning.partition import check_counts
+from stagewise.planning import Plan, check_balance
+from stagewise.planning.partition.partition import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
-from stagewise.training.recipe import Batch, Recipe, Tree
+from stagewise.training.plans import (
+    PlanOptions,
+    _chosen_plan,
+)
+from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model, seed_everything
 
-Model = nn.Module | Sequence[nn.Module]
 Moved = tuple[Pipeline, Optimizer | None]
-ADAPTIVE_COUNTS = (1, 2, 4, 8)  # microbatches per device that are tried
-MEASURING_SECONDS = 6.0  # for all of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """How the model is to be cut and run."""
-
-    num_stages: int
-    num_microbatches: int
-    num_devices: int | None = None  # None: as many as the schedule needs
-    replicas: tuple[int, ...] = ()  # devices per stage
-    schedule: ScheduleLike = "1f1b"
-    recompute: str = "never"
-    balance: tuple[int, ...] | None = None
-    saved: Plan | None = None  # a whole plan; the numbers above are its own
-    path: Path | None = None  # of the saved plan
-    adaptive: bool = False  # microbatches are chosen, and changed in the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,25 +89,6 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     )
 
 
-def saved_plan(path: Path) -> PlanOptions:
-    """A plan from a file, as `stagewise plan --json` writes it; raises PlanError if it is none."""
-    try:
-        plan = Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"the plan {path} cannot be read ({error}); write one with stagewise plan RECIPE "
-            f"--json > {path}"
-        ) from error
-    return PlanOptions(
-        num_stages=plan.num_stages,
-        num_microbatches=plan.num_microbatches,
-        num_devices=plan.num_devices,
-        balance=plan.balance,
-        saved=plan,
-        path=path,
-    )
-
-
 def moved(
     recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint, inputs: Tree
 ) -> Moved:
@@ -168,28 +128,6 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
     )
 
 
-def _chosen_plan(
-    recipe: Recipe, model: Model, options: PlanOptions, batch: Batch
-) -> tuple[Plan, dict[int, tuple[CellCost, ...]]]:
-    """The plan; if it is adaptive, the fastest of several numbers of microbatches, all measured."""
-    if not options.adaptive or recipe.meta:
-        return make_plan(recipe, model, options, batch=batch), {}
-    num_samples = batch_size(batch[0], "inputs")
-    num_devices = options.num_devices or sum(options.replicas) or options.num_stages
-    counts = [n * num_devices for n in ADAPTIVE_COUNTS if n * num_devices <= num_samples]
-    plans = {}
-    for count in counts or [num_samples]:
-        with suppress(ScheduleError):  # not every schedule takes every number
-            chosen = replace(options, num_microbatches=count)
-            plans[count] = make_plan(
-                recipe, model, chosen, batch=batch, seconds=MEASURING_SECONDS / len(counts or [1])
-            )
-    if not plans:
-        return make_plan(recipe, model, options, batch=batch), {}
-    fastest = min(plans.values(), key=lambda plan: plan.timeline.duration_seconds)
-    return fastest, {count: plan.cells for count, plan in plans.items()}
-
-
 def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) -> None:
     """Find, before workers start, the mistakes that the model's form alone shows.
 
@@ -216,103 +154,6 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     whole = model if isinstance(model, nn.Module) else module_tree(chain_of(model))
     named = whole.named_parameters()
     return {name: tuple(parameter.shape) for name, parameter in named}
-
-
-def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
-    """The recipe's model, the same on every rank; on the meta device it takes no memory."""
-    seed_everything(seed)
-    if meta:
-        what = "model() under torch.device('meta'), as meta = True asks for,"
-        with recipe.blame(what), torch.device("meta"):
-            return recipe.model()
-    with recipe.blame("model()"):
-        return recipe.model()
-
-
-def make_plan(
-    recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch, seconds: float = 3.0
-) -> Plan:
-    """The plan measured on `batch` for about `seconds`; every rank calls this.
-
-    What is on the meta device cannot be measured: see `plan_on_meta`. A saved plan is taken as it
-    is.
-    """
-    if options.saved is not None:
-        return options.saved
-    if recipe.meta:
-        return plan_on_meta(recipe, model, options, batch=batch)
-    inputs, target = batch
-    with recipe.precision():
-        return stagewise.plan(
-            model,
-            inputs,
-            target=target,
-            loss=recipe.loss,
-            num_stages=options.num_stages,
-            num_devices=options.num_devices,
-            replicas=options.replicas,
-            num_microbatches=options.num_microbatches,
-            schedule=options.schedule,
-            recompute=options.recompute,
-            balance=options.balance,
-            seconds=seconds,
-            cells=recipe.cells,
-        )
-
-
-def plan_on_meta(recipe: Recipe, model: Model, options: PlanOptions, *, batch: Batch) -> Plan:
-    """A plan that predicts nothing, its cut made by estimated work.
-
-    The estimate's device is a plain server, so how long cells take beside each other is of use
-    here, and their seconds are not. Where a cell cannot be estimated, parameters count as work.
-    """
-    inputs, target = batch
-    try:
-        with recipe.precision():
-            cells = stagewise.estimate(
-                model,
-                inputs,
-                target=target,
-                loss=recipe.loss,
-                num_microbatches=options.num_microbatches,
-                device="cpu",
-            )
-    except ModelError:
-        cells = sizes_as_costs(model)
-    return replace(plan_of_costs(cells, options), cells=())
-
-
-def plan_of_costs(
-    cells: Sequence[CellCost], options: PlanOptions, link: LinkCost = FREE_LINK
-) -> Plan:
-    """The plan that `options` ask for, by costs that are known."""
-    return plan_from_costs(
-        cells,
-        num_stages=options.num_stages,
-        num_devices=options.num_devices,
-        replicas=options.replicas,
-        num_microbatches=options.num_microbatches,
-        schedule=options.schedule,
-        recompute=options.recompute,
-        balance=options.balance,
-        link=link,
-    )
-
-
-def sizes_as_costs(model: Model) -> tuple[CellCost, ...]:
-    """Each cell's number of parameters as its seconds."""
-    return tuple(
-        CellCost(name=cell.name, forward_seconds=size, backward_seconds=2 * size)
-        for cell in chain_of(model)
-        for size in [float(sum(p.numel() for p in cell.module.parameters()))]
-    )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed what a recipe may draw from: torch, Python's random, NumPy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) -> int:

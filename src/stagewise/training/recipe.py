@@ -5,6 +5,7 @@ Idea: everything of the user's is run under `Recipe.blame`, which turns an error
 RecipeError that names the file, the line and what is needed instead.
 """
 
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -272,3 +274,24 @@ def _place(path: Path, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path]
     return f"{path}, line {own[-1].lineno}" if own else f"a function of {path}"
+
+
+Model = nn.Module | Sequence[nn.Module]
+
+
+def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
+    """The recipe's model, the same on every rank; on the meta device it takes no memory."""
+    seed_everything(seed)
+    if meta:
+        what = "model() under torch.device('meta'), as meta = True asks for,"
+        with recipe.blame(what), torch.device("meta"):
+            return recipe.model()
+    with recipe.blame("model()"):
+        return recipe.model()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what a recipe may draw from: torch, Python's random, NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

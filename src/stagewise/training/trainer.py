@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from stagewise.engine.losses import MAIN_LOSS
-from stagewise.engine.microbatch import batch_size
-from stagewise.engine.values import move, take_apart
+from stagewise.batch.split import batch_size
+from stagewise.batch.values import move, take_apart
 from stagewise.errors import OutOfMemoryError
+from stagewise.model.added_losses import MAIN_LOSS
+from stagewise.planning.less_memory import sparing
 from stagewise.planning.plan import Plan
-from stagewise.planning.sparing import sparing
+from stagewise.report.plan import Figures, plan_in_words
 from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.adaptive import DriftWatch
+from stagewise.training.outcome import Outcome
 from stagewise.training.prepare import Prepared, TrainOptions, moved, prepare
 from stagewise.training.progress import (
     ChangeRecord,
@@ -36,9 +38,8 @@ from stagewise.training.progress import (
     ValidationRecord,
 )
 from stagewise.training.recipe import Batch, Recipe
-from stagewise.training.stop import StopRequest
-from stagewise.training.summary import Figures, Outcome, plan_in_words
 from stagewise.training.update import Update, weights_of
+from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
 WARM_UP = 3  # steps that measured times leave out

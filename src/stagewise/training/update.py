@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.optim import Optimizer
 
-from stagewise.engine.microbatch import batch_size, extent, microbatch_sizes, split
+from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.scaler import GradScaler
 from stagewise.training.recipe import Batch, Recipe

@@ -1,0 +1,91 @@
+"""Which schedules a parity check runs, on how many stages."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from stagewise.errors import UsageError
+from stagewise.planning.choice import ScheduleChoice, choose_schedule
+from stagewise.planning.partition.partition import check_counts
+from stagewise.schedule import SCHEDULES, Schedule, schedule_row
+
+NUM_DEVICES = (1, 2, 4)  # by default
+
+
+def choices_of(
+    schedules: Sequence[str | Schedule] | None,
+    num_stages: Sequence[int] | None,
+    num_devices: Sequence[int] | None,
+    num_microbatches: int,
+    num_cells: int,
+    transport: str,
+    replicas: Sequence[int] = (),
+) -> list[list[ScheduleChoice]]:
+    """Per schedule: what to run, in the order of the numbers given, or fewest devices first.
+
+    Without `schedules` those of the named ones that fit the numbers.
+    Those that take `replicas` are run with them besides; and alone with them under "distributed",
+    where no other number fits the ranks unless it is asked for.
+    """
+    only_replicas = bool(replicas) and transport == "distributed"
+    only_replicas &= num_stages is None and num_devices is None
+    names = schedules
+    if names is None:
+        names = [*SCHEDULES]
+    if not names:
+        raise UsageError("schedules is empty; name at least one, or leave it out for the default")
+    if transport not in ("local", "distributed"):
+        raise UsageError(f"transport is {transport!r}; choose 'local' or 'distributed'")
+    for what, numbers in (("stages", num_stages), ("devices", num_devices)):
+        if numbers is not None and not numbers:
+            raise UsageError(f"num_{what} is empty; name at least one number of {what}")
+    if num_stages is not None and num_devices is not None:
+        raise UsageError("num_stages and num_devices are both given; leave one out")
+    for number in num_stages or ():
+        check_counts(num_cells, number)
+    found = []
+    for schedule in names:
+        if isinstance(schedule, str):
+            each = schedule_row(schedule).stages_per_device
+            if num_stages is not None:
+                numbers = [number for number in num_stages if number % each == 0]
+            else:
+                numbers = _numbers(each, num_devices, num_cells, transport)
+            replicated = bool(replicas) and schedule_row(schedule).takes_replicas
+            if only_replicas:
+                numbers = []
+            if not (numbers or replicated) and schedules is None:
+                continue
+            if not (numbers or replicated):
+                numbers = num_stages or (each,)
+            chosen = [choose_schedule(schedule, num_microbatches, num_stages=n) for n in numbers]
+            if replicated:
+                chosen.append(choose_schedule(schedule, num_microbatches, replicas=replicas))
+        else:
+            chosen = [choose_schedule(schedule, num_microbatches)]
+        for choice in chosen:
+            check_counts(num_cells, choice.num_stages)
+        found.append(chosen)
+    return found
+
+
+def alone(choice: ScheduleChoice) -> ScheduleChoice:
+    """The same schedule on one device; one of the user's own is as it is."""
+    if choice.programs:
+        return choice
+    row = schedule_row(choice.name)
+    each = choice.stages_per_device or row.stages_per_device
+    built = row.build(1, choice.built.num_microbatches, each)
+    return ScheduleChoice(built=built, stages_per_device=choice.stages_per_device)
+
+
+def _numbers(
+    each: int, num_devices: Sequence[int] | None, num_cells: int, transport: str
+) -> Sequence[int]:
+    """How many stages the devices have; those that there are cells for where none are asked for."""
+    if num_devices is not None:
+        return [each * number for number in num_devices]
+    if transport == "distributed":
+        ready = dist.is_available() and dist.is_initialized()
+        return [each * (dist.get_world_size() if ready else 1)]
+    return [each * number for number in NUM_DEVICES if each * number <= num_cells]

@@ -1,0 +1,80 @@
+"""What a parity check is given, in the dtype asked for, its model as a chain of cells."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stagewise.checker.subject import Model, copied
+from stagewise.errors import UsageError
+from stagewise.model.captured import Captured, captured_of
+from stagewise.model.cell import Chain
+from stagewise.model.cells_of import chain_for
+from stagewise.model.chain import chain_of
+from stagewise.model.replay.capture_cells import AnyForm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A call of the model, and what its loss takes."""
+
+    inputs: object
+    target: object
+    keywords: dict[str, object]
+
+
+def prepared(
+    model: Model,
+    inputs: object,
+    target: object,
+    kwargs: Mapping[str, object] | None,
+    cells: Sequence[str] | None,
+    dtype: torch.dtype | None,
+) -> tuple[Model, Batch, Chain]:
+    """The model, a copy where its dtype changes, captured where it is no chain; see check_parity.
+
+    Raises UsageError where the plain model is missing or cannot be called, ModelError where it
+    cannot be captured.
+    """
+    if isinstance(model, Captured):
+        raise UsageError(
+            "check_parity compares with the plain model, but got what was captured of it; pass the "
+            "module itself, which keeps its capture"
+        )
+    batch = Batch(inputs=inputs, target=target, keywords=dict(kwargs or {}))
+    if dtype is not None:
+        cells = _named_cells(model) if cells is None else cells
+        model, batch = _converted(model, batch, dtype)
+    chain = chain_for(model, batch.inputs, batch.keywords, cells)
+    captured = captured_of(model)
+    if captured is not None and captured.form.takes("target") and target is not None:
+        raise UsageError(
+            f"{type(model).__name__}.forward takes an argument 'target', and a target was given to "
+            "the check, too; name forward's argument otherwise, and pass it in kwargs"
+        )
+    return model, batch, chain
+
+
+def _converted(model: Model, batch: Batch, dtype: torch.dtype) -> tuple[Model, Batch]:
+    """A copy of the model, without its capture, which was of another dtype; and the batch."""
+    model = copied(model)
+    modules = [model] if isinstance(model, nn.Module) else [c.module for c in chain_of(model)]
+    for module in modules:
+        module.to(dtype)
+    inputs, target, keywords = pytree.tree_map_only(
+        Tensor,
+        lambda t: (
+            t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        ),
+        (batch.inputs, batch.target, batch.keywords),
+    )
+    return model, Batch(inputs=inputs, target=target, keywords=keywords)
+
+
+def _named_cells(model: Model) -> tuple[str, ...] | None:
+    """What the model was cut by, where it was so by its modules' names."""
+    captured = captured_of(model)
+    form = None if captured is None else captured.form
+    return form.cells if isinstance(form, AnyForm) else None

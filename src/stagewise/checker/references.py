@@ -1,0 +1,312 @@
+"""The plain model's step, three ways: what a pipelined step is compared with.
+
+1. `full_batch`: the model as its owner would run it, on the whole minibatch.
+2. `by_microbatch`: cell by cell, microbatch by microbatch, with the pipeline's random numbers
+   and the losses weighted by samples. A pipelined step must equal it to round-off, always.
+3. `proof`: the whole minibatch, but the cells that draw random numbers, normalise by batch
+   statistics or change buffers in forward run by microbatch, and nothing else. Where 1 differs
+   from the pipeline and 3 does not, exactly those cells are the reason.
+
+Nothing here runs the executor or its stages.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from stagewise.batch.split import join, split
+from stagewise.batch.values import Structure, take_apart
+from stagewise.checker.pooled_statistics import pooled_statistics
+from stagewise.checker.run_cells import Walk
+from stagewise.checker.subject import Model, Subject, sum_of, weighted
+from stagewise.engine.stage.keywords import invoke
+from stagewise.engine.stage.randomness import CellRandomness, default_generator, generators_kept
+from stagewise.model.added_losses import collect_losses
+from stagewise.model.captured import captured_of
+from stagewise.model.cell import Cell, Piece
+from stagewise.model.chain import chain_of, module_tree
+
+Tensors = dict[str, Tensor | None]  # by quantity
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A value without its tensors' numbers; what else it holds may be sizes of the batch."""
+
+    tensors: list[torch.Size]
+    structure: Structure
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How what the cells take and return is split, by cell index."""
+
+    parts: dict[int, list[Shapes]] = field(default_factory=dict)  # taken, in every microbatch
+    wholes: dict[int, Shapes] = field(default_factory=dict)  # returned, for the whole minibatch
+
+
+@dataclass
+class Traits:
+    """What reference 2 saw: why the full batch may differ, and how cells' inputs are split."""
+
+    draws: dict[int, str] = field(default_factory=dict)  # cell index -> name
+    normalises: dict[int, str] = field(default_factory=dict)
+    changes: dict[int, str] = field(default_factory=dict)
+    loss_draws: bool = False
+    splits: dict[bool, Splits] = field(default_factory=dict)  # by whether training
+
+    @property
+    def cells(self) -> set[int]:
+        """The cells that mathematics lets differ between microbatches and the full batch."""
+        return {*self.draws, *self.normalises, *self.changes}
+
+    def reason(self) -> str:
+        """Why the full batch differs, for people; empty where nothing explains it."""
+        changes = {i: n for i, n in self.changes.items() if i not in self.normalises}
+        draws = [*self.draws.values(), *(["the loss"] if self.loss_draws else [])]
+        clauses = (
+            ("BatchNorm's statistics by microbatch", self.normalises.values()),
+            ("random numbers", draws),
+            ("buffers that every forward changes", changes.values()),
+        )
+        return ", ".join(f"{what} ({', '.join(names)})" for what, names in clauses if names)
+
+
+def full_batch(subject: Subject) -> Tensors:
+    """Reference 1."""
+    model = subject.fresh_model()
+    inputs, target, keywords = subject.fresh_call()
+    with generators_kept([subject.device]):
+        default_generator(subject.device).manual_seed(subject.seed)
+        with collect_losses() as added:
+            value = run_plain(model, inputs, keywords)
+            loss = subject.loss_of(value, *given(target))
+    seen = subject.entering(inputs, keywords)
+    return finish(subject, whole_of(model), seen, sum_of([loss, *added.values()]))
+
+
+def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Traits, Tensors]:
+    """Reference 2, what its cells did, and BatchNorm's buffers had it seen the whole minibatch."""
+    chain, traits = chain_of(subject.fresh_model()), Traits()
+    inputs, target, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
+    targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
+    shares, parts = subject.shares(targets, sizes), list[Tensor]()
+    traits.normalises = {cell.index: named(cell) for cell in chain if uses_batch_statistics(cell)}
+    with (
+        seeded(subject) as randomness,
+        pooled_statistics(module_tree(chain), len(sizes)) as pooled,
+    ):
+        for m, (part, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
+            # A copy of its own: a cell may change it in place, which would mark all parts changed.
+            value = pytree.tree_map_only(Tensor, torch.clone, part)
+            with collect_losses() as added:
+                for cell in chain:
+                    before = state_of(cell)
+                    randomness.enter_cell(cell.index, m)
+                    with noting_draws(subject, cell.index, named(cell), traits.draws):
+                        value = walk.run(cell, value, named_parts)
+                    if not all(map(torch.equal, before, state_of(cell))):
+                        traits.changes[cell.index] = named(cell)
+                if any(column[m] for column in shares.values()):
+                    randomness.enter_loss(m)
+                    drawn: dict[int, str] = {}
+                    with noting_draws(subject, 0, "", drawn):
+                        losses = subject.losses_of(value, *targets[m])
+                    traits.loss_draws |= bool(drawn)
+                    parts += weighted(losses, shares, m)
+            parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
+    tensors = finish(subject, module_tree(chain), (inputs, keywords), sum_of(parts))
+    traits.splits = {mode: _splits(subject, sizes, training=mode) for mode in (True, False)}
+    return tensors, traits, {f"buffer {name}": value for name, value in pooled().items()}
+
+
+def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
+    """The outputs in eval mode, as `Pipeline.predict` gives them; BatchError: not by sample."""
+    chain = chain_of(subject.fresh_model())
+    module_tree(chain).eval()
+    inputs, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, inputs)
+    values = []
+    with seeded(subject) as randomness, torch.no_grad():
+        for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
+            for cell in chain:
+                randomness.enter_cell(cell.index, m)
+                value = walk.run(cell, value, named_parts)
+            values.append(value)
+    return join(values, sizes)
+
+
+def outputs_of_full_batch(subject: Subject) -> object:
+    """The outputs in eval mode."""
+    model = subject.fresh_model()
+    whole_of(model).eval()
+    inputs, _, keywords = subject.fresh_call()
+    with generators_kept([subject.device]), torch.no_grad():
+        default_generator(subject.device).manual_seed(subject.seed)
+        return run_plain(model, inputs, keywords)
+
+
+def whole_of(model: Model) -> nn.Module:
+    """The plain model: what was captured itself, else all cells under their names."""
+    if isinstance(model, nn.Module) and captured_of(model) is not None:
+        return model
+    return module_tree(chain_of(model))
+
+
+def run_plain(model: Model, inputs: object, keywords: Mapping[str, object]) -> object:
+    """Call the model as its owner does, captured or not, without its cells where that can be."""
+    value = entered(inputs)
+    if isinstance(model, nn.Module) and captured_of(model) is not None:
+        named = {name: entered(part) for name, part in keywords.items()}
+        return model(*(() if inputs is None else (value,)), **named)
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and not keywords:
+        return invoke(model, value, {})
+    chain = chain_of(model)  # a Sequential takes no keywords
+    walk = Walk(chain, inputs)
+    for cell in chain:
+        value = walk.run(cell, value, keywords)
+    return value
+
+
+def after_optimizer(
+    subject: Subject, gradients: Mapping[str, Tensor | None], norm: Tensor | None
+) -> dict[str, Tensor]:
+    """The plain model's parameters after one update from given gradients, by name.
+
+    They are clipped first if `norm`, the whole model's, is given.
+    """
+    named = dict(whole_of(subject.fresh_model()).named_parameters())
+    own = {name: named[name] for name in gradients}
+    for name, parameter in own.items():
+        parameter.grad = gradients[name]
+    if subject.max_value is not None:
+        nn.utils.clip_grad_value_(own.values(), subject.max_value)
+    if norm is not None and subject.max_norm is not None:
+        nn.utils.clip_grads_with_norm_(own.values(), subject.max_norm, norm)
+    return updated(subject, own)
+
+
+def updated(subject: Subject, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`named` after one step of the subject's optimizer."""
+    if subject.optimizer is not None and named:  # torch refuses an empty list
+        subject.optimizer(list(named.values())).step()
+    return {name: parameter.detach() for name, parameter in named.items()}
+
+
+def collected(
+    loss: Tensor,
+    inputs: object,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    named_buffers: Iterable[tuple[str, Tensor]],
+) -> Tensors:
+    """What a step leaves behind, by quantity, but for parameters."""
+    tensors: Tensors = {"loss": loss.detach().reshape(())}
+    for index, tensor in enumerate(take_apart(inputs)[0]):
+        if tensor.requires_grad:
+            tensors[f"input gradient {index}"] = tensor.grad
+    for name, parameter in named_parameters:
+        grad = parameter.grad
+        tensors[f"gradient {name}"] = None if grad is None else grad.detach().clone()
+    tensors.update((f"buffer {name}", b.detach().clone()) for name, b in named_buffers)
+    return tensors
+
+
+def finish(subject: Subject, tree: nn.Module, inputs: object, loss: Tensor) -> Tensors:
+    """Backward and the optimizer's step; `tree` has all parameters and buffers."""
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
+    tensors = collected(loss, inputs, tree.named_parameters(), tree.named_buffers())
+    if subject.max_value is not None:
+        nn.utils.clip_grad_value_(tree.parameters(), subject.max_value)
+    if subject.max_norm is not None:
+        nn.utils.clip_grad_norm_(tree.parameters(), subject.max_norm)
+    new = updated(subject, dict(tree.named_parameters()))
+    tensors.update((f"parameter {name}", value) for name, value in new.items())
+    return tensors
+
+
+def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits:
+    """In the model's own mode, or in eval mode unless `training`."""
+    splits, chain = Splits(), chain_of(subject.fresh_model())
+    if not training:
+        module_tree(chain).eval()
+    whole, _, keywords = subject.fresh_batch()
+    walk = Walk(chain, whole)
+    with seeded(subject) as randomness, torch.set_grad_enabled(training), collect_losses():
+        for m, (part, named_parts) in enumerate(split_both(whole, keywords, sizes)):
+            value = pytree.tree_map_only(Tensor, torch.clone, part)
+            for cell in chain:
+                splits.parts.setdefault(cell.index, []).append(shapes_of(value))
+                randomness.enter_cell(cell.index, m)
+                value = walk.run(cell, value, named_parts)
+        value = entered(whole)
+        for cell in chain:
+            value = walk.run(cell, value, keywords)
+            splits.wholes[cell.index] = shapes_of(value)
+    return splits
+
+
+@contextmanager
+def seeded(subject: Subject) -> Iterator[CellRandomness]:
+    """The pipeline's random numbers; the caller's are put back."""
+    with generators_kept([subject.device]):
+        yield CellRandomness(subject.seed, 0, subject.device)
+
+
+@contextmanager
+def noting_draws(subject: Subject, key: int, name: str, into: dict[int, str]) -> Iterator[None]:
+    """Put `name` under `key` if what runs inside draws random numbers."""
+    generator = default_generator(subject.device)
+    before = generator.get_state()
+    yield
+    if not torch.equal(before, generator.get_state()):
+        into[key] = name
+
+
+def split_both(
+    inputs: object, keywords: Mapping[str, object], sizes: Sequence[int]
+) -> Iterator[tuple[object, dict[str, object]]]:
+    """Inputs and keyword arguments by microbatch."""
+    columns = {name: split(value, sizes) for name, value in keywords.items()}
+    for m, part in enumerate(split(inputs, sizes)):
+        yield part, {name: column[m] for name, column in columns.items()}
+
+
+def entered(inputs: object) -> object:
+    """What the first cell is fed: a copy where a leaf could not be changed in place."""
+    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, inputs)
+
+
+def given(target: object) -> tuple[object, ...]:
+    """The arguments that a loss gets besides the output."""
+    return () if target is None else (target,)
+
+
+def state_of(cell: Cell) -> list[Tensor]:
+    """Copies of the cell's buffers."""
+    return [buffer.detach().clone() for buffer in cell.module.buffers()]
+
+
+def uses_batch_statistics(cell: Cell) -> bool:
+    """Whether a BatchNorm in it normalises by the batch, in its present mode."""
+    norms = [module for module in cell.module.modules() if isinstance(module, _BatchNorm)]
+    return any(norm.training or norm.running_mean is None for norm in norms)
+
+
+def shapes_of(value: object) -> Shapes:
+    """Of the tensors in `value`."""
+    tensors, structure = take_apart(value)
+    return Shapes([tensor.shape for tensor in tensors], structure)
+
+
+def named(cell: Cell) -> str:
+    """A cell for people."""
+    return (
+        cell.name if isinstance(cell.module, Piece) else f"{cell.name} {type(cell.module).__name__}"
+    )

@@ -1,0 +1,56 @@
+"""Running a chain's cells one by one without the engine, skips included.
+
+Between two cells the live skips travel with the value as one pytree, so that whoever splits and
+joins what crosses a boundary treats them alike.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils import _pytree as pytree
+
+from stagewise.engine.stage.keywords import invoke
+from stagewise.engine.step.admission import positional
+from stagewise.model.cell import Cell, Chain
+from stagewise.model.skip import Frame, Skip, Stashed, running
+
+
+def _copy(value: object) -> object:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
+
+
+class Walk:
+    """What `chain`'s cells are run with."""
+
+    def __init__(self, chain: Chain, inputs: object) -> None:
+        self._num_args = positional(inputs)
+        self._last = len(chain) - 1
+        self._live: list[tuple[Skip, ...]] = []  # behind each cell
+        live: list[Skip] = []
+        for cell in chain:
+            live = [s for s in (*live, *cell.skips.stashes) if s not in cell.skips.pops]
+            self._live.append(tuple(live))
+        self._scopes = {scope.path: scope for cell in chain for scope in cell.skips.scopes}
+        self._has_skips = any(self._live)
+
+    def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
+        """The cell's output for what the cell before it returned here, or for the batch.
+
+        Of the batch's `keywords` it gets those that it names, as copies of its own.
+        """
+        names = cell.keywords(self._num_args if cell.index == 0 else 1)
+        own = {n: _copy(keywords[n]) for n in names if n in keywords}
+        if not self._has_skips:
+            return invoke(cell.module, value, own)
+        frames = {path: Frame(scope.own_names) for path, scope in self._scopes.items()}
+        if cell.index:
+            assert isinstance(value, tuple)
+            value, *stashed = value
+            for skip, part in zip(self._live[cell.index - 1], stashed, strict=True):
+                frames[skip.scope].stashed[skip.name] = Stashed(skip.name, part)
+        with running(tuple(frames[scope.path] for scope in cell.skips.scopes)):
+            output = invoke(cell.module, value, own)
+        if cell.index == self._last:
+            return output
+        live = self._live[cell.index]
+        return output, *(frames[skip.scope].stashed[skip.name].unchanged() for skip in live)

@@ -1,0 +1,94 @@
+"""Loading a rank's own tensors, all of them or none.
+
+Names, shapes and dtypes are compared on every rank before a value is changed on any; a failure
+of the disk alone can leave some tensors loaded and others not, and says so by its error.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stagewise.checkpoints.names import Aliases
+from stagewise.checkpoints.sources import Source, State, open_source
+from stagewise.engine.step.agreement import agreed
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import CheckpointError
+
+_NUM_SHOWN = 5
+
+
+def load(
+    state: State,
+    own: Mapping[str, torch.Tensor],
+    aliases: Aliases,
+    transport: Transport,
+    *,
+    strict: bool = True,
+    convert: bool = False,
+) -> None:
+    """Copy saved values into `own`, this rank's tensors by name; every rank calls this.
+
+    Raises CheckpointError on every rank, before anything is changed, if a shape or (without
+    `convert`) a dtype differs, or with `strict` if the names are not those of the model.
+    """
+    with agreed(transport):
+        source = open_source(state, aliases)
+        found = check(source, own, aliases, strict=strict, convert=convert)
+    with agreed(transport):
+        fill(source, own, found)
+
+
+def fill(source: Source, own: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
+    """Copy what `check` has found."""
+    with torch.no_grad():
+        source.read({saved: own[name].detach() for name, saved in found.items()})
+
+
+def check(
+    source: Source,
+    own: Mapping[str, torch.Tensor],
+    aliases: Aliases,
+    *,
+    strict: bool = True,
+    convert: bool = False,
+) -> dict[str, str]:
+    """Under which name each of this rank's tensors is saved; raises CheckpointError as `load`."""
+    saved = set(source.names)
+    # Of several names the last counts, as in the plain model's load_state_dict.
+    found = {n: max(k, key=aliases[n].index) for n in own if (k := saved.intersection(aliases[n]))}
+    missing = [name for name in own if name not in found]
+    unexpected = [name for name in source.names if name not in aliases]
+    forms = source.forms(set(found.values()))
+    problems = []
+    if strict:
+        problems += _problem(missing, "are missing in it")
+        problems += _problem(unexpected, "are not the model's")
+    shapes = [
+        f"{name} {forms[saved_name].shape}, here {tuple(own[name].shape)}"
+        for name, saved_name in found.items()
+        if forms[saved_name].shape != tuple(own[name].shape)
+    ]
+    problems += _problem(shapes, "have another shape")
+    dtypes = [
+        f"{name} {forms[saved_name].dtype}, here {own[name].dtype}"
+        for name, saved_name in found.items()
+        if forms[saved_name].dtype != own[name].dtype and not convert
+    ]
+    problems += _problem(
+        dtypes,
+        "have another dtype (give the model that one with model.to(dtype), or load with "
+        "pipe.load_checkpoint(path, convert=True))",
+    )
+    if problems:
+        hint = "; strict=False loads what there is" if strict and (missing or unexpected) else ""
+        raise CheckpointError(
+            f"{source.description} does not fit the model: {'; '.join(problems)}{hint}"
+        )
+    return found
+
+
+def _problem(what: Sequence[str], text: str) -> list[str]:
+    if not what:
+        return []
+    more = f" and {len(what) - _NUM_SHOWN} more" if len(what) > _NUM_SHOWN else ""
+    return [f"{len(what)} entries {text}: {', '.join(what[:_NUM_SHOWN])}{more}"]

@@ -1,0 +1,131 @@
+"""Saving without gathering: every rank writes its own tensors, rank 0 an index.
+
+The result is a sharded checkpoint as transformers reads and writes it. The index is what makes
+the shards a checkpoint, and it is put in place last, at once: a crash before leaves an earlier
+checkpoint in the same directory whole, since new shards never take the names of old ones.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from stagewise.checkpoints.names import Aliases
+from stagewise.checkpoints.sources import INDEX, SINGLE, weight_map
+from stagewise.engine.step.agreement import agreed
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import CheckpointError
+
+SHARD_BYTES = 2 << 30  # of the largest file, unless a tensor alone is larger
+_STEMS = ("model", "model-next")  # of shards; the one that the earlier checkpoint has not
+
+
+def save(
+    directory: Path, own: Mapping[str, object], aliases: Aliases, transport: Transport
+) -> None:
+    """Write `own`, this rank's state by name, as its part of a checkpoint; every rank calls this.
+
+    A tensor with several names is written once, under its first. Raises CheckpointError on every
+    rank if something cannot be written.
+    """
+    with agreed(transport):
+        tensors = _writable(own, aliases)
+    first_owner: dict[str, int] = {}
+    for rank, names in enumerate(transport.gather(list(tensors))):
+        for name in names:
+            first_owner.setdefault(name, rank)
+    shards = _shards({n: t for n, t in tensors.items() if first_owner[n] == transport.rank})
+    with agreed(transport):
+        prepared = _prepare(directory)
+    old = transport.gather(prepared)[0]
+    stem = next(s for s in _STEMS if not any(_has_stem(file, s) for file in old))
+    counts = transport.gather(len(shards))
+    total, start = sum(counts), sum(counts[: transport.rank])
+    files: dict[str, str] = {}
+    with agreed(transport), _told(directory):
+        for number, shard in enumerate(shards, start=start + 1):
+            file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
+            unfinished = directory / f"{file}.tmp"
+            ready = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
+            save_file(ready, unfinished, metadata={"format": "pt"})
+            _to_disk(unfinished)
+            os.replace(unfinished, directory / file)
+            files |= dict.fromkeys(shard, file)
+    num_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    parts = transport.gather((files, num_bytes))
+    with agreed(transport), _told(directory):
+        if transport.rank == 0:
+            _commit(directory, parts)
+            for file in old:
+                (directory / file).unlink(missing_ok=True)
+
+
+def _writable(own: Mapping[str, object], aliases: Aliases) -> dict[str, torch.Tensor]:
+    others = [name for name, value in own.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{others[0]} is no tensor ({len(others)} such entries in the state_dict), and "
+            "safetensors holds tensors only; save pipe.state_dict() of every rank with torch.save"
+        )
+    return {aliases[n][0]: value for n, value in own.items() if isinstance(value, torch.Tensor)}
+
+
+def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    shards: list[dict[str, torch.Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    return shards
+
+
+def _prepare(directory: Path) -> set[str]:
+    """Make the directory; the files of the checkpoint that is there already."""
+    if (directory / SINGLE).exists():
+        raise CheckpointError(
+            f"{directory / SINGLE} would be read in place of the new checkpoint; remove it, or "
+            "save to another directory"
+        )
+    with _told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    return set(weight_map(directory).values()) if (directory / INDEX).is_file() else set()
+
+
+def _commit(directory: Path, parts: Sequence[tuple[Mapping[str, str], int]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(num_bytes for _, num_bytes in parts)},
+        "weight_map": {name: file for files, _ in parts for name, file in files.items()},
+    }
+    unfinished = directory / f"{INDEX}.tmp"
+    unfinished.write_text(json.dumps(index, indent=2) + "\n")
+    _to_disk(unfinished)
+    os.replace(unfinished, directory / INDEX)
+
+
+def _has_stem(file: str, stem: str) -> bool:
+    return file.removeprefix(f"{stem}-")[:1].isdigit()
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong while writing into a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {directory} cannot be written: {type(error).__name__}: {error}; an "
+            "earlier one there is as it was"
+        ) from error

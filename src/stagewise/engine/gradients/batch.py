@@ -1,0 +1,119 @@
+"""Gradients for the caller's own tensors, where several ranks compute parts of them.
+
+A replicated first stage has the gradients of the inputs in turn, a replicated last stage those of
+the targets, and an argument by name may be taken by cells on several ranks. Whoever computed a
+microbatch's gradient gives it to all who take that part of the batch, so that each of them passes
+the whole on to its caller, in the order of one process.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stagewise.batch.values import take_apart
+from stagewise.engine.stage.call import Call
+from stagewise.engine.stage.gradient import Gradient, dense_like
+from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.transport.transport import Transport
+from stagewise.schedule import Schedule
+
+_Tensors = Sequence[torch.Tensor]
+_Own = Callable[[], list[Gradient]]  # what this rank's microbatch left
+# (stage, microbatch, ranks, tensors, own) -> their gradients, or None where they are our own
+_Exchange = Callable[[int, int, Sequence[int], _Tensors, _Own], list[Gradient] | None]
+
+
+def share_gradients(
+    call: Call, schedule: Schedule, takers: Takers, transport: Transport, device: torch.device
+) -> None:
+    """Complete `call`'s gradients of inputs, targets and keywords; every rank with a stage calls
+    this. `device` is this rank's.
+    """
+
+    def exchange(
+        stage: int,
+        m: int,
+        ranks: Sequence[int],
+        wanted: _Tensors,
+        own: Callable[[], list[Gradient]],
+    ) -> list[Gradient] | None:
+        """The gradients of `wanted` from who ran `stage` on microbatch m; None if that is us."""
+        owner = schedule.device_of(stage, m)
+        if transport.rank != owner:
+            return transport.take(owner, [torch.empty_like(t, device=device) for t in wanted])
+        given = [
+            dense_like(tensor, gradient) for tensor, gradient in zip(wanted, own(), strict=True)
+        ]
+        for rank in ranks:
+            if rank != owner:
+                transport.give(rank, [None if g is None else g.to(device) for g in given])
+        return None
+
+    _share_inputs(call, schedule, transport.rank, exchange)
+    _share_targets(call, schedule, transport.rank, exchange)
+    _share_keywords(call, takers, transport.rank, exchange)
+
+
+def _share_inputs(call: Call, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
+    ranks = schedule.placement[0]
+    if len(ranks) < 2 or rank not in ranks:
+        return
+    for m, inputs in enumerate(call.inputs):
+        tensors, _ = take_apart(inputs)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        if not wanted:
+            continue
+
+        def own(m: int = m, tensors: list[torch.Tensor] = tensors) -> list[Gradient]:
+            pairs = zip(tensors, call.input_gradients[m], strict=False)  # keywords follow
+            return [gradient for tensor, gradient in pairs if tensor.requires_grad]
+
+        taken = exchange(0, m, ranks, wanted, own)
+        if taken is not None:
+            rest = iter(taken)
+            call.input_gradients[m] = tuple(
+                next(rest) if t.requires_grad else None for t in tensors
+            )
+
+
+def _share_targets(call: Call, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
+    ranks, last = schedule.placement[-1], schedule.num_stages - 1
+    if len(ranks) < 2 or rank not in ranks:
+        return
+    for m, target in enumerate(call.targets):
+        leaves = [tensor for tensor in take_apart(target)[0] if tensor.requires_grad]
+        if leaves:
+            taken = exchange(last, m, ranks, leaves, lambda leaves=leaves: [x.grad for x in leaves])  # type: ignore[misc]
+            for leaf, gradient in zip(leaves, taken or (), strict=taken is not None):
+                leaf.grad = gradient
+
+
+def _share_keywords(call: Call, takers: Takers, rank: int, exchange: _Exchange) -> None:
+    given = call.keywords[0] if call.keywords else {}
+    for name in takers.names:
+        ranks = takers.ranks(name, call.num_args)
+        if len(ranks) < 2 or rank not in ranks or name not in given:
+            continue
+        for m, values in enumerate(call.keywords):
+            wanted = [t for t in take_apart(values[name])[0] if t.requires_grad]
+            for cell, stage in takers.cells(name, call.num_args) if wanted else ():
+                key = (m, -cell)
+                taken = exchange(
+                    stage,
+                    m,
+                    ranks,
+                    wanted,
+                    lambda key=key, w=wanted: _found(call, key, w),  # type: ignore[misc]
+                )
+                tensors, gradients = call.keyword_gradients.setdefault(key, ([], []))
+                known = set(map(id, tensors))  # what stands under two names comes twice
+                for tensor, gradient in zip(wanted, taken or (), strict=taken is not None):
+                    if id(tensor) not in known:
+                        tensors.append(tensor)
+                        gradients.append(gradient)
+
+
+def _found(call: Call, key: tuple[int, int], wanted: _Tensors) -> list[Gradient]:
+    """The gradients of `wanted` among those of one cell."""
+    by_tensor = {id(t): g for t, g in zip(*call.keyword_gradients[key], strict=True)}
+    return [by_tensor[id(tensor)] for tensor in wanted]

@@ -1,0 +1,80 @@
+"""Gradients: their form, adding them up as autograd does, and their norm over all ranks."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import ModelError
+
+
+@contextmanager
+def new_ones_dropped(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Run a training step inside; if it fails, what had no gradient before has none again.
+
+    To one that came from earlier steps microbatches are added in place: then the error says so.
+    """
+    before = [
+        (p, p.grad, 0 if p.grad.is_inference() else p.grad._version)
+        for p in parameters
+        if p.grad is not None
+    ]
+    try:
+        yield
+    except BaseException as error:
+        old = {parameter for parameter, _, _ in before}
+        for parameter in parameters:
+            if parameter not in old:
+                parameter.grad = None
+        if any(p.grad is not g or (not g.is_inference() and g._version != v) for p, g, v in before):
+            error.add_note(
+                "the gradients of earlier steps, which this one was to be added to, hold parts of "
+                "it now: clear them with zero_grad() before the next step"
+            )
+        raise
+
+
+def clip_by_global_norm(
+    own: Mapping[str, torch.nn.Parameter],
+    dtypes: Mapping[str, torch.dtype],
+    max_norm: float,
+    transport: Transport,
+) -> torch.Tensor:
+    """Scale the gradients of `own` so that the norm over all ranks is at most `max_norm`.
+
+    `dtypes` names the whole model's parameters in the plain model's order, so that the norms are
+    summed in that order at any number of stages: the result is bit for bit that of
+    `torch.nn.utils.clip_grad_norm_` on the plain model. Returns the norm before clipping. Raises
+    ModelError on every rank if `own` holds names that `dtypes` has not.
+    """
+    norms = torch.zeros(len(dtypes), dtype=torch.float64)
+    present = torch.zeros(len(dtypes), dtype=torch.int64)
+    place = {name: index for index, name in enumerate(dtypes)}
+    for name, parameter in own.items():
+        if parameter.grad is not None and name in place:
+            norms[place[name]] = torch.linalg.vector_norm(parameter.grad).double()
+            present[place[name]] = 1
+    unknown = [name for name in own if name not in place]
+    row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
+    rows = torch.tensor(transport.exchange(row), dtype=torch.int64)
+    rows, num_unknown = rows[:, :-1], rows[:, -1]
+    if num_unknown.any():
+        raise ModelError(
+            f"{', '.join(unknown) or 'parameters of another rank'} came after the Pipeline was "
+            "built, so no norm over all ranks is known; change the model (parametrize it, add "
+            "adapters) first and then build the Pipeline"
+        )
+    # The maximum, not the sum: a tied parameter has the same norm on each of its ranks.
+    all_norms = rows[:, : len(dtypes)].view(torch.float64).amax(0)
+    all_present = rows[:, len(dtypes) :].sum(0) > 0
+    if not all_present.any():
+        return torch.tensor(0.0)
+    with_gradient = itertools.compress(dtypes.values(), all_present.tolist())
+    dtype = functools.reduce(torch.promote_types, with_gradient)
+    total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype))
+    torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total)
+    return total

@@ -1,0 +1,286 @@
+"""Replicated stages: several ranks hold the same stage and share its microbatches.
+
+Problem: each replica sees the gradients of its own microbatches only, yet every copy must be given
+the same sum, once per step, and nobody should stand and wait for it.
+Idea: a step's gradients are kept apart from what `.grad` held before. Once a rank has run its last
+backward of the stage, it starts one all-reduce of them, flattened (one per dtype), in a process
+group of the replicas alone, and goes on; the end of the step waits and adds the sum to `.grad`.
+A parameter without gradient here counts as zeros, with a mark beside them that tells whether any
+replica had one; so `.grad` is None where the plain model's is.
+Invariant: copies start equal and are given the same bits (an all-reduce gives its sum to all).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from stagewise.engine.gradients.float32 import Sums
+from stagewise.engine.stage.batchnorm import BatchNorms, layers_of
+from stagewise.engine.stage.call import Observer
+from stagewise.engine.stage.gradient import (
+    LOW_PRECISION,
+    Gradient,
+    accumulate,
+    dense_like,
+    plus,
+    wide,
+)
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.stage.stand_ins import StandIns
+from stagewise.engine.transport.group import Group
+from stagewise.engine.transport.transport import Transport
+from stagewise.schedule import Instruction, Kind
+
+_LAST_KINDS = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+
+
+class Replicas:
+    """The replicated stages of this rank. Every rank makes one, with the same `placement`.
+
+    `apart` are the parameters that cells of other stages use as well, which `TiedParameters`
+    sums; `within` those that several cells of one replicated stage use, and these cells.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        placement: Sequence[Sequence[int]],
+        transport: Transport,
+        *,
+        apart: Collection[nn.Parameter] = (),
+        within: Mapping[nn.Parameter, Sequence[int]] | None = None,
+    ) -> None:
+        self._shared: dict[int, _SharedStage] = {}
+        for stage, ranks in enumerate(placement):
+            if transport.num_ranks > 1 and len(ranks) > 1:
+                group = transport.group(ranks)
+                if group is not None:
+                    self._shared[stage] = _SharedStage(stages[stage], group, apart, within or {})
+
+    def equalise(self) -> None:
+        """Give every replica the first one's parameters and buffers."""
+        for shared in self._shared.values():
+            shared.equalise()
+
+    @contextmanager
+    def summing(
+        self, stand_ins: StandIns, program: Sequence[Instruction], *, in_float32: bool
+    ) -> Iterator["StepSums"]:
+        """Run a training step of `program` inside; if it fails, `.grad` stays what it was.
+
+        Gradients of low precision may be summed `in_float32`.
+        """
+        sums = StepSums(
+            {
+                stage: _StageSum(shared, stand_ins, in_float32=in_float32)
+                for stage, shared in self._shared.items()
+            },
+            program,
+        )
+        try:
+            yield sums
+        finally:
+            sums.restore()
+
+    def gather_moments(self, batchnorms: BatchNorms) -> None:
+        """Let `batchnorms` know what the other replicas' microbatches noted."""
+        for stage, shared in self._shared.items():
+            if shared.batchnorms:
+                batchnorms.exchange(stage, shared.batchnorms, shared.group.gather)
+
+
+class StepSums:
+    """The sums of one step, each started as soon as this rank has its part."""
+
+    def __init__(self, sums: "Mapping[int, _StageSum]", program: Sequence[Instruction]) -> None:
+        self._sums = sums
+        ends = {i.stage: i for i in program if i.kind in _LAST_KINDS and i.stage in sums}
+        self._last = {instruction: stage for stage, instruction in ends.items()}
+
+    def begin(self, observe: Observer | None) -> Observer | None:
+        """Start the sums to which this rank adds nothing; returns what must observe the program.
+
+        That calls `observe` too.
+        """
+        for stage in self._sums.keys() - self._last.values():  # M < replicas: this one is idle
+            self._sums[stage].start()
+        if not self._last:
+            return observe
+
+        def after(instruction: Instruction) -> None:
+            if instruction in self._last:
+                self._sums[self._last[instruction]].start()
+            if observe is not None:
+                observe(instruction)
+
+        return after
+
+    def settle(self, sums: Sums | None = None) -> None:
+        """Wait for all, and add to `.grad`; what is in float32 by intent goes to `sums`."""
+        for stage_sum in self._sums.values():
+            stage_sum.settle(sums)
+
+    def drain(self) -> None:
+        """Wait for all that was started, and let it go: the step has failed."""
+        for stage_sum in self._sums.values():
+            stage_sum.drain()
+
+    def restore(self) -> None:
+        """Put hooks and, where nothing was settled, gradients back as they were."""
+        for stage_sum in self._sums.values():
+            stage_sum.restore()
+
+
+class _SharedStage:
+    """What the replicas of one stage have in common."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        group: Group,
+        apart: Collection[nn.Parameter],
+        within: Mapping[nn.Parameter, Sequence[int]],
+    ) -> None:
+        self.group = group
+        modules = [cell.module for cell in stage.cells]
+        self._all = dict.fromkeys(p for module in modules for p in module.parameters())
+        self._buffers = dict.fromkeys(b for module in modules for b in module.buffers())
+        self.cells = within
+        self.parameters = [p for p in self._all if p not in apart]
+        self.batchnorms = list(layers_of(stage.cells))
+
+    def equalise(self) -> None:
+        for tensor in (*self._all, *self._buffers):
+            self.group.copy_from_first(tensor)
+
+
+class _StageSum:
+    """One step's gradients of one replicated stage."""
+
+    def __init__(self, shared: _SharedStage, stand_ins: StandIns, *, in_float32: bool) -> None:
+        self._shared, self._stand_ins = shared, stand_ins
+        self._parameters = [p for p in shared.parameters if p.requires_grad]
+        self._before: dict[nn.Parameter, Gradient] = {}
+        self._hooks = [_SilentHooks(parameter) for parameter in self._parameters]
+        self._wide: dict[nn.Parameter, torch.Tensor] = {}
+        self._in_float32 = in_float32
+        self._settled = False
+        self._started: list[tuple[list[nn.Parameter], torch.Tensor, Callable[[], None]]] = []
+        self._handles = []
+        for parameter in self._parameters:
+            self._before[parameter] = stand_ins.before.get(parameter, parameter.grad)
+            parameter.grad = None
+            if in_float32 and parameter.dtype in LOW_PRECISION:
+                move = partial(self._move, parameter)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Start the all-reduce of what this rank has."""
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self._parameters:
+            by_dtype.setdefault(self._form(parameter).dtype, []).append(parameter)
+        for parameters in by_dtype.values():
+            flat = _flattened([self._form(p) for p in parameters], map(self._take, parameters))
+            self._started.append((parameters, flat, self._shared.group.start_sum(flat)))
+
+    @torch.no_grad()
+    def settle(self, sums: Sums | None) -> None:
+        """Wait for the sums and add them."""
+        for _, _, wait in self._started:
+            wait()
+        self.restore()
+        self._settled = True
+        for parameters, flat, _ in self._started:
+            forms = [self._form(parameter) for parameter in parameters]
+            for parameter, total in zip(parameters, _unflattened(flat, forms), strict=True):
+                if total is None:
+                    continue
+                if sums is not None and total.dtype != parameter.dtype:
+                    sums(parameter, total)
+                else:
+                    accumulate(parameter, total)
+
+    def drain(self) -> None:
+        """Wait for the sums, which are of no use."""
+        for _, _, wait in self._started:
+            wait()
+
+    def restore(self) -> None:
+        """Hooks and `.grad` as they were before the step."""
+        if self._settled:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for hooks in self._hooks:
+            hooks.restore()
+        for parameter, gradient in self._before.items():
+            parameter.grad = gradient
+
+    def _form(self, parameter: nn.Parameter) -> torch.Tensor:
+        return wide(parameter) if self._in_float32 else parameter
+
+    def _take(self, parameter: nn.Parameter) -> Gradient:
+        """What this rank's microbatches left for `parameter`."""
+        total: Gradient = None
+        for cell in self._shared.cells.get(parameter, ()):
+            total = plus(total, self._stand_ins.take_gradient(cell, parameter))
+        gradient, parameter.grad = parameter.grad, None
+        return plus(total, dense_like(parameter, self._wide.pop(parameter, gradient)))
+
+    def _move(self, parameter: nn.Parameter, _: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if parameter in self._wide:
+            self._wide[parameter].add_(gradient)
+        else:
+            self._wide[parameter] = gradient.float()
+
+
+class _SilentHooks:
+    """A parameter's hooks, set aside: they are to see the step's sum, not its parts."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        dictionaries = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+        self._aside = [(hooks, dict(hooks)) for hooks in dictionaries if hooks]
+        for hooks, _ in self._aside:
+            hooks.clear()  # in place: autograd looks into this very dictionary
+
+    def restore(self) -> None:
+        for hooks, copies in self._aside:
+            hooks.update(copies)
+        self._aside = []
+
+
+def _flattened(forms: Sequence[torch.Tensor], gradients: Iterator[Gradient]) -> torch.Tensor:
+    """All gradients in one line, zeros for None; then for each a 1, or 0 for None."""
+    ends = sum(form.numel() for form in forms)
+    flat = torch.zeros(ends + len(forms), dtype=forms[0].dtype, device=forms[0].device)
+    start = 0
+    for index, (form, gradient) in enumerate(zip(forms, gradients, strict=True)):
+        if gradient is not None:
+            flat[start : start + form.numel()] = _line(gradient)
+            flat[ends + index] = 1
+        start += form.numel()
+    return flat
+
+
+def _unflattened(flat: torch.Tensor, forms: Sequence[torch.Tensor]) -> Iterator[Gradient]:
+    start = 0
+    present = (flat[flat.numel() - len(forms) :] != 0).tolist()
+    for form, is_there in zip(forms, present, strict=True):
+        total = None
+        if is_there:
+            total = torch.empty_like(form, requires_grad=False)
+            _line(total).copy_(flat[start : start + form.numel()])
+        start += form.numel()
+        yield total
+
+
+def _line(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor in memory order."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,190 @@
+"""Tied parameters: one parameter in several cells, on one rank or on many.
+
+Problem: autograd sums such a parameter's gradient in an order that depends on where the chain
+is cut, and copies on several ranks would each see a part of it and drift apart.
+Idea: while a using cell runs, a stand-in (a leaf of its own on the same memory) takes the
+parameter's place, so that each cell's gradient adds up apart. At the end of a step they are
+summed in cell order: partial sums travel along the users' ranks, the total goes to all of them.
+Invariant: every copy is given the same bits, and once per step, so optimizers keep copies equal.
+"""
+
+import itertools
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from stagewise.engine.gradients.float32 import Sums
+from stagewise.engine.stage.gradient import (
+    Gradient,
+    accumulate,
+    dense_like,
+    plus,
+    wide,
+)
+from stagewise.engine.stage.stand_ins import StandIns, _places
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import CellError
+from stagewise.model.tied import Tied
+
+
+class TiedParameters:
+    """The tied parameters that cells of this rank use.
+
+    `cells` are this rank's cells with their devices, `ranks` the ranks of every cell of the chain
+    (several where its stage is replicated), `others` the parameters that no cell of this rank
+    has. Those of `within` are used in one replicated stage only: `Replicas` sums them.
+    """
+
+    def __init__(
+        self,
+        ties: Sequence[Tied] = (),
+        cells: Mapping[int, tuple[nn.Module, torch.device]] | None = None,
+        ranks: Sequence[Sequence[int]] = (),
+        others: Mapping[str, nn.Parameter] | None = None,
+        within: Collection[nn.Parameter] = (),
+    ) -> None:
+        cells = cells or {}
+        self.ties = tuple(tied for tied in ties if not cells.keys().isdisjoint(tied.cells))
+        self._ranks = ranks
+        self._devices = {index: device for index, (_, device) in cells.items()}
+        self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by using cells
+        for tied in self.ties:
+            if tied.parameter not in within:
+                self._groups.setdefault(tied.cells, []).append(tied.parameter)
+        self._others = {
+            name: weakref.ref(parameter)
+            for name, parameter in (others or {}).items()
+            if parameter.grad is None
+        }
+        known = {tied.parameter for tied in self.ties}
+        self._places = {
+            index: places
+            for index, (root, _) in cells.items()
+            for places in [[place for place in _places(root) if place.parameter in known]]
+            if places
+        }
+
+    @torch.no_grad()
+    def equalise(self, transport: Transport) -> None:
+        """Give every copy the values of the first user's."""
+        for cells, parameters in self._groups.items():
+            first = self._ranks[cells[0]][0]
+            own = [dense_like(p, p.detach()) for p in parameters]
+            values = self._spread(cells, first, own, parameters, transport)
+            for parameter, value in zip(parameters, values, strict=True):
+                if first != transport.rank and value is not None:
+                    parameter.copy_(value)
+        transport.finish()
+
+    def stand_ins(self, *, training: bool, in_float32: bool = False) -> StandIns:
+        """New ones for one call; without training only for cells on another device.
+
+        Those of low precision may sum their gradients `in_float32`.
+        """
+        leaves = {
+            (cell, place.parameter): nn.Parameter(
+                place.parameter.detach().to(self._devices[cell]),
+                requires_grad=place.parameter.requires_grad,
+            )
+            for cell, places in self._places.items()
+            for place in places
+            if training or place.parameter.device != self._devices[cell]
+        }
+        before: dict[nn.Parameter, Gradient] = {}
+        if training:
+            for tied in self.ties:
+                before[tied.parameter], tied.parameter.grad = tied.parameter.grad, None
+        made = StandIns(self._places, leaves, before)
+        if in_float32:
+            made.sum_in_float32()
+        return made
+
+    def check_seen(self, transport: Transport) -> None:
+        """Raise CellError after the first step if a cell used another rank's parameter unseen."""
+        for name, reference in self._others.items():
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None:
+                raise CellError(
+                    f"a cell on rank {transport.rank} uses the parameter {name}, which none of "
+                    "its modules holds, so its gradient would be lost; register it in that cell "
+                    "(self.weight = other.weight), and it is tied"
+                )
+        self._others = {}
+
+    def put_back(self, stand_ins: StandIns) -> None:
+        """End a failed training step: `.grad` is what it was before."""
+        for parameter, gradient in stand_ins.before.items():
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def settle(self, stand_ins: StandIns, transport: Transport, sums: Sums | None = None) -> None:
+        """End a training step: sum the gradients of all users, and add the sum to `.grad`.
+
+        A sum in float32 of a parameter of low precision goes to `sums` instead.
+        """
+        for cells, parameters in self._groups.items():
+            like = parameters if sums is None else [*map(wide, parameters)]
+            totals = self._sum(cells, parameters, like, stand_ins, transport)
+            for parameter, total in zip(parameters, totals, strict=True):
+                parameter.grad = stand_ins.before[parameter]
+                if total is not None and sums is not None and total.dtype != parameter.dtype:
+                    sums(parameter, total)
+                elif total is not None:
+                    accumulate(parameter, total)
+
+    def _sum(
+        self,
+        cells: tuple[int, ...],
+        parameters: Sequence[nn.Parameter],
+        like: Sequence[torch.Tensor],
+        stand_ins: StandIns,
+        transport: Transport,
+    ) -> list[Gradient]:
+        """Each parameter's gradient, summed over `cells` from left to right, on every user."""
+        legs = self._legs(cells)
+        sums: list[Gradient] = [None] * len(parameters)
+        for index, (rank, own) in enumerate(legs):
+            if rank != transport.rank:
+                continue
+            if index > 0:
+                sums = transport.take(legs[index - 1][0], like)
+            for number, parameter in enumerate(parameters):
+                for cell in own:
+                    gradient = stand_ins.take_gradient(cell, parameter)
+                    sums[number] = plus(sums[number], gradient)
+                # Reentrant checkpointing runs a cell again during backward, without stand-ins.
+                sums[number] = plus(sums[number], dense_like(parameter, parameter.grad))
+                parameter.grad = None
+            if index + 1 < len(legs):
+                transport.give(legs[index + 1][0], sums)
+        return self._spread(cells, legs[-1][0], sums, like, transport)
+
+    def _legs(self, cells: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+        """The way of the partial sums: in cell order, and from replica to replica of a stage."""
+        stops = [
+            (rank, cell)
+            for ranks, same in itertools.groupby(cells, self._ranks.__getitem__)
+            for own in [list(same)]
+            for rank in ranks
+            for cell in own
+        ]
+        by_rank = itertools.groupby(stops, lambda stop: stop[0])
+        return [(rank, [cell for _, cell in stops]) for rank, stops in by_rank]
+
+    def _spread(
+        self,
+        cells: tuple[int, ...],
+        source: int,
+        values: list[Gradient],
+        like: Sequence[torch.Tensor],
+        transport: Transport,
+    ) -> list[Gradient]:
+        """Rank `source`'s values on every rank that runs one of `cells`."""
+        users = sorted({rank for cell in cells for rank in self._ranks[cell]} - {source})
+        if transport.rank != source:
+            return transport.take(source, like)
+        for user in users:
+            transport.give(user, values)
+        return values

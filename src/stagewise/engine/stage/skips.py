@@ -1,0 +1,207 @@
+"""Skips at work: which message carries which, and a stage whose cells stash and pop.
+
+A skip within a stage stays in the stage's graph. Between neighbours it travels with the
+boundary's value; further on it has a message of its own, straight from stage to stage, and its
+gradient comes back the same way. To the stage it is one more input, or one more output.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from stagewise.batch.values import put_together, shared, take_apart
+from stagewise.engine.stage.call import Call
+from stagewise.engine.stage.keywords import invoke
+from stagewise.engine.stage.stage import Loss, Stage
+from stagewise.errors import CellError
+from stagewise.model.cell import Cell, Chain
+from stagewise.model.skip import Frame, Skip, Stashed, running
+from stagewise.schedule import Instruction, Kind
+
+Cargo = tuple[tuple[Skip, ...], ...]  # per message of an instruction, as `lower` orders them
+
+
+class SkipRoutes:
+    """Where the skips of `chain` travel if it is cut by `balance`."""
+
+    def __init__(self, chain: Chain, balance: Sequence[int]) -> None:
+        stage_of = [stage for stage, size in enumerate(balance) for _ in range(size)]
+        self._last = len(balance) - 1
+        source = {skip: stage_of[cell.index] for cell in chain for skip in cell.skips.stashes}
+        self._between: dict[tuple[int, int], tuple[Skip, ...]] = {}
+        for cell in chain:
+            for skip in cell.skips.pops:
+                pair = source[skip], stage_of[cell.index]
+                if pair[0] != pair[1]:
+                    self._between[pair] = (*self._between.get(pair, ()), skip)
+
+    @property
+    def flows(self) -> tuple[tuple[int, int], ...]:
+        """The (source, destination) stages that are no neighbours and yet exchange messages."""
+        return tuple(sorted(pair for pair in self._between if pair[1] - pair[0] > 1))
+
+    def stage(
+        self, index: int, cells: Chain, device: torch.device, *, is_last: bool, loss: Loss | None
+    ) -> Stage:
+        """The stage of `cells`, able to stash and pop if they do."""
+        if not any(cell.skips.stashes or cell.skips.pops for cell in cells):
+            return Stage(index, cells, device, is_last=is_last, loss=loss)
+        before, after = range(index - 1, -1, -1), range(index + 1, self._last + 1)
+        return SkipStage(
+            index,
+            cells,
+            device,
+            is_last=is_last,
+            loss=loss,
+            arriving=self._cargo([(source, index) for source in before]),
+            leaving=self._cargo([(index, destination) for destination in after]),
+        )
+
+    def _cargo(self, pairs: Sequence[tuple[int, int]]) -> Cargo:
+        """What travels with the neighbour's value, or with the batch; then the messages further."""
+        near = self._between.get(pairs[0], ()) if pairs else ()
+        return near, *(self._between[pair] for pair in pairs[1:] if pair in self._between)
+
+
+@dataclass
+class _Journey:
+    """A microbatch on its way from cell to cell."""
+
+    value: object
+    frames: dict[str, Frame]  # by the scope's path
+
+    def stashed(self) -> set[Skip]:
+        return {Skip(path, name) for path, frame in self.frames.items() for name in frame.stashed}
+
+
+class _Visits:
+    """Runs the cells of one pass; apart from the stage, which would else refer to itself."""
+
+    def __init__(self, cells: Chain, arriving: Cargo, leaving: Cargo) -> None:
+        self._cells, self._arriving, self._leaving = cells, arriving, leaving
+        self._scopes = {scope for cell in cells for scope in cell.skips.scopes}
+
+    def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
+        """Run one cell; the first unpacks what arrived, the last packs what leaves."""
+        journey = value if cell is not self._cells[0] else self._unpack(value)
+        assert isinstance(journey, _Journey)
+        before, value = journey.stashed(), journey.value
+        with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
+            journey.value = invoke(cell.module, journey.value, keywords)
+        _check(cell, before, journey.stashed())
+        for frame in journey.frames.values():
+            for popped in frame.popped:
+                _check_owned(popped, value, journey)
+            frame.popped.clear()
+        for skip in cell.skips.stashes:
+            _branch(journey.frames[skip.scope], skip.name)
+        return journey if cell is not self._cells[-1] else self._pack(journey)
+
+    def _unpack(self, value: object) -> _Journey:
+        journey = _Journey(value, {scope.path: Frame(scope.own_names) for scope in self._scopes})
+        first, *others = _several(value) if len(self._arriving) > 1 else (value,)
+        journey.value, *near = _several(first) if self._arriving[0] else (first,)
+        skips = itertools.chain.from_iterable(self._arriving)
+        parts = itertools.chain(near, *map(_several, others))
+        for skip, part in zip(skips, parts, strict=True):
+            journey.frames[skip.scope].stashed[skip.name] = Stashed(skip.name, part)
+        return journey
+
+    def _pack(self, journey: _Journey) -> object:
+        near, *others = (
+            tuple(journey.frames[skip.scope].stashed[skip.name].unchanged() for skip in skips)
+            for skips in self._leaving
+        )
+        first = (journey.value, *near) if near else journey.value
+        return (first, *others) if others else first
+
+
+class SkipStage(Stage):
+    """A stage whose cells stash and pop."""
+
+    def __init__(
+        self,
+        index: int,
+        cells: Chain,
+        device: torch.device,
+        *,
+        is_last: bool,
+        loss: Loss | None,
+        arriving: Cargo,
+        leaving: Cargo,
+    ) -> None:
+        super().__init__(index, cells, device, is_last=is_last, loss=loss)
+        visits = _Visits(cells, arriving, leaving)
+        self._calls = [(cell, partial(visits.run, cell)) for cell in cells]
+        self._several = len(arriving) > 1
+        self._num_inputs: dict[int, list[int]] = {}  # microbatch -> tensors of each message
+
+    def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
+        """As `Stage.run`, with one value per message in and out where there are several."""
+        m = instruction.microbatch
+        if instruction.kind is Kind.FORWARD:
+            if self._several:
+                self._num_inputs[m] = [len(take_apart(value)[0]) for value in received]
+                received = [tuple(received)]
+            return super().run(instruction, received, call)
+        if len(received) > 1:
+            received = [tuple(itertools.chain.from_iterable(received))]  # type: ignore[arg-type]
+        gradients = super().run(instruction, received, call)
+        if not self._several or not isinstance(gradients, tuple):
+            return gradients
+        rest = iter(gradients)
+        return tuple(tuple(itertools.islice(rest, n)) for n in self._num_inputs.pop(m))
+
+    def clear(self) -> None:
+        self._num_inputs.clear()
+        super().clear()
+
+
+def _several(value: object) -> tuple[object, ...]:
+    assert isinstance(value, tuple)
+    return value
+
+
+def _branch(frame: Frame, name: str) -> None:
+    """Give a stashed value autograd nodes of its own.
+
+    So its users' gradients are summed before they join those of the cell's output, whether they
+    come through the graph or in a message.
+    """
+    tensors, structure = take_apart(frame.stashed[name].unchanged())
+    value = put_together([tensor[...] for tensor in tensors], structure)
+    frame.stashed[name] = Stashed(name, value)
+
+
+def _check_owned(popped: Stashed, value: object, journey: _Journey) -> None:
+    """Raise CellError if the cell that popped it changed more by it than what it popped."""
+    changed = popped.changed()
+    if not changed:
+        return
+    others = [
+        value,
+        *(s.value for frame in journey.frames.values() for s in frame.stashed.values()),
+    ]
+    tensors = [*changed, *itertools.chain.from_iterable(take_apart(v)[0] for v in others)]
+    if any(shared(tensors)[: len(changed)]):
+        popped.unchanged("by the cell that popped it; change a clone of it")
+
+
+def _check(cell: Cell, before: set[Skip], after: set[Skip]) -> None:
+    """Raise CellError unless the cell did what it declares."""
+    stashes, pops = set(cell.skips.stashes), set(cell.skips.pops)
+    for what, skips, remedy in (
+        ("declares that it stashes", stashes - after, "stash it in every forward (None will do)"),
+        ("declares that it pops", pops & after, "pop it in every forward"),
+        ("stashes", after - before - stashes, "declare it with @skippable(stash=[...])"),
+        ("pops", before - after - pops, "declare it with @skippable(pop=[...])"),
+    ):
+        if skips:
+            names = ", ".join(sorted(map(str, skips)))
+            but = "but did not" if what.startswith("declares") else "without declaring it"
+            raise CellError(
+                f"cell {cell.name!r} ({type(cell.module).__name__}) {what} {names} {but}; {remedy}"
+            )

@@ -1,0 +1,79 @@
+"""Stand-ins: what takes the place of a tied parameter in the cells that use it, for one call.
+
+Every cell that uses a parameter of another cell gets a leaf of its own, so that gradients arrive
+by cell and are summed once, in an order that does not depend on the partition.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from stagewise.engine.stage.gradient import LOW_PRECISION, Gradient, dense_like
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module of a using cell keeps a tied parameter."""
+
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+
+
+class StandIns:
+    """What takes the place of tied parameters in one call."""
+
+    def __init__(
+        self,
+        places: Mapping[int, Sequence[_Place]] | None = None,
+        leaves: Mapping[tuple[int, nn.Parameter], nn.Parameter] | None = None,
+        before: Mapping[nn.Parameter, Gradient] | None = None,
+    ) -> None:
+        self._places, self._leaves = places or {}, leaves or {}
+        self.before = before or {}  # the gradients that the parameters came with
+        self._sums: dict[tuple[int, nn.Parameter], torch.Tensor] = {}  # in float32
+
+    @property
+    def cells(self) -> Collection[int]:
+        """Those that have stand-ins."""
+        return self._places
+
+    @contextmanager
+    def inside(self, cell: int) -> Iterator[None]:
+        """Run cell `cell` inside, with its stand-ins in place."""
+        places = [p for p in self._places[cell] if (cell, p.parameter) in self._leaves]
+        for place in places:  # setattr, since nn.LSTM and its like keep a list besides
+            setattr(place.module, place.attribute, self._leaves[cell, place.parameter])
+        try:
+            yield
+        finally:
+            for place in places:
+                setattr(place.module, place.attribute, place.parameter)
+
+    def sum_in_float32(self) -> None:
+        """Let no microbatch's gradient stay in a `.grad` of low precision."""
+        for key, leaf in self._leaves.items():
+            if leaf.dtype in LOW_PRECISION:
+                leaf.register_post_accumulate_grad_hook(partial(self._move, key))  # type: ignore[no-untyped-call]
+
+    def take_gradient(self, cell: int, parameter: nn.Parameter) -> Gradient:
+        """What the microbatches left for `parameter` in `cell`, dense and on its device."""
+        leaf = self._leaves[cell, parameter]
+        gradient, leaf.grad = leaf.grad, None
+        return dense_like(parameter, self._sums.pop((cell, parameter), gradient))
+
+    def _move(self, key: tuple[int, nn.Parameter], leaf: torch.Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        self._sums[key] = self._sums[key].add_(gradient) if key in self._sums else gradient.float()
+
+
+def _places(root: nn.Module) -> Iterator[_Place]:
+    for module in root.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _Place(module, attribute, parameter)

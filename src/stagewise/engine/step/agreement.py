@@ -1,0 +1,57 @@
+"""What every rank raises where a call has failed on some.
+
+The first failure is the one whose instruction comes first in simulated time: what it sent in place
+of its messages may have made others fail, but only after it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stagewise.engine.transport.failure import Failure
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import OutOfMemoryError, PeerError, StagewiseError, UsageError
+
+LESS_MEMORY = (
+    "train with more microbatches (each is smaller), recomputation (recompute='always'), more "
+    "stages or a smaller batch"
+)
+
+
+def agreed_failure(transport: Transport, failure: Failure | None, place: int) -> StagewiseError:
+    """The error to raise on this rank; every rank calls this, some with a `failure`.
+
+    `place` is that of its instruction in simulated time. The rank that failed first gets its own
+    error, the others PeerError with that cause; OutOfMemoryError if that is it, all of them.
+    """
+    own = None
+    if failure is not None:
+        error = failure.error
+        own = (place, transport.rank, f"{type(error).__name__}: {error}", failure.out_of_memory)
+    first = min(other for other in transport.gather(own) if other is not None)
+    _, rank, text, out_of_memory = first
+    raised: StagewiseError
+    if out_of_memory:
+        raised = OutOfMemoryError(f"rank {rank} ran out of memory; {LESS_MEMORY}: {text}")
+    elif failure is not None and rank == transport.rank:
+        return failure.error
+    else:
+        raised = PeerError(f"rank {rank} failed, so this call is undone on all ranks: {text}")
+    raised.__cause__ = failure.error if failure is not None else None
+    return raised
+
+
+@contextmanager
+def agreed(transport: Transport) -> Iterator[None]:
+    """Raise on every rank if the block raises a UsageError on any; every rank calls this."""
+    objection: UsageError | None = None
+    try:
+        yield
+    except UsageError as error:
+        objection = error
+    told = transport.gather(None if objection is None else (type(objection), str(objection)))
+    if objection is not None:
+        raise objection
+    for rank, one in enumerate(told):
+        if one is not None:
+            kind, text = one
+            raise kind(f"rank {rank}: {text}")

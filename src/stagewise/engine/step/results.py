@@ -1,0 +1,197 @@
+"""The minibatch's losses, by name and summed, on every rank.
+
+Sums are taken in the order of microbatches, then of cells, so that their bits do not depend on
+the number of stages.
+"""
+
+import functools
+import operator
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from stagewise.batch.markers import Microbatches
+from stagewise.batch.split import join
+from stagewise.batch.values import detached
+from stagewise.engine.stage.call import Call
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import BatchError
+from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Losses = dict[int, dict[str, torch.Tensor]]  # by microbatch, then by name
+AddedLosses = dict[int, list[AddedLoss]]  # by microbatch
+Added = dict[tuple[int, str], torch.Tensor]  # sums by (cell, name)
+
+
+def agree_on_losses(
+    transport: Transport, call: Call, sources: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+    """The total, and its parts by name; ranks `sources` have the last stage, or replicas of it.
+
+    None on every rank if any was lost: that is how they agree that all went well.
+
+    Where stages are replicated (`call.shared`), no rank has all microbatches' losses: then they
+    travel one by one and every rank takes the sums.
+    """
+    source = sources[0]
+    if call.shared and transport.num_ranks > 1:
+        everyones = _everyones(transport, call, device)
+        if everyones is None:
+            return None
+        losses, from_cells = everyones
+        main, added = _main(losses, call), _added(from_cells, call)
+        if not main:
+            main = _nothing(device)
+        return _total(main, added, device)
+    if call.lost and transport.num_ranks == 1:
+        return None
+    main, added = ({}, {}) if call.lost else (_main(call.losses, call), _added(call.added, call))
+    if transport.rank == source and not main:
+        main = _nothing(device)
+    usual = not added and set(main) <= {MAIN_LOSS}
+    only = main.get(MAIN_LOSS)
+    if transport.num_ranks > 1:
+        row = [0, 0, int(usual), int(call.lost)]
+        if usual and only is not None:
+            row[:2] = _packed(only)
+        rows = transport.exchange(row)
+        if any(other[3] for other in rows):
+            return None
+        usual = all(other[2] for other in rows)
+        only = _number(rows[source], device)
+    if usual and only is not None:
+        return only, {MAIN_LOSS: only}
+    rank_parts = transport.gather(({n: t.cpu() for n, t in main.items()}, _on_cpu(added)))
+    every = {key: value for _, others in rank_parts for key, value in others.items()}
+    return _total(rank_parts[source][0], every, device)
+
+
+def _total(
+    main: Mapping[str, torch.Tensor], added: Added, device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    losses = {name: value.to(device) for name, value in main.items()}
+    total = functools.reduce(operator.add, losses.values())
+    for (_, name), value in sorted(added.items(), key=lambda item: item[0][0]):
+        part = value.to(device)
+        losses[name] = losses[name] + part if name in losses else part
+        total = total + part
+    return total, losses
+
+
+def agree_on_end(transport: Transport, call: Call) -> bool:
+    """Whether all went well on every rank, where there is no loss to agree on."""
+    return not any(row[0] for row in transport.exchange([int(call.lost)]))
+
+
+def _everyones(
+    transport: Transport, call: Call, device: torch.device
+) -> tuple[Losses, AddedLosses] | None:
+    """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
+    usual = not call.added and all(set(named) <= {MAIN_LOSS} for named in call.losses.values())
+    row = [int(usual), int(call.lost)]
+    for m in range(len(call.sizes)):
+        loss = call.losses.get(m, {}).get(MAIN_LOSS) if usual else None
+        row += [0, -1] if loss is None else _packed(loss)
+    rows = transport.exchange(row)
+    if any(row[1] for row in rows):
+        return None
+    losses: Losses = {}
+    if all(row[0] for row in rows):
+        for m in range(len(call.sizes)):
+            pairs = [row[2 + 2 * m : 4 + 2 * m] for row in rows]
+            for pair in pairs:
+                if pair[1] >= 0:
+                    losses[m] = {MAIN_LOSS: _number(pair, device)}
+        return losses, {}
+    own = (
+        {m: {n: t.to("cpu") for n, t in named.items()} for m, named in call.losses.items()},
+        {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in call.added.items()},
+    )
+    added: AddedLosses = {}
+    for named_by_m, added_by_m in transport.gather(own):
+        for m, named in named_by_m.items():
+            losses[m] = {name: loss.to(device) for name, loss in named.items()}
+        for m, parts in added_by_m.items():
+            moved = [replace(x, value=x.value.to(device)) for x in parts]
+            added[m] = sorted([*added.get(m, ()), *moved], key=lambda x: x.cell)
+    return losses, added
+
+
+def _nothing(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where every microbatch had the weight 0."""
+    return {MAIN_LOSS: torch.zeros((), device=device)}
+
+
+def _main(losses: Losses, call: Call) -> dict[str, torch.Tensor]:
+    sums: dict[str, torch.Tensor] = {}
+    for m in sorted(losses):
+        for name, loss in losses[m].items():
+            share = call.share(name, m)
+            # Nothing counts for nothing, even if it is NaN, as a mean over no tokens is.
+            part = loss.reshape(()) * share if share else torch.zeros_like(loss.reshape(()))
+            sums[name] = sums[name] + part if name in sums else part
+    return sums
+
+
+def _added(added: AddedLosses, call: Call) -> Added:
+    sums: Added = {}
+    for m in sorted(added):
+        for loss in added[m]:
+            part, key = loss.value.reshape(()) * call.weight(m), (loss.cell, loss.name)
+            sums[key] = sums[key] + part if key in sums else part
+    return sums
+
+
+def _on_cpu(added: Added) -> Added:
+    return {key: value.cpu() for key, value in added.items()}
+
+
+def _packed(number: torch.Tensor) -> list[int]:
+    (bits,) = struct.unpack("<q", struct.pack("<d", float(number)))
+    return [int(bits), _DTYPES.index(number.dtype)]
+
+
+def _number(row: Sequence[int], device: torch.device) -> torch.Tensor:
+    (value,) = struct.unpack("<d", struct.pack("<q", row[0]))
+    return torch.tensor(value, dtype=torch.float64).to(dtype=_DTYPES[row[1]], device=device)
+
+
+Ranks = Sequence[int] | Literal["all"] | None  # None: all
+
+
+def ranks_of(ranks: Ranks, num_ranks: int) -> list[int]:
+    """The ranks that `ranks` names, each once, in order; raises BatchError if it names none."""
+    if ranks is None or ranks == "all":
+        return list(range(num_ranks))
+    if not all(isinstance(rank, int) for rank in ranks):
+        raise BatchError(f"ranks is {ranks!r}; give a list of rank numbers, or 'all'")
+    return sorted(set(ranks))
+
+
+def outputs_of(
+    call: Call, transport: Transport, sources: Sequence[int], ranks: Sequence[int]
+) -> object:
+    """The microbatches' outputs from ranks `sources`, put together, on `ranks`; else None.
+
+    Raises BatchError on every rank if they cannot be put together.
+    """
+    outputs, problem = None, None
+    source, every = sources[0], dict(call.outputs)
+    for other in sources[1:]:  # replicas: the first puts together what all of them have
+        theirs = transport.broadcast(call.outputs, other, [source])
+        if transport.rank == source:
+            every.update(theirs)
+    if every and transport.rank == source:
+        parts = [detached(every[m]) for m in sorted(every)]
+        try:
+            outputs = Microbatches(parts) if call.ready else join(parts, call.sizes)
+        except BatchError as error:
+            problem = str(error)
+    outputs, problem = transport.broadcast((outputs, problem), source, ranks)
+    if problem is not None:
+        raise BatchError(problem)
+    return outputs if transport.rank in ranks else None

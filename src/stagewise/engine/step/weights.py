@@ -1,0 +1,109 @@
+"""How much each microbatch's loss counts, known on every rank before anything runs."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from stagewise.engine.stage.call import Scaling
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import BatchError
+
+Number = float | torch.Tensor
+_ROUNDING = 1e-5  # of a caller's total, as a sum in float32 has it
+Weight = Callable[..., Number | Mapping[str, Number]]
+
+
+def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> None:
+    """Raise BatchError if this step alone exceeds the totals it is said to be a part of."""
+    total = scaling.total_samples
+    if total is not None and total < num_samples:
+        raise BatchError(
+            f"total_samples is {total} but this step alone has {num_samples} samples; give the "
+            "number of samples of all the steps that are accumulated"
+        )
+    if total is not None and has_weight and scaling.total_weight is None:
+        raise BatchError(
+            "total_samples was given to a Pipeline with a weight function, whose losses count by "
+            "weight; give total_weight (and total_samples besides, for what add_loss adds)"
+        )
+    if scaling.total_weight is not None and not has_weight:
+        raise BatchError(
+            "total_weight needs a Pipeline with a weight function; this one weighs by samples, so "
+            "give total_samples"
+        )
+    if not (math.isfinite(scaling.gradient_scale) and scaling.gradient_scale > 0):
+        raise BatchError(f"loss_scale is {scaling.gradient_scale}; give a positive number")
+
+
+def agree_on_shares(
+    transport: Transport,
+    weight: Weight,
+    targets: Sequence[object],
+    total: float | Mapping[str, float] | None,
+    source: int,
+) -> dict[str, tuple[float, ...]]:
+    """Every loss's share per microbatch, from rank `source`, which has the `targets`.
+
+    Raises BatchError on every rank if the weights are of no use.
+    """
+    columns: dict[str, tuple[float, ...]] = {}
+    problem: str | None = None
+    if transport.rank == source:
+        try:
+            columns = _columns([_numbers(weight(target)) for target in targets])
+            _check_names(columns, total)
+            columns = {name: _shares(name, column, total) for name, column in columns.items()}
+        except BatchError as error:
+            problem = str(error)
+        except Exception as error:
+            problem = f"weight(target) failed: {type(error).__name__}: {error}"
+    columns, problem = transport.broadcast((columns, problem), source)
+    if problem is not None:
+        raise BatchError(problem)
+    return columns
+
+
+def _check_names(columns: Mapping[str, object], totals: float | Mapping[str, float] | None) -> None:
+    if isinstance(totals, Mapping) and set(totals) != set(columns):
+        raise BatchError(
+            f"total_weight names {sorted(totals)} but weight(target) names {sorted(columns)}; give "
+            "one total for each of the weights"
+        )
+
+
+def _numbers(weight: Number | Mapping[str, Number]) -> dict[str, float]:
+    by_name = weight if isinstance(weight, Mapping) else {"": weight}
+    return {name: float(number) for name, number in by_name.items()}
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    names = list(rows[0])
+    if any(set(row) != set(names) for row in rows):
+        raise BatchError(
+            f"weight(target) names {sorted(names)} on the first microbatch but other losses on "
+            "another; return the same names for every target"
+        )
+    return {name: tuple(row[name] for row in rows) for name in names}
+
+
+def _shares(
+    name: str, column: tuple[float, ...], totals: float | Mapping[str, float] | None
+) -> tuple[float, ...]:
+    of = f" of {name!r}" if name else ""
+    if not all(math.isfinite(weight) and weight >= 0 for weight in column):
+        raise BatchError(
+            f"the microbatches' weights{of} are {column}; weight(target) must return a finite "
+            "number of at least 0"
+        )
+    own = math.fsum(column)
+    total = totals[name] if isinstance(totals, Mapping) else totals
+    if total is None:
+        total = own
+    if total < own * (1 - _ROUNDING) or total == 0:
+        raise BatchError(
+            f"the minibatch's weights{of} sum to {own}, of a total of {total}; the total must be "
+            "positive and that of all accumulated steps, so leave out a batch without any weight "
+            "or give total_weight"
+        )
+    return tuple(weight / total for weight in column)

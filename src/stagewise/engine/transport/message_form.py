@@ -1,0 +1,147 @@
+"""The form of a message: what its receiver must know before its tensors arrive.
+
+A tensor travels as the bytes of its memory: densely, whatever its strides, and once what `expand`
+repeats. A `Header` says how to make the message of them again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stagewise.batch.values import Structure, mark_shared, put_together, shared
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor travels: densely, whatever its strides, and once what `expand` repeats."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]  # 0 where repeated
+    dtype: torch.dtype
+    requires_grad: bool
+    contiguous: bool  # the usual case, which needs no rearranging
+    overlaps: bool = False  # it shared memory with another tensor of its message
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a contiguous `tensor` has this very layout; quicker than making its layout."""
+        return (
+            self.contiguous
+            and tensor.is_contiguous()
+            and tensor.shape == self.shape
+            and tensor.dtype == self.dtype
+            and tensor.requires_grad == self.requires_grad
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+        )
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """Room for what travels; `expand` it to `shape` afterwards."""
+        if self.contiguous:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        once = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
+        return torch.empty_strided(once, self.stride, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that the receiver must know to rebuild a message."""
+
+    structure: Structure
+    layouts: tuple[Layout, ...]
+
+    @property
+    def varies(self) -> bool:
+        """Whether the next message in its place may have another form: its class says so."""
+        return getattr(self.structure.spec.type, "varies", False)
+
+    def overlaps(self) -> tuple[bool, ...]:
+        """Which tensors shared memory with others in the first message of this form."""
+        return tuple(layout.overlaps for layout in self.layouts)
+
+    def fits(self, tensors: Sequence[torch.Tensor], structure: Structure) -> bool:
+        """Whether contiguous `tensors` in `structure` would have this very header."""
+        return (
+            (structure is self.structure or structure == self.structure)
+            and len(tensors) == len(self.layouts)
+            and all(map(Layout.fits, self.layouts, tensors))
+        )
+
+    def unpacked(self, tensors: Sequence[torch.Tensor]) -> object:
+        """The message of `tensors` as they arrived."""
+        whole = []
+        for tensor, layout in zip(tensors, self.layouts, strict=True):
+            if not layout.contiguous:
+                tensor = tensor.expand(layout.shape)
+            whole.append(tensor.requires_grad_(layout.requires_grad))
+            if layout.overlaps:
+                mark_shared(whole[-1])
+        return put_together(whole, self.structure)
+
+
+def packed(
+    tensors: Sequence[torch.Tensor], structure: Structure, known: Header | None
+) -> tuple[list[torch.Tensor], Header]:
+    """What travels of a message's tensors, and its form; `known` is that of one before it."""
+    dense = [_dense(tensor) for tensor in tensors]
+    overlaps = shared(tensors) if known is None else known.overlaps()
+    layouts = list(map(layout_of, tensors, dense))
+    if len(overlaps) == len(layouts):
+        layouts = [
+            replace(layout, overlaps=True) if overlap else layout
+            for layout, overlap in zip(layouts, overlaps, strict=True)
+        ]
+    return dense, Header(structure, tuple(layouts))
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without repetitions, if its elements then fill a stretch of memory in some order.
+
+    Else a contiguous copy of that. A lazily conjugated or negated tensor is computed, since its
+    memory says nothing of that.
+    """
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    for dim in _repeated(tensor):
+        tensor = tensor.narrow(dim, 0, 1)
+    expected = 1
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(axis for axis in axes if axis[1] != 1):
+        if stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+def _repeated(tensor: torch.Tensor) -> list[int]:
+    """The dimensions along which `expand` repeats the tensor's memory."""
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    return [dim for dim, (stride, size) in enumerate(axes) if stride == 0 and size > 1]
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor in memory order, whatever its strides (channels_last stays)."""
+    if not tensor.is_contiguous() or tensor.numel() == 1:  # one element may have any strides
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.view(-1).view(torch.uint8)
+
+
+def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> Layout:
+    """How `tensor` travels as `dense`."""
+    stride = list(dense.stride())
+    for dim in _repeated(tensor):
+        stride[dim] = 0
+    for dim, size in enumerate(tensor.shape):
+        if size == 1:
+            stride[dim] = max(stride[dim], 1)  # 0 would read as repeated; it moves nothing
+    contiguous = dense.is_contiguous() and dense.shape == tensor.shape
+    return Layout(tensor.shape, tuple(stride), tensor.dtype, tensor.requires_grad, contiguous)
+
+
+def in_words(header: Header) -> str:
+    """What a message holds, for people."""
+    tensors = [
+        f"{tuple(layout.shape)} {layout.dtype}" + " with gradient" * layout.requires_grad
+        for layout in header.layouts
+    ]
+    constants = [c for c in header.structure.constants if c is not None]
+    return f"[{', '.join(tensors)}]" + (f" and constants {constants}" if constants else "")

@@ -1,0 +1,92 @@
+"""What a cell made by stagewise from a captured model says of itself."""
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from stagewise.model.skip import NO_SKIPS, CellSkips
+
+
+class Holder(nn.Module):
+    """Stands for a module that is spread over cells: holds some of its parameters and buffers."""
+
+
+class Piece(nn.Module):
+    """A piece of a captured model.
+
+    It takes tensors of the batch under `input_names`. What the cell before returned is its only
+    positional argument; the first piece has none.
+    """
+
+    input_names: tuple[str, ...] = ()
+    is_first: bool = False
+
+    @abstractmethod
+    def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
+        """What it holds: a place in the plain model's order, a path there, and the module.
+
+        The module is the plain model's own, or a Holder.
+        """
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its position in the chain, its path in the model (`"0.1"`), module and skips."""
+
+    index: int
+    name: str
+    module: nn.Module
+    skips: CellSkips = NO_SKIPS
+
+    def named_modules(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+        """All modules in the cell, by their paths in the model."""
+        known: set[nn.Module] = set()
+        for path, root in self.roots():
+            yield from root.named_modules(known, path, remove_duplicate)
+
+    def roots(self) -> list[tuple[str, nn.Module]]:
+        """The modules that make up the cell, by their paths in the model."""
+        if isinstance(self.module, Piece):
+            return [(path, module) for _, path, module in self.module.owned()]
+        return [(self.name, self.module)]
+
+    def keywords(self, num_args: int = 1) -> tuple[str, ...]:
+        """What `forward` takes by name beside `num_args` positional arguments."""
+        positional, keyword_only = self._parameter_names
+        return positional[num_args:] + keyword_only
+
+    @cached_property
+    def _parameter_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return parameter_names(self.module)
+
+
+Chain = tuple[Cell, ...]
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def parameter_names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of `forward`'s (positional, keyword-only) parameters; `*args`, `**kwargs` have none.
+
+    A positional-only parameter counts under a name that no keyword can have.
+    """
+    if isinstance(module, Piece):
+        carried = () if module.is_first else ("value (positional only)",)
+        return (*carried, *module.input_names), ()
+    module = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward hides it
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled code may have no signature
+        return (), ()
+    positional = tuple(
+        p.name if p.kind in _BY_NAME else f"{p.name} (positional only)"
+        for p in parameters
+        if p.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    )
+    only = tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+    return positional, only

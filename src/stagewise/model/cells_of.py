@@ -1,0 +1,93 @@
+"""Taking any module: what is no chain of cells is captured from the example that came with it.
+
+Where the caller names the cells, the model's own forward is run in each of them instead.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stagewise.batch.markers import Arguments, Replicated, is_mark
+from stagewise.batch.split import first_microbatch
+from stagewise.errors import ModelError
+from stagewise.model.captured import captured_of
+from stagewise.model.cell import Chain
+from stagewise.model.chain import Model, chain_of, is_chain
+from stagewise.model.export.capture import capture
+from stagewise.model.replay.capture_cells import AnyForm, capture_cells
+
+_ALL = sys.maxsize  # samples
+
+
+def chain_for(
+    model: Model,
+    inputs: object,
+    keywords: Mapping[str, object],
+    cells: Sequence[str] | None = None,
+) -> Chain:
+    """The model's cells; a module that is no chain is captured, unless it was with such arguments.
+
+    With `cells` they are the modules of these names, unless they are that already. Raises
+    ModelError where that cannot be done, or where there is no example.
+    """
+    if cells is not None:
+        return _named(model, inputs, keywords, cells)
+    if not isinstance(model, nn.Module) or is_chain(model) or (inputs is None and not keywords):
+        return chain_of(model)
+    args, kwargs = _example(inputs, keywords)
+    captured = captured_of(model)
+    if captured is None or not captured.form.matches(args, kwargs):
+        captured = capture(model, *args, **kwargs)
+    return captured.chain
+
+
+def _named(
+    model: Model, inputs: object, keywords: Mapping[str, object], cells: Sequence[str]
+) -> Chain:
+    captured = captured_of(model)
+    form = captured.form if captured is not None else None
+    if isinstance(form, AnyForm) and form.cells == tuple(cells):
+        return chain_of(model)
+    if not isinstance(model, nn.Module) or (inputs is None and not keywords):
+        raise ModelError(
+            f"cells={list(cells)} needs "
+            + ("an example of the batch" if isinstance(model, nn.Module) else "one nn.Module")
+            + "; give stagewise.plan the model and an example, or leave cells out"
+        )
+    args, kwargs = _example(inputs, keywords)
+    return capture_cells(model, cells, *args, **kwargs).chain
+
+
+def _example(
+    inputs: object, keywords: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """A batch, all of it as one microbatch, as the arguments of the model's forward."""
+    example = first_microbatch((inputs, dict(keywords)), _ALL)
+    return _arguments(
+        *pytree.tree_map(
+            lambda leaf: leaf.value if isinstance(leaf, Replicated) else leaf,
+            example,
+            is_leaf=is_mark,
+        )
+    )
+
+
+def entering(
+    model: Model, inputs: object, keywords: Mapping[str, object]
+) -> tuple[object, dict[str, object]]:
+    """What enters the chain, and what its cells take by name: the latter alone if captured."""
+    captured = captured_of(model)
+    if captured is None:
+        return inputs, dict(keywords)
+    return None, captured.form.bind(*_arguments(inputs, keywords))
+
+
+def _arguments(
+    inputs: object, keywords: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The model's own arguments: several positional ones are one value in `plan`."""
+    if isinstance(inputs, Arguments):
+        return inputs.args, {**inputs.kwargs, **keywords}
+    return (() if inputs is None else (inputs,)), dict(keywords)

@@ -1,0 +1,177 @@
+"""`stagewise.capture`: any module as a chain of cells, by way of torch.export.
+
+The model is traced in training and in eval mode; both traces are cut at the same places, and every
+cell gets its share of the parameters, under the plain model's names, and its code of both modes.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from stagewise.errors import ModelError
+from stagewise.model.call_form import CallForm
+from stagewise.model.captured import Captured, remember
+from stagewise.model.cell import Cell
+from stagewise.model.export.cell_code import programs_of
+from stagewise.model.export.cuts import cuts_of, matching_cuts, names_of
+from stagewise.model.export.dataflow import Flow
+from stagewise.model.export.disk_cache import Plain, cached
+from stagewise.model.export.exported_cell import CapturedCell
+from stagewise.model.export.opaque_modules import leaves_of
+from stagewise.model.export.trace import traced
+from stagewise.model.namespace import Home
+from stagewise.model.ownership import owners_of
+
+
+def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
+    """Capture `model` as a chain of cells, from one call of it as an example.
+
+    `args` and `kwargs` are those of the model's `forward`, with the samples along dimension 0 of
+    every tensor; their values do not matter. Afterwards `Pipeline(model, plan)` accepts the model;
+    `stagewise.plan` captures by itself. The model keeps its parameters, which the cells share.
+    What `forward` decides (by flags, sizes, hooks of modules that are not torch.nn's own) is
+    decided now, and a batch for which it would decide otherwise by its sizes is refused. The number
+    of samples may change, and in tensors of up to three dimensions every size that `forward` does
+    not fix, as the length of sequences. Training and eval mode are captured apart. What was found
+    is kept on disk (`stagewise.model.export.disk_cache`), and found again in a second.
+
+    Returns an object that runs as the model does, and that Pipeline takes in its place.
+
+    Raises:
+        ModelError: torch.export cannot trace the model; names module, line and the way out.
+
+    Example:
+        >>> import torch, stagewise
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        ...     def forward(self, x):
+        ...         return x + self.down(self.up(x).relu())
+        >>> net = Net()
+        >>> captured = stagewise.capture(net, torch.ones(2, 4))
+        >>> [cell.name for cell in captured.chain]
+        ['up', 'down']
+        >>> plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+        >>> loss = lambda output, target: (output - target).square().mean()
+        >>> pipe = stagewise.Pipeline(net, plan, loss=loss)
+        >>> float(pipe.step(torch.ones(6, 4), target=net(torch.ones(6, 4))))
+        0.0
+    """
+    _check(model)
+    form = CallForm(model, args, kwargs)
+    pieces = cached(model, form, lambda: _pieces(model, form, args, kwargs))
+    captured = _assembled(model, form, pieces)
+    remember(model, captured)
+    return captured
+
+
+def _pieces(
+    model: nn.Module, form: CallForm, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> list[Plain]:
+    """Trace the model and cut it."""
+    device = _device(model)
+    example = _doubled(_copied(form.named(args, kwargs), device))
+    leaves = leaves_of(model)
+    flows = {}
+    with _modes_kept(model), torch.device("meta") if device.type == "meta" else nullcontext():
+        for training in (True, False):
+            if model.training is not training:
+                model.train(training)
+            flows[training] = Flow(traced(model, leaves, (), example), leaves, _buffers(model))
+    for flow in flows.values():
+        flow.memory.check_inputs()
+    form.check_batch(flows[True].trace.inputs, type(model).__name__)
+    main = flows[True].main
+    cuts = cuts_of(model, flows[True], main)
+    begins: dict[bool, list[fx.Node | None]] = {
+        True: [main[cut] for cut in cuts],
+        False: _begins(cuts, main, flows[True], flows[False]),
+    }
+    homes = [Home(device) for _ in range(len(cuts) + 1)]
+    programs = {
+        training: programs_of(flow, begins[training], homes, form.leaves)
+        for training, flow in flows.items()
+    }
+    names = names_of(model, flows[True], main, cuts)
+    return [
+        Plain(name, home, {training: both[index] for training, both in programs.items()})
+        for index, (name, home) in enumerate(zip(names, homes, strict=True))
+    ]
+
+
+def _assembled(model: nn.Module, form: CallForm, pieces: Sequence[Plain]) -> Captured:
+    """The cells, with the model's own modules and parameters."""
+    owners = owners_of(model, leaves_of(model), [piece.home for piece in pieces])
+    cells = []
+    for index, piece in enumerate(pieces):
+        taken = {t.name for p in piece.programs.values() for t in p.taken}
+        names = [name for name in form.names if name in taken]
+        # The first must take something, since the batch enters there.
+        names = names or list(form.names[:1] if index == 0 else ())
+        module = CapturedCell(piece.home, owners[index], piece.programs, names, is_first=index == 0)
+        module.training = model.training
+        cells.append(Cell(index, piece.name, module))
+    for program in pieces[0].programs.values():
+        form.add_promise(program.batch, program.conditions)
+    form.taken = frozenset(n for cell in cells for n in cell.keywords(cell.index and 1))
+    return Captured(tuple(cells), form)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"capture() got a {type(model).__name__}; pass an nn.Module")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ModelError(
+            f"{type(model).__name__} is lazy: some parameters have no shape yet; run the model "
+            "once on a sample, then capture it"
+        )
+
+
+def _copied(example: Mapping[str, object], device: torch.device) -> dict[str, object]:
+    """The example with tensors of its own, each once, so that none is tied to another."""
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: t.detach().clone().to(device), dict(example)
+    )
+
+
+def _doubled(example: dict[str, object]) -> dict[str, object]:
+    """At least two samples, since torch.export takes a size of one for a constant."""
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.dim()]
+    if any(tensor.shape[0] != 1 for tensor in tensors):
+        return example
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, example
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _buffers(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def _begins(
+    cuts: Sequence[int], main: tuple[fx.Node, ...], flow: Flow, other: Flow
+) -> list[fx.Node | None]:
+    theirs = other.main
+    found = matching_cuts(cuts, main, flow, theirs, other)
+    return [theirs[cut] if cut < len(theirs) else None for cut in found]
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,141 @@
+"""Cells of a captured model: each owns its share of the parameters and runs its share of the code.
+
+A cell holds torch.nn's layers themselves, and for the parameters and buffers of other modules a
+holder with the same attribute names, so that all names are the plain model's.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stagewise.model.cell import Holder, Piece
+from stagewise.model.namespace import Code, Home
+from stagewise.model.promised_sizes import Condition, TakenInput, check
+
+TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
+
+
+class Derived:
+    """What is computed from the batch alone, kept for the next cells of the stage.
+
+    To the engine it is a pytree without leaves, so it crosses no stage boundary with what it
+    holds: the next stage finds it empty, and computes again what it needs.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+
+pytree.register_pytree_node(
+    Derived,
+    lambda _: ([], None),
+    lambda _leaves, _context: Derived(),
+    serialized_type_name="stagewise.Derived",
+    flatten_with_keys_fn=lambda _: ([], None),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a cell runs in one mode.
+
+    `run(space, *arriving, *shared, *inputs)` returns what leaves, or the tensors of the model's
+    output. `derive(space, *derive_inputs)` computes `shared`, where an earlier cell of the stage
+    has not. `takes_one`: what arrives is one value, not a tuple.
+    """
+
+    run: Code
+    inputs: tuple[TakenInput, ...]
+    takes_one: bool
+    takes_derived: bool
+    hands_on_derived: bool
+    shared: tuple[str, ...]
+    derive: Code | None
+    derive_inputs: tuple[TakenInput, ...]
+    out_spec: pytree.TreeSpec | None  # of the last cell
+    out_constants: tuple[object, ...]
+    batch: tuple[TakenInput, ...]  # of the model, whether this cell takes it or not
+    conditions: tuple[Condition, ...]  # on the batch's sizes
+
+    @property
+    def taken(self) -> tuple[TakenInput, ...]:
+        """What of the batch `run` and then `derive` take."""
+        return (*self.inputs, *self.derive_inputs)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Program":
+        return self  # nothing in it changes
+
+
+class CapturedCell(Piece):
+    """A piece of a captured model; `owners` are what it holds, as `owned` gives it."""
+
+    def __init__(
+        self,
+        home: Home,
+        owners: Sequence[tuple[int, str, nn.Module]],
+        programs: Mapping[bool, Program],
+        input_names: Sequence[str],
+        *,
+        is_first: bool,
+    ) -> None:
+        super().__init__()
+        self._space = SimpleNamespace(device=home.device, **home.kept)
+        self._space.itself = self._space
+        self._programs = dict(programs)
+        self.input_names, self.is_first = tuple(input_names), is_first
+        self._fulfilled: set[object] = set()  # modes, shapes and dtypes of inputs that fit
+        self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
+        for place, path, module in owners:
+            name = home.owner(path)
+            self._owned.append((place, path, name))
+            self.add_module(name, module)
+            setattr(self._space, name, module)
+        self._space.constants = self._constants = Holder()
+        for name, tensor in home.constants.items():
+            self._constants.register_buffer(name, tensor, persistent=False)
+
+    def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
+        for place, path, name in self._owned:
+            yield place, path, self.get_submodule(name)
+
+    def forward(self, value: Any = (), **inputs: Any) -> Any:
+        """Run on what the cell before returned, and on tensors of the batch by name."""
+        program, space = self._programs[self.training], self._space
+        batch = [taken.of(inputs) for taken in program.taken]
+        form = (self.training, *[(tensor.shape, tensor.dtype) for tensor in batch])
+        if form not in self._fulfilled:
+            check(program.taken, batch, program.conditions)
+            self._fulfilled.add(form)
+        given = batch[: len(program.inputs)]
+        derived = None
+        if program.takes_derived:
+            *arriving, derived = value
+        else:
+            arriving = (value,) if program.takes_one else value
+        tensors = (v for v in (*arriving, *inputs.values()) if isinstance(v, torch.Tensor))
+        space.device = next((tensor.device for tensor in tensors), space.device)
+        shared: Iterable[Any] = ()
+        if program.hands_on_derived or program.shared:
+            derived = Derived() if derived is None else derived
+            shared = self._shared(program, derived, batch[len(given) :]) if program.shared else ()
+        result = program.run.function(space, *arriving, *shared, *given)
+        if program.out_spec is not None:
+            rest = iter(result)
+            leaves = [next(rest) if leaf is TENSOR else leaf for leaf in program.out_constants]
+            return pytree.tree_unflatten(leaves, program.out_spec)
+        return (*result, derived) if program.hands_on_derived else result
+
+    def _shared(
+        self, program: Program, derived: Derived, given: Sequence[torch.Tensor]
+    ) -> list[Any]:
+        known = derived.values
+        if program.derive is not None and not all(name in known for name in program.shared):
+            known.update(
+                zip(program.shared, program.derive.function(self._space, *given), strict=True)
+            )
+        return [known[name] for name in program.shared]

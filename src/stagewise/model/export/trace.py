@@ -1,0 +1,208 @@
+"""A model as torch.export sees it: operators in running order, between inputs and outputs.
+
+What is in the graph for torch's own sake only (assertions, conversions to what a tensor is
+already) is dropped here, so that the rest is what the plain model runs.
+"""
+
+import io
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ShapesCollection
+from torch.export.exported_program import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.utils import _pytree as pytree
+
+from stagewise.errors import ModelError
+from stagewise.model.export.export_workarounds import traceable
+from stagewise.model.export.opaque_modules import LEAF, LeafCall, opaque
+from stagewise.model.export.refusal import refusal
+from stagewise.model.promised_sizes import Condition, conditions_of
+
+# Tokens, or vectors in a row. Images keep their size: symbolic ones can take long to trace.
+MAX_SEQUENCE_DIMS = 3
+
+_aten = torch.ops.aten
+_ASSERTIONS = {
+    _aten._assert_tensor_metadata.default,
+    _aten._assert_scalar.default,
+    _aten.sym_constrain_range.default,
+    _aten.sym_constrain_range_for_size.default,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model runs in one mode.
+
+    `nodes` are in running order. `inputs` are the placeholders of the call's tensors by their
+    place among its leaves; `states` those of parameters and buffers by name; `constants` those
+    of tensors made in forward. `outputs` are nodes, or constants, nested as `out_spec` says.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: Mapping[fx.Node, int]
+    states: Mapping[fx.Node, str]
+    constants: Mapping[fx.Node, torch.Tensor]
+    outputs: tuple[object, ...]
+    out_spec: pytree.TreeSpec
+    calls: Mapping[int, LeafCall]
+    conditions: tuple[Condition, ...]
+    owner: nn.Module  # of the graphs that operators run inside
+
+    def leaf_call(self, node: fx.Node) -> LeafCall | None:
+        """The call of a leaf module that `node` is, if it is one."""
+        return self.calls[node.args[2]] if node.target is LEAF else None  # type: ignore[index]
+
+
+def traced(
+    model: nn.Module,
+    leaves: dict[str, nn.Module],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> Trace:
+    """Trace `model` in its present mode; raises ModelError naming module, line and the way out.
+
+    The number of samples may change, and in sequences every size that the model does not fix.
+    """
+    try:
+        return _traced(model, leaves, args, kwargs, max_dims=MAX_SEQUENCE_DIMS)
+    except ModelError:  # because of other sizes, perhaps; if not, it fails again
+        return _traced(model, leaves, args, kwargs, max_dims=1)
+
+
+def _traced(
+    model: nn.Module,
+    leaves: dict[str, nn.Module],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    max_dims: int,
+) -> Trace:
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    for tensor in tensors:
+        free = tensor.dim() if tensor.dim() <= max_dims else 1
+        # A size of one is a constant to torch.export; it may mean broadcasting.
+        shapes[tensor] = {axis: Dim.AUTO for axis in range(free) if tensor.shape[axis] != 1}
+    printed = io.StringIO()  # a failing torch.export prints its whole graph
+    with (
+        opaque(leaves) as calls,
+        traceable(model, kwargs),
+        warnings.catch_warnings(),
+        redirect_stderr(printed),
+    ):
+        # An LSTM keeps its parameters in a list besides, which torch.export puts back.
+        warnings.filterwarnings("ignore", r"The tensor attributes? self\..*\._flat_weights")
+        try:
+            with torch.enable_grad():
+                program = torch.export.export(
+                    model,
+                    tuple(args),
+                    dict(kwargs),
+                    strict=False,
+                    dynamic_shapes=shapes,  # type: ignore[arg-type]
+                )
+        except Exception as error:
+            raise refusal(model, error) from error
+    sys.stderr.write(printed.getvalue())
+    return _trace_of(program, calls)
+
+
+def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall]) -> Trace:
+    graph = program.graph
+    by_name = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    inputs: dict[fx.Node, int] = {}
+    states: dict[fx.Node, str] = {}
+    constants: dict[fx.Node, torch.Tensor] = {}
+    num_inputs = 0
+    for node in list(graph.nodes):
+        if node.op != "placeholder":
+            continue
+        spec: InputSpec = by_name[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                inputs[node] = num_inputs
+            num_inputs += 1
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            states[node] = spec.target
+        else:
+            assert spec.target is not None
+            constants[node] = program.constants[spec.target]
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            _clean(module.graph)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    _place_updates(graph, states, output)
+    return Trace(
+        nodes=tuple(node for node in graph.nodes if node.op in ("call_function", "get_attr")),
+        inputs=inputs,
+        states=states,
+        constants=constants,
+        outputs=tuple(output.args[0]),
+        out_spec=program.call_spec.out_spec,
+        calls=calls,
+        conditions=conditions_of(graph),
+        owner=program.graph_module,
+    )
+
+
+def _clean(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+        elif node.target is _aten.to.dtype_layout and _changes_nothing(node):
+            # `x.to(device)`: it names the dtype only because x had it.
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    (source, *_), result = node.args, node.meta["val"]
+    assert isinstance(source, fx.Node)
+    value = source.meta["val"]
+    same = value.dtype == result.dtype and value.device == result.device
+    return bool(same and not node.kwargs.get("copy") and value.layout == result.layout)
+
+
+def _place_updates(graph: fx.Graph, states: Mapping[fx.Node, str], output: fx.Node) -> None:
+    """Write a buffer as soon as its new value is there and its old one is no more needed.
+
+    torch.export writes all at the end. What was written in place is there already.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target is not _aten.copy_.default or node.args[0] not in states or node.users:
+            continue
+        buffer, value = node.args[:2]
+        assert isinstance(buffer, fx.Node)
+        if not isinstance(value, fx.Node):
+            continue
+        if value is buffer or _is_same_memory(value, buffer):
+            graph.erase_node(node)
+            continue
+        users = [user for user in (*buffer.users, value) if user is not node]
+        last = max(users, key=order.__getitem__)
+        if last is not output:
+            last.append(node)
+
+
+def _is_same_memory(value: fx.Node, buffer: fx.Node) -> bool:
+    """Whether `value` is what an operator in place returned for `buffer`."""
+    while isinstance(value.target, torch._ops.OpOverload):
+        returns = value.target._schema.returns
+        if len(returns) != 1 or returns[0].alias_info is None or not returns[0].alias_info.is_write:
+            return False
+        source = value.args[0]
+        if source is buffer:
+            return True
+        if not isinstance(source, fx.Node):
+            return False
+        value = source
+    return False

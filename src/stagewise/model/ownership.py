@@ -1,0 +1,119 @@
+"""Which cell holds which parameters and buffers: those that use them, and for the unused one more.
+
+A layer of torch.nn that a cell calls is held itself. Of another module, which may be spread over
+many cells, a cell holds what it uses, in a holder with the same attribute names.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from stagewise.model.cell import Holder
+from stagewise.model.namespace import Home
+
+V = TypeVar("V")
+
+
+def owners_of(
+    model: nn.Module, leaves: Mapping[str, nn.Module], homes: Sequence[Home]
+) -> list[list[tuple[int, str, nn.Module]]]:
+    """For every cell, what it holds: place in `model`'s order, path there, module or Holder.
+
+    Every name of the model's parameters and buffers is there at least once.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {module: path for path, module in reversed(modules.items())}
+    cells: list[dict[str, nn.Module]] = [{} for _ in homes]
+    for cell, home in zip(cells, homes, strict=True):
+        for path in sorted(home.leaves):
+            cell[path] = leaves[path]
+        for name in sorted(home.states):
+            _hold(cell, model, name)
+    for path, module in modules.items():  # other names of layers that are held
+        for cell in cells:
+            if path not in cell and module in cell.values() and not _inside(path, cell):
+                cell[path] = module
+    everything = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in everything:
+        if any(_has(cell, name) for cell in cells):
+            continue
+        cell = _nearest(cells, name, tensor)
+        path = name.rpartition(".")[0]
+        leaf = first[modules[path]]
+        whole = next((p for p in leaves if leaf == p or leaf.startswith(f"{p}.")), None)
+        if whole is not None and whole == leaf:
+            cell[path] = leaves[whole]
+        else:
+            _hold(cell, model, name)
+    for cell in cells:
+        for path, held in cell.items():
+            if isinstance(held, Holder):
+                _sort(held._parameters, modules[path]._parameters)
+                _sort(held._buffers, modules[path]._buffers)
+    order = {path: index for index, path in enumerate(modules)}
+    return [sorted((order[path], path, module) for path, module in cell.items()) for cell in cells]
+
+
+def _hold(cell: dict[str, nn.Module], model: nn.Module, name: str) -> None:
+    """Let `cell` hold the parameter or buffer `name`."""
+    if _has(cell, name):
+        return
+    path, _, attribute = name.rpartition(".")
+    source = model.get_submodule(path)
+    holder = cell.get(path)
+    if not isinstance(holder, Holder):
+        holder = cell[path] = Holder()
+        holder.training = source.training
+    if attribute in source._parameters:
+        holder.register_parameter(attribute, source._parameters[attribute])
+    else:
+        persistent = attribute not in source._non_persistent_buffers_set
+        holder.register_buffer(attribute, source._buffers[attribute], persistent=persistent)
+
+
+def _sort(held: dict[str, V], order: Iterable[str]) -> None:
+    held.update({name: held.pop(name) for name in order if name in held})
+
+
+def _has(cell: Mapping[str, nn.Module], name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    for held, module in cell.items():
+        if path == held:
+            return attribute in module._parameters or attribute in module._buffers
+        if not isinstance(module, Holder) and path.startswith(f"{held}."):
+            return True
+    return False
+
+
+def _inside(path: str, cell: Iterable[str]) -> bool:
+    return any(path.startswith(f"{held}.") for held in cell)
+
+
+def _nearest(
+    cells: Sequence[dict[str, nn.Module]], name: str, tensor: torch.Tensor
+) -> dict[str, nn.Module]:
+    """The cell that holds `tensor` under another name, or else what lies nearest to `name`."""
+    for cell in cells:
+        for module in cell.values():
+            if any(tensor is held for held in (*module.parameters(), *module.buffers())):
+                return cell
+    parts = name.split(".")
+
+    def shared(cell: Iterable[str]) -> int:
+        return max((_common(parts, path.split(".")) for path in cell), default=0)
+
+    return max(cells, key=shared)
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,225 @@
+"""`stagewise.capture_cells`: a model as a chain of the modules that the caller names.
+
+For what torch.export cannot trace. Every cell runs the model's own forward, with the blocks of
+other cells replaced (`stagewise.model.replay.replay`), so Python code around the blocks may do
+what it likes. The chain is compared with the plain model before it is given out.
+"""
+
+import inspect
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from stagewise.errors import BatchError, ModelError, StagewiseError
+from stagewise.model.call_form import CallForm
+from stagewise.model.captured import Captured, remember
+from stagewise.model.cell import Cell
+from stagewise.model.namespace import Home
+from stagewise.model.ownership import owners_of
+from stagewise.model.replay.compare import check_equal, kept
+from stagewise.model.replay.handover import Needs
+from stagewise.model.replay.patterns import selected
+from stagewise.model.replay.replay import Run
+from stagewise.model.replay.replayed_cell import RerunCell
+from stagewise.model.replay.skeleton import Skeleton
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def capture_cells(
+    model: nn.Module, cells: Sequence[str], *args: object, **kwargs: object
+) -> Captured:
+    """Take the modules named by `cells` as the cells of `model`, for what `capture` refuses.
+
+    `cells` are paths of modules, or patterns: `["embed", "layers.*", "norm", "head"]`. `args` and
+    `kwargs` are an example of a call; every module must be called once in it. What `forward` does
+    around a block belongs to its cell (what precedes the first to that, the rest to the block
+    before) and runs as it is, control flow that depends on data included. What it computes from
+    parameters, blocks or random numbers is computed in one cell and carried on; what it computes
+    from the batch alone, in every cell. Each cell takes the whole batch by name.
+
+    The chain is run beside the plain model on the example, in both modes: outputs, gradients
+    and buffers must agree. `Pipeline(model, plan)` accepts the model afterwards. The model must
+    be on a real device, and in memory as a whole at first.
+
+    Raises:
+        ModelError: a pattern names nothing, or a module that the example does not call just once;
+            a value crosses that cannot be carried; or the chain is not the plain model.
+
+    Example:
+        >>> import torch, stagewise
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        ...     def forward(self, x):
+        ...         for layer in self.layers:
+        ...             x = layer(x) if x.sum() > 0 else -layer(x)
+        ...         return x
+        >>> captured = stagewise.capture_cells(Net(), ["layers.*"], torch.ones(2, 4))
+        >>> [cell.name for cell in captured.chain]
+        ['layers.0', 'layers.1', 'layers.2']
+    """
+    _check(model)
+    form = AnyForm(model, args, kwargs, cells)
+    named = form.named(args, kwargs)
+    chosen = selected(cells, [path for path, _ in model.named_modules()])
+    names = _in_running_order(model, chosen, named)
+    blocks = {index: model.get_submodule(name) for index, name in enumerate(names)}
+    skeleton = Skeleton(model, names)
+    needs = Needs.none(len(names))
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    states = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for training in (True, False):
+        with kept(model, training):
+            skeleton.train(training)
+            run = Run(skeleton, names, None, blocks, states.get, needs)
+            try:
+                run.run(named, device)
+            except StagewiseError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"with its blocks replaced, forward failed ({type(error).__name__}: {error}, "
+                    f"{_last_line(error)}); let it use blocks by calling them, not by what they "
+                    "keep in attributes, or name the module around them in cells"
+                ) from error
+    homes = [Home(device) for _ in names]
+    for home, name, used in zip(homes, names, needs.states, strict=True):
+        home.leaves.add(name)
+        home.states |= {state for state in used if not state.startswith(f"{name}.")}
+        home.states |= {s for s in skeleton.constant if s in states and not _in_block(s, names)}
+    leaves = {name: blocks[index] for index, name in enumerate(names)}
+    owners = owners_of(model, leaves, homes)
+    modules = [
+        RerunCell(index, skeleton, names, owners[index], needs, form.input_names)
+        for index in range(len(names))
+    ]
+    for module in modules:
+        module.training = model.training
+    chain = tuple(Cell(index, name, modules[index]) for index, name in enumerate(names))
+    captured = Captured(chain, form)
+    for training in (True, False):
+        check_equal(model, captured, named, training)
+    remember(model, captured)
+    return captured
+
+
+class AnyForm(CallForm):
+    """The arguments of a model that runs its own forward: those of its signature, of any form.
+
+    `cells` are the patterns that it was cut by.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        cells: Sequence[str],
+    ) -> None:
+        super().__init__(model, args, kwargs)
+        self.cells = tuple(cells)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """All names that the cells take: the example's first."""
+        others = (p.name for p in self._signature.parameters.values() if p.kind in _BY_NAME)
+        return tuple(dict.fromkeys((*self.names, *others)))
+
+    def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
+        named = self.named(args, kwargs)
+        for name in named:
+            if not self.takes(name):
+                raise BatchError(
+                    f"the example had no {name!r}; give capture_cells, or stagewise.plan, an "
+                    "example that has it"
+                )
+        return named
+
+    def takes(self, name: str) -> bool:
+        return name in self.input_names
+
+    def matches(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        try:
+            self.bind(args, kwargs)
+        except BatchError:
+            return False
+        return True
+
+
+def _check(model: nn.Module) -> None:
+    tensors = (*model.parameters(), *model.buffers())
+    if any(map(is_lazy, tensors)) or any(t.is_meta for t in tensors):
+        raise ModelError(
+            f"{type(model).__name__} has parameters without values (lazy, or on the meta device), "
+            "but cells= runs it once; build it on a real device, or let it be captured without "
+            "cells="
+        )
+
+
+def _in_running_order(
+    model: nn.Module, chosen: Sequence[str], named: Mapping[str, object]
+) -> list[str]:
+    """The blocks as the example calls them; raises ModelError for one not called just once."""
+    order: list[str] = []
+    with ExitStack() as hooks:
+        for path in chosen:
+            note = _Note(order, path)
+            module = model.get_submodule(path)
+            hooks.callback(module.register_forward_pre_hook(note).remove)
+        for training in (False, True):
+            order.clear()
+            with kept(model, training), torch.no_grad():
+                model(**named)
+            if not training:
+                first = list(order)
+    counts = Counter(first)
+    several = [path for path, count in counts.items() if count > 1]
+    if several:
+        raise ModelError(
+            f"{', '.join(several)} is called {counts[several[0]]} times in forward; a cell runs "
+            "once, so name the module around the calls in cells instead"
+        )
+    missing = [path for path in chosen if path not in counts]
+    if missing:
+        path = missing[0]
+        children = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
+        hint = f"; it is a container: name {path}.*" if children else ""
+        raise ModelError(
+            f"cells names {', '.join(missing)}, which the example does not call in eval mode{hint}"
+            "; name modules that forward calls once"
+        )
+    if order != [path for path in first if path in order]:
+        raise ModelError(
+            f"the blocks run in another order in training mode ({', '.join(order)}) than in eval "
+            f"mode ({', '.join(first)}); name the module around them in cells"
+        )
+    return first
+
+
+def _last_line(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
+
+
+class _Note:
+    """A hook that notes a call of the module at `path`."""
+
+    def __init__(self, order: list[str], path: str) -> None:
+        self._order, self._path = order, path
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        self._order.append(self._path)
+
+
+def _in_block(state: str, names: Sequence[str]) -> bool:
+    return any(state.startswith(f"{name}.") for name in names)

@@ -1,0 +1,90 @@
+"""Cells of a model that runs its own forward in each of them, as far as the cell is its own."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stagewise.model.cell import Piece
+from stagewise.model.replay.handover import Crossing, Done, Needs
+from stagewise.model.replay.replay import Run
+from stagewise.model.replay.skeleton import Skeleton
+
+Owners = Sequence[tuple[int, str, nn.Module]]
+
+
+class RerunCell(Piece):
+    """Part `index` of the model: its block, and what of forward lies around that.
+
+    `owners` are what it holds, as `owned` gives it; `names` are those of all blocks.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        skeleton: Skeleton,
+        names: Sequence[str],
+        owners: Owners,
+        needs: Needs,
+        input_names: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self._index, self._skeleton, self._names = index, skeleton, tuple(names)
+        self._needs = needs
+        self.input_names, self.is_first = tuple(input_names), index == 0
+        self._owned: list[tuple[int, str, str]] = []
+        for count, (place, path, module) in enumerate(owners):
+            self._owned.append((place, path, f"m{count}"))
+            self.add_module(f"m{count}", module)
+
+    def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
+        for place, path, name in self._owned:
+            yield place, path, self.get_submodule(name)
+
+    def forward(self, value: Any = None, **inputs: Any) -> Any:
+        """Go on from what the cell before returned; `inputs` are the model's own, by name."""
+        is_last = self._index == len(self._names) - 1
+        if isinstance(value, Done):
+            return value.output if is_last else value
+        if isinstance(value, Crossing) and value.story.block > self._index:
+            return value  # the model left this block out
+        arriving = value if isinstance(value, Crossing) else None
+        block = next(m for _, path, m in self.owned() if path == self._names[self._index])
+        run = Run(
+            self._skeleton,
+            self._names,
+            self._index,
+            {self._index: block},
+            self._state,
+            self._needs,
+            arriving,
+        )
+        self._skeleton.train(self.training)
+        return run.run(inputs, self._device(arriving, inputs))
+
+    def _state(self, name: str) -> torch.Tensor | None:
+        """The parameter or buffer of this name, if the cell holds it."""
+        for _, path, module in self.owned():
+            if path and not name.startswith(f"{path}."):
+                continue
+            *above, leaf = name.removeprefix(f"{path}." if path else "").split(".")
+            for part in above:
+                child = module._modules.get(part)
+                if child is None:
+                    break
+                module = child
+            else:
+                found = module._parameters.get(leaf, module._buffers.get(leaf))
+                if found is not None:
+                    return found
+        return None
+
+    def _device(self, arriving: Crossing | None, inputs: dict[str, Any]) -> torch.device:
+        own = next(self.parameters(), None)
+        if own is not None:
+            return own.device
+        given = (arriving.tensors if arriving else (), inputs)
+        tensors = (t for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor))
+        return next((t.device for t in tensors), torch.device("cpu"))

@@ -1,0 +1,69 @@
+"""What a Pipeline starts from: values for a model on the meta device, or a checkpoint's.
+
+Every rank makes and fills its own cells only; what they start with does not depend on the cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stagewise.checkpoints.loading import check, fill
+from stagewise.checkpoints.names import Aliases
+from stagewise.checkpoints.sources import State, open_source
+from stagewise.engine.stage.randomness import generators_kept, seed_initialisation
+from stagewise.engine.step.agreement import agreed
+from stagewise.engine.transport.transport import Transport
+from stagewise.model.cell import Chain
+from stagewise.model.chain import Model, module_tree
+from stagewise.model.materialise import Init, is_meta, materialise
+from stagewise.pipeline.build.places import ranks_of_cells
+from stagewise.planning.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the caller of Pipeline gave to start from."""
+
+    seed: int
+    init: Init | None = None
+    state: State | None = None
+
+
+def initialise(
+    model: Model,
+    chain: Chain,
+    plan: Plan,
+    transport: Transport,
+    aliases: Aliases,
+    given: Given,
+) -> None:
+    """Give this rank's cells their first values; every rank calls this.
+
+    Raises ModelError or CheckpointError, on every rank, before a cell is changed on any.
+    """
+    ranks = ranks_of_cells(plan, transport)
+    own = [cell.index for cell in chain if transport.rank in ranks[cell.index]]
+    source, found = None, {}
+    with agreed(transport):
+        on_meta = is_meta(chain)
+        if given.state is not None:
+            source = open_source(given.state, aliases)
+            found = check(source, _tensors(chain, own), aliases)
+    with agreed(transport), generators_kept([]), torch.inference_mode(False):
+        if on_meta:
+            materialise(
+                chain,
+                own,
+                seed_cell=lambda name: seed_initialisation(given.seed, name),
+                init=given.init,
+                model=model if isinstance(model, nn.Module) else None,
+                given=found,
+            )
+        if source is not None:
+            fill(source, _tensors(chain, own), found)
+
+
+def _tensors(chain: Chain, cells: Sequence[int]) -> dict[str, torch.Tensor]:
+    return module_tree([chain[index] for index in cells]).state_dict()

@@ -1,0 +1,131 @@
+"""Embeddings whose gradient depends on the whole minibatch, which no microbatch sees."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import ModelError, PlanError
+from stagewise.model.cell import Cell, Chain
+from stagewise.pipeline.build.places import _placed, _stages, ranks_of_cells
+from stagewise.planning.plan import Plan
+
+
+def scaled_by_frequency(chain: Chain) -> list[str]:
+    """The names of embeddings with `scale_grad_by_freq`."""
+    return [
+        path
+        for cell in chain
+        for path, module in cell.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+    ]
+
+
+def check_frequencies(names: Sequence[str], num_microbatches: int) -> None:
+    """Raise ModelError if there are such embeddings, and a minibatch is split."""
+    if names and num_microbatches > 1:
+        raise ModelError(
+            f"{', '.join(names)} has scale_grad_by_freq=True, which divides gradients by how often "
+            f"a row occurs in the minibatch, but each of the {num_microbatches} microbatches "
+            "knows its own rows only; leave the option out, or use one microbatch"
+        )
+
+
+def agree_on_model(
+    transport: Transport, plan: Plan, parameter_shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise PlanError on every rank unless all have the same plan and parameter names."""
+    marks = []
+    for text in (plan.to_json(), repr(list(parameter_shapes.items()))):
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        marks.append(int.from_bytes(digest, "big"))
+    rows = transport.exchange(marks)
+    for column, what in enumerate(("plans", "models")):
+        differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
+        if differing:
+            raise PlanError(
+                f"ranks {differing} have other {what} than rank 0; build model and plan from the "
+                "same code on every rank (stagewise.plan agrees by itself when every rank calls it)"
+            )
+
+
+def check_buffers(
+    chain: Chain, plan: Plan, devices: Sequence[torch.device], transport: Transport
+) -> None:
+    """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
+
+    A constant (`persistent=False`) may be shared, but in one process not by stages on different
+    devices, since it would be on one of them only.
+    """
+    owner: dict[int, tuple[int, str]] = {}
+    homes = [0 if transport.num_ranks > 1 else devices[device] for device in _placed(plan)]
+    for cell, stage in zip(chain, _stages(plan), strict=True):
+        for path, module in cell.named_modules():
+            if isinstance(module, _BatchNorm):  # see `check_batchnorms`
+                continue
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                first_stage, first = owner.setdefault(id(buffer), (stage, f"{path}.{name}"))
+                is_constant = name in module._non_persistent_buffers_set
+                if stage == first_stage or (is_constant and homes[stage] == homes[first_stage]):
+                    continue
+                raise PlanError(
+                    f"{first} on stage {first_stage} and {path}.{name} on stage {stage} are one "
+                    "buffer, whose values would depend on the cut; put both cells on one stage "
+                    "with `balance`, give each a module of its own, or, if it is a constant, "
+                    "register it with persistent=False"
+                )
+
+
+def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
+    """Raise PlanError if parameters on different ranks share memory: their copies would drift."""
+    if transport.num_ranks == 1:
+        return
+    owner: dict[int, tuple[torch.nn.Parameter, set[int], str]] = {}
+    for cell, ranks in zip(chain, ranks_of_cells(plan, transport), strict=True):
+        for name, parameter in _parameters(cell):
+            memory = parameter.untyped_storage().data_ptr()
+            first, others, path = owner.setdefault(memory, (parameter, set(ranks), name))
+            if memory and first is not parameter and others != set(ranks):
+                raise PlanError(
+                    f"{path} and {name}, on different ranks, are two parameters in one memory, "
+                    "whose copies would drift apart; make them one parameter (b.weight = "
+                    "a.weight), which is tied, or put both cells on one stage with `balance`"
+                )
+
+
+def _parameters(cell: Cell) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for path, module in cell.named_modules():
+        yield from module.named_parameters(prefix=path, recurse=False)
+
+
+def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None:
+    """Raise ModelError or PlanError for BatchNorms that cannot work in a pipeline.
+
+    `processes` tells which processes run each cell.
+    """
+    owner: dict[torch.Tensor, tuple[set[int], str]] = {}
+    for cell, ranks in zip(chain, processes, strict=True):
+        process = set(ranks)
+        for path, module in cell.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise ModelError(
+                    f"{path} is a SyncBatchNorm, which would mix its statistics with those of "
+                    "other ranks, and these run other stages; use BatchNorm, whose running "
+                    "statistics are those of the whole minibatch here"
+                )
+            if not isinstance(module, _BatchNorm):
+                continue
+            for buffer in (b for b in module._buffers.values() if b is not None):
+                first_process, first = owner.setdefault(buffer, (process, path))
+                if first_process == process:
+                    continue
+                raise PlanError(
+                    f"{first} and {path}, on different ranks, have one BatchNorm's running "
+                    "statistics, whose two copies would drift apart; put both cells on one stage "
+                    "with `balance`, or run in one process"
+                )

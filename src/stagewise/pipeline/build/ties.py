@@ -1,0 +1,65 @@
+"""What cells of several stages share: parameters are tied together, buffers are refused."""
+
+from collections.abc import Mapping
+
+from stagewise.engine.gradients.replicas import Replicas
+from stagewise.engine.gradients.tied import TiedParameters
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.transport.transport import Transport
+from stagewise.model.cell import Chain
+from stagewise.model.chain import module_tree
+from stagewise.model.tied import Tied, find_tied
+from stagewise.pipeline.build.places import _stages, ranks_of_cells
+from stagewise.planning.plan import Plan
+
+
+def tie(
+    chain: Chain, plan: Plan, stages: Mapping[int, Stage], transport: Transport
+) -> tuple[TiedParameters, Replicas]:
+    """This rank's tied parameters and replicated stages, equal to all other copies from now on.
+
+    Every rank calls this.
+    """
+    placement = plan.built_schedule.placement if transport.num_ranks > 1 else ()
+    cells = [cell for stage in stages.values() for cell in stage.cells]
+    own = set(module_tree(cells).parameters())
+    others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
+    ties, stage_of = find_tied(chain), _stages(plan)
+
+    def is_within(tied: Tied) -> bool:
+        used_in = {stage_of[cell] for cell in tied.cells}
+        return bool(placement) and len(used_in) == 1 and len(placement[used_in.pop()]) > 1
+
+    within = {tied.parameter: tied.cells for tied in ties if is_within(tied)}
+    replicas = Replicas(
+        stages,
+        placement,
+        transport,
+        apart={tied.parameter for tied in ties} - within.keys(),
+        within=within,
+    )
+    tied = TiedParameters(
+        ties,
+        {c.index: (c.module, stage.device) for stage in stages.values() for c in stage.cells},
+        ranks_of_cells(plan, transport),
+        others,
+        within,
+    )
+    replicas.equalise()
+    tied.equalise(transport)
+    return tied, replicas
+
+
+def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:
+    """Let replicated stages refuse cells whose buffers change in forward."""
+    for index, stage in stages.items():
+        devices = plan.built_schedule.placement[index]
+        if len(devices) == 1:
+            continue
+        names = {module: path for cell in stage.cells for path, module in cell.named_modules()}
+        stage.buffers.forbid_changes(
+            names,
+            f"stage {index} has {len(devices)} replicas, none of which sees all microbatches, so "
+            "their copies would differ; give that stage one device, put the cell on a stage that "
+            "has one, or register what is a constant with persistent=False",
+        )

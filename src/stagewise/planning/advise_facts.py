@@ -1,0 +1,97 @@
+"""What the rules of `stagewise advise` know: a model's costs, a machine, and what follows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
+from stagewise.errors import UsageError
+from stagewise.planning.partition.partition import partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the rules know: a model's costs for one microbatch, and the machine.
+
+    `state_factor` is what training keeps for a byte of parameters: 1 for itself, 1 for its
+    gradient, and the optimizer's state. `num_experts` counts, per cell by index, the alike parts
+    that hold most of its parameters, where there are such.
+    """
+
+    cells: tuple[CellCost, ...]
+    num_devices: int
+    device_memory_bytes: int
+    batch_size: int
+    num_microbatches: int
+    state_factor: float = 4.0  # float32 with Adam's two moments
+    link: LinkCost = FREE_LINK
+    has_batchnorm: bool = False
+    num_experts: Mapping[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_devices", "device_memory_bytes", "batch_size", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.cells:
+            raise UsageError("the facts hold no cells; estimate or measure a model first")
+
+    @property
+    def microbatch_size(self) -> int:
+        """Samples in the smallest microbatch."""
+        return self.batch_size // self.num_microbatches
+
+    def memory(self, stage: StageCost, in_flight: int, *, recompute: bool) -> float:
+        """Peak bytes of a stage that keeps `in_flight` microbatches."""
+        kept = stage.input_bytes if recompute else stage.input_bytes + stage.activation_bytes
+        extra = stage.activation_bytes if recompute else 0
+        return self.state_factor * stage.parameter_bytes + in_flight * kept + extra
+
+    def stages(self, num_stages: int, *, recompute: bool = False) -> tuple[StageCost, ...]:
+        """Costs of the stages, cut such that the busiest has the least to compute."""
+        forwards = 2 if recompute else 1
+        loads = [forwards * cell.forward_seconds + cell.backward_seconds for cell in self.cells]
+        return stage_costs(self.cells, partition(loads, num_stages))
+
+    def peak_memory(self, num_stages: int, *, recompute: bool) -> float:
+        """Bytes on the fullest device of a 1F1B pipeline (arXiv:2006.09503: K - s in flight)."""
+        return max(
+            self.memory(stage, min(num_stages - index, self.num_microbatches), recompute=recompute)
+            for index, stage in enumerate(self.stages(num_stages, recompute=recompute))
+        )
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """The stage counts that leave whole replicas: divisors of the number of devices."""
+        most = min(self.num_devices, len(self.cells))
+        return tuple(k for k in range(1, most + 1) if self.num_devices % k == 0)
+
+    @cached_property
+    def fitting(self) -> dict[bool, int | None]:
+        """The fewest stages that fit the devices, without and with recomputation."""
+        return {
+            recompute: next(
+                (
+                    depth
+                    for depth in self.depths
+                    if self.peak_memory(depth, recompute=recompute) <= self.device_memory_bytes
+                ),
+                None,
+            )
+            for recompute in (False, True)
+        }
+
+    @cached_property
+    def too_big(self) -> tuple[int, ...]:
+        """The cells that fit no device even alone, recomputed, one microbatch at a time."""
+        alone = stage_costs(self.cells, [1] * len(self.cells))
+        return tuple(
+            index
+            for index, stage in enumerate(alone)
+            if self.memory(stage, 1, recompute=True) > self.device_memory_bytes
+        )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline that the other rules judge: the fewest that fit, else all."""
+        found = self.fitting[False] or self.fitting[True] or self.depths[-1]
+        return found if found > 1 else self.depths[-1]

@@ -1,0 +1,224 @@
+"""What a cut of the chain costs on a placement: the arrays that all partitioners read.
+
+Problem: a device may hold several stages, or a share of one, and its memory has a cap. Idea: with
+prefix sums, seconds and bytes of a stage are a term of its end less a term of its start, so every
+objective and cap is a sum of such terms, whatever the algorithm.
+
+    seconds of stage s with cells a to b - 1 = ends[s, b] - starts[s, a]
+
+A replica of r takes each r-th microbatch, so it counts 1/r of its stage's seconds. A boundary
+costs both its stages its transfer, unless both lie on the same devices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagewise.costs import CellCost
+from stagewise.errors import PlanError
+from stagewise.planning.partition.partition import check_counts
+
+Array = NDArray[np.float64]
+Placement = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """Bytes per cell, how many microbatches of each stage are held, and the cap per device.
+
+    A stage of cells a to b - 1 that holds `inputs[s]` microbatches' inputs and `graphs[s]`
+    microbatches' activations needs `state` of its cells, `inputs[s] * entering[a]`, and
+    `graphs[s]` times the `kept` of its cells with `closing[b]`.
+    """
+
+    memory_bytes: float
+    state: Sequence[float]  # parameters, their gradients, the optimizer's state
+    kept: Sequence[float]  # per cell, but for what only the last cell of a stage keeps
+    entering: Sequence[float]  # one more than cells: what crosses before cell i
+    closing: Sequence[float]  # one more than cells: what the cell before i keeps as a last one
+    inputs: Sequence[int]  # per stage
+    graphs: Sequence[int]  # per stage
+
+
+def memory_needs(
+    cells: Sequence[CellCost],
+    *,
+    memory_bytes: float,
+    inputs: Sequence[int],
+    graphs: Sequence[int],
+    input_bytes: int = 0,
+    state_factor: float = 4,
+) -> MemoryNeeds:
+    """The needs that `costs.stage_costs` and `Timeline.activation_bytes` count.
+
+    `inputs[s]` microbatches of stage s are in flight, `graphs[s]` of them with their graph.
+    """
+    return MemoryNeeds(
+        memory_bytes=memory_bytes,
+        state=[state_factor * cell.parameter_bytes for cell in cells],
+        kept=[cell.activation_bytes - cell.unsaved_output_bytes for cell in cells],
+        entering=[input_bytes, *(cell.output_bytes for cell in cells)],
+        closing=[0, *(cell.unsaved_output_bytes for cell in cells)],
+        inputs=inputs,
+        graphs=graphs,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A chain to be cut into the stages of `placement`; arrays are (stages, cells + 1)."""
+
+    placement: Placement
+    cell_seconds: Array
+    transfers: Array  # cells + 1; 0 at both ends
+    starts: Array
+    ends: Array
+    memory_bytes: float = float("inf")
+    start_bytes: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    end_bytes: Array = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.placement)
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.cell_seconds)
+
+    @property
+    def capped(self) -> bool:
+        return bool(np.isfinite(self.memory_bytes))
+
+    @cached_property
+    def prefix(self) -> Array:
+        """Seconds of the first i cells."""
+        return np.concatenate([[0.0], np.cumsum(self.cell_seconds)])
+
+    @cached_property
+    def devices(self) -> Array:
+        """(devices, stages): 1 where a device holds a stage."""
+        num_devices = 1 + max(d for devices in self.placement for d in devices)
+        holds = np.zeros((num_devices, self.num_stages))
+        for stage, devices in enumerate(self.placement):
+            holds[list(devices), stage] = 1
+        return holds
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether no device holds more than one stage."""
+        return bool((self.devices.sum(axis=1) <= 1).all())
+
+    def device_seconds(self, cuts: Sequence[int]) -> Array:
+        """Every device's load, in seconds per microbatch; `cuts` as in `cuts_of`."""
+        return self._per_device(self.starts, self.ends, cuts)
+
+    def device_bytes(self, cuts: Sequence[int]) -> Array:
+        """Every device's need; zeros where there is no cap."""
+        if not self.capped:
+            return np.zeros(len(self.devices))
+        return self._per_device(self.start_bytes, self.end_bytes, cuts)
+
+    def busiest_seconds(self, cuts: Sequence[int]) -> float:
+        """The objective; infinite where a device's memory is too small."""
+        if (self.device_bytes(cuts) > self.memory_bytes).any():
+            return float("inf")
+        return float(self.device_seconds(cuts).max())
+
+    @cached_property
+    def least_seconds(self) -> float:
+        """A bound that no cut can beat: all work shared evenly, or what shares a device at least.
+
+        Of the j * K + 1 heaviest cells some one of K devices has j + 1.
+        """
+        num_devices = len(self.devices)
+        moves = np.array([here != there for here, there in pairwise(self.placement)], dtype=bool)
+        shares = np.array([len(devices) for devices in self.placement])
+        least = float(self.transfers[1:-1].min()) if moves.any() else 0.0
+        # A boundary costs each of its sides a transfer, shared by replicas like all their work.
+        sides = np.r_[moves, False].astype(float) + np.r_[False, moves]
+        even = (float(self.cell_seconds.sum()) + least * float(sides.sum())) / num_devices
+        heaviest = np.sort(self.cell_seconds)[::-1]
+        if shares.max() > 1:
+            return max(even, float(heaviest[0]) / int(shares.max()))
+        least_sides = float((self.devices @ sides).min())
+        prefix = np.concatenate([[0.0], np.cumsum(heaviest)])
+        last = np.arange(1, self.num_cells + 1, num_devices)  # j * K + 1
+        together = prefix[last] - prefix[last - np.arange(1, len(last) + 1)]
+        return max(even, float(together.max()) + least * least_sides)
+
+    def _per_device(self, starts: Array, ends: Array, cuts: Sequence[int]) -> Array:
+        at, stages = np.asarray(cuts), np.arange(self.num_stages)
+        result: Array = self.devices @ (ends[stages, at[1:]] - starts[stages, at[:-1]])
+        return result
+
+
+def layout(
+    placement: Sequence[Sequence[int]],
+    cell_seconds: Sequence[float],
+    *,
+    transfer_seconds: Sequence[float] | None = None,
+    memory: MemoryNeeds | None = None,
+) -> Layout:
+    """Check costs and lay them out for `placement`; raises PlanError where they make no sense."""
+    placed = tuple(map(tuple, placement))
+    seconds = np.asarray(cell_seconds, dtype=np.float64)
+    num_cells, num_stages = len(seconds), len(placed)
+    check_counts(num_cells, num_stages)
+    if any(not devices or len(set(devices)) != len(devices) for devices in placed):
+        raise PlanError(f"placement {placed} must name each stage's devices, each of them once")
+    transfers = np.zeros(num_cells + 1)
+    if transfer_seconds is not None:
+        if len(transfer_seconds) != num_cells - 1:
+            raise PlanError(
+                f"got {len(transfer_seconds)} transfer times for {num_cells} cells; "
+                f"give one for each of the {num_cells - 1} inner boundaries"
+            )
+        transfers[1:-1] = transfer_seconds
+    for what in (seconds, transfers):
+        if not np.isfinite(what).all() or (what < 0).any():
+            raise PlanError(
+                "costs must be finite and not negative; measure again or give a balance"
+            )
+    prefix = np.concatenate([[0.0], np.cumsum(seconds)])
+    shares = np.array([len(devices) for devices in placed], dtype=np.float64)[:, None]
+    moves = [here != there for here, there in pairwise(placed)]
+    left, right = (np.array(side, dtype=np.float64) for side in ([0, *moves], [*moves, 0]))
+    starts = (prefix[None, :] - left[:, None] * transfers) / shares
+    ends = (prefix[None, :] + right[:, None] * transfers) / shares
+    common = Layout(
+        placement=placed, cell_seconds=seconds, transfers=transfers, starts=starts, ends=ends
+    )
+    if memory is None:
+        return common
+    state, kept = (
+        np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+        for values in (memory.state, memory.kept)
+    )
+    inputs, graphs = (
+        np.asarray(n, dtype=np.float64)[:, None] for n in (memory.inputs, memory.graphs)
+    )
+    whole = state[None, :] + graphs * kept
+    return Layout(
+        placement=placed,
+        cell_seconds=seconds,
+        transfers=transfers,
+        starts=starts,
+        ends=ends,
+        memory_bytes=memory.memory_bytes,
+        start_bytes=whole - inputs * np.asarray(memory.entering, dtype=np.float64),
+        end_bytes=whole + graphs * np.asarray(memory.closing, dtype=np.float64),
+    )
+
+
+def cuts_of(balance: Sequence[int]) -> tuple[int, ...]:
+    """Where the stages begin, and the end of the last: (2, 3) -> (0, 2, 5)."""
+    return tuple(int(at) for at in np.concatenate([[0], np.cumsum(balance)]))
+
+
+def balance_of(cuts: Sequence[int]) -> tuple[int, ...]:
+    """The inverse of `cuts_of`."""
+    return tuple(int(b - a) for a, b in pairwise(cuts))

@@ -1,0 +1,190 @@
+"""One cell on fake tensors: what it would save, return, and compute.
+
+The cell runs as a stage of its own, by the engine's own code, so that what is counted is what the
+engine will do: its copies of inputs that are changed in place, its BatchNorms, its skips.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stagewise.batch.values import take_apart
+from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
+from stagewise.engine.stage.batchnorm import BatchNorms
+from stagewise.engine.stage.buffers import BufferKeeper
+from stagewise.engine.stage.call import Call, Mode
+from stagewise.engine.stage.keywords import take_targets
+from stagewise.engine.stage.randomness import CellRandomness
+from stagewise.engine.stage.skips import SkipRoutes
+from stagewise.engine.stage.stage import Loss
+from stagewise.errors import CellError, ModelError
+from stagewise.model.cell import Cell
+from stagewise.planning.roofline import Op
+from stagewise.profiling.deferral import deferred_by
+from stagewise.profiling.fakes import fake_module
+from stagewise.profiling.op_counter import OpCounter
+from stagewise.schedule import Instruction, Kind
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One microbatch, of fake tensors."""
+
+    inputs: object
+    target: object
+    keywords: Mapping[str, object]
+    num_samples: int
+    num_args: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What a cell's forward does.
+
+    `messages` are what it sends on; `kept` are the bytes of the storages that it adds (saved by
+    autograd, or held as outputs), `unsaved` those of its outputs that itself does not save, and
+    `saved` all that autograd saves.
+    """
+
+    ops: tuple[Op, ...]
+    messages: tuple[object, ...]
+    kept: Mapping[StorageKey, int]
+    unsaved: Mapping[StorageKey, int]
+    saved: frozenset[StorageKey]
+    deferred_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backward:
+    """What a cell's backward does; per input tensor, the bytes of its gradient, or None."""
+
+    ops: tuple[Op, ...]
+    input_ops: tuple[Op, ...]
+    gradient_bytes: tuple[int | None, ...]
+
+
+class CellTrial:
+    """Runs one cell; call everything inside a `fake_mode`."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        routes: SkipRoutes,
+        batch: Batch,
+        *,
+        received: Sequence[object],
+        num_messages: int,
+        loss: Loss | None,
+    ) -> None:
+        self._original, self._batch, self._received = cell, batch, list(received)
+        self._cell = replace(cell, module=fake_module(cell.module))
+        self._num_messages, is_last = num_messages, num_messages == 0
+        self._stage = routes.stage(cell.index, (self._cell,), CPU, is_last=is_last, loss=loss)
+        self._stage.buffers = BufferKeeper([self._cell.module], has_values=False)
+        self._batchnorms = BatchNorms([self._cell])
+        self._target = batch.target if self._stage.needs_target else None
+        self._deferrable: list[torch.Tensor] = []
+        self._forward()  # finds out whether the cell changes its inputs in place
+
+    def forward(self) -> Forward:
+        """Count a forward."""
+        module = self._cell.module
+        tensors = [*module.parameters(), *module.buffers()]
+        meter = ActivationMeter([*tensors, *take_apart(self._target)[0]])
+        with meter.counting():
+            call, value, ops = self._forward()
+            roots = list(self._stage.roots())
+            given = (self._received, call.inputs, call.keywords)
+            arrived = {storage_key(tensor) for tensor in take_apart(given)[0]}
+            saved, unsaved = meter.saved, meter.unsaved(roots)
+            self._deferrable, deferred_bytes = deferred_by(roots, tensors)
+        several = self._num_messages > 1
+        return Forward(
+            ops=ops,
+            messages=tuple(value) if several else (value,) * self._num_messages,  # type: ignore[arg-type]
+            kept={k: size for k, size in {**saved, **unsaved}.items() if k not in arrived},
+            unsaved=unsaved,
+            saved=frozenset(saved),
+            deferred_bytes=deferred_bytes,
+        )
+
+    def backward(self, wanted: Sequence[bool]) -> Backward:
+        """Count a backward; `wanted` tells for which outputs there is a gradient.
+
+        Parameters have a gradient already, to which it is added, as for all microbatches but
+        the first.
+        """
+        ops, gradients = self._backward(wanted)
+        for parameter in self._deferrable:
+            parameter.requires_grad_(False)
+        input_ops, _ = self._backward(wanted)
+        for parameter in self._deferrable:
+            parameter.requires_grad_(True)
+        return Backward(ops=ops, input_ops=input_ops, gradient_bytes=gradients)
+
+    def _forward(self) -> tuple[Call, object, tuple[Op, ...]]:
+        self._stage.clear()
+        call = self._call()
+        instruction = Instruction(self._cell.index, Kind.FORWARD, 0)
+        with self._batchnorms.one_update(training=False):
+            value, ops = self._run(instruction, list(self._received), call)
+        return call, value, ops
+
+    def _backward(self, wanted: Sequence[bool]) -> tuple[tuple[Op, ...], tuple[int | None, ...]]:
+        call, _, _ = self._forward()
+        for parameter in self._cell.module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        outputs = self._stage.roots() if self._num_messages else ()
+        gradients = tuple(
+            torch.empty_like(root) if is_wanted else None
+            for root, is_wanted in zip(outputs, wanted, strict=False)
+        )
+        instruction = Instruction(self._cell.index, Kind.BACKWARD, 0)
+        result, ops = self._run(instruction, [gradients], call)
+        return ops, tuple(None if g is None else g.nbytes for g in _flat(result))
+
+    def _run(
+        self, instruction: Instruction, received: list[object], call: Call
+    ) -> tuple[object, tuple[Op, ...]]:
+        counter = OpCounter()
+        try:
+            with counter:
+                return self._stage.run(instruction, received, call), counter.ops
+        except CellError as error:
+            cause = error.__cause__ or error
+        except RuntimeError as error:  # in the backward
+            cause = error
+        name, kind = self._original.name, type(self._original.module).__name__
+        at = f" at {counter.running}" if counter.running else ""
+        raise ModelError(
+            f"cell {name!r} ({kind}) cannot be estimated{at}: {type(cause).__name__}: {cause}\n"
+            "An estimate runs the model without values, so no operator may need any, and each "
+            "needs a kernel for shapes alone (torch.library.register_fake gives it one). Or "
+            "measure instead, where the model fits: leave the device out."
+        ) from cause
+
+    def _call(self) -> Call:
+        batch = self._batch
+        call = Call(
+            mode=Mode.TRAIN,
+            inputs=[batch.inputs] if self._cell.index == 0 else [],
+            sizes=(batch.num_samples,),
+            keywords=[dict(batch.keywords)] if batch.keywords else [],
+            num_args=batch.num_args,
+            randomness={CPU: CellRandomness(0, 0, CPU)},
+            batchnorms=self._batchnorms,
+        )
+        if self._target is not None:
+            take_targets([self._target], call)
+        return call
+
+
+def _flat(result: object) -> list[torch.Tensor | None]:
+    """The gradients of all messages in one list."""
+    assert isinstance(result, tuple)
+    if any(isinstance(part, tuple) for part in result):
+        return [gradient for part in result for gradient in part]
+    return list(result)

@@ -1,0 +1,182 @@
+"""The costs of a whole chain from trials of its cells, each kind of cell tried once."""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+
+from stagewise.engine.stage.activation_meter import StorageKey, storage_key
+from stagewise.engine.stage.skips import SkipRoutes
+from stagewise.engine.stage.stage import Loss
+from stagewise.model.cell import Cell, Chain
+from stagewise.planning.roofline import CellWork, Op
+from stagewise.profiling.estimate_cell import Backward, Batch, CellTrial
+from stagewise.profiling.fakes import likeness
+from stagewise.profiling.message_shape import Packed, numbered, packed
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A cell's forward; its storages are numbered, those that arrived first."""
+
+    trial: CellTrial
+    ops: tuple[Op, ...]
+    messages: tuple[Packed, ...]
+    new_bytes: Mapping[int, int]  # of storages that the cell made and that live on
+    activation_bytes: int
+    unsaved: Mapping[int, int]
+    saved: frozenset[int]
+    deferred_bytes: int
+
+
+class Walk:
+    """Goes through the chain, forward and then backward, from message to message."""
+
+    def __init__(self, chain: Chain, batch: Batch, loss: Loss | None) -> None:
+        self._chain, self._batch, self._loss = chain, batch, loss
+        self._routes = SkipRoutes(chain, [1] * len(chain))
+        self._storages: list[int] = []  # bytes of each storage that crosses a boundary
+        known: dict[StorageKey, int] = {}
+
+        def number(key: StorageKey, num_bytes: int) -> int:
+            if key not in known:
+                known[key] = len(self._storages)
+                self._storages.append(num_bytes)
+            return known[key]
+
+        # The batch comes as a message too.
+        self._mail: dict[tuple[int, int], Packed] = {(-1, 0): packed(batch.inputs, number)}
+        self._given = numbered(dict(batch.keywords), number)
+        self._of_batch = set(known.values())
+        self._saved: set[int] = set()
+        self._known: dict[Hashable, Recorded] = {}
+        self._backwards: dict[Hashable, Backward] = {}
+        self._cells: list[tuple[Recorded, dict[int, int]]] = []  # with unsaved outputs
+        self._gradients: dict[tuple[int, int], list[int | None]] = {}  # as _mail, going back
+        self._finished: list[Backward] = []  # the last cell's first
+
+    def forward(self, cell: Cell) -> None:
+        """Run, or look up, the forward of `cell`, which is the next."""
+        incoming = [self._mail[source, cell.index] for source in self._sources(cell)]
+        numbers = dict.fromkeys(leaf.storage for part in incoming for leaf in part.leaves)
+        arrived = list(numbers | dict.fromkeys(self._given.values()))
+        key = self._key(cell, incoming, arrived)
+        if key not in self._known:
+            self._known[key] = self._record(cell, incoming, arrived)
+        recorded = self._known[key]
+        names = dict(enumerate(arrived))
+        for local, num_bytes in recorded.new_bytes.items():
+            names[local] = len(self._storages)
+            self._storages.append(num_bytes)
+        for destination, message in zip(self._destinations(cell), recorded.messages, strict=True):
+            self._mail[cell.index, destination] = message.renumbered(names)
+        self._saved |= {names[local] for local in recorded.saved}
+        self._cells.append((recorded, {names[k]: size for k, size in recorded.unsaved.items()}))
+
+    def backward(self, cell: Cell) -> None:
+        """Run, or look up, the backward of `cell`, after those of all later ones."""
+        recorded, _ = self._cells[cell.index]
+        wanted = tuple(
+            gradient is not None
+            for destination in self._destinations(cell)
+            for gradient in self._gradients[cell.index, destination]
+        )
+        key = (id(recorded), wanted)
+        if key not in self._backwards:
+            self._backwards[key] = recorded.trial.backward(wanted)
+        self._finished.append(self._backwards[key])
+        rest = iter(self._backwards[key].gradient_bytes)
+        for source in self._sources(cell):
+            number = len(self._mail[source, cell.index].leaves)
+            self._gradients[source, cell.index] = list(islice(rest, number))
+
+    def work(self) -> tuple[CellWork, ...]:
+        """All cells' work, once every forward and backward is known."""
+        # What several cells hand on stays out: it is held wherever the cut falls.
+        elsewhere = self._saved | self._of_batch
+        unsaved = [
+            {key: size for key, size in outputs.items() if key not in elsewhere}
+            for _, outputs in self._cells
+        ]
+        holders = Counter(storage for outputs in unsaved for storage in outputs)
+        columns = zip(self._chain, self._cells, reversed(self._finished), unsaved, strict=True)
+        return tuple(
+            CellWork(
+                name=cell.name,
+                forward=recorded.ops,
+                backward=backward.ops,
+                input_backward=backward.input_ops,
+                parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
+                activation_bytes=recorded.activation_bytes,
+                unsaved_output_bytes=sum(n for key, n in own.items() if holders[key] == 1),
+                output_bytes=recorded.messages[0].nbytes if recorded.messages else 0,
+                gradient_bytes=sum(
+                    size or 0 for size in self._gradients.get((cell.index, cell.index + 1), ())
+                ),
+                deferred_bytes=recorded.deferred_bytes,
+            )
+            for cell, (recorded, _), backward, own in columns
+        )
+
+    def _record(self, cell: Cell, incoming: Sequence[Packed], arrived: Sequence[int]) -> Recorded:
+        bases = {
+            number: torch.empty(self._storages[number], dtype=torch.uint8) for number in arrived
+        }
+        own = {storage_key(base): local for local, base in enumerate(bases.values())}
+        own |= {key: arrived.index(number) for key, number in self._given.items()}
+        received = [part.unpacked(bases) for part in incoming]
+        is_first = cell.index == 0
+        trial = CellTrial(
+            cell,
+            self._routes,
+            replace(self._batch, inputs=received[0]) if is_first else self._batch,
+            received=[] if is_first else received,
+            num_messages=len(self._destinations(cell)),
+            loss=self._loss,
+        )
+        made = trial.forward()
+        new: dict[int, int] = {}
+
+        def number(key: StorageKey, num_bytes: int) -> int:
+            if key not in own:
+                own[key] = len(arrived) + len(new)
+                new[own[key]] = num_bytes
+            return own[key]
+
+        return Recorded(
+            trial=trial,
+            ops=made.ops,
+            messages=tuple(packed(message, number) for message in made.messages),
+            unsaved={number(key, size): size for key, size in made.unsaved.items()},
+            saved=frozenset(own[key] for key in made.saved if key in own),
+            new_bytes=new,
+            activation_bytes=sum(made.kept.values()),
+            deferred_bytes=made.deferred_bytes,
+        )
+
+    def _key(self, cell: Cell, incoming: Sequence[Packed], arrived: Sequence[int]) -> Hashable:
+        """Equal for cells that do the same work on the same forms."""
+        is_last = cell.index == len(self._chain) - 1
+        if is_last or cell.index == 0 or cell.skips.stashes or cell.skips.pops:
+            return cell.index
+        locally = {number: local for local, number in enumerate(arrived)}
+        return (
+            likeness(cell.module),
+            *(self._storages[number] for number in arrived),
+            *(number in self._of_batch for number in arrived),
+            *(part.renumbered(locally).form for part in incoming),
+        )
+
+    def _sources(self, cell: Cell) -> list[int]:
+        """The cells whose messages `cell` gets, in order of distance."""
+        flows = (source for source, target in self._routes.flows if target == cell.index)
+        return [cell.index - 1, *sorted(flows, reverse=True)]
+
+    def _destinations(self, cell: Cell) -> list[int]:
+        """The cells that `cell` sends to, in order of distance."""
+        if cell.index == len(self._chain) - 1:
+            return []
+        flows = (target for source, target in self._routes.flows if source == cell.index)
+        return [cell.index + 1, *sorted(flows)]

@@ -1,0 +1,149 @@
+"""What a model and the links cost here: measured for one microbatch, agreed on by all ranks.
+
+Under torch.distributed every rank measures at the same time, so that the costs are those of a
+machine as busy as in training, and all take the mean.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from stagewise.batch.split import extent, first_microbatch, microbatch_sizes
+from stagewise.batch.values import move
+from stagewise.costs import FREE_LINK, CellCost, LinkCost
+from stagewise.engine.stage.stage import Loss
+from stagewise.engine.transport.connect import Device, connect
+from stagewise.errors import BatchError, PlanError
+from stagewise.model.cell import Chain
+from stagewise.model.cells_of import chain_for, entering
+from stagewise.model.chain import Model
+from stagewise.model.materialise import is_meta
+from stagewise.profiling.trial_steps import profile
+
+_TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
+_SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A model and an example minibatch to measure it on."""
+
+    chain: Chain
+    inputs: object
+    target: object
+    keywords: dict[str, object]
+    loss: Loss | None
+    where: torch.device
+    num_samples: int
+    parts: tuple[int, ...] | None  # samples per microbatch, where the batch is Microbatches
+
+    def size_of(self, num_microbatches: int) -> int:
+        """Samples of the first microbatch."""
+        return (self.parts or microbatch_sizes(self.num_samples, num_microbatches))[0]
+
+    def measured(self, size: int, *, seconds: float, split: bool) -> tuple[CellCost, ...]:
+        """Costs of a microbatch of `size` samples, on this rank."""
+        for cell in self.chain:
+            cell.module.to(self.where)
+        first = first_microbatch((self.inputs, self.target, self.keywords), size)
+        return profile(
+            self.chain,
+            *move(first, self.where),  # type: ignore[misc]
+            loss=self.loss,
+            device=self.where,
+            seconds=seconds,
+            split=split,
+        )
+
+
+def example_of(
+    model: Model,
+    inputs: object,
+    target: object,
+    kwargs: Mapping[str, object] | None,
+    loss: Loss | None,
+    device: Device | None,
+) -> Example:
+    """Check what `stagewise.plan` was given.
+
+    Raises BatchError where nothing has samples, PlanError for a model on the meta device.
+    """
+    keywords = dict(kwargs or {})
+    chain = chain_for(model, inputs, keywords)
+    if is_meta(chain):
+        raise PlanError(
+            "the model is on the meta device, where nothing can be measured; give plan() a "
+            "balance and no inputs, or build the model on a real device"
+        )
+    batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
+    if batch.num_samples is None:
+        raise BatchError(
+            "nothing in the example has samples; pass tensors with samples along dimension 0"
+        )
+    devices, _ = connect("local", None, chain, 1)
+    first, named = entering(model, inputs, keywords)
+    return Example(
+        chain=chain,
+        inputs=first,
+        target=target,
+        keywords=named,
+        loss=loss,
+        where=torch.device(device) if device is not None else devices[0],
+        num_samples=batch.num_samples,
+        parts=None if batch.sizes is None else tuple(batch.sizes),
+    )
+
+
+def distributed() -> bool:
+    """Whether other ranks run beside this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agreed(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
+    """The mean of all ranks' times, and what a message between ranks costs."""
+    if not distributed():
+        return cells, FREE_LINK
+    own = (cells, *_link_times())
+    ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    all_cells = [cells for cells, _, _ in ranks]
+    small = max(seconds for _, seconds, _ in ranks)
+    large = max(seconds for _, _, seconds in ranks)
+    mean = tuple(_mean(same) for same in zip(*all_cells, strict=True))
+    per_byte = max(0.0, large - small) / (_LARGE_BYTES - _SMALL_BYTES)
+    return mean, LinkCost(latency_seconds=small, seconds_per_byte=per_byte)
+
+
+def _mean(same: Sequence[CellCost]) -> CellCost:
+    """The mean of several ranks' times for one cell; its bytes are the same everywhere."""
+    times: dict[str, float] = {}
+    for name in _TIMES:
+        values = [getattr(cell, name) for cell in same]
+        if None not in values:
+            times[name] = statistics.fmean(values)
+    return replace(same[0], **times)  # type: ignore[arg-type]
+
+
+def _link_times() -> tuple[float, float]:
+    """Median one-way seconds of a small and of a large message between ranks 0 and 1."""
+    rank = dist.get_rank()
+    uses_gpu = "nccl" in str(dist.get_backend())
+    device = torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")
+    medians = []
+    for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        times = []
+        for _ in range(_PROBES if rank < 2 else 0):
+            start = time.perf_counter()
+            for sender in (0, 1):
+                if rank == sender:
+                    dist.send(buffer, 1 - sender)
+                else:
+                    dist.recv(buffer, sender)
+            times.append((time.perf_counter() - start) / 2)
+        medians.append(sorted(times)[len(times) // 2] if times else 0.0)
+    return medians[0], medians[1]

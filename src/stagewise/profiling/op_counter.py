@@ -1,0 +1,154 @@
+"""Counting what operators do, without doing it: FLOPs, and bytes read and written.
+
+Every operator that reaches the dispatcher inside an `OpCounter` is counted, those of the backward
+pass too. FLOPs are a multiplication and an addition each, as `torch.utils.flop_counter` counts
+them; operators that it does not know (element-wise ones) have none, their time is that of memory.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from stagewise.planning.roofline import Op
+
+_ATEN = torch.ops.aten
+# Neither arithmetic nor memory traffic: views that do not say so, and memory without content.
+_FREE = {
+    *(_ATEN._unsafe_view, _ATEN.detach, _ATEN.alias, _ATEN.lift_fresh, _ATEN.empty),
+    *(_ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided),
+    torch.ops.prim.device,
+}
+# Their table is read only where it is asked for, so its size does not count.
+_GATHERS = {_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index}
+_CONVOLUTIONS = {_ATEN.convolution, _ATEN.convolution_backward}
+
+
+def _convolution_backward(
+    gradient: torch.Size,
+    inputs: torch.Size,
+    weight: torch.Size,
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    output_mask: Sequence[bool],
+    **_: object,
+) -> int:
+    """As many as the forward for each of the two gradients, grouped ones too."""
+    places = inputs if transposed else gradient
+    forward = 2 * places[0] * math.prod(places[2:]) * math.prod(weight)
+    return forward * sum(output_mask[:2])
+
+
+def _attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(
+    gradient: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *_: object,
+    **__: object,
+) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+# What torch counts wrongly (grouped convolutions, backward) or not at all.
+_FORMULAS: dict[object, Callable[..., int]] = {
+    _ATEN.convolution_backward: _convolution_backward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that run inside; `running` is the one that failed, if one did."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counts: Counter[tuple[str, int, int, str]] = Counter()
+        self.running: str | None = None
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        self.running = str(func)
+        output = func(*args, **(kwargs or {}))
+        self.running = None
+        if not _is_free(func):
+            self._counts[_measured(func, args, kwargs or {}, output)] += 1
+        return output
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """What ran, equal operators together."""
+        return tuple(
+            Op(name, flops, num_bytes, dtype, count)
+            for (name, flops, num_bytes, dtype), count in self._counts.items()
+        )
+
+
+def _measured(
+    func: torch._ops.OpOverload, args: object, kwargs: Mapping[str, object], output: object
+) -> tuple[str, int, int, str]:
+    """Name, FLOPs, bytes and dtype of one call."""
+    packet = func.overloadpacket
+    read, written = list(_tensors((args, kwargs))), list(_tensors(output))
+    formula = _FORMULAS.get(packet)
+    if formula is not None:
+        shapes = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.shape, args)
+        flops = formula(*shapes, **kwargs)
+    elif packet in flop_registry:
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=output))  # type: ignore[misc]
+    else:
+        flops = 0
+    if packet in _GATHERS:
+        read = [*read[1:], *written]
+    floating = [tensor.dtype for tensor in (*read, *written) if tensor.dtype.is_floating_point]
+    dtype = str(floating[0]).removeprefix("torch.") if floating else "float32"
+    if flops and dtype == "float32" and _in_tf32(packet):
+        dtype = "tf32"
+    return str(packet), flops, sum(map(_bytes, (*read, *written))), dtype
+
+
+def _is_free(func: torch._ops.OpOverload) -> bool:
+    if func.overloadpacket in _FREE or func.namespace == "prim":
+        return True
+    aliases = [result.alias_info for result in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _in_tf32(packet: object) -> bool:
+    """Whether torch's settings let a device with TF32 use it for this operator."""
+    if packet in _CONVOLUTIONS:
+        return bool(torch.backends.cudnn.allow_tf32)
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _tensors(tree: object) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """What `tensor` takes in memory; one that shares memory with itself counts once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())

@@ -1,0 +1,254 @@
+"""Measuring without a trace: trial steps that leave the model as it was.
+
+A trial is a real step, run by the real executor; afterwards gradients, buffers and random
+generators are what they were before. The profile of a model is such a step with one cell per
+stage: the same Timeline type, read cell by cell.
+"""
+
+import itertools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+from stagewise.batch.values import take_apart
+from stagewise.costs import CellCost
+from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
+from stagewise.engine.stage.buffers import overwrite
+from stagewise.engine.stage.call import Mode
+from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.skips import SkipRoutes
+from stagewise.engine.stage.stage import Loss, Stage
+from stagewise.engine.step.step import Runner
+from stagewise.engine.transport.transport import LocalTransport
+from stagewise.model.cell import Cell, Chain
+from stagewise.schedule import Instruction, Kind, Message, Schedule, gpipe
+from stagewise.timeline import Timeline
+
+MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
+
+
+@contextmanager
+def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
+    """Put gradients and buffers of `stages` back as they were, whatever runs inside."""
+    modules = [cell.module for stage in stages.values() for cell in stage.cells]
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    buffers = [
+        (owner, name, buffer, None if buffer is None else buffer.clone())
+        for module in modules
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+    ]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for owner, name, buffer, value in buffers:
+                owner._buffers[name] = buffer
+                overwrite(buffer, value)
+
+
+def measure_memory(
+    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
+) -> int:
+    """Peak activation bytes on this rank over one trial step."""
+    meter, peak = _meter(runner, (inputs, target, keywords)), 0
+
+    def observe(instruction: Instruction) -> None:
+        nonlocal peak
+        peak = max(peak, meter.live_bytes(_held(runner)))
+
+    with untouched(runner.stages), meter.counting():
+        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
+    return peak
+
+
+def rehearse(
+    runner: Runner,
+    inputs: object,
+    target: object,
+    keywords: Mapping[str, object],
+    num_steps: int,
+) -> tuple[Timeline, ...]:
+    """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
+    timelines = []
+    with untouched(runner.stages):
+        for _ in range(WARMUP_ROUNDS + num_steps):
+            runner.run(Mode.TRAIN, 0, inputs, target, keywords)
+            timelines.append(runner.timeline())
+    return tuple(timelines[WARMUP_ROUNDS:])
+
+
+def profile(
+    chain: Chain,
+    inputs: object,
+    target: object,
+    keywords: Mapping[str, object],
+    *,
+    loss: Loss | None,
+    device: torch.device,
+    seconds: float = 3.0,
+    split: bool = False,
+) -> tuple[CellCost, ...]:
+    """Measure every cell on one microbatch; the loss counts to the last cell.
+
+    Takes about `seconds`, at least MIN_ROUNDS trial steps, and the median of each cell's times.
+    With `split`, also what `I` and `W` take and keep, by as many steps of them in turn with the
+    others, in the same time.
+    """
+    num_cells = len(chain)
+    transport = _WeighingTransport(device, num_cells)
+    routes = SkipRoutes(chain, [1] * num_cells)
+    stages = {
+        cell.index: routes.stage(
+            cell.index, (cell,), device, is_last=cell.index == num_cells - 1, loss=loss
+        )
+        for cell in chain
+    }
+    takers = Takers(chain, [1] * num_cells, [(0,)] * num_cells)
+    runners = [
+        Runner(stages, transport, schedule, seed=0, takers=takers, flows=routes.flows)
+        for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
+    ]
+    inputs, target, keywords = pytree.tree_map_only(
+        torch.Tensor, torch.Tensor.detach, (inputs, target, dict(keywords))
+    )
+    times: dict[Instruction, list[float]] = {}
+    deadline, rounds = time.perf_counter() + seconds, 0
+    with untouched(stages):
+        while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
+            time.perf_counter() < deadline and rounds < MAX_ROUNDS
+        ):
+            for runner in runners:
+                runner.run(Mode.TRAIN, 0, inputs, target, keywords)
+                if rounds >= WARMUP_ROUNDS:
+                    for span in runner.spans:
+                        times.setdefault(span.instruction, []).append(span.seconds)
+            rounds += 1
+    measured = _activation_bytes(runners[-1], inputs, target, keywords)
+
+    def seconds_of(cell: Cell, kind: Kind) -> float:
+        return statistics.median(times[Instruction(cell.index, kind, 0)])
+
+    return tuple(
+        CellCost(
+            name=cell.name,
+            forward_seconds=seconds_of(cell, Kind.FORWARD),
+            backward_seconds=seconds_of(cell, Kind.BACKWARD),
+            parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
+            activation_bytes=measured.kept[cell.index],
+            unsaved_output_bytes=measured.unsaved[cell.index],
+            output_bytes=transport.weights.get((Kind.FORWARD, cell.index), 0),
+            gradient_bytes=transport.weights.get((Kind.BACKWARD, cell.index + 1), 0),
+            input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
+            weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
+            deferred_bytes=measured.deferred.get(cell.index),
+            deferred_input_bytes=measured.deferred_inputs.get(cell.index, 0),
+        )
+        for cell in chain
+    )
+
+
+def _in_halves(num_stages: int) -> Schedule:
+    """One microbatch: forward, down to the inputs through all stages, then to the weights.
+
+    So each `W` lets go of what its stage alone has kept: nothing else of the step lives then.
+    """
+    up, down = range(num_stages), range(num_stages - 1, -1, -1)
+    order = (Kind.FORWARD, up), (Kind.BACKWARD_INPUT, down), (Kind.BACKWARD_WEIGHT, down)
+    return Schedule(
+        name="in halves",
+        programs=(
+            tuple(Instruction(stage, kind, 0) for kind, stages in order for stage in stages),
+        ),
+        placement=((0,),) * num_stages,
+        num_microbatches=1,
+    )
+
+
+class _WeighingTransport(LocalTransport):
+    """Also notes how many bytes each stage sends to its neighbours."""
+
+    def __init__(self, device: torch.device, num_devices: int) -> None:
+        super().__init__([device] * num_devices)
+        self.weights: dict[tuple[Kind, int], int] = {}
+
+    def send(self, message: Message, value: object) -> None:
+        if message.distance == 1:
+            nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
+            self.weights[message.kind, message.source_stage] = nbytes
+        super().send(message, value)
+
+
+@dataclass
+class _Bytes:
+    """What each one-cell stage adds to the live bytes, how much of that is unsaved output, what
+    its `W` lets go of, where there is one, and how much of that is the stage's input."""
+
+    kept: list[int]
+    unsaved: list[int]
+    deferred: dict[int, int]
+    deferred_inputs: dict[int, int]
+
+
+def _activation_bytes(
+    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
+) -> _Bytes:
+    meter = _meter(runner, (inputs, target, keywords))
+    live: list[dict[StorageKey, int]] = [{}]  # after every instruction
+    unsaved: list[dict[StorageKey, int]] = []
+    given: dict[int, set[StorageKey]] = {}
+    freed: dict[int, dict[StorageKey, int]] = {}
+
+    def observe(instruction: Instruction) -> None:
+        before, now = live[-1], meter.saved | meter.unsaved(_held(runner))
+        live.append(now)
+        stage = runner.stages[instruction.stage]
+        if instruction.kind is Kind.FORWARD:
+            # Once all forwards have run, every cell has saved what it will.
+            unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
+            given[stage.index] = set(map(storage_key, stage.held())).difference(
+                map(storage_key, stage.roots())
+            )
+        if instruction.kind is Kind.BACKWARD_WEIGHT:
+            freed[stage.index] = {k: size for k, size in before.items() if k not in now}
+
+    with untouched(runner.stages), meter.counting():
+        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
+    levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
+    # What several cells hand on stays out: it is held wherever the cut falls.
+    holders = Counter(key for storages in unsaved for key in storages)
+    return _Bytes(
+        kept=[after - before for before, after in itertools.pairwise(levels)],
+        unsaved=[
+            sum(num_bytes for key, num_bytes in storages.items() if holders[key] == 1)
+            for storages in unsaved
+        ],
+        deferred={index: sum(storages.values()) for index, storages in freed.items()},
+        deferred_inputs={
+            index: sum(storages[key] for key in storages.keys() & given[index])
+            for index, storages in freed.items()
+        },
+    )
+
+
+def _meter(runner: Runner, batch: tuple[object, object, Mapping[str, object]]) -> ActivationMeter:
+    modules = [cell.module for stage in runner.stages.values() for cell in stage.cells]
+    own = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return ActivationMeter([*own, *take_apart((*batch[:2], dict(batch[2])))[0]])
+
+
+def _held(runner: Runner) -> Iterator[torch.Tensor]:
+    for stage in runner.stages.values():
+        yield from stage.held()
+    yield from runner.transport.waiting()

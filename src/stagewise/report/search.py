@@ -1,0 +1,120 @@
+"""What a search found, in one screen: the plan, why it takes as long, what else there was."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from stagewise.planning import Plan, SearchResult
+from stagewise.planning.bubble import bubble_causes
+from stagewise.planning.search.evaluate import Tried
+from stagewise.report import format_seconds
+from stagewise.units import size_in_words
+
+_SHOWN = 6  # reasons for which something was rejected
+
+
+def explanation(result: SearchResult) -> Iterator[RenderableType]:
+    """Text and tables, from the decision down to the details."""
+    plan, chosen = result.plan, result.chosen
+    causes = bubble_causes(plan)
+    yield f"fastest plan: {chosen}"
+    yield (
+        f"step {format_seconds(chosen.seconds)} predicted; no plan takes less than "
+        f"{format_seconds(result.bound_seconds)} ({result.distance:.1%} above that), no schedule "
+        f"of this cut less than {format_seconds(result.schedule_bound_seconds)}"
+    )
+    yield (
+        f"bubble {causes.total:.1%}: fill and drain {causes.fill_and_drain:.1%}, imbalance "
+        f"{causes.imbalance:.1%}, communication {causes.communication:.1%}"
+    )
+    yield _cut(plan, chosen)
+    yield _devices(result)
+    if result.runners_up:
+        yield _runners_up(result)
+    if result.rejected:
+        yield _rejected(result)
+
+
+def as_record(result: SearchResult) -> dict[str, object]:
+    """The same as JSON-ready values, with everything that was rejected."""
+    causes = bubble_causes(result.plan)
+    return {
+        "chosen": str(result.chosen),
+        "step_seconds": result.chosen.seconds,
+        "bound_seconds": result.bound_seconds,
+        "schedule_bound_seconds": result.schedule_bound_seconds,
+        "partition_gap": result.chosen.partition_gap,
+        "bubble": asdict(causes),
+        "device_bytes": result.chosen.device_bytes,
+        "memory_bytes": result.memory_bytes,
+        "state_factor": result.state_factor,
+        "runners_up": [_tried(tried) for tried in result.runners_up],
+        "rejected": [{"what": each.what, "reason": each.reason} for each in result.rejected],
+        "work": asdict(result.work),
+    }
+
+
+def _tried(tried: Tried) -> dict[str, object]:
+    return {
+        "what": str(tried),
+        "step_seconds": tried.seconds,
+        "device_bytes": tried.device_bytes,
+    }
+
+
+def _cut(plan: Plan, chosen: Tried) -> str:
+    sizes = ", ".join(map(str, plan.balance))
+    text = f"cells per stage: {sizes}"
+    if chosen.partition_gap > 1e-9:
+        text += f" (the busiest device within {chosen.partition_gap:.2%} of the best cut's bound)"
+    if plan.replicas:
+        text += f"\ndevices per stage: {', '.join(map(str, plan.replicas))}"
+    if plan.segments:
+        again = sum(size for parts in plan.segments for size, recomputed in parts if recomputed)
+        text += f"\nrecomputed: {again} of {sum(plan.balance)} cells, in segments"
+    return text
+
+
+def _devices(result: SearchResult) -> Table:
+    plan, chosen = result.plan, result.chosen
+    table = Table(title="Devices", title_justify="left")
+    for heading in ("device", "stages", "cells", "busy", "memory", "of the cap", "activations"):
+        table.add_column(heading, justify="right" if heading != "device" else "left")
+    peaks = plan.peak_activation_bytes
+    for device, needs in enumerate(chosen.device_bytes):
+        stages = [s for s, devices in enumerate(chosen.placement) if device in devices]
+        share = "-" if result.memory_bytes is None else f"{needs / result.memory_bytes:.0%}"
+        table.add_row(
+            str(device),
+            ", ".join(map(str, stages)),
+            str(sum(plan.balance[stage] for stage in stages)),
+            f"{chosen.busy_seconds[device] / chosen.seconds:.1%}",
+            size_in_words(needs),
+            share,
+            size_in_words(peaks[device]),
+        )
+    return table
+
+
+def _runners_up(result: SearchResult) -> Table:
+    table = Table(title="Runners-up", title_justify="left")
+    for heading in ("plan", "step", "slower by", "largest memory"):
+        table.add_column(heading, justify="right" if heading != "plan" else "left")
+    for tried in result.runners_up:
+        table.add_row(
+            str(tried),
+            format_seconds(tried.seconds),
+            f"{tried.seconds / result.chosen.seconds - 1:.1%}",
+            size_in_words(max(tried.device_bytes)),
+        )
+    return table
+
+
+def _rejected(result: SearchResult) -> str:
+    lines = [f"rejected: {len(result.rejected)}"]
+    lines += [f"  {each}" for each in result.rejected[:_SHOWN]]
+    if len(result.rejected) > _SHOWN:
+        lines.append(f"  and {len(result.rejected) - _SHOWN} more: --json has all")
+    return "\n".join(lines)

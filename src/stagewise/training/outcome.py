@@ -1,0 +1,27 @@
+"""What a training run gives back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagewise.planning import Plan
+from stagewise.report.plan import Figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a training run gives back, the same on every rank."""
+
+    plan: Plan
+    first_step: int
+    last_step: int
+    num_steps: int
+    validation_before: float | None
+    validation_after: float | None
+    measured: Figures | None
+    sample: str | None
+    checkpoint: Path | None
+
+    @property
+    def stopped(self) -> bool:
+        """True if the run ended before its last step."""
+        return self.last_step < self.num_steps

@@ -1,0 +1,157 @@
+"""Starting one worker process per stage on this machine, through torch's elastic launch API.
+
+Problem: torchelastic forwards signals, waits, kills and prints as suits a cluster; a person
+at a terminal wants Ctrl-C to end the run well, and a failure to be told once.
+Idea: signals stay with us (a worker sees a touched file between steps, `stop.py`), its loggers
+are silent, and the error files that workers write tell which failure was the first cause.
+"""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from stagewise.errors import PeerError, StagewiseError, UsageError
+from stagewise.training.workers.environment import STOP_FILE, USAGE_EXIT_CODE, num_cores
+from stagewise.training.workers.stop import SIGNALS
+
+_CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
+_KEEP_BYTES = str(1 << 40)  # more than there is
+_CONNECTION_LOST = "gloo/transport"  # in what gloo says when another rank has gone
+
+
+def launch(num_workers: int, arguments: list[str]) -> None:
+    """Run `stagewise ARGUMENTS` in `num_workers` worker processes and wait for them.
+
+    The first SIGINT or SIGTERM lets them finish their step and end; a second kills them and
+    raises KeyboardInterrupt. Raises UsageError with a worker's message if the user's input was
+    wrong, PeerError with a worker's traceback for any other failure.
+    """
+    _silence_torchelastic()
+    with TemporaryDirectory(prefix="stagewise-") as directory:
+        stop_file = Path(directory, "stop")
+        config = launch_config(num_workers, directory, signals="SIGQUIT")  # others are ours
+        environment = {STOP_FILE: str(stop_file), **worker_environment(num_workers)}
+        entrypoint = elastic_launch(config, sys.executable)
+        try:
+            with _environment(environment), _signals_touch(stop_file):
+                entrypoint("-m", "stagewise", *arguments)
+        except ChildFailedError as error:
+            raise _first_cause(error.failures) from None
+        except SignalException:
+            raise KeyboardInterrupt from None
+
+
+def launch_config(num_workers: int, log_directory: str, *, signals: str) -> LaunchConfig:
+    """One node, `num_workers` processes, no restarts; torchelastic handles only `signals`."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_workers,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=log_directory),
+        signals_to_handle=signals,
+    )
+
+
+def worker_environment(num_workers: int) -> dict[str, str]:
+    """Variables for the workers, where the user has not set them.
+
+    The cores are shared between them. glibc keeps freed memory: giving it back within
+    every step, as it does by default, makes the next one fault its pages in again.
+    """
+    wanted = {
+        "OMP_NUM_THREADS": str(max(1, num_cores() // num_workers)),
+        "MALLOC_TRIM_THRESHOLD_": _KEEP_BYTES,
+        "MALLOC_MMAP_THRESHOLD_": _KEEP_BYTES,
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+@contextmanager
+def _signals_touch(stop_file: Path) -> Iterator[None]:
+    """The first signal touches `stop_file`; the second makes torchelastic kill the workers."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop_file.exists():
+            raise SignalException("stopped at once", sigval=signal.SIGKILL)
+        stop_file.touch()
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which workers inherit, and put the old ones back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _silence_torchelastic() -> None:
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+
+
+def _first_cause(failures: Mapping[int, ProcessFailure]) -> StagewiseError:
+    """The error to tell: not one that only reports another rank's, and the earliest."""
+
+    def importance(rank: int) -> tuple[bool, bool, int, int]:
+        failure, text = failures[rank], _text(failures[rank])
+        only_reports = text.startswith(PeerError.__name__) or _CONNECTION_LOST in text
+        was_stopped_by_us = failure.exitcode == -signal.SIGTERM
+        return was_stopped_by_us, only_reports, failure.timestamp, rank
+
+    rank = min(failures, key=importance)
+    failure = failures[rank]
+    if failure.exitcode == USAGE_EXIT_CODE:
+        return UsageError(_text(failure).partition(": ")[2])
+    return PeerError(f"the worker of rank {rank} failed: {_text(failure)}{_root(failure)}")
+
+
+def _text(failure: ProcessFailure) -> str:
+    """ "Type: message" as the worker wrote it, or how it died."""
+    # torch types `message` as str, but it is the dictionary that the worker's handler wrote.
+    message: object = failure.message
+    if isinstance(message, dict):
+        return str(message["message"])
+    if failure.exitcode < 0:
+        return f"{message}; if it was SIGKILL, the machine may be out of memory"
+    return f"exit code {failure.exitcode}, without a message"
+
+
+def _root(failure: ProcessFailure) -> str:
+    """The traceback of the error at the bottom of the worker's failure."""
+    message: object = failure.message
+    if not isinstance(message, dict):
+        return ""
+    return "\n\n" + str(message["extraInfo"]["py_callstack"]).split(_CAUSED)[0].rstrip()

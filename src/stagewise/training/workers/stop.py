@@ -1,0 +1,66 @@
+"""The wish to stop: Ctrl-C, a kill, or a parent that is gone, noticed between two steps.
+
+Problem: a signal in the middle of a step leaves other workers waiting and loses the run.
+Idea: a signal only sets a mark; the loop looks at it between steps, all ranks agree, write a
+checkpoint and end. Workers run in sessions of their own, where the terminal's Ctrl-C does not
+reach them, so the parent touches a file that they watch. A second signal ends at once.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
+
+from stagewise.training.workers.environment import STOP_FILE
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether this process should end after the running step."""
+
+    def __init__(self, *, stop_file: Path | None = None) -> None:
+        self._stop_file = stop_file
+        self._signalled = False
+        self._parent = os.getppid()
+
+    @property
+    def made(self) -> bool:
+        """True after a signal, a touch of the stop file, or the launching process's death."""
+        if self._signalled:
+            return True
+        if self._stop_file is None:
+            return False
+        return self._stop_file.exists() or os.getppid() != self._parent
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the first SIGINT or SIGTERM; whatever comes second has its usual effect."""
+        if current_thread() is not main_thread():  # where Python allows no signal handler
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self._signalled = True
+            restore()
+
+        for number in SIGNALS:
+            signal.signal(number, on_signal)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def stop_request() -> StopRequest:
+    """The request that this process watches; a worker's parent makes it through a file."""
+    name = os.environ.get(STOP_FILE)
+    return StopRequest(stop_file=Path(name) if name else None)

@@ -1,0 +1,66 @@
+"""A worker process: joining the others, and telling a failure once."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from stagewise.errors import PeerError, UsageError
+from stagewise.training.workers.environment import (
+    FAILURE_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    launched_by_us,
+)
+
+RANK_0_SECONDS = 5.0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be a member of the default process group: gloo on CPU, NCCL besides where a GPU is."""
+    if torch.cuda.is_available():
+        local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise UsageError(
+                f"worker {local_rank} of this machine has no GPU: there are {num_devices}; use "
+                'fewer stages, or set CUDA_VISIBLE_DEVICES="" to train on the CPU'
+            )
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
+    else:
+        dist.init_process_group("gloo")
+    yield
+    # After a failure other ranks may not come here, and waiting for them would hide its cause.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def failure_told() -> Iterator[None]:
+    """Report an error of this worker where it is seen once, then end the process.
+
+    Our own parent prints the first cause from the error files. Under torchrun, rank 0 prints
+    the user's mistakes, which all ranks find alike, and a rank prints a failure of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        usage = isinstance(error, UsageError)
+        if launched_by_us():
+            get_error_handler().record_exception(error)
+        elif usage:
+            if os.environ["RANK"] != "0":
+                # Rank 0 finds the same, tells it and ends, upon which torchrun ends us.
+                time.sleep(RANK_0_SECONDS)
+            print(f"error: {error}", file=sys.stderr)
+        elif not usage and not isinstance(error, PeerError):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A plain exit would wait for the process group's threads, and they for other ranks.
+        os._exit(USAGE_EXIT_CODE if usage else FAILURE_EXIT_CODE)

@@ -1,0 +1,210 @@
+"""The transport between processes: any tensor arrives as it was sent."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stagewise.engine.transport.distributed import DistributedTransport
+from stagewise.errors import CellError
+from stagewise.schedule import Kind, forward_only, links, lower, named_schedule
+from tests.harness import Pools
+
+DENSE: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.arange(24.0).view(2, 3, 4),
+    "channels_last": lambda: (
+        torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    ),
+    "permuted": lambda: torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1),
+    "transposed with a dimension of 1": lambda: torch.arange(6.0).view(2, 1, 3).transpose(0, 2),
+    "offset": lambda: torch.arange(10.0)[4:],
+    "bool": lambda: torch.tensor([[True, False], [False, True]]),
+    "int64": lambda: torch.arange(5),
+    "uint8": lambda: torch.arange(5, dtype=torch.uint8),
+    "bfloat16": lambda: torch.arange(5.0).bfloat16(),
+    "float16": lambda: torch.arange(5.0).half(),
+    "float64": lambda: torch.arange(5.0).double() / 3,
+    "complex": lambda: torch.complex(torch.arange(3.0), torch.ones(3)),
+    "scalar": lambda: torch.tensor(3.5),
+    "one sample": lambda: torch.ones(1, 1, 1),
+    "expanded": lambda: torch.arange(3.0).view(3, 1).expand(3, 100),
+    "expanded scalar": lambda: torch.tensor(2.0).expand(4, 5),
+    "expanded and permuted": lambda: (
+        torch.arange(6.0).view(1, 2, 3).expand(4, 2, 3).permute(2, 0, 1)
+    ),
+    "nan and inf": lambda: torch.tensor([float("nan"), float("inf"), -0.0]),
+}
+CONTIGUOUS: dict[str, Callable[[], Tensor]] = {  # their gaps do not travel
+    "strided": lambda: torch.arange(12.0).view(3, 4)[:, ::2],
+    "narrow": lambda: torch.arange(12.0).view(3, 4)[:, 1:3],
+    "conjugated": lambda: torch.complex(torch.arange(3.0), torch.ones(3)).conj(),
+    "empty": lambda: torch.empty(0, 3),
+    "overlapping": lambda: torch.arange(6.0).unfold(0, 3, 1),
+}
+
+
+def transfer(values: list[object], times: int) -> list[list[object]]:
+    """Rank 0 sends one value per microbatch, `times` times; rank 1 gives back what arrived."""
+    transport = DistributedTransport(torch.device("cpu"))
+    programs = lower(forward_only([(d,) for d in range(2)], len(values)))
+    arrived: list[list[object]] = []
+    for _ in range(times):
+        transport.begin(1, links(programs))
+        got = []
+        for step in programs[transport.rank]:
+            for message in step.receives:
+                got.append(transport.receive(message))
+            for message in step.sends:
+                transport.send(message, values[message.microbatch])
+        transport.finish()
+        arrived.append(got)
+    return arrived
+
+
+def test_every_tensor_arrives_as_it_was(pools: Pools) -> None:
+    """By header the first time, without the second."""
+    makers = DENSE | CONTIGUOUS
+    values = [make() for make in makers.values()]
+    _, arrived = pools[2].run(described_transfer, sorted(makers), 2)
+    for got in arrived:
+        for name, (tensor, stride, needs) in zip(sorted(makers), got, strict=True):
+            wanted = makers[name]()
+            assert tensor.dtype is wanted.dtype and tensor.shape == wanted.shape, name
+            assert torch.equal(tensor.nan_to_num(1), wanted.resolve_conj().nan_to_num(1)), name
+            if name in DENSE:
+                real = [dim for dim, size in enumerate(wanted.shape) if size != 1]
+                assert [stride[d] for d in real] == [wanted.stride(d) for d in real], name
+            assert needs == wanted.is_floating_point(), name
+    assert len(values) == len(makers)
+
+
+def described_transfer(
+    names: list[str], times: int
+) -> list[list[tuple[Tensor, tuple[int, ...], bool]]]:
+    values: list[object] = []
+    for name in names:
+        tensor = (DENSE | CONTIGUOUS)[name]()
+        values.append(tensor.requires_grad_() if tensor.is_floating_point() else tensor)
+    return [
+        [(t.detach().clone(), t.stride(), t.requires_grad) for t in got]  # type: ignore[attr-defined]
+        for got in transfer(values, times)
+    ]
+
+
+def test_what_is_repeated_travels_once(pools: Pools) -> None:
+    """A mean's gradient over a long sequence is one row, not the sequence."""
+    _, sizes = pools[2].run(expanded_storage)
+    assert sizes == [3 * 4] * 2
+
+
+def expanded_storage() -> list[int]:
+    value = torch.arange(3.0).expand(1000, 3)
+    return [t.untyped_storage().nbytes() for got in transfer([value], 2) for t in got]  # type: ignore[attr-defined]
+
+
+def change_form(second: str) -> str:
+    transport = DistributedTransport(torch.device("cpu"))
+    programs = lower(forward_only([(d,) for d in range(2)], 1))
+    values: dict[str, object] = {
+        "same": torch.ones(3),
+        "shape": torch.ones(4),
+        "dtype": torch.ones(3).double(),
+        "constant": (torch.ones(3), "constant"),
+        "gradient": torch.ones(3).requires_grad_(),
+    }
+    text = ""
+    for value in ("same", second):
+        transport.begin(1, links(programs))
+        for step in programs[transport.rank]:
+            for message in step.sends:
+                try:
+                    transport.send(message, values[value])
+                except CellError as error:
+                    text = str(error)
+                    transport.send(message, values["same"])  # so that the peer need not fail
+            for message in step.receives:
+                transport.receive(message)
+        transport.finish()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ("shape", "(4,) torch.float32"),
+        ("dtype", "(3,) torch.float64"),
+        ("constant", "and constants ['constant']"),
+        ("gradient", "(3,) torch.float32 with gradient"),
+    ],
+)
+def test_a_changed_form_is_refused_in_words(pools: Pools, second: str, words: str) -> None:
+    sender, receiver = pools[2].run(change_form, second)
+    assert "the activation of microbatch 0, stage 0 -> 1 (device 0 -> 1) changed its form" in sender
+    assert "[(3,) torch.float32] before" in sender and words in sender.split("before")[1]
+    assert receiver == ""
+    assert pools[2].run(change_form, "same") == ["", ""]
+
+
+class Varied:
+    """As many tensors as there happen to be, with a word."""
+
+    varies = True
+
+    def __init__(self, word: str, tensors: list[Tensor]) -> None:
+        self.word, self.tensors = word, tensors
+
+
+pytree.register_pytree_node(
+    Varied, lambda v: (v.tensors, v.word), lambda tensors, word: Varied(word, list(tensors))
+)
+
+
+def there_and_back() -> list[list[float]]:
+    """Three calls of one signature; other tensors in each, and as many gradients back."""
+    transport = DistributedTransport(torch.device("cpu"))
+    programs = lower(named_schedule("1f1b", 2, 2))
+    seen: list[list[float]] = []
+    kept: dict[int, list[Tensor]] = {}
+    for call in range(3):
+        transport.begin(1, links(programs))
+        for step in programs[transport.rank]:
+            m = step.instruction.microbatch
+            for message in step.receives:
+                value = transport.receive(message)
+                kept[m] = value.tensors if isinstance(value, Varied) else list(value)  # type: ignore[call-overload]
+                seen.append([float(tensor) for tensor in kept[m]])
+            for message in step.sends:
+                tensors = [torch.tensor(10.0 * call + m + i) for i in range(call + m)]
+                forward = message.kind is Kind.FORWARD
+                transport.send(message, Varied(f"call {call}", tensors) if forward else (*kept[m],))
+        transport.finish()
+    return seen
+
+
+def test_what_varies_by_its_class_may_have_another_form_in_every_call(pools: Pools) -> None:
+    wanted = [[10.0 * call + m + i for i in range(call + m)] for call in range(3) for m in range(2)]
+    assert pools[2].run(there_and_back) == [wanted, wanted]
+
+
+def collectives() -> list[object]:
+    transport = DistributedTransport(torch.device("cpu"))
+    rank = transport.rank
+    value: object = {"x": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(2) > 0, "n": None}
+    return [
+        transport.exchange([rank, -(2**62)]),
+        transport.gather(f"rank {rank}"),
+        transport.broadcast(value if rank == 1 else None, 1),
+        (transport.rank, transport.num_ranks, dist.get_world_size()),
+    ]
+
+
+def test_collectives(pools: Pools) -> None:
+    for rank, (rows, texts, value, where) in enumerate(pools[3].run(collectives)):
+        assert rows == [[0, -(2**62)], [1, -(2**62)], [2, -(2**62)]]
+        assert texts == ["rank 0", "rank 1", "rank 2"]
+        assert value["x"].tolist() == [[0, 3], [1, 4], [2, 5]] and value["n"] is None
+        assert value["b"].tolist() == [True, True]
+        assert where == (rank, 3, 3)

@@ -1,0 +1,154 @@
+"""Small messages between processes of one host: in order, whole, and without waiting to send."""
+
+import signal
+import socket
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+
+from stagewise.engine.transport import unix_sockets as near
+from stagewise.engine.transport.distributed import DistributedTransport
+from stagewise.engine.transport.unix_sockets import Neighbour
+from tests.engine.transport.test_distributed import transfer
+from tests.harness import Pools
+
+LONG, SMALL_BYTES = timedelta(seconds=60), 1 << 16
+
+
+def pair(timeout: timedelta = LONG) -> tuple[Neighbour, Neighbour]:
+    one, other = socket.socketpair()
+    return Neighbour(one, timeout, SMALL_BYTES), Neighbour(other, timeout, SMALL_BYTES)
+
+
+def test_sending_waits_for_nobody_and_keeps_the_order() -> None:
+    """64 MB are under way before the receiver reads; no kernel keeps as much in a socket."""
+    sender, receiver = pair()
+    sent = [torch.full((SMALL_BYTES // 8,), float(n), dtype=torch.float64) for n in range(1024)]
+    for tensor in sent:
+        sender.send(tensor)
+    arriving = [torch.empty_like(tensor) for tensor in sent]
+    for tensor in arriving:
+        receiver.receive(tensor).wait()
+    sender.finish()
+    assert all(map(torch.equal, arriving, sent))
+    sender.send(sent[5])  # what is late no more takes the short way again
+    receiver.receive(arriving[0]).wait()
+    assert torch.equal(arriving[0], sent[5])
+
+
+def test_both_directions_at_once() -> None:
+    one, other = pair()
+    for value in range(300):
+        one.send(torch.full((1000,), value))
+        other.send(torch.full((1000,), -value))
+    for value in range(300):
+        there, back = torch.empty(1000, dtype=torch.int64), torch.empty(1000, dtype=torch.int64)
+        other.receive(there).wait()
+        one.receive(back).wait()
+        assert int(there[-1]) == value and int(back[0]) == -value
+
+
+def test_a_message_in_pieces_becomes_whole() -> None:
+    one, other = socket.socketpair()
+    receiver, data = Neighbour(other, LONG, SMALL_BYTES), torch.arange(1000)
+
+    def send_slowly() -> None:
+        for start in range(0, 8000, 1000):
+            one.sendall(data.numpy().tobytes()[start : start + 1000])
+
+    thread, arrived = threading.Thread(target=send_slowly), torch.empty_like(data)
+    with one:
+        thread.start()
+        receiver.receive(arrived).wait()
+        thread.join()
+    assert torch.equal(arrived, data)
+
+
+@pytest.mark.parametrize("action", [signal.SIG_IGN, signal.SIG_DFL])  # Python's, the shell's
+def test_who_closes_is_missed(action: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGPIPE, action)
+    try:
+        check_who_closes_is_missed()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+def check_who_closes_is_missed() -> None:
+    sender, receiver = pair()
+    sender.send(torch.ones(3))
+    del sender  # what it sent arrives all the same
+    receiver.receive(torch.empty(3)).wait()
+    with pytest.raises(ConnectionError, match="closed its connection"):
+        receiver.receive(torch.empty(3)).wait()
+    with pytest.raises(OSError, match="Broken pipe"):
+        receiver.send(torch.ones(3))
+
+
+def test_what_is_late_fails_too() -> None:
+    sender, receiver = pair()
+    for _ in range(1024):
+        sender.send(torch.ones(SMALL_BYTES // 4))
+    del receiver
+    with pytest.raises(OSError, match=r"Broken pipe|reset"):
+        sender.finish()
+
+
+def test_the_default_timeout_of_sockets_does_not_count() -> None:
+    """Scripts that download their data often set one."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        sender, receiver = pair()
+    finally:
+        socket.setdefaulttimeout(before)
+    thread = threading.Timer(0.2, sender.send, [torch.ones(3)])
+    thread.start()
+    arrived = torch.empty(3)
+    receiver.receive(arrived).wait()
+    thread.join()
+    assert torch.equal(arrived, torch.ones(3))
+
+
+def test_waiting_ends_with_the_process_groups_timeout() -> None:
+    _keeps_open, receiver = pair(timedelta(seconds=0.2))
+    with pytest.raises(TimeoutError, match="the process group's timeout"):
+        receiver.receive(torch.empty(3)).wait()
+
+
+def test_large_and_small_messages_of_a_link_keep_their_order(pools: Pools) -> None:
+    sizes = [3, 1 << 20, 5, 1 << 18, (1 << 18) + 1, 1]  # floats; 1 MiB is the largest small one
+    _, arrived = pools[2].run(sizes_of_transfer, sizes)
+    assert arrived == [[(size, float(i)) for i, size in enumerate(sizes)]] * 3
+
+
+def sizes_of_transfer(sizes: list[int]) -> list[list[tuple[int, float]]]:
+    values: list[object] = [torch.full((size,), float(i)) for i, size in enumerate(sizes)]
+    return [[(t.numel(), float(t[-1])) for t in got] for got in transfer(values, 3)]  # type: ignore
+
+
+@pytest.mark.parametrize("without", [None, 0, 1])
+def test_who_cannot_be_reached_gets_them_through_the_group(
+    pools: Pools, without: int | None
+) -> None:
+    """As on another host: rank `without` has no socket to connect to."""
+    for rank, (reached, arrived) in enumerate(pools[3].run(neighbours, without)):
+        others = {0, 1, 2} - {rank}
+        if without is not None:
+            others -= {r for r in others if min(r, rank) == without}
+        assert reached == others
+        assert arrived == [[0, 1, 2]] * 3  # every rank's row
+
+
+def neighbours(without: int | None) -> tuple[set[int], list[list[int]]]:
+    listener = near._listener
+    try:
+        if torch.distributed.get_rank() == without:
+            near._listener = lambda _: None
+        transport = DistributedTransport(torch.device("cpu"))
+    finally:
+        near._listener = listener
+    return set(transport._near), [
+        [row[0] for row in transport.exchange([transport.rank])] for _ in range(3)
+    ]

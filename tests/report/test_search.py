@@ -1,0 +1,74 @@
+"""The screen after a search: the decision, why it takes as long, and what else there was."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from stagewise.costs import CellCost
+from stagewise.planning import SearchResult, search
+from stagewise.report.search import as_record, explanation
+
+CELL = CellCost(
+    name="cell",
+    forward_seconds=1,
+    backward_seconds=2,
+    parameter_bytes=10,
+    activation_bytes=1000,
+    output_bytes=100,
+    gradient_bytes=100,
+)
+
+
+def found(**options: object) -> SearchResult:
+    return search(
+        lambda count: [CELL] * 8,
+        2,
+        num_microbatches=[4, 8],
+        schedules=["1f1b", "gpipe"],
+        synthesis=False,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def text(result: SearchResult) -> str:
+    shown = StringIO()
+    console = Console(width=120, file=shown)
+    for part in explanation(result):
+        console.print(part)
+    return shown.getvalue()
+
+
+def test_the_decision_stands_first() -> None:
+    result = found()
+    lines = text(result).splitlines()
+    assert lines[0] == "fastest plan: 1f1b, 4 microbatches"
+    # 12 seconds a microbatch on each of 2 devices, 5 rounds of which 4 are full.
+    assert lines[1].startswith("step 60 s predicted; no plan takes less than 48 s (25.0% above")
+    assert lines[2] == ("bubble 20.0%: fill and drain 20.0%, imbalance 0.0%, communication 0.0%")
+    assert lines[3] == "cells per stage: 4, 4"
+
+
+def test_memory_stands_against_the_cap() -> None:
+    result = found(memory_bytes=7_000.0)
+    shown = text(result)
+    share = max(result.chosen.device_bytes) / 7_000
+    assert f"{share:.0%}" in shown and "of the cap" in shown
+    assert "gpipe, 4 microbatches: device " in shown and "KiB of 6.84 KiB" in shown
+
+
+def test_segments_are_counted() -> None:
+    result = found(memory_bytes=7_000.0)
+    assert result.plan.segments
+    again = sum(n for parts in result.plan.segments for n, recomputed in parts if recomputed)
+    assert f"recomputed: {again} of 8 cells, in segments" in text(result)
+
+
+def test_the_record_has_all_as_json() -> None:
+    result = found(memory_bytes=7_000.0)
+    record = json.loads(json.dumps(as_record(result)))
+    assert record["step_seconds"] == result.chosen.seconds
+    assert sum(record["bubble"].values()) == pytest.approx(result.plan.timeline.bubble_fraction)
+    assert len(record["rejected"]) == len(result.rejected) > 0
+    assert record["work"]["simulations"] == result.work.simulations

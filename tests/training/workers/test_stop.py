@@ -1,0 +1,28 @@
+"""A signal or a touched file asks to stop; a second signal has its usual effect."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from stagewise.training.workers.stop import SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    stop = StopRequest()
+    with stop.listening():
+        assert not stop.made
+        os.kill(os.getpid(), number)
+        assert stop.made
+        assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_the_stop_file_is_a_request(tmp_path: Path) -> None:
+    stop = StopRequest(stop_file=tmp_path / "stop")
+    assert not stop.made
+    (tmp_path / "stop").touch()
+    assert stop.made
