@@ -1,0 +1,6 @@
+"""What a batch is, before anything runs.
+
+1. `markers` say which argument is not samples along the batch's dimension.
+2. `values` take any value apart into its tensors and a structure, and put it together again.
+3. `split` cuts a minibatch into microbatches, and joins their outputs.
+"""

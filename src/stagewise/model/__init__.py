@@ -1,0 +1,9 @@
+"""Any module as a chain of cells.
+
+1. `chain` takes a `nn.Sequential` apart into `cell`s, with `skip`s between distant ones.
+2. `cells_of` takes any other module: captured by `export`, or cut at named modules by `replay`.
+3. `captured` remembers what was captured of what; `call_form` and `promised_sizes` hold later
+   calls to it; `ownership` and `namespace` give every tensor to a cell under its plain name.
+4. `tied` finds parameters in several cells; `materialise` builds a rank's own cells from meta.
+5. `effects` and `added_losses`: what a forward does besides returning a value.
+"""

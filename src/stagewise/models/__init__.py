@@ -1,6 +1,10 @@
 """Models of the papers, written for stagewise: chains of cells, with skips where they jump.
 
 Under `torch.device("meta")` each builds without memory.
+
+1. `amoebanet` and `transformer` are GPipe's two models; `language` is a decoder alone.
+2. `attention` is what both Transformers are made of.
+3. `resnet` and `unet` are what torchgpipe measures besides.
 """
 
 from stagewise.models.amoebanet import amoebanet_d

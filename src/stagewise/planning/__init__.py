@@ -1,4 +1,13 @@
-"""Plans: optimal partition, simulation, predicted time and memory. No torch."""
+"""From costs to a plan. No torch.
+
+1. `simulate` says when each instruction of a schedule runs; `fast_simulate` says only how long.
+2. `partition` cuts the chain, `choice` chooses a schedule, `synthesis` makes one, `search` tries
+   them all; `less_memory` and `bubble` say what a schedule keeps and where it idles.
+3. `plan` is the result: frozen, with its predictions.
+4. `devices`, `roofline` and `interpolate` make costs of published figures; `calibrate` mends
+   costs by what was measured, and `drift` notices that they no longer hold.
+5. `advise` answers whether a pipeline is the right tool at all.
+"""
 
 from stagewise.planning.choice import ScheduleChoice, ScheduleLike, choose_schedule
 from stagewise.planning.devices import DeviceSpec, load_devices

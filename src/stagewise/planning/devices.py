@@ -99,7 +99,7 @@ def load_devices(own_files: Iterable[Path] = ()) -> dict[str, DeviceSpec]:
 
     Raises DeviceError naming file, device and field of what is wrong.
     """
-    packaged = files("stagewise.planning").joinpath("devices.toml").read_text(encoding="utf-8")
+    packaged = files(__package__).joinpath("devices.toml").read_text(encoding="utf-8")
     tables: dict[str, tuple[str, dict[str, object]]] = {}
     efficiency: dict[str, object] = {}
     texts = [("stagewise's devices.toml", packaged), *map(_read, own_files)]

@@ -1,4 +1,12 @@
-"""Schedules as data: instructions, named schedules, recomputation, lowering, validation."""
+"""Schedules as data.
+
+1. `instruction` is the unit; a `schedule` is programs of them and a `placement` of stages.
+2. `table` names the published ones, built by `fill_drain`, `interleaved`, `zero_bubble`,
+   `dualpipe` and `blocks`; `published` is what their papers say of them.
+3. `recompute` is a pass over a schedule; `lowering` adds which tensor goes where.
+4. `validation` names the first rule that one breaks; `running_order` visits its instructions.
+5. `grid` draws it and `text` reads it back.
+"""
 
 from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
 from stagewise.schedule.grid import grid

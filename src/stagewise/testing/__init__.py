@@ -1,4 +1,9 @@
-"""Public helpers for tests and benchmarks: parity, live memory, emulated devices."""
+"""Public helpers for tests and benchmarks.
+
+1. `check_parity` compares a model plain and pipelined (`stagewise.checker`).
+2. `memory` counts what is alive.
+3. `emulated` makes cells that sleep for a known time, in place of devices.
+"""
 
 from stagewise.checker.check_parity import check_parity
 from stagewise.parity import Configuration, ParityReport, ParityRow

@@ -1,0 +1,8 @@
+"""One call, on every rank.
+
+1. `admission`: all ranks compare what they were given, and all raise or none.
+2. `weights`: how much each microbatch's loss counts.
+3. `execute`: the rank's program, instruction by instruction.
+4. `results`: every rank knows the loss; `agreement`: or every rank raises the first failure.
+5. `unchanged`: what was built is still what runs. `step` calls these in order.
+"""
