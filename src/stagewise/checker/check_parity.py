@@ -20,7 +20,6 @@ from stagewise.batch.split import batch_size, microbatch_sizes
 from stagewise.batch.values import move, take_apart
 from stagewise.checker import proof, references
 from stagewise.checker.choices import alone, choices_of
-from stagewise.checker.differences import Reference, identical
 from stagewise.checker.faithful import unfaithful
 from stagewise.checker.prepare import prepared
 from stagewise.checker.references import Tensors
@@ -30,6 +29,7 @@ from stagewise.engine.step.weights import Weight
 from stagewise.engine.transport.connect import connect
 from stagewise.errors import BatchError, CellError, UsageError
 from stagewise.model.chain import chain_of
+from stagewise.model.differences import Reference, identical
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.choice import ScheduleChoice

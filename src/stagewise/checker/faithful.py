@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 from stagewise.batch.split import split
 from stagewise.batch.values import take_apart
 from stagewise.checker.constant_draws import ConstantDraws, TooManyDraws
-from stagewise.checker.differences import Reference
 from stagewise.checker.references import Tensors, collected, given, seeded, split_both
 from stagewise.checker.subject import Subject, sum_of, weighted
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import module_tree
+from stagewise.model.differences import Reference
 
 
 def unfaithful(subject: Subject, sizes: Sequence[int], tolerance: float) -> str | None:

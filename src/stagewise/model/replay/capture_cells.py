@@ -19,9 +19,9 @@ from stagewise.errors import BatchError, ModelError, StagewiseError
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
+from stagewise.model.compare import SITUATIONS, Difference, difference, kept
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
-from stagewise.model.replay.compare import check_equal, kept
 from stagewise.model.replay.handover import Needs
 from stagewise.model.replay.patterns import selected
 from stagewise.model.replay.replay import Run
@@ -107,10 +107,23 @@ def capture_cells(
         module.training = model.training
     chain = tuple(Cell(index, name, modules[index]) for index, name in enumerate(names))
     captured = Captured(chain, form)
-    for training in (True, False):
-        check_equal(model, captured, named, training)
+    for situation in SITUATIONS:
+        found = difference(model, captured, named, situation)
+        if found is not None:
+            raise _differs(found)
     remember(model, captured)
     return captured
+
+
+def _differs(found: Difference) -> ModelError:
+    return ModelError(
+        f"cut into the modules of cells=, the model is not the plain model in {found.situation}: "
+        f"the {found.what} differs ({found.how}). Something reaches it past what blocks return: a "
+        "tensor in an attribute, a hook, an object that is no tuple, dict or dataclass "
+        "(use_cache=False for a transformers model), a buffer assigned or a function of "
+        "torch.autograd outside of the blocks. Pass it to the blocks and return it, or name the "
+        "module around in cells"
+    )
 
 
 class AnyForm(CallForm):

@@ -1,0 +1,293 @@
+"""Whether a chain of captured cells is the plain model, on a batch: outputs, gradients, buffers.
+
+What stands for a model (a trace, one found on disk, its own forward replayed in parts) may have
+lost what the model decides by flags, hooks, counters or globals. So both are run on an example,
+with the same random numbers, in every situation in which a pipeline runs cells. What may differ is
+round-off in the coarsest dtype that the plain model computes in.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from stagewise.batch.values import flatten
+from stagewise.errors import CellError
+from stagewise.model.added_losses import collect_losses
+from stagewise.model.captured import Captured
+from stagewise.model.chain import module_tree
+from stagewise.model.differences import Reference, identical
+
+# Round-off, relative to the largest number beside it.
+_ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_COARSEST = max(_ALLOWED.values())  # of dtypes that are not listed
+Tensors = dict[str, torch.Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """In which state a call of the model finds its modules and torch."""
+
+    training: bool
+    gradients: bool = True
+    autocast: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{'training' if self.training else 'eval'} mode"
+            + ("" if self.gradients else " without gradients")
+            + (" under autocast" if self.autocast else "")
+        )
+
+
+TRAINING, EVAL = Situation(training=True), Situation(training=False)
+PREDICTING = Situation(training=False, gradients=False)
+UNDER_AUTOCAST = Situation(training=True, autocast=True)
+SITUATIONS = (TRAINING, EVAL, PREDICTING)  # in which every pipeline may run cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What the cells give otherwise than the model: `gradient a.weight`, and how."""
+
+    what: str
+    how: str
+    situation: Situation
+
+
+def difference(
+    model: nn.Module,
+    captured: Captured,
+    named: Mapping[str, object],
+    situation: Situation,
+    *,
+    in_bits: bool = False,
+) -> Difference | None:
+    """What the cells give otherwise than `model` when called with `named`, if anything.
+
+    Neither keeps a trace of it. With `in_bits` round-off counts, too. On the meta device only
+    shapes and dtypes are compared. What either raises comes through.
+    """
+    tree = module_tree(captured.chain)
+    plain, ask_inputs = _plain(model, named, situation)
+    wanted = Reference(plain)
+    cells = _in_mode(captured, situation.training)
+    got = numbers(cells, named, model, situation, tree=tree, ask_inputs=ask_inputs)
+    coarsest: float | None = 0.0 if in_bits else None
+    for quantity in wanted.tensors | got:
+        theirs, ours = wanted.tensors.get(quantity), got.get(quantity)
+        if theirs is None or ours is None:
+            if theirs is not ours:
+                return _found(quantity, "it is there in one of them only", situation)
+            continue
+        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+            return _found(quantity, f"{_form(ours)} in place of {_form(theirs)}", situation)
+        if theirs.is_meta or ours.is_meta or identical(ours, theirs):
+            continue
+        apart = wanted.difference(quantity, ours)
+        if apart <= 0:
+            continue
+        if coarsest is None:
+            coarsest = _coarsest(model, named, situation)
+        inexact = theirs.is_floating_point() or theirs.is_complex()
+        if not (inexact and apart <= coarsest):
+            return _found(quantity, f"by {apart:.1e} of its largest number", situation)
+    return None
+
+
+def _plain(
+    model: nn.Module, named: Mapping[str, object], situation: Situation
+) -> tuple[Tensors, bool]:
+    """What the plain model gives, and whether with gradients of its inputs."""
+    try:
+        return numbers(model, named, model, situation, ask_inputs=True), True
+    except RuntimeError:  # a model that lets its inputs require gradients fails where they do
+        return numbers(model, named, model, situation, ask_inputs=False), False
+
+
+def _found(quantity: str, how: str, situation: Situation) -> Difference:
+    return Difference(what=quantity, how=how, situation=situation)
+
+
+def _in_mode(captured: Captured, training: bool) -> Callable[..., object]:
+    def cells(**given: object) -> object:
+        modes = [cell.module.training for cell in captured.chain]
+        try:
+            for cell in captured.chain:
+                cell.module.training = training
+            return captured(**given)
+        finally:
+            for cell, mode in zip(captured.chain, modes, strict=True):
+                cell.module.training = mode
+
+    return cells
+
+
+@contextmanager
+def kept(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run inside with `model` in a mode; puts modes, attributes, buffers and random states back."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    attributes = [dict(vars(module)) for module in modules]
+    buffers = [
+        (m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None
+    ]
+    if model.training is not training:
+        model.train(training)
+    try:
+        with _generators_kept():
+            yield
+    finally:
+        for module, mode, before in zip(modules, modes, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(before)
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Seed torch's random numbers, Python's and NumPy's; put all back afterwards."""
+    numpy = sys.modules.get("numpy")
+    python, other = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        random.seed(0)
+        if numpy is not None:
+            numpy.random.seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(other)
+
+
+def numbers(
+    run: Callable[..., object],
+    named: Mapping[str, object],
+    model: nn.Module,
+    situation: Situation,
+    *,
+    tree: nn.Module | None = None,
+    ask_inputs: bool,
+) -> Tensors:
+    """What a call gives, by what it is and its name; `tree` has the buffers that `run` changes.
+
+    With `ask_inputs` the call's own tensors require gradients, too.
+    """
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        asked = tensor.is_floating_point() if ask_inputs else tensor.requires_grad
+        return tensor.detach().clone().requires_grad_(asked and situation.gradients)
+
+    inputs = pytree.tree_map_only(torch.Tensor, copied, dict(named))
+    with kept(model, situation.training), _surroundings(model, situation):
+        with collect_losses() as added:
+            output = run(**inputs)
+        found: Tensors = {f"output {name}": tensor for name, tensor in outputs_of(output).items()}
+        found |= {f"added loss {name}": value for name, value in added.items()}
+        buffers = sorted((tree or model).named_buffers())
+        found |= {f"buffer {name}": buffer.detach().clone() for name, buffer in buffers}
+        gradients = _gradients(found, model, inputs) if situation.gradients else {}
+    return {name: None if t is None else t.detach() for name, t in (found | gradients).items()}
+
+
+def _surroundings(model: nn.Module, situation: Situation) -> AbstractContextManager[None]:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        casts = torch.autocast(device, torch.bfloat16) if situation.autocast else nullcontext()
+        with torch.inference_mode(False), torch.set_grad_enabled(situation.gradients), casts:
+            yield
+
+    return inside()
+
+
+def outputs_of(output: object) -> dict[str, torch.Tensor]:
+    """The tensors of a model's output, by their place in it."""
+    try:
+        leaves = flatten(output)[0]
+    except CellError:  # an object hides tensors; the pipeline will say so, if it has to send them
+        leaves = pytree.tree_leaves(output)
+    try:
+        names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(output)[0]]
+    except ValueError:  # a class registered without names for what it holds
+        names = []
+    if len(names) != len(leaves):
+        names = [f"[{index}]" for index in range(len(leaves))]
+    pairs = zip(names, leaves, strict=True)
+    return {name or "itself": leaf for name, leaf in pairs if isinstance(leaf, torch.Tensor)}
+
+
+def _gradients(found: Tensors, model: nn.Module, inputs: Mapping[str, object]) -> Tensors:
+    """Of parameters and inputs; None where they are all zero."""
+    roots = [t for t in found.values() if t is not None and t.requires_grad]
+    sources = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for path, leaf in pytree.tree_flatten_with_path(dict(inputs))[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.is_leaf:
+            sources[pytree.keystr(path)] = leaf  # type: ignore[assignment]
+    if not roots or not sources:
+        return {}
+    gradients = torch.autograd.grad(
+        roots, [*sources.values()], [_seed(root) for root in roots], allow_unused=True
+    )
+    return {
+        f"gradient {name}": None if g is None or not (g.is_meta or bool(g.any())) else g
+        for name, g in zip(sources, gradients, strict=True)
+    }
+
+
+def _seed(root: torch.Tensor) -> torch.Tensor:
+    """A gradient whose elements differ."""
+    steps = torch.arange(root.numel(), device=root.device, dtype=torch.float64)
+    return steps.cos().reshape(root.shape).to(root.dtype)
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _coarsest(model: nn.Module, named: Mapping[str, object], situation: Situation) -> float:
+    """The round-off of the coarsest dtype in which the plain model computes."""
+    # What the mode itself cannot run is judged by the model's own dtypes.
+    with _Dtypes() as dtypes, suppress(Exception):
+        _plain(model, named, Situation(training=situation.training))
+    found = dtypes.found | {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if situation.autocast:
+        found.add(torch.bfloat16)
+    return max((_ALLOWED.get(dtype, _COARSEST) for dtype in found), default=_ALLOWED[torch.float64])
+
+
+class _Dtypes(TorchFunctionMode):
+    """Notes the floating-point dtypes of all that torch's functions return inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        leaves = result if isinstance(result, (tuple, list)) else (result,)
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+                self.found.add(leaf.dtype.to_real())
+        return result
