@@ -16,7 +16,7 @@ from stagewise.costs import CellCost
 from stagewise.errors import OutOfMemoryError, PlanError
 from stagewise.planning.plan import Plan
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training import prepare, trainer
+from stagewise.training import plans, trainer
 from stagewise.training.adaptive import DriftWatch
 from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions
@@ -60,8 +60,8 @@ def run(recipe: Path, out: Path, *, steps: int = 4, resume: Path | None = None, 
     )
     console = Console(file=io.StringIO(), width=300)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "ADAPTIVE_COUNTS", (2,))
-        patch.setattr(prepare, "MEASURING_SECONDS", 0.5)
+        patch.setattr(plans, "ADAPTIVE_COUNTS", (2,))
+        patch.setattr(plans, "MEASURING_SECONDS", 0.5)
         train(load_recipe(recipe), options, console=console, stop=StopRequest())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -185,7 +185,7 @@ def test_the_fastest_measured_number_of_microbatches_is_taken(tmp_path: Path) ->
     recipe, asked = load_recipe(sleepy(tmp_path, slow=False)), []
 
     def made(
-        recipe: Recipe, model: prepare.Model, options: PlanOptions, *, batch: Batch, seconds: float
+        recipe: Recipe, model: plans.Model, options: PlanOptions, *, batch: Batch, seconds: float
     ) -> Plan:
         asked.append(options.num_microbatches)
         each = max(2.0, 8 / options.num_microbatches)
@@ -198,10 +198,10 @@ def test_the_fastest_measured_number_of_microbatches_is_taken(tmp_path: Path) ->
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "make_plan", made)
+        patch.setattr(plans, "make_plan", made)
         options = PlanOptions(num_stages=2, num_microbatches=8, adaptive=True)
         batch = torch.ones(8, 8), torch.ones(8, 1)
-        plan, measured = prepare._chosen_plan(recipe, [], options, batch)
+        plan, measured = plans._chosen_plan(recipe, [], options, batch)
     assert asked == [2, 4, 8], "no more than there are samples"
     assert plan.num_microbatches == 4 and list(measured) == asked
     assert measured[8][0].forward_seconds == 2.0
