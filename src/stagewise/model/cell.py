@@ -56,12 +56,24 @@ class Cell:
 
     def keywords(self, num_args: int = 1) -> tuple[str, ...]:
         """What `forward` takes by name beside `num_args` positional arguments."""
-        positional, keyword_only = self._parameter_names
-        return positional[num_args:] + keyword_only
+        return self.takes.beside(num_args)
 
     @cached_property
-    def _parameter_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return parameter_names(self.module)
+    def takes(self) -> "ForwardNames":
+        """The names of its `forward`'s parameters."""
+        return ForwardNames(*parameter_names(self.module))
+
+
+@dataclass(frozen=True)
+class ForwardNames:
+    """What a cell's `forward` takes, without the cell."""
+
+    positional: tuple[str, ...]
+    keyword_only: tuple[str, ...]
+
+    def beside(self, num_args: int) -> tuple[str, ...]:
+        """What it takes by name beside `num_args` positional arguments."""
+        return self.positional[num_args:] + self.keyword_only
 
 
 Chain = tuple[Cell, ...]

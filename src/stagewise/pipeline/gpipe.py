@@ -55,11 +55,11 @@ class GPipe:
     ) -> None:
         if not isinstance(layers, nn.Module) or is_chain(layers) or captured_of(layers):
             check_counts(len(chain_of(layers)), num_partitions)
-        self._layers, self._loss, self._seed = layers, loss, seed
+        self._layers: Model | None = layers  # until its part of them is built
+        self._loss, self._seed = loss, seed
         self._make_optimizer = optimizer
         self._plan = functools.partial(
             plan,
-            layers,
             loss=loss,
             num_stages=num_partitions,
             num_microbatches=num_microbatches,
@@ -68,7 +68,7 @@ class GPipe:
             balance=balance,
         )
         self.optimizer: torch.optim.Optimizer | None = None
-        self._pipeline = self._build(self._plan()) if balance is not None else None
+        self._pipeline = self._build() if balance is not None else None
 
     @property
     def pipeline(self) -> Pipeline:
@@ -96,7 +96,7 @@ class GPipe:
                 )
             inputs, target = minibatch
         if self._pipeline is None:
-            self._pipeline = self._build(self._plan(inputs, target=target, kwargs=kwargs))
+            self._pipeline = self._build(inputs, target=target, kwargs=kwargs)
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         loss: torch.Tensor = self._pipeline.step(inputs, target=target, **kwargs)
@@ -104,8 +104,13 @@ class GPipe:
             self.optimizer.step()
         return loss
 
-    def _build(self, chosen: Plan) -> Pipeline:
-        pipeline = Pipeline(self._layers, chosen, loss=self._loss, seed=self._seed)
+    def _build(self, *args: object, **kwargs: Any) -> Pipeline:
+        """The Pipeline of a plan made from this example; the other ranks' layers are let go."""
+        layers = self._layers
+        assert layers is not None, "it is built once"
+        chosen: Plan = self._plan(layers, *args, **kwargs)
+        pipeline = Pipeline(layers, chosen, loss=self._loss, seed=self._seed)
+        self._layers = None
         if self._make_optimizer is not None:
             self.optimizer = self._make_optimizer(pipeline.parameters())
         return pipeline

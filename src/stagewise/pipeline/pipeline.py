@@ -140,7 +140,8 @@ class Pipeline:
         whole = module_tree(chain)
         self.plan, self.step_index = plan, 0
         self._returns_loss = loss is None
-        self._captured = captured_of(model)
+        captured = captured_of(model)
+        self._form = None if captured is None else captured.form
         self._takes_target = loss is not None and takes_target(loss)
         self.parameter_shapes = {n: tuple(p.shape) for n, p in whole.named_parameters()}
         self._dtypes = [p.dtype for p in whole.parameters()]
@@ -512,9 +513,9 @@ class Pipeline:
         self, inputs: tuple[object, ...], target: object, kwargs: Mapping[str, object]
     ) -> tuple[object, object, Mapping[str, object]]:
         """A call as the cells take it: what enters the chain, the loss's target, what has names."""
-        if self._captured is not None:
-            named = self._captured.form.bind(inputs, kwargs)
-            if self._captured.form.takes("target") and target is not None:
+        if self._form is not None:
+            named = self._form.bind(inputs, kwargs)
+            if self._form.takes("target") and target is not None:
                 return None, target if self._takes_target else None, {**named, "target": target}
             return None, target, named
         return packed(inputs), target, kwargs

@@ -94,13 +94,14 @@ NOT_GIVEN = -1
 class Takers:
     """For every name that some cell's `forward` has: the stages and ranks that take it.
 
-    `stage_ranks[s]` are the ranks that run stage s.
+    `stage_ranks[s]` are the ranks that run stage s. Every rank knows the names of all cells, but
+    holds none of the cells: those of other ranks' stages would stay alive here.
     """
 
     def __init__(
         self, chain: Chain, balance: Sequence[int], stage_ranks: Sequence[Sequence[int]]
     ) -> None:
-        self._chain, self._stage_ranks = chain, stage_ranks
+        self._takes, self._stage_ranks = [cell.takes for cell in chain], stage_ranks
         self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
         self.names = sorted({name for cell in chain for name in cell.keywords(cell.index and 1)})
 
@@ -112,15 +113,14 @@ class Takers:
     def cells(self, name: str, num_args: int) -> list[tuple[int, int]]:
         """The (cell, stage) pairs that need it, in order of the chain."""
         return [
-            (cell.index, self._stages[cell.index])
-            for cell in self._chain
-            if name in cell.keywords(num_args if cell.index == 0 else 1)
+            (index, self._stages[index])
+            for index, takes in enumerate(self._takes)
+            if name in takes.beside(num_args if index == 0 else 1)
         ]
 
     def starts_by_name(self, keywords: Mapping[str, object]) -> bool:
         """Whether `keywords` hold the first cell's first argument, which then needs no inputs."""
-        first = self._chain[0]
-        return any(name in keywords for name in first.keywords(0)[:1])
+        return any(name in keywords for name in self._takes[0].beside(0)[:1])
 
     def check_known(self, keywords: Mapping[str, object]) -> None:
         """Raise BatchError for a keyword that no cell takes."""

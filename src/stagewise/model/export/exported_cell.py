@@ -71,6 +71,15 @@ class Program:
         return self  # nothing in it changes
 
 
+class _Space(SimpleNamespace):
+    """What a cell's code reads."""
+
+    @property
+    def itself(self) -> "_Space":
+        """For the code's regions; an attribute would be a cycle, and live on without the model."""
+        return self
+
+
 class CapturedCell(Piece):
     """A piece of a captured model; `owners` are what it holds, as `owned` gives it."""
 
@@ -84,8 +93,7 @@ class CapturedCell(Piece):
         is_first: bool,
     ) -> None:
         super().__init__()
-        self._space = SimpleNamespace(device=home.device, **home.kept)
-        self._space.itself = self._space
+        self._space = _Space(device=home.device, **home.kept)
         self._programs = dict(programs)
         self.input_names, self.is_first = tuple(input_names), is_first
         self._fulfilled: set[object] = set()  # modes, shapes and dtypes of inputs that fit

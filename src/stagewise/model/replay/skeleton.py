@@ -27,7 +27,9 @@ class Skeleton:
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         memo: dict[int, object] = {}
         self.states: dict[int, str] = {}
+        given: list[torch.Tensor] = []
         for name, state in (*model.named_parameters(), *model.named_buffers()):
+            given.append(state)
             empty = torch.empty_like(state, device="meta")
             memo[id(state)] = (
                 nn.Parameter(empty, requires_grad=state.requires_grad)
@@ -48,7 +50,8 @@ class Skeleton:
                 f"failed: {type(error).__name__}: {error}; keep what cannot be copied out of the "
                 "model's attributes"
             ) from error
-        self._kept = list(memo.values())  # their ids are in use
+        # Their ids are in use. The rest of `memo` is the model itself, which may not stay alive.
+        self._kept = [memo[id(state)] for state in given]
         self.block: Block | None = None
         for index, path in enumerate(paths):
             module = self.model.get_submodule(path)
