@@ -102,7 +102,6 @@ BATCHES: dict[str, tuple[object, object, str]] = {
         r"inputs\['a'\] has 8 samples but inputs\['b'\]\[0\] has 7",
     ),
     "sizes disagree": (X, X[:6], "inputs has 8 samples but target has 6"),
-    "too few samples": (X[:3], X[:3], "3 samples cannot fill 4 microbatches"),
     "no samples": (X[:0], X[:0], "inputs has no samples"),
     "no samples anywhere": (stagewise.Replicated(X), torch.tensor(1.0), "nothing .* has samples"),
     "Microbatches disagree": (
@@ -116,9 +115,9 @@ BATCHES: dict[str, tuple[object, object, str]] = {
         r"inputs has microbatches of \[2, 2, 2, 2\] samples but target of \[1, 3, 2, 2\]",
     ),
     "other number of Microbatches": (
-        stagewise.Microbatches([X[:4]] * 2),
+        stagewise.Microbatches([X[:2], X[:2], *[X[:1]] * 4]),
         X,
-        "Microbatches of 2 parts, but the plan has 4",
+        "Microbatches of 6 parts, but the plan has 4",
     ),
     "Microbatches without samples": (
         stagewise.Microbatches([X, None]),

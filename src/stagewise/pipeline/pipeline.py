@@ -225,7 +225,8 @@ class Pipeline:
         `inputs` are the first cell's positional arguments, `target` is the loss's, and a keyword
         argument goes to every cell whose `forward` has a parameter of that name (besides the one
         that takes what the cell before returned; `*args` and `**kwargs` take none). All are
-        pytrees of tensors with samples along dimension 0, in which None, numbers and tensors
+        pytrees of tensors with samples along dimension 0 (fewer samples than microbatches make
+        fewer microbatches), in which None, numbers and tensors
         without dimensions go to every microbatch, as does what is marked `Replicated`;
         `Microbatches` marks what is split already. Every rank may pass the whole batch; ranks
         without the first stage may pass no inputs, ranks without the last no target, ranks

@@ -1,7 +1,7 @@
 """A schedule is data: programs per device, and which devices hold each stage."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagewise.errors import ScheduleError
 from stagewise.schedule.instruction import Instruction, Kind
@@ -62,6 +62,19 @@ class Schedule:
     def splits_backward(self) -> bool:
         """Whether any backward is done in two halves, `I` and `W`."""
         return any(i.kind is Kind.BACKWARD_WEIGHT for _, i in self.instructions())
+
+    def of_first(self, num_microbatches: int) -> "Schedule":
+        """The same order without the microbatches from `num_microbatches` on.
+
+        What is valid stays valid: an instruction waits for those of its own microbatch only.
+        """
+        if num_microbatches >= self.num_microbatches:
+            return self
+        programs = [
+            tuple(i for i in program if i.microbatch < num_microbatches)
+            for program in self.programs
+        ]
+        return replace(self, programs=tuple(programs), num_microbatches=num_microbatches)
 
     def __str__(self) -> str:
         """One line per device, in program order: the form that `parse_programs` reads."""

@@ -191,6 +191,9 @@ class Trainer:
         pipe = self._pipe
         if not self._options.plan.adaptive or pipe.num_ranks != pipe.plan.num_devices:
             return  # in one process devices take turns: no plan is faster
+        ran = len({span.instruction.microbatch for span in timeline.spans})
+        if ran < pipe.num_microbatches:
+            return  # a batch of fewer samples than microbatches, as at the end of an epoch
         decision = self._watch.look(pipe.plan, timeline)
         if decision is None:
             return

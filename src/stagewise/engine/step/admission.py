@@ -46,7 +46,7 @@ def admit(
     takers: Takers,
     needs_inputs: bool,
     needs_target: bool,
-    num_microbatches: Callable[[int], int],
+    most_microbatches: int,
     flags: Sequence[bool],
     shared_flags: Sequence[Sequence[bool] | None] = (),
     options: object = None,
@@ -54,7 +54,7 @@ def admit(
 ) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
-    `num_microbatches(samples)` tells into how many microbatches a batch is split; `outputs_on`
+    A batch is split into `most_microbatches`, or its samples if those are fewer; `outputs_on`
     are the ranks that want the outputs; `flags` is what else on this rank decides what its
     messages hold (`Stage.flags`); `shared_flags` are those of every replicated stage, None where
     this rank does not hold it; they and `options` must be the same on all ranks. `check` raises
@@ -70,8 +70,6 @@ def admit(
         _check_present("target", target, needs_target)
         _check_ranks(outputs_on, transport.num_ranks)
         batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
-        if batch.num_samples is not None and batch.sizes is None:
-            microbatch_sizes(batch.num_samples, num_microbatches(batch.num_samples))
         if inputs is not None:
             signature = fingerprint(_forms(inputs))
         if keywords:
@@ -117,13 +115,13 @@ def admit(
     is_ready = max(columns[3]) != _NONE
     if is_ready:  # some ranks may have none of the Microbatches
         sizes = next(sizes for sizes in transport.gather(batch.sizes) if sizes is not None)
-        if mode is Mode.TRAIN and len(sizes) != num_microbatches(total):
+        if mode is Mode.TRAIN and len(sizes) > most_microbatches:
             raise BatchError(
-                f"got Microbatches of {len(sizes)} parts, but the plan has "
-                f"{num_microbatches(total)} microbatches; give it one part for each"
+                f"got Microbatches of {len(sizes)} parts, but the plan has {most_microbatches} "
+                "microbatches; give it at most that many parts"
             )
     else:
-        sizes = tuple(microbatch_sizes(total, num_microbatches(total)))
+        sizes = tuple(microbatch_sizes(total, min(total, most_microbatches)))
     shared = (max(columns[4]), [max(form) for form in forms], sizes if is_ready else None)
     signature = fingerprint((int(mode), shared, columns[6]))
     return Admitted(signature, sizes, is_ready, max(columns[8]))

@@ -112,7 +112,7 @@ class Runner:
             needs_target=last in self.stages
             and (self.stages[last].needs_target or self.weight is not None)
             and mode is not Mode.PREDICT,
-            num_microbatches=self._count if training else lambda n: min(n, self._count(n)),
+            most_microbatches=self.schedule.num_microbatches,
             flags=[flag for stage in self.stages.values() for flag in stage.flags()],
             shared_flags=[
                 self.stages[s].flags() if s in self.stages else None for s in self._replicated
@@ -294,9 +294,6 @@ class Runner:
             with torch.inference_mode(False):
                 torch.autograd.backward([tensor for tensor, _ in pairs], [g for _, g in pairs])
 
-    def _count(self, num_samples: int) -> int:
-        return self.schedule.num_microbatches
-
     def _program(
         self, training: bool, num_microbatches: int
     ) -> tuple[Links, list[tuple[int, Step]]]:
@@ -315,7 +312,7 @@ class Runner:
 
     def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
         if training:
-            return self.schedule
+            return self.schedule.of_first(num_microbatches)
         return forward_only(self.schedule.placement, num_microbatches)
 
 
