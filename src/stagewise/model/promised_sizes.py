@@ -1,18 +1,17 @@
 """What a trace takes for granted of the batch's sizes, and whether a call fulfils it.
 
-torch.export follows one branch of `if x.shape[1] > 20` and records the condition; in a call that
-does not fulfil it the trace would compute something else than the model. Only what the model's own
-code asks counts: torch's operators look at sizes anew whenever they run.
+torch.export follows one branch of `if x.shape[1] > 20`, and takes the classes of a one_hot for a
+number; in a call where that is not so the trace would compute something else than the model, so it
+is refused before anything runs (`export/asked_sizes.py` notes what was asked).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import sympy
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -20,7 +19,8 @@ from stagewise.errors import BatchError
 
 Size: TypeAlias = "int | sympy.Expr"  # an expression of symbols where it may change
 
-_TORCH = Path(torch.__file__).parent
+_SAMPLES = sympy.Symbol("samples", integer=True, positive=True)  # of a microbatch
+
 _REMEDY = (
     "pass such a batch (padded, if need be), or capture the model with an example of these sizes: "
     "stagewise.capture(model, ...)"
@@ -56,6 +56,11 @@ class TakenInput:
             return value
         return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)][self.leaf]
 
+    @property
+    def counts_samples(self) -> bool:
+        """Whether its first dimension is any number of samples."""
+        return bool(self.shape) and isinstance(self.shape[0], sympy.Symbol)
+
     def __str__(self) -> str:
         sizes = [str(s) if isinstance(s, int) else "2 or more" for s in self.shape]
         if sizes and not isinstance(self.shape[0], int):
@@ -69,22 +74,6 @@ def shape_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     return tuple(int(size) if size.is_number else size for size in sizes)
 
 
-def conditions_of(graph: fx.Graph) -> tuple[Condition, ...]:
-    """The conditions that the model's code set on symbolic sizes in the trace `graph`."""
-    values = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
-    modes = (getattr(value, "fake_mode", None) for value in values)
-    shapes = next((mode.shape_env for mode in modes if mode and mode.shape_env), None)
-    if shapes is None:
-        return ()
-    found = {}
-    for guard in shapes.guards:
-        frame, holds = guard.sloc.framework_loc, shapes.replace(guard.expr)
-        if holds is not sympy.true and frame is not None and _is_models(Path(frame.filename)):
-            place = f"{frame.filename}, line {frame.lineno}"
-            found[holds, place] = Condition(holds=holds, place=place)
-    return tuple(found.values())
-
-
 def check(
     forms: Sequence[TakenInput],
     tensors: Sequence[torch.Tensor],
@@ -94,13 +83,18 @@ def check(
 ) -> None:
     """Raise BatchError unless `tensors` have these forms and fulfil the conditions.
 
-    Without `samples` nothing is said of their number. Any other size that may change must be at
-    least 2: torch.export takes this for granted, since a size of 1 would mean broadcasting.
+    Without `samples` only what holds, or does not, for any number of them is decided. Any other
+    size that may change must be at least 2: torch.export takes this for granted, since a size of 1
+    would mean broadcasting.
     """
-    known: dict[Any, sympy.Integer] = {}
+    known: dict[Any, sympy.Basic] = {}
     names: dict[Any, sympy.Symbol] = {}
     for form, tensor in zip(forms, tensors, strict=True):
-        sizes = list(enumerate(zip(form.shape, tensor.shape, strict=False)))[not samples :]
+        sizes = list(enumerate(zip(form.shape, tensor.shape, strict=False)))
+        if not samples and form.counts_samples:
+            known.setdefault(form.shape[0], _SAMPLES)
+            names.setdefault(form.shape[0], _name(form, 0))
+            del sizes[0]
         fits = len(tensor.shape) == len(form.shape) and all(
             wanted == size if isinstance(wanted, int) else size > 1 or axis == 0
             for axis, (wanted, size) in sizes
@@ -111,21 +105,23 @@ def check(
                 f"was captured for {form}; {_REMEDY}"
             )
         for axis, (wanted, size) in sizes:
-            name = sympy.Symbol(f"{form.name}.shape[{axis}]", integer=True)
             if isinstance(wanted, sympy.Symbol):
-                names.setdefault(wanted, name)
+                names.setdefault(wanted, _name(form, axis))
                 known.setdefault(wanted, sympy.Integer(size))
             if not isinstance(wanted, int) and wanted.free_symbols <= known.keys():
-                expected = int(wanted.xreplace(known))
-                if expected != size:
+                expected = wanted.xreplace(known)
+                if expected.is_number and int(expected) != size:
                     raise BatchError(
-                        f"{name} is {size}, but the model was captured with an example where it is "
-                        f"{_text(wanted.xreplace(names))}, which is {expected} here; {_REMEDY}"
+                        f"{_name(form, axis)} is {size}, but the model was captured with an "
+                        f"example where it is {_text(wanted.xreplace(names))}, which is {expected} "
+                        f"here; {_REMEDY}"
                     )
     for condition in conditions:
         symbols = condition.holds.free_symbols
-        if symbols <= known.keys() and condition.holds.xreplace(known) == sympy.false:
-            values = ", ".join(sorted(f"{names[symbol]} is {known[symbol]}" for symbol in symbols))
+        if symbols <= known.keys() and not _may_hold(condition.holds.xreplace(known)):
+            values = ", ".join(
+                sorted(f"{names[s]} is {known[s]}" for s in symbols if known[s] != _SAMPLES)
+            )
             raise BatchError(
                 f"{values}, but the model was captured with an example where "
                 f"{_text(condition.holds.xreplace(names))}, on which {condition.place} depends; "
@@ -133,9 +129,47 @@ def check(
             )
 
 
-def _is_models(file: Path) -> bool:
-    """Whether this file of code belongs to a model: torch.nn counts, its operators do not."""
-    return not file.is_relative_to(_TORCH) or file.is_relative_to(_TORCH / "nn")
+def inputs_to_compare(
+    batch: Sequence[TakenInput], conditions: Sequence[Condition]
+) -> tuple[TakenInput, ...]:
+    """What must be at hand together to decide conditions that hang on the number of samples."""
+    counts = {form.shape[0]: _SAMPLES for form in batch if form.counts_samples}
+    open_ones = set[Any]()
+    for condition in conditions:
+        if _SAMPLES in _reduced(condition.holds.xreplace(counts)).free_symbols:
+            open_ones |= condition.holds.free_symbols
+    found: list[TakenInput] = []
+    for form in batch:
+        own = {size for size in form.shape if not isinstance(size, int)} & open_ones
+        if own:
+            found.append(form)
+            open_ones -= own
+    return tuple(found)
+
+
+def _may_hold(condition: sympy.Basic) -> bool:
+    """Whether a condition holds; one that the number of samples decides may."""
+    reduced = _reduced(condition)
+    if reduced in (sympy.true, sympy.false):
+        return reduced is sympy.true
+    if reduced.free_symbols:
+        return True
+    # Of floating-point numbers, which sympy leaves as they are: as torch itself evaluates them.
+    return bool(eval(_text(reduced), {"math": math, "torch": torch}))
+
+
+def _reduced(condition: sympy.Basic) -> sympy.Basic:
+    """`n * a == n * b` as `a == b`: every tensor has the same number of samples."""
+    if isinstance(condition, (sympy.Eq, sympy.Ne)) and _SAMPLES in condition.free_symbols:
+        left, right = condition.args
+        ratio = sympy.cancel(left / right)
+        if _SAMPLES not in ratio.free_symbols:
+            return condition.func(ratio, 1)
+    return condition
+
+
+def _name(form: TakenInput, axis: int) -> sympy.Symbol:
+    return sympy.Symbol(f"{form.name}.shape[{axis}]", integer=True)
 
 
 def _text(expression: sympy.Basic) -> str:

@@ -110,7 +110,7 @@ def _assembled(model: nn.Module, form: CallForm, pieces: Sequence[Plain]) -> Cap
     owners = owners_of(model, leaves_of(model), [piece.home for piece in pieces])
     cells = []
     for index, piece in enumerate(pieces):
-        taken = {t.name for p in piece.programs.values() for t in p.taken}
+        taken = {t.name for p in piece.programs.values() for t in (*p.taken, *p.compared)}
         names = [name for name in form.names if name in taken]
         # The first must take something, since the batch enters there.
         names = names or list(form.names[:1] if index == 0 else ())

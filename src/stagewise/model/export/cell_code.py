@@ -12,7 +12,7 @@ from stagewise.model.export.codegen import Emitter, UnknownSizeError
 from stagewise.model.export.dataflow import Flow
 from stagewise.model.export.exported_cell import TENSOR, Program
 from stagewise.model.namespace import Home
-from stagewise.model.promised_sizes import TakenInput, shape_of
+from stagewise.model.promised_sizes import TakenInput, inputs_to_compare, shape_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class _Piece:
     nodes: tuple[fx.Node, ...]
     arriving: list[fx.Node]
     leaving: list[fx.Node]
+    is_first: bool
     is_last: bool
 
 
@@ -44,7 +45,7 @@ def _programs(
     cuts = [at.get(node, len(main)) for node in begins]  # type: ignore[arg-type]
     live = [[], *map(flow.live(main), cuts), []]
     pieces = [
-        _Piece(main[begin:end], live[index], live[index + 1], index == len(cuts))
+        _Piece(main[begin:end], live[index], live[index + 1], index == 0, index == len(cuts))
         for index, (begin, end) in enumerate(itertools.pairwise([0, *cuts, len(main)]))
     ]
     uses = [_derived_in(flow, piece) for piece in pieces]
@@ -96,6 +97,7 @@ def _program(
         for parameter in derive_inputs:
             emitter.parameter(parameter)
         derive = emitter.function(shared)
+    batch = tuple(_taken(trace.inputs, node, leaves) for node in trace.inputs)
     arrives_one = len(piece.arriving) == 1 and not takes_derived
     return Program(
         run=run,
@@ -112,7 +114,8 @@ def _program(
         )
         if piece.is_last
         else (),
-        batch=tuple(_taken(trace.inputs, node, leaves) for node in trace.inputs),
+        batch=batch,
+        compared=inputs_to_compare(batch, trace.conditions) if piece.is_first else (),
         conditions=trace.conditions,
     )
 

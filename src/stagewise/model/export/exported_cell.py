@@ -61,6 +61,7 @@ class Program:
     out_constants: tuple[object, ...]
     batch: tuple[TakenInput, ...]  # of the model, whether this cell takes it or not
     conditions: tuple[Condition, ...]  # on the batch's sizes
+    compared: tuple[TakenInput, ...]  # what only the first cell has together
 
     @property
     def taken(self) -> tuple[TakenInput, ...]:
@@ -116,8 +117,10 @@ class CapturedCell(Piece):
         program, space = self._programs[self.training], self._space
         batch = [taken.of(inputs) for taken in program.taken]
         form = (self.training, *[(tensor.shape, tensor.dtype) for tensor in batch])
+        compared = [taken.of(inputs) for taken in program.compared]
+        form += tuple(tensor.shape for tensor in compared)
         if form not in self._fulfilled:
-            check(program.taken, batch, program.conditions)
+            check((*program.taken, *program.compared), (*batch, *compared), program.conditions)
             self._fulfilled.add(form)
         given = batch[: len(program.inputs)]
         derived = None

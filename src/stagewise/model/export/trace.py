@@ -19,10 +19,11 @@ from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
+from stagewise.model.export.asked_sizes import AskedSizes, asked_sizes
 from stagewise.model.export.export_workarounds import traceable
 from stagewise.model.export.opaque_modules import LEAF, LeafCall, opaque
 from stagewise.model.export.refusal import refusal
-from stagewise.model.promised_sizes import Condition, conditions_of
+from stagewise.model.promised_sizes import Condition
 
 # Tokens, or vectors in a row. Images keep their size: symbolic ones can take long to trace.
 MAX_SEQUENCE_DIMS = 3
@@ -94,6 +95,7 @@ def _traced(
     with (
         opaque(leaves) as calls,
         traceable(model, kwargs),
+        asked_sizes() as asked,
         warnings.catch_warnings(),
         redirect_stderr(printed),
     ):
@@ -111,10 +113,10 @@ def _traced(
         except Exception as error:
             raise refusal(model, error) from error
     sys.stderr.write(printed.getvalue())
-    return _trace_of(program, calls)
+    return _trace_of(program, calls, asked)
 
 
-def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall]) -> Trace:
+def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall], asked: AskedSizes) -> Trace:
     graph = program.graph
     by_name = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     inputs: dict[fx.Node, int] = {}
@@ -148,9 +150,16 @@ def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall]) -> Trace:
         outputs=tuple(output.args[0]),
         out_spec=program.call_spec.out_spec,
         calls=calls,
-        conditions=conditions_of(graph),
+        conditions=_conditions(graph, asked),
         owner=program.graph_module,
     )
+
+
+def _conditions(graph: fx.Graph, asked: AskedSizes) -> tuple[Condition, ...]:
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    shapes = next((mode.shape_env for mode in modes if mode and mode.shape_env), None)
+    return () if shapes is None else asked.conditions(shapes)
 
 
 def _clean(graph: fx.Graph) -> None:

@@ -1,0 +1,129 @@
+"""What is asked of symbolic sizes while torch.export traces a model.
+
+torch.export answers `x.shape[1] > 20` with the example's size and notes a guard. What it notes is
+kept as a condition on later calls, whoever asked: an operator that takes a number (one_hot's
+classes, chunk's pieces) bakes it in as the model's own branch does. Three habits need help:
+
+- *Layout.* Whether a tensor is contiguous only chooses strides, which operators find out anew; but
+  a guard on it would refuse lengths for nothing, and hide that the model asks the same. So it is
+  answered without one.
+- *Samples.* torch.export takes for granted that there are two or more, without a guard. Where the
+  model's own code asks, that is noted too, since a microbatch may be one sample.
+- *Text.* A size's text is a symbol's name. The model's own code gets the number, and a guard.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from stagewise.model.export import opaque_modules
+from stagewise.model.promised_sizes import Condition
+
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_MODELS = f"{_TORCH}nn{os.sep}"  # torch.nn's Python code decides as a model's does
+_SYMBOLIC = (f"{_TORCH}fx{os.sep}", f"{_TORCH}__init__.py", __file__)
+_LAYOUT = f"{_TORCH}_prims_common{os.sep}"
+_TEXT = ("__repr__", "__str__", "__format__")
+
+
+@dataclass
+class AskedSizes:
+    """What was asked, by what the answer means: the model's line that was running then."""
+
+    places: dict[sympy.Basic, str] = field(default_factory=dict)
+    granted: dict[sympy.Basic, str] = field(default_factory=dict)  # without a guard
+
+    def conditions(self, shapes: ShapeEnv) -> tuple[Condition, ...]:
+        """All that the answers take for granted, over the sizes that are left symbolic."""
+        asked = {guard.expr: self.places.get(guard.expr, "torch.export") for guard in shapes.guards}
+        found: dict[sympy.Basic, Condition] = {}
+        for expression, place in (*asked.items(), *self.granted.items()):
+            holds = shapes.replace(expression)
+            if holds is not sympy.true and holds.free_symbols:
+                found.setdefault(holds, Condition(holds=holds, place=place))
+        return tuple(found.values())
+
+
+@contextmanager
+def asked_sizes() -> Iterator[AskedSizes]:
+    """Note what is asked inside."""
+    asked = AskedSizes()
+    evaluate: Any = ShapeEnv.evaluate_expr
+
+    def noting(shapes: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        asker = _asker()
+        if asker is not None and asker.f_code.co_filename.startswith(_LAYOUT):
+            with shapes.suppress_guards():
+                return evaluate(shapes, expression, *args, **kwargs)
+        count = len(shapes.guards)
+        answer = evaluate(shapes, expression, *args, **kwargs)
+        if len(shapes.guards) > count:
+            for guard in shapes.guards[count:]:
+                asked.places[guard.expr] = _line(asker)
+        elif _is_models(asker) and answer in (sympy.true, sympy.false):
+            holds = expression if answer is sympy.true else sympy.Not(expression)
+            asked.granted.setdefault(holds, _line(asker))
+        return answer
+
+    before = {name: torch.SymInt.__dict__.get(name) for name in _TEXT}
+    ShapeEnv.evaluate_expr = noting  # type: ignore[assignment, method-assign]
+    for name in _TEXT:
+        setattr(torch.SymInt, name, _as_number(name))
+    try:
+        yield asked
+    finally:
+        ShapeEnv.evaluate_expr = evaluate  # type: ignore[method-assign]
+        for name, method in before.items():
+            if method is None:
+                delattr(torch.SymInt, name)
+            else:
+                setattr(torch.SymInt, name, method)
+
+
+def _as_number(name: str) -> Any:
+    """The method `name` of a size, which gives the model's own code the text of a number."""
+    own: Any = getattr(torch.SymInt, name)
+
+    def text(size: torch.SymInt, *args: str) -> str:
+        number = size if sys._getframe(1).f_code.co_filename.startswith(_TORCH) else int(size)
+        return str(own(size, *args) if number is size else getattr(number, name)(*args))
+
+    return text
+
+
+def _asker() -> FrameType | None:
+    """The innermost frame outside of what makes symbols work."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_SYMBOLIC):
+        frame = frame.f_back
+    return frame
+
+
+def _is_models(frame: FrameType | None) -> bool:
+    """Whether the model's own code asks; not so in a module that stays a call, and asks anew."""
+    if frame is None:
+        return False
+    file = frame.f_code.co_filename
+    if file.startswith(_TORCH) and not file.startswith(_MODELS):
+        return False
+    while frame is not None:
+        if frame.f_code.co_filename == opaque_modules.__file__:
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _line(frame: FrameType | None) -> str:
+    """The innermost line that is not torch's, from `frame` on."""
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}" if frame else "torch.export"
