@@ -3,6 +3,7 @@
 Constants (flags, None) are part of what was captured, so a call must give the same.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,8 +117,15 @@ class CallForm:
         return (
             rest == self._rest
             and shapes.keys() == self._shapes.keys()
+            and _first_sizes(shapes) == _first_sizes(self._shapes)
             and all(self._fits(key, shape) for key, shape in shapes.items())
         )
+
+    def again(self) -> "CallForm":
+        """The same form, for which no capture has promised anything yet."""
+        other = copy.copy(self)
+        other._promises, other._fulfilled = [], set()
+        return other
 
     def add_promise(self, batch: Sequence[TakenInput], conditions: Sequence[Condition]) -> None:
         """What the trace of one mode takes for granted of its tensors."""
@@ -155,9 +163,12 @@ class CallForm:
         )
 
     def text(self) -> str:
-        """All that it holds, the same in every process; batch sizes aside."""
+        """All that it holds, the same in every process; of first sizes only which are equal."""
         shapes = {key: (dtype, sizes[1:]) for key, (dtype, sizes) in self._shapes.items()}
-        return repr((self._what, self.names, self.leaves, self._constants, self._rest, shapes))
+        first = _first_sizes(self._shapes)
+        return repr(
+            (self._what, self.names, self.leaves, self._constants, self._rest, shapes, first)
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CallForm":
         return self  # nothing in it changes
@@ -182,6 +193,12 @@ def _marked(value: object) -> bool:
         isinstance(node, marks)
         for node in pytree.tree_leaves(value, is_leaf=lambda node: isinstance(node, marks))
     )
+
+
+def _first_sizes(shapes: Mapping[tuple[str, int], _Shape]) -> list[tuple[int, bool]]:
+    """Which tensors have the same first size, and which have one of 1: all samples may share it."""
+    first = [sizes[0] for _, sizes in shapes.values() if sizes]
+    return [(first.index(size), size == 1) for size in first]
 
 
 def _forms(named: Mapping[str, object]) -> tuple[object, dict[tuple[str, int], _Shape]]:

@@ -1,5 +1,7 @@
 """Captures on disk: found again, never where something differs, never in the way."""
 
+import copy
+import functools
 import importlib
 import os
 import sys
@@ -16,6 +18,7 @@ import stagewise
 from stagewise.errors import ModelError
 
 MODULE = "stagewise.model.export.capture"
+CACHE = "stagewise.model.export.disk_cache"
 
 
 class Net(nn.Module):
@@ -218,3 +221,204 @@ def test_processes_may_write_at_once(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert entries(cache) == [entry]
     monkeypatch.setattr(f"{MODULE}.traced", fails)
     stagewise.capture(net(), x)
+
+
+class Acting(nn.Module):
+    """Its forward is `act` between two layers."""
+
+    factor = 1.0
+
+    def __init__(self, act: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.act(self, self.one(x)))
+
+
+class Slotted:
+    __slots__ = ("__dict__", "scale")
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def by_class(model: Any, x: Tensor) -> Tensor:
+    return x * model.factor
+
+
+def by_global(model: Any, x: Tensor) -> Tensor:
+    return x * SETTINGS["scale"]
+
+
+def by_environment(model: Any, x: Tensor) -> Tensor:
+    return x * float(os.environ["SCALE"])
+
+
+def by_requires_grad(model: Any, x: Tensor) -> Tensor:
+    return x * (2 if model.one.weight.requires_grad else 1)
+
+
+def by_default_dtype(model: Any, x: Tensor) -> Tensor:
+    return x * torch.tensor(0.1).to(x.dtype)
+
+
+def scaled(model: nn.Module, x: Tensor, *, scale: float) -> Tensor:
+    return x * scale
+
+
+def shifted(model: nn.Module, x: Tensor, *, scale: float) -> Tensor:
+    return x + scale
+
+
+def closed_over(scale: float) -> Callable[[Any, Tensor], Tensor]:
+    @functools.wraps(scaled)  # which hides that it is another function
+    def act(model: nn.Module, x: Tensor) -> Tensor:
+        return x * scale
+
+    return act
+
+
+def first_of(function: Callable[..., Tensor]) -> Any:
+    return functools.partial(function, scale=0.5)
+
+
+SETTINGS = {"scale": 1.0}
+
+
+TWINS: dict[str, tuple[Callable[[], nn.Module], Callable[[pytest.MonkeyPatch], nn.Module]]] = {
+    "a partial's keywords": (
+        lambda: Acting(functools.partial(scaled, scale=0.1)),
+        lambda patch: Acting(functools.partial(scaled, scale=0.9)),
+    ),
+    "a partial's function": (
+        lambda: Acting(first_of(scaled)),
+        lambda patch: Acting(first_of(shifted)),
+    ),
+    "slots": (lambda: Acting(Slotted(0.1)), lambda patch: Acting(Slotted(0.9))),
+    "a closure": (lambda: Acting(closed_over(0.1)), lambda patch: Acting(closed_over(0.9))),
+    "a class attribute": (
+        lambda: Acting(by_class),
+        lambda patch: patch.setattr(Acting, "factor", 3.0) or Acting(by_class),  # type: ignore[func-returns-value]
+    ),
+    "a global": (
+        lambda: Acting(by_global),
+        lambda patch: patch.setitem(SETTINGS, "scale", 3.0) or Acting(by_global),  # type: ignore[func-returns-value]
+    ),
+    "the environment": (
+        lambda: Acting(by_environment),
+        lambda patch: patch.setenv("SCALE", "3.0") or Acting(by_environment),  # type: ignore[func-returns-value]
+    ),
+    "requires_grad": (
+        lambda: Acting(by_requires_grad),
+        lambda patch: frozen(Acting(by_requires_grad)),
+    ),
+    "a default": (
+        lambda: Acting(with_default(0.1)),
+        lambda patch: Acting(with_default(0.9)),
+    ),
+    "a patched function of a library": (
+        lambda: Acting(by_library),
+        lambda patch: patch.setattr(nn.functional, "gelu", torch.sigmoid) or Acting(by_library),  # type: ignore[func-returns-value]
+    ),
+}
+
+
+def by_library(model: Any, x: Tensor) -> Tensor:
+    return nn.functional.gelu(x)
+
+
+def with_default(scale: float) -> Callable[[Any, Tensor], Tensor]:
+    def act(model: nn.Module, x: Tensor, scale: float = scale) -> Tensor:
+        return x * scale
+
+    act.__qualname__ = "act"
+    return act
+
+
+def frozen(model: Acting) -> Acting:
+    model.one.weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("what", TWINS)
+def test_a_twin_gets_no_other_models_graph(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("SCALE", "0.5")
+    first, second = TWINS[what]
+    stagewise.capture(first(), torch.randn(3, 4))
+    model, x = second(monkeypatch), torch.randn(6, 4)
+    ours = stagewise.capture(model, x)
+    torch.testing.assert_close(ours(x), model(x), rtol=0, atol=0)
+
+
+def test_an_entry_that_is_another_models_is_written_anew(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        f"{MODULE.replace('.capture', '.disk_cache')}._model", lambda model: ["same"]
+    )
+    monkeypatch.setattr(
+        f"{MODULE.replace('.capture', '.disk_cache')}._code", lambda model: ["same"]
+    )
+    x = torch.randn(3, 4)
+    for scale in (2.0, 3.0):
+        model = net(scale=scale)
+        assert torch.equal(stagewise.capture(model, x)(x)["out"], model(x)["out"])  # type: ignore[index]
+    assert len(entries(cache)) == 1
+    monkeypatch.setattr(f"{MODULE}.traced", fails)
+    stagewise.capture(net(scale=3.0), x)
+
+
+def test_what_all_samples_share_is_told_apart(cache: Path) -> None:
+    """A table of one row serves all samples; a table of eight is one row a sample."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.two(self.one(x) + table)
+
+    model, x = Positions(), torch.randn(8, 4)
+    for table in (torch.randn(1, 4), torch.randn(8, 4), torch.randn(1, 4)):
+        for known in (True, False):  # in this process, or on disk only
+            model = model if known else copy.deepcopy(model)
+            plan = stagewise.plan(
+                model,
+                x,
+                target=x,
+                kwargs={"table": stagewise.Replicated(table) if len(table) == 1 else table},
+                loss=nn.functional.mse_loss,
+                num_stages=2,
+                num_microbatches=2,
+            )
+            pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+            given = stagewise.Replicated(table) if len(table) == 1 else table
+            assert torch.allclose(pipe.predict(x, table=given), model.eval()(x, table))  # type: ignore[arg-type]
+            model.train()
+
+
+@pytest.mark.parametrize(("what", "how"), [("file", "owner"), ("file", "mode"), ("folder", "mode")])
+def test_what_others_could_have_written_is_not_loaded(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, what: str, how: str
+) -> None:
+    stagewise.capture(net(), torch.ones(3, 4))
+    (entry,) = entries(cache)
+    place = entry if what == "file" else cache
+    if how == "mode":
+        place.chmod(0o777)
+    else:
+        monkeypatch.setattr("os.getuid", lambda: place.stat().st_uid + 1)
+    loaded: list[object] = []
+    monkeypatch.setattr("pickle.load", loaded.append)
+    with pytest.warns(UserWarning, match="ignored and made anew, since it cannot be trusted"):
+        stagewise.capture(net(), torch.ones(3, 4))
+    assert loaded == []

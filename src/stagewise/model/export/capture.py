@@ -5,8 +5,8 @@ cell gets its share of the parameters, under the plain model's names, and its co
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import fx, nn
@@ -17,12 +17,14 @@ from stagewise.errors import ModelError
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
+from stagewise.model.compare import kept
 from stagewise.model.export.cell_code import programs_of
 from stagewise.model.export.cuts import cuts_of, matching_cuts, names_of
 from stagewise.model.export.dataflow import Flow
-from stagewise.model.export.disk_cache import Plain, cached
+from stagewise.model.export.disk_cache import Entry, Plain
 from stagewise.model.export.exported_cell import CapturedCell
-from stagewise.model.export.opaque_modules import leaves_of
+from stagewise.model.export.faithful import Comparison
+from stagewise.model.export.opaque_modules import check_hooks, leaves_of
 from stagewise.model.export.trace import traced
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
@@ -32,18 +34,23 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     """Capture `model` as a chain of cells, from one call of it as an example.
 
     `args` and `kwargs` are those of the model's `forward`, with the samples along dimension 0 of
-    every tensor; their values do not matter. Afterwards `Pipeline(model, plan)` accepts the model;
-    `stagewise.plan` captures by itself. The model keeps its parameters, which the cells share.
-    What `forward` decides (by flags, sizes, hooks of modules that are not torch.nn's own) is
-    decided now, and a batch for which it would decide otherwise by its sizes is refused. The number
-    of samples may change, and in tensors of up to three dimensions every size that `forward` does
-    not fix, as the length of sequences. Training and eval mode are captured apart. What was found
-    is kept on disk (`stagewise.model.export.disk_cache`), and found again in a second.
+    every tensor: a batch that the model can be run on. Afterwards `Pipeline(model, plan)` accepts
+    the model; `stagewise.plan` captures by itself. The model keeps its parameters, which the cells
+    share. What `forward` decides by flags and attributes is decided now; a batch for which it would
+    decide otherwise by its sizes is refused. The number of samples may change, and in tensors of up
+    to three dimensions every size that `forward` does not fix, as the length of sequences.
+    Training and eval mode are captured apart. What was found is kept on disk
+    (`stagewise.model.export.disk_cache`), and found again in a second.
+
+    The cells are run beside the model on a few samples of the example, in training mode, eval mode
+    and without gradients: outputs, gradients, added losses and buffers must agree. A model on the
+    meta device, which has no values, is not compared, and never taken from disk.
 
     Returns an object that runs as the model does, and that Pipeline takes in its place.
 
     Raises:
-        ModelError: torch.export cannot trace the model; names module, line and the way out.
+        ModelError: torch.export cannot trace the model, or the trace is not the model; names
+            module, line and the way out.
 
     Example:
         >>> import torch, stagewise
@@ -65,25 +72,44 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     """
     _check(model)
     form = CallForm(model, args, kwargs)
-    pieces = cached(model, form, lambda: _pieces(model, form, args, kwargs))
-    captured = _assembled(model, form, pieces)
+    example = _copied(form.named(args, kwargs), _device(model))
+    check_hooks(model)
+    if _device(model).type == "meta":
+        captured = _assembled(model, form, _pieces(model, form, example))
+    else:
+        captured = _compared(model, form, example)
     remember(model, captured)
     return captured
 
 
-def _pieces(
-    model: nn.Module, form: CallForm, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> list[Plain]:
+def _compared(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> Captured:
+    """What is on disk, if it is this model bit for bit, or else a new capture."""
+    comparison = Comparison(model, example)
+    entry = Entry(model, form)
+    pieces = entry.read()
+    if pieces is not None:
+        with suppress(Exception):  # another model's pieces may fit nothing here
+            captured = _assembled(model, form.again(), pieces)
+            if comparison.same_bits(captured):
+                return captured
+        entry.discard()
+    pieces = _pieces(model, form, example)
+    captured = _assembled(model, form, pieces)
+    if comparison.check(captured):
+        entry.write(pieces)
+    return captured
+
+
+def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> list[Plain]:
     """Trace the model and cut it."""
     device = _device(model)
-    example = _doubled(_copied(form.named(args, kwargs), device))
-    leaves = leaves_of(model)
+    example, leaves = _doubled(example), leaves_of(model)
     flows = {}
-    with _modes_kept(model), torch.device("meta") if device.type == "meta" else nullcontext():
+    with torch.device("meta") if device.type == "meta" else nullcontext():
         for training in (True, False):
-            if model.training is not training:
-                model.train(training)
-            flows[training] = Flow(traced(model, leaves, (), example), leaves, _buffers(model))
+            with kept(model, training):  # what forward assigns then is no tensor with values
+                trace = traced(model, leaves, (), example)
+            flows[training] = Flow(trace, leaves, _buffers(model))
     for flow in flows.values():
         flow.memory.check_inputs()
     form.check_batch(flows[True].trace.inputs, type(model).__name__)
@@ -140,13 +166,13 @@ def _copied(example: Mapping[str, object], device: torch.device) -> dict[str, ob
     )
 
 
-def _doubled(example: dict[str, object]) -> dict[str, object]:
+def _doubled(example: Mapping[str, object]) -> Mapping[str, object]:
     """At least two samples, since torch.export takes a size of one for a constant."""
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.dim()]
     if any(tensor.shape[0] != 1 for tensor in tensors):
         return example
     return pytree.tree_map_only(  # type: ignore[no-any-return]
-        torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, example
+        torch.Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, dict(example)
     )
 
 
@@ -165,13 +191,3 @@ def _begins(
     theirs = other.main
     found = matching_cuts(cuts, main, flow, theirs, other)
     return [theirs[cut] if cut < len(theirs) else None for cut in found]
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

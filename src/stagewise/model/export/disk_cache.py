@@ -15,11 +15,12 @@ import enum
 import hashlib
 import os
 import pickle
+import stat
 import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,49 +50,76 @@ class Plain:
     programs: dict[bool, Program]
 
 
-def cached(model: nn.Module, form: CallForm, make: Callable[[], list[Plain]]) -> list[Plain]:
-    """What `make` gives, from disk where it was made before."""
-    path = _path_for(model, form)
-    if path is None:
-        return make()
-    try:
-        with path.open("rb") as file, _quiet_pickles():
-            return _checked(pickle.load(file))
-    except OSError:
-        pass  # there is none, or it is not ours to read
-    except Exception as error:
-        warnings.warn(
-            f"the capture in {path} is ignored and made anew, since it cannot be read "
-            f"({type(error).__name__}: {error})",
-            stacklevel=3,
-        )
-    pieces = make()
-    _write(path, pieces)
-    return pieces
+class Entry:
+    """The place of one capture; `path` is None where it has no fingerprint."""
+
+    def __init__(self, model: nn.Module, form: CallForm) -> None:
+        self.path = _path_for(model, form)
+
+    def read(self) -> list[Plain] | None:
+        """What was written there, unless another user could have written it."""
+        if self.path is None:
+            return None
+        try:
+            with self.path.open("rb") as file, _quiet_pickles():
+                _check_private(self.path, file.fileno())
+                return _checked(pickle.load(file))
+        except OSError:
+            return None  # there is none, or it is not ours to read
+        except Exception as error:
+            warnings.warn(
+                f"the capture in {self.path} is ignored and made anew, since it cannot be "
+                f"{'trusted' if isinstance(error, _ForeignError) else 'read'} "
+                f"({type(error).__name__.strip('_')}: {error})",
+                stacklevel=3,
+            )
+            return None
+
+    def write(self, pieces: list[Plain]) -> None:
+        """Write in one go, so that no other process reads a half; a full disk is no error."""
+        if self.path is None:
+            return
+        try:
+            with _quiet_pickles():
+                data = pickle.dumps(pieces)
+        except (pickle.PicklingError, TypeError, AttributeError):
+            return  # graphs of operators that have graphs inside cannot be pickled
+        with suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
+                try:
+                    file.write(data)
+                    file.close()
+                    os.replace(file.name, self.path)
+                except OSError:
+                    os.unlink(file.name)
+
+    def discard(self) -> None:
+        """Remove what turned out to be another model's."""
+        if self.path is not None:
+            with suppress(OSError):
+                self.path.unlink()
+
+
+class _ForeignError(Exception):
+    """Another user has written an entry, or could have."""
+
+
+def _check_private(path: Path, opened: int) -> None:
+    """Raise unless the open file and its folder are this user's, and nobody else's to write."""
+    if not hasattr(os, "getuid"):  # on Windows, where a profile is its user's alone
+        return
+    for what, status in ((path, os.fstat(opened)), (path.parent, path.parent.stat())):
+        if status.st_uid != os.getuid():
+            raise _ForeignError(f"{what} belongs to user {status.st_uid}; remove it")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _ForeignError(f"others may write {what}; remove it, or chmod go-w {what.name}")
 
 
 def _checked(pieces: object) -> list[Plain]:
     if not isinstance(pieces, list) or not all(isinstance(p, Plain) for p in pieces):
         raise TypeError(f"it holds a {type(pieces).__name__}")
     return pieces
-
-
-def _write(path: Path, pieces: list[Plain]) -> None:
-    """Write in one go, so that no other process reads a half; a full or closed disk is no error."""
-    try:
-        with _quiet_pickles():
-            data = pickle.dumps(pieces)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return  # graphs of operators that have graphs inside cannot be pickled
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(data)
-                file.close()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
 
 
 @contextmanager

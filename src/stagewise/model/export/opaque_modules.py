@@ -19,6 +19,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
+from stagewise.errors import ModelError
+from stagewise.model.export.suggestion import cells_to_name
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -105,6 +108,21 @@ def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
         if path and not inside and is_leaf(module):
             found[path] = module
     return found
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Raise ModelError for a backward hook that no cell would run: of a module that is no leaf."""
+    leaves = tuple(f"{path}." for path in leaves_of(model))
+    for path, module in model.named_modules():
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        if hooks and not f"{path}.".startswith(leaves):
+            name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+            raise ModelError(
+                f"{path or 'the model itself'} ({type(module).__name__}) has a backward hook "
+                f"({name}), which a trace would lose; put it on layers of torch.nn, whose hooks "
+                "run, or name the module around as a cell: "
+                f"stagewise.plan(..., cells={cells_to_name(model)})"
+            )
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 import inspect
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import fx, nn
 
 from stagewise.errors import ModelError
+from stagewise.model.compare import Difference
 from stagewise.model.export.export_workarounds import OWN_BACKWARD
+from stagewise.model.export.suggestion import cells_to_name
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
@@ -54,18 +57,21 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
     return ModelError(
         f"{_where(model, error)} cannot be captured: {meaning} ({type(error).__name__}: "
         f"{first}); {remedy}, or name the modules that are to be cells, so that their code and "
-        f"what lies around them runs as it is: stagewise.plan(..., cells={_blocks(model)})"
+        f"what lies around them runs as it is: stagewise.plan(..., cells={cells_to_name(model)})"
     )
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """What `cells` might be: the model's lists of modules, or else its children."""
-    patterns: list[str] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(pattern[:-1]) for pattern in patterns)
-        if path and isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
-            patterns.append(f"{path}.*")
-    return patterns or [name for name, _ in model.named_children()][:5] or ["..."]
+def lost(model: nn.Module, found: Difference, asked: Mapping[str, str]) -> ModelError:
+    """The trace gives something else than the model; `asked` is what forward does, and where."""
+    causes = "; ".join(f"forward {what} ({place})" for what, place in asked.items())
+    return ModelError(
+        f"{type(model).__name__} was captured, but its cells are not the plain model in "
+        f"{found.situation}: the {found.what} differs ({found.how}). A trace holds what forward "
+        f"decided once, and no hooks on tensors: {causes or 'something that it lost decides here'}"
+        "; let forward compute the same whatever it finds there, or name the modules that are to "
+        "be cells, so that their code runs as it is: "
+        f"stagewise.plan(..., cells={cells_to_name(model)})"
+    )
 
 
 def place_of(node: fx.Node) -> str:

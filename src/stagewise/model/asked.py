@@ -1,0 +1,85 @@
+"""What a forward asks for that a trace decides once: gradients on, autocast, a tensor's flags.
+
+A trace holds the answers of the moment it was made. What asks is noted while the plain model runs:
+functions written in C by Python's profiler, which sees them however they were imported, and what
+is asked of tensors by a mode of torch's. So a refusal can name the line.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from stagewise.model.users_code import place_of_frame, users_frame
+
+# By the function's name: what the model does there.
+_AUTOCAST = {
+    name: "asks whether autocast is on"
+    for name in (
+        *("is_autocast_enabled", "is_autocast_cpu_enabled", "is_autocast_cache_enabled"),
+        *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
+    )
+}
+_FUNCTIONS = {
+    **_AUTOCAST,
+    "is_grad_enabled": "asks whether gradients are on (torch.is_grad_enabled)",
+    "is_inference_mode_enabled": "asks whether inference mode is on",
+}
+_OF_TENSORS = {
+    "torch.Tensor.requires_grad.__get__": "asks whether a tensor requires gradients",
+    "torch.Tensor.grad_fn.__get__": "looks at a tensor's grad_fn",
+    "torch.Tensor.is_leaf.__get__": "asks whether a tensor is a leaf of its graph",
+    "torch.Tensor.register_hook": "puts a hook on a tensor",
+    "torch.Tensor.register_post_accumulate_grad_hook": "puts a hook on a tensor",
+    "torch.Tensor.retain_grad": "keeps the gradient of a tensor",
+}
+Asked = dict[str, str]  # what forward does: where, first
+
+
+@contextmanager
+def asked_of_torch() -> Iterator[Asked]:
+    """What the code inside asks of torch; nothing where another profiler runs already."""
+    found: Asked = {}
+    before = sys.getprofile()
+
+    def note(frame: FrameType, event: str, function: object) -> None:
+        what = _FUNCTIONS.get(getattr(function, "__name__", "")) if event == "c_call" else None
+        if what is not None and users_frame(frame) is frame:
+            found.setdefault(what, place_of_frame(frame))
+
+    if before is None:
+        sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        if before is None:
+            sys.setprofile(None)
+
+
+def asks_for_autocast(asked: Asked) -> bool:
+    """Whether the model may compute something else under autocast than what autocast casts."""
+    return not asked.keys().isdisjoint(_AUTOCAST.values())
+
+
+class AskedOfTensors(TorchFunctionMode):
+    """Notes what the code inside asks of tensors, in `found`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Asked = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        what = _OF_TENSORS.get(resolve_name(func) or "")
+        if what is not None:
+            frame = users_frame(sys._getframe(1))
+            if frame is not None:
+                self.found.setdefault(what, place_of_frame(frame))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,41 @@
+"""Which code is the user's, or of a library that they use: neither torch's nor our own.
+
+Errors name the line of it that ran last.
+"""
+
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+
+TORCH = Path(torch.__file__).parent
+_OURS = Path(__file__).parents[1]
+_ZOO = str(_OURS / "models")
+_OTHERS = (f"{TORCH}/", f"{_OURS}/", "<")  # the last: code that was made while running
+
+
+def is_users(file: str) -> bool:
+    """Whether a file of code is neither torch's nor ours; the model zoo counts as the user's."""
+    return not file.startswith(_OTHERS) or file.startswith(_ZOO)
+
+
+def users_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost call of such code at or above `frame`."""
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def place_of_frame(frame: FrameType | None) -> str:
+    """File and line that run in `frame`."""
+    return "its end" if frame is None else f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+
+
+def users_place(traceback: TracebackType | None) -> str | None:
+    """File and line of the last call of such code in a traceback."""
+    found = None
+    while traceback is not None:
+        if is_users(traceback.tb_frame.f_code.co_filename):
+            found = f"{traceback.tb_frame.f_code.co_filename}, line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,184 @@
+"""A capture is the plain model, in training, in eval mode and without gradients, or is refused."""
+
+import functools
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stagewise
+from stagewise.errors import ModelError
+
+CELLS = r"stagewise\.plan\(\.\.\., cells=\['blocks\.\*'\]\)"
+
+
+class Net(nn.Module):
+    """Blocks around which `around` may do what it likes."""
+
+    def __init__(self, around: Callable[[Any, Tensor], Tensor] = lambda net, x: x) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)
+        )
+        self.around = around
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.around(self, block(x))
+        return x
+
+
+def hook_on_a_tensor(net: Any, x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda gradient: 0.1 * gradient)
+    return x
+
+
+def kept_gradient(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.grad_fn is not None else x
+
+
+def requires_grad(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.requires_grad else x
+
+
+def grad_enabled(net: Any, x: Tensor) -> Tensor:
+    return x if torch.is_grad_enabled() else x * 2
+
+
+def imported(net: Any, x: Tensor, ask: Callable[[], bool] = torch.is_grad_enabled) -> Tensor:
+    return x if ask() else x * 2
+
+
+def autocast_asked(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if torch.is_autocast_enabled("cpu") else x
+
+
+def drawn(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if random.random() < 0.5 else x
+
+
+def only_in_eval(net: Any, x: Tensor) -> Tensor:
+    return x if net.training or torch.is_grad_enabled() else x.clamp(min=0)
+
+
+LOST = {
+    hook_on_a_tensor: r"training mode: the gradient \S+ .*puts a hook on a tensor \(\S+, line",
+    kept_gradient: r"training mode: the output .*looks at a tensor's grad_fn",
+    requires_grad: r"training mode: the output .*asks whether a tensor requires gradients",
+    grad_enabled: r"eval mode without gradients: the output .*torch\.is_grad_enabled.*faithful\.py",
+    imported: r"eval mode without gradients: the output .*torch\.is_grad_enabled.*faithful\.py",
+    autocast_asked: r"training mode under autocast: the output .*asks whether autocast is on",
+    only_in_eval: "eval mode without gradients",
+}
+
+
+@pytest.mark.parametrize(
+    ("around", "message"), LOST.items(), ids=[around.__name__ for around in LOST]
+)
+def test_what_a_trace_would_lose_is_refused(
+    around: Callable[[Any, Tensor], Tensor], message: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"(?s){message}.*{CELLS}"):
+        stagewise.capture(Net(around).double(), torch.randn(8, 4, dtype=torch.float64))
+
+
+class Hooked(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return hook_on_a_tensor(self, super().forward(x))
+
+
+@pytest.mark.parametrize("around", [None, requires_grad, grad_enabled])
+def test_the_way_out_works(around: Callable[[Any, Tensor], Tensor] | None) -> None:
+    torch.manual_seed(0)
+    model = (Net() if around is None else Net(around)).double()
+    if around is None:
+        model.blocks = nn.ModuleList(Hooked(*block) for block in model.blocks)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    stagewise.capture_cells(model, ["blocks.*"], x)
+    plan = stagewise.Plan(balance=(1, 2), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    loss = pipe.step(x, target=x)
+    ours = {name: parameter.grad for name, parameter in pipe.named_parameters()}
+    pipe.module.zero_grad()
+    wanted = nn.functional.mse_loss(model(x), x)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.predict(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("where", ["", "blocks.1"])
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_containers_are_refused(where: str, kind: str) -> None:
+    model = Net()
+    getattr(model.get_submodule(where), kind)(lambda module, *gradients: None)
+    with pytest.raises(ModelError, match=f"{where or 'the model itself'} .*has a backward hook"):
+        stagewise.capture(model, torch.randn(8, 4))
+
+
+def test_backward_hooks_of_layers_run() -> None:
+    model = Net().double()
+    model.blocks[1][0].register_full_backward_hook(lambda _, gradients, __: (3 * gradients[0],))
+    stagewise.capture(model, torch.randn(8, 4, dtype=torch.float64))
+
+
+class Rotary(nn.Module):
+    """Computes a part in float32 in a float64 model, in an order that the trace changes not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.shape[0]).float(), torch.arange(4).float()).cos()
+        return self.two(self.one(x).float().softmax(-1).to(x.dtype) * angles.to(x.dtype))
+
+
+def test_float32_parts_of_a_float64_model_are_no_fault() -> None:
+    from stagewise.model.compare import TRAINING, difference
+
+    model, x = Rotary().double(), torch.randn(3, 4, dtype=torch.float64)
+    captured = stagewise.capture(model, x)
+    with torch.no_grad():
+        model.two.weight += 0  # the same model
+    assert difference(model, captured, {"x": x}, TRAINING) is None
+    run = captured.chain[-1].module.forward
+    captured.chain[-1].module.forward = lambda *args, **kwargs: run(*args, **kwargs) * (1 + 1e-7)
+    assert difference(model, captured, {"x": x}, TRAINING) is None, "of float32, round-off"
+    found = difference(model, captured, {"x": x}, TRAINING, in_bits=True)
+    assert found is not None
+    assert found.what == "output itself"
+    captured.chain[-1].module.forward = lambda *args, **kwargs: run(*args, **kwargs) * 1.01
+    assert difference(model, captured, {"x": x}, TRAINING) is not None
+
+
+def test_a_comparison_leaves_no_trace() -> None:
+    model = Net(lambda net, x: x + random.random())
+    model.blocks[1].append(nn.BatchNorm1d(4))
+    state, generator = {k: v.clone() for k, v in model.state_dict().items()}, random.getstate()
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    with suppress(ModelError):
+        stagewise.capture(model, torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.rand(3), wanted)
+    assert random.getstate() == generator
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_example_that_the_model_cannot_run_on() -> None:
+    with pytest.raises(ModelError, match=r"Net itself fails on the example \(RuntimeError: mat1"):
+        stagewise.capture(Net(), torch.randn(8, 5))
+
+
+def test_a_partial_is_run_as_it_is() -> None:
+    act = functools.partial(nn.functional.leaky_relu, negative_slope=0.3)
+    stagewise.capture(Net(lambda net, x: act(x)), torch.randn(8, 4))
