@@ -134,7 +134,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     """Run inside with `model` in a mode; puts modes, attributes, buffers and random states back."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    attributes = [dict(vars(module)) for module in modules]
+    attributes = [_attributes(module) for module in modules]
     buffers = [
         (m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None
     ]
@@ -146,7 +146,11 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode, before in zip(modules, modes, attributes, strict=True):
             vars(module).clear()
-            vars(module).update(before)
+            vars(module).update((name, value) for name, value, _ in before)
+            for _, value, items in before:
+                if isinstance(value, dict):  # that forward may have put hooks into, say
+                    value.clear()
+                    value.update(items)
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
@@ -154,6 +158,11 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
                     buffer.copy_(value)
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, object, dict[object, object]]]:
+    """Names and values, and of dicts (as those of hooks) what is in them."""
+    return [(n, v, dict(v) if isinstance(v, dict) else {}) for n, v in vars(module).items()]
 
 
 @contextmanager
