@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Microbatches, Replicated, is_mark
-from stagewise.batch.values import flatten
+from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import BatchError, CellError
 
 
@@ -116,7 +116,7 @@ def join(values: Sequence[object], sizes: Sequence[int]) -> object:
             "the outputs of the microbatches are nested differently, so they cannot be joined; "
             "let the last cell return the same structure always"
         )
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(values[0])[0]]
+    paths = [path for path, _ in with_paths(values[0])]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     joined = [_joined(f"output{p}", c, sizes) for p, c in zip(paths, columns, strict=True)]
     return pytree.tree_unflatten(joined, flat[0][1])
@@ -155,8 +155,8 @@ def _sizes(value: object, what: str) -> Iterator[tuple[str, int | tuple[int, ...
         flatten(value)
     except CellError as error:
         raise BatchError(f"{what}: {error}") from error
-    for path, leaf in pytree.tree_flatten_with_path(value, is_leaf=is_mark)[0]:
-        name = what + pytree.keystr(path)
+    for path, leaf in with_paths(value, is_mark):
+        name = what + path
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             yield name, leaf.shape[0]
         elif isinstance(leaf, Microbatches):
@@ -179,10 +179,10 @@ def _refuse_per_sample_items(value: object, what: str, num_samples: int) -> None
     def is_leaf(node: object) -> bool:
         return is_mark(node) or _per_sample(node, num_samples)
 
-    for path, leaf in pytree.tree_flatten_with_path(value, is_leaf=is_leaf)[0]:
+    for path, leaf in with_paths(value, is_leaf):
         if _per_sample(leaf, num_samples):
             raise BatchError(
-                f"{what}{pytree.keystr(path)} is a {type(leaf).__name__} of {num_samples} items, "
+                f"{what}{path} is a {type(leaf).__name__} of {num_samples} items, "
                 "one for each sample, which cannot be split; make it a tensor, or, if every "
                 "microbatch needs it whole, mark it with stagewise.Replicated"
             )
