@@ -446,9 +446,10 @@ def test_a_skip_within_one_cell(inside: str) -> None:
             assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=1e-12), (balance, name)
         assert torch.allclose(pipe.predict(x), plain(x), rtol=1e-12)  # type: ignore[arg-type]
     assert check_parity(model(), x, target=y, loss=MSE, num_microbatches=2, num_stages=[2]).ok
-    assert len(
-        stagewise.estimate(model(), x, target=y, loss=MSE, num_microbatches=2, device="a100")
-    ) == 4
+    assert (
+        len(stagewise.estimate(model(), x, target=y, loss=MSE, num_microbatches=2, device="a100"))
+        == 4
+    )
 
 
 def test_a_cell_that_hands_a_name_on_is_refused() -> None:

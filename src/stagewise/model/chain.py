@@ -60,7 +60,9 @@ def chain_of(model: Model) -> Chain:
             )
     if not named:
         raise ModelError("the model has no cells; give it at least one layer")
-    skips = between_cells([(name, skips_of(name, module, around)) for name, module, around in named])
+    skips = between_cells(
+        [(name, skips_of(name, module, around)) for name, module, around in named]
+    )
     chain = tuple(
         Cell(index, name, module, own)
         for index, ((name, module, _), own) in enumerate(zip(named, skips, strict=True))
