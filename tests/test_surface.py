@@ -10,6 +10,7 @@ from stagewise.cli.main import COMMANDS, app, command_app
 
 EXPORTS = [
     "Arguments",
+    "BatchDim",
     "GPipe",
     "GradScaler",
     "Microbatches",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.markers import unmarked
 from stagewise.engine.stage.keywords import invoke
 from stagewise.engine.step.admission import positional
 from stagewise.model.cell import Cell, Chain
@@ -28,9 +29,10 @@ class Walk:
         self._live: list[tuple[Skip, ...]] = []  # behind each cell
         live: list[Skip] = []
         for cell in chain:
-            live = [s for s in live if s not in cell.skips.pops] + [*cell.skips.stashes]
+            live = [s for s in (*live, *cell.skips.stashes) if s not in cell.skips.pops]
             self._live.append(tuple(live))
         self._scopes = {scope.path: scope for cell in chain for scope in cell.skips.scopes}
+        self._has_skips = any(self._live)
 
     def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
         """The cell's output for what the cell before it returned here, or for the batch.
@@ -38,8 +40,8 @@ class Walk:
         Of the batch's `keywords` it gets those that it names, as copies of its own.
         """
         names = cell.keywords(self._num_args if cell.index == 0 else 1)
-        own = {n: _copy(keywords[n]) for n in names if n in keywords}
-        if not self._scopes:
+        own = {n: _copy(unmarked(keywords[n])) for n in names if n in keywords}
+        if not self._has_skips:
             return invoke(cell.module, value, own)
         frames = {path: Frame(scope.own_names) for path, scope in self._scopes.items()}
         if cell.index:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Arguments, Microbatches, Replicated
+from stagewise.batch.markers import Arguments, BatchDim, Microbatches, Replicated
 from stagewise.errors import BatchError, ModelError
 from stagewise.model.promised_sizes import Condition, Size, TakenInput, check, is_symbolic
 
@@ -188,7 +188,7 @@ def _constants(value: object) -> list[object]:
 
 def _marked(value: object) -> bool:
     """Whether `value` is one of stagewise's marks, or holds some: it is checked in the cells."""
-    marks = (Arguments, Microbatches, Replicated)
+    marks = (Arguments, BatchDim, Microbatches, Replicated)
     return any(
         isinstance(node, marks)
         for node in pytree.tree_leaves(value, is_leaf=lambda node: isinstance(node, marks))

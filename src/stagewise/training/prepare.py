@@ -125,6 +125,8 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
         seed=options.seed,
         init=recipe.init,
         accumulate_in_float32=recipe.accumulate_in_float32,
+        batch_dim=recipe.batch_dim,
+        loss_reduction=recipe.loss_reduction,
     )
 
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 
 import torch
 
-from stagewise.batch.layouts import storages
-
 StorageKey = tuple[torch.device, int]
 
 
@@ -25,7 +23,7 @@ class Packed:
         # its graph never runs backward. Autograd puts the graph back when it unpacks.
         self.tensor: torch.Tensor | None = tensor.detach()
         self._key, self._counts = key, counts
-        counts.setdefault(key, [0, storage_bytes(tensor)])[0] += 1
+        counts.setdefault(key, [0, tensor.untyped_storage().nbytes()])[0] += 1
 
     def __del__(self) -> None:
         self.release()
@@ -66,7 +64,7 @@ class ActivationMeter:
     def unsaved(self, held: Iterable[torch.Tensor]) -> dict[StorageKey, int]:
         """Bytes of the storages behind `held` that autograd does not keep, by storage."""
         return {
-            storage_key(tensor): storage_bytes(tensor)
+            storage_key(tensor): tensor.untyped_storage().nbytes()
             for tensor in held
             if storage_key(tensor) not in self._excluded and storage_key(tensor) not in self._saved
         }
@@ -86,10 +84,4 @@ def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
 
 def storage_key(tensor: torch.Tensor) -> StorageKey:
     """What tells storages apart while they live, those without memory too (meta, fake)."""
-    *_, storage = storages(tensor)
-    return tensor.device, storage._cdata
-
-
-def storage_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the memory behind it."""
-    return sum(storage.nbytes() for storage in storages(tensor))
+    return tensor.device, tensor.untyped_storage()._cdata
