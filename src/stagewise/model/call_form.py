@@ -131,6 +131,11 @@ class CallForm:
         """What the trace of one mode takes for granted of its tensors."""
         self._promises.append((batch, conditions))
 
+    @property
+    def traced_inputs(self) -> Sequence[TakenInput]:
+        """The batch's tensors, with the sizes that may change as symbols."""
+        return self._promises[0][0] if self._promises else ()
+
     def _check_sizes(self, named: Mapping[str, object]) -> None:
         """Raise BatchError where sizes are not as promised, the number of samples aside."""
         plain = {name: value for name, value in named.items() if not _marked(value)}

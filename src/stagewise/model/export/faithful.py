@@ -1,8 +1,9 @@
 """Whether what was captured is the model: asked once, on a few samples of the example.
 
-torch.export follows one way through forward, and an entry on disk may be another model's. So the
-cells are run beside the plain model before they are given out (`stagewise.model.compare`). A new
-capture may differ by round-off; one from disk must be the same bits, else it is made anew.
+torch.export follows one way through forward, takes sizes for numbers, and an entry on disk may be
+another model's. So the cells are run beside the plain model before they are given out
+(`stagewise.model.compare`), with one sample and another length, too. A new capture may differ by
+round-off; one from disk must be the same bits, else it is made anew.
 """
 
 from collections import Counter
@@ -15,8 +16,10 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError, StagewiseError
 from stagewise.model.asked import Asked, AskedOfTensors, asked_of_torch, asks_for_autocast
+from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
 from stagewise.model.compare import (
+    EVAL,
     SITUATIONS,
     TRAINING,
     UNDER_AUTOCAST,
@@ -25,7 +28,8 @@ from stagewise.model.compare import (
     difference,
     numbers,
 )
-from stagewise.model.export.refusal import lost
+from stagewise.model.export.refusal import lost, lost_at
+from stagewise.model.other_sizes import batches_of_other_sizes, sizes_text
 
 _FEW = 4  # samples
 
@@ -58,16 +62,22 @@ class Comparison:
 
     def same_bits(self, captured: Captured) -> bool:
         """Whether the cells are the model, bit for bit."""
-        return self._difference(captured, in_bits=True) is None
+        return (
+            self._difference(captured, in_bits=True) is None
+            and self._at_other_sizes(captured, in_bits=True) is None
+        )
 
     def check(self, captured: Captured) -> bool:
         """Whether they are so; raises ModelError where they differ by more than round-off."""
         if self.same_bits(captured):
             return True
         found = self._difference(captured, in_bits=False)
-        if found is None:
-            return False
-        raise lost(self._model, found, self._asked | self._asked_of_tensors(found.situation))
+        if found is not None:
+            raise lost(self._model, found, self._asked | self._asked_of_tensors(found.situation))
+        apart = self._at_other_sizes(captured, in_bits=False)
+        if apart is not None:
+            raise lost_at(self._model, *apart)
+        return False
 
     def _asked_of_tensors(self, situation: Situation) -> Asked:
         asked = AskedOfTensors()
@@ -83,6 +93,21 @@ class Comparison:
             except StagewiseError:  # the sizes are not those that it was captured for
                 continue
         return self._on(captured, self._examples[-1], in_bits=in_bits)
+
+    def _at_other_sizes(
+        self, captured: Captured, *, in_bits: bool
+    ) -> tuple[Difference, str] | None:
+        """On the first batch of other sizes that model and cells take: what differs, and there."""
+        form = captured.form
+        assert isinstance(form, CallForm)
+        for batch in batches_of_other_sizes(self._examples[0], form.traced_inputs):
+            with suppress(Exception):  # sizes that are refused in words, or by the model itself
+                for situation in (TRAINING, EVAL):
+                    found = difference(self._model, captured, batch, situation, in_bits=in_bits)
+                    if found is not None:
+                        return found, sizes_text(batch)
+                return None
+        return None
 
     def _on(self, captured: Captured, example: Example, *, in_bits: bool) -> Difference | None:
         found = (

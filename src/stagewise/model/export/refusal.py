@@ -74,6 +74,18 @@ def lost(model: nn.Module, found: Difference, asked: Mapping[str, str]) -> Model
     )
 
 
+def lost_at(model: nn.Module, found: Difference, sizes: str) -> ModelError:
+    """The trace gives something else than the model where the batch has other sizes."""
+    return ModelError(
+        f"{type(model).__name__} was captured, but for other sizes than its example's ({sizes}) "
+        f"its cells are not the plain model in {found.situation}: the {found.what} differs "
+        f"({found.how}). Forward makes something of a size that a trace cannot follow (its type, "
+        "say, or dimensions dropped where a size is one); let it compute with the size itself, or "
+        "name the modules that are to be cells, so that their code runs as it is: "
+        f"stagewise.plan(..., cells={cells_to_name(model)})"
+    )
+
+
 def place_of(node: fx.Node) -> str:
     """The module and the line that made `node`."""
     stack = node.meta.get("nn_module_stack") or {}
