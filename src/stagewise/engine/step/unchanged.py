@@ -2,14 +2,15 @@
 
 Ties, sums over replicas, float32 sums and running statistics are found when a Pipeline is built;
 a parameter that came later (by parametrizing, by an adapter) would be left out of them in silence.
+And a parameter keeps its values until the step has ended: all microbatches are to see the same.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import nn
 
-from stagewise.errors import ModelError
+from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell
 
 Parts = dict[str, nn.Module | nn.Parameter | None]
@@ -18,12 +19,20 @@ Parts = dict[str, nn.Module | nn.Parameter | None]
 class Unchanged:
     """Remembers what `cells` are made of."""
 
-    def __init__(self, cells: Iterable[Cell]) -> None:
+    def __init__(self, cells: Sequence[Cell]) -> None:
         modules = {module: cell for cell in cells for module in cell.module.modules()}
         self._built = [(cell, module, _parts(module)) for module, cell in modules.items()]
+        paths = {module: path for cell in cells for path, module in cell.named_modules()}
+        self._names = {
+            parameter: f"{paths[module]}.{name}" if paths.get(module) else name
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions at first
 
     def check(self) -> None:
-        """Raise ModelError if a module or parameter has come, gone, or been replaced."""
+        """Begin a step; raises ModelError if a module or parameter came, went or was replaced."""
         for cell, module, before in self._built:
             now = _parts(module)
             if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
@@ -35,6 +44,23 @@ class Unchanged:
                 "would train it wrongly; change the model first (parametrize it, add adapters, "
                 "load with assign=True) and then build the Pipeline"
             )
+
+        self._hooked = [
+            (parameter, parameter._version)
+            for parameter in self._names
+            if parameter._post_accumulate_grad_hooks or parameter._backward_hooks
+        ]
+
+    def check_values(self, num_microbatches: int) -> None:
+        """Raise CellError if a hook has changed a parameter before all microbatches were done."""
+        for parameter, version in self._hooked if num_microbatches > 1 else ():
+            if parameter._version != version:
+                raise CellError(
+                    f"a hook on the parameter {self._names[parameter]} changed it within the step, "
+                    "as an optimizer in the backward pass does: that is an update for each of the "
+                    f"{num_microbatches} microbatches, by a part of the gradient, and it cannot be "
+                    "undone here; run the optimizer after the step, or use one microbatch"
+                )
 
 
 def _parts(module: nn.Module) -> Parts:
