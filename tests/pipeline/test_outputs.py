@@ -2,15 +2,17 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import stagewise
 from stagewise.batch.markers import Microbatches
-from stagewise.batch.values import take_apart
+from stagewise.batch.values import take_apart, with_paths
 from stagewise.errors import BatchError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
@@ -218,3 +220,45 @@ def test_outputs_that_nobody_can_be_given() -> None:
     with pytest.raises(BatchError, match=r"on ranks \[-1, 1\], but there are 1"):
         pipe.predict(x, ranks=[1, 0, -1])
     assert pipe.step(x, ranks=[5]).shape == (), "ranks count only where outputs are asked for"
+
+
+class Sample(OrderedDict[str, Tensor]):
+    """An output as diffusers has them: registered without names for its parts."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self["sample"]
+
+
+pytree.register_pytree_node(
+    Sample,
+    lambda node: (list(node.values()), list(node)),
+    lambda parts, names: Sample(zip(names, parts, strict=True)),
+)
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Sample:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return Sample(sample=x)
+
+
+@pytest.mark.parametrize("cells", [None, ["layers.*"]])
+def test_outputs_of_classes_registered_without_names_of_their_parts(
+    cells: list[str] | None,
+) -> None:
+    torch.manual_seed(0)
+    model, x = Denoiser(), torch.randn(6, 3)
+    captured = stagewise.capture_cells(model, cells, x) if cells else stagewise.capture(model, x)
+    plan = stagewise.Plan(balance=(1, len(captured.chain) - 1), schedule="1f1b", num_microbatches=3)
+    pipe = stagewise.Pipeline(model, plan, loss=lambda out, y: (out.sample - y).square().mean())
+    _, output = pipe.step(x, target=x, return_outputs=True)
+    torch.testing.assert_close(output.sample, model(x).sample)
+    torch.testing.assert_close(pipe.predict(x).sample, model(x).sample)
+    assert type(output) is Sample
+    assert with_paths([output, Output(x, {})])[0][0] == "[0]['sample']"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.engine.stage.skips import SkipRoutes, SkipStage
 from stagewise.engine.stage.stage import Stage
-from stagewise.errors import CellError
+from stagewise.errors import CellError, ModelError
 from stagewise.model.chain import chain_of
 from stagewise.schedule import POLICIES, SCHEDULES, Message
+from stagewise.testing import check_parity
 from tests.harness import Pools, Raised
 from tests.models import Call
 from tests.schedules import planned, stages_on
@@ -175,14 +176,17 @@ def test_messages_hold_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_stages_without_skips_are_plain() -> None:
-    chain = chain_of(wired(WIDTH, 3, (Wire(0, 2, "output", 1),)))
-    routes = SkipRoutes(chain, (1, 1, 1))
-    kinds = [
-        type(routes.stage(i, chain[i : i + 1], torch.device("cpu"), is_last=False, loss=None))
-        for i in range(3)
-    ]
-    assert kinds == [SkipStage, Stage, SkipStage]
+def test_stages_outside_a_skip_scope_are_plain() -> None:
+    def kinds(model: nn.Module) -> list[type[Stage]]:
+        chain, cpu = chain_of(model), torch.device("cpu")
+        routes = SkipRoutes(chain, (1, 1, 1))
+        return [
+            type(routes.stage(i, chain[i : i + 1], cpu, is_last=False, loss=None)) for i in range(3)
+        ]
+
+    # In one a cell may stash for itself, whatever else its stage does.
+    assert kinds(wired(WIDTH, 3, (Wire(0, 2, "output", 1),))) == [SkipStage] * 3
+    assert kinds(nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Tanh())) == [Stage] * 3
 
 
 def test_a_block_twice_shares_its_weights_but_not_its_skips() -> None:
@@ -333,7 +337,7 @@ def test_undeclared_skips_in_a_stage_without_any() -> None:
     cells = [nn.Tanh(), does(lambda x: stagewise.stash("y", x))]
     plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=1)
     pipe = stagewise.Pipeline(stagewise.SkipScope(*cells), plan, loss=MSE)
-    with pytest.raises(CellError, match=r"cell '1' \(Call\).*stash\('y'\).*declare the cell"):
+    with pytest.raises(CellError, match=r"cell '1' \(Call\) stashes 'y' without .*declare it"):
         pipe.step(torch.ones(1, 3), target=torch.ones(1, 3))
 
 
@@ -369,3 +373,86 @@ def test_what_is_held_for_skips_is_counted(pools: Pools) -> None:
     # Between processes each rank has its own, whether it waits in the transport or in a stage.
     assert pools[3].run(peak, "never", (3, 2, 1))[0] == [4 * 8, 4 * (8 + 2), 4 * (8 + 2 + 1)]
     assert pools[3].run(peak, "always", (3, 2, 1))[0] == [8, 4 * 8 + 2, 4 * (8 + 2) + 1]
+
+
+class Part(nn.Module):
+    """Pops, computes, stashes."""
+
+    def __init__(self, stashes: str = "", pops: str = "") -> None:
+        super().__init__()
+        self.stashes, self.pops = stashes.split(), pops.split()
+        self.linear = nn.Linear(WIDTH, WIDTH).double()
+        stagewise.skippable(stash=self.stashes, pop=self.pops)(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.pops:
+            x = x * stagewise.pop(name).add_(1)
+        for name in self.stashes:
+            stagewise.stash(name, x.sin())
+        return self.linear(x).tanh()  # type: ignore[no-any-return]
+
+
+class OneCell(nn.Module):
+    """Several parts that no cut separates."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "alone": lambda: OneCell(Part("a"), Part(), Part(pops="a")),
+    "twice": lambda: OneCell(Part("a"), Part(pops="a"), Part("a"), Part(pops="a")),
+    "one in another": lambda: OneCell(Part("a"), Part("b"), Part(pops="b"), Part(pops="a")),
+    "nested": lambda: OneCell(
+        Part("a"), OneCell(Part("b"), OneCell(Part(pops="b"), Part())), Part(pops="a")
+    ),
+    "a scope of its own": lambda: OneCell(
+        Part("a"), stagewise.SkipScope(Part("a"), Part(pops="a")), Part(pops="a")
+    ),
+    "and for a later cell": lambda: OneCell(Part("a"), Part(pops="a"), Part("far")),
+    "the later cell's name": lambda: OneCell(Part("far"), Part(pops="far"), Part("far")),
+    "what an earlier cell stashed": lambda: OneCell(Part(pops="near"), Part("a"), Part(pops="a")),
+    "its name again": lambda: OneCell(Part(pops="near"), Part("near"), Part(pops="near")),
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_skip_within_one_cell(inside: str) -> None:
+    """Wherever the chain is cut, also where no skip crosses a cell."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        made = INSIDE[inside]()
+        text = str([(p.stashes, p.pops) for p in made.modules() if isinstance(p, Part)])
+        near = "near" if "'near'" in text else ""
+        far = "far" if "'far'" in text else ""
+        return stagewise.SkipScope(Part(near), made, Part(), Part(pops=far))
+
+    plain, x, y = model(), rows(6, 0, torch.float64), rows(6, 1, torch.float64)
+    loss = MSE(plain(x), y)
+    loss.backward()
+    for balance, recompute in (((4,), "never"), ((1, 3), "always"), ((1, 1, 1, 1), "never")):
+        plan = planned(balance, "gpipe", num_microbatches=2, recompute=recompute)
+        pipe = stagewise.Pipeline(model(), plan, loss=MSE)
+        assert torch.allclose(pipe.step(x, target=y), loss, rtol=1e-12)
+        for (name, one), other in zip(pipe.named_parameters(), plain.parameters(), strict=True):
+            assert one.grad is not None and other.grad is not None
+            assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=1e-12), (balance, name)
+        assert torch.allclose(pipe.predict(x), plain(x), rtol=1e-12)  # type: ignore[arg-type]
+    assert check_parity(model(), x, target=y, loss=MSE, num_microbatches=2, num_stages=[2]).ok
+    assert (
+        len(stagewise.estimate(model(), x, target=y, loss=MSE, num_microbatches=2, device="a100"))
+        == 4
+    )
+
+
+def test_a_cell_that_hands_a_name_on_is_refused() -> None:
+    model = stagewise.SkipScope(Part("a"), OneCell(Part(pops="a"), Part("a")), Part(pops="a"))
+    with pytest.raises(ModelError, match=r"cell '1' pops 'a' and stashes it anew; .* another name"):
+        chain_of(model)

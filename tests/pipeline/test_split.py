@@ -2,6 +2,7 @@
 
 The named ones are rows of all tests; here are those of one's own, and what only such show."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -321,3 +322,38 @@ def test_predicted_memory_is_measured_memory(pools: Pools, example: str, recompu
         got, *others = pools[3].run(measured, case, example)
         assert others == [got] * 2
         assert got == case.peak_activation_bytes
+
+
+class Around(nn.Module):
+    """A cell of its own, which FSDP may make a class of its own of."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh()  # type: ignore[no-any-return]
+
+
+def sharded_gradient_error(schedule: str) -> float:
+    """Every process runs the whole pipeline; the cells' parameters are sharded over both."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    cells = [Around(nn.Linear(4, 4).double()) for _ in range(4)]
+    plain = nn.Sequential(*copy.deepcopy(cells))
+    for cell in cells:
+        fully_shard(cell, mesh=init_device_mesh("cpu", (2,)))
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 4).double()
+    nn.functional.mse_loss(plain(x), y).backward()
+    plan = stagewise.Plan(balance=(2, 2), schedule=schedule, num_microbatches=4)
+    pipe = stagewise.Pipeline(cells, plan, loss=nn.functional.mse_loss, transport="local")
+    pipe.step(x, target=y)
+    pairs = zip(pipe.parameters(), plain.parameters(), strict=True)
+    return max(float((a.grad.full_tensor() - b.grad).abs().max()) for a, b in pairs)  # type: ignore
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_what_fsdp_sums_in_backward_is_not_put_off(pools: Pools, schedule: str) -> None:
+    assert max(pools[2].run(sharded_gradient_error, schedule)) < 1e-15

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import BatchDim, Microbatches, Replicated, is_mark, unmarked
-from stagewise.batch.values import flatten
+from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import BatchError, CellError
 
 
@@ -137,7 +137,7 @@ def join(values: Sequence[object], sizes: Sequence[int], dim: int = 0) -> object
             "the outputs of the microbatches are nested differently, so they cannot be joined; "
             "let the last cell return the same structure always"
         )
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(values[0])[0]]
+    paths = [path for path, _ in with_paths(values[0])]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     joined = [_joined(f"output{p}", c, sizes, dim) for p, c in zip(paths, columns, strict=True)]
     return pytree.tree_unflatten(joined, flat[0][1])
@@ -178,8 +178,8 @@ def _sizes(
         flatten(value)
     except CellError as error:
         raise BatchError(f"{what}: {error}") from error
-    for path, leaf in pytree.tree_flatten_with_path(value, is_leaf=is_mark)[0]:
-        name = what + pytree.keystr(path)
+    for path, leaf in with_paths(value, is_mark):
+        name = what + path
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             yield name, leaf.shape[0], leaf
         elif isinstance(leaf, BatchDim):
@@ -210,9 +210,9 @@ def _sizes_of_parts(leaf: Microbatches, name: str) -> tuple[int, ...]:
 
 
 def _tensors(value: object, what: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+    for path, leaf in with_paths(value):
         if isinstance(leaf, torch.Tensor):
-            yield what + pytree.keystr(path), leaf
+            yield what + path, leaf
 
 
 def _samples_along(tensor: torch.Tensor, dim: int, name: str) -> int:
@@ -245,10 +245,10 @@ def _refuse_per_sample_items(value: object, what: str, num_samples: int) -> None
     def is_leaf(node: object) -> bool:
         return is_mark(node) or _per_sample(node, num_samples)
 
-    for path, leaf in pytree.tree_flatten_with_path(value, is_leaf=is_leaf)[0]:
+    for path, leaf in with_paths(value, is_leaf):
         if _per_sample(leaf, num_samples):
             raise BatchError(
-                f"{what}{pytree.keystr(path)} is a {type(leaf).__name__} of {num_samples} items, "
+                f"{what}{path} is a {type(leaf).__name__} of {num_samples} items, "
                 "one for each sample, which cannot be split; make it a tensor, or, if every "
                 "microbatch needs it whole, mark it with stagewise.Replicated"
             )

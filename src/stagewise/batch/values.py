@@ -10,8 +10,9 @@ taken apart too.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,43 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
             )
         pytree.register_dataclass(cls)
     return flatten(value)
+
+
+def with_paths(
+    value: object, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, object]]:
+    """The leaves of `value` with their paths, such as `['logits'][0]`.
+
+    Types that were registered without names for their parts, as diffusers' outputs are, have names
+    too, which torch's own function refuses.
+    """
+    try:
+        keyed = pytree.tree_flatten_with_path(value, is_leaf=is_leaf)[0]
+    except ValueError:
+        return list(_walked_with_paths(value, is_leaf, ""))
+    return [(pytree.keystr(path), leaf) for path, leaf in keyed]
+
+
+def _walked_with_paths(
+    value: object, is_leaf: Callable[[Any], bool] | None, path: str
+) -> Iterator[tuple[str, object]]:
+    parts, spec = pytree.tree_flatten(value, is_leaf=lambda node: node is not value)
+    if spec.is_leaf() or (is_leaf is not None and is_leaf(value)):
+        yield path, value
+        return
+    for part, name in zip(parts, _names_of_parts(value, len(parts)), strict=True):
+        yield from _walked_with_paths(part, is_leaf, path + name)
+
+
+def _names_of_parts(value: object, count: int) -> list[str]:
+    if isinstance(value, Mapping) and len(value) == count:
+        return [f"[{key!r}]" for key in value]
+    fields = getattr(value, "_fields", None)
+    if fields is None and dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+    if fields is not None and len(fields) == count:
+        return [f".{name}" for name in fields]
+    return [f"[{index}]" for index in range(count)]
 
 
 def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:

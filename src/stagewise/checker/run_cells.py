@@ -29,10 +29,9 @@ class Walk:
         self._live: list[tuple[Skip, ...]] = []  # behind each cell
         live: list[Skip] = []
         for cell in chain:
-            live = [s for s in (*live, *cell.skips.stashes) if s not in cell.skips.pops]
+            live = [s for s in live if s not in cell.skips.pops] + [*cell.skips.stashes]
             self._live.append(tuple(live))
         self._scopes = {scope.path: scope for cell in chain for scope in cell.skips.scopes}
-        self._has_skips = any(self._live)
 
     def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
         """The cell's output for what the cell before it returned here, or for the batch.
@@ -41,7 +40,7 @@ class Walk:
         """
         names = cell.keywords(self._num_args if cell.index == 0 else 1)
         own = {n: _copy(unmarked(keywords[n])) for n in names if n in keywords}
-        if not self._has_skips:
+        if not self._scopes:
             return invoke(cell.module, value, own)
         frames = {path: Frame(scope.own_names) for path, scope in self._scopes.items()}
         if cell.index:

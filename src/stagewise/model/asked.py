@@ -12,7 +12,7 @@ from types import FrameType
 
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from stagewise.model.users_code import place_of_frame, users_frame
+from stagewise.model.users_code import is_torchs, is_users, place_of_frame
 
 # By the function's name: what the model does there.
 _AUTOCAST = {
@@ -46,7 +46,7 @@ def asked_of_torch() -> Iterator[Asked]:
 
     def note(frame: FrameType, event: str, function: object) -> None:
         what = _FUNCTIONS.get(getattr(function, "__name__", "")) if event == "c_call" else None
-        if what is not None and users_frame(frame) is frame:
+        if what is not None and is_users(frame.f_code.co_filename):
             found.setdefault(what, place_of_frame(frame))
 
     if before is None:
@@ -79,7 +79,9 @@ class AskedOfTensors(TorchFunctionMode):
     ) -> object:
         what = _OF_TENSORS.get(resolve_name(func) or "")
         if what is not None:
-            frame = users_frame(sys._getframe(1))
-            if frame is not None:
+            frame = sys._getframe(1)
+            while is_torchs(frame.f_code.co_filename) and frame.f_back is not None:
+                frame = frame.f_back
+            if is_users(frame.f_code.co_filename):
                 self.found.setdefault(what, place_of_frame(frame))
         return func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from stagewise.errors import ModelError
 from stagewise.model.captured import Captured, captured_of
 from stagewise.model.cell import Cell, Chain, Holder, Piece
-from stagewise.model.skip import Scope, SkipScope, check_skips, enter, skips_of
+from stagewise.model.skip import Scope, SkipScope, between_cells, check_skips, enter, skips_of
 
 Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes
 
@@ -60,9 +60,12 @@ def chain_of(model: Model) -> Chain:
             )
     if not named:
         raise ModelError("the model has no cells; give it at least one layer")
+    skips = between_cells(
+        [(name, skips_of(name, module, around)) for name, module, around in named]
+    )
     chain = tuple(
-        Cell(index, name, module, skips_of(name, module, around))
-        for index, (name, module, around) in enumerate(named)
+        Cell(index, name, module, own)
+        for index, ((name, module, _), own) in enumerate(zip(named, skips, strict=True))
     )
     check_skips((cell.name, cell.skips) for cell in chain)
     return chain

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.values import flatten
+from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import CellError
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import Captured
@@ -134,7 +134,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     """Run inside with `model` in a mode; puts modes, attributes, buffers and random states back."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    attributes = [dict(vars(module)) for module in modules]
+    attributes = [_attributes(module) for module in modules]
     buffers = [
         (m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None
     ]
@@ -146,7 +146,11 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode, before in zip(modules, modes, attributes, strict=True):
             vars(module).clear()
-            vars(module).update(before)
+            vars(module).update((name, value) for name, value, _ in before)
+            for _, value, items in before:
+                if isinstance(value, dict):  # that forward may have put hooks into, say
+                    value.clear()
+                    value.update(items)
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
@@ -154,6 +158,11 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
                     buffer.copy_(value)
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, object, dict[object, object]]]:
+    """Names and values, and of dicts (as those of hooks) what is in them."""
+    return [(n, v, dict(v) if isinstance(v, dict) else {}) for n, v in vars(module).items()]
 
 
 @contextmanager
@@ -222,10 +231,7 @@ def outputs_of(output: object) -> dict[str, torch.Tensor]:
         leaves = flatten(output)[0]
     except CellError:  # an object hides tensors; the pipeline will say so, if it has to send them
         leaves = pytree.tree_leaves(output)
-    try:
-        names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(output)[0]]
-    except ValueError:  # a class registered without names for what it holds
-        names = []
+    names = [path for path, _ in with_paths(output)]
     if len(names) != len(leaves):
         names = [f"[{index}]" for index in range(len(leaves))]
     pairs = zip(names, leaves, strict=True)
@@ -236,9 +242,9 @@ def _gradients(found: Tensors, model: nn.Module, inputs: Mapping[str, object]) -
     """Of parameters and inputs; None where they are all zero."""
     roots = [t for t in found.values() if t is not None and t.requires_grad]
     sources = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for path, leaf in pytree.tree_flatten_with_path(dict(inputs))[0]:
+    for path, leaf in with_paths(dict(inputs)):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.is_leaf:
-            sources[pytree.keystr(path)] = leaf  # type: ignore[assignment]
+            sources[path] = leaf  # type: ignore[assignment]
     if not roots or not sources:
         return {}
     gradients = torch.autograd.grad(

@@ -120,7 +120,7 @@ class Stashed:
     """A value on its way within one process."""
 
     def __init__(self, name: str, value: object) -> None:
-        self._name, self.value = name, value
+        self.name, self.value = name, value
         leaves = pytree.tree_leaves(value)
         self._tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._versions = [*map(_version, self._tensors)]
@@ -133,7 +133,7 @@ class Stashed:
         """
         if self.changed():
             raise CellError(
-                f"{self._name!r} was changed in place {when}, "
+                f"{self.name!r} was changed in place {when}, "
                 "or let what follows (inplace=True?) make a new tensor"
             )
         return self.value
@@ -205,10 +205,7 @@ def enter(scopes: tuple[Scope, ...], path: str, module: nn.Module) -> tuple[Scop
 
 
 def skips_of(cell: str, module: nn.Module, scopes: tuple[Scope, ...]) -> CellSkips:
-    """What the cell with this path declares, the modules inside it included.
-
-    A skip that is both stashed and popped in it is its own affair.
-    """
+    """What the cell with this path declares, the modules inside it included."""
     stashes: list[Skip] = []
     pops: list[Skip] = []
     for declared, inside in _declarations(module, ()):
@@ -224,12 +221,39 @@ def skips_of(cell: str, module: nn.Module, scopes: tuple[Scope, ...]) -> CellSki
                         "place of nn.Sequential(...)"
                     )
                 skips.append(Skip(scope.path, name))
-    own = set(stashes) & set(pops)
-    return CellSkips(
-        scopes,
-        tuple(skip for skip in stashes if skip not in own),
-        tuple(skip for skip in pops if skip not in own),
-    )
+    return CellSkips(scopes, tuple(stashes), tuple(pops))
+
+
+def between_cells(cells: Sequence[tuple[str, CellSkips]]) -> list[CellSkips]:
+    """Of what `cells` declare (paths and skips in running order), what goes from cell to cell.
+
+    A skip that a cell both stashes and pops stays in it, unless the counts say that it also
+    arrives (more pops, and an earlier cell has stashed it) or leaves (more stashes, and a later
+    cell pops it). Raises ModelError for a cell that would hand on a name that it received.
+    """
+    waiting: set[Skip] = set()
+    found = []
+    for index, (cell, skips) in enumerate(cells):
+        stashes, pops = list(skips.stashes), list(skips.pops)
+        for skip in [skip for skip in dict.fromkeys(stashes) if skip in pops]:
+            surplus = stashes.count(skip) - pops.count(skip)
+            arrives = skip in waiting
+            if arrives and surplus >= 0:
+                raise ModelError(
+                    f"cell {cell!r} pops {skip} and stashes it anew; {_TWICE} give the second "
+                    "another name"
+                )
+            leaves = not arrives and surplus > 0 and _is_popped(skip, cells[index + 1 :])
+            stashes = [s for s in stashes if s != skip] + [skip] * leaves
+            pops = [s for s in pops if s != skip] + [skip] * arrives
+        waiting = (waiting - set(pops)) | set(stashes)
+        found.append(CellSkips(skips.scopes, tuple(stashes), tuple(pops)))
+    return found
+
+
+def _is_popped(skip: Skip, cells: Sequence[tuple[str, CellSkips]]) -> bool:
+    """Whether one of `cells` pops what none of its own modules stashes."""
+    return any(skips.pops.count(skip) > skips.stashes.count(skip) for _, skips in cells)
 
 
 def check_skips(cells: Iterable[tuple[str, CellSkips]]) -> None:
@@ -298,9 +322,9 @@ def _frame_of(name: str, what: str) -> Frame:
         if frame.own_names is None or name in frame.own_names:
             return frame
     raise CellError(
-        f"{what}({name!r}) in a cell that stands in no SkipScope for it, or whose stage has no "
-        "skips; build the model as SkipScope(...) in place of nn.Sequential(...), and declare "
-        f"the cell with @skippable({what}=[{name!r}])"
+        f"{what}({name!r}) in a cell that stands in no SkipScope for it; build the model as "
+        "SkipScope(...) in place of nn.Sequential(...), and declare the cell with "
+        f"@skippable({what}=[{name!r}])"
     )
 
 

@@ -22,6 +22,11 @@ def is_users(file: str) -> bool:
     return not file.startswith(_OTHERS) or file.startswith(_ZOO)
 
 
+def is_torchs(file: str) -> bool:
+    """Whether a file of code is one of torch's."""
+    return file.startswith(_OTHERS[0])
+
+
 def users_frame(frame: FrameType | None) -> FrameType | None:
     """The innermost call of such code at or above `frame`."""
     while frame is not None and not is_users(frame.f_code.co_filename):

@@ -19,7 +19,7 @@ from stagewise.checkpoints.loading import load
 from stagewise.checkpoints.names import names_of
 from stagewise.checkpoints.saving import save
 from stagewise.checkpoints.sources import State
-from stagewise.engine.gradients.clipping import clip_by_global_norm
+from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_value
 from stagewise.engine.stage.call import Call, Mode, Scaling
 from stagewise.engine.stage.keywords import Takers
 from stagewise.engine.stage.skips import SkipRoutes
@@ -390,9 +390,7 @@ class Pipeline:
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
-        own = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        if own:  # torch fails on none
-            torch.nn.utils.clip_grad_value_(own, max_value)
+        clip_by_value(self.parameters(), max_value)
 
     def use(self, plan: Plan) -> None:
         """Run by `plan` from the next call on; every rank calls this with the same plan.

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch.autograd.graph import Node
 
+from stagewise.batch.layouts import storages
 from stagewise.engine.stage.split_backward import PRODUCTS
 
 _VIEWS = {"TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0"} | {
@@ -31,7 +32,7 @@ def deferred_by(
     waiting: dict[int, torch.Tensor] = {}
     at_once: set[int] = set()
     kept: dict[int, int] = {}
-    held = {tensor.untyped_storage()._cdata for tensor in own}
+    held = {storage._cdata for tensor in own for storage in storages(tensor)}
     known = {id(tensor) for tensor in own}
     for node in _nodes(root.grad_fn for root in roots):
         if _kind(node) in _VIEWS:
@@ -46,9 +47,9 @@ def deferred_by(
                 for part in node._input_metadata
             )
             for tensor in _saved_by(node):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in held:
-                    kept[storage._cdata] = storage.nbytes()
+                for storage in storages(tensor):
+                    if storage._cdata not in held:
+                        kept[storage._cdata] = storage.nbytes()
     deferred = [parameter for key, parameter in waiting.items() if key not in at_once]
     return deferred, sum(kept.values()) if deferred else 0
 

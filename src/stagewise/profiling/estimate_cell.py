@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from stagewise.batch.layouts import num_bytes
 from stagewise.batch.values import take_apart
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.batchnorm import BatchNorms
@@ -144,7 +145,7 @@ class CellTrial:
         )
         instruction = Instruction(self._cell.index, Kind.BACKWARD, 0)
         result, ops = self._run(instruction, [gradients], call)
-        return ops, tuple(None if g is None else g.nbytes for g in _flat(result))
+        return ops, tuple(None if g is None else num_bytes(g) for g in _flat(result))
 
     def _run(
         self, instruction: Instruction, received: list[object], call: Call

@@ -22,6 +22,8 @@ def fake_mode() -> FakeTensorMode:
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
     """A fake tensor of the same form; call inside a `fake_mode`."""
+    if tensor.layout is not torch.strided:
+        return torch.empty_like(tensor, device="cpu")
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return fake.requires_grad_(tensor.requires_grad)
 
@@ -64,7 +66,8 @@ def likeness(module: nn.Module) -> Hashable:
 def plain(value: object) -> Hashable:
     """Equal for values that are equal, or the same object."""
     if isinstance(value, torch.Tensor):
-        form = (tuple(value.shape), value.stride(), value.dtype, value.requires_grad)
+        stride = value.stride() if value.layout is torch.strided else value.layout
+        form = (tuple(value.shape), stride, value.dtype, value.requires_grad)
         return (type(value), *form)
     if isinstance(value, tuple | list | set | frozenset):
         return (type(value), *map(plain, value))

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from stagewise.batch.layouts import parts
 from stagewise.planning.roofline import Op
 
 _ATEN = torch.ops.aten
@@ -151,4 +152,4 @@ def _tensors(tree: object) -> Iterator[torch.Tensor]:
 
 def _bytes(tensor: torch.Tensor) -> int:
     """What `tensor` takes in memory; one that shares memory with itself counts once."""
-    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+    return sum(min(part.nbytes, part.untyped_storage().nbytes()) for part in parts(tensor))

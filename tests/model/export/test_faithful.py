@@ -182,3 +182,17 @@ def test_an_example_that_the_model_cannot_run_on() -> None:
 def test_a_partial_is_run_as_it_is() -> None:
     act = functools.partial(nn.functional.leaky_relu, negative_slope=0.3)
     stagewise.capture(Net(lambda net, x: act(x)), torch.randn(8, 4))
+
+
+def hooks_itself(net: Any, x: Tensor) -> Tensor:
+    if not hasattr(net, "hooked"):  # as transformers' models do in their first call
+        net.hooked = True
+        net.blocks[2].register_forward_hook(lambda module, args, output: 2 * output)
+    return x
+
+
+def test_what_forward_puts_on_in_its_first_call_is_put_on_once() -> None:
+    model, x = Net(hooks_itself), torch.randn(8, 4)
+    captured = stagewise.capture(model, x)
+    assert torch.equal(captured(x), model(x))  # type: ignore[arg-type]
+    assert len(model.blocks[2]._forward_hooks) == 1

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -56,7 +56,7 @@ def clip_by_global_norm(
     place = {name: index for index, name in enumerate(dtypes)}
     for name, parameter in own.items():
         if parameter.grad is not None and name in place:
-            norms[place[name]] = torch.linalg.vector_norm(parameter.grad).double()
+            norms[place[name]] = torch.linalg.vector_norm(_elements(parameter.grad)).double()
             present[place[name]] = 1
     unknown = [name for name in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
@@ -78,3 +78,22 @@ def clip_by_global_norm(
     total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype))
     torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total)
     return total
+
+
+@torch.no_grad()
+def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> None:
+    """Clamp the elements of their gradients to [-max_value, max_value]."""
+    dense = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            _elements(parameter.grad).clamp_(-max_value, max_value)
+        elif parameter.grad is not None:
+            dense.append(parameter)
+    if dense:  # torch fails on none
+        torch.nn.utils.clip_grad_value_(dense, max_value)
+
+
+def _elements(gradient: torch.Tensor) -> torch.Tensor:
+    """Its elements that need not be 0, each once."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from stagewise.batch.layouts import storages
+
 StorageKey = tuple[torch.device, int]
 
 
@@ -23,7 +25,7 @@ class Packed:
         # its graph never runs backward. Autograd puts the graph back when it unpacks.
         self.tensor: torch.Tensor | None = tensor.detach()
         self._key, self._counts = key, counts
-        counts.setdefault(key, [0, tensor.untyped_storage().nbytes()])[0] += 1
+        counts.setdefault(key, [0, storage_bytes(tensor)])[0] += 1
 
     def __del__(self) -> None:
         self.release()
@@ -64,7 +66,7 @@ class ActivationMeter:
     def unsaved(self, held: Iterable[torch.Tensor]) -> dict[StorageKey, int]:
         """Bytes of the storages behind `held` that autograd does not keep, by storage."""
         return {
-            storage_key(tensor): tensor.untyped_storage().nbytes()
+            storage_key(tensor): storage_bytes(tensor)
             for tensor in held
             if storage_key(tensor) not in self._excluded and storage_key(tensor) not in self._saved
         }
@@ -84,4 +86,10 @@ def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
 
 def storage_key(tensor: torch.Tensor) -> StorageKey:
     """What tells storages apart while they live, those without memory too (meta, fake)."""
-    return tensor.device, tensor.untyped_storage()._cdata
+    *_, storage = storages(tensor)
+    return tensor.device, storage._cdata
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the memory behind it."""
+    return sum(storage.nbytes() for storage in storages(tensor))

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from stagewise.batch.layouts import equal
 from stagewise.errors import CellError
 from stagewise.model.users_code import warn_user
 
@@ -175,7 +176,7 @@ def overwrite(buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
 
     A buffer that shares memory with itself (`expand`) refuses that, but cannot have changed.
     """
-    if buffer is not None and value is not None and not torch.equal(buffer, value):
+    if buffer is not None and value is not None and not equal(buffer, value):
         buffer.copy_(value)
 
 
@@ -199,6 +200,6 @@ def _copies(originals: Saved) -> Saved:
 
 def _equal(ours: _Buffers, theirs: _Buffers) -> bool:
     return ours.keys() == theirs.keys() and all(
-        a is b or (a is not None and b is not None and torch.equal(a, b))
+        a is b or (a is not None and b is not None and equal(a, b))
         for a, b in zip(ours.values(), theirs.values(), strict=True)
     )

@@ -46,8 +46,11 @@ class SkipRoutes:
     def stage(
         self, index: int, cells: Chain, device: torch.device, *, is_last: bool, loss: Loss | None
     ) -> Stage:
-        """The stage of `cells`, able to stash and pop if they do."""
-        if not any(cell.skips.stashes or cell.skips.pops for cell in cells):
+        """The stage of `cells`, able to stash and pop if they stand in a SkipScope.
+
+        Also where no skip crosses a cell: what a cell stashes for itself it must find again.
+        """
+        if not any(cell.skips.scopes for cell in cells):
             return Stage(index, cells, device, is_last=is_last, loss=loss)
         before, after = range(index - 1, -1, -1), range(index + 1, self._last + 1)
         return SkipStage(
@@ -92,9 +95,10 @@ class _Visits:
         with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
             journey.value = invoke(cell.module, journey.value, keywords)
         _check(cell, before, journey.stashed())
-        for frame in journey.frames.values():
+        for path, frame in journey.frames.items():
             for popped in frame.popped:
-                _check_owned(popped, value, journey)
+                if Skip(path, popped.name) in cell.skips.pops:
+                    _check_owned(popped, value, journey)
             frame.popped.clear()
         for skip in cell.skips.stashes:
             _branch(journey.frames[skip.scope], skip.name)

@@ -17,12 +17,17 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from stagewise.batch.layouts import num_bytes
 from stagewise.engine.stage.activation_meter import Packed, unpack
 from stagewise.engine.stage.autograd import run_backward
 
-# Nodes that refuse to run as a part of their graph, or to keep it: reentrant checkpointing, and
-# compiled code, which frees what it is given.
-_INDIVISIBLE = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
+# Nodes that refuse to run as a part of their graph, or to keep it: reentrant checkpointing,
+# compiled code, which frees what it is given, and FSDP's, which sums the gradients when it runs.
+_INDIVISIBLE = (
+    "CheckpointFunctionBackward",
+    "CompiledFunctionBackward",
+    "RegisterPostBackwardFunctionBackward",
+)
 
 
 TOGETHER_BYTES = 1 << 20  # of weights' gradients that are added in one go
@@ -92,7 +97,7 @@ def backward_weights(products: list[Product]) -> None:
         present: list[tuple[GradientEdge, torch.Tensor]] = []
         while products:
             present += _applied(products.pop(0))
-            if not products or sum(gradient.nbytes for _, gradient in present) > TOGETHER_BYTES:
+            if not products or sum(num_bytes(gradient) for _, gradient in present) > TOGETHER_BYTES:
                 if present:
                     run_backward(*zip(*present, strict=True))
                 present.clear()

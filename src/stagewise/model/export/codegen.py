@@ -165,7 +165,7 @@ class Emitter:
             for axis, size in enumerate(_shape(source)):
                 if isinstance(size, torch.SymInt) and size.node.expr == wanted:
                     return self.graph.call_method("size", (self._here[source], axis))
-        if node.target is _aten.sym_size.int and node.args[0] not in self._here:
+        if any(s not in self._here and not self._flow.is_size(s) for s in node.all_input_nodes):
             raise UnknownSizeError(node)
         return self.graph.create_node(
             "call_function", node.target, self._arguments(node.args), self._arguments(node.kwargs)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stagewise.batch.layouts import storages
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Cell, Chain
@@ -88,14 +89,15 @@ def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
     owner: dict[int, tuple[torch.nn.Parameter, set[int], str]] = {}
     for cell, ranks in zip(chain, ranks_of_cells(plan, transport), strict=True):
         for name, parameter in _parameters(cell):
-            memory = parameter.untyped_storage().data_ptr()
-            first, others, path = owner.setdefault(memory, (parameter, set(ranks), name))
-            if memory and first is not parameter and others != set(ranks):
-                raise PlanError(
-                    f"{path} and {name}, on different ranks, are two parameters in one memory, "
-                    "whose copies would drift apart; make them one parameter (b.weight = "
-                    "a.weight), which is tied, or put both cells on one stage with `balance`"
-                )
+            for memory in [storage.data_ptr() for storage in storages(parameter)]:
+                first, others, path = owner.setdefault(memory, (parameter, set(ranks), name))
+                if memory and first is not parameter and others != set(ranks):
+                    raise PlanError(
+                        f"{path} and {name}, on different ranks, are two parameters in one "
+                        "memory, whose copies would drift apart; make them one parameter "
+                        "(b.weight = a.weight), which is tied, or put both cells on one stage "
+                        "with `balance`"
+                    )
 
 
 def _parameters(cell: Cell) -> Iterator[tuple[str, torch.nn.Parameter]]:

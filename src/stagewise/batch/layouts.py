@@ -1,0 +1,51 @@
+"""Tensors of any layout, by the dense tensors that hold them.
+
+A sparse tensor has no strides, no storage and no `nbytes`, and `torch.equal` refuses it; the
+indices and values that it consists of have all these. So do the inner tensors of a wrapper.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_BY_ROW, _BY_COLUMN = (torch.sparse_csr, torch.sparse_bsr), (torch.sparse_csc, torch.sparse_bsc)
+
+
+def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The dense tensors that hold `tensor`: itself, or its indices and last its values."""
+    wrapper: object = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        names, _ = wrapper.__tensor_flatten__()
+        return tuple(part for name in names for part in parts(getattr(wrapper, name)))
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in _BY_ROW:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in _BY_COLUMN:
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor.to_dense(),)
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of its elements, and of their indices where it is sparse."""
+    return sum(part.nbytes for part in parts(tensor))
+
+
+def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The memory behind it, its values' last."""
+    return (part.untyped_storage() for part in parts(tensor))
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they hold the same elements in the same layout."""
+    if one.layout is torch.strided and other.layout is torch.strided:
+        return torch.equal(one, other)
+    ours, theirs = parts(one), parts(other)
+    return (
+        (one.layout, one.shape) == (other.layout, other.shape)
+        and len(ours) == len(theirs)
+        and all(map(torch.equal, ours, theirs))
+    )
