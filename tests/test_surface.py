@@ -59,7 +59,6 @@ PACKAGES = {
         "choose_schedule",
         "lower_bound_seconds",
         "load_devices",
-        "partition",
         "place",
         "plan_from_costs",
         "replicated_partition",

@@ -52,7 +52,7 @@ from stagewise.pipeline.build.refusals import (
     scaled_by_frequency,
 )
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
-from stagewise.planning.partition.partition import check_balance
+from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.profiling.trial_steps import measure_memory, rehearse
 from stagewise.timeline import Timeline

@@ -22,7 +22,7 @@ from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
 from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.interpolate import interpolated
-from stagewise.planning.partition.partition import check_balance, check_counts
+from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.search.cuts import SEGMENTS
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search
@@ -97,6 +97,8 @@ def plan(
     kwargs = {name: along(value, batch_dim) for name, value in (kwargs or {}).items()}
     if cells is not None:
         chain_for(model, inputs, kwargs, cells)
+    if not isinstance(num_microbatches, int | str) and len(set(num_microbatches)) == 1:
+        num_microbatches = num_microbatches[0]  # nothing to choose
     wants = (num_microbatches, schedule, recompute, replicas)
     searches = any(isinstance(wish, str) and wish in ("auto", SEGMENTS) for wish in wants)
     if searches or memory_bytes is not None or not isinstance(num_microbatches, int):

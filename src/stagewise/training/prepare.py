@@ -20,7 +20,7 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, check_balance
-from stagewise.planning.partition.partition import check_counts
+from stagewise.planning.partition.balance import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
