@@ -5,6 +5,7 @@ length that the trace leaves open gets another value; what the tensors hold is t
 turn, so that tokens stay tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from stagewise.model.promised_sizes import Size, TakenInput
 
 _SAMPLES = 1, 3  # what is made for two or more may fail for one
+_FEW = 4  # samples
 _LENGTHS: tuple[Callable[[int], int], ...] = (
     lambda size: size + 1,
     lambda size: size - 1,
@@ -40,6 +42,20 @@ def batches_of_other_sizes(
             if new not in (*made, sizes):
                 made.append(new)
                 yield _resized(example, forms, new)
+
+
+def first_samples(example: Mapping[str, object]) -> dict[str, object] | None:
+    """The first samples of the example; None where it has no more, or none that can be told."""
+    tensors = [t for t in pytree.tree_leaves(dict(example)) if isinstance(t, torch.Tensor)]
+    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() and tensor.shape[0] > 1)
+    if not sizes:
+        return None
+    ((size, _),) = sizes.most_common(1)
+    if size <= _FEW:
+        return None
+    return pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: t[:_FEW] if t.dim() and t.shape[0] == size else t, dict(example)
+    )
 
 
 def sizes_text(batch: Mapping[str, object]) -> str:

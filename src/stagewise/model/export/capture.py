@@ -25,7 +25,9 @@ from stagewise.model.export.disk_cache import Entry, Plain
 from stagewise.model.export.exported_cell import CapturedCell
 from stagewise.model.export.faithful import Comparison
 from stagewise.model.export.opaque_modules import check_hooks, leaves_of
+from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
+from stagewise.model.in_words import in_words
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
 
@@ -73,11 +75,15 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     _check(model)
     form = CallForm(model, args, kwargs)
     example = _copied(form.named(args, kwargs), _device(model))
-    check_hooks(model)
-    if _device(model).type == "meta":
-        captured = _assembled(model, form, _pieces(model, form, example))
-    else:
-        captured = _compared(model, form, example)
+    try:
+        with in_words(f"capturing {type(model).__name__}"):
+            check_hooks(model)
+            if _device(model).type == "meta":
+                captured = _assembled(model, form, _pieces(model, form, example))
+            else:
+                captured = _compared(model, form, example)
+    except ModelError as error:
+        raise with_way_out(error, model, example) from (error.__cause__ or error)
     remember(model, captured)
     return captured
 

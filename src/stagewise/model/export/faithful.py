@@ -6,13 +6,10 @@ another model's. So the cells are run beside the plain model before they are giv
 round-off; one from disk must be the same bits, else it is made anew.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError, StagewiseError
 from stagewise.model.asked import Asked, AskedOfTensors, asked_of_torch, asks_for_autocast
@@ -29,9 +26,7 @@ from stagewise.model.compare import (
     numbers,
 )
 from stagewise.model.export.refusal import lost, lost_at
-from stagewise.model.other_sizes import batches_of_other_sizes, sizes_text
-
-_FEW = 4  # samples
+from stagewise.model.other_sizes import batches_of_other_sizes, first_samples, sizes_text
 
 Example = Mapping[str, object]
 
@@ -44,7 +39,7 @@ class Comparison:
 
     def __init__(self, model: nn.Module, example: Example) -> None:
         self._model = model
-        self._examples = [few for few in [_few(example)] if few is not None] + [example]
+        self._examples = [few for few in [first_samples(example)] if few is not None] + [example]
         while True:
             try:
                 self._asked = _asked_of_torch(model, self._examples[0])
@@ -115,20 +110,6 @@ class Comparison:
             for situation in self._situations
         )
         return next((one for one in found if one is not None), None)
-
-
-def _few(example: Example) -> Example | None:
-    """The first samples of the example; None where it has no more, or none that can be told."""
-    tensors = [t for t in pytree.tree_leaves(dict(example)) if isinstance(t, torch.Tensor)]
-    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() and tensor.shape[0] > 1)
-    if not sizes:
-        return None
-    ((size, _),) = sizes.most_common(1)
-    if size <= _FEW:
-        return None
-    return pytree.tree_map_only(  # type: ignore[no-any-return]
-        torch.Tensor, lambda t: t[:_FEW] if t.dim() and t.shape[0] == size else t, dict(example)
-    )
 
 
 def _asked_of_torch(model: nn.Module, example: Example) -> Asked:

@@ -11,7 +11,6 @@ from torch import fx, nn
 from stagewise.errors import ModelError
 from stagewise.model.compare import Difference
 from stagewise.model.export.export_workarounds import OWN_BACKWARD
-from stagewise.model.export.suggestion import cells_to_name
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
@@ -56,8 +55,7 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return ModelError(
         f"{_where(model, error)} cannot be captured: {meaning} ({type(error).__name__}: "
-        f"{first}); {remedy}, or name the modules that are to be cells, so that their code and "
-        f"what lies around them runs as it is: stagewise.plan(..., cells={cells_to_name(model)})"
+        f"{first}); {remedy}"
     )
 
 
@@ -68,9 +66,7 @@ def lost(model: nn.Module, found: Difference, asked: Mapping[str, str]) -> Model
         f"{type(model).__name__} was captured, but its cells are not the plain model in "
         f"{found.situation}: the {found.what} differs ({found.how}). A trace holds what forward "
         f"decided once, and no hooks on tensors: {causes or 'something that it lost decides here'}"
-        "; let forward compute the same whatever it finds there, or name the modules that are to "
-        "be cells, so that their code runs as it is: "
-        f"stagewise.plan(..., cells={cells_to_name(model)})"
+        "; let forward compute the same whatever it finds there"
     )
 
 
@@ -80,9 +76,7 @@ def lost_at(model: nn.Module, found: Difference, sizes: str) -> ModelError:
         f"{type(model).__name__} was captured, but for other sizes than its example's ({sizes}) "
         f"its cells are not the plain model in {found.situation}: the {found.what} differs "
         f"({found.how}). Forward makes something of a size that a trace cannot follow (its type, "
-        "say, or dimensions dropped where a size is one); let it compute with the size itself, or "
-        "name the modules that are to be cells, so that their code runs as it is: "
-        f"stagewise.plan(..., cells={cells_to_name(model)})"
+        "say, or dimensions dropped where a size is one); let it compute with the size itself"
     )
 
 
