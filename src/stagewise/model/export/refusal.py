@@ -17,6 +17,11 @@ _OWN = str(Path(__file__).parent)
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (
     (
+        ("CheckpointFunction",),
+        "a trace would lose reentrant gradient checkpointing (use_reentrant=True)",
+        "give use_reentrant=False, or leave checkpointing out and plan with recompute='always'",
+    ),
+    (
         (OWN_BACKWARD,),
         "a trace would lose the gradient that it defines",
         "make it an operator with torch.library.custom_op and register_autograd",
