@@ -29,8 +29,7 @@ LEVELS = [
     ["engine/stage"],
     ["engine/transport"],
     ["model/cells_of"],
-    ["model/export"],  # a refusal says which cells replay takes
-    ["model/replay"],
+    ["model/export", "model/replay"],
     ["model"],
     ["batch"],
     ["planning/__init__"],

@@ -10,7 +10,6 @@ from stagewise.cli.main import COMMANDS, app, command_app
 
 EXPORTS = [
     "Arguments",
-    "BatchDim",
     "GPipe",
     "GradScaler",
     "Microbatches",
@@ -59,6 +58,7 @@ PACKAGES = {
         "choose_schedule",
         "lower_bound_seconds",
         "load_devices",
+        "partition",
         "place",
         "plan_from_costs",
         "replicated_partition",

@@ -59,12 +59,7 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
 
 
 def measure_memory(
-    runner: Runner,
-    inputs: object,
-    target: object,
-    keywords: Mapping[str, object],
-    *,
-    batch_dim: int = 0,
+    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
 ) -> int:
     """Peak activation bytes on this rank over one trial step."""
     meter, peak = _meter(runner, (inputs, target, keywords)), 0
@@ -74,7 +69,7 @@ def measure_memory(
         peak = max(peak, meter.live_bytes(_held(runner)))
 
     with untouched(runner.stages), meter.counting():
-        runner.run(Mode.TRAIN, 0, inputs, target, keywords, batch_dim=batch_dim, observe=observe)
+        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
     return peak
 
 
@@ -84,14 +79,12 @@ def rehearse(
     target: object,
     keywords: Mapping[str, object],
     num_steps: int,
-    *,
-    batch_dim: int = 0,
 ) -> tuple[Timeline, ...]:
     """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
     timelines = []
     with untouched(runner.stages):
         for _ in range(WARMUP_ROUNDS + num_steps):
-            runner.run(Mode.TRAIN, 0, inputs, target, keywords, batch_dim=batch_dim)
+            runner.run(Mode.TRAIN, 0, inputs, target, keywords)
             timelines.append(runner.timeline())
     return tuple(timelines[WARMUP_ROUNDS:])
 

@@ -32,7 +32,6 @@ from torch import nn
 from stagewise.model.call_form import CallForm
 from stagewise.model.export.exported_cell import Program
 from stagewise.model.namespace import Home
-from stagewise.model.users_code import warn_user
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
@@ -68,10 +67,11 @@ class Entry:
         except OSError:
             return None  # there is none, or it is not ours to read
         except Exception as error:
-            warn_user(
+            warnings.warn(
                 f"the capture in {self.path} is ignored and made anew, since it cannot be "
                 f"{'trusted' if isinstance(error, _ForeignError) else 'read'} "
                 f"({type(error).__name__.strip('_')}: {error})",
+                stacklevel=3,
             )
             return None
 
