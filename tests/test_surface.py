@@ -10,6 +10,7 @@ from stagewise.cli.main import COMMANDS, app, command_app
 
 EXPORTS = [
     "Arguments",
+    "BatchDim",
     "GPipe",
     "GradScaler",
     "Microbatches",
@@ -58,7 +59,6 @@ PACKAGES = {
         "choose_schedule",
         "lower_bound_seconds",
         "load_devices",
-        "partition",
         "place",
         "plan_from_costs",
         "replicated_partition",

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stagewise.batch.markers import Arguments, Microbatches, Replicated
+    from stagewise.batch.markers import Arguments, BatchDim, Microbatches, Replicated
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.model.added_losses import add_loss, collect_losses
     from stagewise.model.export.capture import capture
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Arguments": "stagewise.batch.markers",
+    "BatchDim": "stagewise.batch.markers",
     "GPipe": "stagewise.pipeline.gpipe",
     "GradScaler": "stagewise.pipeline.scaler",
     "Microbatches": "stagewise.batch.markers",
@@ -53,6 +54,7 @@ _HOMES = {
 
 __all__ = [
     "Arguments",
+    "BatchDim",
     "GPipe",
     "GradScaler",
     "Microbatches",

@@ -107,6 +107,20 @@ class LinkCost:
 FREE_LINK = LinkCost()
 
 
+def load_seconds(cell: CellCost, *, forwards: int = 1, split: bool = False) -> float:
+    """What a cell adds to its device's load; `split` where backwards run in two parts."""
+    backward = sum(cell.split_seconds) if split else cell.backward_seconds
+    return forwards * cell.forward_seconds + backward
+
+
+def boundary_seconds(cells: Sequence[CellCost], link: LinkCost) -> list[float]:
+    """What each boundary, one fewer than cells, costs on either side: there and back."""
+    return [
+        link.transfer_seconds(cell.output_bytes) + link.transfer_seconds(cell.gradient_bytes)
+        for cell in cells[:-1]
+    ]
+
+
 def stage_costs(
     cells: Sequence[CellCost], balance: Sequence[int], *, input_bytes: int = 0
 ) -> tuple[StageCost, ...]:

@@ -77,6 +77,12 @@ def test_measures_every_cell() -> None:
     assert plan.cells[0].gradient_bytes == 0, "the inputs need no gradient"
 
 
+def test_one_number_in_a_list_leaves_nothing_to_choose() -> None:
+    cut = [1, num_cells("mlp") - 1]
+    one, listed = (plan_for("mlp", num_microbatches=count, balance=cut) for count in (4, [4]))
+    assert replace(one, cells=()) == replace(listed, cells=())
+
+
 def test_round_trip() -> None:
     plan = plan_for("values")
     assert stagewise.Plan.from_json(plan.to_json()) == plan

@@ -370,6 +370,22 @@ def test_a_use_that_cannot_be_seen_is_no_silent_loss(pools: Pools) -> None:
         assert "a cell on rank 2 uses the parameter 0.weight, which none of its" in outcome.error
 
 
+def another_pipelines_cut() -> None:
+    """Two Pipelines share a discriminator, but cut it apart."""
+    shared = [nn.Linear(3, 3) for _ in range(3)]
+    x = torch.ones(8, 3)
+    whole = pipe_of([nn.Linear(3, 3), *shared], (2, 2))
+    pipe_of(shared, (2, 1)).step(x, target=x)
+    whole.step(x, target=x)
+
+
+def test_a_gradient_from_outside_is_called_that(pools: Pools) -> None:
+    for outcome in pools[2].outcomes(another_pipelines_cut):
+        assert isinstance(outcome, Raised)
+        assert "the parameter 2.weight, which rank 0 does not hold in this" in outcome.error
+        assert "another Pipeline" in outcome.error
+
+
 # Buffers
 
 

@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import random
 
 import pytest
 
@@ -32,6 +34,54 @@ def test_the_cut_is_the_optimal_one() -> None:
     assert bottleneck_seconds(seconds, plan.balance) == pytest.approx(3 * 0.33)
     assert sum(plan.balance) == len(CELLS)
     assert (plan.schedule, plan.recompute, plan.num_stages) == ("1f1b", "never", 4)
+
+
+def busiest_seconds(plan: Plan, balance: tuple[int, ...]) -> float:
+    """Written out: what the device with most to do does for one microbatch."""
+    schedule, recomputes = plan.built_schedule, plan.recompute != "never"
+    loads = [0.0] * plan.num_devices
+    ends = itertools.accumulate(balance)
+    for devices, size, end in zip(schedule.placement, balance, ends, strict=True):
+        for cell in plan.cells[end - size : end]:
+            backward = cell.backward_seconds
+            if schedule.splits_backward and cell.input_seconds is not None:
+                backward = cell.input_seconds + (cell.weight_seconds or 0)
+            for device in devices:
+                loads[device] += (1 + recomputes) * cell.forward_seconds + backward
+    return max(loads)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_cut_for_its_busiest_device(name: str) -> None:
+    rng = random.Random(name)
+    each = SCHEDULES[name].stages_per_device
+    for _ in range(25):
+        num_devices = rng.randint(1, 3)
+        num_stages = num_devices * each
+        num_cells = rng.randint(num_stages, num_stages + 4)
+        cells = [
+            CellCost(
+                name=str(index),
+                forward_seconds=rng.randint(0, 9),
+                backward_seconds=rng.randint(0, 20),
+                input_seconds=rng.randint(0, 9),
+                weight_seconds=rng.randint(0, 9),
+            )
+            for index in range(num_cells)
+        ]
+        plan = plan_from_costs(
+            cells,
+            num_devices=num_devices,
+            num_microbatches=4 * num_devices,
+            schedule=name,
+            recompute=rng.choice(["never", "always"]),
+        )
+        cuts = itertools.combinations(range(1, num_cells), num_stages - 1)
+        least = min(
+            busiest_seconds(plan, tuple(b - a for a, b in itertools.pairwise((0, *cut, num_cells))))
+            for cut in cuts
+        )
+        assert busiest_seconds(plan, plan.balance) == pytest.approx(least)
 
 
 def test_recomputation_and_transfer_enter_the_cut() -> None:

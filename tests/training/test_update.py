@@ -191,6 +191,8 @@ def test_sums_in_float32_reach_the_pipeline(tmp_path: Path) -> None:
         ("grad_scaler = True", r"a dict of options of torch\.amp\.GradScaler"),
         ("grad_scaler = {'scale': 2.0}", r"a dict of options of torch\.amp\.GradScaler"),
         ("accumulate_in_float32 = 1", r"True, to sum gradients"),
+        ("batch_dim = True", r"a whole number: along which dimension"),
+        ("loss_reduction = 'none'", r"'mean' or 'sum'"),
     ],
 )
 def test_nonsense_is_found_when_the_recipe_is_loaded(
@@ -199,3 +201,46 @@ def test_nonsense_is_found_when_the_recipe_is_loaded(
     name = line.split()[0]
     with pytest.raises(RecipeError, match=rf"{name} in .* is .*; it must be {needed}"):
         recipe_of(tmp_path, line)
+
+
+TIME_FIRST = """
+import torch
+from torch import nn
+batch_dim = 1
+loss_reduction = "sum"
+accumulate = 2
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x.cumsum(0)
+
+def model():
+    return nn.Sequential(nn.Linear(4, 4), Last(), nn.Linear(4, 2)).double()
+
+def data(split):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 11, 4, generator=generator).double()
+    return [(part, part[..., :2]) for part in x.split([4, 5, 2], 1)]
+
+def loss(output, target):
+    return (output - target).square().sum()
+
+def metrics(output, target):
+    return {"error": float((output - target).abs().mean())}
+
+def optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.001)
+"""
+
+
+def test_samples_along_another_dimension_and_sums(tmp_path: Path) -> None:
+    path = tmp_path / "time.py"
+    path.write_text(TIME_FIRST)
+    recipe = load_recipe(path)
+    records, _ = run(recipe, tmp_path / "out", steps=1)
+    model, data = build_model(recipe, seed=0), [*(recipe.data("train") or ())]
+    assert isinstance(model, nn.Module)
+    plain = [float(recipe.loss(model(x), y).detach()) for x, y in data]  # type: ignore[union-attr]
+    validation, step = records[0], records[1]
+    assert step["loss"] == pytest.approx(sum(plain[:2]))
+    assert validation["validation_loss"] == pytest.approx(sum(plain))

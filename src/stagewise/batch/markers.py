@@ -1,11 +1,16 @@
 """Marks on a batch: what is not samples along dimension 0, and several arguments of one cell.
 
-They are pytree nodes, so that all that walks a batch finds the tensors inside.
+They are pytree nodes, so that all that walks a batch finds the tensors inside. A `batch_dim` for a
+whole batch is nothing but BatchDim around each of its tensors, so splitting knows marks alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch.utils import _pytree as pytree
+
+from stagewise.batch.values import flatten
+from stagewise.errors import CellError
 
 _Keyed = tuple[pytree.KeyEntry, object]
 
@@ -28,11 +33,30 @@ class Replicated:
         return f"Replicated({self.value!r})"
 
 
+class BatchDim:
+    """A part of a batch whose samples lie along dimension `dim` of its tensors.
+
+    `value` is any pytree. For a whole batch give `batch_dim` to Pipeline, or to the call.
+
+    Example:
+        >>> import torch, stagewise
+        >>> state = torch.zeros(2, 8, 16)  # (layers, samples, hidden), as nn.LSTM takes it
+        >>> batch = {"x": torch.ones(8, 5, 3), "state": stagewise.BatchDim(state, 1)}
+    """
+
+    def __init__(self, value: object, dim: int) -> None:
+        self.value, self.dim = value, dim
+
+    def __repr__(self) -> str:
+        return f"BatchDim({self.value!r}, {self.dim})"
+
+
 class Microbatches:
     """A part of a batch that is split already: one pytree per microbatch, of any lengths.
 
-    The samples lie along dimension 0 of every part's tensors. What else belongs to the batch is
-    split into the same numbers of samples.
+    The samples lie along dimension 0 of every part's tensors, or along the batch's `batch_dim`;
+    where no dimension tells how many there are (graphs of many nodes each), `sizes` does. What
+    else belongs to the batch is split into the same numbers of samples.
 
     Example:
         >>> import torch, stagewise
@@ -40,8 +64,9 @@ class Microbatches:
         >>> batch = stagewise.Microbatches([short, long])
     """
 
-    def __init__(self, parts: Iterable[object]) -> None:
+    def __init__(self, parts: Iterable[object], sizes: Sequence[int] | None = None) -> None:
         self.parts = tuple(parts)
+        self.sizes = None if sizes is None else tuple(sizes)
 
     def __repr__(self) -> str:
         return f"Microbatches({list(self.parts)!r})"
@@ -67,7 +92,39 @@ class Arguments:
 
 def is_mark(node: object) -> bool:
     """Whether splitting treats `node` in another way than its parts."""
-    return isinstance(node, (Replicated, Microbatches))
+    return isinstance(node, (Replicated, Microbatches, BatchDim))
+
+
+def along(value: object, batch_dim: int) -> object:
+    """`value` with samples along `batch_dim` wherever it does not say itself what holds."""
+    if batch_dim == 0:
+        return value
+    if isinstance(value, Microbatches):
+        return Microbatches((along(part, batch_dim) for part in value.parts), value.sizes)
+    if isinstance(value, torch.Tensor):
+        return BatchDim(value, batch_dim) if value.dim() else value
+    try:
+        flatten(value)  # makes dataclasses nodes
+    except CellError:  # `extent` refuses it by name
+        return value
+    leaves, spec = pytree.tree_flatten(value, is_leaf=is_mark)
+    if len(leaves) == 1 and leaves[0] is value:
+        return value
+    return pytree.tree_unflatten([along(leaf, batch_dim) for leaf in leaves], spec)
+
+
+def unmarked(value: object) -> object:
+    """`value` without its marks, as a plain model takes it; of Microbatches the first."""
+    if isinstance(value, Microbatches):
+        return unmarked(value.parts[0])
+    if isinstance(value, Replicated | BatchDim):
+        return unmarked(value.value)
+    if isinstance(value, torch.Tensor):
+        return value
+    leaves, spec = pytree.tree_flatten(value, is_leaf=is_mark)
+    if not any(map(is_mark, leaves)):
+        return value
+    return pytree.tree_unflatten([unmarked(leaf) for leaf in leaves], spec)
 
 
 def packed(args: tuple[object, ...]) -> object:
@@ -95,8 +152,8 @@ def _argument_keys(node: Arguments) -> tuple[list[_Keyed], object]:
     return [*positional, *named], _flatten_arguments(node)[1]
 
 
-def _part_keys(node: Microbatches) -> tuple[list[_Keyed], None]:
-    return [(pytree.SequenceKey(index), part) for index, part in enumerate(node.parts)], None
+def _part_keys(node: Microbatches) -> tuple[list[_Keyed], object]:
+    return [(pytree.SequenceKey(index), part) for index, part in enumerate(node.parts)], node.sizes
 
 
 pytree.register_pytree_node(
@@ -114,9 +171,16 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=lambda node: ([(pytree.GetAttrKey("value"), node.value)], None),
 )
 pytree.register_pytree_node(
+    BatchDim,
+    lambda node: ([node.value], node.dim),
+    lambda leaves, dim: BatchDim(next(iter(leaves)), dim),
+    serialized_type_name="stagewise.BatchDim",
+    flatten_with_keys_fn=lambda node: ([(pytree.GetAttrKey("value"), node.value)], node.dim),
+)
+pytree.register_pytree_node(
     Microbatches,
-    lambda node: (list(node.parts), None),
-    lambda leaves, _: Microbatches(leaves),
+    lambda node: (list(node.parts), node.sizes),
+    lambda leaves, sizes: Microbatches(leaves, sizes),
     serialized_type_name="stagewise.Microbatches",
     flatten_with_keys_fn=_part_keys,
 )

@@ -1,9 +1,9 @@
 """Splitting a minibatch into microbatches, and putting outputs together again.
 
-Samples lie along dimension 0 of every tensor. Microbatch sizes differ by at most one
-(10 samples in 4 microbatches: 3, 3, 2, 2), larger ones first. A tensor without dimensions, and
-what is marked Replicated, goes to every microbatch whole; Microbatches say themselves how they
-are split, and then the rest of the batch follows them.
+Samples lie along dimension 0 of every tensor, or along that which BatchDim names. Microbatch sizes
+differ by at most one (10 samples in 4 microbatches: 3, 3, 2, 2), larger ones first. A tensor
+without dimensions, and what is marked Replicated, goes to every microbatch whole; Microbatches say
+themselves how they are split, and then the rest of the batch follows them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Microbatches, Replicated, is_mark
+from stagewise.batch.markers import BatchDim, Microbatches, Replicated, is_mark, unmarked
 from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import BatchError, CellError
 
@@ -32,7 +32,7 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
     split_by: tuple[str, tuple[int, ...]] | None = None
     values = tuple(values)
     for what, value in values:
-        for name, size in _sizes(value, what):
+        for name, size, leaf in _sizes(value, what):
             num_samples = size if isinstance(size, int) else sum(size)
             if num_samples == 0:
                 raise BatchError(f"{name} has no samples; leave empty batches out")
@@ -40,8 +40,9 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
             if num_samples != total[1]:
                 raise BatchError(
                     f"{total[0]} has {total[1]} samples but {name} has {num_samples}; every "
-                    "tensor of a batch needs the same length along dimension 0 (mark what "
-                    "every microbatch needs whole with stagewise.Replicated)"
+                    "tensor of a batch needs the same number of samples along dimension 0, or "
+                    "along batch_dim (mark what every microbatch needs whole with "
+                    f"stagewise.Replicated){_other_dim(name, leaf, total[1])}"
                 )
             if isinstance(size, tuple):
                 split_by = split_by or (name, size)
@@ -83,15 +84,21 @@ def split(value: object, sizes: Sequence[int]) -> list[object]:
         return _column(value, sizes)
     flatten(value)  # makes dataclasses nodes
     leaves, spec = pytree.tree_flatten(value, is_leaf=is_mark)
-    known: dict[int, list[object]] = {}  # a tensor in two places stays one
+    known: dict[tuple[object, ...], list[object]] = {}  # a tensor in two places stays one
     for leaf in leaves:
-        if id(leaf) not in known:
-            known[id(leaf)] = _column(leaf, sizes)
-    columns = [known[id(leaf)] for leaf in leaves]
+        if _identity(leaf) not in known:
+            known[_identity(leaf)] = _column(leaf, sizes)
+    columns = [known[_identity(leaf)] for leaf in leaves]
     return [
         pytree.tree_unflatten([column[index] for column in columns], spec)
         for index in range(len(sizes))
     ]
+
+
+def _identity(leaf: object) -> tuple[object, ...]:
+    if isinstance(leaf, BatchDim) and isinstance(leaf.value, torch.Tensor):
+        return id(leaf.value), leaf.dim
+    return (id(leaf),)
 
 
 def first_microbatch(value: object, size: int) -> object:
@@ -101,14 +108,28 @@ def first_microbatch(value: object, size: int) -> object:
     first = {
         id(leaf): leaf[:size] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()
     }
-    parts = [leaf.parts[0] if isinstance(leaf, Microbatches) else leaf for leaf in leaves]
+    parts = [_first_part(leaf, size) for leaf in leaves]
     return pytree.tree_unflatten([first.get(id(leaf), leaf) for leaf in parts], spec)
 
 
-def join(values: Sequence[object], sizes: Sequence[int]) -> object:
-    """Concatenate the microbatches' outputs along dimension 0; constants must be equal.
+def _first_part(leaf: object, size: int) -> object:
+    if isinstance(leaf, Microbatches):
+        if leaf.sizes is None:
+            return leaf.parts[0]
+        return Microbatches(leaf.parts[:1], leaf.sizes[:1])
+    if isinstance(leaf, BatchDim):
+        dim = leaf.dim
+        part = pytree.tree_map_only(
+            torch.Tensor, lambda t: t.narrow(dim, 0, min(size, t.shape[dim])), leaf.value
+        )
+        return BatchDim(part, dim)
+    return leaf
 
-    Raises BatchError where an output does not hold its microbatch's samples along dimension 0.
+
+def join(values: Sequence[object], sizes: Sequence[int], dim: int = 0) -> object:
+    """Concatenate the microbatches' outputs along `dim`; constants must be equal.
+
+    Raises BatchError where an output does not hold its microbatch's samples along it.
     """
     flat = [flatten(value) for value in values]
     if any(spec != flat[0][1] for _, spec in flat):
@@ -118,11 +139,11 @@ def join(values: Sequence[object], sizes: Sequence[int]) -> object:
         )
     paths = [path for path, _ in with_paths(values[0])]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    joined = [_joined(f"output{p}", c, sizes) for p, c in zip(paths, columns, strict=True)]
+    joined = [_joined(f"output{p}", c, sizes, dim) for p, c in zip(paths, columns, strict=True)]
     return pytree.tree_unflatten(joined, flat[0][1])
 
 
-def _joined(name: str, column: Sequence[object], sizes: Sequence[int]) -> object:
+def _joined(name: str, column: Sequence[object], sizes: Sequence[int], dim: int) -> object:
     parts = [leaf for leaf in column if isinstance(leaf, torch.Tensor)]
     if not parts:
         if not all(leaf is column[0] or repr(leaf) == repr(column[0]) for leaf in column):
@@ -132,24 +153,26 @@ def _joined(name: str, column: Sequence[object], sizes: Sequence[int]) -> object
             )
         return column[0]
     shapes = [tuple(part.shape) for part in parts]
-    if [shape[:1] for shape in shapes] != [(size,) for size in sizes] or (
-        len({shape[1:] for shape in shapes}) > 1
+    if [shape[dim : dim + 1] for shape in shapes] != [(size,) for size in sizes] or (
+        len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1
     ):
         raise BatchError(
             f"{name} has shapes {shapes}, which cannot be joined to one of {sum(sizes)} samples: "
-            f"dimension 0 must hold the microbatch's samples ({list(sizes)}) and the other "
+            f"dimension {dim} must hold the microbatch's samples ({list(sizes)}) and the other "
             "dimensions must agree; let the last cell return the samples' outputs, and "
-            "the loss function reduce them"
+            "the loss function reduce them, or give Pipeline a merge(outputs)"
         )
-    return torch.cat(parts)
+    return torch.cat(parts, dim)
 
 
-def _sizes(value: object, what: str) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """(path, number of samples) of every leaf that has samples; one number per microbatch where
-    the leaf is split already."""
+def _sizes(
+    value: object, what: str
+) -> Iterator[tuple[str, int | tuple[int, ...], torch.Tensor | None]]:
+    """(path, number of samples, itself) of every leaf that has samples; one number per microbatch
+    where the leaf is split already."""
     if isinstance(value, torch.Tensor):
         if value.dim():
-            yield what, value.shape[0]
+            yield what, value.shape[0], value
         return
     try:
         flatten(value)
@@ -158,17 +181,60 @@ def _sizes(value: object, what: str) -> Iterator[tuple[str, int | tuple[int, ...
     for path, leaf in with_paths(value, is_mark):
         name = what + path
         if isinstance(leaf, torch.Tensor) and leaf.dim():
-            yield name, leaf.shape[0]
+            yield name, leaf.shape[0], leaf
+        elif isinstance(leaf, BatchDim):
+            for inner, tensor in _tensors(leaf.value, name):
+                if tensor.dim():
+                    yield inner, _samples_along(tensor, leaf.dim, inner), None
         elif isinstance(leaf, Microbatches):
-            named = [(f"{name}[{index}]", part) for index, part in enumerate(leaf.parts)]
-            extents = [extent([pair]).num_samples for pair in named]
-            if not extents or None in extents:
-                raise BatchError(
-                    f"{name} = Microbatches of {len(extents)} parts, of which "
-                    f"{extents.count(None)} hold no samples; give it one pytree per microbatch, "
-                    "with samples along dimension 0 of its tensors"
-                )
-            yield name, tuple(size for size in extents if size is not None)
+            yield name, _sizes_of_parts(leaf, name), None
+
+
+def _sizes_of_parts(leaf: Microbatches, name: str) -> tuple[int, ...]:
+    if leaf.sizes is not None:
+        if len(leaf.sizes) != len(leaf.parts) or not all(size > 0 for size in leaf.sizes):
+            raise BatchError(
+                f"{name} = Microbatches of {len(leaf.parts)} parts has sizes {list(leaf.sizes)}; "
+                "give one number of samples, at least 1, for each part"
+            )
+        return leaf.sizes
+    named = [(f"{name}[{index}]", part) for index, part in enumerate(leaf.parts)]
+    extents = [extent([pair]).num_samples for pair in named]
+    if not extents or None in extents:
+        raise BatchError(
+            f"{name} = Microbatches of {len(extents)} parts, of which "
+            f"{extents.count(None)} hold no samples; give it one pytree per microbatch, "
+            "with samples along dimension 0 of its tensors"
+        )
+    return tuple(size for size in extents if size is not None)
+
+
+def _tensors(value: object, what: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, leaf in with_paths(value):
+        if isinstance(leaf, torch.Tensor):
+            yield what + path, leaf
+
+
+def _samples_along(tensor: torch.Tensor, dim: int, name: str) -> int:
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise BatchError(
+            f"{name} has shape {tuple(tensor.shape)}, so its samples cannot lie along dimension "
+            f"{dim}; give batch_dim another number, or mark this part of the batch with "
+            "stagewise.BatchDim(value, dim), or with stagewise.Replicated if every microbatch "
+            "needs it whole"
+        )
+    return tensor.shape[dim]
+
+
+def _other_dim(name: str, leaf: torch.Tensor | None, num_samples: int) -> str:
+    """A hint where another dimension of `leaf` has as many as the batch has samples."""
+    if leaf is None or num_samples not in leaf.shape:
+        return ""
+    dim = leaf.shape.index(num_samples)
+    return (
+        f"; dimension {dim} of {name} has {num_samples}: if its samples lie there, mark it with "
+        f"stagewise.BatchDim(value, {dim})"
+    )
 
 
 def _refuse_per_sample_items(value: object, what: str, num_samples: int) -> None:
@@ -204,7 +270,26 @@ def _column(leaf: object, sizes: Sequence[int]) -> list[object]:
         return list(torch.split(leaf, list(sizes)))
     if isinstance(leaf, Replicated):
         return [leaf.value] * len(sizes)
+    if isinstance(leaf, BatchDim):
+        return _columns_along(leaf, sizes)
     if isinstance(leaf, Microbatches):
+        if leaf.sizes is not None:
+            return [unmarked(part) for part in leaf.parts]
         pairs = zip(leaf.parts, sizes, strict=True)
         return [split(part, [size])[0] for part, size in pairs]
     return [leaf] * len(sizes)
+
+
+def _columns_along(leaf: BatchDim, sizes: Sequence[int]) -> list[object]:
+    if isinstance(leaf.value, torch.Tensor):
+        if not leaf.value.dim():
+            return [leaf.value] * len(sizes)
+        return list(torch.split(leaf.value, list(sizes), leaf.dim))
+    leaves, spec = pytree.tree_flatten(leaf.value)
+    columns = [
+        _columns_along(BatchDim(inner, leaf.dim), sizes)
+        if isinstance(inner, torch.Tensor)
+        else [inner] * len(sizes)
+        for inner in leaves
+    ]
+    return [pytree.tree_unflatten([*parts], spec) for parts in zip(*columns, strict=True)]

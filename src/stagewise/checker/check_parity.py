@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagewise.batch.markers import along
 from stagewise.batch.split import batch_size, microbatch_sizes
 from stagewise.batch.values import move, take_apart
 from stagewise.checker import proof, references
@@ -25,7 +26,7 @@ from stagewise.checker.prepare import prepared
 from stagewise.checker.references import Tensors
 from stagewise.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.engine.stage.stage import Loss
-from stagewise.engine.step.weights import Weight
+from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import connect
 from stagewise.errors import BatchError, CellError, UsageError
 from stagewise.model.chain import chain_of
@@ -67,6 +68,8 @@ def check_parity(
     seed: int = 0,
     transport: Literal["local", "distributed"] = "local",
     cells: Sequence[str] | None = None,
+    batch_dim: int = 0,
+    loss_reduction: Literal["mean", "sum"] | None = None,
 ) -> ParityReport:
     """Run `model` plain and pipelined on one batch, in copies, and compare all that a step leaves.
 
@@ -96,6 +99,7 @@ def check_parity(
         transport: "local" runs all stages in this process; "distributed" runs one per rank, where
             every rank makes the same call with the whole batch, and gets the same report.
         cells: paths of the modules that are to be the model's cells, as for `stagewise.plan`.
+        batch_dim, loss_reduction: as for Pipeline.
 
     Raises:
         UsageError: an option does not fit the model or the batch, or the model cannot be copied,
@@ -110,6 +114,8 @@ def check_parity(
         >>> check_parity(model, x, target=x, loss=torch.nn.functional.mse_loss).ok
         True
     """
+    kwargs = {name: along(value, batch_dim) for name, value in (kwargs or {}).items()}
+    inputs, target = along(inputs, batch_dim), along(target, batch_dim)
     model, batch, chain = prepared(model, inputs, target, kwargs, cells, dtype)
     counts = [num_microbatches] if isinstance(num_microbatches, int) else num_microbatches
     policies = [*(recompute if recompute is not None else POLICIES)]
@@ -133,6 +139,8 @@ def check_parity(
         loss=loss,
         weight=weight,
         optimizer=optimizer,
+        sums_losses=is_sum(loss, loss_reduction, has_weight=weight is not None),
+        batch_dim=batch_dim,
         seed=seed,
         device=devices[0],
     )
@@ -195,6 +203,8 @@ def _pipelined(
             plan,
             loss=subject.loss,
             weight=subject.weight,
+            batch_dim=subject.batch_dim,
+            loss_reduction="sum" if subject.sums_losses else "mean",
             seed=subject.seed,
             transport=transport,
         )

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from stagewise.errors import UsageError
 from stagewise.planning.choice import ScheduleChoice, choose_schedule
-from stagewise.planning.partition.partition import check_counts
+from stagewise.planning.partition.balance import check_counts
 from stagewise.schedule import SCHEDULES, Schedule, schedule_row
 
 NUM_DEVICES = (1, 2, 4)  # by default

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.markers import Microbatches, is_mark
 from stagewise.checker.subject import Model, copied
 from stagewise.errors import UsageError
 from stagewise.model.captured import Captured, captured_of
@@ -43,6 +44,11 @@ def prepared(
             "check_parity compares with the plain model, but got what was captured of it; pass the "
             "module itself, which keeps its capture"
         )
+    if any(isinstance(leaf, Microbatches) for leaf in _leaves((inputs, target, kwargs))):
+        raise UsageError(
+            "check_parity compares with the plain model on the whole batch, which Microbatches do "
+            "not hold; give it the batch as the plain model takes it"
+        )
     batch = Batch(inputs=inputs, target=target, keywords=dict(kwargs or {}))
     if dtype is not None:
         cells = _named_cells(model) if cells is None else cells
@@ -71,6 +77,10 @@ def _converted(model: Model, batch: Batch, dtype: torch.dtype) -> tuple[Model, B
         (batch.inputs, batch.target, batch.keywords),
     )
     return model, Batch(inputs=inputs, target=target, keywords=keywords)
+
+
+def _leaves(batch: object) -> list[object]:
+    return pytree.tree_leaves(batch, is_leaf=is_mark)
 
 
 def _named_cells(model: Model) -> tuple[str, ...] | None:

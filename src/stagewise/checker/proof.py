@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagewise.batch.markers import along, unmarked
 from stagewise.batch.split import split
 from stagewise.batch.values import put_together, take_apart
 from stagewise.checker.constant_draws import ConstantDraws, TooManyDraws
@@ -80,7 +81,7 @@ def culprit(
     walk = Walk(chain, inputs)
     unsplittable: str | None = None
     with seeded(subject) as randomness, torch.no_grad():
-        value = inputs
+        value = unmarked(inputs)
         for cell in chain:
             is_loss = subject.loss is None and cell.index == len(chain) - 1
             twin = replace(cell, module=copy.deepcopy(cell.module))
@@ -119,8 +120,8 @@ def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: fl
 def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
     chain, splits = chain_of(subject.fresh_model()), traits.splits[False]
     module_tree(chain).eval()
-    value, target, keywords = subject.fresh_batch()
-    walk = Walk(chain, value)
+    inputs, target, keywords = subject.fresh_batch()
+    walk, value = Walk(chain, inputs), unmarked(inputs)
     with seeded(subject) as randomness, torch.no_grad(), ConstantDraws(subject.device):
         for cell in chain:
             is_loss = subject.loss is None and cell.index == len(chain) - 1
@@ -177,8 +178,8 @@ def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) ->
     """The outputs in eval mode, run as for reference 3."""
     chain, splits = chain_of(subject.fresh_model()), traits.splits[False]
     module_tree(chain).eval()
-    value, _, keywords = subject.fresh_batch()
-    walk = Walk(chain, value)
+    inputs, _, keywords = subject.fresh_batch()
+    walk, value = Walk(chain, inputs), unmarked(inputs)
     with seeded(subject) as randomness, torch.no_grad():
         for cell in chain:
             if cell.index in traits.cells:
@@ -278,8 +279,8 @@ def _whole_loss(
         return subject.loss_of(output, *given(target))
     parts: list[Tensor] = []
     try:
-        outputs = split(output, sizes)
-    except RuntimeError:
+        outputs = split(along(output, subject.batch_dim), sizes)
+    except (RuntimeError, IndexError):
         raise Unsplittable from None
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
     shares = subject.shares(targets, sizes)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.markers import unmarked
 from stagewise.batch.split import join, split
 from stagewise.batch.values import Structure, take_apart
 from stagewise.checker.pooled_statistics import pooled_statistics
@@ -139,7 +140,7 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
                 randomness.enter_cell(cell.index, m)
                 value = walk.run(cell, value, named_parts)
             values.append(value)
-    return join(values, sizes)
+    return join(values, sizes, subject.batch_dim)
 
 
 def outputs_of_full_batch(subject: Subject) -> object:
@@ -279,13 +280,14 @@ def split_both(
 
 
 def entered(inputs: object) -> object:
-    """What the first cell is fed: a copy where a leaf could not be changed in place."""
-    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, inputs)
+    """What the first cell is fed, unmarked: a copy where a leaf could not be changed in place."""
+    plain = unmarked(inputs)
+    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, plain)
 
 
 def given(target: object) -> tuple[object, ...]:
     """The arguments that a loss gets besides the output."""
-    return () if target is None else (target,)
+    return () if target is None else (unmarked(target),)
 
 
 def state_of(cell: Cell) -> list[Tensor]:

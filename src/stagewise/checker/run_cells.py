@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.markers import unmarked
 from stagewise.engine.stage.keywords import invoke
 from stagewise.engine.step.admission import positional
 from stagewise.model.cell import Cell, Chain
@@ -38,7 +39,7 @@ class Walk:
         Of the batch's `keywords` it gets those that it names, as copies of its own.
         """
         names = cell.keywords(self._num_args if cell.index == 0 else 1)
-        own = {n: _copy(keywords[n]) for n in names if n in keywords}
+        own = {n: _copy(unmarked(keywords[n])) for n in names if n in keywords}
         if not self._scopes:
             return invoke(cell.module, value, own)
         frames = {path: Frame(scope.own_names) for path, scope in self._scopes.items()}

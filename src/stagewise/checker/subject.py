@@ -36,6 +36,8 @@ class Subject:
     loss: Loss | None
     weight: Weight | None
     optimizer: MakeOptimizer | None
+    sums_losses: bool  # over the samples, which then count as they are
+    batch_dim: int
     seed: int
     device: torch.device
 
@@ -93,6 +95,8 @@ class Subject:
     def shares(self, targets: Sequence[tuple[object, ...]], sizes: Sequence[int]) -> Shares:
         """What the loss of a name counts in each microbatch; "" stands for all others."""
         shares: Shares = {"": [size / sum(sizes) for size in sizes]}
+        if self.sums_losses:
+            return {"": [1.0 for _ in sizes]}
         if self.weight is None:
             return shares
         weights = [self.weight(*target) for target in targets]

@@ -174,6 +174,8 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             recompute=asked.recompute,
             dtype=torch.float64 if double else None,
             cells=recipe.cells,
+            batch_dim=recipe.batch_dim,
+            loss_reduction=recipe.loss_reduction,
         )
 
 

@@ -5,6 +5,7 @@ Constants (flags, None) are part of what was captured, so a call must give the s
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Arguments, Microbatches, Replicated
+from stagewise.batch.markers import Arguments, BatchDim, Microbatches, Replicated
 from stagewise.errors import BatchError, ModelError
 from stagewise.model.promised_sizes import Condition, Size, TakenInput, check, is_symbolic
 
@@ -97,11 +98,21 @@ class CallForm:
             for node, index in inputs.items()
             if node.meta["val"].dim()
         }
-        if sizes and not any(map(is_symbolic, sizes.values())):
+        fixed = {name: size for name, size in sizes.items() if not is_symbolic(size)}
+        samples = self._num_samples
+        if sizes and (len(fixed) == len(sizes) or (samples > 1 and samples in fixed.values())):
+            names = [name for name, size in fixed.items() if size == samples] or list(fixed)
             raise ModelError(
-                f"{what} was captured, but only for batches of exactly {min(sizes.values())} "
-                "samples, since it fixes the size somewhere; let it take it from its inputs' shapes"
+                f"{what} was captured, but only for batches of exactly {fixed[names[0]]} samples "
+                f"({', '.join(names)}), since it fixes the size somewhere (len() of a tensor does, "
+                "for one); let it take it from its inputs' shapes"
             )
+
+    @property
+    def _num_samples(self) -> int:
+        """Of the example: what most of its tensors have along dimension 0."""
+        first = [sizes[0] for _, sizes in self._shapes.values() if sizes]
+        return Counter(first).most_common(1)[0][0] if first else 0
 
     def takes(self, name: str) -> bool:
         """Whether some cell takes the argument `name`."""
@@ -130,6 +141,11 @@ class CallForm:
     def add_promise(self, batch: Sequence[TakenInput], conditions: Sequence[Condition]) -> None:
         """What the trace of one mode takes for granted of its tensors."""
         self._promises.append((batch, conditions))
+
+    @property
+    def traced_inputs(self) -> Sequence[TakenInput]:
+        """The batch's tensors, with the sizes that may change as symbols."""
+        return self._promises[0][0] if self._promises else ()
 
     def _check_sizes(self, named: Mapping[str, object]) -> None:
         """Raise BatchError where sizes are not as promised, the number of samples aside."""
@@ -188,7 +204,7 @@ def _constants(value: object) -> list[object]:
 
 def _marked(value: object) -> bool:
     """Whether `value` is one of stagewise's marks, or holds some: it is checked in the cells."""
-    marks = (Arguments, Microbatches, Replicated)
+    marks = (Arguments, BatchDim, Microbatches, Replicated)
     return any(
         isinstance(node, marks)
         for node in pytree.tree_leaves(value, is_leaf=lambda node: isinstance(node, marks))

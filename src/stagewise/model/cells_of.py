@@ -7,10 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Arguments, Replicated, is_mark
-from stagewise.batch.split import first_microbatch
+from stagewise.batch.markers import Arguments, unmarked
+from stagewise.batch.split import extent, first_microbatch
 from stagewise.errors import ModelError
 from stagewise.model.captured import captured_of
 from stagewise.model.cell import Chain
@@ -63,15 +62,13 @@ def _named(
 def _example(
     inputs: object, keywords: Mapping[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """A batch, all of it as one microbatch, as the arguments of the model's forward."""
+    """A batch, all of it as one microbatch, as the arguments of the model's forward.
+
+    Raises BatchError for one that has no form of a batch, before anything is captured.
+    """
+    extent([("inputs", inputs), *keywords.items()])
     example = first_microbatch((inputs, dict(keywords)), _ALL)
-    return _arguments(
-        *pytree.tree_map(
-            lambda leaf: leaf.value if isinstance(leaf, Replicated) else leaf,
-            example,
-            is_leaf=is_mark,
-        )
-    )
+    return _arguments(*unmarked(example))  # type: ignore[misc]
 
 
 def entering(

@@ -141,7 +141,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     if model.training is not training:
         model.train(training)
     try:
-        with seeded():
+        with _generators_kept():
             yield
     finally:
         for module, mode, before in zip(modules, modes, attributes, strict=True):
@@ -166,21 +166,21 @@ def _attributes(module: nn.Module) -> list[tuple[str, object, dict[object, objec
 
 
 @contextmanager
-def seeded(others: int = 0) -> Iterator[None]:
-    """Seed torch's random numbers, and by `others` Python's and NumPy's; puts all back."""
+def _generators_kept() -> Iterator[None]:
+    """Seed torch's random numbers, Python's and NumPy's; put all back afterwards."""
     numpy = sys.modules.get("numpy")
-    python, state = random.getstate(), numpy.random.get_state() if numpy else None
+    python, other = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        random.seed(others)
+        random.seed(0)
         if numpy is not None:
-            numpy.random.seed(others)
+            numpy.random.seed(0)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             yield
     finally:
         random.setstate(python)
         if numpy is not None:
-            numpy.random.set_state(state)
+            numpy.random.set_state(other)
 
 
 def numbers(
@@ -202,7 +202,7 @@ def numbers(
         return tensor.detach().clone().requires_grad_(asked and situation.gradients)
 
     inputs = pytree.tree_map_only(torch.Tensor, copied, dict(named))
-    with kept(model, situation.training), surroundings(model, situation):
+    with kept(model, situation.training), _surroundings(model, situation):
         with collect_losses() as added:
             output = run(**inputs)
         found: Tensors = {f"output {name}": tensor for name, tensor in outputs_of(output).items()}
@@ -213,8 +213,7 @@ def numbers(
     return {name: None if t is None else t.detach() for name, t in (found | gradients).items()}
 
 
-def surroundings(model: nn.Module, situation: Situation) -> AbstractContextManager[None]:
-    """Inside, gradients and autocast are on or off as in `situation`."""
+def _surroundings(model: nn.Module, situation: Situation) -> AbstractContextManager[None]:
     device = next((p.device.type for p in model.parameters()), "cpu")
 
     @contextmanager

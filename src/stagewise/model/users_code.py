@@ -3,6 +3,9 @@
 Errors name the line of it that ran last.
 """
 
+import contextlib
+import sys
+import warnings
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -29,6 +32,24 @@ def users_frame(frame: FrameType | None) -> FrameType | None:
     while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
+
+
+def warn_user(message: str) -> None:
+    """Warn at the user's line that called us, however many calls of ours lie between."""
+    frame = users_frame(sys._getframe(1))
+    while frame is not None and frame.f_code.co_filename == contextlib.__file__:  # a `with` of ours
+        frame = users_frame(frame.f_back)
+    if frame is None:
+        warnings.warn(message, stacklevel=2)
+        return
+    warnings.warn_explicit(
+        message,
+        UserWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 def place_of_frame(frame: FrameType | None) -> str:

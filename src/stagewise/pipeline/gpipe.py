@@ -13,7 +13,7 @@ from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of, is_chain
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.plan import plan
-from stagewise.planning.partition.partition import check_counts
+from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.plan import Plan
 
 

@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
+from stagewise.batch.custom_split import Split, split_by
 from stagewise.batch.markers import packed
 from stagewise.checkpoints.loading import load
 from stagewise.checkpoints.names import names_of
@@ -23,9 +24,16 @@ from stagewise.engine.stage.call import Call, Mode, Scaling
 from stagewise.engine.stage.keywords import Takers
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Loss, Stage, takes_target
-from stagewise.engine.step.results import Ranks, outputs_of, ranks_of
+from stagewise.engine.step.results import (
+    Losses,
+    Merge,
+    Ranks,
+    losses_by_microbatch,
+    outputs_of,
+    ranks_of,
+)
 from stagewise.engine.step.step import UNSCALED, Runner
-from stagewise.engine.step.weights import Weight
+from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
 from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError
 from stagewise.model.captured import captured_of
@@ -44,7 +52,7 @@ from stagewise.pipeline.build.refusals import (
     scaled_by_frequency,
 )
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
-from stagewise.planning.partition.partition import check_balance
+from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.profiling.trial_steps import measure_memory, rehearse
 from stagewise.timeline import Timeline
@@ -74,6 +82,18 @@ class Pipeline:
             for each, children first, after every `reset_parameters()`.
         state: what the model starts from in place of its own or new values: the path of a
             checkpoint (see `load_checkpoint`), or a state_dict.
+        batch_dim: the dimension of inputs, target, keyword arguments and outputs along which their
+            samples lie, where `BatchDim` around a part of the batch says no other: 1 for batches
+            whose sequences come first. A call may give another.
+        loss_reduction: how `loss` reduces over the samples of a microbatch: "mean" or "sum"; by
+            default what `loss.reduction` says (torch's loss modules have that), else "mean". Sums
+            are added: they are scaled by nothing, `total_samples` included.
+        split: `split(args, kwargs, num_microbatches)` cuts a batch that no dimension cuts, such as
+            graphs: it gets a call's arguments, the target among `kwargs`, and returns a pair
+            (args, kwargs) for each microbatch. Samples are counted by the target, or else by the
+            first tensor; `weight` says what counts otherwise.
+        merge: `merge(outputs)` makes one output of the microbatches', in order, in place of joining
+            them along `batch_dim`.
         accumulate_in_float32: sum the gradients of bfloat16 and float16 parameters over
             microbatches in float32. `.grad`, of the parameter's dtype, gets the sum rounded once
             at the end of each step. Over several steps the float32 sum goes on while `.grad` is
@@ -128,6 +148,10 @@ class Pipeline:
         init: Init | None = None,
         state: State | None = None,
         accumulate_in_float32: bool = False,
+        batch_dim: int = 0,
+        loss_reduction: Literal["mean", "sum"] | None = None,
+        split: Split | None = None,
+        merge: Merge | None = None,
     ) -> None:
         chain = chain_of(model)
         check_balance(plan.balance, len(chain))
@@ -139,6 +163,7 @@ class Pipeline:
             )
         whole = module_tree(chain)
         self.plan, self.step_index = plan, 0
+        self._batch_dim, self._split, self._merge = batch_dim, split, merge
         self._returns_loss = loss is None
         captured = captured_of(model)
         self._form = None if captured is None else captured.form
@@ -177,8 +202,10 @@ class Pipeline:
             replicas=replicas,
             flows=routes.flows,
             accumulate_in_float32=accumulate_in_float32,
+            sums_losses=is_sum(loss, loss_reduction, has_weight=weight is not None),
         )
         self._losses: dict[str, torch.Tensor] = {}
+        self._num_microbatches, self._microbatch_losses = 0, Losses()
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
 
     # Calls: every rank makes the same ones, in the same order.
@@ -193,6 +220,7 @@ class Pipeline:
         loss_scale: float = 1.0,
         return_outputs: Literal[False] = False,
         ranks: Ranks = None,
+        batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor: ...
 
@@ -206,6 +234,7 @@ class Pipeline:
         loss_scale: float = 1.0,
         return_outputs: Literal[True],
         ranks: Ranks = None,
+        batch_dim: int | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, object]: ...
 
@@ -218,6 +247,7 @@ class Pipeline:
         loss_scale: float = 1.0,
         return_outputs: bool = False,
         ranks: Ranks = None,
+        batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         """Run one minibatch forward and backward; gradients are added to `.grad`.
@@ -228,10 +258,11 @@ class Pipeline:
         pytrees of tensors with samples along dimension 0 (fewer samples than microbatches make
         fewer microbatches), in which None, numbers and tensors
         without dimensions go to every microbatch, as does what is marked `Replicated`;
-        `Microbatches` marks what is split already. Every rank may pass the whole batch; ranks
-        without the first stage may pass no inputs, ranks without the last no target, ranks
-        without a taker no keyword argument. Replicas are given the whole batch, too. Gradients
-        for the batch's own tensors arrive, whole, on all ranks that use them.
+        `Microbatches` marks what is split already, and `BatchDim` what has its samples along
+        another dimension than `batch_dim`, by default Pipeline's. Every rank may pass the whole
+        batch; ranks without the first stage may pass no inputs, ranks without the last no target,
+        ranks without a taker no keyword argument. Replicas are given the whole batch, too.
+        Gradients for the batch's own tensors arrive, whole, on all ranks that use them.
 
         Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
         the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
@@ -249,7 +280,7 @@ class Pipeline:
             total_samples=total_samples, total_weight=total_weight, gradient_scale=loss_scale
         )
         outputs_on = self._ranks(ranks, return_outputs)
-        call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, scaling)
+        call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
         self._runner.backward_into(call)
         self.step_index += 1
         loss = self._loss_of(call)
@@ -262,6 +293,7 @@ class Pipeline:
         target: object = None,
         return_outputs: Literal[False] = False,
         ranks: Ranks = None,
+        batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor: ...
 
@@ -272,6 +304,7 @@ class Pipeline:
         target: object = None,
         return_outputs: Literal[True],
         ranks: Ranks = None,
+        batch_dim: int | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, object]: ...
 
@@ -281,6 +314,7 @@ class Pipeline:
         target: object = None,
         return_outputs: bool = False,
         ranks: Ranks = None,
+        batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients.
@@ -289,11 +323,17 @@ class Pipeline:
         """
         outputs_on = self._ranks(ranks, return_outputs)
         with self._eval_mode():
-            call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on)
+            call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on, batch_dim)
         loss = self._loss_of(call)
         return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
 
-    def predict(self, *inputs: object, ranks: Ranks = None, **kwargs: object) -> object:
+    def predict(
+        self,
+        *inputs: object,
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> object:
         """The model's output in eval mode, samples in order, on `ranks` (by default on all).
 
         Any batch size; the other ranks get None. Where the batch holds `Microbatches`, so does
@@ -302,7 +342,7 @@ class Pipeline:
         """
         outputs_on = self._ranks(ranks)
         with self._eval_mode():
-            call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on)
+            call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on, batch_dim)
         return self._outputs_of(call, outputs_on)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -321,6 +361,15 @@ class Pipeline:
         """What the last call really did, from all ranks; times are seconds from its start."""
         return self._runner.timeline()
 
+    def microbatch_losses(self) -> list[dict[str, torch.Tensor]]:
+        """The last call's losses of each microbatch, by name, as the loss function gave them.
+
+        On every rank; every rank must ask. A microbatch of weight 0 has none.
+        """
+        return losses_by_microbatch(
+            self._transport, self._microbatch_losses, self._num_microbatches
+        )
+
     def measure_memory(
         self, *inputs: object, target: object = None, **kwargs: object
     ) -> tuple[int, ...]:
@@ -328,14 +377,16 @@ class Pipeline:
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
-        peak = measure_memory(self._runner, *self._batch(inputs, target, kwargs))
+        batch = self._batch(inputs, target, kwargs, self._batch_dim)
+        peak = measure_memory(self._runner, *batch, batch_dim=self._batch_dim)
         return tuple(row[0] for row in self._transport.exchange([peak]))
 
     def rehearse(
         self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
-        return rehearse(self._runner, *self._batch(inputs, target, kwargs), num_steps)
+        batch = self._batch(inputs, target, kwargs, self._batch_dim)
+        return rehearse(self._runner, *batch, num_steps, batch_dim=self._batch_dim)
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]."""
@@ -498,6 +549,7 @@ class Pipeline:
         target: object,
         kwargs: Mapping[str, object],
         outputs_on: Sequence[int],
+        batch_dim: int | None,
         scaling: Scaling = UNSCALED,
     ) -> Call:
         if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
@@ -505,13 +557,25 @@ class Pipeline:
                 "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
                 "function, so that the model can return outputs"
             )
-        batch = self._batch(inputs, target, kwargs)
-        return self._runner.run(mode, self.step_index, *batch, outputs_on, scaling=scaling)
+        dim = self._batch_dim if batch_dim is None else batch_dim
+        batch = self._batch(inputs, target, kwargs, dim)
+        call = self._runner.run(
+            mode, self.step_index, *batch, outputs_on, scaling=scaling, batch_dim=dim
+        )
+        self._num_microbatches, self._microbatch_losses = len(call.sizes), call.losses
+        return call
 
     def _batch(
-        self, inputs: tuple[object, ...], target: object, kwargs: Mapping[str, object]
+        self,
+        inputs: tuple[object, ...],
+        target: object,
+        kwargs: Mapping[str, object],
+        batch_dim: int,
     ) -> tuple[object, object, Mapping[str, object]]:
         """A call as the cells take it: what enters the chain, the loss's target, what has names."""
+        if self._split is not None:
+            count = self.num_microbatches
+            inputs, target, kwargs = split_by(self._split, inputs, target, kwargs, count, batch_dim)
         if self._form is not None:
             named = self._form.bind(inputs, kwargs)
             if self._form.takes("target") and target is not None:
@@ -523,7 +587,8 @@ class Pipeline:
         return ranks_of(ranks, self.num_ranks) if asked else []
 
     def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
-        return outputs_of(call, self._transport, self._runner.last_ranks, ranks)
+        sources = self._runner.last_ranks
+        return outputs_of(call, self._transport, sources, ranks, self._merge)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
         assert call.agreed is not None, "the call has failed"

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from stagewise.batch.markers import along
 from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
 from stagewise.engine.stage.stage import Loss
 from stagewise.engine.transport.connect import Device
@@ -21,7 +22,7 @@ from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
 from stagewise.planning.choice import ScheduleLike, choose_schedule
 from stagewise.planning.interpolate import interpolated
-from stagewise.planning.partition.partition import check_balance, check_counts
+from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.search.cuts import SEGMENTS
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search
@@ -50,6 +51,7 @@ def plan(
     device: Device | None = None,
     seconds: float = 3.0,
     cells: Sequence[str] | None = None,
+    batch_dim: int = 0,
 ) -> Plan:
     """Choose the cut of `model` whose busiest stage has the least to do.
 
@@ -77,6 +79,7 @@ def plan(
         cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,
             that are to be its cells, for a model that torch.export cannot trace; needs an
             example: see `stagewise.capture_cells`.
+        batch_dim: along which dimension the example's samples lie, as for Pipeline.
 
     With "auto" for `num_microbatches` (or several numbers), `schedule`, `recompute` or `replicas`,
     with segments or with `memory_bytes`, the fastest plan on `num_devices` is searched for that
@@ -90,8 +93,12 @@ def plan(
         ScheduleError: unknown schedule or policy, or a schedule that breaks a rule.
         BatchError: the example has fewer samples than microbatches.
     """
+    inputs, target = along(inputs, batch_dim), along(target, batch_dim)
+    kwargs = {name: along(value, batch_dim) for name, value in (kwargs or {}).items()}
     if cells is not None:
-        chain_for(model, inputs, kwargs or {}, cells)
+        chain_for(model, inputs, kwargs, cells)
+    if not isinstance(num_microbatches, int | str) and len(set(num_microbatches)) == 1:
+        num_microbatches = num_microbatches[0]  # nothing to choose
     wants = (num_microbatches, schedule, recompute, replicas)
     searches = any(isinstance(wish, str) and wish in ("auto", SEGMENTS) for wish in wants)
     if searches or memory_bytes is not None or not isinstance(num_microbatches, int):
@@ -113,7 +120,7 @@ def plan(
             seconds=seconds,
         ).plan
     assert not isinstance(replicas, str)
-    chain = chain_for(model, inputs, kwargs or {})
+    chain = chain_for(model, inputs, kwargs)
     choice = choose_schedule(
         schedule,
         num_microbatches,

@@ -11,7 +11,7 @@
 
 from stagewise.planning.choice import ScheduleChoice, ScheduleLike, choose_schedule
 from stagewise.planning.devices import DeviceSpec, load_devices
-from stagewise.planning.partition.partition import bottleneck_seconds, check_balance, partition
+from stagewise.planning.partition.balance import bottleneck_seconds, check_balance
 from stagewise.planning.partition.place import Partition, place
 from stagewise.planning.partition.replicated import Replicated, replicated_partition
 from stagewise.planning.plan import Plan, plan_from_costs
@@ -37,7 +37,6 @@ __all__ = [
     "choose_schedule",
     "load_devices",
     "lower_bound_seconds",
-    "partition",
     "place",
     "plan_from_costs",
     "replicated_partition",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
+from stagewise.costs import FREE_LINK, LinkCost, StageCost, load_seconds, stage_costs
 from stagewise.planning.advise_facts import Facts
 
 MICROBATCHES_PER_STAGE = 4  # bubble (K-1)/(M+K-1) below 1/5 from here on; GPipe, section 2.3
@@ -122,12 +122,13 @@ def _balance(facts: Facts) -> Verdict:
     depth = facts.num_stages
     loads = [stage.forward_seconds + stage.backward_seconds for stage in facts.stages(depth)]
     mean, largest = sum(loads) / depth, max(loads)
-    heaviest = max(facts.cells, key=_load)
+    heaviest = max(facts.cells, key=load_seconds)
     share = mean / largest if largest else 1.0
-    replicas = math.ceil(_load(heaviest) / mean) if mean else 1
+    most = load_seconds(heaviest) / mean if mean else 0
+    replicas = math.ceil(load_seconds(heaviest) / mean) if mean else 1
     if share >= BALANCED:
         advice = "nothing"
-    elif _load(heaviest) > mean:
+    elif load_seconds(heaviest) > mean:
         advice = (
             f"share cell {heaviest.name}'s stage between {replicas} replicas, or split the cell"
         )
@@ -138,12 +139,12 @@ def _balance(facts: Facts) -> Verdict:
         ok=share >= BALANCED,
         advice=advice,
         reason=f"in {depth} stages the mean load is {share:.0%} of the largest; the heaviest "
-        f"cell, {heaviest.name}, takes {_load(heaviest) / mean if mean else 0:.2f} of a mean stage",
+        f"cell, {heaviest.name}, takes {most:.2f} of a mean stage",
         numbers={
             "num_stages": depth,
             "balance": share,
             "cell": heaviest.name,
-            "heaviest_over_mean": _load(heaviest) / mean if mean else 0.0,
+            "heaviest_over_mean": load_seconds(heaviest) / mean if mean else 0.0,
         },
     )
 
@@ -270,8 +271,8 @@ def _experts_only(facts: Facts) -> bool:
 
 def _one_cell_is_a_bottleneck(facts: Facts) -> bool:
     """Whether no cut of whole cells is balanced, because one cell is more than a mean stage."""
-    mean = sum(map(_load, facts.cells)) / facts.num_stages
-    return not _balance(facts).ok and max(map(_load, facts.cells)) > mean
+    mean = sum(map(load_seconds, facts.cells)) / facts.num_stages
+    return not _balance(facts).ok and max(map(load_seconds, facts.cells)) > mean
 
 
 CHOICES: Sequence[_Choice] = (
@@ -312,10 +313,6 @@ CHOICES: Sequence[_Choice] = (
     ),
     _Choice("pipeline", lambda facts: True, lambda facts: _recomputation(facts).reason),
 )
-
-
-def _load(cell: CellCost) -> float:
-    return cell.forward_seconds + cell.backward_seconds
 
 
 def _size(num_bytes: float) -> str:

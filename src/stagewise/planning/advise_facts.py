@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
+from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, load_seconds, stage_costs
 from stagewise.errors import UsageError
-from stagewise.planning.partition.partition import partition
+from stagewise.planning.partition.place import place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,10 @@ class Facts:
     def stages(self, num_stages: int, *, recompute: bool = False) -> tuple[StageCost, ...]:
         """Costs of the stages, cut such that the busiest has the least to compute."""
         forwards = 2 if recompute else 1
-        loads = [forwards * cell.forward_seconds + cell.backward_seconds for cell in self.cells]
-        return stage_costs(self.cells, partition(loads, num_stages))
+        loads = [load_seconds(cell, forwards=forwards) for cell in self.cells]
+        found = place([(stage,) for stage in range(num_stages)], loads)
+        assert found is not None  # only a memory cap could leave none
+        return stage_costs(self.cells, found.balance)
 
     def peak_memory(self, num_stages: int, *, recompute: bool) -> float:
         """Bytes on the fullest device of a 1F1B pipeline (arXiv:2006.09503: K - s in flight)."""

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.errors import UsageError
 from stagewise.planning.less_memory import with_microbatches
-from stagewise.planning.partition.partition import partition
-from stagewise.planning.plan import Plan
+from stagewise.planning.plan import Plan, best_balance
 from stagewise.schedule import SCHEDULES, Kind
 from stagewise.timeline import Timeline
 
@@ -140,18 +139,18 @@ def _neighbours(
                     continue
                 yield other
                 if may_move:
-                    yield replace(other, balance=_best_cut(other))
+                    balance = best_balance(
+                        other.built_schedule,
+                        other.cells,
+                        recompute=other.recompute,
+                        link=other.link,
+                    )
+                    yield replace(other, balance=balance)
 
 
 def _needs_more(plan: Plan, than: Plan) -> bool:
     """Whether some device needs more memory."""
     return max(plan.peak_activation_bytes) > max(than.peak_activation_bytes)
-
-
-def _best_cut(plan: Plan) -> tuple[int, ...]:
-    forwards = 1 if plan.recompute == "never" else 2
-    seconds = [forwards * c.forward_seconds + c.backward_seconds for c in plan.cells]
-    return tuple(partition(seconds, plan.num_stages, replicas=plan.replicas))
 
 
 def _planned(cost: StageCost, kind: Kind) -> float:

@@ -16,11 +16,14 @@ from stagewise.costs import (
     InstructionCost,
     LinkCost,
     StageCost,
+    boundary_seconds,
+    load_seconds,
     stage_costs,
 )
 from stagewise.errors import PlanError
 from stagewise.planning.choice import ScheduleLike, choose_schedule
-from stagewise.planning.partition.partition import check_balance, partition
+from stagewise.planning.partition.balance import check_balance
+from stagewise.planning.partition.place import place
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,
@@ -227,6 +230,20 @@ def _programs(lines: Sequence[str]) -> tuple[Program, ...]:
     return parse_programs("\n".join(line or IDLE for line in lines))
 
 
+def best_balance(
+    schedule: Schedule, cells: Sequence[CellCost], *, recompute: str, link: LinkCost
+) -> tuple[int, ...]:
+    """The cut that leaves the busiest device of `schedule` least to do."""
+    forwards, split = 1 if recompute == "never" else 2, schedule.splits_backward
+    found = place(
+        schedule.placement,
+        [load_seconds(cell, forwards=forwards, split=split) for cell in cells],
+        transfer_seconds=boundary_seconds(cells, link),
+    )
+    assert found is not None  # only a memory cap could leave none
+    return found.balance
+
+
 def plan_from_costs(
     cells: Sequence[CellCost],
     *,
@@ -252,17 +269,7 @@ def plan_from_costs(
         replicas=replicas,
     )
     if balance is None:
-        forwards = 1 if recompute == "never" else 2
-        balance = partition(
-            [forwards * cell.forward_seconds + cell.backward_seconds for cell in cells],
-            choice.num_stages,
-            transfer_seconds=[
-                link.transfer_seconds(cell.output_bytes)
-                + link.transfer_seconds(cell.gradient_bytes)
-                for cell in cells[:-1]
-            ],
-            replicas=choice.replicas,
-        )
+        balance = best_balance(choice.built, cells, recompute=recompute, link=link)
     check_balance(balance, len(cells), choice.num_stages)
     return Plan(
         balance=tuple(balance),

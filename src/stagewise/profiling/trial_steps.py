@@ -59,7 +59,12 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
 
 
 def measure_memory(
-    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
+    runner: Runner,
+    inputs: object,
+    target: object,
+    keywords: Mapping[str, object],
+    *,
+    batch_dim: int = 0,
 ) -> int:
     """Peak activation bytes on this rank over one trial step."""
     meter, peak = _meter(runner, (inputs, target, keywords)), 0
@@ -69,7 +74,7 @@ def measure_memory(
         peak = max(peak, meter.live_bytes(_held(runner)))
 
     with untouched(runner.stages), meter.counting():
-        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
+        runner.run(Mode.TRAIN, 0, inputs, target, keywords, batch_dim=batch_dim, observe=observe)
     return peak
 
 
@@ -79,12 +84,14 @@ def rehearse(
     target: object,
     keywords: Mapping[str, object],
     num_steps: int,
+    *,
+    batch_dim: int = 0,
 ) -> tuple[Timeline, ...]:
     """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
     timelines = []
     with untouched(runner.stages):
         for _ in range(WARMUP_ROUNDS + num_steps):
-            runner.run(Mode.TRAIN, 0, inputs, target, keywords)
+            runner.run(Mode.TRAIN, 0, inputs, target, keywords, batch_dim=batch_dim)
             timelines.append(runner.timeline())
     return tuple(timelines[WARMUP_ROUNDS:])
 

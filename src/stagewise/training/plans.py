@@ -33,7 +33,7 @@ from stagewise.planning import (
 from stagewise.planning.advise import MICROBATCHES_PER_STAGE
 from stagewise.planning.advise_facts import Facts
 from stagewise.planning.devices import DeviceSpec
-from stagewise.planning.partition.partition import check_counts
+from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.search.search import Progress
 from stagewise.profiling.fakes import likeness
 from stagewise.training.batches import TrainingBatches

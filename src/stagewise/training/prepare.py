@@ -20,7 +20,7 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, check_balance
-from stagewise.planning.partition.partition import check_counts
+from stagewise.planning.partition.balance import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint import Checkpoint
@@ -125,6 +125,8 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
         seed=options.seed,
         init=recipe.init,
         accumulate_in_float32=recipe.accumulate_in_float32,
+        batch_dim=recipe.batch_dim,
+        loss_reduction=recipe.loss_reduction,
     )
 
 

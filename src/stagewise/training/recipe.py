@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stagewise.batch.markers import along
 from stagewise.errors import RecipeError, StagewiseError
 
 # Inputs, target and output are the user's own: any pytree that the model and the loss agree on.
@@ -51,8 +52,8 @@ class Recipe:
 
     One step takes `accumulate` batches of `data("train")` as one minibatch. `autocast` is the
     dtype of `torch.autocast`. `grad_scaler` are options of `stagewise.GradScaler`, which is on
-    where they are given, and under `autocast = torch.float16`. `accumulate_in_float32` is that of
-    `stagewise.Pipeline`.
+    where they are given, and under `autocast = torch.float16`. `accumulate_in_float32`,
+    `batch_dim` and `loss_reduction` are those of `stagewise.Pipeline`.
     """
 
     path: Path
@@ -69,6 +70,8 @@ class Recipe:
     autocast: torch.dtype | None = None
     grad_scaler: Mapping[str, float | int | bool] | None = None
     accumulate_in_float32: bool = False
+    batch_dim: int = 0
+    loss_reduction: Literal["mean", "sum"] | None = None
     meta: bool = False
     init: Callable[[nn.Module], object] | None = None
     cells: Sequence[str] | None = None
@@ -158,9 +161,12 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
-    """`batch` as a pair; raises RecipeError unless it is (inputs, target)."""
+    """`batch` as a pair, marked where samples lie elsewhere than along dimension 0.
+
+    Raises RecipeError unless it is (inputs, target).
+    """
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
+        return along(batch[0], recipe.batch_dim), along(batch[1], recipe.batch_dim)
     got = f"a {type(batch).__name__}"
     if isinstance(batch, tuple | list | dict):
         got += f" of {len(batch)}"
@@ -209,6 +215,14 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "accumulate_in_float32": (
         lambda value: isinstance(value, bool),
         "True, to sum gradients of bfloat16 and float16 parameters in float32, or False",
+    ),
+    "batch_dim": (
+        lambda value: type(value) is int,
+        "a whole number: along which dimension of a batch's tensors its samples lie",
+    ),
+    "loss_reduction": (
+        lambda value: value in ("mean", "sum"),
+        "'mean' or 'sum', as loss(output, target) reduces over the samples",
     ),
     "meta": (
         lambda value: isinstance(value, bool),

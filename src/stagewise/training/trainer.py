@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from stagewise.batch.markers import unmarked
 from stagewise.batch.split import batch_size
 from stagewise.batch.values import move, take_apart
+from stagewise.engine.step.weights import is_sum
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.less_memory import sparing
@@ -231,8 +233,13 @@ class Trainer:
         self._update = Update(self._recipe, pipe, optimizer, checkpoint.scaler)
 
     def _validate(self, step: int) -> float | None:
-        """The mean loss over all validation samples, or weights; None where there are none."""
+        """The mean loss over all validation samples, or weights, or their sum; None without any."""
         batches = self._prepared.validation
+        summed = is_sum(
+            self._recipe.loss,
+            self._recipe.loss_reduction,
+            has_weight=self._recipe.weight is not None,
+        )
         if not batches:
             return None
         totals: dict[str, float] = {}
@@ -245,10 +252,10 @@ class Trainer:
             with self._recipe.precision():
                 self._pipe.evaluate(inputs, target=target)
             for name, loss in self._pipe.losses.items():
-                weight = weights.get(name, weights.get("", float(size)))
+                weight = 1.0 if summed else weights.get(name, weights.get("", float(size)))
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0] += weight * float(loss)
-                pair[1] += weight
+                pair[1] = 1.0 if summed else pair[1] + weight
             for name, value in self._metrics(inputs, target).items():
                 totals[name] = totals.get(name, 0.0) + size * value
         losses = {name: total / weight for name, (total, weight) in sums.items() if weight}
@@ -266,7 +273,7 @@ class Trainer:
             return {}
         with self._recipe.precision():
             output = self._pipe.predict(inputs)
-        target = move(target, take_apart(output)[0][0].device)
+        target = move(unmarked(target), take_apart(output)[0][0].device)
         with self._recipe.blame("metrics(output, target)"):
             return {
                 name: float(value) for name, value in self._recipe.metrics(output, target).items()

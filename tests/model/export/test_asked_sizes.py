@@ -220,3 +220,29 @@ def test_what_hangs_on_several_inputs_is_held_where_they_meet() -> None:
         captured(x[:6], y[:6])
     with pytest.raises(BatchError, match=r"x\.shape\[1\] is 5, y\.shape\[1\] is 5, but .* !="):
         captured(x, y[:, :5])
+
+
+class AtOtherSizes(nn.Module):
+    """What it does there leaves no guard: a size is no int while torch.export traces."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(4, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if self.kind == "rank":
+            return h * (2 if x.squeeze().dim() == 2 else 3)
+        return h * (2 if isinstance(x.shape[1], int) else 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("type", "its cells are not the plain model in training mode"),
+        ("rank", r"for other sizes than its example's \(x of \(1, 20, 4\)\) its cells are not"),
+    ],
+)
+def test_what_no_guard_tells_is_found_by_comparison(kind: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        stagewise.capture(AtOtherSizes(kind), torch.randn(*EXAMPLE, 4))

@@ -112,8 +112,9 @@ def test_a_broken_entry_is_ignored_with_a_warning(cache: Path) -> None:
     (entry,) = entries(cache)
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"capture-.*\.pkl is ignored and made anew"):
+    with pytest.warns(UserWarning, match=r"capture-.*\.pkl is ignored and made anew") as caught:
         ours = stagewise.capture(net(), x)
+    assert caught[0].filename == __file__  # the line that captures
     assert torch.equal(ours(x)["out"], net()(x)["out"])  # type: ignore[index]
     stagewise.capture(net(), x)  # written again, so that no warning comes
     assert entries(cache) == [entry]

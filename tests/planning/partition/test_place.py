@@ -225,10 +225,33 @@ def test_replicas_break_the_heaviest_layer_s_limit() -> None:
     [
         ([(0,), (0, 0)], {}, "each of them once"),
         ([(0,), (1,)], {"transfer_seconds": [1.0]}, "2 inner boundaries"),
-        ([(0,), (1,)], {"cell_seconds": [1, -1, 1]}, "not negative"),
+        ([(0,), (1,)], {"cell_seconds": [1, -1, 1]}, "not be negative"),
         ([(0,)] * 4, {}, "4 stages need"),
     ],
 )
 def test_refuses_what_makes_no_sense(placement, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(PlanError, match=message):
         place(placement, arguments.pop("cell_seconds", [1, 1, 1]), **arguments)
+
+
+def test_the_solver_prints_nothing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS writes some findings to the process's stdout, past Python and its own options."""
+    import ctypes
+
+    import scipy.optimize
+
+    solve = scipy.optimize.milp
+
+    def talking(*args: object, **options: object) -> object:
+        ctypes.CDLL(None).puts(b"transformNewIntegerFeasibleSolution")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", talking)
+    print("before")
+    seconds = [50, 200, 80, 300, 60, 150, 90, 250] * 2
+    found = place([(d,) for d in range(4)] * 3, seconds, max_nodes=5_000)
+    print("after")
+    assert found is not None and found.is_optimal
+    assert capfd.readouterr().out == "before\nafter\n"

@@ -58,6 +58,7 @@ class TiedParameters:
             for name, parameter in (others or {}).items()
             if parameter.grad is None
         }
+        self._given_outside: set[str] = set()  # those with a gradient before the first step
         known = {tied.parameter for tied in self.ties}
         self._places = {
             index: places
@@ -94,6 +95,8 @@ class TiedParameters:
         }
         before: dict[nn.Parameter, Gradient] = {}
         if training:
+            others = ((name, reference()) for name, reference in self._others.items())
+            self._given_outside = {n for n, p in others if p is not None and p.grad is not None}
             for tied in self.ties:
                 before[tied.parameter], tied.parameter.grad = tied.parameter.grad, None
         made = StandIns(self._places, leaves, before)
@@ -105,12 +108,21 @@ class TiedParameters:
         """Raise CellError after the first step if a cell used another rank's parameter unseen."""
         for name, reference in self._others.items():
             parameter = reference()
-            if parameter is not None and parameter.grad is not None:
+            if parameter is None or parameter.grad is None:
+                continue
+            if name in self._given_outside:
                 raise CellError(
-                    f"a cell on rank {transport.rank} uses the parameter {name}, which none of "
-                    "its modules holds, so its gradient would be lost; register it in that cell "
-                    "(self.weight = other.weight), and it is tied"
+                    f"the parameter {name}, which rank {transport.rank} does not hold in this "
+                    "Pipeline, was given a gradient there by something else (another Pipeline "
+                    "that holds it on this rank, or a backward pass of your own); if both train "
+                    "it, its copies drift apart: cut both Pipelines so that one rank holds it, or "
+                    "set its .grad to None"
                 )
+            raise CellError(
+                f"a cell on rank {transport.rank} uses the parameter {name}, which none of "
+                "its modules holds, so its gradient would be lost; register it in that cell "
+                "(self.weight = other.weight), and it is tied"
+            )
         self._others = {}
 
     def put_back(self, stand_ins: StandIns) -> None:

@@ -14,7 +14,6 @@ in the order of the chain, as in the plain model.
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.model.cell import Cell
+from stagewise.model.users_code import warn_user
 
 FEW_SAMPLES = 8
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -84,20 +84,18 @@ class BatchNorms:
         few = [name for layer, name in self._names.items() if _uses_batch_statistics(layer)]
         if few and min(sizes) < FEW_SAMPLES and "few" not in self._warned:
             self._warned.add("few")
-            warnings.warn(
+            warn_user(
                 f"BatchNorm layers {', '.join(few)} normalise by microbatch, and the smallest has "
                 f"{min(sizes)} samples, fewer than {FEW_SAMPLES}, so their statistics are noisy; "
                 "use fewer microbatches or a larger batch, replace them by GroupNorm, or freeze "
                 "them with .eval()",
-                stacklevel=4,  # who called Pipeline.step
             )
         if self._own_forward and "own" not in self._warned:
             self._warned.add("own")
-            warnings.warn(
+            warn_user(
                 f"BatchNorm layers {', '.join(self._own_forward)} have a forward of their own, so "
                 "their running statistics change once per microbatch, not once per minibatch; call "
                 "a plain BatchNorm from another module instead, or use one microbatch",
-                stacklevel=4,
             )
 
     @contextmanager

@@ -12,7 +12,6 @@ buffers (masks, position tables) are copied once and never again. Values are com
 some kernels, and code that writes through `.data`, leave no mark in a tensor's version.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -21,6 +20,7 @@ from torch import nn
 
 from stagewise.batch.layouts import equal
 from stagewise.errors import CellError
+from stagewise.model.users_code import warn_user
 
 _Buffers = dict[str, torch.Tensor | None]
 Saved = dict[int, _Buffers]  # by index into the list of modules with buffers
@@ -130,11 +130,10 @@ class BufferKeeper:
                 self._changes[index, owner.training] = True
                 if not warn:  # an error says more
                     continue
-                warnings.warn(
+                warn_user(
                     f"{type(owner).__name__} changed a buffer that its first forward left alone "
                     f"({', '.join(owner._buffers)}), in a call that should leave no trace; from "
                     "now on it is put back",
-                    stacklevel=2,
                 )
 
     @torch.no_grad()

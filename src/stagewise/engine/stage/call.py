@@ -63,6 +63,7 @@ class Call:
     keywords: list[dict[str, object]] = field(default_factory=list)
     num_args: int = 1  # positional arguments of the model's first cell
     ready: bool = False  # the caller gave Microbatches, and gets outputs as such
+    batch_dim: int = 0  # of the outputs
     shared: bool = False  # some stage has replicas: its ranks run some of its microbatches each
     keeps_outputs: bool = False
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)

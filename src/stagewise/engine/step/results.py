@@ -7,7 +7,7 @@ the number of stages.
 import functools
 import operator
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -80,6 +80,16 @@ def _total(
         losses[name] = losses[name] + part if name in losses else part
         total = total + part
     return total, losses
+
+
+def losses_by_microbatch(
+    transport: Transport, losses: Losses, num_microbatches: int
+) -> list[dict[str, torch.Tensor]]:
+    """Every microbatch's own losses by name, unweighted, on every rank; all ranks call this."""
+    found: Losses = {}
+    for own in transport.gather({m: {n: t.cpu() for n, t in x.items()} for m, x in losses.items()}):
+        found.update(own)
+    return [found.get(m, {}) for m in range(num_microbatches)]
 
 
 def agree_on_end(transport: Transport, call: Call) -> bool:
@@ -160,6 +170,7 @@ def _number(row: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64).to(dtype=_DTYPES[row[1]], device=device)
 
 
+Merge = Callable[[list[object]], object]  # of the microbatches' outputs, in order
 Ranks = Sequence[int] | Literal["all"] | None  # None: all
 
 
@@ -173,9 +184,15 @@ def ranks_of(ranks: Ranks, num_ranks: int) -> list[int]:
 
 
 def outputs_of(
-    call: Call, transport: Transport, sources: Sequence[int], ranks: Sequence[int]
+    call: Call,
+    transport: Transport,
+    sources: Sequence[int],
+    ranks: Sequence[int],
+    merge: Merge | None = None,
 ) -> object:
     """The microbatches' outputs from ranks `sources`, put together, on `ranks`; else None.
+
+    By the caller's `merge`, where there is one.
 
     Raises BatchError on every rank if they cannot be put together.
     """
@@ -188,9 +205,16 @@ def outputs_of(
     if every and transport.rank == source:
         parts = [detached(every[m]) for m in sorted(every)]
         try:
-            outputs = Microbatches(parts) if call.ready else join(parts, call.sizes)
+            if merge is not None:
+                outputs = merge(parts)
+            else:
+                outputs = (
+                    Microbatches(parts) if call.ready else join(parts, call.sizes, call.batch_dim)
+                )
         except BatchError as error:
             problem = str(error)
+        except Exception as error:
+            problem = f"merge(outputs) failed: {type(error).__name__}: {error}"
     outputs, problem = transport.broadcast((outputs, problem), source, ranks)
     if problem is not None:
         raise BatchError(problem)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from stagewise.batch.markers import Arguments
+from stagewise.batch.markers import Arguments, along
 from stagewise.batch.split import split
 from stagewise.batch.values import move
 from stagewise.engine.gradients.batch import share_gradients
@@ -53,13 +53,14 @@ class Runner:
         replicas: Replicas | None = None,
         flows: tuple[tuple[int, int], ...] = (),
         accumulate_in_float32: bool = False,
+        sums_losses: bool = False,
     ) -> None:
         devices = [stage.device for stage in stages.values()]
         self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
         self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
         self.takers = takers
-        self.weight = weight
+        self.weight, self.sums_losses = weight, sums_losses
         self.tied = tied if tied is not None else TiedParameters()
         self._replicas = replicas if replicas is not None else Replicas({}, (), transport)
         alone = transport.num_ranks == 1
@@ -85,11 +86,13 @@ class Runner:
         outputs_on: Sequence[int] = (),
         *,
         scaling: Scaling = UNSCALED,
+        batch_dim: int = 0,
         observe: Observer | None = None,
     ) -> Call:
         """Run one call to its end; the spans of this rank are in `spans` afterwards.
 
-        The outputs are kept where some rank wants them. If a rank fails, all raise, and the next
+        Samples lie along `batch_dim` where the batch does not say otherwise (see BatchDim). The
+        outputs are kept where some rank wants them. If a rank fails, all raise, and the next
         call may follow, unless one was lost or interrupted.
         """
         if self._broken:
@@ -98,6 +101,8 @@ class Runner:
                 "build the Pipeline anew, or restart from a checkpoint"
             )
         training = mode is Mode.TRAIN
+        inputs, target = along(inputs, batch_dim), along(target, batch_dim)
+        keywords = {name: along(value, batch_dim) for name, value in keywords.items()}
         last = self.schedule.num_stages - 1
         admitted = admit(
             self.transport,
@@ -117,8 +122,8 @@ class Runner:
             shared_flags=[
                 self.stages[s].flags() if s in self.stages else None for s in self._replicated
             ],
-            options=scaling,
-            check=lambda: self._unchanged.check(training=training),
+            options=(scaling, batch_dim, self.sums_losses),
+            check=self._unchanged.check if training else lambda: None,
         )
         check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
         order, own = self._program(training, len(admitted.sizes))
@@ -131,6 +136,7 @@ class Runner:
             ready=admitted.ready,
             num_args=admitted.num_args,
             shared=bool(self._replicated),
+            batch_dim=batch_dim,
             keeps_outputs=bool(outputs_on),
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
             batchnorms=self._batchnorms,
@@ -145,6 +151,8 @@ class Runner:
             call.shares = agree_on_shares(
                 self.transport, self.weight, call.targets, scaling.total_weight, self.last_ranks[0]
             )
+        elif self.sums_losses:
+            call.shares = {"": (1.0,) * len(call.sizes)}
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with (
@@ -219,9 +227,11 @@ class Runner:
 
     def _agree(self, call: Call) -> bool:
         """Whether all went well on all ranks; then they know the loss."""
-        if call.mode is Mode.TRAIN and not call.lost:
+        if call.mode is Mode.TRAIN:
             try:
-                self.tied.check_seen(self.transport)
+                self._unchanged.check_values(len(call.sizes))  # the cause of what autograd says
+                if not call.lost:
+                    self.tied.check_seen(self.transport)
             except CellError as error:
                 call.fail(Failure.of(error, None, None))
         if call.mode is Mode.PREDICT:

@@ -1,9 +1,8 @@
-"""What a Pipeline was built from stays as it was.
+"""Cells keep the modules and parameters that their Pipeline was built with.
 
 Ties, sums over replicas, float32 sums and running statistics are found when a Pipeline is built;
 a parameter that came later (by parametrizing, by an adapter) would be left out of them in silence.
-And cells of a captured model hold what its forward decided then by the user's own module, whose
-attributes, hooks or submodules they do not see (`stagewise.model.watch`).
+And a parameter keeps its values until the step has ended: all microbatches are to see the same.
 """
 
 import operator
@@ -11,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stagewise.errors import ModelError
-from stagewise.model.cell import Cell, Piece
+from stagewise.errors import CellError, ModelError
+from stagewise.model.cell import Cell
 
 Parts = dict[str, nn.Module | nn.Parameter | None]
 
@@ -23,24 +22,17 @@ class Unchanged:
     def __init__(self, cells: Sequence[Cell]) -> None:
         modules = {module: cell for cell in cells for module in cell.module.modules()}
         self._built = [(cell, module, _parts(module)) for module, cell in modules.items()]
-        pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
-        self._watches = {piece.watch for piece in pieces if piece.watch is not None}
+        paths = {module: path for cell in cells for path, module in cell.named_modules()}
+        self._names = {
+            parameter: f"{paths[module]}.{name}" if paths.get(module) else name
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions at first
 
-    def check(self, *, training: bool) -> None:
-        """Raise ModelError if what was captured has changed, or in training what the cells hold."""
-        for watch in self._watches:
-            changed = watch.changed()
-            if changed:
-                raise ModelError(
-                    f"{', '.join(changed[:3])} changed after the model was captured, which its "
-                    "cells would miss; pass what changes to forward as a tensor, or keep it in a "
-                    "buffer and change that in place (under pipe.module, on every rank), or "
-                    "capture the model and build the Pipeline anew"
-                )
-        if training:
-            self._check_cells()
-
-    def _check_cells(self) -> None:
+    def check(self) -> None:
+        """Begin a step; raises ModelError if a module or parameter came, went or was replaced."""
         for cell, module, before in self._built:
             now = _parts(module)
             if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
@@ -52,6 +44,23 @@ class Unchanged:
                 "would train it wrongly; change the model first (parametrize it, add adapters, "
                 "load with assign=True) and then build the Pipeline"
             )
+
+        self._hooked = [
+            (parameter, parameter._version)
+            for parameter in self._names
+            if parameter._post_accumulate_grad_hooks or parameter._backward_hooks
+        ]
+
+    def check_values(self, num_microbatches: int) -> None:
+        """Raise CellError if a hook has changed a parameter before all microbatches were done."""
+        for parameter, version in self._hooked if num_microbatches > 1 else ():
+            if parameter._version != version:
+                raise CellError(
+                    f"a hook on the parameter {self._names[parameter]} changed it within the step, "
+                    "as an optimizer in the backward pass does: that is an update for each of the "
+                    f"{num_microbatches} microbatches, by a part of the gradient, and it cannot be "
+                    "undone here; run the optimizer after the step, or use one microbatch"
+                )
 
 
 def _parts(module: nn.Module) -> Parts:

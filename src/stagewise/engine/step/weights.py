@@ -1,17 +1,43 @@
 """How much each microbatch's loss counts, known on every rank before anything runs."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from stagewise.engine.stage.call import Scaling
 from stagewise.engine.transport.transport import Transport
-from stagewise.errors import BatchError
+from stagewise.errors import BatchError, PlanError
 
 Number = float | torch.Tensor
 _ROUNDING = 1e-5  # of a caller's total, as a sum in float32 has it
 Weight = Callable[..., Number | Mapping[str, Number]]
+
+
+def is_sum(loss: object, reduction: str | None, *, has_weight: bool) -> bool:
+    """Whether `loss` is a sum over samples: as `reduction` says, else as torch's own losses do.
+
+    Raises PlanError where that cannot be.
+    """
+    if reduction is None:
+        if isinstance(loss, functools.partial):
+            own = loss.keywords.get("reduction")
+        else:
+            own = getattr(loss, "reduction", None) if isinstance(loss, nn.Module) else None
+        return own == "sum" and not has_weight  # else the weights say what it counts
+    if reduction not in ("mean", "sum"):
+        raise PlanError(
+            f"loss_reduction is {reduction!r}; give 'mean' or 'sum', as the loss function reduces "
+            "over the samples of a microbatch"
+        )
+    if reduction == "sum" and has_weight:
+        raise PlanError(
+            "loss_reduction='sum' and weight= were both given, but sums are added as they are; "
+            "leave weight out, or let the loss return a weighted mean"
+        )
+    return reduction == "sum"
 
 
 def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> None:

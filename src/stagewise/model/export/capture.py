@@ -25,10 +25,11 @@ from stagewise.model.export.disk_cache import Entry, Plain
 from stagewise.model.export.exported_cell import CapturedCell
 from stagewise.model.export.faithful import Comparison
 from stagewise.model.export.opaque_modules import check_hooks, leaves_of
+from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
+from stagewise.model.in_words import in_words
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
-from stagewise.model.watch import Place
 
 
 def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
@@ -74,37 +75,35 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     _check(model)
     form = CallForm(model, args, kwargs)
     example = _copied(form.named(args, kwargs), _device(model))
-    check_hooks(model)
-    if _device(model).type == "meta":
-        captured = _assembled(model, form, _pieces(model, form, example))
-        remember(model, captured)
-    else:
-        captured, own_changes = _compared(model, form, example)
-        remember(model, captured, own_changes)
+    try:
+        with in_words(f"capturing {type(model).__name__}"):
+            check_hooks(model)
+            if _device(model).type == "meta":
+                captured = _assembled(model, form, _pieces(model, form, example))
+            else:
+                captured = _compared(model, form, example)
+    except ModelError as error:
+        raise with_way_out(error, model, example) from (error.__cause__ or error)
+    remember(model, captured)
     return captured
 
 
-def _compared(
-    model: nn.Module, form: CallForm, example: Mapping[str, object]
-) -> tuple[Captured, frozenset[Place]]:
-    """What is on disk, if it is this model bit for bit, or else a new capture.
-
-    Also returns what forward itself changes.
-    """
-    comparison = Comparison(model, example, leaves_of(model).values())
+def _compared(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> Captured:
+    """What is on disk, if it is this model bit for bit, or else a new capture."""
+    comparison = Comparison(model, example)
     entry = Entry(model, form)
     pieces = entry.read()
     if pieces is not None:
         with suppress(Exception):  # another model's pieces may fit nothing here
             captured = _assembled(model, form.again(), pieces)
             if comparison.same_bits(captured):
-                return captured, comparison.observed.touched
+                return captured
         entry.discard()
     pieces = _pieces(model, form, example)
     captured = _assembled(model, form, pieces)
     if comparison.check(captured):
         entry.write(pieces)
-    return captured, comparison.observed.touched
+    return captured
 
 
 def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> list[Plain]:

@@ -32,6 +32,7 @@ from torch import nn
 from stagewise.model.call_form import CallForm
 from stagewise.model.export.exported_cell import Program
 from stagewise.model.namespace import Home
+from stagewise.model.users_code import warn_user
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
@@ -67,11 +68,10 @@ class Entry:
         except OSError:
             return None  # there is none, or it is not ours to read
         except Exception as error:
-            warnings.warn(
+            warn_user(
                 f"the capture in {self.path} is ignored and made anew, since it cannot be "
                 f"{'trusted' if isinstance(error, _ForeignError) else 'read'} "
                 f"({type(error).__name__.strip('_')}: {error})",
-                stacklevel=3,
             )
             return None
 

@@ -1,33 +1,32 @@
 """Whether what was captured is the model: asked once, on a few samples of the example.
 
-torch.export follows one way through forward, and an entry on disk may be another model's. So the
-cells are run beside the plain model before they are given out (`stagewise.model.compare`). A new
-capture may differ by round-off; one from disk must be the same bits, else it is made anew.
+torch.export follows one way through forward, takes sizes for numbers, and an entry on disk may be
+another model's. So the cells are run beside the plain model before they are given out
+(`stagewise.model.compare`), with one sample and another length, too. A new capture may differ by
+round-off; one from disk must be the same bits, else it is made anew.
 """
 
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError, StagewiseError
-from stagewise.model.asked import Asked, AskedOfTensors, asks_for_autocast
+from stagewise.model.asked import Asked, AskedOfTensors, asked_of_torch, asks_for_autocast
+from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
 from stagewise.model.compare import (
+    EVAL,
     SITUATIONS,
+    TRAINING,
     UNDER_AUTOCAST,
     Difference,
     Situation,
     difference,
     numbers,
 )
-from stagewise.model.export.refusal import check_effects, lost
-from stagewise.model.observed import observed
-
-_FEW = 4  # samples
+from stagewise.model.export.refusal import lost, lost_at
+from stagewise.model.other_sizes import batches_of_other_sizes, first_samples, sizes_text
 
 Example = Mapping[str, object]
 
@@ -35,18 +34,15 @@ Example = Mapping[str, object]
 class Comparison:
     """The plain model on a few samples of its example, which cells are compared with.
 
-    `runs_itself` are modules that its cells call. Raises ModelError where the plain model cannot
-    run on its example, or does what a trace cannot hold.
+    Raises ModelError where the plain model cannot run on its example.
     """
 
-    def __init__(
-        self, model: nn.Module, example: Example, runs_itself: Collection[nn.Module]
-    ) -> None:
+    def __init__(self, model: nn.Module, example: Example) -> None:
         self._model = model
-        self._examples = [few for few in [_few(example)] if few is not None] + [example]
+        self._examples = [few for few in [first_samples(example)] if few is not None] + [example]
         while True:
             try:
-                self.observed = observed(model, self._examples[0], runs_itself)
+                self._asked = _asked_of_torch(model, self._examples[0])
                 break
             except Exception as error:
                 self._examples.pop(0)  # it may be made for one number of samples
@@ -56,23 +52,27 @@ class Comparison:
                         f"({type(error).__name__}: {error}), with which what is captured is "
                         "compared; give an example that the model can be run on"
                     ) from error
-        check_effects(model, self.observed)
-        more = (UNDER_AUTOCAST,) if asks_for_autocast(self.observed.asked) else ()
+        more = (UNDER_AUTOCAST,) if asks_for_autocast(self._asked) else ()
         self._situations = (*SITUATIONS, *more)
 
     def same_bits(self, captured: Captured) -> bool:
         """Whether the cells are the model, bit for bit."""
-        return self._difference(captured, in_bits=True) is None
+        return (
+            self._difference(captured, in_bits=True) is None
+            and self._at_other_sizes(captured, in_bits=True) is None
+        )
 
     def check(self, captured: Captured) -> bool:
         """Whether they are so; raises ModelError where they differ by more than round-off."""
         if self.same_bits(captured):
             return True
         found = self._difference(captured, in_bits=False)
-        if found is None:
-            return False
-        asked = self.observed.asked | self._asked_of_tensors(found.situation)
-        raise lost(self._model, found, asked)
+        if found is not None:
+            raise lost(self._model, found, self._asked | self._asked_of_tensors(found.situation))
+        apart = self._at_other_sizes(captured, in_bits=False)
+        if apart is not None:
+            raise lost_at(self._model, *apart)
+        return False
 
     def _asked_of_tensors(self, situation: Situation) -> Asked:
         asked = AskedOfTensors()
@@ -89,6 +89,21 @@ class Comparison:
                 continue
         return self._on(captured, self._examples[-1], in_bits=in_bits)
 
+    def _at_other_sizes(
+        self, captured: Captured, *, in_bits: bool
+    ) -> tuple[Difference, str] | None:
+        """On the first batch of other sizes that model and cells take: what differs, and there."""
+        form = captured.form
+        assert isinstance(form, CallForm)
+        for batch in batches_of_other_sizes(self._examples[0], form.traced_inputs):
+            with suppress(Exception):  # sizes that are refused in words, or by the model itself
+                for situation in (TRAINING, EVAL):
+                    found = difference(self._model, captured, batch, situation, in_bits=in_bits)
+                    if found is not None:
+                        return found, sizes_text(batch)
+                return None
+        return None
+
     def _on(self, captured: Captured, example: Example, *, in_bits: bool) -> Difference | None:
         found = (
             difference(self._model, captured, example, situation, in_bits=in_bits)
@@ -97,15 +112,7 @@ class Comparison:
         return next((one for one in found if one is not None), None)
 
 
-def _few(example: Example) -> Example | None:
-    """The first samples of the example; None where it has no more, or none that can be told."""
-    tensors = [t for t in pytree.tree_leaves(dict(example)) if isinstance(t, torch.Tensor)]
-    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() and tensor.shape[0] > 1)
-    if not sizes:
-        return None
-    ((size, _),) = sizes.most_common(1)
-    if size <= _FEW:
-        return None
-    return pytree.tree_map_only(  # type: ignore[no-any-return]
-        torch.Tensor, lambda t: t[:_FEW] if t.dim() and t.shape[0] == size else t, dict(example)
-    )
+def _asked_of_torch(model: nn.Module, example: Example) -> Asked:
+    with asked_of_torch() as asked:
+        numbers(model, example, model, TRAINING, ask_inputs=False)
+    return asked

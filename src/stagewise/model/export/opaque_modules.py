@@ -20,7 +20,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
-from stagewise.model.export.suggestion import cells_to_name
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -120,8 +119,7 @@ def check_hooks(model: nn.Module) -> None:
             raise ModelError(
                 f"{path or 'the model itself'} ({type(module).__name__}) has a backward hook "
                 f"({name}), which a trace would lose; put it on layers of torch.nn, whose hooks "
-                "run, or name the module around as a cell: "
-                f"stagewise.plan(..., cells={cells_to_name(model)})"
+                "run"
             )
 
 

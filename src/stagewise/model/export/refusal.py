@@ -2,7 +2,6 @@
 
 import inspect
 import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,13 +11,16 @@ from torch import fx, nn
 from stagewise.errors import ModelError
 from stagewise.model.compare import Difference
 from stagewise.model.export.export_workarounds import OWN_BACKWARD
-from stagewise.model.export.suggestion import cells_to_name
-from stagewise.model.observed import Observed
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (
+    (
+        ("CheckpointFunction",),
+        "a trace would lose reentrant gradient checkpointing (use_reentrant=True)",
+        "give use_reentrant=False, or leave checkpointing out and plan with recompute='always'",
+    ),
     (
         (OWN_BACKWARD,),
         "a trace would lose the gradient that it defines",
@@ -58,8 +60,7 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return ModelError(
         f"{_where(model, error)} cannot be captured: {meaning} ({type(error).__name__}: "
-        f"{first}); {remedy}, or name the modules that are to be cells, so that their code and "
-        f"what lies around them runs as it is: stagewise.plan(..., cells={cells_to_name(model)})"
+        f"{first}); {remedy}"
     )
 
 
@@ -70,37 +71,18 @@ def lost(model: nn.Module, found: Difference, asked: Mapping[str, str]) -> Model
         f"{type(model).__name__} was captured, but its cells are not the plain model in "
         f"{found.situation}: the {found.what} differs ({found.how}). A trace holds what forward "
         f"decided once, and no hooks on tensors: {causes or 'something that it lost decides here'}"
-        "; let forward compute the same whatever it finds there, or name the modules that are to "
-        "be cells, so that their code runs as it is: "
-        f"stagewise.plan(..., cells={cells_to_name(model)})"
+        "; let forward compute the same whatever it finds there"
     )
 
 
-def check_effects(model: nn.Module, observed: Observed) -> None:
-    """Raise ModelError for what forward does and no cell would do; warn of what is lost only."""
-    what, remedy = "", ""
-    if observed.counted:
-        what = f"changes {', '.join(observed.counted[:3])} at every call"
-        remedy = "keep it in a buffer (register_buffer) that forward changes in place"
-    elif observed.followed:
-        what = f"keeps what the next call follows in {', '.join(observed.followed[:3])}"
-        remedy = "keep it in a buffer (register_buffer), or pass it in and return it"
-    elif observed.draws:
-        what = "draws from Python's or NumPy's random numbers"
-        remedy = "draw by torch"
-    if what:
-        raise ModelError(
-            f"forward of {type(model).__name__} {what}, which a trace would hold as it was once; "
-            f"{remedy}, or name the modules that are to be cells, so that their code runs as it "
-            f"is: stagewise.plan(..., cells={cells_to_name(model)})"
-        )
-    if observed.assigned:
-        warnings.warn(
-            f"forward of {type(model).__name__} assigns {', '.join(observed.assigned[:3])}, which "
-            "the cells of the captured model do not; what reads it must take it from the model's "
-            "outputs, and a loss from stagewise.add_loss",
-            stacklevel=2,
-        )
+def lost_at(model: nn.Module, found: Difference, sizes: str) -> ModelError:
+    """The trace gives something else than the model where the batch has other sizes."""
+    return ModelError(
+        f"{type(model).__name__} was captured, but for other sizes than its example's ({sizes}) "
+        f"its cells are not the plain model in {found.situation}: the {found.what} differs "
+        f"({found.how}). Forward makes something of a size that a trace cannot follow (its type, "
+        "say, or dimensions dropped where a size is one); let it compute with the size itself"
+    )
 
 
 def place_of(node: fx.Node) -> str:

@@ -1,13 +1,119 @@
-"""What `cells=` might be for a model that cannot be captured."""
+"""What `cells=` may be for a model that cannot be captured: tried, before it is said.
 
+Candidates are lists of modules that forward calls once each, in both modes, and the outermost
+modules that it calls once. The first that is the plain model on the example's first samples wins.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+
+import torch
 from torch import nn
 
+from stagewise.errors import ModelError
+from stagewise.model.compare import kept
+from stagewise.model.other_sizes import first_samples
+from stagewise.model.replay.capture_cells import replayed
 
-def cells_to_name(model: nn.Module) -> list[str]:
-    """The model's lists of modules, or else its children."""
-    patterns: list[str] = []
+_TRIES = 5
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+def with_way_out(error: ModelError, model: nn.Module, example: Mapping[str, object]) -> ModelError:
+    """`error` with what `cells=` may be, or why that does not help either."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return ModelError(
+            f"{error}; or build it on a real device and name the modules that are to be cells, so "
+            "that their code runs as it is: stagewise.plan(..., cells=[...])"
+        )
+    few = first_samples(example) or dict(example)
+    failed = ""
+    for patterns in cells_to_try(model, few):
+        try:
+            replayed(model, patterns, (), few)
+        except Exception as other:
+            failed = failed or f" (cells={patterns}: {type(other).__name__}: {other})"
+        else:
+            return ModelError(
+                f"{error}; or name the modules that are to be cells, so that their code and what "
+                f"lies around them runs as it is: stagewise.plan(..., cells={patterns})"
+            )
+    return ModelError(
+        f"{error}. Naming modules as cells was tried too, and does not help as the model is{failed}"
+    )
+
+
+def cells_to_try(model: nn.Module, example: Mapping[str, object]) -> list[list[str]]:
+    """What may be tried, the likeliest first."""
+    once = _called_once(model, example)
+    lists = [f"{path}.*" for path in _lists(model, once)]
+    outer = _compressed(model, list(_outermost(model, "", once)))
+    layers = [p for p in outer if p.endswith("*") or not isinstance(_at(model, p), nn.RNNBase)]
+    found = [lists, *([one] for one in lists), outer, layers]
+    kept_apart: list[list[str]] = []
+    for patterns in found:
+        if patterns and patterns not in kept_apart and (len(patterns) > 1 or "*" in patterns[0]):
+            kept_apart.append(patterns)
+    return kept_apart[:_TRIES]
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def _called_once(model: nn.Module, example: Mapping[str, object]) -> set[str]:
+    """The modules that a call of the model calls once, in either mode."""
+    found: list[set[str]] = []
+    for training in (True, False):
+        counts: Counter[str] = Counter()
+        with ExitStack() as hooks, suppress(Exception), kept(model, training), torch.no_grad():
+            for path, module in model.named_modules():
+                note = _counting(counts, path)
+                hooks.callback(module.register_forward_pre_hook(note).remove)
+            model(**example)
+        found.append({path for path, count in counts.items() if path and count == 1})
+    return set.intersection(*found)
+
+
+class _counting:  # noqa: N801 (a function that can be told apart from others)
+    def __init__(self, counts: Counter[str], path: str) -> None:
+        self._counts, self._path = counts, path
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        self._counts[self._path] += 1
+
+
+def _lists(model: nn.Module, once: set[str]) -> Iterator[str]:
+    """The outermost lists of two modules or more that are all called once."""
+    inside: list[str] = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(pattern[:-1]) for pattern in patterns)
-        if path and isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
-            patterns.append(f"{path}.*")
-    return patterns or [name for name, _ in model.named_children()][:5] or ["..."]
+        if not path or not isinstance(module, _LISTS) or len(module) < 2:
+            continue
+        if path.startswith(tuple(inside)):
+            continue
+        if all(f"{path}.{name}" in once for name, _ in module.named_children()):
+            inside.append(f"{path}.")
+            yield path
+
+
+def _outermost(model: nn.Module, path: str, once: set[str]) -> Iterator[str]:
+    """Modules that are called once, and are in none that is, but for those that hold lists."""
+    for name, child in _at(model, path).named_children():
+        inner = f"{path}.{name}" if path else name
+        holds = any(other.startswith(f"{inner}.") for other in _lists(model, once))
+        if inner in once and not holds and not isinstance(child, _LISTS):
+            yield inner
+        else:
+            yield from _outermost(model, inner, once)
+
+
+def _compressed(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """`layers.0, layers.1` as `layers.*` where these are all."""
+    found: dict[str, None] = {}
+    for path in paths:
+        above = path.rpartition(".")[0]
+        children = [f"{above}.{name}" for name, _ in _at(model, above).named_children()]
+        whole = above and isinstance(_at(model, above), _LISTS) and set(children) <= set(paths)
+        found[f"{above}.*" if whole else path] = None
+    return list(found)

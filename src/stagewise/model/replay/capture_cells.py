@@ -20,8 +20,8 @@ from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
 from stagewise.model.compare import SITUATIONS, Difference, difference, kept
+from stagewise.model.in_words import in_words
 from stagewise.model.namespace import Home
-from stagewise.model.observed import observed
 from stagewise.model.ownership import owners_of
 from stagewise.model.replay.handover import Needs
 from stagewise.model.replay.patterns import selected
@@ -66,10 +66,30 @@ def capture_cells(
         >>> [cell.name for cell in captured.chain]
         ['layers.0', 'layers.1', 'layers.2']
     """
+    captured = replayed(model, cells, args, kwargs)
+    remember(model, captured)
+    return captured
+
+
+def replayed(
+    model: nn.Module, cells: Sequence[str], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Captured:
+    """The chain; `model` does not remember it."""
     _check(model)
     form = AnyForm(model, args, kwargs, cells)
+    with in_words(
+        f"cutting {type(model).__name__} into the modules of cells=",
+        "name other modules (those that take and return tensors, tuples or dicts, outside of what "
+        "fails), or let forward do this inside one of them",
+    ):
+        return _replayed(model, form, args, kwargs)
+
+
+def _replayed(
+    model: nn.Module, form: "AnyForm", args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Captured:
     named = form.named(args, kwargs)
-    chosen = selected(cells, [path for path, _ in model.named_modules()])
+    chosen = selected(form.cells, [path for path, _ in model.named_modules()])
     names = _in_running_order(model, chosen, named)
     blocks = {index: model.get_submodule(name) for index, name in enumerate(names)}
     skeleton = Skeleton(model, names)
@@ -112,8 +132,6 @@ def capture_cells(
         found = difference(model, captured, named, situation)
         if found is not None:
             raise _differs(found)
-    inside = [module for block in blocks.values() for module in block.modules()]
-    remember(model, captured, observed(model, named, inside).touched)
     return captured
 
 

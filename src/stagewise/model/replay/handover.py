@@ -55,10 +55,12 @@ class Form:
     requires_grad: bool
 
     def empty(self) -> torch.Tensor:
-        """A tensor of this form that holds nothing."""
-        return torch.empty(
-            self.shape, dtype=self.dtype, device="meta", requires_grad=self.requires_grad
-        )
+        """A tensor of this form that holds nothing; one that a gradient reaches was computed."""
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        if not self.requires_grad:
+            return tensor
+        with torch.enable_grad():
+            return tensor.requires_grad_().clone()
 
 
 @dataclass(frozen=True)

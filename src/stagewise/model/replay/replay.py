@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from stagewise.errors import CellError, ModelError
 from stagewise.model.replay.handover import (
@@ -250,6 +251,8 @@ class Run(TorchFunctionMode):
         turn = self._turns[self._part, what, line]
         for index, leaf in enumerate(found):
             if not isinstance(leaf, torch.Tensor):
+                if isinstance(leaf, RemovableHandle):
+                    leaf = None  # of a hook on a tensor, which is put on once
                 if not self._is_last:
                     check_constant(leaf, f"{what} ({line})")
                 told.append(leaf)

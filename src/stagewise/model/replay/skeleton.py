@@ -30,7 +30,7 @@ class Skeleton:
         given: list[torch.Tensor] = []
         for name, state in (*model.named_parameters(), *model.named_buffers()):
             given.append(state)
-            empty = torch.empty_like(state, device="meta")
+            empty = torch.empty(state.shape, dtype=state.dtype, device="meta")  # of any subclass
             memo[id(state)] = (
                 nn.Parameter(empty, requires_grad=state.requires_grad)
                 if isinstance(state, nn.Parameter)

@@ -12,7 +12,12 @@ HiGHS (Huangfu and Hall, 2018; through scipy.optimize.milp) solves it by branch 
 what it has proven. Numbers are scaled, since its tolerances are absolute.
 """
 
+import ctypes
+import os
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -76,17 +81,18 @@ def branch_and_bound(
     lower[num_choices] = min(layout.least_seconds * scale, _SCALE)
     objective = np.zeros(num_choices + 1)
     objective[num_choices] = 1
-    solved = milp(
-        objective,
-        integrality=np.r_[np.ones(num_choices), 0],
-        bounds=Bounds(lower, upper),
-        constraints=LinearConstraint(
-            coo_matrix((values, (rows, columns)), shape=(len(low), num_choices + 1)).tocsc(),
-            np.array(low),
-            np.array(high),
-        ),
-        options={"node_limit": max_nodes, "mip_rel_gap": 0},
-    )
+    with _quiet_stdout():
+        solved = milp(
+            objective,
+            integrality=np.r_[np.ones(num_choices), 0],
+            bounds=Bounds(lower, upper),
+            constraints=LinearConstraint(
+                coo_matrix((values, (rows, columns)), shape=(len(low), num_choices + 1)).tocsc(),
+                np.array(low),
+                np.array(high),
+            ),
+            options={"node_limit": max_nodes, "mip_rel_gap": 0},
+        )
     bound = layout.least_seconds
     if solved.mip_dual_bound is not None and np.isfinite(solved.mip_dual_bound):
         bound = max(bound, float(solved.mip_dual_bound) / scale)
@@ -96,6 +102,28 @@ def branch_and_bound(
         return None, bound
     chosen = solved.x[:num_choices].reshape(num_stages + 1, width)
     return tuple(int(at) for at in chosen.argmax(axis=1)), bound
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """HiGHS prints some of its findings past Python, whatever its options say."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    with suppress(AttributeError, ValueError):
+        sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        with suppress(OSError, TypeError, AttributeError):  # no C library to be had by that name
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _sums(starts: Array, ends: Array, own: Array) -> Array:

@@ -1,8 +1,10 @@
 """Exact partition where no device holds two stages: dynamic programming over (stage, end).
 
 Stages may be replicated and each may have limits of its own (loads, bytes), since those differ
-by stage only through `Layout`'s arrays. Windows as in `partition`: only stages of at most `width`
-cells are looked at, until every longer one is known to be worse than what was found.
+by stage only through `Layout`'s arrays. A boundary costs its transfer, so that a longer stage may
+be cheaper than a shorter one, and greedy or bisecting methods are wrong. Only stages of at most
+`width` cells are looked at, until every longer one is known to be worse than what was found.
+Source: the recurrence is that of PipeDream (Narayanan et al., SOSP 2019, section 3.1).
 """
 
 import numpy as np

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from stagewise.planning.partition.any_placement import branch_and_bound, descend
 from stagewise.planning.partition.one_per_device import contiguous
-from stagewise.planning.partition.partition import partition
-from stagewise.planning.partition.problem import Layout, MemoryNeeds, balance_of, cuts_of, layout
+from stagewise.planning.partition.problem import Layout, MemoryNeeds, balance_of, layout
 from stagewise.planning.partition.two_per_device import TooMuchWork, is_twofold, twofold
 
 _ROUNDING = 1e-9  # relative; of HiGHS's tolerances
@@ -69,12 +68,14 @@ def place(
     if chain.alone:
         exact = contiguous(chain)
         return None if exact is None else _optimal(chain, exact[1])
-    even = partition(
+    apart = layout(
+        [(stage,) for stage in range(chain.num_stages)],
         chain.cell_seconds.tolist(),
-        chain.num_stages,
         transfer_seconds=chain.transfers[1:-1].tolist(),
     )
-    start = descend(chain, cuts_of(even), kicks=0)
+    even = contiguous(apart)
+    assert even is not None  # only a cap could leave none
+    start = descend(chain, even[1], kicks=0)
     known, bound = chain.busiest_seconds(start), chain.least_seconds
     if known <= bound * (1 + _ROUNDING):
         return _optimal(chain, start)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from stagewise.costs import CellCost
 from stagewise.errors import PlanError
-from stagewise.planning.partition.partition import check_counts
+from stagewise.planning.partition.balance import check_counts
 
 Array = NDArray[np.float64]
 Placement = tuple[tuple[int, ...], ...]
@@ -179,10 +179,10 @@ def layout(
             )
         transfers[1:-1] = transfer_seconds
     for what in (seconds, transfers):
-        if not np.isfinite(what).all() or (what < 0).any():
-            raise PlanError(
-                "costs must be finite and not negative; measure again or give a balance"
-            )
+        if not np.isfinite(what).all():
+            raise PlanError("costs must be finite numbers; measure again or give a balance")
+        if (what < 0).any():
+            raise PlanError("costs must not be negative; measure again or give a balance")
     prefix = np.concatenate([[0.0], np.cumsum(seconds)])
     shares = np.array([len(devices) for devices in placed], dtype=np.float64)[:, None]
     moves = [here != there for here, there in pairwise(placed)]

@@ -9,7 +9,7 @@ moment; whether it then fits is for the simulation to say.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import CellCost, LinkCost
+from stagewise.costs import CellCost, LinkCost, boundary_seconds, load_seconds
 from stagewise.errors import ScheduleError
 from stagewise.planning.fast_simulate import held_microbatches
 from stagewise.planning.partition.place import place
@@ -27,7 +27,7 @@ from stagewise.planning.search.candidates import (
     replicated_schedule,
     schedule_for,
 )
-from stagewise.schedule import Schedule
+from stagewise.schedule import Schedule, schedule_row
 from stagewise.units import size_in_words
 
 SEGMENTS = "segments"  # beside the policies of recomputation: the optimal parts
@@ -96,7 +96,7 @@ class Cutter:
                     f"at least {size_in_words(least)} are needed on all devices, which have "
                     f"{size_in_words(option.num_devices * self._machine.memory_bytes)}"
                 )
-        partition = self._partition(option, cells, 2 if recomputing else 1, needs)
+        partition = self._partition(option, cells, recomputing, needs)
         if partition is None:
             return "no cut fits the memory"
         balance, gap = partition
@@ -123,29 +123,27 @@ class Cutter:
         self,
         option: Option,
         cells: Sequence[CellCost],
-        forwards: int,
+        recomputing: bool,
         needs: MemoryNeeds | None,
     ) -> tuple[tuple[int, ...], float] | None:
         placement = placement_of(option)
         memory = (needs.inputs, needs.graphs) if needs else None
-        group = (placement, forwards, memory)
+        group = (placement, recomputing, schedule_row(option.schedule).splits_backward, memory)
         key = (*group, option.num_microbatches)
         if key not in self._known:
-            self._known[key] = self._made(placement, cells, forwards, needs, group)
+            seconds = _loads(option, cells, recomputing)
+            self._known[key] = self._made(placement, cells, seconds, needs, group)
         return self._known[key]
 
     def _made(
         self,
         placement: Placement,
         cells: Sequence[CellCost],
-        forwards: int,
+        seconds: Sequence[float],
         needs: MemoryNeeds | None,
         group: object,
     ) -> tuple[tuple[int, ...], float] | None:
-        seconds, transfers = (
-            cell_seconds(cells, forwards),
-            transfer_seconds(cells, self._machine.link),
-        )
+        transfers = boundary_seconds(cells, self._machine.link)
         if near := self._near.get(group):  # other microbatches' cut may be as good for these
             chain = layout(placement, seconds, transfer_seconds=transfers, memory=needs)
             gap = chain.busiest_seconds(cuts_of(near[0])) / max(chain.least_seconds, 1e-300) - 1
@@ -173,9 +171,9 @@ class Cutter:
     ) -> Cut | str:
         self._work.partitions += 1
         made = replicated_partition(
-            cell_seconds(cells, 2 if recomputing else 1),
+            _loads(option, cells, recomputing),
             option.num_devices,
-            transfer_seconds=transfer_seconds(cells, self._machine.link),
+            transfer_seconds=boundary_seconds(cells, self._machine.link),
             memory=self._needs(cells, (0,), (0,)) if capped else None,
             num_microbatches=option.num_microbatches,
             recomputed=recomputing,
@@ -188,14 +186,8 @@ class Cutter:
         return Cut(option=option, schedule=schedule, balance=made.balance)
 
 
-def cell_seconds(cells: Sequence[CellCost], forwards: int) -> list[float]:
+def _loads(option: Option, cells: Sequence[CellCost], recomputing: bool) -> list[float]:
     """What each cell adds to its device's load."""
-    return [forwards * cell.forward_seconds + cell.backward_seconds for cell in cells]
-
-
-def transfer_seconds(cells: Sequence[CellCost], link: LinkCost) -> list[float]:
-    """What each boundary costs on either side."""
-    return [
-        link.transfer_seconds(cell.output_bytes) + link.transfer_seconds(cell.gradient_bytes)
-        for cell in cells[:-1]
-    ]
+    split = schedule_row(option.schedule).splits_backward
+    forwards = 2 if recomputing else 1
+    return [load_seconds(cell, forwards=forwards, split=split) for cell in cells]

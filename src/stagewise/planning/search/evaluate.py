@@ -10,11 +10,12 @@ from itertools import groupby
 from math import isfinite
 from typing import NamedTuple
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, stage_costs
+from stagewise.costs import CellCost, LinkCost, StageCost, stage_costs
 from stagewise.errors import PlanError
 from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.partition.problem import Placement
 from stagewise.planning.plan import Plan
+from stagewise.planning.search.bounds import least_option_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option
 from stagewise.planning.search.cuts import SEGMENTS, Cut, Cutter, Machine, Work
 from stagewise.planning.search.segments_within import segments_within
@@ -90,14 +91,8 @@ class Evaluator:
         self._cuts = Cutter(machine, self.work)
 
     def bound_seconds(self, option: Option, cells: Sequence[CellCost]) -> float:
-        """No plan of this option takes less: its busiest device's work, or one microbatch's way."""
-        forwards = 2 if self._recompute == "always" else 1
-        seconds = [forwards * c.forward_seconds + c.backward_seconds for c in cells]
-        return max(
-            sum(seconds),
-            sum(seconds) * option.num_microbatches / option.num_devices,
-            max(seconds) * (1 if option.replicated else option.num_microbatches),
-        )
+        """No plan of this option takes less."""
+        return least_option_seconds(option, cells, self._recompute)
 
     def estimate_seconds(self, option: Option, cells: Sequence[CellCost]) -> float:
         """What the option may take: its bound, and the bubble of equal stages (K - 1) / (v M)."""
@@ -275,35 +270,3 @@ def _in_words(option: Option, recompute: str) -> str:
 def _too_slow(what: str, bound: float, best: float) -> Rejected:
     reason = f"its fastest cut takes {bound:.4g} s at least, and another plan {best:.4g} s"
     return Rejected(what=what, reason=reason, bound_seconds=bound)
-
-
-def least_step_seconds(
-    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
-) -> float:
-    """No order of the schedule's placement is faster: a device's work, and the way to and from it.
-
-    Unlike `lower_bound_seconds` it takes no time to find.
-    """
-    split = schedule.splits_backward
-    placement, head = schedule.placement, [0.0] * len(costs)
-    tail = [0.0] * len(costs)
-    for stage in range(1, len(costs)):
-        moves = placement[stage] != placement[stage - 1]
-        before = costs[stage - 1]
-        forth = link.transfer_seconds(before.output_bytes) if moves else 0.0
-        back = link.transfer_seconds(before.gradient_bytes) if moves else 0.0
-        head[stage] = head[stage - 1] + before.forward_seconds + forth
-        tail[stage] = tail[stage - 1] + back + (0.0 if split else before.backward_seconds)
-    least = 0.0
-    for device in range(schedule.num_devices):
-        own = schedule.stages_of(device)
-        work = 0.0
-        for stage in own:
-            cost, devices = costs[stage], placement[stage]
-            count = len(range(devices.index(device), schedule.num_microbatches, len(devices)))
-            backward = cost.input_seconds + cost.weight_seconds if split else cost.backward_seconds
-            work += count * (cost.forward_seconds + backward)
-        if own:
-            ends = 0.0 if split else min(tail[stage] for stage in own)
-            least = max(least, min(head[stage] for stage in own) + work + ends)
-    return least

@@ -13,11 +13,11 @@ from functools import cached_property
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.errors import PlanError
-from stagewise.planning.partition.problem import layout
 from stagewise.planning.plan import Plan
+from stagewise.planning.search.bounds import least_plan_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option, options
-from stagewise.planning.search.cuts import SEGMENTS, Machine, Work, cell_seconds
-from stagewise.planning.search.evaluate import Evaluator, Rejected, Tried, least_step_seconds
+from stagewise.planning.search.cuts import SEGMENTS, Machine, Work
+from stagewise.planning.search.evaluate import Evaluator, Rejected, Tried
 from stagewise.planning.synthesis.lower_bound import lower_bound_seconds
 from stagewise.schedule import POLICIES
 
@@ -202,7 +202,8 @@ def search(
         runners_up=tuple(others[:_RUNNERS_UP]),
         rejected=tuple(running.rejected),
         bound_seconds=min(
-            _least_seconds(cells[count], num_devices, count, replicas) for count in counts
+            least_plan_seconds(cells[count], num_devices, count, replicas=replicas)
+            for count in counts
         ),
         work=evaluator.work,
         memory_bytes=memory_bytes,
@@ -213,17 +214,6 @@ def search(
 def _rank(tried: Tried) -> tuple[float, int, int]:
     """Fast before small before few messages."""
     return tried.seconds, max(tried.device_bytes), tried.option.num_instructions
-
-
-def _least_seconds(
-    cells: Sequence[CellCost], num_devices: int, num_microbatches: int, replicas: bool
-) -> float:
-    """No plan is faster: the busiest device's work however it is cut, or one microbatch's way."""
-    seconds = cell_seconds(cells, 1)
-    if replicas:
-        return max(num_microbatches * sum(seconds) / num_devices, sum(seconds))
-    anywhere = layout([(cell % num_devices,) for cell in range(len(cells))], seconds)
-    return max(num_microbatches * anywhere.least_seconds, sum(seconds))
 
 
 def _check(num_devices: int, num_microbatches: Sequence[int], recompute: str) -> None:

@@ -1,4 +1,4 @@
-"""The partition is optimal: against brute force, and against bounds where brute force cannot go."""
+"""One stage a device: optimal, against brute force, and bounds where that cannot go."""
 
 import itertools
 import random
@@ -9,10 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewise.errors import PlanError
-from stagewise.planning import bottleneck_seconds, check_balance, partition
+from stagewise.planning import bottleneck_seconds, check_balance, place
+from stagewise.schedule import consecutive
 
 # Whole numbers (as floats) keep sums exact, so that optima are compared with ==.
 COSTS = st.integers(0, 1000)
+
+
+def partition(
+    seconds: Sequence[float],
+    num_stages: int,
+    *,
+    transfer_seconds: Sequence[float] | None = None,
+    replicas: Sequence[int] = (),
+) -> tuple[int, ...]:
+    placement = consecutive(replicas or [1] * num_stages)
+    found = place(placement, seconds, transfer_seconds=transfer_seconds)
+    assert found is not None and found.is_optimal
+    return found.balance
 
 
 def balances(num_cells: int, num_stages: int) -> Iterator[tuple[int, ...]]:
