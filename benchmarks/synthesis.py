@@ -120,6 +120,7 @@ def _placement(kind: str, num_devices: int, dice: random.Random) -> tuple[tuple[
 def _stage(dice: random.Random, spread: float) -> StageCost:
     forward, inputs, weights = (spread ** dice.uniform(-1, 1) for _ in range(3))
     input_bytes, activation_bytes = dice.randint(5, 30), dice.randint(50, 150)
+    deferred_bytes = dice.randint(10, input_bytes + activation_bytes)
     return StageCost(
         forward_seconds=forward,
         backward_seconds=(inputs + weights) * dice.choice((1.0, 1.0, 0.95)),
@@ -130,7 +131,8 @@ def _stage(dice: random.Random, spread: float) -> StageCost:
         gradient_bytes=dice.randint(5, 30),
         input_seconds=inputs,
         weight_seconds=weights,
-        deferred_bytes=dice.randint(10, input_bytes + activation_bytes),
+        deferred_bytes=deferred_bytes,
+        deferred_input_bytes=min(input_bytes, deferred_bytes) * (activation_bytes % 2),
     )
 
 

@@ -5,7 +5,7 @@ All costs are of *one microbatch*. They are plain numbers, so that exact arithme
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,21 @@ class LinkCost:
 
 
 FREE_LINK = LinkCost()
+
+
+def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
+    """`cell` with so many times the seconds, and the bytes of what depends on the samples.
+
+    Parameters do not, nor does what instructions take `around` cells.
+    """
+    changes: dict[str, float | int] = {}
+    for field in fields(cell):
+        value = getattr(cell, field.name)
+        if value is None or field.name in ("name", "parameter_bytes", "around"):
+            continue
+        is_size = field.name.endswith("_bytes")
+        changes[field.name] = round(value * size) if is_size else value * seconds
+    return replace(cell, **changes)  # type: ignore[arg-type]
 
 
 def load_seconds(cell: CellCost, *, forwards: int = 1, split: bool = False) -> float:

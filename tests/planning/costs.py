@@ -8,22 +8,25 @@ from hypothesis import strategies as st
 from stagewise.costs import CellCost, InstructionCost, LinkCost, StageCost
 
 T = TypeVar("T")
+Numbers = st.SearchStrategy[int]
 
 _SECONDS, _BYTES = st.integers(0, 6), st.integers(0, 4)
 
 
-def filled(kind: type[T]) -> st.SearchStrategy[T]:
-    """`kind` with every field drawn; seconds and bytes are small whole numbers."""
+def filled(
+    kind: type[T], seconds: Numbers = _SECONDS, size: Numbers = _BYTES, **given: Numbers
+) -> st.SearchStrategy[T]:
+    """`kind` with every field drawn; `given` are strategies for fields by name."""
     by_type = {
         "str": st.just("cell"),
-        "float": _SECONDS,
-        "int": _BYTES,
-        "float | None": st.none() | _SECONDS,
-        "int | None": st.none() | _BYTES,
+        "float": seconds,
+        "int": size,
+        "float | None": st.none() | seconds,
+        "int | None": st.none() | size,
         "InstructionCost": INSTRUCTIONS,
     }
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    return st.builds(kind, **{f.name: by_type[name_of(f.type)] for f in fields})
+    return st.builds(kind, **{f.name: given.get(f.name, by_type[name_of(f.type)]) for f in fields})
 
 
 def name_of(annotation: object) -> str:
@@ -36,5 +39,18 @@ INSTRUCTIONS = st.builds(
     **{field.name: st.integers(-2, 3) for field in dataclasses.fields(InstructionCost)},
 )
 CELLS = filled(CellCost)
-STAGES = filled(StageCost)
 LINKS = filled(LinkCost)
+
+
+def stage_costs_drawn(
+    seconds: Numbers = _SECONDS, size: Numbers = _BYTES, **given: Numbers
+) -> st.SearchStrategy[StageCost]:
+    """What `W` keeps of a stage's input is part of the input, and of what `W` keeps."""
+    return filled(StageCost, seconds, size, **given).map(
+        lambda cost: dataclasses.replace(
+            cost,
+            deferred_input_bytes=min(
+                cost.deferred_input_bytes, cost.deferred_bytes, cost.input_bytes
+            ),
+        )
+    )

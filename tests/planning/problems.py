@@ -18,6 +18,7 @@ from stagewise.planning.synthesis.problem import (
 )
 from stagewise.planning.synthesis.replay import duration, peak_bytes
 from stagewise.schedule import POLICIES
+from tests.planning.costs import filled, stage_costs_drawn
 
 # (placement, most microbatches without and with split backwards) that brute force can enumerate
 TINY = [
@@ -33,29 +34,13 @@ TINY = [
 
 
 def stages(count: int, *, least: int = 1) -> st.SearchStrategy[tuple[StageCost, ...]]:
-    seconds, size = st.integers(least, 6), st.integers(0, 3)
-    stage = st.builds(
-        StageCost,
-        forward_seconds=seconds,
-        backward_seconds=seconds,
-        recompute_seconds=seconds,
-        input_bytes=size,
-        activation_bytes=st.integers(1, 4),
-        output_bytes=size,
-        gradient_bytes=size,
-        input_seconds=seconds,
-        weight_seconds=seconds,
-        deferred_bytes=size,
+    stage = stage_costs_drawn(
+        st.integers(least, 6), st.integers(0, 3), activation_bytes=st.integers(1, 4)
     )
     return st.tuples(*[stage] * count)
 
 
-LINKS = st.builds(
-    LinkCost,
-    latency_seconds=st.integers(0, 2),
-    seconds_per_byte=st.integers(0, 1),
-    overhead_seconds=st.integers(0, 1),
-)
+LINKS = filled(LinkCost, st.integers(0, 2), st.integers(0, 1))
 
 
 @st.composite

@@ -1,5 +1,7 @@
 """What a plan that ran out of memory is changed to."""
 
+from dataclasses import fields
+
 import pytest
 
 from stagewise.costs import CellCost
@@ -72,3 +74,13 @@ def test_costs_of_a_smaller_microbatch() -> None:
     assert (cell.forward_seconds, cell.backward_seconds, cell.weight_seconds) == (0.5, 1.0, 0.75)
     assert (cell.activation_bytes, cell.output_bytes, plan.input_bytes) == (40, 8, 4)
     assert cell.input_seconds is None and cell.deferred_bytes is None
+
+
+def test_every_cost_of_a_smaller_microbatch_is_scaled() -> None:
+    """All fields but what does not depend on its size: a new one is scaled, or said not to be."""
+    fixed = {"name", "parameter_bytes", "around"}
+    scaled = [field.name for field in fields(CellCost) if field.name not in fixed]
+    cell = CellCost(name="cell", parameter_bytes=8, **dict.fromkeys(scaled, 8))  # type: ignore[arg-type]
+    (smaller,) = with_microbatches(plan_of(1, cells=(cell,)), 8).cells
+    assert {name: getattr(smaller, name) for name in scaled} == dict.fromkeys(scaled, 4)
+    assert (smaller.name, smaller.parameter_bytes, smaller.around) == ("cell", 8, cell.around)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from stagewise.costs import CellCost, InstructionCost, StageCost
+from stagewise.costs import CellCost, InstructionCost, StageCost, scaled
 from stagewise.errors import UsageError
 from stagewise.planning.less_memory import with_microbatches
 from stagewise.planning.plan import Plan, best_balance
@@ -167,15 +167,5 @@ def _scaled(
 
 def _scaled_cell(cell: CellCost, factor: float) -> CellCost:
     """`cell` with `factor` times the seconds, those around it too."""
-
-    def times(seconds: float | None) -> float | None:
-        return None if seconds is None else seconds * factor
-
-    return replace(
-        cell,
-        forward_seconds=cell.forward_seconds * factor,
-        backward_seconds=cell.backward_seconds * factor,
-        input_seconds=times(cell.input_seconds),
-        weight_seconds=times(cell.weight_seconds),
-        around=InstructionCost(**{kind: s * factor for kind, s in vars(cell.around).items()}),
-    )
+    around = InstructionCost(**{kind: s * factor for kind, s in vars(cell.around).items()})
+    return replace(scaled(cell, seconds=factor), around=around)

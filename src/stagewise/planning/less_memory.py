@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+from stagewise.costs import scaled
 from stagewise.errors import ScheduleError
 from stagewise.planning.plan import Plan
 from stagewise.planning.simulate import simulate, unit_costs
@@ -72,26 +73,9 @@ def share_in_flight(plan: Plan) -> float:
 def with_microbatches(plan: Plan, count: int) -> Plan:
     """`plan` with `count` microbatches; measured costs are scaled by the microbatch's size."""
     ratio = plan.num_microbatches / count
-
-    def size(num_bytes: int) -> int:
-        return round(num_bytes * ratio)
-
-    def seconds(value: float | None) -> float | None:
-        return None if value is None else value * ratio
-
-    cells = tuple(
-        replace(
-            cell,
-            forward_seconds=cell.forward_seconds * ratio,
-            backward_seconds=cell.backward_seconds * ratio,
-            input_seconds=seconds(cell.input_seconds),
-            weight_seconds=seconds(cell.weight_seconds),
-            activation_bytes=size(cell.activation_bytes),
-            unsaved_output_bytes=size(cell.unsaved_output_bytes),
-            output_bytes=size(cell.output_bytes),
-            gradient_bytes=size(cell.gradient_bytes),
-            deferred_bytes=None if cell.deferred_bytes is None else size(cell.deferred_bytes),
-        )
-        for cell in plan.cells
+    return replace(
+        plan,
+        num_microbatches=count,
+        cells=tuple(scaled(cell, seconds=ratio, size=ratio) for cell in plan.cells),
+        input_bytes=round(plan.input_bytes * ratio),
     )
-    return replace(plan, num_microbatches=count, cells=cells, input_bytes=size(plan.input_bytes))

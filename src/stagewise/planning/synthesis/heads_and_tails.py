@@ -92,7 +92,7 @@ class Ranks:
 
     def deferrals(self, stage: int, device: int) -> int:
         """Bounds how many W of `stage` can wait on `device` when a backward of it starts."""
-        cap, kept = self.problem.caps[device], self.problem.costs[stage].deferred_bytes
+        cap, kept = self.problem.caps[device], self.problem.least_deferred_bytes(stage)
         if kept == 0 or cap == NEVER:
             return self.problem.num_microbatches
         return max(0, int((cap - self.wholes[stage]) // kept))

@@ -140,7 +140,7 @@ def _memory_seconds(ranks: Ranks, device: int) -> float:
         stays.append(waits + ranks.inputs[s] - ranks.up_overhead[s])
         rest = whole * cost.backward_seconds
         if p.split:
-            later = cost.deferred_bytes * cost.weight_seconds
+            later = p.least_deferred_bytes(s) * cost.weight_seconds
             rest = min(rest, whole * cost.input_seconds + later)
         area += ranks.count(s, device) * (ranks.keeps[s] * waits + rest)
     most = area / p.caps[device]

@@ -73,11 +73,19 @@ class Problem:
 
     def input_bytes(self, stage: int, microbatch: int) -> int:
         """What `stage` keeps of its input besides what the stage before keeps on its device."""
-        if stage and not self.recomputes[microbatch]:
-            before, here = self.device_of[stage - 1], self.device_of[stage]
-            if before[microbatch] == here[microbatch]:
-                return 0
-        return self.costs[stage].input_bytes
+        return 0 if self.lends(stage, microbatch) else self.costs[stage].input_bytes
+
+    def lends(self, stage: int, microbatch: int) -> bool:
+        """Whether the stage before keeps, on the same device, what `stage` was given."""
+        if not stage or self.recomputes[microbatch]:
+            return False
+        return self.device_of[stage - 1][microbatch] == self.device_of[stage][microbatch]
+
+    def least_deferred_bytes(self, stage: int) -> int:
+        """The least that waits for `W`, while the stage before may keep the input besides."""
+        cost = self.costs[stage]
+        lent = any(self.lends(stage, m) for m in range(self.num_microbatches))
+        return cost.deferred_bytes - (cost.deferred_input_bytes if lent else 0)
 
     def whole_bytes(self, stage: int, microbatch: int) -> int:
         """What a microbatch keeps on `stage` while its graph exists."""

@@ -112,6 +112,14 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
     costs = problem.costs
     level = peak = 0
     graph: dict[tuple[int, int], int] = {}  # what its backward has to rebuild
+    done: set[tuple[int, int]] = set()  # their activations are gone
+    waiting: set[tuple[int, int]] = set()  # for `W`
+
+    def lent(stage: int, m: int) -> int:
+        """What waits for `W` and is kept by the stage before in any case."""
+        kept = problem.lends(stage, m) and (stage - 1, m) not in done
+        return costs[stage].deferred_input_bytes if kept else 0
+
     for i, op in enumerate(program):
         kind, stage, m = problem.parts(op)
         cost = costs[stage]
@@ -126,9 +134,15 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
         elif kind in (BACKWARD, BACKWARD_INPUT):
             peak = max(peak, level + graph[stage, m])
             level += graph[stage, m] - problem.whole_bytes(stage, m)
-            level += cost.deferred_bytes if kind == BACKWARD_INPUT else 0
+            done.add((stage, m))
+            if (stage + 1, m) in waiting and problem.lends(stage + 1, m):
+                level += costs[stage + 1].deferred_input_bytes
+            if kind == BACKWARD_INPUT:
+                waiting.add((stage, m))
+                level += cost.deferred_bytes - lent(stage, m)
         else:
-            level -= cost.deferred_bytes
+            waiting.discard((stage, m))
+            level -= cost.deferred_bytes - lent(stage, m)
         peak = max(peak, level)
     return peak
 
