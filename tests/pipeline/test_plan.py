@@ -77,6 +77,37 @@ def test_measures_every_cell() -> None:
     assert plan.cells[0].gradient_bytes == 0, "the inputs need no gradient"
 
 
+class _Mode(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.seen: set[bool] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add(self.training)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_in_eval_mode_is_measured_in_training_mode(part: bool) -> None:
+    """As it will be trained. One that is partly in eval mode, say frozen, stays as it is."""
+    model = nn.Sequential(_Mode(), nn.BatchNorm1d(4), nn.Dropout(), _Mode())
+    model.eval()
+    if part:
+        model.train()
+        model[0].eval()
+    modes = [module.training for module in model.modules()]
+    means = model[1].running_mean
+    assert isinstance(means, torch.Tensor)
+    before = means.clone()
+    x = torch.randn(16, 4)
+    stagewise.plan(
+        model, x, target=x, loss=nn.functional.mse_loss, num_stages=2, num_microbatches=2, seconds=0
+    )
+    assert (model[0].seen, model[3].seen) == ({not part}, {True})
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(means, before)
+
+
 def test_one_number_in_a_list_leaves_nothing_to_choose() -> None:
     cut = [1, num_cells("mlp") - 1]
     one, listed = (plan_for("mlp", num_microbatches=count, balance=cut) for count in (4, [4]))

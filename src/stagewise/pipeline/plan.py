@@ -26,7 +26,7 @@ from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.search.cuts import SEGMENTS
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search
-from stagewise.profiling.example import Example, agreed, distributed, example_of
+from stagewise.profiling.example import Example, agreed, distributed, example_of, in_training_mode
 from stagewise.schedule import with_recompute
 
 Microbatches = int | Sequence[int] | Literal["auto"]
@@ -164,7 +164,7 @@ def plan(
             balance=balance,
         )
 
-    return best(*rehearsed(link, best(link, FREE_INSTRUCTION), model, example))
+    return best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
 
 
 def _check_searchable(
@@ -190,7 +190,6 @@ def _check_searchable(
 def rehearsed(
     link: LinkCost,
     chosen: Plan,
-    model: Model,
     example: Example,
 ) -> tuple[LinkCost, InstructionCost]:
     """`link` with what trial steps of the chosen plan showed of it, on busy devices.
@@ -199,9 +198,10 @@ def rehearsed(
     """
     if not distributed() or dist.get_world_size() != chosen.num_devices:
         return link, FREE_INSTRUCTION
-    pipe = Pipeline(model, chosen, loss=example.loss)
     args = () if example.inputs is None else (example.inputs,)
-    timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
+    with in_training_mode(example.model, example.chain):
+        pipe = Pipeline(example.model, chosen, loss=example.loss)
+        timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
     on_its_way = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte
@@ -265,7 +265,7 @@ def search_plan(
         )
 
     found = best(link, FREE_INSTRUCTION)
-    better_known = rehearsed(link, found.plan, model, example)
+    better_known = rehearsed(link, found.plan, example)
     return found if better_known == (link, FREE_INSTRUCTION) else best(*better_known)
 
 

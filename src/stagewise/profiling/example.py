@@ -6,11 +6,13 @@ machine as busy as in training, and all take the mean.
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from stagewise.batch.split import extent, first_microbatch, microbatch_sizes
 from stagewise.batch.values import move
@@ -32,6 +34,7 @@ _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
 class Example:
     """A model and an example minibatch to measure it on."""
 
+    model: Model
     chain: Chain
     inputs: object
     target: object
@@ -50,14 +53,38 @@ class Example:
         for cell in self.chain:
             cell.module.to(self.where)
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
-        return profile(
-            self.chain,
-            *move(first, self.where),  # type: ignore[misc]
-            loss=self.loss,
-            device=self.where,
-            seconds=seconds,
-            split=split,
-        )
+        with in_training_mode(self.model, self.chain):
+            return profile(
+                self.chain,
+                *move(first, self.where),  # type: ignore[misc]
+                loss=self.loss,
+                device=self.where,
+                seconds=seconds,
+                split=split,
+            )
+
+
+@contextmanager
+def in_training_mode(model: Model, chain: Chain) -> Iterator[None]:
+    """Inside, a model that is wholly in eval mode is in training mode, as it will be when it runs.
+
+    A model that is partly in eval mode (frozen BatchNorms, say) stays as it is. Every module's
+    mode is put back.
+    """
+    roots = [model] if isinstance(model, nn.Module) else []
+    inside = {module for root in roots for module in root.modules()}
+    roots += [cell.module for cell in chain if cell.module not in inside]
+    before = [(module, module.training) for root in roots for module in root.modules()]
+    if any(training for _, training in before):
+        yield
+        return
+    try:
+        for root in roots:
+            root.train()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def example_of(
@@ -87,6 +114,7 @@ def example_of(
     devices, _ = connect("local", None, chain, 1)
     first, named = entering(model, inputs, keywords)
     return Example(
+        model=model,
         chain=chain,
         inputs=first,
         target=target,
