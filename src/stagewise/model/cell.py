@@ -2,7 +2,7 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,14 @@ from stagewise.model.skip import NO_SKIPS, CellSkips
 
 
 class Holder(nn.Module):
-    """Stands for a module that is spread over cells: holds some of its parameters and buffers."""
+    """Stands for a module that is spread over cells: holds some of its parameters and buffers.
+
+    `order` are the names of all that the module has.
+    """
+
+    def __init__(self, order: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.order = tuple(order)
 
 
 class Piece(nn.Module):

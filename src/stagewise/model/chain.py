@@ -5,6 +5,7 @@ Nested `nn.Sequential`s are flattened. A Sequential that is more than its childr
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +15,7 @@ from stagewise.model.captured import Captured, captured_of
 from stagewise.model.cell import Cell, Chain, Holder, Piece
 from stagewise.model.skip import Scope, SkipScope, between_cells, check_skips, enter, skips_of
 
+V = TypeVar("V")
 Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes
 
 
@@ -135,6 +137,13 @@ def _adopt(node: nn.Module, holders: Sequence[nn.Module]) -> None:
         node._parameters.update(holder._parameters)
         node._buffers.update(holder._buffers)
         node._non_persistent_buffers_set |= holder._non_persistent_buffers_set
+    if others and isinstance(first, Holder):
+        node._parameters = _in_order(node._parameters, first.order)
+        node._buffers = _in_order(node._buffers, first.order)
+
+
+def _in_order(held: dict[str, V], order: Sequence[str]) -> dict[str, V]:
+    return {name: held[name] for name in order if name in held}
 
 
 def _flatten(

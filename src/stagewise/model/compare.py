@@ -8,6 +8,7 @@ round-off in the coarsest dtype that the plain model computes in.
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
             vars(module).clear()
             vars(module).update((name, value) for name, value, _ in before)
             for _, value, items in before:
-                if isinstance(value, dict):  # that forward may have put hooks into, say
+                if isinstance(value, dict) and _is_plain(value):  # with hooks of forward's, say
                     value.clear()
                     value.update(items)
             module.training = mode
@@ -161,8 +162,16 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, object, dict[object, object]]]:
-    """Names and values, and of dicts (as those of hooks) what is in them."""
-    return [(n, v, dict(v) if isinstance(v, dict) else {}) for n, v in vars(module).items()]
+    """Names and values, and of plain dicts (as those of hooks) what is in them."""
+    return [
+        (name, value, dict(value) if isinstance(value, dict) and _is_plain(value) else {})
+        for name, value in vars(module).items()
+    ]
+
+
+def _is_plain(value: dict[object, object]) -> bool:
+    """Whether a dict has no rules of its own, as a frozen one has."""
+    return type(value) in (dict, OrderedDict)
 
 
 @contextmanager

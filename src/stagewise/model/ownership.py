@@ -67,7 +67,7 @@ def _hold(cell: dict[str, nn.Module], model: nn.Module, name: str) -> None:
     source = model.get_submodule(path)
     holder = cell.get(path)
     if not isinstance(holder, Holder):
-        holder = cell[path] = Holder()
+        holder = cell[path] = Holder((*source._parameters, *source._buffers))
         holder.training = source.training
     if attribute in source._parameters:
         holder.register_parameter(attribute, source._parameters[attribute])

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -612,3 +613,42 @@ def test_calls_that_were_not_captured() -> None:
     _, ours = fresh("counting")
     with pytest.raises(BatchError, match="float32"):
         ours(torch.ones(4, 6))
+
+
+class Spread(nn.Module):
+    """Its own parameters go to several cells, one is used by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Parameter(torch.randn(4))
+        self.unused = nn.Parameter(torch.randn(4))
+        self.register_buffer("second", torch.randn(4))
+        self.first = nn.Parameter(torch.randn(4))
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.settings = Frozen(width=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last * self.b(self.a(x * self.first).relu() + self.second)
+
+
+class Frozen(OrderedDict[str, int]):
+    """Settings as diffusers keeps them."""
+
+    def update(self, *args: object, **kwargs: int) -> None:
+        if vars(self):
+            raise TypeError("frozen")
+        super().update(*args, **kwargs)
+        self.frozen = True
+
+    clear = None  # type: ignore[assignment]
+
+
+def test_parameters_of_a_module_spread_over_cells_keep_their_order() -> None:
+    model = Spread()
+    names, state = [name for name, _ in model.named_parameters()], list(model.state_dict())
+    captured = stagewise.capture(model, torch.randn(4, 4))
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    assert len(captured.chain) == 2
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    assert [name for name, _ in pipe.named_parameters()] == names
+    assert list(pipe.state_dict()) == state
