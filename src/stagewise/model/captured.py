@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import nn
 
 from stagewise.model.cell import Holder, Piece
+from stagewise.model.watch import Place, Watch
 
 if TYPE_CHECKING:
     from stagewise.model.cell import Cell
@@ -30,11 +31,14 @@ class Form(Protocol):
 class Captured:
     """A model as a chain of cells, made by `stagewise.capture`; called, it is the model.
 
-    `chain` holds the cells, with the model's own parameters; `form` what a call must give.
+    `chain` holds the cells, with the model's own parameters; `form` what a call must give; `watch`
+    sees whether the model is still what was captured, but for what its forward changes itself.
     """
 
     def __init__(self, chain: tuple[Cell, ...], form: Form) -> None:
         self.chain, self.form = chain, form
+        self.own_changes: frozenset[Place] = frozenset()
+        self.watch: Watch | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         given = self.form.bind(args, kwargs)
@@ -55,7 +59,12 @@ _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Module]]
 
 
 def remember(model: nn.Module, captured: Captured) -> None:
-    """Let `captured` stand for `model` as long as that lives and has the same modules."""
+    """Let `captured` stand for `model` as long as that lives and stays as it is."""
+    pieces = [cell.module for cell in captured.chain if isinstance(cell.module, Piece)]
+    runs_itself = [module for piece in pieces for module in piece.modules()]
+    captured.watch = Watch(model, runs_itself, captured.own_changes)
+    for piece in pieces:
+        piece.watch = captured.watch
     _CAPTURED[model] = captured
     _MODULES[model] = {path: weakref.ref(module) for path, module in _inside(model)}
 
@@ -68,7 +77,14 @@ def captured_of(model: object) -> Captured | None:
         return None
     now = {path: weakref.ref(module) for path, module in _inside(model)}
     captured = _CAPTURED[model]
-    return captured if now == _MODULES[model] and not _replaced(model, captured) else None
+    same = now == _MODULES[model] and not _replaced(model, captured)
+    return captured if same and not changed_of(model) else None
+
+
+def changed_of(model: object) -> list[str]:
+    """What changed in the model after it was captured, by name."""
+    captured = _CAPTURED.get(model) if isinstance(model, nn.Module) else None
+    return [] if captured is None or captured.watch is None else captured.watch.changed()
 
 
 def _inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from stagewise.model.skip import NO_SKIPS, CellSkips
+from stagewise.model.watch import Watch
 
 
 class Holder(nn.Module):
@@ -31,6 +32,7 @@ class Piece(nn.Module):
 
     input_names: tuple[str, ...] = ()
     is_first: bool = False
+    watch: Watch | None = None  # over the module that was captured
 
     @abstractmethod
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:

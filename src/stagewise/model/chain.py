@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import ModelError
-from stagewise.model.captured import Captured, captured_of
+from stagewise.model.captured import Captured, captured_of, changed_of
 from stagewise.model.cell import Cell, Chain, Holder, Piece
 from stagewise.model.skip import Scope, SkipScope, between_cells, check_skips, enter, skips_of
 
@@ -32,6 +32,12 @@ def chain_of(model: Model) -> Chain:
     scopes: tuple[Scope, ...] = ()
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
         if not is_chain(model):
+            if since := changed_of(model):
+                raise ModelError(
+                    f"{', '.join(since[:3])} of {type(model).__name__} changed after it was "
+                    "captured; call stagewise.capture again (or stagewise.plan with an "
+                    "example), so that its cells follow"
+                )
             changed = sorted({n for cls in type(model).__mro__ for n in _overridden(cls)})
             why = f" (its own {', '.join(changed)} would be lost)" if changed else ""
             raise ModelError(

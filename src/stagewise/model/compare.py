@@ -142,7 +142,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     if model.training is not training:
         model.train(training)
     try:
-        with _generators_kept():
+        with seeded():
             yield
     finally:
         for module, mode, before in zip(modules, modes, attributes, strict=True):
@@ -175,21 +175,21 @@ def _is_plain(value: dict[object, object]) -> bool:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Seed torch's random numbers, Python's and NumPy's; put all back afterwards."""
+def seeded(others: int = 0) -> Iterator[None]:
+    """Seed torch's random numbers, and by `others` Python's and NumPy's; puts all back."""
     numpy = sys.modules.get("numpy")
-    python, other = random.getstate(), numpy.random.get_state() if numpy else None
+    python, state = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        random.seed(0)
+        random.seed(others)
         if numpy is not None:
-            numpy.random.seed(0)
+            numpy.random.seed(others)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             yield
     finally:
         random.setstate(python)
         if numpy is not None:
-            numpy.random.set_state(other)
+            numpy.random.set_state(state)
 
 
 def numbers(
@@ -211,7 +211,7 @@ def numbers(
         return tensor.detach().clone().requires_grad_(asked and situation.gradients)
 
     inputs = pytree.tree_map_only(torch.Tensor, copied, dict(named))
-    with kept(model, situation.training), _surroundings(model, situation):
+    with kept(model, situation.training), surroundings(model, situation):
         with collect_losses() as added:
             output = run(**inputs)
         found: Tensors = {f"output {name}": tensor for name, tensor in outputs_of(output).items()}
@@ -222,7 +222,8 @@ def numbers(
     return {name: None if t is None else t.detach() for name, t in (found | gradients).items()}
 
 
-def _surroundings(model: nn.Module, situation: Situation) -> AbstractContextManager[None]:
+def surroundings(model: nn.Module, situation: Situation) -> AbstractContextManager[None]:
+    """Inside, gradients and autocast are on or off as in `situation`."""
     device = next((p.device.type for p in model.parameters()), "cpu")
 
     @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.errors import ModelError
+from stagewise.errors import CellError, ModelError
 
 CELLS = r"stagewise\.plan\(\.\.\., cells=\['blocks\.\*'\]\)"
 
@@ -196,3 +196,106 @@ def test_what_forward_puts_on_in_its_first_call_is_put_on_once() -> None:
     captured = stagewise.capture(model, x)
     assert torch.equal(captured(x), model(x))  # type: ignore[arg-type]
     assert len(model.blocks[2]._forward_hooks) == 1
+
+
+class Changing(Net):
+    """Does `change(self, x)` at the begin of every call, and follows `self.factor`."""
+
+    def __init__(self, change: Callable[[Any, Tensor], object]) -> None:
+        super().__init__()
+        self.change, self.factor, self.calls = change, 1.0, 0
+        self.notes: dict[str, list[int]] = {"calls": []}
+        self.hidden = torch.zeros(4)
+        self.register_buffer("running", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self, x)
+        return super().forward(x) * self.factor
+
+
+class Shared:
+    calls = 0
+
+
+def counts(net: Any, x: Tensor) -> None:
+    net.calls += 1
+
+
+def anneals(net: Any, x: Tensor) -> None:
+    net.factor = 0.9 * net.factor
+
+
+def counts_in_a_list(net: Any, x: Tensor) -> None:
+    net.notes["calls"].append(len(net.notes["calls"]))
+
+
+def counts_in_a_class(net: Any, x: Tensor) -> None:
+    Shared.calls += 1
+
+
+def counts_in_eval(net: Any, x: Tensor) -> None:
+    net.calls += not net.training
+
+
+def keeps_a_state(net: Any, x: Tensor) -> None:
+    net.hidden = 0.5 * net.hidden + x.detach().mean(0)
+    net.factor = net.hidden
+
+
+def draws(net: Any, x: Tensor) -> None:
+    net.factor = 2.0 if random.random() < 0.5 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (counts, "changes calls at every call.*register_buffer"),
+        (anneals, "changes factor at every call"),
+        (counts_in_a_list, r"changes notes\['calls'\]\[\d+\]"),
+        (counts_in_a_class, r"changes .*Shared\.calls at every call"),
+        (counts_in_eval, "changes calls at every call"),
+        (keeps_a_state, "keeps what the next call follows in"),
+        (draws, "draws from Python's or NumPy's random numbers"),
+    ],
+)
+def test_what_forward_keeps_from_call_to_call_is_refused(
+    change: Callable[[Any, Tensor], object], message: str
+) -> None:
+    x = torch.randn(8, 4)
+    with pytest.raises(ModelError, match=rf"forward of Changing {message}"):
+        stagewise.capture(Changing(change), x)
+    with pytest.raises((ModelError, CellError)):  # nor would cells= be right
+        stagewise.capture_cells(Changing(change), ["blocks.*"], x)
+
+
+def caches(net: Any, x: Tensor) -> None:
+    if "mask" not in net.notes:
+        net.notes["mask"] = [1]
+        net.mask = torch.ones(4)
+
+
+def draws_without_effect(net: Any, x: Tensor) -> None:
+    net.unused = random.random() < 0  # as layers that are dropped with a probability of 0
+
+
+def changes_a_buffer(net: Any, x: Tensor) -> None:
+    net.running = 0.9 * net.running + x.detach().mean(0)
+
+
+@pytest.mark.parametrize("change", [caches, draws_without_effect, changes_a_buffer])
+def test_what_does_no_harm_is_captured(change: Callable[[Any, Tensor], object]) -> None:
+    model, x = Changing(change).double(), torch.randn(8, 4, dtype=torch.float64)
+    balance = (1, len(stagewise.capture(model, x).chain) - 1)
+    plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    model(x)  # puts in what it caches
+    pipe.step(x, target=x)
+    assert torch.equal(pipe.predict(x), model.eval()(x))  # type: ignore[arg-type]
+
+
+def test_what_is_only_assigned_is_told() -> None:
+    def notes(net: Any, x: Tensor) -> None:
+        net.last = x * 2
+
+    with pytest.warns(UserWarning, match=r"assigns last, which the cells .* do not"):
+        stagewise.capture(Changing(notes), torch.randn(8, 4))

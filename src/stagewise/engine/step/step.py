@@ -123,7 +123,7 @@ class Runner:
                 self.stages[s].flags() if s in self.stages else None for s in self._replicated
             ],
             options=(scaling, batch_dim, self.sums_losses),
-            check=self._unchanged.check if training else lambda: None,
+            check=lambda: self._unchanged.check(training=training),
         )
         check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
         order, own = self._program(training, len(admitted.sizes))

@@ -1,8 +1,10 @@
-"""Cells keep the modules and parameters that their Pipeline was built with.
+"""What a Pipeline was built from stays as it was.
 
 Ties, sums over replicas, float32 sums and running statistics are found when a Pipeline is built;
 a parameter that came later (by parametrizing, by an adapter) would be left out of them in silence.
 And a parameter keeps its values until the step has ended: all microbatches are to see the same.
+And cells of a captured model hold what its forward decided then by the user's own module, whose
+attributes, hooks or submodules they do not see (`stagewise.model.watch`).
 """
 
 import operator
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stagewise.errors import CellError, ModelError
-from stagewise.model.cell import Cell
+from stagewise.model.cell import Cell, Piece
 
 Parts = dict[str, nn.Module | nn.Parameter | None]
 
@@ -30,9 +32,25 @@ class Unchanged:
             if parameter is not None
         }
         self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions at first
+        pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
+        self._watches = {piece.watch for piece in pieces if piece.watch is not None}
 
-    def check(self) -> None:
-        """Begin a step; raises ModelError if a module or parameter came, went or was replaced."""
+    def check(self, *, training: bool) -> None:
+        """Raise ModelError if what was captured has changed; in training, begin a step."""
+        for watch in self._watches:
+            changed = watch.changed()
+            if changed:
+                raise ModelError(
+                    f"{', '.join(changed[:3])} changed after the model was captured, which its "
+                    "cells would miss; pass what changes to forward as a tensor, or keep it in a "
+                    "buffer and change that in place (under pipe.module, on every rank), or "
+                    "capture the model and build the Pipeline anew"
+                )
+        if training:
+            self._check_cells()
+
+    def _check_cells(self) -> None:
+        """Raise ModelError if a module or parameter of a cell came, went or was replaced."""
         for cell, module, before in self._built:
             now = _parts(module)
             if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
@@ -44,7 +62,6 @@ class Unchanged:
                 "would train it wrongly; change the model first (parametrize it, add adapters, "
                 "load with assign=True) and then build the Pipeline"
             )
-
         self._hooked = [
             (parameter, parameter._version)
             for parameter in self._names

@@ -90,17 +90,19 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
 
 def _compared(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> Captured:
     """What is on disk, if it is this model bit for bit, or else a new capture."""
-    comparison = Comparison(model, example)
+    comparison = Comparison(model, example, leaves_of(model).values())
     entry = Entry(model, form)
     pieces = entry.read()
     if pieces is not None:
         with suppress(Exception):  # another model's pieces may fit nothing here
             captured = _assembled(model, form.again(), pieces)
+            captured.own_changes = comparison.observed.touched
             if comparison.same_bits(captured):
                 return captured
         entry.discard()
     pieces = _pieces(model, form, example)
     captured = _assembled(model, form, pieces)
+    captured.own_changes = comparison.observed.touched
     if comparison.check(captured):
         entry.write(pieces)
     return captured

@@ -6,13 +6,13 @@ another model's. So the cells are run beside the plain model before they are giv
 round-off; one from disk must be the same bits, else it is made anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from torch import nn
 
 from stagewise.errors import ModelError, StagewiseError
-from stagewise.model.asked import Asked, AskedOfTensors, asked_of_torch, asks_for_autocast
+from stagewise.model.asked import Asked, AskedOfTensors, asks_for_autocast
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
 from stagewise.model.compare import (
@@ -26,6 +26,7 @@ from stagewise.model.compare import (
     numbers,
 )
 from stagewise.model.export.refusal import lost, lost_at
+from stagewise.model.observed import check_effects, observed
 from stagewise.model.other_sizes import batches_of_other_sizes, first_samples, sizes_text
 
 Example = Mapping[str, object]
@@ -34,15 +35,18 @@ Example = Mapping[str, object]
 class Comparison:
     """The plain model on a few samples of its example, which cells are compared with.
 
-    Raises ModelError where the plain model cannot run on its example.
+    `runs_itself` are modules that its cells call. Raises ModelError where the plain model cannot
+    run on its example, or does what a trace cannot hold.
     """
 
-    def __init__(self, model: nn.Module, example: Example) -> None:
+    def __init__(
+        self, model: nn.Module, example: Example, runs_itself: Collection[nn.Module]
+    ) -> None:
         self._model = model
         self._examples = [few for few in [first_samples(example)] if few is not None] + [example]
         while True:
             try:
-                self._asked = _asked_of_torch(model, self._examples[0])
+                self.observed = observed(model, self._examples[0], runs_itself)
                 break
             except Exception as error:
                 self._examples.pop(0)  # it may be made for one number of samples
@@ -52,7 +56,8 @@ class Comparison:
                         f"({type(error).__name__}: {error}), with which what is captured is "
                         "compared; give an example that the model can be run on"
                     ) from error
-        more = (UNDER_AUTOCAST,) if asks_for_autocast(self._asked) else ()
+        check_effects(model, self.observed, draws=True)
+        more = (UNDER_AUTOCAST,) if asks_for_autocast(self.observed.asked) else ()
         self._situations = (*SITUATIONS, *more)
 
     def same_bits(self, captured: Captured) -> bool:
@@ -68,7 +73,8 @@ class Comparison:
             return True
         found = self._difference(captured, in_bits=False)
         if found is not None:
-            raise lost(self._model, found, self._asked | self._asked_of_tensors(found.situation))
+            asked = self.observed.asked | self._asked_of_tensors(found.situation)
+            raise lost(self._model, found, asked)
         apart = self._at_other_sizes(captured, in_bits=False)
         if apart is not None:
             raise lost_at(self._model, *apart)
@@ -110,9 +116,3 @@ class Comparison:
             for situation in self._situations
         )
         return next((one for one in found if one is not None), None)
-
-
-def _asked_of_torch(model: nn.Module, example: Example) -> Asked:
-    with asked_of_torch() as asked:
-        numbers(model, example, model, TRAINING, ask_inputs=False)
-    return asked

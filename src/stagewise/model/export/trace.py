@@ -99,8 +99,8 @@ def _traced(
         warnings.catch_warnings(),
         redirect_stderr(printed),
     ):
-        # An LSTM keeps its parameters in a list besides, which torch.export puts back.
-        warnings.filterwarnings("ignore", r"The tensor attributes? self\..*\._flat_weights")
+        # What forward assigns was seen before (stagewise.model.observed), and is put back.
+        warnings.filterwarnings("ignore", r"The tensor attributes? self\.")
         try:
             with torch.enable_grad():
                 program = torch.export.export(

@@ -22,6 +22,7 @@ from stagewise.model.cell import Cell
 from stagewise.model.compare import SITUATIONS, Difference, difference, kept
 from stagewise.model.in_words import in_words
 from stagewise.model.namespace import Home
+from stagewise.model.observed import check_effects, observed
 from stagewise.model.ownership import owners_of
 from stagewise.model.replay.handover import Needs
 from stagewise.model.replay.patterns import selected
@@ -128,6 +129,10 @@ def _replayed(
         module.training = model.training
     chain = tuple(Cell(index, name, modules[index]) for index, name in enumerate(names))
     captured = Captured(chain, form)
+    inside = [module for block in blocks.values() for module in block.modules()]
+    effects = observed(model, named, inside)
+    check_effects(model, effects, draws=False)  # which replaying finds where it matters
+    captured.own_changes = effects.touched
     for situation in SITUATIONS:
         found = difference(model, captured, named, situation)
         if found is not None:

@@ -1,0 +1,213 @@
+"""What can be seen in a Python object: items of a container, attributes, slots, closures, defaults.
+
+Objects whose class was written in C may hold what shows nowhere; they are seen as their pickle,
+or, where they have none, not at all.
+"""
+
+import functools
+import logging
+import pickle
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
+from typing import Any
+
+import torch
+from torch import nn
+
+Item = tuple[str, object]  # ".name" or "[key]", and what is there
+Reader = Callable[[Any], list[Item]]
+
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, slice, range, type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+_LEAVES = (
+    torch.Tensor,
+    torch.Generator,
+    ModuleType,
+    CodeType,
+    Enum,
+    logging.Logger,
+    logging.Handler,
+)
+_MOST_ITEMS, _MOST_BYTES = 4096, 1 << 16
+_WORD = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """What an object holds whose class was written in C."""
+
+    kind: type
+    data: bytes
+
+
+def contents(value: Any) -> list[Item]:
+    """What can be seen in `value`; nothing in a leaf."""
+    kind: Any = type(value)
+    reader = _reader_of(kind)
+    return [] if reader is None else reader(value)
+
+
+def can_hold(value: object) -> bool:
+    """Whether something may be seen in `value`."""
+    kind: Any = type(value)
+    return _reader_of(kind) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _reader_of(kind: type) -> Reader | None:
+    """How to look into objects of a class; None: they are leaves, or cannot be looked into."""
+    if issubclass(kind, (*PLAIN, *_LEAVES, Frozen)):
+        return None
+    for known, reader in _READERS.items():
+        if issubclass(kind, known):
+            return reader
+    return _of_object if _is_python(kind) else None
+
+
+def frozen(value: Any) -> object:
+    """`value`, or its pickle where nothing can be seen in it otherwise."""
+    kind: Any = type(value)
+    if not _hides(kind) or getattr(value, "nbytes", 0) > _MOST_BYTES:
+        return value
+    try:
+        data = pickle.dumps(value, 4)
+    except Exception:  # it cannot be pickled; whatever a class of others raises
+        return value
+    return Frozen(kind, data) if len(data) <= 2 * _MOST_BYTES else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _hides(kind: type) -> bool:
+    known = (*PLAIN, *_LEAVES, Frozen, type, FunctionType, nn.Module)
+    found: Any = kind
+    return not issubclass(kind, known) and _reader_of(found) is None
+
+
+def _is_python(kind: type) -> bool:
+    """Whether objects of the class hold nothing but attributes and slots."""
+    made = [vars(cls) for cls in kind.__mro__[:-1]]
+    makers = [own["__new__"] for own in made if "__new__" in own]
+    slots = sum(len(_slots(own)) for own in made)
+    return (
+        not any(isinstance(maker, BuiltinFunctionType) for maker in makers)
+        and kind.__basicsize__
+        <= object.__basicsize__ + _WORD * (slots + 2)  # dict, weak references
+        and not kind.__itemsize__
+    )
+
+
+def _slots(own: Mapping[str, object]) -> list[str]:
+    names = own.get("__slots__", ())
+    assert isinstance(names, (str, tuple, list)) or hasattr(names, "__iter__")
+    return [names] if isinstance(names, str) else [*names]
+
+
+def _of_object(value: object) -> list[Item]:
+    found: list[Item] = []
+    for cls in type(value).__mro__[:-1]:
+        for name in _slots(vars(cls)):
+            mangled = f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, mangled):
+                found.append((f".{name}", getattr(value, mangled)))
+    found += [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
+    return [*found, (".__class__", type(value))]
+
+
+def _extra(value: object) -> list[Item]:
+    """Attributes of an object of a subclass of something built in."""
+    return [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
+
+
+def _of_mapping(value: dict[object, object]) -> list[Item]:
+    if len(value) > _MOST_ITEMS:
+        return [(" (large)", len(value))]
+    items = value.items()
+    labels = [f"[{key!r}]" if isinstance(key, PLAIN) else f"[{i}]" for i, key in enumerate(value)]
+    found = [(label, item) for label, (_, item) in zip(labels, items, strict=True)]
+    others = [(f"(key {i})", k) for i, k in enumerate(value) if not isinstance(k, PLAIN)]
+    return [*found, *others, *_extra(value)]
+
+
+def _of_sequence(value: list[object] | tuple[object, ...]) -> list[Item]:
+    if len(value) > _MOST_ITEMS:
+        return [(" (large)", len(value))]
+    return [*((f"[{index}]", item) for index, item in enumerate(value)), *_extra(value)]
+
+
+def _of_set(value: set[object]) -> list[Item]:
+    if len(value) > _MOST_ITEMS:
+        return [(" (large)", len(value))]
+    return [*((f"({item!r})", item) for item in sorted(value, key=repr)), *_extra(value)]
+
+
+def _of_partial(value: functools.partial[object]) -> list[Item]:
+    return [
+        (".func", value.func),
+        *((f"({index})", item) for index, item in enumerate(value.args)),
+        *((f"({name}=)", item) for name, item in value.keywords.items()),
+        *_extra(value),
+    ]
+
+
+def _of_method(value: MethodType) -> list[Item]:
+    return [("", value.__func__), (".__self__", value.__self__)]
+
+
+def _of_builtin(value: BuiltinFunctionType) -> list[Item]:
+    owner = value.__self__
+    return [] if owner is None or isinstance(owner, (ModuleType, type)) else [(".__self__", owner)]
+
+
+def _of_property(value: property) -> list[Item]:
+    return [("", value.fget)]
+
+
+def _of_wrapper(value: Any) -> list[Item]:
+    return [
+        ("", getattr(value, "__func__", None) or getattr(value, "func", None) or value.__wrapped__)
+    ]
+
+
+def _of_variable(value: ContextVar[object]) -> list[Item]:
+    return [(".get()", value.get(None))]
+
+
+def _of_reference(value: Callable[[], object]) -> list[Item]:
+    return [("()", value())]
+
+
+_READERS: dict[Any, Reader] = {
+    dict: _of_mapping,
+    (list, tuple, deque): _of_sequence,
+    (set, frozenset): _of_set,
+    SimpleNamespace: _of_object,
+    functools.partial: _of_partial,
+    MethodType: _of_method,
+    BuiltinFunctionType: _of_builtin,
+    property: _of_property,
+    (staticmethod, classmethod, functools.cached_property): _of_wrapper,
+    type(functools.lru_cache(lambda: None)): _of_wrapper,
+    ContextVar: _of_variable,
+    weakref.ref: _of_reference,
+}
+
+
+def is_fixed(kind: type) -> bool:
+    """Whether a class belongs to Python or torch, and is what its version says."""
+    root = kind.__module__.partition(".")[0]
+    return root in sys.stdlib_module_names or root in ("torch", "builtins", "numpy")

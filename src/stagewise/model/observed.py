@@ -1,0 +1,146 @@
+"""What a forward does besides computing: what it asks torch, what it changes, where it draws.
+
+A counter in an attribute, a hidden state, a draw of Python's random: a trace holds them as they
+were. The model is run a few times with the same random numbers of torch, and what it can see
+(`stagewise.model.visible`) is looked at in between. What stays after the first call is a cache, as
+a mask made once, and does no harm; nor does what is drawn or kept, where outputs do not follow it.
+"""
+
+import random
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from stagewise.errors import ModelError
+from stagewise.model.added_losses import collect_losses
+from stagewise.model.asked import Asked, asked_of_torch
+from stagewise.model.compare import (
+    EVAL,
+    TRAINING,
+    Situation,
+    kept,
+    outputs_of,
+    seeded,
+    surroundings,
+)
+from stagewise.model.visible import Sight
+from stagewise.model.watch import Place, changes, name_of, tokens_of
+
+_SEEDS = 8  # of Python's and NumPy's random numbers, if some are drawn
+
+Outputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What forward asks of torch (and where), and what it changes, by names.
+
+    `counted` are numbers and the like that change at every call, `followed` tensors that change
+    and that outputs follow, `assigned` tensors that outputs do not follow; `touched` are all
+    places that forward ever changes. `draws` where outputs follow Python's or NumPy's random.
+    """
+
+    asked: Asked
+    counted: tuple[str, ...]
+    followed: tuple[str, ...]
+    assigned: tuple[str, ...]
+    touched: frozenset[Place]
+    draws: bool
+
+
+def check_effects(model: nn.Module, found: Observed, *, draws: bool) -> None:
+    """Raise ModelError for what forward does and cells would not do; warn of what is lost only."""
+    what, remedy = "", ""
+    if found.counted:
+        what = f"changes {', '.join(found.counted[:3])} at every call"
+        remedy = "keep it in a buffer (register_buffer) that forward changes in place"
+    elif found.followed:
+        what = f"keeps what the next call follows in {', '.join(found.followed[:3])}"
+        remedy = "keep it in a buffer (register_buffer), or pass it in and return it"
+    elif found.draws and draws:
+        what, remedy = "draws from Python's or NumPy's random numbers", "draw by torch"
+    if what:
+        raise ModelError(
+            f"forward of {type(model).__name__} {what}, which cells would not do as the model does "
+            f"it; {remedy}"
+        )
+    if found.assigned:
+        warnings.warn(
+            f"forward of {type(model).__name__} assigns {', '.join(found.assigned[:3])}, which "
+            "the cells of the captured model do not; what reads it must take it from the model's "
+            "outputs, and a loss from stagewise.add_loss",
+            stacklevel=2,
+        )
+
+
+def observed(
+    model: nn.Module, example: Mapping[str, object], runs_itself: Iterable[nn.Module]
+) -> Observed:
+    """Run `model` on its example, in both modes; puts back what it changes in modules."""
+    sight = Sight(runs_itself, named_only=True)
+    both = [_in(model, example, sight, situation) for situation in (TRAINING, EVAL)]
+    return Observed(
+        asked={what: where for one in both for what, where in one.asked.items()},
+        counted=tuple(dict.fromkeys(name for one in both for name in one.counted)),
+        followed=tuple(dict.fromkeys(name for one in both for name in one.followed)),
+        assigned=tuple(dict.fromkeys(name for one in both for name in one.assigned)),
+        touched=frozenset().union(*(one.touched for one in both)),
+        draws=any(one.draws for one in both),
+    )
+
+
+def _in(
+    model: nn.Module, example: Mapping[str, object], sight: Sight, situation: Situation
+) -> Observed:
+    def run(seed: int = 0) -> tuple[Outputs, bool]:
+        """Outputs, and whether Python's or NumPy's random numbers were drawn."""
+        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(example))
+        with seeded(seed), collect_losses() as added:
+            before = _states()
+            found = outputs_of(model(**inputs))
+            drawn = _states() != before
+        return {**found, **{f"added loss {name}": loss for name, loss in added.items()}}, drawn
+
+    with kept(model, situation.training), surroundings(model, situation):
+        before = tokens_of(model, sight.walk(model))
+        with asked_of_torch() as asked:
+            first, drawn = run()
+        after = tokens_of(model, sight.walk(model))
+        touched, last = changes(before, after), first
+        again: list[Place] = []
+        if touched:
+            last, _ = run()
+            later = tokens_of(model, sight.walk(model))
+            again = changes(after, later)
+        draws = drawn and any(not _equal(last, run(seed)[0]) for seed in range(1, _SEEDS))
+    counted = [p for p in again if type(later.get(p, after.get(p))) is tuple]
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    others = [name_of(p) for p in again if p not in counted and name_of(p) not in buffers]
+    follows = not _equal(first, last)
+    return Observed(
+        asked=asked,
+        counted=tuple(map(name_of, counted)),
+        followed=tuple(others) if follows else (),
+        assigned=() if follows else tuple(others),
+        touched=frozenset((*touched, *again)),
+        draws=draws,
+    )
+
+
+def _states() -> list[object]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return [random.getstate()]
+    kind, keys, *rest = numpy.random.get_state()
+    return [random.getstate(), kind, keys.tobytes(), *rest]
+
+
+def _equal(one: Outputs, other: Outputs) -> bool:
+    return one.keys() == other.keys() and all(
+        t.is_meta or torch.equal(t, other[name]) or bool((t != t).any()) for name, t in one.items()
+    )

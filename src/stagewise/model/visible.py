@@ -1,0 +1,170 @@
+"""What the Python code of a forward can see besides the values of tensors.
+
+That is what hangs on the model's modules (attributes, hooks, children), and what the functions that
+forward reaches name: class attributes, closures, defaults, and globals of the user's own code. A
+trace holds all of it as it was. Two ask for it: the fingerprint of a capture on disk, and the watch
+that notices when it changes.
+
+What code means by a name is found by the name alone: an attribute counts if a function that forward
+reaches has its name among its names or strings. Code of libraries is taken as fixed.
+"""
+
+import functools
+import sysconfig
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from stagewise.model.contents import Item, can_hold, contents, frozen, is_fixed
+from stagewise.model.users_code import is_users
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of a module's own accounts: nothing that forward computes depends on them.
+_ACCOUNTS = {
+    *("_parameters", "_buffers", "_modules", "training", *HOOKS),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_non_persistent_buffers_set"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_pre_hooks_with_kwargs"),
+}
+_OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
+_MOST_NODES = 5000
+_PATHS = sysconfig.get_paths()
+_LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """Something that holds `items`, found as item `place` of the walk's node `parent`."""
+
+    path: str
+    value: object
+    items: Sequence[Item]
+    parent: int
+    place: int
+
+
+def is_own(file: str) -> bool:
+    """Whether a file of code belongs to the user, and to no library."""
+    return is_users(file) and not file.startswith(_LIBRARIES)
+
+
+class Sight:
+    """What can be seen from a module, by the names that forward's code uses.
+
+    `runs_itself` are modules that cells run as they are, and that are not looked into. With
+    `named_only` attributes count only where some code names them.
+    """
+
+    def __init__(self, runs_itself: Iterable[nn.Module] = (), *, named_only: bool) -> None:
+        self._skipped: weakref.WeakSet[nn.Module] = weakref.WeakSet(runs_itself)
+        self._named_only = named_only
+        self._names: set[str] = {"forward"}
+        self.is_whole = True  # whether the last walk left nothing out
+
+    def walk(self, model: nn.Module) -> list[Node]:
+        """All that the forward of `model` can see, each thing once, the nearest first."""
+        known = -1
+        while len(self._names) != known:  # code that is reached names more
+            known = len(self._names)
+            nodes = self._walk(model)
+        return nodes
+
+    def _walk(self, model: nn.Module) -> list[Node]:
+        nodes: list[Node] = []
+        waiting: deque[tuple[str, object, int, int]] = deque([("", model, -1, -1)])
+        seen = {id(model)}
+        while waiting and len(nodes) < _MOST_NODES:
+            path, value, parent, place = waiting.popleft()
+            here, items = len(nodes), self.items(value)
+            nodes.append(Node(path, value, items, parent, place))
+            for index, (label, item) in enumerate(items):
+                if id(item) not in seen and self._holds(item):
+                    seen.add(id(item))
+                    waiting.append((f"{path}{label}".lstrip("."), item, here, index))
+        self.is_whole = not waiting
+        return nodes
+
+    def _holds(self, value: Any) -> bool:
+        """Whether something can be seen in `value`."""
+        if isinstance(value, nn.Module):
+            return value not in self._skipped
+        if isinstance(value, type):
+            return not is_fixed(value)
+        return isinstance(value, FunctionType) or can_hold(value)
+
+    def items(self, value: object) -> list[Item]:
+        """What can be seen in `value`."""
+        if isinstance(value, nn.Module):
+            found = self._of_module(value)
+        elif isinstance(value, type):
+            found = self._of_class(value)
+        elif isinstance(value, FunctionType):
+            found = self._of_function(value)
+        else:
+            found = contents(value)
+            if self._named_only and found and found[-1][0] == ".__class__":  # an object's
+                found = [item for item in found if self._is_named(item)]
+        return [(label, frozen(item)) for label, item in found]
+
+    def _is_named(self, item: Item) -> bool:
+        return item[0][1:] in self._names or item[0] == ".__class__"
+
+    def _of_module(self, module: nn.Module) -> list[Item]:
+        own, names = vars(module), self._names
+        found: list[Item] = [
+            (f".{name}", value)
+            for name, value in own.items()
+            if name not in _ACCOUNTS and (not self._named_only or name in names)
+        ]
+        for registry in (own["_parameters"], own["_buffers"], own["_modules"]):
+            found += [(f".{name}", value) for name, value in registry.items()]
+        for kind in HOOKS:
+            found += [(f".{kind}[{i}]", hook) for i, hook in enumerate(own[kind].values())]
+        return [*found, (".__class__", type(module))]
+
+    def _of_class(self, cls: type) -> list[Item]:
+        named = [
+            (f".{name}", value)
+            for name, value in vars(cls).items()
+            if name in self._names and name not in _OF_CLASSES
+        ]
+        return [*named, *((f".__bases__[{i}]", base) for i, base in enumerate(cls.__bases__))]
+
+    def _of_function(self, function: FunctionType) -> list[Item]:
+        code, names = function.__code__, names_in(function.__code__)
+        self._names |= names
+        found: list[Item] = [(".__code__", code)]
+        found += [(f" default {i}", value) for i, value in enumerate(function.__defaults__ or ())]
+        found += [(f" default {n}", v) for n, v in (function.__kwdefaults__ or {}).items()]
+        found += [(f".{name}", value) for name, value in vars(function).items()]
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                found.append((f" {name}", cell.cell_contents))
+            except ValueError:  # not assigned yet
+                continue
+        if is_own(code.co_filename):
+            for name in sorted(names & function.__globals__.keys()):
+                value = function.__globals__[name]
+                found.append((f" {name}", value))
+                if isinstance(value, ModuleType) and is_own(
+                    getattr(value, "__file__", None) or "<"
+                ):
+                    inside = vars(value)
+                    found += [(f" {name}.{n}", inside[n]) for n in sorted(names & inside.keys())]
+        return found
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: CodeType) -> frozenset[str]:
+    """The names and strings of a function and of those inside it."""
+    found = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            found |= names_in(inner)
+    return frozenset(found)

@@ -1,0 +1,154 @@
+"""Whether what a model's forward can see is still what it was when the model was captured.
+
+Cells of a captured model hold what forward decided then, so a changed attribute, hook, submodule,
+class attribute or global of the user's own would be missed in silence. To look takes some
+microseconds for each module that is no layer of torch.nn, and keeps nothing of the model alive.
+"""
+
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from stagewise.model.contents import PLAIN, Frozen
+from stagewise.model.visible import Node, Sight
+
+Place = tuple[str, str]  # the path of what holds it, and its own label there
+Tokens = Mapping[Place, object]
+_CONTAINERS = (list, tuple, dict, set, frozenset)  # what they hold is compared, not they
+
+
+class _Same:
+    """Equal to what stands for the same object, as long as that lives."""
+
+    def __init__(self, value: object, version: int = 0) -> None:
+        self._id, self._version = id(value), version
+        try:
+            self._reference: weakref.ref[object] | None = weakref.ref(value)
+        except TypeError:
+            self._reference = None
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Same)
+            and (self._id, self._version) == (other._id, other._version)
+            and (self._reference is None or self._reference() is not None)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Unmade:
+    """Stands for a tensor on the meta device, which a Pipeline makes real in its place."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (_Same, _Unmade))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def tokens_of(model: nn.Module, nodes: Iterable[Node]) -> dict[Place, object]:
+    """What stands for every item that was seen; equal where nothing has changed."""
+    registered = {id(t) for t in (*model.parameters(), *model.buffers())}
+    found: dict[Place, object] = {}
+    for node in nodes:
+        for label, item in node.items:
+            if isinstance(item, PLAIN):
+                token: object = (type(item), item if item == item else "nan")
+            elif isinstance(item, Frozen):
+                token = (item.kind, item.data)
+            elif isinstance(item, _CONTAINERS):
+                token = type(item)
+            elif isinstance(item, torch.Tensor) and item.is_meta:
+                token = _Unmade()
+            elif isinstance(item, torch.Tensor) and id(item) not in registered:
+                token = _Same(item, 0 if item.is_inference() else item._version)
+            else:
+                token = _Same(item)
+            found[node.path, label] = token
+    return found
+
+
+def changes(before: Tokens, now: Tokens, ignored: Collection[Place] = ()) -> list[Place]:
+    """The places where something came, went or changed, but for the ignored and what is in them."""
+    different = [p for p in {**before, **now} if p not in before or before[p] != now.get(p)]
+    if not ignored or not different:
+        return different
+    paths = tuple(name_of(place) for place in ignored)
+    return [
+        p for p in different if not (f"{name_of(p)}.").startswith(tuple(f"{x}." for x in paths))
+    ]
+
+
+def name_of(place: Place) -> str:
+    """`blocks.0.scale`"""
+    return f"{place[0]}{place[1]}".lstrip(".")
+
+
+class Watch:
+    """Remembers what the forward of `model` sees; `ignored` is what forward itself changes."""
+
+    def __init__(
+        self, model: nn.Module, runs_itself: Iterable[nn.Module], ignored: Collection[Place] = ()
+    ) -> None:
+        self._model, self._ignored = weakref.ref(model), frozenset(ignored)
+        self._sight = Sight(runs_itself, named_only=True)
+        nodes = self._sight.walk(model)
+        self._tokens = tokens_of(model, nodes)
+        self._mark(nodes)
+
+    def changed(self) -> list[str]:
+        """Names of what is no more as it was; none where the model is gone."""
+        model = self._model()
+        if model is None or self._is_same(model):
+            return []
+        nodes = self._sight.walk(model)
+        tokens = tokens_of(model, nodes)
+        found = changes(self._tokens, tokens, self._ignored)
+        if not found:  # other objects, equal to those before
+            self._tokens = tokens
+            self._mark(nodes)
+        return [name_of(place) for place in found]
+
+    def _mark(self, nodes: Iterable[Node]) -> None:
+        """Remember the walk, to be repeated without paths and tokens."""
+        self._marks: list[tuple[int, int, list[object]]] = []
+        self._plain: list[object] = []  # kept, so that their ids stay theirs
+        self._alive: list[weakref.ref[object]] = []
+        self._versions: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        for node in nodes:
+            values = [item for _, item in node.items]
+            self._marks.append((node.parent, node.place, [*map(_mark, values)]))
+            for value in values:
+                if isinstance(value, PLAIN):
+                    self._plain.append(value)
+                elif isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    if not value.is_inference():
+                        self._versions.append((weakref.ref(value), value._version))
+                elif not isinstance(value, (*_CONTAINERS, Frozen)):
+                    try:
+                        self._alive.append(weakref.ref(value))
+                    except TypeError:
+                        continue
+
+    def _is_same(self, model: nn.Module) -> bool:
+        seen: list[list[object]] = []
+        for parent, place, marks in self._marks:
+            value = model if parent < 0 else seen[parent][place]
+            values = [item for _, item in self._sight.items(value)]
+            if [*map(_mark, values)] != marks:
+                return False
+            seen.append(values)
+        for tensor, version in self._versions:
+            found = tensor()
+            if found is None or found._version != version:
+                return False
+        return all(reference() is not None for reference in self._alive)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Watch":
+        return self  # of the model that it was made for
+
+
+def _mark(value: object) -> object:
+    return value.data if type(value) is Frozen else id(value)

@@ -1,0 +1,226 @@
+"""A captured model that its owner changes afterwards is refused by the name of what changed."""
+
+import copy
+import functools
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stagewise
+from stagewise.errors import BatchError, ModelError
+from stagewise.model.captured import captured_of, remember
+from stagewise.model.export.opaque_modules import leaves_of
+from stagewise.model.watch import Watch
+from tests.harness import Pools
+
+SETTINGS = SimpleNamespace(scale=1.0, unused=1.0)
+TABLE = {"scale": 1.0}
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Block(nn.Module):
+    shift = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.act = nn.Linear(4, 4), nn.Tanh()
+        self.scale, self.history, self.tensor = 1.0, [1.0], torch.ones(4)
+        self.slotted, self.numbers = Slotted(), SimpleNamespace(beta=1.0)
+        self.function = functools.partial(torch.mul, other=1.0)
+        self.epoch = 0  # which forward never looks at
+
+    def forward(self, x: Tensor) -> Tensor:
+        return helper(self.function(self.act(self.one(x))) * self.scale + self.shift) * (
+            self.history[0] * self.tensor * self.slotted.scale * self.numbers.beta
+        )
+
+
+def helper(x: Tensor) -> Tensor:
+    return x * SETTINGS.scale * TABLE["scale"]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.register_buffer("factor", torch.tensor(1.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) * self.factor
+        return x
+
+
+def put_hook(model: Any) -> None:
+    model.blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def put_backward_hook(model: Any) -> None:
+    model.blocks[1].register_full_backward_hook(lambda module, *gradients: None)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    r"blocks\.1\.scale": lambda model: setattr(model.blocks[1], "scale", 0.5),
+    r"blocks\.0\.history\[0\]": lambda model: model.blocks[0].history.__setitem__(0, 2.0),
+    r"blocks\.0\.history": lambda model: model.blocks[0].history.append(2.0),
+    r"blocks\.0\.tensor": lambda model: model.blocks[0].tensor.mul_(2),
+    r"blocks\.2\.slotted\.scale": lambda model: setattr(model.blocks[2].slotted, "scale", 2.0),
+    r"blocks\.0\.numbers\.beta": lambda model: setattr(model.blocks[0].numbers, "beta", 2.0),
+    r"blocks\.0\.function": lambda model: setattr(model.blocks[0], "function", torch.neg),
+    r"blocks\.1\.act": lambda model: setattr(model.blocks[1], "act", nn.ReLU()),
+    r"blocks\.1\._forward_hooks\[0\]": put_hook,
+    r"blocks\.1\._backward_hooks\[0\]": put_backward_hook,
+    r"blocks\.3": lambda model: model.blocks.append(Block()),
+    r"blocks\.1\.one": lambda model: setattr(model.blocks[1], "one", nn.Linear(4, 4)),
+    r"factor": lambda model: setattr(model, "factor", torch.tensor(2.0)),
+    r"\.shift": lambda model: setattr(Block, "shift", 1.0),
+    r"SETTINGS\.scale": lambda model: setattr(SETTINGS, "scale", 3.0),
+    r"TABLE\['scale'\]": lambda model: TABLE.update(scale=3.0),
+    "forward": lambda model: setattr(Block, "forward", lambda self, x: x),
+}
+
+
+def built(*, cells: bool = False) -> tuple[stagewise.Pipeline, Any, Tensor]:
+    model, x = Model().double(), torch.randn(4, 4, dtype=torch.float64)
+    if cells:
+        stagewise.capture_cells(model, ["blocks.*"], x)
+    else:
+        stagewise.capture(model, x)
+    captured = captured_of(model)
+    assert captured is not None
+    balance = (1, len(captured.chain) - 1)
+    plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=2)
+    return stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss), model, x
+
+
+@pytest.fixture
+def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a change leaves outside of the model."""
+    monkeypatch.setattr(SETTINGS, "scale", 1.0)
+    monkeypatch.setitem(TABLE, "scale", 1.0)
+    monkeypatch.setattr(Block, "shift", 0.0)
+    monkeypatch.setattr(Block, "forward", Block.forward)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_it_names_what_changed(name: str, put_back: None) -> None:
+    model = Model()
+    watch = Watch(model, leaves_of(model).values())
+    assert watch.changed() == []
+    CHANGES[name](model)
+    assert re.search(name, ", ".join(watch.changed()))
+
+
+def test_every_call_says_so(put_back: None) -> None:
+    pipe, model, x = built()
+    pipe.step(x, target=x)
+    pipe.predict(x)
+    model.blocks[1].scale = 0.5
+    for call in (pipe.step, pipe.evaluate):
+        with pytest.raises(ModelError, match=r"blocks\.1\.scale changed after the"):
+            call(x, target=x)
+    with pytest.raises(ModelError, match=r"blocks\.1\.scale changed after"):
+        pipe.predict(x)
+    with pytest.raises(
+        ModelError, match=r"blocks\.1\.scale of Model changed .*call stagewise.capture again"
+    ):
+        stagewise.Pipeline(model, pipe.plan, loss=nn.functional.mse_loss)
+    model.blocks[1].scale = 1.0
+    pipe.step(x, target=x)
+
+
+def test_around_cells_too() -> None:
+    pipe, model, x = built(cells=True)
+    pipe.step(x, target=x)
+    model.blocks[1].scale = 0.5  # in a cell, which runs as it is
+    loss = pipe.step(x, target=x)
+    torch.testing.assert_close(loss, nn.functional.mse_loss(model(x), x).detach())
+    put_hook(model)
+    pipe.step(x, target=x)
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ModelError, match=r"_forward_hooks\[0\].* changed after"):
+        pipe.step(x, target=x)
+
+
+def test_the_ways_out_work(put_back: None) -> None:
+    pipe, model, x = built()
+    pipe.step(x, target=x)
+    pipe.module.get_buffer("factor").fill_(0.5)
+    assert float(model.factor) == 0.5
+    loss = pipe.step(x, target=x)
+    torch.testing.assert_close(loss, nn.functional.mse_loss(model(x), x).detach())
+    model.blocks[1].scale = 0.5
+    stagewise.capture(model, x)
+    anew = stagewise.Pipeline(model, pipe.plan, loss=nn.functional.mse_loss)
+    loss = anew.step(x, target=x)
+    torch.testing.assert_close(loss, nn.functional.mse_loss(model(x), x).detach())
+
+
+def test_what_forward_does_not_look_at_may_change() -> None:
+    pipe, model, x = built()
+    for step in range(3):
+        model.blocks[0].epoch = step
+        SETTINGS.unused = step
+        model.note = step
+        model.blocks[0].scale = float("1")  # the same, in another object
+        model.blocks[1].one.weight.data.mul_(0.5)
+        model.blocks[1].one.weight.requires_grad_(step == 1)
+        pipe.step(x, target=x)
+        with torch.no_grad():
+            model(x)
+
+
+def test_a_copy_has_a_watch_of_its_own() -> None:
+    _, model, _ = built()
+    other, captured = copy.deepcopy((model, captured_of(model)))
+    remember(other, captured)
+    model.blocks[0].scale = 2.0
+    assert captured_of(model) is None
+    assert captured_of(other) is captured
+    other.blocks[0].scale = 2.0
+    assert captured_of(other) is None
+
+
+def test_it_keeps_nothing_alive() -> None:
+    model = Model()
+    model.blocks[0].others = [nn.Linear(4, 4), torch.ones(3)]  # type: ignore[assignment]
+    model.blocks[0].itself = (model,)  # type: ignore[assignment]
+    watch = Watch(model, ())
+    parts = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
+    parts.append(weakref.ref(model.blocks[0].others[0]))  # type: ignore[index, arg-type]
+    assert watch.changed() == []
+    del model
+    gc.collect()
+    assert [part() for part in parts if part() is not None] == []
+    assert watch.changed() == []
+
+
+def on_one_rank() -> list[str]:
+    pipe, model, x = built()
+    pipe.step(x, target=x)
+    if pipe.rank == 1:
+        model.blocks[0].scale = 0.5
+    try:
+        pipe.step(x, target=x)
+    except (BatchError, ModelError) as error:
+        return [f"{type(error).__name__} {error}"]
+    return []
+
+
+def test_every_rank_refuses(pools: Pools) -> None:
+    first, second = pools[2].run(on_one_rank)
+    assert "BatchError rank 1 refused the batch: blocks.0.scale changed after" in first[0]
+    assert "ModelError blocks.0.scale changed after" in second[0]
