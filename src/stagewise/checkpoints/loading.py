@@ -31,10 +31,10 @@ def load(
     Raises CheckpointError on every rank, before anything is changed, if a shape or (without
     `convert`) a dtype differs, or with `strict` if the names are not those of the model.
     """
-    with agreed(transport):
+    with agreed(transport, "load_checkpoint"):
         source = open_source(state, aliases)
         found = check(source, own, aliases, strict=strict, convert=convert)
-    with agreed(transport):
+    with agreed(transport, "load_checkpoint: values"):
         fill(source, own, found)
 
 

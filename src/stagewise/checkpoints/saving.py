@@ -33,21 +33,21 @@ def save(
     A tensor with several names is written once, under its first. Raises CheckpointError on every
     rank if something cannot be written.
     """
-    with agreed(transport):
+    with agreed(transport, "save_checkpoint"):
         tensors = _writable(own, aliases)
     first_owner: dict[str, int] = {}
-    for rank, names in enumerate(transport.gather(list(tensors))):
+    for rank, names in enumerate(transport.gather(list(tensors), "save_checkpoint: names")):
         for name in names:
             first_owner.setdefault(name, rank)
     shards = _shards({n: t for n, t in tensors.items() if first_owner[n] == transport.rank})
-    with agreed(transport):
+    with agreed(transport, "save_checkpoint: the folder"):
         prepared = _prepare(directory)
-    old = transport.gather(prepared)[0]
+    old = transport.gather(prepared, "save_checkpoint: earlier files")[0]
     stem = next(s for s in _STEMS if not any(_has_stem(file, s) for file in old))
-    counts = transport.gather(len(shards))
+    counts = transport.gather(len(shards), "save_checkpoint: shards")
     total, start = sum(counts), sum(counts[: transport.rank])
     files: dict[str, str] = {}
-    with agreed(transport), _told(directory):
+    with agreed(transport, "save_checkpoint: files"), _told(directory):
         for number, shard in enumerate(shards, start=start + 1):
             file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
             unfinished = directory / f"{file}.tmp"
@@ -57,8 +57,8 @@ def save(
             os.replace(unfinished, directory / file)
             files |= dict.fromkeys(shard, file)
     num_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    parts = transport.gather((files, num_bytes))
-    with agreed(transport), _told(directory):
+    parts = transport.gather((files, num_bytes), "save_checkpoint: contents")
+    with agreed(transport, "save_checkpoint: index"), _told(directory):
         if transport.rank == 0:
             _commit(directory, parts)
             for file in old:

@@ -88,9 +88,9 @@ def admit(
         *named,
         *(_NONE if flags is None else fingerprint(tuple(flags)) for flags in shared_flags),
     )
-    rows = transport.exchange([int(number) for number in row])
+    rows = transport.exchange([int(number) for number in row], NAMES[mode])
     if any(row[5] for row in rows):
-        texts = transport.gather(str(objection) if objection else None)
+        texts = transport.gather(str(objection) if objection else None, "objections")
         if objection:
             raise objection
         rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)
@@ -114,7 +114,7 @@ def admit(
     total = _total(columns[2])
     is_ready = max(columns[3]) != _NONE
     if is_ready:  # some ranks may have none of the Microbatches
-        sizes = next(sizes for sizes in transport.gather(batch.sizes) if sizes is not None)
+        sizes = next(sizes for sizes in transport.gather(batch.sizes, "sizes") if sizes is not None)
         if mode is Mode.TRAIN and len(sizes) > most_microbatches:
             raise BatchError(
                 f"got Microbatches of {len(sizes)} parts, but the plan has {most_microbatches} "

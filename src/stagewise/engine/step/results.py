@@ -52,20 +52,22 @@ def agree_on_losses(
     main, added = ({}, {}) if call.lost else (_main(call.losses, call), _added(call.added, call))
     if transport.rank == source and not main:
         main = _nothing(device)
-    usual = not added and set(main) <= {MAIN_LOSS}
+    usual = not added and set(main) <= {MAIN_LOSS} and _are_numbers(main)
     only = main.get(MAIN_LOSS)
     if transport.num_ranks > 1:
         row = [0, 0, int(usual), int(call.lost)]
         if usual and only is not None:
             row[:2] = _packed(only)
-        rows = transport.exchange(row)
+        rows = transport.exchange(row, "the loss")
         if any(other[3] for other in rows):
             return None
         usual = all(other[2] for other in rows)
         only = _number(rows[source], device)
     if usual and only is not None:
         return only, {MAIN_LOSS: only}
-    rank_parts = transport.gather(({n: t.cpu() for n, t in main.items()}, _on_cpu(added)))
+    rank_parts = transport.gather(
+        ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), "the losses"
+    )
     every = {key: value for _, others in rank_parts for key, value in others.items()}
     return _total(rank_parts[source][0], every, device)
 
@@ -94,19 +96,21 @@ def losses_by_microbatch(
 
 def agree_on_end(transport: Transport, call: Call) -> bool:
     """Whether all went well on every rank, where there is no loss to agree on."""
-    return not any(row[0] for row in transport.exchange([int(call.lost)]))
+    return not any(row[0] for row in transport.exchange([int(call.lost)], "the end"))
 
 
 def _everyones(
     transport: Transport, call: Call, device: torch.device
 ) -> tuple[Losses, AddedLosses] | None:
     """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
-    usual = not call.added and all(set(named) <= {MAIN_LOSS} for named in call.losses.values())
+    usual = not call.added and all(
+        set(named) <= {MAIN_LOSS} and _are_numbers(named) for named in call.losses.values()
+    )
     row = [int(usual), int(call.lost)]
     for m in range(len(call.sizes)):
         loss = call.losses.get(m, {}).get(MAIN_LOSS) if usual else None
         row += [0, -1] if loss is None else _packed(loss)
-    rows = transport.exchange(row)
+    rows = transport.exchange(row, "every microbatch's loss")
     if any(row[1] for row in rows):
         return None
     losses: Losses = {}
@@ -122,7 +126,7 @@ def _everyones(
         {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in call.added.items()},
     )
     added: AddedLosses = {}
-    for named_by_m, added_by_m in transport.gather(own):
+    for named_by_m, added_by_m in transport.gather(own, "the losses"):
         for m, named in named_by_m.items():
             losses[m] = {name: loss.to(device) for name, loss in named.items()}
         for m, parts in added_by_m.items():
@@ -158,6 +162,11 @@ def _added(added: AddedLosses, call: Call) -> Added:
 
 def _on_cpu(added: Added) -> Added:
     return {key: value.cpu() for key, value in added.items()}
+
+
+def _are_numbers(losses: Mapping[str, torch.Tensor]) -> bool:
+    """Whether they travel as numbers: others (complex ones, integers) keep their own form."""
+    return all(loss.dtype in _DTYPES for loss in losses.values())
 
 
 def _packed(number: torch.Tensor) -> list[int]:

@@ -289,7 +289,7 @@ class Runner:
 
     def timeline(self) -> Timeline:
         """The last call's spans of all ranks; every rank must ask."""
-        spans = [span for own in self.transport.gather(self.spans) for span in own]
+        spans = [span for own in self.transport.gather(self.spans, "timeline") for span in own]
         spans.sort(key=lambda span: (span.start_seconds, span.device))
         return Timeline(self.schedule.num_devices, tuple(spans))
 

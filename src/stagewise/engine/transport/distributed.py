@@ -1,37 +1,36 @@
 """One process per device: messages over torch.distributed (gloo on CPU, NCCL on GPU).
 
-Small ones between processes of one host take a shorter way (`engine.near`).
-
 Problem: the receiver must know shapes before it can post a receive, yet shapes may change.
 Idea: the first call of a signature sends a header with each message and both ends remember it;
 later calls of that signature send bare tensors, and receives are posted ahead, so that data
 arrives while the device computes. A message that does not match what was remembered is refused
 by its sender, in words.
 
-Invariant: on each link messages travel in the sender's program order (no tags needed). The two
-directions between a pair use different process groups, since NCCL runs one communicator's
-operations in order and would block on crossed sends.
+Invariant: on each link messages travel in the sender's program order.
 """
 
 import pickle
+import sys
+import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 
 import torch
 import torch.distributed as dist
 
 from stagewise.batch.values import put_together, take_apart
-from stagewise.engine.transport.failure import LOST, FailureBoard
+from stagewise.engine.transport.failure import LOST
 from stagewise.engine.transport.group import DistributedGroup
-from stagewise.engine.transport.message_form import Header, flat, in_words, layout_of, packed
-from stagewise.engine.transport.outbox import Outbox
+from stagewise.engine.transport.message_form import Header, in_words, layout_of, packed
+from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.transport import Links, T, is_skip
-from stagewise.engine.transport.unix_sockets import Neighbour, Work, meet
-from stagewise.errors import CellError, PeerError
+from stagewise.engine.transport.unix_sockets import Work
+from stagewise.engine.transport.wire import Wire
+from stagewise.errors import CellError
 from stagewise.schedule import Message
 
-_TAG = 0
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 # On CPUs more than that, if small: to post many in a row, once, is a quarter of the work.
 POSTED_BYTES = 1 << 21
@@ -50,30 +49,19 @@ class DistributedTransport:
     """Rank r of `group` runs device r of the schedule."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group if group is not None else dist.group.WORLD
-        assert self._group is not None
-        self.rank = dist.get_rank(self._group)
-        self.num_ranks = dist.get_world_size(self._group)
+        self._wire = Wire(device, group)
+        self.rank, self.num_ranks = self._wire.rank, self._wire.num_ranks
         self._device = device
-        self._failures = FailureBoard(dist.distributed_c10d._get_default_store(), self.rank)
-        self._peers = _Peers(self._failures, self.rank)
-        ranks = dist.get_process_group_ranks(self._group)
-        if device.type == "cpu":
-            self._control = self._down = self._up = self._group
-        else:
-            self._control = dist.new_group(ranks, backend="gloo")
-            self._down, self._up = dist.new_group(ranks), dist.new_group(ranks)
-        self._near: dict[int, Neighbour] = {}  # ranks of this host; small messages go this way
-        if device.type == "cpu":
-            timeout = self._group._get_backend(device).options._timeout
-            self._near = meet(self.rank, self.gather, timeout)
+        self._rendezvous = Rendezvous(self._wire)
+        self._is_lost = False
+        # Runs at the end of a process of multiprocessing's too, which knows no atexit.
+        Finalize(None, _leave, args=(weakref.ref(self),), exitpriority=0)
         self._known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
         self._headers: dict[Message, Header] = {}  # those of the running call
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
         self._incoming: dict[int, _Incoming] = {}
         self._arrived: dict[Message, object] = {}
         self._varying: set[tuple[int, int, int]] = set()  # microbatch, upper and lower stage
-        self._outbox = Outbox()
 
     def begin(self, signature: int, links: Links) -> None:
         self._headers = self._known[signature]
@@ -134,41 +122,23 @@ class DistributedTransport:
                 yield from tensors if is_skip(message) else ()
 
     def finish(self) -> None:
-        with self._peers:
-            self._outbox.finish()
-            for neighbour in self._near.values():
-                neighbour.finish()
+        self._wire.finish()
 
     def fail(self, cause: str) -> None:
-        self._failures.write(cause)
+        self._is_lost = True
+        self._wire.failures.write(cause)
 
-    def exchange(self, row: Sequence[int]) -> list[list[int]]:
-        # A star around rank 0: gloo's all_gather goes around a ring, its broadcast down a tree, and
-        # on a machine with few cores every hop waits for a process to wake.
-        own = torch.tensor(row, dtype=torch.int64)
-        table = own.repeat(self.num_ranks, 1)
-        others = range(1, self.num_ranks)
-        if self.rank == 0:
-            arriving = [self._start_receiving(table[rank], rank, self._control) for rank in others]
-        else:
-            arriving = [self._start_receiving(table, 0, self._control)]
-            self._start_sending(own, 0, self._control)
-        self._wait(arriving)
-        for rank in others if self.rank == 0 else ():
-            self._start_sending(table, rank, self._control)
-        return [[int(number) for number in other] for other in table.tolist()]
+    def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
+        return self._rendezvous.exchange(row, what)
 
-    def gather(self, value: T) -> list[T]:
-        values = [value] * self.num_ranks
-        with self._peers:
-            dist.all_gather_object(values, value, group=self._control)
-        return values
+    def gather(self, value: T, what: str) -> list[T]:
+        return self._rendezvous.gather(value, what)
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         tensors, structure = take_apart(value)
         header: list[object] = [Header(structure, tuple(map(layout_of, tensors, tensors)))]
-        with self._peers:
-            dist.broadcast_object_list(header, group=self._control, group_src=source)
+        with self._wire.everyone:
+            dist.broadcast_object_list(header, group=self._wire.control, group_src=source)
         assert isinstance(header[0], Header)
         wanted = range(self.num_ranks) if ranks is None else ranks
         present = [source, *(rank for rank in wanted if rank != source)]
@@ -178,7 +148,7 @@ class DistributedTransport:
         if self.rank != source:
             tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header[0].layouts]
         tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
-        with self._peers:
+        with self._wire.everyone:
             for tensor in tensors:
                 if tensor.numel():
                     self._spread(tensor, source, present)
@@ -189,45 +159,43 @@ class DistributedTransport:
 
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
         present = torch.tensor([tensor is not None for tensor in tensors])
-        self._start_sending(present, rank, self._control)
-        group = self._down if self.rank < rank else self._up
+        self._wire.start_sending(present, rank, control=True)
         for tensor in tensors:
             if tensor is not None and tensor.numel():
-                self._start_sending(tensor.detach(), rank, group)
+                self._wire.start_sending(tensor.detach(), rank)
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         present = torch.empty(len(like), dtype=torch.bool)
-        self._wait([self._start_receiving(present, rank, self._control)])
+        self._wire.wait([self._wire.start_receiving(present, rank, control=True)], rank)
         taken = [
             torch.empty_like(tensor, requires_grad=False) if is_there else None
             for tensor, is_there in zip(like, present.tolist(), strict=True)
         ]
-        group = self._down if rank < self.rank else self._up
         works = [
-            self._start_receiving(tensor, rank, group)
+            self._wire.start_receiving(tensor, rank)
             for tensor in taken
             if tensor is not None and tensor.numel()
         ]
-        self._wait(works)
+        self._wire.wait(works, rank)
         return taken
 
     def group(self, ranks: Sequence[int]) -> DistributedGroup | None:
-        assert self._group is not None
-        everyone = dist.get_process_group_ranks(self._group)
+        assert self._wire.group is not None
+        everyone = dist.get_process_group_ranks(self._wire.group)
         made = dist.new_group([everyone[rank] for rank in ranks])
         if self.rank not in ranks:
             return None
-        return DistributedGroup(made, self._device, self._peers)
+        return DistributedGroup(made, self._device, self._wire.everyone)
 
     def _spread(self, tensor: torch.Tensor, source: int, present: Sequence[int]) -> None:
         """Fill `tensor` on the ranks `present` with that of `source`."""
         if len(present) == self.num_ranks:
-            dist.broadcast(tensor, group=self._control, group_src=source)
+            dist.broadcast(tensor, group=self._wire.control, group_src=source)
         elif self.rank == source:
             for rank in present[1:]:
-                dist.send(tensor, group=self._control, group_dst=rank)
+                dist.send(tensor, group=self._wire.control, group_dst=rank)
         else:
-            dist.recv(tensor, group=self._control, group_src=source)
+            dist.recv(tensor, group=self._wire.control, group_src=source)
 
     def _post(self, incoming: _Incoming, num_bytes: int) -> None:
         """Post receives for the next known messages, up to so many bytes if not for a few."""
@@ -255,22 +223,12 @@ class DistributedTransport:
             else:
                 incoming.expected.popleft()
                 tensors, works = self._receive_tensors(message, header)
-                return message, self._arrived_whole(header, tensors, works)
+                self._wire.wait(works, message.source)
+                return message, header.unpacked(tensors)
         message, tensors, works = incoming.posted.popleft()
         incoming.num_bytes -= sum(tensor.nbytes for tensor in tensors)
-        return message, self._arrived_whole(self._headers[message], tensors, works)
-
-    def _arrived_whole(
-        self, header: Header, tensors: Sequence[torch.Tensor], works: Sequence[Work]
-    ) -> object:
-        self._wait(works)
-        return header.unpacked(tensors)
-
-    def _wait(self, works: Iterable[Work]) -> None:
-        """Until all have arrived, in order."""
-        with self._peers:
-            for work in works:
-                work.wait()
+        self._wire.wait(works, message.source)
+        return message, self._headers[message].unpacked(tensors)
 
     def _remember(self, message: Message, header: Header) -> bool:
         """Keep a message's form for later calls; not one that may be another each time."""
@@ -287,30 +245,12 @@ class DistributedTransport:
         self, message: Message, header: Header
     ) -> tuple[list[torch.Tensor], list[Work]]:
         tensors = [layout.empty(self._device) for layout in header.layouts]
-        group = self._direction(message)
         works = [
-            self._start_receiving(tensor, message.source, group)
+            self._wire.start_receiving(tensor, message.source)
             for tensor in tensors
             if tensor.numel()
         ]
         return tensors, works
-
-    def _start_receiving(self, tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> Work:
-        with self._peers:
-            if (near := self._near.get(source)) is not None and tensor.nbytes <= near.limit:
-                return near.receive(tensor)
-            return group.recv([flat(tensor)], source, _TAG)
-
-    def _start_sending(
-        self, tensor: torch.Tensor, destination: int, group: dist.ProcessGroup
-    ) -> None:
-        """Start to send a dense tensor; it stays alive until it has left."""
-        with self._peers:
-            if (near := self._near.get(destination)) is not None and tensor.nbytes <= near.limit:
-                near.send(tensor)
-            else:
-                data = flat(tensor)
-                self._outbox.add(group.send([data], destination, _TAG), data)
 
     def _announce(self, message: Message, header: Header, known: Header | None) -> None:
         """Send `header` if it is the first for this message; refuse it if it is another."""
@@ -330,42 +270,34 @@ class DistributedTransport:
     def _send_header(self, message: Message, pickled: bytes) -> None:
         payload = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
         for tensor in (torch.tensor([payload.numel()]), payload):
-            self._start_sending(tensor, message.destination, self._control)
+            self._wire.start_sending(tensor, message.destination, control=True)
 
     def _receive_header(self, message: Message) -> Header | None:
         """The form of `message`, or None if it is lost."""
         size = torch.empty(1, dtype=torch.int64)
-        self._wait([self._start_receiving(size, message.source, self._control)])
+        self._receive_now(size, message.source)
         payload = torch.empty(int(size), dtype=torch.uint8)
-        self._wait([self._start_receiving(payload, message.source, self._control)])
+        self._receive_now(payload, message.source)
         header = pickle.loads(payload.numpy().tobytes())
         assert header is None or isinstance(header, Header)
         return header
 
+    def _receive_now(self, tensor: torch.Tensor, source: int) -> None:
+        self._wire.wait([self._wire.start_receiving(tensor, source, control=True)], source)
+
     def _start_all(self, message: Message, tensors: Sequence[torch.Tensor]) -> None:
         """Start to send the dense `tensors` of `message`."""
-        group = self._direction(message)
         for tensor in tensors:
             if tensor.numel():
-                self._start_sending(tensor, message.destination, group)
+                self._wire.start_sending(tensor, message.destination)
 
-    def _direction(self, message: Message) -> dist.ProcessGroup:
-        return self._down if message.source < message.destination else self._up
+    def leave(self, why: str) -> None:
+        """Tell who waits for this rank that its program ends here."""
+        if not self._is_lost:  # else the others are in the middle of a call, and were told
+            self._rendezvous.leave(why)
 
 
-class _Peers:
-    """Talk to other ranks inside; raises PeerError with the first failing rank's cause."""
-
-    def __init__(self, failures: FailureBoard, rank: int) -> None:
-        self._failures, self._rank = failures, rank
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError | OSError):
-            raise PeerError(
-                f"rank {self._rank} lost another rank while waiting for it"
-                + (f" ({error})" if isinstance(error, OSError) else "")
-                + f". First failure: {self._failures.read()}"
-            ) from error
+def _leave(reference: "weakref.ref[DistributedTransport]") -> None:
+    transport, error = reference(), getattr(sys, "last_value", None)
+    if transport is not None and dist.is_initialized():
+        transport.leave("" if error is None else f" ({type(error).__name__}: {error})")

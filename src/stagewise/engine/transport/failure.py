@@ -2,7 +2,7 @@
 
 A rank that fails in an instruction goes through the rest of its program without computing, and
 sends something in place of every message, so that no peer waits; afterwards all ranks agree
-(`pipeline.failing`). `LOST` stands for a value that will never come.
+(`engine.step.agreement`). `LOST` stands for a value that will never come.
 When a rank is lost its connections close, and its peers see just that. So, where it can, it first
 writes the cause into the store that the process group met through, and a rank that loses a
 connection reads it from there.
@@ -92,8 +92,8 @@ class FailureBoard:
         except RuntimeError:
             return
 
-    def read(self) -> str:
-        """The first cause, waiting a moment for it; says so if there is none."""
+    def read(self, none: str) -> str:
+        """The first cause, waiting a moment for it; `none` if there is none."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while time.monotonic() < deadline:
             try:
@@ -102,4 +102,4 @@ class FailureBoard:
             except RuntimeError:
                 break  # the store's own process has gone
             time.sleep(_POLL_SECONDS)
-        return "its process ended without a word (killed, or out of memory?)"
+        return none

@@ -56,11 +56,14 @@ class Transport(Protocol):
     def fail(self, cause: str) -> None:
         """Tell the other ranks why this one stops."""
 
-    def exchange(self, row: Sequence[int]) -> list[list[int]]:
-        """Every rank's row, by rank: how ranks agree before anything moves."""
+    def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
+        """Every rank's row, by rank: how ranks agree before anything moves.
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's (picklable) value, by rank."""
+        `what` names the call for people; BatchError on every rank if they come for different ones.
+        """
+
+    def gather(self, value: T, what: str) -> list[T]:
+        """Every rank's (picklable) value, by rank; `what` as for `exchange`."""
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         """Rank `source`'s pytree of tensors on `ranks` (on all); others get None per tensor."""
@@ -114,10 +117,10 @@ class LocalTransport:
     def fail(self, cause: str) -> None:
         self._mail.clear()
 
-    def exchange(self, row: Sequence[int]) -> list[list[int]]:
+    def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
         return [list(row)]
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, what: str) -> list[T]:
         return [value]
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:

@@ -12,6 +12,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -42,7 +43,7 @@ class Neighbour:
     """The connection to another process of this host, for tensors of up to `limit` bytes."""
 
     def __init__(self, connection: socket.socket, timeout: timedelta, limit: int) -> None:
-        self.limit, self._socket = limit, connection
+        self.limit, self._socket, self._seconds = limit, connection, timeout.total_seconds()
         self._late: _Late | None = None
         connection.settimeout(None)  # whatever socket.setdefaulttimeout says: the kernel's counts
         seconds, rest = divmod(timeout, timedelta(seconds=1))
@@ -72,7 +73,7 @@ class Neighbour:
 
     def receive(self, tensor: torch.Tensor) -> Work:
         """What reads the next bytes into a dense tensor; wait for all of these in order."""
-        return _Arriving(self._socket, tensor)
+        return _Arriving(self._socket, tensor, self._seconds)
 
     def finish(self) -> None:
         """Wait until everything sent has left; raises OSError if the other process has gone."""
@@ -127,20 +128,24 @@ class _Late:
 
 
 class _Arriving:
-    def __init__(self, connection: socket.socket, tensor: torch.Tensor) -> None:
-        self._socket, self._tensor = connection, tensor
+    def __init__(self, connection: socket.socket, tensor: torch.Tensor, seconds: float) -> None:
+        self._socket, self._tensor, self._seconds = connection, tensor, seconds
 
     def wait(self) -> None:
-        tensor = self._tensor
+        tensor, since = self._tensor, time.monotonic()
         try:
             read = self._socket.recv_into(_memory(tensor), 0, socket.MSG_WAITALL)
-            while read < tensor.nbytes:  # a signal came between
+            while read < tensor.nbytes:  # a signal came between, or what came in time is not all
+                if time.monotonic() - since >= self._seconds:
+                    raise BlockingIOError
                 more = self._socket.recv_into(_bytes(tensor)[read:], 0, socket.MSG_WAITALL)
                 if not more:
                     raise ConnectionError("the other process has closed its connection")
                 read += more
         except BlockingIOError as error:
-            raise TimeoutError("nothing came within the process group's timeout") from error
+            raise TimeoutError(
+                f"nothing came within the process group's timeout of {self._seconds:g} s"
+            ) from error
 
 
 def _send_all(

@@ -46,12 +46,12 @@ def initialise(
     ranks = ranks_of_cells(plan, transport)
     own = [cell.index for cell in chain if transport.rank in ranks[cell.index]]
     source, found = None, {}
-    with agreed(transport):
+    with agreed(transport, "Pipeline: the state it starts from"):
         on_meta = is_meta(chain)
         if given.state is not None:
             source = open_source(given.state, aliases)
             found = check(source, _tensors(chain, own), aliases)
-    with agreed(transport), generators_kept([]), torch.inference_mode(False):
+    with agreed(transport, "Pipeline: first values"), generators_kept([]), torch.inference_mode(False):
         if on_meta:
             materialise(
                 chain,

@@ -1,0 +1,140 @@
+"""Where all ranks meet: each says what it has come for, and all hear it if these differ.
+
+Problem: ranks that make different calls would take each other's numbers for answers, or wait for
+ever; numbers that nobody reads would stay in the stream and be read by the next call.
+Idea: a star around rank 0 (gloo's all_gather goes around a ring, its broadcast down a tree, and
+on a machine with few cores every hop waits for a process to wake). Whatever the call is, first
+travels one frame of a fixed size with its name; what finds no room in it follows. Rank 0 compares
+the names and answers all. That a rank's program has ended is a name too, so whoever waits for it
+learns that at once.
+"""
+
+import pickle
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+
+from stagewise.engine.transport.wire import Wire
+from stagewise.errors import BatchError, PeerError
+
+T = TypeVar("T")
+FRAME_BYTES = 1024  # room for a step's row on several ranks
+_NAME_BYTES = 200
+_HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # bytes of what is said, how it is meant, the call's name
+_AGREED, _DIFFERENT, _ENDED = range(3)
+_ROOM = FRAME_BYTES - _HEAD.size
+_NUMBER = struct.Struct("=q")
+
+
+class Rendezvous:
+    """All ranks make the same calls of this in the same order, or learn that they do not."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._rank, self._others, self._wire = wire.rank, range(1, wire.num_ranks), wire
+        self._last = "it was built"
+
+    def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
+        """Every rank's row, by rank, where all come for `what`; else all raise BatchError.
+
+        PeerError on all where some rank's program has ended.
+        """
+        rows = self._said(struct.pack(f"={len(row)}q", *row), what)
+        lengths = [len(said) // _NUMBER.size for said in rows]
+        if len(set(lengths)) > 1:
+            raise BatchError(
+                f"ranks come for {what} with {lengths} numbers, so they hold other models or other "
+                "versions of stagewise; run the same code on every rank"
+            )
+        return [list(struct.unpack(f"={lengths[0]}q", said)) for said in rows]
+
+    def gather(self, value: T, what: str) -> list[T]:
+        """Every rank's value, pickled, by rank; else as `exchange`."""
+        return [pickle.loads(said) for said in self._said(pickle.dumps(value), what)]
+
+    def leave(self, why: str) -> None:
+        """Tell whoever meets that this rank's program has ended, and `why`; waits for nobody."""
+        text = f"rank {self._rank}'s program has ended{why}, after {self._last}"
+        for rank in self._others if self._rank == 0 else (0,):
+            self._say(rank, _ENDED, "", text.encode())
+
+    def _said(self, own: bytes, what: str) -> list[bytes]:
+        self._last = what
+        if self._rank == 0:
+            meaning, answer = self._compared(own, what)
+            for rank in self._others:
+                self._say(rank, meaning, what, answer)
+        else:
+            self._say(0, _AGREED, what, own)
+            meaning, _, answer = self._heard([0])[0]
+        if meaning == _AGREED:
+            return _parts(answer)
+        if meaning == _DIFFERENT:
+            raise BatchError(answer.decode())
+        raise PeerError(
+            f"{answer.decode()}, while rank {self._rank} came for {what}; every rank must make "
+            "the same calls in the same order, and have as many batches"
+        )
+
+    def _compared(self, own: bytes, what: str) -> tuple[int, bytes]:
+        """Rank 0's part: hear all, and what to answer."""
+        heard = [(_AGREED, _cut(what), own), *self._heard(self._others)]
+        gone = [said for meaning, _, said in heard if meaning == _ENDED]
+        if gone:
+            return _ENDED, b"; ".join(gone)
+        if len({name for _, name, _ in heard}) > 1:
+            listing = ", ".join(f"rank {r}: {name.decode()}" for r, (_, name, _) in enumerate(heard))
+            return _DIFFERENT, (
+                f"ranks make different calls: {listing}; every rank must make the same calls in "
+                "the same order"
+            ).encode()
+        return _AGREED, b"".join(_NUMBER.pack(len(said)) + said for _, _, said in heard)
+
+    def _say(self, rank: int, meaning: int, what: str, said: bytes) -> None:
+        """Send it; whether that rank has gone is seen where something is awaited of it."""
+        head = bytearray(FRAME_BYTES)
+        _HEAD.pack_into(head, 0, len(said), meaning, _cut(what))
+        head[_HEAD.size : _HEAD.size + min(len(said), _ROOM)] = said[:_ROOM]
+        with suppress(OSError, RuntimeError):
+            self._wire.post(torch.frombuffer(head, dtype=torch.int64), rank, control=True)
+            if len(said) > _ROOM:
+                rest = torch.frombuffer(bytearray(said[_ROOM:]), dtype=torch.uint8)
+                self._wire.post(rest, rank, control=True)
+
+    def _heard(self, ranks: Sequence[int]) -> list[tuple[int, bytes, bytes]]:
+        """What these ranks say: how it is meant, what for, and what."""
+        frames = [torch.empty(FRAME_BYTES // 8, dtype=torch.int64) for _ in ranks]
+        works = [
+            self._wire.start_receiving(frame, rank, control=True)
+            for frame, rank in zip(frames, ranks, strict=True)
+        ]
+        heard = []
+        for frame, work, rank in zip(frames, works, ranks, strict=True):
+            self._wire.wait([work], rank)
+            data = frame.numpy().tobytes()
+            num_bytes, meaning, what = _HEAD.unpack_from(data)
+            said = data[_HEAD.size : _HEAD.size + min(num_bytes, _ROOM)]
+            if num_bytes > _ROOM:
+                rest = torch.empty(num_bytes - _ROOM, dtype=torch.uint8)
+                self._wire.wait([self._wire.start_receiving(rest, rank, control=True)], rank)
+                said += rest.numpy().tobytes()
+            heard.append((meaning, what.rstrip(b"\0"), said))
+        return heard
+
+
+def _cut(what: str) -> bytes:
+    """A call's name as it travels."""
+    return what.encode("ascii", "backslashreplace")[:_NAME_BYTES]
+
+
+def _parts(joined: bytes) -> list[bytes]:
+    """What each rank said, of rank 0's answer."""
+    parts, start = [], 0
+    while start < len(joined):
+        (length,) = _NUMBER.unpack_from(joined, start)
+        start += _NUMBER.size
+        parts.append(joined[start : start + length])
+        start += length
+    return parts
