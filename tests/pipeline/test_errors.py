@@ -201,7 +201,7 @@ def disagreements() -> dict[str, str]:
 
 def test_ranks_that_disagree_all_raise(pools: Pools) -> None:
     for rank, texts in enumerate(pools[3].run(disagreements, seconds=SOON_SECONDS)):
-        assert "ranks make different calls: rank 0: predict, rank 1: train" in texts["call"]
+        assert "ranks make different calls: rank 0: predict, rank 1: step" in texts["call"]
         assert "ranks are at different steps: rank 0: 1, rank 1: 0" in texts["step"]
         assert "inputs of different shapes" in texts["shape"]
         assert "inputs of different shapes" in texts["dtype"]

@@ -20,6 +20,7 @@ from stagewise.checkpoints.names import names_of
 from stagewise.checkpoints.saving import save
 from stagewise.checkpoints.sources import State
 from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_value
+from stagewise.engine.gradients.overflow import Overflow
 from stagewise.engine.stage.call import Call, Mode, Scaling
 from stagewise.engine.stage.keywords import Takers
 from stagewise.engine.stage.skips import SkipRoutes
@@ -35,7 +36,7 @@ from stagewise.engine.step.results import (
 from stagewise.engine.step.step import UNSCALED, Runner
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
-from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError
+from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError, UsageError
 from stagewise.model.captured import captured_of
 from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, chain_of, module_tree
@@ -49,6 +50,7 @@ from stagewise.pipeline.build.refusals import (
     check_buffers,
     check_frequencies,
     check_storages,
+    model_in_words,
     scaled_by_frequency,
 )
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
@@ -177,7 +179,17 @@ class Pipeline:
         check_batchnorms(chain, ranks_of_cells(plan, self._transport))
         self._by_frequency = scaled_by_frequency(chain)
         check_frequencies(self._by_frequency, plan.num_microbatches)
-        agree_on_model(self._transport, plan, self.parameter_shapes)
+        self._model_in_words = model_in_words(whole)
+        options = {
+            "seed": seed,
+            "weight": weight is not None,
+            "accumulate_in_float32": accumulate_in_float32,
+            "batch_dim": batch_dim,
+            "loss_reduction": loss_reduction,
+            "split": split is not None,
+            "merge": merge is not None,
+        }
+        agree_on_model(self._transport, plan, self._model_in_words, options)
         check_buffers(chain, plan, self._devices, self._transport)
         check_storages(chain, plan, self._transport)
         self._aliases = names_of(chain)
@@ -207,6 +219,8 @@ class Pipeline:
         self._losses: dict[str, torch.Tensor] = {}
         self._num_microbatches, self._microbatch_losses = 0, Losses()
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
+        self._runner.root = self.module
+        self.overflow = Overflow(self._transport, self.parameters, lambda: self.step_index)
 
     # Calls: every rank makes the same ones, in the same order.
 
@@ -350,6 +364,7 @@ class Pipeline:
 
         Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
         """
+        self.overflow.before_meeting()
         return clip_by_global_norm(
             dict(self.named_parameters()),
             dict(zip(self.parameter_shapes, self._dtypes, strict=True)),
@@ -377,14 +392,16 @@ class Pipeline:
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
+        self._transport.exchange((), "measure_memory")
         batch = self._batch(inputs, target, kwargs, self._batch_dim)
         peak = measure_memory(self._runner, *batch, batch_dim=self._batch_dim)
-        return tuple(row[0] for row in self._transport.exchange([peak]))
+        return tuple(row[0] for row in self._transport.exchange([peak], "measure_memory: peaks"))
 
     def rehearse(
         self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
+        self._transport.exchange((), "rehearse")
         batch = self._batch(inputs, target, kwargs, self._batch_dim)
         return rehearse(self._runner, *batch, num_steps, batch_dim=self._batch_dim)
 
@@ -398,7 +415,7 @@ class Pipeline:
         Microbatches, schedule and recompute policy may change, since no parameter moves. Raises
         PlanError, and changes nothing, where cells would go to other stages or devices.
         """
-        agree_on_model(self._transport, plan, self.parameter_shapes)
+        agree_on_model(self._transport, plan, self._model_in_words, {})
         now, then = self.plan, plan
         for what, got, need in (
             ("balance", then.engine_balance, now.engine_balance),
@@ -416,7 +433,8 @@ class Pipeline:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
-        return any(row[0] for row in self._transport.exchange([int(flag)]))
+        self.overflow.before_meeting()
+        return any(row[0] for row in self._transport.exchange([int(flag)], "any"))
 
     # This rank's share of the model, under the plain model's names.
 
@@ -552,15 +570,27 @@ class Pipeline:
         batch_dim: int | None,
         scaling: Scaling = UNSCALED,
     ) -> Call:
-        if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
-            raise BatchError(
-                "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
-                "function, so that the model can return outputs"
-            )
+        self.overflow.before_meeting()
         dim = self._batch_dim if batch_dim is None else batch_dim
-        batch = self._batch(inputs, target, kwargs, dim)
+        batch: tuple[object, object, Mapping[str, object]] = None, None, {}
+        objection: UsageError | None = None
+        try:
+            if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
+                raise BatchError(
+                    "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
+                    "function, so that the model can return outputs"
+                )
+            batch = self._batch(inputs, target, kwargs, dim)
+        except UsageError as error:  # the other ranks must hear of it
+            objection = error
         call = self._runner.run(
-            mode, self.step_index, *batch, outputs_on, scaling=scaling, batch_dim=dim
+            mode,
+            self.step_index,
+            *batch,
+            outputs_on,
+            scaling=scaling,
+            batch_dim=dim,
+            objection=objection,
         )
         self._num_microbatches, self._microbatch_losses = len(call.sizes), call.losses
         return call

@@ -1,5 +1,7 @@
 """Gradient scaling for fp16, agreed between the stages."""
 
+from typing import Any
+
 import torch
 
 from stagewise.pipeline.pipeline import Pipeline
@@ -7,6 +9,10 @@ from stagewise.pipeline.pipeline import Pipeline
 
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` that skips a step on every rank where any rank finds inf or nan.
+
+    After each `pipe.step` the ranks agree once, on all gradients: where one is inf or nan, every
+    optimizer on every rank skips its step. So ranks may have different optimizers, and a rank
+    without parameters may leave out `unscale_` and `step`, but not `update`.
 
     Args:
         pipe: whose gradients are scaled; every rank makes its own scaler and the same calls.
@@ -33,6 +39,19 @@ class GradScaler(torch.amp.GradScaler):
         self._pipe = pipe
         if self.is_enabled():
             self._lazy_init_scale_growth_tracker(pipe.device)
+            pipe.overflow.is_wanted = True
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """As torch's; every rank calls this, also one without any optimizer."""
+        overflow = self._pipe.overflow
+        if self.is_enabled():
+            overflow.before_meeting()
+            states: dict[int, dict[str, Any]] = self._per_optimizer_states
+            if states or not any(p.requires_grad for p in self._pipe.parameters()):
+                found = torch.full((), float(overflow.found), device=self._pipe.device)
+                states[id(overflow)]["found_inf_per_device"] = {self._pipe.device: found}
+            overflow.end_round()
+        super().update(new_scale)
 
     def _unscale_grads_(
         self,
@@ -42,7 +61,10 @@ class GradScaler(torch.amp.GradScaler):
         allow_fp16: bool,
     ) -> dict[torch.device, torch.Tensor]:
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        anywhere = self._pipe.any(any(bool(flag) for flag in found.values()))
+        own = any(bool(flag) for flag in found.values())
+        known = [p for group in optimizer.param_groups for p in group["params"]]
+        anywhere = self._pipe.overflow.ask(known, found=own)
         return {
-            device: torch.full_like(found_inf, anywhere) for device in [*found, found_inf.device]
+            device: torch.full_like(found_inf, anywhere or own)
+            for device in [*found, found_inf.device]
         }

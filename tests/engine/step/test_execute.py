@@ -68,5 +68,7 @@ def test_local_transport_moves_and_forgets() -> None:
     transport.send(message, x)
     transport.begin(0, {})  # what a failed call left behind is dropped
     transport.finish()
-    assert transport.exchange([1, 2]) == [[1, 2]] and transport.gather("a") == ["a"]
+    assert transport.exchange([1, 2], "a row") == [[1, 2]] and transport.gather("a", "a value") == [
+        "a"
+    ]
     assert transport.broadcast(x, 0) is x

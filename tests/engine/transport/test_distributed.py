@@ -194,8 +194,8 @@ def collectives() -> list[object]:
     rank = transport.rank
     value: object = {"x": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(2) > 0, "n": None}
     return [
-        transport.exchange([rank, -(2**62)]),
-        transport.gather(f"rank {rank}"),
+        transport.exchange([rank, -(2**62)], "row"),
+        transport.gather(f"rank {rank}", "name"),
         transport.broadcast(value if rank == 1 else None, 1),
         (transport.rank, transport.num_ranks, dist.get_world_size()),
     ]

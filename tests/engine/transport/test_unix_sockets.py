@@ -149,6 +149,6 @@ def neighbours(without: int | None) -> tuple[set[int], list[list[int]]]:
         transport = DistributedTransport(torch.device("cpu"))
     finally:
         near._listener = listener
-    return set(transport._near), [
-        [row[0] for row in transport.exchange([transport.rank])] for _ in range(3)
+    return set(transport._wire._near), [
+        [row[0] for row in transport.exchange([transport.rank], "rank")] for _ in range(3)
     ]

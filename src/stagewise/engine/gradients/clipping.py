@@ -60,7 +60,9 @@ def clip_by_global_norm(
             present[place[name]] = 1
     unknown = [name for name in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
-    rows = torch.tensor(transport.exchange(row), dtype=torch.int64)
+    rows = torch.tensor(
+        transport.exchange(row, f"clip_grad_norm_({float(max_norm)!r})"), dtype=torch.int64
+    )
     rows, num_unknown = rows[:, :-1], rows[:, -1]
     if num_unknown.any():
         raise ModelError(

@@ -1,13 +1,14 @@
 """Before a tensor moves: check the batch, agree across ranks, split into microbatches.
 
-Every rank sends one row of numbers; from the rows each rank sees that all make the same call,
-at the same step, with batches that fit together. If any rank objects, all raise.
+Every rank casts one `Vote`; from the votes each rank sees that all are at the same step, in the
+same mode, with batches that fit together. If any rank objects, all raise.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -16,12 +17,12 @@ from stagewise.batch.split import Extent, extent, microbatch_sizes
 from stagewise.batch.values import take_apart
 from stagewise.engine.stage.call import Mode
 from stagewise.engine.stage.keywords import NOT_GIVEN, Takers
+from stagewise.engine.step.digest import digest
+from stagewise.engine.step.vote import Vote, called, check_same
 from stagewise.engine.transport.transport import Transport
-from stagewise.errors import BatchError, CellError, ModelError, UsageError
+from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
 
-_NONE = NOT_GIVEN
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
-_FIRST_KEYWORD = 11  # of a row's columns
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ def admit(
     flags: Sequence[bool],
     shared_flags: Sequence[Sequence[bool] | None] = (),
     options: object = None,
+    training: bool = True,
+    compares_values: bool = False,
+    objection: UsageError | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
@@ -57,64 +61,61 @@ def admit(
     A batch is split into `most_microbatches`, or its samples if those are fewer; `outputs_on`
     are the ranks that want the outputs; `flags` is what else on this rank decides what its
     messages hold (`Stage.flags`); `shared_flags` are those of every replicated stage, None where
-    this rank does not hold it; they and `options` must be the same on all ranks. `check` raises
-    what else speaks against the call here.
+    this rank does not hold it; they, `options`, `training` and autocast must be the same on all
+    ranks, and so the batch's values, if this call `compares_values`. `objection` is what speaks
+    against the call here already, and `check` raises what else does.
     """
-    objection: UsageError | None = None
-    signature, batch = _NONE, Extent()
-    named = [_NONE] * len(takers.names)
+    batch, parts = Extent(), [inputs, target, *(keywords.get(name) for name in takers.names)]
+    forms = values = [NOT_GIVEN] * len(parts)
     try:
+        if objection is not None:
+            raise objection
         check()
         takers.check_known(keywords)
         _check_present("inputs", inputs, needs_inputs and not takers.starts_by_name(keywords))
         _check_present("target", target, needs_target)
         _check_ranks(outputs_on, transport.num_ranks)
         batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
-        if inputs is not None:
-            signature = fingerprint(_forms(inputs))
-        if keywords:
-            named = [_mark(keywords.get(name)) for name in takers.names]
-    except (BatchError, ModelError) as error:
-        objection = error
-    own = fingerprint((tuple(flags), _autocast()))
-    total = _NONE if batch.num_samples is None else batch.num_samples
-    ready = _NONE if batch.sizes is None else fingerprint(batch.sizes)
-    wanted = fingerprint(list(outputs_on)) if outputs_on else 0
-    num_args = positional(inputs) if needs_inputs else _NONE
-    row = (
-        *(mode, step_index, total, ready, signature, objection is not None, own, wanted, num_args),
-        fingerprint(options),
-        _mark(target) if needs_target and shared_flags and not objection else _NONE,
-        *named,
-        *(_NONE if flags is None else fingerprint(tuple(flags)) for flags in shared_flags),
+        forms = list(map(_mark, parts))
+        if compares_values and transport.num_ranks > 1:
+            values = [NOT_GIVEN if part is None else digest(part) for part in parts]
+    except StagewiseError as error:
+        objection = error if isinstance(error, UsageError) else BatchError(str(error))
+    autocast = _autocast()
+    own = Vote(
+        step_index=step_index,
+        num_samples=NOT_GIVEN if batch.num_samples is None else batch.num_samples,
+        objects=int(objection is not None),
+        num_args=positional(inputs) if needs_inputs else NOT_GIVEN,
+        flags=fingerprint((tuple(flags), autocast)),
+        sizes=NOT_GIVEN if batch.sizes is None else fingerprint(batch.sizes),
+        inputs=forms[0],
+        target=forms[1] if needs_target and shared_flags else NOT_GIVEN,
+        scaling=fingerprint(options),
+        outputs_on=fingerprint(list(outputs_on)) if outputs_on else 0,
+        autocast=fingerprint(autocast),
+        training=int(training),
+        input_values=values[0],
+        target_values=values[1],
+        keywords=tuple(forms[2:]),
+        keyword_values=tuple(values[2:]),
+        shared_flags=tuple(
+            NOT_GIVEN if flags is None else fingerprint(tuple(flags)) for flags in shared_flags
+        ),
     )
-    rows = transport.exchange([int(number) for number in row], NAMES[mode])
-    if any(row[5] for row in rows):
-        texts = transport.gather(str(objection) if objection else None, "objections")
-        if objection:
-            raise objection
-        rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)
-        raise BatchError(f"rank {rank} refused the batch: {text}")
-    _agree(rows, 0, "make different calls", lambda number: Mode(number).name.lower())
-    _agree(rows, 1, "are at different steps", str)
-    _agree(rows, 3, "were given Microbatches of other sizes (fingerprints differ)", hex)
-    _agree(rows, 4, "were given inputs of different shapes (fingerprints differ)", hex)
-    _agree(rows, 9, "were given different totals or scales (fingerprints differ)", hex)
-    _agree(rows, 7, "want the outputs on different ranks (fingerprints differ)", hex)
-    _agree(rows, 10, "need targets but were given other forms of them (fingerprints differ)", hex)
-    end = _FIRST_KEYWORD + len(takers.names)
-    for column in range(end, end + len(shared_flags)):
-        what = "hold one stage, but with other modes or requires_grad (fingerprints differ)"
-        _agree(rows, column, what, hex)
-    for column, name in enumerate(takers.names, start=_FIRST_KEYWORD):
-        _agree(rows, column, f"were given other forms of {name!r} (fingerprints differ)", hex)
-    columns = list(zip(*rows, strict=True))
-    forms = columns[_FIRST_KEYWORD:end]
-    takers.check_given(forms, max(columns[8]))
-    total = _total(columns[2])
-    is_ready = max(columns[3]) != _NONE
+    votes = [own.same_kind(row) for row in transport.exchange(own.row(), called(mode))]
+    if any(vote.objects for vote in votes):
+        _refuse(transport, objection)
+    check_same(votes, takers.names)
+    num_args = max(vote.num_args for vote in votes)
+    named = list(zip(*(vote.keywords for vote in votes), strict=True))
+    takers.check_given(named, num_args)
+    total = _total([vote.num_samples for vote in votes])
+    is_ready = any(vote.sizes != NOT_GIVEN for vote in votes)
     if is_ready:  # some ranks may have none of the Microbatches
-        sizes = next(sizes for sizes in transport.gather(batch.sizes, "sizes") if sizes is not None)
+        sizes = next(
+            s for s in transport.gather(batch.sizes, f"{called(mode)}: sizes") if s is not None
+        )
         if mode is Mode.TRAIN and len(sizes) > most_microbatches:
             raise BatchError(
                 f"got Microbatches of {len(sizes)} parts, but the plan has {most_microbatches} "
@@ -122,13 +123,26 @@ def admit(
             )
     else:
         sizes = tuple(microbatch_sizes(total, min(total, most_microbatches)))
-    shared = (max(columns[4]), [max(form) for form in forms], sizes if is_ready else None)
-    signature = fingerprint((int(mode), shared, columns[6]))
-    return Admitted(signature, sizes, is_ready, max(columns[8]))
+    shared = (
+        max(vote.inputs for vote in votes),
+        [max(form) for form in named],
+        sizes if is_ready else None,
+    )
+    signature = fingerprint((int(mode), shared, [vote.flags for vote in votes]))
+    return Admitted(signature, sizes, is_ready, num_args)
+
+
+def _refuse(transport: Transport, objection: UsageError | None) -> NoReturn:
+    """Raise what speaks against the call here, or else on the first rank where anything does."""
+    texts = transport.gather(str(objection) if objection else None, "step: objections")
+    if objection:
+        raise objection
+    rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)
+    raise BatchError(f"rank {rank} refused the batch: {text}")
 
 
 def _total(counts: Sequence[int]) -> int:
-    totals = {number for number in counts if number != _NONE}
+    totals = {number for number in counts if number != NOT_GIVEN}
     if not totals:
         raise BatchError(
             "nothing in the batch has samples; pass tensors with samples along dimension 0"
@@ -170,7 +184,7 @@ def _check_ranks(ranks: Sequence[int], num_ranks: int) -> None:
 
 def _mark(value: object) -> int:
     """A part of the batch that this rank passes, as a number."""
-    return _NONE if value is None else fingerprint(_forms(value))
+    return NOT_GIVEN if value is None else fingerprint(_forms(value))
 
 
 def _tensors(value: object, what: str) -> list[torch.Tensor]:
@@ -178,15 +192,6 @@ def _tensors(value: object, what: str) -> list[torch.Tensor]:
         return take_apart(value)[0]
     except CellError as error:
         raise BatchError(f"{what}: {error}") from error
-
-
-def _agree(
-    rows: Sequence[Sequence[int]], column: int, what: str, show: Callable[[int], str]
-) -> None:
-    said = {rank: row[column] for rank, row in enumerate(rows) if row[column] != _NONE}
-    if len(set(said.values())) > 1:
-        listing = ", ".join(f"rank {rank}: {show(number)}" for rank, number in said.items())
-        raise BatchError(f"ranks {what}: {listing}; every rank must make the same calls in order")
 
 
 def _forms(value: object) -> object:

@@ -27,7 +27,7 @@ def agreed_failure(transport: Transport, failure: Failure | None, place: int) ->
     if failure is not None:
         error = failure.error
         own = (place, transport.rank, f"{type(error).__name__}: {error}", failure.out_of_memory)
-    first = min(other for other in transport.gather(own, "what failed") if other is not None)
+    first = min(other for other in transport.gather(own, "step: what failed") if other is not None)
     _, rank, text, out_of_memory = first
     raised: StagewiseError
     if out_of_memory:
@@ -51,9 +51,7 @@ def agreed(transport: Transport, what: str) -> Iterator[None]:
         yield
     except UsageError as error:
         objection = error
-    told = transport.gather(
-        None if objection is None else (type(objection), str(objection)), what
-    )
+    told = transport.gather(None if objection is None else (type(objection), str(objection)), what)
     if objection is not None:
         raise objection
     for rank, one in enumerate(told):

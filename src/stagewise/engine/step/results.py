@@ -17,6 +17,7 @@ from stagewise.batch.markers import Microbatches
 from stagewise.batch.split import join
 from stagewise.batch.values import detached
 from stagewise.engine.stage.call import Call
+from stagewise.engine.step.vote import called
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import BatchError
 from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
@@ -58,7 +59,7 @@ def agree_on_losses(
         row = [0, 0, int(usual), int(call.lost)]
         if usual and only is not None:
             row[:2] = _packed(only)
-        rows = transport.exchange(row, "the loss")
+        rows = transport.exchange(row, f"{called(call.mode)}: the loss")
         if any(other[3] for other in rows):
             return None
         usual = all(other[2] for other in rows)
@@ -66,7 +67,7 @@ def agree_on_losses(
     if usual and only is not None:
         return only, {MAIN_LOSS: only}
     rank_parts = transport.gather(
-        ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), "the losses"
+        ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), f"{called(call.mode)}: losses"
     )
     every = {key: value for _, others in rank_parts for key, value in others.items()}
     return _total(rank_parts[source][0], every, device)
@@ -89,14 +90,17 @@ def losses_by_microbatch(
 ) -> list[dict[str, torch.Tensor]]:
     """Every microbatch's own losses by name, unweighted, on every rank; all ranks call this."""
     found: Losses = {}
-    for own in transport.gather({m: {n: t.cpu() for n, t in x.items()} for m, x in losses.items()}):
+    cpu = {m: {name: loss.cpu() for name, loss in own.items()} for m, own in losses.items()}
+    for own in transport.gather(cpu, "microbatch_losses"):
         found.update(own)
     return [found.get(m, {}) for m in range(num_microbatches)]
 
 
 def agree_on_end(transport: Transport, call: Call) -> bool:
     """Whether all went well on every rank, where there is no loss to agree on."""
-    return not any(row[0] for row in transport.exchange([int(call.lost)], "the end"))
+    return not any(
+        row[0] for row in transport.exchange([int(call.lost)], f"{called(call.mode)}: the end")
+    )
 
 
 def _everyones(
@@ -110,7 +114,7 @@ def _everyones(
     for m in range(len(call.sizes)):
         loss = call.losses.get(m, {}).get(MAIN_LOSS) if usual else None
         row += [0, -1] if loss is None else _packed(loss)
-    rows = transport.exchange(row, "every microbatch's loss")
+    rows = transport.exchange(row, f"{called(call.mode)}: every loss")
     if any(row[1] for row in rows):
         return None
     losses: Losses = {}
@@ -126,7 +130,7 @@ def _everyones(
         {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in call.added.items()},
     )
     added: AddedLosses = {}
-    for named_by_m, added_by_m in transport.gather(own, "the losses"):
+    for named_by_m, added_by_m in transport.gather(own, f"{called(call.mode)}: losses"):
         for m, named in named_by_m.items():
             losses[m] = {name: loss.to(device) for name, loss in named.items()}
         for m, parts in added_by_m.items():

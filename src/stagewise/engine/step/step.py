@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 from stagewise.batch.markers import Arguments, along
 from stagewise.batch.split import split
@@ -22,13 +23,14 @@ from stagewise.engine.stage.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.step.admission import Admitted, admit, fingerprint
 from stagewise.engine.step.agreement import agreed_failure
+from stagewise.engine.step.digest import is_compared
 from stagewise.engine.step.execute import execute
 from stagewise.engine.step.results import agree_on_end, agree_on_losses
 from stagewise.engine.step.unchanged import Unchanged
 from stagewise.engine.step.weights import Weight, agree_on_shares, check_scaling
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Links, Transport
-from stagewise.errors import CellError, PeerError, StagewiseError
+from stagewise.errors import CellError, PeerError, StagewiseError, UsageError
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span, Timeline
@@ -75,6 +77,8 @@ class Runner:
         self.spans: tuple[Span, ...] = ()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
+        self._num_calls = 0
+        self.root: nn.Module | None = None  # whose mode all ranks must have
 
     def run(
         self,
@@ -88,12 +92,14 @@ class Runner:
         scaling: Scaling = UNSCALED,
         batch_dim: int = 0,
         observe: Observer | None = None,
+        objection: UsageError | None = None,
     ) -> Call:
         """Run one call to its end; the spans of this rank are in `spans` afterwards.
 
         Samples lie along `batch_dim` where the batch does not say otherwise (see BatchDim). The
         outputs are kept where some rank wants them. If a rank fails, all raise, and the next
-        call may follow, unless one was lost or interrupted.
+        call may follow, unless one was lost or interrupted. `objection` is what the caller has
+        against the call already.
         """
         if self._broken:
             raise StagewiseError(
@@ -123,8 +129,12 @@ class Runner:
                 self.stages[s].flags() if s in self.stages else None for s in self._replicated
             ],
             options=(scaling, batch_dim, self.sums_losses),
+            training=self.root is None or self.root.training,
+            compares_values=is_compared(self._num_calls),
+            objection=objection,
             check=lambda: self._unchanged.check(training=training),
         )
+        self._num_calls += 1
         check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
         order, own = self._program(training, len(admitted.sizes))
         devices = {stage.device for stage in self.stages.values()}

@@ -17,16 +17,18 @@ from typing import TypeVar
 
 import torch
 
+from stagewise.engine.transport.unix_sockets import Work
 from stagewise.engine.transport.wire import Wire
 from stagewise.errors import BatchError, PeerError
 
 T = TypeVar("T")
 FRAME_BYTES = 1024  # room for a step's row on several ranks
 _NAME_BYTES = 200
-_HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # bytes of what is said, how it is meant, the call's name
+_HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # bytes of what is said; how it is meant; what for
 _AGREED, _DIFFERENT, _ENDED = range(3)
 _ROOM = FRAME_BYTES - _HEAD.size
 _NUMBER = struct.Struct("=q")
+_Awaited = tuple[int, torch.Tensor, Work]  # of which rank, where to, until when
 
 
 class Rendezvous:
@@ -34,7 +36,7 @@ class Rendezvous:
 
     def __init__(self, wire: Wire) -> None:
         self._rank, self._others, self._wire = wire.rank, range(1, wire.num_ranks), wire
-        self._last = "it was built"
+        self._last = "Pipeline(...)"
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
         """Every rank's row, by rank, where all come for `what`; else all raise BatchError.
@@ -56,19 +58,20 @@ class Rendezvous:
 
     def leave(self, why: str) -> None:
         """Tell whoever meets that this rank's program has ended, and `why`; waits for nobody."""
-        text = f"rank {self._rank}'s program has ended{why}, after {self._last}"
+        text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
         for rank in self._others if self._rank == 0 else (0,):
             self._say(rank, _ENDED, "", text.encode())
 
     def _said(self, own: bytes, what: str) -> list[bytes]:
-        self._last = what
+        self._last = what.split(":")[0]
         if self._rank == 0:
             meaning, answer = self._compared(own, what)
             for rank in self._others:
                 self._say(rank, meaning, what, answer)
         else:
+            awaited = self._awaited([0])  # before anything is said: so the answer finds its room
             self._say(0, _AGREED, what, own)
-            meaning, _, answer = self._heard([0])[0]
+            ((meaning, _, answer),) = self._heard(awaited)
         if meaning == _AGREED:
             return _parts(answer)
         if meaning == _DIFFERENT:
@@ -80,15 +83,15 @@ class Rendezvous:
 
     def _compared(self, own: bytes, what: str) -> tuple[int, bytes]:
         """Rank 0's part: hear all, and what to answer."""
-        heard = [(_AGREED, _cut(what), own), *self._heard(self._others)]
+        heard = [(_AGREED, _cut(what), own), *self._heard(self._awaited(self._others))]
         gone = [said for meaning, _, said in heard if meaning == _ENDED]
         if gone:
             return _ENDED, b"; ".join(gone)
         if len({name for _, name, _ in heard}) > 1:
-            listing = ", ".join(f"rank {r}: {name.decode()}" for r, (_, name, _) in enumerate(heard))
+            names = [f"rank {rank}: {name.decode()}" for rank, (_, name, _) in enumerate(heard)]
             return _DIFFERENT, (
-                f"ranks make different calls: {listing}; every rank must make the same calls in "
-                "the same order"
+                f"ranks make different calls: {', '.join(names)}; every rank must make the same "
+                "calls in the same order"
             ).encode()
         return _AGREED, b"".join(_NUMBER.pack(len(said)) + said for _, _, said in heard)
 
@@ -102,16 +105,20 @@ class Rendezvous:
             if len(said) > _ROOM:
                 rest = torch.frombuffer(bytearray(said[_ROOM:]), dtype=torch.uint8)
                 self._wire.post(rest, rank, control=True)
+                self._wire.finish()  # its room is made only now, when this rank may have ended
 
-    def _heard(self, ranks: Sequence[int]) -> list[tuple[int, bytes, bytes]]:
-        """What these ranks say: how it is meant, what for, and what."""
+    def _awaited(self, ranks: Sequence[int]) -> list[_Awaited]:
+        """The frames that these ranks send next."""
         frames = [torch.empty(FRAME_BYTES // 8, dtype=torch.int64) for _ in ranks]
-        works = [
-            self._wire.start_receiving(frame, rank, control=True)
-            for frame, rank in zip(frames, ranks, strict=True)
+        return [
+            (rank, frame, self._wire.start_receiving(frame, rank, control=True))
+            for rank, frame in zip(ranks, frames, strict=True)
         ]
+
+    def _heard(self, awaited: Sequence[_Awaited]) -> list[tuple[int, bytes, bytes]]:
+        """What ranks say: how it is meant, what for, and what."""
         heard = []
-        for frame, work, rank in zip(frames, works, ranks, strict=True):
+        for rank, frame, work in awaited:
             self._wire.wait([work], rank)
             data = frame.numpy().tobytes()
             num_bytes, meaning, what = _HEAD.unpack_from(data)

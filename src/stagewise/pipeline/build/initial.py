@@ -51,7 +51,11 @@ def initialise(
         if given.state is not None:
             source = open_source(given.state, aliases)
             found = check(source, _tensors(chain, own), aliases)
-    with agreed(transport, "Pipeline: first values"), generators_kept([]), torch.inference_mode(False):
+    with (
+        agreed(transport, "Pipeline: first values"),
+        generators_kept([]),
+        torch.inference_mode(False),
+    ):
         if on_meta:
             materialise(
                 chain,

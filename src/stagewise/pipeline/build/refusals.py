@@ -1,6 +1,5 @@
 """Embeddings whose gradient depends on the whole minibatch, which no microbatch sees."""
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.batch.layouts import storages
+from stagewise.engine.step.admission import fingerprint
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Cell, Chain
@@ -36,21 +36,36 @@ def check_frequencies(names: Sequence[str], num_microbatches: int) -> None:
 
 
 def agree_on_model(
-    transport: Transport, plan: Plan, parameter_shapes: Mapping[str, tuple[int, ...]]
+    transport: Transport, plan: Plan, model: Sequence[object], options: Mapping[str, object]
 ) -> None:
-    """Raise PlanError on every rank unless all have the same plan and parameter names."""
-    marks = []
-    for text in (plan.to_json(), repr(list(parameter_shapes.items()))):
-        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        marks.append(int.from_bytes(digest, "big"))
-    rows = transport.exchange(marks)
-    for column, what in enumerate(("plans", "models")):
+    """Raise PlanError on every rank unless all have the same plan, model and options.
+
+    `model` is what `model_in_words` says; of `options`, by name, the values are compared.
+    """
+    marks = [fingerprint(text) for text in (plan.to_json(), model, *options.values())]
+    rows = transport.exchange(marks, "Pipeline(...)" if options else "use(plan)")
+    for column, what in enumerate(["plans", "models", *(f"{name}=" for name in options)]):
         differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
         if differing:
             raise PlanError(
                 f"ranks {differing} have other {what} than rank 0; build model and plan from the "
                 "same code on every rank (stagewise.plan agrees by itself when every rank calls it)"
             )
+
+
+def model_in_words(model: nn.Module) -> list[object]:
+    """What must be the same on every rank: parameters, classes, and what torch's own print."""
+    return [
+        [(name, p.shape, p.dtype) for name, p in model.named_parameters()],
+        [
+            (name, type(module).__qualname__, module.extra_repr() if _is_torchs(module) else "")
+            for name, module in model.named_modules()
+        ],
+    ]
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def check_buffers(

@@ -1,0 +1,113 @@
+"""What one rank says of a call before it runs, as a row of numbers, and what must be the same."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stagewise.engine.stage.call import Mode
+from stagewise.engine.stage.keywords import NOT_GIVEN
+from stagewise.errors import BatchError
+
+_CALLS = {Mode.TRAIN: "step", Mode.EVALUATE: "evaluate", Mode.PREDICT: "predict"}
+_LATER = "; every rank must make the same calls in order"
+_BATCH = (
+    "; give every rank the same batch (draw it by one seed or one sampler), or None where a rank "
+    "needs none of it"
+)
+
+
+def called(mode: Mode) -> str:
+    """The caller's name for it."""
+    return _CALLS[mode]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """Fingerprints but where a field says a number; NOT_GIVEN where a rank has nothing to say.
+
+    Tuples have one entry for each keyword, or for each replicated stage.
+    """
+
+    step_index: int = NOT_GIVEN  # a number
+    num_samples: int = NOT_GIVEN  # a number
+    objects: int = 0  # 1: this rank refuses the call
+    num_args: int = NOT_GIVEN  # a number, of the first cell's positional arguments
+    flags: int = NOT_GIVEN  # what else here decides what messages hold
+    sizes: int = NOT_GIVEN  # of Microbatches
+    inputs: int = NOT_GIVEN  # forms
+    target: int = NOT_GIVEN
+    scaling: int = NOT_GIVEN
+    outputs_on: int = NOT_GIVEN  # ranks
+    autocast: int = NOT_GIVEN
+    training: int = NOT_GIVEN  # 1: after pipe.train(); 0: after pipe.eval()
+    input_values: int = NOT_GIVEN
+    target_values: int = NOT_GIVEN
+    keywords: tuple[int, ...] = ()  # forms
+    keyword_values: tuple[int, ...] = ()
+    shared_flags: tuple[int, ...] = ()
+
+    def row(self) -> list[int]:
+        """As numbers only, for the way between ranks."""
+        return [number for value in vars(self).values() for number in _numbers(value)]
+
+    def same_kind(self, row: Sequence[int]) -> "Vote":
+        """Another rank's, from its row."""
+        rest = iter(row)
+        taken: dict[str, Any] = {f.name: _taken(getattr(self, f.name), rest) for f in fields(self)}
+        return Vote(**taken)
+
+
+def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _taken(like: int | tuple[int, ...], rest: Iterator[int]) -> int | tuple[int, ...]:
+    return tuple(next(rest) for _ in like) if isinstance(like, tuple) else next(rest)
+
+
+# field -> what ranks do that differ in it, how a number reads, what to do
+_MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
+    "step_index": ("are at different steps", str, _LATER),
+    "training": (
+        "are in different modes",
+        lambda number: "train()" if number else "eval()",
+        "; call pipe.train() or pipe.eval() on every rank",
+    ),
+    "autocast": (
+        "run under different autocast (fingerprints differ)",
+        hex,
+        "; enter torch.autocast with the same dtype on every rank",
+    ),
+    "sizes": ("were given Microbatches of other sizes (fingerprints differ)", hex, _LATER),
+    "inputs": ("were given inputs of different shapes (fingerprints differ)", hex, _LATER),
+    "scaling": ("were given different totals or scales (fingerprints differ)", hex, _LATER),
+    "outputs_on": ("want the outputs on different ranks (fingerprints differ)", hex, _LATER),
+    "target": (
+        "need targets but were given other forms of them (fingerprints differ)",
+        hex,
+        _LATER,
+    ),
+    "input_values": ("were given inputs of other values (fingerprints differ)", hex, _BATCH),
+    "target_values": ("were given targets of other values (fingerprints differ)", hex, _BATCH),
+}
+
+
+def check_same(votes: Sequence[Vote], keywords: Sequence[str]) -> None:
+    """Raise BatchError, the same on every rank, if the votes differ in what must be the same."""
+    for name, (what, show, remedy) in _MUST_AGREE.items():
+        _check([getattr(vote, name) for vote in votes], what, show, remedy)
+    for column in zip(*(vote.shared_flags for vote in votes), strict=True):
+        what = "hold one stage, but with other modes or requires_grad (fingerprints differ)"
+        _check(column, what, hex, _LATER)
+    for index, name in enumerate(keywords):
+        what = f"were given other forms of {name!r} (fingerprints differ)"
+        _check([vote.keywords[index] for vote in votes], what, hex, _LATER)
+        what = f"were given other values of {name!r} (fingerprints differ)"
+        _check([vote.keyword_values[index] for vote in votes], what, hex, _BATCH)
+
+
+def _check(column: Sequence[int], what: str, show: Callable[[int], str], remedy: str) -> None:
+    said = {rank: number for rank, number in enumerate(column) if number != NOT_GIVEN}
+    if len(set(said.values())) > 1:
+        listing = ", ".join(f"rank {rank}: {show(number)}" for rank, number in said.items())
+        raise BatchError(f"ranks {what}: {listing}{remedy}")

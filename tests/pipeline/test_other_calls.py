@@ -1,0 +1,236 @@
+"""Ranks that do not make the same calls hear of it at once, all of them, by name."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import stagewise
+from stagewise.errors import BatchError, PeerError, PlanError, StagewiseError
+from tests.harness import Pools
+
+X = torch.arange(32.0).view(8, 4) / 32
+PLAN = stagewise.Plan(balance=(1, 2), schedule="1f1b", num_microbatches=2)
+SOON_SECONDS = 5.0  # the process group's timeout is half an hour
+
+
+def pipeline(**options: object) -> stagewise.Pipeline:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 4))
+    options = {"loss": nn.functional.mse_loss} | options
+    return stagewise.Pipeline(model, PLAN, **options)  # type: ignore[arg-type]
+
+
+def step(pipe: stagewise.Pipeline, batch: torch.Tensor = X, **options: object) -> object:
+    return pipe.step(batch, target=batch, **options)  # type: ignore[call-overload]
+
+
+def cast(pipe: stagewise.Pipeline, *, enabled: bool) -> object:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        return step(pipe)
+
+
+Act = Callable[[stagewise.Pipeline], object]
+# name -> (what rank 0 does, what rank 1 does, the words that both hear)
+ACTS: dict[str, tuple[Act, Act, str]] = {
+    "values": (step, lambda p: step(p, X + 1), "ranks were given inputs of other values"),
+    "order": (step, lambda p: step(p, X.flip(0)), "ranks were given inputs of other values"),
+    "any, step": (lambda p: p.any(False), step, "calls: rank 0: any, rank 1: step"),
+    "step, any": (step, lambda p: p.any(True), "calls: rank 0: step, rank 1: any"),
+    "step, timeline": (step, lambda p: p.timeline(), "rank 0: step, rank 1: timeline"),
+    "any, memory": (
+        lambda p: p.any(True),
+        lambda p: p.measure_memory(X, target=X),
+        "rank 0: any, rank 1: measure_memory",
+    ),
+    "step, clip": (
+        step,
+        lambda p: p.clip_grad_norm_(1.0),
+        "rank 0: step, rank 1: clip_grad_norm_(1.0)",
+    ),
+    "other norms": (
+        lambda p: p.clip_grad_norm_(1),
+        lambda p: p.clip_grad_norm_(2.0),
+        "rank 0: clip_grad_norm_(1.0), rank 1: clip_grad_norm_(2.0)",
+    ),
+    "use": (lambda p: p.use(PLAN), step, "rank 0: use(plan), rank 1: step"),
+    "save": (step, lambda p: p.save_checkpoint("nowhere"), "rank 1: save_checkpoint"),
+    "autocast": (
+        step,
+        partial(cast, enabled=True),
+        "ranks run under different autocast",
+    ),
+    "mode": (step, lambda p: step(p.eval()), "rank 0: train(), rank 1: eval()"),
+    "outputs": (step, lambda p: step(p, return_outputs=True), "outputs on different ranks"),
+    "total": (step, lambda p: step(p, total_samples=16), "different totals or scales"),
+    "refused by itself": (step, lambda p: p.predict(X, ranks=[7]), "rank 0: step, rank 1: predict"),
+}
+
+
+def other_calls() -> dict[str, tuple[str, float]]:
+    """What each act raises here, and after how many seconds; then all steps go on."""
+    pipe = pipeline()
+    texts = {}
+    for name, acts in ACTS.items():
+        step(pipe)
+        start = time.monotonic()
+        try:
+            acts[pipe.rank](pipe)
+        except BatchError as error:
+            texts[name] = str(error), time.monotonic() - start
+        pipe.train()
+    step(pipe)
+    return texts
+
+
+def test_other_calls_are_named_on_both_ranks(pools: Pools) -> None:
+    for texts in pools[2].run(other_calls):
+        assert set(texts) == set(ACTS)
+        for name, (text, seconds) in texts.items():
+            assert ACTS[name][2] in text, name
+            assert seconds < SOON_SECONDS, name
+
+
+# What each rank is given.
+BUILT: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "seed=": ({"seed": 1}, {"seed": 2}),
+    "weight=": ({"weight": len}, {}),
+    "accumulate_in_float32=": ({}, {"accumulate_in_float32": True}),
+}
+
+
+def other_options() -> dict[str, str]:
+    rank, texts = torch.distributed.get_rank(), {}
+    for name, options in BUILT.items():
+        try:
+            pipeline(**options[rank])
+        except PlanError as error:
+            texts[name] = str(error)
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1 * rank), nn.Linear(4, 4))
+        stagewise.Pipeline(model, PLAN)
+    except PlanError as error:
+        texts["models"] = str(error)
+    return texts
+
+
+def test_other_options_are_named_when_a_pipeline_is_built(pools: Pools) -> None:
+    for texts in pools[2].run(other_options):
+        assert set(texts) == {*BUILT, "models"}
+        for name, text in texts.items():
+            assert f"ranks [1] have other {name} than rank 0" in text
+
+
+def one_ends(ending: int) -> tuple[str, float]:
+    pipe = pipeline()
+    step(pipe)
+    if pipe.rank == ending:
+        util._run_finalizers(0)  # type: ignore[attr-defined]  # as a process does at its end
+        return "", 0.0
+    start = time.monotonic()
+    with pytest.raises(PeerError) as raised:
+        step(pipe)
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("ending", [0, 1])
+def test_a_rank_that_ends_is_named_to_who_waits_for_it(pools: Pools, ending: int) -> None:
+    text, seconds = pools[2].run(one_ends, ending)[1 - ending]
+    assert f"rank {ending}'s program has ended after its last call, step" in text
+    assert f"while rank {1 - ending} came for step" in text and seconds < SOON_SECONDS
+
+
+def complex_loss() -> list[object]:
+    pipe = pipeline(loss=lambda output, target: (output - target).mean() * (1 + 1j))
+    value = pipe.evaluate(X, target=X)
+    return [value.dtype, complex(value)]
+
+
+def test_a_loss_of_any_dtype_arrives_on_all_ranks(pools: Pools) -> None:
+    one, other = pools[2].run(complex_loss)
+    assert one == other and one[0] is torch.complex64 and one[1] != 0
+
+
+def scaled(poisoned: bool) -> tuple[float, bool, bool]:
+    """Matrices and the rest have an optimizer each, where a rank has such: rank 1 has no matrix.
+
+    Returns the scale and whether weights of either kind moved here.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    kinds = [[p for p in pipe.parameters() if (p.ndim > 1) is big] for big in (True, False)]
+    optimizers = [torch.optim.SGD(ps, lr=0.1) for ps in kinds if ps]
+    scaler = stagewise.GradScaler(pipe, init_scale=1024.0, growth_interval=100)
+    before = [p.detach().clone() for p in pipe.parameters()]
+    step(pipe, loss_scale=scaler.get_scale())
+    if poisoned and pipe.rank == 0:
+        next(pipe.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    pipe.clip_grad_norm_(10.0)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert not pipe.any(False)
+    pipe.zero_grad()
+    step(pipe, loss_scale=scaler.get_scale())  # refused if the scales differed
+    moved = [not torch.equal(p, old) for p, old in zip(pipe.parameters(), before, strict=True)]
+    return scaler.get_scale(), any(moved), all(moved)
+
+
+@pytest.mark.parametrize(("poisoned", "scale"), [(False, 1024.0), (True, 512.0)])
+def test_ranks_may_have_other_numbers_of_optimizers(
+    pools: Pools, poisoned: bool, scale: float
+) -> None:
+    for results in ([scaled(poisoned)], pools[2].run(scaled, poisoned)):
+        for got, any_moved, all_moved in results:
+            assert got == scale
+            assert any_moved is all_moved is not poisoned
+
+
+def without_parameters(leaves_out: bool) -> list[float]:
+    """Rank 1 has none, so no optimizer: it may leave out `step`, but makes the other calls."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    scaler, scales = stagewise.GradScaler(pipe, init_scale=8.0, growth_interval=1), []
+    optimizer = torch.optim.SGD([{"params": [*pipe.parameters()]}], lr=0.1)
+    for n in range(3):
+        pipe.zero_grad()
+        step(pipe, loss_scale=scaler.get_scale())
+        for parameter in pipe.parameters() if n == 1 else ():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        if pipe.rank == 0 or not leaves_out:
+            scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_a_rank_without_parameters_may_leave_out_its_step(pools: Pools, leaves_out: bool) -> None:
+    assert pools[2].run(without_parameters, leaves_out) == [[16.0, 8.0, 16.0]] * 2
+
+
+def uneven_update() -> str:
+    pipe = pipeline()
+    scaler = stagewise.GradScaler(pipe)
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+    step(pipe)
+    try:
+        scaler.step(optimizer) if pipe.rank == 0 else pipe.save_checkpoint("nowhere")
+    except StagewiseError as error:
+        return str(error)
+    return ""
+
+
+def test_a_scaler_against_another_call_is_named(pools: Pools, tmp_path: Path) -> None:
+    for text in pools[2].run(uneven_update):
+        assert "rank 0: GradScaler: whether gradients are finite, rank 1: save_checkpoint" in text
