@@ -14,7 +14,8 @@
     ├── PeerError                      another rank failed; carries that rank's cause
     └── ParityError                    a pipelined model differs from the plain one
 
-A message says what was got, what is needed, and what to do next.
+A message says what was got, what is needed, and what to do next. ExactnessWarning is none of them:
+what it names runs, but gives other numbers than the plain model.
 """
 
 
@@ -68,3 +69,7 @@ class PeerError(StagewiseError, RuntimeError):
 
 class ParityError(StagewiseError, AssertionError):
     """A pipelined model differs from the plain one, and mathematics does not explain it."""
+
+
+class ExactnessWarning(UserWarning):
+    """What was found to give other numbers than the plain model's, such as a loss that is a sum."""

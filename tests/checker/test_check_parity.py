@@ -1,5 +1,6 @@
 """The checker passes what is right, explains what mathematics explains, and catches the rest."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -211,6 +212,34 @@ def test_a_loss_that_is_a_sum_fails_whatever_else_differs(cell: nn.Module) -> No
     report = check(cell, loss=sum_loss)
     assert {"loss", "gradient 0.weight", "gradient 2.bias"} <= failed(report)
     assert "must be a mean over samples" in report.summary()
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [
+        (lambda o, t: (o - t).square().sum(), "a sum over samples.*loss_reduction='sum'"),
+        (lambda o, t: (o - t).std(), "the loss depends on the other samples of its batch"),
+        (lambda o, t: ((o - t).square().mean(1) * t[:, 0].exp()).sum() / t[:, 0].exp().sum(),
+         "in which samples do not count alike.*give Pipeline a weight"),
+    ],
+)  # fmt: skip
+def test_the_cause_of_a_wrong_loss_is_named(loss: Callable[..., Tensor], cause: str) -> None:
+    report = check(loss=loss, num_stages=[2], schedules=["1f1b"], recompute=["never"])
+    assert not report.ok
+    assert all(re.search(cause, row.reason) for row in report.rows if row.verdict == "FAILED")
+
+
+class _Balance(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        stagewise.add_loss(y.mean(0).square().sum(), "balance")
+        return y
+
+
+def test_the_cause_of_a_wrong_added_loss_is_named() -> None:
+    """Found unspecific: nothing named the added loss."""
+    report = check(_Balance(4, 4).double(), num_stages=[2], schedules=["1f1b"])
+    assert "the loss 'balance' that cell '1' adds depends on the other samples" in report.summary()
 
 
 def test_dropout_does_not_excuse_another_cell() -> None:

@@ -8,7 +8,9 @@ difference is explained only if it vanishes once the cells that mathematics make
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +30,7 @@ from stagewise.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.engine.stage.stage import Loss
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import connect
-from stagewise.errors import BatchError, CellError, UsageError
+from stagewise.errors import BatchError, CellError, ExactnessWarning, UsageError
 from stagewise.model.chain import chain_of
 from stagewise.model.differences import Reference, identical
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
@@ -179,6 +181,15 @@ class _Run:
     given: dict[str, Tensor]
 
 
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Run inside what warns of what the report will say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExactnessWarning)
+        yield
+
+
+@_unwarned()
 def _pipelined(
     subject: Subject,
     choice: ScheduleChoice,
@@ -276,6 +287,14 @@ class _Plain:
         return proof.mixing(self._subject, self._sizes, self._traits, self._tolerance)
 
     @functools.cached_property
+    def _cause(self) -> str:
+        """What the losses and cells are that cannot be split, with the remedy."""
+        try:
+            return "".join(f"; {problem}" for problem in proof.causes(self._subject, self._sizes))
+        except Exception:  # the model's own, which fails so but not in the pipeline
+            return ""
+
+    @functools.cached_property
     def _unfaithful(self) -> str | None:
         """How a captured model's cells, which the proof runs, differ from it, if they do."""
         return unfaithful(self._subject, self._sizes, self._tolerance)
@@ -326,12 +345,13 @@ class _Plain:
         """What differs from the full batch only."""
         wrong = self._unfaithful or self._mixing
         if wrong is not None:
-            return "FAILED", f"not what the plain model gives on the full batch: {wrong}"
+            why = f"not what the plain model gives on the full batch: {wrong}{self._cause}"
+            return "FAILED", why
         shown = self._proof
         if shown is not None and shown.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
-        return "FAILED", f"not what the plain model gives on the full batch{culprit}"
+        return "FAILED", f"not what the plain model gives on the full batch{culprit}{self._cause}"
 
     def _of_parameter(self, gradient: ParityRow, step: float, apart: float) -> tuple[Verdict, str]:
         """A parameter is right if its gradient is, and the plain optimizer's step with that."""

@@ -1,6 +1,7 @@
 """Reference 3 (the minibatch whole, but some cells by microbatch), and the search for a culprit."""
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,13 +24,15 @@ from stagewise.checker.references import (
     given,
     named,
     seeded,
+    split_both,
     state_of,
     uses_batch_statistics,
 )
 from stagewise.checker.run_cells import Walk
 from stagewise.checker.subject import Subject, sum_of, weighted
 from stagewise.engine.stage.randomness import CellRandomness
-from stagewise.model.added_losses import add_loss, collect_losses
+from stagewise.engine.step.first_look import FirstLook
+from stagewise.model.added_losses import LossCollector, add_loss, collect_losses, collecting
 from stagewise.model.cell import Cell
 from stagewise.model.chain import chain_of, module_tree
 
@@ -172,6 +175,35 @@ def _no_mean(
         f"the loss{constant} {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
         f"over microbatches, weighted by {weigher}: it must be a mean over {kind}"
     )
+
+
+def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
+    """What a look at the microbatches says of losses and cells that cannot be split."""
+    chain = chain_of(subject.fresh_model())
+    inputs, target, keywords = subject.fresh_batch()
+    targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
+    walk = Walk(chain, inputs)
+    look = FirstLook(
+        sizes,
+        subject.batch_dim,
+        weight=subject.weight,
+        sums_losses=subject.sums_losses,
+        loss=subject.loss,
+    )
+    calls = [(cell, functools.partial(walk.run, cell)) for cell in chain]
+    with seeded(subject) as randomness, torch.no_grad():
+        for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
+            collector = LossCollector()
+            outer = collecting(collector)
+            try:
+                for cell, run in look.cells(calls, collector, m, chain[-1]):
+                    randomness.enter_cell(cell.index, m)
+                    value = run(value, named_parts)
+            finally:
+                collecting(outer)
+            if subject.loss is not None:
+                look.loss_ran(subject.loss, m, value, targets[m])
+    return look.problems
 
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:

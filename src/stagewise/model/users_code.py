@@ -34,17 +34,17 @@ def users_frame(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-def warn_user(message: str) -> None:
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the user's line that called us, however many calls of ours lie between."""
     frame = users_frame(sys._getframe(1))
     while frame is not None and frame.f_code.co_filename == contextlib.__file__:  # a `with` of ours
         frame = users_frame(frame.f_back)
     if frame is None:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, category, stacklevel=2)
         return
     warnings.warn_explicit(
         message,
-        UserWarning,
+        category,
         frame.f_code.co_filename,
         frame.f_lineno,
         module=frame.f_globals.get("__name__"),

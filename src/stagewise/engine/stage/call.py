@@ -1,8 +1,9 @@
 """What one call of the pipeline carries: its mode, microbatches, weights and randomness."""
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -11,11 +12,31 @@ from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.stand_ins import StandIns
 from stagewise.engine.transport.failure import Failure
 from stagewise.errors import BatchError
-from stagewise.model.added_losses import AddedLoss
+from stagewise.model.added_losses import AddedLoss, LossCollector
+from stagewise.model.cell import Cell
 from stagewise.schedule import Instruction
 
 # (microbatch, -cell) -> the caller's tensors that the cell was given by name, their gradients
 KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
+
+
+CellForward = Callable[[object, Mapping[str, object]], object]  # of a value and keywords
+
+
+class Look(Protocol):
+    """Looks at what cells and the loss function are called with."""
+
+    def cells(
+        self,
+        calls: Sequence[tuple[Cell, CellForward]],
+        collector: LossCollector,
+        m: int,
+        last: Cell | None,
+    ) -> Sequence[tuple[Cell, CellForward]]:
+        """`calls` of microbatch m, looking; `last` is the whole chain's last cell."""
+
+    def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
+        """Call once the loss function has run on `output`, and on the target in a list."""
 
 
 class Mode(enum.IntEnum):
@@ -68,6 +89,7 @@ class Call:
     keeps_outputs: bool = False
     randomness: dict[torch.device, CellRandomness] = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=StandIns)
+    look: Look | None = None
     batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
     losses: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     added: dict[int, list[AddedLoss]] = field(default_factory=dict)

@@ -66,6 +66,23 @@ class CellRandomness:
 
 
 @contextmanager
+def generators_moved(devices: Iterable[torch.device]) -> Iterator[list[torch.device]]:
+    """The devices, that of the CPU included, whose default generator was drawn from inside.
+
+    The list is filled when the block ends.
+    """
+    moved: list[torch.device] = []
+    every = {torch.device("cpu"), *devices}
+    before = {device: default_generator(device).get_state() for device in every}
+    try:
+        yield moved
+    finally:
+        for device, state in before.items():
+            if not torch.equal(state, default_generator(device).get_state()):
+                moved.append(device)
+
+
+@contextmanager
 def generators_kept(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put the default generators' states back at the end, that of the CPU included."""
     generators = [default_generator(d) for d in {torch.device("cpu"), *devices}]

@@ -32,7 +32,7 @@ from stagewise.engine.stage.autograd import (
     without_weight_cache,
 )
 from stagewise.engine.stage.buffers import BufferKeeper, Saved
-from stagewise.engine.stage.call import Call, Mode
+from stagewise.engine.stage.call import Call, CellForward, Mode
 from stagewise.engine.stage.keywords import CellKeywords, invoke, keywords_of
 from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
 from stagewise.errors import BatchError, CellError, UsageError
@@ -42,7 +42,6 @@ from stagewise.schedule import Instruction, Kind
 
 Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 Gradients = tuple[torch.Tensor | None, ...]
-_Forward = Callable[[object, Mapping[str, object]], object]
 _NO_KEYWORDS: Mapping[str, object] = {}
 
 
@@ -76,10 +75,10 @@ class Stage:
         self, index: int, cells: Chain, device: torch.device, *, is_last: bool, loss: Loss | None
     ) -> None:
         self.index, self.cells, self.device = index, cells, device
-        self.is_last, self._loss = is_last, loss
+        self.is_last, self.loss = is_last, loss
         # Whether this stage computes a loss from output and target, not from output alone.
         self.needs_target = is_last and loss is not None and takes_target(loss)
-        self._calls: list[tuple[Cell, _Forward]] = [
+        self._calls: Sequence[tuple[Cell, CellForward]] = [
             (cell, partial(invoke, cell.module)) for cell in cells
         ]
         self._modules = [module for cell in cells for module in cell.module.modules()]
@@ -242,11 +241,13 @@ class Stage:
         keywords = {named.cell: named.values(fed) for named in flight.keywords}
         running: Cell | None = None
         randomness, tied = call.randomness[self.device], call.stand_ins
-        collector = LossCollector()
+        collector, calls = LossCollector(), self._calls
+        if call.look is not None and kind is Kind.FORWARD:
+            calls = call.look.cells(calls, collector, m, self.cells[-1] if self.is_last else None)
         outer = collecting(collector)
         try:
             with without_weight_cache(self.device.type):
-                for running, forward in self._calls:
+                for running, forward in calls:
                     index = collector.cell = running.index
                     randomness.enter_cell(index, m)
                     given = keywords.get(index, _NO_KEYWORDS) if keywords else _NO_KEYWORDS
@@ -311,11 +312,13 @@ class Stage:
         if not call.counts(m):  # its mean over nothing would be NaN
             return output
         call.randomness[self.device].enter_loss(m)
-        value = output if self._loss is None else self._loss(output, *call.targets[m : m + 1])
+        value = output if self.loss is None else self.loss(output, *call.targets[m : m + 1])
         by_name = value if isinstance(value, Mapping) else {MAIN_LOSS: value}
         if not by_name:
             raise BatchError("the loss function returned an empty dict; return at least one loss")
         losses = {name: self._checked_loss(name, loss) for name, loss in by_name.items()}
+        if call.look is not None and self.loss is not None and m not in call.losses:
+            call.look.loss_ran(self.loss, m, output, call.targets[m : m + 1])
         call.losses[m] = {name: loss.detach() for name, loss in losses.items()}
         flight.names = tuple(losses)
         # A tensor that is two losses is a root twice.
@@ -332,7 +335,7 @@ class Stage:
             f"but it is {got}; "
             + (
                 "give Pipeline a loss function"
-                if self._loss is None
+                if self.loss is None
                 else "let the loss function return a mean"
             )
         )

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Arguments, along
+from stagewise.batch.markers import Arguments, Microbatches, along
 from stagewise.batch.split import split
 from stagewise.batch.values import move
 from stagewise.engine.gradients.batch import share_gradients
@@ -25,12 +26,14 @@ from stagewise.engine.step.admission import Admitted, admit, fingerprint
 from stagewise.engine.step.agreement import agreed_failure
 from stagewise.engine.step.digest import is_compared
 from stagewise.engine.step.execute import execute
+from stagewise.engine.step.first_look import FirstLook
 from stagewise.engine.step.results import agree_on_end, agree_on_losses
 from stagewise.engine.step.unchanged import Unchanged
 from stagewise.engine.step.weights import Weight, agree_on_shares, check_scaling
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Links, Transport
-from stagewise.errors import CellError, PeerError, StagewiseError, UsageError
+from stagewise.errors import CellError, ExactnessWarning, PeerError, StagewiseError, UsageError
+from stagewise.model.users_code import warn_user
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span, Timeline
@@ -75,6 +78,8 @@ class Runner:
         self._parameters = list(dict.fromkeys(parameters))
         self._sums = Float32Sums(self._parameters) if accumulate_in_float32 else None
         self.spans: tuple[Span, ...] = ()
+        self._looked: set[Mode] = set()  # at what calls in these modes do
+        self._warned: set[str] = set()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
         self._num_calls = 0
@@ -151,6 +156,10 @@ class Runner:
             randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
             batchnorms=self._batchnorms,
         )
+        if observe is None and mode not in self._looked and len(call.sizes) > 1:
+            if not _has_sizes((inputs, target, keywords)):
+                call.look = self._first_look(call)
+            self._looked.add(mode)
         try:
             # Gradients for the batch's own tensors go back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(training):
@@ -211,7 +220,26 @@ class Runner:
                 for stage in self.stages.values():
                     stage.clear()
         self._broken = False
+        self._warn(call)
         return call
+
+    def _first_look(self, call: Call) -> FirstLook:
+        last = self.stages.get(self.schedule.num_stages - 1)
+        return FirstLook(
+            call.sizes,
+            call.batch_dim,
+            weight=self.weight,
+            sums_losses=self.sums_losses,
+            loss=None if last is None else last.loss,
+        )
+
+    def _warn(self, call: Call) -> None:
+        """Of what the first look found, each once; the call is over."""
+        if isinstance(call.look, FirstLook):
+            for problem in call.look.problems:
+                if problem not in self._warned:
+                    self._warned.add(problem)
+                    warn_user(problem, ExactnessWarning)
 
     def _take_batch(
         self,
@@ -334,6 +362,12 @@ class Runner:
         if training:
             return self.schedule.of_first(num_microbatches)
         return forward_only(self.schedule.placement, num_microbatches)
+
+
+def _has_sizes(batch: object) -> bool:
+    """Whether Microbatches in it say their sizes, so that no dimension tells what a sample is."""
+    leaves = pytree.tree_leaves(batch, is_leaf=lambda node: isinstance(node, Microbatches))
+    return any(isinstance(leaf, Microbatches) and leaf.sizes is not None for leaf in leaves)
 
 
 def _in_time_order(

@@ -1,0 +1,171 @@
+"""Two microbatches of a value as one: for what must be compared whole and in parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+from stagewise.batch.values import flatten
+
+
+class UnpairableError(Exception):
+    """Nothing tells how the whole would be made of the two."""
+
+
+class RaggedError(UnpairableError):
+    """They differ along a dimension besides that of their samples."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two parts and their whole; `leaves[i]` are the tensors of part i to differentiate by."""
+
+    parts: tuple[object, object]
+    whole: object
+    leaves: tuple[list[torch.Tensor], list[torch.Tensor]]
+    sizes: tuple[int, int]  # samples
+
+
+def paired(
+    values: Sequence[object],
+    sizes: tuple[int, int],
+    batch_dim: int,
+    *,
+    most_bytes: int,
+    num_differentiated: int | None = None,
+) -> Pair:
+    """Of the values of two microbatches, as many samples as `most_bytes` of tensors hold.
+
+    Only the first `num_differentiated` leaves require gradients. Raises UnpairableError.
+    """
+    (first, spec), (second, other) = map(flatten, values)
+    if spec != other:
+        raise UnpairableError
+    axes = [_axis(a, b, sizes, batch_dim) for a, b in zip(first, second, strict=True)]
+    if all(axis is None for axis in axes):
+        raise UnpairableError
+    cuts, (one, two) = sizes, (first, second)
+    size = min(*sizes, _fitting(first, axes, sizes[0], most_bytes))
+    if all(_is_narrow(a, x, sizes[0]) for a, x in zip(first, axes, strict=True)):
+        one, two = ([_narrow(t, x, size) for t, x in zip(v, axes, strict=True)] for v in (one, two))
+        cuts = (size, size)
+    leaves: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    whole: list[object] = []
+    for index, axis in enumerate(axes):
+        if axis is None:
+            whole.append(one[index])
+            continue
+        is_leaf = num_differentiated is None or index < num_differentiated
+        ours = [_leaf(part, is_leaf=is_leaf) for part in (one[index], two[index])]
+        one[index], two[index] = ours
+        for own, leaf in zip(leaves, ours, strict=True):
+            if leaf.requires_grad:
+                own.append(leaf)
+        whole.append(torch.cat(ours, axis))
+    parts = pytree.tree_unflatten(one, spec), pytree.tree_unflatten(two, spec)
+    return Pair(parts, pytree.tree_unflatten(whole, spec), leaves, cuts)
+
+
+def halves_of_ragged(values: Sequence[object], num_differentiated: int) -> tuple[Pair, int]:
+    """The halves, along the dimension that two microbatches differ in, of the longer one.
+
+    Returns that dimension, too. Raises UnpairableError.
+    """
+    (first, spec), (second, other) = map(flatten, values)
+    if spec != other:
+        raise UnpairableError
+    axes = [_ragged_axis(a, b) for a, b in zip(first, second, strict=True)]
+    lengths = [
+        (a.shape[x], b.shape[x])  # type: ignore[attr-defined]
+        for a, b, x in zip(first, second, axes, strict=True)
+        if x is not None
+    ]
+    if len(set(lengths)) != 1 or max(lengths[0]) < 2:
+        raise UnpairableError
+    longer = [*(first if lengths[0][0] > lengths[0][1] else second)]
+    half = max(lengths[0]) // 2
+    sizes = (half, max(lengths[0]) - half)
+    found = next(axis for axis in axes if axis is not None)
+    columns: list[tuple[object, ...]] = [
+        (leaf, leaf)
+        if axis is None
+        else tuple(
+            _leaf(part, is_leaf=index < num_differentiated)
+            for part in torch.split(leaf, sizes, axis)  # type: ignore[arg-type]
+        )
+        for index, (leaf, axis) in enumerate(zip(longer, axes, strict=True))
+    ]
+    whole = [
+        column[0] if axis is None else torch.cat(column, axis)  # type: ignore[arg-type]
+        for column, axis in zip(columns, axes, strict=True)
+    ]
+    one, two = ([column[i] for column in columns] for i in (0, 1))
+    leaves = _inputs(one, axes), _inputs(two, axes)
+    parts = pytree.tree_unflatten(one, spec), pytree.tree_unflatten(two, spec)
+    return Pair(parts, pytree.tree_unflatten(whole, spec), leaves, sizes), found
+
+
+def _inputs(part: Sequence[object], axes: Sequence[int | None]) -> list[torch.Tensor]:
+    pairs = zip(part, axes, strict=True)
+    split = [leaf for leaf, axis in pairs if axis is not None and isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in split if leaf.requires_grad]
+
+
+def _axis(one: object, two: object, sizes: tuple[int, int], batch_dim: int) -> int | None:
+    """Along which dimension two leaves are parts of one; None where both are the same."""
+    if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
+        if type(one) is type(two) and (one is two or repr(one) == repr(two)):
+            return None
+        raise UnpairableError
+    if one.dim() != two.dim() or one.dtype != two.dtype:
+        raise UnpairableError
+    dims = sorted(range(one.dim()), key=lambda dim: dim != batch_dim)
+    fitting = [d for d in dims if _without(one.shape, d) == _without(two.shape, d)]
+    for dim in fitting:
+        if (one.shape[dim], two.shape[dim]) == sizes:
+            return dim
+    if one.shape == two.shape and torch.equal(one.detach(), two.detach()):
+        return None
+    if batch_dim in fitting:  # samples and positions in one dimension
+        return batch_dim
+    raise RaggedError if one.dim() else UnpairableError
+
+
+def _ragged_axis(one: object, two: object) -> int | None:
+    if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
+        return None
+    if one.dim() != two.dim():
+        raise UnpairableError
+    differing = [d for d in range(one.dim()) if one.shape[d] != two.shape[d]]
+    if len(differing) > 1:
+        raise UnpairableError
+    return differing[0] if differing else None
+
+
+def _without(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def _is_narrow(leaf: object, axis: int | None, size: int) -> bool:
+    return axis is None or (isinstance(leaf, torch.Tensor) and leaf.shape[axis] == size)
+
+
+def _narrow(leaf: object, axis: int | None, size: int) -> object:
+    return leaf if axis is None else leaf.narrow(axis, 0, size)  # type: ignore[attr-defined]
+
+
+def _fitting(leaves: Sequence[object], axes: Sequence[int | None], size: int, most: int) -> int:
+    taken = sum(
+        leaf.nbytes // max(size, 1)
+        for leaf, axis in zip(leaves, axes, strict=True)
+        if axis is not None and isinstance(leaf, torch.Tensor)
+    )
+    return max(1, most // max(taken, 1))
+
+
+def _leaf(tensor: object, *, is_leaf: bool) -> torch.Tensor:
+    assert isinstance(tensor, torch.Tensor)
+    leaf = tensor.detach()
+    differentiable = leaf.is_floating_point() or leaf.is_complex()
+    return leaf.requires_grad_() if is_leaf and differentiable else leaf

@@ -1,0 +1,291 @@
+"""A look, at the first call, at what would be silently another number than the plain model's.
+
+Problem: microbatches are cut along one dimension and their losses added by weight. A loss that is a
+sum, counts samples unequally, or compares the samples of its batch with each other comes out
+wrong, and so does a batch whose first dimension is time.
+Idea: two microbatches of the first call are put together again. The loss function, a cell that
+adds a loss, and one with a layer that takes its samples along another dimension run on both
+apart and together, in eval mode and without a trace; what differs becomes a warning. A look that
+fails for any reason, or whose code draws random numbers, says nothing.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
+from stagewise.batch.values import detached, flatten
+from stagewise.engine.stage.call import CellForward
+from stagewise.engine.stage.randomness import generators_kept, generators_moved
+from stagewise.engine.step.loss_kind import SEVERITY, Examined, examine, words
+from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
+from stagewise.model.added_losses import MAIN_LOSS, LossCollector, collecting
+from stagewise.model.cell import Cell
+
+_MOST_PAIRS = 3  # since one may hide what another shows, as where class weights happen to agree
+_MOST_BYTES = 1 << 26  # of what is put together, where several samples are more than that
+_Run = Callable[[object], Mapping[str, Tensor]]
+
+
+class FirstLook:
+    """Looks at one call of `sizes`: at microbatches in pairs, as they come."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_dim: int,
+        *,
+        weight: Callable[..., object] | None,
+        sums_losses: bool,
+        loss: Callable[..., object] | None,
+    ) -> None:
+        self._sizes, self._batch_dim = sizes, batch_dim
+        self._weight, self._sums, self._loss = weight, sums_losses, loss
+        # By who took it: the microbatch that came last, its value, and its tensors' versions.
+        self._kept: dict[object, tuple[int, object, list[int]]] = {}
+        self._pairs: Counter[object] = Counter()  # that were looked at
+        self._found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, in words."""
+        return [text for _, text in self._found.values()]
+
+    def cells(
+        self,
+        calls: Sequence[tuple[Cell, CellForward]],
+        collector: LossCollector,
+        m: int,
+        last: Cell | None,
+    ) -> list[tuple[Cell, CellForward]]:
+        """`calls`, looking at what they are called with; `last` is the whole chain's last cell."""
+        return [
+            (cell, self._watched(cell, forward, collector, m, is_last=cell is last))
+            for cell, forward in calls
+        ]
+
+    def _watched(
+        self, cell: Cell, forward: CellForward, collector: LossCollector, m: int, *, is_last: bool
+    ) -> CellForward:
+        sideways = sideways_layer(cell.module, self._batch_dim)
+
+        def watched(value: object, keywords: Mapping[str, object]) -> object:
+            num_added = len(collector.added)
+            before = [(t, t._version) for t in tensors_of((value, keywords))]
+            output = forward(value, keywords)
+            if all(tensor._version == version for tensor, version in before):
+                is_loss = is_last and _has_number(output)
+                if sideways or is_loss or len(collector.added) > num_added:
+                    with self._quietly(cell.module):
+                        given = value, dict(keywords)
+                        self._cell_ran(cell, forward, m, given, sideways, is_loss=is_loss)
+            return output
+
+        return watched
+
+    def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
+        """Call once the loss function has run on `output`, and on the target in a list."""
+        with self._quietly(loss):
+            if _has_number(output):
+                return  # the model computed it
+            both = self._both(loss, m, (output, target))
+            if both is None:
+                return
+            values, sizes = both
+            if isinstance(loss, nn.Module) and any(True for _ in loss.buffers()):
+                loss = copy.deepcopy(loss)
+
+            def run(value: object) -> Mapping[str, Tensor]:
+                return _by_name(loss(value[0], *value[1]))  # type: ignore[index]
+
+            count = len(flatten(output)[0])
+            try:
+                pair = paired(
+                    values,
+                    sizes,
+                    self._batch_dim,
+                    most_bytes=_MOST_BYTES,
+                    num_differentiated=count,
+                )
+            except RaggedError:
+                if self._weight is None and not self._sums:
+                    self._ragged(run, *halves_of_ragged(values, count), sizes)
+                return
+            by = "samples" if self._weight is None else "weight(target)"
+            targets = [part[1] for part in pair.parts]  # type: ignore[index]
+            for found in self._examined(run, pair, targets):
+                self._note(found, _name(found.name, "the loss"), by=by, added=False)
+
+    def _note(self, found: Examined, what: str, *, by: str, added: bool) -> None:
+        """One pair may not show all that another one does."""
+        badly = SEVERITY.index(found.kind)
+        if badly > self._found.get(what, (-1, ""))[0]:
+            self._found[what] = badly, words(found, what, by=by, added=added)
+
+    def _examined(
+        self, run: _Run, pair: Pair, targets: Sequence[Sequence[object]]
+    ) -> list[Examined]:
+        weights: Mapping[str, tuple[float, float]] = {}
+        if self._weight is not None:
+            rows = [_by_name(self._weight(*target)) for target in targets]
+            weights = {name: _shares([float(row[name]) for row in rows]) for name in rows[0]}
+        by_samples = (1.0, 1.0) if self._sums else _shares(pair.sizes)
+
+        def counted(name: str) -> tuple[float, float]:
+            return weights.get(name, weights.get(MAIN_LOSS, by_samples))
+
+        return [*examine(run, pair.parts, pair.whole, pair.leaves, counted)]
+
+    def _ragged(self, run: _Run, pair: Pair, dim: int, sizes: tuple[int, int]) -> None:
+        """A mean along a dimension in which microbatches differ counts by that, not by samples."""
+        shares = _shares(pair.sizes)
+        unlike = {
+            f.name for f in examine(run, pair.parts, pair.whole, pair.leaves, _always(shares))
+        }
+        unlike |= {
+            f.name
+            for f in examine(run, pair.parts, pair.whole, pair.leaves, _always((1.0, 1.0)))
+            if f.kind in ("mixed", "sum")
+        }
+        for name in run(pair.whole):
+            if name not in unlike:
+                what = _name(name, "the loss")
+                self._found[what] = (
+                    0,
+                    f"{what} is a mean along dimension {dim} too, in which "
+                    f"microbatches differ, but they count by their samples, {sizes[0]} and "
+                    f"{sizes[1]} along dimension {self._batch_dim}; give batch_dim={dim} if the "
+                    "samples lie there, or Pipeline a weight(target) that returns what a "
+                    "microbatch counts, such as its number of elements",
+                )
+
+    def _cell_ran(
+        self,
+        cell: Cell,
+        forward: CellForward,
+        m: int,
+        given: object,
+        sideways: str | None,
+        *,
+        is_loss: bool,
+    ) -> None:
+        both = self._both(cell.index, m, given)
+        if both is None:
+            return
+        values, sizes = both
+        pair = paired(values, sizes, self._batch_dim, most_bytes=_MOST_BYTES)
+        with in_eval_mode(cell.module):
+            if sideways is not None:
+                outputs = [forward(*part) for part in (*pair.parts, pair.whole)]  # type: ignore[misc]
+                if differ(outputs, self._batch_dim):
+                    self._found[cell.name] = (
+                        0,
+                        f"cell {cell.name!r} has a {sideways}, and mixes what lies along dimension "
+                        f"{self._batch_dim}, along which the batch was cut into microbatches of "
+                        f"{sizes[0]}, {sizes[1]}, ... as its samples; give Pipeline "
+                        f"batch_dim={1 - self._batch_dim}, or bring the samples to dimension "
+                        f"{self._batch_dim}",
+                    )
+                return
+
+            def run(value: object) -> Mapping[str, Tensor]:
+                collector = LossCollector()
+                outer = collecting(collector)
+                try:
+                    output = forward(*value)  # type: ignore[misc]
+                finally:
+                    collecting(outer)
+                found: dict[str, Tensor] = {}
+                for loss in collector.added:
+                    found[loss.name] = found.get(loss.name, 0.0) + loss.value.reshape(())
+                if is_loss:
+                    value = output if self._loss is None else self._loss(output)
+                    found |= {f"{_OWN}{n}": x for n, x in _by_name(value).items()}
+                return found
+
+            counted = _always(_shares(pair.sizes))
+            for found in examine(run, pair.parts, pair.whole, pair.leaves, counted):
+                own = found.name.startswith(_OWN)
+                what = f"the loss {found.name!r} that cell {cell.name!r} adds"
+                if own:
+                    what = f"the loss that cell {cell.name!r} returns"
+                    if self._sums and found.kind == "sum":
+                        continue
+                self._note(found, what, by="samples", added=True)
+
+    def _both(
+        self, who: object, m: int, value: object
+    ) -> tuple[list[object], tuple[int, int]] | None:
+        """The values of the microbatch before and of this one, and their sizes; None once enough
+        pairs were seen, and where there is none."""
+        if self._pairs[who] == _MOST_PAIRS:
+            return None
+        value, before = detached(value), self._kept.get(who)
+        self._kept[who] = m, value, _versions(value)
+        if before is None:
+            return None
+        first, kept, versions = before
+        self._pairs[who] += 1
+        if self._pairs[who] == _MOST_PAIRS:
+            del self._kept[who]
+        if _versions(kept) != versions:  # changed in place since
+            return None
+        return [kept, value], (self._sizes[first], self._sizes[m])
+
+    @contextlib.contextmanager
+    def _quietly(self, code: object) -> Iterator[None]:
+        """Look inside: no error, warning, random number or problem found by chance comes out."""
+        so_far, devices = dict(self._found), {t.device for t in _state_of(code)}
+        with (
+            warnings.catch_warnings(),
+            generators_kept(devices),
+            generators_moved(devices) as moved,
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            except Exception:
+                self._found = so_far
+        if moved:
+            self._found = so_far
+
+
+_OWN = "\0"  # before the name of a loss that is a cell's output
+
+
+def _always(counts: tuple[float, float]) -> Callable[[str], tuple[float, float]]:
+    return lambda name: counts
+
+
+def _shares(numbers: Sequence[float]) -> tuple[float, float]:
+    first, second = numbers
+    return first / (first + second), second / (first + second)
+
+
+def _by_name(value: object) -> dict[str, Tensor]:
+    """Numbers by name, of a loss or a weight."""
+    named = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
+    return {name: torch.as_tensor(number).reshape(()) for name, number in named.items()}
+
+
+def _name(name: str, what: str) -> str:
+    return what if name == MAIN_LOSS else f"{what} {name!r}"
+
+
+def _has_number(output: object) -> bool:
+    """Whether a cell's output holds one, as that of models that compute their own loss."""
+    return any(tensor.dim() == 0 and tensor.is_floating_point() for tensor in tensors_of(output))
+
+
+def _versions(value: object) -> list[int]:
+    return [tensor._version for tensor in tensors_of(value)]
+
+
+def _state_of(code: object) -> list[Tensor]:
+    return [*code.parameters(), *code.buffers()] if isinstance(code, nn.Module) else []

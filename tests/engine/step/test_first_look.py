@@ -1,0 +1,281 @@
+"""What would be another number than the plain model's, in silence, is named at the first call."""
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stagewise
+from stagewise.errors import ExactnessWarning
+from tests.harness import Pools
+from tests.models import Call
+
+WIDTH, CLASSES = 4, 3
+
+
+def linears() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)]
+
+
+def labels(size: int = 8) -> Tensor:
+    return torch.tensor([0, 1, 2, 1, 1, 0, 0, 2, 2, 1])[:size]
+
+
+def info_nce(output: Tensor, target: Tensor) -> Tensor:
+    features = nn.functional.normalize(output, dim=1)
+    others = nn.functional.normalize(nn.functional.one_hot(target, CLASSES).float() + 0.1, dim=1)
+    return nn.functional.cross_entropy(features @ others.T, torch.arange(len(output)))
+
+
+def supervised_contrast(output: Tensor, target: Tensor) -> Tensor:
+    apart = torch.cdist(output, output)
+    same = target[:, None] == target
+    return (apart * same).sum() / same.sum() - (apart * ~same).sum() / (~same).sum().clamp(min=1)
+
+
+def batch_hard_triplet(output: Tensor, target: Tensor) -> Tensor:
+    apart = (output[:, None] - output).square().sum(-1)
+    same = target[:, None] == target
+    hardest = apart.masked_fill(~same, 0).amax(1)
+    nearest = apart.masked_fill(same, 1e3).amin(1)
+    return (hardest - nearest + 1000).relu().mean()
+
+
+def rmse(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(output, nn.functional.one_hot(target, CLASSES).float()).sqrt()
+
+
+def decorrelated(output: Tensor, target: Tensor) -> Tensor:
+    centred = output - output.mean(0)
+    return (
+        nn.functional.cross_entropy(output, target)
+        + (centred.T @ centred / len(output)).square().sum()
+    )
+
+
+CLASS_WEIGHTS = torch.tensor([1.0, 5.0, 0.5])
+
+WRONG: dict[str, tuple[Callable[..., object], str]] = {
+    "sum": (
+        lambda output, target: nn.functional.cross_entropy(output, target, reduction="sum"),
+        r"the loss is a sum over samples.*on two parts.*loss_reduction='sum'",
+    ),
+    "named sum": (
+        lambda output, target: {
+            "fine": nn.functional.cross_entropy(output, target),
+            "sum": output.square().sum(),
+        },
+        r"the loss 'sum' is a sum over samples",
+    ),
+    "class weights": (
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+        r"a mean in which samples do not count alike.*counted as 0\.5 and 0\.5, by samples",
+    ),
+    "ignored": (
+        lambda output, target: nn.functional.cross_entropy(output, target, ignore_index=0),
+        r"a mean in which samples do not count alike",
+    ),
+    "info_nce": (info_nce, r"depends on the other samples of its batch.*num_microbatches=1"),
+    "contrast": (supervised_contrast, r"depends on the other samples"),
+    "triplet": (batch_hard_triplet, r"depends on the other samples"),
+    "rmse": (rmse, r"depends on the other samples"),
+    "decorrelated": (decorrelated, r"depends on the other samples"),
+}
+
+
+def pipeline(
+    cells: list[nn.Module], loss: Callable[..., object] | None, count: int = 4, **options: object
+) -> stagewise.Pipeline:
+    plan = stagewise.Plan(
+        balance=(1, len(cells) - 1), schedule="1f1b", num_microbatches=count, recompute="always"
+    )
+    return stagewise.Pipeline(cells, plan, loss=loss, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [4, 8, 10])
+@pytest.mark.parametrize("name", WRONG)
+def test_losses_that_count_otherwise(name: str, size: int) -> None:
+    """Found silent. With one sample a microbatch, too."""
+    loss, text = WRONG[name]
+    if name == "ignored" and size == 4:
+        return  # a mean over nothing: the step's own loss is NaN
+    pipe, x = pipeline(linears(), loss), 3 * torch.randn(size, WIDTH)
+    with pytest.warns(UserWarning, match=text):
+        pipe.step(x, target=labels(size))
+    pipe.step(x, target=labels(size))  # once
+    if size == 8:
+        with pytest.warns(UserWarning, match=text):
+            pipeline(linears(), loss).evaluate(x, target=labels())
+
+
+def test_a_mean_where_sums_are_said() -> None:
+    pipe = pipeline(linears(), nn.functional.cross_entropy, loss_reduction="sum")
+    with pytest.warns(UserWarning, match="is a mean over samples, but loss_reduction is 'sum'"):
+        pipe.step(torch.randn(8, WIDTH), target=labels())
+
+
+def test_a_weight_that_is_not_what_counts() -> None:
+    weights: dict[str, Callable[[Tensor], object]] = {
+        "right": lambda target: CLASS_WEIGHTS[target].sum(),
+        "wrong": len,
+    }
+    x = torch.randn(8, WIDTH)
+    loss = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
+    pipeline(linears(), loss, weight=weights["right"]).step(x, target=labels())
+    with pytest.warns(UserWarning, match=r"by weight\(target\)"):
+        pipeline(linears(), loss, weight=weights["wrong"]).step(x, target=labels())
+
+
+FINE: dict[str, Callable[..., object]] = {
+    "mean": nn.functional.cross_entropy,
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "by name": lambda o, t: {"a": nn.functional.cross_entropy(o, t), "b": o.square().mean()},
+    "draws": lambda o, t: nn.functional.cross_entropy(nn.functional.dropout(o), t),
+    "does not count": lambda o, t: o.sum() * 0,
+    "integers": lambda o, t: (o.argmax(1) == t).float().mean() + 0 * o.sum(),
+    "sum module": nn.CrossEntropyLoss(reduction="sum"),
+    "scaled sum": lambda o, t: nn.functional.cross_entropy(o, t, reduction="sum") / len(o),
+    "halves": lambda o, t: nn.functional.cross_entropy(o.bfloat16(), t),
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_losses_that_are_right_say_nothing(name: str) -> None:
+    before = torch.get_rng_state()
+    pipe = pipeline(linears(), FINE[name])
+    torch.set_rng_state(before)
+    for size in (8, 10, 4):
+        pipe.step(torch.zeros(size, WIDTH) + torch.arange(size)[:, None], target=labels(size))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Balanced(nn.Module):
+    """A router whose balance loss compares the samples of its batch."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.reduce = nn.Linear(WIDTH, WIDTH), reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        stagewise.add_loss(self.reduce(y.softmax(-1)), "balance")
+        return y
+
+
+ADDED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "batchwise": (
+        lambda p: (nn.functional.one_hot(p.argmax(-1), WIDTH).float().mean(0) * p.mean(0)).sum(),
+        r"the loss 'balance' that cell '0' adds depends on the other samples",
+    ),
+    "sum": (lambda p: p.square().sum(), r"'balance' that cell '0' adds is a sum.*add a mean"),
+    "mean": (lambda p: p.square().mean(), ""),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_losses_that_cells_add(name: str) -> None:
+    torch.manual_seed(0)
+    reduce, text = ADDED[name]
+    pipe = pipeline([Balanced(reduce), nn.Dropout(), *linears()], nn.functional.cross_entropy)
+    x = torch.randn(8, WIDTH)
+    if not text:
+        pipe.step(x, target=labels())
+        return
+    with pytest.warns(UserWarning, match=text):
+        pipe.step(x, target=labels())
+
+
+def test_losses_that_the_model_computes() -> None:
+    x = torch.randn(8, WIDTH)
+    for reduce, text in (
+        (torch.sum, "the loss that cell '3' returns is a sum over samples"),
+        (torch.std, "the loss that cell '3' returns depends on the other samples"),
+    ):
+        with pytest.warns(UserWarning, match=text):
+            pipeline([*linears(), Call(reduce)], None).step(x)
+    pipeline([*linears(), Call(torch.mean)], None).step(x)
+    named = Call(lambda y: {"loss": y.square().sum(), "logits": y})
+    with pytest.warns(UserWarning, match="is a sum over samples"):
+        pipeline([*linears(), named], lambda output: output["loss"]).step(x)
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        hidden: Tensor = super().forward(x)[0]
+        return hidden
+
+
+class Attention(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        attended: Tensor = super().forward(x, x, x)[0]
+        return attended
+
+
+class Turned(nn.Module):
+    """Takes samples first, and what is within time first."""
+
+    def __init__(self, within: nn.Module) -> None:
+        super().__init__()
+        self.within = within
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.within(x.transpose(0, 1))
+        return y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("cell", [lambda: Recurrent(WIDTH, WIDTH), Attention])
+def test_time_is_not_cut_in_silence(cell: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    x, mse = torch.randn(8, 2, WIDTH), nn.functional.mse_loss
+    with pytest.warns(
+        UserWarning, match=r"batch_first=False, and mixes.*give Pipeline batch_dim=1"
+    ):
+        pipeline([cell(), nn.Tanh()], mse).step(x, target=x)
+    with pytest.warns(UserWarning, match=r"mixes what lies along dimension 0"):
+        pipeline([cell(), nn.Tanh()], mse).predict(x)
+    pipeline([cell(), nn.Tanh()], mse, count=2, batch_dim=1).step(x, target=x)
+    pipeline([Turned(cell()), nn.Tanh()], mse).step(x, target=x)
+
+
+def test_an_unbatched_sequence_is_not_cut_in_silence() -> None:
+    x = torch.randn(8, WIDTH)
+    cells = [Recurrent(WIDTH, WIDTH, batch_first=True), nn.Tanh()]
+    with pytest.warns(UserWarning, match="mixes what lies along dimension 0"):
+        pipeline(cells, nn.functional.mse_loss).step(x, target=x)
+
+
+def test_microbatches_of_other_lengths_along_another_dimension() -> None:
+    x = torch.randn(5, 3, WIDTH)
+    parts = stagewise.Microbatches([x[:, :2], x[:, 2:]])
+    cells = [nn.Identity(), nn.Tanh()]
+    with pytest.warns(UserWarning, match=r"a mean along dimension 1 too.*give batch_dim=1"):
+        pipeline(cells, nn.functional.mse_loss, count=2).evaluate(parts, target=parts)
+    pipeline(cells, nn.functional.mse_loss, count=2, batch_dim=1).evaluate(parts, target=parts)
+    per_sample = pipeline(cells, lambda o, t: (o - t).square().sum((1, 2)).mean(), count=2)
+    per_sample.evaluate(parts, target=parts)
+    weighed = pipeline(cells, nn.functional.mse_loss, count=2, weight=lambda target: target.numel())
+    weighed.evaluate(parts, target=parts)
+
+
+def looked_on_ranks() -> Mapping[str, list[str]]:
+    texts = {}
+    torch.manual_seed(0)
+    x = torch.randn(8, WIDTH)
+    for name in ("sum", "triplet"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipeline(linears(), WRONG[name][0]).step(x, target=labels())
+        texts[name] = [str(w.message) for w in caught if issubclass(w.category, ExactnessWarning)]
+    return texts
+
+
+def test_the_last_rank_says_it(pools: Pools) -> None:
+    first, last = pools[2].run(looked_on_ranks)
+    assert not any(first.values())
+    assert all(len(texts) == 1 for texts in last.values())
