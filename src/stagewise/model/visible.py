@@ -58,20 +58,20 @@ class Sight:
     """What can be seen from a module, by the names that forward's code uses.
 
     `runs_itself` are modules that cells run as they are, and that are not looked into. With
-    `named_only` attributes count only where some code names them.
+    `named_only` attributes count only where some code names them; `names` are all such names.
     """
 
     def __init__(self, runs_itself: Iterable[nn.Module] = (), *, named_only: bool) -> None:
         self._skipped: weakref.WeakSet[nn.Module] = weakref.WeakSet(runs_itself)
         self._named_only = named_only
-        self._names: set[str] = {"forward"}
+        self.names: set[str] = {"forward"}
         self.is_whole = True  # whether the last walk left nothing out
 
     def walk(self, model: nn.Module) -> list[Node]:
         """All that the forward of `model` can see, each thing once, the nearest first."""
         known = -1
-        while len(self._names) != known:  # code that is reached names more
-            known = len(self._names)
+        while len(self.names) != known:  # code that is reached names more
+            known = len(self.names)
             nodes = self._walk(model)
         return nodes
 
@@ -113,10 +113,10 @@ class Sight:
         return [(label, frozen(item)) for label, item in found]
 
     def _is_named(self, item: Item) -> bool:
-        return item[0][1:] in self._names or item[0] == ".__class__"
+        return item[0][1:] in self.names or item[0] == ".__class__"
 
     def _of_module(self, module: nn.Module) -> list[Item]:
-        own, names = vars(module), self._names
+        own, names = vars(module), self.names
         found: list[Item] = [
             (f".{name}", value)
             for name, value in own.items()
@@ -132,13 +132,13 @@ class Sight:
         named = [
             (f".{name}", value)
             for name, value in vars(cls).items()
-            if name in self._names and name not in _OF_CLASSES
+            if name in self.names and name not in _OF_CLASSES
         ]
         return [*named, *((f".__bases__[{i}]", base) for i, base in enumerate(cls.__bases__))]
 
     def _of_function(self, function: FunctionType) -> list[Item]:
         code, names = function.__code__, names_in(function.__code__)
-        self._names |= names
+        self.names |= names
         found: list[Item] = [(".__code__", code)]
         found += [(f" default {i}", value) for i, value in enumerate(function.__defaults__ or ())]
         found += [(f" default {n}", v) for n, v in (function.__kwdefaults__ or {}).items()]

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.errors import ModelError
+from stagewise.model.export.fingerprint import fingerprint
 
 MODULE = "stagewise.model.export.capture"
 CACHE = "stagewise.model.export.disk_cache"
@@ -359,15 +361,44 @@ def test_a_twin_gets_no_other_models_graph(
     torch.testing.assert_close(ours(x), model(x), rtol=0, atol=0)
 
 
+UNSEEN = {"the environment", "a patched function of a library"}
+
+
+@pytest.mark.parametrize("what", sorted(TWINS.keys() - UNSEEN))
+def test_a_fingerprint_tells_twins_apart(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """So that what an example cannot tell apart, say a limit that it does not reach, is seen."""
+    first, second = TWINS[what]
+    assert fingerprint(first()) == fingerprint(first())
+    before = fingerprint(first())
+    assert fingerprint(second(monkeypatch)) != before
+
+
+def test_what_reads_the_environment_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCALE", "1.0")
+    stagewise.capture(Acting(by_environment), torch.ones(3, 4))
+    assert entries(cache) == []
+
+
+def test_a_fingerprint_is_the_same_in_another_process() -> None:
+    code = (
+        "from tests.model.export import test_disk_cache as t; "
+        "from stagewise.model.export.fingerprint import fingerprint; "
+        "print(fingerprint(t.Acting(t.by_global)) + fingerprint(t.net()))"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert done[0].stdout == done[1].stdout
+    assert "SETTINGS" in done[0].stdout
+
+
 def test_an_entry_that_is_another_models_is_written_anew(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        f"{MODULE.replace('.capture', '.disk_cache')}._model", lambda model: ["same"]
-    )
-    monkeypatch.setattr(
-        f"{MODULE.replace('.capture', '.disk_cache')}._code", lambda model: ["same"]
-    )
+    monkeypatch.setattr(f"{CACHE}.fingerprint", lambda model: "the same")
     x = torch.randn(3, 4)
     for scale in (2.0, 3.0):
         model = net(scale=scale)

@@ -1,0 +1,192 @@
+"""What decides what a trace of a model holds, as text that is the same in every process.
+
+Versions and installation of the libraries that loaded code imports; the source of every loaded
+module that is no library; all that forward's code can see (`stagewise.model.visible`); the form of
+parameters and buffers; and how torch is set. What has no such text raises UnstableError, and then
+nothing is kept on disk.
+"""
+
+import enum
+import hashlib
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from stagewise.model.contents import PLAIN, Frozen, can_hold
+from stagewise.model.visible import Node, Sight, is_own
+
+_OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
+_SALTED = {"._original_object_hash"}  # differs in every process: of transformers' GenerationConfig
+_UNSEEN = {"environ", "getenv", "argv", "globals", "import_module", "__import__"}
+_MOST_NUMBERS = 1 << 16  # of a tensor in an attribute
+_FOR_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+
+_KERNELS = ("flash", "mem_efficient", "math")  # of attention
+
+
+class UnstableError(Exception):
+    """Something has no text that is the same in another process."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Text that differs where a trace of `model` may; raises UnstableError where it has none."""
+    return repr((_code(model), _visible(model), _states(model), _settings()))
+
+
+def _code(model: nn.Module) -> list[object]:
+    """Versions and sources of what the model's forward may run."""
+    homes = {type(module).__module__ for module in model.modules()}
+    for name in homes:
+        if not getattr(sys.modules.get(name), "__file__", None):
+            raise UnstableError(name)  # typed into a notebook, say
+    kinds = "stdlib", "platstdlib", "purelib", "platlib"
+    libraries = tuple(sysconfig.get_paths()[kind] for kind in kinds)
+    loaded = {
+        name: (module, file)
+        for name, module in list(sys.modules.items())
+        if isinstance(file := getattr(module, "__file__", None), str) and os.path.isabs(file)
+    }
+    read = {
+        name
+        for name, (_, file) in loaded.items()
+        if name in homes or not file.startswith(libraries) or name.startswith(_OWN)
+    }
+    used = {_package(name) for name in homes} - {"torch"}
+    reached = {"torch"}.union(*(_packages_in(loaded[name][0]) for name in read))
+    sources = [(name, _digest(loaded[name][1])) for name in sorted(read)]
+    installed = [
+        (name, str(vars(module).get("__version__")), status.st_mtime_ns, status.st_size)
+        for name, (module, file) in sorted(loaded.items())
+        if _package(name) in used or name in reached
+        for status in [os.stat(file)]
+    ]
+    return [sys.version, installed, sources]
+
+
+def _packages_in(module: ModuleType) -> set[str]:
+    """The packages that a module has imported, or of which it has functions or classes."""
+    names = {
+        value.__name__ if isinstance(value, ModuleType) else value.__module__
+        for value in list(vars(module).values())
+        if issubclass(type(value), (ModuleType, FunctionType, type))  # asks the value nothing
+    }
+    return {_package(name) for name in names if isinstance(name, str)}
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _digest(file: str) -> str:
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+
+
+def _visible(model: nn.Module) -> list[object]:
+    """What forward's code can see, in the order of a walk."""
+    sight = Sight(named_only=False)
+    nodes = sight.walk(model)
+    if not sight.is_whole or sight.names & _UNSEEN:
+        raise UnstableError("more than can be told")
+    places = {id(node.value): index for index, node in enumerate(nodes)}
+    states = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    modes = [(name, m.training, _forward_of(type(m))) for name, m in model.named_modules()]
+    seen = [
+        (index, label, _text(item, node, places, states))
+        for index, node in enumerate(nodes)
+        for label, item in node.items
+        if label not in _SALTED
+    ]
+    return [modes, seen]
+
+
+def _text(item: object, node: Node, places: dict[int, int], states: dict[int, str]) -> object:
+    """What stands for `item` of `node`: what it holds stands at its own place in the walk."""
+    if isinstance(item, PLAIN):
+        return repr(item)
+    if isinstance(item, Frozen):
+        return _name_of(item.kind), hashlib.blake2b(item.data, digest_size=16).hexdigest()
+    if isinstance(item, torch.Tensor):
+        return states.get(id(item)) or _of_tensor(item)
+    if isinstance(item, enum.Enum):
+        return _name_of(type(item)), item.name
+    if isinstance(item, CodeType):
+        return _of_code(item)
+    if isinstance(item, ModuleType):
+        return item.__name__
+    if isinstance(item, FunctionType):
+        is_local = "<locals>" in item.__qualname__ or "<lambda>" in item.__qualname__
+        if is_local and is_own(item.__code__.co_filename) and not isinstance(node.value, type):
+            raise UnstableError(item)
+        return _name_of(item), places[id(item)]
+    if isinstance(item, type):
+        return _name_of(item), places.get(id(item))
+    if can_hold(item) or isinstance(item, nn.Module):
+        if hasattr(item, "cache_info"):  # what it has kept cannot be seen
+            raise UnstableError(item)
+        return _name_of(type(item)), getattr(item, "__name__", None), places[id(item)]
+    if hasattr(item, "name") and type(item).__module__ == "logging":
+        return "logger", item.name
+    raise UnstableError(item)
+
+
+def _of_tensor(tensor: torch.Tensor) -> object:
+    if tensor.is_meta or tensor.numel() > _MOST_NUMBERS:
+        raise UnstableError(tensor)
+    values = repr(tensor.detach().cpu().tolist())
+    return str(tensor.dtype), str(tensor.device), tensor.requires_grad, values
+
+
+def _of_code(code: CodeType) -> object:
+    if code.co_filename.startswith("<"):
+        raise UnstableError(code)  # its source may be any
+    constants = [
+        sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+        for value in code.co_consts
+        if not isinstance(value, CodeType)
+    ]
+    inner = [_of_code(value) for value in code.co_consts if isinstance(value, CodeType)]
+    return code.co_filename, code.co_firstlineno, code.co_code.hex(), constants, inner
+
+
+def _forward_of(kind: type[nn.Module]) -> object:
+    """What its forward is now: a program may have put another function there."""
+    code = getattr(kind.forward, "__code__", None)
+    place = None if code is None else (code.co_filename, code.co_firstlineno, code.co_qualname)
+    return _name_of(kind), place
+
+
+def _states(model: nn.Module) -> list[object]:
+    """The form of parameters and buffers, and which of them are one."""
+    seen: dict[int, int] = {}
+    tensors = [
+        (name, tuple(t.shape), str(t.dtype), str(t.device), t.requires_grad, place)
+        for named in (model.named_parameters, model.named_buffers)
+        for name, t in named(remove_duplicate=False)
+        for place in [seen.setdefault(id(t), len(seen))]
+    ]
+    return [tensors, sorted(model.state_dict(keep_vars=True))]
+
+
+def _settings() -> list[object]:
+    """How torch is set."""
+    if any(getattr(torch_module, name, None) for name in _FOR_ALL):
+        raise UnstableError("hooks on all modules")
+    return [
+        torch.get_default_dtype(),
+        str(torch.get_default_device()),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _KERNELS],
+        [(kind, torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")],
+    ]
+
+
+def _name_of(value: type | FunctionType) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
