@@ -78,6 +78,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.table1 --quick
 	$(BIN)/python -m benchmarks.table2 --quick
 	$(BIN)/python -m benchmarks.memory --quick
+	$(BIN)/python -m benchmarks.resident --quick
 	$(BIN)/python -m benchmarks.two_billion
 	$(BIN)/python -m benchmarks.capture --quick
 

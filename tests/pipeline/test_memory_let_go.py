@@ -1,6 +1,8 @@
 """After `del model` a rank holds nothing of other stages, however its Pipeline was built."""
 
 import gc
+import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -204,3 +206,12 @@ def alive_beside_replicas() -> list[str]:
 
 def test_nothing_of_another_stage_stays_alive_beside_replicas(pools: Pools) -> None:
     assert pools[3].run(alive_beside_replicas) == [[]] * 3
+
+
+def test_what_a_rank_does_not_need_is_not_loaded() -> None:
+    """torch.distributed.checkpoint brings sympy and 40 MiB along."""
+    script = "import sys, stagewise; stagewise.Pipeline; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"sympy", "torch.distributed.checkpoint"} & set(done.stdout.split())
