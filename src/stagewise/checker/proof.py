@@ -30,6 +30,7 @@ from stagewise.checker.references import (
 )
 from stagewise.checker.run_cells import Walk
 from stagewise.checker.subject import Subject, sum_of, weighted
+from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.step.first_look import FirstLook
 from stagewise.model.added_losses import LossCollector, add_loss, collect_losses, collecting
@@ -50,7 +51,7 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
     inputs, target, keywords = subject.fresh_batch()
     walk = Walk(chain, inputs)
     with (
-        seeded(subject) as randomness,
+        seeded(subject, chain) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
         value = entered(inputs)
@@ -83,7 +84,7 @@ def culprit(
     inputs, target, keywords = subject.fresh_batch()
     walk = Walk(chain, inputs)
     unsplittable: str | None = None
-    with seeded(subject) as randomness, torch.no_grad():
+    with seeded(subject, chain) as randomness, torch.no_grad():
         value = unmarked(inputs)
         for cell in chain:
             is_loss = subject.loss is None and cell.index == len(chain) - 1
@@ -125,13 +126,17 @@ def _mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: f
     module_tree(chain).eval()
     inputs, target, keywords = subject.fresh_batch()
     walk, value = Walk(chain, inputs), unmarked(inputs)
-    with seeded(subject) as randomness, torch.no_grad(), ConstantDraws(subject.device):
+    with seeded(subject, chain) as randomness, torch.no_grad(), ConstantDraws(subject.device):
         for cell in chain:
             is_loss = subject.loss is None and cell.index == len(chain) - 1
             twin = replace(cell, module=copy.deepcopy(cell.module))
             before = state_of(twin)
-            with collect_losses() as added:
+            drawn_from = Draws([twin.module]).kept(guard=True, undo=True)
+            with drawn_from as moved, collect_losses() as added:
                 whole = walk.run(twin, value, keywords)
+            if moved:
+                value = whole  # past torch's generators, where no draw can be held constant
+                continue
             changes = not all(map(torch.equal, before, state_of(twin)))
             if cell.index in traits.cells and not changes and not uses_batch_statistics(cell):
                 twin = replace(cell, module=copy.deepcopy(cell.module))
@@ -191,7 +196,7 @@ def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
         loss=subject.loss,
     )
     calls = [(cell, functools.partial(walk.run, cell)) for cell in chain]
-    with seeded(subject) as randomness, torch.no_grad():
+    with seeded(subject, chain) as randomness, torch.no_grad():
         for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             collector = LossCollector()
             outer = collecting(collector)
@@ -212,7 +217,7 @@ def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) ->
     module_tree(chain).eval()
     inputs, _, keywords = subject.fresh_batch()
     walk, value = Walk(chain, inputs), unmarked(inputs)
-    with seeded(subject) as randomness, torch.no_grad():
+    with seeded(subject, chain) as randomness, torch.no_grad():
         for cell in chain:
             if cell.index in traits.cells:
                 value = _by_parts(

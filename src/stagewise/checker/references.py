@@ -25,11 +25,12 @@ from stagewise.batch.values import Structure, take_apart
 from stagewise.checker.pooled_statistics import pooled_statistics
 from stagewise.checker.run_cells import Walk
 from stagewise.checker.subject import Model, Subject, sum_of, weighted
+from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.keywords import invoke
 from stagewise.engine.stage.randomness import CellRandomness, default_generator, generators_kept
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import captured_of
-from stagewise.model.cell import Cell, Piece
+from stagewise.model.cell import Cell, Chain, Piece
 from stagewise.model.chain import chain_of, module_tree
 
 Tensors = dict[str, Tensor | None]  # by quantity
@@ -100,7 +101,7 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
     shares, parts = subject.shares(targets, sizes), list[Tensor]()
     traits.normalises = {cell.index: named(cell) for cell in chain if uses_batch_statistics(cell)}
     with (
-        seeded(subject) as randomness,
+        seeded(subject, chain) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
         for m, (part, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
@@ -110,14 +111,16 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
                 for cell in chain:
                     before = state_of(cell)
                     randomness.enter_cell(cell.index, m)
-                    with noting_draws(subject, cell.index, named(cell), traits.draws):
+                    with noting_draws(
+                        subject, randomness.draws, cell.index, named(cell), traits.draws
+                    ):
                         value = walk.run(cell, value, named_parts)
                     if not all(map(torch.equal, before, state_of(cell))):
                         traits.changes[cell.index] = named(cell)
                 if any(column[m] for column in shares.values()):
                     randomness.enter_loss(m)
                     drawn: dict[int, str] = {}
-                    with noting_draws(subject, 0, "", drawn):
+                    with noting_draws(subject, randomness.draws, 0, "", drawn):
                         losses = subject.losses_of(value, *targets[m])
                     traits.loss_draws |= bool(drawn)
                     parts += weighted(losses, shares, m)
@@ -134,7 +137,7 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
     inputs, _, keywords = subject.fresh_batch()
     walk = Walk(chain, inputs)
     values = []
-    with seeded(subject) as randomness, torch.no_grad():
+    with seeded(subject, chain) as randomness, torch.no_grad():
         for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             for cell in chain:
                 randomness.enter_cell(cell.index, m)
@@ -239,7 +242,7 @@ def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits
         module_tree(chain).eval()
     whole, _, keywords = subject.fresh_batch()
     walk = Walk(chain, whole)
-    with seeded(subject) as randomness, torch.set_grad_enabled(training), collect_losses():
+    with seeded(subject, chain) as randomness, torch.set_grad_enabled(training), collect_losses():
         for m, (part, named_parts) in enumerate(split_both(whole, keywords, sizes)):
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             for cell in chain:
@@ -254,19 +257,24 @@ def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits
 
 
 @contextmanager
-def seeded(subject: Subject) -> Iterator[CellRandomness]:
-    """The pipeline's random numbers; the caller's are put back."""
-    with generators_kept([subject.device]):
-        yield CellRandomness(subject.seed, 0, subject.device)
+def seeded(subject: Subject, chain: Chain = ()) -> Iterator[CellRandomness]:
+    """The pipeline's random numbers, also those of `chain`'s own generators; the caller's are put
+    back."""
+    draws = Draws([*(cell.module for cell in chain), subject.loss])
+    with generators_kept([subject.device]), draws.kept(watch=True):
+        yield CellRandomness(subject.seed, 0, subject.device, draws)
 
 
 @contextmanager
-def noting_draws(subject: Subject, key: int, name: str, into: dict[int, str]) -> Iterator[None]:
-    """Put `name` under `key` if what runs inside draws random numbers."""
+def noting_draws(
+    subject: Subject, draws: Draws | None, key: int, name: str, into: dict[int, str]
+) -> Iterator[None]:
+    """Put `name` under `key` if what runs inside draws random numbers, also past torch's."""
     generator = default_generator(subject.device)
     before = generator.get_state()
     yield
-    if not torch.equal(before, generator.get_state()):
+    moved = draws is not None and draws.look()
+    if moved or not torch.equal(before, generator.get_state()):
         into[key] = name
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from stagewise.engine.stage.draws import Draws
+
 _MASK = (1 << 64) - 1
 _INITIALISATION = -1  # the step before all others
 _LOSS_CELL = (1 << 32) - 1  # the loss draws as a cell of its own, whatever the chain's length
@@ -31,9 +33,13 @@ def _mixed(state: int, number: int) -> int:
 
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that dropout and its like draw from on `device`."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        index = module.current_device() if device.index is None else device.index
+        generator: torch.Generator = module.default_generators[index]
+        return generator
     return torch.default_generator
 
 
@@ -46,19 +52,31 @@ def seed_initialisation(seed: int, cell_name: str) -> None:
 
 
 class CellRandomness:
-    """Seeds one device's default generator before each cell of one step."""
+    """Seeds what cells of one device draw from, before each cell of one step.
 
-    def __init__(self, seed: int, step: int, device: torch.device) -> None:
+    That is the device's default generator, the CPU's (a cell elsewhere may draw from it, too), and
+    what was found in `draws`.
+    """
+
+    def __init__(
+        self, seed: int, step: int, device: torch.device, draws: Draws | None = None
+    ) -> None:
         self._step = _mixed(_mixed(0, seed), step)
         self._cells: dict[int, int] = {}  # mixed that far: the rest is right before a cell runs
-        self._generator = default_generator(device)
+        self._generator, self.draws = default_generator(device), draws
+        self._has_other = self._generator is not torch.default_generator
 
     def enter_cell(self, cell: int, microbatch: int) -> None:
         """Call right before cell `cell` runs on `microbatch`."""
         state = self._cells.get(cell)
         if state is None:
             state = self._cells[cell] = _mixed(self._step, cell)
-        self._generator.manual_seed(_mixed(state, microbatch))
+        number = _mixed(state, microbatch)
+        self._generator.manual_seed(number)
+        if self._has_other:
+            torch.default_generator.manual_seed(number)
+        if self.draws is not None and self.draws.active:
+            self.draws.enter(number)
 
     def enter_loss(self, microbatch: int) -> None:
         """Call right before the loss function runs on `microbatch`."""

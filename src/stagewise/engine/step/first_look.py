@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
 from stagewise.batch.values import detached, flatten
 from stagewise.engine.stage.call import CellForward
+from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
 from stagewise.engine.step.loss_kind import SEVERITY, Examined, examine, words
 from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
@@ -245,6 +246,7 @@ class FirstLook:
             warnings.catch_warnings(),
             generators_kept(devices),
             generators_moved(devices) as moved,
+            Draws([]).kept(guard=True, undo=True) as late,
             torch.enable_grad(),
         ):
             warnings.simplefilter("ignore")
@@ -252,7 +254,7 @@ class FirstLook:
                 yield
             except Exception:
                 self._found = so_far
-        if moved:
+        if moved or late:
             self._found = so_far
 
 

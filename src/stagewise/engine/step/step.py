@@ -19,9 +19,10 @@ from stagewise.engine.gradients.tied import TiedParameters
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.buffers import undone
 from stagewise.engine.stage.call import Call, Mode, Observer, Scaling
+from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.keywords import Takers, batch_gradients, take_targets
 from stagewise.engine.stage.randomness import CellRandomness, generators_kept
-from stagewise.engine.stage.stage import Stage
+from stagewise.engine.stage.stage import Loss, Stage
 from stagewise.engine.step.admission import Admitted, admit, fingerprint
 from stagewise.engine.step.agreement import agreed_failure
 from stagewise.engine.step.digest import is_compared
@@ -79,6 +80,8 @@ class Runner:
         self._sums = Float32Sums(self._parameters) if accumulate_in_float32 else None
         self.spans: tuple[Span, ...] = ()
         self._looked: set[Mode] = set()  # at what calls in these modes do
+        self._draws = Draws([*(cell.module for cell in cells), self._loss()])
+        self._watched: set[Mode] = set()  # for what cells draw from
         self._warned: set[str] = set()
         self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
         self._broken = False
@@ -153,7 +156,7 @@ class Runner:
             shared=bool(self._replicated),
             batch_dim=batch_dim,
             keeps_outputs=bool(outputs_on),
-            randomness={d: CellRandomness(self.seed, step_index, d) for d in devices},
+            randomness={d: CellRandomness(self.seed, step_index, d, self._draws) for d in devices},
             batchnorms=self._batchnorms,
         )
         if observe is None and mode not in self._looked and len(call.sizes) > 1:
@@ -174,8 +177,11 @@ class Runner:
             call.shares = {"": (1.0,) * len(call.sizes)}
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
+        watch = mode not in self._watched
+        self._watched.add(mode)
         with (
             generators_kept(devices),
+            self._draws.kept(watch=watch, guard=bool(call.recomputed)) as late,
             torch.inference_mode(False),
             torch.set_grad_enabled(training),
             self._kept(training) as sums,
@@ -221,16 +227,28 @@ class Runner:
                     stage.clear()
         self._broken = False
         self._warn(call)
+        if late:
+            self._watched.discard(mode)
+            names = ", ".join(sorted({source.name for source in late}))
+            warn_user(
+                f"numbers were drawn from {names} while step {step_index} ran, for the first time; "
+                "if a cell drew them, its recomputation in this step drew others, and gradients "
+                "are wrong. From the next step on they are seeded for every cell and microbatch",
+                ExactnessWarning,
+            )
         return call
 
-    def _first_look(self, call: Call) -> FirstLook:
+    def _loss(self) -> Loss | None:
         last = self.stages.get(self.schedule.num_stages - 1)
+        return None if last is None else last.loss
+
+    def _first_look(self, call: Call) -> FirstLook:
         return FirstLook(
             call.sizes,
             call.batch_dim,
             weight=self.weight,
             sums_losses=self.sums_losses,
-            loss=None if last is None else last.loss,
+            loss=self._loss(),
         )
 
     def _warn(self, call: Call) -> None:

@@ -1,0 +1,188 @@
+"""What cells draw past the default generators: Python's and NumPy's numbers, own generators.
+
+Problem: a recomputation would draw other numbers than its forward did, and the gradients would be
+those of no step. Seeding every such source before every cell would cost each instruction.
+Idea: in the first call of a mode all sources that the cells can see are seeded before every cell,
+and looked at after it. Those that moved are seeded before every cell from then on, as the default
+generators are; the others cost nothing. A source that moves only later is noticed at the end of
+the step, and watched from the next one on.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+
+import numpy as np
+import torch
+from torch import nn
+
+from stagewise.model.visible import Sight, names_in
+
+_32_BITS = (1 << 32) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A generator of random numbers: how to read, seed and write its state."""
+
+    name: str
+    read: Callable[[], object]
+    seed: Callable[[int], object]
+    write: Callable[..., object]
+
+
+def _of_bits(generator: np.random.Generator) -> Source:
+    bits = generator.bit_generator
+
+    def write(state: Mapping[str, object]) -> None:
+        bits.state = state
+
+    return Source(
+        "a numpy.random.Generator",
+        lambda: bits.state,
+        lambda number: write(type(bits)(number).state),
+        write,
+    )
+
+
+PYTHON = Source("Python's random", random.getstate, random.seed, random.setstate)
+NUMPY = Source(
+    "numpy.random",
+    np.random.get_state,
+    lambda number: np.random.seed(number & _32_BITS),
+    np.random.set_state,
+)
+_KINDS: dict[type, Callable[..., Source]] = {
+    torch.Generator: lambda g: Source("a torch.Generator", g.get_state, g.manual_seed, g.set_state),
+    random.Random: lambda g: Source("a random.Random", g.getstate, g.seed, g.setstate),
+    np.random.RandomState: lambda g: Source(
+        "a numpy.random.RandomState",
+        g.get_state,
+        lambda number: g.seed(number & _32_BITS),
+        g.set_state,
+    ),
+    np.random.Generator: _of_bits,
+}
+
+
+class Draws:
+    """What `codes` (modules, a loss function) may draw from, and what they were seen to."""
+
+    def __init__(self, codes: Iterable[object]) -> None:
+        self._codes = [*codes]
+        self._sources: tuple[Source, ...] | None = None
+        self._drawn: list[Source] = []
+        self._seeded: list[tuple[Source, object]] = []  # and their states, while watching
+        self._watching = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of what was drawn from."""
+        return sorted({source.name for source in self._drawn})
+
+    @property
+    def active(self) -> bool:
+        """Whether `enter` has anything to do."""
+        return self._watching or bool(self._drawn)
+
+    def enter(self, number: int) -> None:
+        """Seed with `number`, right before a cell runs."""
+        if not self._watching:
+            for source in self._drawn:
+                source.seed(number)
+            return
+        self.look()
+        for source in self._all():
+            source.seed(number)
+            self._seeded.append((source, source.read()))
+
+    def look(self) -> list[Source]:
+        """What moved since `enter`; it counts as drawn from."""
+        moved = [source for source, state in self._seeded if not _same(state, source.read())]
+        self._drawn += [source for source in moved if source not in self._drawn]
+        self._seeded.clear()
+        return moved
+
+    @contextmanager
+    def kept(
+        self, *, watch: bool = False, guard: bool = False, undo: bool = False
+    ) -> Iterator[list[Source]]:
+        """Put the states of what is seeded inside back at the end; all of them with `undo`.
+
+        With `watch` every cell is watched inside. With `guard` the list holds afterwards what
+        moved without having been seeded.
+        """
+        late: list[Source] = []
+        self._watching = watch
+        sources = self._all() if watch or guard else self._drawn
+        states = [(source, source.read()) for source in sources]
+        try:
+            yield late
+            self.look()
+            if not watch:
+                late += [
+                    source
+                    for source, state in states
+                    if source not in self._drawn and not _same(state, source.read())
+                ]
+        finally:
+            self._watching = False
+            self._seeded.clear()
+            for source, state in states:
+                if undo or watch or source in self._drawn:
+                    source.write(state)
+
+    def _all(self) -> tuple[Source, ...]:
+        if self._sources is None:
+            self._sources = (PYTHON, NUMPY, *_own(self._codes))
+        return self._sources
+
+
+def _own(codes: Sequence[object]) -> Iterator[Source]:
+    seen: set[int] = {id(torch.default_generator)}
+    for code in codes:
+        sight = Sight(named_only=True)
+        values = (
+            [node.value for node in sight.walk(code)] if isinstance(code, nn.Module) else [code]
+        )
+        inside = itertools.chain.from_iterable(map(_inside, values))
+        for value in (*values, *inside):
+            kind = next((kind for kind in _KINDS if isinstance(value, kind)), None)
+            if kind is not None and id(value) not in seen:
+                seen.add(id(value))
+                yield _KINDS[kind](value)
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, FunctionType):
+        known = value.__globals__
+        closed = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        named = [known[name] for name in names_in(value.__code__) if name in known]
+        return [*closed, *named, *(value.__defaults__ or ())]
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    return [*getattr(value, "__dict__", {}).values()]
+
+
+def _is_filled(cell: object) -> bool:
+    try:
+        return cell.cell_contents is not None  # type: ignore[attr-defined]
+    except ValueError:
+        return False
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)  # type: ignore[arg-type]
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) < 16:
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
