@@ -327,11 +327,8 @@ def changing_shapes() -> str:
     return "no error"
 
 
-def test_shapes_that_depend_on_data_are_refused_in_words(pools: Pools) -> None:
-    sender, receiver = pools[2].outcomes(changing_shapes, seconds=SOON_SECONDS)
-    assert "changed its form though the batch did not" in sender.error
-    assert "(2, 3)" in sender.error and "(2, 2)" in sender.error and "pad them" in sender.error
-    assert "PeerError" in receiver.error and "changed its form" in receiver.error
+def test_shapes_that_depend_on_data_arrive(pools: Pools) -> None:
+    assert pools[2].run(changing_shapes, seconds=SOON_SECONDS) == ["no error"] * 2
 
 
 def passing_nothing(recompute: str) -> list[Tensor]:

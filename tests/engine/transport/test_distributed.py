@@ -1,6 +1,8 @@
 """The transport between processes: any tensor arrives as it was sent."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -106,7 +108,9 @@ def expanded_storage() -> list[int]:
 
 
 def change_form(second: str) -> str:
+    """Where no message has a mark, as between hosts."""
     transport = DistributedTransport(torch.device("cpu"))
+    transport._wire._near.clear()
     programs = lower(forward_only([(d,) for d in range(2)], 1))
     values: dict[str, object] = {
         "same": torch.ones(3),
@@ -146,6 +150,92 @@ def test_a_changed_form_is_refused_in_words(pools: Pools, second: str, words: st
     assert "[(3,) torch.float32] before" in sender and words in sender.split("before")[1]
     assert receiver == ""
     assert pools[2].run(change_form, "same") == ["", ""]
+
+
+def forms_in_turn(num_bytes: int) -> tuple[list[str], list[bool]]:
+    """What arrives of messages whose forms change, beside one that follows and never does."""
+    big = torch.arange(num_bytes // 8.0, dtype=torch.float64)
+    turns: list[object] = [
+        big,
+        big[1:],
+        (big, None),
+        {"a": big, "b": 0.5},
+        {"a": big, "b": float("nan")},
+        {"a": big, "b": float("nan")},
+        None,
+        big.float().requires_grad_(),
+        *[big] * 7,
+        big[:3],
+    ]
+    transport = DistributedTransport(torch.device("cpu"))
+    programs = lower(forward_only([(d,) for d in range(2)], 3))
+    arrived, steady, remembered = [], [], []
+    for turn in turns:
+        transport.begin(1, links(programs))
+        for step in programs[transport.rank]:
+            for message in step.sends:
+                transport.send(message, turn if message.microbatch == 1 else big)
+            for message in step.receives:
+                got = transport.receive(message)
+                if message.microbatch == 1:
+                    arrived.append(described(got))
+                else:
+                    steady.append(torch.equal(got, big))  # type: ignore[arg-type]
+            transport.look_ahead()
+        transport.finish()
+        message = next(m for s in programs[0] for m in s.sends if m.microbatch == 1)
+        remembered.append(transport._forms.get(message) is not None)
+    assert all(steady)
+    return arrived if transport.rank else [described(turn) for turn in turns], remembered
+
+
+def described(value: object) -> str:
+    def one(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (leaf.dtype, leaf.requires_grad, leaf.shape, float(leaf.double().sum()))
+
+    return str(pytree.tree_map(one, value))
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 10, 3 << 20])  # past the sockets too
+def test_changed_forms_arrive_and_settle(pools: Pools, num_bytes: int) -> None:
+    (sent, at_sender), (arrived, at_receiver) = pools[2].run(forms_in_turn, num_bytes)
+    assert arrived == sent
+    assert at_sender == at_receiver and at_sender[0] and not at_sender[1]
+    assert at_sender[-2] and not at_sender[-1]  # remembered again after a while
+
+
+def local_classes() -> list[object]:
+    @dataclass
+    class Pair:
+        first: Tensor
+        second: float
+
+    class Both(NamedTuple):
+        x: Tensor
+        y: Tensor
+
+    def fresh() -> object:  # of a class that the other rank has not
+        @dataclass
+        class Here:
+            x: Tensor
+
+        return Here(torch.ones(2)) if torch.distributed.get_rank() == 0 else None
+
+    values = [Pair(torch.ones(3), 0.5), Both(torch.zeros(2), torch.ones(2)), fresh()]
+    first, second = transfer(values, 2)
+    if not first:
+        return []
+    assert all(type(got[0]) is Pair and type(got[1]) is Both for got in (first, second))
+    assert [str(value) for value in first] == [str(value) for value in second]
+    return [type(first[2]).__name__, str(first[0]), float(first[1].y.sum()), first[2].x.tolist()]  # type: ignore[attr-defined]
+
+
+def test_classes_of_a_function_arrive_as_this_ranks_own(pools: Pools) -> None:
+    got = pools[2].run(local_classes)[1]
+    assert got[0] == "Here" and "Pair(first=tensor([1., 1., 1.]), second=0.5)" in got[1]
+    assert got[2:] == [2.0, [1.0, 1.0]]
 
 
 class Varied:

@@ -57,23 +57,28 @@ class Neighbour:
         else:
             self._late.queue.put(None)
 
-    def send(self, tensor: torch.Tensor) -> None:
-        """Send a dense tensor; raises OSError if the other process has gone."""
-        sent = 0  # bytes
+    def send(self, tensor: torch.Tensor, mark: bytes = b"") -> None:
+        """Send `mark` and a dense tensor; raises OSError if the other process has gone."""
+        sent, flags = 0, socket.MSG_DONTWAIT | _NO_SIGNAL
         if self._late is None or not self._late.queue.unfinished_tasks:
             try:
-                sent = self._socket.send(_memory(tensor), socket.MSG_DONTWAIT | _NO_SIGNAL)
+                if mark:
+                    sent = self._socket.sendmsg((mark, _memory(tensor)), (), flags)
+                else:
+                    sent = self._socket.send(_memory(tensor), flags)
             except BlockingIOError:
                 sent = 0
-            if sent == tensor.nbytes:
+            if sent == len(mark) + tensor.nbytes:
                 return
         if self._late is None:
             self._late = _Late(self._socket)
-        self._late.queue.put(_bytes(tensor)[sent:])
+        if sent < len(mark):
+            self._late.queue.put(memoryview(mark)[sent:])
+        self._late.queue.put(_bytes(tensor)[max(0, sent - len(mark)) :])
 
-    def receive(self, tensor: torch.Tensor) -> Work:
-        """What reads the next bytes into a dense tensor; wait for all of these in order."""
-        return _Arriving(self._socket, tensor, self._seconds)
+    def receive(self, tensor: torch.Tensor, mark: bytearray | None = None) -> Work:
+        """What reads the next bytes into `mark` and a dense tensor; wait for all in order."""
+        return _Arriving(self._socket, tensor, self._seconds, mark)
 
     def finish(self) -> None:
         """Wait until everything sent has left; raises OSError if the other process has gone."""
@@ -128,17 +133,32 @@ class _Late:
 
 
 class _Arriving:
-    def __init__(self, connection: socket.socket, tensor: torch.Tensor, seconds: float) -> None:
-        self._socket, self._tensor, self._seconds = connection, tensor, seconds
+    def __init__(
+        self,
+        connection: socket.socket,
+        tensor: torch.Tensor,
+        seconds: float,
+        mark: bytearray | None,
+    ) -> None:
+        self._socket, self._tensor, self._seconds, self._mark = connection, tensor, seconds, mark
 
     def wait(self) -> None:
         tensor, since = self._tensor, time.monotonic()
+        num_marks = 0 if self._mark is None else len(self._mark)
         try:
-            read = self._socket.recv_into(_memory(tensor), 0, socket.MSG_WAITALL)
-            while read < tensor.nbytes:  # a signal came between, or what came in time is not all
+            if self._mark is None:
+                read = self._socket.recv_into(_memory(tensor), 0, socket.MSG_WAITALL)
+            else:
+                rooms: list[Any] = [self._mark, _memory(tensor)]
+                read = self._socket.recvmsg_into(rooms, 0, socket.MSG_WAITALL)[0]
+            # A signal may come between; or what came in time is not all.
+            while read < num_marks + tensor.nbytes:
                 if time.monotonic() - since >= self._seconds:
                     raise BlockingIOError
-                more = self._socket.recv_into(_bytes(tensor)[read:], 0, socket.MSG_WAITALL)
+                rest = _bytes(tensor)[max(0, read - num_marks) :]
+                if self._mark is not None and read < num_marks:
+                    rest = memoryview(self._mark)[read:]
+                more = self._socket.recv_into(rest, 0, socket.MSG_WAITALL)
                 if not more:
                     raise ConnectionError("the other process has closed its connection")
                 read += more

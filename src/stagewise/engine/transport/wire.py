@@ -5,7 +5,7 @@ between a pair use different process groups, since NCCL runs one communicator's 
 and would block on crossed sends; what the host itself reads (`control`) goes over gloo.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from stagewise.engine.transport.peers import Peer
 from stagewise.engine.transport.unix_sockets import Neighbour, Work, meet
 
 _TAG = 0
+PLAIN, CHANGED = b"\0", b"\1"  # marks of messages: whether what is expected comes
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class Wire:
@@ -62,6 +64,43 @@ class Wire:
             data = flat(tensor)
             work = self._group(self.rank, rank, control).send([data], rank, _TAG)
             self._outbox.add(work, data)
+
+    def has_marks(self, rank: int) -> bool:
+        """Whether messages to or from `rank` carry a mark."""
+        return rank in self._near
+
+    def start_sending_message(
+        self, tensors: Sequence[torch.Tensor], rank: int, mark: bytes = PLAIN
+    ) -> None:
+        """Start to send dense tensors, `mark` before them where there are marks."""
+        with self._peers[rank]:
+            if (near := self._near.get(rank)) is not None:
+                is_small = bool(tensors) and tensors[0].nbytes <= near.limit
+                near.send(tensors[0] if is_small else _NOTHING, mark)
+                tensors = tensors[is_small:]
+            for tensor in tensors:
+                self.post(tensor, rank)
+
+    def start_receiving_message(
+        self, tensors: Sequence[torch.Tensor], rank: int
+    ) -> tuple[list[Work], bytearray]:
+        """What fills dense tensors, and the mark that comes with them."""
+        mark, works = bytearray(PLAIN), []
+        if (near := self._near.get(rank)) is not None:
+            is_small = bool(tensors) and tensors[0].nbytes <= near.limit
+            works.append(near.receive(tensors[0] if is_small else _NOTHING, mark))
+            tensors = tensors[is_small:]
+        works += [self.start_receiving(tensor, rank) for tensor in tensors]
+        return works, mark
+
+    def send_near(self, tensor: torch.Tensor, rank: int) -> None:
+        """Send a dense tensor of any size before whatever is sent next, where there are marks."""
+        with self._peers[rank]:
+            self._near[rank].send(tensor)
+
+    def receive_near(self, tensor: torch.Tensor, rank: int) -> None:
+        """Wait for what `send_near` sends."""
+        self.wait([self._near[rank].receive(tensor)], rank)
 
     def wait(self, works: Iterable[Work], rank: int) -> None:
         """Until all that `rank` sends has arrived, in order; raises PeerError if it never will."""
