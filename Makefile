@@ -20,7 +20,7 @@ help:
 	@echo "make types     mypy --strict"
 	@echo "make soak      thousands of generated models, new ones each time"
 	@echo "make test-gpu  the tests that need a GPU; skipped where there is none"
-	@echo "make test-models  unmodified models of transformers, torchvision, PEFT: a table"
+	@echo "make test-models  unmodified models of other libraries: docs/models.md"
 	@echo "make bench     the benchmarks, in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
@@ -60,12 +60,13 @@ test-gpu: $(READY)
 
 # Other models' libraries want another torch than the project's, so they have their own environment.
 test-models: $(MODELS_READY)
-	$(MODELS)/bin/python -W ignore -m benchmarks.models
+	TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=1 $(MODELS)/bin/python -W ignore \
+		-m benchmarks.models --write docs/models.md
 
 $(MODELS_READY): pyproject.toml constraints-models.txt
 	test -x $(MODELS)/bin/python || $(PYTHON) -m venv $(MODELS)
 	$(MODELS)/bin/pip install --disable-pip-version-check -c constraints-models.txt \
-		-e . torch torchvision transformers peft
+		-e . torch torchvision transformers peft diffusers timm
 	touch $@
 
 bench: $(READY)

@@ -1,22 +1,28 @@
-"""Unmodified models of transformers, torchvision and PEFT through the pipeline, beside themselves.
+"""Unmodified models of other libraries through the pipeline, beside themselves.
 
-Each is captured (the last two are cut by paths instead), planned and trained for a step at every
-number of stages, and compared with the plain model: loss, gradients, another batch size,
-evaluation, names. The models are those of `benchmarks.unmodified`, in float64 where they can run
-so. `make test-models` runs this in an environment of its own; it fails if a row does.
-
-Times are one step's without optimizer, median of three; with all stages in one process the
-pipelined one cannot be faster.
+Every model of `benchmarks.unmodified` runs in a process forked for it: it is captured (or cut by
+paths), planned for two stages, and compared with the plain model: loss and gradients with two and
+four stages, another batch size, another length, evaluation, prediction, recomputation, two
+processes, and names in order. `make test-models` runs this in an environment of its own and fails
+if a row does; `--write docs/models.md` writes the table there, where rows of models that `--only`
+leaves out stay.
 """
 
 import copy
-import statistics
+import dataclasses
+import json
+import os
+import pickle
+import platform
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -25,39 +31,48 @@ from torch import Tensor, nn
 
 import stagewise
 from benchmarks.unmodified import ENTRIES, Batch, Entry
-from benchmarks.workers import Row, print_rows, run_workers
+from stagewise.errors import BatchError
 from stagewise.model.captured import captured_of
 
-STAGES = (2, 4)
-NUM_SAMPLES, OTHER_NUM_SAMPLES, NUM_MICROBATCHES = 8, 6, 4
-NOTE = (
-    "differences: of the loss, in absolute terms; of gradients, over the largest gradient; "
-    "M=1 where microbatches cannot give the whole batch's loss, for the reason given"
-)
+NUM_SAMPLES, OTHER_NUM_SAMPLES, NUM_MICROBATCHES, MANY_STAGES = 8, 6, 4, 4
 # Relative errors by the dtype that the loss is computed in; transformers computes it in float32.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5}
+SECONDS = 120  # that two processes may take
+COLUMNS = (
+    *("model", "captured by", "cells", "M", "loss", "gradients", "names", "another batch"),
+    *("another length", "evaluate", "predict", "recompute", "two processes", "passes", "CPU s"),
+    "note",
+)
+TEXT = """# Unmodified models
+
+Written by `make test-models` (`python -m benchmarks.models --write docs/models.md`), which makes an
+environment of its own with the versions in `constraints-models.txt`. Tiny configurations with
+random weights and no dropout, float64 but for what cannot run in it. Every model is captured from
+an example of 8 samples and compared with itself, unpipelined: with two and four stages, 4
+microbatches (M=1 where mathematics forbids them, for the reason given), other sizes than the
+example's, in evaluation, prediction, with all forwards recomputed, and in two processes over gloo.
+
+Numbers are differences: of losses and outputs in absolute terms, of gradients over the largest
+gradient, the largest of two and four stages. `names` says whether parameters and state are the
+model's, in its order; `refused` that a batch of another length was refused in words, and `-` that
+the model has none. CPU seconds are of everything in the row: building, capturing, planning and all
+comparisons.
+"""
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """What a model gives for one batch."""
-
-    loss: Tensor
-    gradients: Mapping[str, Tensor | None]
+class Failed(Exception):
+    """A comparison of a row."""
 
 
-def plain_step(model: nn.Module, entry: Entry, batch: Batch) -> Numbers:
-    """The plain model's loss and gradients."""
-    model.zero_grad()
-    loss = plain_loss(model, entry, batch)
-    loss.backward()
-    return Numbers(loss.detach(), gradients_of(model.named_parameters()))
+def inputs_of(batch: Batch) -> Batch:
+    """Without the target."""
+    return {name: value for name, value in batch.items() if name != "target"}
 
 
 def plain_loss(model: nn.Module, entry: Entry, batch: Batch) -> Tensor:
     """The plain model's loss."""
-    inputs = {name: value for name, value in batch.items() if name != "target"}
-    return entry.loss(model(**inputs), *([batch["target"]] if "target" in batch else []))
+    target = [batch["target"]] if "target" in batch else []
+    return entry.loss(model(**inputs_of(batch)), *target)
 
 
 def gradients_of(named: Any) -> dict[str, Tensor | None]:
@@ -66,168 +81,320 @@ def gradients_of(named: Any) -> dict[str, Tensor | None]:
 
 
 def difference(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> float:
-    """The largest difference of `ours` over the largest gradient; infinite where one lacks."""
+    """The largest difference of `ours` over the largest gradient; one that lacks counts as zero."""
     scale = max(float(g.abs().max()) for g in theirs.values() if g is not None)
     worst = 0.0
     for name, gradient in ours.items():
-        other = theirs[name]
-        if gradient is None or other is None:
-            # An unused parameter has no gradient in either, or one of zeros.
-            rest = [g for g in (gradient, other) if g is not None]
-            worst = max([worst, *(float(g.abs().max()) / scale for g in rest)])
-        else:
-            worst = max(worst, float((gradient - other).abs().max()) / scale)
-    return over_ranks(worst)
+        pair = [g for g in (gradient, theirs[name]) if g is not None]
+        apart = pair[0] - pair[1] if len(pair) == 2 else sum(pair, torch.zeros(1))
+        worst = max(worst, float(apart.abs().max()) / scale)
+    return worst
 
 
-def over_ranks(value: float) -> float:
-    """The largest of all ranks' values."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return float(tensor)
+class Row:
+    """One model's comparisons, in the order of the table."""
 
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        torch.manual_seed(0)
+        self.plain = entry.build().to(entry.dtype).train()
+        self.model = copy.deepcopy(self.plain)
+        self.model.load_state_dict(self.plain.state_dict())
+        self.batch = self.made(NUM_SAMPLES, entry.length)
+        self.count = 1 if entry.whole_batch else NUM_MICROBATCHES
+        self.cells: dict[str, object] = {}
 
-def whole_state(pipe: stagewise.Pipeline) -> dict[str, Tensor]:
-    """All ranks' states as one."""
-    states = [pipe.state_dict()]
-    if pipe.num_ranks > 1:
-        states *= pipe.num_ranks
-        dist.all_gather_object(states, pipe.state_dict())
-    return {name: tensor for state in states for name, tensor in state.items()}
+    def made(self, num_samples: int, length: int | None) -> Batch:
+        """A batch."""
+        batch = self.entry.batch(num_samples, length)
+        return {
+            n: t.to(self.entry.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+            for n, t in batch.items()
+        }
 
+    def run(self) -> dict[str, object]:
+        """The row; raises what a comparison raises."""
+        entry = self.entry
+        plan = self.planned()
+        captured = captured_of(self.model)
+        assert captured is not None
+        num_cells = len(captured.chain)
+        self.cells = {
+            "captured by": "cells=" if entry.cells else "torch.export",
+            "cells": num_cells,
+            "M": self.count,
+            "note": f"M=1: {entry.whole_batch}" if entry.whole_batch else entry.length_fixed,
+        }
+        pipes = [self.pipe(plan)]
+        if num_cells > plan.num_stages:
+            stages = min(MANY_STAGES, num_cells)
+            pipes.append(self.pipe(dataclasses.replace(plan, **_evenly(num_cells, stages))))
+        wanted = self.plain_step(self.batch)
+        steps = [self.step(pipe, self.batch) for pipe in pipes]
+        self.note("loss", max(abs(loss - wanted[0]) for loss, _ in steps), wanted[0])
+        self.note("gradients", max(difference(found, wanted[1]) for _, found in steps), 1.0)
+        self.names(pipes[-1])
+        self.other_sizes(pipes[0])
+        self.in_eval(pipes[-1])
+        again = self.pipe(dataclasses.replace(plan, recompute="always"))
+        loss, gradients = self.step(again, self.batch)
+        self.note("recompute", max(abs(loss - wanted[0]), difference(gradients, wanted[1])), 1.0)
+        apart = in_two_processes(lambda: self.in_a_process(plan, wanted))
+        self.note("two processes", apart, 1.0)
+        return self.cells
 
-def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The batch with its floating tensors in `dtype`."""
-    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()}
+    def planned(self) -> stagewise.Plan:
+        """A plan for two stages, of which it is measured where to cut."""
+        return stagewise.plan(
+            self.model,
+            kwargs=inputs_of(self.batch),
+            target=self.batch.get("target"),
+            loss=self.entry.loss,
+            num_stages=2,
+            num_microbatches=self.count,
+            schedule="1f1b",
+            seconds=0.05,
+            cells=self.entry.cells,
+        )
 
+    def pipe(self, plan: stagewise.Plan, transport: str = "local") -> stagewise.Pipeline:
+        """A pipeline; outputs that hold a loss are joined by their main tensor."""
+        merge = None if "target" in self.batch else self.merged
+        return stagewise.Pipeline(
+            self.model,
+            plan,
+            loss=self.entry.loss,
+            merge=merge,
+            transport=transport,  # type: ignore[arg-type]
+        )
 
-def seconds_of(run: Callable[[], object]) -> float:
-    """Median of three."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    def merged(self, outputs: list[Any]) -> Tensor:
+        """The microbatches' main tensors as one."""
+        return torch.cat([self.entry.main(output) for output in outputs])
 
+    def plain_step(self, batch: Batch) -> tuple[float, dict[str, Tensor | None]]:
+        """The plain model's loss and gradients; its buffers stay."""
+        buffers = {name: buffer.clone() for name, buffer in self.plain.named_buffers()}
+        self.plain.train().zero_grad()
+        loss = plain_loss(self.plain, self.entry, batch)
+        loss.backward()
+        for name, buffer in self.plain.named_buffers():
+            buffer.detach().copy_(buffers[name])
+        return float(loss.detach()), gradients_of(self.plain.named_parameters())
 
-def rows_of(entry: Entry, stages: tuple[int, ...], transport: str) -> list[Row]:
-    """The table's rows for one model; every rank calls this."""
-    torch.manual_seed(0)
-    model = entry.build().to(entry.dtype).train()
-    plain = copy.deepcopy(model)
-    batch = in_dtype(entry.batch(NUM_SAMPLES), entry.dtype)
-    other = in_dtype(entry.batch(OTHER_NUM_SAMPLES), entry.dtype)
-    wanted = plain_step(plain, entry, batch)
-    plain_seconds = seconds_of(lambda: plain_step(plain, entry, batch))
-    state = copy.deepcopy(model.state_dict())
-    rows = []
-    for num_stages in stages:
-        model.load_state_dict(state)
-        model.zero_grad()
+    def step(
+        self, pipe: stagewise.Pipeline, batch: Batch
+    ) -> tuple[float, dict[str, Tensor | None]]:
+        """The pipeline's; the model is put back afterwards."""
+        pipe.zero_grad()
+        loss = float(pipe.step(**batch))
+        gradients = gradients_of(pipe.named_parameters())
+        self.put_back(pipe)
+        return loss, gradients
+
+    def put_back(self, pipe: stagewise.Pipeline) -> None:
+        """Running statistics have moved."""
+        state = self.plain.state_dict()
+        for name, buffer in pipe.module.named_buffers():
+            if name in state:
+                buffer.detach().copy_(state[name])
+
+    def names(self, pipe: stagewise.Pipeline) -> None:
+        """Parameters and state in the model's order."""
+        same = [n for n, _ in pipe.named_parameters()] == [
+            n for n, _ in self.plain.named_parameters()
+        ] and list(pipe.state_dict()) == list(self.plain.state_dict())
+        self.cells["names"] = "yes" if same else "no"
+        if not same:
+            raise Failed("names differ")
+
+    def other_sizes(self, pipe: stagewise.Pipeline) -> None:
+        """Another batch, and another length, which may be refused where that is known."""
+        entry = self.entry
+        batch = self.made(OTHER_NUM_SAMPLES, entry.length)
+        wanted = self.plain_step(batch)[0]
+        self.note("another batch", abs(self.step(pipe, batch)[0] - wanted), wanted)
+        self.cells["another length"] = "-"
+        if entry.length is None:
+            return
+        batch = self.made(NUM_SAMPLES, entry.other_length)
+        wanted = self.plain_step(batch)[0]
         try:
-            rows.append(
-                row(entry, model, plain, num_stages, transport, batch, other, wanted)
-                | {"plain ms": f"{1e3 * plain_seconds:.0f}"}
-            )
-        except stagewise.StagewiseError as error:
-            rows.append({"model": entry.name, "K": num_stages, "passes": f"no: {error}"})
-    return rows
+            found = self.step(pipe, batch)[0]
+        except BatchError:
+            if not entry.length_fixed:
+                raise
+            self.cells["another length"] = "refused"
+        else:
+            self.note("another length", abs(found - wanted), wanted)
+
+    def in_eval(self, pipe: stagewise.Pipeline) -> None:
+        """Evaluation and prediction."""
+        self.plain.eval()
+        with torch.no_grad():
+            wanted = float(plain_loss(self.plain, self.entry, self.batch))
+            main = self.entry.main(self.plain(**inputs_of(self.batch)))
+        found = float(pipe.evaluate(**self.batch))
+        self.note("evaluate", abs(found - wanted), wanted)
+        output = pipe.predict(**inputs_of(self.batch))
+        ours = output if isinstance(output, Tensor) else self.entry.main(output)
+        self.note("predict", float((ours - main).abs().max()), float(main.abs().max()))
+
+    def in_a_process(
+        self, plan: stagewise.Plan, wanted: tuple[float, dict[str, Tensor | None]]
+    ) -> float:
+        """One of two: how far this rank's loss and gradients are apart."""
+        pipe = self.pipe(plan, "distributed")
+        pipe.zero_grad()
+        loss = float(pipe.step(**self.batch))
+        own = gradients_of(pipe.named_parameters())
+        return max(abs(loss - wanted[0]), difference(own, wanted[1]) if own else 0.0)
+
+    def note(self, what: str, error: float, scale: float) -> None:
+        """Put a difference into the row; raises Failed for one that is no round-off."""
+        self.cells[what] = f"{error:.0e}" if error else "0"
+        computed = plain_loss_dtype(self.entry)
+        if not error <= ALLOWED[computed] * max(abs(scale), 1.0):
+            raise Failed(f"{what} differs by {error:.1e}")
 
 
-def row(
-    entry: Entry,
-    model: nn.Module,
-    plain: nn.Module,
-    num_stages: int,
-    transport: str,
-    batch: Batch,
-    other: Batch,
-    wanted: Numbers,
-) -> dict[str, str | int | float | None]:
-    """One model at one number of stages beside the plain model."""
-    inputs = {name: value for name, value in batch.items() if name != "target"}
-    count = 1 if entry.whole_batch else NUM_MICROBATCHES
-    plan = stagewise.plan(
-        model,
-        kwargs=inputs,
-        target=batch.get("target"),
-        loss=entry.loss,
-        num_stages=num_stages,
-        num_microbatches=count,
-        seconds=0.2,
-        cells=entry.cells,
-    )
-    captured = captured_of(model)
-    assert captured is not None
-    names = [cell.name for cell in captured.chain]
-    ends = [sum(plan.balance[: stage + 1]) for stage in range(num_stages - 1)]
-    pipe = stagewise.Pipeline(model, plan, loss=entry.loss, transport=transport)  # type: ignore[arg-type]
-    loss = pipe.step(**batch)
-    grads = difference(gradients_of(pipe.named_parameters()), wanted.gradients)
-    pipe.zero_grad()
-    plain.train()
-    change = pipe.step(**other) - plain_step(plain, entry, other).loss
-    plain.load_state_dict(whole_state(pipe))  # the same running statistics
-    plain.eval()
-    with torch.no_grad():
-        evaluated = pipe.evaluate(**batch) - plain_loss(plain, entry, batch)
-    step_seconds = seconds_of(lambda: pipe.step(**batch))
-    same = sorted(whole_state(pipe)) == sorted(model.state_dict()) and (
-        pipe.num_ranks > 1 or list(pipe.state_dict()) == list(model.state_dict())
-    )
-    allowed = ALLOWED[wanted.loss.dtype] * float(wanted.loss.abs())
-    errors = {
-        "loss": float((loss - wanted.loss).abs()),
-        "batch size": float(change.abs()),
-        "eval": float(evaluated.abs()),
-    }
-    failed = [what for what, error in errors.items() if not error <= allowed]
-    failed += ["gradients"] * (not grads <= ALLOWED[entry.dtype])
-    failed += ["names"] * (not same)
-    return {
-        "model": entry.name,
-        "K": num_stages,
-        "M": count,
-        "captured by": "cells=" if entry.cells else "torch.export",
-        "cells": len(names),
-        "cut before": ", ".join(names[end] for end in ends),
-        "loss diff": f"{errors['loss']:.0e}",
-        "max grad diff": f"{grads:.0e}",
-        "names equal": "yes" if same else "no",
-        "other batch size": f"{errors['batch size']:.0e}",
-        "eval diff": f"{errors['eval']:.0e}",
-        "pipelined ms": f"{1e3 * step_seconds:.0f}",
-        "passes": f"no: {', '.join(failed)}" if failed else "yes",
-        "note": f"M=1: {entry.whole_batch}" if entry.whole_batch else "",
-    }
+def plain_loss_dtype(entry: Entry) -> torch.dtype:
+    """Transformers computes losses, norms and positions in float32, whatever the model's dtype."""
+    return torch.float32 if entry.loss.__name__ == "inside" else entry.dtype
 
 
-def table(only: str, stages: tuple[int, ...], transport: str) -> list[Row]:
-    """All rows; every rank calls this."""
+def _evenly(num_cells: int, num_stages: int) -> dict[str, Any]:
+    """A balance without measurements."""
+    each, more = divmod(num_cells, num_stages)
+    return {"balance": tuple(each + (s < more) for s in range(num_stages)), "cells": ()}
+
+
+def in_two_processes(run: Callable[[], float]) -> float:
+    """The larger of what `run` gives in two processes forked from this one, joined by gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(2):
+            child = os.fork()
+            if child == 0:
+                _child(run, rank, Path(folder))
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        found = []
+        for rank in range(2):
+            path = Path(folder) / f"result{rank}"
+            found.append(pickle.loads(path.read_bytes()) if path.exists() else "it died")
+    failures = [each for each in found if isinstance(each, str)]
+    if failures:
+        raise Failed(f"two processes: {failures[0]}")
+    return max(float(each) for each in found)
+
+
+def _child(run: Callable[[], float], rank: int, folder: Path) -> None:
+    result: object
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=SECONDS),
+        )
+        result = run()
+    except BaseException as error:
+        result = f"{type(error).__name__}: {error}"
+    (folder / f"result{rank}").write_bytes(pickle.dumps(result))
+    os._exit(0)
+
+
+def row_of(entry: Entry) -> dict[str, object]:
+    """The table's row for one model, made in a process of its own."""
+    with tempfile.NamedTemporaryFile() as file:
+        child = os.fork()
+        if child == 0:
+            _row_in_child(entry, Path(file.name))
+        os.waitpid(child, 0)
+        found = file.read()
+    row: dict[str, object] = pickle.loads(found) if found else {"passes": "no: it died"}
+    return {"model": entry.name, **row}
+
+
+def _row_in_child(entry: Entry, path: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows: list[Row] = []
-    for entry in ENTRIES:
-        if only.lower() in entry.name.lower():
-            rows += rows_of(entry, stages, transport)
-            print(f"{entry.name}: {rows[-1]['passes']}", file=sys.stderr, flush=True)
-    return rows
+    cells: dict[str, object] = {}
+    try:
+        row = Row(entry)
+        cells = row.cells
+        row.run()
+        passes = "yes"
+    except Exception as error:
+        passes = f"no: {type(error).__name__}: {error}"
+        if not isinstance(error, (Failed, stagewise.StagewiseError)):
+            traceback.print_exc()
+    if "row" in locals():
+        cells = row.cells
+    times = os.times()
+    seconds = times.user + times.system + times.children_user + times.children_system
+    path.write_bytes(pickle.dumps({**cells, "passes": passes, "CPU s": f"{seconds:.1f}"}))
+    os._exit(0)
 
 
-def main(json: bool = False, only: str = "", processes: bool = False) -> None:
-    """Print the table; exit status 1 if a model does not pass.
+def load_libraries() -> None:
+    """Once, before processes are forked."""
+    for name in ("transformers", "torchvision", "timm", "diffusers", "peft"):
+        __import__(name)
 
-    --processes runs every stage in a process of its own; --only takes a part of a model's name.
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """The page."""
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    lines += [" | ".join(str(row.get(column, "")) for column in COLUMNS) for row in rows]
+    passed = sum(row.get("passes") == "yes" for row in rows)
+    table = "\n".join(f"| {line} |" for line in lines)
+    machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}"
+    return f"{TEXT}\n{passed} of {len(rows)} models pass ({machine}).\n\n{table}\n"
+
+
+def rows_in(path: Path) -> dict[str, dict[str, object]]:
+    """The rows of a page, by model."""
+    if not path.exists():
+        return {}
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+    return {
+        row[0]: dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)
+    }
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    only: str = "",
+    write: Path | None = None,
+) -> None:
+    """Print a line for each model; exit status 1 if one does not pass.
+
+    --only takes parts of models' names, with commas between; --write puts the table into a page.
     """
-    if processes:
-        rows = [r for k in STAGES for r in run_workers(k, table, only, (k,), "distributed")]
-    else:
-        rows = table(only, STAGES, "local")
-    print_rows("unmodified models, pipelined", rows, as_json=json, notes=[NOTE])
-    if any(row["passes"] != "yes" for row in rows):
+    load_libraries()
+    kept = rows_in(write) if write else {}
+    wanted = [part.strip().lower() for part in only.split(",")]
+    failed = False
+    for entry in ENTRIES:
+        if not any(part in entry.name.lower() for part in wanted):
+            continue
+        start = time.perf_counter()
+        row = row_of(entry)
+        kept[entry.name] = {k: str(v).replace("|", "/").replace("\n", " ") for k, v in row.items()}
+        failed |= row["passes"] != "yes"
+        if as_json:
+            print(json.dumps(row), flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{entry.name}: {row['passes']} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        if write:
+            names = [e.name for e in ENTRIES]
+            write.write_text(markdown([kept[name] for name in names if name in kept]))
+    if failed:
         raise typer.Exit(1)
 
 

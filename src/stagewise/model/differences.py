@@ -65,5 +65,5 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _largest(tensor: Tensor) -> float:
     """Of the finite numbers: a mask may hold infinities."""
-    finite = tensor[tensor.isfinite()]
+    finite = _wide(tensor[tensor.isfinite()])
     return float(finite.abs().max()) if finite.numel() else 0.0

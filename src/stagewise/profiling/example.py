@@ -51,7 +51,9 @@ class Example:
     def measured(self, size: int, *, seconds: float, split: bool) -> tuple[CellCost, ...]:
         """Costs of a microbatch of `size` samples, on this rank."""
         for cell in self.chain:
-            cell.module.to(self.where)
+            tensors = (*cell.module.parameters(), *cell.module.buffers())
+            if any(tensor.device != self.where for tensor in tensors):
+                cell.module.to(self.where)  # quantised weights refuse that, even to stay in place
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
         with in_training_mode(self.model, self.chain):
             return profile(

@@ -64,6 +64,7 @@ FREE: dict[str, Operation] = {
     "shift": lambda h: h * (h.shape[1] >> 2),
     "sum of sizes": lambda h: h / sum(h.shape),
     "tensor of sizes": lambda h: h.mean() * torch.tensor([h.shape[0], h.shape[1]]),
+    "a message": lambda h: (torch._assert(h.dim() == 3, f"got {h.shape}, {h.shape[1]}"), h * 2)[1],
     "causal attention": lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True),
 }
 HELD: dict[str, Operation] = {
@@ -124,6 +125,7 @@ HELD: dict[str, Operation] = {
     "str": lambda h: h * len(str(h.shape[1])),
     "f-string": lambda h: h * len(f"{h.shape[1] * h.shape[0]:d}"),
     "percent": lambda h: h * len("%d" % (h.shape[1] * h.shape[0])),  # noqa: UP031
+    "a table by text": lambda h: h * {"19": 2, "12": 3}.get(str(h.shape[1]), 1),
     "repr": lambda h: h * len(repr(tuple(h.shape))),
     "a choice": lambda h: h * (2 if half(h) > 7 else 3),
     "a choice by the rest": lambda h: h * (2 if h.shape[0] * h.shape[1] % 8 else 3),
@@ -133,7 +135,7 @@ HELD: dict[str, Operation] = {
     "sorted": lambda h: h * sorted([h.shape[1], 10])[0],
     "a question asked twice": lambda h: (h[:, : half(h)].contiguous() * 2) * (1 + (half(h) == 2)),
 }
-REFUSED_WHOLE = {"iterate over samples", "repr"}  # they fix the samples
+REFUSED_WHOLE = {"iterate over samples"}  # it fixes the samples
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -623,12 +624,14 @@ class Spread(nn.Module):
         self.last = nn.Parameter(torch.randn(4))
         self.unused = nn.Parameter(torch.randn(4))
         self.register_buffer("second", torch.randn(4))
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
         self.first = nn.Parameter(torch.randn(4))
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         self.settings = Frozen(width=4)
+        self.shown = MethodType(functools.partial(repr), self)  # as torchao adds methods
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last * self.b(self.a(x * self.first).relu() + self.second)
+        return self.last * self.b(self.a(x * self.first).relu() + self.second * self.mask)
 
 
 class Frozen(OrderedDict[str, int]):

@@ -9,7 +9,8 @@ classes, chunk's pieces) bakes it in as the model's own branch does. Three habit
   answered without one.
 - *Samples.* torch.export takes for granted that there are two or more, without a guard. Where the
   model's own code asks, that is noted too, since a microbatch may be one sample.
-- *Text.* A size's text is a symbol's name. The model's own code gets the number, and a guard.
+- *Text.* A size's text is a symbol's name. The model's own code gets the example's number. Mostly
+  that is for a message; whether it decides anything shows a trace with another number.
 """
 
 import os
@@ -41,12 +42,14 @@ class AskedSizes:
 
     places: dict[sympy.Basic, str] = field(default_factory=dict)
     granted: dict[sympy.Basic, str] = field(default_factory=dict)  # without a guard
+    texts: dict[sympy.Basic, str] = field(default_factory=dict)  # what each was said to be
 
-    def conditions(self, shapes: ShapeEnv) -> tuple[Condition, ...]:
+    def conditions(self, shapes: ShapeEnv, *, texts_decide: bool) -> tuple[Condition, ...]:
         """All that the answers take for granted, over the sizes that are left symbolic."""
         asked = {guard.expr: self.places.get(guard.expr, "torch.export") for guard in shapes.guards}
+        texts = self.texts if texts_decide else {}
         found: dict[sympy.Basic, Condition] = {}
-        for expression, place in (*asked.items(), *self.granted.items()):
+        for expression, place in (*asked.items(), *self.granted.items(), *texts.items()):
             holds = shapes.replace(expression)
             if holds is not sympy.true and holds.free_symbols:
                 found.setdefault(holds, Condition(holds=holds, place=place))
@@ -54,8 +57,8 @@ class AskedSizes:
 
 
 @contextmanager
-def asked_sizes() -> Iterator[AskedSizes]:
-    """Note what is asked inside."""
+def asked_sizes(*, other_texts: bool = False) -> Iterator[AskedSizes]:
+    """Note what is asked inside; with `other_texts` sizes' texts are those of other numbers."""
     asked = AskedSizes()
     evaluate: Any = ShapeEnv.evaluate_expr
 
@@ -77,7 +80,7 @@ def asked_sizes() -> Iterator[AskedSizes]:
     before = {name: torch.SymInt.__dict__.get(name) for name in _TEXT}
     ShapeEnv.evaluate_expr = noting  # type: ignore[assignment, method-assign]
     for name in _TEXT:
-        setattr(torch.SymInt, name, _as_number(name))
+        setattr(torch.SymInt, name, _as_number(name, asked.texts, other_texts))
     try:
         yield asked
     finally:
@@ -89,13 +92,17 @@ def asked_sizes() -> Iterator[AskedSizes]:
                 setattr(torch.SymInt, name, method)
 
 
-def _as_number(name: str) -> Any:
+def _as_number(name: str, texts: dict[sympy.Basic, str], other: bool) -> Any:
     """The method `name` of a size, which gives the model's own code the text of a number."""
     own: Any = getattr(torch.SymInt, name)
 
     def text(size: torch.SymInt, *args: str) -> str:
-        number = size if sys._getframe(1).f_code.co_filename.startswith(_TORCH) else int(size)
-        return str(own(size, *args) if number is size else getattr(number, name)(*args))
+        frame = sys._getframe(1)
+        number = size.node.hint
+        if number is None or frame.f_code.co_filename.startswith(_TORCH):
+            return str(own(size, *args))
+        texts.setdefault(sympy.Eq(size.node.expr, number), _line(frame))
+        return str(getattr(100 * number + 1 if other else number, name)(*args))
 
     return text
 

@@ -5,9 +5,10 @@ already) is dropped here, so that the rest is what the plain model runs.
 """
 
 import io
+import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from stagewise.model.promised_sizes import Condition
 
 # Tokens, or vectors in a row. Images keep their size: symbolic ones can take long to trace.
 MAX_SEQUENCE_DIMS = 3
+_NUMBER = re.compile(r"(stagewise\.leaf\.default\]\(args = .*), \d+\)")  # of the call
 
 _aten = torch.ops.aten
 _ASSERTIONS = {
@@ -85,38 +87,78 @@ def _traced(
     *,
     max_dims: int,
 ) -> Trace:
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    free: dict[int, int] = {}
     for tensor in tensors:
-        free = tensor.dim() if tensor.dim() <= max_dims else 1
-        # A size of one is a constant to torch.export; it may mean broadcasting.
-        shapes[tensor] = {axis: Dim.AUTO for axis in range(free) if tensor.shape[axis] != 1}
+        free[id(tensor)] = tensor.dim() if tensor.dim() <= max_dims else 1
+
+    def exported(other_texts: bool) -> tuple[ExportedProgram, Mapping[int, LeafCall], AskedSizes]:
+        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+        for tensor in tensors:  # a size of one is a constant to torch.export: it may be broadcast
+            axes = [axis for axis in range(free[id(tensor)]) if tensor.shape[axis] != 1]
+            shapes[tensor] = dict.fromkeys(axes, Dim.AUTO)
+        with (
+            opaque(leaves) as calls,
+            traceable(model, kwargs),
+            asked_sizes(other_texts=other_texts) as asked,
+        ):
+            try:
+                return _exported(model, args, kwargs, shapes), calls, asked
+            except Exception as error:
+                raise refusal(model, error) from error
+
+    program, calls, asked = exported(False)
+    decide = bool(asked.texts) and not _same_without(program, lambda: exported(True)[0])
+    return _trace_of(program, calls, asked, texts_decide=decide)
+
+
+def _exported(
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    shapes: ShapesCollection,
+) -> ExportedProgram:
     printed = io.StringIO()  # a failing torch.export prints its whole graph
-    with (
-        opaque(leaves) as calls,
-        traceable(model, kwargs),
-        asked_sizes() as asked,
-        warnings.catch_warnings(),
-        redirect_stderr(printed),
-    ):
+    with warnings.catch_warnings(), redirect_stderr(printed), torch.enable_grad():
         # What forward assigns was seen before (stagewise.model.observed), and is put back.
         warnings.filterwarnings("ignore", r"The tensor attributes? self\.")
-        try:
-            with torch.enable_grad():
-                program = torch.export.export(
-                    model,
-                    tuple(args),
-                    dict(kwargs),
-                    strict=False,
-                    dynamic_shapes=shapes,  # type: ignore[arg-type]
-                )
-        except Exception as error:
-            raise refusal(model, error) from error
+        program = torch.export.export(
+            model,
+            tuple(args),
+            dict(kwargs),
+            strict=False,
+            dynamic_shapes=shapes,  # type: ignore[arg-type]
+        )
     sys.stderr.write(printed.getvalue())
-    return _trace_of(program, calls, asked)
+    return program
 
 
-def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall], asked: AskedSizes) -> Trace:
+def _same_without(program: ExportedProgram, other: Callable[[], ExportedProgram]) -> bool:
+    """Whether another trace, where sizes' texts are of other numbers, is the same."""
+    try:
+        again = other()
+    except ModelError:
+        return False
+    ours, theirs = (_NUMBER.sub(r"\1)", str(p.graph)) for p in (program, again))
+    return ours == theirs and all(
+        name in again.constants and _equal(value, again.constants[name])
+        for name, value in program.constants.items()
+    )
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.is_meta or (one.shape == other.shape and torch.equal(one, other))
+    return one is other
+
+
+def _trace_of(
+    program: ExportedProgram,
+    calls: Mapping[int, LeafCall],
+    asked: AskedSizes,
+    *,
+    texts_decide: bool,
+) -> Trace:
     graph = program.graph
     by_name = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     inputs: dict[fx.Node, int] = {}
@@ -150,16 +192,16 @@ def _trace_of(program: ExportedProgram, calls: Mapping[int, LeafCall], asked: As
         outputs=tuple(output.args[0]),
         out_spec=program.call_spec.out_spec,
         calls=calls,
-        conditions=_conditions(graph, asked),
+        conditions=_conditions(graph, asked, texts_decide),
         owner=program.graph_module,
     )
 
 
-def _conditions(graph: fx.Graph, asked: AskedSizes) -> tuple[Condition, ...]:
+def _conditions(graph: fx.Graph, asked: AskedSizes, texts_decide: bool) -> tuple[Condition, ...]:
     values = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
     modes = (getattr(value, "fake_mode", None) for value in values)
     shapes = next((mode.shape_env for mode in modes if mode and mode.shape_env), None)
-    return () if shapes is None else asked.conditions(shapes)
+    return () if shapes is None else asked.conditions(shapes, texts_decide=texts_decide)
 
 
 def _clean(graph: fx.Graph) -> None:
