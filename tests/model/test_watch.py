@@ -183,6 +183,15 @@ def test_what_forward_does_not_look_at_may_change() -> None:
             model(x)
 
 
+def test_a_global_of_an_attributes_name_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found refused: `loss = pipe.step(...)` of a script whose forward reads `self.loss`."""
+    monkeypatch.setitem(globals(), "blocks", 1.0)
+    pipe, _, x = built()
+    for value in (torch.ones(()), 2.0):
+        monkeypatch.setitem(globals(), "blocks", value)
+        pipe.step(x, target=x)
+
+
 def test_a_copy_has_a_watch_of_its_own() -> None:
     _, model, _ = built()
     other, captured = copy.deepcopy((model, captured_of(model)))

@@ -9,6 +9,7 @@ What code means by a name is found by the name alone: an attribute counts if a f
 reaches has its name among its names or strings. Code of libraries is taken as fixed.
 """
 
+import dis
 import functools
 import sysconfig
 import weakref
@@ -33,6 +34,7 @@ _ACCOUNTS = {
     *("_forward_pre_hooks_with_kwargs", "_backward_pre_hooks_with_kwargs"),
 }
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
+_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 _MOST_NODES = 5000
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -149,7 +151,7 @@ class Sight:
             except ValueError:  # not assigned yet
                 continue
         if is_own(code.co_filename):
-            for name in sorted(names & function.__globals__.keys()):
+            for name in sorted(globals_in(code) & function.__globals__.keys()):
                 value = function.__globals__[name]
                 found.append((f" {name}", value))
                 if isinstance(value, ModuleType) and is_own(
@@ -158,6 +160,16 @@ class Sight:
                     inside = vars(value)
                     found += [(f" {name}.{n}", inside[n]) for n in sorted(names & inside.keys())]
         return found
+
+
+@functools.lru_cache(maxsize=4096)
+def globals_in(code: CodeType) -> frozenset[str]:
+    """The names that a function and those inside it look up as globals, attributes' left out."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in _OF_GLOBALS}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            found |= globals_in(inner)
+    return frozenset(found)
 
 
 @functools.lru_cache(maxsize=4096)
