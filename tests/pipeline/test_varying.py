@@ -126,3 +126,23 @@ def test_two_processes_do_what_one_does(results: tuple[Numbers, list[Numbers]], 
     for step, wanted in enumerate(alone[kind]):
         assert first[kind][step] == wanted[:3], step
         assert last[kind][step] == [wanted[0], *wanted[3:]], step
+
+
+def outputs() -> list[object]:
+    @dataclass
+    class Out:
+        hidden: Tensor
+        name: str
+
+    class Wraps(nn.Module):
+        def forward(self, x: Tensor) -> Out:
+            return Out(2 * x, "name")
+
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline([nn.Identity(), Wraps()], plan)
+    out = pipe.predict(X)
+    return [type(out) is Out, torch.equal(out.hidden, 2 * X), out.name]  # type: ignore[attr-defined]
+
+
+def test_outputs_of_a_functions_class_arrive_on_all_ranks(pools: Pools) -> None:
+    assert pools[2].run(outputs) == [[True, True, "name"]] * 2

@@ -184,7 +184,7 @@ def forms_in_turn(num_bytes: int) -> tuple[list[str], list[bool]]:
             transport.look_ahead()
         transport.finish()
         message = next(m for s in programs[0] for m in s.sends if m.microbatch == 1)
-        remembered.append(transport._forms.get(message) is not None)
+        remembered.append(transport._mailbox._forms.get(message) is not None)
     assert all(steady)
     return arrived if transport.rank else [described(turn) for turn in turns], remembered
 

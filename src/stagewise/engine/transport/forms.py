@@ -9,7 +9,6 @@ same.
 """
 
 import hashlib
-import io
 from collections import defaultdict
 
 from stagewise.engine.transport.local_classes import LocalClasses
@@ -40,13 +39,11 @@ class Forms:
 
     def pickled(self, header: Header | None) -> bytes:
         """As it travels; raises what pickle does if it cannot, and then nothing is remembered."""
-        file = io.BytesIO()
-        self._classes.pickler(file).dump(header)
-        return file.getvalue()
+        return self._classes.pickled(header)
 
     def unpickled(self, payload: bytes) -> Header | None:
         """What `pickled` made bytes of, on another rank."""
-        header = self._classes.unpickler(io.BytesIO(payload)).load()
+        header = self._classes.unpickled(payload)
         assert header is None or isinstance(header, Header)
         return header
 

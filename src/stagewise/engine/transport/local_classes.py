@@ -10,6 +10,7 @@ made in forward), one is made of its fields.
 import collections
 import dataclasses
 import gc
+import io
 import pickle
 from collections.abc import Callable
 from typing import IO, Any
@@ -25,13 +26,15 @@ class LocalClasses:
         self._names: dict[type, _Named] = {}
         self._found: dict[_Named, type] = {}
 
-    def pickler(self, file: IO[bytes]) -> pickle.Pickler:
-        """Names local classes."""
-        return _Pickler(file, self)
+    def pickled(self, value: object) -> bytes:
+        """As pickle's, but local classes travel by name."""
+        file = io.BytesIO()
+        _Pickler(file, self).dump(value)
+        return file.getvalue()
 
-    def unpickler(self, file: IO[bytes]) -> pickle.Unpickler:
-        """Finds what such names mean here."""
-        return _Unpickler(file, self)
+    def unpickled(self, payload: bytes) -> object:
+        """What another rank has pickled."""
+        return _Unpickler(io.BytesIO(payload), self).load()
 
     def name(self, cls: type) -> _Named:
         """What another rank needs to find its own `cls`."""

@@ -1,0 +1,90 @@
+"""Which message comes next, and in what form: the same on every kind of wire."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from stagewise.engine.transport.failure import LOST
+from stagewise.engine.transport.mailbox import Mailbox
+from stagewise.errors import CellError
+from stagewise.schedule import forward_only, links, lower
+from tests.engine.transport.wires import FakeWire, Lines
+
+NUM_MICROBATCHES = 6
+PROGRAMS = lower(forward_only([(device,) for device in range(2)], NUM_MICROBATCHES))
+MESSAGES = [message for step in PROGRAMS[0] for message in step.sends]
+LOST_HERE = object()
+
+
+def pair(*, near: bool) -> tuple[Lines, Mailbox, Mailbox]:
+    lines, device = Lines(), torch.device("cpu")
+    one, other = (FakeWire(rank, lines, near=near) for rank in (0, 1))
+    return lines, Mailbox(one, device), Mailbox(other, device)
+
+
+def call(lines: Lines, sender: Mailbox, receiver: Mailbox, values: list[object]) -> list[object]:
+    """What arrives of one call's messages; nothing may be left on the way."""
+    for mailbox in (sender, receiver):
+        mailbox.begin(1, links(PROGRAMS))
+    for message, value in zip(MESSAGES, values, strict=True):
+        if value is LOST_HERE:
+            sender.send_lost(message)
+        else:
+            sender.send(message, value)
+    arrived = []
+    for message in MESSAGES:
+        arrived.append(receiver.receive(message))
+        receiver.look_ahead()
+    assert not any(lines.near.values())
+    assert all(lines.posted[link] == len(sent) for link, sent in lines.far.items())
+    return arrived
+
+
+def same(got: object, sent: object) -> bool:
+    if isinstance(sent, Tensor):
+        return isinstance(got, Tensor) and got.dtype is sent.dtype and torch.equal(got, sent)
+    if isinstance(sent, tuple):
+        return isinstance(got, tuple) and all(map(same, got, sent))
+    return got == sent
+
+
+def some_value(draw: random.Random) -> object:
+    size = draw.choice([0, 1, 3, 127, 128, 129, 4000])  # doubles: around the limit, and far past
+    tensor = torch.full((size,), draw.random(), dtype=torch.float64)
+    return draw.choice([tensor, (tensor, None), (tensor, draw.random(), tensor.float()), None])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_forms_in_any_order_arrive(seed: int) -> None:
+    draw = random.Random(seed)
+    lines, sender, receiver = pair(near=True)
+    usual = [some_value(draw) for _ in MESSAGES]
+    for _ in range(12):
+        values = [some_value(draw) if draw.random() < 0.3 else value for value in usual]
+        arrived = call(lines, sender, receiver, values)
+        assert all(map(same, arrived, values))
+        for message in MESSAGES:
+            assert sender._forms.get(message) == receiver._forms.get(message)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_lost_ones_leave_the_rest_in_order(near: bool) -> None:
+    lines, sender, receiver = pair(near=near)
+    values: list[object] = [torch.full((n * 100,), float(n)) for n in range(NUM_MICROBATCHES)]
+    first = call(lines, sender, receiver, [LOST_HERE, *values[1:]])
+    assert first[0] is LOST and all(map(same, first[1:], values[1:]))
+    assert all(map(same, call(lines, sender, receiver, values), values))
+    last = call(lines, sender, receiver, [*values[:-1], LOST_HERE])
+    assert all(map(same, last[:-1], values[:-1]))
+    assert same(last[-1], torch.zeros(500))  # of the form that it had
+
+
+def test_without_marks_another_form_is_refused_in_words() -> None:
+    lines, sender, receiver = pair(near=False)
+    values: list[object] = [torch.ones(3)] * NUM_MICROBATCHES
+    call(lines, sender, receiver, values)
+    sender.begin(1, links(PROGRAMS))
+    with pytest.raises(CellError, match=r"\[\(3,\) torch.float32\] before, \[\(4,\).* now"):
+        sender.send(MESSAGES[0], torch.ones(4))
