@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from stagewise.batch.values import take_apart
 from stagewise.costs import CellCost
+from stagewise.engine.gradients.clipping import gradients_aside
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
-from stagewise.engine.stage.buffers import overwrite
+from stagewise.engine.stage.buffers import values_put_back
 from stagewise.engine.stage.call import Mode
 from stagewise.engine.stage.keywords import Takers
 from stagewise.engine.stage.skips import SkipRoutes
@@ -37,25 +38,9 @@ MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
 def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
     """Put gradients and buffers of `stages` back as they were, whatever runs inside."""
     modules = [cell.module for stage in stages.values() for cell in stage.cells]
-    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
-    gradients = [(parameter, parameter.grad) for parameter in parameters]
-    buffers = [
-        (owner, name, buffer, None if buffer is None else buffer.clone())
-        for module in modules
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-    ]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
+    parameters = dict.fromkeys(p for module in modules for p in module.parameters())
+    with gradients_aside(parameters), values_put_back(modules):
         yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for owner, name, buffer, value in buffers:
-                owner._buffers[name] = buffer
-                overwrite(buffer, value)
 
 
 def measure_memory(

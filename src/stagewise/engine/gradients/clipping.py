@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from stagewise.engine.stage.gradient import taken
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import ModelError
 
@@ -36,6 +37,17 @@ def new_ones_dropped(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
                 "it now: clear them with zero_grad() before the next step"
             )
         raise
+
+
+@contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Run inside without gradients; afterwards they are what they were."""
+    before = [(parameter, taken(parameter)) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def clip_by_global_norm(

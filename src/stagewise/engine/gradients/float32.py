@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stagewise.engine.stage.gradient import LOW_PRECISION
+from stagewise.engine.stage.gradient import LOW_PRECISION, WideSums
 
 Sums = Callable[[nn.Parameter, torch.Tensor], None]  # adds a gradient to a parameter's sum
 
@@ -31,40 +31,24 @@ class Float32Sums:
     @contextmanager
     def rounded_once(self) -> Iterator[Sums]:
         """Run a step inside, given what adds to a sum; if it fails, `.grad` stays what it was."""
-        sums: dict[int, torch.Tensor] = {}
-        before = [(p, p.grad) for p in self._parameters if p.requires_grad]
+        sums, before = WideSums(), [(p, p.grad) for p in self._parameters if p.requires_grad]
         for parameter, gradient in before:
             if gradient is not None:
-                sums[id(parameter)] = self._continued(gradient)
-
-        def add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-            if id(parameter) in sums:
-                sums[id(parameter)].add_(gradient)
-            else:
-                sums[id(parameter)] = gradient.float()
-
-        def move(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:  # else a hook of the user's has taken it
-                add(parameter, gradient)
-
-        handles = []
+                sums.add(parameter, self._continued(gradient))
         try:
             for parameter, _ in before:
                 parameter.grad = None
-                handle = parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
-                handles.append(handle)
-            yield add
+                sums.follow(parameter, parameter)
+            yield sums.add
         except BaseException:
             for parameter, gradient in before:
                 parameter.grad = gradient
             raise
         finally:
-            for handle in handles:
-                handle.remove()
+            sums.release()
         for parameter, gradient in before:
-            if id(parameter) in sums:
-                total = sums[id(parameter)]
+            total = sums.pop(parameter)
+            if total is not None:
                 if gradient is None:
                     gradient = total.to(parameter.dtype)
                 else:

@@ -12,7 +12,6 @@ Invariant: copies start equal and are given the same bits (an all-reduce gives i
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import nn
@@ -23,9 +22,11 @@ from stagewise.engine.stage.call import Observer
 from stagewise.engine.stage.gradient import (
     LOW_PRECISION,
     Gradient,
+    WideSums,
     accumulate,
     dense_like,
     plus,
+    taken,
     wide,
 )
 from stagewise.engine.stage.stage import Stage
@@ -147,13 +148,13 @@ class _SharedStage:
         self.group = group
         modules = [cell.module for cell in stage.cells]
         self._all = dict.fromkeys(p for module in modules for p in module.parameters())
-        self._buffers = dict.fromkeys(b for module in modules for b in module.buffers())
+        self._own_buffers = dict.fromkeys(b for module in modules for b in module.buffers())
         self.cells = within
         self.parameters = [p for p in self._all if p not in apart]
         self.batchnorms = list(layers_of(stage.cells))
 
     def equalise(self) -> None:
-        for tensor in (*self._all, *self._buffers):
+        for tensor in (*self._all, *self._own_buffers):
             self.group.copy_from_first(tensor)
 
 
@@ -165,17 +166,15 @@ class _StageSum:
         self._parameters = [p for p in shared.parameters if p.requires_grad]
         self._before: dict[nn.Parameter, Gradient] = {}
         self._hooks = [_SilentHooks(parameter) for parameter in self._parameters]
-        self._wide: dict[nn.Parameter, torch.Tensor] = {}
+        self._wide = WideSums()  # by parameter
         self._in_float32 = in_float32
         self._settled = False
         self._started: list[tuple[list[nn.Parameter], torch.Tensor, Callable[[], None]]] = []
-        self._handles = []
         for parameter in self._parameters:
             self._before[parameter] = stand_ins.before.get(parameter, parameter.grad)
             parameter.grad = None
             if in_float32 and parameter.dtype in LOW_PRECISION:
-                move = partial(self._move, parameter)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
+                self._wide.follow(parameter, parameter)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -213,9 +212,7 @@ class _StageSum:
         """Hooks and `.grad` as they were before the step."""
         if self._settled:
             return
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._wide.release()
         for hooks in self._hooks:
             hooks.restore()
         for parameter, gradient in self._before.items():
@@ -229,16 +226,8 @@ class _StageSum:
         total: Gradient = None
         for cell in self._shared.cells.get(parameter, ()):
             total = plus(total, self._stand_ins.take_gradient(cell, parameter))
-        gradient, parameter.grad = parameter.grad, None
-        return plus(total, dense_like(parameter, self._wide.pop(parameter, gradient)))
-
-    def _move(self, parameter: nn.Parameter, _: torch.Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if parameter in self._wide:
-            self._wide[parameter].add_(gradient)
-        else:
-            self._wide[parameter] = gradient.float()
+        gradient, own = taken(parameter), self._wide.pop(parameter)
+        return plus(total, dense_like(parameter, gradient if own is None else own))
 
 
 class _SilentHooks:

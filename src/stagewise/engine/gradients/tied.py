@@ -21,6 +21,7 @@ from stagewise.engine.stage.gradient import (
     accumulate,
     dense_like,
     plus,
+    taken,
     wide,
 )
 from stagewise.engine.stage.stand_ins import StandIns, _places
@@ -98,7 +99,7 @@ class TiedParameters:
             others = ((name, reference()) for name, reference in self._others.items())
             self._given_outside = {n for n, p in others if p is not None and p.grad is not None}
             for tied in self.ties:
-                before[tied.parameter], tied.parameter.grad = tied.parameter.grad, None
+                before[tied.parameter] = taken(tied.parameter)
         made = StandIns(self._places, leaves, before)
         if in_float32:
             made.sum_in_float32()
@@ -167,8 +168,7 @@ class TiedParameters:
                     gradient = stand_ins.take_gradient(cell, parameter)
                     sums[number] = plus(sums[number], gradient)
                 # Reentrant checkpointing runs a cell again during backward, without stand-ins.
-                sums[number] = plus(sums[number], dense_like(parameter, parameter.grad))
-                parameter.grad = None
+                sums[number] = plus(sums[number], dense_like(parameter, taken(parameter)))
             if index + 1 < len(legs):
                 transport.give(legs[index + 1][0], sums)
         return self._spread(cells, legs[-1][0], sums, like, transport)

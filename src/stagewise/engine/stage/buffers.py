@@ -171,6 +171,24 @@ def undone(keepers: Sequence[BufferKeeper], *, always: bool) -> Iterator[None]:
                 keeper.put_back(snapshot, warn=ended)
 
 
+@contextmanager
+def values_put_back(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Run anything inside; afterwards every buffer is the tensor that it was, with its values."""
+    before = [
+        (owner, name, buffer, None if buffer is None else buffer.clone())
+        for module in modules
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, value in before:
+                owner._buffers[name] = buffer
+                overwrite(buffer, value)
+
+
 def overwrite(buffer: torch.Tensor | None, value: torch.Tensor | None) -> None:
     """Make `buffer` equal `value` in place; call without gradients.
 

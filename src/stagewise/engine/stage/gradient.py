@@ -1,9 +1,18 @@
 """One gradient: dense, with the strides autograd would choose, wide where sums are in float32."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Gradient = torch.Tensor | None
+
+
+def taken(parameter: torch.Tensor) -> Gradient:
+    """What was in its `.grad`, which is empty from now on."""
+    gradient, parameter.grad = parameter.grad, None
+    return gradient
 
 
 def dense_like(parameter: torch.Tensor, value: Gradient) -> Gradient:
@@ -47,3 +56,37 @@ def accumulate(parameter: nn.Parameter, total: torch.Tensor) -> None:
 
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class WideSums:
+    """Sums in float32 of gradients of low precision, by key, which leave `.grad` at once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Hashable, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def follow(self, key: Hashable, leaf: torch.Tensor) -> None:
+        """Let every gradient that arrives at `leaf` go to the sum of `key`."""
+
+        def move(leaf: torch.Tensor) -> None:
+            gradient = taken(leaf)
+            if gradient is not None:  # else a hook of the user's has taken it
+                self.add(key, gradient)
+
+        self._handles.append(leaf.register_post_accumulate_grad_hook(move))  # type: ignore[no-untyped-call]
+
+    def release(self) -> None:
+        """Follow no leaf any more."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def add(self, key: Hashable, gradient: torch.Tensor) -> None:
+        """Add to the sum of `key`; the first one, if it is float32, becomes the sum."""
+        if key in self._sums:
+            self._sums[key].add_(gradient)
+        else:
+            self._sums[key] = gradient.float()
+
+    def pop(self, key: Hashable) -> Gradient:
+        """The sum of `key`, which is then forgotten; None if nothing was added."""
+        return self._sums.pop(key, None)

@@ -7,12 +7,10 @@ by cell and are summed once, in an order that does not depend on the partition.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from torch import nn
 
-from stagewise.engine.stage.gradient import LOW_PRECISION, Gradient, dense_like
+from stagewise.engine.stage.gradient import LOW_PRECISION, Gradient, WideSums, dense_like, taken
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class StandIns:
     ) -> None:
         self._places, self._leaves = places or {}, leaves or {}
         self.before = before or {}  # the gradients that the parameters came with
-        self._sums: dict[tuple[int, nn.Parameter], torch.Tensor] = {}  # in float32
+        self._wide = WideSums()  # by cell and parameter
 
     @property
     def cells(self) -> Collection[int]:
@@ -58,18 +56,13 @@ class StandIns:
         """Let no microbatch's gradient stay in a `.grad` of low precision."""
         for key, leaf in self._leaves.items():
             if leaf.dtype in LOW_PRECISION:
-                leaf.register_post_accumulate_grad_hook(partial(self._move, key))  # type: ignore[no-untyped-call]
+                self._wide.follow(key, leaf)
 
     def take_gradient(self, cell: int, parameter: nn.Parameter) -> Gradient:
         """What the microbatches left for `parameter` in `cell`, dense and on its device."""
-        leaf = self._leaves[cell, parameter]
-        gradient, leaf.grad = leaf.grad, None
-        return dense_like(parameter, self._sums.pop((cell, parameter), gradient))
-
-    def _move(self, key: tuple[int, nn.Parameter], leaf: torch.Tensor) -> None:
-        gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        self._sums[key] = self._sums[key].add_(gradient) if key in self._sums else gradient.float()
+        gradient = taken(self._leaves[cell, parameter])
+        total = self._wide.pop((cell, parameter))
+        return dense_like(parameter, gradient if total is None else total)
 
 
 def _places(root: nn.Module) -> Iterator[_Place]:
