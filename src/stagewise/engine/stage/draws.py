@@ -77,16 +77,12 @@ class Draws:
         self._drawn: list[Source] = []
         self._seeded: list[tuple[Source, object]] = []  # and their states, while watching
         self._watching = False
+        self.active = False  # whether `enter` has anything to do
 
     @property
     def names(self) -> list[str]:
         """Of what was drawn from."""
         return sorted({source.name for source in self._drawn})
-
-    @property
-    def active(self) -> bool:
-        """Whether `enter` has anything to do."""
-        return self._watching or bool(self._drawn)
 
     def enter(self, number: int) -> None:
         """Seed with `number`, right before a cell runs."""
@@ -117,6 +113,7 @@ class Draws:
         """
         late: list[Source] = []
         self._watching = watch
+        self.active = watch or bool(self._drawn)
         sources = self._all() if watch or guard else self._drawn
         states = [(source, source.read()) for source in sources]
         try:
@@ -129,7 +126,7 @@ class Draws:
                     if source not in self._drawn and not _same(state, source.read())
                 ]
         finally:
-            self._watching = False
+            self._watching, self.active = False, bool(self._drawn)
             self._seeded.clear()
             for source, state in states:
                 if undo or watch or source in self._drawn:

@@ -42,6 +42,7 @@ from stagewise.schedule import Instruction, Kind
 
 Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 Gradients = tuple[torch.Tensor | None, ...]
+_TRAINING, _REQUIRES_GRAD = map(operator.attrgetter, ("training", "requires_grad"))
 _NO_KEYWORDS: Mapping[str, object] = {}
 
 
@@ -94,8 +95,8 @@ class Stage:
     def flags(self) -> tuple[bool, ...]:
         """What decides, besides the inputs, which gradients there are and what is mutated."""
         return (
-            *(module.training for module in self._modules),
-            *(parameter.requires_grad for parameter in self._parameters),
+            *map(_TRAINING, self._modules),
+            *map(_REQUIRES_GRAD, self._parameters),
         )
 
     def run(self, instruction: Instruction, received: list[object], call: Call) -> object:

@@ -27,19 +27,20 @@ def execute(
     call: Call,
     *,
     clock: Callable[[], float] = time.perf_counter,
+    origin: float = 0.0,
     observe: Observer | None = None,
 ) -> tuple[Span, ...]:
-    """Run (device, step) pairs in order; returns what ran when, on `clock`.
+    """Run (device, step) pairs in order; returns what ran when, on `clock` from `origin` on.
 
     A failure is noted in `call`, not raised, except PeerError and what is no Exception.
     """
     ran: list[tuple[int, Instruction, float, float]] = []
     for device, step in program:
         instruction, value = step.instruction, None
-        received = [transport.receive(message) for message in step.receives]
-        for part in received:
-            if part is LOST:
-                call.lost = True
+        received: list[object] = []
+        for message in step.receives:
+            received.append(transport.receive(message))
+            call.lost |= received[-1] is LOST
         if not call.lost:
             start = clock()
             try:
@@ -65,7 +66,13 @@ def execute(
         transport.look_ahead()
         if observe is not None:
             observe(instruction)
-    return tuple(
-        Span(device=device, instruction=instruction, start_seconds=start, end_seconds=end)
+    spans = [
+        Span(
+            device=device,
+            instruction=instruction,
+            start_seconds=start - origin,
+            end_seconds=end - origin,
+        )
         for device, instruction, start, end in ran
-    )
+    ]
+    return tuple(spans)

@@ -1,8 +1,17 @@
-"""Runs one call: agree, split, execute; for training, evaluation, prediction and profiling."""
+"""One call, on every rank; for training, evaluation, prediction and profiling.
+
+1. bind: the caller's arguments become one Request (`Runner.run`).
+2. agree: all ranks compare what they were given; all raise, or none (`_admit`).
+3. split: each rank cuts its part into microbatches, and knows what each counts (`_split`).
+4. run: the rank's program, instruction by instruction (`_run`, `execute`).
+5. settle: tied, replicated and batch gradients become whole; BatchNorm updates once (`_settle`).
+6. return: every rank knows the loss; or every rank raises, and nothing has changed.
+"""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,7 +28,7 @@ from stagewise.engine.gradients.tied import TiedParameters
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.buffers import undone
 from stagewise.engine.stage.call import Call, Mode, Observer, Scaling
-from stagewise.engine.stage.draws import Draws
+from stagewise.engine.stage.draws import Draws, Source
 from stagewise.engine.stage.keywords import Takers, batch_gradients, take_targets
 from stagewise.engine.stage.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage.stage import Loss, Stage
@@ -43,6 +52,31 @@ UNSCALED = Scaling()
 _NO_KEYWORDS: Mapping[str, object] = {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call, as it was asked for on this rank; the batch's marks say where samples lie."""
+
+    mode: Mode
+    step_index: int
+    inputs: object
+    target: object
+    keywords: Mapping[str, object]
+    outputs_on: Sequence[int]  # ranks
+    scaling: Scaling
+    batch_dim: int  # of the outputs
+    observe: Observer | None
+    objection: UsageError | None  # of the caller's
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnProgram:
+    """What this rank runs in one kind of call, and the order of messages on its links."""
+
+    links: Links
+    steps: Sequence[tuple[int, Step]]
+    recomputed: frozenset[tuple[int, int]]
+
+
 class Runner:
     """The stages of this rank, their transport, and the programs for every kind of call."""
 
@@ -62,6 +96,7 @@ class Runner:
         sums_losses: bool = False,
     ) -> None:
         devices = [stage.device for stage in stages.values()]
+        self._devices = dict.fromkeys(devices)
         self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
         self._flows = flows
         self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
@@ -83,7 +118,7 @@ class Runner:
         self._draws = Draws([*(cell.module for cell in cells), self._loss()])
         self._watched: set[Mode] = set()  # for what cells draw from
         self._warned: set[str] = set()
-        self._programs: dict[tuple[bool, int], tuple[Links, list[tuple[int, Step]]]] = {}
+        self._programs: dict[tuple[bool, int], OwnProgram] = {}
         self._broken = False
         self._num_calls = 0
         self.root: nn.Module | None = None  # whose mode all ranks must have
@@ -114,73 +149,106 @@ class Runner:
                 "an earlier call failed half-way and the ranks no longer agree; "
                 "build the Pipeline anew, or restart from a checkpoint"
             )
-        training = mode is Mode.TRAIN
-        inputs, target = along(inputs, batch_dim), along(target, batch_dim)
-        keywords = {name: along(value, batch_dim) for name, value in keywords.items()}
-        last = self.schedule.num_stages - 1
+        request = Request(
+            mode=mode,
+            step_index=step_index,
+            inputs=along(inputs, batch_dim),
+            target=along(target, batch_dim),
+            keywords={name: along(value, batch_dim) for name, value in keywords.items()},
+            outputs_on=outputs_on,
+            scaling=scaling,
+            batch_dim=batch_dim,
+            observe=observe,
+            objection=objection,
+        )
+        admitted = self._admit(request)
+        call = self._split(request, admitted)
+        late = self._run(request, admitted, call)
+        self._warn(call, late)
+        return call
+
+    def _admit(self, request: Request) -> Admitted:
+        """Agree with the other ranks on the call, before anything runs."""
+        training, last = request.mode is Mode.TRAIN, self.schedule.num_stages - 1
         admitted = admit(
             self.transport,
-            mode,
-            step_index,
-            inputs,
-            target,
-            keywords,
-            outputs_on,
+            request.mode,
+            request.step_index,
+            request.inputs,
+            request.target,
+            request.keywords,
+            request.outputs_on,
             takers=self.takers,
             needs_inputs=0 in self.stages,
             needs_target=last in self.stages
             and (self.stages[last].needs_target or self.weight is not None)
-            and mode is not Mode.PREDICT,
+            and request.mode is not Mode.PREDICT,
             most_microbatches=self.schedule.num_microbatches,
             flags=[flag for stage in self.stages.values() for flag in stage.flags()],
             shared_flags=[
                 self.stages[s].flags() if s in self.stages else None for s in self._replicated
             ],
-            options=(scaling, batch_dim, self.sums_losses),
+            options=(request.scaling, request.batch_dim, self.sums_losses),
             training=self.root is None or self.root.training,
             compares_values=is_compared(self._num_calls),
-            objection=objection,
+            objection=request.objection,
             check=lambda: self._unchanged.check(training=training),
         )
         self._num_calls += 1
-        check_scaling(scaling, sum(admitted.sizes), has_weight=self.weight is not None)
-        order, own = self._program(training, len(admitted.sizes))
-        devices = {stage.device for stage in self.stages.values()}
+        check_scaling(request.scaling, sum(admitted.sizes), has_weight=self.weight is not None)
+        return admitted
+
+    def _split(self, request: Request, admitted: Admitted) -> Call:
+        """This rank's part of the batch, cut into microbatches, and what each of them counts."""
+        mode, step_index = request.mode, request.step_index
+        training = mode is Mode.TRAIN
         call = Call(
             mode=mode,
-            recomputed=self.schedule.recomputed if training else frozenset(),
+            recomputed=self._program(training, len(admitted.sizes)).recomputed,
             sizes=admitted.sizes,
-            scaling=scaling,
+            scaling=request.scaling,
             ready=admitted.ready,
             num_args=admitted.num_args,
             shared=bool(self._replicated),
-            batch_dim=batch_dim,
-            keeps_outputs=bool(outputs_on),
-            randomness={d: CellRandomness(self.seed, step_index, d, self._draws) for d in devices},
+            batch_dim=request.batch_dim,
+            keeps_outputs=bool(request.outputs_on),
+            randomness={
+                d: CellRandomness(self.seed, step_index, d, self._draws) for d in self._devices
+            },
             batchnorms=self._batchnorms,
         )
-        if observe is None and mode not in self._looked and len(call.sizes) > 1:
-            if not _has_sizes((inputs, target, keywords)):
+        if request.observe is None and mode not in self._looked and len(call.sizes) > 1:
+            if not _has_sizes((request.inputs, request.target, request.keywords)):
                 call.look = self._first_look(call)
             self._looked.add(mode)
         try:
             # Gradients for the batch's own tensors go back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(training):
-                self._take_batch(call, admitted, inputs, target, keywords)
+                self._take_batch(call, admitted, request.inputs, request.target, request.keywords)
         except Exception as error:
             call.fail(Failure.of(error, None, None))
         if self.weight is not None and mode is not Mode.PREDICT:
+            total = request.scaling.total_weight
             call.shares = agree_on_shares(
-                self.transport, self.weight, call.targets, scaling.total_weight, self.last_ranks[0]
+                self.transport, self.weight, call.targets, total, self.last_ranks[0]
             )
         elif self.sums_losses:
             call.shares = {"": (1.0,) * len(call.sizes)}
+        return call
+
+    def _run(self, request: Request, admitted: Admitted, call: Call) -> list[Source]:
+        """Execute the program and settle; all raise if a rank fails, and nothing has changed.
+
+        Returns what cells began to draw from unseeded.
+        """
+        training = request.mode is Mode.TRAIN
+        program = self._program(training, len(admitted.sizes))
+        watch = request.mode not in self._watched
+        self._watched.add(request.mode)
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
-        watch = mode not in self._watched
-        self._watched.add(mode)
         with (
-            generators_kept(devices),
+            generators_kept(self._devices),
             self._draws.kept(watch=watch, guard=bool(call.recomputed)) as late,
             torch.inference_mode(False),
             torch.set_grad_enabled(training),
@@ -192,19 +260,18 @@ class Runner:
             # Where a loss counts nothing, gradients are missing from the messages.
             missing = [(name, [not share for share in s]) for name, s in call.shares.items()]
             form = admitted.signature, len(admitted.sizes), missing
-            self.transport.begin(fingerprint(form), order)
-            start = time.perf_counter()
+            self.transport.begin(fingerprint(form), program.links)
             try:
-                with self._summing(call, own) as shared:
+                with self._summing(call, program.steps) as shared:
                     if training:
                         self._batchnorms.warn(admitted.sizes)
                     self.spans = execute(
-                        own,
+                        program.steps,
                         self.stages,
                         self.transport,
                         call,
-                        clock=lambda: time.perf_counter() - start,
-                        observe=shared.begin(observe),
+                        origin=time.perf_counter(),
+                        observe=shared.begin(request.observe),
                     )
                     if not self._agree(call):
                         shared.drain()
@@ -226,17 +293,7 @@ class Runner:
                 for stage in self.stages.values():
                     stage.clear()
         self._broken = False
-        self._warn(call)
-        if late:
-            self._watched.discard(mode)
-            names = ", ".join(sorted({source.name for source in late}))
-            warn_user(
-                f"numbers were drawn from {names} while step {step_index} ran, for the first time; "
-                "if a cell drew them, its recomputation in this step drew others, and gradients "
-                "are wrong. From the next step on they are seeded for every cell and microbatch",
-                ExactnessWarning,
-            )
-        return call
+        return late
 
     def _loss(self) -> Loss | None:
         last = self.stages.get(self.schedule.num_stages - 1)
@@ -251,13 +308,22 @@ class Runner:
             loss=self._loss(),
         )
 
-    def _warn(self, call: Call) -> None:
-        """Of what the first look found, each once; the call is over."""
-        if isinstance(call.look, FirstLook):
-            for problem in call.look.problems:
-                if problem not in self._warned:
-                    self._warned.add(problem)
-                    warn_user(problem, ExactnessWarning)
+    def _warn(self, call: Call, late: Sequence[Source]) -> None:
+        """Of what the first look found, each once, and of late draws; the call is over."""
+        problems = [*call.look.problems] if isinstance(call.look, FirstLook) else []
+        if late:
+            self._watched.discard(call.mode)
+            names = ", ".join(sorted({source.name for source in late}))
+            problems.append(
+                f"numbers were drawn from {names} while a {call.mode.name.lower()} call ran, for "
+                "the first time; if a cell drew them, its recomputation in this step drew others, "
+                "and gradients are wrong. From the next step on they are seeded for every cell and "
+                "microbatch"
+            )
+        for problem in problems:
+            if problem not in self._warned:
+                self._warned.add(problem)
+                warn_user(problem, ExactnessWarning)
 
     def _take_batch(
         self,
@@ -360,10 +426,8 @@ class Runner:
             with torch.inference_mode(False):
                 torch.autograd.backward([tensor for tensor, _ in pairs], [g for _, g in pairs])
 
-    def _program(
-        self, training: bool, num_microbatches: int
-    ) -> tuple[Links, list[tuple[int, Step]]]:
-        """The order on the links, and what this rank runs: its program, or all in time order."""
+    def _program(self, training: bool, num_microbatches: int) -> OwnProgram:
+        """What this rank runs: its program, or all in time order."""
         key = (training, num_microbatches)
         if key not in self._programs:
             schedule = self._schedule_of(training, num_microbatches)
@@ -373,7 +437,9 @@ class Runner:
                 own = ((self.transport.rank, step) for step in programs[self.transport.rank])
             else:
                 own = _in_time_order(schedule, programs)
-            self._programs[key] = (links(programs), list(own))
+            self._programs[key] = OwnProgram(
+                links=links(programs), steps=[*own], recomputed=schedule.recomputed
+            )
         return self._programs[key]
 
     def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:

@@ -94,6 +94,8 @@ _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
 
 def check_same(votes: Sequence[Vote], keywords: Sequence[str]) -> None:
     """Raise BatchError, the same on every rank, if the votes differ in what must be the same."""
+    if len(votes) == 1:
+        return
     for name, (what, show, remedy) in _MUST_AGREE.items():
         _check([getattr(vote, name) for vote in votes], what, show, remedy)
     for column in zip(*(vote.shared_flags for vote in votes), strict=True):
