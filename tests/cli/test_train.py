@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
         command.read_until("step 10/")
         command.interrupt()
         code, out, err = command.finish()
-    assert code == 0, err
+    assert code == 130, err
     assert err == "\nstopping after this step; once more to stop at once\n"
     assert "stopped after step" in out
     run = tmp_path / "runs/tiny"
@@ -134,7 +134,7 @@ def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(tmp_path: Path) -> None
         command.read_until("step 10/")
         os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
         code, out, err = command.finish()
-    assert (code, err) == (0, "")
+    assert (code, err) == (130, "")
     assert "go on with: stagewise train" in out
 
 

@@ -14,6 +14,7 @@ from stagewise.batch.markers import Microbatches, Replicated
 from stagewise.errors import BatchError, CellError, PlanError, ScheduleError
 from stagewise.schedule import named_schedule, on_replicas
 from stagewise.training import checkpoint as checkpoints
+from stagewise.training import run_folder
 from tests.harness import Pools, Raised
 from tests.models import Call, Counter
 from tests.pipeline import test_combined as combined
@@ -304,8 +305,8 @@ def saved(directory: Path, replicas: tuple[int, ...], num_steps: int) -> dict[st
     cells = [nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3)]
     pipe = stagewise.Pipeline(cells, plan_of((2, 2), replicas, 2), loss=mse_loss)
     optimizer = torch.optim.Adam(pipe.parameters(), lr=0.1)
-    if checkpoints.latest(directory) is not None:
-        checkpoints.restore(checkpoints.find(directory), pipe, optimizer)
+    if run_folder.latest(directory) is not None:
+        checkpoints.restore(run_folder.find(directory), pipe, optimizer)
     for _ in range(num_steps):
         x = torch.randn(20, 3, generator=torch.Generator().manual_seed(pipe.step_index))
         optimizer.zero_grad()

@@ -15,8 +15,7 @@ from stagewise.cli.options import parsed_microbatches
 from stagewise.costs import CellCost
 from stagewise.errors import OutOfMemoryError, PlanError
 from stagewise.planning.plan import Plan
-from stagewise.training import checkpoint as checkpoints
-from stagewise.training import plans, trainer
+from stagewise.training import plans, run_folder, trainer
 from stagewise.training.adaptive import DriftWatch
 from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions
@@ -56,7 +55,7 @@ def run(recipe: Path, out: Path, *, steps: int = 4, resume: Path | None = None, 
         run=out,
         num_steps=steps,
         validate_every=5,
-        resume=checkpoints.find(resume) if resume else None,
+        resume=run_folder.find(resume) if resume else None,
     )
     console = Console(file=io.StringIO(), width=300)
     with pytest.MonkeyPatch.context() as patch:

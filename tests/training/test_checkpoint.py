@@ -9,6 +9,7 @@ from torch import nn
 import stagewise
 from stagewise.errors import CheckpointError
 from stagewise.training import checkpoint as checkpoints
+from stagewise.training import run_folder
 
 
 def build(balance: tuple[int, ...], width: int = 4) -> tuple[stagewise.Pipeline, torch.optim.Adam]:
@@ -39,7 +40,7 @@ def test_another_number_of_stages_goes_on_bit_for_bit(
     steps(pipe, optimizer, range(3, 6))
 
     other, other_optimizer = build(balance)
-    found = checkpoints.find(tmp_path)
+    found = run_folder.find(tmp_path)
     assert (found, found.step, found.seed) == (saved, 3, 7)
     checkpoints.restore(found, other, other_optimizer)
     assert other.step_index == 3
@@ -55,7 +56,7 @@ def test_another_model_is_refused_with_the_first_differences(tmp_path: Path) -> 
     other, other_optimizer = build((2, 2), width=5)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.restore(checkpoints.find(tmp_path), other, other_optimizer)
+        checkpoints.restore(run_folder.find(tmp_path), other, other_optimizer)
     assert "of another model" in str(caught.value)
     assert "0.weight: (4, 4) in the checkpoint, (5, 4) here" in str(caught.value)
     assert "and 2 more" in str(caught.value)
@@ -69,31 +70,31 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     other, _ = build((4,))
     adagrad = torch.optim.Adagrad(other.parameters())
     with pytest.raises(CheckpointError, match="another optimizer"):
-        checkpoints.restore(checkpoints.find(tmp_path), other, adagrad)
+        checkpoints.restore(run_folder.find(tmp_path), other, adagrad)
 
 
 def test_half_written_is_not_found_and_the_last_two_are_kept(tmp_path: Path) -> None:
     pipe, optimizer = build((4,))
     for step in (1, 2, 3):
         checkpoints.save(tmp_path, pipe, optimizer, step=step, seed=0)
-    directory = tmp_path / checkpoints.DIRECTORY
+    directory = tmp_path / run_folder.DIRECTORY
     (directory / "step-00000004.tmp").mkdir()
-    (directory / "step-00000004.tmp" / checkpoints.DESCRIPTION).write_text("{}")
-    assert checkpoints.find(tmp_path).step == 3
-    assert checkpoints.find(directory / "step-00000002").step == 2
+    (directory / "step-00000004.tmp" / run_folder.DESCRIPTION).write_text("{}")
+    assert run_folder.find(tmp_path).step == 3
+    assert run_folder.find(directory / "step-00000002").step == 2
     assert not (directory / "step-00000001").exists()
     checkpoints.save(tmp_path, pipe, optimizer, step=4, seed=0)
-    assert checkpoints.find(tmp_path).step == 4
+    assert run_folder.find(tmp_path).step == 4
 
 
 def test_absent(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist; give the directory"):
-        checkpoints.find(tmp_path / "nowhere")
+        run_folder.find(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-        checkpoints.find(tmp_path)
+        run_folder.find(tmp_path)
 
 
 def test_broken_description(tmp_path: Path) -> None:
-    (tmp_path / checkpoints.DESCRIPTION).write_text('{"step": 3}')
+    (tmp_path / run_folder.DESCRIPTION).write_text('{"step": 3}')
     with pytest.raises(CheckpointError, match="cannot be read: KeyError: 'seed'"):
-        checkpoints.find(tmp_path)
+        run_folder.find(tmp_path)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from stagewise.errors import CheckpointError, RecipeError
 from stagewise.planning import Plan
-from stagewise.training import checkpoint as checkpoints
+from stagewise.training import run_folder
 from stagewise.training.outcome import Outcome
 from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions, prepare
@@ -50,7 +50,7 @@ def run(
         num_steps=steps,
         validate_every=5,
         checkpoint_every=checkpoint_every,
-        resume=checkpoints.find(resume) if resume else None,
+        resume=run_folder.find(resume) if resume else None,
     )
     outcome = train(load_recipe(recipe), options, console=console, stop=stop or StopRequest())
     assert isinstance(console.file, io.StringIO)
@@ -121,7 +121,7 @@ def test_cells_of_a_recipe_may_decide_by_the_data(tmp_path: Path) -> None:
     options = TrainOptions(
         plan=PlanOptions(num_stages=2, num_microbatches=4, saved=saved), run=tmp_path, num_steps=1
     )
-    pipe = prepare(load_recipe(recipe), options).pipe
+    pipe = prepare(load_recipe(recipe), options).trained.pipe
     assert [r for r in log_of(tmp_path / "one") if "loss" in r] == [
         r for r in log_of(tmp_path / "two") if "loss" in r
     ]
@@ -167,7 +167,7 @@ def test_a_recipes_init_fills_its_model(tmp_path: Path) -> None:
     init = "def init(module):\n    getattr(module, 'weight', torch.ones(1)).data.zero_()"
     recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\nmeta = True\n{init}"))
     options = TrainOptions(plan=PlanOptions(num_stages=2, num_microbatches=2), run=tmp_path / "run")
-    pipe = prepare(load_recipe(recipe), options).pipe
+    pipe = prepare(load_recipe(recipe), options).trained.pipe
     state = pipe.state_dict()
     assert not any(state[n].any() for n in state if n.endswith("weight"))
     assert state["3.bias"].any()
@@ -181,7 +181,7 @@ def test_what_cannot_be_estimated_is_cut_by_size(tmp_path: Path) -> None:
         ("return nn.functional", "assert target.max() > -1e9\n    return nn.functional"),
     )
     options = TrainOptions(plan=PlanOptions(num_stages=3, num_microbatches=2), run=tmp_path / "run")
-    plan = prepare(load_recipe(recipe), options).pipe.plan
+    plan = prepare(load_recipe(recipe), options).trained.pipe.plan
     starts = [0, *itertools.accumulate(plan.balance)]
     sizes = [
         sum((72, 0, 0)[i % 3] if i < 9 else 9 for i in range(*pair))

@@ -11,7 +11,7 @@ from torch import nn
 
 import stagewise
 from stagewise.errors import RecipeError
-from stagewise.training import checkpoint as checkpoints
+from stagewise.training import run_folder
 from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Recipe, build_model, load_recipe
@@ -67,7 +67,7 @@ def run(
         plan=PlanOptions(num_stages=stages, num_microbatches=3),
         run=out,
         num_steps=steps,
-        resume=checkpoints.find(out) if resume else None,
+        resume=run_folder.find(out) if resume else None,
     )
     train(recipe, options, console=console, stop=StopRequest())
     assert isinstance(console.file, io.StringIO)

@@ -62,7 +62,8 @@ def save(
         if transport.rank == 0:
             _commit(directory, parts)
             for file in old:
-                (directory / file).unlink(missing_ok=True)
+                if file.endswith(".safetensors"):
+                    (directory / file).unlink(missing_ok=True)
 
 
 def _writable(own: Mapping[str, object], aliases: Aliases) -> dict[str, torch.Tensor]:

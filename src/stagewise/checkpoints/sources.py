@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
@@ -95,7 +95,15 @@ def open_source(state: State, model_names: Collection[str]) -> Source:
 def weight_map(directory: Path) -> dict[str, str]:
     """The file of every tensor, from the index of a sharded checkpoint."""
     with _blame(directory / INDEX):
-        files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+        files = json.loads((directory / INDEX).read_text())["weight_map"]
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise ValueError("its weight_map is not names and files")
+    for file in set(files.values()):
+        if PurePath(file).name != file or PureWindowsPath(file).name != file or file == "..":
+            raise CheckpointError(
+                f"the index {directory / INDEX} names the file {file!r}, which is not in its "
+                "folder; do not trust this checkpoint"
+            )
     return files
 
 
@@ -153,11 +161,11 @@ class _Distributed:
     """What torch.distributed.checkpoint wrote; `stagewise train` writes such checkpoints."""
 
     def __init__(self, path: Path, model_names: Collection[str]) -> None:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from stagewise.checkpoints.untrusted import Reader
 
         self.description = str(path)
         with _blame(path):
-            self._reader = FileSystemReader(path)
+            self._reader = Reader(path)
             entries = self._reader.read_metadata().state_dict_metadata
         is_nested = not any(name in entries for name in model_names) and any(
             _PREFIX + name in entries for name in model_names
@@ -188,11 +196,15 @@ class _Distributed:
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
+        from stagewise.checkpoints.untrusted import Planner
+
         state: dict[str, Any] = {self._prefix + name: t for name, t in targets.items()}
         with _blame(Path(self.description)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             if state:
-                load_distributed(state, storage_reader=self._reader, no_dist=True)
+                load_distributed(
+                    state, storage_reader=self._reader, planner=Planner(), no_dist=True
+                )
 
 
 def _opened(path: Path) -> Any:

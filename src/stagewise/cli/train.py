@@ -1,6 +1,7 @@
 """`stagewise train`: check the options, start one worker per device, train, tell the result."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -11,17 +12,17 @@ import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli.workers import errors_told_once, run_in_workers
+from stagewise.cli.workers import end_stopped, errors_told_once, run_in_workers
 from stagewise.errors import CheckpointError, UsageError
 from stagewise.schedule import Schedule
 from stagewise.training.workers.environment import launched_by_us
 
 if TYPE_CHECKING:
-    from stagewise.training.checkpoint import Checkpoint
     from stagewise.training.outcome import Outcome
     from stagewise.training.plans import PlanOptions
     from stagewise.training.prepare import TrainOptions
     from stagewise.training.recipe import Recipe
+    from stagewise.training.run_folder import Checkpoint
 
 Steps = Annotated[
     int | None,
@@ -98,7 +99,7 @@ def train(
     Starts one worker process per device, or joins the workers that `torchrun` has started. The
     cells of the model are measured first and cut so that the stages are equally busy. Progress
     goes to the screen and to OUT/log.jsonl, checkpoints to OUT/checkpoints. Ctrl-C ends the run
-    after the running step, with a checkpoint; go on with --resume.
+    after the running step, with a checkpoint and exit code 130; go on with --resume.
 
     Example: stagewise train examples/shakespeare.py --stages 2
     """
@@ -124,12 +125,18 @@ def train(
                 "--balance": balance,
             }
             wanted = _saved(plan, [name for name, value in others.items() if value is not None])
-        from stagewise.training.checkpoint import find
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
+        from stagewise.training.run_folder import find, find_undamaged
 
         loaded = load_recipe(recipe)
-        checkpoint = find(resume) if resume else None
+        checkpoint = None
+        if resume is not None and launched_by_us():
+            checkpoint = find(resume)  # the parent has looked at its files
+        elif resume is not None:
+            checkpoint, told = find_undamaged(resume)
+            for line in told:
+                print(f"warning: {line}", file=sys.stderr)
         options = TrainOptions(
             plan=wanted,
             run=_run_directory(loaded.name, out, checkpoint),
@@ -205,6 +212,8 @@ def _run(recipe: "Recipe", options: "TrainOptions") -> None:
         outcome = run_training(recipe, options, console=console, stop=stop)
     if not dist.is_initialized() or dist.get_rank() == 0:
         _tell(console, recipe.path, options, outcome)
+    if outcome.stopped:
+        end_stopped()
 
 
 def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outcome") -> None:
@@ -282,7 +291,7 @@ def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:
 
 def _run_directory(name: str, out: Path | None, checkpoint: "Checkpoint | None") -> Path:
     """Where log and checkpoints go; never where they would mix with another run's."""
-    from stagewise.training.checkpoint import latest
+    from stagewise.training.run_folder import latest
 
     if launched_by_us() and out is not None:
         return out  # the parent has chosen it

@@ -1,10 +1,19 @@
 """Running a command's body once per device: in this process, in our workers, or torchrun's."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from stagewise.errors import UsageError
-from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched, world_size
+from stagewise.training.workers.environment import (
+    INTERRUPTED_EXIT_CODE,
+    STOP_FILE,
+    launched,
+    launched_by_us,
+    stopped_file,
+    world_size,
+)
 
 
 @contextmanager
@@ -50,6 +59,18 @@ def run_in_workers(
         from stagewise.training.workers.launch import launch
 
         try:
-            launch(num_workers, arguments)
+            if launch(num_workers, arguments):
+                raise SystemExit(INTERRUPTED_EXIT_CODE)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def end_stopped() -> None:
+    """End a run that was stopped before its last step, so that whoever waits for it can tell.
+
+    Our own parent is told by a file, since a worker that fails ends the others.
+    """
+    if launched_by_us():
+        Path(stopped_file(os.environ[STOP_FILE])).touch()
+    elif os.environ.get("RANK", "0") == "0":
+        raise SystemExit(INTERRUPTED_EXIT_CODE)

@@ -36,6 +36,7 @@ from stagewise.engine.step.results import (
 from stagewise.engine.step.step import UNSCALED, Runner
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
+from stagewise.engine.transport.transport import Transport
 from stagewise.errors import BatchError, CheckpointError, ModelError, PlanError, UsageError
 from stagewise.model.captured import captured_of
 from stagewise.model.cell import Chain
@@ -535,6 +536,11 @@ class Pipeline:
     @property
     def num_ranks(self) -> int:
         return self._transport.num_ranks
+
+    @property
+    def transport(self) -> Transport:
+        """How its ranks reach each other, for what all of them do together."""
+        return self._transport
 
     @property
     def losses(self) -> dict[str, torch.Tensor]:

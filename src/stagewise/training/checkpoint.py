@@ -3,59 +3,46 @@
 Problem: a run that dies while it writes must not leave something that looks like a
 checkpoint, and a checkpoint must fit any partition, yet never another model.
 Idea: torch.distributed.checkpoint writes model and optimizer under the plain model's names into
-`step-00000120.tmp`; rank 0 adds a description and renames it when all have written. Reading
-compares the description's parameter names and shapes with the model's first.
+`step-00000120.tmp`; rank 0 adds a description, with a digest of every file, and renames it when all
+have written. Reading compares digests, then the description's names and shapes with the model's,
+and trusts nothing else (`checkpoints.untrusted`). Neither changes the run.
 """
 
+import errno
 import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from stagewise.checkpoints.untrusted import Planner, Reader
+from stagewise.engine.step.agreement import agreed
 from stagewise.errors import CheckpointError
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.training import optimizer_state, schedules
+from stagewise.training.run_folder import (
+    DESCRIPTION,
+    DIRECTORY,
+    Checkpoint,
+    Shapes,
+    digest_of,
+    drop_old,
+    signed,
+    whole,
+)
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-DIRECTORY = "checkpoints"
-DESCRIPTION = "stagewise.json"
-NUM_KEPT = 2
-
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A whole checkpoint on disk: where it lies, and what its description says."""
-
-    path: Path
-    step: int
-    seed: int
-    parameter_shapes: Shapes
-    scaler: Mapping[str, float] = field(default_factory=dict)  # state of a GradScaler, if any
-
-    @property
-    def run(self) -> Path:
-        """The directory of the run that wrote it."""
-        return self.path.parent.parent
+SAVING, RESTORING = "saving a checkpoint", "restoring a checkpoint"  # the calls, for people
 
 
 def save(
@@ -66,49 +53,44 @@ def save(
     step: int,
     seed: int,
     scaler: Mapping[str, float] | None = None,
+    scheduler: LRScheduler | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint of `step` finished steps into `run`; every rank calls this."""
+    """Write a checkpoint of `step` finished steps into `run`; every rank calls this.
+
+    Nothing of the run is changed. The last NUM_KEPT checkpoints are kept, and the last one whose
+    parameters are finite. Raises CheckpointError on every rank, with the cause, if it cannot be
+    written; earlier ones are as they were then.
+    """
     path = run / DIRECTORY / f"step-{step:08d}"
     unfinished = path.with_suffix(".tmp")
-    if pipe.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    _wait_for_all()
-    with _one_process_is_fine():
-        save_distributed(_state(pipe, optimizer), checkpoint_id=unfinished)
+    with agreed(pipe.transport, SAVING), _told(unfinished, run):
+        schedules.check_saved(optimizer, scheduler)
+        state = _state(pipe, optimizer, scheduler)
+        if pipe.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+    with agreed(pipe.transport, SAVING), _told(unfinished, run), _one_process_is_fine():
+        save_distributed(state, checkpoint_id=unfinished)
     shapes = {name: tuple(shape) for name, shape in pipe.parameter_shapes.items()}
+    trained = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in trained)
     checkpoint = Checkpoint(
-        path=path, step=step, seed=seed, parameter_shapes=shapes, scaler=dict(scaler or {})
+        path=path,
+        step=step,
+        seed=seed,
+        parameter_shapes=shapes,
+        scaler=dict(scaler or {}),
+        finite=all(pipe.transport.gather(finite, SAVING)),
+        files=_digests(pipe, unfinished, run),
     )
-    if pipe.rank == 0:
-        fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
-        (unfinished / DESCRIPTION).write_text(json.dumps(fields, indent=2))
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        for old in _whole(run)[:-NUM_KEPT]:
-            shutil.rmtree(old)
-    _wait_for_all()
+    with agreed(pipe.transport, SAVING), _told(unfinished, run):
+        if pipe.rank == 0:
+            fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
+            (unfinished / DESCRIPTION).write_text(json.dumps(signed(fields), indent=2))
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
+            drop_old(run)
     return checkpoint
-
-
-def latest(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of the run in directory `run`."""
-    paths = _whole(run)
-    return _read(paths[-1]) if paths else None
-
-
-def find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the latest of the run at `path`."""
-    if (path / DESCRIPTION).is_file():
-        return _read(path)
-    found = latest(path)
-    if found is None:
-        what = "holds no whole checkpoint" if path.is_dir() else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}; give the directory of a run (one that has {DIRECTORY}/ in it) or of "
-            "one checkpoint, or leave --resume out to start anew"
-        )
-    return found
 
 
 def check_fits(checkpoint: Checkpoint, parameter_shapes: Shapes) -> None:
@@ -129,78 +111,124 @@ def check_fits(checkpoint: Checkpoint, parameter_shapes: Shapes) -> None:
         )
 
 
-def restore(checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None) -> None:
-    """Load model, optimizer and step into `pipe` and `optimizer`; every rank calls this."""
-    check_fits(checkpoint, pipe.parameter_shapes)
-    state = _state(pipe, optimizer)
-    try:
-        with _one_process_is_fine():
-            load_distributed(state, checkpoint_id=checkpoint.path)
-    except (CheckpointException, OSError) as error:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint.path} cannot be read: {error}\nIf the recipe has got "
-            "another optimizer since, start anew without --resume"
-        ) from error
-    if state["model"]:
-        set_model_state_dict(pipe.module, state["model"])
-    if optimizer is not None:
-        set_optimizer_state_dict(_named(pipe), optimizer, state["optimizer"], options=_OPTIONS)
+def restore(
+    checkpoint: Checkpoint,
+    pipe: Pipeline,
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None = None,
+) -> None:
+    """Load model, optimizer, schedule and step; every rank calls this."""
+    names = {parameter: name for name, parameter in pipe.named_parameters()}
+    with agreed(pipe.transport, RESTORING), _blamed(checkpoint):
+        check_fits(checkpoint, pipe.parameter_shapes)
+        schedules.check_saved(optimizer, scheduler)
+        reader = Reader(checkpoint.path)
+        index = reader.read_metadata()
+        state = {
+            "model": _model_state(pipe),
+            "optimizer": {}
+            if optimizer is None
+            else optimizer_state.room_for(
+                index, "optimizer", names.values(), {*names.values(), *checkpoint.parameter_shapes}
+            ),
+            "schedule": schedules.room_for(index, "schedule", scheduler),
+        }
+    with (
+        agreed(pipe.transport, RESTORING),
+        _blamed(checkpoint),
+        _one_process_is_fine(),
+        torch.no_grad(),
+    ):
+        load_distributed(state, storage_reader=reader, planner=Planner(), no_dist=True)
+    with agreed(pipe.transport, RESTORING), _blamed(checkpoint):
+        if state["model"]:
+            set_model_state_dict(pipe.module, state["model"])
+        if optimizer is not None:
+            optimizer_state.restore(optimizer, state["optimizer"], names)
+        if scheduler is not None:
+            schedules.restore(scheduler, state["schedule"])
     pipe.step_index = checkpoint.step
 
 
-def _state(pipe: Pipeline, optimizer: Optimizer | None) -> dict[str, dict[str, Any]]:
+def _state(
+    pipe: Pipeline, optimizer: Optimizer | None, scheduler: LRScheduler | None
+) -> dict[str, dict[str, Any]]:
     """This rank's part, under names that do not depend on the partition."""
+    names = {parameter: name for name, parameter in pipe.named_parameters()}
+    kept = {} if optimizer is None else optimizer_state.state_of(optimizer, names)
+    schedule = schedules.state_of(scheduler)
+    return {"model": _model_state(pipe), "optimizer": kept, "schedule": schedule}
+
+
+def _model_state(pipe: Pipeline) -> dict[str, Any]:
+    """Torch refuses an empty state, which a stage without parameters has."""
+    return get_model_state_dict(pipe.module) if pipe.module.state_dict() else {}
+
+
+def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:
+    """Of every file, on every rank; each hashes its share."""
+    files = sorted(path for path in unfinished.iterdir() if path.is_file())
+    with agreed(pipe.transport, SAVING), _told(unfinished, run):
+        own = {path.name: digest_of(path) for path in files[pipe.rank :: pipe.num_ranks]}
     return {
-        # torch refuses an empty state, which a stage without parameters has
-        "model": get_model_state_dict(pipe.module) if pipe.module.state_dict() else {},
-        "optimizer": {}
-        if optimizer is None
-        else get_optimizer_state_dict(_named(pipe), optimizer, options=_OPTIONS),
+        name: digest for part in pipe.transport.gather(own, SAVING) for name, digest in part.items()
     }
 
 
-def _named(pipe: Pipeline) -> nn.Module:
-    """This rank's parameters, each under one name that is the same on every rank that has it.
-
-    `pipe.module` would name a tied parameter after the first cell on this rank.
-    """
-    root = nn.Module()
-    for name, parameter in pipe.named_parameters():
-        *path, leaf = name.split(".")
-        parent = root
-        for step in path:
-            if step not in parent._modules:
-                parent.add_module(step, nn.Module())
-            parent = parent.get_submodule(step)
-        parent.register_parameter(leaf, parameter)
-    return root
-
-
-def _whole(run: Path) -> list[Path]:
-    """The finished checkpoints in `run`, oldest first."""
-    return sorted(path.parent for path in (run / DIRECTORY).glob(f"step-????????/{DESCRIPTION}"))
-
-
-def _read(path: Path) -> Checkpoint:
+@contextmanager
+def _told(unfinished: Path, run: Path) -> Iterator[None]:
+    """Turn what goes wrong while writing into a CheckpointError that names the cause."""
     try:
-        fields = json.loads((path / DESCRIPTION).read_text())
-        return Checkpoint(
-            path=path,
-            step=fields["step"],
-            seed=fields["seed"],
-            parameter_shapes={n: tuple(s) for n, s in fields["parameter_shapes"].items()},
-            scaler=fields.get("scaler", {}),
-        )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, CheckpointException) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)  # makes room
+        kept = whole(run)
+        last = f"{kept[-1].name} is as it was" if kept else "there is no earlier one"
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}; take "
-            "another one from the same directory"
+            f"the checkpoint {unfinished.with_suffix('')} cannot be written: "
+            f"{_cause(error, unfinished)}; {last}. Make room, or give another --out, and go on "
+            "with --resume"
         ) from error
 
 
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _cause(error: BaseException, where: Path) -> str:
+    """The operating system's word, wherever it is in what torch raises."""
+    failures = getattr(error, "failures", {})
+    chain = [error, *(each[0] for each in failures.values())]
+    seen: list[BaseException] = []
+    while chain:
+        each = chain.pop(0)
+        if each not in seen:
+            seen.append(each)
+            chain += [e for e in (each.__cause__, each.__context__) if e is not None]
+    for each in seen:
+        if isinstance(each, OSError) and each.errno is not None:
+            name = errno.errorcode.get(each.errno, "")
+            return f"{each.strerror} ({name})"
+    folder = next((each for each in (where, *where.parents) if each.exists()), where)
+    free = shutil.disk_usage(folder).free
+    text = str(seen[-1]).strip().splitlines()[0] if str(seen[-1]).strip() else type(seen[-1])
+    return f"{text} ({free} bytes are free on the disk)"
+
+
+@contextmanager
+def _blamed(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what goes wrong while reading into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(checkpoint.path) in str(error):
+            raise
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.path} cannot be read: {error}"
+        ) from error
+    except (Exception, CheckpointException) as error:  # a broken file may raise anything
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.path} cannot be read: {_cause(error, checkpoint.path)}; "
+            "if it is damaged, take another one from the same directory"
+        ) from error
 
 
 @contextmanager

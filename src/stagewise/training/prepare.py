@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from stagewise.costs import CellCost
+from stagewise.engine.step.agreement import agreed
 from stagewise.errors import (
     CheckpointError,
     RecipeError,
@@ -23,14 +25,21 @@ from stagewise.planning import Plan, check_balance
 from stagewise.planning.partition.balance import check_counts
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
-from stagewise.training.checkpoint import Checkpoint
 from stagewise.training.plans import (
     PlanOptions,
     _chosen_plan,
 )
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model, seed_everything
+from stagewise.training.run_folder import Checkpoint
 
-Moved = tuple[Pipeline, Optimizer | None]
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A pipeline and what updates its parameters; both None on a rank that updates none."""
+
+    pipe: Pipeline
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +64,7 @@ class TrainOptions:
 class Prepared:
     """A recipe made into something that runs."""
 
-    pipe: Pipeline
-    optimizer: Optimizer | None  # None on a rank without parameters
+    trained: Trained
     batches: TrainingBatches
     validation: tuple[Batch, ...]
     num_steps: int
@@ -74,14 +82,14 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     plan, measured = _chosen_plan(recipe, model, options.plan, batches.first)
     pipe = _pipeline(recipe, options, model, plan)
     del model  # the rest of it can go
-    optimizer = recipe.make_optimizer(list(pipe.parameters()))
+    _agree_on_length(recipe, pipe, num_steps)
+    trained = _trained(recipe, pipe)
     if options.resume is not None:
-        _restore(recipe, options.resume, pipe, optimizer)
+        _restore(recipe, options.resume, trained)
         batches.skip(pipe.step_index)
     seed_everything(options.seed)
     return Prepared(
-        pipe=pipe,
-        optimizer=optimizer,
+        trained=trained,
         batches=batches,
         validation=validation_batches(recipe),
         num_steps=num_steps,
@@ -91,7 +99,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
 
 def moved(
     recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint, inputs: Tree
-) -> Moved:
+) -> Trained:
     """Pipeline and optimizer of another plan, at the state of `checkpoint`; every rank calls this.
 
     `inputs` are an example of what the model takes. What the recipe draws from is left as it was.
@@ -101,18 +109,31 @@ def moved(
     chain_for(model, inputs, {}, recipe.cells)
     pipe = _pipeline(recipe, options, model, plan)
     del model
-    optimizer = recipe.make_optimizer(list(pipe.parameters()))
-    _restore(recipe, checkpoint, pipe, optimizer)
+    trained = _trained(recipe, pipe)
+    _restore(recipe, checkpoint, trained)
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])
-    return pipe, optimizer
+    return trained
 
 
-def _restore(
-    recipe: Recipe, checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None
-) -> None:
-    checkpoints.restore(checkpoint, pipe, optimizer)
+def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
+    """Every rank's own optimizer and schedule; raises RecipeError on all where none updates."""
+    parameters = list(pipe.parameters())
+    with agreed(pipe.transport, "making the optimizer"):
+        optimizer = recipe.make_optimizer(parameters)
+        scheduler = recipe.make_scheduler(optimizer)
+    if not pipe.any(optimizer is not None) and pipe.any(bool(parameters)):
+        raise RecipeError(
+            f"optimizer(parameters) in {recipe.path} takes none of the model's parameters on any "
+            "rank, so that nothing would be trained; let it choose some"
+        )
+    return Trained(pipe=pipe, optimizer=optimizer, scheduler=scheduler)
+
+
+def _restore(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> None:
+    pipe = trained.pipe
+    checkpoints.restore(checkpoint, pipe, trained.optimizer, trained.scheduler)
     pipe.step_index = checkpoint.step * recipe.accumulate  # it counts batches
 
 
@@ -149,6 +170,17 @@ def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) 
             check_balance(options.balance, len(chain), options.num_stages)
     if resume is not None:
         checkpoints.check_fits(resume, parameter_shapes(model))
+
+
+def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:
+    """Raise RecipeError on every rank where their data have other lengths."""
+    told = pipe.transport.gather(num_steps, "the number of steps")
+    if len(set(told)) > 1:
+        listed = ", ".join(f"rank {rank}: {number}" for rank, number in enumerate(told))
+        raise RecipeError(
+            f"data('train') in {recipe.path} makes another number of steps on every rank "
+            f"({listed}), and some would wait for ever; give all the same data, or --steps"
+        )
 
 
 def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ Idea: everything of the user's is run under `Recipe.blame`, which turns an error
 RecipeError that names the file, the line and what is needed instead.
 """
 
+import inspect
 import random
 import sys
 import traceback
@@ -20,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stagewise.batch.markers import along
 from stagewise.errors import RecipeError, StagewiseError
+from stagewise.training.schedules import is_scheduled
 
 # Inputs, target and output are the user's own: any pytree that the model and the loss agree on.
 Tree = Any
@@ -41,6 +44,18 @@ REQUIRED = {
 }
 
 
+_SCHEDULER = (
+    "def scheduler(optimizer):\n"
+    "    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
+)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    by_position = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return any(each.default is each.empty and each.kind in by_position for each in parameters)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What `stagewise train` takes from a recipe file.
@@ -50,6 +65,7 @@ class Recipe:
     the modules and `init(module)`, if the recipe has one: see `stagewise.Pipeline`. `cells` names
     the modules that are to be the model's cells: see `stagewise.capture_cells`.
 
+    `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step.
     One step takes `accumulate` batches of `data("train")` as one minibatch. `autocast` is the
     dtype of `torch.autocast`. `grad_scaler` are options of `stagewise.GradScaler`, which is on
     where they are given, and under `autocast = torch.float16`. `accumulate_in_float32`,
@@ -61,6 +77,7 @@ class Recipe:
     data: Callable[[str], Iterable[Batch] | None]
     loss: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
     generate: Callable[[Callable[[Tree], Tree]], str] | None = None
     metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
     weight: Callable[[Tree], float | Tensor | Mapping[str, float | Tensor]] | None = None
@@ -111,15 +128,49 @@ class Recipe:
             raise RecipeError(message) from error
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer | None:
-        """The optimizer of this rank's parameters; None if the rank has none."""
+        """The optimizer of this rank's parameters; None if it takes none of them.
+
+        A rank may hold no parameters, or none that the recipe chooses.
+        """
         if not parameters:
             return None
         with self.blame("optimizer(parameters)"):
-            made = self.optimizer(parameters)
+            try:
+                made = self.optimizer(parameters)
+            except ValueError as error:
+                if "empty parameter list" in str(error):  # torch's words
+                    return None
+                raise
         if not isinstance(made, Optimizer):
             raise RecipeError(
                 f"optimizer(parameters) in {self.path} returned a {type(made).__name__}; it must "
                 f"return a torch.optim.Optimizer, for example:\n\n{REQUIRED['optimizer']}"
+            )
+        if _needs_closure(made):
+            raise RecipeError(
+                f"optimizer(parameters) in {self.path} returned a {type(made).__name__}, whose "
+                "step() needs a function that computes the loss again; choose one that updates by "
+                "the gradients at hand, or train from Python, where pipe.step can be that function"
+            )
+        if self.scheduler is None and is_scheduled(made):
+            raise RecipeError(
+                f"optimizer(parameters) in {self.path} also made a learning-rate schedule, which a "
+                "checkpoint would not hold; return it from scheduler(optimizer) instead, for "
+                f"example:\n\n{_SCHEDULER}"
+            )
+        return made
+
+    def make_scheduler(self, optimizer: Optimizer | None) -> LRScheduler | None:
+        """The schedule of this rank's optimizer; None if either is not there."""
+        if self.scheduler is None or optimizer is None:
+            return None
+        with self.blame("scheduler(optimizer)"):
+            made = self.scheduler(optimizer)
+        if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+            raise RecipeError(
+                f"scheduler(optimizer) in {self.path} returned a {type(made).__name__}; it must "
+                "return a schedule of torch.optim.lr_scheduler that is stepped once per training "
+                f"step, without a metric, for example:\n\n{_SCHEDULER}"
             )
         return made
 
@@ -136,7 +187,7 @@ def load_recipe(path: Path) -> Recipe:
         _check(path, name, _get(module, name, f"for example:\n\n{example}"))
     optional = {
         name: _check(path, name, getattr(module, name))
-        for name in ("generate", "init", "metrics", "weight")
+        for name in ("generate", "init", "metrics", "scheduler", "weight")
         if hasattr(module, name)
     }
     values = {

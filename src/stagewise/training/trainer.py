@@ -7,6 +7,7 @@ the run that was never interrupted. What ranks must agree on (stopping) they ask
 """
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,9 @@ from stagewise.training.progress import (
     ValidationRecord,
 )
 from stagewise.training.recipe import Batch, Recipe
+from stagewise.training.run_folder import find
 from stagewise.training.update import Update, weights_of
+from stagewise.training.workers.ownership import owned
 from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
@@ -50,6 +53,13 @@ MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that n
 
 def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
     """Train until the last step or until `stop` is made; every rank calls this."""
+    with owned(options.run):
+        return _train(recipe, options, console=console, stop=stop)
+
+
+def _train(
+    recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest
+) -> Outcome:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if is_first:
         console.print("measuring the model's cells ...", highlight=False)
@@ -63,7 +73,7 @@ def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: Stop
             num_steps=prepared.num_steps,
             line_every=LOOK_EVERY,
         )
-    reporter.say(plan_in_words(prepared.pipe.plan))
+    reporter.say(plan_in_words(prepared.trained.pipe.plan))
     try:
         return Trainer(recipe, options, prepared, reporter, stop).run()
     finally:
@@ -82,13 +92,15 @@ class Trainer:
         stop: StopRequest,
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
-        self._pipe, self._reporter, self._stop = prepared.pipe, reporter, stop
+        self._pipe, self._reporter, self._stop = prepared.trained.pipe, reporter, stop
         resumed = options.resume.scaler if options.resume else None
-        self._update = Update(recipe, prepared.pipe, prepared.optimizer, resumed)
+        trained = prepared.trained
+        self._update = Update(recipe, trained.pipe, trained.optimizer, trained.scheduler, resumed)
         self._next_plan: Plan | None = None  # with another cut
         self._watch = DriftWatch(prepared.measured)
         self._step_seconds: list[float] = []
         self._bubbles: list[float] = []
+        self._told_infinite = False
         self._checkpoint: Path | None = options.resume.path if options.resume else None
 
     def run(self) -> Outcome:
@@ -128,6 +140,12 @@ class Trainer:
         scale = self._update.scale
         start = time.perf_counter()
         loss, losses = self._spared_step(step, batches)
+        if not math.isfinite(loss) and not self._told_infinite:
+            self._told_infinite = True
+            self._reporter.say(
+                f"warning: the loss of step {step} is {loss}. Of the checkpoints the last one of "
+                "finite parameters is kept, and --resume goes on from there"
+            )
         pipe_seconds = time.perf_counter() - start
         self._update.step()
         seconds = time.perf_counter() - start
@@ -221,16 +239,18 @@ class Trainer:
         """Go on by a plan with another cut: by a checkpoint, as a resumed run does."""
         self._save(step)
         assert self._checkpoint is not None
-        checkpoint = checkpoints.find(self._checkpoint)
+        checkpoint = find(self._checkpoint)
         self._pipe.module.to("meta")  # frees the old stages before the new ones are built
-        if self._prepared.optimizer is not None:
-            self._prepared.optimizer.state.clear()
-        pipe, optimizer = moved(
+        if self._prepared.trained.optimizer is not None:
+            self._prepared.trained.optimizer.state.clear()
+        trained = moved(
             self._recipe, self._options, plan, checkpoint, self._prepared.batches.first[0]
         )
-        self._pipe = pipe
-        self._prepared = replace(self._prepared, pipe=pipe, optimizer=optimizer)
-        self._update = Update(self._recipe, pipe, optimizer, checkpoint.scaler)
+        self._pipe = trained.pipe
+        self._prepared = replace(self._prepared, trained=trained)
+        self._update = Update(
+            self._recipe, trained.pipe, trained.optimizer, trained.scheduler, checkpoint.scaler
+        )
 
     def _validate(self, step: int) -> float | None:
         """The mean loss over all validation samples, or weights, or their sum; None without any."""
@@ -302,10 +322,11 @@ class Trainer:
         saved = checkpoints.save(
             self._options.run,
             self._pipe,
-            self._prepared.optimizer,
+            self._prepared.trained.optimizer,
             step=step,
             seed=self._options.seed,
             scaler=self._update.scaler_state,
+            scheduler=self._prepared.trained.scheduler,
         )
         self._checkpoint = saved.path
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
 from stagewise.pipeline.pipeline import Pipeline
@@ -25,9 +26,11 @@ class Update:
         recipe: Recipe,
         pipe: Pipeline,
         optimizer: Optimizer | None,
+        scheduler: LRScheduler | None = None,
         scaler_state: Mapping[str, float] | None = None,
     ) -> None:
         self._recipe, self._pipe = recipe, pipe
+        self._scheduler = scheduler
         self._optimizer = optimizer or torch.optim.SGD([{"params": []}])
         self._scaler = GradScaler(pipe, **recipe.scaler_options)
         if scaler_state and self._scaler.is_enabled():
@@ -73,8 +76,12 @@ class Update:
             self._pipe.clip_grad_value_(self._recipe.clip_grad_value)
         if self._recipe.clip_grad_norm is not None:
             self._pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
-        self._scaler.step(self._optimizer)
+        with self._recipe.blame("the optimizer's step()"):
+            self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._scheduler is not None:
+            with self._recipe.blame("the schedule's step()"):
+                self._scheduler.step()
 
     def _total_weight(self, batches: Sequence[Batch]) -> float | Weights:
         sums: Weights = {}

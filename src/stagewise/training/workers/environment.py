@@ -9,6 +9,11 @@ INTERRUPTED_EXIT_CODE = 130  # what a shell reports after Ctrl-C
 STOP_FILE = "STAGEWISE_STOP_FILE"  # environment variable: what our own parent touches to stop us
 
 
+def stopped_file(stop_file: str) -> str:
+    """What a worker touches beside the stop file when it has ended before its last step."""
+    return stop_file + "ped"
+
+
 def launched() -> bool:
     """True in a worker process, whether `torchrun` or our own launch has started it."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

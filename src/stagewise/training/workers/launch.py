@@ -22,7 +22,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stagewise.errors import PeerError, StagewiseError, UsageError
-from stagewise.training.workers.environment import STOP_FILE, USAGE_EXIT_CODE, num_cores
+from stagewise.training.workers.environment import (
+    STOP_FILE,
+    USAGE_EXIT_CODE,
+    num_cores,
+    stopped_file,
+)
 from stagewise.training.workers.stop import SIGNALS
 
 _CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
@@ -30,8 +35,10 @@ _KEEP_BYTES = str(1 << 40)  # more than there is
 _CONNECTION_LOST = "gloo/transport"  # in what gloo says when another rank has gone
 
 
-def launch(num_workers: int, arguments: list[str]) -> None:
+def launch(num_workers: int, arguments: list[str]) -> bool:
     """Run `stagewise ARGUMENTS` in `num_workers` worker processes and wait for them.
+
+    Returns whether they were stopped before their last step.
 
     The first SIGINT or SIGTERM lets them finish their step and end; a second kills them and
     raises KeyboardInterrupt. Raises UsageError with a worker's message if the user's input was
@@ -50,6 +57,7 @@ def launch(num_workers: int, arguments: list[str]) -> None:
             raise _first_cause(error.failures) from None
         except SignalException:
             raise KeyboardInterrupt from None
+        return Path(stopped_file(str(stop_file))).exists()
 
 
 def launch_config(num_workers: int, log_directory: str, *, signals: str) -> LaunchConfig:

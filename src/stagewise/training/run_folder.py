@@ -1,0 +1,183 @@
+"""The checkpoints in a run's folder: which there are, whole, and as they were written.
+
+A checkpoint is whole if it has its description, which is put in place last. The description holds
+a digest of every file and of itself, so that a flipped bit is found before anything is loaded.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stagewise.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+DIRECTORY = "checkpoints"
+
+
+DESCRIPTION = "stagewise.json"
+
+
+NUM_KEPT = 2
+
+
+_DAMAGED = ".damaged"  # behind the name of a checkpoint that is set aside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk: where it lies, and what its description says.
+
+    `finite`: whether all trained parameters were finite numbers; `files`: the SHA-256 of each.
+    """
+
+    path: Path
+    step: int
+    seed: int
+    parameter_shapes: Shapes
+    scaler: Mapping[str, float] = field(default_factory=dict)  # state of a GradScaler, if any
+    finite: bool = True
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        """The directory of the run that wrote it."""
+        return self.path.parent.parent
+
+
+def drop_old(run: Path) -> None:
+    """Remove all but the last few, and the last finite one."""
+    paths = whole(run)
+    kept = paths[-NUM_KEPT:]
+    if not any(_is_finite(path) for path in kept):
+        kept += [path for path in paths if _is_finite(path)][-1:]
+    for old in paths:
+        if old not in kept:
+            shutil.rmtree(old)
+
+
+def _is_finite(path: Path) -> bool:
+    try:
+        return _read(path).finite
+    except CheckpointError:
+        return False
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of finite parameters of the run in directory `run`."""
+    paths = whole(run)
+    finite = [path for path in paths if _is_finite(path)]
+    return _read((finite or paths)[-1]) if paths else None
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the latest of the run at `path`."""
+    if (path / DESCRIPTION).is_file():
+        return _read(path)
+    found = latest(path)
+    if found is None:
+        what = "holds no whole checkpoint" if path.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; give the directory of a run (one that has {DIRECTORY}/ in it) or of "
+            "one checkpoint, or leave --resume out to start anew"
+        )
+    return found
+
+
+def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
+    """As `find`, but of a run's checkpoints the newest whose files are what was written.
+
+    Damaged ones are set aside (`step-00000120.damaged`), ones with numbers that are not finite
+    passed over; the second value says so. Raises CheckpointError if the checkpoint at `path`
+    itself is damaged, or all of a run's are.
+    """
+    paths = [] if (path / DESCRIPTION).is_file() else whole(path)
+    if not paths:
+        found = find(path)
+        if (damage := damage_of(found)) is not None:
+            raise CheckpointError(
+                f"the checkpoint {found.path} is damaged: {damage}; take another one of "
+                f"{found.path.parent}, or give the run's directory to go on from its last good one"
+            )
+        return found, []
+    told, infinite = [], None
+    for each in reversed(paths):
+        try:
+            checkpoint = _read(each)
+            damage = damage_of(checkpoint)
+        except CheckpointError as error:
+            damage = str(error)
+        if damage is not None:
+            aside = each.with_name(each.name + _DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            each.rename(aside)
+            told.append(f"{each.name} is damaged and was set aside as {aside.name}: {damage}")
+        elif checkpoint.finite:
+            return checkpoint, told
+        else:
+            infinite = infinite or checkpoint
+            told.append(f"{each.name} holds numbers that are not finite and was passed over")
+    if infinite is not None:
+        return infinite, [line for line in told if infinite.path.name not in line]
+    raise CheckpointError(f"no checkpoint in {path / DIRECTORY} is whole: {'; '.join(told)}")
+
+
+def damage_of(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's files, or None; one from before digests has none."""
+    for name, digest in checkpoint.files.items():
+        file = checkpoint.path / name
+        try:
+            if digest_of(file) != digest:
+                return f"{name} is not what was written (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def whole(run: Path) -> list[Path]:
+    """The finished checkpoints in `run`, oldest first."""
+    return sorted(path.parent for path in (run / DIRECTORY).glob(f"step-????????/{DESCRIPTION}"))
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        fields = json.loads((path / DESCRIPTION).read_text())
+        digest = fields.pop("digest", None)
+        if digest is not None and digest != signed(fields)["digest"]:
+            raise ValueError("it is not what was written")
+        return Checkpoint(
+            path=path,
+            step=_counted(fields["step"]),
+            seed=fields["seed"],
+            parameter_shapes={n: tuple(s) for n, s in fields["parameter_shapes"].items()},
+            scaler=fields.get("scaler", {}),
+            finite=fields.get("finite", True),
+            files={str(name): str(told) for name, told in fields.get("files", {}).items()},
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}; take "
+            "another one from the same directory"
+        ) from error
+
+
+def _counted(step: object) -> int:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {step!r}")
+    return step
+
+
+def signed(fields: Mapping[str, object]) -> dict[str, object]:
+    """`fields` with a digest of themselves."""
+    text = json.dumps(fields, sort_keys=True)
+    return {**fields, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

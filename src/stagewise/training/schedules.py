@@ -1,0 +1,91 @@
+"""The learning rate's schedule in a run: one on every rank, saved and resumed with it.
+
+A recipe's `scheduler(optimizer)` makes it; it steps once after every training step. Its state is
+saved as one entry. Numbers by parameter group are the optimizer's: a rank at another number of
+stages may have other groups, whose own numbers are kept.
+"""
+
+import io
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from stagewise.errors import CheckpointError
+
+_ENTRY = "state"
+
+
+def state_of(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
+    """The schedule's state as one tensor of bytes; nothing without a schedule."""
+    if scheduler is None:
+        return {}
+    file = io.BytesIO()
+    torch.save(scheduler.state_dict(), file)
+    saved = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    try:
+        _loaded(saved)
+    except Exception as error:
+        raise CheckpointError(
+            f"the state of {type(scheduler).__name__} holds more than numbers, so a checkpoint "
+            f"that is safe to read cannot hold it ({error}); use a schedule of plain numbers"
+        ) from error
+    return {_ENTRY: saved}
+
+
+def room_for(
+    index: Metadata, section: str, scheduler: LRScheduler | None
+) -> dict[str, torch.Tensor]:
+    """What `index` has, to be read into; raises CheckpointError where only one of them has one."""
+    kind = index.state_dict_metadata.get(f"{section}.{_ENTRY}")
+    if scheduler is None:
+        return {}
+    if not isinstance(kind, TensorStorageMetadata):
+        raise CheckpointError(
+            "it was written without a learning-rate schedule, but the recipe has scheduler(); "
+            "resume with the recipe that wrote it, or start anew without --resume"
+        )
+    return {_ENTRY: torch.empty(kind.size, dtype=kind.properties.dtype)}
+
+
+def restore(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
+    """Put back what `state_of` gave; the optimizer's own part is restored before."""
+    scheduler.load_state_dict(_merged(_loaded(saved[_ENTRY]), scheduler.state_dict()))
+    groups, rates = scheduler.optimizer.param_groups, scheduler.get_last_lr()
+    for group, rate in zip(groups, rates, strict=True):
+        if not group["params"]:  # on this rank: others' options come with their parameters
+            group["lr"] = rate
+
+
+def check_saved(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
+    """Raise CheckpointError where an optimizer has a schedule that no checkpoint would hold."""
+    if optimizer is not None and scheduler is None and is_scheduled(optimizer):
+        raise CheckpointError(
+            "the optimizer has a learning-rate schedule (torch.optim.lr_scheduler) that the "
+            "checkpoint would not hold, so that a resumed run would begin it anew; in a recipe "
+            "return it from scheduler(optimizer), in a script give save and restore scheduler=..."
+        )
+
+
+def is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether a scheduler of torch has taken hold of `optimizer`: it wraps its step."""
+    return bool(getattr(optimizer.step, "_wrapped_by_lr_sched", False))
+
+
+def _loaded(saved: torch.Tensor) -> dict[str, Any]:
+    read = torch.load(io.BytesIO(saved.numpy().tobytes()), weights_only=True)
+    assert isinstance(read, dict)
+    return read
+
+
+def _merged(saved: Any, own: Any) -> Any:
+    """`saved`, but with the numbers by group of `own` where there are other groups."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        return {key: _merged(value, own.get(key)) for key, value in saved.items()}
+    if isinstance(saved, list) and isinstance(own, list):
+        if saved and all(isinstance(each, dict) for each in (*saved, *own)):
+            return [_merged(one, other) for one, other in zip(saved, own, strict=True)]
+        return saved if len(saved) == len(own) else own
+    return saved
