@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import os
 import re
 import weakref
 from collections.abc import Callable
@@ -122,6 +123,55 @@ def test_it_names_what_changed(name: str, put_back: None) -> None:
     assert watch.changed() == []
     CHANGES[name](model)
     assert re.search(name, ", ".join(watch.changed()))
+
+
+def test_flags_count_where_forward_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    quiet, watch = Watch(model, ()), Watch(model, (), asks_flags=True)
+    model.blocks[1].one.weight.requires_grad_(False)
+    assert quiet.changed() == []
+    assert watch.changed() == ["blocks.1.one.weight.requires_grad"]
+
+
+def test_frozen_parts_stay_so() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Part() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.blocks[0](x))
+
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    model = Dropping()
+    model.blocks[0].eval()
+    watch = Watch(model, ())
+    model.eval()
+    assert watch.changed() == [], "for an evaluation"
+    model.train()
+    assert watch.changed() == ["blocks.0.training"]
+    model.blocks[0].eval()
+    assert watch.changed() == []
+    model.blocks[1].eval()
+    assert watch.changed() == ["blocks.1.training"]
+
+
+def test_hooks_of_all_modules_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reading(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(os.environ.get("SCALE", "1"))
+
+    model = Reading()
+    watch = Watch(model, ())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    assert watch.changed() == ["the hooks of all modules"]
+    handle.remove()
+    assert watch.changed() == []
+    monkeypatch.setenv("SCALE", "3")
+    assert "os.environ" in ", ".join(watch.changed())
 
 
 def test_every_call_says_so(put_back: None) -> None:

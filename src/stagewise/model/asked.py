@@ -27,8 +27,9 @@ _FUNCTIONS = {
     "is_grad_enabled": "asks whether gradients are on (torch.is_grad_enabled)",
     "is_inference_mode_enabled": "asks whether inference mode is on",
 }
+_FLAGS = "asks whether a tensor requires gradients"
 _OF_TENSORS = {
-    "torch.Tensor.requires_grad.__get__": "asks whether a tensor requires gradients",
+    "torch.Tensor.requires_grad.__get__": _FLAGS,
     "torch.Tensor.grad_fn.__get__": "looks at a tensor's grad_fn",
     "torch.Tensor.is_leaf.__get__": "asks whether a tensor is a leaf of its graph",
     "torch.Tensor.register_hook": "puts a hook on a tensor",
@@ -61,6 +62,11 @@ def asked_of_torch() -> Iterator[Asked]:
 def asks_for_autocast(asked: Asked) -> bool:
     """Whether the model may compute something else under autocast than what autocast casts."""
     return not asked.keys().isdisjoint(_AUTOCAST.values())
+
+
+def asks_for_flags(asked: Asked) -> bool:
+    """Whether the model may compute something else where other parameters require gradients."""
+    return _FLAGS in asked
 
 
 class AskedOfTensors(TorchFunctionMode):

@@ -38,6 +38,7 @@ class Captured:
     def __init__(self, chain: tuple[Cell, ...], form: Form) -> None:
         self.chain, self.form = chain, form
         self.own_changes: frozenset[Place] = frozenset()
+        self.asks_flags = False  # whether forward asks if tensors require gradients
         self.watch: Watch | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -62,7 +63,7 @@ def remember(model: nn.Module, captured: Captured) -> None:
     """Let `captured` stand for `model` as long as that lives and stays as it is."""
     pieces = [cell.module for cell in captured.chain if isinstance(cell.module, Piece)]
     runs_itself = [module for piece in pieces for module in piece.modules()]
-    captured.watch = Watch(model, runs_itself, captured.own_changes)
+    captured.watch = Watch(model, runs_itself, captured.own_changes, asks_flags=captured.asks_flags)
     for piece in pieces:
         piece.watch = captured.watch
     _CAPTURED[model] = captured

@@ -10,7 +10,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -222,17 +222,25 @@ def numbers(
     return {name: None if t is None else t.detach() for name, t in (found | gradients).items()}
 
 
-def surroundings(model: nn.Module, situation: Situation) -> AbstractContextManager[None]:
-    """Inside, gradients and autocast are on or off as in `situation`."""
-    device = next((p.device.type for p in model.parameters()), "cpu")
+@contextmanager
+def surroundings(model: nn.Module, situation: Situation) -> Iterator[None]:
+    """Inside, gradients and autocast are on or off as in `situation`, whatever they are outside.
 
-    @contextmanager
-    def inside() -> Iterator[None]:
-        casts = torch.autocast(device, torch.bfloat16) if situation.autocast else nullcontext()
-        with torch.inference_mode(False), torch.set_grad_enabled(situation.gradients), casts:
+    torch's fast path for attention is off: it leaves other numbers where samples are padded.
+    """
+    kinds = [parameter.device.type for parameter in model.parameters()]
+    device = kinds[0] if kinds and kinds[0] != "meta" else "cpu"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(situation.gradients),
+            torch.autocast(device, torch.bfloat16, enabled=situation.autocast),
+        ):
             yield
-
-    return inside()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def outputs_of(output: object) -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ a mask made once, and does no harm; nor does what is drawn or kept, where output
 
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
 from stagewise.model.added_losses import collect_losses
-from stagewise.model.asked import Asked, asked_of_torch
+from stagewise.model.asked import Asked, AskedOfTensors, asked_of_torch
 from stagewise.model.compare import (
     EVAL,
     TRAINING,
@@ -28,6 +28,7 @@ from stagewise.model.compare import (
     seeded,
     surroundings,
 )
+from stagewise.model.users_code import warn_user
 from stagewise.model.visible import Sight
 from stagewise.model.watch import Place, changes, name_of, tokens_of
 
@@ -70,11 +71,10 @@ def check_effects(model: nn.Module, found: Observed, *, draws: bool) -> None:
             f"it; {remedy}"
         )
     if found.assigned:
-        warnings.warn(
+        warn_user(
             f"forward of {type(model).__name__} assigns {', '.join(found.assigned[:3])}, which "
             "the cells of the captured model do not; what reads it must take it from the model's "
-            "outputs, and a loss from stagewise.add_loss",
-            stacklevel=2,
+            "outputs, and a loss from stagewise.add_loss"
         )
 
 
@@ -110,6 +110,9 @@ def _in(
         before = tokens_of(model, sight.walk(model))
         with asked_of_torch() as asked:
             first, drawn = run()
+        with suppress(Exception), AskedOfTensors() as of_tensors:  # some models run under no mode
+            run()
+        asked |= of_tensors.found
         after = tokens_of(model, sight.walk(model))
         touched, last = changes(before, after), first
         again: list[Place] = []

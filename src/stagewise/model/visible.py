@@ -11,6 +11,7 @@ reaches has its name among its names or strings. Code of libraries is taken as f
 
 import dis
 import functools
+import os
 import sysconfig
 import weakref
 from collections import deque
@@ -25,6 +26,10 @@ from stagewise.model.contents import Item, can_hold, contents, frozen, is_fixed
 from stagewise.model.users_code import is_users
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS_FOR_ALL = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
 # Of a module's own accounts: nothing that forward computes depends on them.
 _ACCOUNTS = {
     *("_parameters", "_buffers", "_modules", "training", *HOOKS),
@@ -92,6 +97,10 @@ class Sight:
         self.is_whole = not waiting
         return nodes
 
+    def skips(self, module: nn.Module) -> bool:
+        """Whether cells run the module itself."""
+        return module in self._skipped
+
     def _holds(self, value: Any) -> bool:
         """Whether something can be seen in `value`."""
         if isinstance(value, nn.Module):
@@ -151,6 +160,8 @@ class Sight:
             except ValueError:  # not assigned yet
                 continue
         if is_own(code.co_filename):
+            if names & {"environ", "getenv"}:
+                found.append((" os.environ", vars(os.environ)["_data"]))
             for name in sorted(globals_in(code) & function.__globals__.keys()):
                 value = function.__globals__[name]
                 found.append((f" {name}", value))

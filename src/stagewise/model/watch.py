@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from stagewise.model.contents import PLAIN, Frozen
-from stagewise.model.visible import Node, Sight
+from stagewise.model.visible import HOOKS_FOR_ALL, Node, Sight
 
 Place = tuple[str, str]  # the path of what holds it, and its own label there
 Tokens = Mapping[Place, object]
@@ -48,9 +49,19 @@ class _Unmade:
     __hash__ = None  # type: ignore[assignment]
 
 
+def _registered(model: nn.Module) -> set[int]:
+    """Tensors that may change their values, as the cells hold them, too."""
+    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _hooks_for_all() -> tuple[int, ...]:
+    """How many hooks torch calls for every module."""
+    return tuple(len(getattr(torch_module, name)) for name in HOOKS_FOR_ALL)
+
+
 def tokens_of(model: nn.Module, nodes: Iterable[Node]) -> dict[Place, object]:
     """What stands for every item that was seen; equal where nothing has changed."""
-    registered = {id(t) for t in (*model.parameters(), *model.buffers())}
+    registered = _registered(model)
     found: dict[Place, object] = {}
     for node in nodes:
         for label, item in node.items:
@@ -87,32 +98,68 @@ def name_of(place: Place) -> str:
 
 
 class Watch:
-    """Remembers what the forward of `model` sees; `ignored` is what forward itself changes."""
+    """Remembers what the forward of `model` sees.
+
+    `ignored` is what forward itself changes. `asks_flags`: whether it asks if tensors require
+    gradients; only then it matters which parameters do.
+    """
 
     def __init__(
-        self, model: nn.Module, runs_itself: Iterable[nn.Module], ignored: Collection[Place] = ()
+        self,
+        model: nn.Module,
+        runs_itself: Iterable[nn.Module],
+        ignored: Collection[Place] = (),
+        *,
+        asks_flags: bool = False,
     ) -> None:
         self._model, self._ignored = weakref.ref(model), frozenset(ignored)
         self._sight = Sight(runs_itself, named_only=True)
         nodes = self._sight.walk(model)
         self._tokens = tokens_of(model, nodes)
-        self._mark(nodes)
+        self._mark(model, nodes)
+        asked = list(model.named_parameters()) if asks_flags else []
+        self._flags = [(name, weakref.ref(p), p.requires_grad) for name, p in asked]
+        asked_modes = list(model.named_modules()) if "training" in self._sight.names else []
+        self._modes = [
+            (path, weakref.ref(module), module.training is not model.training)
+            for path, module in asked_modes
+            if not self._sight.skips(module)
+        ]
+        self._for_all = _hooks_for_all()
 
     def changed(self) -> list[str]:
         """Names of what is no more as it was; none where the model is gone."""
         model = self._model()
-        if model is None or self._is_same(model):
+        if model is None:
+            return []
+        return [*self._seen(model), *self._flagged(model)]
+
+    def _flagged(self, model: nn.Module) -> list[str]:
+        """What changed of flags: of parameters, of modules that are frozen, of all modules."""
+        found = ["the hooks of all modules"] if _hooks_for_all() != self._for_all else []
+        for name, parameter, flag in self._flags:
+            if (tensor := parameter()) is not None and tensor.requires_grad is not flag:
+                found.append(f"{name}.requires_grad")
+        for path, reference, apart in self._modes if model.training else ():
+            module = reference()
+            if module is not None and (module.training is not True) is not apart:
+                found.append(f"{path}.training")
+        return found
+
+    def _seen(self, model: nn.Module) -> list[str]:
+        if self._is_same(model):
             return []
         nodes = self._sight.walk(model)
         tokens = tokens_of(model, nodes)
         found = changes(self._tokens, tokens, self._ignored)
         if not found:  # other objects, equal to those before
             self._tokens = tokens
-            self._mark(nodes)
+            self._mark(model, nodes)
         return [name_of(place) for place in found]
 
-    def _mark(self, nodes: Iterable[Node]) -> None:
+    def _mark(self, model: nn.Module, nodes: Iterable[Node]) -> None:
         """Remember the walk, to be repeated without paths and tokens."""
+        registered = _registered(model)
         self._marks: list[tuple[int, int, list[object]]] = []
         self._plain: list[object] = []  # kept, so that their ids stay theirs
         self._alive: list[weakref.ref[object]] = []
@@ -123,8 +170,8 @@ class Watch:
             for value in values:
                 if isinstance(value, PLAIN):
                     self._plain.append(value)
-                elif isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                    if not value.is_inference():
+                elif isinstance(value, torch.Tensor):
+                    if id(value) not in registered and not value.is_inference():
                         self._versions.append((weakref.ref(value), value._version))
                 elif not isinstance(value, (*_CONTAINERS, Frozen)):
                     try:

@@ -299,3 +299,34 @@ def test_what_is_only_assigned_is_told() -> None:
 
     with pytest.warns(UserWarning, match=r"assigns last, which the cells .* do not"):
         stagewise.capture(Changing(notes), torch.randn(8, 4))
+
+
+def test_autocast_around_a_capture_is_not_captured() -> None:
+    model, x = Net(), torch.randn(8, 4)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        captured = stagewise.capture(model, x)
+    assert torch.equal(captured(x), model(x))  # type: ignore[arg-type]
+
+
+def test_attention_masks_for_which_torch_has_a_fast_path() -> None:
+    """Without gradients it leaves zeros where samples are padded: no output of theirs."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    padded = torch.arange(5) >= torch.tensor([[5], [3], [4], [5]])
+    stagewise.capture(model, torch.randn(4, 5, 8), src_key_padding_mask=padded)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def requires_grad_of_a_weight(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if net.blocks[0][0].weight.requires_grad else x
+
+
+def test_a_weight_that_forward_asks_about_keeps_its_flag() -> None:
+    model, x = Net(requires_grad_of_a_weight).double(), torch.randn(8, 4, dtype=torch.float64)
+    balance = (1, len(stagewise.capture(model, x).chain) - 1)
+    plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    pipe.step(x, target=x)
+    model.blocks[0][0].weight.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"blocks\.0\.0\.weight\.requires_grad changed after"):
+        pipe.step(x, target=x)

@@ -17,7 +17,7 @@ from stagewise.errors import ModelError
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
-from stagewise.model.compare import kept
+from stagewise.model.compare import Situation, kept, surroundings
 from stagewise.model.export.cell_code import programs_of
 from stagewise.model.export.cuts import cuts_of, matching_cuts, names_of
 from stagewise.model.export.dataflow import Flow
@@ -96,13 +96,13 @@ def _compared(model: nn.Module, form: CallForm, example: Mapping[str, object]) -
     if pieces is not None:
         with suppress(Exception):  # another model's pieces may fit nothing here
             captured = _assembled(model, form.again(), pieces)
-            captured.own_changes = comparison.observed.touched
+            comparison.tell(captured)
             if comparison.same_bits(captured):
                 return captured
         entry.discard()
     pieces = _pieces(model, form, example)
     captured = _assembled(model, form, pieces)
-    captured.own_changes = comparison.observed.touched
+    comparison.tell(captured)
     if comparison.check(captured):
         entry.write(pieces)
     return captured
@@ -115,7 +115,7 @@ def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> 
     flows = {}
     with torch.device("meta") if device.type == "meta" else nullcontext():
         for training in (True, False):
-            with kept(model, training):  # what forward assigns then is no tensor with values
+            with kept(model, training), surroundings(model, Situation(training=training)):
                 trace = traced(model, leaves, (), example)
             flows[training] = Flow(trace, leaves, _buffers(model))
     for flow in flows.values():

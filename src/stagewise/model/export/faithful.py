@@ -12,7 +12,7 @@ from contextlib import suppress
 from torch import nn
 
 from stagewise.errors import ModelError, StagewiseError
-from stagewise.model.asked import Asked, AskedOfTensors, asks_for_autocast
+from stagewise.model.asked import asks_for_autocast, asks_for_flags
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
 from stagewise.model.compare import (
@@ -21,9 +21,7 @@ from stagewise.model.compare import (
     TRAINING,
     UNDER_AUTOCAST,
     Difference,
-    Situation,
     difference,
-    numbers,
 )
 from stagewise.model.export.refusal import lost, lost_at
 from stagewise.model.observed import check_effects, observed
@@ -46,7 +44,7 @@ class Comparison:
         self._examples = [few for few in [first_samples(example)] if few is not None] + [example]
         while True:
             try:
-                self.observed = observed(model, self._examples[0], runs_itself)
+                self._observed = observed(model, self._examples[0], runs_itself)
                 break
             except Exception as error:
                 self._examples.pop(0)  # it may be made for one number of samples
@@ -56,9 +54,14 @@ class Comparison:
                         f"({type(error).__name__}: {error}), with which what is captured is "
                         "compared; give an example that the model can be run on"
                     ) from error
-        check_effects(model, self.observed, draws=True)
-        more = (UNDER_AUTOCAST,) if asks_for_autocast(self.observed.asked) else ()
+        check_effects(model, self._observed, draws=True)
+        more = (UNDER_AUTOCAST,) if asks_for_autocast(self._observed.asked) else ()
         self._situations = (*SITUATIONS, *more)
+
+    def tell(self, captured: Captured) -> None:
+        """Let `captured` know what its watch has to overlook, and to look at."""
+        captured.own_changes = self._observed.touched
+        captured.asks_flags = asks_for_flags(self._observed.asked)
 
     def same_bits(self, captured: Captured) -> bool:
         """Whether the cells are the model, bit for bit."""
@@ -73,18 +76,11 @@ class Comparison:
             return True
         found = self._difference(captured, in_bits=False)
         if found is not None:
-            asked = self.observed.asked | self._asked_of_tensors(found.situation)
-            raise lost(self._model, found, asked)
+            raise lost(self._model, found, self._observed.asked)
         apart = self._at_other_sizes(captured, in_bits=False)
         if apart is not None:
             raise lost_at(self._model, *apart)
         return False
-
-    def _asked_of_tensors(self, situation: Situation) -> Asked:
-        asked = AskedOfTensors()
-        with suppress(Exception), asked:  # it only explains
-            numbers(self._model, self._examples[0], self._model, situation, ask_inputs=False)
-        return asked.found
 
     def _difference(self, captured: Captured, *, in_bits: bool) -> Difference | None:
         """On the first example that the cells take."""

@@ -19,13 +19,12 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from stagewise.model.contents import PLAIN, Frozen, can_hold
-from stagewise.model.visible import Node, Sight, is_own
+from stagewise.model.visible import HOOKS_FOR_ALL, Node, Sight, is_own
 
 _OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
 _SALTED = {"._original_object_hash"}  # differs in every process: of transformers' GenerationConfig
 _UNSEEN = {"environ", "getenv", "argv", "globals", "import_module", "__import__"}
 _MOST_NUMBERS = 1 << 16  # of a tensor in an attribute
-_FOR_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
 _KERNELS = ("flash", "mem_efficient", "math")  # of attention
@@ -176,7 +175,7 @@ def _states(model: nn.Module) -> list[object]:
 
 def _settings() -> list[object]:
     """How torch is set."""
-    if any(getattr(torch_module, name, None) for name in _FOR_ALL):
+    if any(getattr(torch_module, name, None) for name in HOOKS_FOR_ALL):
         raise UnstableError("hooks on all modules")
     return [
         torch.get_default_dtype(),

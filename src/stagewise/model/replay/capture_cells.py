@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import BatchError, ModelError, StagewiseError
+from stagewise.model.asked import asks_for_flags
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
@@ -133,6 +134,7 @@ def _replayed(
     effects = observed(model, named, inside)
     check_effects(model, effects, draws=False)  # which replaying finds where it matters
     captured.own_changes = effects.touched
+    captured.asks_flags = asks_for_flags(effects.asked)
     for situation in SITUATIONS:
         found = difference(model, captured, named, situation)
         if found is not None:
