@@ -177,12 +177,12 @@ def image(size: int, name: str = "x") -> Callable[..., Batch]:
     return batch
 
 
-def segmentation(size: int) -> Callable[..., Batch]:
+def segmentation(size: int, name: str = "x") -> Callable[..., Batch]:
     """For a classifier of pixels."""
 
     def batch(num_samples: int, length: None = None) -> Batch:
         return {
-            "x": torch.randn(num_samples, 3, size, size),
+            name: torch.randn(num_samples, 3, size, size),
             "target": torch.randint(0, 5, (num_samples, size, size)),
         }
 

@@ -102,6 +102,7 @@ def _both(name: str, kind: str, settings: dict[str, Any], **more: Any) -> Entry:
     return Entry(name, build, translation, inside, logits, **options)
 
 
+_LAYERS = ("model.encoder.layers.*", "model.decoder.layers.*")
 _ROUTER = "the router's loss is no mean over samples"
 LANGUAGE = [
     _decoder("GPT-2", "GPT2LMHeadModel", _GPT, "GPT2Config"),
@@ -184,7 +185,14 @@ LANGUAGE = [
     _both("mBART", "MBart", _BART),
     _both("Pegasus", "Pegasus", _BART),
     _both("Marian", "Marian", _BART, model="MarianMTModel"),
-    _both("M2M-100", "M2M100", _BART, encoder_layerdrop=0.0, decoder_layerdrop=0.0),
+    _both(
+        "M2M-100",
+        "M2M100",
+        _BART,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        cells=_LAYERS,
+    ),
     _both("T5", "T5", _T5),
     _both("T5, by path", "T5", _T5, cells=("encoder.block.*", "decoder.block.*", "lm_head")),
     _both("mT5", "MT5", _T5),

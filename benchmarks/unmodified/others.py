@@ -112,10 +112,11 @@ OTHERS = [
         text,
         inside,
         logits,
+        cells=("base_model.model.model.layers.*",),  # it draws whether a module is left out
     ),
     Entry(
         "PEFT VeRA",
-        _peft("VeraConfig", r=4, target_modules=["q_proj"]),
+        _peft("VeraConfig", r=4, save_projection=False, target_modules=["q_proj"]),
         text,
         inside,
         logits,

@@ -64,13 +64,6 @@ def _torchvision(
     return Entry(name, build, batch, cross_entropy, itself, None, whole_batch=whole_batch)
 
 
-def _segmenter() -> nn.Module:
-    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
-
-    model: nn.Module = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
-    return model
-
-
 class Down(nn.Module):
     """Two convolutions."""
 
@@ -250,15 +243,6 @@ VISION = [
         mlp_dim=64,
     ),
     _torchvision("torchvision RegNet", "regnet_y_400mf", whole_batch=NORM),
-    Entry(
-        "torchvision LR-ASPP",
-        _segmenter,
-        segmentation(32),
-        per_pixel,
-        out,
-        length=None,
-        whole_batch=NORM,
-    ),
     Entry(
         "diffusers UNet2D",
         of(

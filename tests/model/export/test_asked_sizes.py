@@ -39,6 +39,10 @@ FREE: dict[str, Operation] = {
     "roll": lambda h: h.roll((half(h), 1), (1, 2)),
     "split in two": lambda h: weighed(h.split([half(h), h.shape[1] - half(h)], 1)),
     "unfold": lambda h: h.unfold(1, 3, 2),
+    "view": lambda h: (
+        h.transpose(0, 1).reshape(h.shape[1], -1).view(-1, 4).mean(0)
+        + (h @ h.transpose(1, 2)).view(h.shape[0] * h.shape[1], h.shape[1]).mean()
+    ),
     "unflatten": lambda h: h.flatten(0, 1).unflatten(0, (h.shape[0], h.shape[1])),
     "repeat": lambda h: h.mean(1, keepdim=True).repeat(1, half(h), 1),
     "repeat_interleave": lambda h: h.repeat_interleave(half(h), 2),

@@ -4,9 +4,9 @@ torch.export answers `x.shape[1] > 20` with the example's size and notes a guard
 kept as a condition on later calls, whoever asked: an operator that takes a number (one_hot's
 classes, chunk's pieces) bakes it in as the model's own branch does. Three habits need help:
 
-- *Layout.* Whether a tensor is contiguous only chooses strides, which operators find out anew; but
-  a guard on it would refuse lengths for nothing, and hide that the model asks the same. So it is
-  answered without one.
+- *Layout.* Whether a tensor is contiguous, or how a view walks over its memory, only chooses
+  strides, which operators find out anew; but a guard on it would refuse lengths for nothing, and
+  hide that the model asks the same. So it is answered without one.
 - *Samples.* torch.export takes for granted that there are two or more, without a guard. Where the
   model's own code asks, that is noted too, since a microbatch may be one sample.
 - *Text.* A size's text is a symbol's name. The model's own code gets the example's number. Mostly
@@ -33,6 +33,7 @@ _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _MODELS = f"{_TORCH}nn{os.sep}"  # torch.nn's Python code decides as a model's does
 _SYMBOLIC = (f"{_TORCH}fx{os.sep}", f"{_TORCH}__init__.py", __file__)
 _LAYOUT = f"{_TORCH}_prims_common{os.sep}"
+_VIEWS = {"_reshape_view_helper", "_reshape_view_helper_core_alg", "_collapse_view_helper"}
 _TEXT = ("__repr__", "__str__", "__format__")
 
 
@@ -64,7 +65,7 @@ def asked_sizes(*, other_texts: bool = False) -> Iterator[AskedSizes]:
 
     def noting(shapes: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
         asker = _asker()
-        if asker is not None and asker.f_code.co_filename.startswith(_LAYOUT):
+        if asker is not None and _is_layout(asker):
             with shapes.suppress_guards():
                 return evaluate(shapes, expression, *args, **kwargs)
         count = len(shapes.guards)
@@ -113,6 +114,11 @@ def _asker() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_SYMBOLIC):
         frame = frame.f_back
     return frame
+
+
+def _is_layout(frame: FrameType) -> bool:
+    file, function = frame.f_code.co_filename, frame.f_code.co_name
+    return file.startswith(_LAYOUT) or (file.startswith(_TORCH) and function in _VIEWS)
 
 
 def _is_models(frame: FrameType | None) -> bool:
