@@ -140,3 +140,16 @@ def test_only_shards_are_removed(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     pipeline().save_checkpoint(tmp_path)
     assert (tmp_path / "config.json").exists()
+
+
+def test_a_flipped_bit_in_a_shard_is_found_before_a_value_changes(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.save_checkpoint(tmp_path)
+    (shard,) = tmp_path.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 64
+    shard.write_bytes(content)
+    before = {name: value.clone() for name, value in pipe.state_dict().items()}
+    with pytest.raises(CheckpointError, match="not what was written"):
+        pipe.load_checkpoint(tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in pipe.state_dict().items())

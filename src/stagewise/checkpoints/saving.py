@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import INDEX, SINGLE, weight_map
+from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import CheckpointError
@@ -47,6 +47,7 @@ def save(
     counts = transport.gather(len(shards), "save_checkpoint: shards")
     total, start = sum(counts), sum(counts[: transport.rank])
     files: dict[str, str] = {}
+    digests: dict[str, str] = {}
     with agreed(transport, "save_checkpoint: files"), _told(directory):
         for number, shard in enumerate(shards, start=start + 1):
             file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
@@ -54,10 +55,11 @@ def save(
             ready = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
             save_file(ready, unfinished, metadata={"format": "pt"})
             _to_disk(unfinished)
+            digests[file] = sha256_of(unfinished)
             os.replace(unfinished, directory / file)
             files |= dict.fromkeys(shard, file)
     num_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    parts = transport.gather((files, num_bytes), "save_checkpoint: contents")
+    parts = transport.gather((files, num_bytes, digests), "save_checkpoint: contents")
     with agreed(transport, "save_checkpoint: index"), _told(directory):
         if transport.rank == 0:
             _commit(directory, parts)
@@ -100,10 +102,16 @@ def _prepare(directory: Path) -> set[str]:
     return set(weight_map(directory).values()) if (directory / INDEX).is_file() else set()
 
 
-def _commit(directory: Path, parts: Sequence[tuple[Mapping[str, str], int]]) -> None:
+_Part = tuple[Mapping[str, str], int, Mapping[str, str]]  # a rank's files, bytes and digests
+
+
+def _commit(directory: Path, parts: Sequence[_Part]) -> None:
     index = {
-        "metadata": {"total_size": sum(num_bytes for _, num_bytes in parts)},
-        "weight_map": {name: file for files, _ in parts for name, file in files.items()},
+        "metadata": {
+            "total_size": sum(num_bytes for _, num_bytes, _ in parts),
+            DIGESTS: {file: told for _, _, digests in parts for file, told in digests.items()},
+        },
+        "weight_map": {name: file for files, _, _ in parts for name, file in files.items()},
     }
     unfinished = directory / f"{INDEX}.tmp"
     unfinished.write_text(json.dumps(index, indent=2) + "\n")

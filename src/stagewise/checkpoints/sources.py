@@ -5,6 +5,7 @@ tensor at a time, so that a rank's memory stays near its own share. torch.distri
 loaded where it is used: it brings 600 modules and 40 MiB along, which most processes never need.
 """
 
+import hashlib
 import json
 import os
 import warnings
@@ -23,6 +24,8 @@ State = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = ".metadata"
+DIGESTS = "sha256"  # of every file, in the index's metadata
+_NO_DIGESTS: Mapping[Path, str] = {}
 _PREFIX = "model."  # where applications keep the model's part beside the optimizer's
 _DTYPES = {
     "BOOL": torch.bool,
@@ -82,7 +85,8 @@ def open_source(state: State, model_names: Collection[str]) -> Source:
     if (path / SINGLE).is_file():  # before the index, as transformers does
         return open_source(path / SINGLE, model_names)
     if (path / INDEX).is_file():
-        return _Safetensors(path, {n: path / file for n, file in weight_map(path).items()})
+        files = weight_map(path)
+        return _Safetensors(path, {n: path / file for n, file in files.items()}, _digests(path))
     if (path / _DISTRIBUTED).is_file():
         return _Distributed(path, model_names)
     raise CheckpointError(
@@ -90,6 +94,19 @@ def open_source(state: State, model_names: Collection[str]) -> Source:
         f"give a .safetensors file, a directory with {SINGLE} or {INDEX}, or one that "
         f"torch.distributed.checkpoint wrote (it holds {_DISTRIBUTED})"
     )
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(directory: Path) -> dict[Path, str]:
+    """What stagewise wrote into the index of each file; empty for an index of others."""
+    with _blame(directory / INDEX):
+        told = json.loads((directory / INDEX).read_text()).get("metadata", {}).get(DIGESTS, {})
+        return {directory / file: str(digest) for file, digest in told.items()}
 
 
 def weight_map(directory: Path) -> dict[str, str]:
@@ -128,8 +145,10 @@ class _Dictionary:
 class _Safetensors:
     """One file or several; each is opened once for all that is wanted of it."""
 
-    def __init__(self, path: Path, files: Mapping[str, Path]) -> None:
-        self.description, self._files = str(path), files
+    def __init__(
+        self, path: Path, files: Mapping[str, Path], digests: Mapping[Path, str] = _NO_DIGESTS
+    ) -> None:
+        self.description, self._files, self._digests = str(path), files, digests
 
     @property
     def names(self) -> Collection[str]:
@@ -145,6 +164,11 @@ class _Safetensors:
         return found
 
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        for path, _ in self._by_file(targets):
+            with _blame(path):
+                told = self._digests.get(path)
+                if told is not None and sha256_of(path) != told:
+                    raise ValueError("it is not what was written (its SHA-256 differs)")
         for path, own in self._by_file(targets):
             with _blame(path), _opened(path) as handle:
                 for name in own:

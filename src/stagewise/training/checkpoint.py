@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stagewise.checkpoints.sources import sha256_of
 from stagewise.checkpoints.untrusted import Planner, Reader
 from stagewise.engine.step.agreement import agreed
 from stagewise.errors import CheckpointError
@@ -36,7 +37,6 @@ from stagewise.training.run_folder import (
     DIRECTORY,
     Checkpoint,
     Shapes,
-    digest_of,
     drop_old,
     signed,
     whole,
@@ -169,7 +169,7 @@ def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:
     """Of every file, on every rank; each hashes its share."""
     files = sorted(path for path in unfinished.iterdir() if path.is_file())
     with agreed(pipe.transport, SAVING), _told(unfinished, run):
-        own = {path.name: digest_of(path) for path in files[pipe.rank :: pipe.num_ranks]}
+        own = {path.name: sha256_of(path) for path in files[pipe.rank :: pipe.num_ranks]}
     return {
         name: digest for part in pipe.transport.gather(own, SAVING) for name, digest in part.items()
     }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stagewise.checkpoints.sources import sha256_of
 from stagewise.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -131,7 +132,7 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     for name, digest in checkpoint.files.items():
         file = checkpoint.path / name
         try:
-            if digest_of(file) != digest:
+            if sha256_of(file) != digest:
                 return f"{name} is not what was written (its SHA-256 differs)"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -175,9 +176,3 @@ def signed(fields: Mapping[str, object]) -> dict[str, object]:
     """`fields` with a digest of themselves."""
     text = json.dumps(fields, sort_keys=True)
     return {**fields, "digest": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
