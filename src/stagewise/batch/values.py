@@ -172,6 +172,8 @@ def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> objec
 
 def move(value: object, device: torch.device) -> object:
     """`value` with every tensor on `device`; tensors already there are passed on as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
     tensors, structure = take_apart(value)
     return put_together([tensor.to(device) for tensor in tensors], structure)
 

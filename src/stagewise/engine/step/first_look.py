@@ -23,7 +23,7 @@ from stagewise.batch.values import detached, flatten
 from stagewise.engine.stage.call import CellForward
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
-from stagewise.engine.step.loss_kind import SEVERITY, Examined, examine, words
+from stagewise.engine.step.loss_kind import SEVERITY, Examined, Owner, examine, words
 from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
 from stagewise.model.added_losses import MAIN_LOSS, LossCollector, collecting
 from stagewise.model.cell import Cell
@@ -120,13 +120,13 @@ class FirstLook:
             by = "samples" if self._weight is None else "weight(target)"
             targets = [part[1] for part in pair.parts]  # type: ignore[index]
             for found in self._examined(run, pair, targets):
-                self._note(found, _name(found.name, "the loss"), by=by, added=False)
+                self._note(found, _name(found.name, "the loss"), by=by, owner="function")
 
-    def _note(self, found: Examined, what: str, *, by: str, added: bool) -> None:
+    def _note(self, found: Examined, what: str, *, by: str, owner: Owner) -> None:
         """One pair may not show all that another one does."""
         badly = SEVERITY.index(found.kind)
         if badly > self._found.get(what, (-1, ""))[0]:
-            self._found[what] = badly, words(found, what, by=by, added=added)
+            self._found[what] = badly, words(found, what, by=by, owner=owner)
 
     def _examined(
         self, run: _Run, pair: Pair, targets: Sequence[Sequence[object]]
@@ -209,15 +209,17 @@ class FirstLook:
                     found |= {f"{_OWN}{n}": x for n, x in _by_name(value).items()}
                 return found
 
-            counted = _always(_shares(pair.sizes))
+            by_samples = _shares(pair.sizes)
+
+            def counted(name: str) -> tuple[float, float]:
+                return (1.0, 1.0) if self._sums and name.startswith(_OWN) else by_samples
+
             for found in examine(run, pair.parts, pair.whole, pair.leaves, counted):
-                own = found.name.startswith(_OWN)
-                what = f"the loss {found.name!r} that cell {cell.name!r} adds"
-                if own:
-                    what = f"the loss that cell {cell.name!r} returns"
-                    if self._sums and found.kind == "sum":
-                        continue
-                self._note(found, what, by="samples", added=True)
+                if found.name.startswith(_OWN):
+                    what, owner = f"the loss that cell {cell.name!r} returns", "model"
+                else:
+                    what, owner = f"the loss {found.name!r} that cell {cell.name!r} adds", "cell"
+                self._note(found, what, by="samples", owner=owner)  # type: ignore[arg-type]
 
     def _both(
         self, who: object, m: int, value: object

@@ -141,19 +141,33 @@ def _sum(counts: tuple[float, float], parts: tuple[float, float]) -> float:
     return counts[0] * parts[0] + counts[1] * parts[1]
 
 
-def words(found: Examined, what: str, *, by: str, added: bool) -> str:
+Owner = Literal["function", "model", "cell"]  # who computes the loss
+_REMEDIES: dict[tuple[Kind, Owner], str] = {
+    ("sum", "function"): "give Pipeline loss_reduction='sum', or let the loss return a mean",
+    ("sum", "model"): "give Pipeline loss_reduction='sum', or let the model return a mean",
+    ("sum", "cell"): "let the cell add a mean over the samples at hand",
+    ("weighted", "function"): (
+        "give Pipeline a weight(target) that returns what a microbatch really counts: the number "
+        "of targets that are not ignored, or the sum of their class weights"
+    ),
+    ("weighted", "model"): (
+        "let the model return its outputs, and give Pipeline the loss function and a "
+        "weight(target) that returns what a microbatch really counts: the number of targets that "
+        "are not ignored, or the sum of their class weights"
+    ),
+    ("weighted", "cell"): "let the cell add a mean over the samples at hand",
+}
+
+
+def words(found: Examined, what: str, *, by: str, owner: Owner) -> str:
     """What is wrong with `what`, with its numbers and the remedy; it counts by `by`."""
     first, second = found.parts
     shown = (
         f"on two parts of the batch it is {first:.6g} and {second:.6g}, on both together "
         f"{found.whole:.6g}"
     )
+    remedy = _REMEDIES.get((found.kind, owner), "")
     if found.kind == "sum":
-        remedy = (
-            "let the cell add a mean over the samples at hand"
-            if added
-            else "give Pipeline loss_reduction='sum', or let the loss return a mean"
-        )
         return (
             f"{what} is a sum over samples, but counts as a mean, so that it comes out divided by "
             f"the number of microbatches: {shown}; {remedy}"
@@ -165,12 +179,6 @@ def words(found: Examined, what: str, *, by: str, added: bool) -> str:
         )
     if found.kind == "weighted":
         assert found.counts is not None
-        remedy = (
-            "let the cell add a mean over the samples at hand"
-            if added
-            else "give Pipeline a weight(target) that returns what a microbatch really counts: the "
-            "number of targets that are not ignored, or the sum of their class weights"
-        )
         return (
             f"{what} is a mean in which samples do not count alike: {shown}; its parts count for "
             f"{found.counts[0]:.4g} and {found.counts[1]:.4g} of the whole, but are counted as "
