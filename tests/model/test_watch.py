@@ -283,3 +283,49 @@ def test_every_rank_refuses(pools: Pools) -> None:
     first, second = pools[2].run(on_one_rank)
     assert "BatchError rank 1 refused the batch: blocks.0.scale changed after" in first[0]
     assert "ModelError blocks.0.scale changed after" in second[0]
+
+
+class Described:
+    def __get__(self, owner: object, kind: object) -> float:
+        return TABLE["scale"]
+
+
+class Answering(type):
+    @property
+    def scale(cls) -> float:
+        return TABLE["scale"]
+
+
+class Answers(metaclass=Answering):
+    pass
+
+
+class Indirect(nn.Module):
+    described = Described()
+
+    def __init__(self, read: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.read = read
+
+    def __getattr__(self, name: str) -> Any:
+        return TABLE["scale"] if name == "made_up" else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.read(self)
+
+
+WAYS: dict[str, Callable[[Any], float]] = {
+    "a descriptor": lambda model: model.described,  # type: ignore[no-any-return]
+    "a metaclass": lambda model: Answers.scale,
+    "__getattr__": lambda model: model.made_up,  # type: ignore[no-any-return]
+    "globals()": lambda model: globals()["TABLE"]["scale"],  # type: ignore[no-any-return]
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_code_reaches_without_its_name(way: str, put_back: None) -> None:
+    watch = Watch(model := Indirect(WAYS[way]), ())
+    assert watch.changed() == []
+    TABLE["scale"] = 3.0
+    assert "TABLE['scale']" in ", ".join(watch.changed())
+    assert float(model(torch.ones(()))) == 3.0

@@ -40,6 +40,14 @@ _ACCOUNTS = {
 }
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
 _OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+# What Python calls without its name in the code; constructors aside, which ran before.
+_PROTOCOL = {
+    *("__call__", "__get__", "__getattr__", "__getattribute__", "__getitem__", "__missing__"),
+    *("__len__", "__bool__", "__contains__", "__iter__", "__next__", "__enter__", "__exit__"),
+    *("__float__", "__int__", "__index__", "__neg__", "__eq__", "__lt__", "__le__"),
+    *("__gt__", "__ge__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__"),
+    *("__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__matmul__", "__rmatmul__"),
+}
 _MOST_NODES = 5000
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -71,7 +79,7 @@ class Sight:
     def __init__(self, runs_itself: Iterable[nn.Module] = (), *, named_only: bool) -> None:
         self._skipped: weakref.WeakSet[nn.Module] = weakref.WeakSet(runs_itself)
         self._named_only = named_only
-        self.names: set[str] = {"forward"}
+        self.names: set[str] = {"forward", *_PROTOCOL}
         self.is_whole = True  # whether the last walk left nothing out
 
     def walk(self, model: nn.Module) -> list[Node]:
@@ -145,7 +153,8 @@ class Sight:
             for name, value in vars(cls).items()
             if name in self.names and name not in _OF_CLASSES
         ]
-        return [*named, *((f".__bases__[{i}]", base) for i, base in enumerate(cls.__bases__))]
+        bases = [(f".__bases__[{i}]", base) for i, base in enumerate(cls.__bases__)]
+        return [*named, *bases, (".__class__", type(cls))]
 
     def _of_function(self, function: FunctionType) -> list[Item]:
         code, names = function.__code__, names_in(function.__code__)
@@ -162,7 +171,8 @@ class Sight:
         if is_own(code.co_filename):
             if names & {"environ", "getenv"}:
                 found.append((" os.environ", vars(os.environ)["_data"]))
-            for name in sorted(globals_in(code) & function.__globals__.keys()):
+            used = names if "globals" in names else globals_in(code)
+            for name in sorted(used & function.__globals__.keys()):
                 value = function.__globals__[name]
                 found.append((f" {name}", value))
                 if isinstance(value, ModuleType) and is_own(
