@@ -3,17 +3,14 @@
 import inspect
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
 from torch import fx, nn
 
 from stagewise.errors import ModelError
 from stagewise.model.compare import Difference
 from stagewise.model.export.export_workarounds import OWN_BACKWARD
+from stagewise.model.users_code import TORCH, is_users
 
-_TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parent)
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (
     (
@@ -90,7 +87,7 @@ def place_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values()) if path), "")
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    calls = [line for line in lines if line.startswith("File ") and _TORCH not in line]
+    calls = [line for line in lines if line.startswith("File ") and str(TORCH) not in line]
     return f"module {path or '(the model itself)'!s}" + (f", {_short(calls[-1])}" if calls else "")
 
 
@@ -108,7 +105,7 @@ def _where(model: nn.Module, error: BaseException) -> str:
         if isinstance(owner, nn.Module) and owner in names:
             path = names[owner]
         filename = frame.f_code.co_filename
-        if not filename.startswith((_TORCH, _OWN)) and (path or owner is model):
+        if is_users(filename) and (path or owner is model):
             line = f", {filename}, line {number}"
     if not line:
         code = inspect.unwrap(type(model).forward).__code__

@@ -6,7 +6,6 @@ what it likes. The chain is compared with the plain model before it is given out
 """
 
 import inspect
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from stagewise.model.replay.patterns import selected
 from stagewise.model.replay.replay import Run
 from stagewise.model.replay.replayed_cell import RerunCell
 from stagewise.model.replay.skeleton import Skeleton
+from stagewise.model.users_code import users_place
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -112,8 +112,9 @@ def _replayed(
             except Exception as error:
                 raise ModelError(
                     f"with its blocks replaced, forward failed ({type(error).__name__}: {error}, "
-                    f"{_last_line(error)}); let it use blocks by calling them, not by what they "
-                    "keep in attributes, or name the module around them in cells"
+                    f"{users_place(error.__traceback__) or 'in no line of its own'}); let it use "
+                    "blocks by calling them, not by what they keep in attributes, or name the "
+                    "module around them in cells"
                 ) from error
     homes = [Home(device) for _ in names]
     for home, name, used in zip(homes, names, needs.states, strict=True):
@@ -244,11 +245,6 @@ def _in_running_order(
             f"mode ({', '.join(first)}); name the module around them in cells"
         )
     return first
-
-
-def _last_line(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}, line {frame.lineno}"
 
 
 class _Note:

@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +34,7 @@ from stagewise.model.replay.handover import (
     flat,
 )
 from stagewise.model.replay.skeleton import Skeleton
-
-_NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+from stagewise.model.users_code import place_of_frame, users_frame
 
 
 @dataclass(eq=False)
@@ -367,10 +365,7 @@ class Run(TorchFunctionMode):
     @staticmethod
     def _line() -> str:
         """The model's own line that is running."""
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODELS):
-            frame = frame.f_back  # type: ignore[assignment]
-        return f"{frame.f_code.co_filename}, line {frame.f_lineno}" if frame else "its end"
+        return place_of_frame(users_frame(sys._getframe(1)))
 
 
 def _is_tensor(leaf: object) -> bool:
