@@ -445,11 +445,17 @@ def test_a_skip_within_one_cell(inside: str) -> None:
             assert one.grad is not None and other.grad is not None
             assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=1e-12), (balance, name)
         assert torch.allclose(pipe.predict(x), plain(x), rtol=1e-12)  # type: ignore[arg-type]
-    assert check_parity(model(), x, target=y, loss=MSE, num_microbatches=2, num_stages=[2]).ok
-    assert (
-        len(stagewise.estimate(model(), x, target=y, loss=MSE, num_microbatches=2, device="a100"))
-        == 4
-    )
+
+
+def test_the_checker_and_estimates_know_skips_within_one_cell() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return stagewise.SkipScope(Part(), INSIDE["and for a later cell"](), Part(pops="far"))
+
+    x, y = rows(6, 0, torch.float64), rows(6, 1, torch.float64)
+    how = {"target": y, "loss": MSE, "num_microbatches": 2}
+    assert check_parity(model(), x, num_stages=[2], **how).ok  # type: ignore[arg-type]
+    assert len(stagewise.estimate(model(), x, device="a100", **how)) == 3  # type: ignore[arg-type]
 
 
 def test_a_cell_that_hands_a_name_on_is_refused() -> None:
