@@ -63,11 +63,24 @@ ACTS: dict[str, tuple[Act, Act, str]] = {
     "autocast": (
         step,
         partial(cast, enabled=True),
-        "ranks run under different autocast",
+        "under different autocast: rank 0: none, rank 1: [('cpu', torch.bfloat16)]",
     ),
     "mode": (step, lambda p: step(p.eval()), "rank 0: train(), rank 1: eval()"),
-    "outputs": (step, lambda p: step(p, return_outputs=True), "outputs on different ranks"),
-    "total": (step, lambda p: step(p, total_samples=16), "different totals or scales"),
+    "outputs": (
+        step,
+        lambda p: step(p, return_outputs=True),
+        "outputs on different ranks: rank 0: none, rank 1: [0, 1]",
+    ),
+    "total": (
+        step,
+        lambda p: step(p, total_samples=16),
+        "different totals or scales: rank 0: (Scaling(total_samples=None",
+    ),
+    "shapes": (
+        step,
+        lambda p: step(p, X[:4]),
+        "rank 0: (8, 4) torch.float32, rank 1: (4, 4) torch.float32",
+    ),
     "refused by itself": (step, lambda p: p.predict(X, ranks=[7]), "rank 0: step, rank 1: predict"),
 }
 
@@ -143,6 +156,29 @@ def test_a_rank_that_ends_is_named_to_who_waits_for_it(pools: Pools, ending: int
     text, seconds = pools[2].run(one_ends, ending)[1 - ending]
     assert f"rank {ending}'s program has ended after its last call, step" in text
     assert f"while rank {1 - ending} came for step" in text and seconds < SOON_SECONDS
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * scale
+
+
+def other_keywords() -> str:
+    torch.manual_seed(0)
+    pipe = stagewise.Pipeline(
+        [nn.Linear(4, 4), Scaled(4, 4)],
+        stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2),
+        loss=nn.functional.mse_loss,
+    )
+    with pytest.raises(BatchError) as raised:
+        step(pipe, scale=torch.tensor(1.0 + pipe.rank))
+    step(pipe, scale=torch.tensor(2.0))
+    return str(raised.value)
+
+
+def test_other_values_by_name_are_named(pools: Pools) -> None:
+    for text in pools[2].run(other_keywords):
+        assert "ranks were given other values of 'scale'" in text
 
 
 def complex_loss() -> list[object]:

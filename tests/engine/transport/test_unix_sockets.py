@@ -3,6 +3,7 @@
 import signal
 import socket
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -152,3 +153,29 @@ def neighbours(without: int | None) -> tuple[set[int], list[list[int]]]:
     return set(transport._wire._near), [
         [row[0] for row in transport.exchange([transport.rank], "rank")] for _ in range(3)
     ]
+
+
+def test_a_late_rest_does_not_double_the_patience() -> None:
+    """What came in time is a part only; the kernel's timeout begins anew with each read."""
+    one, other = socket.socketpair()
+    receiver = Neighbour(other, timedelta(milliseconds=600), SMALL_BYTES)
+    one.sendall(bytes(8))
+    start = time.monotonic()
+    with one, pytest.raises(TimeoutError, match=r"timeout of 0\.6 s"):
+        receiver.receive(torch.empty(1000)).wait()
+    assert time.monotonic() - start < 1.1
+
+
+def test_a_mark_comes_with_its_message() -> None:
+    sender, receiver = pair()
+    sent = [torch.full((SMALL_BYTES // 8,), float(n), dtype=torch.float64) for n in range(256)]
+    for n, tensor in enumerate(sent):  # more than a socket holds: some are sent in pieces
+        sender.send(tensor, bytes([n]))
+    sender.send(torch.empty(0), b"end")
+    for n, tensor in enumerate(sent):
+        mark, room = bytearray(1), torch.empty_like(tensor)
+        receiver.receive(room, mark).wait()
+        assert mark == bytes([n]) and torch.equal(room, tensor)
+    mark = bytearray(3)
+    receiver.receive(torch.empty(0), mark).wait()
+    assert mark == b"end"

@@ -18,7 +18,7 @@ from stagewise.batch.values import take_apart
 from stagewise.engine.stage.call import Mode
 from stagewise.engine.stage.keywords import NOT_GIVEN, Takers
 from stagewise.engine.step.digest import digest
-from stagewise.engine.step.vote import Vote, called, check_same
+from stagewise.engine.step.vote import Vote, by_name, called, difference
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
 
@@ -108,7 +108,18 @@ def admit(
         votes = [own.same_kind(row) for row in transport.exchange(own.row(), called(mode))]
     if any(vote.objects for vote in votes):
         _refuse(transport, objection)
-    check_same(votes, takers.names)
+    if (differs := difference(votes, takers.names)) is not None:
+        words: dict[str, object] = {
+            "autocast": autocast or "none",
+            "scaling": options,
+            "outputs_on": list(outputs_on) or "none",
+            "sizes": batch.sizes,
+            "inputs": _in_words(inputs),
+            "target": _in_words(target),
+            **{by_name(name): _in_words(keywords.get(name)) for name in takers.names},
+        }
+        own_words = str(words[differs.part]) if differs.part in words else None
+        raise differs.error(transport.gather(own_words, "step: differences"))
     num_args = max(vote.num_args for vote in votes)
     named = list(zip(*(vote.keywords for vote in votes), strict=True))
     takers.check_given(named, num_args)
@@ -194,6 +205,14 @@ def _tensors(value: object, what: str) -> list[torch.Tensor]:
         return take_apart(value)[0]
     except CellError as error:
         raise BatchError(f"{what}: {error}") from error
+
+
+def _in_words(value: object) -> str:
+    """The forms of a part of the batch; its constants too."""
+    tensors, structure = take_apart(value)
+    constants = [constant for constant in structure.constants if constant is not None]
+    said = [*(f"{tuple(t.shape)} {t.dtype}" for t in tensors), *map(repr, constants)]
+    return ", ".join(said)
 
 
 def _forms(value: object) -> object:

@@ -52,18 +52,23 @@ class Vote:
 
     def same_kind(self, row: Sequence[int]) -> "Vote":
         """Another rank's, from its row."""
-        rest = iter(row)
-        taken: dict[str, Any] = {f.name: _taken(getattr(self, f.name), rest) for f in fields(self)}
+        taken: dict[str, Any] = dict(zip(_NUMBERS, row, strict=False))
+        start = len(_NUMBERS)
+        for name in _TUPLES:
+            end = start + len(getattr(self, name))
+            taken[name], start = tuple(row[start:end]), end
         return Vote(**taken)
+
+
+_TUPLES = tuple(f.name for f in fields(Vote) if f.default == ())  # after all numbers
+_NUMBERS = tuple(f.name for f in fields(Vote))[: -len(_TUPLES)]
 
 
 def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _taken(like: int | tuple[int, ...], rest: Iterator[int]) -> int | tuple[int, ...]:
-    return tuple(next(rest) for _ in like) if isinstance(like, tuple) else next(rest)
-
+_HEX = "{:#x}".format
 
 # field -> what ranks do that differ in it, how a number reads, what to do
 _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
@@ -74,42 +79,65 @@ _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
         "; call pipe.train() or pipe.eval() on every rank",
     ),
     "autocast": (
-        "run under different autocast (fingerprints differ)",
-        hex,
+        "run under different autocast",
+        _HEX,
         "; enter torch.autocast with the same dtype on every rank",
     ),
-    "sizes": ("were given Microbatches of other sizes (fingerprints differ)", hex, _LATER),
-    "inputs": ("were given inputs of different shapes (fingerprints differ)", hex, _LATER),
-    "scaling": ("were given different totals or scales (fingerprints differ)", hex, _LATER),
-    "outputs_on": ("want the outputs on different ranks (fingerprints differ)", hex, _LATER),
-    "target": (
-        "need targets but were given other forms of them (fingerprints differ)",
-        hex,
-        _LATER,
-    ),
-    "input_values": ("were given inputs of other values (fingerprints differ)", hex, _BATCH),
-    "target_values": ("were given targets of other values (fingerprints differ)", hex, _BATCH),
+    "sizes": ("were given Microbatches of other sizes", _HEX, _LATER),
+    "inputs": ("were given inputs of different shapes", _HEX, _LATER),
+    "scaling": ("were given different totals or scales", _HEX, _LATER),
+    "outputs_on": ("want the outputs on different ranks", _HEX, _LATER),
+    "target": ("need targets but were given other forms of them", _HEX, _LATER),
+    "input_values": ("were given inputs of other values (fingerprints differ)", _HEX, _BATCH),
+    "target_values": ("were given targets of other values (fingerprints differ)", _HEX, _BATCH),
 }
 
 
-def check_same(votes: Sequence[Vote], keywords: Sequence[str]) -> None:
-    """Raise BatchError, the same on every rank, if the votes differ in what must be the same."""
-    if len(votes) == 1:
-        return
+def by_name(keyword: str) -> str:
+    """The part of the votes that a keyword is."""
+    return f"keyword {keyword}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Ranks that differ in `part` of their votes."""
+
+    part: str
+    said: dict[int, int]  # by rank
+    what: str
+    show: Callable[[int], str]
+    remedy: str
+
+    def error(self, words: Sequence[str | None]) -> BatchError:
+        """Named by what each rank has in `words` for it, where it has any."""
+        listing = ", ".join(
+            f"rank {rank}: {words[rank] or self.show(number)}" for rank, number in self.said.items()
+        )
+        return BatchError(f"ranks {self.what}: {listing}{self.remedy}")
+
+
+def difference(votes: Sequence[Vote], keywords: Sequence[str]) -> Difference | None:
+    """The first, the same on every rank, in what must be the same."""
+    return next(_differences(votes, keywords), None) if len(votes) > 1 else None
+
+
+def _differences(votes: Sequence[Vote], keywords: Sequence[str]) -> Iterator[Difference]:
     for name, (what, show, remedy) in _MUST_AGREE.items():
-        _check([getattr(vote, name) for vote in votes], what, show, remedy)
+        yield from _found(name, [getattr(vote, name) for vote in votes], what, show, remedy)
     for column in zip(*(vote.shared_flags for vote in votes), strict=True):
         what = "hold one stage, but with other modes or requires_grad (fingerprints differ)"
-        _check(column, what, hex, _LATER)
+        yield from _found("", column, what, _HEX, _LATER)
     for index, name in enumerate(keywords):
-        what = f"were given other forms of {name!r} (fingerprints differ)"
-        _check([vote.keywords[index] for vote in votes], what, hex, _LATER)
+        what = f"were given other forms of {name!r}"
+        yield from _found(by_name(name), [v.keywords[index] for v in votes], what, _HEX, _LATER)
         what = f"were given other values of {name!r} (fingerprints differ)"
-        _check([vote.keyword_values[index] for vote in votes], what, hex, _BATCH)
+        yield from _found("", [v.keyword_values[index] for v in votes], what, _HEX, _BATCH)
 
 
-def _check(column: Sequence[int], what: str, show: Callable[[int], str], remedy: str) -> None:
-    said = {rank: number for rank, number in enumerate(column) if number != NOT_GIVEN}
-    if len(set(said.values())) > 1:
-        listing = ", ".join(f"rank {rank}: {show(number)}" for rank, number in said.items())
-        raise BatchError(f"ranks {what}: {listing}{remedy}")
+def _found(
+    part: str, column: Sequence[int], what: str, show: Callable[[int], str], remedy: str
+) -> Iterator[Difference]:
+    if len(set(column)) > 1:
+        said = {rank: number for rank, number in enumerate(column) if number != NOT_GIVEN}
+        if len(set(said.values())) > 1:
+            yield Difference(part, said, what, show, remedy)
