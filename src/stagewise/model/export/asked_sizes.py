@@ -33,7 +33,7 @@ _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _MODELS = f"{_TORCH}nn{os.sep}"  # torch.nn's Python code decides as a model's does
 _SYMBOLIC = (f"{_TORCH}fx{os.sep}", f"{_TORCH}__init__.py", __file__)
 _LAYOUT = f"{_TORCH}_prims_common{os.sep}"
-_VIEWS = {"_reshape_view_helper", "_reshape_view_helper_core_alg", "_collapse_view_helper"}
+_VIEWS = {"_reshape_view_helper_core_alg", "_collapse_view_helper"}
 _TEXT = ("__repr__", "__str__", "__format__")
 
 
