@@ -53,31 +53,25 @@ MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that n
 
 def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
     """Train until the last step or until `stop` is made; every rank calls this."""
-    with owned(options.run):
-        return _train(recipe, options, console=console, stop=stop)
-
-
-def _train(
-    recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest
-) -> Outcome:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if is_first:
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
-    reporter: Reporter = Silent()
-    if is_first:
-        reporter = Shown(
-            console=console,
-            run=options.run,
-            first_step=options.first_step,
-            num_steps=prepared.num_steps,
-            line_every=LOOK_EVERY,
-        )
-    reporter.say(plan_in_words(prepared.trained.pipe.plan))
-    try:
-        return Trainer(recipe, options, prepared, reporter, stop).run()
-    finally:
-        reporter.close()
+    with owned(options.run):  # from here on something is written
+        reporter: Reporter = Silent()
+        if is_first:
+            reporter = Shown(
+                console=console,
+                run=options.run,
+                first_step=options.first_step,
+                num_steps=prepared.num_steps,
+                line_every=LOOK_EVERY,
+            )
+        reporter.say(plan_in_words(prepared.trained.pipe.plan))
+        try:
+            return Trainer(recipe, options, prepared, reporter, stop).run()
+        finally:
+            reporter.close()
 
 
 class Trainer:
