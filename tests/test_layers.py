@@ -31,7 +31,9 @@ LEVELS = [
     ["model/cells_of"],
     ["model/export"],  # a refusal says which cells replay takes
     ["model/replay"],
+    ["model/verify"],
     ["model"],
+    ["model/forward"],
     ["batch"],
     ["planning/__init__"],
     ["planning/search"],

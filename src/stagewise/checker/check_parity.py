@@ -32,7 +32,7 @@ from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import connect
 from stagewise.errors import BatchError, CellError, ExactnessWarning, UsageError
 from stagewise.model.chain import chain_of
-from stagewise.model.differences import Reference, identical
+from stagewise.model.verify.differences import Reference, identical
 from stagewise.parity import Configuration, ParityReport, ParityRow, Verdict
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.choice import ScheduleChoice

@@ -20,7 +20,7 @@ from stagewise.checker.subject import Subject, sum_of, weighted
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import module_tree
-from stagewise.model.differences import Reference
+from stagewise.model.verify.differences import Reference
 
 
 def unfaithful(subject: Subject, sizes: Sequence[int], tolerance: float) -> str | None:

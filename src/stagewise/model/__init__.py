@@ -1,7 +1,8 @@
 """Any module as a chain of cells.
 
 1. `chain` takes a `nn.Sequential` apart into `cell`s, with `skip`s between distant ones.
-2. `cells_of` takes any other module: captured by `export`, or cut at named modules by `replay`.
+2. `cells_of` takes any other module: captured by `export`, or cut at named modules by `replay`;
+   `verify` holds the cells to the module, and `forward` is what its code sees besides tensors.
 3. `captured` remembers what was captured of what; `call_form` and `promised_sizes` hold later
    calls to it; `ownership` and `namespace` give every tensor to a cell under its plain name.
 4. `tied` finds parameters in several cells; `materialise` builds a rank's own cells from meta.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import nn
 
 from stagewise.model.cell import Holder, Piece
-from stagewise.model.watch import Place, Watch
+from stagewise.model.forward.watch import Place, Watch
 
 if TYPE_CHECKING:
     from stagewise.model.cell import Cell

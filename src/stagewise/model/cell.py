@@ -8,8 +8,8 @@ from functools import cached_property
 
 from torch import nn
 
+from stagewise.model.forward.watch import Watch
 from stagewise.model.skip import NO_SKIPS, CellSkips
-from stagewise.model.watch import Watch
 
 
 class Holder(nn.Module):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.model.cell import Cell
-from stagewise.model.users_code import warn_user
+from stagewise.model.forward.users_code import warn_user
 
 FEW_SAMPLES = 8
 _NOTHING: AbstractContextManager[None] = nullcontext()

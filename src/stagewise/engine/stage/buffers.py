@@ -20,7 +20,7 @@ from torch import nn
 
 from stagewise.batch.layouts import equal
 from stagewise.errors import CellError
-from stagewise.model.users_code import warn_user
+from stagewise.model.forward.users_code import warn_user
 
 _Buffers = dict[str, torch.Tensor | None]
 Saved = dict[int, _Buffers]  # by index into the list of modules with buffers

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stagewise.model.visible import Sight, names_in
+from stagewise.model.forward.visible import Sight, names_in
 
 _32_BITS = (1 << 32) - 1
 

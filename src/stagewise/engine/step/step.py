@@ -43,7 +43,7 @@ from stagewise.engine.step.weights import Weight, agree_on_shares, check_scaling
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Links, Transport
 from stagewise.errors import CellError, ExactnessWarning, PeerError, StagewiseError, UsageError
-from stagewise.model.users_code import warn_user
+from stagewise.model.forward.users_code import warn_user
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
 from stagewise.timeline import Span, Timeline

@@ -4,7 +4,7 @@ Ties, sums over replicas, float32 sums and running statistics are found when a P
 a parameter that came later (by parametrizing, by an adapter) would be left out of them in silence.
 And a parameter keeps its values until the step has ended: all microbatches are to see the same.
 And cells of a captured model hold what its forward decided then by the user's own module, whose
-attributes, hooks or submodules they do not see (`stagewise.model.watch`).
+attributes, hooks or submodules they do not see (`stagewise.model.forward.watch`).
 """
 
 import operator

@@ -17,7 +17,6 @@ from stagewise.errors import ModelError
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
-from stagewise.model.compare import Situation, kept, surroundings
 from stagewise.model.export.cell_code import programs_of
 from stagewise.model.export.cuts import cuts_of, matching_cuts, names_of
 from stagewise.model.export.dataflow import Flow
@@ -27,9 +26,10 @@ from stagewise.model.export.faithful import Comparison
 from stagewise.model.export.opaque_modules import check_hooks, leaves_of
 from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
-from stagewise.model.in_words import in_words
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
+from stagewise.model.verify.compare import Situation, kept, surroundings
+from stagewise.model.verify.in_words import in_words
 
 
 def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:

@@ -26,8 +26,8 @@ from torch import nn
 from stagewise.model.call_form import CallForm
 from stagewise.model.export.exported_cell import Program
 from stagewise.model.export.fingerprint import UnstableError, fingerprint
+from stagewise.model.forward.users_code import warn_user
 from stagewise.model.namespace import Home
-from stagewise.model.users_code import warn_user
 
 
 @dataclass(frozen=True)

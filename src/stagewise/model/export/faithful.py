@@ -2,7 +2,7 @@
 
 torch.export follows one way through forward, takes sizes for numbers, and an entry on disk may be
 another model's. So the cells are run beside the plain model before they are given out
-(`stagewise.model.compare`), with one sample and another length, too. A new capture may differ by
+(`model.verify.compare`), with one sample and another length, too. A new capture may differ by
 round-off; one from disk must be the same bits, else it is made anew.
 """
 
@@ -12,10 +12,11 @@ from contextlib import suppress
 from torch import nn
 
 from stagewise.errors import ModelError, StagewiseError
-from stagewise.model.asked import asks_for_autocast, asks_for_flags
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
-from stagewise.model.compare import (
+from stagewise.model.export.refusal import lost, lost_at
+from stagewise.model.forward.asked import asks_for_autocast, asks_for_flags
+from stagewise.model.verify.compare import (
     EVAL,
     SITUATIONS,
     TRAINING,
@@ -23,9 +24,8 @@ from stagewise.model.compare import (
     Difference,
     difference,
 )
-from stagewise.model.export.refusal import lost, lost_at
-from stagewise.model.observed import check_effects, observed
-from stagewise.model.other_sizes import batches_of_other_sizes, first_samples, sizes_text
+from stagewise.model.verify.observed import check_effects, observed
+from stagewise.model.verify.other_sizes import batches_of_other_sizes, first_samples, sizes_text
 
 Example = Mapping[str, object]
 

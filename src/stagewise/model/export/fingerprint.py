@@ -1,7 +1,7 @@
 """What decides what a trace of a model holds, as text that is the same in every process.
 
 Versions and installation of the libraries that loaded code imports; the source of every loaded
-module that is no library; all that forward's code can see (`stagewise.model.visible`); the form of
+module that is no library; all that forward's code can see (`model.forward.visible`); the form of
 parameters and buffers; and how torch is set. What has no such text raises UnstableError, and then
 nothing is kept on disk.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from stagewise.model.contents import PLAIN, Frozen, can_hold
-from stagewise.model.visible import HOOKS_FOR_ALL, Node, Sight, is_own
+from stagewise.model.forward.contents import PLAIN, Frozen, can_hold
+from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight, is_own
 
 _OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
 _SALTED = {"._original_object_hash"}  # differs in every process: of transformers' GenerationConfig

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from stagewise.errors import ModelError
-from stagewise.model.compare import Difference
 from stagewise.model.export.export_workarounds import OWN_BACKWARD
-from stagewise.model.users_code import TORCH, is_users
+from stagewise.model.forward.users_code import TORCH, is_users
+from stagewise.model.verify.compare import Difference
 
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (

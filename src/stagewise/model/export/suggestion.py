@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from stagewise.errors import ModelError
-from stagewise.model.compare import kept
-from stagewise.model.other_sizes import first_samples
 from stagewise.model.replay.capture_cells import replayed
+from stagewise.model.verify.compare import kept
+from stagewise.model.verify.other_sizes import first_samples
 
 _TRIES = 5
 _LISTS = (nn.ModuleList, nn.Sequential)

@@ -120,7 +120,7 @@ def _exported(
 ) -> ExportedProgram:
     printed = io.StringIO()  # a failing torch.export prints its whole graph
     with warnings.catch_warnings(), redirect_stderr(printed), torch.enable_grad():
-        # What forward assigns was seen before (stagewise.model.observed), and is put back.
+        # What forward assigns was seen before (stagewise.model.verify.observed), and is put back.
         warnings.filterwarnings("ignore", r"The tensor attributes? self\.")
         program = torch.export.export(
             model,

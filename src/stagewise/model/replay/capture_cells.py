@@ -15,21 +15,21 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stagewise.errors import BatchError, ModelError, StagewiseError
-from stagewise.model.asked import asks_for_flags
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
-from stagewise.model.compare import SITUATIONS, Difference, difference, kept
-from stagewise.model.in_words import in_words
+from stagewise.model.forward.asked import asks_for_flags
+from stagewise.model.forward.users_code import users_place
 from stagewise.model.namespace import Home
-from stagewise.model.observed import check_effects, observed
 from stagewise.model.ownership import owners_of
 from stagewise.model.replay.handover import Needs
 from stagewise.model.replay.patterns import selected
 from stagewise.model.replay.replay import Run
 from stagewise.model.replay.replayed_cell import RerunCell
 from stagewise.model.replay.skeleton import Skeleton
-from stagewise.model.users_code import users_place
+from stagewise.model.verify.compare import SITUATIONS, Difference, difference, kept
+from stagewise.model.verify.in_words import in_words
+from stagewise.model.verify.observed import check_effects, observed
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from stagewise.errors import CellError, ModelError
+from stagewise.model.forward.users_code import place_of_frame, users_frame
 from stagewise.model.replay.handover import (
     Crossing,
     Done,
@@ -34,7 +35,6 @@ from stagewise.model.replay.handover import (
     flat,
 )
 from stagewise.model.replay.skeleton import Skeleton
-from stagewise.model.users_code import place_of_frame, users_frame
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 A counter in an attribute, a hidden state, a draw of Python's random: a trace holds them as they
 were. The model is run a few times with the same random numbers of torch, and what it can see
-(`stagewise.model.visible`) is looked at in between. What stays after the first call is a cache, as
+(`model.forward.visible`) is looked at in between. What stays after the first call is a cache, as
 a mask made once, and does no harm; nor does what is drawn or kept, where outputs do not follow it.
 """
 
@@ -18,8 +18,11 @@ from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
 from stagewise.model.added_losses import collect_losses
-from stagewise.model.asked import Asked, AskedOfTensors, asked_of_torch
-from stagewise.model.compare import (
+from stagewise.model.forward.asked import Asked, AskedOfTensors, asked_of_torch
+from stagewise.model.forward.users_code import warn_user
+from stagewise.model.forward.visible import Sight
+from stagewise.model.forward.watch import Place, changes, name_of, tokens_of
+from stagewise.model.verify.compare import (
     EVAL,
     TRAINING,
     Situation,
@@ -28,9 +31,6 @@ from stagewise.model.compare import (
     seeded,
     surroundings,
 )
-from stagewise.model.users_code import warn_user
-from stagewise.model.visible import Sight
-from stagewise.model.watch import Place, changes, name_of, tokens_of
 
 _SEEDS = 8  # of Python's and NumPy's random numbers, if some are drawn
 

@@ -12,7 +12,7 @@ from types import FrameType
 
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from stagewise.model.users_code import is_torchs, is_users, place_of_frame
+from stagewise.model.forward.users_code import is_torchs, is_users, place_of_frame
 
 # By the function's name: what the model does there.
 _AUTOCAST = {

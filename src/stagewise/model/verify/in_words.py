@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stagewise.errors import ModelError, StagewiseError
-from stagewise.model.users_code import users_place
+from stagewise.model.forward.users_code import users_place
 
 
 @contextmanager

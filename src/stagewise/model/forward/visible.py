@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import nn
 
-from stagewise.model.contents import Item, can_hold, contents, frozen, is_fixed
-from stagewise.model.users_code import is_users
+from stagewise.model.forward.contents import Item, can_hold, contents, frozen, is_fixed
+from stagewise.model.forward.users_code import is_users
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOKS_FOR_ALL = (

@@ -18,7 +18,7 @@ import stagewise
 from stagewise.errors import BatchError, ModelError
 from stagewise.model.captured import captured_of, remember
 from stagewise.model.export.opaque_modules import leaves_of
-from stagewise.model.watch import Watch
+from stagewise.model.forward.watch import Watch
 from tests.harness import Pools
 
 SETTINGS = SimpleNamespace(scale=1.0, unused=1.0)

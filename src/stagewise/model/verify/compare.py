@@ -23,7 +23,7 @@ from stagewise.errors import CellError
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import Captured
 from stagewise.model.chain import module_tree
-from stagewise.model.differences import Reference, identical
+from stagewise.model.verify.differences import Reference, identical
 
 # Round-off, relative to the largest number beside it.
 _ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from stagewise.model.contents import PLAIN, Frozen
-from stagewise.model.visible import HOOKS_FOR_ALL, Node, Sight
+from stagewise.model.forward.contents import PLAIN, Frozen
+from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight
 
 Place = tuple[str, str]  # the path of what holds it, and its own label there
 Tokens = Mapping[Place, object]
