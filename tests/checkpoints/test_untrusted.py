@@ -38,6 +38,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+def _changing(module: str, name: str) -> bytes:
+    """A pickle that sets an attribute `name` of what it is given, by a state in slots."""
+    text = pickle.dumps((None, {"name": "../../victim"}), protocol=0)[:-1]
+    return f"c{module}\n{name}\n".encode() + text + b"b."
+
+
 def hostile(made: Path) -> dict[str, bytes]:
     """Indices that would run code, or name what is none of theirs."""
     named = {
@@ -54,6 +60,9 @@ def hostile(made: Path) -> dict[str, bytes]:
         "cut short": pickle.dumps(list(range(1000)))[:50],
         "persistent id": b"Pabc\n.",
         "extension": b"\x80\x02\x82\x01.",
+        "a class changed": _changing("torch.distributed.checkpoint.metadata", "Metadata"),
+        "a path's class changed": _changing("pathlib", "PosixPath"),
+        "a function changed": _changing("torch.serialization", "_get_layout"),
         "huge": b"\x80\x02\x8a\x04" + struct.pack("<i", 2**30),
     }
     return named
@@ -71,6 +80,9 @@ def test_a_hostile_index_is_refused_and_runs_nothing(
         pipe.load_checkpoint(folder)
     assert not made.exists()
     assert all(torch.equal(before[n], v) for n, v in pipe.state_dict().items())
+    assert Path("a/b").name == "b"
+    assert not hasattr(dcp.metadata.Metadata, "name")
+    assert not hasattr(torch.serialization._get_layout, "name")
 
 
 def test_a_hostile_entry_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 import stagewise
 from stagewise.errors import CheckpointError
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training import run_folder
+from stagewise.training import run_folder, schedules
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -124,6 +124,28 @@ def test_a_schedule_is_resumed_and_one_that_would_be_lost_is_refused(tmp_path: P
     checkpoints.save(tmp_path / "plain", plain, plain_optimizer, step=1, seed=0)
     with pytest.raises(CheckpointError, match="written without a learning-rate schedule"):
         checkpoints.restore(run_folder.find(tmp_path / "plain"), other, again, resumed)
+
+
+def test_another_ranks_rates_are_not_taken() -> None:
+    """Ranks have one group each, of other rates; one state is kept for all."""
+
+    def ramp(rate: float) -> tuple[Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=rate)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    (first, one), (second, two) = ramp(0.1), ramp(0.2)
+    for optimizer, scheduler in ((first, one), (second, two)):
+        optimizer.step()
+        scheduler.step()
+    again, resumed = ramp(0.2)
+    for group, kept in zip(again.param_groups, second.param_groups, strict=True):
+        group.update(lr=kept["lr"], initial_lr=kept["initial_lr"])
+    schedules.restore(resumed, schedules.state_of(one))
+    assert resumed.get_last_lr() == two.get_last_lr() == [0.1]
+    for optimizer, scheduler in ((second, two), (again, resumed)):
+        optimizer.step()
+        scheduler.step()
+    assert again.param_groups[0]["lr"] == second.param_groups[0]["lr"] == 0.05
 
 
 def test_parameters_of_one_group_must_have_been_of_one(tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ Paths in the index stay inside the folder, and sizes within its files.
 
 import io
 import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as kinds
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -24,9 +27,7 @@ _CLASSES = {
     (kind.__module__, kind.__qualname__): kind
     for kind in vars(kinds).values()
     if isinstance(kind, type) and kind.__module__ == kinds.__name__
-}
-_STORAGE = "torch.distributed.checkpoint.filesystem"  # whose _StorageInfo says where bytes lie
-_PLAIN = {("collections", "OrderedDict"), ("torch", "Size"), ("builtins", "set")}
+} | {(_StorageInfo.__module__, _StorageInfo.__qualname__): _StorageInfo}
 
 
 class Reader(FileSystemReader):
@@ -39,6 +40,10 @@ class Reader(FileSystemReader):
             read = _Unpickler(file).load()
         if not isinstance(read, Metadata) or not isinstance(read.state_dict_metadata, dict):
             raise CheckpointError(f"{path} is no index of a checkpoint")
+        read.storage_data = {
+            kinds.MetadataIndex(fqn=key.fqn, offset=key.offset, index=key.index): place
+            for key, place in dict(read.storage_data or {}).items()
+        }
         self._check_places(read)
         if read.storage_meta is None:
             read.storage_meta = kinds.StorageMeta()
@@ -47,11 +52,10 @@ class Reader(FileSystemReader):
 
     def _check_places(self, read: Metadata) -> None:
         """Every entry lies in a file of this folder, and is no larger than what is there."""
-        places = dict(read.storage_data or {})
         sizes: dict[str, int] = {}
-        for place in places.values():
+        for place in read.storage_data.values():
             name = place.relative_path
-            if not isinstance(name, str) or PurePath(name).name != name or name in (".", ".."):
+            if type(name) is not str or name in ("", ".", "..") or {"/", "\\", "\0"} & {*name}:
                 raise CheckpointError(
                     f"the index of {self.path} names the file {name!r}, which is not in its "
                     "folder; do not trust this checkpoint"
@@ -83,26 +87,46 @@ class Planner(DefaultLoadPlanner):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of an index, and no others."""
+    """Knows the classes of an index, and no others.
+
+    A pickle can set attributes of whatever it is given, so it is given stand-ins of its own:
+    classes derived from the real ones, and functions, which go when it has been read.
+    """
+
+    def __init__(self, file: io.IOBase) -> None:
+        super().__init__(cast(IO[bytes], file))
+        self._given: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _CLASSES.get((module, name))
-        if known is not None:
-            return known
-        if (module, name) == (_STORAGE, "_StorageInfo") or (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return _layout
-        if module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-            return PurePath
-        raise CheckpointError(
-            f"its index names {module}.{name}, which no checkpoint of tensors needs: reading it "
-            "could run code, so it is refused"
-        )
+        key = module.split(".")[0] if module.startswith("pathlib") else module, name
+        if key not in self._given:
+            self._given[key] = _stand_in(*key)
+        return self._given[key]
 
 
-def _layout(name: str) -> torch.layout:
-    layouts = {str(each): each for each in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
-    return layouts[name]
+def _stand_in(module: str, name: str) -> Any:
+    """For what an index may name; raises CheckpointError for anything else."""
+    real = _CLASSES.get((module, name))
+    if real is not None and issubclass(real, Enum):
+        return lambda value: real(value)
+    if real is not None:
+        return type(name, (real,), {})
+    if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+        return found
+    makers: dict[tuple[str, str], Callable[..., object]] = {
+        ("torch", "Size"): lambda sizes=(): torch.Size(sizes),
+        ("torch.serialization", "_get_layout"): lambda text: _LAYOUTS[text],
+        ("collections", "OrderedDict"): lambda *pairs: OrderedDict(*pairs),
+        ("builtins", "set"): lambda *items: set(*items),
+        ("pathlib", "PosixPath"): lambda *parts: PurePath(*parts),
+        ("pathlib", "WindowsPath"): lambda *parts: PurePath(*parts),
+    }
+    if (module, name) in makers:
+        return makers[module, name]
+    raise CheckpointError(
+        f"its index names {module}.{name}, which no checkpoint of tensors needs: reading it "
+        "could run code, so it is refused"
+    )
+
+
+_LAYOUTS = {str(each): each for each in (torch.strided, torch.sparse_coo, torch.sparse_csr)}

@@ -6,6 +6,7 @@ stages may have other groups, whose own numbers are kept.
 """
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,11 +53,22 @@ def room_for(
 
 def restore(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
     """Put back what `state_of` gave; the optimizer's own part is restored before."""
-    scheduler.load_state_dict(_merged(_loaded(saved[_ENTRY]), scheduler.state_dict()))
-    groups, rates = scheduler.optimizer.param_groups, scheduler.get_last_lr()
-    for group, rate in zip(groups, rates, strict=True):
-        if not group["params"]:  # on this rank: others' options come with their parameters
+    read = _loaded(saved[_ENTRY])
+    scheduler.load_state_dict(_merged(read, scheduler.state_dict()))
+    groups, rates = scheduler.optimizer.param_groups, read.get("_last_lr", [])
+    for group, rate in zip(groups, rates, strict=False):
+        if not group["params"] and len(rates) == len(groups):  # no parameter brings its options
             group["lr"] = rate
+    for each in _parts(scheduler):
+        each.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
+        each._last_lr = [group["lr"] for group in groups]
+
+
+def _parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
+    """The schedule, and those that it is made of."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)
 
 
 def check_saved(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
@@ -81,11 +93,15 @@ def _loaded(saved: torch.Tensor) -> dict[str, Any]:
 
 
 def _merged(saved: Any, own: Any) -> Any:
-    """`saved`, but with the numbers by group of `own` where there are other groups."""
+    """`saved`, but with the lists of `own`.
+
+    Lists are by parameter group, of which this rank may have others than the one that wrote them,
+    or never change.
+    """
     if isinstance(saved, dict) and isinstance(own, dict):
         return {key: _merged(value, own.get(key)) for key, value in saved.items()}
     if isinstance(saved, list) and isinstance(own, list):
         if saved and all(isinstance(each, dict) for each in (*saved, *own)):
             return [_merged(one, other) for one, other in zip(saved, own, strict=True)]
-        return saved if len(saved) == len(own) else own
+        return own
     return saved
