@@ -15,6 +15,7 @@ from stagewise.errors import PlanError
 from stagewise.model.chain import chain_of
 from stagewise.model.tied import find_tied
 from stagewise.training import checkpoint as checkpoints
+from stagewise.training import run_folder
 from tests.harness import Pools, Raised
 from tests.models import EXAMPLES, Call, batch, build
 from tests.pipeline.runs import (
@@ -157,7 +158,7 @@ def go_on(run: Run, steps: range, directory: Path, resume: bool) -> dict[str, Te
     pipe = pipeline(run)
     optimizer = OPTIMIZERS[run.optimizer or "sgd"](pipe.parameters())
     if resume:
-        checkpoints.restore(checkpoints.find(directory), pipe, optimizer)
+        checkpoints.restore(run_folder.find(directory), pipe, optimizer)
     for step in steps:
         inputs, target = batch(run.example, 10, seed=step)
         pipe.zero_grad()
