@@ -16,6 +16,7 @@ from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, chain_of, is_chain
 from stagewise.model.export.capture import capture
 from stagewise.model.replay.capture_cells import AnyForm, capture_cells
+from stagewise.told import told
 
 _ALL = sys.maxsize  # samples
 
@@ -38,7 +39,8 @@ def chain_for(
     args, kwargs = _example(inputs, keywords)
     captured = captured_of(model)
     if captured is None or not captured.form.matches(args, kwargs):
-        captured = capture(model, *args, **kwargs)
+        with told(f"capturing {type(model).__name__}, and comparing its cells with it"):
+            captured = capture(model, *args, **kwargs)
     return captured.chain
 
 
@@ -56,7 +58,8 @@ def _named(
             + "; give stagewise.plan the model and an example, or leave cells out"
         )
     args, kwargs = _example(inputs, keywords)
-    return capture_cells(model, cells, *args, **kwargs).chain
+    with told(f"cutting {type(model).__name__}, and comparing its cells with it"):
+        return capture_cells(model, cells, *args, **kwargs).chain
 
 
 def _example(

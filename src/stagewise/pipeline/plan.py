@@ -28,6 +28,7 @@ from stagewise.planning.search.cuts import SEGMENTS
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search
 from stagewise.profiling.example import Example, agreed, distributed, example_of, in_training_mode
 from stagewise.schedule import with_recompute
+from stagewise.told import told
 
 Microbatches = int | Sequence[int] | Literal["auto"]
 
@@ -199,7 +200,7 @@ def rehearsed(
     if not distributed() or dist.get_world_size() != chosen.num_devices:
         return link, FREE_INSTRUCTION
     args = () if example.inputs is None else (example.inputs,)
-    with in_training_mode(example.model, example.chain):
+    with told("trying the plan for a few steps"), in_training_mode(example.model, example.chain):
         pipe = Pipeline(example.model, chosen, loss=example.loss)
         timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)

@@ -25,6 +25,7 @@ from stagewise.model.cells_of import chain_for, entering
 from stagewise.model.chain import Model
 from stagewise.model.materialise import is_meta
 from stagewise.profiling.trial_steps import profile
+from stagewise.told import told
 
 _TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
@@ -55,7 +56,8 @@ class Example:
             if any(tensor.device != self.where for tensor in tensors):
                 cell.module.to(self.where)  # quantised weights refuse that, even to stay in place
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
-        with in_training_mode(self.model, self.chain):
+        what = f"measuring {len(self.chain)} cells on {size} samples, for about {seconds:g} s"
+        with told(what), in_training_mode(self.model, self.chain):
             return profile(
                 self.chain,
                 *move(first, self.where),  # type: ignore[misc]

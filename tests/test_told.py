@@ -1,0 +1,49 @@
+"""What takes long says so, and only where a person would see it."""
+
+import io
+import threading
+
+import pytest
+
+from stagewise.told import told
+
+
+class Terminal(io.StringIO):
+    """A terminal that lets the test know when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        self.written.set()
+
+
+def test_it_is_said_while_it_lasts_and_how_long_it_took() -> None:
+    out = Terminal()
+    with told("measuring", stream=out, after_seconds=0):
+        assert out.written.wait(30)
+        assert out.getvalue() == "stagewise: measuring ...\n"
+    assert out.getvalue().splitlines()[1].startswith("stagewise: measuring: ")
+    assert out.getvalue().endswith(" s\n")
+
+
+def test_what_is_soon_over_says_nothing() -> None:
+    out = Terminal()
+    with told("measuring", stream=out, after_seconds=60):
+        pass
+    assert out.getvalue() == ""
+
+
+def test_nothing_is_said_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    with told("measuring", stream=out, after_seconds=0):
+        pass
+    monkeypatch.setenv("RANK", "1")
+    terminal = Terminal()
+    with told("measuring", stream=terminal, after_seconds=0):
+        pass
+    assert out.getvalue() == terminal.getvalue() == ""
