@@ -55,6 +55,9 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
     "numpy": lambda: Noisy(lambda: float(np.random.rand())),
     "global": lambda: Noisy(of_the_module),
     "own": Own,
+    "a generator's method": lambda: Noisy(np.random.default_rng(2).random),
+    "a method in C": lambda: Noisy(random.Random(3).random),
+    "an old state's method": lambda: Noisy(np.random.RandomState(4).random_sample),
 }
 
 

@@ -52,6 +52,23 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(
     assert (last.parent / "step-00000002.damaged").is_dir(), "nothing is lost"
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "a\0b", "..", "", "absent"])
+def test_a_description_names_files_of_its_folder_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / "step").mkdir()
+    fields = {"step": 1, "seed": 0, "parameter_shapes": {}, "files": {name: "0"}}
+    (tmp_path / "step" / DESCRIPTION).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="is no file in its folder"):
+        find_undamaged(tmp_path / "step")
+
+
+@pytest.mark.parametrize("change", [{"seed": "x"}, {"step": 10**30}, {"scaler": [1]}])
+def test_a_description_of_other_things(tmp_path: Path, change: dict[str, object]) -> None:
+    fields = {"step": 1, "seed": 0, "parameter_shapes": {}, **change}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        find(tmp_path)
+
+
 def test_all_damaged(tmp_path: Path) -> None:
     run_of(tmp_path, 1)
     next((tmp_path / DIRECTORY / "step-00000001").glob("*.distcp")).write_bytes(b"")

@@ -407,7 +407,8 @@ class Pipeline:
         return rehearse(self._runner, *batch, num_steps, batch_dim=self._batch_dim)
 
     def clip_grad_value_(self, max_value: float) -> None:
-        """Clamp every gradient's elements to [-max_value, max_value]."""
+        """Clamp every gradient's elements to [-max_value, max_value]; every rank calls this."""
+        self._transport.exchange((), f"clip_grad_value_({float(max_value)!r})")
         clip_by_value(self.parameters(), max_value)
 
     def use(self, plan: Plan) -> None:
@@ -539,7 +540,6 @@ class Pipeline:
 
     @property
     def transport(self) -> Transport:
-        """How its ranks reach each other, for what all of them do together."""
         return self._transport
 
     @property

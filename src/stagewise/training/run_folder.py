@@ -131,6 +131,8 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files, or None; one from before digests has none."""
     for name, digest in checkpoint.files.items():
         file = checkpoint.path / name
+        if {"/", "\\", "\0"} & {*name} or name in ("", ".", "..") or not file.is_file():
+            return f"{name!r} is no file in its folder"
         try:
             if sha256_of(file) != digest:
                 return f"{name} is not what was written (its SHA-256 differs)"
@@ -153,10 +155,10 @@ def _read(path: Path) -> Checkpoint:
         return Checkpoint(
             path=path,
             step=_counted(fields["step"]),
-            seed=fields["seed"],
+            seed=_counted(fields["seed"]),
             parameter_shapes={n: tuple(s) for n, s in fields["parameter_shapes"].items()},
-            scaler=fields.get("scaler", {}),
-            finite=fields.get("finite", True),
+            scaler=_numbers(fields.get("scaler", {})),
+            finite=fields.get("finite", True) is True,
             files={str(name): str(told) for name, told in fields.get("files", {}).items()},
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -166,10 +168,18 @@ def _read(path: Path) -> Checkpoint:
         ) from error
 
 
-def _counted(step: object) -> int:
-    if type(step) is not int or step < 0:
-        raise ValueError(f"its step is {step!r}")
-    return step
+def _counted(number: object) -> int:
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise ValueError(f"{number!r} is no number of steps, and no seed")
+    return number
+
+
+def _numbers(fields: object) -> dict[str, float]:
+    if not isinstance(fields, dict) or not all(
+        isinstance(value, int | float) for value in fields.values()
+    ):
+        raise ValueError(f"{fields!r} is no state of a GradScaler")
+    return fields
 
 
 def signed(fields: Mapping[str, object]) -> dict[str, object]:

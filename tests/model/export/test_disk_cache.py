@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.errors import ModelError
-from stagewise.model.export.fingerprint import fingerprint
+from stagewise.model.export.fingerprint import UnstableError, fingerprint
 
 MODULE = "stagewise.model.export.capture"
 CACHE = "stagewise.model.export.disk_cache"
@@ -251,6 +251,11 @@ class Slotted:
         return x * self.scale
 
 
+def by_built_name(model: Any, x: Tensor) -> Tensor:
+    part: float = getattr(model, "fact{}".format("or"))
+    return x * part
+
+
 def by_class(model: Any, x: Tensor) -> Tensor:
     return x * model.factor
 
@@ -308,6 +313,10 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], Callable[[pytest.MonkeyPatch], n
     "a class attribute": (
         lambda: Acting(by_class),
         lambda patch: patch.setattr(Acting, "factor", 3.0) or Acting(by_class),  # type: ignore[func-returns-value]
+    ),
+    "a class attribute by a name put together": (
+        lambda: Acting(by_built_name),
+        lambda patch: patch.setattr(Acting, "factor", 3.0) or Acting(by_built_name),  # type: ignore[func-returns-value]
     ),
     "a global": (
         lambda: Acting(by_global),
@@ -373,6 +382,23 @@ def test_a_fingerprint_tells_twins_apart(monkeypatch: pytest.MonkeyPatch, what: 
     assert fingerprint(second(monkeypatch)) != before
 
 
+def with_a_long_list(model: Any, x: Tensor) -> Tensor:
+    return x * LONG[-1]
+
+
+def from_a_module_found_by_name(model: Any, x: Tensor) -> Tensor:
+    return x * len(sys.modules["math"].__name__)
+
+
+LONG = [1.0] * 10_000
+
+
+@pytest.mark.parametrize("act", [with_a_long_list, from_a_module_found_by_name])
+def test_what_is_not_looked_at_has_no_fingerprint(act: Callable[[Any, Tensor], Tensor]) -> None:
+    with pytest.raises(UnstableError):
+        fingerprint(Acting(act))
+
+
 def test_what_reads_the_environment_is_not_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +410,7 @@ def test_what_reads_the_environment_is_not_kept(
 def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = (
         "from tests.model.export import test_disk_cache as t; "
-        "from stagewise.model.export.fingerprint import fingerprint; "
+        "from stagewise.model.export.fingerprint import UnstableError, fingerprint; "
         "print(fingerprint(t.Acting(t.by_global)) + fingerprint(t.net()))"
     )
     done = [

@@ -87,6 +87,15 @@ def test_what_a_trace_would_lose_is_refused(
         stagewise.capture(Net(around).double(), torch.randn(8, 4, dtype=torch.float64))
 
 
+def inference_asked(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if torch.is_inference_mode_enabled() else x
+
+
+def test_asking_for_inference_mode_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"asks whether inference mode is on \(\S+, line \d+\)"):
+        stagewise.capture(Net(inference_asked), torch.randn(8, 4))
+
+
 class Hooked(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return hook_on_a_tensor(self, super().forward(x))

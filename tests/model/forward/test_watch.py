@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import operator
 import os
 import re
 import weakref
@@ -329,3 +330,28 @@ def test_what_code_reaches_without_its_name(way: str, put_back: None) -> None:
     TABLE["scale"] = 3.0
     assert "TABLE['scale']" in ", ".join(watch.changed())
     assert float(model(torch.ones(()))) == 3.0
+
+
+class ByName(nn.Module):
+    """Reads attributes by names that it puts together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.scale_0, self.opt, self.epoch = 1.0, SimpleNamespace(beta=1.0), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = operator.attrgetter("opt.beta")(self)
+        scale: float = getattr(self, f"scale_{len(x.shape) - 2}")
+        return self.one(x) * scale * beta
+
+
+def test_what_is_named_by_a_text_put_together_is_watched() -> None:
+    model = ByName()
+    watch = Watch(model, leaves_of(model).values())
+    model.epoch = 1
+    assert watch.changed() == []
+    model.scale_0 = 0.5
+    assert watch.changed() == ["scale_0"]
+    model.scale_0, model.opt.beta = 1.0, 2.0
+    assert watch.changed() == ["opt.beta"]

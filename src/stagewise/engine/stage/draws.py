@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import numpy as np
 import torch
@@ -138,6 +138,9 @@ class Draws:
         return self._sources
 
 
+_BOUND = MethodType, BuiltinFunctionType  # a generator's method, kept by itself
+
+
 def _own(codes: Sequence[object]) -> Iterator[Source]:
     seen: set[int] = {id(torch.default_generator)}
     for code in codes:
@@ -145,7 +148,9 @@ def _own(codes: Sequence[object]) -> Iterator[Source]:
         values = (
             [node.value for node in sight.walk(code)] if isinstance(code, nn.Module) else [code]
         )
-        inside = itertools.chain.from_iterable(map(_inside, values))
+        values += [value.__self__ for value in values if isinstance(value, _BOUND)]
+        inside = [*itertools.chain.from_iterable(map(_inside, values))]
+        inside += [value.__self__ for value in inside if isinstance(value, _BOUND)]
         for value in (*values, *inside):
             kind = next((kind for kind in _KINDS if isinstance(value, kind)), None)
             if kind is not None and id(value) not in seen:

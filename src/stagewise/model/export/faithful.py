@@ -15,7 +15,7 @@ from stagewise.errors import ModelError, StagewiseError
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
 from stagewise.model.export.refusal import lost, lost_at
-from stagewise.model.forward.asked import asks_for_autocast, asks_for_flags
+from stagewise.model.forward.asked import INFERENCE, asks_for_autocast, asks_for_flags
 from stagewise.model.verify.compare import (
     EVAL,
     SITUATIONS,
@@ -55,6 +55,12 @@ class Comparison:
                         "compared; give an example that the model can be run on"
                     ) from error
         check_effects(model, self._observed, draws=True)
+        if (place := self._observed.asked.get(INFERENCE)) is not None:
+            raise ModelError(
+                f"{type(model).__name__} {INFERENCE} ({place}), which a trace answers once for all "
+                "calls; decide by self.training, or name the model's blocks with cells=, whose "
+                "forward asks at every call"
+            )
         more = (UNDER_AUTOCAST,) if asks_for_autocast(self._observed.asked) else ()
         self._situations = (*SITUATIONS, *more)
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from stagewise.model.forward.contents import PLAIN, Frozen, can_hold
-from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight, is_own
+from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight, is_own, names_in
 
 _OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
 _SALTED = {"._original_object_hash"}  # differs in every process: of transformers' GenerationConfig
@@ -93,6 +93,10 @@ def _visible(model: nn.Module) -> list[object]:
     nodes = sight.walk(model)
     if not sight.is_whole or sight.names & _UNSEEN:
         raise UnstableError("more than can be told")
+    if any(label == " (large)" for node in nodes for label, _ in node.items):
+        raise UnstableError("more than is looked at")
+    if {"sys", "modules"} <= sight.names and any(_finds_modules(node.value) for node in nodes):
+        raise UnstableError("modules found by name")
     places = {id(node.value): index for index, node in enumerate(nodes)}
     states = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     modes = [(name, m.training, _forward_of(type(m))) for name, m in model.named_modules()]
@@ -103,6 +107,13 @@ def _visible(model: nn.Module) -> list[object]:
         if label not in _SALTED
     ]
     return [modes, seen]
+
+
+def _finds_modules(value: object) -> bool:
+    """Whether the user's own code looks a module up in sys.modules."""
+    if not isinstance(value, FunctionType) or not is_own(value.__code__.co_filename):
+        return False
+    return {"sys", "modules"} <= names_in(value.__code__)
 
 
 def _text(item: object, node: Node, places: dict[int, int], states: dict[int, str]) -> object:

@@ -22,10 +22,11 @@ _AUTOCAST = {
         *("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"),
     )
 }
+INFERENCE = "asks whether inference mode is on"
 _FUNCTIONS = {
     **_AUTOCAST,
     "is_grad_enabled": "asks whether gradients are on (torch.is_grad_enabled)",
-    "is_inference_mode_enabled": "asks whether inference mode is on",
+    "is_inference_mode_enabled": INFERENCE,
 }
 _FLAGS = "asks whether a tensor requires gradients"
 _OF_TENSORS = {

@@ -12,6 +12,7 @@ reaches has its name among its names or strings. Code of libraries is taken as f
 import dis
 import functools
 import os
+import re
 import sysconfig
 import weakref
 from collections import deque
@@ -22,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from stagewise.model.forward.contents import Item, can_hold, contents, frozen, is_fixed
+from stagewise.model.forward.contents import PLAIN, Item, can_hold, contents, frozen, is_fixed
 from stagewise.model.forward.users_code import is_users
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,7 +48,13 @@ _PROTOCOL = {
     *("__float__", "__int__", "__index__", "__neg__", "__eq__", "__lt__", "__le__"),
     *("__gt__", "__ge__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__"),
     *("__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__matmul__", "__rmatmul__"),
+    *("__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__divmod__", "__abs__", "__ne__"),
+    *("__pos__", "__invert__", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__"),
+    *("__round__", "__trunc__", "__floor__", "__ceil__", "__hash__", "__str__", "__repr__"),
+    *("__format__", "__complex__", "__reversed__"),
 }
+_NAME_BY_TEXT = {"getattr", "setattr", "hasattr", "attrgetter", "__getattribute__"}
+_LEAST_PART = 2  # letters of a name that a text must have to be a part of it
 _MOST_NODES = 5000
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -80,13 +87,14 @@ class Sight:
         self._skipped: weakref.WeakSet[nn.Module] = weakref.WeakSet(runs_itself)
         self._named_only = named_only
         self.names: set[str] = {"forward", *_PROTOCOL}
+        self._parts: set[str] = set()  # of names that code puts together
         self.is_whole = True  # whether the last walk left nothing out
 
     def walk(self, model: nn.Module) -> list[Node]:
         """All that the forward of `model` can see, each thing once, the nearest first."""
         known = -1
-        while len(self.names) != known:  # code that is reached names more
-            known = len(self.names)
+        while len(self.names) + len(self._parts) != known:  # code that is reached names more
+            known = len(self.names) + len(self._parts)
             nodes = self._walk(model)
         return nodes
 
@@ -132,14 +140,18 @@ class Sight:
         return [(label, frozen(item)) for label, item in found]
 
     def _is_named(self, item: Item) -> bool:
-        return item[0][1:] in self.names or item[0] == ".__class__"
+        return self._may_name(item[0][1:]) or item[0] == ".__class__"
+
+    def _may_name(self, name: str) -> bool:
+        """Whether code that is reached names it, or puts a name like it together."""
+        return name in self.names or any(part in name for part in self._parts)
 
     def _of_module(self, module: nn.Module) -> list[Item]:
-        own, names = vars(module), self.names
+        own = vars(module)
         found: list[Item] = [
             (f".{name}", value)
             for name, value in own.items()
-            if name not in _ACCOUNTS and (not self._named_only or name in names)
+            if name not in _ACCOUNTS and (not self._named_only or self._may_name(name))
         ]
         for registry in (own["_parameters"], own["_buffers"], own["_modules"]):
             found += [(f".{name}", value) for name, value in registry.items()]
@@ -151,7 +163,7 @@ class Sight:
         named = [
             (f".{name}", value)
             for name, value in vars(cls).items()
-            if name in self.names and name not in _OF_CLASSES
+            if self._may_name(name) and name not in _OF_CLASSES
         ]
         bases = [(f".__bases__[{i}]", base) for i, base in enumerate(cls.__bases__)]
         return [*named, *bases, (".__class__", type(cls))]
@@ -169,17 +181,22 @@ class Sight:
             except ValueError:  # not assigned yet
                 continue
         if is_own(code.co_filename):
+            if names & _NAME_BY_TEXT:
+                self._parts |= parts_in(code)
             if names & {"environ", "getenv"}:
                 found.append((" os.environ", vars(os.environ)["_data"]))
             used = names if "globals" in names else globals_in(code)
             for name in sorted(used & function.__globals__.keys()):
                 value = function.__globals__[name]
                 found.append((f" {name}", value))
-                if isinstance(value, ModuleType) and is_own(
-                    getattr(value, "__file__", None) or "<"
-                ):
-                    inside = vars(value)
-                    found += [(f" {name}.{n}", inside[n]) for n in sorted(names & inside.keys())]
+                if isinstance(value, ModuleType):
+                    own = is_own(getattr(value, "__file__", None) or "<")
+                    found += [
+                        (f" {name}.{n}", item)
+                        for n, item in sorted(vars(value).items())
+                        if (n in names or (own and self._may_name(n)))
+                        and (own or isinstance(item, PLAIN))
+                    ]
         return found
 
 
@@ -201,3 +218,14 @@ def names_in(code: CodeType) -> frozenset[str]:
         if isinstance(inner, CodeType):
             found |= names_in(inner)
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def parts_in(code: CodeType) -> frozenset[str]:
+    """What may be parts of names in the strings of a function and of those inside it."""
+    texts = [text for text in code.co_consts if isinstance(text, str)]
+    found = {part for text in texts for part in re.findall(r"[A-Za-z_]\w*", text)}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            found |= parts_in(inner)
+    return frozenset(part for part in found if len(part) >= _LEAST_PART)
