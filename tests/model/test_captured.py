@@ -48,3 +48,23 @@ def test_a_model_that_was_changed_is_captured_anew(change: Callable[[Scaled], ob
     pipe = stagewise.Pipeline(model, plan, loss=F.mse_loss)
     assert pipe.step(x, target=target) == pytest.approx(F.mse_loss(model(x), target).item())
     assert model.scale.grad is not None and model.head.weight.grad is not None
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh() + y)
+
+
+def test_a_step_takes_the_arguments_that_plan_takes() -> None:
+    model, x, y, target = Sum(), torch.randn(8, 4), torch.randn(8, 4), torch.zeros(8, 2)
+    both = stagewise.Arguments(x, y)
+    plan = stagewise.plan(
+        model, both, target=target, loss=F.mse_loss, num_stages=2, num_microbatches=2, seconds=0
+    )
+    pipe = stagewise.Pipeline(model, plan, loss=F.mse_loss)
+    given = [pipe.evaluate(*args, target=target) for args in ((both,), (x, y))]
+    assert given[0] == given[1] == pytest.approx(F.mse_loss(model(x, y), target).item())

@@ -91,6 +91,24 @@ def test_the_last_finite_one_is_never_dropped_and_gone_on_from(tmp_path: Path) -
     assert find(tmp_path / DIRECTORY / "step-00000005").finite is False
 
 
+@pytest.mark.parametrize("where", ["statistics", "optimizer"])
+def test_numbers_that_are_not_finite_are_looked_for_everywhere(tmp_path: Path, where: str) -> None:
+    torch.manual_seed(0)
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[0].register_buffer("mask", torch.full((2,), float("-inf")))
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    optimizer = torch.optim.AdamW(pipe.parameters())
+    pipe.step(torch.randn(16, 4), target=torch.zeros(16, 4))
+    optimizer.step()
+    assert checkpoints.save(tmp_path, pipe, optimizer, step=1, seed=0).finite
+    if where == "statistics":
+        dict(pipe.named_buffers())["1.running_mean"].fill_(float("nan"))
+    else:
+        next(iter(optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+    assert not checkpoints.save(tmp_path, pipe, optimizer, step=2, seed=0).finite
+
+
 def test_one_from_before_digests_is_read(tmp_path: Path) -> None:
     run_of(tmp_path, 1)
     file = tmp_path / DIRECTORY / "step-00000001" / DESCRIPTION

@@ -50,6 +50,9 @@ class CallForm:
 
     def named(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
         """All arguments by name; raises BatchError for what `forward` does not take."""
+        whole = args[0] if len(args) == 1 else None
+        if isinstance(whole, Arguments):  # as `stagewise.plan` takes them
+            args, kwargs = whole.args, {**whole.kwargs, **kwargs}
         try:
             bound = self._signature.bind_partial(*args, **kwargs)
         except TypeError as error:

@@ -72,8 +72,7 @@ def save(
     with agreed(pipe.transport, SAVING), _told(unfinished, run), _one_process_is_fine():
         save_distributed(state, checkpoint_id=unfinished)
     shapes = {name: tuple(shape) for name, shape in pipe.parameter_shapes.items()}
-    trained = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+    finite = _is_finite(pipe, state["optimizer"])
     checkpoint = Checkpoint(
         path=path,
         step=step,
@@ -163,6 +162,20 @@ def _state(
 def _model_state(pipe: Pipeline) -> dict[str, Any]:
     """Torch refuses an empty state, which a stage without parameters has."""
     return get_model_state_dict(pipe.module) if pipe.module.state_dict() else {}
+
+
+def _is_finite(pipe: Pipeline, optimizer: Mapping[str, Any]) -> bool:
+    """Whether the run can go on from here: trained parameters, statistics, the optimizer's state.
+
+    Buffers may hold infinities on purpose, as masks do.
+    """
+    trained = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
+    kept = [value for value in optimizer.values() if isinstance(value, torch.Tensor)]
+    dense = [tensor for tensor in (*trained, *kept) if tensor.layout is torch.strided]
+    buffers = [b for _, b in pipe.named_buffers() if b.is_floating_point() or b.is_complex()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in dense) and not any(
+        bool(torch.isnan(b).any()) for b in buffers if b.layout is torch.strided
+    )
 
 
 def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:

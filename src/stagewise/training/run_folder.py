@@ -33,7 +33,8 @@ _DAMAGED = ".damaged"  # behind the name of a checkpoint that is set aside
 class Checkpoint:
     """A whole checkpoint on disk: where it lies, and what its description says.
 
-    `finite`: whether all trained parameters were finite numbers; `files`: the SHA-256 of each.
+    `finite`: whether parameters, statistics and optimizer state were finite numbers; `files`: the
+    SHA-256 of each.
     """
 
     path: Path
