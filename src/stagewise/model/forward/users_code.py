@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 import torch
 
 TORCH = Path(torch.__file__).parent
-_OURS = Path(__file__).parents[1]
+_OURS = Path(__file__).parents[2]  # the package
 _ZOO = str(_OURS / "models")
 _OTHERS = (f"{TORCH}/", f"{_OURS}/", "<")  # the last: code that was made while running
 
