@@ -69,6 +69,17 @@ def test_a_description_of_other_things(tmp_path: Path, change: dict[str, object]
         find(tmp_path)
 
 
+def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
+    run_of(tmp_path, 1, 2)
+    for _ in range(2):
+        last = tmp_path / DIRECTORY / "step-00000002"
+        next(last.glob("*.distcp")).write_bytes(b"")
+        assert find_undamaged(tmp_path)[0].step == 1
+        run_of(tmp_path, 2)
+    names = sorted(path.name for path in (tmp_path / DIRECTORY).glob("*.damaged*"))
+    assert names == ["step-00000002.damaged", "step-00000002.damaged-1"]
+
+
 def test_all_damaged(tmp_path: Path) -> None:
     run_of(tmp_path, 1)
     next((tmp_path / DIRECTORY / "step-00000001").glob("*.distcp")).write_bytes(b"")

@@ -58,7 +58,7 @@ def save(
     """Write a checkpoint of `step` finished steps into `run`; every rank calls this.
 
     Nothing of the run is changed. The last NUM_KEPT checkpoints are kept, and the last one whose
-    parameters are finite. Raises CheckpointError on every rank, with the cause, if it cannot be
+    numbers are finite. Raises CheckpointError on every rank, with the cause, if it cannot be
     written; earlier ones are as they were then.
     """
     path = run / DIRECTORY / f"step-{step:08d}"

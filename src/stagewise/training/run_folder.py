@@ -5,9 +5,11 @@ a digest of every file and of itself, so that a flipped bit is found before anyt
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,9 +116,7 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
         except CheckpointError as error:
             damage = str(error)
         if damage is not None:
-            aside = each.with_name(each.name + _DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            each.rename(aside)
+            aside = _set_aside(each)
             told.append(f"{each.name} is damaged and was set aside as {aside.name}: {damage}")
         elif checkpoint.finite:
             return checkpoint, told
@@ -126,6 +126,15 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
     if infinite is not None:
         return infinite, [line for line in told if infinite.path.name not in line]
     raise CheckpointError(f"no checkpoint in {path / DIRECTORY} is whole: {'; '.join(told)}")
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint another name; what was set aside before stays, too."""
+    names = (f"{path.name}{_DAMAGED}{f'-{n}' if n else ''}" for n in itertools.count())
+    aside = next(each for each in map(path.with_name, names) if not each.exists())
+    with suppress(FileNotFoundError):  # another rank was first
+        path.rename(aside)
+    return aside
 
 
 def damage_of(checkpoint: Checkpoint) -> str | None:
