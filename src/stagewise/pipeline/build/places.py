@@ -1,9 +1,15 @@
-"""Where a plan puts things: the ranks of every cell, the device of every stage."""
+"""Where a plan puts things: the ranks of every cell, the device of every stage, and the stages."""
 
 import bisect
 import itertools
+from collections.abc import Sequence
 
+import torch
+
+from stagewise.engine.stage.skips import SkipRoutes
+from stagewise.engine.stage.stage import Loss, Stage
 from stagewise.engine.transport.transport import Transport
+from stagewise.model.cell import Chain
 from stagewise.planning.plan import Plan
 
 
@@ -11,6 +17,31 @@ def ranks_of_cells(plan: Plan, transport: Transport) -> list[tuple[int, ...]]:
     """The ranks that run each cell of the chain: several where its stage is replicated."""
     placement = plan.built_schedule.placement
     return [placement[stage] if transport.num_ranks > 1 else (0,) for stage in _stages(plan)]
+
+
+def build_stages(
+    chain: Chain,
+    plan: Plan,
+    transport: Transport,
+    devices: Sequence[torch.device],
+    routes: SkipRoutes,
+    loss: Loss | None,
+) -> dict[int, Stage]:
+    """This rank's stages; their cells move to their devices."""
+    schedule, alone = plan.built_schedule, transport.num_ranks == 1
+    stages, start = {}, 0
+    for index, num_cells in enumerate(plan.engine_balance):
+        cells = chain[start : start + num_cells]
+        start += num_cells
+        replicas = schedule.placement[index]
+        if not alone and transport.rank not in replicas:
+            continue
+        own_device = devices[replicas[0] if alone else transport.rank]
+        for cell in cells:
+            cell.module.to(own_device)
+        is_last = index == schedule.num_stages - 1
+        stages[index] = routes.stage(index, cells, own_device, is_last=is_last, loss=loss)
+    return stages
 
 
 def _placed(plan: Plan) -> list[int]:

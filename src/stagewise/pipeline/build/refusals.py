@@ -1,13 +1,12 @@
-"""Embeddings whose gradient depends on the whole minibatch, which no microbatch sees."""
+"""Models whose cut would change what they compute: shared buffers, memory and statistics."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.batch.layouts import storages
-from stagewise.engine.step.admission import fingerprint
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Cell, Chain
@@ -15,57 +14,11 @@ from stagewise.pipeline.build.places import _placed, _stages, ranks_of_cells
 from stagewise.planning.plan import Plan
 
 
-def scaled_by_frequency(chain: Chain) -> list[str]:
-    """The names of embeddings with `scale_grad_by_freq`."""
-    return [
-        path
-        for cell in chain
-        for path, module in cell.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
-    ]
-
-
-def check_frequencies(names: Sequence[str], num_microbatches: int) -> None:
-    """Raise ModelError if there are such embeddings, and a minibatch is split."""
-    if names and num_microbatches > 1:
-        raise ModelError(
-            f"{', '.join(names)} has scale_grad_by_freq=True, which divides gradients by how often "
-            f"a row occurs in the minibatch, but each of the {num_microbatches} microbatches "
-            "knows its own rows only; leave the option out, or use one microbatch"
-        )
-
-
-def agree_on_model(
-    transport: Transport, plan: Plan, model: Sequence[object], options: Mapping[str, object]
-) -> None:
-    """Raise PlanError on every rank unless all have the same plan, model and options.
-
-    `model` is what `model_in_words` says; of `options`, by name, the values are compared.
-    """
-    marks = [fingerprint(text) for text in (plan.to_json(), model, *options.values())]
-    rows = transport.exchange(marks, "Pipeline(...)" if options else "use(plan)")
-    for column, what in enumerate(["plans", "models", *(f"{name}=" for name in options)]):
-        differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
-        if differing:
-            raise PlanError(
-                f"ranks {differing} have other {what} than rank 0; build model and plan from the "
-                "same code on every rank (stagewise.plan agrees by itself when every rank calls it)"
-            )
-
-
-def model_in_words(model: nn.Module) -> list[object]:
-    """What must be the same on every rank: parameters, classes, and what torch's own print."""
-    return [
-        [(name, p.shape, p.dtype) for name, p in model.named_parameters()],
-        [
-            (name, type(module).__qualname__, module.extra_repr() if _is_torchs(module) else "")
-            for name, module in model.named_modules()
-        ],
-    ]
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.")
+def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], transport: Transport) -> None:
+    """Raise ModelError or PlanError for what cells of different stages may not share."""
+    check_batchnorms(chain, ranks_of_cells(plan, transport))
+    check_buffers(chain, plan, devices, transport)
+    check_storages(chain, plan, transport)
 
 
 def check_buffers(

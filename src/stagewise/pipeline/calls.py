@@ -1,0 +1,281 @@
+"""The calls of a pipeline: what goes in becomes one batch, what comes out is known where asked.
+
+The engine runs a call (`engine.step`); here its arguments are bound to one batch, with an objection
+told to the other ranks rather than raised at once, and its loss and outputs are handed back.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, overload
+
+import torch
+
+from stagewise.batch.custom_split import Split, split_by
+from stagewise.batch.markers import packed
+from stagewise.engine.stage.call import Call, Mode, Scaling
+from stagewise.engine.step.results import (
+    Losses,
+    Merge,
+    Ranks,
+    losses_by_microbatch,
+    outputs_of,
+    ranks_of,
+)
+from stagewise.engine.step.step import UNSCALED, Runner
+from stagewise.errors import BatchError, UsageError
+from stagewise.model.captured import Form
+from stagewise.pipeline.share import Share
+from stagewise.planning.plan import Plan
+
+
+class Calls(Share):
+    """`step`, `evaluate` and `predict`: every rank makes the same ones, in the same order."""
+
+    plan: Plan
+    _runner: Runner
+    _devices: Sequence[torch.device]
+    _batch_dim: int
+    _split: Split | None
+    _merge: Merge | None
+    _form: Form | None  # of a captured model's calls
+    _returns_loss: bool
+    _takes_target: bool
+    _losses: dict[str, torch.Tensor]
+    _num_microbatches: int
+    _microbatch_losses: Losses
+
+    @overload
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        total_samples: int | None = None,
+        total_weight: float | Mapping[str, float] | None = None,
+        loss_scale: float = 1.0,
+        return_outputs: Literal[False] = False,
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        total_samples: int | None = None,
+        total_weight: float | Mapping[str, float] | None = None,
+        loss_scale: float = 1.0,
+        return_outputs: Literal[True],
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, object]: ...
+
+    def step(
+        self,
+        *inputs: object,
+        target: object = None,
+        total_samples: int | None = None,
+        total_weight: float | Mapping[str, float] | None = None,
+        loss_scale: float = 1.0,
+        return_outputs: bool = False,
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """Run one minibatch forward and backward; gradients are added to `.grad`.
+
+        `inputs` are the first cell's positional arguments, `target` is the loss's, and a keyword
+        argument goes to every cell whose `forward` has a parameter of that name (besides the one
+        that takes what the cell before returned; `*args` and `**kwargs` take none). All are
+        pytrees of tensors with samples along dimension 0 (fewer samples than microbatches make
+        fewer microbatches), in which None, numbers and tensors
+        without dimensions go to every microbatch, as does what is marked `Replicated`;
+        `Microbatches` marks what is split already, and `BatchDim` what has its samples along
+        another dimension than `batch_dim`, by default Pipeline's. Every rank may pass the whole
+        batch; ranks without the first stage may pass no inputs, ranks without the last no target,
+        ranks without a taker no keyword argument. Replicas are given the whole batch, too.
+        Gradients for the batch's own tensors arrive, whole, on all ranks that use them.
+
+        Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
+        the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
+        before anything runs if the batch cannot be split or ranks disagree, CellError if the
+        model's own code fails, PeerError if it fails on another rank, OutOfMemoryError on all
+        ranks if one has no memory: then the step is undone on every rank, and the next may
+        follow. Warns once of BatchNorm layers whose microbatches are small.
+
+        To accumulate gradients over several steps, give each of them the `total_samples` of all
+        (and the `total_weight`, where there is a weight function): each loss is then its part of
+        the whole, and their sum that of one large minibatch. Gradients, but not the loss, are
+        multiplied by `loss_scale`: give `GradScaler.get_scale()`.
+        """
+        scaling = Scaling(
+            total_samples=total_samples, total_weight=total_weight, gradient_scale=loss_scale
+        )
+        outputs_on = self._ranks(ranks, return_outputs)
+        call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
+        self._runner.backward_into(call)
+        self.step_index += 1
+        loss = self._loss_of(call)
+        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
+
+    @overload
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[False] = False,
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: Literal[True],
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, object]: ...
+
+    def evaluate(
+        self,
+        *inputs: object,
+        target: object = None,
+        return_outputs: bool = False,
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients.
+
+        Arguments and outputs are those of `step`.
+        """
+        outputs_on = self._ranks(ranks, return_outputs)
+        with self._eval_mode():
+            call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on, batch_dim)
+        loss = self._loss_of(call)
+        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
+
+    def predict(
+        self,
+        *inputs: object,
+        ranks: Ranks = None,
+        batch_dim: int | None = None,
+        **kwargs: object,
+    ) -> object:
+        """The model's output in eval mode, samples in order, on `ranks` (by default on all).
+
+        Any batch size; the other ranks get None. Where the batch holds `Microbatches`, so does
+        the result: the outputs as they are, of any shapes. Else raises BatchError, on every rank,
+        if an output does not hold its microbatch's samples along dimension 0.
+        """
+        outputs_on = self._ranks(ranks)
+        with self._eval_mode():
+            call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on, batch_dim)
+        return self._outputs_of(call, outputs_on)
+
+    def microbatch_losses(self) -> list[dict[str, torch.Tensor]]:
+        """The last call's losses of each microbatch, by name, as the loss function gave them.
+
+        On every rank; every rank must ask. A microbatch of weight 0 has none.
+        """
+        return losses_by_microbatch(
+            self._transport, self._microbatch_losses, self._num_microbatches
+        )
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.plan.num_microbatches
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device; in one process that of the last stage, where the loss is."""
+        last = self.plan.built_schedule.placement[-1][0]
+        return self._devices[self.rank if self.num_ranks > 1 else last]
+
+    @property
+    def losses(self) -> dict[str, torch.Tensor]:
+        """The last call's losses by name, those that cells added included; "loss" has no name."""
+        return dict(self._losses)
+
+    def _run(
+        self,
+        mode: Mode,
+        inputs: tuple[object, ...],
+        target: object,
+        kwargs: Mapping[str, object],
+        outputs_on: Sequence[int],
+        batch_dim: int | None,
+        scaling: Scaling = UNSCALED,
+    ) -> Call:
+        self.overflow.before_meeting()
+        dim = self._batch_dim if batch_dim is None else batch_dim
+        batch: tuple[object, object, Mapping[str, object]] = None, None, {}
+        objection: UsageError | None = None
+        try:
+            if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
+                raise BatchError(
+                    "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
+                    "function, so that the model can return outputs"
+                )
+            batch = self._batch(inputs, target, kwargs, dim)
+        except UsageError as error:  # the other ranks must hear of it
+            objection = error
+        call = self._runner.run(
+            mode,
+            self.step_index,
+            *batch,
+            outputs_on,
+            scaling=scaling,
+            batch_dim=dim,
+            objection=objection,
+        )
+        self._num_microbatches, self._microbatch_losses = len(call.sizes), call.losses
+        return call
+
+    def _batch(
+        self,
+        inputs: tuple[object, ...],
+        target: object,
+        kwargs: Mapping[str, object],
+        batch_dim: int,
+    ) -> tuple[object, object, Mapping[str, object]]:
+        """A call as the cells take it: what enters the chain, the loss's target, what has names."""
+        if self._split is not None:
+            count = self.num_microbatches
+            inputs, target, kwargs = split_by(self._split, inputs, target, kwargs, count, batch_dim)
+        if self._form is not None:
+            named = self._form.bind(inputs, kwargs)
+            if self._form.takes("target") and target is not None:
+                return None, target if self._takes_target else None, {**named, "target": target}
+            return None, target, named
+        return packed(inputs), target, kwargs
+
+    def _ranks(self, ranks: Ranks, asked: bool = True) -> list[int]:
+        return ranks_of(ranks, self.num_ranks) if asked else []
+
+    def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
+        sources = self._runner.last_ranks
+        return outputs_of(call, self._transport, sources, ranks, self._merge)
+
+    def _loss_of(self, call: Call) -> torch.Tensor:
+        assert call.agreed is not None, "the call has failed"
+        total, self._losses = call.agreed
+        return total.to(self.device)
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        cells = [cell.module for stage in self._runner.stages.values() for cell in stage.cells]
+        modules = [*self.module.modules(), *(m for cell in cells for m in cell.modules())]
+        modes = [module.training for module in modules]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode

@@ -1,0 +1,158 @@
+"""One rank's share of the model, under the plain model's names: what torch's users ask of a module.
+
+Problem: a rank holds some of the cells, but optimizers, checkpoints and logs speak of the whole.
+Idea: every entry keeps the name that it has in the plain model, so that the ranks' shares together
+are the plain model's, at any cut. What spans ranks (a norm, a checkpoint) is done by all at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from stagewise.checkpoints.loading import load
+from stagewise.checkpoints.saving import save
+from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_value
+from stagewise.engine.gradients.overflow import Overflow
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import CheckpointError
+from stagewise.model.chain import module_tree
+from stagewise.model.tied import Tied, with_all_names
+from stagewise.pipeline.build.whole_model import WholeModel
+
+
+class Share:
+    """The cells of this rank's stages, as one module."""
+
+    def __init__(
+        self,
+        whole: WholeModel,
+        stages: Mapping[int, Stage],
+        ties: tuple[Tied, ...],
+        transport: Transport,
+    ) -> None:
+        self.step_index = 0
+        self.parameter_shapes = dict(whole.shapes)
+        self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
+        self._whole, self._ties, self._transport = whole, ties, transport
+        self._first_names = {name: one.names[0] for one in ties for name in one.names}
+        self.overflow = Overflow(transport, self.parameters, lambda: self.step_index)
+
+    @property
+    def rank(self) -> int:
+        return self._transport.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self._transport.num_ranks
+
+    @property
+    def transport(self) -> Transport:
+        return self._transport
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of this rank's stages.
+
+        There may be none, which torch's optimizers refuse as a list, but not as a group: with
+        `AdamW([{"params": [*pipe.parameters()]}])` all ranks go on alike.
+        """
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this rank's stages, by the plain model's names.
+
+        A parameter that cells of several ranks use is there once on each of them, under its
+        first name in the plain model, as `named_parameters()` gives it there.
+        """
+        for name, parameter in self.module.named_parameters():
+            yield self._first_names.get(name, name), parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Buffers of this rank's stages, by the plain model's names."""
+        return self.module.named_buffers()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """State of this rank's stages; the ranks' dictionaries together are the plain model's."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load this rank's share of the plain model's `state`; other ranks' entries are ignored.
+
+        Raises CheckpointError if one of this rank's entries is missing or has another shape.
+        """
+        state = with_all_names(state, self._ties)
+        own = self.module.state_dict()
+        wrong = [n for n, t in own.items() if n not in state or _shape(state[n]) != _shape(t)]
+        if wrong:
+            raise CheckpointError(
+                f"the state lacks {len(wrong)} entries of this rank, or has them in another "
+                f"shape: {', '.join(wrong[:5])}; load a state_dict of the same model"
+            )
+        self.module.load_state_dict({name: state[name] for name in own})
+
+    def load_checkpoint(
+        self, path: str | PathLike[str], *, strict: bool = True, convert: bool = False
+    ) -> None:
+        """Load this rank's share of a checkpoint of the plain model; every rank calls this.
+
+        `path` is a safetensors file, a directory with `model.safetensors` or with shards and
+        `model.safetensors.index.json` (as Hugging Face's are), or a directory that
+        `torch.distributed.checkpoint` wrote, the model alone or below "model" (such as a
+        checkpoint of `stagewise train`). Only this rank's tensors are read.
+
+        With `strict` the checkpoint must hold the model's entries and no others. A dtype other
+        than the model's is an error, unless it is to be converted (`convert`). Raises
+        CheckpointError on every rank before anything is changed on any.
+        """
+        how = {"strict": strict, "convert": convert}
+        load(path, self.state_dict(), self._whole.aliases, self._transport, **how)
+
+    def save_checkpoint(self, directory: str | PathLike[str]) -> None:
+        """Write the model as safetensors shards with an index, each rank its own; all call this.
+
+        Hugging Face's tools and `load_checkpoint` read it, at any number of stages; what else is in
+        the directory is left alone. An earlier checkpoint there is replaced at once, at the end, so
+        a crash leaves one of the two. All ranks must see one file system. Raises CheckpointError on
+        every rank.
+        """
+        save(Path(directory), self.state_dict(), self._whole.aliases, self._transport)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear this rank's gradients."""
+        self.module.zero_grad(set_to_none)
+
+    def train(self, mode: bool = True) -> Self:
+        """Put this rank's cells in training mode, or in eval mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Put this rank's cells in eval mode."""
+        return self.train(False)
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
+
+        Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
+        """
+        self.overflow.before_meeting()
+        return clip_by_global_norm(
+            dict(self.named_parameters()),
+            self._whole.dtypes,
+            max_norm,
+            self._transport,
+        )
+
+    def clip_grad_value_(self, max_value: float) -> None:
+        """Clamp every gradient's elements to [-max_value, max_value]; every rank calls this."""
+        self._transport.exchange((), f"clip_grad_value_({float(max_value)!r})")
+        clip_by_value(self.parameters(), max_value)
+
+
+def _shape(entry: object) -> torch.Size | None:
+    """None for what modules keep in a state_dict besides tensors (`get_extra_state`)."""
+    return entry.shape if isinstance(entry, torch.Tensor) else None
