@@ -64,7 +64,6 @@ OWED_FUNCTIONS: dict[str, int] = {
     "engine/stage/stage.py:_run_cells": 71,
     "engine/step/admission.py:admit": 108,
     "engine/step/execute.py:execute": 56,
-    "engine/step/first_look.py:_cell_ran": 55,
     "engine/step/step.py:_run": 58,
     "model/chain.py:chain_of": 58,
     "model/export/capture.py:capture": 54,

@@ -208,7 +208,7 @@ def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
                 collecting(outer)
             if subject.loss is not None:
                 look.loss_ran(subject.loss, m, value, targets[m])
-    return look.problems
+    return [text for _, text in look.found.values()]
 
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:

@@ -101,7 +101,7 @@ def test_losses_that_count_otherwise(name: str, size: int) -> None:
     """Found silent. With one sample a microbatch, too."""
     loss, text = WRONG[name]
     if name == "ignored" and size == 4:
-        return  # a mean over nothing: the step's own loss is NaN
+        text = "is a mean over nothing"
     pipe, x = pipeline(linears(), loss), 3 * torch.randn(size, WIDTH)
     with pytest.warns(UserWarning, match=text):
         pipe.step(x, target=labels(size))
@@ -150,6 +150,92 @@ def test_losses_that_are_right_say_nothing(name: str) -> None:
     for size in (8, 10, 4):
         pipe.step(torch.zeros(size, WIDTH) + torch.arange(size)[:, None], target=labels(size))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def masked(output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+    label, mask = target
+    each = nn.functional.cross_entropy(output, label, reduction="none")
+    return (each * mask).sum() / mask.sum()
+
+
+def cut(targets: Tensor, places: list[int], value: float) -> Tensor:
+    targets = targets.clone()
+    targets[places] = value
+    return targets
+
+
+# A loss, its target without and with what does not count, a weight that makes it right, and how
+# the warning says that.
+LATER: dict[str, tuple[Callable[..., Tensor], object, object, Callable[..., Tensor], str]] = {
+    "ignored": (
+        nn.functional.cross_entropy,
+        labels(),
+        cut(labels(), [5, 6, 7], -100),
+        lambda target: (target != -100).sum(),
+        "(target != -100).sum()",
+    ),
+    "an index of its own": (
+        lambda o, t: nn.functional.cross_entropy(o, t["label"], ignore_index=255),
+        {"label": labels()},
+        {"label": cut(labels(), [5], 255)},
+        lambda target: (target["label"] != 255).sum(),
+        "(target['label'] != 255).sum()",
+    ),
+    "mask": (
+        masked,
+        (labels(), torch.ones(8)),
+        (labels(), cut(torch.ones(8), [7], 0)),
+        lambda target: target[1].sum(),
+        "target[1].sum()",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", ["step", "evaluate"])
+@pytest.mark.parametrize("name", LATER)
+def test_what_does_not_count_from_a_later_call_on(name: str, call: str) -> None:
+    """Found silent: padding that begins after the first call, in the last microbatches."""
+    loss, full, padded, weight, code = LATER[name]
+    torch.manual_seed(0)
+    pipe, x = pipeline(linears(), loss), torch.randn(8, WIDTH)
+    for _ in range(4):
+        getattr(pipe, call)(x, target=full)
+    with pytest.warns(ExactnessWarning) as caught:
+        getattr(pipe, call)(x, target=padded)
+    told = [str(warning.message) for warning in caught]
+    if name == "ignored":  # the last microbatch altogether
+        assert f"weight=lambda target: {code}, by which such a microbatch counts nothing" in told[1]
+    assert f"here weight=lambda target: {code} fits" in told[0]
+    getattr(pipe, call)(x, target=padded)  # once
+    right = pipeline(linears(), loss, weight=weight)
+    expected = float(loss(nn.Sequential(*linears())(x), padded).detach())
+    assert float(getattr(right, call)(x, target=padded)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_does_not_count_in_another_microbatch() -> None:
+    """Found silent: the first pairs count alike, and no value is new."""
+    torch.manual_seed(0)
+    pipe = pipeline(linears(), nn.functional.cross_entropy, count=8)
+    even, x = cut(labels(8).repeat(2), [0, 2, 4, 6, 8, 10, 12, 14], -100), torch.randn(16, WIDTH)
+    pipe.step(x, target=even)
+    with pytest.warns(ExactnessWarning, match="do not count alike"):
+        for _ in range(3):
+            pipe.step(x, target=cut(even, [14], 1))
+
+
+def test_looks_grow_rare() -> None:
+    calls = 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return nn.functional.cross_entropy(output, target)
+
+    pipe, x = pipeline(linears(), loss), torch.randn(8, WIDTH)
+    for _ in range(40):
+        pipe.step(x, target=labels())
+    own = 40 * 4
+    assert own < calls <= own + 6 * 3 * 3  # in calls 1, 2, 4, ..., for three pairs
 
 
 class Balanced(nn.Module):

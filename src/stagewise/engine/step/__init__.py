@@ -5,8 +5,9 @@
 2. `weights`: how much each microbatch's loss counts.
 3. `execute`: the rank's program, instruction by instruction.
 4. `results`: every rank knows the loss; `agreement`: or every rank raises the first failure.
-5. `unchanged`: what was built is still what runs; in the first call `first_look` tries what kind
-   of loss it is (`loss_kind`), and whether cells mix samples (`mixing`).
+5. `unchanged`: what was built is still what runs; in calls that `looks` chooses, `first_look` tries
+   what kind of loss it is (`loss_kind`), what of it counts (`counting`), and whether cells mix
+   samples (`mixing`).
 
 `step` calls these in order.
 """

@@ -1,19 +1,19 @@
-"""A look, at the first call, at what would be silently another number than the plain model's.
+"""A look, at one call, at what would be silently another number than the plain model's.
 
 Problem: microbatches are cut along one dimension and their losses added by weight. A loss that is a
 sum, counts samples unequally, or compares the samples of its batch with each other comes out
 wrong, and so does a batch whose first dimension is time.
-Idea: two microbatches of the first call are put together again. The loss function, a cell that
-adds a loss, and one with a layer that takes its samples along another dimension run on both
-apart and together, in eval mode and without a trace; what differs becomes a warning. A look that
-fails for any reason, or whose code draws random numbers, says nothing.
+Idea: two microbatches of a call are put together again. The loss function, a cell that adds a
+loss, and one with a layer that takes its samples along another dimension run on both apart and
+together, in eval mode and without a trace; what differs becomes a warning. A look that fails for
+any reason, or whose code draws random numbers, says nothing. `looks` says which calls have one.
 """
 
 import contextlib
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from stagewise.batch.values import detached, flatten
 from stagewise.engine.stage.call import CellForward
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
+from stagewise.engine.step.counting import weight_that_fits
 from stagewise.engine.step.loss_kind import SEVERITY, Examined, Owner, examine, words
 from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
 from stagewise.model.added_losses import MAIN_LOSS, LossCollector, collecting
@@ -44,18 +45,16 @@ class FirstLook:
         weight: Callable[..., object] | None,
         sums_losses: bool,
         loss: Callable[..., object] | None,
+        unlike: Collection[int] = (),
+        again: bool = False,
     ) -> None:
-        self._sizes, self._batch_dim = sizes, batch_dim
+        """Later pairs are looked at if their second is `unlike`; `again`: code was looked at."""
+        self._sizes, self._batch_dim, self._unlike, self._again = sizes, batch_dim, unlike, again
         self._weight, self._sums, self._loss = weight, sums_losses, loss
         # By who took it: the microbatch that came last, its value, and its tensors' versions.
         self._kept: dict[object, tuple[int, object, list[int]]] = {}
-        self._pairs: Counter[object] = Counter()  # that were looked at
-        self._found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
-
-    @property
-    def problems(self) -> list[str]:
-        """What is wrong, in words."""
-        return [text for _, text in self._found.values()]
+        self._pairs: Counter[object] = Counter()  # that came
+        self.found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
 
     def cells(
         self,
@@ -73,7 +72,7 @@ class FirstLook:
     def _watched(
         self, cell: Cell, forward: CellForward, collector: LossCollector, m: int, *, is_last: bool
     ) -> CellForward:
-        sideways = sideways_layer(cell.module, self._batch_dim)
+        sideways = None if self._again else sideways_layer(cell.module, self._batch_dim)
 
         def watched(value: object, keywords: Mapping[str, object]) -> object:
             num_added = len(collector.added)
@@ -120,13 +119,16 @@ class FirstLook:
             by = "samples" if self._weight is None else "weight(target)"
             targets = [part[1] for part in pair.parts]  # type: ignore[index]
             for found in self._examined(run, pair, targets):
-                self._note(found, _name(found.name, "the loss"), by=by, owner="function")
+                fits = weight_that_fits([t[0] for t in targets if t], found.counts)
+                self._note(found, _name(found.name, "the loss"), by=by, owner="function", fits=fits)
 
-    def _note(self, found: Examined, what: str, *, by: str, owner: Owner) -> None:
+    def _note(
+        self, found: Examined, what: str, *, by: str, owner: Owner, fits: str | None = None
+    ) -> None:
         """One pair may not show all that another one does."""
         badly = SEVERITY.index(found.kind)
-        if badly > self._found.get(what, (-1, ""))[0]:
-            self._found[what] = badly, words(found, what, by=by, owner=owner)
+        if badly > self.found.get(what, (-1, ""))[0]:
+            self.found[what] = badly, words(found, what, by=by, owner=owner, fits=fits)
 
     def _examined(
         self, run: _Run, pair: Pair, targets: Sequence[Sequence[object]]
@@ -156,7 +158,7 @@ class FirstLook:
         for name in run(pair.whole):
             if name not in unlike:
                 what = _name(name, "the loss")
-                self._found[what] = (
+                self.found[what] = (
                     0,
                     f"{what} is a mean along dimension {dim} too, in which "
                     f"microbatches differ, but they count by their samples, {sizes[0]} and "
@@ -184,32 +186,9 @@ class FirstLook:
             if sideways is not None:
                 outputs = [forward(*part) for part in (*pair.parts, pair.whole)]  # type: ignore[misc]
                 if differ(outputs, self._batch_dim):
-                    self._found[cell.name] = (
-                        0,
-                        f"cell {cell.name!r} has a {sideways}, and mixes what lies along dimension "
-                        f"{self._batch_dim}, along which the batch was cut into microbatches of "
-                        f"{sizes[0]}, {sizes[1]}, ... as its samples; give Pipeline "
-                        f"batch_dim={1 - self._batch_dim}, or bring the samples to dimension "
-                        f"{self._batch_dim}",
-                    )
+                    self.found[cell.name] = 0, _sideways(cell, sideways, self._batch_dim, sizes)
                 return
-
-            def run(value: object) -> Mapping[str, Tensor]:
-                collector = LossCollector()
-                outer = collecting(collector)
-                try:
-                    output = forward(*value)  # type: ignore[misc]
-                finally:
-                    collecting(outer)
-                found: dict[str, Tensor] = {}
-                for loss in collector.added:
-                    found[loss.name] = found.get(loss.name, 0.0) + loss.value.reshape(())
-                if is_loss:
-                    value = output if self._loss is None else self._loss(output)
-                    found |= {f"{_OWN}{n}": x for n, x in _by_name(value).items()}
-                return found
-
-            by_samples = _shares(pair.sizes)
+            run, by_samples = self._losses_of(forward, is_loss=is_loss), _shares(pair.sizes)
 
             def counted(name: str) -> tuple[float, float]:
                 return (1.0, 1.0) if self._sums and name.startswith(_OWN) else by_samples
@@ -221,21 +200,39 @@ class FirstLook:
                     what, owner = f"the loss {found.name!r} that cell {cell.name!r} adds", "cell"
                 self._note(found, what, by="samples", owner=owner)  # type: ignore[arg-type]
 
+    def _losses_of(self, forward: CellForward, *, is_loss: bool) -> _Run:
+        """The losses that a cell adds, and with `is_loss` those that it returns, of a value."""
+
+        def run(value: object) -> Mapping[str, Tensor]:
+            collector = LossCollector()
+            outer = collecting(collector)
+            try:
+                output = forward(*value)  # type: ignore[misc]
+            finally:
+                collecting(outer)
+            found: dict[str, Tensor] = {}
+            for loss in collector.added:
+                found[loss.name] = found.get(loss.name, 0.0) + loss.value.reshape(())
+            if is_loss:
+                value = output if self._loss is None else self._loss(output)
+                found |= {f"{_OWN}{n}": x for n, x in _by_name(value).items()}
+            return found
+
+        return run
+
     def _both(
         self, who: object, m: int, value: object
     ) -> tuple[list[object], tuple[int, int]] | None:
         """The values of the microbatch before and of this one, and their sizes; None once enough
         pairs were seen, and where there is none."""
-        if self._pairs[who] == _MOST_PAIRS:
-            return None
         value, before = detached(value), self._kept.get(who)
         self._kept[who] = m, value, _versions(value)
         if before is None:
             return None
         first, kept, versions = before
         self._pairs[who] += 1
-        if self._pairs[who] == _MOST_PAIRS:
-            del self._kept[who]
+        if self._pairs[who] > _MOST_PAIRS and m not in self._unlike:
+            return None
         if _versions(kept) != versions:  # changed in place since
             return None
         return [kept, value], (self._sizes[first], self._sizes[m])
@@ -243,7 +240,7 @@ class FirstLook:
     @contextlib.contextmanager
     def _quietly(self, code: object) -> Iterator[None]:
         """Look inside: no error, warning, random number or problem found by chance comes out."""
-        so_far, devices = dict(self._found), {t.device for t in _state_of(code)}
+        so_far, devices = dict(self.found), {t.device for t in _state_of(code)}
         with (
             warnings.catch_warnings(),
             generators_kept(devices),
@@ -255,12 +252,20 @@ class FirstLook:
             try:
                 yield
             except Exception:
-                self._found = so_far
+                self.found = so_far
         if moved or late:
-            self._found = so_far
+            self.found = so_far
 
 
 _OWN = "\0"  # before the name of a loss that is a cell's output
+
+
+def _sideways(cell: Cell, layer: str, batch_dim: int, sizes: tuple[int, int]) -> str:
+    return (
+        f"cell {cell.name!r} has a {layer}, and mixes what lies along dimension {batch_dim}, along "
+        f"which the batch was cut into microbatches of {sizes[0]}, {sizes[1]}, ... as its samples; "
+        f"give Pipeline batch_dim={1 - batch_dim}, or bring the samples to dimension {batch_dim}"
+    )
 
 
 def _always(counts: tuple[float, float]) -> Callable[[str], tuple[float, float]]:

@@ -159,8 +159,9 @@ _REMEDIES: dict[tuple[Kind, Owner], str] = {
 }
 
 
-def words(found: Examined, what: str, *, by: str, owner: Owner) -> str:
-    """What is wrong with `what`, with its numbers and the remedy; it counts by `by`."""
+def words(found: Examined, what: str, *, by: str, owner: Owner, fits: str | None = None) -> str:
+    """What is wrong with `what`, with its numbers and the remedy; it counts by `by`, and would be
+    right here with what `fits`."""
     first, second = found.parts
     shown = (
         f"on two parts of the batch it is {first:.6g} and {second:.6g}, on both together "
@@ -183,6 +184,7 @@ def words(found: Examined, what: str, *, by: str, owner: Owner) -> str:
             f"{what} is a mean in which samples do not count alike: {shown}; its parts count for "
             f"{found.counts[0]:.4g} and {found.counts[1]:.4g} of the whole, but are counted as "
             f"{found.counted[0]:.4g} and {found.counted[1]:.4g}, by {by}; {remedy}"
+            + (f"; here {fits} fits" if fits else "")
         )
     return (
         f"{what} depends on the other samples of its batch (negatives, hard pairs, statistics over "

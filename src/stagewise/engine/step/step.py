@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Arguments, Microbatches, along
+from stagewise.batch.markers import Arguments, along
 from stagewise.batch.split import split
 from stagewise.batch.values import move
 from stagewise.engine.gradients.batch import share_gradients
@@ -36,7 +35,7 @@ from stagewise.engine.step.admission import Admitted, admit, fingerprint
 from stagewise.engine.step.agreement import agreed_failure
 from stagewise.engine.step.digest import is_compared
 from stagewise.engine.step.execute import execute
-from stagewise.engine.step.first_look import FirstLook
+from stagewise.engine.step.looks import Looks
 from stagewise.engine.step.results import agree_on_end, agree_on_losses
 from stagewise.engine.step.unchanged import Unchanged
 from stagewise.engine.step.weights import Weight, agree_on_shares, check_scaling
@@ -114,7 +113,7 @@ class Runner:
         self._parameters = list(dict.fromkeys(parameters))
         self._sums = Float32Sums(self._parameters) if accumulate_in_float32 else None
         self.spans: tuple[Span, ...] = ()
-        self._looked: set[Mode] = set()  # at what calls in these modes do
+        self._looks = Looks(weight, self._loss(), sums_losses=sums_losses)
         self._draws = Draws([*(cell.module for cell in cells), self._loss()])
         self._watched: set[Mode] = set()  # for what cells draw from
         self._warned: set[str] = set()
@@ -217,14 +216,13 @@ class Runner:
             },
             batchnorms=self._batchnorms,
         )
-        if request.observe is None and mode not in self._looked and len(call.sizes) > 1:
-            if not _has_sizes((request.inputs, request.target, request.keywords)):
-                call.look = self._first_look(call)
-            self._looked.add(mode)
         try:
             # Gradients for the batch's own tensors go back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(training):
                 self._take_batch(call, admitted, request.inputs, request.target, request.keywords)
+            if request.observe is None:
+                batch = request.inputs, request.target, request.keywords
+                call.look = self._looks.at(call, admitted.signature, batch)
         except Exception as error:
             call.fail(Failure.of(error, None, None))
         if self.weight is not None and mode is not Mode.PREDICT:
@@ -299,18 +297,9 @@ class Runner:
         last = self.stages.get(self.schedule.num_stages - 1)
         return None if last is None else last.loss
 
-    def _first_look(self, call: Call) -> FirstLook:
-        return FirstLook(
-            call.sizes,
-            call.batch_dim,
-            weight=self.weight,
-            sums_losses=self.sums_losses,
-            loss=self._loss(),
-        )
-
     def _warn(self, call: Call, late: Sequence[Source]) -> None:
-        """Of what the first look found, each once, and of late draws; the call is over."""
-        problems = [*call.look.problems] if isinstance(call.look, FirstLook) else []
+        """Of what a look found, each once, and of late draws; the call is over."""
+        problems = self._looks.problems(call)
         if late:
             self._watched.discard(call.mode)
             names = ", ".join(sorted({source.name for source in late}))
@@ -446,12 +435,6 @@ class Runner:
         if training:
             return self.schedule.of_first(num_microbatches)
         return forward_only(self.schedule.placement, num_microbatches)
-
-
-def _has_sizes(batch: object) -> bool:
-    """Whether Microbatches in it say their sizes, so that no dimension tells what a sample is."""
-    leaves = pytree.tree_leaves(batch, is_leaf=lambda node: isinstance(node, Microbatches))
-    return any(isinstance(leaf, Microbatches) and leaf.sizes is not None for leaf in leaves)
 
 
 def _in_time_order(
