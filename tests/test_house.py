@@ -106,7 +106,6 @@ SAME_NAME = {
     "Replicated",
     "Source",
     "Walk",
-    "Wire",
     "Work",
     "agreed",
     "check",

@@ -172,8 +172,8 @@ def upward(name: str, needs_grad: bool) -> dict[tuple[int, int], int]:
         stagewise.Plan(balance=(1, 1, 1, 1), schedule="1f1b", num_microbatches=4),
         loss=nn.functional.mse_loss,
     )
-    transport, sent = pipe._transport, dict[tuple[int, int], int]()
-    send: Callable[[Message, object], None] = transport.send
+    mail, sent = pipe._runner.mail, dict[tuple[int, int], int]()
+    send: Callable[[Message, object], None] = mail.send
 
     def counting(message: Message, value: object) -> None:
         if message.kind is Kind.BACKWARD:
@@ -181,7 +181,7 @@ def upward(name: str, needs_grad: bool) -> dict[tuple[int, int], int]:
             sent[link] = sent.get(link, 0) + len(take_apart(value)[0])
         send(message, value)
 
-    transport.send = counting  # type: ignore[method-assign]
+    mail.send = counting  # type: ignore[misc]
     inputs, target = data(needs_grad=needs_grad)
     pipe.step(inputs, target=target)
     return sent

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import stagewise
-from stagewise.engine.transport.distributed import _leave
+from stagewise.engine.transport.ranks import _leave
 from stagewise.errors import BatchError, PeerError, PlanError, StagewiseError
 from tests.harness import Pools
 
@@ -147,7 +147,7 @@ def one_ends(ending: int) -> tuple[str, float]:
         at_its_end = [
             finalizer
             for finalizer in util._finalizer_registry.values()  # type: ignore[attr-defined]
-            if finalizer._callback is _leave and finalizer._args[0]() is pipe._transport
+            if finalizer._callback is _leave and finalizer._args[0]() is pipe.ranks
         ]
         at_its_end[0]()
         return "", 0.0

@@ -149,18 +149,19 @@ def test_a_skip_goes_straight_to_its_stage() -> None:
 
 def test_messages_hold_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, int] = {}
-    send = stagewise.engine.transport.transport.LocalTransport.send  # type: ignore[attr-defined]
 
-    def note(self: object, message: Message, value: object) -> None:
+    def note(message: Message, value: object) -> None:
         tensors, _ = stagewise.batch.values.take_apart(value)  # type: ignore[attr-defined]
         kind = str(message).split(" ")[0]
         sent[f"{kind} {message.source_stage}{message.destination_stage}"] = len(tensors)
-        send(self, message, value)
+        send(message, value)
 
-    monkeypatch.setattr(stagewise.engine.transport.transport.LocalTransport, "send", note)  # type: ignore[attr-defined]
     wires = (Wire(0, 3, "pair", 1), Wire(0, 1, "output", 1), Wire(1, 3, "order", 1))
     plan = stagewise.Plan(balance=(1, 1, 1, 1), schedule="1f1b", num_microbatches=1)
     pipe = stagewise.Pipeline(wired(WIDTH, 4, wires), plan, loss=MSE)
+    mail = pipe._runner.mail
+    send = mail.send
+    monkeypatch.setattr(mail, "send", note)
     pipe.step(torch.ones(2, WIDTH), target=torch.ones(2, WIDTH))
     assert sent == {
         "activation 01": 2,

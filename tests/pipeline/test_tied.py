@@ -432,14 +432,14 @@ def test_a_module_with_state_may_be_shared_within_a_stage() -> None:
 def sent_for_ties(run: Run) -> list[int]:
     """How many tensors this rank gives to each other rank in one step."""
     pipe = pipeline(run)
-    transport, given = pipe._transport, [0] * pipe.num_ranks
-    give: Callable[[int, Sequence[Tensor | None]], None] = transport.give
+    ranks, given = pipe.ranks, [0] * pipe.num_ranks
+    give: Callable[[int, Sequence[Tensor | None]], None] = ranks.give
 
     def counting(rank: int, tensors: Sequence[Tensor | None]) -> None:
         given[rank] += sum(tensor is not None for tensor in tensors)
         give(rank, tensors)
 
-    transport.give = counting  # type: ignore[method-assign]
+    ranks.give = counting  # type: ignore[method-assign]
     inputs, target = batch(run.example, 10)
     pipe.step(inputs, target=target)
     return given

@@ -11,7 +11,7 @@ import torch
 from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import Source, State, open_source
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 
 _NUM_SHOWN = 5
@@ -21,7 +21,7 @@ def load(
     state: State,
     own: Mapping[str, torch.Tensor],
     aliases: Aliases,
-    transport: Transport,
+    ranks: Ranks,
     *,
     strict: bool = True,
     convert: bool = False,
@@ -31,10 +31,10 @@ def load(
     Raises CheckpointError on every rank, before anything is changed, if a shape or (without
     `convert`) a dtype differs, or with `strict` if the names are not those of the model.
     """
-    with agreed(transport, "load_checkpoint"):
+    with agreed(ranks, "load_checkpoint"):
         source = open_source(state, aliases)
         found = check(source, own, aliases, strict=strict, convert=convert)
-    with agreed(transport, "load_checkpoint: values"):
+    with agreed(ranks, "load_checkpoint: values"):
         fill(source, own, found)
 
 

@@ -18,37 +18,35 @@ from safetensors.torch import save_file
 from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 
 SHARD_BYTES = 2 << 30  # of the largest file, unless a tensor alone is larger
 _STEMS = ("model", "model-next")  # of shards; the one that the earlier checkpoint has not
 
 
-def save(
-    directory: Path, own: Mapping[str, object], aliases: Aliases, transport: Transport
-) -> None:
+def save(directory: Path, own: Mapping[str, object], aliases: Aliases, ranks: Ranks) -> None:
     """Write `own`, this rank's state by name, as its part of a checkpoint; every rank calls this.
 
     A tensor with several names is written once, under its first. Raises CheckpointError on every
     rank if something cannot be written.
     """
-    with agreed(transport, "save_checkpoint"):
+    with agreed(ranks, "save_checkpoint"):
         tensors = _writable(own, aliases)
     first_owner: dict[str, int] = {}
-    for rank, names in enumerate(transport.gather(list(tensors), "save_checkpoint: names")):
+    for rank, names in enumerate(ranks.gather(list(tensors), "save_checkpoint: names")):
         for name in names:
             first_owner.setdefault(name, rank)
-    shards = _shards({n: t for n, t in tensors.items() if first_owner[n] == transport.rank})
-    with agreed(transport, "save_checkpoint: the folder"):
+    shards = _shards({n: t for n, t in tensors.items() if first_owner[n] == ranks.rank})
+    with agreed(ranks, "save_checkpoint: the folder"):
         prepared = _prepare(directory)
-    old = transport.gather(prepared, "save_checkpoint: earlier files")[0]
+    old = ranks.gather(prepared, "save_checkpoint: earlier files")[0]
     stem = next(s for s in _STEMS if not any(_has_stem(file, s) for file in old))
-    counts = transport.gather(len(shards), "save_checkpoint: shards")
-    total, start = sum(counts), sum(counts[: transport.rank])
+    counts = ranks.gather(len(shards), "save_checkpoint: shards")
+    total, start = sum(counts), sum(counts[: ranks.rank])
     files: dict[str, str] = {}
     digests: dict[str, str] = {}
-    with agreed(transport, "save_checkpoint: files"), _told(directory):
+    with agreed(ranks, "save_checkpoint: files"), _told(directory):
         for number, shard in enumerate(shards, start=start + 1):
             file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
             unfinished = directory / f"{file}.tmp"
@@ -59,9 +57,9 @@ def save(
             os.replace(unfinished, directory / file)
             files |= dict.fromkeys(shard, file)
     num_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    parts = transport.gather((files, num_bytes, digests), "save_checkpoint: contents")
-    with agreed(transport, "save_checkpoint: index"), _told(directory):
-        if transport.rank == 0:
+    parts = ranks.gather((files, num_bytes, digests), "save_checkpoint: contents")
+    with agreed(ranks, "save_checkpoint: index"), _told(directory):
+        if ranks.rank == 0:
             _commit(directory, parts)
             for file in old:
                 if file.endswith(".safetensors"):

@@ -16,7 +16,7 @@ from stagewise.engine.stage.call import Call, Mode, Scaling
 from stagewise.engine.step.results import (
     Losses,
     Merge,
-    Ranks,
+    OnRanks,
     losses_by_microbatch,
     outputs_of,
     ranks_of,
@@ -53,7 +53,7 @@ class Calls(Share):
         total_weight: float | Mapping[str, float] | None = None,
         loss_scale: float = 1.0,
         return_outputs: Literal[False] = False,
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor: ...
@@ -67,7 +67,7 @@ class Calls(Share):
         total_weight: float | Mapping[str, float] | None = None,
         loss_scale: float = 1.0,
         return_outputs: Literal[True],
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, object]: ...
@@ -80,7 +80,7 @@ class Calls(Share):
         total_weight: float | Mapping[str, float] | None = None,
         loss_scale: float = 1.0,
         return_outputs: bool = False,
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
@@ -113,7 +113,7 @@ class Calls(Share):
         scaling = Scaling(
             total_samples=total_samples, total_weight=total_weight, gradient_scale=loss_scale
         )
-        outputs_on = self._ranks(ranks, return_outputs)
+        outputs_on = self._wanted(ranks, return_outputs)
         call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
         self._runner.backward_into(call)
         self.step_index += 1
@@ -126,7 +126,7 @@ class Calls(Share):
         *inputs: object,
         target: object = None,
         return_outputs: Literal[False] = False,
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor: ...
@@ -137,7 +137,7 @@ class Calls(Share):
         *inputs: object,
         target: object = None,
         return_outputs: Literal[True],
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, object]: ...
@@ -147,7 +147,7 @@ class Calls(Share):
         *inputs: object,
         target: object = None,
         return_outputs: bool = False,
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
@@ -155,7 +155,7 @@ class Calls(Share):
 
         Arguments and outputs are those of `step`.
         """
-        outputs_on = self._ranks(ranks, return_outputs)
+        outputs_on = self._wanted(ranks, return_outputs)
         with self._eval_mode():
             call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on, batch_dim)
         loss = self._loss_of(call)
@@ -164,7 +164,7 @@ class Calls(Share):
     def predict(
         self,
         *inputs: object,
-        ranks: Ranks = None,
+        ranks: OnRanks = None,
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> object:
@@ -174,7 +174,7 @@ class Calls(Share):
         the result: the outputs as they are, of any shapes. Else raises BatchError, on every rank,
         if an output does not hold its microbatch's samples along dimension 0.
         """
-        outputs_on = self._ranks(ranks)
+        outputs_on = self._wanted(ranks)
         with self._eval_mode():
             call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on, batch_dim)
         return self._outputs_of(call, outputs_on)
@@ -184,9 +184,7 @@ class Calls(Share):
 
         On every rank; every rank must ask. A microbatch of weight 0 has none.
         """
-        return losses_by_microbatch(
-            self._transport, self._microbatch_losses, self._num_microbatches
-        )
+        return losses_by_microbatch(self._ranks, self._microbatch_losses, self._num_microbatches)
 
     @property
     def num_microbatches(self) -> int:
@@ -256,12 +254,12 @@ class Calls(Share):
             return None, target, named
         return packed(inputs), target, kwargs
 
-    def _ranks(self, ranks: Ranks, asked: bool = True) -> list[int]:
+    def _wanted(self, ranks: OnRanks, asked: bool = True) -> list[int]:
         return ranks_of(ranks, self.num_ranks) if asked else []
 
     def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
         sources = self._runner.last_ranks
-        return outputs_of(call, self._transport, sources, ranks, self._merge)
+        return outputs_of(call, self._ranks, sources, ranks, self._merge)
 
     def _loss_of(self, call: Call) -> torch.Tensor:
         assert call.agreed is not None, "the call has failed"

@@ -139,7 +139,8 @@ class Pipeline(Calls):
             )
         schedule = plan.built_schedule
         homes = [devices[0] for devices in schedule.placement]
-        self._devices, ranks = connect(transport, devices, chain, schedule.num_devices, homes)
+        self._devices, wired = connect(transport, devices, chain, schedule.num_devices, homes)
+        ranks = wired.ranks
         whole = WholeModel.of(chain)
         options = {
             "seed": seed,
@@ -170,7 +171,7 @@ class Pipeline(Calls):
         alone = self.num_ranks == 1
         self._runner = Runner(
             stages,
-            self._transport,
+            wired,
             schedule,
             seed,
             takers=Takers(
@@ -196,16 +197,16 @@ class Pipeline(Calls):
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
-        self._transport.exchange((), "measure_memory")
+        self._ranks.exchange((), "measure_memory")
         batch = self._batch(inputs, target, kwargs, self._batch_dim)
         peak = measure_memory(self._runner, *batch, batch_dim=self._batch_dim)
-        return tuple(row[0] for row in self._transport.exchange([peak], "measure_memory: peaks"))
+        return tuple(row[0] for row in self._ranks.exchange([peak], "measure_memory: peaks"))
 
     def rehearse(
         self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
-        self._transport.exchange((), "rehearse")
+        self._ranks.exchange((), "rehearse")
         batch = self._batch(inputs, target, kwargs, self._batch_dim)
         return rehearse(self._runner, *batch, num_steps, batch_dim=self._batch_dim)
 
@@ -215,7 +216,7 @@ class Pipeline(Calls):
         Microbatches, schedule and recompute policy may change, since no parameter moves. Raises
         PlanError, and changes nothing, where cells would go to other stages or devices.
         """
-        self._whole.agree(self._transport, plan)
+        self._whole.agree(self._ranks, plan)
         now, then = self.plan, plan
         for what, got, need in (
             ("balance", then.engine_balance, now.engine_balance),
@@ -233,4 +234,4 @@ class Pipeline(Calls):
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
         self.overflow.before_meeting()
-        return any(row[0] for row in self._transport.exchange([int(flag)], "any"))
+        return any(row[0] for row in self._ranks.exchange([int(flag)], "any"))

@@ -18,7 +18,7 @@ from stagewise.checkpoints.saving import save
 from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_value
 from stagewise.engine.gradients.overflow import Overflow
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 from stagewise.model.chain import module_tree
 from stagewise.model.tied import Tied, with_all_names
@@ -33,26 +33,26 @@ class Share:
         whole: WholeModel,
         stages: Mapping[int, Stage],
         ties: tuple[Tied, ...],
-        transport: Transport,
+        ranks: Ranks,
     ) -> None:
         self.step_index = 0
         self.parameter_shapes = dict(whole.shapes)
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
-        self._whole, self._ties, self._transport = whole, ties, transport
+        self._whole, self._ties, self._ranks = whole, ties, ranks
         self._first_names = {name: one.names[0] for one in ties for name in one.names}
-        self.overflow = Overflow(transport, self.parameters, lambda: self.step_index)
+        self.overflow = Overflow(ranks, self.parameters, lambda: self.step_index)
 
     @property
     def rank(self) -> int:
-        return self._transport.rank
+        return self._ranks.rank
 
     @property
     def num_ranks(self) -> int:
-        return self._transport.num_ranks
+        return self._ranks.num_ranks
 
     @property
-    def transport(self) -> Transport:
-        return self._transport
+    def ranks(self) -> Ranks:
+        return self._ranks
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of this rank's stages.
@@ -109,7 +109,7 @@ class Share:
         CheckpointError on every rank before anything is changed on any.
         """
         how = {"strict": strict, "convert": convert}
-        load(path, self.state_dict(), self._whole.aliases, self._transport, **how)
+        load(path, self.state_dict(), self._whole.aliases, self._ranks, **how)
 
     def save_checkpoint(self, directory: str | PathLike[str]) -> None:
         """Write the model as safetensors shards with an index, each rank its own; all call this.
@@ -119,7 +119,7 @@ class Share:
         a crash leaves one of the two. All ranks must see one file system. Raises CheckpointError on
         every rank.
         """
-        save(Path(directory), self.state_dict(), self._whole.aliases, self._transport)
+        save(Path(directory), self.state_dict(), self._whole.aliases, self._ranks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear this rank's gradients."""
@@ -144,12 +144,12 @@ class Share:
             dict(self.named_parameters()),
             self._whole.dtypes,
             max_norm,
-            self._transport,
+            self._ranks,
         )
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]; every rank calls this."""
-        self._transport.exchange((), f"clip_grad_value_({float(max_value)!r})")
+        self._ranks.exchange((), f"clip_grad_value_({float(max_value)!r})")
         clip_by_value(self.parameters(), max_value)
 
 

@@ -26,7 +26,8 @@ from stagewise.engine.stage.keywords import Takers
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Loss, Stage
 from stagewise.engine.step.step import Runner
-from stagewise.engine.transport.transport import LocalTransport
+from stagewise.engine.transport.connect import in_one_process
+from stagewise.engine.transport.transport import Transport
 from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction, Kind, Message, Schedule, gpipe
 from stagewise.timeline import Timeline
@@ -99,7 +100,7 @@ def profile(
     others, in the same time.
     """
     num_cells = len(chain)
-    transport = _WeighingTransport(device, num_cells)
+    scales = _Scales(in_one_process([device] * num_cells))
     routes = SkipRoutes(chain, [1] * num_cells)
     stages = {
         cell.index: routes.stage(
@@ -109,7 +110,7 @@ def profile(
     }
     takers = Takers(chain, [1] * num_cells, [(0,)] * num_cells)
     runners = [
-        Runner(stages, transport, schedule, seed=0, takers=takers, flows=routes.flows)
+        Runner(stages, scales.transport, schedule, seed=0, takers=takers, flows=routes.flows)
         for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
     ]
     inputs, target, keywords = pytree.tree_map_only(
@@ -140,8 +141,8 @@ def profile(
             parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
             activation_bytes=measured.kept[cell.index],
             unsaved_output_bytes=measured.unsaved[cell.index],
-            output_bytes=transport.weights.get((Kind.FORWARD, cell.index), 0),
-            gradient_bytes=transport.weights.get((Kind.BACKWARD, cell.index + 1), 0),
+            output_bytes=scales.weights.get((Kind.FORWARD, cell.index), 0),
+            gradient_bytes=scales.weights.get((Kind.BACKWARD, cell.index + 1), 0),
             input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
             weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
             deferred_bytes=measured.deferred.get(cell.index),
@@ -168,18 +169,22 @@ def _in_halves(num_stages: int) -> Schedule:
     )
 
 
-class _WeighingTransport(LocalTransport):
-    """Also notes how many bytes each stage sends to its neighbours."""
+class _Scales:
+    """The mail of `transport`, noting how many bytes pass."""
 
-    def __init__(self, device: torch.device, num_devices: int) -> None:
-        super().__init__([device] * num_devices)
-        self.weights: dict[tuple[Kind, int], int] = {}
+    def __init__(self, transport: Transport) -> None:
+        self._mail = mail = transport.mail
+        self.transport = Transport(self, transport.ranks)
+        self.weights: dict[tuple[Kind, int], int] = {}  # of what each stage sends its neighbours
+        self.begin, self.receive, self.send_lost = mail.begin, mail.receive, mail.send_lost
+        self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
+        self.finish, self.clear = mail.finish, mail.clear
 
     def send(self, message: Message, value: object) -> None:
         if message.distance == 1:
             nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
             self.weights[message.kind, message.source_stage] = nbytes
-        super().send(message, value)
+        self._mail.send(message, value)
 
 
 @dataclass
@@ -243,4 +248,4 @@ def _meter(runner: Runner, batch: tuple[object, object, Mapping[str, object]]) -
 def _held(runner: Runner) -> Iterator[torch.Tensor]:
     for stage in runner.stages.values():
         yield from stage.held()
-    yield from runner.transport.waiting()
+    yield from runner.mail.waiting()

@@ -63,13 +63,13 @@ def save(
     """
     path = run / DIRECTORY / f"step-{step:08d}"
     unfinished = path.with_suffix(".tmp")
-    with agreed(pipe.transport, SAVING), _told(unfinished, run):
+    with agreed(pipe.ranks, SAVING), _told(unfinished, run):
         schedules.check_saved(optimizer, scheduler)
         state = _state(pipe, optimizer, scheduler)
         if pipe.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-    with agreed(pipe.transport, SAVING), _told(unfinished, run), _one_process_is_fine():
+    with agreed(pipe.ranks, SAVING), _told(unfinished, run), _one_process_is_fine():
         save_distributed(state, checkpoint_id=unfinished)
     shapes = {name: tuple(shape) for name, shape in pipe.parameter_shapes.items()}
     finite = _is_finite(pipe, state["optimizer"])
@@ -79,10 +79,10 @@ def save(
         seed=seed,
         parameter_shapes=shapes,
         scaler=dict(scaler or {}),
-        finite=all(pipe.transport.gather(finite, SAVING)),
+        finite=all(pipe.ranks.gather(finite, SAVING)),
         files=_digests(pipe, unfinished, run),
     )
-    with agreed(pipe.transport, SAVING), _told(unfinished, run):
+    with agreed(pipe.ranks, SAVING), _told(unfinished, run):
         if pipe.rank == 0:
             fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
             (unfinished / DESCRIPTION).write_text(json.dumps(signed(fields), indent=2))
@@ -118,7 +118,7 @@ def restore(
 ) -> None:
     """Load model, optimizer, schedule and step; every rank calls this."""
     names = {parameter: name for name, parameter in pipe.named_parameters()}
-    with agreed(pipe.transport, RESTORING), _blamed(checkpoint):
+    with agreed(pipe.ranks, RESTORING), _blamed(checkpoint):
         check_fits(checkpoint, pipe.parameter_shapes)
         schedules.check_saved(optimizer, scheduler)
         reader = Reader(checkpoint.path)
@@ -133,13 +133,13 @@ def restore(
             "schedule": schedules.room_for(index, "schedule", scheduler),
         }
     with (
-        agreed(pipe.transport, RESTORING),
+        agreed(pipe.ranks, RESTORING),
         _blamed(checkpoint),
         _one_process_is_fine(),
         torch.no_grad(),
     ):
         load_distributed(state, storage_reader=reader, planner=Planner(), no_dist=True)
-    with agreed(pipe.transport, RESTORING), _blamed(checkpoint):
+    with agreed(pipe.ranks, RESTORING), _blamed(checkpoint):
         if state["model"]:
             set_model_state_dict(pipe.module, state["model"])
         if optimizer is not None:
@@ -181,10 +181,10 @@ def _is_finite(pipe: Pipeline, optimizer: Mapping[str, Any]) -> bool:
 def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:
     """Of every file, on every rank; each hashes its share."""
     files = sorted(path for path in unfinished.iterdir() if path.is_file())
-    with agreed(pipe.transport, SAVING), _told(unfinished, run):
+    with agreed(pipe.ranks, SAVING), _told(unfinished, run):
         own = {path.name: sha256_of(path) for path in files[pipe.rank :: pipe.num_ranks]}
     return {
-        name: digest for part in pipe.transport.gather(own, SAVING) for name, digest in part.items()
+        name: digest for part in pipe.ranks.gather(own, SAVING) for name, digest in part.items()
     }
 
 

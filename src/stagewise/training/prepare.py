@@ -120,7 +120,7 @@ def moved(
 def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
     """Every rank's own optimizer and schedule; raises RecipeError on all where none updates."""
     parameters = list(pipe.parameters())
-    with agreed(pipe.transport, "making the optimizer"):
+    with agreed(pipe.ranks, "making the optimizer"):
         optimizer = recipe.make_optimizer(parameters)
         scheduler = recipe.make_scheduler(optimizer)
     if not pipe.any(optimizer is not None) and pipe.any(bool(parameters)):
@@ -174,7 +174,7 @@ def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) 
 
 def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:
     """Raise RecipeError on every rank where their data have other lengths."""
-    told = pipe.transport.gather(num_steps, "the number of steps")
+    told = pipe.ranks.gather(num_steps, "the number of steps")
     if len(set(told)) > 1:
         listed = ", ".join(f"rank {rank}: {number}" for rank, number in enumerate(told))
         raise RecipeError(

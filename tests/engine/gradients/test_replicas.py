@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from stagewise.engine.gradients.replicas import Replicas
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.stand_ins import StandIns
-from stagewise.engine.transport.transport import LocalTransport
+from stagewise.engine.transport.local import LocalWire
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.wire import Wires
 from stagewise.model.chain import chain_of
 from stagewise.schedule import Instruction, parse_programs
 
@@ -38,11 +41,9 @@ class Noting:
         raise AssertionError("there is no BatchNorm")
 
 
-class Meeting(LocalTransport):
-    num_ranks = 2
-
+class Meeting(Ranks):
     def __init__(self, log: list[str]) -> None:
-        super().__init__([CPU])
+        super().__init__(Wires(LocalWire(), LocalWire()), Peers(0), CPU)
         self._log = log
 
     def group(self, ranks: Sequence[int]) -> Noting | None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from stagewise.engine.gradients.tied import TiedParameters
 from stagewise.engine.stage.stand_ins import StandIns
-from stagewise.engine.transport.distributed import DistributedTransport
+from stagewise.engine.transport.connect import between_processes
 from stagewise.model.chain import chain_of
 from stagewise.model.tied import find_tied
 from tests.harness import Pools
@@ -27,9 +27,9 @@ def model() -> list[nn.Module]:
 
 
 def settled(present: tuple[bool, ...]) -> Tensor | None:
-    """Sum what this rank's cells got; the transport is the real one."""
-    chain, transport = chain_of(model()), DistributedTransport(CPU)
-    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == transport.rank}
+    """Sum what this rank's cells got; the ranks are real ones."""
+    chain, ranks = chain_of(model()), between_processes(CPU).ranks
+    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == ranks.rank}
     tied = TiedParameters(find_tied(chain), own, [(rank,) for rank in RANKS])
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
@@ -40,8 +40,8 @@ def settled(present: tuple[bool, ...]) -> Tensor | None:
             assert module.weight is not weight
             if present[index]:
                 (module.weight * gradient(index)).sum().backward()  # type: ignore[operator]
-    tied.settle(stand_ins, transport)
-    transport.finish()
+    tied.settle(stand_ins, ranks)
+    ranks.finish()
     return weight.grad
 
 
@@ -61,23 +61,21 @@ REPLICATED = ((1, 0), (0, 1), (2,))
 
 def settled_on_replicas() -> Tensor | None:
     """Two replicated cells on the same ranks, in another order, and a third one behind."""
-    chain, transport = chain_of(model()[:3]), DistributedTransport(CPU)
-    own = {
-        cell.index: (cell.module, CPU) for cell in chain if transport.rank in REPLICATED[cell.index]
-    }
+    chain, ranks = chain_of(model()[:3]), between_processes(CPU).ranks
+    own = {cell.index: (cell.module, CPU) for cell in chain if ranks.rank in REPLICATED[cell.index]}
     tied = TiedParameters(find_tied(chain), own, REPLICATED)
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
-        weight.fill_(transport.rank)
-    tied.equalise(transport)
+        weight.fill_(ranks.rank)
+    tied.equalise(ranks)
     assert torch.equal(weight, torch.ones(3, 2))
     stand_ins = tied.stand_ins(training=True)
     for index, (module, _) in own.items():
         with stand_ins.inside(index):
-            (module.weight * gradient(10 * transport.rank + index)).sum().backward()  # type: ignore[operator]
-    tied.settle(stand_ins, transport)
-    transport.finish()
+            (module.weight * gradient(10 * ranks.rank + index)).sum().backward()  # type: ignore[operator]
+    tied.settle(stand_ins, ranks)
+    ranks.finish()
     return weight.grad
 
 

@@ -6,7 +6,7 @@ import torch
 
 from stagewise.engine.stage.call import Call, Mode
 from stagewise.engine.step.execute import execute
-from stagewise.engine.transport.transport import LocalTransport
+from stagewise.engine.transport.connect import in_one_process
 from stagewise.schedule import Instruction, Message, lower, one_f_one_b, with_recompute
 
 
@@ -57,18 +57,17 @@ def test_one_devices_program_in_order() -> None:
 
 
 def test_local_transport_moves_and_forgets() -> None:
-    transport = LocalTransport([torch.device("cpu"), torch.device("meta")])
+    alone = in_one_process([torch.device("cpu"), torch.device("meta")])
+    mail, ranks = alone.mail, alone.ranks
     message = next(s.sends[0] for s in lower(one_f_one_b(2, 1))[0] if s.sends)
     x = torch.ones(2)
-    transport.begin(0, {})
-    transport.send(message, {"x": x})
-    moved = transport.receive(message)
+    mail.begin(0, {})
+    mail.send(message, {"x": x})
+    moved = mail.receive(message)
     assert isinstance(moved, dict) and moved["x"].is_meta
-    transport.finish()
-    transport.send(message, x)
-    transport.begin(0, {})  # what a failed call left behind is dropped
-    transport.finish()
-    assert transport.exchange([1, 2], "a row") == [[1, 2]] and transport.gather("a", "a value") == [
-        "a"
-    ]
-    assert transport.broadcast(x, 0) is x
+    mail.finish()
+    mail.send(message, x)
+    mail.begin(0, {})  # what a failed call left behind is dropped
+    mail.finish()
+    assert ranks.exchange([1, 2], "a row") == [[1, 2]] and ranks.gather("a", "a value") == ["a"]
+    assert ranks.broadcast(x, 0) is x

@@ -10,7 +10,7 @@ from stagewise.engine.transport.failure import LOST
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.errors import CellError
 from stagewise.schedule import forward_only, links, lower
-from tests.engine.transport.wires import FakeWire, Lines
+from tests.engine.transport.wires import Lines, fake_wires
 
 NUM_MICROBATCHES = 6
 PROGRAMS = lower(forward_only([(device,) for device in range(2)], NUM_MICROBATCHES))
@@ -18,9 +18,9 @@ MESSAGES = [message for step in PROGRAMS[0] for message in step.sends]
 LOST_HERE = object()
 
 
-def pair(*, near: bool) -> tuple[Lines, Mailbox, Mailbox]:
+def pair(*, stream: bool) -> tuple[Lines, Mailbox, Mailbox]:
     lines, device = Lines(), torch.device("cpu")
-    one, other = (FakeWire(rank, lines, near=near) for rank in (0, 1))
+    one, other = (fake_wires(rank, lines, stream=stream) for rank in (0, 1))
     return lines, Mailbox(one, device), Mailbox(other, device)
 
 
@@ -37,7 +37,7 @@ def call(lines: Lines, sender: Mailbox, receiver: Mailbox, values: list[object])
     for message in MESSAGES:
         arrived.append(receiver.receive(message))
         receiver.look_ahead()
-    assert not any(lines.near.values())
+    assert not any(lines.stream.values())
     assert all(lines.posted[link] == len(sent) for link, sent in lines.far.items())
     return arrived
 
@@ -59,19 +59,19 @@ def some_value(draw: random.Random) -> object:
 @pytest.mark.parametrize("seed", range(20))
 def test_any_forms_in_any_order_arrive(seed: int) -> None:
     draw = random.Random(seed)
-    lines, sender, receiver = pair(near=True)
+    lines, sender, receiver = pair(stream=True)
     usual = [some_value(draw) for _ in MESSAGES]
     for _ in range(12):
         values = [some_value(draw) if draw.random() < 0.3 else value for value in usual]
         arrived = call(lines, sender, receiver, values)
         assert all(map(same, arrived, values))
         for message in MESSAGES:
-            assert sender._forms.get(message) == receiver._forms.get(message)
+            assert sender._forms.known.get(message) == receiver._forms.known.get(message)
 
 
-@pytest.mark.parametrize("near", [True, False])
-def test_lost_ones_leave_the_rest_in_order(near: bool) -> None:
-    lines, sender, receiver = pair(near=near)
+@pytest.mark.parametrize("stream", [True, False])
+def test_lost_ones_leave_the_rest_in_order(stream: bool) -> None:
+    lines, sender, receiver = pair(stream=stream)
     values: list[object] = [torch.full((n * 100,), float(n)) for n in range(NUM_MICROBATCHES)]
     first = call(lines, sender, receiver, [LOST_HERE, *values[1:]])
     assert first[0] is LOST and all(map(same, first[1:], values[1:]))
@@ -82,7 +82,7 @@ def test_lost_ones_leave_the_rest_in_order(near: bool) -> None:
 
 
 def test_without_marks_another_form_is_refused_in_words() -> None:
-    lines, sender, receiver = pair(near=False)
+    lines, sender, receiver = pair(stream=False)
     values: list[object] = [torch.ones(3)] * NUM_MICROBATCHES
     call(lines, sender, receiver, values)
     sender.begin(1, links(PROGRAMS))

@@ -3,15 +3,14 @@
 import pytest
 from torch.distributed import HashStore
 
-from stagewise.engine.transport import failure
-from stagewise.engine.transport.failure import FailureBoard
-from stagewise.engine.transport.peers import Peer
+from stagewise.engine.transport import peers
+from stagewise.engine.transport.peers import Peers
 from stagewise.errors import PeerError
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(peers, "_PATIENCE_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize(
@@ -24,14 +23,15 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_who_is_silent_is_named(error: Exception, words: str) -> None:
-    peer = Peer(FailureBoard(HashStore(), 1), 1, 3)
-    with pytest.raises(PeerError, match="rank 1 lost rank 3 while waiting for it.*" + words), peer:
+    lost = pytest.raises(PeerError, match="rank 1 lost rank 3 while waiting for it.*" + words)
+    with lost, Peers(1, HashStore()).named(3):
         raise error
 
 
 def test_what_a_rank_wrote_is_the_cause() -> None:
     store = HashStore()
-    FailureBoard(store, 3).write("ValueError: no more")
-    peer = Peer(FailureBoard(store, 1), 1)
-    with pytest.raises(PeerError, match="First failure: rank 3: ValueError: no more"), peer:
+    Peers(3, store).tell("ValueError: no more")
+    Peers(2, store).tell("a later one")
+    lost = pytest.raises(PeerError, match="First failure: rank 3: ValueError: no more")
+    with lost, Peers(1, store).named():
         raise TimeoutError("nothing came")

@@ -8,19 +8,39 @@ from datetime import timedelta
 
 import pytest
 import torch
+from torch import Tensor
 
-from stagewise.engine.transport import unix_sockets as near
-from stagewise.engine.transport.distributed import DistributedTransport
-from stagewise.engine.transport.unix_sockets import Neighbour
-from tests.engine.transport.test_distributed import transfer
+from stagewise.engine.transport import unix_sockets
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.unix_sockets import UnixSockets
+from stagewise.engine.transport.wire import Work
+from stagewise.errors import PeerError
+from tests.engine.transport.test_connect import made, transfer
 from tests.harness import Pools
 
 LONG, SMALL_BYTES = timedelta(seconds=60), 1 << 16
 
 
-def pair(timeout: timedelta = LONG) -> tuple[Neighbour, Neighbour]:
+def pair(timeout: timedelta = LONG) -> tuple["End", "End"]:
     one, other = socket.socketpair()
-    return Neighbour(one, timeout, SMALL_BYTES), Neighbour(other, timeout, SMALL_BYTES)
+    return End(0, one, timeout), End(1, other, timeout)
+
+
+class End:
+    """One of two."""
+
+    def __init__(self, rank: int, connection: socket.socket, timeout: timedelta = LONG) -> None:
+        self._wire = UnixSockets(Peers(rank), 2, {1 - rank: connection}, timeout)
+        self._other = 1 - rank
+
+    def send(self, *tensors: Tensor) -> None:
+        self._wire.start_send(tensors, self._other)
+
+    def receive(self, *tensors: Tensor) -> Work:
+        return self._wire.start_receive(tensors, self._other)
+
+    def finish(self) -> None:
+        self._wire.finish()
 
 
 def test_sending_waits_for_nobody_and_keeps_the_order() -> None:
@@ -53,7 +73,7 @@ def test_both_directions_at_once() -> None:
 
 def test_a_message_in_pieces_becomes_whole() -> None:
     one, other = socket.socketpair()
-    receiver, data = Neighbour(other, LONG, SMALL_BYTES), torch.arange(1000)
+    receiver, data = End(1, other), torch.arange(1000)
 
     def send_slowly() -> None:
         for start in range(0, 8000, 1000):
@@ -81,9 +101,9 @@ def check_who_closes_is_missed() -> None:
     sender.send(torch.ones(3))
     del sender  # what it sent arrives all the same
     receiver.receive(torch.empty(3)).wait()
-    with pytest.raises(ConnectionError, match="closed its connection"):
+    with pytest.raises(PeerError, match="closed its connection"):
         receiver.receive(torch.empty(3)).wait()
-    with pytest.raises(OSError, match="Broken pipe"):
+    with pytest.raises(PeerError, match="Broken pipe"):
         receiver.send(torch.ones(3))
 
 
@@ -92,7 +112,7 @@ def test_what_is_late_fails_too() -> None:
     for _ in range(1024):
         sender.send(torch.ones(SMALL_BYTES // 4))
     del receiver
-    with pytest.raises(OSError, match=r"Broken pipe|reset"):
+    with pytest.raises(PeerError, match=r"Broken pipe|reset"):
         sender.finish()
 
 
@@ -114,7 +134,7 @@ def test_the_default_timeout_of_sockets_does_not_count() -> None:
 
 def test_waiting_ends_with_the_process_groups_timeout() -> None:
     _keeps_open, receiver = pair(timedelta(seconds=0.2))
-    with pytest.raises(TimeoutError, match="the process group's timeout"):
+    with pytest.raises(PeerError, match="the process group's timeout"):
         receiver.receive(torch.empty(3)).wait()
 
 
@@ -143,25 +163,25 @@ def test_who_cannot_be_reached_gets_them_through_the_group(
 
 
 def neighbours(without: int | None) -> tuple[set[int], list[list[int]]]:
-    listener = near._listener
+    listener = unix_sockets._listener
     try:
         if torch.distributed.get_rank() == without:
-            near._listener = lambda _: None
-        transport = DistributedTransport(torch.device("cpu"))
+            unix_sockets._listener = lambda _: None
+        ranks, mail = made()
     finally:
-        near._listener = listener
-    return set(transport._wire._near), [
-        [row[0] for row in transport.exchange([transport.rank], "rank")] for _ in range(3)
+        unix_sockets._listener = listener
+    return set(mail._marked), [
+        [row[0] for row in ranks.exchange([ranks.rank], "rank")] for _ in range(3)
     ]
 
 
 def test_a_late_rest_does_not_double_the_patience() -> None:
     """What came in time is a part only; the kernel's timeout begins anew with each read."""
     one, other = socket.socketpair()
-    receiver = Neighbour(other, timedelta(milliseconds=600), SMALL_BYTES)
+    receiver = End(1, other, timedelta(milliseconds=600))
     one.sendall(bytes(8))
     start = time.monotonic()
-    with one, pytest.raises(TimeoutError, match=r"timeout of 0\.6 s"):
+    with one, pytest.raises(PeerError, match=r"timeout of 0\.6 s"):
         receiver.receive(torch.empty(1000)).wait()
     assert time.monotonic() - start < 1.1
 
@@ -170,12 +190,11 @@ def test_a_mark_comes_with_its_message() -> None:
     sender, receiver = pair()
     sent = [torch.full((SMALL_BYTES // 8,), float(n), dtype=torch.float64) for n in range(256)]
     for n, tensor in enumerate(sent):  # more than a socket holds: some are sent in pieces
-        sender.send(tensor, bytes([n]))
-    sender.send(torch.empty(0), b"end")
+        sender.send(torch.tensor([n]), tensor)
+    sender.send(torch.tensor([-1]), torch.empty(0))
     for n, tensor in enumerate(sent):
-        mark, room = bytearray(1), torch.empty_like(tensor)
-        receiver.receive(room, mark).wait()
-        assert mark == bytes([n]) and torch.equal(room, tensor)
-    mark = bytearray(3)
-    receiver.receive(torch.empty(0), mark).wait()
-    assert mark == b"end"
+        mark, room = torch.tensor([0]), torch.empty_like(tensor)
+        receiver.receive(mark, room).wait()
+        assert int(mark) == n and torch.equal(room, tensor)
+    receiver.receive(mark, torch.empty(0)).wait()
+    assert int(mark) == -1

@@ -1,4 +1,4 @@
-"""A wire between ranks of one process, as strict as the real ones about order and sizes."""
+"""Wires between ranks of one process, as strict as the real ones about order and sizes."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,95 +8,102 @@ import torch
 from torch import Tensor
 
 from stagewise.engine.transport.message_form import flat
-from stagewise.engine.transport.unix_sockets import Work
-from stagewise.engine.transport.wire import PLAIN
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.wire import BySize, InTurn, Wires, Work
 
-LIMIT = 1 << 10  # bytes of what goes near
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+LIMIT = 1 << 10  # bytes of what goes through the stream
 
 
 @dataclass
 class Lines:
-    """All that was sent: near ones are read when waited for, far ones fill what was posted."""
+    """All that was sent: a stream is read when waited for, what is posted is filled in order."""
 
-    near: dict[tuple[int, int], bytearray] = field(default_factory=lambda: defaultdict(bytearray))
+    stream: dict[tuple[int, int], bytearray] = field(default_factory=lambda: defaultdict(bytearray))
     far: dict[tuple[int, int], list[bytes]] = field(default_factory=lambda: defaultdict(list))
     posted: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    closed: set[int] = field(default_factory=set)
 
 
 class FakeWire:
-    """Rank `rank` of two; `near`: with a connection as between processes of one host."""
+    """Rank `rank` of two; what fails here would wait for ever, or be misread."""
 
-    def __init__(self, rank: int, lines: Lines, *, near: bool) -> None:
-        self.rank, self.num_ranks, self._lines, self._near = rank, 2, lines, near
+    def __init__(self, rank: int, lines: Lines) -> None:
+        self.rank, self.num_ranks, self.reached, self._lines = rank, 2, (1 - rank,), lines
 
-    def has_marks(self, rank: int) -> bool:
-        return self._near
+    def start_send(self, tensors: Sequence[Tensor], rank: int) -> None:
+        self._lines.far[self.rank, rank] += [bytes_of(t) for t in tensors if t.nbytes]
 
-    def start_sending(self, tensor: Tensor, rank: int, *, control: bool = False) -> None:
-        link, data = (self.rank, rank), flat(tensor).numpy().tobytes()
-        if self._near and len(data) <= LIMIT:
-            self._lines.near[link] += data
-        else:
-            self._lines.far[link].append(data)
-
-    def start_receiving(self, tensor: Tensor, rank: int, *, control: bool = False) -> Work:
-        link = rank, self.rank
-        if self._near and tensor.nbytes <= LIMIT:
-            return _Near(self._lines.near[link], tensor, bytearray())
-        self._lines.posted[link] += 1
-        return _Far(self._lines.far[link], self._lines.posted[link] - 1, tensor)
-
-    def start_sending_message(
-        self, tensors: Sequence[Tensor], rank: int, mark: bytes = PLAIN
-    ) -> None:
-        if self._near:
-            self._lines.near[self.rank, rank] += mark
+    def start_receive(self, tensors: Sequence[Tensor], rank: int) -> Work:
+        link, works = (rank, self.rank), list[Work]()
         for tensor in tensors:
-            self.start_sending(tensor, rank)
+            if tensor.nbytes:
+                works.append(_Posted(self._lines, link, self._lines.posted[link], tensor))
+                self._lines.posted[link] += 1
+        return InTurn(works)
 
-    def start_receiving_message(
-        self, tensors: Sequence[Tensor], rank: int
-    ) -> tuple[list[Work], bytearray]:
-        mark, works = bytearray(PLAIN), []
-        if self._near:
-            works.append(_Near(self._lines.near[rank, self.rank], _NOTHING, mark))
-        return [*works, *(self.start_receiving(tensor, rank) for tensor in tensors)], mark
+    def finish(self) -> None:
+        pass
 
-    def send_near(self, tensor: Tensor, rank: int) -> None:
-        self._lines.near[self.rank, rank] += flat(tensor).numpy().tobytes()
+    def close(self) -> None:
+        self._lines.closed.add(self.rank)
 
-    def receive_near(self, tensor: Tensor, rank: int) -> None:
-        _Near(self._lines.near[rank, self.rank], tensor, bytearray()).wait()
 
-    def wait(self, works: Sequence[Work], rank: int) -> None:
-        for work in works:
-            work.wait()
+class FakeStream(FakeWire):
+    """One that is read when it is waited for."""
+
+    def start_send(self, tensors: Sequence[Tensor], rank: int) -> None:
+        for tensor in tensors:
+            self._lines.stream[self.rank, rank] += bytes_of(tensor)
+
+    def start_receive(self, tensors: Sequence[Tensor], rank: int) -> Work:
+        return InTurn([_Read(self._lines, (rank, self.rank), tensor) for tensor in tensors])
+
+
+def fake_wires(rank: int, lines: Lines, *, stream: bool) -> Wires:
+    """As between processes of one host, or without a stream."""
+    far = FakeWire(rank, lines)
+    if not stream:
+        return Wires(far, far)
+    near = FakeStream(rank, lines)
+    both = BySize(near, far, {1 - rank: LIMIT})
+    return Wires(both, both, near)
 
 
 @dataclass
-class _Near:
-    stream: bytearray
+class _Read:
+    lines: Lines
+    link: tuple[int, int]
     tensor: Tensor
-    mark: bytearray
 
     def wait(self) -> None:
-        size = len(self.mark) + self.tensor.nbytes
-        assert len(self.stream) >= size, "would wait for ever"
-        self.mark[:] = self.stream[: len(self.mark)]
-        _fill(self.tensor, bytes(self.stream[len(self.mark) : size]))
-        del self.stream[:size]
+        stream, size = self.lines.stream[self.link], self.tensor.nbytes
+        check_there(self.lines, self.link, len(stream) >= size)
+        _fill(self.tensor, bytes(stream[:size]))
+        del stream[:size]
 
 
 @dataclass
-class _Far:
-    sent: list[bytes]
+class _Posted:
+    lines: Lines
+    link: tuple[int, int]
     index: int
     tensor: Tensor
 
     def wait(self) -> None:
-        assert self.index < len(self.sent), "would wait for ever"
-        _fill(self.tensor, self.sent[self.index])
+        sent = self.lines.far[self.link]
+        check_there(self.lines, self.link, self.index < len(sent))
+        _fill(self.tensor, sent[self.index])
+
+
+def check_there(lines: Lines, link: tuple[int, int], there: bool) -> None:
+    source, destination = link
+    if not there and source in lines.closed:
+        raise Peers(destination).lost(ConnectionError("closed"), source)
+    assert there, "would wait for ever"
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return flat(tensor).numpy().tobytes()
 
 
 def _fill(tensor: Tensor, data: bytes) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from benchmarks.synthesis import random_case
 from stagewise.costs import StageCost
 from stagewise.planning import simulate, unit_costs
-from stagewise.planning.synthesis.heads_and_tails import Ranks
+from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Found, improve
 from stagewise.planning.synthesis.memory_safety import Memory
@@ -30,7 +30,7 @@ def test_no_rule_blocks_however_little_memory_there_is(
     least = Memory(free, (False,) * free.num_stages)
     caps = [int(tightness * least.most(device)) for device in range(free.num_devices)]
     problem = problem_of(*arguments, memory_bytes=caps, recompute=case.recompute, split=case.split)
-    ranks = Ranks(problem)
+    ranks = HeadsAndTails(problem)
     every = list(dict.fromkeys(rules(problem, ranks)))
     whole = [rule for rule in every if not any(rule.split)]
     for rule in (*data.draw(st.lists(st.sampled_from(every), max_size=5)), whole[0]):
@@ -45,7 +45,7 @@ def test_no_rule_blocks_however_little_memory_there_is(
 def test_backward_first_with_the_depth_of_1f1b_is_1f1b() -> None:
     problem = problem_of([(device,) for device in range(4)], unit_costs(4), 8, split=False)
     rule = Rule(limits=(4, 3, 2, 1), split=(False,) * 4)
-    programs = list_schedule(problem, rule, Ranks(problem))
+    programs = list_schedule(problem, rule, HeadsAndTails(problem))
     assert programs is not None
     assert problem.schedule("1f1b", programs) == named_schedule("1f1b", 4, 8)
 
@@ -53,7 +53,7 @@ def test_backward_first_with_the_depth_of_1f1b_is_1f1b() -> None:
 def test_forward_first_without_limits_runs_all_forwards_first() -> None:
     problem = problem_of([(device,) for device in range(3)], unit_costs(3), 4, split=False)
     rule = Rule(limits=(UNLIMITED,) * 3, split=(False,) * 3, forward_first=True)
-    programs = list_schedule(problem, rule, Ranks(problem))
+    programs = list_schedule(problem, rule, HeadsAndTails(problem))
     assert programs is not None
     gpipe = named_schedule("gpipe", 3, 4)
     forwards = [program[:4] for program in problem.schedule("", programs).programs]
@@ -87,8 +87,8 @@ def test_local_search_keeps_caps_and_never_gets_slower(seed: int) -> None:
         recompute=case.recompute,
         split=case.split,
     )
-    whole = next(rule for rule in rules(problem, Ranks(problem)) if not any(rule.split))
-    programs = list_schedule(problem, whole, Ranks(problem))
+    whole = next(rule for rule in rules(problem, HeadsAndTails(problem)) if not any(rule.split))
+    programs = list_schedule(problem, whole, HeadsAndTails(problem))
     assert programs is not None
     found = Found(seconds=duration(problem, programs), programs=programs)
     better = improve(problem, found, replays=60, enough=0)
@@ -113,6 +113,6 @@ def test_a_swap_on_the_critical_path_is_found() -> None:
 def test_every_order_gives_a_schedule(name: str) -> None:
     problem = problem_of(((0,), (1,), (0,), (1,)), unit_costs(4), 4)
     rule = Rule(limits=(UNLIMITED,) * 4, split=(True,) * 4, order=name, back_order=name)
-    programs = list_schedule(problem, rule, Ranks(problem))
+    programs = list_schedule(problem, rule, HeadsAndTails(problem))
     assert programs is not None
     validate(problem.schedule(name, programs))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from benchmarks.synthesis import random_case
 from stagewise.planning import simulate
-from stagewise.planning.synthesis.heads_and_tails import Ranks
+from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Found, improve
 from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, problem_of
@@ -26,7 +26,7 @@ def test_equals_the_simulator_to_the_last_bit(seed: int, rule: int, moves: int) 
         recompute=case.recompute,
         split=case.split,
     )
-    ranks = Ranks(problem)
+    ranks = HeadsAndTails(problem)
     every = list(rules(problem, ranks))
     programs = list_schedule(problem, every[rule % len(every)], ranks)
     assert programs is not None

@@ -14,7 +14,7 @@ from stagewise.batch.values import take_apart
 from stagewise.engine.stage.call import Call
 from stagewise.engine.stage.gradient import Gradient, dense_like
 from stagewise.engine.stage.keywords import Takers
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.schedule import Schedule
 
 _Tensors = Sequence[torch.Tensor]
@@ -24,7 +24,7 @@ _Exchange = Callable[[int, int, Sequence[int], _Tensors, _Own], list[Gradient] |
 
 
 def share_gradients(
-    call: Call, schedule: Schedule, takers: Takers, transport: Transport, device: torch.device
+    call: Call, schedule: Schedule, takers: Takers, transport: Ranks, device: torch.device
 ) -> None:
     """Complete `call`'s gradients of inputs, targets and keywords; every rank with a stage calls
     this. `device` is this rank's.

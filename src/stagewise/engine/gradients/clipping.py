@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stagewise.engine.stage.gradient import taken
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError
 
 
@@ -54,7 +54,7 @@ def clip_by_global_norm(
     own: Mapping[str, torch.nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
     max_norm: float,
-    transport: Transport,
+    transport: Ranks,
 ) -> torch.Tensor:
     """Scale the gradients of `own` so that the norm over all ranks is at most `max_norm`.
 

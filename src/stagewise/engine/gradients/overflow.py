@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 
 
 class Overflow:
@@ -22,7 +22,7 @@ class Overflow:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Ranks,
         parameters: Callable[[], Iterator[nn.Parameter]],
         step_index: Callable[[], int],
     ) -> None:

@@ -31,8 +31,7 @@ from stagewise.engine.stage.gradient import (
 )
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.stand_ins import StandIns
-from stagewise.engine.transport.group import Group
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Group, Ranks
 from stagewise.schedule import Instruction, Kind
 
 _LAST_KINDS = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
@@ -49,17 +48,16 @@ class Replicas:
         self,
         stages: Mapping[int, Stage],
         placement: Sequence[Sequence[int]],
-        transport: Transport,
+        transport: Ranks,
         *,
         apart: Collection[nn.Parameter] = (),
         within: Mapping[nn.Parameter, Sequence[int]] | None = None,
     ) -> None:
         self._shared: dict[int, _SharedStage] = {}
         for stage, ranks in enumerate(placement):
-            if transport.num_ranks > 1 and len(ranks) > 1:
-                group = transport.group(ranks)
-                if group is not None:
-                    self._shared[stage] = _SharedStage(stages[stage], group, apart, within or {})
+            group = transport.group(ranks) if len(ranks) > 1 else None
+            if group is not None:
+                self._shared[stage] = _SharedStage(stages[stage], group, apart, within or {})
 
     def equalise(self) -> None:
         """Give every replica the first one's parameters and buffers."""

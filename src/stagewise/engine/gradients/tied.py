@@ -25,7 +25,7 @@ from stagewise.engine.stage.gradient import (
     wide,
 )
 from stagewise.engine.stage.stand_ins import StandIns, _places
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CellError
 from stagewise.model.tied import Tied
 
@@ -69,7 +69,7 @@ class TiedParameters:
         }
 
     @torch.no_grad()
-    def equalise(self, transport: Transport) -> None:
+    def equalise(self, transport: Ranks) -> None:
         """Give every copy the values of the first user's."""
         for cells, parameters in self._groups.items():
             first = self._ranks[cells[0]][0]
@@ -105,7 +105,7 @@ class TiedParameters:
             made.sum_in_float32()
         return made
 
-    def check_seen(self, transport: Transport) -> None:
+    def check_seen(self, transport: Ranks) -> None:
         """Raise CellError after the first step if a cell used another rank's parameter unseen."""
         for name, reference in self._others.items():
             parameter = reference()
@@ -132,7 +132,7 @@ class TiedParameters:
             parameter.grad = gradient
 
     @torch.no_grad()
-    def settle(self, stand_ins: StandIns, transport: Transport, sums: Sums | None = None) -> None:
+    def settle(self, stand_ins: StandIns, transport: Ranks, sums: Sums | None = None) -> None:
         """End a training step: sum the gradients of all users, and add the sum to `.grad`.
 
         A sum in float32 of a parameter of low precision goes to `sums` instead.
@@ -153,7 +153,7 @@ class TiedParameters:
         parameters: Sequence[nn.Parameter],
         like: Sequence[torch.Tensor],
         stand_ins: StandIns,
-        transport: Transport,
+        transport: Ranks,
     ) -> list[Gradient]:
         """Each parameter's gradient, summed over `cells` from left to right, on every user."""
         legs = self._legs(cells)
@@ -191,7 +191,7 @@ class TiedParameters:
         source: int,
         values: list[Gradient],
         like: Sequence[torch.Tensor],
-        transport: Transport,
+        transport: Ranks,
     ) -> list[Gradient]:
         """Rank `source`'s values on every rank that runs one of `cells`."""
         users = sorted({rank for cell in cells for rank in self._ranks[cell]} - {source})

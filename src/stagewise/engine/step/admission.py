@@ -19,7 +19,7 @@ from stagewise.engine.stage.call import Mode
 from stagewise.engine.stage.keywords import NOT_GIVEN, Takers
 from stagewise.engine.step.digest import digest
 from stagewise.engine.step.vote import Vote, by_name, called, difference
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
@@ -36,7 +36,7 @@ class Admitted:
 
 
 def admit(
-    transport: Transport,
+    transport: Ranks,
     mode: Mode,
     step_index: int,
     inputs: object,
@@ -145,7 +145,7 @@ def admit(
     return Admitted(signature, sizes, is_ready, num_args)
 
 
-def _refuse(transport: Transport, objection: UsageError | None) -> NoReturn:
+def _refuse(transport: Ranks, objection: UsageError | None) -> NoReturn:
     """Raise what speaks against the call here, or else on the first rank where anything does."""
     texts = transport.gather(str(objection) if objection else None, "step: objections")
     if objection:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stagewise.engine.transport.failure import Failure
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import OutOfMemoryError, PeerError, StagewiseError, UsageError
 
 LESS_MEMORY = (
@@ -17,7 +17,7 @@ LESS_MEMORY = (
 )
 
 
-def agreed_failure(transport: Transport, failure: Failure | None, place: int) -> StagewiseError:
+def agreed_failure(transport: Ranks, failure: Failure | None, place: int) -> StagewiseError:
     """The error to raise on this rank; every rank calls this, some with a `failure`.
 
     `place` is that of its instruction in simulated time. The rank that failed first gets its own
@@ -41,7 +41,7 @@ def agreed_failure(transport: Transport, failure: Failure | None, place: int) ->
 
 
 @contextmanager
-def agreed(transport: Transport, what: str) -> Iterator[None]:
+def agreed(transport: Ranks, what: str) -> Iterator[None]:
     """Raise on every rank if the block raises a UsageError on any; every rank calls this.
 
     `what` names the call for people.

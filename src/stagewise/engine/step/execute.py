@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from stagewise.engine.stage.call import Call, Observer
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.failure import LOST, Failure
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.transport import Mail
 from stagewise.errors import PeerError
 from stagewise.schedule import Instruction, Step
 from stagewise.timeline import Span
@@ -23,7 +23,7 @@ from stagewise.timeline import Span
 def execute(
     program: Sequence[tuple[int, Step]],
     stages: Mapping[int, Stage],
-    transport: Transport,
+    transport: Mail,
     call: Call,
     *,
     clock: Callable[[], float] = time.perf_counter,
@@ -63,10 +63,11 @@ def execute(
         if call.lost:
             for stage in stages.values():  # frees memory, for what stands in place of messages
                 stage.clear()
-        transport.look_ahead()
+        if transport.look_ahead is not None:
+            transport.look_ahead()
         if observe is not None:
             observe(instruction)
-    spans = [
+    return tuple(
         Span(
             device=device,
             instruction=instruction,
@@ -74,5 +75,4 @@ def execute(
             end_seconds=end - origin,
         )
         for device, instruction, start, end in ran
-    ]
-    return tuple(spans)
+    )

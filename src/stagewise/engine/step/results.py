@@ -18,7 +18,7 @@ from stagewise.batch.split import join
 from stagewise.batch.values import detached
 from stagewise.engine.stage.call import Call
 from stagewise.engine.step.vote import called
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError
 from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
 
@@ -29,7 +29,7 @@ Added = dict[tuple[int, str], torch.Tensor]  # sums by (cell, name)
 
 
 def agree_on_losses(
-    transport: Transport, call: Call, sources: Sequence[int], device: torch.device
+    transport: Ranks, call: Call, sources: Sequence[int], device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
     """The total, and its parts by name; ranks `sources` have the last stage, or replicas of it.
 
@@ -86,7 +86,7 @@ def _total(
 
 
 def losses_by_microbatch(
-    transport: Transport, losses: Losses, num_microbatches: int
+    transport: Ranks, losses: Losses, num_microbatches: int
 ) -> list[dict[str, torch.Tensor]]:
     """Every microbatch's own losses by name, unweighted, on every rank; all ranks call this."""
     found: Losses = {}
@@ -96,7 +96,7 @@ def losses_by_microbatch(
     return [found.get(m, {}) for m in range(num_microbatches)]
 
 
-def agree_on_end(transport: Transport, call: Call) -> bool:
+def agree_on_end(transport: Ranks, call: Call) -> bool:
     """Whether all went well on every rank, where there is no loss to agree on."""
     return not any(
         row[0] for row in transport.exchange([int(call.lost)], f"{called(call.mode)}: the end")
@@ -104,7 +104,7 @@ def agree_on_end(transport: Transport, call: Call) -> bool:
 
 
 def _everyones(
-    transport: Transport, call: Call, device: torch.device
+    transport: Ranks, call: Call, device: torch.device
 ) -> tuple[Losses, AddedLosses] | None:
     """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
     usual = not call.added and all(
@@ -184,10 +184,10 @@ def _number(row: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 Merge = Callable[[list[object]], object]  # of the microbatches' outputs, in order
-Ranks = Sequence[int] | Literal["all"] | None  # None: all
+OnRanks = Sequence[int] | Literal["all"] | None  # None: all
 
 
-def ranks_of(ranks: Ranks, num_ranks: int) -> list[int]:
+def ranks_of(ranks: OnRanks, num_ranks: int) -> list[int]:
     """The ranks that `ranks` names, each once, in order; raises BatchError if it names none."""
     if ranks is None or ranks == "all":
         return list(range(num_ranks))
@@ -198,7 +198,7 @@ def ranks_of(ranks: Ranks, num_ranks: int) -> list[int]:
 
 def outputs_of(
     call: Call,
-    transport: Transport,
+    transport: Ranks,
     sources: Sequence[int],
     ranks: Sequence[int],
     merge: Merge | None = None,

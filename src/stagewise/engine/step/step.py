@@ -98,12 +98,12 @@ class Runner:
         self._devices = dict.fromkeys(devices)
         self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
         self._flows = flows
-        self.stages, self.transport, self.schedule, self.seed = stages, transport, schedule, seed
-        self.takers = takers
-        self.weight, self.sums_losses = weight, sums_losses
+        self.stages, self.schedule, self.seed = stages, schedule, seed
+        self.mail, self.transport = transport.mail, transport.ranks
+        self.takers, self.weight, self.sums_losses = takers, weight, sums_losses
         self.tied = tied if tied is not None else TiedParameters()
-        self._replicas = replicas if replicas is not None else Replicas({}, (), transport)
-        alone = transport.num_ranks == 1
+        self._replicas = replicas if replicas is not None else Replicas({}, (), transport.ranks)
+        alone = transport.ranks.num_ranks == 1
         self.last_ranks = (0,) if alone else schedule.placement[-1]
         self._replicated = [s for s, devices in enumerate(schedule.placement) if len(devices) > 1]
         cells = [cell for stage in stages.values() for cell in stage.cells]
@@ -258,7 +258,7 @@ class Runner:
             # Where a loss counts nothing, gradients are missing from the messages.
             missing = [(name, [not share for share in s]) for name, s in call.shares.items()]
             form = admitted.signature, len(admitted.sizes), missing
-            self.transport.begin(fingerprint(form), program.links)
+            self.mail.begin(fingerprint(form), program.links)
             try:
                 with self._summing(call, program.steps) as shared:
                     if training:
@@ -266,7 +266,7 @@ class Runner:
                     self.spans = execute(
                         program.steps,
                         self.stages,
-                        self.transport,
+                        self.mail,
                         call,
                         origin=time.perf_counter(),
                         observe=shared.begin(request.observe),
@@ -275,16 +275,15 @@ class Runner:
                         shared.drain()
                         self.tied.put_back(call.stand_ins)
                         failure = self._failure(call, training)
-                        self.transport.finish()
+                        self.mail.finish()
                         self._broken = False
                         raise failure
                     if training:
                         self._settle(call, shared, sums)
-                self.transport.finish()
-            except PeerError:
-                raise
+                self.mail.finish()
             except BaseException as error:
-                if self._broken:
+                self.mail.clear()
+                if self._broken and not isinstance(error, PeerError):
                     self.transport.fail(f"{type(error).__name__}: {error}")
                 raise
             finally:

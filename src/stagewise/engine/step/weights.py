@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stagewise.engine.stage.call import Scaling
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, PlanError
 
 Number = float | torch.Tensor
@@ -63,7 +63,7 @@ def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> No
 
 
 def agree_on_shares(
-    transport: Transport,
+    transport: Ranks,
     weight: Weight,
     targets: Sequence[object],
     total: float | Mapping[str, float] | None,

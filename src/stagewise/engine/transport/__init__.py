@@ -1,11 +1,12 @@
 """How values get from rank to rank, and how ranks agree.
 
-1. `connect` chooses devices and a transport for a plan.
-2. `transport` is the seam; `distributed` the one between processes, made of the next three.
-3. `wire` carries bytes: what is small between processes of one host through `unix_sockets`;
-   `outbox` keeps alive what is being sent, `peers` says who does not answer.
-4. `mailbox` knows which message comes next and in what form (`message_form`; `forms` that both ends
-   remember; `local_classes` in them).
-5. `rendezvous` is where all ranks agree on what they are there for.
-6. `group` is the ranks that hold one stage. `failure`: what a rank that fails tells the others.
+1. `connect` chooses devices and wires for a plan, and gives the rank its `transport`: mail, ranks.
+2. A `wire` carries bytes. `group_wire` is torch.distributed's (`outbox` keeps alive what is being
+   sent), `unix_sockets` takes what is small between processes of one host; `peers` names who does
+   not answer.
+3. `mailbox` knows which message comes next and in what form (`message_form`; `forms` that both ends
+   remember; `local_classes` in them). In one process a dictionary does for it (`local`).
+4. `ranks` is how ranks agree, give and sum; `rendezvous` is where all hear what each came for.
+5. `failure`: what a rank that fails tells the others. `processes`: torch.distributed's own, before
+   they are ranks of a pipeline.
 """

@@ -1,12 +1,19 @@
-"""Choosing devices and transport for a plan, and checking that all ranks build the same thing."""
+"""Choosing devices and wires for a plan, and checking that all ranks build the same thing."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.transport.distributed import DistributedTransport
-from stagewise.engine.transport.transport import LocalTransport, Transport
+from stagewise.engine.transport.group_wire import GroupWire
+from stagewise.engine.transport.local import LocalMailbox, LocalWire
+from stagewise.engine.transport.mailbox import Mailbox
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.processes import are_ready, num_processes, own_device
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.unix_sockets import connect_local_peers
+from stagewise.engine.transport.wire import BySize, Wires
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
@@ -22,7 +29,7 @@ def connect(
 ) -> tuple[list[torch.device], Transport]:
     """The plan's devices and this rank's transport; raises PlanError if they do not fit.
 
-    Under the local transport stage s is on device `homes[s]`.
+    In one process stage s is on device `homes[s]`.
     """
     if transport not in ("auto", "local", "distributed"):
         raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
@@ -30,30 +37,56 @@ def connect(
         raise PlanError(
             f"got {len(devices)} devices for a plan of {num_devices}; name one for each"
         )
-    ready = dist.is_available() and dist.is_initialized()
-    if transport == "distributed" and not ready:
+    if transport == "distributed" and not are_ready():
         raise PlanError(
             "transport 'distributed' needs torch.distributed: start the script with torchrun and "
             "call torch.distributed.init_process_group() first"
         )
-    if transport == "local" or not ready or dist.get_world_size() == 1:
+    if transport == "local" or num_processes() == 1:
         own = [torch.device(d) for d in devices or [_home(chain)] * num_devices]
-        return own, LocalTransport([own[device] for device in homes])
-    if dist.get_world_size() != num_devices:
+        return own, in_one_process([own[device] for device in homes])
+    if num_processes() != num_devices:
         raise PlanError(
-            f"the plan needs {num_devices} ranks, one per device, but {dist.get_world_size()} "
+            f"the plan needs {num_devices} ranks, one per device, but {num_processes()} "
             f"run; start torchrun with --nproc-per-node {num_devices}, or plan "
-            f"for {dist.get_world_size()} devices"
+            f"for {num_processes()} devices"
         )
-    if devices is None:
-        uses_gpu = "nccl" in str(dist.get_backend())
-        own_device = (
-            torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")
-        )
-        own = [own_device] * num_devices
-    else:
-        own = [torch.device(d) for d in devices]
-    return own, DistributedTransport(own[dist.get_rank()])
+    own = [torch.device(d) for d in devices or [own_device()] * num_devices]
+    return own, between_processes(own[dist.get_rank()])
+
+
+def in_one_process(devices: Sequence[torch.device]) -> Transport:
+    """The transport of a process that runs every stage s, on `devices[s]`."""
+    wire = LocalWire()
+    ranks = Ranks(Wires(wire, wire), Peers(0), devices[-1])
+    return Transport(LocalMailbox(devices), ranks)
+
+
+def between_processes(device: torch.device, group: dist.ProcessGroup | None = None) -> Transport:
+    """That of a process for each device, which runs on `device`; all ranks of `group` call this."""
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    peers = Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
+    wires = wires_for(device, group, peers)
+    return Transport(Mailbox(wires, device), Ranks(wires, peers, device, group))
+
+
+def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
+    """On CPUs what is small goes through sockets; GPUs have two ways for data, gloo for control."""
+    if device.type != "cpu":
+        data = GroupWire.connect(peers, group, ways=2)
+        return Wires(data, GroupWire.connect(peers, group, ways=1, backend="gloo"))
+
+    def gather(value: object) -> list[object]:
+        values = [value] * dist.get_world_size(group)
+        with peers.named():
+            dist.all_gather_object(values, value, group=group)
+        return values
+
+    timeout = group._get_backend(device).options._timeout
+    sockets, limits = connect_local_peers(peers, gather, timeout)
+    wire = BySize(sockets, GroupWire(peers, group, group), limits)
+    return Wires(wire, wire, sockets)
 
 
 def _home(chain: Chain) -> torch.device:

@@ -3,25 +3,18 @@
 A rank that fails in an instruction goes through the rest of its program without computing, and
 sends something in place of every message, so that no peer waits; afterwards all ranks agree
 (`engine.step.agreement`). `LOST` stands for a value that will never come.
-When a rank is lost its connections close, and its peers see just that. So, where it can, it first
-writes the cause into the store that the process group met through, and a rank that loses a
-connection reads it from there.
 """
 
 import enum
-import time
 import traceback
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
 
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 
-_KEY = "stagewise/failure"
-_PATIENCE_SECONDS, _POLL_SECONDS = 2.0, 0.05
 _NO_MEMORY = "can't allocate memory"  # c10's CPU allocator raises a plain RuntimeError
 
 
@@ -77,29 +70,3 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-class FailureBoard:
-    """Holds the first cause that any rank wrote."""
-
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store, self._rank = store, rank
-
-    def write(self, cause: str) -> None:
-        """Write `cause` unless another rank was first; a lost store is no further error."""
-        try:
-            self._store.compare_set(_KEY, "", f"rank {self._rank}: {cause}")
-        except RuntimeError:
-            return
-
-    def read(self, none: str) -> str:
-        """The first cause, waiting a moment for it; `none` if there is none."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                if self._store.check([_KEY]):
-                    return str(self._store.get(_KEY).decode())
-            except RuntimeError:
-                break  # the store's own process has gone
-            time.sleep(_POLL_SECONDS)
-        return none

@@ -22,20 +22,17 @@ class Forms:
     """One rank's part."""
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
+        self._all_known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
         self._unsettled: dict[int, dict[Message, tuple[bytes, int]]] = defaultdict(dict)
         self._varying: set[tuple[int, int, int]] = set()  # microbatch, upper and lower stage
         self._signature = 0
+        self.known: dict[Message, Header] = {}  # what both ends remember
         self._classes = LocalClasses()
 
     def begin(self, signature: int) -> None:
         """Use the forms of `signature` from now on."""
-        self._signature = signature
+        self._signature, self.known = signature, self._all_known[signature]
         self._varying.clear()
-
-    def get(self, message: Message) -> Header | None:
-        """The form that both ends remember."""
-        return self._known[self._signature].get(message)
 
     def pickled(self, header: Header | None) -> bytes:
         """As it travels; raises what pickle does if it cannot, and then nothing is remembered."""
@@ -64,10 +61,10 @@ class Forms:
             if times < _SETTLED:
                 return False
             del unsettled[message]
-        self._known[self._signature][message] = header
+        self.known[message] = header
         return True
 
     def changed(self, message: Message) -> None:
         """The form that both ends remember is no longer that of `message`."""
-        del self._known[self._signature][message]
+        del self.known[message]
         self._unsettled[self._signature][message] = b"", 0

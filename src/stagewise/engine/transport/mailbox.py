@@ -4,7 +4,8 @@ Problem: the receiver must know shapes before it can post a receive, yet shapes 
 Idea: the first call of a signature sends a header with each message and both ends remember it;
 later calls of that signature send bare tensors, and receives are posted ahead, so that data
 arrives while the device computes. A message that does not match what was remembered is marked,
-and its header follows; without marks (between hosts, on GPUs) its sender refuses it, in words.
+and its header follows in the stream; where there is none (between hosts, on GPUs) its sender
+refuses it, in words.
 
 Invariant: on each link messages travel in the sender's program order.
 """
@@ -12,7 +13,6 @@ Invariant: on each link messages travel in the sender's program order.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -21,28 +21,30 @@ from stagewise.engine.transport.failure import LOST
 from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, in_words, packed
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.engine.transport.unix_sockets import Work
-from stagewise.engine.transport.wire import CHANGED, PLAIN
+from stagewise.engine.transport.wire import Wire, Wires, Work
 from stagewise.errors import CellError
 from stagewise.schedule import Message
 
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 # On CPUs more than that, if small: to post many in a row, once, is a quarter of the work.
 POSTED_BYTES = 1 << 21
+# Travel before a message, where there is a stream: whether what is expected comes.
+PLAIN, CHANGED = (torch.tensor([mark], dtype=torch.uint8) for mark in (0, 1))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Posted:
     """A message whose form is known, on its way."""
 
     message: Message
     header: Header
     tensors: list[torch.Tensor]
-    works: list[Work]
-    mark: bytearray
+    work: Work
+    mark: torch.Tensor | None
+    num_bytes: int
 
 
-@dataclass
+@dataclass(slots=True)
 class _Incoming:
     """One rank's messages, in its sending order."""
 
@@ -51,40 +53,16 @@ class _Incoming:
     num_bytes: int = 0  # of what is posted
 
 
-class Wire(Protocol):
-    """What a mailbox needs of one; `engine.transport.wire` says more."""
-
-    @property
-    def rank(self) -> int: ...
-
-    def has_marks(self, rank: int) -> bool: ...
-
-    def start_sending(self, tensor: torch.Tensor, rank: int, *, control: bool = False) -> None: ...
-
-    def start_receiving(
-        self, tensor: torch.Tensor, rank: int, *, control: bool = False
-    ) -> Work: ...
-
-    def start_sending_message(
-        self, tensors: Sequence[torch.Tensor], rank: int, mark: bytes = PLAIN
-    ) -> None: ...
-
-    def start_receiving_message(
-        self, tensors: Sequence[torch.Tensor], rank: int
-    ) -> tuple[list[Work], bytearray]: ...
-
-    def send_near(self, tensor: torch.Tensor, rank: int) -> None: ...
-
-    def receive_near(self, tensor: torch.Tensor, rank: int) -> None: ...
-
-    def wait(self, works: Sequence[Work], rank: int) -> None: ...
-
-
 class Mailbox:
-    """This rank's messages to and from others, over `wire`; to itself they go at once."""
+    """This rank's messages to and from others, over wires; to itself they go at once.
 
-    def __init__(self, wire: Wire, device: torch.device) -> None:
-        self._wire, self._device = wire, device
+    Rank r of the wires runs device r of the schedule.
+    """
+
+    def __init__(self, wires: Wires, device: torch.device) -> None:
+        self._wires, self._data, self._rank = wires, wires.data, wires.data.rank
+        self._marked = frozenset(wires.stream.reached if wires.stream is not None else ())
+        self._device = device
         self._forms = Forms()
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
         self._incoming: dict[int, _Incoming] = {}
@@ -96,7 +74,7 @@ class Mailbox:
         self._incoming = {
             source: _Incoming(deque(messages))
             for (source, destination), messages in links.items()
-            if destination == self._wire.rank
+            if destination == self._rank
         }
         for incoming in self._incoming.values():
             self._post(incoming, 0)
@@ -106,19 +84,27 @@ class Mailbox:
             return self._arrived.pop(message)
         incoming = self._incoming[message.source]
         while True:
-            taken, value = self._take(incoming)
+            value: object = LOST
+            if incoming.posted or self._post_next(incoming):
+                posted = incoming.posted.popleft()
+                incoming.num_bytes -= posted.num_bytes
+                taken, value = posted.message, self._whole(posted)
+            else:
+                taken = incoming.expected.popleft()
             if taken == message:
                 return value
             self._arrived[taken] = value
 
     def send(self, message: Message, value: object) -> None:
-        if message.destination == self._wire.rank:
+        rank = message.destination
+        if rank == self._rank:
             self._arrived[message] = value
             return
         tensors, structure = take_apart(value)
-        known = self._forms.get(message)
+        known = self._forms.known.get(message)
         if known is not None and known.fits(tensors, structure):
-            self._start_all(message, [tensor.detach() for tensor in tensors])
+            bare = map(torch.Tensor.detach, tensors)
+            self._data.start_send([PLAIN, *bare] if rank in self._marked else [*bare], rank)
             return
         dense, header = packed(tensors, structure, known)
         if known is not None and known != header:
@@ -127,23 +113,24 @@ class Mailbox:
         if known is None:
             payload = self._forms.pickled(header)
             self._forms.travelled(message, header, payload)
-            self._send_header(message, payload)
-        self._start_all(message, dense)
+            _send_bytes(self._wires.control, payload, rank)
+        self._start(rank, dense)
 
     def send_lost(self, message: Message) -> None:
-        if message.destination == self._wire.rank:
+        rank = message.destination
+        if rank == self._rank:
             self._arrived[message] = LOST
             return
-        known = self._forms.get(message)
+        known = self._forms.known.get(message)
         if known is None:
-            self._send_header(message, self._forms.pickled(None))
-            return
-        # Zeros: the receiver may compute with them.
-        self._start_all(message, [layout.empty(self._device).zero_() for layout in known.layouts])
+            _send_bytes(self._wires.control, self._forms.pickled(None), rank)
+        else:  # zeros: the receiver may compute with them
+            self._start(rank, self._zeros(known))
 
     def look_ahead(self) -> None:
         for incoming in self._incoming.values():
-            self._post(incoming, self._posted_bytes)
+            if incoming.expected:
+                self._post(incoming, self._posted_bytes)
 
     def waiting(self) -> Iterator[torch.Tensor]:
         for message, value in self._arrived.items():
@@ -153,56 +140,60 @@ class Mailbox:
             for posted in incoming.posted:
                 yield from posted.tensors if is_skip(posted.message) else ()
 
+    def finish(self) -> None:
+        self._wires.finish()
+
+    def clear(self) -> None:
+        self._arrived.clear()
+
     def _post(self, incoming: _Incoming, num_bytes: int) -> None:
         """Post receives for the next known messages, up to so many bytes if not for a few."""
-        posted = incoming.posted
-        while incoming.expected and (len(posted) < POSTED_AHEAD or incoming.num_bytes < num_bytes):
-            header = self._forms.get(incoming.expected[0])
+        expected, posted = incoming.expected, incoming.posted
+        while expected and (len(posted) < POSTED_AHEAD or incoming.num_bytes < num_bytes):
+            header = self._forms.known.get(expected[0])
             if header is None:
                 return
-            posted.append(self._posted(incoming.expected.popleft(), header))
-            incoming.num_bytes += sum(tensor.nbytes for tensor in posted[-1].tensors)
+            self._post_one(incoming, header)
 
-    def _posted(self, message: Message, header: Header) -> _Posted:
+    def _post_one(self, incoming: _Incoming, header: Header) -> None:
+        message = incoming.expected.popleft()
         tensors = [layout.empty(self._device) for layout in header.layouts]
-        filled = [tensor for tensor in tensors if tensor.numel()]
-        works, mark = self._wire.start_receiving_message(filled, message.source)
-        return _Posted(message, header, tensors, works, mark)
+        mark = torch.empty_like(PLAIN) if message.source in self._marked else None
+        awaited = tensors if mark is None else [mark, *tensors]
+        work = self._data.start_receive(awaited, message.source)
+        num_bytes = sum([tensor.nbytes for tensor in tensors])
+        incoming.num_bytes += num_bytes
+        incoming.posted.append(_Posted(message, header, tensors, work, mark, num_bytes))
 
-    def _take(self, incoming: _Incoming) -> tuple[Message, object]:
-        """Wait for the next message."""
-        if not incoming.posted:
-            message = incoming.expected[0]
-            header = self._forms.get(message)
-            is_known = header is not None
-            if header is None:
-                payload = self._receive_header(message)
-                header = self._forms.unpickled(payload)
-                if header is None:  # neither end remembers it
-                    return incoming.expected.popleft(), LOST
-                is_known = self._forms.travelled(message, header, payload)
-            if is_known:
-                self._post(incoming, 0)
-            else:
-                return message, self._whole(self._posted(incoming.expected.popleft(), header))
-        posted = incoming.posted.popleft()
-        incoming.num_bytes -= sum(tensor.nbytes for tensor in posted.tensors)
-        return posted.message, self._whole(posted)
+    def _post_next(self, incoming: _Incoming) -> bool:
+        """Post the next message, whose header may have to come first; False if it is lost."""
+        message = incoming.expected[0]
+        header = self._forms.known.get(message)
+        if header is None:
+            payload = _receive_bytes(self._wires.control, message.source)
+            header = self._forms.unpickled(payload)
+            if header is None:  # neither end remembers it
+                return False
+            if not self._forms.travelled(message, header, payload):
+                self._post_one(incoming, header)
+                return True
+        self._post(incoming, 0)
+        return True
 
     def _whole(self, posted: _Posted) -> object:
         """The message, once all of it is here."""
-        message, header, tensors = posted.message, posted.header, posted.tensors
-        self._wire.wait(posted.works, message.source)
-        if posted.mark == CHANGED:
-            payload = self._receive_near(message)
+        posted.work.wait()
+        header, tensors = posted.header, posted.tensors
+        if posted.mark is not None and posted.mark.item():
+            message, stream = posted.message, self._wires.stream
+            assert stream is not None
+            payload = _receive_bytes(stream, message.source)
             changed = self._forms.unpickled(payload)
             assert changed is not None
             self._forms.changed(message)
             self._forms.travelled(message, changed, payload)
             header, tensors = changed, [layout.empty(self._device) for layout in changed.layouts]
-            for tensor in tensors:
-                if tensor.numel():
-                    self._wire.receive_near(tensor, message.source)
+            stream.start_receive(tensors, message.source).wait()
         return header.unpacked(tensors)
 
     def _send_changed(
@@ -210,10 +201,10 @@ class Mailbox:
     ) -> None:
         """Fill what the receiver has posted with anything, marked; then send header and tensors.
 
-        These go where nothing else is posted: past all that may be.
+        These go through the stream, whatever their size: past all that may be posted.
         """
-        rank = message.destination
-        if not self._wire.has_marks(rank):
+        rank, stream = message.destination, self._wires.stream
+        if stream is None or rank not in self._marked:
             raise CellError(
                 f"the {message} changed its form though the batch did not: {in_words(known)} "
                 f"before, {in_words(header)} now; between hosts, or devices other than CPUs, "
@@ -223,39 +214,26 @@ class Mailbox:
         payload = self._forms.pickled(header)
         self._forms.changed(message)
         self._forms.travelled(message, header, payload)
-        self._start_all(message, [at.empty(self._device).zero_() for at in known.layouts], CHANGED)
-        said = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        for tensor in (torch.tensor([said.numel()]), said, *dense):
-            if tensor.numel():
-                self._wire.send_near(tensor, rank)
+        self._start(rank, self._zeros(known), CHANGED)
+        _send_bytes(stream, payload, rank)
+        stream.start_send(dense, rank)
 
-    def _receive_near(self, message: Message) -> bytes:
-        """The header of a message that was marked."""
-        size = torch.empty(1, dtype=torch.int64)
-        self._wire.receive_near(size, message.source)
-        payload = torch.empty(int(size), dtype=torch.uint8)
-        self._wire.receive_near(payload, message.source)
-        return payload.numpy().tobytes()
+    def _start(self, rank: int, dense: Sequence[torch.Tensor], mark: torch.Tensor = PLAIN) -> None:
+        """Start to send what `rank` has posted, or will."""
+        self._data.start_send([mark, *dense] if rank in self._marked else dense, rank)
 
-    def _send_header(self, message: Message, pickled: bytes) -> None:
-        payload = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
-        for tensor in (torch.tensor([payload.numel()]), payload):
-            self._wire.start_sending(tensor, message.destination, control=True)
+    def _zeros(self, header: Header) -> list[torch.Tensor]:
+        return [layout.empty(self._device).zero_() for layout in header.layouts]
 
-    def _receive_header(self, message: Message) -> bytes:
-        """The form of `message`, as it travels."""
-        size = torch.empty(1, dtype=torch.int64)
-        self._receive_now(size, message.source)
-        payload = torch.empty(int(size), dtype=torch.uint8)
-        self._receive_now(payload, message.source)
-        return payload.numpy().tobytes()
 
-    def _receive_now(self, tensor: torch.Tensor, source: int) -> None:
-        self._wire.wait([self._wire.start_receiving(tensor, source, control=True)], source)
+def _send_bytes(wire: Wire, payload: bytes, rank: int) -> None:
+    data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    wire.start_send([torch.tensor([data.numel()]), data], rank)
 
-    def _start_all(
-        self, message: Message, tensors: Sequence[torch.Tensor], mark: bytes = PLAIN
-    ) -> None:
-        """Start to send the dense `tensors` of `message`."""
-        filled = [tensor for tensor in tensors if tensor.numel()]
-        self._wire.start_sending_message(filled, message.destination, mark)
+
+def _receive_bytes(wire: Wire, rank: int) -> bytes:
+    size = torch.empty(1, dtype=torch.int64)
+    wire.start_receive([size], rank).wait()
+    payload = torch.empty(int(size), dtype=torch.uint8)
+    wire.start_receive([payload], rank).wait()
+    return payload.numpy().tobytes()

@@ -23,10 +23,16 @@ class Outbox:
         self._bytes = self._num_handed = 0
         self._handed: SimpleQueue[_Batch | None] = SimpleQueue()
         self._ended: SimpleQueue[RuntimeError | None] = SimpleQueue()
-        self._has_thread = False
+        self._thread: threading.Thread | None = None
 
     def __del__(self) -> None:
         self._handed.put(None)
+
+    def close(self) -> None:
+        """End its thread; nothing may be leaving."""
+        self._handed.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
     def add(self, work: dist.Work, tensor: torch.Tensor) -> None:
         """Keep `tensor` until `work` is done."""
@@ -48,12 +54,11 @@ class Outbox:
         self._num_handed = 0
 
     def _hand_over(self) -> None:
-        if not self._has_thread:
+        if self._thread is None:
             # A daemon: a rank that fails must be able to end while its messages are stuck.
-            threading.Thread(
-                target=_wait_for_batches, args=(self._handed, self._ended), daemon=True
-            ).start()
-            self._has_thread = True
+            arguments = (self._handed, self._ended)
+            self._thread = threading.Thread(target=_wait_for_batches, args=arguments, daemon=True)
+            self._thread.start()
         self._handed.put(self._leaving)
         self._leaving, self._bytes = deque(), 0
         self._num_handed += 1

@@ -1,33 +1,78 @@
-"""What this rank raises when another one does not answer: who, since when, and why."""
+"""What this rank raises when another one does not answer: who, since when, and why.
 
-from stagewise.engine.transport.failure import FailureBoard
+When a rank is lost its connections close, and its peers see just that. So, where it can, it first
+writes the cause into the store that the process group met through, and a rank that loses a
+connection reads it from there.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
 from stagewise.errors import PeerError
 
+_KEY = "stagewise/failure"
+_PATIENCE_SECONDS, _POLL_SECONDS = 2.0, 0.05
 _LATE = ("timed out", "timeout")  # in what gloo and NCCL raise
 
 
-class Peer:
-    """Talk to rank `other` inside (to all, if None); raises PeerError if it is lost or silent."""
+class Peers:
+    """The ranks beside `rank`, as far as they can be lost; `store` holds the first cause."""
 
-    def __init__(self, failures: FailureBoard, rank: int, other: int | None = None) -> None:
-        self._failures, self._rank = failures, rank
-        self._name = "another rank" if other is None else f"rank {other}"
+    def __init__(self, rank: int, store: Store | None = None) -> None:
+        self.rank, self._store = rank, store
 
-    def __enter__(self) -> None:
-        pass
+    def tell(self, cause: str) -> None:
+        """Write why this rank stops, unless another one did first; a lost store is no error."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.compare_set(_KEY, "", f"rank {self.rank}: {cause}")
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, RuntimeError | OSError) or isinstance(error, PeerError):
-            return
+    @contextmanager
+    def named(self, other: int | None = None) -> Iterator[None]:
+        """Talk to rank `other` inside (to all, if None); PeerError if it is lost or silent."""
+        try:
+            yield
+        except PeerError:
+            raise
+        except (RuntimeError, OSError) as error:
+            raise self.lost(error, other) from error
+
+    @contextmanager
+    def without_cause(self) -> Iterator[None]:
+        """Inside nobody will read why a rank was lost, so `lost` does not ask."""
+        store, self._store = self._store, None
+        try:
+            yield
+        finally:
+            self._store = store
+
+    def lost(self, error: RuntimeError | OSError, other: int | None = None) -> PeerError:
+        """What to raise where `error` says that rank `other` is lost or silent."""
+        name = "another rank" if other is None else f"rank {other}"
         late = isinstance(error, TimeoutError) or any(w in str(error).lower() for w in _LATE)
-        cause = self._failures.read(
-            f"none was told: {self._name} is alive but hangs, is in other code than this rank, or "
+        unknown = (
+            f"none was told: {name} is alive but hangs, is in other code than this rank, or "
             "is slower than the timeout of init_process_group"
             if late
-            else f"the process of {self._name} ended without a word (killed, or out of memory?)"
+            else f"the process of {name} ended without a word (killed, or out of memory?)"
         )
-        raise PeerError(
-            f"rank {self._rank} lost {self._name} while waiting for it"
+        return PeerError(
+            f"rank {self.rank} lost {name} while waiting for it"
             + (f" ({error})" if isinstance(error, OSError) or late else "")
-            + f". First failure: {cause}"
-        ) from error
+            + f". First failure: {self._cause() or unknown}"
+        )
+
+    def _cause(self) -> str | None:
+        """The first one, waiting a moment for it; None if there is none."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while self._store is not None and time.monotonic() < deadline:
+            try:
+                if self._store.check([_KEY]):
+                    return str(self._store.get(_KEY).decode())
+            except RuntimeError:
+                break  # the store's own process has gone
+            time.sleep(_POLL_SECONDS)
+        return None

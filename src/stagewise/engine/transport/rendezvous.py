@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import torch
 
-from stagewise.engine.transport.unix_sockets import Work
-from stagewise.engine.transport.wire import Wire
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.wire import Wire, Work
 from stagewise.errors import BatchError, PeerError
 
 T = TypeVar("T")
@@ -34,8 +34,9 @@ _Awaited = tuple[int, torch.Tensor, Work]  # of which rank, where to, until when
 class Rendezvous:
     """All ranks make the same calls of this in the same order, or learn that they do not."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._rank, self._others, self._wire = wire.rank, range(1, wire.num_ranks), wire
+    def __init__(self, wire: Wire, peers: Peers) -> None:
+        self._rank, self._others = wire.rank, range(1, wire.num_ranks)
+        self._wire, self._peers = wire, peers
         self._last = "Pipeline(...)"
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
@@ -100,18 +101,18 @@ class Rendezvous:
         head = bytearray(FRAME_BYTES)
         _HEAD.pack_into(head, 0, len(said), meaning, _cut(what))
         head[_HEAD.size : _HEAD.size + min(len(said), _ROOM)] = said[:_ROOM]
-        with suppress(OSError, RuntimeError):
-            self._wire.post(torch.frombuffer(head, dtype=torch.int64), rank, control=True)
+        with suppress(PeerError), self._peers.without_cause():
+            self._wire.start_send([torch.frombuffer(head, dtype=torch.int64)], rank)
             if len(said) > _ROOM:
                 rest = torch.frombuffer(bytearray(said[_ROOM:]), dtype=torch.uint8)
-                self._wire.post(rest, rank, control=True)
+                self._wire.start_send([rest], rank)
                 self._wire.finish()  # its room is made only now, when this rank may have ended
 
     def _awaited(self, ranks: Sequence[int]) -> list[_Awaited]:
         """The frames that these ranks send next."""
         frames = [torch.empty(FRAME_BYTES // 8, dtype=torch.int64) for _ in ranks]
         return [
-            (rank, frame, self._wire.start_receiving(frame, rank, control=True))
+            (rank, frame, self._wire.start_receive([frame], rank))
             for rank, frame in zip(ranks, frames, strict=True)
         ]
 
@@ -119,13 +120,13 @@ class Rendezvous:
         """What ranks say: how it is meant, what for, and what."""
         heard = []
         for rank, frame, work in awaited:
-            self._wire.wait([work], rank)
+            work.wait()
             data = frame.numpy().tobytes()
             num_bytes, meaning, what = _HEAD.unpack_from(data)
             said = data[_HEAD.size : _HEAD.size + min(num_bytes, _ROOM)]
             if num_bytes > _ROOM:
                 rest = torch.empty(num_bytes - _ROOM, dtype=torch.uint8)
-                self._wire.wait([self._wire.start_receiving(rest, rank, control=True)], rank)
+                self._wire.start_receive([rest], rank).wait()
                 said += rest.numpy().tobytes()
             heard.append((meaning, what.rstrip(b"\0"), said))
         return heard

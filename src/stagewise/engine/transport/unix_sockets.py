@@ -2,7 +2,7 @@
 
 Gloo receives in a thread of its own, which then wakes the one that waits: two wake-ups, and
 several times the processor time of a socket, for every message. A small message is written into
-the kernel's buffer at once and read from there into its tensor; only the reader has to wake. What
+the kernel's buffer at once and read from there into its tensors; only the reader has to wake. What
 finds no room in that buffer is left to a thread, so that sending never waits for the receiver.
 
 Each direction of a socket carries bytes in order and nothing else: who sends what, both ends know.
@@ -13,38 +13,77 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from queue import Queue
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from stagewise.engine.transport.message_form import flat
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.wire import Work
 
 _SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than waking
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
 _MESSAGES = 4  # that the buffer must hold at least, so that they travel while both compute
+_PIECES = 1000  # of memory in one call to the kernel, which takes 1024
 _NUMPY = (torch.float32, torch.float64, torch.int64, torch.bool)  # dtypes that NumPy has too
-_NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
 _RANK = struct.Struct("=i")
+_NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
+_AT_ONCE = socket.MSG_DONTWAIT | _NO_SIGNAL
 
 
-class Work(Protocol):
-    """A message on its way; torch's works are such."""
+class UnixSockets:
+    """A wire to those ranks of this host that could be connected to."""
 
-    def wait(self) -> object:
-        """Wait until it has arrived."""
+    def __init__(
+        self, peers: Peers, num_ranks: int, sockets: Mapping[int, socket.socket], timeout: timedelta
+    ) -> None:
+        self.rank, self.num_ranks, self._peers = peers.rank, num_ranks, peers
+        self._links = {rank: _Link(one, timeout) for rank, one in sockets.items()}
+
+    @property
+    def reached(self) -> Collection[int]:
+        return self._links.keys()
+
+    def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
+        link, data = self._links[rank], list(map(_memory, tensors))
+        if link.late is None or not link.late.queue.unfinished_tasks:
+            try:
+                while data:
+                    data = _after(data, link.socket.sendmsg(data[:_PIECES], (), _AT_ONCE))
+                return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._peers.lost(error, rank) from error
+        link.send_late(data)
+
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
+        return _Arriving(self._links[rank], tensors, self._peers, rank)
+
+    def finish(self) -> None:
+        for rank, link in self._links.items():
+            if link.late is not None:
+                link.late.queue.join()
+                if link.late.errors:
+                    raise self._peers.lost(link.late.errors[0], rank)
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
 
 
-class Neighbour:
-    """The connection to another process of this host, for tensors of up to `limit` bytes."""
+class _Link:
+    """The connection to one process, and what the kernel had no room for."""
 
-    def __init__(self, connection: socket.socket, timeout: timedelta, limit: int) -> None:
-        self.limit, self._socket, self._seconds = limit, connection, timeout.total_seconds()
-        self._late: _Late | None = None
+    def __init__(self, connection: socket.socket, timeout: timedelta) -> None:
+        self.socket, self.seconds = connection, timeout.total_seconds()
+        self.late: _Late | None = None
         connection.settimeout(None)  # whatever socket.setdefaulttimeout says: the kernel's counts
         seconds, rest = divmod(timeout, timedelta(seconds=1))
         patience = struct.pack("@ll", seconds, rest.microseconds)
@@ -52,47 +91,99 @@ class Neighbour:
         _with_room(connection)
 
     def __del__(self) -> None:
-        if self._late is None:
-            self._socket.close()
+        if self.late is None:
+            self.socket.close()
         else:
-            self._late.queue.put(None)
+            self.late.queue.put(None)
 
-    def send(self, tensor: torch.Tensor, mark: bytes = b"") -> None:
-        """Send `mark` and a dense tensor; raises OSError if the other process has gone."""
-        sent, flags = 0, socket.MSG_DONTWAIT | _NO_SIGNAL
-        if self._late is None or not self._late.queue.unfinished_tasks:
-            try:
-                if mark:
-                    sent = self._socket.sendmsg((mark, _memory(tensor)), (), flags)
-                else:
-                    sent = self._socket.send(_memory(tensor), flags)
-            except BlockingIOError:
-                sent = 0
-            if sent == len(mark) + tensor.nbytes:
-                return
-        if self._late is None:
-            self._late = _Late(self._socket)
-        if sent < len(mark):
-            self._late.queue.put(memoryview(mark)[sent:])
-        self._late.queue.put(_bytes(tensor)[max(0, sent - len(mark)) :])
+    def send_late(self, data: Sequence[memoryview]) -> None:
+        if self.late is None:
+            self.late = _Late(self.socket)
+        for part in data:
+            self.late.queue.put(part)
 
-    def receive(self, tensor: torch.Tensor, mark: bytearray | None = None) -> Work:
-        """What reads the next bytes into `mark` and a dense tensor; wait for all in order."""
-        return _Arriving(self._socket, tensor, self._seconds, mark)
-
-    def finish(self) -> None:
-        """Wait until everything sent has left; raises OSError if the other process has gone."""
-        if self._late is not None:
-            self._late.finish()
+    def close(self) -> None:
+        self.__del__()
+        if self.late is not None:
+            self.late.thread.join()
 
 
-def meet(rank: int, gather: Callable[[Any], list[Any]], timeout: timedelta) -> dict[int, Neighbour]:
+class _Late:
+    """What the kernel had no room for, sent in order by a thread, which closes the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.queue: Queue[memoryview | None] = Queue()
+        self.errors: list[OSError] = []
+        # A daemon: a rank that fails must be able to end while its messages are stuck.
+        arguments = (connection, self.queue, self.errors)
+        self.thread = threading.Thread(target=_send_all, args=arguments, daemon=True)
+        self.thread.start()
+
+
+def _send_all(
+    connection: socket.socket, queue: "Queue[memoryview | None]", errors: list[OSError]
+) -> None:
+    while (data := queue.get()) is not None:
+        try:
+            if not errors:
+                connection.sendall(data, _NO_SIGNAL)
+        except OSError as error:
+            errors.append(error)
+        queue.task_done()
+    connection.close()
+
+
+class _Arriving:
+    """Tensors that `rank` sends."""
+
+    def __init__(
+        self, link: _Link, tensors: Sequence[torch.Tensor], peers: Peers, rank: int
+    ) -> None:
+        self._link, self._tensors, self._peers, self._rank = link, tensors, peers, rank
+
+    def wait(self) -> None:
+        rooms, since = [_memory(t) for t in self._tensors if t.nbytes], time.monotonic()
+        try:
+            while rooms:
+                read = self._link.socket.recvmsg_into(rooms[:_PIECES], 0, socket.MSG_WAITALL)[0]
+                if not read:
+                    raise ConnectionError("the other process has closed its connection")
+                rooms = _after(rooms, read)  # a signal may come between
+                if rooms and time.monotonic() - since >= self._link.seconds:
+                    raise BlockingIOError  # what came in time is not all
+        except BlockingIOError as error:
+            late = TimeoutError(
+                f"nothing came within the process group's timeout of {self._link.seconds:g} s"
+            )
+            raise self._peers.lost(late, self._rank) from error
+        except OSError as error:
+            raise self._peers.lost(error, self._rank) from error
+
+
+def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
+    """What of `data` follows its first bytes."""
+    for index, part in enumerate(data):
+        if num_bytes < part.nbytes:
+            return [part.cast("B")[num_bytes:] if num_bytes else part, *data[index + 1 :]]
+        num_bytes -= part.nbytes
+    return []
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """That of a dense tensor; in the usual case without making a tensor of its bytes."""
+    usual = tensor.dtype in _NUMPY and tensor.is_contiguous()
+    return tensor.numpy().data if usual else flat(tensor).numpy().data
+
+
+def connect_local_peers(
+    peers: Peers, gather: Callable[[Any], list[Any]], timeout: timedelta
+) -> tuple[UnixSockets, dict[int, int]]:
     """Connect to every other rank that runs on this host; all ranks call this.
 
     `gather` gives every rank's value, by rank. Who cannot connect is left out, for example since
-    it runs elsewhere.
+    it runs elsewhere. Also returns up to how many bytes a tensor should go this way, by rank.
     """
-    connections: dict[int, socket.socket] = {}
+    rank, connections = peers.rank, dict[int, socket.socket]()
     gather(None)  # so that no folder stands while others are still on their way
     with ExitStack() as until_connected:
         listener = _listener(until_connected)
@@ -110,85 +201,8 @@ def meet(rank: int, gather: Callable[[Any], list[Any]], timeout: timedelta) -> d
                     connection.settimeout(None)
                     other = _RANK.unpack(connection.recv(_RANK.size, socket.MSG_WAITALL))[0]
                     connections[other] = connection
-    return {
-        other: Neighbour(connection, timeout, min(limit, everyone[other][0]))
-        for other, connection in connections.items()
-    }
-
-
-class _Late:
-    """What the kernel had no room for, sent in order by a thread."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.queue: Queue[memoryview | None] = Queue()
-        self._errors: list[OSError] = []
-        # A daemon: a rank that fails must be able to end while its messages are stuck.
-        arguments = (connection, self.queue, self._errors)
-        threading.Thread(target=_send_all, args=arguments, daemon=True).start()
-
-    def finish(self) -> None:
-        self.queue.join()
-        if self._errors:
-            raise self._errors[0]
-
-
-class _Arriving:
-    def __init__(
-        self,
-        connection: socket.socket,
-        tensor: torch.Tensor,
-        seconds: float,
-        mark: bytearray | None,
-    ) -> None:
-        self._socket, self._tensor, self._seconds, self._mark = connection, tensor, seconds, mark
-
-    def wait(self) -> None:
-        tensor, since = self._tensor, time.monotonic()
-        num_marks = 0 if self._mark is None else len(self._mark)
-        try:
-            if self._mark is None:
-                read = self._socket.recv_into(_memory(tensor), 0, socket.MSG_WAITALL)
-            else:
-                rooms: list[Any] = [self._mark, _memory(tensor)]
-                read = self._socket.recvmsg_into(rooms, 0, socket.MSG_WAITALL)[0]
-            # A signal may come between; or what came in time is not all.
-            while read < num_marks + tensor.nbytes:
-                if time.monotonic() - since >= self._seconds:
-                    raise BlockingIOError
-                rest = _bytes(tensor)[max(0, read - num_marks) :]
-                if self._mark is not None and read < num_marks:
-                    rest = memoryview(self._mark)[read:]
-                more = self._socket.recv_into(rest, 0, socket.MSG_WAITALL)
-                if not more:
-                    raise ConnectionError("the other process has closed its connection")
-                read += more
-        except BlockingIOError as error:
-            raise TimeoutError(
-                f"nothing came within the process group's timeout of {self._seconds:g} s"
-            ) from error
-
-
-def _send_all(
-    connection: socket.socket, queue: "Queue[memoryview | None]", errors: list[OSError]
-) -> None:
-    while (data := queue.get()) is not None:
-        try:
-            if not errors:
-                connection.sendall(data, _NO_SIGNAL)
-        except OSError as error:
-            errors.append(error)
-        queue.task_done()
-    connection.close()
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """That of a dense tensor; in the usual case without making a tensor of its bytes."""
-    usual = tensor.dtype in _NUMPY and tensor.is_contiguous()
-    return tensor.numpy().data if usual else _bytes(tensor)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return flat(tensor).numpy().data
+    limits = {other: min(limit, everyone[other][0]) for other in connections}
+    return UnixSockets(peers, len(everyone), connections, timeout), limits
 
 
 def _listener(until: ExitStack) -> socket.socket | None:

@@ -14,7 +14,7 @@ from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import State, open_source
 from stagewise.engine.stage.randomness import generators_kept, seed_initialisation
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, module_tree
 from stagewise.model.materialise import Init, is_meta, materialise
@@ -35,7 +35,7 @@ def initialise(
     model: Model,
     chain: Chain,
     plan: Plan,
-    transport: Transport,
+    ranks: Ranks,
     aliases: Aliases,
     given: Given,
 ) -> None:
@@ -43,16 +43,16 @@ def initialise(
 
     Raises ModelError or CheckpointError, on every rank, before a cell is changed on any.
     """
-    ranks = ranks_of_cells(plan, transport)
-    own = [cell.index for cell in chain if transport.rank in ranks[cell.index]]
+    runs = [ranks.rank in own for own in ranks_of_cells(plan, ranks)]
+    own = [cell.index for cell in chain if runs[cell.index]]
     source, found = None, {}
-    with agreed(transport, "Pipeline: the state it starts from"):
+    with agreed(ranks, "Pipeline: the state it starts from"):
         on_meta = is_meta(chain)
         if given.state is not None:
             source = open_source(given.state, aliases)
             found = check(source, _tensors(chain, own), aliases)
     with (
-        agreed(transport, "Pipeline: first values"),
+        agreed(ranks, "Pipeline: first values"),
         generators_kept([]),
         torch.inference_mode(False),
     ):

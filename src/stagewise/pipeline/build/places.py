@@ -8,35 +8,35 @@ import torch
 
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Loss, Stage
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.cell import Chain
 from stagewise.planning.plan import Plan
 
 
-def ranks_of_cells(plan: Plan, transport: Transport) -> list[tuple[int, ...]]:
+def ranks_of_cells(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
     """The ranks that run each cell of the chain: several where its stage is replicated."""
     placement = plan.built_schedule.placement
-    return [placement[stage] if transport.num_ranks > 1 else (0,) for stage in _stages(plan)]
+    return [placement[stage] if ranks.num_ranks > 1 else (0,) for stage in _stages(plan)]
 
 
 def build_stages(
     chain: Chain,
     plan: Plan,
-    transport: Transport,
+    ranks: Ranks,
     devices: Sequence[torch.device],
     routes: SkipRoutes,
     loss: Loss | None,
 ) -> dict[int, Stage]:
     """This rank's stages; their cells move to their devices."""
-    schedule, alone = plan.built_schedule, transport.num_ranks == 1
+    schedule, alone = plan.built_schedule, ranks.num_ranks == 1
     stages, start = {}, 0
     for index, num_cells in enumerate(plan.engine_balance):
         cells = chain[start : start + num_cells]
         start += num_cells
         replicas = schedule.placement[index]
-        if not alone and transport.rank not in replicas:
+        if not alone and ranks.rank not in replicas:
             continue
-        own_device = devices[replicas[0] if alone else transport.rank]
+        own_device = devices[replicas[0] if alone else ranks.rank]
         for cell in cells:
             cell.module.to(own_device)
         is_last = index == schedule.num_stages - 1

@@ -7,30 +7,28 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.batch.layouts import storages
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Cell, Chain
 from stagewise.pipeline.build.places import _placed, _stages, ranks_of_cells
 from stagewise.planning.plan import Plan
 
 
-def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], transport: Transport) -> None:
+def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
     """Raise ModelError or PlanError for what cells of different stages may not share."""
-    check_batchnorms(chain, ranks_of_cells(plan, transport))
-    check_buffers(chain, plan, devices, transport)
-    check_storages(chain, plan, transport)
+    check_batchnorms(chain, ranks_of_cells(plan, ranks))
+    check_buffers(chain, plan, devices, ranks)
+    check_storages(chain, plan, ranks)
 
 
-def check_buffers(
-    chain: Chain, plan: Plan, devices: Sequence[torch.device], transport: Transport
-) -> None:
+def check_buffers(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
     """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
 
     A constant (`persistent=False`) may be shared, but in one process not by stages on different
     devices, since it would be on one of them only.
     """
     owner: dict[int, tuple[int, str]] = {}
-    homes = [0 if transport.num_ranks > 1 else devices[device] for device in _placed(plan)]
+    homes = [0 if ranks.num_ranks > 1 else devices[device] for device in _placed(plan)]
     for cell, stage in zip(chain, _stages(plan), strict=True):
         for path, module in cell.named_modules():
             if isinstance(module, _BatchNorm):  # see `check_batchnorms`
@@ -50,16 +48,16 @@ def check_buffers(
                 )
 
 
-def check_storages(chain: Chain, plan: Plan, transport: Transport) -> None:
+def check_storages(chain: Chain, plan: Plan, ranks: Ranks) -> None:
     """Raise PlanError if parameters on different ranks share memory: their copies would drift."""
-    if transport.num_ranks == 1:
+    if ranks.num_ranks == 1:
         return
     owner: dict[int, tuple[torch.nn.Parameter, set[int], str]] = {}
-    for cell, ranks in zip(chain, ranks_of_cells(plan, transport), strict=True):
+    for cell, runs in zip(chain, ranks_of_cells(plan, ranks), strict=True):
         for name, parameter in _parameters(cell):
             for memory in [storage.data_ptr() for storage in storages(parameter)]:
-                first, others, path = owner.setdefault(memory, (parameter, set(ranks), name))
-                if memory and first is not parameter and others != set(ranks):
+                first, others, path = owner.setdefault(memory, (parameter, set(runs), name))
+                if memory and first is not parameter and others != set(runs):
                     raise PlanError(
                         f"{path} and {name}, on different ranks, are two parameters in one "
                         "memory, whose copies would drift apart; make them one parameter "

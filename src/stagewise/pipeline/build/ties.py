@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from stagewise.engine.gradients.replicas import Replicas
 from stagewise.engine.gradients.tied import TiedParameters
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.cell import Chain
 from stagewise.model.chain import module_tree
 from stagewise.model.tied import Tied, find_tied
@@ -14,13 +14,13 @@ from stagewise.planning.plan import Plan
 
 
 def tie(
-    chain: Chain, plan: Plan, stages: Mapping[int, Stage], transport: Transport
+    chain: Chain, plan: Plan, stages: Mapping[int, Stage], ranks: Ranks
 ) -> tuple[TiedParameters, Replicas]:
     """This rank's tied parameters and replicated stages, equal to all other copies from now on.
 
     Every rank calls this.
     """
-    placement = plan.built_schedule.placement if transport.num_ranks > 1 else ()
+    placement = plan.built_schedule.placement if ranks.num_ranks > 1 else ()
     cells = [cell for stage in stages.values() for cell in stage.cells]
     own = set(module_tree(cells).parameters())
     others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
@@ -34,19 +34,19 @@ def tie(
     replicas = Replicas(
         stages,
         placement,
-        transport,
+        ranks,
         apart={tied.parameter for tied in ties} - within.keys(),
         within=within,
     )
     tied = TiedParameters(
         ties,
         {c.index: (c.module, stage.device) for stage in stages.values() for c in stage.cells},
-        ranks_of_cells(plan, transport),
+        ranks_of_cells(plan, ranks),
         others,
         within,
     )
     replicas.equalise()
-    tied.equalise(transport)
+    tied.equalise(ranks)
     return tied, replicas
 
 

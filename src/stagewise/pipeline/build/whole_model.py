@@ -11,7 +11,7 @@ from torch import nn
 
 from stagewise.checkpoints.names import Aliases, names_of
 from stagewise.engine.step.admission import fingerprint
-from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Chain
 from stagewise.model.chain import module_tree
@@ -48,9 +48,7 @@ class WholeModel:
             aliases=names_of(chain),
         )
 
-    def agree(
-        self, transport: Transport, plan: Plan, options: Mapping[str, object] | None = None
-    ) -> None:
+    def agree(self, ranks: Ranks, plan: Plan, options: Mapping[str, object] | None = None) -> None:
         """Raise PlanError on every rank unless all have the same plan, model and `options`.
 
         Then ModelError if an embedding's gradients need a whole minibatch, which `plan` splits.
@@ -58,7 +56,7 @@ class WholeModel:
         options = options or {}
         words = [*self.shapes.items()], [*self.dtypes.items()], self.modules
         marks = [fingerprint(text) for text in (plan.to_json(), words, *options.values())]
-        rows = transport.exchange(marks, "Pipeline(...)" if options else "use(plan)")
+        rows = ranks.exchange(marks, "Pipeline(...)" if options else "use(plan)")
         for column, what in enumerate(["plans", "models", *(f"{name}=" for name in options)]):
             differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
             if differing:

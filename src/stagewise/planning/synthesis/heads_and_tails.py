@@ -11,7 +11,7 @@ microbatch j, so that no order of microbatches is assumed.
 from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, Problem
 
 
-class Ranks:
+class HeadsAndTails:
     """Heads and tails of the j-th and the j-th last instruction of every stage, j from 1.
 
     `*_ready[s][j]`: the least time before the j-th starts; `*_done[s][j]`: before its device is

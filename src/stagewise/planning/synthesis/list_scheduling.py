@@ -10,7 +10,7 @@ wherever it stands, so it can always go on.
 import heapq
 from dataclasses import dataclass, field
 
-from stagewise.planning.synthesis.heads_and_tails import Ranks
+from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.memory_safety import Memory
 from stagewise.planning.synthesis.problem import (
     BACKWARD,
@@ -24,7 +24,7 @@ from stagewise.planning.synthesis.problem import (
 from stagewise.planning.synthesis.rules import Rule
 
 
-def list_schedule(problem: Problem, rule: Rule, ranks: Ranks) -> Programs | None:
+def list_schedule(problem: Problem, rule: Rule, ranks: HeadsAndTails) -> Programs | None:
     """The programs that `rule` gives; None where its split leaves no room for one microbatch."""
     memory = Memory(problem, rule.split)
     if memory.shortage() is not None:
@@ -57,7 +57,7 @@ class _Device:
 class _Run:
     """One run of the event loop."""
 
-    def __init__(self, problem: Problem, rule: Rule, memory: Memory, ranks: Ranks) -> None:
+    def __init__(self, problem: Problem, rule: Rule, memory: Memory, ranks: HeadsAndTails) -> None:
         self.problem, self.rule, self.memory, self.ranks = problem, rule, memory, ranks
         self.last = problem.num_stages - 1
         self.link_free: list[float] = [0] * problem.num_links

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
-from stagewise.planning.synthesis.heads_and_tails import Ranks
+from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.problem import NEVER, Problem, problem_of
 
 
@@ -76,7 +76,7 @@ def lower_bound_seconds(
 
 def bound_of(problem: Problem) -> LowerBound:
     """The bound of a problem that has been laid out already."""
-    ranks = Ranks(problem)
+    ranks = HeadsAndTails(problem)
     devices = range(problem.num_devices)
     return LowerBound(
         work_seconds=tuple(_work_seconds(ranks, device) for device in devices),
@@ -86,7 +86,7 @@ def bound_of(problem: Problem) -> LowerBound:
     )
 
 
-def _work_seconds(ranks: Ranks, device: int) -> float:
+def _work_seconds(ranks: HeadsAndTails, device: int) -> float:
     """All work of `device`, and what must come before its first and after its last."""
     stages = ranks.problem.stages_of[device]
     if not stages:
@@ -102,7 +102,7 @@ def _work_seconds(ranks: Ranks, device: int) -> float:
     return before + work + min(ranks.after(s) for s in stages)
 
 
-def _one_machine_seconds(ranks: Ranks, device: int) -> float:
+def _one_machine_seconds(ranks: HeadsAndTails, device: int) -> float:
     """The preemptive optimum of `device` alone, with heads and tails."""
     tasks = []  # (ready, seconds, tail)
     for s in ranks.problem.stages_of[device]:
@@ -123,7 +123,7 @@ def _one_machine_seconds(ranks: Ranks, device: int) -> float:
     return jackson([task for task in tasks if task[1]])
 
 
-def _memory_seconds(ranks: Ranks, device: int) -> float:
+def _memory_seconds(ranks: HeadsAndTails, device: int) -> float:
     """Room times seconds that all microbatches need, under the device's cap.
 
     Room is counted in bytes, and in weighted microbatches per stage, of which only whole

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from stagewise.planning.synthesis.heads_and_tails import Ranks
+from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.problem import NEVER, Problem
 
 UNLIMITED = 1 << 30
@@ -42,7 +42,7 @@ class Rule:
     sparing: float = 0.0
 
 
-def rules(problem: Problem, ranks: Ranks) -> Iterator[Rule]:
+def rules(problem: Problem, ranks: HeadsAndTails) -> Iterator[Rule]:
     """The rules to try, the most promising first; they may repeat."""
     stages, costs = range(problem.num_stages), problem.costs
     cheaper = tuple(

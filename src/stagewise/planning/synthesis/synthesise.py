@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError, ScheduleError
-from stagewise.planning.synthesis.heads_and_tails import Ranks
+from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Found, improve, made_whole
 from stagewise.planning.synthesis.lower_bound import bound_of
@@ -64,7 +64,7 @@ def synthesise(
 
 def search(problem: Problem, effort: int = EFFORT) -> Found:
     """The best programs that the effort finds."""
-    ranks = Ranks(problem)
+    ranks = HeadsAndTails(problem)
     enough = bound_of(problem).seconds * (1 + _ROUNDING)
     size = 3 * problem.num_stages * problem.num_microbatches
     found = [_found(problem, programs) for programs in _named(problem)]

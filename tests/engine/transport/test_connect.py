@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stagewise.engine.transport.distributed import DistributedTransport
+from stagewise.engine.transport.connect import between_processes
+from stagewise.engine.transport.mailbox import Mailbox
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CellError
 from stagewise.schedule import Kind, forward_only, links, lower, named_schedule
 from tests.harness import Pools
@@ -48,20 +50,26 @@ CONTIGUOUS: dict[str, Callable[[], Tensor]] = {  # their gaps do not travel
 }
 
 
+def made() -> tuple[Ranks, Mailbox]:
+    transport = between_processes(torch.device("cpu"))
+    assert isinstance(transport.mail, Mailbox)
+    return transport.ranks, transport.mail
+
+
 def transfer(values: list[object], times: int) -> list[list[object]]:
     """Rank 0 sends one value per microbatch, `times` times; rank 1 gives back what arrived."""
-    transport = DistributedTransport(torch.device("cpu"))
+    ranks, mail = made()
     programs = lower(forward_only([(d,) for d in range(2)], len(values)))
     arrived: list[list[object]] = []
     for _ in range(times):
-        transport.begin(1, links(programs))
+        mail.begin(1, links(programs))
         got = []
-        for step in programs[transport.rank]:
+        for step in programs[ranks.rank]:
             for message in step.receives:
-                got.append(transport.receive(message))
+                got.append(mail.receive(message))
             for message in step.sends:
-                transport.send(message, values[message.microbatch])
-        transport.finish()
+                mail.send(message, values[message.microbatch])
+        mail.finish()
         arrived.append(got)
     return arrived
 
@@ -109,8 +117,8 @@ def expanded_storage() -> list[int]:
 
 def change_form(second: str) -> str:
     """Where no message has a mark, as between hosts."""
-    transport = DistributedTransport(torch.device("cpu"))
-    transport._wire._near.clear()
+    ranks, mail = made()
+    mail._marked = frozenset()
     programs = lower(forward_only([(d,) for d in range(2)], 1))
     values: dict[str, object] = {
         "same": torch.ones(3),
@@ -121,17 +129,17 @@ def change_form(second: str) -> str:
     }
     text = ""
     for value in ("same", second):
-        transport.begin(1, links(programs))
-        for step in programs[transport.rank]:
+        mail.begin(1, links(programs))
+        for step in programs[ranks.rank]:
             for message in step.sends:
                 try:
-                    transport.send(message, values[value])
+                    mail.send(message, values[value])
                 except CellError as error:
                     text = str(error)
-                    transport.send(message, values["same"])  # so that the peer need not fail
+                    mail.send(message, values["same"])  # so that the peer need not fail
             for message in step.receives:
-                transport.receive(message)
-        transport.finish()
+                mail.receive(message)
+        mail.finish()
     return text
 
 
@@ -167,26 +175,26 @@ def forms_in_turn(num_bytes: int) -> tuple[list[str], list[bool]]:
         *[big] * 7,
         big[:3],
     ]
-    transport = DistributedTransport(torch.device("cpu"))
+    ranks, mail = made()
     programs = lower(forward_only([(d,) for d in range(2)], 3))
     arrived, steady, remembered = [], [], []
     for turn in turns:
-        transport.begin(1, links(programs))
-        for step in programs[transport.rank]:
+        mail.begin(1, links(programs))
+        for step in programs[ranks.rank]:
             for message in step.sends:
-                transport.send(message, turn if message.microbatch == 1 else big)
+                mail.send(message, turn if message.microbatch == 1 else big)
             for message in step.receives:
-                got = transport.receive(message)
+                got = mail.receive(message)
                 if message.microbatch == 1:
                     arrived.append(described(got))
                 else:
                     steady.append(torch.equal(got, big))  # type: ignore[arg-type]
-            transport.look_ahead()
-        transport.finish()
+            mail.look_ahead()
+        mail.finish()
         message = next(m for s in programs[0] for m in s.sends if m.microbatch == 1)
-        remembered.append(transport._mailbox._forms.get(message) is not None)
+        remembered.append(mail._forms.known.get(message) is not None)
     assert all(steady)
-    return arrived if transport.rank else [described(turn) for turn in turns], remembered
+    return arrived if ranks.rank else [described(turn) for turn in turns], remembered
 
 
 def described(value: object) -> str:
@@ -254,23 +262,23 @@ pytree.register_pytree_node(
 
 def there_and_back() -> list[list[float]]:
     """Three calls of one signature; other tensors in each, and as many gradients back."""
-    transport = DistributedTransport(torch.device("cpu"))
+    ranks, mail = made()
     programs = lower(named_schedule("1f1b", 2, 2))
     seen: list[list[float]] = []
     kept: dict[int, list[Tensor]] = {}
     for call in range(3):
-        transport.begin(1, links(programs))
-        for step in programs[transport.rank]:
+        mail.begin(1, links(programs))
+        for step in programs[ranks.rank]:
             m = step.instruction.microbatch
             for message in step.receives:
-                value = transport.receive(message)
+                value = mail.receive(message)
                 kept[m] = value.tensors if isinstance(value, Varied) else list(value)  # type: ignore[call-overload]
                 seen.append([float(tensor) for tensor in kept[m]])
             for message in step.sends:
                 tensors = [torch.tensor(10.0 * call + m + i) for i in range(call + m)]
                 forward = message.kind is Kind.FORWARD
-                transport.send(message, Varied(f"call {call}", tensors) if forward else (*kept[m],))
-        transport.finish()
+                mail.send(message, Varied(f"call {call}", tensors) if forward else (*kept[m],))
+        mail.finish()
     return seen
 
 
@@ -280,14 +288,14 @@ def test_what_varies_by_its_class_may_have_another_form_in_every_call(pools: Poo
 
 
 def collectives() -> list[object]:
-    transport = DistributedTransport(torch.device("cpu"))
-    rank = transport.rank
+    ranks, _ = made()
+    rank = ranks.rank
     value: object = {"x": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(2) > 0, "n": None}
     return [
-        transport.exchange([rank, -(2**62)], "row"),
-        transport.gather(f"rank {rank}", "name"),
-        transport.broadcast(value if rank == 1 else None, 1),
-        (transport.rank, transport.num_ranks, dist.get_world_size()),
+        ranks.exchange([rank, -(2**62)], "row"),
+        ranks.gather(f"rank {rank}", "name"),
+        ranks.broadcast(value if rank == 1 else None, 1),
+        (ranks.rank, ranks.num_ranks, dist.get_world_size()),
     ]
 
 

@@ -1,0 +1,87 @@
+"""One process that runs every stage: a dictionary in place of messages, and a rank alone.
+
+A hand-over between two stages is a store and a pop, without a function of ours between.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from stagewise.batch.values import move, take_apart
+from stagewise.engine.transport.failure import LOST
+from stagewise.engine.transport.message_form import flat
+from stagewise.engine.transport.transport import Links, is_skip
+from stagewise.engine.transport.wire import Work
+from stagewise.schedule import Message
+
+
+class LocalMailbox:
+    """Values wait in a dictionary, then move to their device.
+
+    `devices[s]` is where stage s is: once, on one device, whoever its replicas are.
+    """
+
+    look_ahead = None  # nothing comes from elsewhere
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._values: dict[Message, object] = {}
+        self.send: Callable[[Message, object], None] = self._values.__setitem__
+        self.receive: Callable[[Message], object] = self._values.pop
+        if len(set(devices)) > 1:
+            self.receive = functools.partial(_popped, self._values, devices)
+
+    def begin(self, signature: int, links: Links) -> None:
+        self._values.clear()
+
+    def send_lost(self, message: Message) -> None:
+        self._values[message] = LOST
+
+    def waiting(self) -> Iterator[torch.Tensor]:
+        for message, value in self._values.items():
+            if is_skip(message):
+                yield from take_apart(value)[0]
+
+    def finish(self) -> None:
+        assert not self._values, f"never received: {list(map(str, self._values))}"
+
+    def clear(self) -> None:
+        self._values.clear()
+
+
+def _popped(
+    values: dict[Message, object], devices: Sequence[torch.device], message: Message
+) -> object:
+    """What was handed over, on the device of who takes it."""
+    return move(values.pop(message), devices[message.destination_stage])
+
+
+class LocalWire:
+    """From the only rank to itself."""
+
+    rank, num_ranks, reached = 0, 1, (0,)
+
+    def __init__(self) -> None:
+        self._sent: deque[torch.Tensor] = deque()
+
+    def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
+        self._sent.extend(tensors)
+
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
+        return _Taken(self._sent, tensors)
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._sent.clear()
+
+
+class _Taken:
+    def __init__(self, sent: deque[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        self._sent, self._tensors = sent, tensors
+
+    def wait(self) -> None:
+        for tensor in self._tensors:
+            flat(tensor).copy_(flat(self._sent.popleft()))

@@ -1,0 +1,205 @@
+"""The ranks of a pipeline: what they tell each other beside the messages between stages.
+
+All make the same calls in the same order (`rendezvous` says so where they do not), but for `give`
+and `take`, which two make. A rank alone hears itself.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing.util import Finalize
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from stagewise.batch.values import put_together, take_apart
+from stagewise.engine.transport.local_classes import LocalClasses
+from stagewise.engine.transport.message_form import Header, layout_of
+from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.rendezvous import Rendezvous
+from stagewise.engine.transport.wire import Wires
+from stagewise.errors import CellError
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """Some ranks; all of them make the same calls in the same order."""
+
+    def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Start replacing `tensor` by the sum over the ranks; returns what waits for that.
+
+        Every rank gets the same bits.
+        """
+
+    def copy_from_first(self, tensor: torch.Tensor) -> None:
+        """Replace `tensor` by the first rank's, which has the same form."""
+
+    def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
+        """The ranks' one-dimensional tensors of one dtype and any lengths, in order of rank."""
+
+
+class Ranks:
+    """This rank among `wires.control.num_ranks`, with its `device`.
+
+    `world` is their process group, None for a rank alone.
+    """
+
+    def __init__(
+        self,
+        wires: Wires,
+        peers: Peers,
+        device: torch.device,
+        world: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.num_ranks = wires.control.rank, wires.control.num_ranks
+        self._wires, self._peers, self._device, self._world = wires, peers, device, world
+        self._rendezvous = Rendezvous(wires.control, peers)
+        self._classes = LocalClasses()
+        self._is_lost = False
+        if world is not None:
+            # Runs at the end of a process of multiprocessing's too, which knows no atexit.
+            Finalize(None, _leave, args=(weakref.ref(self),), exitpriority=0)
+
+    def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
+        """Every rank's row, by rank: how ranks agree before anything moves.
+
+        `what` names the call for people; BatchError on every rank if they come for different ones.
+        """
+        return [list(row)] if self.num_ranks == 1 else self._rendezvous.exchange(row, what)
+
+    def gather(self, value: T, what: str) -> list[T]:
+        """Every rank's (picklable) value, by rank; `what` as for `exchange`."""
+        return [value] if self.num_ranks == 1 else self._rendezvous.gather(value, what)
+
+    def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
+        """Rank `source`'s pytree of tensors on `ranks` (on all); others get None per tensor."""
+        if self.num_ranks == 1:
+            return value
+        tensors, structure = take_apart(value)
+        own = Header(structure, tuple(map(layout_of, tensors, tensors)))
+        header = self._header_of(own, source)
+        wanted = range(self.num_ranks) if ranks is None else ranks
+        if self.rank == source:
+            tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
+            for rank in set(wanted) - {source}:
+                self._wires.control.start_send(tensors, rank)
+            self._wires.control.finish()
+        elif self.rank in wanted:
+            tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header.layouts]
+            self._wires.control.start_receive(tensors, source).wait()
+        else:
+            nothing: T = put_together([None] * len(header.layouts), header.structure)  # type: ignore
+            return nothing
+        received: T = put_together(  # type: ignore[assignment]
+            [tensor.to(self._device) for tensor in tensors], header.structure
+        )
+        return received
+
+    def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Start sending to one rank, which must `take` as many; leave them alone until `finish`."""
+        present = torch.tensor([tensor is not None for tensor in tensors])
+        self._wires.control.start_send([present], rank)
+        self._wires.data.start_send([t.detach() for t in tensors if t is not None], rank)
+
+    def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """What `rank` gives: tensors of the forms of `like`, or None."""
+        present = torch.empty(len(like), dtype=torch.bool)
+        self._wires.control.start_receive([present], rank).wait()
+        taken = [
+            torch.empty_like(tensor, requires_grad=False) if is_there else None
+            for tensor, is_there in zip(like, present.tolist(), strict=True)
+        ]
+        self._wires.data.start_receive([t for t in taken if t is not None], rank).wait()
+        return taken
+
+    def group(self, ranks: Sequence[int]) -> Group | None:
+        """What `ranks` compute together by; None elsewhere, or alone. Every rank calls this."""
+        if self._world is None:
+            return None
+        everyone = dist.get_process_group_ranks(self._world)
+        made = dist.new_group([everyone[rank] for rank in ranks])
+        return _ProcessGroup(made, self._device, self._peers) if self.rank in ranks else None
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        self._wires.finish()
+
+    def fail(self, cause: str) -> None:
+        """Tell the other ranks why this one stops."""
+        self._is_lost = True
+        self._peers.tell(cause)
+
+    def leave(self, why: str) -> None:
+        """Tell who waits for this rank that its program ends here."""
+        if not self._is_lost:  # else the others are in the middle of a call, and were told
+            self._rendezvous.leave(why)
+
+    def _header_of(self, own: Header, source: int) -> Header:
+        """The form of what rank `source` has; CellError on every rank if it cannot be said."""
+        payload, problem = b"", None
+        if self.rank == source:
+            try:
+                payload = self._classes.pickled(own)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+        payload, problem = self._rendezvous.gather((payload, problem), "outputs")[source]
+        if problem is not None:
+            raise CellError(
+                f"what the model returns cannot go to other ranks: {problem}; return tensors, "
+                "numbers and text in tuples, dicts or dataclasses"
+            )
+        header = self._classes.unpickled(payload)
+        assert isinstance(header, Header)
+        return header
+
+
+def _leave(reference: "weakref.ref[Ranks]") -> None:
+    ranks, error = reference(), getattr(sys, "last_value", None)
+    if ranks is not None and dist.is_initialized():
+        ranks.leave("" if error is None else f" ({type(error).__name__}: {error})")
+
+
+class _ProcessGroup:
+    """A Group by a process group of its own, so that its sums neither wait for messages between
+    stages nor make them wait."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, peers: Peers) -> None:
+        self._group, self._device, self._peers = group, device, peers
+        self._size = dist.get_world_size(group)
+
+    def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
+        with self._peers.named():
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            with self._peers.named():
+                work.wait()
+
+        return wait
+
+    @torch.no_grad()
+    def copy_from_first(self, tensor: torch.Tensor) -> None:
+        copy = tensor.detach().to(self._device).contiguous()
+        if copy.numel():
+            with self._peers.named():
+                dist.broadcast(copy.view(-1).view(torch.uint8), group=self._group, group_src=0)
+        if dist.get_rank(self._group) != 0:
+            tensor.copy_(copy)
+
+    def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
+        own = torch.tensor([numbers.numel()], device=self._device)
+        sizes = [torch.empty_like(own) for _ in range(self._size)]
+        with self._peers.named():
+            dist.all_gather(sizes, own, group=self._group)
+        longest = max(map(int, sizes))
+        if not longest:
+            return [numbers.new_empty(0) for _ in sizes]
+        padded = torch.zeros(longest, dtype=numbers.dtype, device=self._device)
+        padded[: numbers.numel()] = numbers
+        rooms = [torch.empty_like(padded) for _ in sizes]
+        with self._peers.named():
+            dist.all_gather(rooms, padded, group=self._group)
+        return [room[: int(size)] for room, size in zip(rooms, sizes, strict=True)]
