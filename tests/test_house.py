@@ -69,7 +69,6 @@ OWED_FUNCTIONS: dict[str, int] = {
     "model/export/capture.py:capture": 54,
     "model/export/cell_code.py:_program": 51,
     "model/promised_sizes.py:check": 53,
-    "model/replay/capture_cells.py:_replayed": 54,
     "planning/fast_simulate.py:outcome_of": 70,
     "planning/partition/any_placement.py:branch_and_bound": 74,
     "planning/partition/place.py:place": 61,

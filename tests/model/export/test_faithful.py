@@ -1,17 +1,20 @@
 """A capture is the plain model, in training, in eval mode and without gradients, or is refused."""
 
 import functools
+import itertools
 import random
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.errors import CellError, ModelError
+from stagewise.errors import CellError, ExactnessWarning, ModelError
 
 CELLS = r"stagewise\.plan\(\.\.\., cells=\['blocks\.\*'\]\)"
 
@@ -255,9 +258,37 @@ def draws(net: Any, x: Tensor) -> None:
     net.factor = 2.0 if random.random() < 0.5 else 1.0
 
 
+def draws_rarely(net: Any, x: Tensor) -> None:
+    net.factor = 2.0 if random.random() < 1e-6 else 1.0
+
+
+def draws_rarely_above(net: Any, x: Tensor) -> None:
+    net.factor = 2.0 if np.random.uniform(0, 10) > 9.999 else 1.0
+
+
+def draws_rarely_normal(net: Any, x: Tensor) -> None:
+    net.factor = 2.0 if np.random.randn() < -6 else 1.0
+
+
+def draws_afresh(net: Any, x: Tensor) -> None:
+    net.factor = np.random.default_rng().random()
+
+
+numbers = (number for number in itertools.count())
+
+
+def takes_the_next(net: Any, x: Tensor) -> None:
+    net.factor = next(numbers)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (draws_rarely, "draws from Python's or NumPy's random numbers"),
+        (draws_rarely_above, "draws from Python's or NumPy's random numbers"),
+        (draws_rarely_normal, "draws from Python's or NumPy's random numbers"),
+        (draws_afresh, "changes factor at every call"),
+        (takes_the_next, "changes factor at every call"),
         (counts, "changes calls at every call.*register_buffer"),
         (anneals, "changes factor at every call"),
         (counts_in_a_list, r"changes notes\['calls'\]\[\d+\]"),
@@ -300,6 +331,32 @@ def test_what_does_no_harm_is_captured(change: Callable[[Any, Tensor], object]) 
     model(x)  # puts in what it caches
     pipe.step(x, target=x)
     assert torch.equal(pipe.predict(x), model.eval()(x))  # type: ignore[arg-type]
+
+
+def test_what_no_state_shows_is_refused() -> None:
+    for around in (
+        lambda net, x: x * np.random.default_rng().random(),
+        lambda net, x: x * next(numbers),
+    ):
+        with pytest.raises(ModelError, match="gives something else at every call, though torch's"):
+            stagewise.capture(Net(around), torch.randn(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: np.random.default_rng().random() < 1e-9, "makes random numbers that no seed"),
+        (lambda: random.Random().random() < 1e-9, "makes random numbers that no seed"),
+        (lambda: secrets.randbelow(10**9) == 1, "makes random numbers that no seed"),
+        (lambda: random.randint(0, 10**9) == 1, "draws numbers of which few were tried"),
+        (lambda: np.random.choice(10**9) == 1, "draws numbers of which few were tried"),
+    ],
+)
+def test_what_is_drawn_too_rarely_to_be_seen_is_told(
+    draw: Callable[[], bool], message: str
+) -> None:
+    with pytest.warns(ExactnessWarning, match=rf"forward of Net {message}.*test_faithful.py, line"):
+        stagewise.capture(Net(lambda net, x: x * 2 if draw() else x), torch.randn(8, 4))
 
 
 def test_what_is_only_assigned_is_told() -> None:

@@ -5,6 +5,8 @@ functions written in C by Python's profiler, which sees them however they were i
 is asked of tensors by a mode of torch's. So a refusal can name the line.
 """
 
+import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +25,21 @@ _AUTOCAST = {
     )
 }
 INFERENCE = "asks whether inference mode is on"
+FRESH = "makes random numbers that no seed decides"
+VARIED = "draws numbers of which few were tried"
 _FUNCTIONS = {
     **_AUTOCAST,
     "is_grad_enabled": "asks whether gradients are on (torch.is_grad_enabled)",
     "is_inference_mode_enabled": INFERENCE,
+    "urandom": FRESH,  # of the system, as NumPy's and secrets' generators without a seed do
 }
+# Functions of Python's and NumPy's random whose numbers may be rare besides their ends and middle.
+_DRAWS = {
+    *("randint", "randrange", "choice", "choices", "shuffle", "getrandbits", "randbytes"),
+    *("gauss", "normalvariate", "expovariate", "randn", "standard_normal", "permutation"),
+    *("random_integers", "binomial", "poisson", "exponential", "multinomial"),
+}
+_STDLIB = os.path.dirname(os.__file__)
 _FLAGS = "asks whether a tensor requires gradients"
 _OF_TENSORS = {
     "torch.Tensor.requires_grad.__get__": _FLAGS,
@@ -47,9 +59,14 @@ def asked_of_torch() -> Iterator[Asked]:
     before = sys.getprofile()
 
     def note(frame: FrameType, event: str, function: object) -> None:
-        what = _FUNCTIONS.get(getattr(function, "__name__", "")) if event == "c_call" else None
+        if event == "c_call":
+            what = _FUNCTIONS.get(getattr(function, "__name__", ""))
+        elif event == "call":
+            what = _of_call(frame)
+        else:
+            return
         if what is not None and is_users(frame.f_code.co_filename):
-            found.setdefault(what, place_of_frame(frame))
+            found.setdefault(what, place_of_frame(_callers(frame)))
 
     if before is None:
         sys.setprofile(note)
@@ -58,6 +75,22 @@ def asked_of_torch() -> Iterator[Asked]:
     finally:
         if before is None:
             sys.setprofile(None)
+
+
+def _of_call(frame: FrameType) -> str | None:
+    """What the call of a function written in Python does."""
+    code = frame.f_code
+    if code is random.Random.__init__.__code__ and frame.f_locals.get("x") is None:
+        return FRESH
+    of_random = code.co_filename == random.__file__
+    return VARIED if not of_random and not _DRAWS.isdisjoint(code.co_names) else None
+
+
+def _callers(frame: FrameType) -> FrameType:
+    """The call of Python's own library, taken back to where it was called."""
+    while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == _STDLIB:
+        frame = frame.f_back
+    return frame
 
 
 def asks_for_autocast(asked: Asked) -> bool:

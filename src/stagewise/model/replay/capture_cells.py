@@ -29,7 +29,7 @@ from stagewise.model.replay.replayed_cell import RerunCell
 from stagewise.model.replay.skeleton import Skeleton
 from stagewise.model.verify.compare import SITUATIONS, Difference, difference, kept
 from stagewise.model.verify.in_words import in_words
-from stagewise.model.verify.observed import check_effects, observed
+from stagewise.model.verify.observed import check_effects, draws_around, observed
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -131,16 +131,22 @@ def _replayed(
         module.training = model.training
     chain = tuple(Cell(index, name, modules[index]) for index, name in enumerate(names))
     captured = Captured(chain, form)
-    inside = [module for block in blocks.values() for module in block.modules()]
-    effects = observed(model, named, inside)
-    check_effects(model, effects, draws=False)  # which replaying finds where it matters
+    _check_captured(model, captured, named, list(blocks.values()))
+    return captured
+
+
+def _check_captured(
+    model: nn.Module, captured: Captured, named: Mapping[str, object], blocks: Sequence[nn.Module]
+) -> None:
+    """Raise ModelError where the cells are not the model, or would not stay so."""
+    effects = observed(model, named, [module for block in blocks for module in block.modules()])
+    check_effects(model, effects, draws=draws_around(model, named, blocks))
     captured.own_changes = effects.touched
     captured.asks_flags = asks_for_flags(effects.asked)
     for situation in SITUATIONS:
         found = difference(model, captured, named, situation)
         if found is not None:
             raise _differs(found)
-    return captured
 
 
 def _differs(found: Difference) -> ModelError:

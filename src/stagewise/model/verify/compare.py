@@ -6,8 +6,6 @@ with the same random numbers, in every situation in which a pipeline runs cells.
 round-off in the coarsest dtype that the plain model computes in.
 """
 
-import random
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +22,7 @@ from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import Captured
 from stagewise.model.chain import module_tree
 from stagewise.model.verify.differences import Reference, identical
+from stagewise.model.verify.rare_draws import others_as_they_are, seed_others
 
 # Round-off, relative to the largest number beside it.
 _ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -177,19 +176,14 @@ def _is_plain(value: dict[object, object]) -> bool:
 @contextmanager
 def seeded(others: int = 0) -> Iterator[None]:
     """Seed torch's random numbers, and by `others` Python's and NumPy's; puts all back."""
-    numpy = sys.modules.get("numpy")
-    python, state = random.getstate(), numpy.random.get_state() if numpy else None
+    put_back = others_as_they_are()
     try:
-        random.seed(others)
-        if numpy is not None:
-            numpy.random.seed(others)
+        seed_others(others)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(state)
+        put_back()
 
 
 def numbers(

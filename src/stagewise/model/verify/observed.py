@@ -8,17 +8,18 @@ a mask made once, and does no harm; nor does what is drawn or kept, where output
 
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from stagewise.errors import ModelError
+from stagewise.errors import ExactnessWarning, ModelError
 from stagewise.model.added_losses import collect_losses
-from stagewise.model.forward.asked import Asked, AskedOfTensors, asked_of_torch
+from stagewise.model.forward.asked import FRESH, VARIED, Asked, AskedOfTensors, asked_of_torch
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
 from stagewise.model.forward.watch import Place, changes, name_of, tokens_of
@@ -31,8 +32,7 @@ from stagewise.model.verify.compare import (
     seeded,
     surroundings,
 )
-
-_SEEDS = 8  # of Python's and NumPy's random numbers, if some are drawn
+from stagewise.model.verify.rare_draws import NUM_SEEDS, others_as_they_are
 
 Outputs = Mapping[str, torch.Tensor]
 
@@ -43,7 +43,8 @@ class Observed:
 
     `counted` are numbers and the like that change at every call, `followed` tensors that change
     and that outputs follow, `assigned` tensors that outputs do not follow; `touched` are all
-    places that forward ever changes. `draws` where outputs follow Python's or NumPy's random.
+    places that forward ever changes. `drawn` where forward draws from Python's or NumPy's random,
+    `draws` where outputs follow it; `varies` where they differ without a cause that was seen.
     """
 
     asked: Asked
@@ -51,11 +52,16 @@ class Observed:
     followed: tuple[str, ...]
     assigned: tuple[str, ...]
     touched: frozenset[Place]
+    drawn: bool
     draws: bool
+    varies: bool
 
 
 def check_effects(model: nn.Module, found: Observed, *, draws: bool) -> None:
-    """Raise ModelError for what forward does and cells would not do; warn of what is lost only."""
+    """Raise ModelError for what forward does and cells would not do; warn of what is lost only.
+
+    With `draws` random numbers past torch's count, too.
+    """
     what, remedy = "", ""
     if found.counted:
         what = f"changes {', '.join(found.counted[:3])} at every call"
@@ -65,10 +71,24 @@ def check_effects(model: nn.Module, found: Observed, *, draws: bool) -> None:
         remedy = "keep it in a buffer (register_buffer), or pass it in and return it"
     elif found.draws and draws:
         what, remedy = "draws from Python's or NumPy's random numbers", "draw by torch"
+    elif found.varies and draws:
+        what = "gives something else at every call, though torch's random numbers are the same"
+        remedy = (
+            "draw by torch from its default generator, and pass in what changes (an iterator's "
+            "next, the time)"
+        )
     if what:
         raise ModelError(
             f"forward of {type(model).__name__} {what}, which cells would not do as the model does "
             f"it; {remedy}"
+        )
+    unsure = FRESH if FRESH in found.asked else VARIED if found.drawn else ""
+    if draws and unsure in found.asked:
+        warn_user(
+            f"forward of {type(model).__name__} {unsure} ({found.asked[unsure]}): its outputs "
+            "did not follow them when it was tried, but the cells of the captured model draw none; "
+            "draw by torch from its default generator",
+            ExactnessWarning,
         )
     if found.assigned:
         warn_user(
@@ -90,7 +110,9 @@ def observed(
         followed=tuple(dict.fromkeys(name for one in both for name in one.followed)),
         assigned=tuple(dict.fromkeys(name for one in both for name in one.assigned)),
         touched=frozenset().union(*(one.touched for one in both)),
+        drawn=any(one.drawn for one in both),
         draws=any(one.draws for one in both),
+        varies=any(one.varies for one in both),
     )
 
 
@@ -99,10 +121,9 @@ def _in(
 ) -> Observed:
     def run(seed: int = 0) -> tuple[Outputs, bool]:
         """Outputs, and whether Python's or NumPy's random numbers were drawn."""
-        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(example))
         with seeded(seed), collect_losses() as added:
             before = _states()
-            found = outputs_of(model(**inputs))
+            found = outputs_of(model(**_copied(example)))
             drawn = _states() != before
         return {**found, **{f"added loss {name}": loss for name, loss in added.items()}}, drawn
 
@@ -110,8 +131,9 @@ def _in(
         before = tokens_of(model, sight.walk(model))
         with asked_of_torch() as asked:
             first, drawn = run()
+        second = first
         with suppress(Exception), AskedOfTensors() as of_tensors:  # some models run under no mode
-            run()
+            second, _ = run()
         asked |= of_tensors.found
         after = tokens_of(model, sight.walk(model))
         touched, last = changes(before, after), first
@@ -120,7 +142,8 @@ def _in(
             last, _ = run()
             later = tokens_of(model, sight.walk(model))
             again = changes(after, later)
-        draws = drawn and any(not _equal(last, run(seed)[0]) for seed in range(1, _SEEDS))
+        varies = not again and not _equal(first, second) and not _equal(second, run()[0])
+        draws = drawn and any(not _equal(last, run(seed)[0]) for seed in range(1, NUM_SEEDS))
     counted = [p for p in again if type(later.get(p, after.get(p))) is tuple]
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     others = [name_of(p) for p in again if p not in counted and name_of(p) not in buffers]
@@ -131,8 +154,31 @@ def _in(
         followed=tuple(others) if follows else (),
         assigned=() if follows else tuple(others),
         touched=frozenset((*touched, *again)),
+        drawn=drawn,
         draws=draws,
+        varies=varies,
     )
+
+
+def draws_around(
+    model: nn.Module, example: Mapping[str, object], blocks: Iterable[nn.Module]
+) -> bool:
+    """Whether forward draws from Python's or NumPy's random numbers outside of `blocks`."""
+    outside, states = False, list[Callable[[], None]]()
+    for situation in (TRAINING, EVAL):
+        with kept(model, situation.training), surroundings(model, situation), seeded():
+            for block in blocks:
+                block.register_forward_pre_hook(lambda *_: states.append(others_as_they_are()))
+                block.register_forward_hook(lambda *_: states.pop()())
+            before = _states()
+            with collect_losses():
+                model(**_copied(example))
+            outside |= _states() != before
+    return outside
+
+
+def _copied(example: Mapping[str, object]) -> dict[str, Any]:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(example))  # type: ignore[no-any-return]
 
 
 def _states() -> list[object]:
