@@ -69,7 +69,7 @@ def test_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (("--memory", "0.001MB", "--devices", "1"), "no plan for 10 cells on 1 devices fits"),
         (("--schedule", "auto", "--stages", "2"), "but --stages was given"),
         (("--recompute", "auto", "--balance", "5,5"), "but --balance was given"),
-        (("--recompute", "auto", "--schedule", "zigzag"), "called 'zigzag'; choose one of"),
+        (("--recompute", "auto", "--schedule", "zigzag"), "no schedule 'zigzag'; choose one of"),
         (("--microbatches", "4,x"), "--microbatches '4,x' is no number from 1"),
         (("--memory", "many"), "--memory"),
         (("--schedule", "auto", "--devices", "64", "--device", "h100"), "cannot fill 64 devices"),

@@ -6,7 +6,6 @@ from torch import nn
 
 import stagewise
 from stagewise.errors import PlanError
-from stagewise.pipeline.plan import candidates
 from tests.harness import Pools
 
 MSE = nn.functional.mse_loss
@@ -91,15 +90,6 @@ def test_ranks_agree(pools: Pools) -> None:
     first, *others = pools[3].run(replicated)
     assert first.num_devices <= 3 and first.num_microbatches in (3, 6)
     assert all(other == first for other in others)
-
-
-def test_candidates() -> None:
-    assert candidates("auto", 4, 100) == (4, 8, 16, 32)
-    assert candidates("auto", 4, 10) == (4, 8)
-    assert candidates("auto", 4, 3) == (3,)
-    assert candidates((2, 6), 4, 100) == (2, 6)
-    assert candidates(7, 4, 100) == (7,)
-    assert candidates("auto", 4, 10, parts=(5, 3, 2)) == (3,)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from stagewise.cli.options import parsed_microbatches
 from stagewise.costs import CellCost
-from stagewise.errors import OutOfMemoryError, PlanError
+from stagewise.errors import OutOfMemoryError
 from stagewise.planning.plan import Plan
+from stagewise.planning.request import PlanRequest
 from stagewise.training import plans, run_folder, trainer
 from stagewise.training.adaptive import DriftWatch
-from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Batch, Recipe, load_recipe
 from stagewise.training.trainer import train
@@ -49,9 +48,18 @@ def greedy(directory: Path, largest: int) -> Path:
     )
 
 
-def run(recipe: Path, out: Path, *, steps: int = 4, resume: Path | None = None, **plan: Any) -> str:
+def run(
+    recipe: Path,
+    out: Path,
+    *,
+    steps: int = 4,
+    resume: Path | None = None,
+    adaptive: bool = False,
+    **plan: Any,
+) -> str:
     options = TrainOptions(
-        plan=PlanOptions(**{"num_stages": 2, "num_microbatches": 4, "balance": (4, 7), **plan}),
+        plan=PlanRequest(**{"num_stages": 2, "num_microbatches": 4, "balance": (4, 7), **plan}),
+        adaptive=adaptive,
         run=out,
         num_steps=steps,
         validate_every=5,
@@ -114,19 +122,6 @@ def test_two_workers_out_of_memory(tmp_path: Path, pools: Pools) -> None:
     assert told == ["recomputation:", "8"], "GPipe's microbatches are all in flight"
 
 
-def test_options(tmp_path: Path) -> None:
-    assert parsed_microbatches("auto", "1f1b") == (None, True)
-    assert parsed_microbatches("6", "1f1b") == (6, False)
-    assert parsed_microbatches(None, "mine.txt") == (None, False)
-    for text, schedule, problem in [
-        ("0", "1f1b", "'0' is no number from 1"),
-        ("many", "1f1b", "give one, or auto"),
-        ("auto", "mine.txt", "mine.txt is a file for one"),
-    ]:
-        with pytest.raises(PlanError, match=problem):
-            parsed_microbatches(text, schedule)
-
-
 SLEEPY = '''WIDTH = 8
 import time
 
@@ -184,23 +179,25 @@ def test_the_fastest_measured_number_of_microbatches_is_taken(tmp_path: Path) ->
     recipe, asked = load_recipe(sleepy(tmp_path, slow=False)), []
 
     def made(
-        recipe: Recipe, model: plans.Model, options: PlanOptions, *, batch: Batch, seconds: float
+        recipe: Recipe, model: plans.Model, request: PlanRequest, *, batch: Batch, seconds: float
     ) -> Plan:
-        asked.append(options.num_microbatches)
-        each = max(2.0, 8 / options.num_microbatches)
+        count = request.num_microbatches
+        assert isinstance(count, int)
+        asked.append(count)
+        each = max(2.0, 8 / count)
         cell = CellCost(name="cell", forward_seconds=each, backward_seconds=each)
         return Plan(
             balance=(1, 1),
             schedule="1f1b",
-            num_microbatches=options.num_microbatches,
+            num_microbatches=count,
             cells=(cell, cell),
         )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "make_plan", made)
-        options = PlanOptions(num_stages=2, num_microbatches=8, adaptive=True)
+        request = PlanRequest(num_stages=2, num_microbatches=8)
         batch = torch.ones(8, 8), torch.ones(8, 1)
-        plan, measured = plans._chosen_plan(recipe, [], options, batch)
+        plan, measured = plans.measured_choice(recipe, [], request, batch)
     assert asked == [2, 4, 8], "no more than there are samples"
     assert plan.num_microbatches == 4 and list(measured) == asked
     assert measured[8][0].forward_seconds == 2.0

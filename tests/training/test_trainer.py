@@ -11,9 +11,9 @@ from rich.console import Console
 
 from stagewise.errors import CheckpointError, ExactnessWarning, RecipeError
 from stagewise.planning import Plan
+from stagewise.planning.request import PlanRequest
 from stagewise.training import run_folder
 from stagewise.training.outcome import Outcome
-from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions, prepare
 from stagewise.training.recipe import load_recipe
 from stagewise.training.trainer import train
@@ -46,7 +46,7 @@ def run(
 ) -> tuple[Outcome, str]:
     console = Console(file=io.StringIO(), width=100)
     options = TrainOptions(
-        plan=PlanOptions(num_stages=stages, num_microbatches=4),
+        plan=PlanRequest(num_stages=stages, num_microbatches=4),
         run=out,
         num_steps=steps,
         validate_every=5,
@@ -122,9 +122,7 @@ def test_cells_of_a_recipe_may_decide_by_the_data(tmp_path: Path) -> None:
     run(recipe, tmp_path / "one", steps=4)
     run(recipe, tmp_path / "two", steps=4, stages=2)
     saved = Plan(balance=(1, 3), schedule="gpipe", num_microbatches=4)
-    options = TrainOptions(
-        plan=PlanOptions(num_stages=2, num_microbatches=4, saved=saved), run=tmp_path, num_steps=1
-    )
+    options = TrainOptions(plan=saved, run=tmp_path, num_steps=1)
     pipe = prepare(load_recipe(recipe), options).trained.pipe
     assert [r for r in log_of(tmp_path / "one") if "loss" in r] == [
         r for r in log_of(tmp_path / "two") if "loss" in r
@@ -170,7 +168,7 @@ def test_a_model_on_the_meta_device_trains_alike_at_any_number_of_stages(tmp_pat
 def test_a_recipes_init_fills_its_model(tmp_path: Path) -> None:
     init = "def init(module):\n    getattr(module, 'weight', torch.ones(1)).data.zero_()"
     recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\nmeta = True\n{init}"))
-    options = TrainOptions(plan=PlanOptions(num_stages=2, num_microbatches=2), run=tmp_path / "run")
+    options = TrainOptions(plan=PlanRequest(num_stages=2, num_microbatches=2), run=tmp_path / "run")
     pipe = prepare(load_recipe(recipe), options).trained.pipe
     state = pipe.state_dict()
     assert not any(state[n].any() for n in state if n.endswith("weight"))
@@ -184,7 +182,7 @@ def test_what_cannot_be_estimated_is_cut_by_size(tmp_path: Path) -> None:
         META,
         ("return nn.functional", "assert target.max() > -1e9\n    return nn.functional"),
     )
-    options = TrainOptions(plan=PlanOptions(num_stages=3, num_microbatches=2), run=tmp_path / "run")
+    options = TrainOptions(plan=PlanRequest(num_stages=3, num_microbatches=2), run=tmp_path / "run")
     plan = prepare(load_recipe(recipe), options).trained.pipe.plan
     starts = [0, *itertools.accumulate(plan.balance)]
     sizes = [
@@ -253,7 +251,7 @@ def test_nothing_left_to_do(tmp_path: Path) -> None:
 def test_a_stage_without_parameters(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path))
     options = TrainOptions(
-        plan=PlanOptions(num_stages=2, num_microbatches=2, balance=(1, 9)),
+        plan=PlanRequest(num_stages=2, num_microbatches=2, balance=(1, 9)),
         run=tmp_path / "run",
         num_steps=2,
     )

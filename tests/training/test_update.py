@@ -11,8 +11,8 @@ from torch import nn
 
 import stagewise
 from stagewise.errors import RecipeError
+from stagewise.planning.request import PlanRequest
 from stagewise.training import run_folder
-from stagewise.training.plans import PlanOptions
 from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Recipe, build_model, load_recipe
 from stagewise.training.trainer import train
@@ -64,7 +64,7 @@ def run(
     """The log's records, and what was shown."""
     console = Console(file=io.StringIO(), width=200)
     options = TrainOptions(
-        plan=PlanOptions(num_stages=stages, num_microbatches=3),
+        plan=PlanRequest(num_stages=stages, num_microbatches=3),
         run=out,
         num_steps=steps,
         resume=run_folder.find(out) if resume else None,

@@ -62,8 +62,8 @@ def advise_command(
     spec = opt.chosen_device(device, device_file, efficiency)
     memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
     from stagewise.planning.advise import advise
-    from stagewise.training.plans import facts_of
     from stagewise.training.recipe import load_recipe
+    from stagewise.training.recipe_costs import facts_of
 
     facts = facts_of(
         load_recipe(recipe),

@@ -1,13 +1,13 @@
 """`stagewise check`: a recipe's model plain and pipelined, compared on one of its batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
+from stagewise.cli.typed import numbers_in, parsed_replicas, schedule_meant
 from stagewise.errors import UsageError
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule
 from stagewise.training.workers.environment import launched
@@ -101,19 +101,19 @@ def check_command(
         raise UsageError("stagewise check runs in one process; start it without torchrun")
     if stages is not None and devices is not None:
         raise UsageError("--stages and --devices were both given; choose one of them")
-    schedules = None if schedule is None else tuple(map(opt.schedule_meant, schedule.split(",")))
-    what = _Asked(
-        num_stages=None if stages is None else _numbers("--stages", stages),
-        num_devices=None if devices is None else _numbers("--devices", devices),
-        replicas=opt.parsed_replicas(replicas),
-        num_microbatches=_counts(microbatches, schedules),
-        schedules=schedules,
-        recompute=_policies(recompute),
-    )
+    schedules = None if schedule is None else tuple(map(schedule_meant, schedule.split(",")))
+    asked = {
+        "num_stages": _numbers("--stages", stages),
+        "num_devices": _numbers("--devices", devices),
+        "replicas": parsed_replicas(replicas),
+        "num_microbatches": _numbers("--microbatches", microbatches) or _own_counts(schedules),
+        "schedules": schedules,
+        "recompute": _policies(recompute),
+    }
     from stagewise.training.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    report = _run(loaded, what, double=double)
+    report = _run(loaded, asked, double=double)
     from stagewise.report import render_parity
 
     console = Console(soft_wrap=True)
@@ -128,19 +128,7 @@ def check_command(
         raise SystemExit(1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """Which runs; None: what suits the schedules, or all schedules."""
-
-    num_stages: tuple[int, ...] | None
-    num_devices: tuple[int, ...] | None
-    replicas: tuple[int, ...]
-    num_microbatches: tuple[int, ...]
-    schedules: tuple[str | Schedule, ...] | None
-    recompute: tuple[str, ...]
-
-
-def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
+def _run(recipe: "Recipe", asked: dict[str, Any], *, double: bool) -> "ParityReport":
     import torch
     from torch import nn
     from torch.optim import Optimizer
@@ -166,12 +154,7 @@ def _run(recipe: "Recipe", asked: _Asked, *, double: bool) -> "ParityReport":
             optimizer=optimizer,
             max_norm=recipe.clip_grad_norm,
             max_value=recipe.clip_grad_value,
-            num_stages=asked.num_stages,
-            num_devices=asked.num_devices,
-            replicas=asked.replicas,
-            num_microbatches=asked.num_microbatches,
-            schedules=asked.schedules,
-            recompute=asked.recompute,
+            **asked,
             dtype=torch.float64 if double else None,
             cells=recipe.cells,
             batch_dim=recipe.batch_dim,
@@ -190,22 +173,11 @@ def _left_out(recipe: "Recipe") -> list[str]:
     return [name for name, is_asked in asked.items() if is_asked]
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """ "1,2,4" as numbers; raises UsageError naming the option."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UsageError(
-            f"{option} {text!r} is no list of numbers from 1; write it as in {option} 1,2,4"
-        )
-    return numbers
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else numbers_in(option, text, "it as in", "1,2,4")
 
 
-def _counts(text: str | None, schedules: Sequence[str | Schedule] | None) -> tuple[int, ...]:
-    if text is not None:
-        return _numbers("--microbatches", text)
+def _own_counts(schedules: Sequence[str | Schedule] | None) -> tuple[int, ...]:
     own = {s.num_microbatches for s in schedules or () if isinstance(s, Schedule)}
     return tuple(sorted(own)) or (DEFAULT_MICROBATCHES,)
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the checks that need no torch."""
+"""Options that several commands share."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from stagewise.errors import PlanError, ScheduleError, UsageError
-from stagewise.planning import ScheduleChoice, check_balance, choose_schedule
+from stagewise.cli.typed import DEFAULT_MICROBATCHES
+from stagewise.errors import UsageError
 from stagewise.planning.devices import (
     DeviceSpec,
     device_named,
@@ -15,10 +15,7 @@ from stagewise.planning.devices import (
     own_device_files,
     with_efficiency,
 )
-from stagewise.schedule import POLICIES, SCHEDULES, Schedule, parse_schedule, with_recompute
-
-DEFAULT_MICROBATCHES, DEFAULT_DEVICES = 8, 2
-AUTO = "auto"
+from stagewise.schedule import POLICIES, SCHEDULES
 
 RecipeArgument = Annotated[
     Path,
@@ -115,115 +112,6 @@ Seed = Annotated[
         show_default=False,
     ),
 ]
-
-
-def parsed_balance(text: str | None, num_stages: int) -> tuple[int, ...] | None:
-    """ "4,6" as numbers, one for each stage; raises PlanError if it is anything else."""
-    if text is None:
-        return None
-    try:
-        balance = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise PlanError(
-            f"--balance {text!r} is no list of numbers; write the number of cells on each stage, "
-            "such as --balance 4,6"
-        ) from None
-    check_balance(balance, sum(balance), num_stages)
-    return balance
-
-
-def parsed_microbatches(text: str | None, schedule: str) -> tuple[int | None, bool]:
-    """A number and False, or for "auto" None and True; raises PlanError if it is anything else."""
-    if text == AUTO:
-        if schedule not in SCHEDULES:
-            raise PlanError(
-                f"--microbatches auto needs a schedule for any number of them, but {schedule} is "
-                "a file for one; give a name, or leave --microbatches out"
-            )
-        return None, True
-    if text is not None and not (text.isdecimal() and int(text)):
-        raise PlanError(f"--microbatches {text!r} is no number from 1; give one, or auto")
-    return (None if text is None else int(text)), False
-
-
-def parsed_replicas(text: str | None) -> tuple[int, ...]:
-    """ "1,2,1" as numbers; raises ScheduleError if it is anything else."""
-    if text is None:
-        return ()
-    words = text.split(",")
-    replicas = tuple(int(word) for word in words if word.strip().isdecimal())
-    if len(replicas) != len(words) or 0 in replicas:
-        raise ScheduleError(
-            f"--replicas {text!r} is no list of numbers from 1; write the number of devices of "
-            "each stage, such as --replicas 1,2,1"
-        )
-    return replicas
-
-
-def schedule_meant(text: str) -> str | Schedule:
-    """A schedule's name as it is, or the schedule that the file of that name holds.
-
-    Raises ScheduleError where there is neither, or the file holds no valid schedule.
-    """
-    if text in SCHEDULES:
-        return text
-    path = Path(text)
-    if path.suffix or path.parent != Path(".") or path.exists():
-        try:
-            return parse_schedule(text, path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ScheduleError(
-                f"the schedule {text} cannot be read ({error}); give one of {_names()}, or write "
-                f"a file to start from: stagewise simulate --text > {text}"
-            ) from None
-    raise ScheduleError(
-        f"there is no schedule {text!r}; choose one of {_names()}, or give a file that holds one, "
-        f"such as {text}.txt"
-    )
-
-
-def chosen_schedule(
-    schedule: str,
-    recompute: str,
-    *,
-    stages: int | None,
-    devices: int | None,
-    microbatches: int | None,
-    replicas: str | None = None,
-    default_devices: int = DEFAULT_DEVICES,
-) -> ScheduleChoice:
-    """The schedule that options ask for; raises PlanError or ScheduleError with a way out."""
-    meant = schedule_meant(schedule)
-    if isinstance(meant, str):
-        if stages is None and devices is None and replicas is None:
-            devices = default_devices
-        count = DEFAULT_MICROBATCHES if microbatches is None else microbatches
-    else:
-        count = meant.num_microbatches if microbatches is None else microbatches
-    choice = choose_schedule(
-        meant,
-        count,
-        num_stages=stages,
-        num_devices=devices,
-        replicas=parsed_replicas(replicas),
-    )
-    with_recompute(choice.built, recompute)
-    return choice
-
-
-def size_arguments(
-    schedule: str | Schedule, num_stages: int, num_devices: int, replicas: tuple[int, ...] = ()
-) -> dict[str, int | str | None]:
-    """The options that give these numbers again; None where the schedule or others say it."""
-    if replicas:
-        return {"--replicas": ",".join(map(str, replicas))}
-    usual = SCHEDULES[schedule].stages_per_device if isinstance(schedule, str) else None
-    implied = usual is None or usual * num_devices == num_stages
-    return {"--stages": num_stages, "--devices": None if implied else num_devices}
-
-
-def _names() -> str:
-    return ", ".join(sorted(SCHEDULES))
 
 
 DeviceName = Annotated[

@@ -1,20 +1,21 @@
 """`stagewise plan`: measure a recipe's model, cut it, and predict a step."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli.search import Memory, Microbatches, Wishes, parsed_microbatches, run_search
+from stagewise.cli.search import Memory, Microbatches, run_search
+from stagewise.cli.typed import Typed, command_line, words_of
 from stagewise.cli.workers import errors_told_once, run_in_workers
+from stagewise.planning.choice import chosen
 from stagewise.planning.devices import DeviceSpec
+from stagewise.planning.request import PlanRequest
 
 if TYPE_CHECKING:
     from stagewise.planning import Plan
-    from stagewise.training.plans import PlanOptions, SearchOptions
     from stagewise.training.recipe import Recipe
 
 AsJson = Annotated[
@@ -60,103 +61,53 @@ def plan_command(
     """
     with errors_told_once():
         spec = opt.chosen_device(device, device_file, efficiency)
-        wishes = Wishes(
+        request = Typed(
             schedule=schedule,
             recompute=recompute,
-            replicas=replicas,
-            microbatches=microbatches,
-            memory=memory,
-        )
-        if wishes.searched:
-            options = wishes.options(devices=devices, stages=stages, balance=balance)
-            _search(recipe, wishes, options, spec, as_json=as_json)
-            return
-        count = parsed_microbatches(microbatches)
-        assert not isinstance(count, tuple)
-        choice = opt.chosen_schedule(
-            schedule,
-            recompute,
             stages=stages,
             devices=devices,
             replicas=replicas,
-            microbatches=count,
-        )
-        cut = opt.parsed_balance(balance, choice.num_stages)
-        from stagewise.training.plans import PlanOptions
+            microbatches=microbatches,
+            balance=balance,
+            memory=memory,
+        ).request()
+        num_devices = request.num_devices if request.searched else chosen(request).num_devices
+        assert num_devices is not None
         from stagewise.training.prepare import check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        cut_options = PlanOptions(
-            num_stages=choice.num_stages,
-            num_devices=choice.num_devices,
-            replicas=choice.replicas,
-            num_microbatches=choice.built.num_microbatches,
-            schedule=choice.like,
-            recompute=recompute,
-            balance=cut,
-        )
         if spec is not None:
-            from stagewise.training.plans import estimated_plan
-
-            _show(estimated_plan(loaded, cut_options, spec), as_json=as_json)
+            _run(loaded, request, spec, as_json=as_json)
             return
-        arguments = [
-            *("plan", str(recipe), "--schedule", schedule, "--recompute", recompute),
-            *("--stages", str(choice.num_stages), "--devices", str(choice.num_devices)),
-            *("--microbatches", str(choice.built.num_microbatches)),
-            *(("--balance", balance) if balance else ()),
-            *(("--replicas", replicas) if replicas else ()),
-            *(("--json",) if as_json else ()),
-        ]
+        json_too = ["--json"] if as_json else []
         run_in_workers(
-            choice.num_devices,
-            arguments,
-            before=lambda: check_form(loaded, cut_options, None),
-            body=lambda: _run(loaded, cut_options, as_json=as_json),
+            num_devices,
+            ["plan", str(recipe), *command_line(words_of(request)), *json_too],
+            before=lambda: None if request.searched else check_form(loaded, request, None),
+            body=lambda: _run(loaded, request, None, as_json=as_json),
         )
 
 
-def _search(
-    path: Path,
-    wishes: Wishes,
-    options: "SearchOptions",
-    spec: DeviceSpec | None,
-    *,
-    as_json: bool,
-) -> None:
-    from stagewise.training.recipe import load_recipe
-
-    recipe = load_recipe(path)
-    if spec is not None:
-        run_search(recipe, options, spec, as_json=as_json)
-        return
-    arguments = [
-        *("plan", str(path), "--devices", str(options.num_devices), *wishes.arguments()),
-        *(("--json",) if as_json else ()),
-    ]
-    run_in_workers(
-        options.num_devices,
-        arguments,
-        before=lambda: None,
-        body=lambda: run_search(recipe, options, None, as_json=as_json),
-    )
-
-
-def _run(recipe: "Recipe", options: "PlanOptions", *, as_json: bool) -> None:
+def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool) -> None:
     """What every worker does; rank 0 prints."""
     import torch.distributed as dist
 
     from stagewise.training.batches import TrainingBatches
-    from stagewise.training.plans import make_plan
+    from stagewise.training.plans import estimated_plan, make_plan
     from stagewise.training.recipe import build_model
 
-    model = build_model(recipe, seed=0, meta=recipe.meta)
-    batch = TrainingBatches(recipe, seed=0).first
-    plan = make_plan(recipe, model, options, batch=batch)
-    if dist.is_initialized() and dist.get_rank() != 0:
+    if request.searched:
+        run_search(recipe, request, spec, as_json=as_json)
         return
-    _show(plan, as_json=as_json)
+    if spec is not None:
+        plan = estimated_plan(recipe, request, spec)
+    else:
+        model = build_model(recipe, seed=0, meta=recipe.meta)
+        batch = TrainingBatches(recipe, seed=0).first
+        plan = make_plan(recipe, model, request, batch=batch)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _show(plan, as_json=as_json)
 
 
 def _show(plan: "Plan", *, as_json: bool) -> None:

@@ -8,9 +8,10 @@ import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
+from stagewise.cli.typed import Typed
 from stagewise.costs import LinkCost, StageCost
 from stagewise.errors import UsageError
-from stagewise.planning import ScheduleChoice
+from stagewise.planning.choice import ScheduleChoice, chosen
 from stagewise.planning.simulate import simulate
 from stagewise.report import format_seconds, render_timeline
 from stagewise.schedule import (
@@ -112,15 +113,15 @@ def simulate_command(
     if as_json and as_text:
         raise UsageError("--json and --text were both given; choose one of them")
     stages, devices = _numbers(schedule, stages, devices, stages_per_device)
-    choice = opt.chosen_schedule(
-        schedule,
-        recompute,
+    request = Typed(
+        schedule=schedule,
+        recompute=recompute,
         stages=stages,
         devices=devices,
         replicas=replicas,
-        microbatches=microbatches,
-        default_devices=DEFAULT_DEVICES,
-    )
+        microbatches=None if microbatches is None else str(microbatches),
+    ).fixed(default_devices=DEFAULT_DEVICES)
+    choice = chosen(request)
     built = validate(with_recompute(choice.built, recompute))
     costs = _stage_costs(forward, backward, weight, built.num_stages)
     link = LinkCost(latency_seconds=_checked("--latency", latency))

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -12,14 +11,17 @@ import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
+from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_stopped, errors_told_once, run_in_workers
-from stagewise.errors import CheckpointError, UsageError
-from stagewise.schedule import Schedule
+from stagewise.errors import CheckpointError, PlanError, UsageError
+from stagewise.planning.choice import chosen
+from stagewise.planning.plan import Plan
+from stagewise.planning.request import AUTO, PlanRequest
+from stagewise.schedule import SCHEDULES
 from stagewise.training.workers.environment import launched_by_us
 
 if TYPE_CHECKING:
     from stagewise.training.outcome import Outcome
-    from stagewise.training.plans import PlanOptions
     from stagewise.training.prepare import TrainOptions
     from stagewise.training.recipe import Recipe
     from stagewise.training.run_folder import Checkpoint
@@ -68,7 +70,7 @@ CheckpointEvery = Annotated[
 ]
 
 _DEFAULTS = {
-    "--microbatches": opt.DEFAULT_MICROBATCHES,
+    "--microbatches": str(DEFAULT_MICROBATCHES),
     "--schedule": "1f1b",
     "--recompute": "never",
     "--validate-every": 100,
@@ -104,27 +106,17 @@ def train(
     Example: stagewise train examples/shakespeare.py --stages 2
     """
     with errors_told_once():
-        if plan is None:
-            wanted = _plan_options(
-                schedule,
-                recompute,
-                microbatches,
-                balance,
-                stages=stages,
-                devices=devices,
-                replicas=replicas,
-            )
-        else:
-            others = {
-                "--stages": stages,
-                "--devices": devices,
-                "--replicas": replicas,
-                "--microbatches": microbatches,
-                "--schedule": None if schedule == "1f1b" else schedule,
-                "--recompute": None if recompute == "never" else recompute,
-                "--balance": balance,
-            }
-            wanted = _saved(plan, [name for name, value in others.items() if value is not None])
+        typed = Typed(
+            schedule=schedule,
+            recompute=recompute,
+            stages=stages,
+            devices=devices,
+            replicas=replicas,
+            microbatches=microbatches,
+            balance=balance,
+        )
+        wanted = _request(typed) if plan is None else _saved(plan, typed)
+        num_devices = (wanted if isinstance(wanted, Plan) else chosen(wanted)).num_devices
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
         from stagewise.training.run_folder import find, find_undamaged
@@ -139,6 +131,8 @@ def train(
                 print(f"warning: {line}", file=sys.stderr)
         options = TrainOptions(
             plan=wanted,
+            plan_file=plan,
+            adaptive=microbatches == AUTO,
             run=_run_directory(loaded.name, out, checkpoint),
             num_steps=steps,
             seed=_seed(seed, checkpoint),
@@ -147,57 +141,43 @@ def train(
             resume=checkpoint,
         )
         run_in_workers(
-            wanted.num_devices or wanted.num_stages,
+            num_devices,
             _arguments(recipe, options),
             before=lambda: check_form(loaded, options.plan, checkpoint),
             body=lambda: _run(loaded, options),
         )
 
 
-def _plan_options(
-    schedule: str,
-    recompute: str,
-    microbatches: str | None,
-    balance: str | None,
-    *,
-    stages: int | None,
-    devices: int | None,
-    replicas: str | None,
-) -> "PlanOptions":
-    count, adaptive = opt.parsed_microbatches(microbatches, schedule)
-    choice = opt.chosen_schedule(
-        schedule,
-        recompute,
-        stages=stages,
-        devices=devices,
-        replicas=replicas,
-        microbatches=count,
-    )
-    cut = opt.parsed_balance(balance, choice.num_stages)
-    from stagewise.training.plans import PlanOptions
-
-    return PlanOptions(
-        num_stages=choice.num_stages,
-        num_devices=choice.num_devices,
-        replicas=choice.replicas,
-        num_microbatches=choice.built.num_microbatches,
-        schedule=choice.like,
-        recompute=recompute,
-        balance=cut,
-        adaptive=adaptive,
-    )
+def _request(typed: Typed) -> PlanRequest:
+    """What is typed; `--microbatches auto` begins at the default number."""
+    if typed.microbatches != AUTO:
+        return typed.fixed()
+    if typed.schedule not in SCHEDULES:
+        raise PlanError(
+            f"--microbatches auto needs a schedule for any number of them, but {typed.schedule} is "
+            "a file for one; give a name, or leave --microbatches out"
+        )
+    return replace(typed, microbatches=None).fixed()
 
 
-def _saved(path: Path, others: Sequence[str]) -> "PlanOptions":
-    """The options of a saved plan; raises UsageError where `others` were given besides."""
-    from stagewise.training.plans import saved_plan
+def _saved(path: Path, typed: Typed) -> Plan:
+    """The plan in a file, as `stagewise plan --json` writes it.
 
-    if others:
+    Raises PlanError where it is none, UsageError where options say what it says already.
+    """
+    usual = vars(Typed())
+    if others := [f"--{name}" for name, given in vars(typed).items() if given != usual[name]]:
         raise UsageError(
             f"--plan {path} says how the model is cut and run, but {', '.join(others)} was given "
             "too; leave it out, or leave --plan out"
         )
-    return saved_plan(path)
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"the plan {path} cannot be read ({error}); write one with stagewise plan RECIPE "
+            f"--json > {path}"
+        ) from error
 
 
 def _run(recipe: "Recipe", options: "TrainOptions") -> None:
@@ -245,9 +225,9 @@ def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outco
 
 def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
     """The command line that gives `options`; short: only what resuming that run needs to say."""
-    plan, resume = options.plan, options.resume
+    resume = options.resume
     values = {
-        **_plan_arguments(plan),
+        **_plan_words(options),
         "--steps": options.num_steps,
         "--seed": options.seed,
         "--out": options.run,
@@ -261,21 +241,14 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
             for name, value in values.items()
             if name not in _IN_CHECKPOINT and value != _DEFAULTS.get(name)
         }
-    given = [(name, str(value)) for name, value in values.items() if value is not None]
-    return ["train", str(recipe), *(word for pair in given for word in pair)]
+    return ["train", str(recipe), *command_line(values)]
 
 
-def _plan_arguments(plan: "PlanOptions") -> dict[str, object]:
-    if plan.path is not None:
-        return {"--plan": plan.path}
-    assert plan.num_devices is not None and isinstance(plan.schedule, str | Schedule)
-    return {
-        **opt.size_arguments(plan.schedule, plan.num_stages, plan.num_devices, plan.replicas),
-        "--microbatches": opt.AUTO if plan.adaptive else plan.num_microbatches,
-        "--schedule": plan.schedule if isinstance(plan.schedule, str) else plan.schedule.name,
-        "--recompute": plan.recompute,
-        "--balance": ",".join(map(str, plan.balance)) if plan.balance else None,
-    }
+def _plan_words(options: "TrainOptions") -> dict[str, object]:
+    if isinstance(options.plan, Plan):
+        return {"--plan": options.plan_file}
+    more = {"--microbatches": AUTO} if options.adaptive else {}
+    return {**words_of(options.plan), **more}
 
 
 def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:

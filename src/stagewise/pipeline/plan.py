@@ -20,17 +20,14 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
-from stagewise.planning.choice import ScheduleLike, choose_schedule
+from stagewise.planning.choice import ScheduleChoice, chosen
 from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
-from stagewise.planning.plan import Plan, plan_from_costs
-from stagewise.planning.search.cuts import SEGMENTS
-from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search
+from stagewise.planning.plan import Plan, plan_for, plan_of
+from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
+from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
 from stagewise.profiling.example import Example, agreed, distributed, example_of, in_training_mode
-from stagewise.schedule import with_recompute
 from stagewise.told import told
-
-Microbatches = int | Sequence[int] | Literal["auto"]
 
 
 def plan(
@@ -94,98 +91,92 @@ def plan(
         ScheduleError: unknown schedule or policy, or a schedule that breaks a rule.
         BatchError: the example has fewer samples than microbatches.
     """
-    inputs, target = along(inputs, batch_dim), along(target, batch_dim)
-    kwargs = {name: along(value, batch_dim) for name, value in (kwargs or {}).items()}
-    if cells is not None:
-        chain_for(model, inputs, kwargs, cells)
-    if not isinstance(num_microbatches, int | str) and len(set(num_microbatches)) == 1:
-        num_microbatches = num_microbatches[0]  # nothing to choose
-    wants = (num_microbatches, schedule, recompute, replicas)
-    searches = any(isinstance(wish, str) and wish in ("auto", SEGMENTS) for wish in wants)
-    if searches or memory_bytes is not None or not isinstance(num_microbatches, int):
-        _check_searchable(schedule, num_stages, balance, replicas)
-        return search_plan(
-            model,
-            inputs,
-            target=target,
-            kwargs=kwargs,
-            loss=loss,
-            num_devices=num_devices,
-            num_microbatches=num_microbatches,
-            schedules=None if schedule == "auto" else [str(schedule)],
-            recompute=recompute,
-            replicas=replicas == "auto",
-            memory_bytes=memory_bytes,
-            state_factor=state_factor,
-            device=device,
-            seconds=seconds,
-        ).plan
-    assert not isinstance(replicas, str)
-    chain = chain_for(model, inputs, kwargs)
-    choice = choose_schedule(
-        schedule,
-        num_microbatches,
+    request = PlanRequest(
         num_stages=num_stages,
         num_devices=num_devices,
         replicas=replicas,
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        recompute=recompute,
+        balance=balance,
+        memory_bytes=memory_bytes,
+        state_factor=state_factor,
     )
-    check_counts(len(chain), choice.num_stages)
-    if balance is not None:
-        check_balance(balance, len(chain), choice.num_stages)
-    built = with_recompute(choice.built, recompute)
-    if inputs is None and not kwargs:
-        if balance is None:
-            raise PlanError(
-                "plan() got neither an example batch nor a balance; pass inputs (and target) to "
-                "measure the cells, or balance=[...] to cut by hand"
-            )
-        return Plan(
-            balance=tuple(balance),
-            schedule=choice.name,
-            stages_per_device=choice.stages_per_device,
-            replicas=choice.replicas,
-            programs=choice.programs,
-            num_microbatches=num_microbatches,
-            recompute=recompute,
-        )
+    inputs, target = along(inputs, batch_dim), along(target, batch_dim)
+    kwargs = {name: along(value, batch_dim) for name, value in (kwargs or {}).items()}
+    chain = chain_for(model, inputs, kwargs, cells)
+    if inputs is None and not kwargs and not request.searched:
+        return _unmeasured(request, len(chain))
     example = example_of(model, inputs, target, kwargs, loss, device)
-    size = example.size_of(num_microbatches)
-    costs, link = agreed(example.measured(size, seconds=seconds, split=built.splits_backward))
+    if request.searched:
+        return search_plan(request, example, seconds=seconds).plan
+    return measured_plan(request, example, seconds=seconds)
+
+
+def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
+    """The plan that the request says by itself."""
+    choice = _checked(request, num_cells)
+    if request.balance is None:
+        raise PlanError(
+            "plan() got neither an example batch nor a balance; pass inputs (and target) to "
+            "measure the cells, or balance=[...] to cut by hand"
+        )
+    return plan_of(choice, request.balance, recompute=request.recompute)
+
+
+def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.0) -> Plan:
+    """The plan that `request` says, its cut by what is measured on `example`; all ranks call it."""
+    choice = _checked(request, len(example.chain))
+    assert isinstance(request.num_microbatches, int)
+    size = example.size_of(request.num_microbatches)
+    splits = choice.built.splits_backward
+    costs, link = agreed(example.measured(size, seconds=seconds, split=splits))
 
     def best(link: LinkCost, around: InstructionCost) -> Plan:
-        return plan_from_costs(
-            surrounded(costs, around),
-            num_stages=choice.num_stages,
-            num_devices=choice.num_devices,
-            replicas=choice.replicas,
-            num_microbatches=num_microbatches,
-            schedule=choice.name if isinstance(schedule, str) else choice.built,
-            recompute=recompute,
-            link=link,
-            balance=balance,
-        )
+        return plan_for(request, surrounded(costs, around), link=link)
 
     return best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
 
 
-def _check_searchable(
-    schedule: ScheduleLike,
-    num_stages: int | None,
-    balance: Sequence[int] | None,
-    replicas: Sequence[int] | str,
-) -> None:
-    """Raise PlanError where the search would have to leave something as it is."""
-    given = {
-        "num_stages": num_stages is not None,
-        "balance": balance is not None,
-        "replicas": not isinstance(replicas, str) and len(replicas) > 0,
-        "a schedule of one's own": not isinstance(schedule, str),
-    }
-    if fixed := [what for what, is_given in given.items() if is_given]:
-        raise PlanError(
-            f"the search chooses the cut itself, but {' and '.join(fixed)} was given; leave it out "
-            "(give num_devices), or give num_microbatches, schedule and recompute by hand"
+def _checked(request: PlanRequest, num_cells: int) -> ScheduleChoice:
+    """The schedule, whose stages `num_cells` cells fill; before anything is measured."""
+    choice = chosen(request)
+    check_counts(num_cells, choice.num_stages)
+    if request.balance is not None:
+        check_balance(request.balance, num_cells, choice.num_stages)
+    return choice
+
+
+def search_plan(
+    request: PlanRequest,
+    example: Example,
+    *,
+    seconds: float = 3.0,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search for the fastest plan by what is measured on `example`; every rank calls this.
+
+    The request's `num_devices` is by default the number of ranks.
+    """
+    if request.num_devices is None:
+        if not distributed():
+            raise PlanError("the search needs to know for how many devices; give num_devices")
+        request = replace(request, num_devices=dist.get_world_size())
+    counts = request.counts(example.num_samples, example.parts)
+    costs_at, link = _costs(example, counts, seconds)
+
+    def best(link: LinkCost, around: InstructionCost) -> SearchResult:
+        return search_for(
+            request,
+            lambda count: surrounded(costs_at(count), around),
+            counts,
+            link=link,
+            progress=progress,
         )
+
+    found = best(link, FREE_INSTRUCTION)
+    better_known = rehearsed(link, found.plan, example)
+    return found if better_known == (link, FREE_INSTRUCTION) else best(*better_known)
 
 
 def rehearsed(
@@ -214,77 +205,6 @@ def rehearsed(
     if example.where.type != "cpu":  # elsewhere instructions end before their kernels do
         return better_known, FREE_INSTRUCTION
     return better_known, instruction_cost(chosen.engine_costs, timelines)
-
-
-_PER_DEVICE = (1, 2, 4, 8)  # microbatches, where the search chooses
-
-
-def search_plan(
-    model: Model,
-    inputs: object,
-    *,
-    target: object = None,
-    kwargs: Mapping[str, object] | None = None,
-    loss: Loss | None = None,
-    num_devices: int | None = None,
-    num_microbatches: Microbatches = "auto",
-    schedules: Sequence[str] | None = None,
-    recompute: str = "auto",
-    replicas: bool = False,
-    memory_bytes: float | None = None,
-    state_factor: float = 4,
-    device: Device | None = None,
-    seconds: float = 3.0,
-    progress: Progress | None = None,
-) -> SearchResult:
-    """Measure `model` and search for the fastest plan; arguments as for `stagewise.plan`.
-
-    `num_devices` is by default the number of ranks; `schedules` are all if None, and only then a
-    schedule is made for the best cuts.
-    """
-    if num_devices is None:
-        if not distributed():
-            raise PlanError("the search needs to know for how many devices; give num_devices")
-        num_devices = dist.get_world_size()
-    example = example_of(model, inputs, target, kwargs, loss, device)
-    counts = candidates(num_microbatches, num_devices, example.num_samples, example.parts)
-    costs_at, link = _costs(example, counts, seconds)
-
-    def best(link: LinkCost, around: InstructionCost) -> SearchResult:
-        return search(
-            lambda count: surrounded(costs_at(count), around),
-            num_devices,
-            num_microbatches=counts,
-            memory_bytes=memory_bytes,
-            link=link,
-            schedules=schedules,
-            recompute=recompute,
-            replicas=replicas,
-            synthesis=schedules is None,
-            state_factor=state_factor,
-            progress=progress,
-        )
-
-    found = best(link, FREE_INSTRUCTION)
-    better_known = rehearsed(link, found.plan, example)
-    return found if better_known == (link, FREE_INSTRUCTION) else best(*better_known)
-
-
-def candidates(
-    wanted: Microbatches, num_devices: int, num_samples: int, parts: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """The numbers of microbatches to try: those asked for, or 1, 2, 4 and 8 for each device.
-
-    A batch that is Microbatches already has its own number.
-    """
-    if parts is not None:
-        return (len(parts),)
-    if isinstance(wanted, int):
-        return (wanted,)
-    if wanted == "auto":
-        numbers = [each * num_devices for each in _PER_DEVICE if each * num_devices <= num_samples]
-        return tuple(numbers) or (num_samples,)
-    return tuple(wanted)
 
 
 def _costs(example: Example, counts: Sequence[int], seconds: float) -> tuple[CostsAt, LinkCost]:

@@ -1,20 +1,22 @@
 """From costs to a plan. No torch.
 
 1. `simulate` says when each instruction of a schedule runs; `fast_simulate` says only how long.
-2. `partition` cuts the chain, `choice` chooses a schedule, `synthesis` makes one, `search` tries
-   them all; `less_memory` and `bubble` say what a schedule keeps and where it idles.
+2. A `request` says what is wanted. `partition` cuts the chain, `choice` chooses a schedule,
+   `synthesis` makes one, `search` tries them all; `less_memory` and `bubble` say what a schedule
+   keeps and where it idles.
 3. `plan` is the result: frozen, with its predictions.
 4. `devices`, `roofline` and `interpolate` make costs of published figures; `calibrate` mends
    costs by what was measured, and `drift` notices that they no longer hold.
 5. `advise` answers whether a pipeline is the right tool at all, from `advise_facts`.
 """
 
-from stagewise.planning.choice import ScheduleChoice, ScheduleLike, choose_schedule
+from stagewise.planning.choice import ScheduleChoice, choose_schedule
 from stagewise.planning.devices import DeviceSpec, load_devices
 from stagewise.planning.partition.balance import bottleneck_seconds, check_balance
 from stagewise.planning.partition.place import Partition, place
 from stagewise.planning.partition.replicated import Replicated, replicated_partition
 from stagewise.planning.plan import Plan, plan_from_costs
+from stagewise.planning.request import ScheduleLike
 from stagewise.planning.search.search import SearchResult, search
 from stagewise.planning.search.segments import Segmentation, best_segments
 from stagewise.planning.simulate import simulate, unit_costs

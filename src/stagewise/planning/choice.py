@@ -4,10 +4,11 @@ A name fixes how many stages each device has, or takes any; so stages, devices, 
 large it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stagewise.errors import PlanError
+from stagewise.planning.request import PlanRequest, ScheduleLike
 from stagewise.schedule import (
     Schedule,
     consecutive,
@@ -15,9 +16,8 @@ from stagewise.schedule import (
     schedule_row,
     stages_per_device,
     validate,
+    with_recompute,
 )
-
-ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and microbatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +61,33 @@ def choose_schedule(
     each stage. Raises PlanError where the numbers disagree, ScheduleError where there is no such
     schedule or it is invalid.
     """
+    return chosen(
+        PlanRequest(
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            num_stages=num_stages,
+            num_devices=num_devices,
+            replicas=replicas,
+        )
+    )
+
+
+def chosen(request: PlanRequest) -> ScheduleChoice:
+    """The schedule that a request means which leaves nothing to the search."""
+    count, schedule, replicas = request.num_microbatches, request.schedule, request.replicas
+    num_stages, num_devices = request.num_stages, request.num_devices
+    assert isinstance(count, int) and not isinstance(replicas, str), "the search chooses"
     if replicas:
-        num_stages, num_devices = _replicated_counts(replicas, num_stages, num_devices)
-    for what, number in (("num_stages", num_stages), ("num_devices", num_devices)):
-        if number is not None and number < 1:
-            raise PlanError(f"{what} is {number}; it must be at least 1")
+        num_stages, num_devices = len(replicas), sum(replicas)
     if isinstance(schedule, str) and replicas:
-        built = named_schedule(schedule, num_stages or 0, num_microbatches, replicas=replicas)
+        built = named_schedule(schedule, len(replicas), count, replicas=replicas)
         return ScheduleChoice(built=built, replicas=tuple(replicas))
     if isinstance(schedule, str):
         devices, each = _counts(schedule, num_stages, num_devices)
         own = None if each == schedule_row(schedule).stages_per_device else each
-        built = named_schedule(schedule, devices, num_microbatches, each)
-        return ScheduleChoice(built=built, stages_per_device=own)
+        return ScheduleChoice(
+            built=named_schedule(schedule, devices, count, each), stages_per_device=own
+        )
     if not isinstance(schedule, Schedule):
         devices = num_devices if num_devices is not None else num_stages or 0
         if not devices:
@@ -81,20 +95,26 @@ def choose_schedule(
                 "a function that makes the schedule needs to know for how many devices; give "
                 "num_devices"
             )
-        schedule = schedule(devices, num_microbatches)
+        schedule = schedule(devices, count)
     if replicas and len(replicas) == schedule.num_stages:
         schedule = replace(schedule, placement=consecutive(replicas))
     validate(schedule)
     for what, got, wanted in (
         ("stages", schedule.num_stages, num_stages),
         ("devices", schedule.num_devices, num_devices),
-        ("microbatches", schedule.num_microbatches, num_microbatches),
+        ("microbatches", schedule.num_microbatches, count),
     ):
         if wanted is not None and got != wanted:
             raise PlanError(
                 f"schedule {schedule.name!r} has {got} {what}, but {wanted} were asked for; ask "
                 f"for {got}, or change the schedule"
             )
+    with_recompute(schedule, request.recompute)  # which it may have of its own
+    return _own(schedule)
+
+
+def _own(schedule: Schedule) -> ScheduleChoice:
+    """A schedule of one's own, which a Plan holds as programs."""
     shared_by = tuple(map(len, schedule.placement))
     says_all = max(shared_by) > 1 and schedule.placement == consecutive(shared_by)
     return ScheduleChoice(
@@ -102,22 +122,6 @@ def choose_schedule(
         programs=tuple(str(schedule).splitlines()),
         replicas=shared_by if says_all else (),
     )
-
-
-def _replicated_counts(
-    replicas: Sequence[int], num_stages: int | None, num_devices: int | None
-) -> tuple[int, int]:
-    """Stages and devices."""
-    for what, got, wanted in (
-        ("stages", len(replicas), num_stages),
-        ("devices", sum(replicas), num_devices),
-    ):
-        if wanted is not None and got != wanted:
-            raise PlanError(
-                f"replicas {list(replicas)} are {got} {what}, but {wanted} were asked for; give "
-                "one number of devices for each stage, and leave the rest out"
-            )
-    return len(replicas), sum(replicas)
 
 
 def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple[int, int]:

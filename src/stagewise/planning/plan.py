@@ -21,9 +21,10 @@ from stagewise.costs import (
     stage_costs,
 )
 from stagewise.errors import PlanError
-from stagewise.planning.choice import ScheduleLike, choose_schedule
+from stagewise.planning.choice import ScheduleChoice, choose_schedule, chosen
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.partition.place import place
+from stagewise.planning.request import PlanRequest
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,
@@ -177,17 +178,8 @@ class Plan:
     ) -> "Plan":
         """The plan that runs a schedule of one's own; raises ScheduleError if it breaks a rule."""
         choice = choose_schedule(schedule, schedule.num_microbatches)
-        return Plan(
-            balance=tuple(balance),
-            schedule=choice.name,
-            replicas=choice.replicas,
-            programs=choice.programs,
-            num_microbatches=schedule.num_microbatches,
-            recompute=recompute,
-            cells=tuple(cells),
-            input_bytes=input_bytes,
-            link=link,
-        )
+        measured = {"cells": tuple(cells), "input_bytes": input_bytes, "link": link}
+        return plan_of(choice, balance, recompute=recompute, **measured)
 
     def to_json(self) -> str:
         """The plan's fields as JSON text."""
@@ -244,42 +236,41 @@ def best_balance(
     return found.balance
 
 
-def plan_from_costs(
-    cells: Sequence[CellCost],
-    *,
-    num_microbatches: int,
-    num_stages: int | None = None,
-    num_devices: int | None = None,
-    replicas: Sequence[int] = (),
-    schedule: ScheduleLike = "1f1b",
-    recompute: str = "never",
-    link: LinkCost = FREE_LINK,
-    input_bytes: int = 0,
-    balance: Sequence[int] | None = None,
-) -> Plan:
-    """The plan whose busiest device has the least load; or the one with the given `balance`.
-
-    `schedule`, `num_stages`, `num_devices` and `replicas` are those of `choose_schedule`.
-    """
-    choice = choose_schedule(
-        schedule,
-        num_microbatches,
-        num_stages=num_stages,
-        num_devices=num_devices,
-        replicas=replicas,
-    )
-    if balance is None:
-        balance = best_balance(choice.built, cells, recompute=recompute, link=link)
-    check_balance(balance, len(cells), choice.num_stages)
+def plan_of(choice: ScheduleChoice, balance: Sequence[int], **rest: Any) -> Plan:
+    """The plan that runs the chosen schedule with so many cells on each stage."""
     return Plan(
         balance=tuple(balance),
         schedule=choice.name,
         stages_per_device=choice.stages_per_device,
         replicas=choice.replicas,
         programs=choice.programs,
-        num_microbatches=num_microbatches,
-        recompute=recompute,
-        cells=tuple(cells),
-        input_bytes=input_bytes,
-        link=link,
+        num_microbatches=choice.built.num_microbatches,
+        **rest,
     )
+
+
+def plan_for(
+    request: PlanRequest,
+    cells: Sequence[CellCost],
+    *,
+    link: LinkCost = FREE_LINK,
+    input_bytes: int = 0,
+) -> Plan:
+    """The plan whose busiest device has the least load; or the one with the request's balance."""
+    choice, balance, recompute = chosen(request), request.balance, request.recompute
+    if balance is None:
+        balance = best_balance(choice.built, cells, recompute=recompute, link=link)
+    check_balance(balance, len(cells), choice.num_stages)
+    measured = {"cells": tuple(cells), "input_bytes": input_bytes, "link": link}
+    return plan_of(choice, balance, recompute=recompute, **measured)
+
+
+def plan_from_costs(
+    cells: Sequence[CellCost],
+    *,
+    link: LinkCost = FREE_LINK,
+    input_bytes: int = 0,
+    **wishes: Any,
+) -> Plan:
+    """`plan_for` a PlanRequest of these `wishes`, such as `num_stages=4, num_microbatches=8`."""
+    return plan_for(PlanRequest(**wishes), cells, link=link, input_bytes=input_bytes)

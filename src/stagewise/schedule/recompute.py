@@ -24,16 +24,21 @@ POLICIES: dict[str, Callable[[int, int], bool]] = {
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
 
 
+def check_policy(policy: str) -> None:
+    """Raise ScheduleError unless `policy` is one of POLICIES."""
+    if policy not in POLICIES:
+        raise ScheduleError(
+            f"there is no recompute policy {policy!r}; choose one of {', '.join(sorted(POLICIES))}"
+        )
+
+
 def with_recompute(schedule: Schedule, policy: str) -> Schedule:
     """Return `schedule` with the recomputations of `policy` inserted.
 
     A split backward gets its `R` before its `I`, and `W` uses the same graph. Raises ScheduleError
     for an unknown policy, or where the schedule has recomputations of its own.
     """
-    if policy not in POLICIES:
-        raise ScheduleError(
-            f"there is no recompute policy {policy!r}; choose one of {', '.join(sorted(POLICIES))}"
-        )
+    check_policy(policy)
     if policy != "never" and schedule.recomputed:
         raise ScheduleError(
             f"schedule {schedule.name!r} has recomputations of its own, so the policy {policy!r} "

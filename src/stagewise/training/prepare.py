@@ -22,13 +22,12 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, check_balance
+from stagewise.planning.choice import chosen
 from stagewise.planning.partition.balance import check_counts
+from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
-from stagewise.training.plans import (
-    PlanOptions,
-    _chosen_plan,
-)
+from stagewise.training.plans import make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model, seed_everything
 from stagewise.training.run_folder import Checkpoint
 
@@ -46,8 +45,10 @@ class Trained:
 class TrainOptions:
     """What to train, how long, and where to keep it; intervals are in steps, 0 means never."""
 
-    plan: PlanOptions
+    plan: PlanRequest | Plan  # a plan is taken as it is
     run: Path
+    adaptive: bool = False  # microbatches are chosen by measuring, and changed in the run
+    plan_file: Path | None = None  # of a plan
     num_steps: int | None = None  # None: one pass over the recipe's data
     seed: int = 0
     validate_every: int = 100
@@ -79,7 +80,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
     chain_for(model, batches.first[0], {}, recipe.cells)
-    plan, measured = _chosen_plan(recipe, model, options.plan, batches.first)
+    plan, measured = _planned(recipe, options, model, batches.first)
     pipe = _pipeline(recipe, options, model, plan)
     del model  # the rest of it can go
     _agree_on_length(recipe, pipe, num_steps)
@@ -95,6 +96,17 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         num_steps=num_steps,
         measured=measured,
     )
+
+
+def _planned(
+    recipe: Recipe, options: TrainOptions, model: Model, batch: Batch
+) -> tuple[Plan, Mapping[int, tuple[CellCost, ...]]]:
+    """The plan, and what was measured for it where microbatches are adaptive."""
+    if isinstance(options.plan, Plan):
+        return options.plan, {}
+    if options.adaptive and not recipe.meta:
+        return measured_choice(recipe, model, options.plan, batch)
+    return make_plan(recipe, model, options.plan, batch=batch), {}
 
 
 def moved(
@@ -151,7 +163,7 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
     )
 
 
-def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) -> None:
+def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | None) -> None:
     """Find, before workers start, the mistakes that the model's form alone shows.
 
     The model is built on the meta device, without memory; one that cannot be is left to the
@@ -165,9 +177,10 @@ def check_form(recipe: Recipe, options: PlanOptions, resume: Checkpoint | None) 
     known = not isinstance(model, nn.Module) or (is_chain(model) and recipe.cells is None)
     if known:  # else cells are known once captured
         chain = chain_of(model)
-        check_counts(len(chain), options.num_stages)
-        if options.balance is not None:
-            check_balance(options.balance, len(chain), options.num_stages)
+        num_stages = (plan if isinstance(plan, Plan) else chosen(plan)).num_stages
+        check_counts(len(chain), num_stages)
+        if plan.balance is not None:
+            check_balance(plan.balance, len(chain), num_stages)
     if resume is not None:
         checkpoints.check_fits(resume, parameter_shapes(model))
 

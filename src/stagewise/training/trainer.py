@@ -177,7 +177,7 @@ class Trainer:
                 return self._update.backward(batches)
             except OutOfMemoryError as error:
                 text = str(error)
-                if not self._options.plan.adaptive or attempt == MAX_ATTEMPTS:
+                if not self._options.adaptive or attempt == MAX_ATTEMPTS:
                     raise
             # Outside the handler, so that what the error refers to is free.
             num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
@@ -203,7 +203,7 @@ class Trainer:
     def _look(self, step: int, timeline: Timeline) -> None:
         """Change the plan where costs have drifted, for the steps after `step`; all ranks do."""
         pipe = self._pipe
-        if not self._options.plan.adaptive or pipe.num_ranks != pipe.plan.num_devices:
+        if not self._options.adaptive or pipe.num_ranks != pipe.plan.num_devices:
             return  # in one process devices take turns: no plan is faster
         ran = len({span.instruction.microbatch for span in timeline.spans})
         if ran < pipe.num_microbatches:

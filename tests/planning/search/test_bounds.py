@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from stagewise.costs import CellCost, InstructionCost, LinkCost, stage_costs
 from stagewise.planning import lower_bound_seconds, search, simulate, synthesise
+from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.bounds import (
     least_option_seconds,
     least_plan_seconds,
     least_step_seconds,
 )
 from stagewise.planning.search.candidates import Option, options
-from stagewise.planning.search.cuts import SEGMENTS
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule, named_schedule, refine, with_recompute
 from tests.planning.costs import CELLS, LINKS
 from tests.soak import examples

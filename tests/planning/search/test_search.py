@@ -8,7 +8,7 @@ import pytest
 from stagewise.costs import CellCost, LinkCost
 from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning import Plan, plan_from_costs, search
-from stagewise.planning.search.cuts import SEGMENTS
+from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.search import CostsAt, SearchResult
 from stagewise.schedule import POLICIES, SCHEDULES
 

@@ -30,7 +30,6 @@ from stagewise.planning.search.candidates import (
 from stagewise.schedule import Schedule, schedule_row
 from stagewise.units import size_in_words
 
-SEGMENTS = "segments"  # beside the policies of recomputation: the optimal parts
 _TOLERANCE = 0.002  # a partition this near to its bound is near enough for a search
 _MAX_WORK, _KICKS = 2_000_000, 4  # see `place`
 

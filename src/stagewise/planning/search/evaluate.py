@@ -15,9 +15,10 @@ from stagewise.errors import PlanError
 from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.partition.problem import Placement
 from stagewise.planning.plan import Plan
+from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.bounds import least_option_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option
-from stagewise.planning.search.cuts import SEGMENTS, Cut, Cutter, Machine, Work
+from stagewise.planning.search.cuts import Cut, Cutter, Machine, Work
 from stagewise.planning.search.segments_within import segments_within
 from stagewise.planning.synthesis.synthesise import synthesise
 from stagewise.schedule import Schedule, Segments, refine, with_recompute

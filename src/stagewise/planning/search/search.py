@@ -14,9 +14,10 @@ from functools import cached_property
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.errors import PlanError
 from stagewise.planning.plan import Plan
+from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.planning.search.bounds import least_plan_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option, options
-from stagewise.planning.search.cuts import SEGMENTS, Machine, Work
+from stagewise.planning.search.cuts import Machine, Work
 from stagewise.planning.search.evaluate import Evaluator, Rejected, Tried
 from stagewise.planning.synthesis.lower_bound import lower_bound_seconds
 from stagewise.schedule import POLICIES
@@ -157,7 +158,13 @@ def search(
     Raises:
         PlanError: nothing fits, with what each device would need.
     """
-    _check(num_devices, num_microbatches, recompute)
+    PlanRequest(  # of which all is checked that it says
+        num_devices=num_devices,
+        num_microbatches=num_microbatches,
+        schedule=AUTO,
+        recompute=recompute,
+        memory_bytes=memory_bytes,
+    )
     machine = Machine(
         num_devices=num_devices,
         link=link,
@@ -211,24 +218,37 @@ def search(
     )
 
 
+def search_for(
+    request: PlanRequest,
+    costs_at: CostsAt,
+    counts: Sequence[int],
+    *,
+    link: LinkCost = FREE_LINK,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search for what `request` wants, among `counts` of microbatches.
+
+    A schedule is made for the best cuts only where none is named.
+    """
+    assert request.num_devices is not None
+    return search(
+        costs_at,
+        request.num_devices,
+        num_microbatches=counts,
+        memory_bytes=request.memory_bytes,
+        link=link,
+        schedules=request.schedules,
+        recompute=request.recompute,
+        replicas=request.replicas == AUTO,
+        synthesis=request.schedules is None,
+        state_factor=request.state_factor,
+        progress=progress,
+    )
+
+
 def _rank(tried: Tried) -> tuple[float, int, int]:
     """Fast before small before few messages."""
     return tried.seconds, max(tried.device_bytes), tried.option.num_instructions
-
-
-def _check(num_devices: int, num_microbatches: Sequence[int], recompute: str) -> None:
-    if num_devices < 1:
-        raise PlanError(f"num_devices is {num_devices}; it must be at least 1")
-    if not num_microbatches or min(num_microbatches) < 1:
-        raise PlanError(
-            f"num_microbatches is {list(num_microbatches)}; give one number or more, each at "
-            "least 1"
-        )
-    if recompute not in ("auto", SEGMENTS, *POLICIES):
-        raise PlanError(
-            f"recompute is {recompute!r}; choose 'auto', {SEGMENTS!r}, or one of "
-            f"{', '.join(sorted(POLICIES))}"
-        )
 
 
 def _nothing_fits(rejected: Sequence[Rejected], num_devices: int, num_cells: int) -> str:

@@ -1,0 +1,149 @@
+"""From what was typed to one PlanRequest, and back to what a worker is to be told. No torch."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagewise.errors import PlanError, ScheduleError, UsageError
+from stagewise.planning.devices import parse_bytes
+from stagewise.planning.request import AUTO, Microbatches, PlanRequest
+from stagewise.schedule import SCHEDULES, Schedule, parse_schedule
+
+DEFAULT_MICROBATCHES, DEFAULT_DEVICES = 8, 2
+
+_OPTIONS = {"num_stages": "--stages", "balance": "--balance", "replicas": "--replicas"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typed:
+    """The options that several commands have for a plan, as they were typed."""
+
+    schedule: str = "1f1b"
+    recompute: str = "never"
+    stages: int | None = None
+    devices: int | None = None
+    replicas: str | None = None
+    microbatches: str | None = None
+    balance: str | None = None
+    memory: str | None = None
+
+    def request(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
+        """What they ask for; raises UsageError naming the option that is wrong."""
+        schedule = AUTO if self.schedule == AUTO else schedule_meant(self.schedule)
+        unsaid = self.stages is None and self.devices is None and self.replicas in (None, AUTO)
+        named = isinstance(schedule, str)
+        try:
+            return PlanRequest(
+                schedule=schedule,
+                recompute=self.recompute,
+                num_stages=self.stages,
+                num_devices=default_devices if unsaid and named else self.devices,
+                replicas=AUTO if self.replicas == AUTO else parsed_replicas(self.replicas),
+                num_microbatches=self._microbatches(schedule),
+                balance=_balance(self.balance),
+                memory_bytes=None if self.memory is None else parse_bytes(self.memory, "--memory"),
+            )
+        except PlanError as error:
+            raise PlanError(_by_option(str(error))) from None
+
+    def fixed(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
+        """The same where one schedule is asked for; raises UsageError where any is left open."""
+        request = self.request(default_devices=default_devices)
+        if request.searched:
+            raise UsageError(
+                "this command takes one schedule, policy and number of microbatches; search with "
+                "stagewise plan RECIPE --json > plan.json, and train with --plan plan.json"
+            )
+        return request
+
+    def _microbatches(self, schedule: str | Schedule) -> Microbatches:
+        if self.microbatches is None:
+            if isinstance(schedule, Schedule):
+                return schedule.num_microbatches
+            return DEFAULT_MICROBATCHES
+        if self.microbatches == AUTO:
+            return AUTO
+        example = "8, several, such as 4,8,16, or auto"
+        return numbers_in(
+            "--microbatches", self.microbatches, "one, such as", example, what="number"
+        )
+
+
+def words_of(request: PlanRequest) -> dict[str, object]:
+    """The options that give this request again; None where one says nothing."""
+    schedule = request.schedule
+    assert isinstance(schedule, str | Schedule)
+    return {
+        "--stages": request.num_stages,
+        "--devices": request.num_devices,
+        "--replicas": _joined(request.replicas) or None,
+        "--microbatches": _joined(request.num_microbatches),
+        "--schedule": schedule if isinstance(schedule, str) else schedule.name,
+        "--recompute": request.recompute,
+        "--balance": None if request.balance is None else _joined(request.balance),
+        "--memory": None if request.memory_bytes is None else f"{request.memory_bytes / 1e6!r}MB",
+    }
+
+
+def command_line(options: Mapping[str, object]) -> list[str]:
+    """The options that are not None, as words."""
+    return [w for name, value in options.items() if value is not None for w in (name, str(value))]
+
+
+def schedule_meant(text: str) -> str | Schedule:
+    """A schedule's name as it is, or the schedule that the file of that name holds.
+
+    Raises ScheduleError where there is neither, or the file holds no valid schedule.
+    """
+    if text in SCHEDULES:
+        return text
+    names, path = ", ".join(sorted(SCHEDULES)), Path(text)
+    if path.suffix or path.parent != Path(".") or path.exists():
+        try:
+            return parse_schedule(text, path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ScheduleError(
+                f"the schedule {text} cannot be read ({error}); give one of {names}, or write "
+                f"a file to start from: stagewise simulate --text > {text}"
+            ) from None
+    raise ScheduleError(
+        f"there is no schedule {text!r}; choose one of {names}, or give a file that holds one, "
+        f"such as {text}.txt"
+    )
+
+
+def parsed_replicas(text: str | None) -> tuple[int, ...]:
+    """ "1,2,1" as numbers; raises UsageError if it is anything else."""
+    if text is None:
+        return ()
+    return numbers_in("--replicas", text, "the number of devices of each stage, such as", "1,2,1")
+
+
+def _balance(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    return numbers_in("--balance", text, "the number of cells on each stage, such as", "4,6")
+
+
+def numbers_in(
+    option: str, text: str, write: str, example: str, *, what: str = "list of numbers"
+) -> tuple[int, ...]:
+    """ "1,2,4" as numbers; raises UsageError that says to write something such as `example`."""
+    found = tuple(int(word) for word in text.split(",") if word.strip().isdecimal())
+    if len(found) != len(text.split(",")) or 0 in found:
+        raise UsageError(f"{option} {text!r} is no {what} from 1; write {write} {option} {example}")
+    return found
+
+
+def _joined(numbers: str | int | Iterable[int]) -> str:
+    return str(numbers) if isinstance(numbers, str | int) else ",".join(map(str, numbers))
+
+
+def _by_option(message: str) -> str:
+    """The error with options in place of the fields that contradict each other."""
+    return re.sub(
+        r"(?<=but ).+?(?= was given)",
+        lambda names: " and ".join(_OPTIONS.get(n, n) for n in names[0].split(" and ")),
+        message,
+    )

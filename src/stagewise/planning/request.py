@@ -1,0 +1,149 @@
+"""What is wanted of a plan: said once, from the command line to the planner, and checked once.
+
+Problem: schedule, microbatches, recomputation, cut and memory are wished for at the command line,
+in a training run and in `stagewise.plan`, and each may be left to the search.
+Idea: one frozen request. It is checked when it is made: every wish by itself, and beside the
+others, so that two which contradict each other never reach the planner.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stagewise.errors import PlanError, ScheduleError
+from stagewise.planning.partition.balance import check_balance
+from stagewise.schedule import POLICIES, Schedule, check_replicas, schedule_row
+from stagewise.schedule.recompute import check_policy
+
+AUTO: Literal["auto"] = "auto"
+SEGMENTS = "segments"  # beside the policies of recomputation: the optimal parts
+ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and microbatches
+Microbatches = int | Sequence[int] | Literal["auto"]
+
+_PER_DEVICE = (1, 2, 4, 8)  # microbatches, where the search chooses
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """The wishes of `stagewise.plan`, whose docstring says what each means.
+
+    With "auto" for `num_microbatches` (or several numbers), `schedule`, `recompute` or `replicas`,
+    with segments, or with `memory_bytes`, a plan is `searched` for. Raises ScheduleError for a
+    schedule, policy or number that no schedule takes, PlanError for what makes no sense otherwise.
+    """
+
+    num_microbatches: Microbatches
+    num_stages: int | None = None
+    num_devices: int | None = None
+    replicas: Sequence[int] | Literal["auto"] = ()
+    schedule: ScheduleLike = "1f1b"
+    recompute: str = "never"
+    balance: Sequence[int] | None = None
+    memory_bytes: float | None = None
+    state_factor: float = 4
+
+    def __post_init__(self) -> None:
+        counts = self.num_microbatches
+        if not isinstance(counts, int | str):  # of one number there is nothing to choose
+            counts = counts[0] if len(set(counts)) == 1 else tuple(counts)
+            object.__setattr__(self, "num_microbatches", counts)
+        if not isinstance(self.replicas, str):
+            object.__setattr__(self, "replicas", tuple(self.replicas))
+        if self.balance is not None:
+            object.__setattr__(self, "balance", tuple(self.balance))
+        self._check_each()
+        if self.searched:
+            self._check_searchable()
+        else:
+            self._check_together()
+
+    @property
+    def searched(self) -> bool:
+        """Whether something is left to the search."""
+        wishes = (self.num_microbatches, self.schedule, self.recompute, self.replicas)
+        return (
+            any(isinstance(wish, str) and wish in (AUTO, SEGMENTS) for wish in wishes)
+            or self.memory_bytes is not None
+            or not isinstance(self.num_microbatches, int)
+        )
+
+    @property
+    def schedules(self) -> tuple[str, ...] | None:
+        """The names to search among; None for all."""
+        assert isinstance(self.schedule, str)
+        return None if self.schedule == AUTO else (self.schedule,)
+
+    def counts(self, num_samples: int, parts: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The numbers of microbatches to try: those asked for, or 1, 2, 4 and 8 for each device.
+
+        A batch that is Microbatches already, of `parts` samples, has its own number.
+        """
+        if parts is not None:
+            return (len(parts),)
+        if isinstance(self.num_microbatches, int):
+            return (self.num_microbatches,)
+        if not isinstance(self.num_microbatches, str):
+            return tuple(self.num_microbatches)
+        assert self.num_devices is not None
+        numbers = [n for each in _PER_DEVICE if (n := each * self.num_devices) <= num_samples]
+        return tuple(numbers) or (num_samples,)
+
+    def _check_each(self) -> None:
+        error = PlanError if self.searched else ScheduleError
+        counts = self.num_microbatches
+        if counts != AUTO:
+            numbers = [counts] if isinstance(counts, int) else [*counts]
+            if not numbers or min(numbers) < 1:
+                got = counts if isinstance(counts, int) else numbers
+                raise error(f"num_microbatches is {got}; give one number or more, each at least 1")
+        for what, number in (("num_stages", self.num_stages), ("num_devices", self.num_devices)):
+            if number is not None and number < 1:
+                raise PlanError(f"{what} is {number}; it must be at least 1")
+        if isinstance(self.schedule, str) and self.schedule != AUTO:
+            schedule_row(self.schedule)
+        if not self.searched:
+            check_policy(self.recompute)
+        elif self.recompute not in (AUTO, SEGMENTS, *POLICIES):
+            raise PlanError(
+                f"recompute is {self.recompute!r}; choose 'auto', {SEGMENTS!r}, or one of "
+                f"{', '.join(sorted(POLICIES))}"
+            )
+        if self.memory_bytes is not None and not self.memory_bytes > 0:
+            raise PlanError(
+                f"memory_bytes is {self.memory_bytes}; give the bytes that a device has, such as "
+                "8e9, or leave it out"
+            )
+
+    def _check_searchable(self) -> None:
+        """Raise PlanError where the search would have to leave something as it is."""
+        given = {
+            "num_stages": self.num_stages is not None,
+            "balance": self.balance is not None,
+            "replicas": self.replicas not in ((), AUTO),
+            "a schedule of one's own": not isinstance(self.schedule, str),
+        }
+        if fixed := [what for what, is_given in given.items() if is_given]:
+            raise PlanError(
+                f"the search chooses the cut itself, but {' and '.join(fixed)} was given; leave it "
+                "out (give num_devices), or give num_microbatches, schedule and recompute by hand, "
+                "and no memory"
+            )
+
+    def _check_together(self) -> None:
+        """Raise PlanError where numbers that are all given disagree."""
+        num_stages = self.num_stages
+        if self.replicas:
+            assert not isinstance(self.replicas, str)
+            check_replicas(self.replicas, len(self.replicas))
+            for what, got, wanted in (
+                ("stages", len(self.replicas), self.num_stages),
+                ("devices", sum(self.replicas), self.num_devices),
+            ):
+                if wanted is not None and got != wanted:
+                    raise PlanError(
+                        f"replicas {list(self.replicas)} are {got} {what}, but {wanted} were asked "
+                        "for; give one number of devices for each stage, and leave the rest out"
+                    )
+            num_stages = len(self.replicas)
+        if self.balance is not None:
+            check_balance(self.balance, sum(self.balance), num_stages)

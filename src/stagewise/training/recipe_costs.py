@@ -1,0 +1,178 @@
+"""What a recipe's model costs, estimated for a device or measured here, and what advice needs."""
+
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import stagewise
+from stagewise.batch.split import extent
+from stagewise.costs import FREE_LINK, CellCost
+from stagewise.errors import BatchError
+from stagewise.model.cell import Chain
+from stagewise.model.cells_of import chain_for
+from stagewise.model.chain import chain_of
+from stagewise.pipeline.plan import measured_plan
+from stagewise.planning.advise import MICROBATCHES_PER_STAGE
+from stagewise.planning.advise_facts import Facts
+from stagewise.planning.devices import DeviceSpec
+from stagewise.planning.request import PlanRequest
+from stagewise.profiling.example import Example, example_of
+from stagewise.profiling.fakes import likeness
+from stagewise.training.batches import TrainingBatches
+from stagewise.training.recipe import Batch, Model, Recipe, build_model, seed_everything
+
+_PROBE = 64  # parameters, to see what an optimizer keeps for each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimated:
+    """A recipe's cells, and the model and first batch that they were estimated from."""
+
+    cells: tuple[CellCost, ...]
+    chain: Chain
+    batch_size: int
+
+
+def estimate_recipe(recipe: Recipe, device: DeviceSpec, num_microbatches: int) -> Estimated:
+    """Estimate a recipe's cells; the model is built on the meta device."""
+    model, batch = meta_model(recipe), TrainingBatches(recipe, seed=0).first
+    cells = estimated(recipe, model, batch, num_microbatches, device)
+    return Estimated(cells=cells, chain=chain_of(model), batch_size=num_samples_of(batch))
+
+
+def estimated(
+    recipe: Recipe, model: Model, batch: Batch, num_microbatches: int, device: DeviceSpec | str
+) -> tuple[CellCost, ...]:
+    """What the cells of the recipe's model take on `device`, for one microbatch."""
+    inputs, target = batch
+    with recipe.precision():
+        return stagewise.estimate(
+            model,
+            inputs,
+            target=target,
+            loss=recipe.loss,
+            num_microbatches=num_microbatches,
+            device=device,
+        )
+
+
+def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
+    model, batch = build_model(recipe, seed=0), TrainingBatches(recipe, seed=0).first
+    request = PlanRequest(num_stages=1, num_microbatches=num_microbatches)
+    with recipe.precision():
+        plan = measured_plan(request, recipe_example(recipe, model, batch))
+    return Estimated(cells=plan.cells, chain=chain_of(model), batch_size=num_samples_of(batch))
+
+
+def recipe_example(recipe: Recipe, model: Model, batch: Batch) -> Example:
+    """What the cells of the recipe's model are measured with."""
+    inputs, target = batch
+    chain_for(model, inputs, {}, recipe.cells)
+    return example_of(model, inputs, target, {}, recipe.loss, None)
+
+
+def facts_of(
+    recipe: Recipe,
+    device: DeviceSpec | None,
+    *,
+    num_devices: int,
+    device_memory_bytes: int | None,
+    num_microbatches: int | None,
+) -> Facts:
+    """What the rules of `stagewise advise` ask for; measured here if `device` is None."""
+    if num_microbatches is None:
+        size = num_samples_of(TrainingBatches(recipe, seed=0).first)
+        num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, size)
+    if device is None:
+        found = _measured(recipe, num_microbatches)
+        memory, link = _memory_here() // num_devices, FREE_LINK
+    else:
+        found = estimate_recipe(recipe, device, num_microbatches)
+        memory, link = device.memory_bytes, device.link(num_devices)
+    return Facts(
+        cells=found.cells,
+        num_devices=num_devices,
+        device_memory_bytes=device_memory_bytes or memory,
+        batch_size=found.batch_size,
+        num_microbatches=num_microbatches,
+        state_factor=state_factor(recipe, found.chain),
+        link=link,
+        has_batchnorm=any(
+            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            for cell in found.chain
+            for module in cell.module.modules()
+        ),
+        num_experts=num_experts(found.chain),
+    )
+
+
+def meta_model(recipe: Recipe) -> Model:
+    """The recipe's model on the meta device."""
+    seed_everything(0)
+    with recipe.blame("model() on the meta device"), torch.device("meta"):
+        return recipe.model()
+
+
+def state_factor(recipe: Recipe, chain: Chain) -> float:
+    """Bytes kept for a byte of parameters: itself, its gradient, and the optimizer's state.
+
+    The optimizer makes one step on a few parameters of the model's first dtype.
+    """
+    dtypes = [p.dtype for cell in chain for p in cell.module.parameters() if p.requires_grad]
+    if not dtypes:
+        return 1.0
+    probe = nn.Parameter(torch.zeros(_PROBE, dtype=dtypes[0]))
+    probe.grad = torch.zeros_like(probe)
+    optimizer = recipe.make_optimizer([probe])
+    assert optimizer is not None
+    with recipe.blame("a step of the optimizer"):
+        optimizer.step()
+    state = optimizer.state.get(probe, {}).values()
+    kept = sum(t.nbytes for t in state if isinstance(t, torch.Tensor) and t.numel() >= _PROBE)
+    return 2.0 + kept / probe.nbytes
+
+
+def num_experts(chain: Chain) -> dict[int, int]:
+    """Per cell: how many alike parts, in a list, hold most of its parameters."""
+    found = {}
+    for cell in chain:
+        whole = sum(p.numel() for p in cell.module.parameters())
+        for module in cell.module.modules():
+            if not isinstance(module, nn.ModuleList) or len(module) < 2:
+                continue
+            kinds: set[Hashable] = {likeness(part) for part in module}
+            inside = sum(p.numel() for p in module.parameters())
+            if len(kinds) == 1 and 2 * inside > whole:
+                found[cell.index] = len(module)
+    return found
+
+
+def sizes_as_costs(model: Model) -> tuple[CellCost, ...]:
+    """Each cell's number of parameters as its seconds."""
+    return tuple(
+        CellCost(name=cell.name, forward_seconds=size, backward_seconds=2 * size)
+        for cell in chain_of(model)
+        for size in [float(sum(p.numel() for p in cell.module.parameters()))]
+    )
+
+
+def num_samples_of(batch: Batch) -> int:
+    """How many samples a minibatch has; raises BatchError where nothing has any."""
+    size = extent([("inputs", batch[0]), ("target", batch[1])]).num_samples
+    if size is None:
+        raise BatchError(
+            "the recipe's batches hold no tensor with samples; put samples along dimension 0"
+        )
+    return size
+
+
+def _memory_here() -> int:
+    """Bytes of this machine that training may use: its GPUs' if there are any, else its own."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,75 @@
+"""What is typed becomes one request, and a request becomes the same words again."""
+
+from pathlib import Path
+
+import pytest
+
+from stagewise.cli.train import _request
+from stagewise.cli.typed import Typed, command_line, words_of
+from stagewise.errors import UsageError
+from stagewise.planning.request import PlanRequest
+from stagewise.schedule import grid, named_schedule
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        Typed(),
+        Typed(schedule="zb_v", stages=6, devices=3, microbatches="5", balance="1,2,1,1,2,1"),
+        Typed(schedule="gpipe", replicas="1,2,1", recompute="except_last"),
+        Typed(schedule="auto", recompute="auto", microbatches="auto", memory="8.1GiB"),
+        Typed(replicas="auto", microbatches="4,8", recompute="segments", devices=4),
+    ],
+    ids=str,
+)
+def test_a_worker_is_told_the_same_request(typed: Typed) -> None:
+    request = typed.request()
+    words = command_line(words_of(request))
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    numbers = {
+        name: int(given.pop(f"--{name}")) for name in ("stages", "devices") if f"--{name}" in given
+    }
+    again = Typed(**{name[2:]: text for name, text in given.items()}, **numbers)  # type: ignore[arg-type]
+    assert again.request() == request
+
+
+def test_what_is_not_said() -> None:
+    assert Typed().request() == PlanRequest(num_devices=2, num_microbatches=8)
+    assert Typed(stages=3).request() == PlanRequest(num_stages=3, num_microbatches=8)
+    assert Typed(microbatches="6").request().num_microbatches == 6
+    assert Typed().request(default_devices=4).num_devices == 4
+
+
+def test_a_file_says_its_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(grid(named_schedule("1f1b", 3, 5)))
+    request = Typed(schedule=str(path)).request()
+    assert (request.num_microbatches, request.num_devices) == (5, None)
+    assert words_of(request)["--schedule"] == str(path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        (Typed(microbatches="0"), "'0' is no number from 1"),
+        (Typed(microbatches="many"), "write one, such as --microbatches 8"),
+        (Typed(microbatches="auto", schedule="mine.txt"), "mine.txt is a file for one"),
+        (Typed(balance="half"), "--balance 'half' is no list of numbers"),
+        (Typed(replicas="1,0"), "--replicas '1,0' is no list of numbers from 1"),
+        (Typed(recompute="auto"), "takes one schedule, policy and number of microbatches"),
+        (Typed(microbatches="4,8"), "takes one schedule, policy and number of microbatches"),
+    ],
+)
+def test_what_training_refuses(typed: Typed, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        _request(typed)
+
+
+def test_training_with_auto_begins_at_the_usual_number() -> None:
+    assert _request(Typed(microbatches="auto")).num_microbatches == 8
+    assert _request(Typed(microbatches="6")).num_microbatches == 6
+
+
+def test_contradictions_are_told_by_option() -> None:
+    with pytest.raises(UsageError, match="but --stages and --balance was given; leave it out"):
+        Typed(schedule="auto", stages=2, balance="1,2").request()
