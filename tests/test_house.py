@@ -66,11 +66,9 @@ OWED_FUNCTIONS: dict[str, int] = {
     "model/export/capture.py:capture": 54,
     "model/export/cell_code.py:_program": 51,
     "model/promised_sizes.py:check": 53,
-    "planning/fast_simulate.py:outcome_of": 70,
     "planning/partition/any_placement.py:branch_and_bound": 74,
     "planning/partition/place.py:place": 61,
     "planning/partition/problem.py:layout": 56,
-    "planning/synthesis/problem.py:problem_of": 80,
     "planning/synthesis/replay.py:_replay": 61,
     "profiling/trial_steps.py:profile": 68,
 }

@@ -5,13 +5,13 @@ reality. Times are seconds from the start of the step; `B` of a microbatch frees
 (or `R`) holds, which gives microbatches in flight and memory over time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
 
 from stagewise.costs import StageCost
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import KINDS, Instruction, Kind, KindTraits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,54 +68,23 @@ class Timeline:
 
     def in_flight(self, device: int) -> Curve:
         """Microbatches whose forward has begun and whose backward has not ended, over time."""
-        return self._curve(device, lambda i: _IN_FLIGHT.get(i.kind, 0))
+        return self._curve(device, lambda program: (KINDS[i.kind].in_flight for i in program))
 
     def peak_in_flight(self, device: int) -> int:
         """The most microbatches in flight on `device`."""
         return max((count for _, count in self.in_flight(device)), default=0)
 
     def activation_bytes(self, device: int, costs: Sequence[StageCost]) -> Curve:
-        """Bytes kept for the backward pass on `device` over time; `costs` per stage.
-
-        What a stage is given by one on the same device is that one's output: it is kept once,
-        unless the giving stage drops it and recomputes; by whichever of the two needs it longer.
-        """
-        recomputed = {
-            (s.instruction.stage, s.instruction.microbatch)
-            for s in self.spans
-            if s.instruction.kind is Kind.RECOMPUTE
-        }
+        """Bytes kept for the backward pass on `device` over time; `costs` per stage."""
+        every = [(s.device, s.instruction) for s in self.spans]
         kept_here = {
-            (s.instruction.stage, s.instruction.microbatch)
-            for s in self.spans
-            if s.instruction.kind is Kind.FORWARD and s.device == device
-        } - recomputed
-        done: set[tuple[int, int]] = set()  # their activations are gone
-        waiting: set[tuple[int, int]] = set()  # for `W`
-
-        def change(i: Instruction) -> int:
-            cost, it = costs[i.stage], (i.stage, i.microbatch)
-            given = 0 if (i.stage - 1, i.microbatch) in kept_here else cost.input_bytes
-            if i.kind is Kind.FORWARD:
-                stored = (i.stage, i.microbatch) in recomputed
-                return given + (0 if stored else cost.activation_bytes)
-            if i.kind is Kind.RECOMPUTE:
-                return cost.activation_bytes
-            giver, taker = (i.stage - 1, i.microbatch), (i.stage + 1, i.microbatch)
-            lent = cost.deferred_input_bytes * (giver in kept_here and giver not in done)
-            if i.kind is Kind.BACKWARD_WEIGHT:
-                waiting.discard(it)
-                return lent - cost.deferred_bytes
-            done.add(it)
-            whole = given + cost.activation_bytes
-            if it in kept_here and taker in waiting:
-                whole -= costs[i.stage + 1].deferred_input_bytes
-            if i.kind is Kind.BACKWARD_INPUT:
-                waiting.add(it)
-                return cost.deferred_bytes - lent - whole
-            return -whole
-
-        return self._curve(device, change)
+            (i.stage, i.microbatch) for at, i in every if i.kind is Kind.FORWARD and at == device
+        }
+        kept_here -= {(i.stage, i.microbatch) for _, i in every if i.kind is Kind.RECOMPUTE}
+        return self._curve(
+            device,
+            lambda program: kept_bytes(program, costs, lambda s, m: (s - 1, m) in kept_here),
+        )
 
     def peak_activation_bytes(self, costs: Sequence[StageCost]) -> tuple[int, ...]:
         """Per device: the highest point of its `activation_bytes` curve."""
@@ -152,19 +121,70 @@ class Timeline:
             ),
         )
 
-    def _curve(self, device: int, change: Callable[[Instruction], int]) -> Curve:
-        """Running sum of `change` per instruction: rises count from its start, falls from its end.
+    def _curve(self, device: int, changes: Callable[[list[Instruction]], Iterable[int]]) -> Curve:
+        """Running sum of the `changes` that a program's instructions make.
 
-        A device runs one instruction at a time, so its spans in order give the curve in order,
-        also where an instruction takes no time.
+        Rises count from an instruction's start, falls from its end. A device runs one at a time,
+        so its spans in order give the curve in order, also where an instruction takes no time.
         """
-        own = (span for span in self.spans if span.device == device)
+        own = sorted(
+            (span for span in self.spans if span.device == device),
+            key=lambda span: (span.start_seconds, span.end_seconds),
+        )
         level, curve = 0, []
-        for span in sorted(own, key=lambda span: (span.start_seconds, span.end_seconds)):
-            if by := change(span.instruction):
+        for span, by in zip(own, changes([span.instruction for span in own]), strict=True):
+            if by:
                 level += by
                 curve.append((span.start_seconds if by > 0 else span.end_seconds, level))
         return tuple(curve)
 
 
-_IN_FLIGHT = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.BACKWARD_WEIGHT: -1}
+def kept_bytes(
+    program: Collection[Instruction],
+    costs: Sequence[StageCost],
+    lends: Callable[[int, int], bool],
+) -> Iterator[int]:
+    """By how many bytes each instruction of a device changes what it keeps for the backward pass.
+
+    `lends(stage, microbatch)` tells whether the stage before is on the same device, and does not
+    recompute: its output is what the stage was given, and is kept once, by whichever of the two
+    needs it longer.
+    """
+    stages = {i.stage for i in program}
+    changes = {kind: {s: _changes(t, costs[s]) for s in stages} for kind, t in KINDS.items()}
+    recomputed = {(i.stage, i.microbatch) for i in program if i.kind is Kind.RECOMPUTE}
+    gone: set[tuple[int, int]] = set()  # graphs that ran backward
+    waiting: set[tuple[int, int]] = set()  # for `W`
+    for i in program:
+        stage, m = i.stage, i.microbatch
+        by, of_input, of_waiting, frees_graph = changes[i.kind][stage]
+        if i.kind is Kind.FORWARD and (stage, m) in recomputed:
+            by -= changes[Kind.RECOMPUTE][stage][0]
+        if (of_input or of_waiting) and lends(stage, m):
+            by -= of_input
+            if (stage - 1, m) not in gone:
+                by -= of_waiting
+        if frees_graph:
+            gone.add((stage, m))
+            if (stage + 1, m) in waiting and lends(stage + 1, m):
+                by += costs[stage + 1].deferred_input_bytes
+        if of_waiting > 0:
+            waiting.add((stage, m))
+        elif of_waiting:
+            waiting.discard((stage, m))
+        yield by
+
+
+def _changes(traits: KindTraits, cost: StageCost) -> tuple[int, int, int, bool]:
+    """By how much an instruction changes what is kept, and the parts of that which may be lent:
+    the input, and the input as far as it waits for `W`; and whether it frees the graph."""
+    kept = sum([getattr(cost, field) for field in traits.keeps])
+    freed = sum([getattr(cost, field) for field in traits.frees])
+    of_input = ("input_bytes" in traits.keeps) - ("input_bytes" in traits.frees)
+    of_waiting = ("deferred_bytes" in traits.keeps) - ("deferred_bytes" in traits.frees)
+    return (
+        kept - freed,
+        of_input * cost.input_bytes,
+        of_waiting * cost.deferred_input_bytes,
+        "activation_bytes" in traits.frees,
+    )

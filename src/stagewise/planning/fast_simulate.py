@@ -4,13 +4,14 @@ The additions are those of `simulate` and `Timeline.activation_bytes`, in their 
 numbers are equal, not close. One pass over the programs, arrivals in flat lists, no objects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
-from stagewise.planning.simulate import instruction_seconds
-from stagewise.schedule import Instruction, Kind, Schedule
+from stagewise.schedule import ACTIVATIONS, GRADIENTS, KINDS, Schedule, Stream
+from stagewise.timeline import kept_bytes
 
 _NEVER = float("inf")
 
@@ -29,127 +30,111 @@ def outcome_of(
     schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
 ) -> Outcome:
     """`simulate(...).duration_seconds`, `.busy_seconds` and `.peak_activation_bytes(costs)`."""
+    ends, busy = _ends_and_busy(schedule, costs, link)
+    return Outcome(
+        seconds=max(ends),
+        end_seconds=tuple(ends),
+        busy_seconds=tuple(busy),
+        peak_bytes=peak_bytes(schedule, costs),
+    )
+
+
+class _Road:
+    """What a stream brings where, by stage and microbatch: when, or who waits for it."""
+
+    def __init__(
+        self, stream: Stream, schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
+    ) -> None:
+        stages, self.step = range(schedule.num_stages), stream.step
+        self.seconds = [
+            stream.seconds(stage, costs, link) if stage + stream.step in stages else 0
+            for stage in stages
+        ]
+        self.arrived: list[float] = [
+            _NEVER if stage - stream.step in stages else 0
+            for stage in stages
+            for _ in range(schedule.num_microbatches)
+        ]
+        self.waiting: dict[int, int] = {}
+
+
+def _ends_and_busy(
+    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
+) -> tuple[list[float], list[float]]:
     num_stages, num_microbatches = schedule.num_stages, schedule.num_microbatches
-    took = {
-        kind: [instruction_seconds(Instruction(s, kind, 0), costs) for s in range(num_stages)]
-        for kind in Kind
+    roads: dict[Stream | None, _Road] = {
+        stream: _Road(stream, schedule, costs, link) for stream in (ACTIVATIONS, GRADIENTS)
     }
-    forth = [link.transfer_seconds(cost.output_bytes) for cost in costs]
-    back = [link.transfer_seconds(cost.gradient_bytes) for cost in costs]
-    arrived = {
-        Kind.FORWARD: [_NEVER] * (num_stages * num_microbatches),
-        Kind.BACKWARD: [_NEVER] * (num_stages * num_microbatches),
+    kinds = {
+        kind: ([traits.seconds_on(cost) for cost in costs], roads.get(traits.stream))
+        for kind, traits in KINDS.items()
     }
-    activations, gradients = arrived[Kind.FORWARD], arrived[Kind.BACKWARD]
-    activations[:num_microbatches] = [0] * num_microbatches
-    gradients[-num_microbatches:] = [0] * num_microbatches
     placement, overhead = schedule.placement, link.overhead_seconds
-    free: list[float] = [0] * schedule.num_devices
-    last: list[float] = [0] * schedule.num_devices
-    busy: list[float] = [0] * schedule.num_devices
+    nothing: list[float] = [0] * schedule.num_devices
+    free, last, busy = [*nothing], [*nothing], [*nothing]
     at = [0] * schedule.num_devices
     link_free: dict[tuple[int, int], float] = {}
-    waiting: dict[tuple[Kind, int], int] = {}
     ready = list(range(schedule.num_devices))
     while ready:
         device = ready.pop()
         program, i, now = schedule.programs[device], at[device], free[device]
         while i < len(program):
             instruction = program[i]
-            stage, kind, m = instruction.stage, instruction.kind, instruction.microbatch
-            where = stage * num_microbatches + m
-            if kind is Kind.FORWARD:
-                needs, target = activations[where], stage + 1
-            elif kind is Kind.BACKWARD or kind is Kind.BACKWARD_INPUT:
-                needs, target = gradients[where], stage - 1
-            else:
-                needs, target = 0, -1
-            if needs == _NEVER:
-                blocked_on = Kind.FORWARD if kind is Kind.FORWARD else Kind.BACKWARD
-                waiting[blocked_on, where] = device
-                break
-            seconds = took[kind][stage]
-            now = max(now, needs) + seconds
+            stage, m = instruction.stage, instruction.microbatch
+            took, road = kinds[instruction.kind]
+            if road is not None:
+                arrival = road.arrived[stage * num_microbatches + m]
+                if arrival == _NEVER:
+                    road.waiting[stage * num_microbatches + m] = device
+                    break
+                now = max(now, arrival)
+            seconds = took[stage]
+            now += seconds
             busy[device] += seconds
             last[device] = now
             i += 1
-            if not 0 <= target < num_stages:
+            if road is None or not 0 <= (target := stage + road.step) < num_stages:
                 continue
-            sent = Kind.FORWARD if target > stage else Kind.BACKWARD
             there = placement[target][m % len(placement[target])]
-            arrival = now
+            where = target * num_microbatches + m
+            road.arrived[where] = now
             if there != device:
                 now += overhead
                 leaves = max(now, link_free.get((device, there), 0))
-                arrival = leaves + (forth[stage] if target > stage else back[target])
-                link_free[device, there] = arrival
-            arrived[sent][target * num_microbatches + m] = arrival
-            if there != device and (sent, target * num_microbatches + m) in waiting:
-                ready.append(waiting.pop((sent, target * num_microbatches + m)))
+                road.arrived[where] = link_free[device, there] = leaves + road.seconds[stage]
+                if where in road.waiting:
+                    ready.append(road.waiting.pop(where))
         at[device], free[device] = i, now
     if any(i < len(program) for i, program in zip(at, schedule.programs, strict=True)):
         raise ScheduleError(f"schedule {schedule.name!r} blocks; validate() shows where")
-    return Outcome(
-        seconds=max(last),
-        end_seconds=tuple(last),
-        busy_seconds=tuple(busy),
-        peak_bytes=peak_bytes(schedule, costs),
-    )
+    return last, busy
 
 
 def peak_bytes(schedule: Schedule, costs: Sequence[StageCost]) -> tuple[int, ...]:
     """Per device: the highest point of what is kept for the backward pass."""
     recomputed = schedule.recomputed
     return tuple(
-        _peak(schedule, device, costs, recomputed) for device in range(schedule.num_devices)
+        max(accumulate(_kept(schedule, device, costs, recomputed)), default=0)
+        for device in range(schedule.num_devices)
     )
 
 
-def _peak(
+def _kept(
     schedule: Schedule,
     device: int,
     costs: Sequence[StageCost],
     recomputed: frozenset[tuple[int, int]],
-) -> int:
-    beside = [
-        stage > 0 and device in schedule.placement[stage - 1]
-        for stage in range(schedule.num_stages)
-    ]
-    level = peak = 0
-    done: set[tuple[int, int]] = set()  # their activations are gone
-    waiting: set[tuple[int, int]] = set()  # for `W`
+) -> Iterator[int]:
+    beside = [False, *(device in devices for devices in schedule.placement[:-1])]
 
     def lends(stage: int, m: int) -> bool:
-        """Whether the stage before keeps, on this device, what `stage` was given."""
         return (
             beside[stage]
             and (stage - 1, m) not in recomputed
             and schedule.device_of(stage - 1, m) == device
         )
 
-    for i in schedule.programs[device]:
-        stage, kind, m = i.stage, i.kind, i.microbatch
-        cost, lent = costs[stage], lends(stage, m)
-        if kind is Kind.RECOMPUTE:
-            level += cost.activation_bytes
-        elif kind is Kind.FORWARD:
-            level += 0 if lent else cost.input_bytes
-            level += 0 if (stage, m) in recomputed else cost.activation_bytes
-        elif kind is Kind.BACKWARD_WEIGHT:
-            waiting.discard((stage, m))
-            level -= cost.deferred_bytes
-            level += cost.deferred_input_bytes if lent and (stage - 1, m) not in done else 0
-        else:
-            done.add((stage, m))
-            level -= cost.activation_bytes + (0 if lent else cost.input_bytes)
-            if (stage + 1, m) in waiting and lends(stage + 1, m):
-                level += costs[stage + 1].deferred_input_bytes
-            if kind is Kind.BACKWARD_INPUT:
-                waiting.add((stage, m))
-                level += cost.deferred_bytes
-                level -= cost.deferred_input_bytes if lent and (stage - 1, m) not in done else 0
-        peak = max(peak, level)
-    return peak
+    return kept_bytes(schedule.programs[device], costs, lends)
 
 
 def held_microbatches(schedule: Schedule) -> tuple[int, ...]:
@@ -159,12 +144,9 @@ def held_microbatches(schedule: Schedule) -> tuple[int, ...]:
         held: dict[int, int] = {}
         most, best = 0, {}
         for i in program:
-            if i.kind is Kind.FORWARD:
-                held[i.stage] = held.get(i.stage, 0) + 1
-                if sum(held.values()) > most:
-                    most, best = sum(held.values()), dict(held)
-            elif i.kind is Kind.BACKWARD or i.kind is Kind.BACKWARD_WEIGHT:
-                held[i.stage] -= 1
+            held[i.stage] = held.get(i.stage, 0) + KINDS[i.kind].in_flight
+            if sum(held.values()) > most:
+                most, best = sum(held.values()), dict(held)
         for stage, number in best.items():
             counts[stage] = max(counts[stage], number)
     return tuple(counts)

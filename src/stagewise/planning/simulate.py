@@ -6,11 +6,11 @@ is free, and takes the link's transfer time.
 Only addition and comparison are used, so exact numbers (Fraction) stay exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
-from stagewise.schedule import Instruction, Kind, Message, Schedule, lower, walk
+from stagewise.schedule import KINDS, Instruction, Message, Schedule, lower, walk
 from stagewise.timeline import Span, Timeline
 
 
@@ -37,47 +37,27 @@ def simulate(
                 end_seconds=end,
             )
         )
+        stream = KINDS[step.instruction.kind].stream
         for message in step.sends:
             arrival[message] = end
-            if message.source != message.destination:
+            if stream is not None and message.source != message.destination:
                 between = (message.source, message.destination)
                 device_free[device] += link.overhead_seconds
                 leaves = max(device_free[device], link_free.get(between, zero))
-                arrival[message] = leaves + link.transfer_seconds(_bytes(message, costs))
-                link_free[between] = arrival[message]
+                arrives = leaves + stream.seconds(message.source_stage, costs, link)
+                arrival[message] = link_free[between] = arrives
     return Timeline(schedule.num_devices, tuple(sorted(spans, key=_when)))
 
 
 def instruction_seconds(instruction: Instruction, costs: Sequence[StageCost]) -> float:
     """How long `instruction` keeps its device busy."""
-    return _SECONDS[instruction.kind](costs[instruction.stage])
-
-
-_SECONDS: dict[Kind, Callable[[StageCost], float]] = {
-    Kind.FORWARD: lambda cost: cost.forward_seconds,
-    Kind.RECOMPUTE: lambda cost: cost.recompute_seconds,
-    Kind.BACKWARD: lambda cost: cost.backward_seconds,
-    Kind.BACKWARD_INPUT: lambda cost: cost.input_seconds,
-    Kind.BACKWARD_WEIGHT: lambda cost: cost.weight_seconds,
-}
+    return KINDS[instruction.kind].seconds_on(costs[instruction.stage])
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:
     """Equal stages, every instruction one second."""
-    one = StageCost(
-        forward_seconds=1,
-        backward_seconds=1,
-        recompute_seconds=1,
-        input_seconds=1,
-        weight_seconds=1,
-    )
+    one = StageCost(**{traits.seconds: 1 for traits in KINDS.values()})
     return (one,) * num_stages
-
-
-def _bytes(message: Message, costs: Sequence[StageCost]) -> int:
-    if message.kind is Kind.FORWARD:
-        return costs[message.source_stage].output_bytes
-    return costs[message.destination_stage].gradient_bytes
 
 
 def _when(span: Span) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 """Schedules as data.
 
-1. `instruction` is the unit; a `schedule` is programs of them and a `placement` of stages.
+1. `instruction` is the unit, and its `KINDS` say what each kind waits for, keeps and costs; a
+   `schedule` is programs of them and a `placement` of stages.
 2. `table` names the published ones, built by `fill_drain`, `interleaved`, `zero_bubble`,
    `dualpipe` and `blocks`; `published` is what their papers say of them.
 3. `recompute` is a pass over a schedule; `lowering` adds which tensor goes where.
@@ -10,7 +11,15 @@
 
 from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
 from stagewise.schedule.grid import grid
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import (
+    ACTIVATIONS,
+    GRADIENTS,
+    KINDS,
+    Instruction,
+    Kind,
+    Stream,
+    kinds_with,
+)
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
 from stagewise.schedule.placement import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.published import Bubble, EqualStages, InFlight
@@ -28,6 +37,9 @@ from stagewise.schedule.text import parse_programs, parse_schedule
 from stagewise.schedule.validation import validate
 
 __all__ = [
+    "ACTIVATIONS",
+    "GRADIENTS",
+    "KINDS",
     "POLICIES",
     "SCHEDULES",
     "Blocked",
@@ -43,12 +55,14 @@ __all__ = [
     "Schedule",
     "Segments",
     "Step",
+    "Stream",
     "check_replicas",
     "consecutive",
     "forward_only",
     "gpipe",
     "grid",
     "in_flight",
+    "kinds_with",
     "links",
     "lower",
     "named_schedule",

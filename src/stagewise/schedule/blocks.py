@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import KINDS, Instruction, Kind
 from stagewise.schedule.schedule import Program
 
 
@@ -68,9 +68,7 @@ def repeated(
     return tuple(map(program, range(num_devices)))
 
 
-def with_weight_gradients(
-    programs: Sequence[Program], num_stages: int, limit: int
-) -> tuple[Program, ...]:
+def with_weight_gradients(programs: Sequence[Program], limit: int) -> tuple[Program, ...]:
     """Insert the `W` of every `I`: where its device would idle, or must not hold more.
 
     If all instructions take one slot, at most `limit` microbatches are in flight on a device,
@@ -82,7 +80,7 @@ def with_weight_gradients(
     deferred: list[deque[Instruction]] = [deque() for _ in programs]
     held = [0] * len(programs)
     out: list[list[Instruction]] = [[] for _ in programs]
-    ended: set[Instruction | None] = {None}
+    coming = {instruction for program in programs for instruction in program}
     while any(waiting) or any(deferred):
         running = []
         for device, order in enumerate(waiting):
@@ -90,7 +88,7 @@ def with_weight_gradients(
             if (
                 order
                 and not (full and order[0].kind is Kind.FORWARD)
-                and _awaited(order[0], num_stages) in ended
+                and _sender(order[0]) not in coming
             ):
                 running.append((device, order.popleft()))
             elif deferred[device]:
@@ -99,14 +97,11 @@ def with_weight_gradients(
         for device, instruction in running:
             stage, kind, m = instruction.stage, instruction.kind, instruction.microbatch
             out[device].append(instruction)
-            held[device] += _HELD[kind]
+            held[device] += KINDS[kind].in_flight
             if kind is Kind.BACKWARD_INPUT:
                 deferred[device].append(Instruction(stage, Kind.BACKWARD_WEIGHT, m))
-            ended.add(instruction)
+            coming.discard(instruction)
     return tuple(map(tuple, out))
-
-
-_HELD = {Kind.FORWARD: 1, Kind.BACKWARD_INPUT: 0, Kind.BACKWARD_WEIGHT: -1}
 
 
 def _most_between(program: Program) -> int:
@@ -118,11 +113,8 @@ def _most_between(program: Program) -> int:
     return most
 
 
-def _awaited(instruction: Instruction, num_stages: int) -> Instruction | None:
-    """What another stage must have done before, or the last stage itself."""
-    stage, kind, m = instruction.stage, instruction.kind, instruction.microbatch
-    if kind is Kind.FORWARD:
-        return Instruction(stage - 1, kind, m) if stage else None
-    if stage == num_stages - 1:
-        return Instruction(stage, Kind.FORWARD, m)
-    return Instruction(stage + 1, kind, m)
+def _sender(instruction: Instruction) -> Instruction:
+    """What hands it what it waits for, if there is such a stage; the rest is its device's order."""
+    stream = KINDS[instruction.kind].stream
+    assert stream is not None, "F and I travel"
+    return Instruction(instruction.stage - stream.step, instruction.kind, instruction.microbatch)

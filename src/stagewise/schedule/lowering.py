@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Instruction, Kind
 from stagewise.schedule.schedule import Schedule
 
 
@@ -20,7 +20,7 @@ class Message:
     Skips between neighbours travel with the boundary's values, others in messages of their own.
     """
 
-    kind: Kind  # of the producing instruction
+    kind: Kind  # by which its stream is called
     microbatch: int
     source_stage: int
     destination_stage: int
@@ -40,7 +40,7 @@ class Message:
         return abs(self.destination_stage - self.source_stage)
 
     def __str__(self) -> str:
-        what = "activation" if self.kind is Kind.FORWARD else "gradient"
+        what = next(stream.name for stream in (ACTIVATIONS, GRADIENTS) if stream.kind is self.kind)
         return (
             f"{what} of microbatch {self.microbatch}, stage {self.source_stage} "
             f"-> {self.destination_stage} (device {self.source} -> {self.destination})"
@@ -61,18 +61,15 @@ LoweredProgram = tuple[Step, ...]
 
 def message_of(schedule: Schedule, instruction: Instruction) -> Message | None:
     """The message that `instruction` sends, if it sends any."""
-    stage, kind, m = instruction.stage, instruction.kind, instruction.microbatch
-    if kind is Kind.FORWARD:
-        target = stage + 1
-    elif kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-        target = stage - 1
-        kind = Kind.BACKWARD
-    else:
+    stream = KINDS[instruction.kind].stream
+    if stream is None:
         return None
+    stage, m = instruction.stage, instruction.microbatch
+    target = stage + stream.step
     if not 0 <= target < schedule.num_stages:
         return None
     source, destination = schedule.device_of(stage, m), schedule.device_of(target, m)
-    return Message(kind, m, stage, target, source, destination)
+    return Message(stream.kind, m, stage, target, source, destination)
 
 
 def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[LoweredProgram, ...]:
@@ -84,9 +81,9 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
     """
     targets: dict[tuple[Kind, int], list[int]] = defaultdict(list)
     for source, destination in sorted(flows, key=lambda flow: flow[1] - flow[0]):
-        targets[Kind.FORWARD, source].append(destination)
-        targets[Kind.BACKWARD, destination].append(source)
-    awaited: dict[tuple[int, Kind, int], list[Message]] = defaultdict(list)
+        targets[ACTIVATIONS.kind, source].append(destination)
+        targets[GRADIENTS.kind, destination].append(source)
+    awaited: dict[tuple[Kind, int, int], list[Message]] = defaultdict(list)
     sent: dict[Instruction, tuple[Message, ...]] = {}
     for _, instruction in schedule.instructions():
         message = message_of(schedule, instruction)
@@ -99,11 +96,12 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
         )
         sent[instruction] = (message, *skips)
         for message in sent[instruction]:
-            awaited[message.destination_stage, kind, m].append(message)
+            awaited[kind, message.destination_stage, m].append(message)
 
     def step(instruction: Instruction) -> Step:
-        kind = Kind.BACKWARD if instruction.kind is Kind.BACKWARD_INPUT else instruction.kind
-        receives = awaited.get((instruction.stage, kind, instruction.microbatch), [])
+        stream = KINDS[instruction.kind].stream
+        place = instruction.stage, instruction.microbatch
+        receives = awaited.get((stream.kind, *place), []) if stream else []
         return Step(
             instruction,
             tuple(sorted(receives, key=lambda message: message.distance)),

@@ -6,12 +6,12 @@ On the last stage, which waits for no gradient, a backward that follows its own 
 `R`: dropping the graph for no time at all would save no memory and cost a forward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 from stagewise.errors import ScheduleError
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import KINDS, Instruction, Kind, kinds_with
 from stagewise.schedule.schedule import Program, Schedule
 
 # policy -> does microbatch m of num_microbatches recompute?  (GPipe's three, as in torchgpipe)
@@ -21,7 +21,7 @@ POLICIES: dict[str, Callable[[int, int], bool]] = {
     "except_last": lambda m, num_microbatches: m != num_microbatches - 1,
 }
 
-_BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+_BACKWARDS = kinds_with("inputs")
 
 
 def check_policy(policy: str) -> None:
@@ -45,22 +45,25 @@ def with_recompute(schedule: Schedule, policy: str) -> Schedule:
             "cannot be added; take them out, or use the policy 'never'"
         )
     wanted, last = POLICIES[policy], schedule.num_stages - 1
+    programs = (
+        _recomputing(program, lambda i: wanted(i.microbatch, schedule.num_microbatches), last)
+        for program in schedule.programs
+    )
+    return replace(schedule, programs=tuple(programs))
 
-    def rewrite(program: Program) -> Program:
-        out: list[Instruction] = []
-        for instruction in program:
-            stage, m = instruction.stage, instruction.microbatch
-            fresh = stage == last and out[-1:] == [Instruction(stage, Kind.FORWARD, m)]
-            if (
-                instruction.kind in _BACKWARDS
-                and wanted(m, schedule.num_microbatches)
-                and not fresh
-            ):
-                out.append(Instruction(stage, Kind.RECOMPUTE, m))
-            out.append(instruction)
-        return tuple(out)
 
-    return replace(schedule, programs=tuple(map(rewrite, schedule.programs)))
+def _recomputing(
+    program: Iterable[Instruction], wanted: Callable[[Instruction], bool], last_stage: int
+) -> Program:
+    """`program` with an `R` before the backwards where it is `wanted`."""
+    out: list[Instruction] = []
+    for i in program:
+        if i.kind in _BACKWARDS and wanted(i):
+            own = Instruction(i.stage, Kind.FORWARD, i.microbatch)
+            if i.stage != last_stage or out[-1:] != [own]:
+                out.append(Instruction(i.stage, Kind.RECOMPUTE, i.microbatch))
+        out.append(i)
+    return tuple(out)
 
 
 Segments = tuple[tuple[int, bool], ...]  # of one stage: (number of cells, recomputed?)
@@ -81,27 +84,20 @@ def refine(schedule: Schedule, segments: Sequence[Segments]) -> Schedule:
             f"schedule {schedule.name!r} recomputes already; give segments or a policy"
         )
     firsts = list(accumulate((len(parts) for parts in segments), initial=0))
-    last = firsts[-1] - 1
+    recomputed = [recomputed for parts in segments for _, recomputed in parts]
 
-    def rewrite(program: Program) -> Program:
-        out: list[Instruction] = []
+    def cut(program: Program) -> Iterator[Instruction]:
         for i in program:
-            parts = [
-                (firsts[i.stage] + at, recomputed)
-                for at, (_, recomputed) in enumerate(segments[i.stage])
-            ]
-            for stage, recomputed in parts if i.kind is Kind.FORWARD else reversed(parts):
-                fresh = stage == last and out[-1:] == [
-                    Instruction(stage, Kind.FORWARD, i.microbatch)
-                ]
-                if recomputed and i.kind in _BACKWARDS and not fresh:
-                    out.append(Instruction(stage, Kind.RECOMPUTE, i.microbatch))
-                out.append(Instruction(stage, i.kind, i.microbatch))
-        return tuple(out)
+            parts = range(firsts[i.stage], firsts[i.stage + 1])
+            for stage in reversed(parts) if KINDS[i.kind].is_backward else parts:
+                yield Instruction(stage, i.kind, i.microbatch)
 
     return replace(
         schedule,
-        programs=tuple(map(rewrite, schedule.programs)),
+        programs=tuple(
+            _recomputing(cut(program), lambda i: recomputed[i.stage], len(recomputed) - 1)
+            for program in schedule.programs
+        ),
         placement=tuple(
             devices
             for devices, parts in zip(schedule.placement, segments, strict=True)

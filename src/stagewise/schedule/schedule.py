@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stagewise.errors import ScheduleError
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import KINDS, Instruction, Kind
 
 Program = tuple[Instruction, ...]
 IDLE = "."  # in text: no instruction
@@ -56,7 +56,7 @@ class Schedule:
     @property
     def has_backward(self) -> bool:
         """False for a forward-only schedule."""
-        return any(i.kind is not Kind.FORWARD for _, i in self.instructions())
+        return any(KINDS[i.kind].is_backward for _, i in self.instructions())
 
     @property
     def splits_backward(self) -> bool:

@@ -9,25 +9,25 @@ Rules, in the order in which they are checked:
   deadlock    the programs never wait for each other in a circle
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 
 from stagewise.errors import ScheduleError
 from stagewise.schedule.grid import Place, grid
-from stagewise.schedule.instruction import Instruction, Kind
+from stagewise.schedule.instruction import (
+    KINDS,
+    Instruction,
+    Kind,
+    Part,
+    kinds_before,
+    kinds_with,
+)
 from stagewise.schedule.lowering import lower
 from stagewise.schedule.running_order import Blocked, walk
 from stagewise.schedule.schedule import Schedule
 
 Finding = tuple[str, list[Place]]
-
-_POSITION = {
-    Kind.FORWARD: 0,
-    Kind.RECOMPUTE: 1,
-    Kind.BACKWARD: 2,
-    Kind.BACKWARD_INPUT: 2,
-    Kind.BACKWARD_WEIGHT: 3,
-}
 
 
 def validate(schedule: Schedule) -> Schedule:
@@ -86,48 +86,41 @@ def _doubled(schedule: Schedule) -> Iterator[Finding]:
 
 def _complete(schedule: Schedule) -> Iterator[Finding]:
     present = {instruction: place for place, instruction in _places(schedule)}
-    has_backward = schedule.has_backward
-
-    def has(stage: int, kind: Kind, m: int) -> bool:
-        return Instruction(stage, kind, m) in present
-
-    for stage in range(schedule.num_stages):
-        for m in range(schedule.num_microbatches):
-            kinds = {kind for kind in Kind if has(stage, kind, m)}
-            backward = kinds & {Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT}
-            if Kind.FORWARD not in kinds:
-                waits = [
-                    present[Instruction(stage + step, kind, m)]
-                    for step, kind in ((1, Kind.FORWARD), (0, Kind.BACKWARD))
-                    if has(stage + step, kind, m)
-                ]
-                never = f"; microbatch {m} never arrives at what waits for it" if waits else ""
-                yield f"{stage}F{m} is missing{never}", waits
-            elif has_backward and backward not in (
-                {Kind.BACKWARD},
-                {Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT},
-            ):
-                found = "".join(sorted(backward)) or "none"
-                waits = [
-                    present[Instruction(stage - 1, kind, m)]
-                    for kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
-                    if has(stage - 1, kind, m)
-                ]
-                yield (
-                    f"the backward of stage {stage}, microbatch {m} is missing or not whole: "
-                    f"found {found}, need {stage}B{m}, or {stage}I{m} and {stage}W{m}",
-                    waits or [present[Instruction(stage, Kind.FORWARD, m)]],
-                )
+    kinds: dict[tuple[int, int], list[Kind]] = defaultdict(list)
+    for i in present:
+        kinds[i.stage, i.microbatch].append(i.kind)
+    parts: tuple[Part, ...] = ("inputs", "weights") if schedule.has_backward else ()
+    for stage, m in product(range(schedule.num_stages), range(schedule.num_microbatches)):
+        done = Counter(part for kind in kinds[stage, m] for part in KINDS[kind].parts)
+        forward = Instruction(stage, Kind.FORWARD, m)
+        if not done["forward"]:
+            waits = [place for i, place in present.items() if forward in i.awaits()]
+            never = f"; microbatch {m} never arrives at what waits for it" if waits else ""
+            yield f"{forward} is missing{never}", waits
+        elif any(done[part] != 1 for part in parts):
+            backward = [kind for kind in kinds[stage, m] if KINDS[kind].is_backward]
+            gradient = {Instruction(stage, kind, m) for kind in kinds_with("inputs")}
+            waits = [
+                place
+                for i, place in present.items()
+                if i.stage != stage and gradient.intersection(i.awaits())
+            ]
+            yield (
+                f"the backward of stage {stage}, microbatch {m} is missing or not whole: "
+                f"found {''.join(sorted(backward)) or 'none'}, need {stage}B{m}, "
+                f"or {stage}I{m} and {stage}W{m}",
+                waits or [present[forward]],
+            )
 
 
 def _order(schedule: Schedule) -> Iterator[Finding]:
-    latest: dict[tuple[int, int], tuple[int, Place]] = defaultdict(lambda: (-1, (0, 0)))
+    earlier: dict[tuple[int, int], list[tuple[Kind, Place]]] = defaultdict(list)
     for place, i in _places(schedule):
-        rank, earlier = latest[i.stage, i.microbatch]
-        if _POSITION[i.kind] < rank:
-            culprit = schedule.programs[earlier[0]][earlier[1]]
-            yield f"{culprit} stands before {i}, on which it depends", [earlier, place]
-        latest[i.stage, i.microbatch] = (_POSITION[i.kind], place)
+        for kind, before in earlier[i.stage, i.microbatch]:
+            if i.kind in kinds_before(kind):
+                culprit = Instruction(i.stage, kind, i.microbatch)
+                yield f"{culprit} stands before {i}, on which it depends", [before, place]
+        earlier[i.stage, i.microbatch].append((i.kind, place))
 
 
 def _deadlock(schedule: Schedule) -> Iterator[Finding]:

@@ -63,7 +63,7 @@ def _v(
     order = repeated(num_devices, num_microbatches, ways, period=_PERIOD)
     return Schedule(
         name=name,
-        programs=with_weight_gradients(order, 2 * num_devices, 2 * in_flight),
+        programs=with_weight_gradients(order, 2 * in_flight),
         placement=zigzag(num_devices, 2),
         num_microbatches=num_microbatches,
     )

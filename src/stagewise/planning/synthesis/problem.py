@@ -9,14 +9,26 @@ backward (`with_recompute` puts it there). `replay` gives the seconds of `simula
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import TypedDict
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
-from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
+from stagewise.schedule import (
+    GRADIENTS,
+    KINDS,
+    POLICIES,
+    Instruction,
+    Kind,
+    Schedule,
+    kinds_with,
+    with_recompute,
+)
 
-KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+# What synthesis orders; other kinds it neither makes nor takes.
+OPERATIONS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
 NEVER = float("inf")
 
@@ -98,22 +110,31 @@ class Problem:
 
     def schedule(self, name: str, programs: Programs) -> Schedule:
         """The schedule of `programs`, recomputations included."""
-
-        def instruction(op: int) -> Instruction:
-            kind, stage, m = self.parts(op)
-            return Instruction(stage, KINDS[kind], m)
-
+        own, _ = _instructions(self.num_stages, self.num_microbatches)
         plain = Schedule(
             name=name,
-            programs=tuple(tuple(map(instruction, program)) for program in programs),
+            programs=tuple(tuple(map(own.__getitem__, program)) for program in programs),
             placement=self.placement,
             num_microbatches=self.num_microbatches,
         )
         return with_recompute(plain, self.recompute)
 
+    def instructions(self, program: list[int]) -> list[Instruction]:
+        """A device's program as `schedule` has it, but fast."""
+        own, again = _instructions(self.num_stages, self.num_microbatches)
+        found, previous = [], -1
+        recomputing = any(self.recomputes)
+        for op in program:
+            first = again[op] if recomputing else None
+            if first and self.recomputes[first.microbatch] and not self.fresh(previous, op):
+                found.append(first)
+            found.append(own[op])
+            previous = op
+        return found
+
     def programs(self, schedule: Schedule) -> Programs:
         """The operations of a schedule, its recomputations left out."""
-        kinds = {kind: index for index, kind in enumerate(KINDS)}
+        kinds = {kind: index for index, kind in enumerate(OPERATIONS)}
         return [
             [
                 self.op(kinds[i.kind], i.stage, i.microbatch)
@@ -123,9 +144,19 @@ class Problem:
             for program in schedule.programs
         ]
 
-    def with_split(self, split: bool) -> "Problem":
-        """The same problem with or without `I` and `W`."""
-        return replace(self, split=split)
+
+@lru_cache(maxsize=64)
+def _instructions(
+    num_stages: int, num_microbatches: int
+) -> tuple[list[Instruction], list[Instruction | None]]:
+    """Per operation: its instruction, and the recomputation that may come before it."""
+    stages, microbatches = range(num_stages), range(num_microbatches)
+    own = [Instruction(s, kind, m) for kind in OPERATIONS for s in stages for m in microbatches]
+    backwards = kinds_with("inputs")
+    return own, [
+        Instruction(i.stage, Kind.RECOMPUTE, i.microbatch) if i.kind in backwards else None
+        for i in own
+    ]
 
 
 def problem_of(
@@ -153,40 +184,9 @@ def problem_of(
             f"{', '.join(sorted(POLICIES))}"
         )
     num_devices = 1 + max(device for devices in placed for device in devices)
-    stages_of = [[s for s in range(num_stages) if d in placed[s]] for d in range(num_devices)]
     microbatches = range(num_microbatches)
     recomputes = [POLICIES[recompute](m, num_microbatches) for m in microbatches]
     device_of = [[devices[m % len(devices)] for m in microbatches] for devices in placed]
-    by_kind = [
-        [c.forward_seconds for c in costs],
-        [c.backward_seconds for c in costs],
-        [c.input_seconds for c in costs],
-        [c.weight_seconds for c in costs],
-    ]
-    seconds, again = [], []
-    needs, fills, reaches, link_of, transfers = [], [], [], [], []
-    links: dict[tuple[int, int], int] = {}
-    half = num_stages * num_microbatches
-    for kind in (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT):
-        for stage in range(num_stages):
-            target = (stage + 1, stage - 1, stage - 1, -1)[kind]
-            inside = 0 <= target < num_stages
-            where = half * (kind != FORWARD)
-            waits = kind != BACKWARD_WEIGHT and 0 <= 2 * stage - target < num_stages
-            size = costs[stage].output_bytes if kind == FORWARD else costs[target].gradient_bytes
-            took = link.transfer_seconds(size) if inside else 0
-            for m in microbatches:
-                seconds.append(by_kind[kind][stage])
-                backward = kind in (BACKWARD, BACKWARD_INPUT) and recomputes[m]
-                again.append(costs[stage].recompute_seconds if backward else 0)
-                needs.append(where + stage * num_microbatches + m if waits else -1)
-                fills.append(where + target * num_microbatches + m if inside else -1)
-                source = device_of[stage][m]
-                reached = device_of[target][m] if inside else -1
-                reaches.append(reached)
-                far = inside and reached != source
-                link_of.append(links.setdefault((source, reached), len(links)) if far else -1)
-                transfers.append(took)
     return Problem(
         placement=placed,
         costs=tuple(costs),
@@ -197,17 +197,63 @@ def problem_of(
         split=split,
         caps=_caps(memory_bytes, num_devices),
         device_of=device_of,
-        stages_of=stages_of,
+        stages_of=[[s for s in range(num_stages) if d in placed[s]] for d in range(num_devices)],
         recomputes=recomputes,
-        seconds=seconds,
-        recompute_seconds=again,
-        needs=needs,
-        fills=fills,
-        reaches=reaches,
-        link_of=link_of,
-        transfer_seconds=transfers,
-        num_links=len(links),
+        **_arrays(device_of, costs, link, recomputes),
     )
+
+
+class _Arrays(TypedDict):
+    """Those of a Problem that are per operation."""
+
+    seconds: list[float]
+    recompute_seconds: list[float]
+    needs: list[int]
+    fills: list[int]
+    reaches: list[int]
+    link_of: list[int]
+    transfer_seconds: list[float]
+    num_links: int
+
+
+def _arrays(
+    device_of: Sequence[Sequence[int]],
+    costs: Sequence[StageCost],
+    link: LinkCost,
+    recomputes: Sequence[bool],
+) -> _Arrays:
+    stages, count = range(len(costs)), len(recomputes)
+    of_op = _Arrays(
+        seconds=[],
+        recompute_seconds=[],
+        needs=[],
+        fills=[],
+        reaches=[],
+        link_of=[],
+        transfer_seconds=[],
+        num_links=0,
+    )
+    links: dict[tuple[int, int], int] = {}
+    for kind, stage in product(OPERATIONS, stages):
+        traits, cost = KINDS[kind], costs[stage]
+        stream = traits.stream
+        step = stream.step if stream else len(stages)  # to no stage
+        first = len(stages) * count * (stream is GRADIENTS)
+        sends, waits = stage + step in stages, stage - step in stages
+        took = stream.seconds(stage, costs, link) if stream and sends else 0
+        again = cost.recompute_seconds if "inputs" in traits.parts else 0
+        of_op["seconds"] += [traits.seconds_on(cost)] * count
+        of_op["recompute_seconds"] += [again if recomputed else 0 for recomputed in recomputes]
+        of_op["transfer_seconds"] += [took] * count
+        for m in range(count):
+            source, reached = device_of[stage][m], device_of[stage + step][m] if sends else -1
+            of_op["needs"].append(first + stage * count + m if waits else -1)
+            of_op["fills"].append(first + (stage + step) * count + m if sends else -1)
+            of_op["reaches"].append(reached)
+            far = sends and reached != source
+            of_op["link_of"].append(links.setdefault((source, reached), len(links)) if far else -1)
+    of_op["num_links"] = len(links)
+    return of_op
 
 
 def _caps(memory_bytes: int | Sequence[int] | None, num_devices: int) -> tuple[float, ...]:

@@ -4,15 +4,14 @@ The additions are those of the simulator, in its order, so that the seconds are 
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from stagewise.planning.synthesis.problem import (
-    BACKWARD,
-    BACKWARD_INPUT,
-    FORWARD,
     NEVER,
     Problem,
     Programs,
 )
+from stagewise.timeline import kept_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,42 +108,8 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
 
 def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
     """The highest point of what `device` keeps for the backward pass, as `Timeline` counts it."""
-    costs = problem.costs
-    level = peak = 0
-    graph: dict[tuple[int, int], int] = {}  # what its backward has to rebuild
-    done: set[tuple[int, int]] = set()  # their activations are gone
-    waiting: set[tuple[int, int]] = set()  # for `W`
-
-    def lent(stage: int, m: int) -> int:
-        """What waits for `W` and is kept by the stage before in any case."""
-        kept = problem.lends(stage, m) and (stage - 1, m) not in done
-        return costs[stage].deferred_input_bytes if kept else 0
-
-    for i, op in enumerate(program):
-        kind, stage, m = problem.parts(op)
-        cost = costs[stage]
-        if kind == FORWARD:
-            stored = problem.recomputes[m] and not (
-                i + 1 < len(program)
-                and problem.parts(program[i + 1])[0] in (BACKWARD, BACKWARD_INPUT)
-                and problem.fresh(op, program[i + 1])
-            )
-            graph[stage, m] = cost.activation_bytes if stored else 0
-            level += problem.whole_bytes(stage, m) - graph[stage, m]
-        elif kind in (BACKWARD, BACKWARD_INPUT):
-            peak = max(peak, level + graph[stage, m])
-            level += graph[stage, m] - problem.whole_bytes(stage, m)
-            done.add((stage, m))
-            if (stage + 1, m) in waiting and problem.lends(stage + 1, m):
-                level += costs[stage + 1].deferred_input_bytes
-            if kind == BACKWARD_INPUT:
-                waiting.add((stage, m))
-                level += cost.deferred_bytes - lent(stage, m)
-        else:
-            waiting.discard((stage, m))
-            level -= cost.deferred_bytes - lent(stage, m)
-        peak = max(peak, level)
-    return peak
+    kept = kept_bytes(problem.instructions(program), problem.costs, problem.lends)
+    return max(accumulate(kept), default=0)
 
 
 def fits(problem: Problem, programs: Programs) -> bool:
