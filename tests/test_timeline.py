@@ -4,13 +4,15 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewise.costs import StageCost
 from stagewise.planning import simulate, unit_costs
-from stagewise.schedule import POLICIES, Instruction, named_schedule, with_recompute
-from stagewise.timeline import Span, Timeline
+from stagewise.schedule import POLICIES, Instruction, Kind, named_schedule, with_recompute
+from stagewise.schedule.instruction import KINDS
+from stagewise.timeline import Span, Timeline, kept_bytes
+from tests.planning.costs import stage_costs_drawn
 from tests.schedules import Sized, sized
 
 
@@ -170,6 +172,41 @@ def test_what_a_weight_still_needs_of_it_is_kept_longer() -> None:
     assert levels("0F0", "1F0", "1I0", "1W0", "0I0", "0W0") == [10, 16, 13, 10, 3, 0]
     assert levels("0F0", "1F0", "1I0", "0B0", "1W0") == [10, 16, 13, 7, 0]
     assert levels("0F0", "1F0", "1B0", "0I0", "0W0") == [10, 16, 10, 3, 0]
+
+
+@settings(max_examples=60)
+@given(sized(4, 6), st.sampled_from(sorted(POLICIES)), st.data())
+def test_kept_bytes_are_those_of_what_lives(size: Sized, policy: str, data: st.DataObject) -> None:
+    """Counted anew after every instruction, from what the table says is kept and freed."""
+    schedule = with_recompute(size.build(), policy)
+    costs = [data.draw(stage_costs_drawn()) for _ in range(size.num_stages)]
+
+    def lends(stage: int, m: int) -> bool:
+        giver = stage - 1, m
+        return (
+            stage > 0
+            and schedule.device_of(*giver) == schedule.device_of(stage, m)
+            and giver not in schedule.recomputed
+        )
+
+    def num_bytes(field: str, stage: int, m: int) -> int:
+        if not lends(stage, m):
+            return getattr(costs[stage], field)  # type: ignore[no-any-return]
+        if field == "input_bytes":
+            return 0
+        lent = field == "deferred_bytes" and ("activation_bytes", stage - 1, m) in alive
+        return getattr(costs[stage], field) - lent * costs[stage].deferred_input_bytes  # type: ignore[no-any-return]
+
+    for program in schedule.programs:
+        alive: set[tuple[str, int, int]] = set()
+        levels = []
+        for i in program:
+            stored = i.kind is Kind.FORWARD and (i.stage, i.microbatch) in schedule.recomputed
+            keeps = set(KINDS[i.kind].keeps).difference(KINDS[Kind.RECOMPUTE].keeps * stored)
+            alive |= {(field, i.stage, i.microbatch) for field in keeps}
+            alive -= {(field, i.stage, i.microbatch) for field in KINDS[i.kind].frees}
+            levels.append(sum(num_bytes(*what) for what in alive))
+        assert list(itertools.accumulate(kept_bytes(program, costs, lends))) == levels
 
 
 def test_records_round_trip_through_json() -> None:

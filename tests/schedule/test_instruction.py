@@ -1,9 +1,14 @@
+from dataclasses import fields
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagewise.costs import CellCost, InstructionCost, StageCost
+from stagewise.engine.stage.stage import ACTIONS
 from stagewise.errors import ScheduleError
 from stagewise.schedule import Instruction, Kind
+from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS
 
 INSTRUCTIONS = st.builds(
     Instruction, st.integers(0, 200), st.sampled_from(Kind), st.integers(0, 5000)
@@ -34,3 +39,39 @@ def test_text_form_round_trips(instruction: Instruction) -> None:
 def test_what_is_no_instruction_is_refused(text: str) -> None:
     with pytest.raises(ScheduleError, match="is no instruction; write stage, one letter of FBIWR"):
         Instruction.parse(text)
+
+
+def test_every_cost_of_a_stage_belongs_to_a_kind_or_a_stream() -> None:
+    """A field that no kind names would be lost: nothing else says what an instruction costs."""
+    named = {
+        field
+        for traits in KINDS.values()
+        for field in (traits.seconds, *traits.keeps, *traits.frees)
+    } | {stream.num_bytes for stream in (ACTIVATIONS, GRADIENTS)}
+    # Kept with or without instructions; and a part of what waits for `W`.
+    apart = {"parameter_bytes", "deferred_input_bytes"}
+    assert {field.name for field in fields(StageCost)} == named | apart
+    of_instructions = {field.name for field in fields(InstructionCost)}
+    assert of_instructions == {traits.seconds for traits in KINDS.values()} - {"recompute_seconds"}
+    assert of_instructions < {field.name for field in fields(CellCost)}
+
+
+def test_every_kind_frees_what_it_should_and_can_be_run() -> None:
+    assert KINDS.keys() == ACTIONS.keys() == set(Kind)
+    kept = [field for traits in KINDS.values() for field in traits.keeps]
+    freed = [field for traits in KINDS.values() for field in traits.frees]
+    assert set(kept) == set(freed)
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("2F0", "1F0"),
+        ("2B0", "2F0 2R0 3B0 3I0"),
+        ("2I0", "2F0 2R0 3B0 3I0"),
+        ("2W0", "2I0"),
+        ("2R0", "2F0"),
+    ],
+)
+def test_what_an_instruction_waits_for(text: str, before: str) -> None:
+    assert " ".join(map(str, Instruction.parse(text).awaits())) == before

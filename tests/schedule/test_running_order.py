@@ -3,6 +3,7 @@ import pytest
 from stagewise.schedule import (
     SCHEDULES,
     Blocked,
+    Instruction,
     Message,
     Schedule,
     lower,
@@ -21,10 +22,13 @@ def test_walk_visits_all_in_program_order_after_what_they_wait_for(
 ) -> None:
     schedule = named_schedule(name, num_stages, num_microbatches)
     arrived: set[Message] = set()
-    visited: list[list[object]] = [[] for _ in schedule.programs]
+    visited: list[list[Instruction]] = [[] for _ in schedule.programs]
+    coming = {instruction for _, instruction in schedule.instructions()}
     for device, step in walk(lower(schedule)):
         assert arrived.issuperset(step.receives)
+        assert coming.isdisjoint(step.instruction.awaits())
         arrived.update(step.sends)
+        coming.remove(step.instruction)
         visited[device].append(step.instruction)
     assert tuple(map(tuple, visited)) == schedule.programs
 

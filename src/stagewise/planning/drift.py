@@ -13,24 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from stagewise.costs import CellCost, InstructionCost, StageCost, scaled
+from stagewise.costs import CellCost, InstructionCost, scaled
 from stagewise.errors import UsageError
 from stagewise.planning.less_memory import with_microbatches
 from stagewise.planning.plan import Plan, best_balance
 from stagewise.schedule import SCHEDULES, Kind
+from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Timeline
 
 NUM_LOOKS = 3  # that must agree
 DRIFT = 0.2  # the least difference of a stage's seconds to the planned ones
 GAIN, GAIN_OF_MOVING = 0.05, 0.1  # the least share of a step's time to win; moving cells costs more
-
-_SECONDS = {
-    Kind.FORWARD: "forward_seconds",
-    Kind.BACKWARD: "backward_seconds",
-    Kind.BACKWARD_INPUT: "input_seconds",
-    Kind.BACKWARD_WEIGHT: "weight_seconds",
-    Kind.RECOMPUTE: "recompute_seconds",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +59,8 @@ def stage_factors(plan: Plan, timeline: Timeline) -> tuple[float, ...]:
         times.setdefault(place, []).append(span.seconds)
     factors = []
     for stage, cost in enumerate(plan.engine_costs):
-        kinds = [kind for kind in _SECONDS if (stage, kind) in times]
-        planned = sum(_planned(cost, kind) for kind in kinds)
+        kinds = [kind for kind in KINDS if (stage, kind) in times]
+        planned = sum(KINDS[kind].seconds_on(cost) for kind in kinds)
         measured = sum(statistics.median(times[stage, kind]) for kind in kinds)
         factors.append(measured / planned if planned else 1.0)
     return tuple(factors)
@@ -151,11 +144,6 @@ def _neighbours(
 def _needs_more(plan: Plan, than: Plan) -> bool:
     """Whether some device needs more memory."""
     return max(plan.peak_activation_bytes) > max(than.peak_activation_bytes)
-
-
-def _planned(cost: StageCost, kind: Kind) -> float:
-    seconds: float = getattr(cost, _SECONDS[kind])
-    return seconds
 
 
 def _scaled(

@@ -10,7 +10,8 @@ from itertools import accumulate
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
-from stagewise.schedule import ACTIVATIONS, GRADIENTS, KINDS, Schedule, Stream
+from stagewise.schedule import Schedule
+from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Stream
 from stagewise.timeline import kept_bytes
 
 _NEVER = float("inf")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
-from stagewise.schedule import KINDS, Instruction, Message, Schedule, lower, walk
+from stagewise.schedule import Instruction, Message, Schedule, lower, walk
+from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
 

@@ -13,17 +13,20 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from stagewise.schedule.instruction import Kind
+from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
-# kind -> what it is called, fill character, style
-_LOOKS = {
-    Kind.FORWARD: ("forward", "=", "white on blue"),
-    Kind.BACKWARD: ("backward", "#", "black on green"),
-    Kind.RECOMPUTE: ("recompute", "~", "black on yellow"),
-    Kind.BACKWARD_INPUT: ("backward for inputs", "+", "black on cyan"),
-    Kind.BACKWARD_WEIGHT: ("backward for weights", "-", "black on magenta"),
-}
+# Fill character and style of the kinds in turn; the last two are for kinds to come.
+_PALETTE = (
+    ("=", "white on blue"),
+    ("#", "black on green"),
+    ("+", "black on cyan"),
+    ("-", "black on magenta"),
+    ("~", "black on yellow"),
+    ("%", "white on red"),
+    (":", "black on white"),
+)
+_LOOKS = dict(zip(KINDS, _PALETTE, strict=False))
 _IDLE = "."
 _MIN_COLUMNS = 10
 _REGULAR = 1e-6  # spans this close to whole multiples of the shortest are drawn as such
@@ -105,7 +108,7 @@ def _runs(
             yield _IDLE * length, "dim"
             continue
         kind, microbatch = running.instruction.kind, running.instruction.microbatch
-        _, fill, style = _LOOKS[kind]
+        fill, style = _LOOKS[kind]
         later = running.instruction.stage in stages[1:]
         letter = kind.lower() if later else str(kind)
         labels = (str(running.instruction) if stages else "", f"{letter}{microbatch}", letter)
@@ -116,9 +119,9 @@ def _runs(
 def _legend(timeline: Timeline, with_stage: bool) -> list[Text]:
     used = {span.instruction.kind for span in timeline.spans}
     legend = Text()
-    for kind, (name, fill, style) in _LOOKS.items():
+    for kind, (fill, style) in _LOOKS.items():
         if kind in used:
-            legend.append(f"{kind}0{fill}", style).append(f" {name}  ")
+            legend.append(f"{kind}0{fill}", style).append(f" {KINDS[kind].title}  ")
     legend.append(_IDLE * 3, "dim").append(" idle  (0: the microbatch)")
     if not with_stage:
         return [legend]

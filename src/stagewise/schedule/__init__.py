@@ -11,15 +11,7 @@
 
 from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
 from stagewise.schedule.grid import grid
-from stagewise.schedule.instruction import (
-    ACTIVATIONS,
-    GRADIENTS,
-    KINDS,
-    Instruction,
-    Kind,
-    Stream,
-    kinds_with,
-)
+from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
 from stagewise.schedule.placement import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.published import Bubble, EqualStages, InFlight
@@ -37,9 +29,6 @@ from stagewise.schedule.text import parse_programs, parse_schedule
 from stagewise.schedule.validation import validate
 
 __all__ = [
-    "ACTIVATIONS",
-    "GRADIENTS",
-    "KINDS",
     "POLICIES",
     "SCHEDULES",
     "Blocked",
@@ -55,14 +44,12 @@ __all__ = [
     "Schedule",
     "Segments",
     "Step",
-    "Stream",
     "check_replicas",
     "consecutive",
     "forward_only",
     "gpipe",
     "grid",
     "in_flight",
-    "kinds_with",
     "links",
     "lower",
     "named_schedule",

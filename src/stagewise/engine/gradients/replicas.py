@@ -32,9 +32,10 @@ from stagewise.engine.stage.gradient import (
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.stand_ins import StandIns
 from stagewise.engine.transport.ranks import Group, Ranks
-from stagewise.schedule import Instruction, Kind
+from stagewise.schedule import Instruction
+from stagewise.schedule.instruction import kinds_with
 
-_LAST_KINDS = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+_LAST_KINDS = kinds_with("weights")
 
 
 class Replicas:

@@ -101,7 +101,7 @@ class Stage:
 
     def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
         """Run `instruction` on what was received for it; returns the value to send on."""
-        return _ACTIONS[instruction.kind](self, instruction.microbatch, received, call)
+        return ACTIONS[instruction.kind](self, instruction.microbatch, received, call)
 
     def held(self) -> Iterator[torch.Tensor]:
         """The tensors kept from forward to backward, besides those that autograd saved."""
@@ -361,7 +361,7 @@ def takes_target(loss: Loss) -> bool:
     return several or sum(p.kind in by_position for p in parameters) > 1
 
 
-_ACTIONS = {
+ACTIONS = {
     Kind.FORWARD: Stage.forward,
     Kind.RECOMPUTE: Stage.recompute,
     Kind.BACKWARD: Stage.backward,

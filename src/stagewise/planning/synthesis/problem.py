@@ -16,16 +16,8 @@ from typing import TypedDict
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
-from stagewise.schedule import (
-    GRADIENTS,
-    KINDS,
-    POLICIES,
-    Instruction,
-    Kind,
-    Schedule,
-    kinds_with,
-    with_recompute,
-)
+from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
+from stagewise.schedule.instruction import GRADIENTS, KINDS, kinds_with
 
 # What synthesis orders; other kinds it neither makes nor takes.
 OPERATIONS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
@@ -223,37 +215,37 @@ def _arrays(
     recomputes: Sequence[bool],
 ) -> _Arrays:
     stages, count = range(len(costs)), len(recomputes)
-    of_op = _Arrays(
-        seconds=[],
-        recompute_seconds=[],
-        needs=[],
-        fills=[],
-        reaches=[],
-        link_of=[],
-        transfer_seconds=[],
-        num_links=0,
-    )
+    seconds, again, took = list[float](), list[float](), list[float]()
+    needs, fills, reaches, link_of = list[int](), list[int](), list[int](), list[int]()
     links: dict[tuple[int, int], int] = {}
     for kind, stage in product(OPERATIONS, stages):
         traits, cost = KINDS[kind], costs[stage]
         stream = traits.stream
+        seconds += [traits.seconds_on(cost)] * count
+        first = cost.recompute_seconds if "inputs" in traits.parts else 0
+        again += [first if recomputed else 0 for recomputed in recomputes]
         step = stream.step if stream else len(stages)  # to no stage
-        first = len(stages) * count * (stream is GRADIENTS)
+        base = len(stages) * count * (stream is GRADIENTS)
         sends, waits = stage + step in stages, stage - step in stages
-        took = stream.seconds(stage, costs, link) if stream and sends else 0
-        again = cost.recompute_seconds if "inputs" in traits.parts else 0
-        of_op["seconds"] += [traits.seconds_on(cost)] * count
-        of_op["recompute_seconds"] += [again if recomputed else 0 for recomputed in recomputes]
-        of_op["transfer_seconds"] += [took] * count
-        for m in range(count):
-            source, reached = device_of[stage][m], device_of[stage + step][m] if sends else -1
-            of_op["needs"].append(first + stage * count + m if waits else -1)
-            of_op["fills"].append(first + (stage + step) * count + m if sends else -1)
-            of_op["reaches"].append(reached)
+        took += [stream.seconds(stage, costs, link) if stream and sends else 0] * count
+        own, there = base + stage * count, base + (stage + step) * count
+        needs += range(own, own + count) if waits else [-1] * count
+        fills += range(there, there + count) if sends else [-1] * count
+        for m, source in enumerate(device_of[stage]):
+            reached = device_of[stage + step][m] if sends else -1
             far = sends and reached != source
-            of_op["link_of"].append(links.setdefault((source, reached), len(links)) if far else -1)
-    of_op["num_links"] = len(links)
-    return of_op
+            reaches.append(reached)
+            link_of.append(links.setdefault((source, reached), len(links)) if far else -1)
+    return _Arrays(
+        seconds=seconds,
+        recompute_seconds=again,
+        needs=needs,
+        fills=fills,
+        reaches=reaches,
+        link_of=link_of,
+        transfer_seconds=took,
+        num_links=len(links),
+    )
 
 
 def _caps(memory_bytes: int | Sequence[int] | None, num_devices: int) -> tuple[float, ...]:

@@ -18,10 +18,10 @@ from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Found, improve, made_whole
 from stagewise.planning.synthesis.lower_bound import bound_of
 from stagewise.planning.synthesis.memory_safety import Memory
-from stagewise.planning.synthesis.problem import NEVER, Problem, problem_of
+from stagewise.planning.synthesis.problem import NEVER, OPERATIONS, Problem, problem_of
 from stagewise.planning.synthesis.replay import duration, fits
 from stagewise.planning.synthesis.rules import rules
-from stagewise.schedule import SCHEDULES, Kind, Schedule, named_schedule
+from stagewise.schedule import SCHEDULES, Schedule, named_schedule
 
 EFFORT = 4_000_000
 LEAST_RULES = 6  # tried whatever the effort
@@ -103,8 +103,8 @@ def _found(problem: Problem, programs: list[list[int]]) -> Found:
 def _named(problem: Problem) -> Iterator[list[list[int]]]:
     """The named schedules of this placement that fit the caps."""
     for schedule in named_schedules(problem.placement, problem.num_microbatches):
-        halves = any(i.kind is Kind.BACKWARD_WEIGHT for _, i in schedule.instructions())
-        if problem.split or not halves:
+        kinds = {i.kind for _, i in schedule.instructions()}
+        if kinds.issubset(OPERATIONS) and (problem.split or not schedule.splits_backward):
             programs = problem.programs(schedule)
             if fits(problem, programs):
                 yield programs
