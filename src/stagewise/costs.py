@@ -162,8 +162,21 @@ def stage_costs(
                 input_seconds=max(0, inputs + around.input_seconds),
                 weight_seconds=max(0, weights + around.weight_seconds),
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
-                deferred_input_bytes=own[0].deferred_input_bytes,
+                deferred_input_bytes=_deferred_input_bytes(own),
             )
         )
         start, incoming = start + num_cells, own[-1].output_bytes
     return tuple(stages)
+
+
+def _deferred_input_bytes(own: Sequence[CellCost]) -> int:
+    """How much of its input a stage keeps for `W`: what cells keep that the input reaches.
+
+    A cell that keeps nothing and makes nothing (a view, dropout of nothing) hands its input on.
+    """
+    total = 0
+    for cell in own:
+        total += cell.deferred_input_bytes
+        if cell.activation_bytes:
+            break
+    return total

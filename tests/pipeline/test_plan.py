@@ -154,6 +154,13 @@ def test_predicted_memory_is_measured_memory(
         assert measured == plan.peak_activation_bytes
 
 
+def test_what_a_stage_hands_on_to_a_product_is_counted_once(pools: Pools) -> None:
+    """Stage 3 begins with a dropout of nothing: its convolution keeps, for `W`, what stage 2 on
+    the same device has kept already."""
+    plan = plan_for("conv", schedule="zb_v", num_stages=6, balance=(1, 1, 2, 2, 1, 2))
+    assert pools[3].run(memory, plan, "conv")[0] == plan.peak_activation_bytes
+
+
 def test_a_schedule_of_ones_own_is_planned_and_run() -> None:
     """As data, or as a function of devices and microbatches."""
 
