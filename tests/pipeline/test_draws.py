@@ -1,5 +1,6 @@
 """What cells draw past torch's default generators: the same at any cut, and when recomputed."""
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import CellRandomness
-from stagewise.errors import ExactnessWarning
+from stagewise.errors import CellError, ExactnessWarning
 from stagewise.schedule import POLICIES
 from stagewise.testing import check_parity
 from tests.harness import Pools
@@ -140,6 +141,44 @@ def test_draws_that_begin_later_are_noticed() -> None:
     assert torch.equal(twin.step(x, target=x), loss)
     again = cell.linear.weight.grad
     assert again is not None and torch.equal(again, before)
+
+
+class Counting(Noisy):
+    """Scales by what it has from itself, at every call something else."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(lambda: 1.0)
+        self.kind, self.calls, self.numbers = kind, 0, itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.kind == "generator":
+            self.draw = lambda: float(np.random.default_rng().random())
+        elif self.kind == "iterator":
+            self.draw = lambda: 1 + next(self.numbers) / 1000
+        elif self.kind == "rare":
+            self.draw = lambda: 1.001 if self.calls == 7 else 1.0
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["generator", "iterator", "rare", "none"])
+def test_a_recomputation_that_is_another_is_refused(kind: str) -> None:
+    """Found silent: gradients of an output that no forward had."""
+    torch.manual_seed(0)
+    x, cells = torch.ones(6, WIDTH).double(), [Counting(kind), nn.Linear(WIDTH, 2).double()]
+    plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=2, recompute="always")
+    pipe = stagewise.Pipeline(cells, plan, loss=lambda output, target: output.square().mean())
+    steps = [lambda: pipe.step(x, target=x)] * 2
+    if kind == "none":
+        for step in steps:
+            step()
+        return
+    with pytest.raises(
+        CellError, match=r"stage 0 computed something else on microbatch \d when it"
+    ):
+        for step in steps:
+            step()
+    assert kind == "rare" or all(p.grad is None for p in pipe.parameters())
 
 
 def test_a_cell_elsewhere_may_draw_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

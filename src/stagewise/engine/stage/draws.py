@@ -76,6 +76,7 @@ class Draws:
         self._sources: tuple[Source, ...] | None = None
         self._drawn: list[Source] = []
         self._seeded: list[tuple[Source, object]] = []  # and their states, while watching
+        self._states: list[tuple[Source, object]] = []  # in the beginning of a call
         self._watching = False
         self.active = False  # whether `enter` has anything to do
 
@@ -111,26 +112,32 @@ class Draws:
         With `watch` every cell is watched inside. With `guard` the list holds afterwards what
         moved without having been seeded.
         """
-        late: list[Source] = []
+        found: list[Source] = []
         self._watching = watch
         self.active = watch or bool(self._drawn)
         sources = self._all() if watch or guard else self._drawn
-        states = [(source, source.read()) for source in sources]
+        states = self._states = [(source, source.read()) for source in sources]
         try:
-            yield late
+            yield found
             self.look()
-            if not watch:
-                late += [
-                    source
-                    for source, state in states
-                    if source not in self._drawn and not _same(state, source.read())
-                ]
+            found += self.late()
         finally:
+            self._states = []
             self._watching, self.active = False, bool(self._drawn)
             self._seeded.clear()
             for source, state in states:
                 if undo or watch or source in self._drawn:
                     source.write(state)
+
+    def late(self) -> list[Source]:
+        """What has moved in this call so far without being watched or seeded."""
+        if self._watching:
+            return []
+        return [
+            source
+            for source, state in self._states
+            if source not in self._drawn and not _same(state, source.read())
+        ]
 
     def _all(self) -> tuple[Source, ...]:
         if self._sources is None:

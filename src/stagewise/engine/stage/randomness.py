@@ -7,12 +7,13 @@ a run is the same at any number of stages. The caller's generator state is put b
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from stagewise.engine.stage.draws import Draws
+from stagewise.errors import CellError
 
 _MASK = (1 << 64) - 1
 _INITIALISATION = -1  # the step before all others
@@ -81,6 +82,18 @@ class CellRandomness:
     def enter_loss(self, microbatch: int) -> None:
         """Call right before the loss function runs on `microbatch`."""
         self.enter_cell(_LOSS_CELL, microbatch)
+
+    def check_recomputed(self, stage: int, names: Sequence[str], microbatch: int) -> None:
+        """Raise CellError for a recomputation that differs, unless a source of random numbers was
+        found late: the call warns of it at its end."""
+        if self.draws is None or not self.draws.late():
+            raise CellError(
+                f"stage {stage} computed something else on microbatch {microbatch} when it was "
+                f"recomputed, so that its gradients would be wrong: a cell of {', '.join(names)} "
+                "draws from a generator that it makes itself, takes the next of an iterator, "
+                "counts its calls or asks for the time; draw by torch from its default generator, "
+                "pass in what changes, or plan with recompute='never'"
+            )
 
 
 @contextmanager

@@ -16,13 +16,7 @@ from functools import partial
 import torch
 from torch.autograd.graph import Node
 
-from stagewise.batch.values import (
-    Structure,
-    detached,
-    put_together,
-    shared,
-    take_apart,
-)
+from stagewise.batch.values import Structure, detached, put_together, shared, take_apart
 from stagewise.engine.stage.autograd import (
     copy_of,
     keeping,
@@ -34,6 +28,7 @@ from stagewise.engine.stage.autograd import (
 from stagewise.engine.stage.buffers import BufferKeeper, Saved
 from stagewise.engine.stage.call import Call, CellForward, Mode
 from stagewise.engine.stage.keywords import CellKeywords, invoke, keywords_of
+from stagewise.engine.stage.same_again import Sampled, sampled
 from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
 from stagewise.errors import BatchError, CellError, UsageError
 from stagewise.model.added_losses import MAIN_LOSS, AddedLoss, LossCollector, collecting
@@ -57,6 +52,7 @@ class _Flight:
     roots: Sequence[torch.Tensor] = ()  # outputs with graph, or the losses
     names: tuple[str, ...] = ()  # of the losses
     added: Sequence[AddedLoss] = ()  # by the cells, with graph
+    sampled: Sampled | None = None  # of the outputs, where they are to come out again
     buffers: Saved | None = None
     # Tensors given by name follow the received ones in `inputs`.
     keywords: Sequence[CellKeywords] = ()
@@ -152,7 +148,7 @@ class Stage:
             self._flights[m] = flight
             flight.roots = roots
             if recomputed:
-                flight.roots, flight.added = (), ()
+                flight.roots, flight.added, flight.sampled = (), (), sampled(roots, call)
         return put_together([_sent(root) for root in roots], output_structure)
 
     def recompute(self, m: int, received: list[object], call: Call) -> object:
@@ -161,6 +157,9 @@ class Stage:
         with self.buffers.recompute(flight.buffers or {}):
             output = self._run_cells(flight, Kind.RECOMPUTE, m, call)
         flight.roots, _ = take_apart(output)
+        if flight.sampled is not None and flight.sampled.differs(flight.roots):
+            names = [cell.name for cell in self.cells]
+            call.randomness[self.device].check_recomputed(self.index, names, m)
         return None
 
     def backward(self, m: int, received: list[object], call: Call) -> object:

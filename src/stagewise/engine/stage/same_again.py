@@ -1,0 +1,60 @@
+"""Whether a recomputation gave what its forward did; if not, the gradients are of neither.
+
+Problem: a cell that draws from a generator of its own making, takes the next of an iterator, counts
+its calls or asks for the time computes something else when it runs again.
+Idea: a few numbers of every output are kept by the forward, and compared after the recomputation.
+That costs some microseconds on the CPU; elsewhere the call would wait for them, so that it is done
+in calls that are looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stagewise.engine.stage.call import Call
+
+_NUMBERS, _PER_DIMENSION = 64, 8
+# Relative, of one kernel run twice.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
+_COARSE = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Some numbers of each output of a microbatch."""
+
+    numbers: list[torch.Tensor]
+
+    def differs(self, outputs: Sequence[torch.Tensor]) -> bool:
+        """Whether `outputs` are others."""
+        again = [_some_of(output) for output in outputs]
+        return len(again) != len(self.numbers) or not all(map(_alike, self.numbers, again))
+
+
+def sampled(outputs: Sequence[torch.Tensor], call: Call) -> Sampled | None:
+    """Of the outputs of a forward that will be recomputed; None where that is not compared."""
+    if call.look is None and any(output.device.type != "cpu" for output in outputs):
+        return None
+    return Sampled([_some_of(output).clone() for output in outputs])
+
+
+def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+    own = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return own.new_empty(0)
+    if tensor.is_contiguous():
+        step = tensor.numel() // _NUMBERS
+        return own.as_strided((_NUMBERS,), (step,)) if step else own
+    steps = [slice(None, None, max(1, size // _PER_DIMENSION)) for size in tensor.shape]
+    return own[tuple(steps)]
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape == other.shape and torch.equal(one, other):
+        return True
+    if one.shape != other.shape or not (one.is_floating_point() or one.is_complex()):
+        return False
+    scale = float(one.abs().nan_to_num(0, 0, 0).max())
+    allowed = _ROUNDING.get(one.dtype, _COARSE) * scale
+    return torch.allclose(one, other, rtol=0, atol=allowed, equal_nan=True)
