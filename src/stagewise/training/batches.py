@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from stagewise.batch.split import batch_size
+from stagewise.batch.values import take_apart
 from stagewise.errors import RecipeError
 from stagewise.training.recipe import Batch, Recipe, checked_batch
 
@@ -87,3 +89,11 @@ def _data(recipe: Recipe, split: str) -> Iterable[object]:
             "batches: a list, a DataLoader, or anything else to loop over"
         )
     return data
+
+
+def amount_of(batch: Batch) -> tuple[int, str]:
+    """How much work a batch is: tokens where the target is integers per position, else samples."""
+    targets = take_apart(batch[1])[0]
+    if targets and targets[0].dim() >= 2 and not targets[0].is_floating_point():
+        return targets[0].numel(), "tokens"
+    return batch_size(batch[0], "inputs"), "samples"

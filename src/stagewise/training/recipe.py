@@ -25,11 +25,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stagewise.batch.markers import along
 from stagewise.errors import RecipeError, StagewiseError
+from stagewise.training.recipe_values import VALUES, checked_value
 from stagewise.training.schedules import is_scheduled
 
 # Inputs, target and output are the user's own: any pytree that the model and the loss agree on.
 Tree = Any
 Batch = tuple[Tree, Tree]
+Model = nn.Module | Sequence[nn.Module]
 
 REQUIRED = {
     "model": (
@@ -73,7 +75,7 @@ class Recipe:
     """
 
     path: Path
-    model: Callable[[], nn.Module | Sequence[nn.Module]]
+    model: Callable[[], Model]
     data: Callable[[str], Iterable[Batch] | None]
     loss: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
@@ -191,7 +193,7 @@ def load_recipe(path: Path) -> Recipe:
         if hasattr(module, name)
     }
     values = {
-        name: _checked_value(path, name, getattr(module, name))
+        name: checked_value(path, name, getattr(module, name))
         for name in VALUES
         if getattr(module, name, None) is not None
     }
@@ -225,75 +227,6 @@ def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
         f"data({split!r}) in {recipe.path} gave {got} as a batch; every batch must be a pair "
         "(inputs, target): put several inputs in a tuple or dict of their own"
     )
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _is_scaler_options(value: object) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    try:
-        torch.amp.GradScaler("cpu", **value)
-    except (AssertionError, TypeError, ValueError):
-        return False
-    return True
-
-
-# What a recipe may set besides functions: is it right, and what must it be?
-VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "clip_grad_norm": (
-        _is_positive,
-        "a number above 0, the largest norm that the gradients may have",
-    ),
-    "clip_grad_value": (
-        _is_positive,
-        "a number above 0, the largest that a gradient's element may be",
-    ),
-    "accumulate": (
-        lambda value: type(value) is int and value > 0,
-        "a whole number above 0: how many batches of data('train') make a step",
-    ),
-    "autocast": (
-        lambda value: value in (torch.bfloat16, torch.float16),
-        "torch.bfloat16 or torch.float16",
-    ),
-    "grad_scaler": (
-        _is_scaler_options,
-        "a dict of options of torch.amp.GradScaler, such as {'init_scale': 1024.0}, or {}",
-    ),
-    "accumulate_in_float32": (
-        lambda value: isinstance(value, bool),
-        "True, to sum gradients of bfloat16 and float16 parameters in float32, or False",
-    ),
-    "batch_dim": (
-        lambda value: type(value) is int,
-        "a whole number: along which dimension of a batch's tensors its samples lie",
-    ),
-    "loss_reduction": (
-        lambda value: value in ("mean", "sum"),
-        "'mean' or 'sum', as loss(output, target) reduces over the samples",
-    ),
-    "meta": (
-        lambda value: isinstance(value, bool),
-        "True, to build the model on the meta device, or False",
-    ),
-    "cells": (
-        lambda value: (
-            isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-        ),
-        "a list of the names of modules, or patterns of such, for example "
-        "['embed', 'layers.*', 'head']",
-    ),
-}
-
-
-def _checked_value(path: Path, name: str, value: Any) -> Any:
-    is_right, needed = VALUES[name]
-    if not is_right(value):
-        raise RecipeError(f"{name} in {path} is {value!r}; it must be {needed}")
-    return value
 
 
 T = TypeVar("T")
@@ -339,9 +272,6 @@ def _place(path: Path, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path]
     return f"{path}, line {own[-1].lineno}" if own else f"a function of {path}"
-
-
-Model = nn.Module | Sequence[nn.Module]
 
 
 def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:

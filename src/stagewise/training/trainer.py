@@ -18,10 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from stagewise.batch.markers import unmarked
 from stagewise.batch.split import batch_size
-from stagewise.batch.values import move, take_apart
-from stagewise.engine.step.weights import is_sum
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.less_memory import sparing
@@ -30,6 +27,7 @@ from stagewise.report.plan import Figures, plan_in_words
 from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.adaptive import DriftWatch
+from stagewise.training.batches import amount_of
 from stagewise.training.outcome import Outcome
 from stagewise.training.prepare import Prepared, TrainOptions, moved, prepare
 from stagewise.training.progress import (
@@ -42,7 +40,8 @@ from stagewise.training.progress import (
 )
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.run_folder import find
-from stagewise.training.update import Update, weights_of
+from stagewise.training.update import Update
+from stagewise.training.validating import validated
 from stagewise.training.workers.ownership import owned
 from stagewise.training.workers.stop import StopRequest
 
@@ -87,8 +86,7 @@ class Trainer:
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._reporter, self._stop = prepared.trained.pipe, reporter, stop
-        resumed = options.resume.scaler if options.resume else None
-        trained = prepared.trained
+        resumed, trained = options.resume and options.resume.scaler, prepared.trained
         self._update = Update(recipe, trained.pipe, trained.optimizer, trained.scheduler, resumed)
         self._next_plan: Plan | None = None  # with another cut
         self._watch = DriftWatch(prepared.measured)
@@ -151,7 +149,7 @@ class Trainer:
             if step < self._prepared.num_steps:
                 self._look(step, timeline)
         self._step_seconds.append(pipe_seconds / len(batches))
-        amounts = [_amount(batch) for batch in batches]
+        amounts = [amount_of(batch) for batch in batches]
         self._reporter.step(
             StepRecord(
                 step=step,
@@ -211,9 +209,8 @@ class Trainer:
         decision = self._watch.look(pipe.plan, timeline)
         if decision is None:
             return
-        change, plan = decision.change, decision.drift.plan
-        if change is not None:
-            plan = change.plan
+        change = decision.change
+        plan = decision.drift.plan if change is None else change.plan
         if change is not None and change.moves:
             self._next_plan = plan
         else:
@@ -248,50 +245,19 @@ class Trainer:
 
     def _validate(self, step: int) -> float | None:
         """The mean loss over all validation samples, or weights, or their sum; None without any."""
-        batches = self._prepared.validation
-        summed = is_sum(
-            self._recipe.loss,
-            self._recipe.loss_reduction,
-            has_weight=self._recipe.weight is not None,
-        )
-        if not batches:
+        if not self._prepared.validation:
             return None
-        totals: dict[str, float] = {}
-        sums: dict[str, list[float]] = {}  # by the loss's name: of weighted losses, of weights
-        num_samples = 0
-        for inputs, target in batches:
-            size = batch_size(inputs, "inputs")
-            weights = weights_of(self._recipe, (inputs, target), self._pipe.num_microbatches)
-            num_samples += size
-            with self._recipe.precision():
-                self._pipe.evaluate(inputs, target=target)
-            for name, loss in self._pipe.losses.items():
-                weight = 1.0 if summed else weights.get(name, weights.get("", float(size)))
-                pair = sums.setdefault(name, [0.0, 0.0])
-                pair[0] += weight * float(loss)
-                pair[1] = 1.0 if summed else pair[1] + weight
-            for name, value in self._metrics(inputs, target).items():
-                totals[name] = totals.get(name, 0.0) + size * value
-        losses = {name: total / weight for name, (total, weight) in sums.items() if weight}
-        metrics = {name: total / num_samples for name, total in totals.items()}
-        mean = sum(losses.values())
+        found = validated(self._recipe, self._pipe, self._prepared.validation)
+        mean = sum(found.losses.values())
         self._reporter.validation(
             ValidationRecord(
-                step=step, validation_loss=mean, metrics=metrics, losses=_named(losses)
+                step=step,
+                validation_loss=mean,
+                metrics=found.metrics,
+                losses=_named(found.losses),
             )
         )
         return mean
-
-    def _metrics(self, inputs: object, target: object) -> dict[str, float]:
-        if self._recipe.metrics is None:
-            return {}
-        with self._recipe.precision():
-            output = self._pipe.predict(inputs)
-        target = move(unmarked(target), take_apart(output)[0][0].device)
-        with self._recipe.blame("metrics(output, target)"):
-            return {
-                name: float(value) for name, value in self._recipe.metrics(output, target).items()
-            }
 
     def _generate(self) -> str | None:
         if self._recipe.generate is None:
@@ -332,11 +298,3 @@ def _is_due(step: int, every: int) -> bool:
 def _named(losses: Mapping[str, float]) -> Mapping[str, float]:
     """The losses if they have names, or some cell added one."""
     return {} if set(losses) == {MAIN_LOSS} else losses
-
-
-def _amount(batch: Batch) -> tuple[int, str]:
-    """How much work a batch is: tokens where the target is integers per position, else samples."""
-    targets = take_apart(batch[1])[0]
-    if targets and targets[0].dim() >= 2 and not targets[0].is_floating_point():
-        return targets[0].numel(), "tokens"
-    return batch_size(batch[0], "inputs"), "samples"

@@ -1,0 +1,55 @@
+"""The losses and metrics of a recipe's validation data, as if it were one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stagewise.batch.markers import unmarked
+from stagewise.batch.split import batch_size
+from stagewise.batch.values import move, take_apart
+from stagewise.engine.step.weights import is_sum
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.training.recipe import Batch, Recipe, Tree
+from stagewise.training.update import weights_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """Losses by name, means or sums as the recipe has them, and metrics."""
+
+    losses: dict[str, float]
+    metrics: dict[str, float]
+
+
+def validated(recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch]) -> Validated:
+    """Of all `batches`, each counting as its samples or weights; every rank calls this."""
+    summed = is_sum(recipe.loss, recipe.loss_reduction, has_weight=recipe.weight is not None)
+    metrics: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}  # by the loss's name: of weighted losses, of weights
+    num_samples = 0
+    for inputs, target in batches:
+        size = batch_size(inputs, "inputs")
+        weights = weights_of(recipe, (inputs, target), pipe.num_microbatches)
+        num_samples += size
+        with recipe.precision():
+            pipe.evaluate(inputs, target=target)
+        for name, loss in pipe.losses.items():
+            weight = 1.0 if summed else weights.get(name, weights.get("", float(size)))
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0] += weight * float(loss)
+            pair[1] = 1.0 if summed else pair[1] + weight
+        for name, value in _metrics(recipe, pipe, inputs, target).items():
+            metrics[name] = metrics.get(name, 0.0) + size * value
+    return Validated(
+        losses={name: total / weight for name, (total, weight) in sums.items() if weight},
+        metrics={name: total / num_samples for name, total in metrics.items()},
+    )
+
+
+def _metrics(recipe: Recipe, pipe: Pipeline, inputs: Tree, target: Tree) -> dict[str, float]:
+    if recipe.metrics is None:
+        return {}
+    with recipe.precision():
+        output = pipe.predict(inputs)
+    target = move(unmarked(target), take_apart(output)[0][0].device)
+    with recipe.blame("metrics(output, target)"):
+        return {name: float(value) for name, value in recipe.metrics(output, target).items()}
