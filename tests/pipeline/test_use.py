@@ -7,10 +7,12 @@ import torch
 
 import stagewise
 from stagewise.errors import PlanError
+from stagewise.schedule import Segments
 from tests.harness import Pools
 from tests.models import batch
 from tests.pipeline.runs import Record, Run, assert_identical, even, merged, num_cells, pipeline
 
+BALANCES = {example: even(num_cells(example), 2) for example in ("tied_dropout", "unet_dropout")}
 CHANGES = [
     {"num_microbatches": 5},
     {"num_microbatches": 5, "recompute": "always"},
@@ -19,31 +21,49 @@ CHANGES = [
     {"num_microbatches": 4, "schedule": "1f1b"},
 ]
 RUN = Run(
-    example="tied_dropout",
-    balance=even(num_cells("tied_dropout"), 2),
-    sizes=(10,) * (len(CHANGES) + 1),
+    example="tied_dropout", balance=BALANCES["tied_dropout"], sizes=(10,) * (len(CHANGES) + 1)
 )
 
 
-def plans() -> list[stagewise.Plan]:
-    made = [pipeline(replace(RUN, transport="local")).plan]
-    for change in CHANGES:
+def in_parts(balance: tuple[int, ...], *sizes: int) -> tuple[Segments, ...]:
+    """The first parts of each stage of these sizes, recomputed and kept in turn, then the rest."""
+    return tuple(
+        (*((size, at % 2 == 0) for at, size in enumerate(sizes)), (cells - sum(sizes), True))
+        for cells in balance
+    )
+
+
+def segmented(example: str) -> list[dict[str, object]]:
+    """From whole stages to parts, to as many other parts, by another schedule, and back."""
+    balance = BALANCES[example]
+    return [
+        {"segments": in_parts(balance, 2)},
+        {"segments": in_parts(balance, 1)},
+        {"segments": in_parts(balance, 1, 1), "schedule": "gpipe"},
+        {"segments": (), "recompute": "always"},
+    ]
+
+
+def plans(run: Run, changes: list[dict[str, object]]) -> list[stagewise.Plan]:
+    made = [pipeline(replace(run, transport="local")).plan]
+    for change in changes:
         made.append(replace(made[-1], **change))  # type: ignore[arg-type]
     return made
 
 
-def changing(anew: bool) -> Record:
+def changing(run: Run, changes: list[dict[str, object]], anew: bool) -> Record:
     """A step by each plan: on one pipeline, or each on one built `anew` with the last's state."""
-    record, pipe = Record(), pipeline(RUN)
-    for index, plan in enumerate(plans()):
+    record, pipe = Record(), pipeline(run)
+    for index, plan in enumerate(plans(run, changes)):
         if anew:
             old = pipe
             pipe = pipeline(
                 replace(
-                    RUN,
+                    run,
                     num_microbatches=plan.num_microbatches,
                     schedule=plan.schedule,
                     recompute=plan.recompute,
+                    segments=plan.segments,
                 )
             )
             pipe.load_state_dict(old.state_dict())
@@ -51,7 +71,7 @@ def changing(anew: bool) -> Record:
         else:
             pipe.use(plan)
         assert pipe.num_microbatches == plan.num_microbatches
-        inputs, target = batch(RUN.example, RUN.sizes[index], seed=4 + index)
+        inputs, target = batch(run.example, 10, seed=4 + index)
         pipe.zero_grad()
         record.losses.append(pipe.step(inputs, target=target))
         record.losses.append(pipe.evaluate(inputs, target=target))
@@ -66,9 +86,18 @@ def changing(anew: bool) -> Record:
 
 
 def test_plans_change_from_step_to_step(pools: Pools) -> None:
-    wanted = changing(True)
-    assert_identical(changing(False), wanted)
-    assert_identical(merged(pools[2].run(changing, False)), wanted)
+    wanted = changing(RUN, CHANGES, True)
+    assert_identical(changing(RUN, CHANGES, False), wanted)
+    assert_identical(merged(pools[2].run(changing, RUN, CHANGES, False)), wanted)
+
+
+@pytest.mark.parametrize("example", BALANCES)
+def test_segments_change_from_step_to_step(pools: Pools, example: str) -> None:
+    """Also where tied parameters, or skips, cross their boundaries."""
+    run, changes = replace(RUN, example=example, balance=BALANCES[example]), segmented(example)
+    wanted = changing(run, changes, True)
+    assert_identical(changing(run, changes, False), wanted)
+    assert_identical(merged(pools[2].run(changing, run, changes, False)), wanted)
 
 
 def refused() -> list[str]:

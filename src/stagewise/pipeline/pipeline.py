@@ -19,12 +19,13 @@ from stagewise.engine.step.results import Losses, Merge
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
-from stagewise.errors import ModelError, PlanError
+from stagewise.errors import ModelError
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of
 from stagewise.model.materialise import Init
 from stagewise.pipeline.build.initial import Given, initialise
-from stagewise.pipeline.build.places import build_stages
+from stagewise.pipeline.build.places import build_stages, ranks_of_stages
+from stagewise.pipeline.build.recut import check_cells_stay, recut
 from stagewise.pipeline.build.refusals import refuse
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
 from stagewise.pipeline.build.whole_model import WholeModel
@@ -155,8 +156,8 @@ class Pipeline(Calls):
         refuse(chain, plan, self._devices, ranks)
         given = Given(init=init, state=state, seed=seed)
         initialise(model, chain, plan, ranks, whole.aliases, given)
-        routes = SkipRoutes(chain, plan.engine_balance)
-        stages = build_stages(chain, plan, ranks, self._devices, routes, loss)
+        self._routes = SkipRoutes(chain, plan.engine_balance)
+        stages = build_stages(chain, plan, ranks, self._devices, self._routes, loss)
         forbid_changing_buffers(stages, plan)
         tied, replicas = tie(chain, plan, stages, ranks)
         super().__init__(whole, stages, tied.ties, ranks)
@@ -168,19 +169,16 @@ class Pipeline(Calls):
         self._takes_target = loss is not None and takes_target(loss)
         self._losses: dict[str, torch.Tensor] = {}
         self._num_microbatches, self._microbatch_losses = 0, Losses()
-        alone = self.num_ranks == 1
         self._runner = Runner(
             stages,
             wired,
             schedule,
             seed,
-            takers=Takers(
-                chain, plan.engine_balance, [(0,) if alone else d for d in schedule.placement]
-            ),
+            takers=Takers(chain, plan.engine_balance, ranks_of_stages(plan, ranks)),
             weight=weight,
             tied=tied,
             replicas=replicas,
-            flows=routes.flows,
+            flows=self._routes.flows,
             accumulate_in_float32=accumulate_in_float32,
             sums_losses=is_sum(loss, loss_reduction, has_weight=weight is not None),
         )
@@ -213,22 +211,17 @@ class Pipeline(Calls):
     def use(self, plan: Plan) -> None:
         """Run by `plan` from the next call on; every rank calls this with the same plan.
 
-        Microbatches, schedule and recompute policy may change, since no parameter moves. Raises
-        PlanError, and changes nothing, where cells would go to other stages or devices.
+        Microbatches, schedule, recompute policy and segments may change, since no parameter moves.
+        Raises PlanError, and changes nothing, where cells would go to other devices.
         """
         self._whole.agree(self._ranks, plan)
-        now, then = self.plan, plan
-        for what, got, need in (
-            ("balance", then.engine_balance, now.engine_balance),
-            ("placement", then.built_schedule.placement, now.built_schedule.placement),
-        ):
-            if got != need:
-                raise PlanError(
-                    f"the plan has the {what} {got}, but this pipeline's cells are placed by "
-                    f"{need}; use() takes a plan with the same one: build another Pipeline for "
-                    "this plan, and load the state of this one"
-                )
-        self._runner.use(plan.built_schedule)
+        check_cells_stay(self.plan, plan)
+        schedule, stages = plan.built_schedule, self._runner.stages
+        cut = self.plan.engine_balance, self.plan.built_schedule.placement
+        if cut != (plan.engine_balance, schedule.placement):
+            how = self._ranks, self._devices, self._routes, self._runner.takers
+            stages = recut(stages, plan, *how)
+        self._runner.use(schedule, stages, self._routes.flows)
         self.plan = plan
 
     def any(self, flag: bool) -> bool:

@@ -178,7 +178,7 @@ class _Scales:
         self.weights: dict[tuple[Kind, int], int] = {}  # of what each stage sends its neighbours
         self.begin, self.receive, self.send_lost = mail.begin, mail.receive, mail.send_lost
         self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
-        self.finish, self.clear = mail.finish, mail.clear
+        self.finish, self.clear, self.renumber = mail.finish, mail.clear, mail.renumber
 
     def send(self, message: Message, value: object) -> None:
         if message.distance == 1:

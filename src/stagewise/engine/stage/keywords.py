@@ -101,9 +101,14 @@ class Takers:
     def __init__(
         self, chain: Chain, balance: Sequence[int], stage_ranks: Sequence[Sequence[int]]
     ) -> None:
-        self._takes, self._stage_ranks = [cell.takes for cell in chain], stage_ranks
-        self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
+        self._takes = [cell.takes for cell in chain]
+        self.cut(balance, stage_ranks)
         self.names = sorted({name for cell in chain for name in cell.keywords(cell.index and 1)})
+
+    def cut(self, balance: Sequence[int], stage_ranks: Sequence[Sequence[int]]) -> None:
+        """From now on the chain is cut by `balance`."""
+        self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
+        self._stage_ranks = stage_ranks
 
     def ranks(self, name: str, num_args: int) -> list[int]:
         """The ranks that need `name` where the first cell gets `num_args` positional arguments."""

@@ -25,16 +25,22 @@ Cargo = tuple[tuple[Skip, ...], ...]  # per message of an instruction, as `lower
 
 
 class SkipRoutes:
-    """Where the skips of `chain` travel if it is cut by `balance`."""
+    """Where the skips of `chain` travel if it is cut by `balance`; keeps none of its cells."""
 
     def __init__(self, chain: Chain, balance: Sequence[int]) -> None:
+        self._skips = [cell.skips for cell in chain]
+        self.cut(balance)
+
+    def cut(self, balance: Sequence[int]) -> None:
+        """From now on the chain is cut by `balance`."""
         stage_of = [stage for stage, size in enumerate(balance) for _ in range(size)]
         self._last = len(balance) - 1
-        source = {skip: stage_of[cell.index] for cell in chain for skip in cell.skips.stashes}
+        pairs = list(zip(stage_of, self._skips, strict=True))
+        source = {skip: stage for stage, skips in pairs for skip in skips.stashes}
         self._between: dict[tuple[int, int], tuple[Skip, ...]] = {}
-        for cell in chain:
-            for skip in cell.skips.pops:
-                pair = source[skip], stage_of[cell.index]
+        for stage, skips in pairs:
+            for skip in skips.pops:
+                pair = source[skip], stage
                 if pair[0] != pair[1]:
                     self._between[pair] = (*self._between.get(pair, ()), skip)
 

@@ -391,9 +391,13 @@ class Runner:
         ):
             yield adds
 
-    def use(self, schedule: Schedule) -> None:
-        """Run by `schedule`, of the same placement, from the next call on."""
-        assert schedule.placement == self.schedule.placement
+    def use(
+        self, schedule: Schedule, stages: Mapping[int, Stage], flows: tuple[tuple[int, int], ...]
+    ) -> None:
+        """Run by `schedule` from the next call on; `stages` have the same cells on this rank."""
+        if stages is not self.stages:
+            self.stages, self._flows = stages, flows
+            self.mail.renumber([stage.device for stage in stages.values()])
         self.schedule = schedule
         self._programs.clear()
 

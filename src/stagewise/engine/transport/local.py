@@ -29,6 +29,9 @@ class LocalMailbox:
         self._values: dict[Message, object] = {}
         self.send: Callable[[Message, object], None] = self._values.__setitem__
         self.receive: Callable[[Message], object] = self._values.pop
+        self.renumber(devices)
+
+    def renumber(self, devices: Sequence[torch.device]) -> None:
         if len(set(devices)) > 1:
             self.receive = functools.partial(_popped, self._values, devices)
 

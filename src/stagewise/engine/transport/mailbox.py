@@ -68,6 +68,9 @@ class Mailbox:
         self._incoming: dict[int, _Incoming] = {}
         self._arrived: dict[Message, object] = {}
 
+    def renumber(self, devices: Sequence[torch.device]) -> None:
+        self._forms = Forms()
+
     def begin(self, signature: int, links: Links) -> None:
         self._forms.begin(signature)
         self._arrived.clear()

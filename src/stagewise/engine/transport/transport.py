@@ -1,6 +1,6 @@
 """What a rank has beside its stages: its mail, and the other ranks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,12 @@ class Mail(Protocol):
 
     def clear(self) -> None:
         """Let go of what waits here."""
+
+    def renumber(self, devices: Sequence[torch.device]) -> None:
+        """Cells have come into other stages: forget the old ones' messages; every rank does.
+
+        `devices` are those of this rank's stages, in order.
+        """
 
 
 @dataclass(frozen=True)

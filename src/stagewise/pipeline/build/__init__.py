@@ -5,4 +5,5 @@
 3. `initial`: values are made or loaded for this rank's cells.
 4. `places`: which ranks run each cell, which device holds each stage; the stages are made.
 5. `ties`: which parameters several stages share, equal on all their ranks from now on.
+6. `recut`: later, another plan makes other stages of the same cells.
 """

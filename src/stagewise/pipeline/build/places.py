@@ -2,45 +2,57 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Loss, Stage
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.model.cell import Chain
+from stagewise.model.cell import Cell
 from stagewise.planning.plan import Plan
+
+
+def devices_of_cells(plan: Plan) -> list[tuple[int, ...]]:
+    """The devices that run each cell of the chain: several where its stage is replicated."""
+    placement = plan.built_schedule.placement
+    return [placement[stage] for stage in _stages(plan)]
+
+
+def ranks_of_stages(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
+    """The ranks that run each stage."""
+    return [on if ranks.num_ranks > 1 else (0,) for on in plan.built_schedule.placement]
 
 
 def ranks_of_cells(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
     """The ranks that run each cell of the chain: several where its stage is replicated."""
-    placement = plan.built_schedule.placement
-    return [placement[stage] if ranks.num_ranks > 1 else (0,) for stage in _stages(plan)]
+    of_stage = ranks_of_stages(plan, ranks)
+    return [of_stage[stage] for stage in _stages(plan)]
 
 
 def build_stages(
-    chain: Chain,
+    cells: Iterable[Cell],
     plan: Plan,
     ranks: Ranks,
     devices: Sequence[torch.device],
     routes: SkipRoutes,
     loss: Loss | None,
 ) -> dict[int, Stage]:
-    """This rank's stages; their cells move to their devices."""
+    """This rank's stages of `cells`, among which are all of its own; these move to its devices."""
     schedule, alone = plan.built_schedule, ranks.num_ranks == 1
-    stages, start = {}, 0
+    known = {cell.index: cell for cell in cells}
+    stages, end = {}, 0
     for index, num_cells in enumerate(plan.engine_balance):
-        cells = chain[start : start + num_cells]
-        start += num_cells
+        start, end = end, end + num_cells
         replicas = schedule.placement[index]
         if not alone and ranks.rank not in replicas:
             continue
         own_device = devices[replicas[0] if alone else ranks.rank]
-        for cell in cells:
+        own = tuple(known[cell] for cell in range(start, end))
+        for cell in own:
             cell.module.to(own_device)
         is_last = index == schedule.num_stages - 1
-        stages[index] = routes.stage(index, cells, own_device, is_last=is_last, loss=loss)
+        stages[index] = routes.stage(index, own, own_device, is_last=is_last, loss=loss)
     return stages
 
 

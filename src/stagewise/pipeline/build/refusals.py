@@ -1,6 +1,6 @@
 """Models whose cut would change what they compute: shared buffers, memory and statistics."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -21,7 +21,9 @@ def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ran
     check_storages(chain, plan, ranks)
 
 
-def check_buffers(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
+def check_buffers(
+    cells: Iterable[Cell], plan: Plan, devices: Sequence[torch.device], ranks: Ranks
+) -> None:
     """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
 
     A constant (`persistent=False`) may be shared, but in one process not by stages on different
@@ -29,7 +31,9 @@ def check_buffers(chain: Chain, plan: Plan, devices: Sequence[torch.device], ran
     """
     owner: dict[int, tuple[int, str]] = {}
     homes = [0 if ranks.num_ranks > 1 else devices[device] for device in _placed(plan)]
-    for cell, stage in zip(chain, _stages(plan), strict=True):
+    stages = _stages(plan)
+    for cell in cells:
+        stage = stages[cell.index]
         for path, module in cell.named_modules():
             if isinstance(module, _BatchNorm):  # see `check_batchnorms`
                 continue

@@ -1,0 +1,53 @@
+"""Another plan for the cells where they are: other segments make other stages of them.
+
+No cell, parameter or gradient moves; ranks only number their stages anew.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.skips import SkipRoutes
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.step.agreement import agreed
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.errors import PlanError
+from stagewise.pipeline.build.places import build_stages, devices_of_cells, ranks_of_stages
+from stagewise.pipeline.build.refusals import check_buffers
+from stagewise.planning.plan import Plan
+
+
+def check_cells_stay(now: Plan, then: Plan) -> None:
+    """Raise PlanError where cells would go to other devices, or stages with replicas be cut."""
+    cuts = [(plan.engine_balance, plan.built_schedule.placement) for plan in (now, then)]
+    here, there = map(devices_of_cells, (now, then))
+    if cuts[0] == cuts[1] or (here == there and max(map(len, here)) == 1):
+        return
+    what, at = ("balance", 0) if cuts[0][0] != cuts[1][0] else ("placement", 1)
+    raise PlanError(
+        f"the plan has the {what} {cuts[1][at]}, but this pipeline's cells are placed by "
+        f"{cuts[0][at]}; use() takes a plan that leaves every cell on its device, and stages with "
+        "replicas as they are: build another Pipeline for this plan, and load the state of this one"
+    )
+
+
+def recut(
+    stages: Mapping[int, Stage],
+    plan: Plan,
+    ranks: Ranks,
+    devices: Sequence[torch.device],
+    routes: SkipRoutes,
+    takers: Takers,
+) -> Mapping[int, Stage]:
+    """This rank's stages by `plan`, made of the same cells; every rank calls this.
+
+    Raises PlanError on every rank, and changes nothing, if stages would share a buffer.
+    """
+    cells = [cell for stage in stages.values() for cell in stage.cells]
+    with agreed(ranks, "use(plan)"):
+        check_buffers(cells, plan, devices, ranks)
+    routes.cut(plan.engine_balance)
+    takers.cut(plan.engine_balance, ranks_of_stages(plan, ranks))
+    loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
+    return build_stages(cells, plan, ranks, devices, routes, loss)
