@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import typer
+from stagewise.training.recipe_file import load_recipe
 
 import stagewise
 from benchmarks.workers import Row, print_rows, run_workers
 from stagewise.training.batches import TrainingBatches
 from stagewise.training.recipe import build_model
-from stagewise.training.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from stagewise.pipeline.plan import Microbatches

@@ -86,8 +86,8 @@ class Trainer:
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._reporter, self._stop = prepared.trained.pipe, reporter, stop
-        resumed, trained = options.resume and options.resume.scaler, prepared.trained
-        self._update = Update(recipe, trained.pipe, trained.optimizer, trained.scheduler, resumed)
+        resumed = options.resume.scaler if options.resume else None
+        self._update = Update(recipe, prepared.trained, resumed)
         self._next_plan: Plan | None = None  # with another cut
         self._watch = DriftWatch(prepared.measured)
         self._step_seconds: list[float] = []
@@ -239,9 +239,7 @@ class Trainer:
         )
         self._pipe = trained.pipe
         self._prepared = replace(self._prepared, trained=trained)
-        self._update = Update(
-            self._recipe, trained.pipe, trained.optimizer, trained.scheduler, checkpoint.scaler
-        )
+        self._update = Update(self._recipe, trained, checkpoint.scaler)
 
     def _validate(self, step: int) -> float | None:
         """The mean loss over all validation samples, or weights, or their sum; None without any."""

@@ -7,12 +7,10 @@ their norm, the ranks ask each other.
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
-from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.scaler import GradScaler
+from stagewise.training.prepare import Trained
 from stagewise.training.recipe import Batch, Recipe
 
 Weights = dict[str, float]  # by the loss's name; "" where there is one for all
@@ -24,15 +22,12 @@ class Update:
     def __init__(
         self,
         recipe: Recipe,
-        pipe: Pipeline,
-        optimizer: Optimizer | None,
-        scheduler: LRScheduler | None = None,
+        trained: Trained,
         scaler_state: Mapping[str, float] | None = None,
     ) -> None:
-        self._recipe, self._pipe = recipe, pipe
-        self._scheduler = scheduler
-        self._optimizer = optimizer or torch.optim.SGD([{"params": []}])
-        self._scaler = GradScaler(pipe, **recipe.scaler_options)
+        self._recipe, self._pipe, self._scheduler = recipe, trained.pipe, trained.scheduler
+        self._optimizer = trained.optimizer or torch.optim.SGD([{"params": []}])
+        self._scaler = GradScaler(trained.pipe, **recipe.scaler_options)
         if scaler_state and self._scaler.is_enabled():
             self._scaler.load_state_dict(dict(scaler_state))
 
