@@ -25,11 +25,28 @@ COMPARED = sorted(set(EXAMPLES) - {"shared_modules"})
 
 
 def by_name(costs: object) -> list[tuple[object, ...]]:
-    """Name and bytes of each cell; deferred bytes only where both sides know them."""
-    return [
-        (cost.name, *(getattr(cost, name) for name in BYTES if name != "deferred_bytes"))
-        for cost in costs  # type: ignore[attr-defined]
-    ]
+    """Name and bytes of each cell."""
+    return [(cost.name, *(getattr(cost, name) for name in BYTES)) for cost in costs]  # type: ignore[attr-defined]
+
+
+def measured_bytes(
+    model: nn.Module,
+    inputs: object,
+    target: object,
+    loss: Callable[..., Tensor] | None,
+    **kwargs: object,
+) -> list[tuple[object, ...]]:
+    costs = profile(
+        chain_of(model),
+        inputs,
+        target,
+        kwargs,
+        loss=loss,
+        device=torch.device("cpu"),
+        seconds=0.0,
+        split=True,
+    )
+    return by_name(costs)
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -42,12 +59,10 @@ def test_bytes_are_those_that_the_profiler_measures(name: str) -> None:
         plain = example.loss
         # Real reductions to a mean on the CPU leave their scratch space behind the scalar.
         loss = lambda *arguments: plain(*arguments) * 1.0  # noqa: E731
-    measured = profile(
-        chain_of(model), inputs, target, {}, loss=loss, device=torch.device("cpu"), seconds=0.0
-    )
+    measured = measured_bytes(model, inputs, target, loss)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     work = cell_work(model, inputs, target=target, loss=loss, num_microbatches=1)
-    assert by_name(cell.cost(load_devices()["cpu"]) for cell in work) == by_name(measured)
+    assert by_name(cell.cost(load_devices()["cpu"]) for cell in work) == measured
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
 
@@ -64,16 +79,46 @@ def test_keyword_arguments_and_the_first_microbatch_count_as_measured() -> None:
     work = cell_work(
         model, inputs, target=target, kwargs={"mask": mask}, loss=loss, num_microbatches=2
     )
-    measured = profile(
-        chain_of(model),
-        inputs[:3],
-        target[:3],
-        {"mask": mask[:3]},
-        loss=loss,
-        device=torch.device("cpu"),
-        seconds=0.0,
-    )
-    assert by_name(cell.cost(load_devices()["cpu"]) for cell in work) == by_name(measured)
+    measured = measured_bytes(model, inputs[:3], target[:3], loss, mask=mask[:3])
+    assert by_name(cell.cost(load_devices()["cpu"]) for cell in work) == measured
+
+
+class TwoProducts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.b(x)
+
+
+class UsedTwice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight.sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "kept"),
+    [
+        (nn.Linear(6, 4), torch.ones(5, 6), 5 * 6 + 5 * 4),
+        (nn.Linear(6, 4).requires_grad_(False), torch.ones(5, 6), 0),
+        (nn.LayerNorm(6), torch.ones(5, 6), 0),
+        (TwoProducts(), torch.ones(5, 6), 5 * 6 + 2 * 5 * 4),  # its input once
+        (UsedTwice(6, 4), torch.ones(5, 6), 5 * 6 + 5 * 4),  # for the bias, with all of its product
+        (nn.Conv1d(2, 3, 1), torch.ones(5, 2, 7), 5 * 2 * 7 + 5 * 3 * 7),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_waits_for_weights_is_what_the_engine_keeps(
+    module: nn.Module, inputs: Tensor, kept: int
+) -> None:
+    model = nn.Sequential(nn.PReLU(), module, nn.Tanh())
+    loss = lambda output: (output * 1.0).mean()  # noqa: E731
+    work = cell_work(model, inputs, loss=loss, num_microbatches=1)
+    cells = [cell.cost(load_devices()["cpu"]) for cell in work]
+    assert by_name(cells) == measured_bytes(model, inputs, None, loss)
+    assert cells[1].deferred_bytes == 4 * kept
+    assert cells[1].deferred_input_bytes in (0, inputs.nbytes)
 
 
 class Attention(nn.Module):

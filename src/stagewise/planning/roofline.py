@@ -47,6 +47,7 @@ class CellWork:
     output_bytes: int
     gradient_bytes: int
     deferred_bytes: int
+    deferred_input_bytes: int = 0
 
     @property
     def forward_flops(self) -> int:
@@ -72,6 +73,7 @@ class CellWork:
             input_seconds=of_inputs,
             weight_seconds=backward - of_inputs,
             deferred_bytes=self.deferred_bytes,
+            deferred_input_bytes=self.deferred_input_bytes,
         )
 
 

@@ -2,6 +2,6 @@
 
 1. Measured: `example` runs `trial_steps` here, on all ranks at once.
 2. Estimated, for devices one does not have: `estimate` tries each kind of cell once on `fakes`
-   (`estimate_chain`, `estimate_cell`), counts with `op_counter`, and asks `deferral` what a split
-   backward keeps; `message_shape` is a message without its tensors.
+   (`estimate_chain`, `estimate_cell`) as a stage of the engine's, and counts with `op_counter`;
+   `message_shape` is a message without its tensors.
 """

@@ -22,7 +22,6 @@ from stagewise.engine.stage.stage import Loss
 from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell
 from stagewise.planning.roofline import Op
-from stagewise.profiling.deferral import deferred_by
 from stagewise.profiling.fakes import fake_module
 from stagewise.profiling.op_counter import OpCounter
 from stagewise.schedule import Instruction, Kind
@@ -55,20 +54,27 @@ class Forward:
     kept: Mapping[StorageKey, int]
     unsaved: Mapping[StorageKey, int]
     saved: frozenset[StorageKey]
-    deferred_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backward:
-    """What a cell's backward does; per input tensor, the bytes of its gradient, or None."""
+    """What a cell's backward does; per input tensor, the bytes of its gradient, or None.
+
+    If it is split: the operators of `I`, and what that leaves for `W`; the part of it that arrived.
+    """
 
     ops: tuple[Op, ...]
-    input_ops: tuple[Op, ...]
     gradient_bytes: tuple[int | None, ...]
+    input_ops: tuple[Op, ...]
+    deferred_bytes: int
+    deferred_input_bytes: int
 
 
 class CellTrial:
-    """Runs one cell; call everything inside a `fake_mode`."""
+    """Runs one cell; call everything inside a `fake_mode`.
+
+    Of what it `received`, the memory of `of_batch` is the caller's, and counts as kept nowhere.
+    """
 
     def __init__(
         self,
@@ -77,31 +83,28 @@ class CellTrial:
         batch: Batch,
         *,
         received: Sequence[object],
+        of_batch: Sequence[torch.Tensor],
         num_messages: int,
         loss: Loss | None,
     ) -> None:
         self._original, self._batch, self._received = cell, batch, list(received)
         self._cell = replace(cell, module=fake_module(cell.module))
+        self._of_batch = *of_batch, batch.inputs, batch.target, dict(batch.keywords)
         self._num_messages, is_last = num_messages, num_messages == 0
         self._stage = routes.stage(cell.index, (self._cell,), CPU, is_last=is_last, loss=loss)
         self._stage.buffers = BufferKeeper([self._cell.module], has_values=False)
         self._batchnorms = BatchNorms([self._cell])
         self._target = batch.target if self._stage.needs_target else None
-        self._deferrable: list[torch.Tensor] = []
         self._forward()  # finds out whether the cell changes its inputs in place
 
     def forward(self) -> Forward:
         """Count a forward."""
-        module = self._cell.module
-        tensors = [*module.parameters(), *module.buffers()]
-        meter = ActivationMeter([*tensors, *take_apart(self._target)[0]])
+        meter = self._meter(self._target)
         with meter.counting():
             call, value, ops = self._forward()
-            roots = list(self._stage.roots())
             given = (self._received, call.inputs, call.keywords)
-            arrived = {storage_key(tensor) for tensor in take_apart(given)[0]}
-            saved, unsaved = meter.saved, meter.unsaved(roots)
-            self._deferrable, deferred_bytes = deferred_by(roots, tensors)
+            arrived = set(map(storage_key, take_apart(given)[0]))
+            saved, unsaved = meter.saved, meter.unsaved(self._stage.roots())
         several = self._num_messages > 1
         return Forward(
             ops=ops,
@@ -109,7 +112,6 @@ class CellTrial:
             kept={k: size for k, size in {**saved, **unsaved}.items() if k not in arrived},
             unsaved=unsaved,
             saved=frozenset(saved),
-            deferred_bytes=deferred_bytes,
         )
 
     def backward(self, wanted: Sequence[bool]) -> Backward:
@@ -118,13 +120,25 @@ class CellTrial:
         Parameters have a gradient already, to which it is added, as for all microbatches but
         the first.
         """
-        ops, gradients = self._backward(wanted)
-        for parameter in self._deferrable:
-            parameter.requires_grad_(False)
-        input_ops, _ = self._backward(wanted)
-        for parameter in self._deferrable:
-            parameter.requires_grad_(True)
-        return Backward(ops=ops, input_ops=input_ops, gradient_bytes=gradients)
+        ops, gradients = self._backward(Kind.BACKWARD, wanted)
+        meter = self._meter(self._of_batch)
+        with meter.counting():
+            input_ops, _ = self._backward(Kind.BACKWARD_INPUT, wanted)
+            kept = meter.saved | meter.unsaved(self._stage.held())
+        arrived = set(map(storage_key, take_apart(self._received)[0]))
+        return Backward(
+            ops=ops,
+            gradient_bytes=gradients,
+            input_ops=input_ops,
+            deferred_bytes=sum(kept.values()),
+            deferred_input_bytes=sum(kept[key] for key in kept.keys() & arrived),
+        )
+
+    def _meter(self, given: object) -> ActivationMeter:
+        """Of what is neither the cell's own nor `given`."""
+        module = self._cell.module
+        own = [*module.parameters(), *module.buffers()]
+        return ActivationMeter([*own, *take_apart(given)[0]])
 
     def _forward(self) -> tuple[Call, object, tuple[Op, ...]]:
         self._stage.clear()
@@ -134,7 +148,9 @@ class CellTrial:
             value, ops = self._run(instruction, list(self._received), call)
         return call, value, ops
 
-    def _backward(self, wanted: Sequence[bool]) -> tuple[tuple[Op, ...], tuple[int | None, ...]]:
+    def _backward(
+        self, kind: Kind, wanted: Sequence[bool]
+    ) -> tuple[tuple[Op, ...], tuple[int | None, ...]]:
         call, _, _ = self._forward()
         for parameter in self._cell.module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -143,7 +159,7 @@ class CellTrial:
             torch.empty_like(root) if is_wanted else None
             for root, is_wanted in zip(outputs, wanted, strict=False)
         )
-        instruction = Instruction(self._cell.index, Kind.BACKWARD, 0)
+        instruction = Instruction(self._cell.index, kind, 0)
         result, ops = self._run(instruction, [gradients], call)
         return ops, tuple(None if g is None else num_bytes(g) for g in _flat(result))
 

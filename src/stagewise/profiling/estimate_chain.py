@@ -28,7 +28,6 @@ class Recorded:
     activation_bytes: int
     unsaved: Mapping[int, int]
     saved: frozenset[int]
-    deferred_bytes: int
 
 
 class Walk:
@@ -115,7 +114,8 @@ class Walk:
                 gradient_bytes=sum(
                     size or 0 for size in self._gradients.get((cell.index, cell.index + 1), ())
                 ),
-                deferred_bytes=recorded.deferred_bytes,
+                deferred_bytes=backward.deferred_bytes,
+                deferred_input_bytes=backward.deferred_input_bytes,
             )
             for cell, (recorded, _), backward, own in columns
         )
@@ -133,6 +133,7 @@ class Walk:
             self._routes,
             replace(self._batch, inputs=received[0]) if is_first else self._batch,
             received=[] if is_first else received,
+            of_batch=[base for number, base in bases.items() if number in self._of_batch],
             num_messages=len(self._destinations(cell)),
             loss=self._loss,
         )
@@ -153,7 +154,6 @@ class Walk:
             saved=frozenset(own[key] for key in made.saved if key in own),
             new_bytes=new,
             activation_bytes=sum(made.kept.values()),
-            deferred_bytes=made.deferred_bytes,
         )
 
     def _key(self, cell: Cell, incoming: Sequence[Packed], arrived: Sequence[int]) -> Hashable:

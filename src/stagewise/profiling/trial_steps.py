@@ -214,9 +214,7 @@ def _activation_bytes(
         if instruction.kind is Kind.FORWARD:
             # Once all forwards have run, every cell has saved what it will.
             unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
-            given[stage.index] = set(map(storage_key, stage.held())).difference(
-                map(storage_key, stage.roots())
-            )
+            given[stage.index] = before.keys() & set(map(storage_key, stage.held()))
         if instruction.kind is Kind.BACKWARD_WEIGHT:
             freed[stage.index] = {k: size for k, size in before.items() if k not in now}
 

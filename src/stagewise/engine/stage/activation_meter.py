@@ -45,7 +45,8 @@ class ActivationMeter:
     """Counts live activation bytes while `counting()`."""
 
     def __init__(self, excluded: Iterable[torch.Tensor]) -> None:
-        self._excluded = {storage_key(tensor) for tensor in excluded}
+        # With the tensors: the key of one that is gone would be given to another.
+        self._excluded = {storage_key(tensor): tensor for tensor in excluded}
         self._saved: dict[StorageKey, list[int]] = {}  # storage -> [how often saved, bytes]
 
     @contextmanager

@@ -202,11 +202,14 @@ def _is_packed(node: Node) -> bool:
 
 
 def _release(node: Node) -> None:
-    """Let go of what a node saved, as autograd does in a graph that it need not keep."""
+    """Let go of what a node saved, as autograd does in a graph that it need not keep.
+
+    But for single numbers: those of Python's, too, are tensors here, which dispatch modes refuse.
+    """
     for saved in _saved(node):
         if isinstance(saved.data, Packed):  # type: ignore[attr-defined]
             saved.data.release()  # type: ignore[attr-defined]
-        elif saved.data is not None and saved.unpack_hook is None:  # type: ignore[attr-defined]
+        elif saved.data is not None and saved.unpack_hook is None and saved.data.dim():  # type: ignore[attr-defined]
             saved.register_hooks(_nothing, _spent)  # type: ignore[attr-defined]
 
 
