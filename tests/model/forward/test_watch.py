@@ -6,11 +6,13 @@ import gc
 import operator
 import os
 import re
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from tests.harness import Pools
 
 SETTINGS = SimpleNamespace(scale=1.0, unused=1.0)
 TABLE = {"scale": 1.0}
+LOCAL = threading.local()
+LOCAL.scale = 1.0
 
 
 class Slotted:
@@ -42,16 +46,22 @@ class Block(nn.Module):
         self.scale, self.history, self.tensor = 1.0, [1.0], torch.ones(4)
         self.slotted, self.numbers = Slotted(), SimpleNamespace(beta=1.0)
         self.function = functools.partial(torch.mul, other=1.0)
+        self.many, self.array = [1.0] * 9000, np.ones((100, 100))
+        self.named = {str(index): [index] for index in range(5000)}
         self.epoch = 0  # which forward never looks at
 
     def forward(self, x: Tensor) -> Tensor:
-        return helper(self.function(self.act(self.one(x))) * self.scale + self.shift) * (
-            self.history[0] * self.tensor * self.slotted.scale * self.numbers.beta
+        return (
+            helper(self.function(self.act(self.one(x))) * self.scale + self.shift)
+            * (self.history[0] * self.tensor * self.slotted.scale * self.numbers.beta)
+            * (self.many[8000] * float(self.array[3, 4]) + self.named["0"][0])
         )
 
 
 def helper(x: Tensor) -> Tensor:
-    return x * SETTINGS.scale * TABLE["scale"]
+    if torch.backends.mkldnn.enabled and torch.are_deterministic_algorithms_enabled():
+        return torch.relu(x)
+    return x * SETTINGS.scale * TABLE["scale"] * LOCAL.scale * torch.ones(4, dtype=x.dtype)
 
 
 class Model(nn.Module):
@@ -91,6 +101,21 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     r"\.shift": lambda model: setattr(Block, "shift", 1.0),
     r"SETTINGS\.scale": lambda model: setattr(SETTINGS, "scale", 3.0),
     r"TABLE\['scale'\]": lambda model: TABLE.update(scale=3.0),
+    r"LOCAL\.scale": lambda model: setattr(LOCAL, "scale", 3.0),
+    r"blocks\.0\.many \(large\)": lambda model: model.blocks[0].many.__setitem__(8000, 2.0),
+    r"blocks\.1\.named \(large\)": lambda model: model.blocks[1].named["7"].append(1),
+    r"blocks\.2\.array": lambda model: model.blocks[2].array.__setitem__((3, 4), 2.0),
+    r"torch\.relu": lambda model: setattr(torch, "relu", torch.abs),
+    r"torch\.nn\.functional\.gelu": lambda model: setattr(
+        nn.functional, "gelu", nn.functional.silu
+    ),
+    r"Tanh\.forward": lambda model: setattr(nn.Tanh, "forward", nn.ReLU.forward),
+    r"torch's default dtype": lambda model: torch.set_default_dtype(torch.float64),
+    r"torch's default device": lambda model: torch.set_default_device("meta"),
+    r"torch\.backends\.mkldnn\.enabled": lambda model: setattr(
+        torch.backends.mkldnn, "enabled", False
+    ),
+    r"are_deterministic_algorithms": lambda model: torch.use_deterministic_algorithms(True),
     "forward": lambda model: setattr(Block, "forward", lambda self, x: x),
 }
 
@@ -109,12 +134,21 @@ def built(*, cells: bool = False) -> tuple[stagewise.Pipeline, Any, Tensor]:
 
 
 @pytest.fixture
-def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a change leaves outside of the model."""
+    for owner, name in (
+        *((torch, "relu"), (nn.functional, "gelu"), (nn.Tanh, "forward")),
+        *((LOCAL, "scale"), (torch.backends.mkldnn, "enabled")),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(SETTINGS, "scale", 1.0)
     monkeypatch.setitem(TABLE, "scale", 1.0)
     monkeypatch.setattr(Block, "shift", 0.0)
     monkeypatch.setattr(Block, "forward", Block.forward)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", CHANGES)

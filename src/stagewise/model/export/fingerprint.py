@@ -120,7 +120,7 @@ def _text(item: object, node: Node, places: dict[int, int], states: dict[int, st
     """What stands for `item` of `node`: what it holds stands at its own place in the walk."""
     if isinstance(item, PLAIN):
         return repr(item)
-    if isinstance(item, Frozen):
+    if isinstance(item, Frozen) and item.whole:
         return _name_of(item.kind), hashlib.blake2b(item.data, digest_size=16).hexdigest()
     if isinstance(item, torch.Tensor):
         return states.get(id(item)) or _of_tensor(item)

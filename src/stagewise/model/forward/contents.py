@@ -8,9 +8,10 @@ import functools
 import logging
 import pickle
 import sys
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
@@ -24,8 +25,11 @@ from types import (
 )
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+
+from stagewise.model.forward.large import digest_of_array, digest_of_items
 
 Item = tuple[str, object]  # ".name" or "[key]", and what is there
 Reader = Callable[[Any], list[Item]]
@@ -49,10 +53,12 @@ _WORD = 8
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
-    """What an object holds whose class was written in C."""
+    """What an object holds whose class was written in C, or that is large; a digest may be of
+    parts, and not `whole`."""
 
     kind: type
     data: bytes
+    whole: bool = True
 
 
 def contents(value: Any) -> list[Item]:
@@ -80,10 +86,13 @@ def _reader_of(kind: type) -> Reader | None:
 
 
 def frozen(value: Any) -> object:
-    """`value`, or its pickle where nothing can be seen in it otherwise."""
+    """`value`, or its pickle or a digest where nothing can be seen in it otherwise."""
     kind: Any = type(value)
-    if not _hides(kind) or getattr(value, "nbytes", 0) > _MOST_BYTES:
+    if not _hides(kind):
         return value
+    if getattr(value, "nbytes", 0) > _MOST_BYTES:
+        is_array = isinstance(value, np.ndarray) and not value.dtype.hasobject
+        return Frozen(kind, *digest_of_array(value)) if is_array else value
     try:
         data = pickle.dumps(value, 4)
     except Exception:  # it cannot be pickled; whatever a class of others raises
@@ -133,9 +142,13 @@ def _extra(value: object) -> list[Item]:
     return [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
 
 
+def _of_large(value: Collection[object]) -> list[Item]:
+    return [(" (large)", Frozen(type(value), digest_of_items(value))), *_extra(value)]
+
+
 def _of_mapping(value: dict[object, object]) -> list[Item]:
     if len(value) > _MOST_ITEMS:
-        return [(" (large)", len(value))]
+        return _of_large(value)
     items = value.items()
     labels = [f"[{key!r}]" if isinstance(key, PLAIN) else f"[{i}]" for i, key in enumerate(value)]
     found = [(label, item) for label, (_, item) in zip(labels, items, strict=True)]
@@ -145,13 +158,13 @@ def _of_mapping(value: dict[object, object]) -> list[Item]:
 
 def _of_sequence(value: list[object] | tuple[object, ...]) -> list[Item]:
     if len(value) > _MOST_ITEMS:
-        return [(" (large)", len(value))]
+        return _of_large(value)
     return [*((f"[{index}]", item) for index, item in enumerate(value)), *_extra(value)]
 
 
 def _of_set(value: set[object]) -> list[Item]:
     if len(value) > _MOST_ITEMS:
-        return [(" (large)", len(value))]
+        return _of_large(value)
     return [*((f"({item!r})", item) for item in sorted(value, key=repr)), *_extra(value)]
 
 
@@ -195,7 +208,7 @@ _READERS: dict[Any, Reader] = {
     dict: _of_mapping,
     (list, tuple, deque): _of_sequence,
     (set, frozenset): _of_set,
-    SimpleNamespace: _of_object,
+    (SimpleNamespace, threading.local): _of_object,
     functools.partial: _of_partial,
     MethodType: _of_method,
     BuiltinFunctionType: _of_builtin,

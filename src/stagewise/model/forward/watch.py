@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from stagewise.model.forward.contents import PLAIN, Frozen
+from stagewise.model.forward.library import Library
 from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight
 
 Place = tuple[str, str]  # the path of what holds it, and its own label there
@@ -126,13 +127,15 @@ class Watch:
             if not self._sight.skips(module)
         ]
         self._for_all = _hooks_for_all()
+        modules = [module for module in model.modules() if not self._sight.skips(module)]
+        self._library = Library([node.value for node in nodes], modules)
 
     def changed(self) -> list[str]:
         """Names of what is no more as it was; none where the model is gone."""
         model = self._model()
         if model is None:
             return []
-        return [*self._seen(model), *self._flagged(model)]
+        return [*self._seen(model), *self._flagged(model), *self._library.changed()]
 
     def _flagged(self, model: nn.Module) -> list[str]:
         """What changed of flags: of parameters, of modules that are frozen, of all modules."""
