@@ -220,27 +220,19 @@ def test_a_file_name_stands_once() -> None:
     assert twice.keys() == SAME_FILE, twice
 
 
-# Who talks to torch.distributed past the transport, still.
+# torch.distributed.checkpoint is a format of files, as safetensors is; these read or write it.
 USERS_OF_DISTRIBUTED = ("engine/transport/", "training/workers/")
-ELSEWHERE_DISTRIBUTED = {
-    "checker/check_parity.py",
-    "checker/choices.py",
+CHECKPOINT_FORMAT = {
     "checkpoints/sources.py",
     "checkpoints/untrusted.py",
-    "cli/plan.py",
-    "cli/search.py",
-    "cli/train.py",
-    "pipeline/plan.py",
-    "profiling/example.py",
     "training/checkpoint.py",
     "training/optimizer_state.py",
     "training/schedules.py",
-    "training/trainer.py",
 }
 
 
 def test_torch_distributed_is_called_in_one_room() -> None:
-    users = set()
+    used = defaultdict(set)
     for where, tree in TREES.items():
         for node in ast.walk(tree):
             names = (
@@ -250,10 +242,13 @@ def test_torch_distributed_is_called_in_one_room() -> None:
                 if isinstance(node, ast.ImportFrom)
                 else []
             )
-            if any(name.startswith("torch.distributed") for name in names):
-                users.add(where)
-    elsewhere = {user for user in users if not user.startswith(USERS_OF_DISTRIBUTED)}
-    assert elsewhere == ELSEWHERE_DISTRIBUTED
+            used[where] |= {name for name in names if name.startswith("torch.distributed")}
+    elsewhere = {
+        where: {name.startswith("torch.distributed.checkpoint") for name in names}
+        for where, names in used.items()
+        if names and not where.startswith(USERS_OF_DISTRIBUTED)
+    }
+    assert elsewhere == {where: {True} for where in CHECKPOINT_FORMAT}
 
 
 # Strings that name a module of ours: what is imported lazily, and what keys a cache.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.batch.markers import along
@@ -30,6 +29,7 @@ from stagewise.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.engine.stage.stage import Loss
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import connect
+from stagewise.engine.transport.processes import values_of_all
 from stagewise.errors import BatchError, CellError, ExactnessWarning, UsageError
 from stagewise.model.chain import chain_of
 from stagewise.model.verify.differences import Reference, identical
@@ -400,10 +400,8 @@ def _even(num_cells: int, num_stages: int) -> tuple[int, ...]:
 
 def _merged(rows: list[ParityRow]) -> list[ParityRow]:
     """All ranks' rows; where several ranks have one quantity, the worst."""
-    everyones: list[list[ParityRow]] = [rows] * dist.get_world_size()
-    dist.all_gather_object(everyones, rows)
     worst: dict[tuple[Configuration, str], ParityRow] = {}
-    for row in itertools.chain(*everyones):
+    for row in itertools.chain(*values_of_all(rows)):
         key = (row.configuration, row.quantity)
         worst[key] = max(worst.get(key, row), row, key=lambda r: r.severity)
     return list(worst.values())

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
+from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import UsageError
 from stagewise.planning.choice import ScheduleChoice, choose_schedule
 from stagewise.planning.partition.balance import check_counts
@@ -86,6 +85,5 @@ def _numbers(
     if num_devices is not None:
         return [each * number for number in num_devices]
     if transport == "distributed":
-        ready = dist.is_available() and dist.is_initialized()
-        return [each * (dist.get_world_size() if ready else 1)]
+        return [each * num_processes()]
     return [each * number for number in NUM_DEVICES if each * number <= num_cells]

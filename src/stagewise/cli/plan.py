@@ -91,8 +91,7 @@ def plan_command(
 
 def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool) -> None:
     """What every worker does; rank 0 prints."""
-    import torch.distributed as dist
-
+    from stagewise.engine.transport.processes import is_first
     from stagewise.training.batches import TrainingBatches
     from stagewise.training.plans import estimated_plan, make_plan
     from stagewise.training.recipe import build_model
@@ -106,7 +105,7 @@ def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_
         model = build_model(recipe, seed=0, meta=recipe.meta)
         batch = TrainingBatches(recipe, seed=0).first
         plan = make_plan(recipe, model, request, batch=batch)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         _show(plan, as_json=as_json)
 
 

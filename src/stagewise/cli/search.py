@@ -42,11 +42,10 @@ def run_search(
     recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool
 ) -> None:
     """What every worker does; rank 0 prints."""
-    import torch.distributed as dist
-
+    from stagewise.engine.transport.processes import is_first
     from stagewise.training.plans import estimated_search, measured_search
 
-    speaks = not (dist.is_initialized() and dist.get_rank() != 0)
+    speaks = is_first()
     with progress_bar(speaks) as progress:
         if spec is not None:
             result = estimated_search(recipe, request, spec, progress)

@@ -182,15 +182,14 @@ def _saved(path: Path, typed: Typed) -> Plan:
 
 def _run(recipe: "Recipe", options: "TrainOptions") -> None:
     """What every worker does; rank 0 tells the result."""
-    import torch.distributed as dist
-
+    from stagewise.engine.transport.processes import is_first
     from stagewise.training.trainer import train as run_training
     from stagewise.training.workers.stop import stop_request
 
     console, stop = Console(), stop_request()
     with stop.listening():
         outcome = run_training(recipe, options, console=console, stop=stop)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         _tell(console, recipe.path, options, outcome)
     if outcome.stopped:
         end_stopped()

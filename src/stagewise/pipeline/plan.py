@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch.distributed as dist
-
 from stagewise.batch.markers import along
 from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
 from stagewise.engine.stage.stage import Loss
 from stagewise.engine.transport.connect import Device
+from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import PlanError
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
@@ -26,7 +25,7 @@ from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_for, plan_of
 from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
-from stagewise.profiling.example import Example, agreed, distributed, example_of, in_training_mode
+from stagewise.profiling.example import Example, agreed, example_of, in_training_mode
 from stagewise.told import told
 
 
@@ -159,9 +158,9 @@ def search_plan(
     The request's `num_devices` is by default the number of ranks.
     """
     if request.num_devices is None:
-        if not distributed():
+        if num_processes() == 1:
             raise PlanError("the search needs to know for how many devices; give num_devices")
-        request = replace(request, num_devices=dist.get_world_size())
+        request = replace(request, num_devices=num_processes())
     counts = request.counts(example.num_samples, example.parts)
     costs_at, link = _costs(example, counts, seconds)
 
@@ -188,7 +187,7 @@ def rehearsed(
 
     And what instructions took there beyond their cells.
     """
-    if not distributed() or dist.get_world_size() != chosen.num_devices:
+    if num_processes() == 1 or num_processes() != chosen.num_devices:
         return link, FREE_INSTRUCTION
     args = () if example.inputs is None else (example.inputs,)
     with told("trying the plan for a few steps"), in_training_mode(example.model, example.chain):

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from stagewise.batch.split import extent, first_microbatch, microbatch_sizes
 from stagewise.batch.values import move
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.engine.stage.stage import Loss
-from stagewise.engine.transport.connect import Device, connect
+from stagewise.engine.transport.connect import Device, connect, trial_wire
+from stagewise.engine.transport.processes import num_processes, own_device, values_of_all
 from stagewise.errors import BatchError, PlanError
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for, entering
@@ -130,18 +130,11 @@ def example_of(
     )
 
 
-def distributed() -> bool:
-    """Whether other ranks run beside this one."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def agreed(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
     """The mean of all ranks' times, and what a message between ranks costs."""
-    if not distributed():
+    if num_processes() == 1:
         return cells, FREE_LINK
-    own = (cells, *_link_times())
-    ranks = [own] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
+    ranks = values_of_all((cells, *_link_times()))
     all_cells = [cells for cells, _, _ in ranks]
     small = max(seconds for _, seconds, _ in ranks)
     large = max(seconds for _, _, seconds in ranks)
@@ -162,20 +155,19 @@ def _mean(same: Sequence[CellCost]) -> CellCost:
 
 def _link_times() -> tuple[float, float]:
     """Median one-way seconds of a small and of a large message between ranks 0 and 1."""
-    rank = dist.get_rank()
-    uses_gpu = "nccl" in str(dist.get_backend())
-    device = torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")
-    medians = []
+    medians, device, wire = [], own_device(), trial_wire()
     for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         times = []
-        for _ in range(_PROBES if rank < 2 else 0):
+        for _ in range(_PROBES if wire.rank < 2 else 0):
             start = time.perf_counter()
             for sender in (0, 1):
-                if rank == sender:
-                    dist.send(buffer, 1 - sender)
+                if wire.rank == sender:
+                    wire.start_send([buffer], 1 - sender)
+                    wire.finish()
                 else:
-                    dist.recv(buffer, sender)
+                    wire.start_receive([buffer], sender).wait()
             times.append((time.perf_counter() - start) / 2)
         medians.append(sorted(times)[len(times) // 2] if times else 0.0)
+    wire.close()
     return medians[0], medians[1]

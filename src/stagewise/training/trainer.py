@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from stagewise.batch.split import batch_size
+from stagewise.engine.transport.processes import is_first
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.less_memory import sparing
@@ -52,13 +52,13 @@ MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that n
 
 def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
     """Train until the last step or until `stop` is made; every rank calls this."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if is_first:
+    speaks = is_first()
+    if speaks:
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
     with owned(options.run):  # from here on something is written
         reporter: Reporter = Silent()
-        if is_first:
+        if speaks:
             reporter = Shown(
                 console=console,
                 run=options.run,

@@ -13,7 +13,7 @@ from stagewise.engine.transport.processes import are_ready, num_processes, own_d
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.transport import Transport
 from stagewise.engine.transport.unix_sockets import connect_local_peers
-from stagewise.engine.transport.wire import BySize, Wires
+from stagewise.engine.transport.wire import BySize, Wire, Wires
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
@@ -64,11 +64,23 @@ def in_one_process(devices: Sequence[torch.device]) -> Transport:
 
 def between_processes(device: torch.device, group: dist.ProcessGroup | None = None) -> Transport:
     """That of a process for each device, which runs on `device`; all ranks of `group` call this."""
-    group = group if group is not None else dist.group.WORLD
-    assert group is not None
-    peers = Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
+    group, peers = _whole(group)
     wires = wires_for(device, group, peers)
     return Transport(Mailbox(wires, device), Ranks(wires, peers, device, group))
+
+
+def trial_wire() -> Wire:
+    """One to every other process, as a pipeline's data takes; without new process groups."""
+    group, peers = _whole(None)
+    if own_device().type == "cpu":
+        return wires_for(own_device(), group, peers).data
+    return GroupWire(peers, group, group)
+
+
+def _whole(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, Peers]:
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    return group, Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
 
 
 def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
