@@ -6,11 +6,10 @@
    `dualpipe` and `blocks`; `published` is what their papers say of them.
 3. `recompute` is a pass over a schedule; `lowering` adds which tensor goes where.
 4. `validation` names the first rule that one breaks; `running_order` visits its instructions.
-5. `grid` draws it and `text` reads it back.
+5. `text` draws it and reads it back.
 """
 
 from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
-from stagewise.schedule.grid import grid
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
 from stagewise.schedule.placement import check_replicas, consecutive, in_flight, on_replicas
@@ -25,8 +24,8 @@ from stagewise.schedule.table import (
     schedule_row,
     stages_per_device,
 )
-from stagewise.schedule.text import parse_programs, parse_schedule
-from stagewise.schedule.validation import validate
+from stagewise.schedule.text import grid, parse_programs
+from stagewise.schedule.validation import parse_schedule, validate
 
 __all__ = [
     "POLICIES",

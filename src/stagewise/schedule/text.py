@@ -1,16 +1,19 @@
-"""Schedules as text that people read and edit: what `grid` and `str(schedule)` write, read back.
+"""Schedules as text that people read and edit: `grid` writes it, `parse_programs` reads it back.
 
 A line is a device: its instructions in order, separated by blanks. `device 0` may stand before
 them, a dot for an idle slot anywhere (a device without instructions has nothing else), a comment
-behind `#`. Empty lines are skipped; how slots are aligned means nothing.
+behind `#`. Empty lines are skipped. A grid has a column per slot of time; read, it means nothing.
 """
 
 import re
+from collections.abc import Collection
 
 from stagewise.errors import ScheduleError
 from stagewise.schedule.instruction import Instruction
-from stagewise.schedule.schedule import IDLE, Program, Schedule, schedule_of
-from stagewise.schedule.validation import validate
+from stagewise.schedule.running_order import Blocked, slots
+from stagewise.schedule.schedule import IDLE, Program, Schedule
+
+Place = tuple[int, int]  # device, position in its program
 
 _LABEL = re.compile(r"device\s+(\d+)\s*:?\s+")
 
@@ -40,10 +43,30 @@ def parse_programs(text: str) -> tuple[Program, ...]:
     return tuple(programs)
 
 
-def parse_schedule(name: str, text: str) -> Schedule:
-    """The validated schedule that `text` holds; raises ScheduleError showing what is wrong."""
+def grid(schedule: Schedule, marked: Collection[Place] = ()) -> str:
+    """A row per device, a column per slot of time; of gpipe with 2 stages and 2 microbatches:
+
+    device 0  0F0 0F1  .   .  0B1 0B0
+    device 1   .  1F0 1F1 1B1 1B0  .
+
+    Where there is no time, because the programs block each other or name a stage that has no
+    device, columns are positions in the program. `marked` instructions stand between > and <.
+    """
     try:
-        return validate(schedule_of(name, parse_programs(text)))
-    except ScheduleError as error:
-        told = str(error) if repr(name) in str(error) else f"schedule {name!r}: {error}"
-        raise ScheduleError(told) from None
+        starts = slots(schedule)
+    except (Blocked, LookupError, ZeroDivisionError):
+        starts = [list(range(len(program))) for program in schedule.programs]
+    width = max((starts_of[-1] + 1 for starts_of in starts if starts_of), default=1)
+    rows = []
+    for device, (program, at) in enumerate(zip(schedule.programs, starts, strict=True)):
+        row = [IDLE] * width
+        for position, (instruction, slot) in enumerate(zip(program, at, strict=True)):
+            text = str(instruction)
+            row[slot] = f">{text}<" if (device, position) in marked else text
+        rows.append(row)
+    cell = max((len(text) for row in rows for text in row), default=1)
+    label = len(str(len(rows) - 1))
+    return "\n".join(
+        f"device {device:>{label}}  {' '.join(text.center(cell) for text in row)}".rstrip()
+        for device, row in enumerate(rows)
+    )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 from stagewise.errors import ScheduleError
-from stagewise.schedule.grid import Place, grid
 from stagewise.schedule.instruction import (
     KINDS,
     Instruction,
@@ -25,7 +24,8 @@ from stagewise.schedule.instruction import (
 )
 from stagewise.schedule.lowering import lower
 from stagewise.schedule.running_order import Blocked, walk
-from stagewise.schedule.schedule import Schedule
+from stagewise.schedule.schedule import Schedule, schedule_of
+from stagewise.schedule.text import Place, grid, parse_programs
 
 Finding = tuple[str, list[Place]]
 
@@ -36,6 +36,15 @@ def validate(schedule: Schedule) -> Schedule:
         for message, places in rule(schedule):
             raise ScheduleError(f"schedule {schedule.name!r}: {message}\n{grid(schedule, places)}")
     return schedule
+
+
+def parse_schedule(name: str, text: str) -> Schedule:
+    """The validated schedule that `text` holds; raises ScheduleError showing what is wrong."""
+    try:
+        return validate(schedule_of(name, parse_programs(text)))
+    except ScheduleError as error:
+        told = str(error) if repr(name) in str(error) else f"schedule {name!r}: {error}"
+        raise ScheduleError(told) from None
 
 
 def _places(schedule: Schedule) -> Iterator[tuple[Place, Instruction]]:
