@@ -26,37 +26,31 @@ def choices_of(
     Those that take `replicas` are run with them besides; and alone with them under "distributed",
     where no other number fits the ranks unless it is asked for.
     """
-    only_replicas = bool(replicas) and transport == "distributed"
-    only_replicas &= num_stages is None and num_devices is None
-    names = schedules
-    if names is None:
-        names = [*SCHEDULES]
-    if not names:
+    if schedules is not None and not schedules:
         raise UsageError("schedules is empty; name at least one, or leave it out for the default")
     if transport not in ("local", "distributed"):
         raise UsageError(f"transport is {transport!r}; choose 'local' or 'distributed'")
-    for what, numbers in (("stages", num_stages), ("devices", num_devices)):
-        if numbers is not None and not numbers:
+    for what, given in (("stages", num_stages), ("devices", num_devices)):
+        if given is not None and not given:
             raise UsageError(f"num_{what} is empty; name at least one number of {what}")
     if num_stages is not None and num_devices is not None:
         raise UsageError("num_stages and num_devices are both given; leave one out")
     for number in num_stages or ():
         check_counts(num_cells, number)
+    only_replicas = bool(replicas) and transport == "distributed"
+    only_replicas &= num_stages is None and num_devices is None
     found = []
-    for schedule in names:
+    for schedule in SCHEDULES if schedules is None else schedules:
         if isinstance(schedule, str):
-            each = schedule_row(schedule).stages_per_device
+            row = schedule_row(schedule)
+            replicated = bool(replicas) and row.takes_replicas
+            numbers: Sequence[int] = ()
             if num_stages is not None:
-                numbers = [number for number in num_stages if number % each == 0]
-            else:
-                numbers = _numbers(each, num_devices, num_cells, transport)
-            replicated = bool(replicas) and schedule_row(schedule).takes_replicas
-            if only_replicas:
-                numbers = []
-            if not (numbers or replicated) and schedules is None:
-                continue
-            if not (numbers or replicated):
-                numbers = num_stages or (each,)
+                numbers = [n for n in num_stages if n % row.stages_per_device == 0]
+            elif not only_replicas:
+                numbers = _numbers(row.stages_per_device, num_devices, num_cells, transport)
+            if not (numbers or replicated) and schedules is not None:
+                numbers = num_stages or (row.stages_per_device,)
             chosen = [choose_schedule(schedule, num_microbatches, num_stages=n) for n in numbers]
             if replicated:
                 chosen.append(choose_schedule(schedule, num_microbatches, replicas=replicas))
@@ -64,7 +58,8 @@ def choices_of(
             chosen = [choose_schedule(schedule, num_microbatches)]
         for choice in chosen:
             check_counts(num_cells, choice.num_stages)
-        found.append(chosen)
+        if chosen:
+            found.append(chosen)
     return found
 
 

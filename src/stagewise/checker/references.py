@@ -10,73 +10,38 @@
 Nothing here runs the executor or its stages.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import unmarked
 from stagewise.batch.split import join, split
-from stagewise.batch.values import Structure, take_apart
+from stagewise.batch.values import take_apart
 from stagewise.checker.pooled_statistics import pooled_statistics
 from stagewise.checker.run_cells import Walk
 from stagewise.checker.subject import Model, Subject, sum_of, weighted
+from stagewise.checker.traits import (
+    Splits,
+    Traits,
+    Unsplittable,
+    named,
+    shapes_of,
+    state_of,
+    uses_batch_statistics,
+)
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.keywords import invoke
 from stagewise.engine.stage.randomness import CellRandomness, default_generator, generators_kept
+from stagewise.errors import BatchError
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import captured_of
-from stagewise.model.cell import Cell, Chain, Piece
+from stagewise.model.cell import Chain
 from stagewise.model.chain import chain_of, module_tree
 
 Tensors = dict[str, Tensor | None]  # by quantity
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """A value without its tensors' numbers; what else it holds may be sizes of the batch."""
-
-    tensors: list[torch.Size]
-    structure: Structure
-
-
-@dataclass(frozen=True)
-class Splits:
-    """How what the cells take and return is split, by cell index."""
-
-    parts: dict[int, list[Shapes]] = field(default_factory=dict)  # taken, in every microbatch
-    wholes: dict[int, Shapes] = field(default_factory=dict)  # returned, for the whole minibatch
-
-
-@dataclass
-class Traits:
-    """What reference 2 saw: why the full batch may differ, and how cells' inputs are split."""
-
-    draws: dict[int, str] = field(default_factory=dict)  # cell index -> name
-    normalises: dict[int, str] = field(default_factory=dict)
-    changes: dict[int, str] = field(default_factory=dict)
-    loss_draws: bool = False
-    splits: dict[bool, Splits] = field(default_factory=dict)  # by whether training
-
-    @property
-    def cells(self) -> set[int]:
-        """The cells that mathematics lets differ between microbatches and the full batch."""
-        return {*self.draws, *self.normalises, *self.changes}
-
-    def reason(self) -> str:
-        """Why the full batch differs, for people; empty where nothing explains it."""
-        changes = {i: n for i, n in self.changes.items() if i not in self.normalises}
-        draws = [*self.draws.values(), *(["the loss"] if self.loss_draws else [])]
-        clauses = (
-            ("BatchNorm's statistics by microbatch", self.normalises.values()),
-            ("random numbers", draws),
-            ("buffers that every forward changes", changes.values()),
-        )
-        return ", ".join(f"{what} ({', '.join(names)})" for what, names in clauses if names)
 
 
 def full_batch(subject: Subject) -> Tensors:
@@ -298,25 +263,12 @@ def given(target: object) -> tuple[object, ...]:
     return () if target is None else (unmarked(target),)
 
 
-def state_of(cell: Cell) -> list[Tensor]:
-    """Copies of the cell's buffers."""
-    return [buffer.detach().clone() for buffer in cell.module.buffers()]
-
-
-def uses_batch_statistics(cell: Cell) -> bool:
-    """Whether a BatchNorm in it normalises by the batch, in its present mode."""
-    norms = [module for module in cell.module.modules() if isinstance(module, _BatchNorm)]
-    return any(norm.training or norm.running_mean is None for norm in norms)
-
-
-def shapes_of(value: object) -> Shapes:
-    """Of the tensors in `value`."""
-    tensors, structure = take_apart(value)
-    return Shapes([tensor.shape for tensor in tensors], structure)
-
-
-def named(cell: Cell) -> str:
-    """A cell for people."""
-    return (
-        cell.name if isinstance(cell.module, Piece) else f"{cell.name} {type(cell.module).__name__}"
-    )
+def outputs_or_none(run: Callable[[], object]) -> Tensors:
+    """What `run` returns, by quantity; nothing where that is not one output per sample."""
+    try:
+        tensors = take_apart(run())[0]
+    except (BatchError, Unsplittable):
+        return {}
+    if len(tensors) == 1:
+        return {"outputs": tensors[0].detach()}
+    return {f"outputs {index}": tensor.detach() for index, tensor in enumerate(tensors)}

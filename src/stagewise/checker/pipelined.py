@@ -1,0 +1,93 @@
+"""One step of the pipelined model, and all that it leaves on this rank."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from stagewise.checker import references
+from stagewise.checker.references import Tensors, outputs_or_none
+from stagewise.checker.subject import Subject
+from stagewise.errors import ExactnessWarning
+from stagewise.model.chain import chain_of
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.planning.choice import ScheduleChoice
+from stagewise.planning.plan import plan_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinedStep:
+    """What one pipelined step left on this rank; `given`: the plain update by its gradients."""
+
+    tensors: Tensors
+    given: dict[str, Tensor]
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Run inside what warns of what the report will say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExactnessWarning)
+        yield
+
+
+@_unwarned()
+def pipelined(
+    subject: Subject,
+    choice: ScheduleChoice,
+    recompute: str,
+    transport: Literal["local", "distributed"],
+    predicted: dict[object, Tensors],
+) -> PipelinedStep:
+    """One step of the pipelined model; `predicted` keeps outputs for other runs."""
+    balance = _even(len(chain_of(subject.model)), choice.num_stages)
+    plan = plan_of(choice, balance, recompute=recompute)
+
+    def build() -> Pipeline:
+        return Pipeline(
+            subject.fresh_model(),
+            plan,
+            loss=subject.loss,
+            weight=subject.weight,
+            batch_dim=subject.batch_dim,
+            loss_reduction="sum" if subject.sums_losses else "mean",
+            seed=subject.seed,
+            transport=transport,
+        )
+
+    key = (choice.built.placement, plan.num_microbatches, transport)
+    if key not in predicted:  # the same whatever schedule and policy
+        args, _, kwargs = _call(subject)
+        predicted[key] = outputs_or_none(lambda: build().predict(*args, **kwargs))
+    pipe = build()
+    args, target, kwargs = _call(subject)
+    loss = pipe.step(*args, target=target, **kwargs)
+    inputs = args[0] if args else None
+    seen = subject.entering(inputs, kwargs) if pipe.rank == 0 else None
+    tensors = references.collected(loss, seen, pipe.named_parameters(), pipe.named_buffers())
+    gradients = {
+        name: None if p.grad is None else p.grad.detach().clone()
+        for name, p in pipe.named_parameters()
+    }
+    if subject.max_value is not None:
+        pipe.clip_grad_value_(subject.max_value)
+    norm = None if subject.max_norm is None else pipe.clip_grad_norm_(subject.max_norm)
+    new = references.updated(subject, dict(pipe.named_parameters()))
+    tensors.update((f"parameter {name}", value) for name, value in new.items())
+    return PipelinedStep(
+        tensors=predicted[key] | tensors, given=references.after_optimizer(subject, gradients, norm)
+    )
+
+
+def _call(subject: Subject) -> tuple[tuple[object, ...], object, dict[str, Any]]:
+    """A copy of the batch: positional arguments, target, and keyword arguments."""
+    inputs, target, keywords = subject.fresh_call()
+    return () if inputs is None else (inputs,), target, keywords
+
+
+def _even(num_cells: int, num_stages: int) -> tuple[int, ...]:
+    small, extra = divmod(num_cells, num_stages)
+    return tuple(small + (stage < extra) for stage in range(num_stages))
