@@ -33,7 +33,7 @@ class Calls(Share):
 
     plan: Plan
     _runner: Runner
-    _devices: Sequence[torch.device]
+    _device: torch.device
     _batch_dim: int
     _split: Split | None
     _merge: Merge | None
@@ -193,8 +193,7 @@ class Calls(Share):
     @property
     def device(self) -> torch.device:
         """This rank's device; in one process that of the last stage, where the loss is."""
-        last = self.plan.built_schedule.placement[-1][0]
-        return self._devices[self.rank if self.num_ranks > 1 else last]
+        return self._device
 
     @property
     def losses(self) -> dict[str, torch.Tensor]:

@@ -158,6 +158,8 @@ class Pipeline(Calls):
         initialise(model, chain, plan, ranks, whole.aliases, given)
         self._routes = SkipRoutes(chain, plan.engine_balance)
         stages = build_stages(chain, plan, ranks, self._devices, self._routes, loss)
+        homes_of_own = [stage.device for stage in stages.values()]
+        self._device = homes_of_own[-1] if homes_of_own else self._devices[ranks.rank]
         forbid_changing_buffers(stages, plan)
         tied, replicas = tie(chain, plan, stages, ranks)
         super().__init__(whole, stages, tied.ties, ranks)

@@ -10,6 +10,7 @@ from itertools import accumulate
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
+from stagewise.mesh import dealt
 from stagewise.schedule import Schedule
 from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Stream
 from stagewise.timeline import kept_bytes
@@ -70,7 +71,8 @@ def _ends_and_busy(
         kind: ([traits.seconds_on(cost) for cost in costs], roads.get(traits.stream))
         for kind, traits in KINDS.items()
     }
-    placement, overhead = schedule.placement, link.overhead_seconds
+    overhead = link.overhead_seconds
+    runs_on = [d for devices in schedule.placement for d in dealt(devices, num_microbatches)]
     nothing: list[float] = [0] * schedule.num_devices
     free, last, busy = [*nothing], [*nothing], [*nothing]
     at = [0] * schedule.num_devices
@@ -96,10 +98,9 @@ def _ends_and_busy(
             i += 1
             if road is None or not 0 <= (target := stage + road.step) < num_stages:
                 continue
-            there = placement[target][m % len(placement[target])]
             where = target * num_microbatches + m
             road.arrived[where] = now
-            if there != device:
+            if (there := runs_on[where]) != device:
                 now += overhead
                 leaves = max(now, link_free.get((device, there), 0))
                 road.arrived[where] = link_free[device, there] = leaves + road.seconds[stage]

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from stagewise.errors import ScheduleError
+from stagewise.mesh import Placement, replica_of
 from stagewise.schedule.schedule import Schedule
-
-Placement = tuple[tuple[int, ...], ...]  # per stage: its devices, as in Schedule
 
 
 def looped(num_devices: int, stages_per_device: int) -> Placement:
@@ -75,7 +74,7 @@ def on_replicas(schedule: Schedule, replicas: Sequence[int]) -> Schedule:
     return Schedule(
         name=schedule.name,
         programs=tuple(
-            tuple(i for i in program if i.microbatch % len(devices) == replica)
+            tuple(i for i in program if replica_of(i.microbatch, len(devices)) == replica)
             for program, devices in zip(schedule.programs, placement, strict=True)
             for replica in range(len(devices))
         ),

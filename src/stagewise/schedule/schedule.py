@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stagewise.errors import ScheduleError
+from stagewise.mesh import Placement, replica_of
 from stagewise.schedule.instruction import KINDS, Instruction, Kind
 
 Program = tuple[Instruction, ...]
@@ -15,12 +16,12 @@ class Schedule:
     """What every device does in one step, in order.
 
     `programs[d]` is device d's program; `placement[s]` the devices that hold stage s
-    (more than one: replicas, microbatch m runs on replica m mod r).
+    (more than one: replicas, which share its microbatches as `mesh` says).
     """
 
     name: str
     programs: tuple[Program, ...]
-    placement: tuple[tuple[int, ...], ...]
+    placement: Placement
     num_microbatches: int
 
     @property
@@ -34,7 +35,7 @@ class Schedule:
     def device_of(self, stage: int, microbatch: int) -> int:
         """The device that runs `stage` on `microbatch`."""
         replicas = self.placement[stage]
-        return replicas[microbatch % len(replicas)]
+        return replicas[replica_of(microbatch, len(replicas))]
 
     def stages_of(self, device: int) -> tuple[int, ...]:
         """The stages that `device` holds, ascending."""

@@ -9,6 +9,7 @@ import torch
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Loss, Stage
 from stagewise.engine.transport.ranks import Ranks
+from stagewise.mesh import Mesh
 from stagewise.model.cell import Cell
 from stagewise.planning.plan import Plan
 
@@ -19,9 +20,14 @@ def devices_of_cells(plan: Plan) -> list[tuple[int, ...]]:
     return [placement[stage] for stage in _stages(plan)]
 
 
+def mesh_of(plan: Plan, ranks: Ranks) -> Mesh:
+    """Which rank runs what of `plan`."""
+    return Mesh(plan.built_schedule.placement, ranks.num_ranks)
+
+
 def ranks_of_stages(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
     """The ranks that run each stage."""
-    return [on if ranks.num_ranks > 1 else (0,) for on in plan.built_schedule.placement]
+    return [*map(mesh_of(plan, ranks).ranks_of, range(plan.built_schedule.num_stages))]
 
 
 def ranks_of_cells(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
@@ -39,20 +45,19 @@ def build_stages(
     loss: Loss | None,
 ) -> dict[int, Stage]:
     """This rank's stages of `cells`, among which are all of its own; these move to its devices."""
-    schedule, alone = plan.built_schedule, ranks.num_ranks == 1
+    mesh, last = mesh_of(plan, ranks), len(plan.engine_balance) - 1
     known = {cell.index: cell for cell in cells}
     stages, end = {}, 0
     for index, num_cells in enumerate(plan.engine_balance):
         start, end = end, end + num_cells
-        replicas = schedule.placement[index]
-        if not alone and ranks.rank not in replicas:
+        device = mesh.device_of(index, ranks.rank)
+        if device is None:
             continue
-        own_device = devices[replicas[0] if alone else ranks.rank]
         own = tuple(known[cell] for cell in range(start, end))
         for cell in own:
-            cell.module.to(own_device)
-        is_last = index == schedule.num_stages - 1
-        stages[index] = routes.stage(index, own, own_device, is_last=is_last, loss=loss)
+            cell.module.to(devices[device])
+        is_last = index == last
+        stages[index] = routes.stage(index, own, devices[device], is_last=is_last, loss=loss)
     return stages
 
 
