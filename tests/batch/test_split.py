@@ -6,7 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stagewise.batch.split import batch_size, join, microbatch_sizes, split
+from stagewise.batch.join import join
+from stagewise.batch.split import batch_size, microbatch_sizes, split
 from stagewise.batch.values import take_apart
 from stagewise.errors import BatchError
 
@@ -88,16 +89,3 @@ def test_leaves_that_disagree_are_named_by_path() -> None:
         batch_size({"a": None}, "target")
     with pytest.raises(BatchError, match="no samples"):
         batch_size(torch.ones(0, 3), "inputs")
-
-
-@pytest.mark.parametrize(
-    "outputs",
-    [
-        [torch.tensor(1.0), torch.tensor(2.0)],
-        [torch.ones(5, 1), torch.ones(5, 1)],
-        [torch.ones(2, 3), torch.ones(1, 4)],
-    ],
-)
-def test_outputs_that_do_not_hold_their_samples(outputs: list[Tensor]) -> None:
-    with pytest.raises(BatchError, match=r"cannot be joined to one of 3 samples"):
-        join(outputs, [2, 1])

@@ -146,6 +146,7 @@ def test_outputs_are_not_kept_unasked() -> None:
         "step, asked": lambda: pipe.step(x, target=x, return_outputs=True),
         "evaluate, asked": lambda: pipe.evaluate(x, target=x, return_outputs=True),
         "predict": lambda: pipe.predict(x),
+        "evaluate, looked at": lambda: pipe.evaluate(x, target=x),
         "evaluate": lambda: pipe.evaluate(x, target=x),
     }
     gc.disable()  # nothing may need it

@@ -161,7 +161,7 @@ def test_outputs_are_in_order(replicas: tuple[int, ...], pools: Pools) -> None:
 
 
 def unjoinable() -> str:
-    pipe = stagewise.Pipeline([Call(lambda x: x.sum())], plan_of((1,), (2,)), loss=mse_loss)  # type: ignore[attr-defined]
+    pipe = stagewise.Pipeline([Call(lambda x: x.sum(0))], plan_of((1,), (2,)), loss=mse_loss)  # type: ignore[attr-defined]
     with pytest.raises(BatchError) as caught:
         pipe.predict(torch.ones(4, 3))
     return str(caught.value)
@@ -169,7 +169,7 @@ def unjoinable() -> str:
 
 def test_outputs_that_cannot_be_joined_are_refused_on_every_rank(pools: Pools) -> None:
     for text in pools[2].run(unjoinable):
-        assert "output has shapes [(), (), (), ()], which cannot be joined" in text
+        assert "output has shapes [(3,), (3,), (3,), (3,)], which cannot be joined" in text
 
 
 class Fails(nn.Module):

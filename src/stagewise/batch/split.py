@@ -126,45 +126,6 @@ def _first_part(leaf: object, size: int) -> object:
     return leaf
 
 
-def join(values: Sequence[object], sizes: Sequence[int], dim: int = 0) -> object:
-    """Concatenate the microbatches' outputs along `dim`; constants must be equal.
-
-    Raises BatchError where an output does not hold its microbatch's samples along it.
-    """
-    flat = [flatten(value) for value in values]
-    if any(spec != flat[0][1] for _, spec in flat):
-        raise BatchError(
-            "the outputs of the microbatches are nested differently, so they cannot be joined; "
-            "let the last cell return the same structure always"
-        )
-    paths = [path for path, _ in with_paths(values[0])]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    joined = [_joined(f"output{p}", c, sizes, dim) for p, c in zip(paths, columns, strict=True)]
-    return pytree.tree_unflatten(joined, flat[0][1])
-
-
-def _joined(name: str, column: Sequence[object], sizes: Sequence[int], dim: int) -> object:
-    parts = [leaf for leaf in column if isinstance(leaf, torch.Tensor)]
-    if not parts:
-        if not all(leaf is column[0] or repr(leaf) == repr(column[0]) for leaf in column):
-            raise BatchError(
-                f"{name} is no tensor and differs between microbatches: {list(column)}; let the "
-                "last cell return one number per sample, in a tensor"
-            )
-        return column[0]
-    shapes = [tuple(part.shape) for part in parts]
-    if [shape[dim : dim + 1] for shape in shapes] != [(size,) for size in sizes] or (
-        len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1
-    ):
-        raise BatchError(
-            f"{name} has shapes {shapes}, which cannot be joined to one of {sum(sizes)} samples: "
-            f"dimension {dim} must hold the microbatch's samples ({list(sizes)}) and the other "
-            "dimensions must agree; let the last cell return the samples' outputs, and "
-            "the loss function reduce them, or give Pipeline a merge(outputs)"
-        )
-    return torch.cat(parts, dim)
-
-
 def _sizes(
     value: object, what: str
 ) -> Iterator[tuple[str, int | tuple[int, ...], torch.Tensor | None]]:

@@ -6,7 +6,6 @@
 3. `proof`: the whole minibatch, but the cells that draw random numbers, normalise by batch
    statistics or change buffers in forward run by microbatch, and nothing else. Where 1 differs
    from the pipeline and 3 does not, exactly those cells are the reason.
-
 Nothing here runs the executor or its stages.
 """
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.join import join
 from stagewise.batch.markers import unmarked
-from stagewise.batch.split import join, split
+from stagewise.batch.split import split
 from stagewise.batch.values import take_apart
 from stagewise.checker.pooled_statistics import pooled_statistics
 from stagewise.checker.run_cells import Walk

@@ -1,5 +1,6 @@
 """What would be another number than the plain model's, in silence, is named at the first call."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -286,6 +287,27 @@ def test_losses_that_the_model_computes() -> None:
     named = Call(lambda y: {"loss": y.square().sum(), "logits": y})
     with pytest.warns(UserWarning, match="is a sum over samples"):
         pipeline([*linears(), named], lambda output: output["loss"]).step(x)
+
+
+def test_numbers_that_are_predicted() -> None:
+    """Found refused: the loss of a model that computes its own."""
+    torch.manual_seed(0)
+    x, plain = torch.randn(7, WIDTH), nn.Sequential(*linears())
+    for name, reduce, options in (
+        ("", torch.mean, {}),
+        ("", torch.sum, {"loss_reduction": "sum"}),
+        ("is a sum over samples", torch.sum, {}),
+        ("depends on the other samples", torch.std, {}),
+    ):
+        last = Call(lambda y, reduce=reduce: {"loss": reduce(y.square()), "logits": y})
+        pipe = pipeline([*linears(), last], lambda output: output["loss"], count=3, **options)
+        with pytest.warns(ExactnessWarning, match=name) if name else contextlib.nullcontext():
+            found = pipe.predict(x)
+        with torch.no_grad():
+            wanted = plain(x)
+        torch.testing.assert_close(found["logits"], wanted)  # type: ignore[index]
+        if not name:
+            torch.testing.assert_close(found["loss"], reduce(wanted.square()))  # type: ignore[index]
 
 
 class Recurrent(nn.LSTM):

@@ -24,7 +24,15 @@ from stagewise.engine.stage.call import CellForward
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
 from stagewise.engine.step.counting import weight_that_fits
-from stagewise.engine.step.loss_kind import SEVERITY, Examined, Owner, examine, words
+from stagewise.engine.step.loss_kind import (
+    SEVERITY,
+    Examined,
+    Owner,
+    examine,
+    losses_by_name,
+    scalars_of,
+    words,
+)
 from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
 from stagewise.model.added_losses import MAIN_LOSS, LossCollector, collecting
 from stagewise.model.cell import Cell
@@ -53,7 +61,7 @@ class FirstLook:
         self._weight, self._sums, self._loss = weight, sums_losses, loss
         # By who took it: the microbatch that came last, its value, and its tensors' versions.
         self._kept: dict[object, tuple[int, object, list[int]]] = {}
-        self._pairs: Counter[object] = Counter()  # that came
+        self._pairs: Counter[object] = Counter()  # that were begun
         self.found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
 
     def cells(
@@ -79,7 +87,7 @@ class FirstLook:
             before = [(t, t._version) for t in tensors_of((value, keywords))]
             output = forward(value, keywords)
             if all(tensor._version == version for tensor, version in before):
-                is_loss = is_last and _has_number(output)
+                is_loss = is_last and bool(scalars_of(output))
                 if sideways or is_loss or len(collector.added) > num_added:
                     with self._quietly(cell.module):
                         given = value, dict(keywords)
@@ -91,7 +99,7 @@ class FirstLook:
     def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
         """Call once the loss function has run on `output`, and on the target in a list."""
         with self._quietly(loss):
-            if _has_number(output):
+            if scalars_of(output) and not target:
                 return  # the model computed it
             both = self._both(loss, m, (output, target))
             if both is None:
@@ -101,7 +109,7 @@ class FirstLook:
                 loss = copy.deepcopy(loss)
 
             def run(value: object) -> Mapping[str, Tensor]:
-                return _by_name(loss(value[0], *value[1]))  # type: ignore[index]
+                return losses_by_name(loss(value[0], *value[1]))  # type: ignore[index]
 
             count = len(flatten(output)[0])
             try:
@@ -135,7 +143,7 @@ class FirstLook:
     ) -> list[Examined]:
         weights: Mapping[str, tuple[float, float]] = {}
         if self._weight is not None:
-            rows = [_by_name(self._weight(*target)) for target in targets]
+            rows = [losses_by_name(self._weight(*target)) for target in targets]
             weights = {name: _shares([float(row[name]) for row in rows]) for name in rows[0]}
         by_samples = (1.0, 1.0) if self._sums else _shares(pair.sizes)
 
@@ -214,8 +222,10 @@ class FirstLook:
             for loss in collector.added:
                 found[loss.name] = found.get(loss.name, 0.0) + loss.value.reshape(())
             if is_loss:
-                value = output if self._loss is None else self._loss(output)
-                found |= {f"{_OWN}{n}": x for n, x in _by_name(value).items()}
+                named = (
+                    scalars_of(output) if self._loss is None else losses_by_name(self._loss(output))
+                )
+                found |= {f"{_OWN}{name}": number for name, number in named.items()}
             return found
 
         return run
@@ -225,14 +235,13 @@ class FirstLook:
     ) -> tuple[list[object], tuple[int, int]] | None:
         """The values of the microbatch before and of this one, and their sizes; None once enough
         pairs were seen, and where there is none."""
-        value, before = detached(value), self._kept.get(who)
-        self._kept[who] = m, value, _versions(value)
+        value, before = detached(value), self._kept.pop(who, None)
+        if self._pairs[who] < _MOST_PAIRS or m + 1 in self._unlike:
+            self._kept[who] = m, value, _versions(value)
+        self._pairs[who] += 1
         if before is None:
             return None
         first, kept, versions = before
-        self._pairs[who] += 1
-        if self._pairs[who] > _MOST_PAIRS and m not in self._unlike:
-            return None
         if _versions(kept) != versions:  # changed in place since
             return None
         return [kept, value], (self._sizes[first], self._sizes[m])
@@ -277,19 +286,8 @@ def _shares(numbers: Sequence[float]) -> tuple[float, float]:
     return first / (first + second), second / (first + second)
 
 
-def _by_name(value: object) -> dict[str, Tensor]:
-    """Numbers by name, of a loss or a weight."""
-    named = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
-    return {name: torch.as_tensor(number).reshape(()) for name, number in named.items()}
-
-
 def _name(name: str, what: str) -> str:
     return what if name == MAIN_LOSS else f"{what} {name!r}"
-
-
-def _has_number(output: object) -> bool:
-    """Whether a cell's output holds one, as that of models that compute their own loss."""
-    return any(tensor.dim() == 0 and tensor.is_floating_point() for tensor in tensors_of(output))
 
 
 def _versions(value: object) -> list[int]:

@@ -74,7 +74,7 @@ class Looks:
             call.batch_dim,
             weight=self._weight,
             sums_losses=self._sums,
-            loss=self._loss,
+            loss=None if call.mode is Mode.PREDICT else self._loss,
             unlike=most_unlike([*zip(*filter(None, parts), strict=True)]),
             again=seen.num_calls > 1,
         )

@@ -15,6 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stagewise.batch.values import with_paths
+from stagewise.model.added_losses import MAIN_LOSS
+
 # Of gradients, relative; round-off in our models loses less than a hundredth of it.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 0.1, torch.bfloat16: 0.2}
 
@@ -70,6 +73,20 @@ def examine(
                 counts=counts if isinstance(counts, tuple) else None,
                 counted=counted(name),
             )
+
+
+def losses_by_name(value: object) -> dict[str, Tensor]:
+    """Numbers by name, of a loss or a weight."""
+    named = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
+    return {name: torch.as_tensor(number).reshape(()) for name, number in named.items()}
+
+
+def scalars_of(output: object) -> dict[str, Tensor]:
+    """The numbers in a cell's output, as the loss of a model that computes its own, by place."""
+    found = with_paths(output)
+    return {
+        p: x for p, x in found if isinstance(x, Tensor) and not x.dim() and x.is_floating_point()
+    }
 
 
 def _counts(

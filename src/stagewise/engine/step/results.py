@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
+from stagewise.batch.join import join
 from stagewise.batch.markers import Microbatches
-from stagewise.batch.split import join
 from stagewise.batch.values import detached
 from stagewise.engine.stage.call import Call
 from stagewise.engine.step.vote import called
@@ -222,7 +222,9 @@ def outputs_of(
                 outputs = merge(parts)
             else:
                 outputs = (
-                    Microbatches(parts) if call.ready else join(parts, call.sizes, call.batch_dim)
+                    Microbatches(parts)
+                    if call.ready
+                    else join(parts, call.sizes, call.batch_dim, call.shares.get(""))
                 )
         except BatchError as error:
             problem = str(error)
