@@ -21,7 +21,11 @@ from benchmarks.torch_schedules import TORCH_SCHEDULES, TorchSchedule, torch_ste
 from benchmarks.workers import Row, keep_to_core, print_rows, run_workers
 from stagewise.costs import CellCost, InstructionCost, LinkCost
 from stagewise.planning import Plan, lower_bound_seconds, plan_from_costs
-from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
+from stagewise.planning.calibrate import (
+    instruction_cost,
+    message_seconds,
+    with_instruction_overhead,
+)
 from stagewise.planning.search.search import search
 from stagewise.schedule import SCHEDULES
 from stagewise.testing import EmulatedDevice, emulated_model
@@ -59,14 +63,14 @@ def main(
     schedule: list[str] = typer.Option([], help="Only these named schedules."),
 ) -> None:
     """Measure every schedule and the best plans on emulated devices."""
-    link, around = run_workers(NUM_DEVICES, rehearse)
+    link, overhead = run_workers(NUM_DEVICES, rehearse)
     names = schedule or (QUICK_SCHEDULES if quick else sorted(SCHEDULES))
     profiles = QUICK_PROFILES if quick else tuple(WEIGHTS)
-    cases = [case for profile in profiles for case in _cases(profile, names, link, around)]
+    cases = [case for profile in profiles for case in _cases(profile, names, link, overhead)]
     rows = run_workers(NUM_DEVICES, measure, cases, 1 if quick else 5)
     message = f"a message: {link.overhead_seconds * 1e6:.0f} us of its sender's time, then "
     message += f"{link.latency_seconds * 1e6:.0f} us on its way"
-    words = ", ".join(f"{kind} {cost * 1e6:.0f} us" for kind, cost in asdict(around).items())
+    words = ", ".join(f"{kind} {cost * 1e6:.0f} us" for kind, cost in asdict(overhead).items())
     notes = (*NOTES, message, f"an instruction takes beyond its cells: {words}")
     print_rows("schedules on 8 emulated devices", rows, as_json=json, notes=notes)
 
@@ -122,9 +126,9 @@ def cell_costs(profile: str) -> list[CellCost]:
 
 
 def _cases(
-    profile: str, names: Sequence[str], link: LinkCost, around: InstructionCost
+    profile: str, names: Sequence[str], link: LinkCost, overhead: InstructionCost
 ) -> list[Case]:
-    cells = surrounded(cell_costs(profile), around)
+    cells = with_instruction_overhead(cell_costs(profile), overhead)
 
     def best(name: str, **options: object) -> Case:
         found = search(

@@ -34,7 +34,7 @@ class CellCost:
     boundary behind the cell, `gradient_bytes` what comes back across it. A backward that is split
     takes `input_seconds` for `I` and `weight_seconds` for `W`, and keeps `deferred_bytes` between
     them; None where that is not known. `deferred_input_bytes` of these are the cell's input.
-    `around` is added to every instruction of a stage that begins with the cell.
+    `instruction_overhead` is added to every instruction of a stage that begins with the cell.
     """
 
     name: str
@@ -49,7 +49,7 @@ class CellCost:
     weight_seconds: float | None = None
     deferred_bytes: int | None = None
     deferred_input_bytes: int = 0
-    around: InstructionCost = FREE_INSTRUCTION
+    instruction_overhead: InstructionCost = FREE_INSTRUCTION
 
     @property
     def split_seconds(self) -> tuple[float, float]:
@@ -110,12 +110,12 @@ FREE_LINK = LinkCost()
 def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
     """`cell` with so many times the seconds, and the bytes of what depends on the samples.
 
-    Parameters do not, nor does what instructions take `around` cells.
+    Parameters do not, nor does what instructions take beyond their cells.
     """
     changes: dict[str, float | int] = {}
     for field in fields(cell):
         value = getattr(cell, field.name)
-        if value is None or field.name in ("name", "parameter_bytes", "around"):
+        if value is None or field.name in ("name", "parameter_bytes", "instruction_overhead"):
             continue
         is_size = field.name.endswith("_bytes")
         changes[field.name] = round(value * size) if is_size else value * seconds
@@ -143,15 +143,15 @@ def stage_costs(
     stages, start, incoming = [], 0, input_bytes
     for num_cells in balance:
         own = cells[start : start + num_cells]
-        around = own[0].around
-        forward = max(0, sum(cell.forward_seconds for cell in own) + around.forward_seconds)
+        overhead = own[0].instruction_overhead
+        forward = max(0, sum(cell.forward_seconds for cell in own) + overhead.forward_seconds)
         backward = sum(cell.backward_seconds for cell in own)
         inputs = sum(cell.split_seconds[0] for cell in own)
         weights = sum(cell.split_seconds[1] for cell in own)
         stages.append(
             StageCost(
                 forward_seconds=forward,
-                backward_seconds=max(0, backward + around.backward_seconds),
+                backward_seconds=max(0, backward + overhead.backward_seconds),
                 recompute_seconds=forward,
                 parameter_bytes=sum(cell.parameter_bytes for cell in own),
                 input_bytes=incoming,
@@ -159,8 +159,8 @@ def stage_costs(
                 - sum(cell.unsaved_output_bytes for cell in own[:-1]),
                 output_bytes=own[-1].output_bytes,
                 gradient_bytes=own[-1].gradient_bytes,
-                input_seconds=max(0, inputs + around.input_seconds),
-                weight_seconds=max(0, weights + around.weight_seconds),
+                input_seconds=max(0, inputs + overhead.input_seconds),
+                weight_seconds=max(0, weights + overhead.weight_seconds),
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
                 deferred_input_bytes=_deferred_input_bytes(own),
             )

@@ -2,7 +2,11 @@ import pytest
 
 from stagewise.costs import CellCost, InstructionCost, LinkCost, StageCost, stage_costs
 from stagewise.planning import simulate
-from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
+from stagewise.planning.calibrate import (
+    instruction_cost,
+    message_seconds,
+    with_instruction_overhead,
+)
 from stagewise.schedule import SCHEDULES, Kind, named_schedule
 from stagewise.timeline import Span, Timeline
 
@@ -66,21 +70,21 @@ def test_what_instructions_take_beyond_their_cells_is_read_back(name: str, sign:
         input_seconds=sign * 0.25,
         weight_seconds=sign * 0.5,
     )
-    timeline = simulate(schedule, stage_costs(surrounded(cells, truth), each))
+    timeline = simulate(schedule, stage_costs(with_instruction_overhead(cells, truth), each))
     read = instruction_cost(stage_costs(cells, each), [timeline])
     kinds = {instruction.kind for _, instruction in schedule.instructions()}
     assert read.forward_seconds == pytest.approx(truth.forward_seconds)
     assert read.backward_seconds == pytest.approx(truth.backward_seconds)
     if Kind.BACKWARD_INPUT in kinds:
         assert read == InstructionCost(**{k: pytest.approx(v) for k, v in vars(truth).items()})
-    again = simulate(schedule, stage_costs(surrounded(cells, read), each))
+    again = simulate(schedule, stage_costs(with_instruction_overhead(cells, read), each))
     assert again.duration_seconds == pytest.approx(timeline.duration_seconds)
 
 
 def test_a_stage_is_surrounded_once_whatever_its_cells() -> None:
     cell = CellCost(name="cell", forward_seconds=2, backward_seconds=4)
-    around = InstructionCost(forward_seconds=0.5, backward_seconds=-5)
-    one, two = stage_costs(surrounded([cell] * 3, around), [1, 2])
+    overhead = InstructionCost(forward_seconds=0.5, backward_seconds=-5)
+    one, two = stage_costs(with_instruction_overhead([cell] * 3, overhead), [1, 2])
     assert (one.forward_seconds, two.forward_seconds) == (2.5, 4.5)
     assert (one.recompute_seconds, two.recompute_seconds) == (2.5, 4.5)
     assert (one.backward_seconds, two.backward_seconds) == (0, 3)  # never below 0

@@ -78,9 +78,13 @@ def test_costs_of_a_smaller_microbatch() -> None:
 
 def test_every_cost_of_a_smaller_microbatch_is_scaled() -> None:
     """All fields but what does not depend on its size: a new one is scaled, or said not to be."""
-    fixed = {"name", "parameter_bytes", "around"}
+    fixed = {"name", "parameter_bytes", "instruction_overhead"}
     scaled = [field.name for field in fields(CellCost) if field.name not in fixed]
     cell = CellCost(name="cell", parameter_bytes=8, **dict.fromkeys(scaled, 8))  # type: ignore[arg-type]
     (smaller,) = with_microbatches(plan_of(1, cells=(cell,)), 8).cells
     assert {name: getattr(smaller, name) for name in scaled} == dict.fromkeys(scaled, 4)
-    assert (smaller.name, smaller.parameter_bytes, smaller.around) == ("cell", 8, cell.around)
+    assert (smaller.name, smaller.parameter_bytes, smaller.instruction_overhead) == (
+        "cell",
+        8,
+        cell.instruction_overhead,
+    )

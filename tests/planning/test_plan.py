@@ -1,12 +1,14 @@
 import dataclasses
 import itertools
+import json
 import random
 
 import pytest
 
-from stagewise.costs import CellCost, LinkCost, stage_costs
+from stagewise.costs import CellCost, InstructionCost, LinkCost, stage_costs
 from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning import Plan, bottleneck_seconds, plan_from_costs, simulate
+from stagewise.planning.calibrate import with_instruction_overhead
 from stagewise.schedule import POLICIES, SCHEDULES, Kind
 
 CELLS = tuple(
@@ -120,6 +122,19 @@ def test_json_round_trips(name: str, policy: str) -> None:
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert again.timeline == plan.timeline
+
+
+def test_an_older_plans_name_of_the_overhead_is_read() -> None:
+    overhead = InstructionCost(forward_seconds=0.5, backward_seconds=-0.25)
+    plan = make()
+    plan = dataclasses.replace(plan, cells=with_instruction_overhead(plan.cells, overhead))
+    text = plan.to_json()
+    assert Plan.from_json(text.replace('"instruction_overhead"', '"around"')) == plan
+    cells = [{**cell} for cell in json.loads(text)["cells"]]
+    for cell in cells:
+        del cell["instruction_overhead"]
+    without = Plan.from_json(json.dumps({**json.loads(text), "cells": cells}))
+    assert without.cells == make().cells
 
 
 def test_the_timeline_is_the_simulators() -> None:

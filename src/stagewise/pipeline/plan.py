@@ -18,7 +18,11 @@ from stagewise.errors import PlanError
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning.calibrate import instruction_cost, message_seconds, surrounded
+from stagewise.planning.calibrate import (
+    instruction_cost,
+    message_seconds,
+    with_instruction_overhead,
+)
 from stagewise.planning.choice import ScheduleChoice, chosen
 from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
@@ -131,8 +135,8 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
     splits = choice.built.splits_backward
     costs, link = agreed(example.measured(size, seconds=seconds, split=splits))
 
-    def best(link: LinkCost, around: InstructionCost) -> Plan:
-        return plan_for(request, surrounded(costs, around), link=link)
+    def best(link: LinkCost, overhead: InstructionCost) -> Plan:
+        return plan_for(request, with_instruction_overhead(costs, overhead), link=link)
 
     return best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
 
@@ -164,10 +168,10 @@ def search_plan(
     counts = request.counts(example.num_samples, example.parts)
     costs_at, link = _costs(example, counts, seconds)
 
-    def best(link: LinkCost, around: InstructionCost) -> SearchResult:
+    def best(link: LinkCost, overhead: InstructionCost) -> SearchResult:
         return search_for(
             request,
-            lambda count: surrounded(costs_at(count), around),
+            lambda count: with_instruction_overhead(costs_at(count), overhead),
             counts,
             link=link,
             progress=progress,

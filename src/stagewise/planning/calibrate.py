@@ -77,9 +77,11 @@ def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) 
     )
 
 
-def surrounded(cells: Sequence[CellCost], around: InstructionCost) -> tuple[CellCost, ...]:
+def with_instruction_overhead(
+    cells: Sequence[CellCost], overhead: InstructionCost
+) -> tuple[CellCost, ...]:
     """The costs of `cells` where an instruction takes that beyond them, whatever its stage."""
-    return tuple(replace(cell, around=around) for cell in cells)
+    return tuple(replace(cell, instruction_overhead=overhead) for cell in cells)
 
 
 def _on_one_clock(

@@ -154,6 +154,7 @@ def _scaled(
 
 
 def _scaled_cell(cell: CellCost, factor: float) -> CellCost:
-    """`cell` with `factor` times the seconds, those around it too."""
-    around = InstructionCost(**{kind: s * factor for kind, s in vars(cell.around).items()})
-    return replace(scaled(cell, seconds=factor), around=around)
+    """`cell` with `factor` times the seconds, its instructions' overhead too."""
+    own = vars(cell.instruction_overhead).items()
+    overhead = InstructionCost(**{name: seconds * factor for name, seconds in own})
+    return replace(scaled(cell, seconds=factor), instruction_overhead=overhead)

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 from stagewise.costs import CellCost
 
-_FIXED = ("name", "parameter_bytes", "around")
+_FIXED = ("name", "parameter_bytes", "instruction_overhead")
 
 
 def interpolated(

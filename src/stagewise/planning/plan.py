@@ -214,8 +214,11 @@ class Plan:
 
 
 def _cell(fields: Mapping[str, Any]) -> CellCost:
-    around = InstructionCost(**{k: float(v) for k, v in fields.get("around", {}).items()})
-    return CellCost(**{**fields, "around": around})
+    """Older plans call the overhead `around`, or have none."""
+    own = {"instruction_overhead": {}, **fields}
+    given = own.pop("around", own["instruction_overhead"])
+    own["instruction_overhead"] = InstructionCost(**{k: float(v) for k, v in given.items()})
+    return CellCost(**own)
 
 
 def _programs(lines: Sequence[str]) -> tuple[Program, ...]:

@@ -75,11 +75,11 @@ def cells_table(plan: Plan) -> Table:
             _size(cell.activation_bytes),
             _size(cell.output_bytes),
         )
-    around = plan.cells[0].around if plan.cells else FREE_INSTRUCTION
-    if around != FREE_INSTRUCTION:
+    overhead = plan.cells[0].instruction_overhead if plan.cells else FREE_INSTRUCTION
+    if overhead != FREE_INSTRUCTION:
         table.caption = (
-            f"an instruction takes beyond its cells: forward {_time(around.forward_seconds)}, "
-            f"backward {_time(around.backward_seconds)}"
+            f"an instruction takes beyond its cells: forward {_time(overhead.forward_seconds)}, "
+            f"backward {_time(overhead.backward_seconds)}"
         )
     return table
 

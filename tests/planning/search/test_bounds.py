@@ -21,14 +21,16 @@ from tests.soak import examples
 ROUNDING = 1 + 1e-9
 
 
-def equal(count: int, *, whole: float = 2, around: InstructionCost | None = None) -> list[CellCost]:
+def equal(
+    count: int, *, whole: float = 2, overhead: InstructionCost | None = None
+) -> list[CellCost]:
     cell = CellCost(
         name="cell",
         forward_seconds=1,
         backward_seconds=whole,
         input_seconds=1,
         weight_seconds=1,
-        around=around or InstructionCost(),
+        instruction_overhead=overhead or InstructionCost(),
     )
     return [cell] * count
 
@@ -122,7 +124,7 @@ def seconds(schedule: Schedule, costs: object, link: LinkCost) -> float:
     cells=equal(8, whole=3), link=LinkCost(), num_devices=4, count=8, recompute="never"
 )  # I and W together take less than B
 @example(
-    cells=equal(8, around=InstructionCost(forward_seconds=-0.9, backward_seconds=-1.9)),
+    cells=equal(8, overhead=InstructionCost(forward_seconds=-0.9, backward_seconds=-1.9)),
     link=LinkCost(),
     num_devices=2,
     count=4,

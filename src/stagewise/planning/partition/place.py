@@ -1,8 +1,9 @@
 """The optimal partition for any placement, and what is proven about it.
 
 Which method is exact depends on the placement: one stage a device (`contiguous`), two
-(`twofold`: looped or a V), anything else (`looped`, a mixed-integer programme). Where the exact
-one would take too long, what was found stands beside the bound that was proven, never as optimal.
+(`cut_two_per_device`: looped or a V), anything else (`branch_and_bound`, a mixed-integer
+programme). Where the exact one would take too long, what was found stands beside the bound that
+was proven, never as optimal.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 from stagewise.planning.partition.any_placement import branch_and_bound, descend
 from stagewise.planning.partition.one_per_device import contiguous
 from stagewise.planning.partition.problem import Layout, MemoryNeeds, balance_of, layout
-from stagewise.planning.partition.two_per_device import TooMuchWork, is_twofold, twofold
+from stagewise.planning.partition.two_per_device import (
+    TooMuchWork,
+    cut_two_per_device,
+    has_two_per_device,
+)
 
 _ROUNDING = 1e-9  # relative; of HiGHS's tolerances
 _MAX_CHOICES = 4_000  # boundaries times stages of a mixed-integer programme
@@ -81,9 +86,9 @@ def place(
         return _optimal(chain, start)
     if known <= bound * (1 + tolerance):
         return _found(chain, start, bound)
-    if is_twofold(chain):
+    if has_two_per_device(chain):
         try:
-            better = twofold(chain, known, max_work)
+            better = cut_two_per_device(chain, known, max_work)
         except TooMuchWork:
             pass
         else:

@@ -24,7 +24,7 @@ class TooMuchWork(Exception):
     """The search was given up; nothing is proven."""
 
 
-def is_twofold(layout: Layout) -> bool:
+def has_two_per_device(layout: Layout) -> bool:
     """Whether every device holds two stages, the second ones in the same or the opposite order."""
     half, rest = divmod(layout.num_stages, 2)
     first, second = layout.placement[:half], layout.placement[half:]
@@ -36,7 +36,7 @@ def is_twofold(layout: Layout) -> bool:
     )
 
 
-def twofold(layout: Layout, better_than: float, max_work: int) -> Found | None:
+def cut_two_per_device(layout: Layout, better_than: float, max_work: int) -> Found | None:
     """The best cuts that take less than `better_than` seconds; None if there are none.
 
     Raises TooMuchWork after about `max_work` states looked at.

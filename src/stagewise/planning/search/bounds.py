@@ -6,7 +6,7 @@ device, each by terms that every plan has, whatever it cuts, splits or recompute
 
 - of a backward in two parts only `I` lies on the way; the `W`s may run side by side;
 - a last stage's backward right behind its own forward recomputes nothing;
-- a stage adds what its first cell says of instructions (`CellCost.around`), which may be negative.
+- a stage adds its first cell's `instruction_overhead`, which may be negative.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,18 +49,18 @@ class _Least:
     num_starts: int
     may_add: bool
 
-    def total(self, of_cell: _OfCell, around: _OfInstruction) -> float:
+    def total(self, of_cell: _OfCell, overhead: _OfInstruction) -> float:
         """Over all cells."""
-        first, *others = [around(cell.around) for cell in self.cells]
+        first, *others = [overhead(cell.instruction_overhead) for cell in self.cells]
         others.sort()
         starts = others[: self.num_starts - 1]
         if self.may_add:
             starts += [seconds for seconds in others[self.num_starts - 1 :] if seconds < 0]
         return max(0, sum(map(of_cell, self.cells)) + first + sum(starts))
 
-    def each(self, of_cell: _OfCell, around: _OfInstruction) -> list[float]:
+    def each(self, of_cell: _OfCell, overhead: _OfInstruction) -> list[float]:
         """Of every cell, on whatever stage."""
-        least = min(0, *(around(cell.around) for cell in self.cells))
+        least = min(0, *(overhead(cell.instruction_overhead) for cell in self.cells))
         return [max(0, of_cell(cell) + least) for cell in self.cells]
 
 
@@ -78,7 +78,7 @@ def least_option_seconds(option: Option, cells: Sequence[CellCost], recompute: s
     if again and not option.replicated:
         # The last stage may recompute nothing. Its forwards are part of its device's work, so that
         # they are less than a step: what K devices do, and once more a step, is all the rest.
-        forward = least.total(_forward, _around_forward)
+        forward = least.total(_forward, _overhead_forward)
         every = option.num_microbatches * found.work + again * forward
         return max(found.seconds, every / (option.num_devices + 1))
     return found.seconds
@@ -106,15 +106,15 @@ class _Found:
 
 
 def _least(least: _Least, backward: _Backward, num_devices: int, num_microbatches: int) -> _Found:
-    def around(how: Callable[[float, float, float], float], i: InstructionCost) -> float:
+    def overhead(how: Callable[[float, float, float], float], i: InstructionCost) -> float:
         return i.forward_seconds + how(i.backward_seconds, i.input_seconds, i.weight_seconds)
 
     def cell(how: Callable[[float, float, float], float], c: CellCost) -> float:
         return c.forward_seconds + how(c.backward_seconds, *c.split_seconds)
 
-    way = least.total(lambda c: cell(backward.way, c), lambda i: around(backward.way, i))
-    work = least.total(lambda c: cell(backward.work, c), lambda i: around(backward.work, i))
-    each = least.each(lambda c: cell(backward.work, c), lambda i: around(backward.work, i))
+    way = least.total(lambda c: cell(backward.way, c), lambda i: overhead(backward.way, i))
+    work = least.total(lambda c: cell(backward.work, c), lambda i: overhead(backward.work, i))
+    each = least.each(lambda c: cell(backward.work, c), lambda i: overhead(backward.work, i))
     heaviest = 0 if least.num_starts < num_devices else max(each) * num_microbatches
     seconds = max(way, work * num_microbatches / num_devices, heaviest)
     return _Found(way=way, work=work, each=each, seconds=seconds)
@@ -124,8 +124,8 @@ def _forward(cell: CellCost) -> float:
     return cell.forward_seconds
 
 
-def _around_forward(around: InstructionCost) -> float:
-    return around.forward_seconds
+def _overhead_forward(overhead: InstructionCost) -> float:
+    return overhead.forward_seconds
 
 
 def _num_recomputed(recompute: str, num_microbatches: int) -> int:
