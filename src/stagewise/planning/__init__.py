@@ -7,7 +7,8 @@
 3. `plan` is the result: frozen, with its predictions.
 4. `devices`, `roofline` and `interpolate` make costs of published figures; `calibrate` mends
    costs by what was measured, and `drift` notices that they no longer hold.
-5. `advise` answers whether a pipeline is the right tool at all, from `advise_facts`.
+5. `advise` answers whether a pipeline is the right tool at all: `advise_rules` over
+   `advise_facts`.
 """
 
 from stagewise.planning.choice import ScheduleChoice, choose_schedule

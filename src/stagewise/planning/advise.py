@@ -1,36 +1,11 @@
-"""Is pipeline parallelism the right tool here? Rules with numbers, and the choice they lead to.
+"""Is pipeline parallelism the right tool here? What the rules say, and the choice they lead to."""
 
-Each rule is a pure function of the facts; a table holds them. The questions are those of GPipe's
-own assumptions (arXiv:1811.06965): a cell must fit one device, cells should cost alike, there
-should be four microbatches to a stage, of eight samples or more where BatchNorm normalises them,
-and sending must take far less time than computing.
-"""
-
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import FREE_LINK, LinkCost, StageCost, load_seconds, stage_costs
+from stagewise.costs import load_seconds
 from stagewise.planning.advise_facts import Facts
-
-MICROBATCHES_PER_STAGE = 4  # bubble (K-1)/(M+K-1) below 1/5 from here on; GPipe, section 2.3
-SAMPLES_FOR_BATCHNORM = 8
-TRANSFER_SHARE = 0.1  # of a stage's compute
-BALANCED = 0.9  # mean stage load over the largest
-
-Numbers = Mapping[str, float | int | str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What one rule says: all is well, or what to do; with its reason and numbers."""
-
-    rule: str
-    ok: bool
-    advice: str
-    reason: str
-    numbers: Numbers
+from stagewise.planning.advise_rules import RULES, Verdict, size_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,213 +24,6 @@ def advise(facts: Facts) -> Advice:
     return Advice(choice=chosen.name, reason=chosen.reason(facts), verdicts=verdicts)
 
 
-def _single_device(facts: Facts) -> Verdict:
-    needed = facts.peak_memory(1, recompute=False)
-    fits = needed <= facts.device_memory_bytes
-    return Verdict(
-        rule="fits one device",
-        ok=fits,
-        advice="use data parallelism" if fits else "cut the model",
-        reason=f"the whole model needs {_size(needed)} on one device, which has "
-        f"{_size(facts.device_memory_bytes)}",
-        numbers={"needed_bytes": round(needed), "device_memory_bytes": facts.device_memory_bytes},
-    )
-
-
-def _largest_cell(facts: Facts) -> Verdict:
-    alone = stage_costs(facts.cells, [1] * len(facts.cells))
-    needs = [facts.memory(stage, 1, recompute=True) for stage in alone]
-    worst = max(range(len(needs)), key=needs.__getitem__)
-    parts = math.ceil(needs[worst] / facts.device_memory_bytes)
-    experts = (facts.num_experts or {}).get(worst, 0)
-    way = f"expert parallelism over its {experts} experts" if experts else "tensor parallelism"
-    return Verdict(
-        rule="every cell fits a device",
-        ok=not facts.too_big,
-        advice=f"split cell {facts.cells[worst].name} in {parts} by {way}, or make the "
-        "microbatches smaller"
-        if facts.too_big
-        else "nothing",
-        reason=f"the largest cell, {facts.cells[worst].name}, needs {_size(needs[worst])} of "
-        f"{_size(facts.device_memory_bytes)}",
-        numbers={
-            "cell": facts.cells[worst].name,
-            "needed_bytes": round(needs[worst]),
-            "device_memory_bytes": facts.device_memory_bytes,
-            "num_too_big": len(facts.too_big),
-            "num_experts": experts,
-        },
-    )
-
-
-def _recomputation(facts: Facts) -> Verdict:
-    depth = facts.depths[-1]
-    plain, recomputed = (facts.peak_memory(depth, recompute=again) for again in (False, True))
-    room = facts.device_memory_bytes
-    forward = sum(cell.forward_seconds for cell in facts.cells)
-    whole = forward + sum(cell.backward_seconds for cell in facts.cells)
-    extra = forward / whole if whole else 0.0
-    if plain <= room:
-        advice = "none is needed"
-    elif recomputed <= room:
-        advice = "recompute activations"
-    else:
-        advice = "take more devices or smaller microbatches: recomputation is not enough"
-    return Verdict(
-        rule="fits without recomputation",
-        ok=plain <= room,
-        advice=advice,
-        reason=f"in {depth} stages the fullest device needs {_size(plain)}, or "
-        f"{_size(recomputed)} with recomputation, which takes {extra:.0%} more time; it has "
-        f"{_size(room)}",
-        numbers={
-            "num_stages": depth,
-            "plain_bytes": round(plain),
-            "recomputed_bytes": round(recomputed),
-            "device_memory_bytes": room,
-            "extra_time": extra,
-        },
-    )
-
-
-def _balance(facts: Facts) -> Verdict:
-    depth = facts.num_stages
-    loads = [stage.forward_seconds + stage.backward_seconds for stage in facts.stages(depth)]
-    mean, largest = sum(loads) / depth, max(loads)
-    heaviest = max(facts.cells, key=load_seconds)
-    share = mean / largest if largest else 1.0
-    most = load_seconds(heaviest) / mean if mean else 0
-    replicas = math.ceil(load_seconds(heaviest) / mean) if mean else 1
-    if share >= BALANCED:
-        advice = "nothing"
-    elif load_seconds(heaviest) > mean:
-        advice = (
-            f"share cell {heaviest.name}'s stage between {replicas} replicas, or split the cell"
-        )
-    else:
-        advice = "use fewer stages, or several on each device, or split the model into more cells"
-    return Verdict(
-        rule="cells cost alike",
-        ok=share >= BALANCED,
-        advice=advice,
-        reason=f"in {depth} stages the mean load is {share:.0%} of the largest; the heaviest "
-        f"cell, {heaviest.name}, takes {most:.2f} of a mean stage",
-        numbers={
-            "num_stages": depth,
-            "balance": share,
-            "cell": heaviest.name,
-            "heaviest_over_mean": load_seconds(heaviest) / mean if mean else 0.0,
-        },
-    )
-
-
-def _microbatch_count(facts: Facts) -> Verdict:
-    depth, count = facts.num_stages, facts.num_microbatches
-    wanted = MICROBATCHES_PER_STAGE * depth
-    bubble = (depth - 1) / (count + depth - 1)
-    if count >= wanted:
-        advice = "nothing"
-    elif facts.batch_size >= wanted:
-        advice = f"use {wanted} microbatches"
-    else:
-        advice = f"use a larger batch, of at least {wanted} samples, or fewer stages"
-    return Verdict(
-        rule="four microbatches to a stage",
-        ok=count >= wanted,
-        advice=advice,
-        reason=f"{count} microbatches on {depth} stages leave each device idle for {bubble:.0%} of "
-        f"a step; {wanted} would leave {(depth - 1) / (wanted + depth - 1):.0%}",
-        numbers={
-            "num_stages": depth,
-            "num_microbatches": count,
-            "wanted_microbatches": wanted,
-            "batch_size": facts.batch_size,
-            "bubble_fraction": bubble,
-        },
-    )
-
-
-def _batchnorm(facts: Facts) -> Verdict:
-    samples = facts.microbatch_size
-    ok = not facts.has_batchnorm or samples >= SAMPLES_FOR_BATCHNORM
-    wanted = SAMPLES_FOR_BATCHNORM * facts.num_microbatches
-    return Verdict(
-        rule="BatchNorm sees enough samples",
-        ok=ok,
-        advice="nothing"
-        if ok
-        else f"use a larger batch, of at least {wanted} samples, or fewer microbatches, or "
-        "GroupNorm",
-        reason=f"microbatches have {samples} samples"
-        if facts.has_batchnorm
-        else "the model has no BatchNorm that normalises by microbatch",
-        numbers={
-            "has_batchnorm": int(facts.has_batchnorm),
-            "microbatch_size": samples,
-            "wanted_microbatch_size": SAMPLES_FOR_BATCHNORM,
-        },
-    )
-
-
-def _transfer(facts: Facts) -> Verdict:
-    depth = facts.num_stages
-    stages = facts.stages(depth)
-    shares = [_share(facts.link, before, after) for before, after in itertools.pairwise(stages)]
-    worst = max(shares, default=0.0)
-    known = facts.link != FREE_LINK
-    return Verdict(
-        rule="sending takes little time",
-        ok=worst <= TRANSFER_SHARE,
-        advice="nothing"
-        if worst <= TRANSFER_SHARE
-        else "use fewer stages or a faster link, or cut where less crosses",
-        reason=f"at the worst of {len(shares)} boundaries sending takes {worst:.1%} of the "
-        "computing of the stages beside it"
-        if known
-        else "no link is known; name a device to have sending counted",
-        numbers={"num_stages": depth, "transfer_share": worst, "limit": TRANSFER_SHARE},
-    )
-
-
-def _share(link: LinkCost, before: StageCost, after: StageCost) -> float:
-    """Time to send across a boundary, there or back, over the lesser compute on its sides."""
-    there = link.transfer_seconds(before.output_bytes)
-    back = link.transfer_seconds(before.gradient_bytes) if before.gradient_bytes else 0.0
-    computed = min(
-        max(stage.forward_seconds for stage in (before, after)),
-        max(stage.backward_seconds for stage in (before, after)),
-    )
-    return max(there, back) / computed if computed else 0.0
-
-
-def _replicas(facts: Facts) -> Verdict:
-    depth = facts.fitting[False] or facts.fitting[True]
-    replicas = facts.num_devices // depth if depth else 1
-    useful = depth is not None and depth > 1 and replicas > 1
-    return Verdict(
-        rule="all devices are needed for memory",
-        ok=not useful,
-        advice=f"use {depth} stages with {replicas} replicas each" if useful else "nothing",
-        reason=f"the fewest stages that fit are {depth}"
-        + ("" if facts.fitting[False] else ", with recomputation")
-        if depth
-        else f"the model does not fit {facts.num_devices} devices",
-        numbers={"num_stages": depth or 0, "replicas": replicas, "num_devices": facts.num_devices},
-    )
-
-
-RULES: dict[str, Callable[[Facts], Verdict]] = {
-    "single_device": _single_device,
-    "largest_cell": _largest_cell,
-    "recomputation": _recomputation,
-    "replicas": _replicas,
-    "balance": _balance,
-    "microbatch_count": _microbatch_count,
-    "batchnorm": _batchnorm,
-    "transfer": _transfer,
-}
-
-
 @dataclass(frozen=True)
 class _Choice:
     """A way to train, when to take it, and why; the first that holds is taken."""
@@ -272,48 +40,39 @@ def _experts_only(facts: Facts) -> bool:
 def _one_cell_is_a_bottleneck(facts: Facts) -> bool:
     """Whether no cut of whole cells is balanced, because one cell is more than a mean stage."""
     mean = sum(map(load_seconds, facts.cells)) / facts.num_stages
-    return not _balance(facts).ok and max(map(load_seconds, facts.cells)) > mean
+    return not RULES["balance"](facts).ok and max(map(load_seconds, facts.cells)) > mean
+
+
+def _by(rule: str) -> Callable[[Facts], str]:
+    return lambda facts: RULES[rule](facts).reason
 
 
 CHOICES: Sequence[_Choice] = (
-    _Choice("expert parallelism", _experts_only, lambda facts: _largest_cell(facts).reason),
-    _Choice(
-        "tensor parallelism",
-        lambda facts: bool(facts.too_big),
-        lambda facts: _largest_cell(facts).reason,
-    ),
+    _Choice("expert parallelism", _experts_only, _by("largest_cell")),
+    _Choice("tensor parallelism", lambda facts: bool(facts.too_big), _by("largest_cell")),
     _Choice(
         "one device",
         lambda facts: facts.fitting[False] == 1 and facts.num_devices == 1,
-        lambda facts: _single_device(facts).reason,
+        _by("single_device"),
     ),
-    _Choice(
-        "data parallelism",
-        lambda facts: facts.fitting[False] == 1,
-        lambda facts: _single_device(facts).reason,
-    ),
+    _Choice("data parallelism", lambda facts: facts.fitting[False] == 1, _by("single_device")),
     _Choice(
         "data parallelism with recomputation",
         lambda facts: facts.fitting[True] == 1,
         lambda facts: (
             f"with recomputation the whole model needs "
-            f"{_size(facts.peak_memory(1, recompute=True))} on one device, which has "
-            f"{_size(facts.device_memory_bytes)}"
+            f"{size_of(facts.peak_memory(1, recompute=True))} on one device, which has "
+            f"{size_of(facts.device_memory_bytes)}"
         ),
     ),
     _Choice(
         "more devices",
         lambda facts: facts.fitting[False] is None and facts.fitting[True] is None,
-        lambda facts: _recomputation(facts).reason,
+        _by("recomputation"),
     ),
     _Choice(
-        "pipeline with replicas",
-        lambda facts: not _replicas(facts).ok or _one_cell_is_a_bottleneck(facts),
-        lambda facts: (_replicas(facts) if not _replicas(facts).ok else _balance(facts)).reason,
+        "pipeline with replicas", lambda facts: not RULES["replicas"](facts).ok, _by("replicas")
     ),
-    _Choice("pipeline", lambda facts: True, lambda facts: _recomputation(facts).reason),
+    _Choice("pipeline with replicas", _one_cell_is_a_bottleneck, _by("balance")),
+    _Choice("pipeline", lambda facts: True, _by("recomputation")),
 )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e12:.3g} TB" if num_bytes >= 1e12 else f"{num_bytes / 1e9:.3g} GB"
