@@ -46,7 +46,6 @@ OWED_FILES: dict[str, int] = {
     "engine/step/step.py": 462,
     "model/materialise.py": 367,
     "model/replay/replay.py": 414,
-    "model/skip.py": 332,
     "model/verify/compare.py": 317,
 }
 OWED_FUNCTIONS: dict[str, int] = {

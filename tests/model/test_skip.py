@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from stagewise import SkipScope, pop, skippable, stash
 from stagewise.errors import CellError, ModelError
 from stagewise.model.chain import chain_of, module_tree
-from stagewise.model.skip import Skip, running
+from stagewise.model.skip import running
+from stagewise.model.skip_pairs import Skip
 from tests.models import Call
 from tests.skip_models import Down, Up, level
 

@@ -13,7 +13,8 @@ from stagewise.batch.markers import unmarked
 from stagewise.engine.stage.keywords import invoke
 from stagewise.engine.step.admission import positional
 from stagewise.model.cell import Cell, Chain
-from stagewise.model.skip import Frame, Skip, Stashed, running
+from stagewise.model.skip import Frame, Stashed, running
+from stagewise.model.skip_pairs import Skip
 
 
 def _copy(value: object) -> object:

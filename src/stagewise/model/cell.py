@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from stagewise.model.forward.watch import Watch
-from stagewise.model.skip import NO_SKIPS, CellSkips
+from stagewise.model.skip_pairs import NO_SKIPS, CellSkips
 
 
 class Holder(nn.Module):

@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from stagewise.errors import ModelError
 from stagewise.model.captured import Captured, captured_of, changed_of
 from stagewise.model.cell import Cell, Chain, Holder, Piece
-from stagewise.model.skip import Scope, SkipScope, between_cells, check_skips, enter, skips_of
+from stagewise.model.skip import SkipScope
+from stagewise.model.skip_pairs import Scope, between_cells, check_skips, enter, skips_of
 
 V = TypeVar("V")
 Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes

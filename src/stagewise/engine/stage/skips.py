@@ -18,7 +18,8 @@ from stagewise.engine.stage.keywords import invoke
 from stagewise.engine.stage.stage import Loss, Stage
 from stagewise.errors import CellError
 from stagewise.model.cell import Cell, Chain
-from stagewise.model.skip import Frame, Skip, Stashed, running
+from stagewise.model.skip import Frame, Stashed, running
+from stagewise.model.skip_pairs import Skip
 from stagewise.schedule import Instruction, Kind
 
 Cargo = tuple[tuple[Skip, ...], ...]  # per message of an instruction, as `lower` orders them
