@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import stagewise
+from stagewise.costs import FREE_LINK, CellCost
 from stagewise.errors import BatchError, ModelError, PlanError, ScheduleError
 from stagewise.schedule import POLICIES, named_schedule
 from tests.harness import Pools
@@ -159,6 +160,44 @@ def test_what_a_stage_hands_on_to_a_product_is_counted_once(pools: Pools) -> Non
     the same device has kept already."""
     plan = plan_for("conv", schedule="zb_v", num_stages=6, balance=(1, 1, 2, 2, 1, 2))
     assert pools[3].run(memory, plan, "conv")[0] == plan.peak_activation_bytes
+
+
+class Shifted(nn.Module):
+    """Counts its microbatches in a buffer."""
+
+    def __init__(self, seen: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("seen", seen)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shifted: torch.Tensor = self.linear(x) + self.get_buffer("seen")
+        return shifted
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_what_recomputes_does_so_in_blocks(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    """Unless a buffer that several cells share would come into several of them."""
+    cost = CellCost(
+        name="block",
+        forward_seconds=0.03,
+        backward_seconds=0.06,
+        activation_bytes=900,
+        unsaved_output_bytes=50,
+        output_bytes=50,
+    )
+    monkeypatch.setattr("stagewise.pipeline.plan.agreed", lambda _: ((cost,) * 8, FREE_LINK))
+    halves = torch.zeros(4), torch.zeros(4)  # the stages share nothing
+    model = nn.Sequential(
+        *(Shifted(halves[at // 4] if shares else torch.zeros(4)) for at in range(8))
+    )
+    x, y = torch.randn(16, 4), torch.randn(16, 4)
+    options = {"loss": nn.functional.mse_loss, "num_stages": 2, "num_microbatches": 8}
+    plan = stagewise.plan(model, x, target=y, recompute="always", seconds=0, **options)  # type: ignore[arg-type]
+    assert (plan.recompute, plan.balance) == ("always", (4, 4))
+    assert bool(plan.segments) is not shares
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    assert pipe.step(x, target=y).isfinite()
 
 
 def test_a_schedule_of_ones_own_is_planned_and_run() -> None:

@@ -6,6 +6,7 @@ torch.distributed every rank must call it.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -15,8 +16,11 @@ from stagewise.engine.stage.stage import Loss
 from stagewise.engine.transport.connect import Device
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import PlanError
+from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
+from stagewise.pipeline.build.places import placed
+from stagewise.pipeline.build.refusals import check_buffers
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import (
     instruction_cost,
@@ -28,6 +32,7 @@ from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_for, plan_of
 from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
+from stagewise.planning.search.blocks import in_blocks
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
 from stagewise.profiling.example import Example, agreed, example_of, in_training_mode
 from stagewise.told import told
@@ -68,7 +73,9 @@ def plan(
             will run; one follows from the other by the schedule.
         replicas: devices of each stage, which share its microbatches; in place of the two.
         num_microbatches, recompute: how the model will be run; policies are in
-            `stagewise.schedule.POLICIES`, and "segments" recomputes what costs least time.
+            `stagewise.schedule.POLICIES`, and "segments" recomputes what costs least time. By a
+            policy stages recompute in blocks, and keep some, where by the measured costs that takes
+            less memory and no more time (`Plan.segments`).
         schedule: a name in `stagewise.schedule.SCHEDULES`; or a Schedule, or a function
             (num_devices, num_microbatches) -> Schedule.
         balance: number of cells on each stage, in place of the optimal cut.
@@ -112,7 +119,8 @@ def plan(
         return _unmeasured(request, len(chain))
     example = example_of(model, inputs, target, kwargs, loss, device)
     if request.searched:
-        return search_plan(request, example, seconds=seconds).plan
+        found = search_plan(request, example, seconds=seconds).plan
+        return found if found.segments else _in_blocks(found, chain)
     return measured_plan(request, example, seconds=seconds)
 
 
@@ -138,7 +146,17 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
     def best(link: LinkCost, overhead: InstructionCost) -> Plan:
         return plan_for(request, with_instruction_overhead(costs, overhead), link=link)
 
-    return best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
+    plan = best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
+    return _in_blocks(plan, example.chain)
+
+
+def _in_blocks(plan: Plan, chain: Chain) -> Plan:
+    """`plan`, recomputing in blocks where that is free and no buffer would come into several."""
+    blocks = in_blocks(plan)
+    with suppress(PlanError):
+        check_buffers(chain, blocks, placed(blocks))
+        return blocks
+    return plan
 
 
 def _checked(request: PlanRequest, num_cells: int) -> ScheduleChoice:

@@ -2,8 +2,7 @@
 
 1. `simulate` says when each instruction of a schedule runs; `fast_simulate` says only how long.
 2. A `request` says what is wanted. `partition` cuts the chain, `choice` chooses a schedule,
-   `synthesis` makes one, `search` tries them all; `less_memory` and `bubble` say what a schedule
-   keeps and where it idles.
+   `synthesis` makes one, `search` tries them all; `bubble` says where a schedule idles.
 3. `plan` is the result: frozen, with its predictions.
 4. `devices`, `roofline` and `interpolate` make costs of published figures; `calibrate` mends
    costs by what was measured, and `drift` notices that they no longer hold.

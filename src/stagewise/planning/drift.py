@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 
 from stagewise.costs import CellCost, InstructionCost, scaled
 from stagewise.errors import UsageError
-from stagewise.planning.less_memory import with_microbatches
-from stagewise.planning.plan import Plan, best_balance
+from stagewise.planning.plan import Plan, best_balance, with_microbatches
 from stagewise.schedule import SCHEDULES, Kind
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Timeline
@@ -103,7 +102,7 @@ def faster(
     for other in _neighbours(plan, measured, may_move=may_move):
         if other.num_microbatches < least_microbatches:
             continue
-        moves = other.engine_balance != plan.engine_balance
+        moves = other.balance != plan.balance
         gain = 1 - other.timeline.duration_seconds / now if now else 0.0
         worth = gain > (GAIN_OF_MOVING if moves else GAIN)
         if worth and (best is None or gain > best.gain):
@@ -115,8 +114,9 @@ def _neighbours(
     plan: Plan, measured: Mapping[int, Sequence[CellCost]], *, may_move: bool
 ) -> Iterator[Plan]:
     """Plans of the same placement: other microbatches, schedules, and cuts if they `may_move`."""
-    if plan.programs or plan.segments:
+    if plan.programs or (plan.segments and plan.recompute == "never"):
         return
+    plan = replace(plan, segments=())  # in which blocks the others recompute is seen afterwards
     placement = plan.built_schedule.placement
     for count, cells in {**measured, plan.num_microbatches: plan.cells}.items():
         try:

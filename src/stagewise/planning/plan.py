@@ -6,7 +6,7 @@ predictions can be made again, anywhere, without the model.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from stagewise.costs import (
     StageCost,
     boundary_seconds,
     load_seconds,
+    scaled,
     stage_costs,
 )
 from stagewise.errors import PlanError
@@ -51,8 +52,9 @@ class Plan:
     `stages_per_device` stages on each device (None: as the schedule wants), or `replicas[s]`
     devices for stage s, numbered stage by stage (empty: one each); or, if `programs` are
     given, it is just their name: one text per device, as `str(Schedule)` has its lines.
-    `segments[s]` are the parts of stage s as (number of cells, recomputed), in place of the policy
-    `recompute`; the engine runs every part as a stage of its own (`engine_balance`). `cells`
+    `segments[s]` are the parts of stage s as (number of cells, recomputed); the engine runs every
+    part as a stage of its own (`engine_balance`), and recomputes those parts for the microbatches
+    of the policy `recompute`, or for all if that is "never". `cells`
     holds the costs of one microbatch that the plan was made from; it is empty where `balance` was
     given and nothing measured.
     """
@@ -81,10 +83,11 @@ class Plan:
     @cached_property
     def built_schedule(self) -> Schedule:
         """The validated schedule of the engine's stages, recomputations included."""
-        plain = self._plain_schedule()
-        if self.segments:
-            return validate(refine(plain, self.segments))
-        return validate(with_recompute(plain, self.recompute))
+        plain = self.plain_schedule
+        if not self.segments:
+            return validate(with_recompute(plain, self.recompute))
+        policy = "always" if self.recompute == "never" else self.recompute
+        return validate(refine(plain, self.segments, policy))
 
     @property
     def engine_balance(self) -> tuple[int, ...]:
@@ -123,11 +126,6 @@ class Plan:
     def _check_segments(self) -> None:
         if not self.segments:
             return
-        if self.recompute != "never":
-            raise PlanError(
-                f"the plan has segments and the recompute policy {self.recompute!r}; segments say "
-                "what is recomputed: leave the policy at 'never'"
-            )
         sizes = tuple(sum(size for size, _ in parts) for parts in self.segments)
         if sizes != self.balance or any(size < 1 for size in self.engine_balance):
             raise PlanError(
@@ -135,7 +133,9 @@ class Plan:
                 f"balance is {list(self.balance)}; give every stage segments of all its cells"
             )
 
-    def _plain_schedule(self) -> Schedule:
+    @cached_property
+    def plain_schedule(self) -> Schedule:
+        """That of the plan's own stages, before segments and policy recompute anything."""
         if self.replicas:
             check_replicas(self.replicas, self.num_stages)
         if self.programs:
@@ -223,6 +223,17 @@ def _cell(fields: Mapping[str, Any]) -> CellCost:
 
 def _programs(lines: Sequence[str]) -> tuple[Program, ...]:
     return parse_programs("\n".join(line or IDLE for line in lines))
+
+
+def with_microbatches(plan: Plan, count: int) -> Plan:
+    """`plan` with `count` microbatches; measured costs are scaled by the microbatch's size."""
+    ratio = plan.num_microbatches / count
+    return replace(
+        plan,
+        num_microbatches=count,
+        cells=tuple(scaled(cell, seconds=ratio, size=ratio) for cell in plan.cells),
+        input_bytes=round(plan.input_bytes * ratio),
+    )
 
 
 def best_balance(

@@ -41,6 +41,14 @@ def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _segments(plan: Plan) -> str:
+    """What of it is recomputed, and in how many parts, where that is not whole stages."""
+    parts = [part for own in plan.segments for part in own]
+    again = sum(size for size, recomputed in parts if recomputed)
+    cells = sum(plan.balance)
+    return f" ({again} of {cells} cells, in {len(parts)} segments)" if parts else ""
+
+
 def plan_in_words(plan: Plan) -> str:
     """The cut and the predictions of a plan, before training starts."""
     figures = predicted(plan)
@@ -49,7 +57,7 @@ def plan_in_words(plan: Plan) -> str:
     head = (
         f"{cut_in_words(plan, names)}\n"
         f"schedule {plan.schedule}, {plan.num_microbatches} microbatches, recompute "
-        f"{plan.recompute}\n"
+        f"{plan.recompute}{_segments(plan)}\n"
     )
     if not plan.cells:
         return f"{head}predicted: nothing, since a model on the meta device cannot be measured"

@@ -69,11 +69,13 @@ def _recomputing(
 Segments = tuple[tuple[int, bool], ...]  # of one stage: (number of cells, recomputed?)
 
 
-def refine(schedule: Schedule, segments: Sequence[Segments]) -> Schedule:
+def refine(schedule: Schedule, segments: Sequence[Segments], policy: str = "always") -> Schedule:
     """`schedule`, which recomputes nothing, with every stage cut into its `segments`.
 
-    As in `with_recompute`, a backward on the last stage that follows its own forward gets no `R`.
+    What they recompute is recomputed for the microbatches of `policy`. As in `with_recompute`, a
+    backward on the last stage that follows its own forward gets no `R`.
     """
+    check_policy(policy)
     if len(segments) != schedule.num_stages or not all(segments):
         raise ScheduleError(
             f"got segments for {len(segments)} stages of a schedule of {schedule.num_stages}; "
@@ -85,6 +87,9 @@ def refine(schedule: Schedule, segments: Sequence[Segments]) -> Schedule:
         )
     firsts = list(accumulate((len(parts) for parts in segments), initial=0))
     recomputed = [recomputed for parts in segments for _, recomputed in parts]
+    again = [
+        POLICIES[policy](m, schedule.num_microbatches) for m in range(schedule.num_microbatches)
+    ]
 
     def cut(program: Program) -> Iterator[Instruction]:
         for i in program:
@@ -95,7 +100,11 @@ def refine(schedule: Schedule, segments: Sequence[Segments]) -> Schedule:
     return replace(
         schedule,
         programs=tuple(
-            _recomputing(cut(program), lambda i: recomputed[i.stage], len(recomputed) - 1)
+            _recomputing(
+                cut(program),
+                lambda i: recomputed[i.stage] and again[i.microbatch],
+                len(recomputed) - 1,
+            )
             for program in schedule.programs
         ),
         placement=tuple(

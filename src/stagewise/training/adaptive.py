@@ -4,11 +4,14 @@ All ranks see the same timelines and costs, so each comes to the same decision b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagewise.costs import CellCost
+from stagewise.errors import PlanError
+from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster
 from stagewise.planning.plan import Plan
+from stagewise.planning.search.blocks import in_blocks
 from stagewise.timeline import Timeline
 
 MAX_CHANGES = 8  # in a run; a machine that changes all the time is not worth running after
@@ -37,6 +40,16 @@ class Decision:
             if now != before
         ]
         return ", ".join(parts)
+
+
+def use(pipe: Pipeline, plan: Plan) -> None:
+    """Run by `plan`; with whole stages where its segments would share a buffer."""
+    try:
+        pipe.use(plan)
+    except PlanError:
+        if not plan.segments:
+            raise
+        pipe.use(replace(plan, segments=()))
 
 
 class DriftWatch:
@@ -73,4 +86,6 @@ class DriftWatch:
             may_move=True,
             least_microbatches=self.least_microbatches,
         )
+        if change is not None and plan.segments:
+            change = replace(change, plan=in_blocks(change.plan))
         return Decision(drift=drift, change=change)

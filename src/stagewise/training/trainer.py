@@ -21,12 +21,12 @@ from stagewise.batch.split import batch_size
 from stagewise.engine.transport.processes import is_first
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
-from stagewise.planning.less_memory import sparing
 from stagewise.planning.plan import Plan
+from stagewise.planning.search.less_memory import sparing
 from stagewise.report.plan import Figures, plan_in_words
 from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training.adaptive import DriftWatch
+from stagewise.training.adaptive import DriftWatch, use
 from stagewise.training.batches import amount_of
 from stagewise.training.outcome import Outcome
 from stagewise.training.prepare import Prepared, TrainOptions, moved, prepare
@@ -193,7 +193,7 @@ class Trainer:
             )
         plan, change = found
         self._watch.ran_out_of_memory(self._pipe.num_microbatches)
-        self._pipe.use(plan)
+        use(self._pipe, plan)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # blocks of the old sizes
         self._reporter.change(ChangeRecord(step=step, change=change, reason=text))
@@ -214,7 +214,7 @@ class Trainer:
         if change is not None and change.moves:
             self._next_plan = plan
         else:
-            pipe.use(plan)
+            use(pipe, plan)
         self._step_seconds.clear()
         self._bubbles.clear()
         self._reporter.change(

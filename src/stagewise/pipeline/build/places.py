@@ -61,7 +61,7 @@ def build_stages(
     return stages
 
 
-def _placed(plan: Plan) -> list[int]:
+def placed(plan: Plan) -> list[int]:
     """The device of every stage."""
     return [devices[0] for devices in plan.built_schedule.placement]
 

@@ -14,7 +14,7 @@ from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import PlanError
 from stagewise.pipeline.build.places import build_stages, devices_of_cells, ranks_of_stages
-from stagewise.pipeline.build.refusals import check_buffers
+from stagewise.pipeline.build.refusals import check_buffers, homes_of
 from stagewise.planning.plan import Plan
 
 
@@ -46,7 +46,7 @@ def recut(
     """
     cells = [cell for stage in stages.values() for cell in stage.cells]
     with agreed(ranks, "use(plan)"):
-        check_buffers(cells, plan, devices, ranks)
+        check_buffers(cells, plan, homes_of(plan, devices, ranks))
     routes.cut(plan.engine_balance)
     takers.cut(plan.engine_balance, ranks_of_stages(plan, ranks))
     loss = next((stage.loss for stage in stages.values() if stage.is_last), None)

@@ -10,27 +10,29 @@ from stagewise.batch.layouts import storages
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Cell, Chain
-from stagewise.pipeline.build.places import _placed, _stages, ranks_of_cells
+from stagewise.pipeline.build.places import _stages, placed, ranks_of_cells
 from stagewise.planning.plan import Plan
 
 
 def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
     """Raise ModelError or PlanError for what cells of different stages may not share."""
     check_batchnorms(chain, ranks_of_cells(plan, ranks))
-    check_buffers(chain, plan, devices, ranks)
+    check_buffers(chain, plan, homes_of(plan, devices, ranks))
     check_storages(chain, plan, ranks)
 
 
-def check_buffers(
-    cells: Iterable[Cell], plan: Plan, devices: Sequence[torch.device], ranks: Ranks
-) -> None:
+def homes_of(plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> list[object]:
+    """Where each stage's constants lie: processes have their own, devices of one process not."""
+    return [0 if ranks.num_ranks > 1 else devices[device] for device in placed(plan)]
+
+
+def check_buffers(cells: Iterable[Cell], plan: Plan, homes: Sequence[object]) -> None:
     """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
 
     A constant (`persistent=False`) may be shared, but in one process not by stages on different
-    devices, since it would be on one of them only.
+    devices, `homes`, since it would be on one of them only.
     """
     owner: dict[int, tuple[int, str]] = {}
-    homes = [0 if ranks.num_ranks > 1 else devices[device] for device in _placed(plan)]
     stages = _stages(plan)
     for cell in cells:
         stage = stages[cell.index]

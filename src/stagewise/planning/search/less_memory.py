@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from stagewise.costs import scaled
 from stagewise.errors import ScheduleError
-from stagewise.planning.plan import Plan
+from stagewise.planning.plan import Plan, with_microbatches
+from stagewise.planning.search.blocks import in_blocks
 from stagewise.planning.simulate import simulate, unit_costs
 
 
@@ -19,27 +19,34 @@ def sparing(plan: Plan, num_samples: int) -> tuple[Plan, str] | None:
     """A plan of the same cut that needs less memory for `num_samples`, and why it should.
 
     The next larger number of microbatches that makes the share in flight smaller; else
-    recomputation; with that, smaller microbatches in any case, since one at a time has its
-    activations. None where nothing is left to try. Costs of a microbatch are scaled by its size.
+    recomputation, in blocks where these are free, and then in blocks that need least; with that,
+    smaller microbatches in any case, since one at a time has its activations. None where nothing is
+    left to try. Costs of a microbatch are scaled by its size.
     """
+    given = plan
+    if plan.recompute != "never":
+        plan = replace(plan, segments=())  # the blocks are chosen anew for each
     if not plan.programs:
         before = share_in_flight(plan)
         for other in _larger(plan, num_samples):
             share = share_in_flight(other)
             if share < before:
-                return other, (
+                return in_blocks(other), (
                     f"{other.num_microbatches} microbatches in place of "
                     f"{plan.num_microbatches}: at most "
                     f"{share:.0%} of the batch is in flight on a device then, not {before:.0%}"
                 )
     if plan.recompute != "always" and not plan.segments:
-        return replace(plan, recompute="always"), (
+        return in_blocks(replace(plan, recompute="always")), (
             "recomputation: activations are dropped and computed again, since more microbatches "
             "would not lower the share of the batch that is in flight"
         )
+    least = in_blocks(plan, at_any_time=True)
+    if least != plan and max(least.peak_activation_bytes) < max(given.peak_activation_bytes):
+        return least, "recomputation in smaller blocks, which takes longer"
     if not plan.programs:
         for other in _larger(plan, num_samples):
-            return other, (
+            return in_blocks(other, at_any_time=True), (
                 f"{other.num_microbatches} microbatches in place of {plan.num_microbatches}: what "
                 "is recomputed at once is smaller"
             )
@@ -68,14 +75,3 @@ def share_in_flight(plan: Plan) -> float:
     timeline = simulate(schedule, unit_costs(schedule.num_stages))
     most = max(timeline.peak_in_flight(device) for device in range(schedule.num_devices))
     return most / plan.num_microbatches
-
-
-def with_microbatches(plan: Plan, count: int) -> Plan:
-    """`plan` with `count` microbatches; measured costs are scaled by the microbatch's size."""
-    ratio = plan.num_microbatches / count
-    return replace(
-        plan,
-        num_microbatches=count,
-        cells=tuple(scaled(cell, seconds=ratio, size=ratio) for cell in plan.cells),
-        input_bytes=round(plan.input_bytes * ratio),
-    )
