@@ -32,8 +32,8 @@ from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_for, plan_of
 from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
-from stagewise.planning.search.blocks import in_blocks
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
+from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.profiling.example import Example, agreed, example_of, in_training_mode
 from stagewise.told import told
 

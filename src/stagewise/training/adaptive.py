@@ -11,7 +11,7 @@ from stagewise.errors import PlanError
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster
 from stagewise.planning.plan import Plan
-from stagewise.planning.search.blocks import in_blocks
+from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.timeline import Timeline
 
 MAX_CHANGES = 8  # in a run; a machine that changes all the time is not worth running after

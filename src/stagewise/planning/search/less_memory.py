@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from stagewise.errors import ScheduleError
 from stagewise.planning.plan import Plan, with_microbatches
-from stagewise.planning.search.blocks import in_blocks
+from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.planning.simulate import simulate, unit_costs
 
 

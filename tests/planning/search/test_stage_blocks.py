@@ -7,7 +7,7 @@ import pytest
 
 from stagewise.costs import CellCost
 from stagewise.planning.plan import Plan, plan_from_costs
-from stagewise.planning.search.blocks import in_blocks
+from stagewise.planning.search.stage_blocks import in_blocks
 
 MEBIBYTE = 1 << 20
 # A Transformer's block: it keeps some seventeen times its input.
