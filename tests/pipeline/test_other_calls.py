@@ -27,6 +27,20 @@ def pipeline(**options: object) -> stagewise.Pipeline:
     return stagewise.Pipeline(model, PLAN, **options)  # type: ignore[arg-type]
 
 
+def one_in_eval() -> str:
+    """The user's own model is put in eval mode on rank 1."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 4))
+    pipe = stagewise.Pipeline(model, PLAN, loss=nn.functional.mse_loss)
+    frozen = stagewise.Pipeline(model.eval(), PLAN, loss=nn.functional.mse_loss).train()
+    model.train()
+    step(frozen)
+    model.train(pipe.rank == 0)
+    step(frozen.train())
+    with pytest.raises(BatchError) as caught:
+        step(pipe)
+    return str(caught.value)
+
+
 def step(pipe: stagewise.Pipeline, batch: torch.Tensor = X, **options: object) -> object:
     return pipe.step(batch, target=batch, **options)  # type: ignore[call-overload]
 
@@ -61,6 +75,16 @@ ACTS: dict[str, tuple[Act, Act, str]] = {
     ),
     "use": (lambda p: p.use(PLAN), step, "rank 0: use(plan), rank 1: step"),
     "save": (step, lambda p: p.save_checkpoint("nowhere"), "rank 1: save_checkpoint"),
+    "save, elsewhere": (
+        lambda p: p.save_checkpoint("one"),
+        lambda p: p.save_checkpoint("two" * 100),
+        "/one), rank 1: save_checkpoint(...",
+    ),
+    "load, elsewhere": (
+        lambda p: p.load_checkpoint("one"),
+        lambda p: p.load_checkpoint("two"),
+        "/one), rank 1: load_checkpoint(",
+    ),
     "autocast": (
         step,
         partial(cast, enabled=True),
@@ -108,6 +132,12 @@ def test_other_calls_are_named_on_both_ranks(pools: Pools) -> None:
         for name, (text, seconds) in texts.items():
             assert ACTS[name][2] in text, name
             assert seconds < SOON_SECONDS, name
+
+
+def test_a_model_in_eval_mode_on_one_rank_is_named(pools: Pools) -> None:
+    """Found silent: dropout in a part of the model only."""
+    for text in pools[2].run(one_in_eval):
+        assert "different modes: rank 0: train(), rank 1: eval()" in text
 
 
 # What each rank is given.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import Source, State, open_source
+from stagewise.checkpoints.sources import Source, State, open_source, where
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
@@ -29,9 +29,10 @@ def load(
     """Copy saved values into `own`, this rank's tensors by name; every rank calls this.
 
     Raises CheckpointError on every rank, before anything is changed, if a shape or (without
-    `convert`) a dtype differs, or with `strict` if the names are not those of the model.
+    `convert`) a dtype differs, or with `strict` if the names are not those of the model; BatchError
+    if they come for different checkpoints.
     """
-    with agreed(ranks, "load_checkpoint"):
+    with agreed(ranks, f"load_checkpoint({where(state)})"):
         source = open_source(state, aliases)
         found = check(source, own, aliases, strict=strict, convert=convert)
     with agreed(ranks, "load_checkpoint: values"):

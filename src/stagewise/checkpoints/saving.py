@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map
+from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map, where
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
@@ -29,9 +29,9 @@ def save(directory: Path, own: Mapping[str, object], aliases: Aliases, ranks: Ra
     """Write `own`, this rank's state by name, as its part of a checkpoint; every rank calls this.
 
     A tensor with several names is written once, under its first. Raises CheckpointError on every
-    rank if something cannot be written.
+    rank if something cannot be written, and BatchError if their directories differ.
     """
-    with agreed(ranks, "save_checkpoint"):
+    with agreed(ranks, f"save_checkpoint({where(directory)})"):
         tensors = _writable(own, aliases)
     first_owner: dict[str, int] = {}
     for rank, names in enumerate(ranks.gather(list(tensors), "save_checkpoint: names")):

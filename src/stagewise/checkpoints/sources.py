@@ -26,6 +26,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = ".metadata"
 DIGESTS = "sha256"  # of every file, in the index's metadata
 _NO_DIGESTS: Mapping[Path, str] = {}
+_LONG = 100  # of a path in a message that all ranks get
 _PREFIX = "model."  # where applications keep the model's part beside the optimizer's
 _DTYPES = {
     "BOOL": torch.bool,
@@ -94,6 +95,16 @@ def open_source(state: State, model_names: Collection[str]) -> Source:
         f"give a .safetensors file, a directory with {SINGLE} or {INDEX}, or one that "
         f"torch.distributed.checkpoint wrote (it holds {_DISTRIBUTED})"
     )
+
+
+def where(state: State) -> str:
+    """What ranks compare to know that they mean the same checkpoint."""
+    if isinstance(state, Mapping):
+        return "a state_dict"
+    path = os.path.abspath(state)
+    if len(path) <= _LONG:
+        return path
+    return f"...{path[-_LONG:]}, {hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def sha256_of(path: Path) -> str:

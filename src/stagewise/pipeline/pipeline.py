@@ -17,6 +17,7 @@ from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Loss, takes_target
 from stagewise.engine.step.results import Losses, Merge
 from stagewise.engine.step.step import Runner
+from stagewise.engine.step.unchanged import ModeOf
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
 from stagewise.errors import ModelError
@@ -184,7 +185,7 @@ class Pipeline(Calls):
             accumulate_in_float32=accumulate_in_float32,
             sums_losses=is_sum(loss, loss_reduction, has_weight=weight is not None),
         )
-        self._runner.root = self.module
+        self._runner.root = ModeOf(self.module, model)
 
     def timeline(self) -> Timeline:
         """What the last call really did, from all ranks; times are seconds from its start."""

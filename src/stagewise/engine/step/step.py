@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from stagewise.batch.markers import Arguments, along
 from stagewise.batch.split import split
@@ -37,7 +36,7 @@ from stagewise.engine.step.digest import is_compared
 from stagewise.engine.step.execute import execute
 from stagewise.engine.step.looks import Looks
 from stagewise.engine.step.results import agree_on_end, agree_on_losses
-from stagewise.engine.step.unchanged import Unchanged
+from stagewise.engine.step.unchanged import ModeOf, Unchanged
 from stagewise.engine.step.weights import Weight, agree_on_shares, check_scaling
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Links, Transport
@@ -120,7 +119,7 @@ class Runner:
         self._programs: dict[tuple[bool, int], OwnProgram] = {}
         self._broken = False
         self._num_calls = 0
-        self.root: nn.Module | None = None  # whose mode all ranks must have
+        self.root: ModeOf | None = None  # whose mode all ranks must have
 
     def run(
         self,

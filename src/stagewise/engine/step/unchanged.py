@@ -8,6 +8,7 @@ attributes, hooks or submodules they do not see (`stagewise.model.forward.watch`
 """
 
 import operator
+import weakref
 from collections.abc import Sequence
 
 from torch import nn
@@ -16,6 +17,21 @@ from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell, Piece
 
 Parts = dict[str, nn.Module | nn.Parameter | None]
+
+
+class ModeOf:
+    """The mode of a rank: that of its part, `root`, but eval once the user's own `model`, which was
+    built from in training mode, has been put in eval mode."""
+
+    def __init__(self, root: nn.Module, model: object) -> None:
+        known = isinstance(model, nn.Module) and model.training
+        self._root, self._model = root, weakref.ref(model) if known else lambda: None
+
+    @property
+    def training(self) -> bool:
+        """What all ranks must agree on."""
+        model = self._model()
+        return self._root.training and (not isinstance(model, nn.Module) or model.training)
 
 
 class Unchanged:

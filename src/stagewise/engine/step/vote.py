@@ -76,7 +76,7 @@ _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
     "training": (
         "are in different modes",
         lambda number: "train()" if number else "eval()",
-        "; call pipe.train() or pipe.eval() on every rank",
+        "; call pipe.train() or pipe.eval() on every rank, or that of the model it was built from",
     ),
     "autocast": (
         "run under different autocast",
