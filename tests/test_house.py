@@ -89,7 +89,6 @@ SAME_NAME = {
     "Replicated",
     "Source",
     "Walk",
-    "Work",
     "agreed",
     "check",
     "cuts_of",

@@ -166,7 +166,7 @@ def _link_times() -> tuple[float, float]:
                     wire.start_send([buffer], 1 - sender)
                     wire.finish()
                 else:
-                    wire.start_receive([buffer], sender).wait()
+                    wire.start_receive([buffer], sender)()
             times.append((time.perf_counter() - start) / 2)
         medians.append(sorted(times)[len(times) // 2] if times else 0.0)
     wire.close()

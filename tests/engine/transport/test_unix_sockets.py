@@ -13,7 +13,7 @@ from torch import Tensor
 from stagewise.engine.transport import unix_sockets
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.unix_sockets import UnixSockets
-from stagewise.engine.transport.wire import Work
+from stagewise.engine.transport.wire import Arrival
 from stagewise.errors import PeerError
 from tests.engine.transport.test_connect import made, transfer
 from tests.harness import Pools
@@ -36,7 +36,7 @@ class End:
     def send(self, *tensors: Tensor) -> None:
         self._wire.start_send(tensors, self._other)
 
-    def receive(self, *tensors: Tensor) -> Work:
+    def receive(self, *tensors: Tensor) -> Arrival:
         return self._wire.start_receive(tensors, self._other)
 
     def finish(self) -> None:
@@ -51,11 +51,11 @@ def test_sending_waits_for_nobody_and_keeps_the_order() -> None:
         sender.send(tensor)
     arriving = [torch.empty_like(tensor) for tensor in sent]
     for tensor in arriving:
-        receiver.receive(tensor).wait()
+        receiver.receive(tensor)()
     sender.finish()
     assert all(map(torch.equal, arriving, sent))
     sender.send(sent[5])  # what is late no more takes the short way again
-    receiver.receive(arriving[0]).wait()
+    receiver.receive(arriving[0])()
     assert torch.equal(arriving[0], sent[5])
 
 
@@ -66,8 +66,8 @@ def test_both_directions_at_once() -> None:
         other.send(torch.full((1000,), -value))
     for value in range(300):
         there, back = torch.empty(1000, dtype=torch.int64), torch.empty(1000, dtype=torch.int64)
-        other.receive(there).wait()
-        one.receive(back).wait()
+        other.receive(there)()
+        one.receive(back)()
         assert int(there[-1]) == value and int(back[0]) == -value
 
 
@@ -82,7 +82,7 @@ def test_a_message_in_pieces_becomes_whole() -> None:
     thread, arrived = threading.Thread(target=send_slowly), torch.empty_like(data)
     with one:
         thread.start()
-        receiver.receive(arrived).wait()
+        receiver.receive(arrived)()
         thread.join()
     assert torch.equal(arrived, data)
 
@@ -100,9 +100,9 @@ def check_who_closes_is_missed() -> None:
     sender, receiver = pair()
     sender.send(torch.ones(3))
     del sender  # what it sent arrives all the same
-    receiver.receive(torch.empty(3)).wait()
+    receiver.receive(torch.empty(3))()
     with pytest.raises(PeerError, match="closed its connection"):
-        receiver.receive(torch.empty(3)).wait()
+        receiver.receive(torch.empty(3))()
     with pytest.raises(PeerError, match="Broken pipe"):
         receiver.send(torch.ones(3))
 
@@ -127,7 +127,7 @@ def test_the_default_timeout_of_sockets_does_not_count() -> None:
     thread = threading.Timer(0.2, sender.send, [torch.ones(3)])
     thread.start()
     arrived = torch.empty(3)
-    receiver.receive(arrived).wait()
+    receiver.receive(arrived)()
     thread.join()
     assert torch.equal(arrived, torch.ones(3))
 
@@ -135,7 +135,7 @@ def test_the_default_timeout_of_sockets_does_not_count() -> None:
 def test_waiting_ends_with_the_process_groups_timeout() -> None:
     _keeps_open, receiver = pair(timedelta(seconds=0.2))
     with pytest.raises(PeerError, match="the process group's timeout"):
-        receiver.receive(torch.empty(3)).wait()
+        receiver.receive(torch.empty(3))()
 
 
 def test_large_and_small_messages_of_a_link_keep_their_order(pools: Pools) -> None:
@@ -182,7 +182,7 @@ def test_a_late_rest_does_not_double_the_patience() -> None:
     one.sendall(bytes(8))
     start = time.monotonic()
     with one, pytest.raises(PeerError, match=r"timeout of 0\.6 s"):
-        receiver.receive(torch.empty(1000)).wait()
+        receiver.receive(torch.empty(1000))()
     assert time.monotonic() - start < 1.1
 
 
@@ -194,7 +194,7 @@ def test_a_mark_comes_with_its_message() -> None:
     sender.send(torch.tensor([-1]), torch.empty(0))
     for n, tensor in enumerate(sent):
         mark, room = torch.tensor([0]), torch.empty_like(tensor)
-        receiver.receive(mark, room).wait()
+        receiver.receive(mark, room)()
         assert int(mark) == n and torch.equal(room, tensor)
-    receiver.receive(mark, torch.empty(0)).wait()
+    receiver.receive(mark, torch.empty(0))()
     assert int(mark) == -1

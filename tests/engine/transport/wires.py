@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import BySize, InTurn, Wires, Work
+from stagewise.engine.transport.wire import Arrival, BySize, Wires, in_turn
 
 LIMIT = 1 << 10  # bytes of what goes through the stream
 
@@ -33,13 +33,13 @@ class FakeWire:
     def start_send(self, tensors: Sequence[Tensor], rank: int) -> None:
         self._lines.far[self.rank, rank] += [bytes_of(t) for t in tensors if t.nbytes]
 
-    def start_receive(self, tensors: Sequence[Tensor], rank: int) -> Work:
-        link, works = (rank, self.rank), list[Work]()
+    def start_receive(self, tensors: Sequence[Tensor], rank: int) -> Arrival:
+        link, works = (rank, self.rank), list[Arrival]()
         for tensor in tensors:
             if tensor.nbytes:
                 works.append(_Posted(self._lines, link, self._lines.posted[link], tensor))
                 self._lines.posted[link] += 1
-        return InTurn(works)
+        return in_turn(works)
 
     def finish(self) -> None:
         pass
@@ -55,8 +55,8 @@ class FakeStream(FakeWire):
         for tensor in tensors:
             self._lines.stream[self.rank, rank] += bytes_of(tensor)
 
-    def start_receive(self, tensors: Sequence[Tensor], rank: int) -> Work:
-        return InTurn([_Read(self._lines, (rank, self.rank), tensor) for tensor in tensors])
+    def start_receive(self, tensors: Sequence[Tensor], rank: int) -> Arrival:
+        return in_turn([_Read(self._lines, (rank, self.rank), tensor) for tensor in tensors])
 
 
 def fake_wires(rank: int, lines: Lines, *, stream: bool) -> Wires:
@@ -75,7 +75,7 @@ class _Read:
     link: tuple[int, int]
     tensor: Tensor
 
-    def wait(self) -> None:
+    def __call__(self) -> None:
         stream, size = self.lines.stream[self.link], self.tensor.nbytes
         check_there(self.lines, self.link, len(stream) >= size)
         _fill(self.tensor, bytes(stream[:size]))
@@ -89,7 +89,7 @@ class _Posted:
     index: int
     tensor: Tensor
 
-    def wait(self) -> None:
+    def __call__(self) -> None:
         sent = self.lines.far[self.link]
         check_there(self.lines, self.link, self.index < len(sent))
         _fill(self.tensor, sent[self.index])

@@ -5,6 +5,7 @@ between a pair may use different process groups, since NCCL runs one communicato
 order and would block on crossed sends.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.outbox import Outbox
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import InTurn, Work
+from stagewise.engine.transport.wire import Arrival
 
 _TAG = 0
 
@@ -52,15 +53,17 @@ class GroupWire:
         except RuntimeError as error:
             raise self._peers.lost(error, rank) from error
 
-    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
         group = self._down if rank < self.rank else self._up
         with self._peers.named(rank):
             works = [group.recv([flat(t)], rank, _TAG) for t in tensors if t.nbytes]
-        return _Received(works, self._peers, rank)
+        return functools.partial(self._wait, works, rank)
 
     def finish(self) -> None:
-        with self._peers.named():
+        try:
             self._outbox.finish()
+        except RuntimeError as error:
+            raise self._peers.lost(error) from error
 
     def close(self) -> None:
         self._outbox.close()
@@ -68,16 +71,9 @@ class GroupWire:
             dist.destroy_process_group(group)
         self._owned = set()
 
-
-class _Received(InTurn):
-    """What `rank` sends."""
-
-    def __init__(self, works: Sequence[Work], peers: Peers, rank: int) -> None:
-        super().__init__(works)
-        self._peers, self._rank = peers, rank
-
-    def wait(self) -> None:
+    def _wait(self, works: Sequence[dist.Work], rank: int) -> None:
         try:
-            super().wait()
+            for work in works:
+                work.wait()
         except RuntimeError as error:
-            raise self._peers.lost(error, self._rank) from error
+            raise self._peers.lost(error, rank) from error

@@ -13,7 +13,7 @@ from stagewise.batch.values import move, take_apart
 from stagewise.engine.transport.failure import LOST
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.engine.transport.wire import Work
+from stagewise.engine.transport.wire import Arrival
 from stagewise.schedule import Message
 
 
@@ -71,8 +71,8 @@ class LocalWire:
     def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
         self._sent.extend(tensors)
 
-    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
-        return _Taken(self._sent, tensors)
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
+        return functools.partial(_fill, self._sent, tensors)
 
     def finish(self) -> None:
         pass
@@ -81,10 +81,6 @@ class LocalWire:
         self._sent.clear()
 
 
-class _Taken:
-    def __init__(self, sent: deque[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-        self._sent, self._tensors = sent, tensors
-
-    def wait(self) -> None:
-        for tensor in self._tensors:
-            flat(tensor).copy_(flat(self._sent.popleft()))
+def _fill(sent: deque[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        flat(tensor).copy_(flat(sent.popleft()))

@@ -21,7 +21,7 @@ from stagewise.engine.transport.failure import LOST
 from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, in_words, packed
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.engine.transport.wire import Wire, Wires, Work
+from stagewise.engine.transport.wire import Arrival, Wire, Wires
 from stagewise.errors import CellError
 from stagewise.schedule import Message
 
@@ -39,7 +39,7 @@ class _Posted:
     message: Message
     header: Header
     tensors: list[torch.Tensor]
-    work: Work
+    arrival: Arrival
     mark: torch.Tensor | None
     num_bytes: int
 
@@ -159,14 +159,15 @@ class Mailbox:
             self._post_one(incoming, header)
 
     def _post_one(self, incoming: _Incoming, header: Header) -> None:
-        message = incoming.expected.popleft()
-        tensors = [layout.empty(self._device) for layout in header.layouts]
+        message, tensors, num_bytes = incoming.expected.popleft(), list[torch.Tensor](), 0
+        for layout in header.layouts:
+            tensors.append(layout.empty(self._device))
+            num_bytes += tensors[-1].nbytes
         mark = torch.empty_like(PLAIN) if message.source in self._marked else None
         awaited = tensors if mark is None else [mark, *tensors]
-        work = self._data.start_receive(awaited, message.source)
-        num_bytes = sum([tensor.nbytes for tensor in tensors])
+        arrival = self._data.start_receive(awaited, message.source)
         incoming.num_bytes += num_bytes
-        incoming.posted.append(_Posted(message, header, tensors, work, mark, num_bytes))
+        incoming.posted.append(_Posted(message, header, tensors, arrival, mark, num_bytes))
 
     def _post_next(self, incoming: _Incoming) -> bool:
         """Post the next message, whose header may have to come first; False if it is lost."""
@@ -185,7 +186,7 @@ class Mailbox:
 
     def _whole(self, posted: _Posted) -> object:
         """The message, once all of it is here."""
-        posted.work.wait()
+        posted.arrival()
         header, tensors = posted.header, posted.tensors
         if posted.mark is not None and posted.mark.item():
             message, stream = posted.message, self._wires.stream
@@ -196,7 +197,7 @@ class Mailbox:
             self._forms.changed(message)
             self._forms.travelled(message, changed, payload)
             header, tensors = changed, [layout.empty(self._device) for layout in changed.layouts]
-            stream.start_receive(tensors, message.source).wait()
+            stream.start_receive(tensors, message.source)()
         return header.unpacked(tensors)
 
     def _send_changed(
@@ -236,7 +237,7 @@ def _send_bytes(wire: Wire, payload: bytes, rank: int) -> None:
 
 def _receive_bytes(wire: Wire, rank: int) -> bytes:
     size = torch.empty(1, dtype=torch.int64)
-    wire.start_receive([size], rank).wait()
+    wire.start_receive([size], rank)()
     payload = torch.empty(int(size), dtype=torch.uint8)
-    wire.start_receive([payload], rank).wait()
+    wire.start_receive([payload], rank)()
     return payload.numpy().tobytes()

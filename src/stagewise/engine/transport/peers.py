@@ -23,6 +23,7 @@ class Peers:
 
     def __init__(self, rank: int, store: Store | None = None) -> None:
         self.rank, self._store = rank, store
+        self.patience = _PATIENCE_SECONDS
 
     def tell(self, cause: str) -> None:
         """Write why this rank stops, unless another one did first; a lost store is no error."""
@@ -39,15 +40,6 @@ class Peers:
             raise
         except (RuntimeError, OSError) as error:
             raise self.lost(error, other) from error
-
-    @contextmanager
-    def without_cause(self) -> Iterator[None]:
-        """Inside nobody will read why a rank was lost, so `lost` does not ask."""
-        store, self._store = self._store, None
-        try:
-            yield
-        finally:
-            self._store = store
 
     def lost(self, error: RuntimeError | OSError, other: int | None = None) -> PeerError:
         """What to raise where `error` says that rank `other` is lost or silent."""
@@ -66,13 +58,16 @@ class Peers:
         )
 
     def _cause(self) -> str | None:
-        """The first one, waiting a moment for it; None if there is none."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while self._store is not None and time.monotonic() < deadline:
+        """The first one, waiting a moment for it, but not again; None if there is none."""
+        deadline = time.monotonic() + self.patience
+        while self._store is not None:
             try:
                 if self._store.check([_KEY]):
                     return str(self._store.get(_KEY).decode())
             except RuntimeError:
                 break  # the store's own process has gone
+            if time.monotonic() >= deadline:
+                break
             time.sleep(_POLL_SECONDS)
+        self.patience = 0
         return None

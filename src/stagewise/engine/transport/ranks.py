@@ -88,7 +88,7 @@ class Ranks:
             self._wires.control.finish()
         elif self.rank in wanted:
             tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header.layouts]
-            self._wires.control.start_receive(tensors, source).wait()
+            self._wires.control.start_receive(tensors, source)()
         else:
             nothing: T = put_together([None] * len(header.layouts), header.structure)  # type: ignore
             return nothing
@@ -106,12 +106,12 @@ class Ranks:
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """What `rank` gives: tensors of the forms of `like`, or None."""
         present = torch.empty(len(like), dtype=torch.bool)
-        self._wires.control.start_receive([present], rank).wait()
+        self._wires.control.start_receive([present], rank)()
         taken = [
             torch.empty_like(tensor, requires_grad=False) if is_there else None
             for tensor, is_there in zip(like, present.tolist(), strict=True)
         ]
-        self._wires.data.start_receive([t for t in taken if t is not None], rank).wait()
+        self._wires.data.start_receive([t for t in taken if t is not None], rank)()
         return taken
 
     def group(self, ranks: Sequence[int]) -> Group | None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Wire, Work
+from stagewise.engine.transport.wire import Arrival, Wire
 from stagewise.errors import BatchError, PeerError
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ _HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # bytes of what is said; how it is 
 _AGREED, _DIFFERENT, _ENDED = range(3)
 _ROOM = FRAME_BYTES - _HEAD.size
 _NUMBER = struct.Struct("=q")
-_Awaited = tuple[int, torch.Tensor, Work]  # of which rank, where to, until when
+_Awaited = tuple[int, torch.Tensor, Arrival]  # of which rank, where to
 
 
 class Rendezvous:
@@ -45,13 +45,14 @@ class Rendezvous:
         PeerError on all where some rank's program has ended.
         """
         rows = self._said(struct.pack(f"={len(row)}q", *row), what)
-        lengths = [len(said) // _NUMBER.size for said in rows]
-        if len(set(lengths)) > 1:
+        if len(set(map(len, rows))) > 1:
+            lengths = [len(said) // _NUMBER.size for said in rows]
             raise BatchError(
                 f"ranks come for {what} with {lengths} numbers, so they hold other models or other "
                 "versions of stagewise; run the same code on every rank"
             )
-        return [list(struct.unpack(f"={lengths[0]}q", said)) for said in rows]
+        numbers = struct.Struct(f"={len(row)}q")
+        return list(map(list, map(numbers.unpack, rows)))
 
     def gather(self, value: T, what: str) -> list[T]:
         """Every rank's value, pickled, by rank; else as `exchange`."""
@@ -60,6 +61,7 @@ class Rendezvous:
     def leave(self, why: str) -> None:
         """Tell whoever meets that this rank's program has ended, and `why`; waits for nobody."""
         text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
+        self._peers.patience = 0  # nobody will read why another has gone, too
         for rank in self._others if self._rank == 0 else (0,):
             self._say(rank, _ENDED, "", text.encode())
 
@@ -101,7 +103,7 @@ class Rendezvous:
         head = bytearray(FRAME_BYTES)
         _HEAD.pack_into(head, 0, len(said), meaning, _cut(what))
         head[_HEAD.size : _HEAD.size + min(len(said), _ROOM)] = said[:_ROOM]
-        with suppress(PeerError), self._peers.without_cause():
+        with suppress(PeerError):
             self._wire.start_send([torch.frombuffer(head, dtype=torch.int64)], rank)
             if len(said) > _ROOM:
                 rest = torch.frombuffer(bytearray(said[_ROOM:]), dtype=torch.uint8)
@@ -110,23 +112,23 @@ class Rendezvous:
 
     def _awaited(self, ranks: Sequence[int]) -> list[_Awaited]:
         """The frames that these ranks send next."""
-        frames = [torch.empty(FRAME_BYTES // 8, dtype=torch.int64) for _ in ranks]
-        return [
-            (rank, frame, self._wire.start_receive([frame], rank))
-            for rank, frame in zip(ranks, frames, strict=True)
-        ]
+        awaited = []
+        for rank in ranks:
+            frame = torch.empty(FRAME_BYTES // 8, dtype=torch.int64)
+            awaited.append((rank, frame, self._wire.start_receive([frame], rank)))
+        return awaited
 
     def _heard(self, awaited: Sequence[_Awaited]) -> list[tuple[int, bytes, bytes]]:
         """What ranks say: how it is meant, what for, and what."""
         heard = []
-        for rank, frame, work in awaited:
-            work.wait()
+        for rank, frame, arrival in awaited:
+            arrival()
             data = frame.numpy().tobytes()
             num_bytes, meaning, what = _HEAD.unpack_from(data)
             said = data[_HEAD.size : _HEAD.size + min(num_bytes, _ROOM)]
             if num_bytes > _ROOM:
                 rest = torch.empty(num_bytes - _ROOM, dtype=torch.uint8)
-                self._wire.start_receive([rest], rank).wait()
+                self._wire.start_receive([rest], rank)()
                 said += rest.numpy().tobytes()
             heard.append((meaning, what.rstrip(b"\0"), said))
         return heard

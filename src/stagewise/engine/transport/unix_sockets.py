@@ -8,6 +8,7 @@ finds no room in that buffer is left to a thread, so that sending never waits fo
 Each direction of a socket carries bytes in order and nothing else: who sends what, both ends know.
 """
 
+import functools
 import socket
 import struct
 import tempfile
@@ -24,13 +25,14 @@ import torch
 
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Work
+from stagewise.engine.transport.wire import Arrival
 
 _SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than waking
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
 _MESSAGES = 4  # that the buffer must hold at least, so that they travel while both compute
 _PIECES = 1000  # of memory in one call to the kernel, which takes 1024
-_NUMPY = (torch.float32, torch.float64, torch.int64, torch.bool)  # dtypes that NumPy has too
+# Dtypes that NumPy has too.
+_NUMPY = (torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
 _RANK = struct.Struct("=i")
 _NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
 _AT_ONCE = socket.MSG_DONTWAIT | _NO_SIGNAL
@@ -50,11 +52,15 @@ class UnixSockets:
         return self._links.keys()
 
     def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
-        link, data = self._links[rank], list(map(_memory, tensors))
+        link, data, left = self._links[rank], list(map(_memory, tensors)), 0
+        for part in data:
+            left += part.nbytes
         if link.late is None or not link.late.queue.unfinished_tasks:
             try:
-                while data:
-                    data = _after(data, link.socket.sendmsg(data[:_PIECES], (), _AT_ONCE))
+                while left:
+                    sent = link.socket.sendmsg(data[:_PIECES], (), _AT_ONCE)
+                    left -= sent
+                    data = _after(data, sent) if left else data
                 return
             except BlockingIOError:
                 pass
@@ -62,8 +68,33 @@ class UnixSockets:
                 raise self._peers.lost(error, rank) from error
         link.send_late(data)
 
-    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
-        return _Arriving(self._links[rank], tensors, self._peers, rank)
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
+        return functools.partial(self._read, tensors, rank)
+
+    def _read(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
+        link, rooms, left = self._links[rank], list(map(_memory, tensors)), 0
+        for room in rooms:
+            left += room.nbytes
+        if len(rooms) > _PIECES:
+            rooms = _after(rooms, 0)  # nothing comes for a call without any room
+        since = time.monotonic()
+        try:
+            while left:
+                read = link.socket.recvmsg_into(rooms[:_PIECES], 0, socket.MSG_WAITALL)[0]
+                if not read:
+                    raise ConnectionError("the other process has closed its connection")
+                left -= read
+                if left:  # a signal came between, or what came in time is not all
+                    rooms = _after(rooms, read)
+                    if time.monotonic() - since >= link.seconds:
+                        raise BlockingIOError
+        except BlockingIOError as error:
+            late = TimeoutError(
+                f"nothing came within the process group's timeout of {link.seconds:g} s"
+            )
+            raise self._peers.lost(late, rank) from error
+        except OSError as error:
+            raise self._peers.lost(error, rank) from error
 
     def finish(self) -> None:
         for rank, link in self._links.items():
@@ -131,33 +162,6 @@ def _send_all(
             errors.append(error)
         queue.task_done()
     connection.close()
-
-
-class _Arriving:
-    """Tensors that `rank` sends."""
-
-    def __init__(
-        self, link: _Link, tensors: Sequence[torch.Tensor], peers: Peers, rank: int
-    ) -> None:
-        self._link, self._tensors, self._peers, self._rank = link, tensors, peers, rank
-
-    def wait(self) -> None:
-        rooms, since = [_memory(t) for t in self._tensors if t.nbytes], time.monotonic()
-        try:
-            while rooms:
-                read = self._link.socket.recvmsg_into(rooms[:_PIECES], 0, socket.MSG_WAITALL)[0]
-                if not read:
-                    raise ConnectionError("the other process has closed its connection")
-                rooms = _after(rooms, read)  # a signal may come between
-                if rooms and time.monotonic() - since >= self._link.seconds:
-                    raise BlockingIOError  # what came in time is not all
-        except BlockingIOError as error:
-            late = TimeoutError(
-                f"nothing came within the process group's timeout of {self._link.seconds:g} s"
-            )
-            raise self._peers.lost(late, self._rank) from error
-        except OSError as error:
-            raise self._peers.lost(error, self._rank) from error
 
 
 def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:

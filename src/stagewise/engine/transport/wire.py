@@ -2,24 +2,20 @@
 
 Contract (held by tests/engine/transport/test_wires.py for every wire): between two ranks, what is
 sent n-th fills what is received n-th; both know how many bytes that are, and for none nothing
-travels. Sending waits for nobody. Works are waited for in the order in which they were started.
+travels. Sending waits for nobody. Arrivals are waited for in the order in which they were started.
 Who talks to a rank that has gone, or is silent for too long, gets a PeerError that names it.
 
 To add one: a file with such a class, its row in that test, and its place in `connect`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-
-class Work(Protocol):
-    """Tensors on their way."""
-
-    def wait(self) -> object:
-        """Wait until all of them have arrived."""
+Arrival = Callable[[], object]  # waits until tensors on their way are here
 
 
 class Wire(Protocol):
@@ -35,8 +31,8 @@ class Wire(Protocol):
     def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
         """Start to send dense tensors; leave them alone until `finish`."""
 
-    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
-        """What fills dense tensors with what `rank` sends next."""
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
+        """What waits until dense tensors are filled with what `rank` sends next."""
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
@@ -72,18 +68,23 @@ class BySize:
         self._small, self._large, self._limits = small, large, limits
 
     def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
-        small, large = self._parted(tensors, rank)
-        if small:
-            self._small.start_send(small, rank)
-        if large:
-            self._large.start_send(large, rank)
+        limit = self._limits.get(rank, -1)
+        for tensor in tensors:
+            if tensor.nbytes > limit:
+                small, large = _parted(tensors, limit)
+                self._small.start_send(small, rank) if small else None
+                self._large.start_send(large, rank)
+                return
+        self._small.start_send(tensors, rank)
 
-    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Work:
-        small, large = self._parted(tensors, rank)
-        if not large:
-            return self._small.start_receive(small, rank)
-        work = self._large.start_receive(large, rank)
-        return InTurn([self._small.start_receive(small, rank), work]) if small else work
+    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
+        limit = self._limits.get(rank, -1)
+        for tensor in tensors:
+            if tensor.nbytes > limit:
+                small, large = _parted(tensors, limit)
+                arrivals = [self._small.start_receive(small, rank)] if small else []
+                return in_turn([*arrivals, self._large.start_receive(large, rank)])
+        return self._small.start_receive(tensors, rank)
 
     def finish(self) -> None:
         self._large.finish()
@@ -93,23 +94,20 @@ class BySize:
         self._large.close()
         self._small.close()
 
-    def _parted(
-        self, tensors: Sequence[torch.Tensor], rank: int
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        limit = self._limits.get(rank, -1)
-        small: list[torch.Tensor] = []
-        large: list[torch.Tensor] = []
-        for tensor in tensors:
-            (small if tensor.nbytes <= limit else large).append(tensor)
-        return small, large
+
+def in_turn(arrivals: Sequence[Arrival]) -> Arrival:
+    """Several as one."""
+    return arrivals[0] if len(arrivals) == 1 else functools.partial(_await, arrivals)
 
 
-class InTurn:
-    """Several works as one."""
+def _await(arrivals: Sequence[Arrival]) -> None:
+    for arrival in arrivals:
+        arrival()
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
 
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+def _parted(
+    tensors: Sequence[torch.Tensor], limit: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Those of at most `limit` bytes, and the others."""
+    small = [tensor for tensor in tensors if tensor.nbytes <= limit]
+    return small, [tensor for tensor in tensors if tensor.nbytes > limit]
