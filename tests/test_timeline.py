@@ -206,7 +206,7 @@ def test_kept_bytes_are_those_of_what_lives(size: Sized, policy: str, data: st.D
             alive |= {(field, i.stage, i.microbatch) for field in keeps}
             alive -= {(field, i.stage, i.microbatch) for field in KINDS[i.kind].frees}
             levels.append(sum(num_bytes(*what) for what in alive))
-        assert list(itertools.accumulate(kept_bytes(program, costs, lends))) == levels
+        assert list(itertools.accumulate(kept_bytes(program, costs))) == levels
 
 
 def test_records_round_trip_through_json() -> None:

@@ -76,15 +76,7 @@ class Timeline:
 
     def activation_bytes(self, device: int, costs: Sequence[StageCost]) -> Curve:
         """Bytes kept for the backward pass on `device` over time; `costs` per stage."""
-        every = [(s.device, s.instruction) for s in self.spans]
-        kept_here = {
-            (i.stage, i.microbatch) for at, i in every if i.kind is Kind.FORWARD and at == device
-        }
-        kept_here -= {(i.stage, i.microbatch) for _, i in every if i.kind is Kind.RECOMPUTE}
-        return self._curve(
-            device,
-            lambda program: kept_bytes(program, costs, lambda s, m: (s - 1, m) in kept_here),
-        )
+        return self._curve(device, lambda program: kept_bytes(program, costs))
 
     def peak_activation_bytes(self, costs: Sequence[StageCost]) -> tuple[int, ...]:
         """Per device: the highest point of its `activation_bytes` curve."""
@@ -139,39 +131,37 @@ class Timeline:
         return tuple(curve)
 
 
-def kept_bytes(
-    program: Collection[Instruction],
-    costs: Sequence[StageCost],
-    lends: Callable[[int, int], bool],
-) -> Iterator[int]:
+def kept_bytes(program: Collection[Instruction], costs: Sequence[StageCost]) -> Iterator[int]:
     """By how many bytes each instruction of a device changes what it keeps for the backward pass.
 
-    `lends(stage, microbatch)` tells whether the stage before is on the same device, and does not
-    recompute: its output is what the stage was given, and is kept once, by whichever of the two
-    needs it longer.
+    What a stage is given by one on the same device is that one's output: it is kept once, unless
+    the giving stage drops it and recomputes; by whichever of the two needs it longer.
     """
     stages = {i.stage for i in program}
     changes = {kind: {s: _changes(t, costs[s]) for s in stages} for kind, t in KINDS.items()}
-    recomputed = {(i.stage, i.microbatch) for i in program if i.kind is Kind.RECOMPUTE}
+    forward, recompute = Kind.FORWARD, Kind.RECOMPUTE
+    recomputed = {(i.stage, i.microbatch) for i in program if i.kind is recompute}
+    lend = {(i.stage, i.microbatch) for i in program if i.kind is forward} - recomputed
     gone: set[tuple[int, int]] = set()  # graphs that ran backward
     waiting: set[tuple[int, int]] = set()  # for `W`
     for i in program:
-        stage, m = i.stage, i.microbatch
+        own = stage, m = i.stage, i.microbatch
+        giver = stage - 1, m
         by, of_input, of_waiting, frees_graph = changes[i.kind][stage]
-        if i.kind is Kind.FORWARD and (stage, m) in recomputed:
-            by -= changes[Kind.RECOMPUTE][stage][0]
-        if (of_input or of_waiting) and lends(stage, m):
+        if own in recomputed and i.kind is forward:
+            by -= changes[recompute][stage][0]
+        if giver in lend:
             by -= of_input
-            if (stage - 1, m) not in gone:
+            if giver not in gone:
                 by -= of_waiting
         if frees_graph:
-            gone.add((stage, m))
-            if (stage + 1, m) in waiting and lends(stage + 1, m):
+            gone.add(own)
+            if own in lend and (stage + 1, m) in waiting:
                 by += costs[stage + 1].deferred_input_bytes
         if of_waiting > 0:
-            waiting.add((stage, m))
+            waiting.add(own)
         elif of_waiting:
-            waiting.discard((stage, m))
+            waiting.discard(own)
         yield by
 
 

@@ -4,7 +4,7 @@ The additions are those of `simulate` and `Timeline.activation_bytes`, in their 
 numbers are equal, not close. One pass over the programs, arrivals in flat lists, no objects.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -114,29 +114,9 @@ def _ends_and_busy(
 
 def peak_bytes(schedule: Schedule, costs: Sequence[StageCost]) -> tuple[int, ...]:
     """Per device: the highest point of what is kept for the backward pass."""
-    recomputed = schedule.recomputed
     return tuple(
-        max(accumulate(_kept(schedule, device, costs, recomputed)), default=0)
-        for device in range(schedule.num_devices)
+        max(accumulate(kept_bytes(program, costs)), default=0) for program in schedule.programs
     )
-
-
-def _kept(
-    schedule: Schedule,
-    device: int,
-    costs: Sequence[StageCost],
-    recomputed: frozenset[tuple[int, int]],
-) -> Iterator[int]:
-    beside = [False, *(device in devices for devices in schedule.placement[:-1])]
-
-    def lends(stage: int, m: int) -> bool:
-        return (
-            beside[stage]
-            and (stage - 1, m) not in recomputed
-            and schedule.device_of(stage - 1, m) == device
-        )
-
-    return kept_bytes(schedule.programs[device], costs, lends)
 
 
 def held_microbatches(schedule: Schedule) -> tuple[int, ...]:

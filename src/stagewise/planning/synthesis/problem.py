@@ -115,11 +115,15 @@ class Problem:
     def instructions(self, program: list[int]) -> list[Instruction]:
         """A device's program as `schedule` has it, but fast."""
         own, again = _instructions(self.num_stages, self.num_microbatches)
-        found, previous = [], -1
-        recomputing = any(self.recomputes)
+        recomputes, last = self.recomputes, self.num_stages - 1
+        if not any(recomputes):
+            return [own[op] for op in program]
+        found: list[Instruction] = []
+        previous = -1
         for op in program:
-            first = again[op] if recomputing else None
-            if first and self.recomputes[first.microbatch] and not self.fresh(previous, op):
+            first = again[op]
+            fresh = first is not None and first.stage == last and self.fresh(previous, op)
+            if first is not None and recomputes[first.microbatch] and not fresh:
                 found.append(first)
             found.append(own[op])
             previous = op

@@ -108,7 +108,7 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
 
 def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
     """The highest point of what `device` keeps for the backward pass, as `Timeline` counts it."""
-    kept = kept_bytes(problem.instructions(program), problem.costs, problem.lends)
+    kept = kept_bytes(problem.instructions(program), problem.costs)
     return max(accumulate(kept), default=0)
 
 
