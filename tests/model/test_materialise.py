@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from stagewise.errors import ModelError
 from stagewise.model.chain import chain_of
-from stagewise.model.materialise import Init, is_meta, materialise
+from stagewise.model.materialise import materialise
+from stagewise.model.meta_tensors import Init, is_meta
 from stagewise.models import decoder_lm, transformer
 
 

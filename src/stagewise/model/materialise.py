@@ -9,93 +9,16 @@ everywhere but at its first place, so its values depend on the cell's seed alone
 touched only when all its cells are made.
 """
 
-import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
 from stagewise.errors import ModelError
-from stagewise.model.cell import Cell, Chain, Holder
+from stagewise.model.cell import Cell, Chain
+from stagewise.model.meta_tensors import Init, MetaTensor, Part, entries_of, parts_of
 
-Init = Callable[[nn.Module], object]
 _NUM_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a module of a cell keeps a tensor."""
-
-    name: str  # the plain model's
-    module: nn.Module
-    attribute: str
-
-    def get(self) -> torch.Tensor | None:
-        kept = self.module._parameters.get(self.attribute)
-        return self.module._buffers.get(self.attribute) if kept is None else kept
-
-    def put(self, tensor: torch.Tensor) -> None:
-        setattr(self.module, self.attribute, tensor)  # nn.LSTM and its like keep a list besides
-
-    def __str__(self) -> str:
-        return f"{self.name} ({type(self.module).__name__})"
-
-
-@dataclass
-class _Entry:
-    """A tensor on the meta device and where it is kept; it is initialised at its first place."""
-
-    tensor: torch.Tensor
-    places: list[_Place] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    cells: set[int] = field(default_factory=set)  # that use it
-
-    @property
-    def is_saved(self) -> bool:
-        """Whether it is in a state_dict."""
-        first = self.places[0]
-        return first.attribute not in first.module._non_persistent_buffers_set
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A module to initialise, and what does it besides its own `reset_parameters`."""
-
-    path: str
-    module: nn.Module
-    init: Init | None
-    is_around: bool = False  # other cells are in it too
-
-
-def is_meta(chain: Chain) -> bool:
-    """Whether the model is on the meta device; raises ModelError if only a part of it is.
-
-    Buffers with values are welcome in a model whose parameters are on the meta device.
-    """
-    tensors = [
-        (_name(path, name), tensor)
-        for cell in chain
-        for path, module in cell.named_modules()
-        for kept in (module._parameters, module._buffers)
-        for name, tensor in kept.items()
-        if tensor is not None
-    ]
-    metas = [(name, tensor) for name, tensor in tensors if tensor.is_meta]
-    reals = [
-        (name, tensor)
-        for name, tensor in tensors
-        if isinstance(tensor, nn.Parameter) and not tensor.is_meta
-    ]
-    if metas and reals:
-        raise ModelError(
-            f"the model is half on the meta device: {metas[0][0]} is, {reals[0][0]} is on "
-            f"{reals[0][1].device}; build all of it anew under torch.device('meta'), or none of it "
-            "(a Pipeline makes its own stages real); give trained values to Pipeline as "
-            "state={name: tensor}, or as the path of a checkpoint"
-        )
-    return bool(metas)
 
 
 @torch.no_grad()
@@ -122,14 +45,14 @@ def materialise(
         ModelError: a tensor of these cells has no initialisation, its initialisation failed, or
             a constructor initialised it in a way that is lost.
     """
-    entries = _entries(chain, model)
-    by_cell: dict[int, list[_Entry]] = {}
+    entries = entries_of(chain, model)
+    by_cell: dict[int, list[MetaTensor]] = {}
     for entry in entries:
         by_cell.setdefault(min(entry.cells), []).append(entry)
     made: dict[int, torch.Tensor] = {}
     for cell in chain:
         if cell.index in own:
-            parts = list(_parts(cell, model, init))
+            parts = list(parts_of(cell, model, init))
             made |= _initialised(cell, by_cell.get(cell.index, []), parts, seed_cell, set(given))
     for entry in entries:
         if entry.cells.isdisjoint(own):
@@ -140,75 +63,10 @@ def materialise(
             place.put(real)
 
 
-def _entries(chain: Chain, model: nn.Module | None) -> list[_Entry]:
-    """The model's tensors on the meta device, in its order.
-
-    What a cell of a captured model holds of a module is initialised in that module.
-    """
-    entries: dict[int, _Entry] = {}
-    for cell in chain:
-        for path, module in cell.named_modules(remove_duplicate=False):
-            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None or not tensor.is_meta:
-                    continue
-                entry = entries.setdefault(id(tensor), _Entry(tensor))
-                name = _name(path, attribute)
-                entry.names.append(name)
-                entry.cells.add(cell.index)
-                for keeper in dict.fromkeys((_original(path, module, model), module)):
-                    if all((p.module, p.attribute) != (keeper, attribute) for p in entry.places):
-                        entry.places.append(_Place(name, keeper, attribute))
-    return list(entries.values())
-
-
-def _parts(cell: Cell, model: nn.Module | None, init: Init | None) -> Iterator[_Part]:
-    """The cell's modules, children first as their constructors ran, then those around it."""
-    seen: set[nn.Module] = set()
-    around: dict[str, _Part] = {}
-
-    def inside(name: str, module: nn.Module, hook: Init | None) -> Iterator[_Part]:
-        if module in seen:
-            return
-        seen.add(module)
-        hook = init or _own_init(module) or hook
-        for child_name, child in module.named_children():
-            yield from inside(f"{name}.{child_name}", child, hook)
-        yield _Part(name, module, hook)
-
-    for path, module in reversed(list(cell.roots())):
-        hook = init
-        for prefix in _above(path) if model is not None else ():
-            assert model is not None
-            outer = model.get_submodule(prefix)
-            hook = init or _own_init(outer) or hook
-            around.setdefault(prefix, _Part(prefix, outer, hook, is_around=True))
-        if isinstance(module, Holder):
-            original = _original(path, module, model)
-            yield _Part(path, original, init or _own_init(original) or hook)
-        else:
-            yield from inside(path, module, hook)
-    yield from sorted(around.values(), key=lambda part: len(_above(part.path)), reverse=True)
-
-
-def _above(path: str) -> list[str]:
-    """The paths of the modules around `path`, the model's own first."""
-    parts = path.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts) if path else 0)]
-
-
-def _original(path: str, module: nn.Module, model: nn.Module | None) -> nn.Module:
-    """The model's own module, where `module` stands for it in a cell."""
-    return model.get_submodule(path) if model is not None and isinstance(module, Holder) else module
-
-
-def _name(path: str, attribute: str) -> str:
-    return f"{path}.{attribute}" if path else attribute
-
-
 def _initialised(
     cell: Cell,
-    entries: Sequence[_Entry],
-    parts: Sequence[_Part],
+    entries: Sequence[MetaTensor],
+    parts: Sequence[Part],
     seed_cell: Callable[[str], None],
     given: set[str],
 ) -> dict[int, torch.Tensor]:
@@ -252,7 +110,7 @@ def _initialised(
     return {key: real for key, real in made.items() if real is not None}
 
 
-def _run(parts: Sequence[_Part], holders: Collection[nn.Module]) -> None:
+def _run(parts: Sequence[Part], holders: Collection[nn.Module]) -> None:
     """Initialise the modules that hold what is missing, those in which they are, and around."""
     needed = [p for p in parts if p.is_around or any(m in holders for m in p.module.modules())]
     with torch.device("cpu"):
@@ -267,7 +125,7 @@ def _run(parts: Sequence[_Part], holders: Collection[nn.Module]) -> None:
                 _blamed("init(module)", part, part.init, part.module)
 
 
-def _blamed(what: str, part: _Part, function: Callable[..., object], *args: object) -> None:
+def _blamed(what: str, part: Part, function: Callable[..., object], *args: object) -> None:
     try:
         function(*args)
     except Exception as error:
@@ -275,18 +133,6 @@ def _blamed(what: str, part: _Part, function: Callable[..., object], *args: obje
             f"{what} failed for {part.path or 'the model'} ({type(part.module).__name__}), which "
             f"is made from the meta device: {type(error).__name__}: {error}"
         ) from error
-
-
-def _own_init(module: nn.Module) -> Init | None:
-    """The module's `_init_weights`, if it takes a module."""
-    hook = getattr(module, "_init_weights", None)
-    if not callable(hook):
-        return None
-    try:
-        inspect.signature(hook).bind(module)
-    except (TypeError, ValueError):
-        return None
-    return cast(Init, hook)
 
 
 def _room(tensor: torch.Tensor) -> torch.Tensor:
@@ -322,7 +168,7 @@ def _num_writes(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _check_filled(unfilled: Sequence[_Entry]) -> None:
+def _check_filled(unfilled: Sequence[MetaTensor]) -> None:
     if not unfilled:
         return
     fleeting = [entry for entry in unfilled if not entry.is_saved]
@@ -340,7 +186,7 @@ def _check_filled(unfilled: Sequence[_Entry]) -> None:
     )
 
 
-def _check_constructors(lost: Sequence[_Entry]) -> None:
+def _check_constructors(lost: Sequence[MetaTensor]) -> None:
     if lost:
         raise ModelError(
             f"{_listing(lost)} were initialised again after reset_parameters() by the code that "
@@ -361,7 +207,7 @@ def _check_attributes(cell: Cell) -> None:
                 )
 
 
-def _listing(entries: Sequence[_Entry]) -> str:
+def _listing(entries: Sequence[MetaTensor]) -> str:
     shown = ", ".join(str(entry.places[0]) for entry in entries[:_NUM_SHOWN])
     more = f" and {len(entries) - _NUM_SHOWN} more" if len(entries) > _NUM_SHOWN else ""
     return shown + more

@@ -23,7 +23,7 @@ from stagewise.engine.transport.connect import Device, connect
 from stagewise.errors import ModelError
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of
-from stagewise.model.materialise import Init
+from stagewise.model.meta_tensors import Init
 from stagewise.pipeline.build.initial import Given, initialise
 from stagewise.pipeline.build.places import build_stages, ranks_of_stages
 from stagewise.pipeline.build.recut import check_cells_stay, recut

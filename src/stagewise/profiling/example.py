@@ -23,7 +23,7 @@ from stagewise.errors import BatchError, PlanError
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for, entering
 from stagewise.model.chain import Model
-from stagewise.model.materialise import is_meta
+from stagewise.model.meta_tensors import is_meta
 from stagewise.profiling.trial_steps import profile
 from stagewise.told import told
 

@@ -17,7 +17,8 @@ from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, module_tree
-from stagewise.model.materialise import Init, is_meta, materialise
+from stagewise.model.materialise import materialise
+from stagewise.model.meta_tensors import Init, is_meta
 from stagewise.pipeline.build.places import ranks_of_cells
 from stagewise.planning.plan import Plan
 
