@@ -7,10 +7,8 @@ tensors without values; what follows from the batch alone is computed anew. When
 puts in the values that were handed on, and where the next cell's block is called it stops.
 """
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from stagewise.errors import CellError, ModelError
-from stagewise.model.forward.users_code import place_of_frame, users_frame
 from stagewise.model.replay.handover import (
     Crossing,
     Done,
@@ -34,18 +31,15 @@ from stagewise.model.replay.handover import (
     check_constant,
     flat,
 )
+from stagewise.model.replay.part_values import Values, line_running
 from stagewise.model.replay.skeleton import Skeleton
-
-
-@dataclass(eq=False)
-class _Value:
-    """A tensor that belongs to one part of the call: `here` is what the model's code holds."""
-
-    here: torch.Tensor
-    key: Key
-    label: Label
-    part: int
-    real: torch.Tensor | None
+from stagewise.model.replay.torch_functions import (
+    OF_DEVICE,
+    QUERIES,
+    RANDOM,
+    changes_first,
+    name_of,
+)
 
 
 class _Stop(BaseException):
@@ -74,19 +68,16 @@ class Run(TorchFunctionMode):
         self._events = list(arriving.story.events) if arriving else []
         self._next = 0  # of the events that are told
         self._is_open = False
-        self._part, self._last_block = 0, -1
+        self._last_block = -1
         self._turns: Counter[tuple[int, str, str]] = Counter()
-        self._values: dict[Key, _Value] = {}
-        self._by_id: dict[int, _Value] = {}
-        self._labels: dict[Key, Label] = {}
-        if arriving is not None:
-            story = arriving.story
-            self._labels = dict(zip(story.keys, story.labels, strict=True))
+        story = arriving.story if arriving else None
+        labels = dict(zip(story.keys, story.labels, strict=True)) if story else {}
+        self._own = Values(skeleton, state, needs, labels, learns=cell is None)
         self._device, self._inputs = torch.device("cpu"), set[int]()
 
     @property
     def _is_last(self) -> bool:
-        return (self._part if self._cell is None else self._cell) == len(self._names) - 1
+        return (self._own.part if self._cell is None else self._cell) == len(self._names) - 1
 
     def _is_live(self) -> bool:
         """Whether what comes now really runs; the first time, what was handed on is put in."""
@@ -109,11 +100,13 @@ class Run(TorchFunctionMode):
             self._skeleton.block = None
             self._skeleton.put_back()
         if not self._is_live():
-            raise self._astray("the end of forward", self._line())
+            raise self._astray("the end of forward", line_running())
         if self._cell is None:
-            self._part = len(self._names) - 1
+            self._own.part = len(self._names) - 1
         leaves, spec = flat(output)
-        output = pytree.tree_unflatten([self._real(leaf, "the output") for leaf in leaves], spec)
+        output = pytree.tree_unflatten(
+            [self._own.real(leaf, "the output") for leaf in leaves], spec
+        )
         return output if self._is_last else Done(output)
 
     # A call of a block.
@@ -132,18 +125,18 @@ class Run(TorchFunctionMode):
                 "again" if index == self._last_block else f"after {self._names[self._last_block]}"
             )
             raise CellError(
-                f"the model called {name} {again} ({self._line()}), but cells run once and in one "
-                "order, that of the example; name the module around them in cells"
+                f"the model called {name} {again} ({line_running()}), but cells run once and in "
+                "one order, that of the example; name the module around them in cells"
             )
         self._last_block = index
         leaves, spec = flat((args, kwargs))
         if self._cell is not None and index > self._cell:
             raise _Stop(index, leaves)
-        self._part = max(self._part, index)
+        self._own.part = max(self._own.part, index)
         what = f"block {name}"
         if not self._is_live():
             return self._told(what, leaves)
-        given = [self._real(leaf, f"an argument of {name}") for leaf in leaves]
+        given = [self._own.real(leaf, f"an argument of {name}") for leaf in leaves]
         for leaf in given:
             if isinstance(leaf, torch.Tensor) and leaf.is_meta and not self._device.type == "meta":
                 raise CellError(
@@ -159,19 +152,17 @@ class Run(TorchFunctionMode):
         if self._arriving is None:
             return
         story = self._arriving.story
-        self._part = max(self._part, story.block)
+        self._own.part = max(self._own.part, story.block)
         for key, tensor in zip(story.keys, self._arriving.tensors, strict=True):
-            value = self._values[key]
-            value.real = tensor
-            self._by_id[id(tensor)] = value
+            self._own.arrived(key, tensor)
 
     def _crossing(self, stop: _Stop) -> Crossing:
         arguments = set()
         for leaf in stop.arguments:
-            if (value := self._value(leaf)) is not None:
-                self._carried(value, f"an argument of {self._names[stop.block]}")
+            if (value := self._own.of(leaf)) is not None:
+                self._own.carried(value, f"an argument of {self._names[stop.block]}")
                 arguments.add(id(value))
-        there = [value for value in self._values.values() if value.real is not None]
+        there = [value for value in self._own.by_key.values() if value.real is not None]
         wanted = self._needs.wanted(stop.block, [value.label for value in there])
         values = [v for v in there if v.label in wanted or id(v) in arguments]
         return Crossing(
@@ -194,11 +185,14 @@ class Run(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        name, touches = name_of(func), self._touches(args) or self._touches(kwargs.values())
+        name, touches = (
+            name_of(func),
+            self._own.touches(args) or self._own.touches(kwargs.values()),
+        )
         if not touches:
             if changes_first(name) and id(args[0]) in self._inputs:
                 raise ModelError(
-                    f"{self._line()} changes an input of the model in place ({name}); the cells "
+                    f"{line_running()} changes an input of the model in place ({name}); the cells "
                     "that take it would see different values: let it make a new tensor (x = x + 1 "
                     "in place of x += 1), or clone it first"
                 )
@@ -207,12 +201,14 @@ class Run(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if touches and name in QUERIES:
             return self._asked(func, name, leaves, spec)
-        if touches and all(self._is_constant(leaf) for leaf in leaves if self._is_ours(leaf)):
-            return _call(func, [self._real(leaf, name) for leaf in leaves], spec)
+        if touches and all(
+            self._own.is_constant(leaf) for leaf in leaves if self._own.is_ours(leaf)
+        ):
+            return _call(func, [self._own.real(leaf, name) for leaf in leaves], spec)
         if not self._is_live():
             return self._told(name, leaves)
         self._check_states(leaves)
-        given = [self._real(leaf, name) for leaf in leaves]
+        given = [self._own.real(leaf, name) for leaf in leaves]
         return self._noted(name, _call(func, given, spec), leaves, given)
 
     def _check_states(self, leaves: list[object]) -> None:
@@ -221,7 +217,7 @@ class Run(TorchFunctionMode):
             return
         for leaf in leaves:
             name = self._skeleton.states.get(id(leaf))
-            if name is not None and id(leaf) not in self._by_id and self._state(name) is None:
+            if name is not None and self._own.of(leaf) is None and self._state(name) is None:
                 for later in range(self._cell + 1, len(self._names)):
                     if name in self._needs.states[later]:
                         raise _Stop(later, leaves)
@@ -231,9 +227,9 @@ class Run(TorchFunctionMode):
     ) -> object:
         if name in OF_DEVICE:
             asked = torch.empty((), device=self._device)
-            leaves = [asked if self._is_ours(leaf) else leaf for leaf in leaves]
+            leaves = [asked if self._own.is_ours(leaf) else leaf for leaf in leaves]
         else:
-            values = ((leaf, self._value(leaf)) for leaf in leaves)
+            values = ((leaf, self._own.of(leaf)) for leaf in leaves)
             leaves = [v.real if v is not None and v.real is not None else x for x, v in values]
         return _call(func, leaves, spec)
 
@@ -241,12 +237,14 @@ class Run(TorchFunctionMode):
         self, what: str, result: object, leaves: list[object], given: list[object]
     ) -> object:
         """Note what really ran; returns the result."""
-        line = self._line()
+        line = line_running()
         found, spec = flat(result)
-        places = {id(leaf): i for i, leaf in reversed([*enumerate(given)]) if _is_tensor(leaf)}
+        tensors = [(i, leaf) for i, leaf in enumerate(given) if isinstance(leaf, torch.Tensor)]
+        places = {id(leaf): i for i, leaf in reversed(tensors)}
         event, told = len(self._events), []
-        self._turns[self._part, what, line] += 1
-        turn = self._turns[self._part, what, line]
+        place = (self._own.part, what, line)
+        self._turns[place] += 1
+        turn = self._turns[place]
         for index, leaf in enumerate(found):
             if not isinstance(leaf, torch.Tensor):
                 if isinstance(leaf, RemovableHandle):
@@ -259,9 +257,9 @@ class Run(TorchFunctionMode):
                 told.append(Given(places[id(leaf)]))
             else:
                 told.append(Form(leaf.shape, leaf.dtype, leaf.requires_grad))
-            self._keep(leaf, Key(event, index), Label(self._part, what, line, turn, index), leaf)
-        if changes_first(what) and not self._is_state(leaves[0]):
-            self._keep(given[0], Key(event, -1), Label(self._part, what, line, turn, -1), given[0])
+            self._own.keep(leaf, Key(event, index), Label(*place, turn, index), leaf)
+        if changes_first(what) and not self._own.is_state(leaves[0]):
+            self._own.keep(given[0], Key(event, -1), Label(*place, turn, -1), given[0])
         self._events.append(Event(what, pytree.tree_unflatten(told, spec)))
         self._next = len(self._events)
         return result
@@ -270,7 +268,7 @@ class Run(TorchFunctionMode):
         """What ran in a cell before this one, without its values."""
         index = self._next
         if index >= len(self._events) or self._events[index].what != what:
-            raise self._astray(what, self._line())
+            raise self._astray(what, line_running())
         self._next += 1
         found, spec = flat(self._events[index].result)
         results: list[object] = []
@@ -279,80 +277,13 @@ class Run(TorchFunctionMode):
                 results.append(leaf)
                 continue
             tensor = leaf.empty() if isinstance(leaf, Form) else leaves[leaf.place]
-            if isinstance(tensor, torch.Tensor) and self._is_state(tensor):
+            if isinstance(tensor, torch.Tensor) and self._own.is_state(tensor):
                 tensor = torch.empty_like(tensor)  # else the parameter would be a value
-            self._keep(tensor, Key(index, place), self._label(Key(index, place), what))
+            self._own.keep(tensor, Key(index, place), self._own.label(Key(index, place), what))
             results.append(tensor)
-        if changes_first(what) and not self._is_state(leaves[0]):
-            self._keep(leaves[0], Key(index, -1), self._label(Key(index, -1), what))
+        if changes_first(what) and not self._own.is_state(leaves[0]):
+            self._own.keep(leaves[0], Key(index, -1), self._own.label(Key(index, -1), what))
         return pytree.tree_unflatten(results, spec)
-
-    # The values that belong to one cell.
-
-    def _keep(self, tensor: object, key: Key, label: Label, real: object = None) -> None:
-        if not isinstance(tensor, torch.Tensor) or id(tensor) in self._by_id:
-            return
-        assert real is None or isinstance(real, torch.Tensor)
-        if self._cell is None:
-            self._needs.seen.add(label)
-        self._values[key] = self._by_id[id(tensor)] = _Value(tensor, key, label, self._part, real)
-
-    def _label(self, key: Key, what: str) -> Label:
-        return self._labels.get(key) or Label(self._part, what, self._line(), 0, key.leaf)
-
-    def _value(self, leaf: object) -> _Value | None:
-        return self._by_id.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
-
-    def _is_ours(self, leaf: object) -> bool:
-        return id(leaf) in self._by_id or id(leaf) in self._skeleton.states
-
-    def _touches(self, values: Iterable[object]) -> bool:
-        """Whether a tensor that belongs to one cell is among the values."""
-        return any(
-            self._touches(value) if isinstance(value, list | tuple) else self._is_ours(value)
-            for value in values
-        )
-
-    def _is_state(self, leaf: object) -> bool:
-        return id(leaf) in self._skeleton.states
-
-    def _is_constant(self, leaf: object) -> bool:
-        return self._skeleton.states.get(id(leaf)) in self._skeleton.constant
-
-    def _carried(self, value: _Value, user: str) -> torch.Tensor:
-        if value.real is None:
-            raise CellError(
-                f"{user} ({self._line()}) uses the result of {value.label}, which lies in another "
-                "cell and is not carried here, since forward went another way in the example; give "
-                "stagewise.plan an example that goes this way, or pass the value to the blocks "
-                "between as an argument"
-            )
-        return value.real
-
-    def _real(self, leaf: object, user: str) -> object:
-        """The tensor itself, where `leaf` stands for one."""
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        value = self._by_id.get(id(leaf))
-        if value is not None:
-            real = self._carried(value, user)
-            if self._cell is None:
-                for boundary in range(value.part + 1, self._part + 1):
-                    self._needs.across[boundary].add(value.label)
-            return real
-        name = self._skeleton.states.get(id(leaf))
-        if name is None:
-            return leaf
-        state = self._state(name)
-        if state is None:
-            raise CellError(
-                f"{user} ({self._line()}) uses {name}, which this cell does not hold, since "
-                "forward did not use it here in the example; give stagewise.plan an example that "
-                "goes this way, or name the module that uses it in cells"
-            )
-        if self._cell is None:
-            self._needs.states[self._part].add(name)
-        return state
 
     def _astray(self, what: str, line: str) -> CellError:
         told = self._events[self._next].what if self._next < len(self._events) else "its block"
@@ -362,53 +293,7 @@ class Run(TorchFunctionMode):
             "so draw random numbers by torch, and keep no count in attributes"
         )
 
-    @staticmethod
-    def _line() -> str:
-        """The model's own line that is running."""
-        return place_of_frame(users_frame(sys._getframe(1)))
-
-
-def _is_tensor(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor)
-
 
 def _call(func: Callable[..., Any], leaves: Sequence[object], spec: pytree.TreeSpec) -> Any:
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return func(*args, **kwargs)
-
-
-_QUERIES = """shape dtype device ndim size dim numel stride layout is_floating_point is_complex
-is_signed requires_grad is_contiguous __len__ __hash__ nelement ndimension element_size itemsize
-nbytes is_leaf is_sparse is_quantized is_nested is_cuda is_cpu is_meta is_mps is_xpu get_device
-names is_inference is_same_size output_nr grad_fn"""
-
-
-_OF_DEVICE = "device is_cuda is_cpu is_meta is_mps is_xpu get_device"
-
-
-_RANDOM = """rand randn randint randperm rand_like randn_like randint_like normal bernoulli
-multinomial poisson dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout alpha_dropout_
-feature_dropout feature_alpha_dropout rrelu rrelu_ gumbel_softmax native_dropout uniform_ normal_
-bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ trunc_normal_ fractional_max_pool2d
-fractional_max_pool3d"""
-
-
-QUERIES = frozenset(_QUERIES.split())  # a tensor without values answers these
-
-
-OF_DEVICE = frozenset(_OF_DEVICE.split())  # ... where these are those of the cell's device
-
-
-RANDOM = frozenset(_RANDOM.split())  # these may draw from the default generators
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """A function's name, or a property's."""
-    name: str = getattr(func, "__name__", type(func).__name__)
-    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # type: ignore[attr-defined]
-
-
-def changes_first(name: str) -> bool:
-    """Whether a function of this name changes its first argument in place."""
-    special = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    return special or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
