@@ -154,7 +154,8 @@ class Rotary(nn.Module):
 
 
 def test_float32_parts_of_a_float64_model_are_no_fault() -> None:
-    from stagewise.model.verify.compare import TRAINING, difference
+    from stagewise.model.verify.compare import difference
+    from stagewise.model.verify.situation import TRAINING
 
     model, x = Rotary().double(), torch.randn(3, 4, dtype=torch.float64)
     captured = stagewise.capture(model, x)

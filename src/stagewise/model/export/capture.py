@@ -28,8 +28,8 @@ from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
-from stagewise.model.verify.compare import Situation, kept, surroundings
 from stagewise.model.verify.in_words import in_words
+from stagewise.model.verify.situation import Situation, kept, surroundings
 
 
 def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:

@@ -16,16 +16,10 @@ from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
 from stagewise.model.export.refusal import lost, lost_at
 from stagewise.model.forward.asked import INFERENCE, asks_for_autocast, asks_for_flags
-from stagewise.model.verify.compare import (
-    EVAL,
-    SITUATIONS,
-    TRAINING,
-    UNDER_AUTOCAST,
-    Difference,
-    difference,
-)
+from stagewise.model.verify.compare import Difference, difference
 from stagewise.model.verify.observed import check_effects, observed
 from stagewise.model.verify.other_sizes import batches_of_other_sizes, first_samples, sizes_text
+from stagewise.model.verify.situation import EVAL, SITUATIONS, TRAINING, UNDER_AUTOCAST
 
 Example = Mapping[str, object]
 

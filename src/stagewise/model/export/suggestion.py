@@ -13,8 +13,8 @@ from torch import nn
 
 from stagewise.errors import ModelError
 from stagewise.model.replay.capture_cells import replayed
-from stagewise.model.verify.compare import kept
 from stagewise.model.verify.other_sizes import first_samples
+from stagewise.model.verify.situation import kept
 
 _TRIES = 5
 _LISTS = (nn.ModuleList, nn.Sequential)

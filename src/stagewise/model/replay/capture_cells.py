@@ -27,9 +27,10 @@ from stagewise.model.replay.patterns import selected
 from stagewise.model.replay.replay import Run
 from stagewise.model.replay.replayed_cell import RerunCell
 from stagewise.model.replay.skeleton import Skeleton
-from stagewise.model.verify.compare import SITUATIONS, Difference, difference, kept
+from stagewise.model.verify.compare import Difference, difference
 from stagewise.model.verify.in_words import in_words
 from stagewise.model.verify.observed import check_effects, draws_around, observed
+from stagewise.model.verify.situation import SITUATIONS, kept
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -23,16 +23,9 @@ from stagewise.model.forward.asked import FRESH, VARIED, Asked, AskedOfTensors, 
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
 from stagewise.model.forward.watch import Place, changes, name_of, tokens_of
-from stagewise.model.verify.compare import (
-    EVAL,
-    TRAINING,
-    Situation,
-    kept,
-    outputs_of,
-    seeded,
-    surroundings,
-)
+from stagewise.model.verify.compare import outputs_of
 from stagewise.model.verify.rare_draws import NUM_SEEDS, others_as_they_are
+from stagewise.model.verify.situation import EVAL, TRAINING, Situation, kept, seeded, surroundings
 
 Outputs = Mapping[str, torch.Tensor]
 
