@@ -78,6 +78,11 @@ def squares(output: Any, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(sample(output), target)
 
 
+def plain_squares(output: Tensor, target: Tensor) -> Tensor:
+    """Of a tensor."""
+    return nn.functional.mse_loss(output, target)
+
+
 def logits(output: Any) -> Tensor:
     """Of an output of transformers."""
     found: Tensor = output.logits
@@ -117,6 +122,12 @@ def text(num_samples: int, length: int) -> Batch:
     """For a language model."""
     tokens = ids(num_samples, length)
     return {"input_ids": tokens, "attention_mask": mask(num_samples, length), "labels": tokens}
+
+
+def tokens(num_samples: int, length: int) -> Batch:
+    """For a language model without a mask."""
+    made = ids(num_samples, length)
+    return {"input_ids": made, "labels": made}
 
 
 def classes(num_samples: int, length: int) -> Batch:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.objects import opened
 from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import BatchError
 
@@ -24,13 +25,13 @@ def join(
     A number, as the loss of a model that computes its own, is summed by `shares` (by default, of
     the samples). Raises BatchError where an output does not hold its microbatch's samples.
     """
-    flat = [flatten(value) for value in values]
+    flat = [flatten(opened(value)) for value in values]
     if any(spec != flat[0][1] for _, spec in flat):
         raise BatchError(
             "the outputs of the microbatches are nested differently, so they cannot be joined; "
             "let the last cell return the same structure always"
         )
-    paths = [path for path, _ in with_paths(values[0])]
+    paths = [path for path, _ in with_paths(opened(values[0]))]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     shares = [size / sum(sizes) for size in sizes] if shares is None else shares
     joined = [

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.objects import opened
 from stagewise.errors import CellError
 
 _SHARED = "_stagewise_shared"  # an attribute of tensors
@@ -85,6 +86,11 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
             )
         pytree.register_dataclass(cls)
     return flatten(value)
+
+
+def leaves_of(output: object) -> list[object]:
+    """The leaves of what a model returns, whose objects are taken apart, too."""
+    return flatten(opened(output))[0]
 
 
 def with_paths(
@@ -179,8 +185,8 @@ def move(value: object, device: torch.device) -> object:
 
 
 def detached(value: object) -> object:
-    """`value` without its graph."""
-    tensors, structure = take_apart(value)
+    """`value` without its graph, which no object in it keeps either."""
+    tensors, structure = take_apart(opened(value))
     return put_together([tensor.detach() for tensor in tensors], structure)
 
 

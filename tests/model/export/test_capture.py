@@ -548,6 +548,8 @@ class Outer(nn.Module):
 
 
 class Opaque:
+    __slots__ = ("tensor",)
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
@@ -655,3 +657,85 @@ def test_parameters_of_a_module_spread_over_cells_keep_their_order() -> None:
     pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
     assert [name for name, _ in pipe.named_parameters()] == names
     assert list(pipe.state_dict()) == state
+
+
+class Kept:
+    """What transformers' caches are: a plain object of plain objects that hold tensors."""
+
+    def __init__(self, values: list[Any], count: int) -> None:
+        self.values, self.count, self.dtype = values, count, torch.float32
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = self.one(x)
+        z = self.two(y.tanh())
+        return {"y": z, "kept": Kept([Kept([y], 1), {"z": z}], 2)}
+
+
+def pipeline(model: nn.Module, num_microbatches: int) -> stagewise.Pipeline:
+    cells = len(stagewise.capture(model, torch.randn(4, 4)).chain)
+    balance = (1, cells - 1) if cells > 1 else (1,)
+    plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=num_microbatches)
+    return stagewise.Pipeline(
+        model, plan, loss=lambda out: (out["y"] if isinstance(out, dict) else out).square().mean()
+    )
+
+
+def test_an_object_that_holds_tensors_is_returned_whole() -> None:
+    model, x = Keeps(), torch.randn(4, 4)
+    found = pipeline(model, 2).predict(x)
+    wanted = model(x)["kept"]
+    assert isinstance(wanted, Kept)
+    kept = found["kept"]
+    assert type(kept) is Kept and type(kept.values[0]) is Kept
+    assert (kept.count, kept.values[0].count, kept.dtype) == (2, 1, torch.float32)
+    torch.testing.assert_close(kept.values[0].values[0], wanted.values[0].values[0])
+    torch.testing.assert_close(kept.values[1]["z"], wanted.values[1]["z"])
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mapped: Tensor = torch.vmap(lambda row: self.linear(row).tanh() + row)(x)
+        return mapped
+
+
+class Asks(nn.Module):
+    """Asks whether there is one sample, as transformers' masks do, and `differs` then, or not."""
+
+    def __init__(self, differs: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.differs = nn.Linear(4, 4), nn.Linear(4, 4), differs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.arange(4.0)[None]
+        if x.shape[0] != y.shape[0]:
+            y = y.expand(x.shape[0], -1) * (2 if self.differs else 1)
+        return self.two(self.one(x).tanh() + y)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(Mapped(), Mapped()), functools.partial(Asks, False)]
+)
+def test_single_samples(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(4, 4)
+    loss = pipeline(model, 4).step(x)
+    ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    wanted = model(x).square().mean()
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
+
+
+def test_one_sample_that_forward_treats_otherwise() -> None:
+    with pytest.raises(BatchError, match=r"shape\[0\] is 1.*where x.shape\[0\] != 1"):
+        pipeline(Asks(True), 4).step(torch.randn(4, 4))

@@ -149,20 +149,18 @@ _BOUND = MethodType, BuiltinFunctionType  # a generator's method, kept by itself
 
 
 def _own(codes: Sequence[object]) -> Iterator[Source]:
+    modules = [code for code in codes if isinstance(code, nn.Module)]
+    values = [node.value for node in Sight(named_only=True).walk(*modules)]
+    values += [code for code in codes if not isinstance(code, nn.Module)]
+    values += [value.__self__ for value in values if isinstance(value, _BOUND)]
+    inside = [*itertools.chain.from_iterable(map(_inside, values))]
+    inside += [value.__self__ for value in inside if isinstance(value, _BOUND)]
     seen: set[int] = {id(torch.default_generator)}
-    for code in codes:
-        sight = Sight(named_only=True)
-        values = (
-            [node.value for node in sight.walk(code)] if isinstance(code, nn.Module) else [code]
-        )
-        values += [value.__self__ for value in values if isinstance(value, _BOUND)]
-        inside = [*itertools.chain.from_iterable(map(_inside, values))]
-        inside += [value.__self__ for value in inside if isinstance(value, _BOUND)]
-        for value in (*values, *inside):
-            kind = next((kind for kind in _KINDS if isinstance(value, kind)), None)
-            if kind is not None and id(value) not in seen:
-                seen.add(id(value))
-                yield _KINDS[kind](value)
+    for value in (*values, *inside):
+        kind = next((kind for kind in _KINDS if isinstance(value, kind)), None)
+        if kind is not None and id(value) not in seen:
+            seen.add(id(value))
+            yield _KINDS[kind](value)
 
 
 def _inside(value: object) -> Iterable[object]:

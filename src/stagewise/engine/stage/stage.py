@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch.autograd.graph import Node
 
+from stagewise.batch.objects import opened
 from stagewise.batch.values import Structure, detached, put_together, shared, take_apart
 from stagewise.engine.stage.autograd import (
     copy_of,
@@ -308,7 +309,7 @@ class Stage:
         """Past the last cell: record the output, or compute the losses and record those."""
         if call.mode is Mode.PREDICT:
             call.outputs[m] = output
-            return output
+            return opened(output)
         if not call.counts(m):  # its mean over nothing would be NaN
             return output
         call.randomness[self.device].enter_loss(m)

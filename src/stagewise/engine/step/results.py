@@ -15,6 +15,7 @@ import torch
 
 from stagewise.batch.join import join
 from stagewise.batch.markers import Microbatches
+from stagewise.batch.objects import closed, opened
 from stagewise.batch.values import detached
 from stagewise.engine.stage.call import Call
 from stagewise.engine.step.vote import called
@@ -230,7 +231,7 @@ def outputs_of(
             problem = str(error)
         except Exception as error:
             problem = f"merge(outputs) failed: {type(error).__name__}: {error}"
-    outputs, problem = transport.broadcast((outputs, problem), source, ranks)
+    outputs, problem = transport.broadcast((opened(outputs), problem), source, ranks)
     if problem is not None:
         raise BatchError(problem)
-    return outputs if transport.rank in ranks else None
+    return closed(outputs) if transport.rank in ranks else None

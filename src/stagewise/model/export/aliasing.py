@@ -54,6 +54,8 @@ class Memory:
 
         One name alone may cross: its stage writes a copy.
         """
+        if self._trace.mapped.get(self._trace.nodes[position]):
+            return False
         groups = [self.group(node) for node in live]
         later = [group for group in groups if self.last_write.get(group, -1) >= position]
         states = {self.group(node) for node in self._trace.states}

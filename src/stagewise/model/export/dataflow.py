@@ -88,7 +88,12 @@ class Flow:
     def _find_needed(self) -> set[fx.Node]:
         needed = {node for node in self.trace.outputs if isinstance(node, fx.Node)}
         for node in reversed(self.trace.nodes):
-            if node in needed or written(node) or node.target is EFFECT:
+            if (
+                node in needed
+                or written(node)
+                or node.target is EFFECT
+                or node in self.trace.mapped
+            ):
                 needed.update((node, *node.all_input_nodes))
         return needed
 
@@ -96,6 +101,8 @@ class Flow:
         self, node: fx.Node, found: Mapping[fx.Node, frozenset[fx.Node]]
     ) -> frozenset[fx.Node] | None:
         if node.target in _HEAVY or self.memory.changes(node) or _is_impure(node):
+            return None
+        if node in self.trace.mapped:
             return None
         sources: list[frozenset[fx.Node]] = [frozenset({node})]
         for source in node.all_input_nodes:

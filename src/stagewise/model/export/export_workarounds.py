@@ -14,13 +14,15 @@ from torch import nn
 from torch.nn.modules import transformer
 from torch.utils.checkpoint import CheckpointFunction
 
+from stagewise.batch.objects import opened
+
 OWN_BACKWARD = "has a backward of its own"
 
 
 @contextmanager
 def traceable(model: nn.Module, kwargs: Mapping[str, object]) -> Iterator[None]:
     """All of them."""
-    with _masks_as_given(), _functions_refused(), _arguments_named(model, kwargs):
+    with _masks_as_given(), _functions_refused(), _values_named(model, kwargs):
         yield
 
 
@@ -76,19 +78,23 @@ def _subclasses(kind: Any) -> set[Any]:
 
 
 @contextmanager
-def _arguments_named(model: nn.Module, kwargs: Mapping[str, object]) -> Iterator[None]:
-    """Name the arguments that a `forward(**kwargs)` takes: torch.export mixes sizes up there."""
+def _values_named(model: nn.Module, kwargs: Mapping[str, object]) -> Iterator[None]:
+    """Name the arguments that a `forward(**kwargs)` takes: torch.export mixes sizes up there.
+
+    What it returns is taken apart, objects of plain classes too, which torch.export refuses.
+    """
     run = model.forward
-    if kwargs.keys() <= inspect.signature(run).parameters.keys():
-        yield
-        return
-
-    def forward(**given: object) -> object:
-        return run(**given)
-
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
-    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     before = model.__dict__.get("forward")
+
+    def forward(*args: object, **given: object) -> object:
+        return opened(run(*args, **given))
+
+    signature = inspect.signature(run)
+    if not kwargs.keys() <= signature.parameters.keys():
+        signature = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
+        )
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     model.__dict__["forward"] = forward
     try:
         yield

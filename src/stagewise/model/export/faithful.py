@@ -82,6 +82,20 @@ class Comparison:
             raise lost_at(self._model, *apart)
         return False
 
+    def holds_for_one(self, captured: Captured) -> bool:
+        """Whether the cells are the model on one sample, at the example's length and another."""
+        form = captured.form
+        assert isinstance(form, CallForm)
+        found = False
+        for batch in batches_of_other_sizes(self._examples[0], form.traced_inputs, samples=(1,)):
+            try:
+                if self._on(captured, batch, in_bits=False) is not None:
+                    return False
+                found = True
+            except Exception:  # of sizes that the model does not take
+                continue
+        return found
+
     def _difference(self, captured: Captured, *, in_bits: bool) -> Difference | None:
         """On the first example that the cells take."""
         for example in self._examples[:-1]:

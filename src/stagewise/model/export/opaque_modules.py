@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
@@ -154,9 +155,13 @@ def _marked(path: str, leaf: nn.Module, calls: dict[int, LeafCall]) -> Callable[
         leaves, spec = pytree.tree_flatten((args, kwargs))
         is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         rest = [leaf for leaf, tensor in zip(leaves, is_tensor, strict=True) if not tensor]
-        if not any(is_tensor) or not all(type(leaf) in _CONSTANTS for leaf in rest):
-            return run(*args, **kwargs)  # a symbolic size, say: then it is written out
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if (
+            not tensors
+            or not all(type(leaf) in _CONSTANTS for leaf in rest)  # a symbolic size, say
+            or any(map(is_functorch_wrapped_tensor, tensors))  # of vmap, which knows no such call
+        ):
+            return run(*args, **kwargs)  # then it is written out
         constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         number = next(_numbers)
         call = _running[number] = calls[number] = LeafCall(path, constants, is_tensor, spec, faked)

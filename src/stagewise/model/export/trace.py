@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -39,6 +40,10 @@ _ASSERTIONS = {
 }
 
 
+_MAP_LOADS = "lazy_load_decompositions"  # the functions that torch.vmap is made of
+_MAP_BEGINS, _MAP_ENDS = "_vmap_increment_nesting", "_vmap_decrement_nesting"
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a model runs in one mode.
@@ -57,6 +62,17 @@ class Trace:
     calls: Mapping[int, LeafCall]
     conditions: tuple[Condition, ...]
     owner: nn.Module  # of the graphs that operators run inside
+
+    @cached_property
+    def mapped(self) -> Mapping[fx.Node, int]:
+        """What torch.vmap does, which runs in its place: how many of them it goes on with."""
+        found, depth = {}, 0
+        for node in self.nodes:
+            name = getattr(node.target, "__name__", "")
+            if depth or name in (_MAP_LOADS, _MAP_BEGINS):
+                found[node] = depth
+            depth += (name == _MAP_BEGINS) - (name == _MAP_ENDS)
+        return found
 
     def leaf_call(self, node: fx.Node) -> LeafCall | None:
         """The call of a leaf module that `node` is, if it is one."""

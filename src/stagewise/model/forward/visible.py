@@ -90,19 +90,19 @@ class Sight:
         self._parts: set[str] = set()  # of names that code puts together
         self.is_whole = True  # whether the last walk left nothing out
 
-    def walk(self, model: nn.Module) -> list[Node]:
-        """All that the forward of `model` can see, each thing once, the nearest first."""
+    def walk(self, *models: nn.Module) -> list[Node]:
+        """All that the forwards of `models` can see, each thing once, the nearest first."""
         known = -1
         while len(self.names) + len(self._parts) != known:  # code that is reached names more
             known = len(self.names) + len(self._parts)
-            nodes = self._walk(model)
+            nodes = self._walk(models)
         return nodes
 
-    def _walk(self, model: nn.Module) -> list[Node]:
+    def _walk(self, models: Sequence[nn.Module]) -> list[Node]:
         nodes: list[Node] = []
-        waiting: deque[tuple[str, object, int, int]] = deque([("", model, -1, -1)])
-        seen = {id(model)}
-        while waiting and len(nodes) < _MOST_NODES:
+        waiting: deque[tuple[str, object, int, int]] = deque(("", m, -1, -1) for m in models)
+        seen = {*map(id, models)}
+        while waiting and len(nodes) < _MOST_NODES * len(models):
             path, value, parent, place = waiting.popleft()
             here, items = len(nodes), self.items(value)
             nodes.append(Node(path, value, items, parent, place))

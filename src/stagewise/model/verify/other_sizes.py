@@ -26,7 +26,7 @@ _LENGTHS: tuple[Callable[[int], int], ...] = (
 
 
 def batches_of_other_sizes(
-    example: Mapping[str, object], forms: Sequence[TakenInput]
+    example: Mapping[str, object], forms: Sequence[TakenInput], samples: Sequence[int] = _SAMPLES
 ) -> Iterator[dict[str, object]]:
     """The example at other sizes; `forms` say which of its sizes may change, and how together."""
     counts = {form.shape[0] for form in forms if form.counts_samples}
@@ -37,8 +37,8 @@ def batches_of_other_sizes(
                 sizes.setdefault(wanted, size)
     made: list[dict[Any, int]] = []
     for length in _LENGTHS:
-        for samples in _SAMPLES:
-            new = {s: samples if s in counts else max(length(n), 2) for s, n in sizes.items()}
+        for count in samples:
+            new = {s: count if s in counts else max(length(n), 2) for s, n in sizes.items()}
             if new not in (*made, sizes):
                 made.append(new)
                 yield _resized(example, forms, new)

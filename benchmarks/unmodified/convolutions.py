@@ -1,0 +1,281 @@
+"""Models of images and videos in timm and torchvision."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.unmodified.entry import (
+    Batch,
+    Entry,
+    cross_entropy,
+    image,
+    itself,
+    of,
+    out,
+    per_pixel,
+    segmentation,
+)
+
+
+def _timm(name: str, model: str, size: int = 32, **settings: Any) -> Entry:
+    def build() -> nn.Module:
+        import timm
+
+        made: nn.Module = timm.create_model(model, pretrained=False, num_classes=5, **settings)
+        return made
+
+    return Entry(f"timm {name}", build, image(size), cross_entropy, itself, None)
+
+
+def _made(name: str, module: str, kind: str, **settings: Any) -> Entry:
+    build = of(f"timm.models.{module}", kind, num_classes=5, **settings)
+    return Entry(f"timm {name}", build, image(32), cross_entropy, itself, None)
+
+
+def _torchvision(
+    name: str, model: str, size: int = 32, library: str = "torchvision.models", **settings: Any
+) -> Entry:
+    build = of(library, model, num_classes=5, **settings)
+    return Entry(f"torchvision {name}", build, image(size), cross_entropy, itself, None)
+
+
+def _video(name: str, model: str, **settings: Any) -> Entry:
+    build = of("torchvision.models.video", model, num_classes=5, **settings)
+
+    def batch(num_samples: int, length: None = None) -> Batch:
+        target = torch.arange(num_samples) % 5
+        return {"x": torch.randn(num_samples, 3, 8, 32, 32), "target": target}
+
+    return Entry(f"torchvision {name}", build, batch, cross_entropy, itself, None)
+
+
+def _pixels(name: str, model: str, **settings: Any) -> Entry:
+    build = of(
+        "torchvision.models.segmentation",
+        model,
+        num_classes=5,
+        weights=None,
+        weights_backbone=None,
+        **settings,
+    )
+    batch = segmentation(32, "input" if "lraspp" in model else "x")
+    return Entry(f"torchvision {name}", build, batch, per_pixel, out, None)
+
+
+_SWIN = {
+    "img_size": 32,
+    "window_size": 4,
+    "embed_dim": 12,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "patch_size": 2,
+    "drop_path_rate": 0.0,
+}
+_VIT = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 48}
+_STILL = {"dropout": 0.0, "stochastic_depth_prob": 0.0}
+
+TIMM = [
+    _timm("ViT", "vit_tiny_patch16_224", **_VIT),
+    _timm("DeiT", "deit_tiny_patch16_224", **_VIT),
+    _timm("EVA-02", "eva02_tiny_patch14_224", 28, img_size=28, depth=3, embed_dim=48),
+    _timm("ConvNeXt V2", "convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
+    _timm("Swin V2", "swinv2_tiny_window8_256", **_SWIN),
+    Entry(
+        "timm MLP-Mixer",
+        of(
+            "timm.models.mlp_mixer",
+            "MlpMixer",
+            num_classes=5,
+            img_size=32,
+            patch_size=8,
+            num_blocks=3,
+            embed_dim=32,
+        ),
+        image(32),
+        cross_entropy,
+        itself,
+        None,
+    ),
+    _timm("ResNet-D", "resnet10t"),
+    _timm("MobileNetV3", "mobilenetv3_small_050", drop_rate=0.0),
+    _timm("Swin", "swin_tiny_patch4_window7_224", **_SWIN),
+    _timm("BEiT", "beit_base_patch16_224", **_VIT, num_heads=4),
+    _timm("CaiT", "cait_xxs24_224", **_VIT, num_heads=4),
+    _made(
+        "CoaT",
+        "coat",
+        "CoaT",
+        img_size=32,
+        embed_dims=(16, 16, 16, 16),
+        num_heads=4,
+        serial_depths=(1, 1, 1, 1),
+        parallel_depth=1,
+        mlp_ratios=(2, 2, 2, 2),
+        patch_size=2,
+    ),
+    _timm("ConViT", "convit_tiny", **_VIT),
+    _made("ConvMixer", "convmixer", "ConvMixer", dim=32, depth=3, kernel_size=3, patch_size=4),
+    _timm("CrossViT", "crossvit_tiny_240", 240),
+    _timm("CSPNet", "cspresnet50"),
+    _timm(
+        "DaViT",
+        "davit_tiny",
+        depths=(1, 1, 1, 1),
+        embed_dims=(8, 16, 24, 32),
+        num_heads=(1, 2, 3, 4),
+        drop_path_rate=0.0,
+    ),
+    _timm("DLA", "dla46_c"),
+    _timm("DPN", "dpn48b", 64),
+    _timm("EdgeNeXt", "edgenext_xx_small", 64, drop_path_rate=0.0),
+    _timm("EfficientFormer V2", "efficientformerv2_s0", 224, drop_path_rate=0.0),
+    _timm("EfficientViT", "efficientvit_b0", drop_rate=0.0),
+    _timm("EfficientViT, MSRA", "efficientvit_m0", 224),
+    _timm("FastViT", "fastvit_t8", 64, drop_path_rate=0.0),
+    _made("FocalNet", "focalnet", "FocalNet", depths=(1, 1, 1, 1), embed_dim=8),
+    _made(
+        "GCViT",
+        "gcvit",
+        "GlobalContextVit",
+        img_size=32,
+        window_ratio=(4, 4, 2, 1),
+        embed_dim=16,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 4, 8),
+    ),
+    _timm("GhostNet", "ghostnet_050", drop_rate=0.0),
+    _timm("HGNet", "hgnetv2_b0"),
+    _timm("HRNet", "hrnet_w18_small", 64),
+    _timm("Inception-NeXt", "inception_next_atto", drop_path_rate=0.0),
+    _timm("LeViT", "levit_128s", 224),
+    _timm("MambaOut", "mambaout_femto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
+    _timm("CoAtNet", "coatnet_nano_rw_224", 64, img_size=64, drop_path_rate=0.0),
+    _timm("MaxViT", "maxvit_rmlp_pico_rw_256", 64, img_size=64, drop_path_rate=0.0),
+    _made("PoolFormer V2", "metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
+    _timm("MobileViT", "mobilevit_xxs", 64, drop_rate=0.0),
+    _timm("MViT V2", "mvitv2_tiny", 64, img_size=64, drop_path_rate=0.0),
+    _made(
+        "NesT",
+        "nest",
+        "Nest",
+        img_size=32,
+        embed_dims=(8, 16, 32),
+        num_heads=(1, 2, 4),
+        depths=(1, 1, 1),
+        patch_size=2,
+    ),
+    _timm("NFNet", "nf_regnet_b0", drop_path_rate=0.0, drop_rate=0.0),
+    _made(
+        "PiT",
+        "pit",
+        "PoolingVisionTransformer",
+        img_size=32,
+        patch_size=4,
+        stride=2,
+        base_dims=(8, 8, 8),
+        depths=(1, 1, 1),
+        heads=(2, 4, 8),
+        mlp_ratio=2,
+    ),
+    _timm("PVT V2", "pvt_v2_b0", drop_path_rate=0.0),
+    _timm("RepVGG", "repvgg_a0"),
+    _timm("RepViT", "repvit_m0_9"),
+    _timm("Res2Net", "res2net50_26w_4s"),
+    _timm("ResNeSt", "resnest14d"),
+    _timm("ResNet V2", "resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
+    _timm("Sequencer", "sequencer2d_s", img_size=32, layers=(1, 1, 1, 1), patch_sizes=(4, 1, 1, 1)),
+    _timm("SKNet", "skresnet18"),
+    _timm("TinyViT", "tiny_vit_5m_224", 224, drop_path_rate=0.0),
+    _timm("TNT", "tnt_s_patch16_224", img_size=32, embed_dim=48, depth=3),
+    _timm(
+        "Twins",
+        "twins_svt_small",
+        64,
+        img_size=64,
+        depths=(1, 1, 1, 1),
+        embed_dims=(8, 16, 24, 32),
+        num_heads=(1, 2, 3, 4),
+        wss=(7, 7, 7, 7),
+    ),
+    _timm("Visformer", "visformer_tiny", 224, embed_dim=48, depth=(1, 1, 1), num_heads=3),
+    _made(
+        "VOLO",
+        "volo",
+        "VOLO",
+        layers=(1, 1, 1, 1),
+        img_size=32,
+        patch_size=4,
+        embed_dims=(16, 32, 32, 32),
+        num_heads=(1, 2, 2, 2),
+        mlp_ratio=2,
+        use_mix_token=False,
+    ),
+    _timm("VoVNet", "ese_vovnet19b_slim"),
+    _timm("XCiT", "xcit_nano_12_p16_224", **_VIT),
+]
+TORCHVISION = [
+    _torchvision("ResNet-18", "resnet18"),
+    _torchvision(
+        "DenseNet",
+        "DenseNet",
+        64,
+        growth_rate=8,
+        block_config=(3, 3, 3),
+        num_init_features=16,
+    ),
+    _torchvision("EfficientNet", "efficientnet_b0", **_STILL),
+    _torchvision(
+        "Swin",
+        "SwinTransformer",
+        patch_size=[4, 4],
+        embed_dim=12,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=[4, 4],
+        stochastic_depth_prob=0.0,
+    ),
+    _torchvision(
+        "ViT",
+        "VisionTransformer",
+        image_size=32,
+        patch_size=8,
+        num_layers=3,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=64,
+    ),
+    _torchvision("RegNet", "regnet_y_400mf"),
+    _torchvision("SqueezeNet", "squeezenet1_1", 64, dropout=0.0),
+    _torchvision("MobileNet V2", "mobilenet_v2", width_mult=0.25, dropout=0.0),
+    _torchvision("MNASNet", "mnasnet0_5", dropout=0.0),
+    _torchvision("ShuffleNet V2", "shufflenet_v2_x0_5"),
+    _torchvision("GoogLeNet", "GoogLeNet", 64, aux_logits=False, init_weights=False),
+    _torchvision(
+        "MaxViT",
+        "MaxVit",
+        64,
+        input_size=(64, 64),
+        stem_channels=8,
+        partition_size=2,
+        block_channels=[8, 16],
+        block_layers=[1, 1],
+        head_dim=8,
+        stochastic_depth_prob=0.0,
+    ),
+    _video("R3D", "r3d_18"),
+    _video("S3D", "s3d", dropout=0.0),
+    _video(
+        "Swin3D",
+        "SwinTransformer3d",
+        patch_size=[2, 4, 4],
+        embed_dim=12,
+        depths=[1, 1],
+        num_heads=[2, 4],
+        window_size=[2, 4, 4],
+        stochastic_depth_prob=0.0,
+    ),
+    _pixels("LR-ASPP", "lraspp_mobilenet_v3_large"),
+    _pixels("DeepLab V3", "deeplabv3_mobilenet_v3_large"),
+    _pixels("FCN", "fcn_resnet50"),
+]
