@@ -24,8 +24,9 @@ def _given(first: str, shape: tuple[int, ...], **others: tuple[int, ...]) -> Any
 
 
 def _diffuser(name: str, kind: str, batch: Callable[..., Batch], **settings: Any) -> Entry:
+    dtype = settings.pop("dtype", torch.float64)
     build = of("diffusers", kind, **settings)
-    return Entry(f"diffusers {name}", build, batch, squares, sample, None)
+    return Entry(f"diffusers {name}", build, batch, squares, sample, None, dtype=dtype)
 
 
 def _autoencoder(name: str, kind: str, *shape: int, **settings: Any) -> Entry:
@@ -127,6 +128,7 @@ DIFFUSION = [
         "AutoencoderTiny",
         "AutoencoderTiny",
         *(3, 16, 16),
+        dtype=torch.float32,
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1),
@@ -151,7 +153,7 @@ DIFFUSION = [
         "UNet1D",
         "UNet1DModel",
         _given("sample", (2, 32), timestep=()),
-        block_out_channels=(8, 16, 16),
+        block_out_channels=(32, 32, 64),
         sample_size=32,
         extra_in_channels=16,
     ),
