@@ -130,7 +130,7 @@ class Row:
 
     def pipe(self, plan: stagewise.Plan, transport: str = "local") -> stagewise.Pipeline:
         """A pipeline; outputs that hold a loss are joined by their main tensor."""
-        merge = None if "target" in self.batch else self.merged
+        merge = None if "target" in self.batch and self.entry.joined else self.merged
         return stagewise.Pipeline(
             self.model,
             plan,
@@ -150,7 +150,8 @@ class Row:
         loss = plain_loss(self.plain, self.entry, batch)
         loss.backward()
         for name, buffer in self.plain.named_buffers():
-            buffer.detach().copy_(buffers[name])
+            if buffer.shape == buffers[name].shape:  # or else it was made by the first call
+                buffer.detach().copy_(buffers[name])
         return float(loss.detach()), gradients_of(self.plain.named_parameters())
 
     def step(self, pipe: stagewise.Pipeline, batch: Batch) -> Wanted:

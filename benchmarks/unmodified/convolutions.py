@@ -250,7 +250,7 @@ TORCHVISION = [
     _torchvision("MobileNet V2", "mobilenet_v2", width_mult=0.25, dropout=0.0),
     _torchvision("MNASNet", "mnasnet0_5", dropout=0.0),
     _torchvision("ShuffleNet V2", "shufflenet_v2_x0_5"),
-    _torchvision("GoogLeNet", "GoogLeNet", 64, aux_logits=False, init_weights=False),
+    _torchvision("GoogLeNet", "GoogLeNet", 64, aux_logits=False, init_weights=False, dropout=0.0),
     _torchvision(
         "MaxViT",
         "MaxVit",

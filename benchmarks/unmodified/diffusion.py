@@ -24,9 +24,15 @@ def _given(first: str, shape: tuple[int, ...], **others: tuple[int, ...]) -> Any
 
 
 def _diffuser(name: str, kind: str, batch: Callable[..., Batch], **settings: Any) -> Entry:
-    dtype = settings.pop("dtype", torch.float64)
-    build = of("diffusers", kind, **settings)
-    return Entry(f"diffusers {name}", build, batch, squares, sample, None, dtype=dtype)
+    options = {key: settings.pop(key) for key in ("dtype", "joined") if key in settings}
+
+    def build() -> nn.Module:
+        made: nn.Module = of("diffusers", kind, **settings)()
+        for module in made.modules():  # there is no setting for what drops in them
+            vars(module).update({n: 0.0 for n in ("p", "dropout_prob") if n in vars(module)})
+        return made
+
+    return Entry(f"diffusers {name}", build, batch, squares, sample, None, **options)
 
 
 def _autoencoder(name: str, kind: str, *shape: int, **settings: Any) -> Entry:
@@ -41,19 +47,6 @@ _UNET = {"sample_size": 16, "layers_per_block": 1, "norm_num_groups": 4}
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 _TEXT = {"encoder_hidden_states": (6, 16)}
 _TIMED: dict[str, Any] = {**_TEXT, "timestep": ()}
-
-
-def _dit() -> nn.Module:
-    """It leaves out labels at random, for which there is no setting."""
-    settings = {"num_layers": 3, "sample_size": 8, "norm_num_groups": 4, "num_embeds_ada_norm": 5}
-    build = of(
-        "diffusers", "DiTTransformer2DModel", **_HEADS, **settings, in_channels=4, out_channels=4
-    )
-    made: nn.Module = build()
-    for module in made.modules():
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
-    return made
 
 
 DIFFUSION = [
@@ -123,6 +116,7 @@ DIFFUSION = [
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         num_vq_embeddings=16,
+        joined=False,  # it returns a loss, too
     ),
     _autoencoder(
         "AutoencoderTiny",
@@ -170,13 +164,17 @@ DIFFUSION = [
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         attention_head_dim=4,
     ),
-    Entry(
-        "diffusers DiT",
-        _dit,
+    _diffuser(
+        "DiT",
+        "DiTTransformer2DModel",
         _given("hidden_states", (4, 8, 8), timestep=(), class_labels=()),
-        squares,
-        sample,
-        None,
+        **_HEADS,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        sample_size=8,
+        norm_num_groups=4,
+        num_embeds_ada_norm=5,
     ),
     _diffuser(
         "PixArt",
@@ -268,6 +266,7 @@ DIFFUSION = [
         ffn_dim=32,
         num_layers=2,
         rope_max_seq_len=32,
+        dtype=torch.float32,
     ),
     _diffuser(
         "Latte",
@@ -282,7 +281,6 @@ DIFFUSION = [
         caption_channels=16,
         cross_attention_dim=16,
         video_length=2,
-        norm_num_groups=4,
     ),
     _diffuser(
         "Allegro",

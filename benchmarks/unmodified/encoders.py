@@ -118,7 +118,11 @@ ENCODERS = [
     _encoder("BigBird", "BigBird", attention_type="original_full"),
     _encoder("Longformer", "Longformer", _LONG, attention_window=8),
     _encoder(
-        "Nystromformer", "Nystromformer", num_landmarks=4, segment_means_seq_len=24, other_length=24
+        "Nystromformer",
+        "Nystromformer",
+        num_landmarks=24,
+        segment_means_seq_len=24,
+        other_length=24,
     ),
     _encoder("YOSO", "Yoso", use_expectation=True),
     _encoder("RoFormer", "RoFormer", embedding_size=32),
@@ -169,6 +173,7 @@ ENCODERS = [
         local_transformer_stride=8,
         downsampling_rate=4,
         num_hash_buckets=64,
+        length_fixed="it pads to whole strides",
         dtype=torch.float32,
     ),
     _encoder(

@@ -88,7 +88,7 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
     return flatten(value)
 
 
-def leaves_of(output: object) -> list[object]:
+def output_leaves(output: object) -> list[object]:
     """The leaves of what a model returns, whose objects are taken apart, too."""
     return flatten(opened(output))[0]
 

@@ -15,12 +15,14 @@ from stagewise.model.skip_pairs import NO_SKIPS, CellSkips
 class Holder(nn.Module):
     """Stands for a module that is spread over cells: holds some of its parameters and buffers.
 
-    `order` are the names of all that the module has.
+    `order` are the names of all that the module has; `constant` those of the buffers that no cell
+    changes.
     """
 
     def __init__(self, order: Iterable[str] = ()) -> None:
         super().__init__()
         self.order = tuple(order)
+        self.constant: set[str] = set()
 
 
 class Piece(nn.Module):

@@ -68,13 +68,14 @@ class Home:
     """The names under which one cell keeps what its code uses; shared by its functions.
 
     `device` is the one that was traced; `states` are the names of the parameters and buffers that
-    operators use, `leaves` the paths of the layers that are called, `constants` and `kept` the
-    tensors and other objects that belong to the code.
+    operators use, `changed` those that some cell changes, `leaves` the paths of the layers that are
+    called, `constants` and `kept` the tensors and other objects that belong to the code.
     """
 
     device: torch.device
     owners: dict[str, str] = field(default_factory=dict)  # path of a module -> its name here
     states: set[str] = field(default_factory=set)
+    changed: set[str] | None = None  # None: it is not known
     leaves: set[str] = field(default_factory=set)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, object] = field(default_factory=dict)

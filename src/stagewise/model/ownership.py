@@ -31,6 +31,9 @@ def owners_of(
             cell[path] = leaves[path]
         for name in sorted(home.states):
             _hold(cell, model, name)
+            holder = cell.get(name.rpartition(".")[0])
+            if isinstance(holder, Holder) and home.changed is not None and name not in home.changed:
+                holder.constant.add(name.rpartition(".")[2])
     for path, module in modules.items():  # other names of layers that are held
         for cell in cells:
             if path not in cell and module in cell.values() and not _inside(path, cell):

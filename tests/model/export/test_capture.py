@@ -739,3 +739,24 @@ def test_single_samples(make: Callable[[], nn.Module]) -> None:
 def test_one_sample_that_forward_treats_otherwise() -> None:
     with pytest.raises(BatchError, match=r"shape\[0\] is 1.*where x.shape\[0\] != 1"):
         pipeline(Asks(True), 4).step(torch.randn(4, 4))
+
+
+class Positions(nn.Module):
+    """A table of the whole model's, persistent, which every layer reads and none changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(4, 4))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x + self.table[: x.shape[1]].sum(0)).tanh()
+        return x
+
+
+def test_a_buffer_that_no_cell_changes_may_be_read_by_all() -> None:
+    model, x = Positions(), torch.randn(4, 4)
+    pipe = pipeline(model, 2)
+    assert pipe.plan.num_stages == 2
+    torch.testing.assert_close(pipe.step(x), model(x).square().mean().detach())

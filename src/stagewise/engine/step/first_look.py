@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
-from stagewise.batch.values import detached, leaves_of
+from stagewise.batch.values import detached, output_leaves
 from stagewise.engine.stage.call import CellForward
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
@@ -111,7 +111,7 @@ class FirstLook:
             def run(value: object) -> Mapping[str, Tensor]:
                 return losses_by_name(loss(value[0], *value[1]))  # type: ignore[index]
 
-            count = len(leaves_of(output))
+            count = len(output_leaves(output))
             try:
                 pair = paired(
                     values,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from stagewise.batch.values import leaves_of
+from stagewise.batch.values import output_leaves
 from stagewise.engine.stage.buffers import overwrite
 
 
@@ -60,4 +60,4 @@ def differ(outputs: Sequence[object], batch_dim: int) -> bool:
 
 def tensors_of(value: object) -> list[Tensor]:
     """The tensors in `value`."""
-    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in output_leaves(value) if isinstance(leaf, Tensor)]

@@ -5,7 +5,6 @@
    cannot be traced, and `suggestion` what to do instead.
 2. `dataflow` and `aliasing` tell what flows where, and which values share memory.
 3. `cuts` chooses where to cut, `cell_code` what each cell runs, `codegen` writes it.
-4. `exported_cell` runs it; `capture` puts all in order, `faithful` holds it to the model,
-   `single_samples` tries one sample where forward asks for it, and `disk_cache` finds the capture
-   again by its `fingerprint`.
+4. `exported_cell` runs it; `capture` puts all in order, `faithful` holds it to the
+   model, and `disk_cache` finds it again by its `fingerprint`.
 """

@@ -22,9 +22,8 @@ from stagewise.model.export.cuts import cuts_of, matching_cuts, names_of
 from stagewise.model.export.dataflow import Flow
 from stagewise.model.export.disk_cache import Entry, Plain
 from stagewise.model.export.exported_cell import CapturedCell
-from stagewise.model.export.faithful import Comparison
+from stagewise.model.export.faithful import Comparison, without_asking
 from stagewise.model.export.opaque_modules import check_hooks, leaves_of
-from stagewise.model.export.single_samples import without_asking
 from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
 from stagewise.model.namespace import Home
@@ -135,7 +134,8 @@ def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> 
         True: [main[cut] for cut in cuts],
         False: _begins(cuts, main, flows[True], flows[False]),
     }
-    homes = [Home(device) for _ in range(len(cuts) + 1)]
+    changed = {name for flow in flows.values() for name in flow.changed_states()}
+    homes = [Home(device, changed=changed) for _ in range(len(cuts) + 1)]
     programs = {
         training: programs_of(flow, begins[training], homes, form.leaves)
         for training, flow in flows.items()

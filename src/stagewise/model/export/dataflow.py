@@ -63,6 +63,11 @@ class Flow:
             and not self.is_size(node)
         )
 
+    def changed_states(self) -> set[str]:
+        """The names of the parameters and buffers that operators write."""
+        states = self.trace.states.items()
+        return {name for node, name in states if self.memory.changes(node)}
+
     def last_uses(self, main: tuple[fx.Node, ...]) -> dict[fx.Node, int]:
         """By value made in `main`: the position there of its last user; len(main): the output."""
         last: dict[fx.Node, int] = {}

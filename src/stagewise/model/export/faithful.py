@@ -6,22 +6,29 @@ another model's. So the cells are run beside the plain model before they are giv
 round-off; one from disk must be the same bits, else it is made anew.
 """
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
+import sympy
 from torch import nn
 
 from stagewise.errors import ModelError, StagewiseError
 from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured
+from stagewise.model.export.disk_cache import Plain
+from stagewise.model.export.exported_cell import Program
 from stagewise.model.export.refusal import lost, lost_at
 from stagewise.model.forward.asked import INFERENCE, asks_for_autocast, asks_for_flags
+from stagewise.model.promised_sizes import Condition
 from stagewise.model.verify.compare import Difference, difference
 from stagewise.model.verify.observed import check_effects, observed
 from stagewise.model.verify.other_sizes import batches_of_other_sizes, first_samples, sizes_text
 from stagewise.model.verify.situation import EVAL, SITUATIONS, TRAINING, UNDER_AUTOCAST
 
 Example = Mapping[str, object]
+_MANY = (2, 3, 4, 5, 7, 8, 64, 1000)
 
 
 class Comparison:
@@ -126,3 +133,28 @@ class Comparison:
             for situation in self._situations
         )
         return next((one for one in found if one is not None), None)
+
+
+def without_asking(pieces: Sequence[Plain]) -> list[Plain] | None:
+    """`pieces` that take one sample; None where no condition forbids it."""
+    freed = [
+        dataclasses.replace(piece, programs={m: _freed(p) for m, p in piece.programs.items()})
+        for piece in pieces
+    ]
+    return None if freed == [*pieces] else freed
+
+
+def _freed(program: Program) -> Program:
+    counts = {form.shape[0] for form in program.batch if form.counts_samples}
+    kept = tuple(c for c in program.conditions if not _is_about_one(c, counts))
+    return dataclasses.replace(program, conditions=kept)
+
+
+def _is_about_one(condition: Condition, counts: set[Any]) -> bool:
+    """Whether it holds for any number of samples but one."""
+    symbols = condition.holds.free_symbols
+    if len(symbols) != 1 or not symbols <= counts:
+        return False
+    (symbol,) = symbols
+    answers = [condition.holds.xreplace({symbol: sympy.Integer(n)}) for n in (1, *_MANY)]
+    return answers == [sympy.false, *[sympy.true] * len(_MANY)]

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stagewise.batch.layouts import storages
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
-from stagewise.model.cell import Cell, Chain
+from stagewise.model.cell import Cell, Chain, Holder
 from stagewise.pipeline.build.places import _stages, placed, ranks_of_cells
 from stagewise.planning.plan import Plan
 
@@ -29,8 +29,8 @@ def homes_of(plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> list[
 def check_buffers(cells: Iterable[Cell], plan: Plan, homes: Sequence[object]) -> None:
     """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
 
-    A constant (`persistent=False`) may be shared, but in one process not by stages on different
-    devices, `homes`, since it would be on one of them only.
+    A constant (`persistent=False`, or what no captured cell changes) may be shared, but in one
+    process not by stages on different devices, `homes`, since it would be on one of them only.
     """
     owner: dict[int, tuple[int, str]] = {}
     stages = _stages(plan)
@@ -43,7 +43,9 @@ def check_buffers(cells: Iterable[Cell], plan: Plan, homes: Sequence[object]) ->
                 if buffer is None:
                     continue
                 first_stage, first = owner.setdefault(id(buffer), (stage, f"{path}.{name}"))
-                is_constant = name in module._non_persistent_buffers_set
+                is_constant = name in module._non_persistent_buffers_set or (
+                    isinstance(module, Holder) and name in module.constant
+                )
                 if stage == first_stage or (is_constant and homes[stage] == homes[first_stage]):
                     continue
                 raise PlanError(
