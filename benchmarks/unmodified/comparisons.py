@@ -17,6 +17,7 @@ NUM_SAMPLES, OTHER_NUM_SAMPLES, NUM_MICROBATCHES, MANY_STAGES = 8, 6, 4, 4
 # Relative errors by the dtype that the loss is computed in; transformers computes it in float32.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5}
 _NORMS = "BatchNorm normalises by microbatch"
+_DROPS = {"dropout_prob", "drop_prob"}  # attributes of modules that drop
 _SUGGESTED = re.compile(r"stagewise\.plan\(\.\.\., cells=(\[.*?\])\)")
 Wanted = tuple[float, dict[str, Tensor | None]]  # the plain model's loss and gradients
 
@@ -57,10 +58,7 @@ class Row:
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        torch.manual_seed(0)
-        self.plain = entry.build().to(entry.dtype).train()
-        torch.manual_seed(0)
-        self.model = entry.build().to(entry.dtype).train()
+        self.plain, self.model = built(entry), built(entry)
         self.model.load_state_dict(self.plain.state_dict())
         self.batch = self.made(NUM_SAMPLES, entry.length)
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.plain.modules())
@@ -234,6 +232,16 @@ class Row:
 def computed_in(entry: Entry) -> torch.dtype:
     """Transformers computes losses, norms and positions in float32, whatever the model's dtype."""
     return torch.float32 if entry.loss.__name__ == "inside" else entry.dtype
+
+
+def built(entry: Entry) -> nn.Module:
+    """The model, which drops nothing, also where there is no setting for it."""
+    torch.manual_seed(0)
+    model = entry.build().to(entry.dtype).train()
+    for module in model.modules():
+        drops = {"p"} if isinstance(module, nn.modules.dropout._DropoutNd) else _DROPS
+        vars(module).update(dict.fromkeys(drops & vars(module).keys(), 0.0))
+    return model
 
 
 def suggested(error: ModelError) -> tuple[str, ...]:

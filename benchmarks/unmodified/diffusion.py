@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.unmodified.entry import Batch, Entry, of, sample, squares
 
@@ -25,13 +24,7 @@ def _given(first: str, shape: tuple[int, ...], **others: tuple[int, ...]) -> Any
 
 def _diffuser(name: str, kind: str, batch: Callable[..., Batch], **settings: Any) -> Entry:
     options = {key: settings.pop(key) for key in ("dtype", "joined") if key in settings}
-
-    def build() -> nn.Module:
-        made: nn.Module = of("diffusers", kind, **settings)()
-        for module in made.modules():  # there is no setting for what drops in them
-            vars(module).update({n: 0.0 for n in ("p", "dropout_prob") if n in vars(module)})
-        return made
-
+    build = of("diffusers", kind, **settings)
     return Entry(f"diffusers {name}", build, batch, squares, sample, None, **options)
 
 
