@@ -135,6 +135,8 @@ def tensors_of(check: Check, rank: int, device: torch.device) -> list[list[Tenso
             n = next(numbers)
             dtype = check.dtypes[n % len(check.dtypes)]
             tensor = (torch.arange(size, device=device) + 7 * n + 3 * rank) % 97
+            if n % 3 == 1:
+                tensor = tensor.view(()) if size == 1 else tensor.view(1, -1)
             messages[-1].append(tensor.to(dtype))
     return messages
 

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.util import Finalize
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,20 +24,56 @@ from stagewise.errors import CellError
 T = TypeVar("T")
 
 
-class Group(Protocol):
-    """Some ranks; all of them make the same calls in the same order."""
+class Group:
+    """Some ranks; all of them make the same calls in the same order.
+
+    By a process group of its own, so that its sums neither wait for messages between stages nor
+    make them wait.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, peers: Peers) -> None:
+        self._group, self._device, self._peers = group, device, peers
 
     def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Start replacing `tensor` by the sum over the ranks; returns what waits for that.
 
         Every rank gets the same bits.
         """
+        with self._peers.named():
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        assert work is not None
 
+        def wait() -> None:
+            with self._peers.named():
+                work.wait()
+
+        return wait
+
+    @torch.no_grad()
     def copy_from_first(self, tensor: torch.Tensor) -> None:
         """Replace `tensor` by the first rank's, which has the same form."""
+        copy = tensor.detach().to(self._device).contiguous()
+        if copy.numel():
+            with self._peers.named():
+                dist.broadcast(copy.view(-1).view(torch.uint8), group=self._group, group_src=0)
+        if dist.get_rank(self._group) != 0:
+            tensor.copy_(copy)
 
     def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
         """The ranks' one-dimensional tensors of one dtype and any lengths, in order of rank."""
+        sizes = [*map(int, self._gather(torch.tensor([numbers.numel()], device=self._device)))]
+        if not max(sizes):
+            return [numbers.new_empty(0) for _ in sizes]
+        padded = torch.zeros(max(sizes), dtype=numbers.dtype, device=self._device)
+        padded[: numbers.numel()] = numbers
+        return [room[:size] for room, size in zip(self._gather(padded), sizes, strict=True)]
+
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The ranks' tensors of one form."""
+        rooms = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self._group))]
+        with self._peers.named():
+            dist.all_gather(rooms, tensor, group=self._group)
+        return rooms
 
 
 class Ranks:
@@ -120,7 +156,7 @@ class Ranks:
             return None
         everyone = dist.get_process_group_ranks(self._world)
         made = dist.new_group([everyone[rank] for rank in ranks])
-        return _ProcessGroup(made, self._device, self._peers) if self.rank in ranks else None
+        return Group(made, self._device, self._peers) if self.rank in ranks else None
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
@@ -159,47 +195,3 @@ def _leave(reference: "weakref.ref[Ranks]") -> None:
     ranks, error = reference(), getattr(sys, "last_value", None)
     if ranks is not None and dist.is_initialized():
         ranks.leave("" if error is None else f" ({type(error).__name__}: {error})")
-
-
-class _ProcessGroup:
-    """A Group by a process group of its own, so that its sums neither wait for messages between
-    stages nor make them wait."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, peers: Peers) -> None:
-        self._group, self._device, self._peers = group, device, peers
-        self._size = dist.get_world_size(group)
-
-    def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
-        with self._peers.named():
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        assert work is not None
-
-        def wait() -> None:
-            with self._peers.named():
-                work.wait()
-
-        return wait
-
-    @torch.no_grad()
-    def copy_from_first(self, tensor: torch.Tensor) -> None:
-        copy = tensor.detach().to(self._device).contiguous()
-        if copy.numel():
-            with self._peers.named():
-                dist.broadcast(copy.view(-1).view(torch.uint8), group=self._group, group_src=0)
-        if dist.get_rank(self._group) != 0:
-            tensor.copy_(copy)
-
-    def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
-        own = torch.tensor([numbers.numel()], device=self._device)
-        sizes = [torch.empty_like(own) for _ in range(self._size)]
-        with self._peers.named():
-            dist.all_gather(sizes, own, group=self._group)
-        longest = max(map(int, sizes))
-        if not longest:
-            return [numbers.new_empty(0) for _ in sizes]
-        padded = torch.zeros(longest, dtype=numbers.dtype, device=self._device)
-        padded[: numbers.numel()] = numbers
-        rooms = [torch.empty_like(padded) for _ in sizes]
-        with self._peers.named():
-            dist.all_gather(rooms, padded, group=self._group)
-        return [room[: int(size)] for room, size in zip(rooms, sizes, strict=True)]
