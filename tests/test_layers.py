@@ -62,7 +62,7 @@ NO_TORCH = [
 
 
 def room_of(module: str) -> str:
-    """`stagewise.engine.stage.call` -> `engine/stage`; `stagewise.costs` -> `costs`."""
+    """`stagewise.engine.stage.work` -> `engine/stage`; `stagewise.costs` -> `costs`."""
     at = PACKAGE.joinpath(*module.split(".")[1:])
     if not at.is_dir() and not at.with_suffix(".py").exists():
         at = at.parent  # a name that the module defines

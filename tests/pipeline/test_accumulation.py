@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
+from stagewise.engine.gradients.float32 import Float32Sums
 from stagewise.errors import CellError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
@@ -253,7 +254,8 @@ def test_a_failed_step_leaves_grad_as_it_was() -> None:
 def test_the_sums_live_as_long_as_grad() -> None:
     pipe = pipe_of(build(), 2, 5)
     step(pipe)
-    sums = pipe._runner._sums._sums
+    (float32,) = (p for p in pipe._runner._policies._policies if isinstance(p, Float32Sums))
+    sums = float32._sums
     gc.collect()
     assert len(sums) == 4
     pipe.zero_grad()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.engine.stage.call import Call
+from stagewise.engine.stage.stage import Action
+from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.failure import is_out_of_memory
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
@@ -34,26 +35,31 @@ def sabotaged(
     pipe: stagewise.Pipeline, text: str, error: Callable[[], Exception], *, after: bool
 ) -> Iterator[None]:
     """The instruction `text` raises inside, before or after its work."""
-    stages = pipe._runner.stages.values()
+    runner = pipe._runner
+    stages = runner.stages.values()
 
-    def wrapped(run: Any) -> Any:
-        def saboteur(instruction: Instruction, received: list[object], call: Call) -> object:
-            if str(instruction) == text and not after:
+    def wrapped(action: Callable[[Instruction], Action]) -> Callable[[Instruction], Action]:
+        def saboteur(run: Action, received: list[object], work: Work) -> object:
+            if not after:
                 raise error()
-            value = run(instruction, received, call)
-            if str(instruction) == text:
-                raise error()
-            return value
+            run(received, work)
+            raise error()
 
-        return saboteur
+        return lambda instruction: (
+            partial(saboteur, action(instruction))
+            if str(instruction) == text
+            else action(instruction)
+        )
 
     for stage in stages:
-        stage.run = wrapped(stage.run)  # type: ignore[method-assign]
+        stage.action = wrapped(stage.action)  # type: ignore[method-assign]
+    runner.use(runner.schedule, runner.stages)  # which binds the actions anew
     try:
         yield
     finally:
         for stage in stages:
-            del stage.run
+            del stage.action
+        runner.use(runner.schedule, runner.stages)
 
 
 def error_of(action: Callable[[], object]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.batch.values import take_apart
+from stagewise.batch.values import Apart
 from stagewise.schedule import POLICIES, Kind, Message
 from tests.harness import Pools
 from tests.pipeline.runs import even
@@ -173,12 +173,12 @@ def upward(name: str, needs_grad: bool) -> dict[tuple[int, int], int]:
         loss=nn.functional.mse_loss,
     )
     mail, sent = pipe._runner.mail, dict[tuple[int, int], int]()
-    send: Callable[[Message, object], None] = mail.send
+    send: Callable[[Message, Apart], None] = mail.send
 
-    def counting(message: Message, value: object) -> None:
+    def counting(message: Message, value: Apart) -> None:
         if message.kind is Kind.BACKWARD:
             link = message.source_stage, message.destination_stage
-            sent[link] = sent.get(link, 0) + len(take_apart(value)[0])
+            sent[link] = sent.get(link, 0) + len(value[0])
         send(message, value)
 
     mail.send = counting  # type: ignore[misc]

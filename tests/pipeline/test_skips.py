@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stagewise
+from stagewise.batch.values import Apart
 from stagewise.engine.stage.skips import SkipRoutes, SkipStage
 from stagewise.engine.stage.stage import Stage
 from stagewise.errors import CellError, ModelError
@@ -150,8 +151,8 @@ def test_a_skip_goes_straight_to_its_stage() -> None:
 def test_messages_hold_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, int] = {}
 
-    def note(message: Message, value: object) -> None:
-        tensors, _ = stagewise.batch.values.take_apart(value)  # type: ignore[attr-defined]
+    def note(message: Message, value: Apart) -> None:
+        tensors, _ = value
         kind = str(message).split(" ")[0]
         sent[f"{kind} {message.source_stage}{message.destination_stage}"] = len(tensors)
         send(message, value)

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import stagewise
 from stagewise.batch.split import first_microbatch
 from stagewise.costs import CellCost
-from stagewise.engine.stage.call import Mode
 from stagewise.engine.stage.split_backward import Product, backward_weights
+from stagewise.engine.stage.work import Mode
+from stagewise.engine.step.step_request import Request
 from stagewise.model.chain import chain_of
 from stagewise.profiling.trial_steps import profile
 from stagewise.schedule import POLICIES
@@ -214,7 +215,8 @@ def test_weights_wait_for_their_instruction() -> None:
         if name.endswith("weight"):
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))  # type: ignore[misc]
     x = torch.ones(4, 4)
-    pipe._runner.run(Mode.TRAIN, 0, x, x, observe=lambda i: seen.append(str(i)))
+    observe = lambda i: seen.append(str(i))  # noqa: E731
+    pipe._runner.run(Request(mode=Mode.TRAIN, inputs=x, target=x, observe=observe))
     last = [what for what in seen if what[0] == "1" or what == "2.weight"]
     assert last == ["1F0", "2.weight", "1I0", "1F1", "2.weight", "1I1"] + [
         what for m in range(2) for what in ("1.weight", f"1W{m}")

@@ -12,7 +12,7 @@ from torch.distributed.pipelining._backward import (
 )
 
 import stagewise
-from stagewise.engine.stage.call import Mode
+from stagewise.engine.stage.work import Mode
 from stagewise.testing import EmulatedDevice, emulated_model
 
 FORWARD, BACKWARD, WEIGHT = [1.0, 2.0], [30.0, 50.0], [10.0, 0.0]

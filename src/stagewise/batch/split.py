@@ -1,4 +1,4 @@
-"""Splitting a minibatch into microbatches, and putting outputs together again.
+"""Splitting a minibatch into microbatches.
 
 Samples lie along dimension 0 of every tensor, or along that which BatchDim names. Microbatch sizes
 differ by at most one (10 samples in 4 microbatches: 3, 3, 2, 2), larger ones first. A tensor
@@ -6,7 +6,7 @@ without dimensions, and what is marked Replicated, goes to every microbatch whol
 themselves how they are split, and then the rest of the batch follows them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 from stagewise.batch.markers import BatchDim, Microbatches, Replicated, is_mark, unmarked
 from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import BatchError, CellError
+
+# A leaf's path, its number of samples, one per microbatch where it is split already, and itself.
+_Sized = tuple[str, int | tuple[int, ...], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,12 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
     split_by: tuple[str, tuple[int, ...]] | None = None
     values = tuple(values)
     for what, value in values:
-        for name, size, leaf in _sizes(value, what):
+        sized: Iterable[_Sized] = (
+            [(what, value.shape[0], value)]
+            if isinstance(value, torch.Tensor) and value.dim()
+            else _sizes(value, what)
+        )
+        for name, size, leaf in sized:
             num_samples = size if isinstance(size, int) else sum(size)
             if num_samples == 0:
                 raise BatchError(f"{name} has no samples; leave empty batches out")
@@ -53,7 +61,8 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
                     )
     if total is not None:
         for what, value in values:
-            _refuse_per_sample_items(value, what, total[1])
+            if not isinstance(value, torch.Tensor | None):
+                _refuse_per_sample_items(value, what, total[1])
     return Extent(total and total[1], split_by and split_by[1])
 
 
@@ -95,6 +104,18 @@ def split(value: object, sizes: Sequence[int]) -> list[object]:
     ]
 
 
+def split_named(values: Mapping[str, object], sizes: Sequence[int]) -> list[dict[str, object]]:
+    """One dict per microbatch."""
+    columns = {name: split(value, sizes) for name, value in values.items()}
+    return [{name: column[m] for name, column in columns.items()} for m in range(len(sizes))]
+
+
+def shares_of_samples(sizes: Sequence[int], total: int | None = None) -> tuple[float, ...]:
+    """Every microbatch's share of `total` samples, by default of all there are."""
+    total = total or sum(sizes)
+    return tuple([size / total for size in sizes])
+
+
 def _identity(leaf: object) -> tuple[object, ...]:
     if isinstance(leaf, BatchDim) and isinstance(leaf.value, torch.Tensor):
         return id(leaf.value), leaf.dim
@@ -126,15 +147,8 @@ def _first_part(leaf: object, size: int) -> object:
     return leaf
 
 
-def _sizes(
-    value: object, what: str
-) -> Iterator[tuple[str, int | tuple[int, ...], torch.Tensor | None]]:
-    """(path, number of samples, itself) of every leaf that has samples; one number per microbatch
-    where the leaf is split already."""
-    if isinstance(value, torch.Tensor):
-        if value.dim():
-            yield what, value.shape[0], value
-        return
+def _sizes(value: object, what: str) -> Iterator[_Sized]:
+    """Every leaf that has samples."""
     try:
         flatten(value)
     except CellError as error:
@@ -200,7 +214,7 @@ def _other_dim(name: str, leaf: torch.Tensor | None, num_samples: int) -> str:
 
 def _refuse_per_sample_items(value: object, what: str, num_samples: int) -> None:
     """Raise BatchError for lists and arrays of one item per sample: they would not be split."""
-    if isinstance(value, torch.Tensor) or num_samples < 2:
+    if num_samples < 2:
         return
 
     def is_leaf(node: object) -> bool:

@@ -130,7 +130,10 @@ def _names_of_parts(value: object, count: int) -> list[str]:
     return [f"[{index}]" for index in range(count)]
 
 
-def take_apart(value: object) -> tuple[list[torch.Tensor], Structure]:
+Apart = tuple[list[torch.Tensor], Structure]  # a value, as it travels from stage to stage
+
+
+def take_apart(value: object) -> Apart:
     """Split `value` into its tensors, in order and each once, and its structure."""
     if isinstance(value, torch.Tensor):  # the usual forms, without walking a tree
         return [value], ONE
@@ -176,6 +179,14 @@ def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> objec
     return pytree.tree_unflatten(leaves, structure.spec)
 
 
+def optionals(apart: Apart) -> Sequence[torch.Tensor | None]:
+    """Of a tuple of tensors and None."""
+    tensors, structure = apart
+    if structure is ONE_IN_TUPLE:
+        return tensors
+    return [None if place is None else tensors[place] for place in structure.places]
+
+
 def move(value: object, device: torch.device) -> object:
     """`value` with every tensor on `device`; tensors already there are passed on as they are."""
     if isinstance(value, torch.Tensor):
@@ -190,9 +201,21 @@ def detached(value: object) -> object:
     return put_together([tensor.detach() for tensor in tensors], structure)
 
 
+def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as a leaf, which needs a gradient if `tensor` does."""
+    if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
+        return tensor.clone()
+    leaf = tensor.detach()
+    if tensor.requires_grad:
+        leaf.requires_grad_()
+    if hasattr(tensor, _SHARED):
+        mark_shared(leaf)
+    return leaf
+
+
 def shared(tensors: Sequence[torch.Tensor]) -> tuple[bool, ...]:
     """Whether each shares memory with another, so that changing one in place changes both."""
-    found = [*map(is_marked, tensors)]
+    found = [hasattr(tensor, _SHARED) for tensor in tensors]
     for (i, one), (j, other) in itertools.combinations(enumerate(tensors), 2):
         if not (found[i] and found[j]) and _overlap(one, other):
             found[i] = found[j] = True
@@ -203,11 +226,6 @@ def mark_shared(tensor: torch.Tensor) -> torch.Tensor:
     """Let `shared` know that `tensor` shared memory where it comes from."""
     setattr(tensor, _SHARED, True)
     return tensor
-
-
-def is_marked(tensor: torch.Tensor) -> bool:
-    """Whether `mark_shared` has marked it."""
-    return getattr(tensor, _SHARED, False)
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from stagewise.checker.prepare import prepared
 from stagewise.checker.references import Tensors
 from stagewise.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.checker.verdicts import PlainModel
-from stagewise.engine.stage.stage import Loss
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import connect
 from stagewise.engine.transport.processes import values_of_all

@@ -19,7 +19,7 @@ from stagewise.checker.subject import Subject
 from stagewise.checker.traits import Traits, Unsplittable, named, state_of, uses_batch_statistics
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.step.first_look import FirstLook
-from stagewise.model.added_losses import LossCollector, collect_losses, collecting
+from stagewise.model.added_losses import COLLECTING, LossCollector, collect_losses
 from stagewise.model.cell import Cell
 from stagewise.model.chain import chain_of
 
@@ -135,13 +135,13 @@ def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
     with seeded(subject, chain) as randomness, torch.no_grad():
         for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             collector = LossCollector()
-            outer = collecting(collector)
+            outer, COLLECTING.active = COLLECTING.active, collector
             try:
                 for cell, run in look.cells(calls, collector, m, chain[-1]):
                     randomness.enter_cell(cell.index, m)
                     value = run(value, named_parts)
             finally:
-                collecting(outer)
+                COLLECTING.active = outer
             if subject.loss is not None:
                 look.loss_ran(subject.loss, m, value, targets[m])
     return [text for _, text in look.found.values()]

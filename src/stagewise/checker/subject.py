@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Arguments
-from stagewise.engine.stage.stage import Loss
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.step.weights import Weight
 from stagewise.errors import BatchError, ModelError
 from stagewise.model.added_losses import MAIN_LOSS

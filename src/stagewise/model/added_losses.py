@@ -39,7 +39,7 @@ class _Collectors(threading.local):
     active: LossCollector | None = None
 
 
-_COLLECTORS = _Collectors()
+COLLECTING = _Collectors()  # `active` is what collects now
 
 
 def add_loss(value: torch.Tensor, name: str = "added") -> None:
@@ -57,18 +57,12 @@ def add_loss(value: torch.Tensor, name: str = "added") -> None:
     if torch.compiler.is_exporting():  # the model is being captured: its cell will add it
         trace_effect(value, "add_loss", name)
         return
-    collector = _COLLECTORS.active
+    collector = COLLECTING.active
     if collector is not None:
         collector.added.append(AddedLoss(collector.cell, name, value))
 
 
 traced_effect("add_loss", add_loss)
-
-
-def collecting(collector: LossCollector | None) -> LossCollector | None:
-    """Let `collector` collect from now on; returns the one that did before."""
-    before, _COLLECTORS.active = _COLLECTORS.active, collector
-    return before
 
 
 @contextmanager
@@ -84,11 +78,11 @@ def collect_losses() -> Iterator[dict[str, torch.Tensor]]:
     """
     collector = LossCollector()
     sums: dict[str, torch.Tensor] = {}
-    before = collecting(collector)
+    before, COLLECTING.active = COLLECTING.active, collector
     try:
         yield sums
     finally:
-        collecting(before)
+        COLLECTING.active = before
     for loss in collector.added:
         value = loss.value.reshape(())
         sums[loss.name] = sums[loss.name] + value if loss.name in sums else value

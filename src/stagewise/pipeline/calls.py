@@ -12,20 +12,24 @@ import torch
 
 from stagewise.batch.custom_split import Split, split_by
 from stagewise.batch.markers import packed
-from stagewise.engine.stage.call import Call, Mode, Scaling
+from stagewise.engine.stage.work import Mode, Scaling
 from stagewise.engine.step.results import (
     Losses,
     Merge,
     OnRanks,
+    Result,
     losses_by_microbatch,
     outputs_of,
     ranks_of,
 )
-from stagewise.engine.step.step import UNSCALED, Runner
+from stagewise.engine.step.step import Runner
+from stagewise.engine.step.step_request import UNSCALED, Request
 from stagewise.errors import BatchError, UsageError
 from stagewise.model.captured import Form
 from stagewise.pipeline.share import Share
 from stagewise.planning.plan import Plan
+
+Batch = tuple[object, object, Mapping[str, object]]  # inputs, target, arguments by name
 
 
 class Calls(Share):
@@ -113,12 +117,11 @@ class Calls(Share):
         scaling = Scaling(
             total_samples=total_samples, total_weight=total_weight, gradient_scale=loss_scale
         )
-        outputs_on = self._wanted(ranks, return_outputs)
-        call = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
-        self._runner.backward_into(call)
+        outputs_on = self._wanted(ranks) if return_outputs else []
+        result = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
         self.step_index += 1
-        loss = self._loss_of(call)
-        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
+        loss = self._loss_of(result)
+        return (loss, self._outputs_of(result, outputs_on)) if return_outputs else loss
 
     @overload
     def evaluate(
@@ -155,11 +158,11 @@ class Calls(Share):
 
         Arguments and outputs are those of `step`.
         """
-        outputs_on = self._wanted(ranks, return_outputs)
+        outputs_on = self._wanted(ranks) if return_outputs else []
         with self._eval_mode():
-            call = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on, batch_dim)
-        loss = self._loss_of(call)
-        return (loss, self._outputs_of(call, outputs_on)) if return_outputs else loss
+            result = self._run(Mode.EVALUATE, inputs, target, kwargs, outputs_on, batch_dim)
+        loss = self._loss_of(result)
+        return (loss, self._outputs_of(result, outputs_on)) if return_outputs else loss
 
     def predict(
         self,
@@ -176,8 +179,8 @@ class Calls(Share):
         """
         outputs_on = self._wanted(ranks)
         with self._eval_mode():
-            call = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on, batch_dim)
-        return self._outputs_of(call, outputs_on)
+            result = self._run(Mode.PREDICT, inputs, None, kwargs, outputs_on, batch_dim)
+        return self._outputs_of(result, outputs_on)
 
     def microbatch_losses(self) -> list[dict[str, torch.Tensor]]:
         """The last call's losses of each microbatch, by name, as the loss function gave them.
@@ -209,10 +212,11 @@ class Calls(Share):
         outputs_on: Sequence[int],
         batch_dim: int | None,
         scaling: Scaling = UNSCALED,
-    ) -> Call:
-        self.overflow.before_meeting()
+    ) -> Result:
+        if self.overflow.is_wanted:
+            self.overflow.before_meeting()
         dim = self._batch_dim if batch_dim is None else batch_dim
-        batch: tuple[object, object, Mapping[str, object]] = None, None, {}
+        batch: Batch = None, None, {}
         objection: UsageError | None = None
         try:
             if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
@@ -223,17 +227,23 @@ class Calls(Share):
             batch = self._batch(inputs, target, kwargs, dim)
         except UsageError as error:  # the other ranks must hear of it
             objection = error
-        call = self._runner.run(
-            mode,
-            self.step_index,
-            *batch,
-            outputs_on,
-            scaling=scaling,
-            batch_dim=dim,
-            objection=objection,
+        bound, target, named = batch
+        result = self._runner.run(
+            Request(
+                mode=mode,
+                step_index=self.step_index,
+                inputs=bound,
+                target=target,
+                keywords=named,
+                outputs_on=outputs_on,
+                scaling=scaling,
+                batch_dim=dim,
+                objection=objection,
+            )
         )
-        self._num_microbatches, self._microbatch_losses = len(call.sizes), call.losses
-        return call
+        self._num_microbatches = len(result.sizes)
+        self._microbatch_losses = result.by_microbatch
+        return result
 
     def _batch(
         self,
@@ -241,7 +251,7 @@ class Calls(Share):
         target: object,
         kwargs: Mapping[str, object],
         batch_dim: int,
-    ) -> tuple[object, object, Mapping[str, object]]:
+    ) -> Batch:
         """A call as the cells take it: what enters the chain, the loss's target, what has names."""
         if self._split is not None:
             count = self.num_microbatches
@@ -251,19 +261,19 @@ class Calls(Share):
             if self._form.takes("target") and target is not None:
                 return None, target if self._takes_target else None, {**named, "target": target}
             return None, target, named
-        return packed(inputs), target, kwargs
+        return inputs[0] if len(inputs) == 1 else packed(inputs), target, kwargs
 
-    def _wanted(self, ranks: OnRanks, asked: bool = True) -> list[int]:
-        return ranks_of(ranks, self.num_ranks) if asked else []
+    def _wanted(self, ranks: OnRanks) -> list[int]:
+        return ranks_of(ranks, self.num_ranks)
 
-    def _outputs_of(self, call: Call, ranks: Sequence[int]) -> object:
+    def _outputs_of(self, result: Result, ranks: Sequence[int]) -> object:
         sources = self._runner.last_ranks
-        return outputs_of(call, self._ranks, sources, ranks, self._merge)
+        return outputs_of(result, self._ranks, sources, ranks, self._merge)
 
-    def _loss_of(self, call: Call) -> torch.Tensor:
-        assert call.agreed is not None, "the call has failed"
-        total, self._losses = call.agreed
-        return total.to(self.device)
+    def _loss_of(self, result: Result) -> torch.Tensor:
+        assert result.loss is not None, "a call that computes one"
+        self._losses = dict(result.losses)
+        return result.loss.to(self._device)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagewise.engine.stage.stage import Loss
+from stagewise.engine.stage.loss import Loss
 from stagewise.errors import BatchError, PlanError
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of, is_chain

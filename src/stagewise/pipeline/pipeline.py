@@ -4,7 +4,7 @@ Every rank builds the same Pipeline and makes the same calls in the same order. 
 its own stages' cells; drop your own reference to the model to free the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,13 +12,15 @@ from torch import nn
 
 from stagewise.batch.custom_split import Split
 from stagewise.checkpoints.sources import State
-from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.keywords import Routes
+from stagewise.engine.stage.loss import Loss, takes_target
 from stagewise.engine.stage.skips import SkipRoutes
-from stagewise.engine.stage.stage import Loss, takes_target
+from stagewise.engine.stage.work import Mode
 from stagewise.engine.step.results import Losses, Merge
 from stagewise.engine.step.step import Runner
+from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf
-from stagewise.engine.step.weights import Weight, is_sum
+from stagewise.engine.step.weights import LossCount, Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
 from stagewise.errors import ModelError
 from stagewise.model.captured import captured_of
@@ -157,13 +159,13 @@ class Pipeline(Calls):
         refuse(chain, plan, self._devices, ranks)
         given = Given(init=init, state=state, seed=seed)
         initialise(model, chain, plan, ranks, whole.aliases, given)
-        self._routes = SkipRoutes(chain, plan.engine_balance)
-        stages = build_stages(chain, plan, ranks, self._devices, self._routes, loss)
+        self._skips = SkipRoutes(chain, plan.engine_balance)
+        stages = build_stages(chain, plan, ranks, self._devices, self._skips, loss)
         homes_of_own = [stage.device for stage in stages.values()]
         self._device = homes_of_own[-1] if homes_of_own else self._devices[ranks.rank]
         forbid_changing_buffers(stages, plan)
-        tied, replicas = tie(chain, plan, stages, ranks)
-        super().__init__(whole, stages, tied.ties, ranks)
+        ties, policies = tie(chain, plan, stages, ranks, in_float32=accumulate_in_float32)
+        super().__init__(whole, stages, ties, ranks)
         self.plan = plan
         self._batch_dim, self._split, self._merge = batch_dim, split, merge
         captured = captured_of(model)
@@ -172,24 +174,24 @@ class Pipeline(Calls):
         self._takes_target = loss is not None and takes_target(loss)
         self._losses: dict[str, torch.Tensor] = {}
         self._num_microbatches, self._microbatch_losses = 0, Losses()
+        on = ranks_of_stages(plan, ranks)
         self._runner = Runner(
             stages,
             wired,
             schedule,
-            seed,
-            takers=Takers(chain, plan.engine_balance, ranks_of_stages(plan, ranks)),
-            weight=weight,
-            tied=tied,
-            replicas=replicas,
-            flows=self._routes.flows,
-            accumulate_in_float32=accumulate_in_float32,
-            sums_losses=is_sum(loss, loss_reduction, has_weight=weight is not None),
+            seed=seed,
+            routes=Routes(chain, plan.engine_balance, on, self._skips.flows),
+            count=LossCount(
+                weight, sums=is_sum(loss, loss_reduction, has_weight=weight is not None)
+            ),
+            policies=policies,
         )
         self._runner.root = ModeOf(self.module, model)
 
     def timeline(self) -> Timeline:
         """What the last call really did, from all ranks; times are seconds from its start."""
-        return self._runner.timeline()
+        num_devices = self.plan.built_schedule.num_devices
+        return self._runner.last_run.timeline(self._ranks, num_devices)
 
     def measure_memory(
         self, *inputs: object, target: object = None, **kwargs: object
@@ -199,8 +201,7 @@ class Pipeline(Calls):
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
         self._ranks.exchange((), "measure_memory")
-        batch = self._batch(inputs, target, kwargs, self._batch_dim)
-        peak = measure_memory(self._runner, *batch, batch_dim=self._batch_dim)
+        peak = measure_memory(self._runner, self._trial(inputs, target, kwargs))
         return tuple(row[0] for row in self._ranks.exchange([peak], "measure_memory: peaks"))
 
     def rehearse(
@@ -208,8 +209,20 @@ class Pipeline(Calls):
     ) -> tuple[Timeline, ...]:
         """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
         self._ranks.exchange((), "rehearse")
-        batch = self._batch(inputs, target, kwargs, self._batch_dim)
-        return rehearse(self._runner, *batch, num_steps, batch_dim=self._batch_dim)
+        return rehearse(self._runner, self._trial(inputs, target, kwargs), num_steps)
+
+    def _trial(
+        self, inputs: tuple[object, ...], target: object, kwargs: Mapping[str, object]
+    ) -> Request:
+        """A step that will leave no trace."""
+        bound, target, named = self._batch(inputs, target, kwargs, self._batch_dim)
+        return Request(
+            mode=Mode.TRAIN,
+            inputs=bound,
+            target=target,
+            keywords=named,
+            batch_dim=self._batch_dim,
+        )
 
     def use(self, plan: Plan) -> None:
         """Run by `plan` from the next call on; every rank calls this with the same plan.
@@ -222,9 +235,9 @@ class Pipeline(Calls):
         schedule, stages = plan.built_schedule, self._runner.stages
         cut = self.plan.engine_balance, self.plan.built_schedule.placement
         if cut != (plan.engine_balance, schedule.placement):
-            how = self._ranks, self._devices, self._routes, self._runner.takers
+            how = self._ranks, self._devices, self._skips, self._runner.routes
             stages = recut(stages, plan, *how)
-        self._runner.use(schedule, stages, self._routes.flows)
+        self._runner.use(schedule, stages)
         self.plan = plan
 
     def any(self, flag: bool) -> bool:

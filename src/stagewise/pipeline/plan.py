@@ -12,7 +12,7 @@ from typing import Literal
 
 from stagewise.batch.markers import along
 from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
-from stagewise.engine.stage.stage import Loss
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.connect import Device
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import PlanError

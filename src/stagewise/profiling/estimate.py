@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from stagewise.batch.markers import Arguments
 from stagewise.batch.split import extent, first_microbatch, microbatch_sizes, split
 from stagewise.costs import CellCost
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.randomness import generators_kept
-from stagewise.engine.stage.stage import Loss
 from stagewise.engine.step.admission import positional
 from stagewise.errors import BatchError
 from stagewise.model.cells_of import chain_for, entering

@@ -6,19 +6,20 @@ engine will do: its copies of inputs that are changed in place, its BatchNorms, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from stagewise.batch.layouts import num_bytes
-from stagewise.batch.values import take_apart
+from stagewise.batch.values import Apart, optionals, take_apart
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.buffers import BufferKeeper
-from stagewise.engine.stage.call import Call, Mode
-from stagewise.engine.stage.keywords import take_targets
+from stagewise.engine.stage.keywords import as_leaves
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.skips import SkipRoutes
-from stagewise.engine.stage.stage import Loss
+from stagewise.engine.stage.work import Mode, Parts, Work
 from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell
 from stagewise.planning.roofline import Op
@@ -50,7 +51,7 @@ class Forward:
     """
 
     ops: tuple[Op, ...]
-    messages: tuple[object, ...]
+    messages: tuple[Apart, ...]
     kept: Mapping[StorageKey, int]
     unsaved: Mapping[StorageKey, int]
     saved: frozenset[StorageKey]
@@ -87,7 +88,7 @@ class CellTrial:
         num_messages: int,
         loss: Loss | None,
     ) -> None:
-        self._original, self._batch, self._received = cell, batch, list(received)
+        self._original, self._batch, self._received = cell, batch, [*map(take_apart, received)]
         self._cell = replace(cell, module=fake_module(cell.module))
         self._of_batch = *of_batch, batch.inputs, batch.target, dict(batch.keywords)
         self._num_messages, is_last = num_messages, num_messages == 0
@@ -101,14 +102,14 @@ class CellTrial:
         """Count a forward."""
         meter = self._meter(self._target)
         with meter.counting():
-            call, value, ops = self._forward()
-            given = (self._received, call.inputs, call.keywords)
-            arrived = set(map(storage_key, take_apart(given)[0]))
+            work, value, ops = self._forward()
+            given = take_apart((work.parts.inputs, work.parts.keywords))[0]
+            arrived = {*map(storage_key, given), *self._arrived()}
             saved, unsaved = meter.saved, meter.unsaved(self._stage.roots())
         several = self._num_messages > 1
         return Forward(
             ops=ops,
-            messages=tuple(value) if several else (value,) * self._num_messages,  # type: ignore[arg-type]
+            messages=tuple(value) if several else (value,) * self._num_messages,
             kept={k: size for k, size in {**saved, **unsaved}.items() if k not in arrived},
             unsaved=unsaved,
             saved=frozenset(saved),
@@ -125,7 +126,7 @@ class CellTrial:
         with meter.counting():
             input_ops, _ = self._backward(Kind.BACKWARD_INPUT, wanted)
             kept = meter.saved | meter.unsaved(self._stage.held())
-        arrived = set(map(storage_key, take_apart(self._received)[0]))
+        arrived = self._arrived()
         return Backward(
             ops=ops,
             gradient_bytes=gradients,
@@ -134,24 +135,28 @@ class CellTrial:
             deferred_input_bytes=sum(kept[key] for key in kept.keys() & arrived),
         )
 
+    def _arrived(self) -> set[StorageKey]:
+        return {storage_key(tensor) for tensors, _ in self._received for tensor in tensors}
+
     def _meter(self, given: object) -> ActivationMeter:
         """Of what is neither the cell's own nor `given`."""
         module = self._cell.module
         own = [*module.parameters(), *module.buffers()]
         return ActivationMeter([*own, *take_apart(given)[0]])
 
-    def _forward(self) -> tuple[Call, object, tuple[Op, ...]]:
+    def _forward(self) -> tuple[Work, Any, tuple[Op, ...]]:
         self._stage.clear()
-        call = self._call()
+        self._stage.begin()
+        work = self._work()
         instruction = Instruction(self._cell.index, Kind.FORWARD, 0)
         with self._batchnorms.one_update(training=False):
-            value, ops = self._run(instruction, list(self._received), call)
-        return call, value, ops
+            value, ops = self._run(instruction, list(self._received), work)
+        return work, value, ops
 
     def _backward(
         self, kind: Kind, wanted: Sequence[bool]
     ) -> tuple[tuple[Op, ...], tuple[int | None, ...]]:
-        call, _, _ = self._forward()
+        work, _, _ = self._forward()
         for parameter in self._cell.module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         outputs = self._stage.roots() if self._num_messages else ()
@@ -160,16 +165,16 @@ class CellTrial:
             for root, is_wanted in zip(outputs, wanted, strict=False)
         )
         instruction = Instruction(self._cell.index, kind, 0)
-        result, ops = self._run(instruction, [gradients], call)
+        result, ops = self._run(instruction, [take_apart(gradients)], work)
         return ops, tuple(None if g is None else num_bytes(g) for g in _flat(result))
 
     def _run(
-        self, instruction: Instruction, received: list[object], call: Call
-    ) -> tuple[object, tuple[Op, ...]]:
+        self, instruction: Instruction, received: list[Apart], work: Work
+    ) -> tuple[Any, tuple[Op, ...]]:
         counter = OpCounter()
         try:
             with counter:
-                return self._stage.run(instruction, received, call), counter.ops
+                return self._stage.action(instruction)(received, work), counter.ops
         except CellError as error:
             cause = error.__cause__ or error
         except RuntimeError as error:  # in the backward
@@ -183,25 +188,26 @@ class CellTrial:
             "measure instead, where the model fits: leave the device out."
         ) from cause
 
-    def _call(self) -> Call:
+    def _work(self) -> Work:
         batch = self._batch
-        call = Call(
+        targets, leaves = as_leaves([] if self._target is None else [self._target])
+        return Work(
             mode=Mode.TRAIN,
-            inputs=[batch.inputs] if self._cell.index == 0 else [],
             sizes=(batch.num_samples,),
-            keywords=[dict(batch.keywords)] if batch.keywords else [],
+            by_samples=(1.0,),
+            parts=Parts(
+                inputs=[batch.inputs] if self._cell.index == 0 else [],
+                targets=targets,
+                leaves=leaves,
+                keywords=[dict(batch.keywords)] if batch.keywords else [],
+            ),
             num_args=batch.num_args,
             randomness={CPU: CellRandomness(0, 0, CPU)},
             batchnorms=self._batchnorms,
         )
-        if self._target is not None:
-            take_targets([self._target], call)
-        return call
 
 
-def _flat(result: object) -> list[torch.Tensor | None]:
-    """The gradients of all messages in one list."""
-    assert isinstance(result, tuple)
-    if any(isinstance(part, tuple) for part in result):
-        return [gradient for part in result for gradient in part]
-    return list(result)
+def _flat(result: Any) -> list[torch.Tensor | None]:
+    """The gradients of all messages in one list; the first cell has sent none."""
+    aparts = result if isinstance(result, list) else [result] if result is not None else []
+    return [gradient for apart in aparts for gradient in optionals(apart)]

@@ -7,9 +7,10 @@ from itertools import islice
 
 import torch
 
+from stagewise.batch.values import take_apart
 from stagewise.engine.stage.activation_meter import StorageKey, storage_key
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.skips import SkipRoutes
-from stagewise.engine.stage.stage import Loss
 from stagewise.model.cell import Cell, Chain
 from stagewise.planning.roofline import CellWork, Op
 from stagewise.profiling.estimate_cell import Backward, Batch, CellTrial
@@ -46,7 +47,9 @@ class Walk:
             return known[key]
 
         # The batch comes as a message too.
-        self._mail: dict[tuple[int, int], Packed] = {(-1, 0): packed(batch.inputs, number)}
+        self._mail: dict[tuple[int, int], Packed] = {
+            (-1, 0): packed(take_apart(batch.inputs), number)
+        }
         self._given = numbered(dict(batch.keywords), number)
         self._of_batch = set(known.values())
         self._saved: set[int] = set()

@@ -16,7 +16,7 @@ from torch import nn
 from stagewise.batch.split import extent, first_microbatch, microbatch_sizes
 from stagewise.batch.values import move
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
-from stagewise.engine.stage.stage import Loss
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.connect import Device, connect, trial_wire
 from stagewise.engine.transport.processes import num_processes, own_device, values_of_all
 from stagewise.errors import BatchError, PlanError

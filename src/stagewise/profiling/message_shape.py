@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stagewise.batch.values import Structure, put_together, take_apart
+from stagewise.batch.values import Apart, Structure, put_together, take_apart
 from stagewise.engine.stage.activation_meter import StorageKey, storage_key
 from stagewise.profiling.fakes import plain
 
@@ -68,9 +68,9 @@ def numbered(value: object, number: Number) -> dict[StorageKey, int]:
     return {key: number(key, size) for key, size in keys.items()}
 
 
-def packed(value: object, number: Number) -> Packed:
-    """`value` without its tensors, its storages numbered by `number`."""
-    tensors, structure = take_apart(value)
+def packed(apart: Apart, number: Number) -> Packed:
+    """A value without its tensors, its storages numbered by `number`."""
+    tensors, structure = apart
     return Packed(
         structure,
         tuple(

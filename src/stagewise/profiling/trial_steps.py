@@ -9,23 +9,25 @@ import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.values import take_apart
+from stagewise.batch.values import Apart, take_apart
 from stagewise.costs import CellCost
 from stagewise.engine.gradients.clipping import gradients_aside
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.buffers import values_put_back
-from stagewise.engine.stage.call import Mode
-from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.keywords import Routes
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.skips import SkipRoutes
-from stagewise.engine.stage.stage import Loss, Stage
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.stage.work import Mode
 from stagewise.engine.step.step import Runner
+from stagewise.engine.step.step_request import Request
 from stagewise.engine.transport.connect import in_one_process
 from stagewise.engine.transport.transport import Transport
 from stagewise.model.cell import Cell, Chain
@@ -44,41 +46,26 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
         yield
 
 
-def measure_memory(
-    runner: Runner,
-    inputs: object,
-    target: object,
-    keywords: Mapping[str, object],
-    *,
-    batch_dim: int = 0,
-) -> int:
+def measure_memory(runner: Runner, request: Request) -> int:
     """Peak activation bytes on this rank over one trial step."""
-    meter, peak = _meter(runner, (inputs, target, keywords)), 0
+    meter, peak = _meter(runner, request), 0
 
     def observe(instruction: Instruction) -> None:
         nonlocal peak
         peak = max(peak, meter.live_bytes(_held(runner)))
 
     with untouched(runner.stages), meter.counting():
-        runner.run(Mode.TRAIN, 0, inputs, target, keywords, batch_dim=batch_dim, observe=observe)
+        runner.run(replace(request, observe=observe))
     return peak
 
 
-def rehearse(
-    runner: Runner,
-    inputs: object,
-    target: object,
-    keywords: Mapping[str, object],
-    num_steps: int,
-    *,
-    batch_dim: int = 0,
-) -> tuple[Timeline, ...]:
+def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline, ...]:
     """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
-    timelines = []
+    timelines, num_devices = [], runner.schedule.num_devices
     with untouched(runner.stages):
         for _ in range(WARMUP_ROUNDS + num_steps):
-            runner.run(Mode.TRAIN, 0, inputs, target, keywords, batch_dim=batch_dim)
-            timelines.append(runner.timeline())
+            runner.run(request)
+            timelines.append(runner.last_run.timeline(runner.transport, num_devices))
     return tuple(timelines[WARMUP_ROUNDS:])
 
 
@@ -101,34 +88,25 @@ def profile(
     """
     num_cells = len(chain)
     scales = _Scales(in_one_process([device] * num_cells))
-    routes = SkipRoutes(chain, [1] * num_cells)
+    skips = SkipRoutes(chain, [1] * num_cells)
     stages = {
-        cell.index: routes.stage(
+        cell.index: skips.stage(
             cell.index, (cell,), device, is_last=cell.index == num_cells - 1, loss=loss
         )
         for cell in chain
     }
-    takers = Takers(chain, [1] * num_cells, [(0,)] * num_cells)
+    routes = Routes(chain, [1] * num_cells, [(0,)] * num_cells, skips.flows)
     runners = [
-        Runner(stages, scales.transport, schedule, seed=0, takers=takers, flows=routes.flows)
+        Runner(stages, scales.transport, schedule, seed=0, routes=routes)
         for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
     ]
     inputs, target, keywords = pytree.tree_map_only(
         torch.Tensor, torch.Tensor.detach, (inputs, target, dict(keywords))
     )
-    times: dict[Instruction, list[float]] = {}
-    deadline, rounds = time.perf_counter() + seconds, 0
+    request = Request(mode=Mode.TRAIN, inputs=inputs, target=target, keywords=keywords)
     with untouched(stages):
-        while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
-            time.perf_counter() < deadline and rounds < MAX_ROUNDS
-        ):
-            for runner in runners:
-                runner.run(Mode.TRAIN, 0, inputs, target, keywords)
-                if rounds >= WARMUP_ROUNDS:
-                    for span in runner.spans:
-                        times.setdefault(span.instruction, []).append(span.seconds)
-            rounds += 1
-    measured = _activation_bytes(runners[-1], inputs, target, keywords)
+        times = _times(runners, request, seconds)
+    measured = _activation_bytes(runners[-1], request)
 
     def seconds_of(cell: Cell, kind: Kind) -> float:
         return statistics.median(times[Instruction(cell.index, kind, 0)])
@@ -150,6 +128,24 @@ def profile(
         )
         for cell in chain
     )
+
+
+def _times(
+    runners: Sequence[Runner], request: Request, seconds: float
+) -> dict[Instruction, list[float]]:
+    """What each instruction took, by trial steps of all in turn for about `seconds`."""
+    times: dict[Instruction, list[float]] = {}
+    deadline, rounds = time.perf_counter() + seconds, 0
+    while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
+        time.perf_counter() < deadline and rounds < MAX_ROUNDS
+    ):
+        for runner in runners:
+            runner.run(request)
+            if rounds >= WARMUP_ROUNDS:
+                for span in runner.last_run.spans:
+                    times.setdefault(span.instruction, []).append(span.seconds)
+        rounds += 1
+    return times
 
 
 def _in_halves(num_stages: int) -> Schedule:
@@ -180,9 +176,9 @@ class _Scales:
         self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
         self.finish, self.clear, self.renumber = mail.finish, mail.clear, mail.renumber
 
-    def send(self, message: Message, value: object) -> None:
+    def send(self, message: Message, value: Apart) -> None:
         if message.distance == 1:
-            nbytes = sum(tensor.nbytes for tensor in take_apart(value)[0])
+            nbytes = sum(tensor.nbytes for tensor in value[0])
             self.weights[message.kind, message.source_stage] = nbytes
         self._mail.send(message, value)
 
@@ -198,10 +194,8 @@ class _Bytes:
     deferred_inputs: dict[int, int]
 
 
-def _activation_bytes(
-    runner: Runner, inputs: object, target: object, keywords: Mapping[str, object]
-) -> _Bytes:
-    meter = _meter(runner, (inputs, target, keywords))
+def _activation_bytes(runner: Runner, request: Request) -> _Bytes:
+    meter = _meter(runner, request)
     live: list[dict[StorageKey, int]] = [{}]  # after every instruction
     unsaved: list[dict[StorageKey, int]] = []
     given: dict[int, set[StorageKey]] = {}
@@ -219,7 +213,7 @@ def _activation_bytes(
             freed[stage.index] = {k: size for k, size in before.items() if k not in now}
 
     with untouched(runner.stages), meter.counting():
-        runner.run(Mode.TRAIN, 0, inputs, target, keywords, observe=observe)
+        runner.run(replace(request, observe=observe))
     levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
     # What several cells hand on stays out: it is held wherever the cut falls.
     holders = Counter(key for storages in unsaved for key in storages)
@@ -237,10 +231,11 @@ def _activation_bytes(
     )
 
 
-def _meter(runner: Runner, batch: tuple[object, object, Mapping[str, object]]) -> ActivationMeter:
+def _meter(runner: Runner, request: Request) -> ActivationMeter:
     modules = [cell.module for stage in runner.stages.values() for cell in stage.cells]
     own = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    return ActivationMeter([*own, *take_apart((*batch[:2], dict(batch[2])))[0]])
+    batch = request.inputs, request.target, dict(request.keywords)
+    return ActivationMeter([*own, *take_apart(batch)[0]])
 
 
 def _held(runner: Runner) -> Iterator[torch.Tensor]:

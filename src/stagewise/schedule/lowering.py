@@ -8,13 +8,13 @@ source device's program sends, so the receiver can post its receives ahead witho
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Instruction, Kind
 from stagewise.schedule.schedule import Schedule
 
 
-@dataclass(frozen=True, order=True)
-class Message:
+class Message(NamedTuple):  # whose hash, looked up several times, costs no call of ours
     """What one instruction hands to another stage: activations down, gradients up.
 
     Skips between neighbours travel with the boundary's values, others in messages of their own.
@@ -26,13 +26,6 @@ class Message:
     destination_stage: int
     source: int  # device
     destination: int  # device
-
-    def __post_init__(self) -> None:
-        where = self.source_stage, self.destination_stage, self.source, self.destination
-        object.__setattr__(self, "_hash", hash((ord(self.kind.value), self.microbatch, *where)))
-
-    def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]  # looked up several times
 
     @property
     def distance(self) -> int:

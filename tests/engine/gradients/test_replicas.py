@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from stagewise.engine.gradients.policy import Settlement
 from stagewise.engine.gradients.replicas import Replicas
+from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.stage.stand_ins import StandIns
 from stagewise.engine.transport.local import LocalWire
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.ranks import Ranks
@@ -61,15 +62,27 @@ def program(text: str) -> Sequence[Instruction]:
     return parse_programs(text)[0]
 
 
+def step_of(
+    replicas: Replicas, instructions: Sequence[Instruction], *, in_float32: bool = False
+) -> Settlement:
+    step = Settlement(
+        transport=Meeting([]),
+        program=instructions,
+        batchnorms=BatchNorms(()),
+        in_float32=in_float32,
+    )
+    replicas.before_step(step)
+    return step
+
+
 def run(replicas: Replicas, text: str, log: list[str]) -> None:
     """Observe all of a program, the log behind the sums, then end the step."""
-    with replicas.summing(StandIns(), program(text), in_float32=True) as sums:
-        observe = sums.begin(lambda instruction: log.append(str(instruction)))
-        assert observe is not None
-        for instruction in program(text):
+    step = step_of(replicas, program(text), in_float32=True)
+    for instruction in program(text):
+        for observe in (*step.observers, lambda done: log.append(str(done))):
             observe(instruction)
-        log.append("end")
-        sums.settle()
+    log.append("end")
+    replicas.settle(step)
 
 
 def test_every_rank_makes_every_group_and_replicas_start_equal() -> None:
@@ -92,23 +105,21 @@ def test_a_sum_starts_behind_the_last_backward_and_is_waited_for_at_the_end() ->
 def test_a_replica_without_microbatches_starts_at_once() -> None:
     replicas, log = made(nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16())
     log.clear()
-    with replicas.summing(StandIns(), (), in_float32=False) as sums:
-        assert sums.begin(None) is None
-        assert log == ["start float32", "start float64", "start bfloat16"]
-        sums.settle()
+    step = step_of(replicas, ())
+    assert log == ["start float32", "start float64", "start bfloat16"]
+    replicas.settle(step)
 
 
 def test_gradients_of_before_stay_apart() -> None:
     layer, frozen = nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False)
     replicas, _ = made(layer, frozen)
     layer.weight.grad = torch.full((1, 1), 10.0)
-    with replicas.summing(StandIns(), program("0F0 0B0"), in_float32=False) as sums:
-        observe = sums.begin(None)
-        assert observe is not None and layer.weight.grad is None
-        layer(torch.full((1, 1), 3.0)).backward()
-        observe(program("0B0")[0])
-        assert layer.weight.grad is None  # it is on its way
-        sums.settle()
+    step = step_of(replicas, program("0F0 0B0"))
+    assert layer.weight.grad is None
+    layer(torch.full((1, 1), 3.0)).backward()
+    step.observers[0](program("0B0")[0])
+    assert layer.weight.grad is None  # it is on its way
+    replicas.settle(step)
     assert layer.weight.grad is not None and float(layer.weight.grad) == 10 + 3 + 1
     assert layer.bias.grad is not None and float(layer.bias.grad) == 1 + 1
     assert frozen.weight.grad is None

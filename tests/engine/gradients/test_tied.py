@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from stagewise.engine.gradients.policy import Settlement
 from stagewise.engine.gradients.tied import TiedParameters
-from stagewise.engine.stage.stand_ins import StandIns
+from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.transport.connect import between_processes
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.chain import chain_of
 from stagewise.model.tied import find_tied
 from tests.harness import Pools
@@ -26,22 +28,28 @@ def model() -> list[nn.Module]:
     return cells
 
 
+def step_of(tied: TiedParameters, transport: Ranks) -> Settlement:
+    step = Settlement(transport=transport, program=(), batchnorms=BatchNorms(()))
+    tied.before_step(step)
+    return step
+
+
 def settled(present: tuple[bool, ...]) -> Tensor | None:
     """Sum what this rank's cells got; the ranks are real ones."""
-    chain, ranks = chain_of(model()), between_processes(CPU).ranks
-    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == ranks.rank}
+    chain, transport = chain_of(model()), between_processes(CPU).ranks
+    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == transport.rank}
     tied = TiedParameters(find_tied(chain), own, [(rank,) for rank in RANKS])
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
     weight.grad = torch.ones(3, 2)
-    stand_ins: StandIns = tied.stand_ins(training=True)
+    step = step_of(tied, transport)
     for index, (module, _) in own.items():
-        with stand_ins.inside(index):
+        with step.stand_ins.inside(index):
             assert module.weight is not weight
             if present[index]:
                 (module.weight * gradient(index)).sum().backward()  # type: ignore[operator]
-    tied.settle(stand_ins, ranks)
-    ranks.finish()
+    tied.settle(step)
+    transport.finish()
     return weight.grad
 
 
@@ -61,21 +69,23 @@ REPLICATED = ((1, 0), (0, 1), (2,))
 
 def settled_on_replicas() -> Tensor | None:
     """Two replicated cells on the same ranks, in another order, and a third one behind."""
-    chain, ranks = chain_of(model()[:3]), between_processes(CPU).ranks
-    own = {cell.index: (cell.module, CPU) for cell in chain if ranks.rank in REPLICATED[cell.index]}
+    chain, transport = chain_of(model()[:3]), between_processes(CPU).ranks
+    own = {
+        cell.index: (cell.module, CPU) for cell in chain if transport.rank in REPLICATED[cell.index]
+    }
     tied = TiedParameters(find_tied(chain), own, REPLICATED)
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
-        weight.fill_(ranks.rank)
-    tied.equalise(ranks)
+        weight.fill_(transport.rank)
+    tied.equalise(transport)
     assert torch.equal(weight, torch.ones(3, 2))
-    stand_ins = tied.stand_ins(training=True)
+    step = step_of(tied, transport)
     for index, (module, _) in own.items():
-        with stand_ins.inside(index):
-            (module.weight * gradient(10 * ranks.rank + index)).sum().backward()  # type: ignore[operator]
-    tied.settle(stand_ins, ranks)
-    ranks.finish()
+        with step.stand_ins.inside(index):
+            (module.weight * gradient(10 * transport.rank + index)).sum().backward()  # type: ignore[operator]
+    tied.settle(step)
+    transport.finish()
     return weight.grad
 
 

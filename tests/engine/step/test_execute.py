@@ -4,9 +4,13 @@ from typing import Any
 
 import torch
 
-from stagewise.engine.stage.call import Call, Mode
-from stagewise.engine.step.execute import execute
+from stagewise.batch.values import put_together, take_apart
+from stagewise.engine.stage.stage import Action
+from stagewise.engine.stage.work import Mode, Work
+from stagewise.engine.step.execute import Ran, execute
+from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport.connect import in_one_process
+from stagewise.engine.transport.failure import Lost
 from stagewise.schedule import Instruction, Message, lower, one_f_one_b, with_recompute
 
 
@@ -17,10 +21,13 @@ class Recorder:
         self.log: list[str] = []
         self.time = 0.0
 
-    def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
-        self.log.append(str(instruction))
-        self.time += 1
-        return f"value of {instruction}"
+    def action(self, instruction: Instruction) -> Action:
+        def run(received: list[object], work: Work) -> object:
+            self.log.append(str(instruction))
+            self.time += 1
+            return f"value of {instruction}"
+
+        return run
 
     def receive(self, message: Message) -> object:
         self.log.append(f"< {message.kind}{message.microbatch}")
@@ -37,16 +44,18 @@ class Recorder:
 
 def test_one_devices_program_in_order() -> None:
     recorder: Any = Recorder()
-    programs = lower(with_recompute(one_f_one_b(3, 3), "always"))
+    schedule = with_recompute(one_f_one_b(3, 3), "always")
+    program = Programs(schedule, {1: recorder}, rank=1)[True, 3]
     seen: list[str] = []
-    spans = execute(
-        [(1, step) for step in programs[1]],
+    ran = execute(
+        program.steps,
         {1: recorder},
         recorder,
-        Call(mode=Mode.TRAIN),
+        Work(mode=Mode.TRAIN, sizes=(1, 1, 1), by_samples=(1 / 3,) * 3),
         clock=lambda: recorder.time,
-        observe=lambda instruction: seen.append(str(instruction)),
+        observers=[lambda instruction: seen.append(str(instruction))],
     )
+    spans = Ran(ran).spans
     wanted = (
         "< F0, 1F0, > F0, ..., < F1, 1F1, > F1, ..., 1R0, ..., < B0, 1B0, > B0, ..., "
         "< F2, 1F2, > F2, ..., 1R1, ..., < B1, 1B1, > B1, ..., 1R2, ..., < B2, 1B2, > B2, ..."
@@ -62,11 +71,12 @@ def test_local_transport_moves_and_forgets() -> None:
     message = next(s.sends[0] for s in lower(one_f_one_b(2, 1))[0] if s.sends)
     x = torch.ones(2)
     mail.begin(0, {})
-    mail.send(message, {"x": x})
+    mail.send(message, take_apart({"x": x}))
     moved = mail.receive(message)
-    assert isinstance(moved, dict) and moved["x"].is_meta
+    assert not isinstance(moved, Lost) and moved[0][0].is_meta
+    assert put_together(*moved).keys() == {"x"}  # type: ignore[attr-defined]
     mail.finish()
-    mail.send(message, x)
+    mail.send(message, take_apart(x))
     mail.begin(0, {})  # what a failed call left behind is dropped
     mail.finish()
     assert ranks.exchange([1, 2], "a row") == [[1, 2]] and ranks.gather("a", "a value") == ["a"]

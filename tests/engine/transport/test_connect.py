@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport.connect import between_processes
+from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CellError
-from stagewise.schedule import Kind, forward_only, links, lower, named_schedule
+from stagewise.schedule import Kind, Message, forward_only, links, lower, named_schedule
 from tests.harness import Pools
 
 DENSE: dict[str, Callable[[], Tensor]] = {
@@ -56,6 +58,13 @@ def made() -> tuple[Ranks, Mailbox]:
     return transport.ranks, transport.mail
 
 
+def got_by(mail: Mailbox, message: Message) -> object:
+    """What arrived, put together."""
+    apart = mail.receive(message)
+    assert not isinstance(apart, Lost)
+    return put_together(*apart)
+
+
 def transfer(values: list[object], times: int) -> list[list[object]]:
     """Rank 0 sends one value per microbatch, `times` times; rank 1 gives back what arrived."""
     ranks, mail = made()
@@ -66,9 +75,9 @@ def transfer(values: list[object], times: int) -> list[list[object]]:
         got = []
         for step in programs[ranks.rank]:
             for message in step.receives:
-                got.append(mail.receive(message))
+                got.append(got_by(mail, message))
             for message in step.sends:
-                mail.send(message, values[message.microbatch])
+                mail.send(message, take_apart(values[message.microbatch]))
         mail.finish()
         arrived.append(got)
     return arrived
@@ -133,12 +142,12 @@ def change_form(second: str) -> str:
         for step in programs[ranks.rank]:
             for message in step.sends:
                 try:
-                    mail.send(message, values[value])
+                    mail.send(message, take_apart(values[value]))
                 except CellError as error:
                     text = str(error)
-                    mail.send(message, values["same"])  # so that the peer need not fail
+                    mail.send(message, take_apart(values["same"]))  # so that the peer need not fail
             for message in step.receives:
-                mail.receive(message)
+                got_by(mail, message)
         mail.finish()
     return text
 
@@ -182,9 +191,9 @@ def forms_in_turn(num_bytes: int) -> tuple[list[str], list[bool]]:
         mail.begin(1, links(programs))
         for step in programs[ranks.rank]:
             for message in step.sends:
-                mail.send(message, turn if message.microbatch == 1 else big)
+                mail.send(message, take_apart(turn if message.microbatch == 1 else big))
             for message in step.receives:
-                got = mail.receive(message)
+                got = got_by(mail, message)
                 if message.microbatch == 1:
                     arrived.append(described(got))
                 else:
@@ -271,13 +280,14 @@ def there_and_back() -> list[list[float]]:
         for step in programs[ranks.rank]:
             m = step.instruction.microbatch
             for message in step.receives:
-                value = mail.receive(message)
+                value = got_by(mail, message)
                 kept[m] = value.tensors if isinstance(value, Varied) else list(value)  # type: ignore[call-overload]
                 seen.append([float(tensor) for tensor in kept[m]])
             for message in step.sends:
                 tensors = [torch.tensor(10.0 * call + m + i) for i in range(call + m)]
                 forward = message.kind is Kind.FORWARD
-                mail.send(message, Varied(f"call {call}", tensors) if forward else (*kept[m],))
+                sent = Varied(f"call {call}", tensors) if forward else (*kept[m],)
+                mail.send(message, take_apart(sent))
         mail.finish()
     return seen
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagewise.engine.transport.failure import LOST
+from stagewise.batch.values import put_together, take_apart
+from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.errors import CellError
 from stagewise.schedule import forward_only, links, lower
@@ -32,10 +33,11 @@ def call(lines: Lines, sender: Mailbox, receiver: Mailbox, values: list[object])
         if value is LOST_HERE:
             sender.send_lost(message)
         else:
-            sender.send(message, value)
+            sender.send(message, take_apart(value))
     arrived = []
     for message in MESSAGES:
-        arrived.append(receiver.receive(message))
+        apart = receiver.receive(message)
+        arrived.append(apart if isinstance(apart, Lost) else put_together(*apart))
         receiver.look_ahead()
     assert not any(lines.stream.values())
     assert all(lines.posted[link] == len(sent) for link, sent in lines.far.items())
@@ -87,4 +89,4 @@ def test_without_marks_another_form_is_refused_in_words() -> None:
     call(lines, sender, receiver, values)
     sender.begin(1, links(PROGRAMS))
     with pytest.raises(CellError, match=r"\[\(3,\) torch.float32\] before, \[\(4,\).* now"):
-        sender.send(MESSAGES[0], torch.ones(4))
+        sender.send(MESSAGES[0], take_apart(torch.ones(4)))

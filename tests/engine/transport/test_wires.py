@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport import peers
 from stagewise.engine.transport.connect import wires_for
+from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.group_wire import GroupWire
 from stagewise.engine.transport.local import LocalWire
 from stagewise.engine.transport.mailbox import Mailbox
@@ -22,7 +24,7 @@ from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.unix_sockets import UnixSockets, connect_local_peers
 from stagewise.engine.transport.wire import Wire, Wires
 from stagewise.errors import CellError, PeerError
-from stagewise.schedule import forward_only, links, lower
+from stagewise.schedule import Message, forward_only, links, lower
 from tests.engine.transport.wires import Lines, fake_wires
 from tests.harness import Pools
 
@@ -174,22 +176,28 @@ def changing_forms(wires: Wires, num_bytes: int, device: torch.device = CPU) -> 
         yield ""
         if rank == 0:
             try:
-                mail.send(one, form)
+                mail.send(one, take_apart(form))
             except CellError:
                 if wires.stream is not None or turn < 2:
                     yield f"form {turn} was refused"
                 mail.send_lost(one)
-            mail.send(two, x)
+            mail.send(two, take_apart(x))
         yield ""
         if rank == 1:
-            got = mail.receive(one)
+            got = got_by(mail, one)
             if (turn < 2 or wires.stream is not None) and str(got) != str(form):
                 yield f"form {turn} came as {got}"
-            if not torch.equal(mail.receive(two), x):  # type: ignore[arg-type]
+            if not torch.equal(got_by(mail, two), x):  # type: ignore[arg-type]
                 yield f"what follows form {turn} is another"
         mail.look_ahead()
         yield ""
         mail.finish()
+
+
+def got_by(mail: Mailbox, message: Message) -> object:
+    """What arrived, put together."""
+    apart = mail.receive(message)
+    return apart if isinstance(apart, Lost) else put_together(*apart)
 
 
 def both(wires: list[Wires], make: Callable[[Wires], Iterator[str]]) -> list[str]:

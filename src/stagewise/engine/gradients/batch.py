@@ -6,14 +6,14 @@ microbatch's gradient gives it to all who take that part of the batch, so that e
 the whole on to its caller, in the order of one process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from stagewise.batch.values import take_apart
-from stagewise.engine.stage.call import Call
 from stagewise.engine.stage.gradient import Gradient, dense_like
-from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.keywords import Routes
+from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.schedule import Schedule
 
@@ -23,10 +23,41 @@ _Own = Callable[[], list[Gradient]]  # what this rank's microbatch left
 _Exchange = Callable[[int, int, Sequence[int], _Tensors, _Own], list[Gradient] | None]
 
 
+def pass_on_gradients(work: Work) -> None:
+    """Pass the gradients of the batch on to the caller's own graph.
+
+    The microbatches are views of the batch, so autograd puts their gradients together, and sums
+    those of what is replicated.
+    """
+    pairs = list(batch_gradients(work))
+    if pairs:
+        with torch.inference_mode(False):
+            torch.autograd.backward([tensor for tensor, _ in pairs], [g for _, g in pairs])
+
+
+def batch_gradients(work: Work) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(the caller's tensor, a gradient for it) in an order that no cut or schedule changes."""
+    record = work.record
+    for m in sorted(record.input_gradients):
+        yield from _wanted(take_apart(work.parts.inputs[m])[0], record.input_gradients[m])
+    for key in sorted(record.keyword_gradients):
+        yield from _wanted(*record.keyword_gradients[key])
+    for tensor, leaf in work.parts.leaves:
+        yield from _wanted([tensor], [leaf.grad])
+
+
+def _wanted(
+    tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if tensor.requires_grad and gradient is not None:
+            yield tensor, gradient.to(tensor.device)
+
+
 def share_gradients(
-    call: Call, schedule: Schedule, takers: Takers, transport: Ranks, device: torch.device
+    work: Work, schedule: Schedule, routes: Routes, transport: Ranks, device: torch.device
 ) -> None:
-    """Complete `call`'s gradients of inputs, targets and keywords; every rank with a stage calls
+    """Complete `work`'s gradients of inputs, targets and keywords; every rank with a stage calls
     this. `device` is this rank's.
     """
 
@@ -49,38 +80,38 @@ def share_gradients(
                 transport.give(rank, [None if g is None else g.to(device) for g in given])
         return None
 
-    _share_inputs(call, schedule, transport.rank, exchange)
-    _share_targets(call, schedule, transport.rank, exchange)
-    _share_keywords(call, takers, transport.rank, exchange)
+    _share_inputs(work, schedule, transport.rank, exchange)
+    _share_targets(work, schedule, transport.rank, exchange)
+    _share_keywords(work, routes, transport.rank, exchange)
 
 
-def _share_inputs(call: Call, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
+def _share_inputs(work: Work, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
     ranks = schedule.placement[0]
     if len(ranks) < 2 or rank not in ranks:
         return
-    for m, inputs in enumerate(call.inputs):
+    for m, inputs in enumerate(work.parts.inputs):
         tensors, _ = take_apart(inputs)
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         if not wanted:
             continue
 
         def own(m: int = m, tensors: list[torch.Tensor] = tensors) -> list[Gradient]:
-            pairs = zip(tensors, call.input_gradients[m], strict=False)  # keywords follow
+            pairs = zip(tensors, work.record.input_gradients[m], strict=False)  # keywords follow
             return [gradient for tensor, gradient in pairs if tensor.requires_grad]
 
         taken = exchange(0, m, ranks, wanted, own)
         if taken is not None:
             rest = iter(taken)
-            call.input_gradients[m] = tuple(
+            work.record.input_gradients[m] = tuple(
                 next(rest) if t.requires_grad else None for t in tensors
             )
 
 
-def _share_targets(call: Call, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
+def _share_targets(work: Work, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
     ranks, last = schedule.placement[-1], schedule.num_stages - 1
     if len(ranks) < 2 or rank not in ranks:
         return
-    for m, target in enumerate(call.targets):
+    for m, target in enumerate(work.parts.targets):
         leaves = [tensor for tensor in take_apart(target)[0] if tensor.requires_grad]
         if leaves:
             taken = exchange(last, m, ranks, leaves, lambda leaves=leaves: [x.grad for x in leaves])  # type: ignore[misc]
@@ -88,24 +119,24 @@ def _share_targets(call: Call, schedule: Schedule, rank: int, exchange: _Exchang
                 leaf.grad = gradient
 
 
-def _share_keywords(call: Call, takers: Takers, rank: int, exchange: _Exchange) -> None:
-    given = call.keywords[0] if call.keywords else {}
-    for name in takers.names:
-        ranks = takers.ranks(name, call.num_args)
+def _share_keywords(work: Work, routes: Routes, rank: int, exchange: _Exchange) -> None:
+    given = work.parts.keywords[0] if work.parts.keywords else {}
+    for name in routes.names:
+        ranks = routes.ranks(name, work.num_args)
         if len(ranks) < 2 or rank not in ranks or name not in given:
             continue
-        for m, values in enumerate(call.keywords):
+        for m, values in enumerate(work.parts.keywords):
             wanted = [t for t in take_apart(values[name])[0] if t.requires_grad]
-            for cell, stage in takers.cells(name, call.num_args) if wanted else ():
+            for cell, stage in routes.cells(name, work.num_args) if wanted else ():
                 key = (m, -cell)
                 taken = exchange(
                     stage,
                     m,
                     ranks,
                     wanted,
-                    lambda key=key, w=wanted: _found(call, key, w),  # type: ignore[misc]
+                    lambda key=key, w=wanted: _found(work, key, w),  # type: ignore[misc]
                 )
-                tensors, gradients = call.keyword_gradients.setdefault(key, ([], []))
+                tensors, gradients = work.record.keyword_gradients.setdefault(key, ([], []))
                 known = set(map(id, tensors))  # what stands under two names comes twice
                 for tensor, gradient in zip(wanted, taken or (), strict=taken is not None):
                     if id(tensor) not in known:
@@ -113,7 +144,7 @@ def _share_keywords(call: Call, takers: Takers, rank: int, exchange: _Exchange) 
                         gradients.append(gradient)
 
 
-def _found(call: Call, key: tuple[int, int], wanted: _Tensors) -> list[Gradient]:
+def _found(work: Work, key: tuple[int, int], wanted: _Tensors) -> list[Gradient]:
     """The gradients of `wanted` among those of one cell."""
-    by_tensor = {id(t): g for t, g in zip(*call.keyword_gradients[key], strict=True)}
+    by_tensor = {id(t): g for t, g in zip(*work.record.keyword_gradients[key], strict=True)}
     return [by_tensor[id(tensor)] for tensor in wanted]

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,32 +11,6 @@ from torch import nn
 from stagewise.engine.stage.gradient import taken
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError
-
-
-@contextmanager
-def new_ones_dropped(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Run a training step inside; if it fails, what had no gradient before has none again.
-
-    To one that came from earlier steps microbatches are added in place: then the error says so.
-    """
-    before = [
-        (p, p.grad, 0 if p.grad.is_inference() else p.grad._version)
-        for p in parameters
-        if p.grad is not None
-    ]
-    try:
-        yield
-    except BaseException as error:
-        old = {parameter for parameter, _, _ in before}
-        for parameter in parameters:
-            if parameter not in old:
-                parameter.grad = None
-        if any(p.grad is not g or (not g.is_inference() and g._version != v) for p, g, v in before):
-            error.add_note(
-                "the gradients of earlier steps, which this one was to be added to, hold parts of "
-                "it now: clear them with zero_grad() before the next step"
-            )
-        raise
 
 
 @contextmanager

@@ -7,19 +7,17 @@ the float32 sum goes on as long as `.grad` is what the last step wrote; otherwis
 clipped) it starts from what `.grad` holds. It lives as long as that tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, MutableMapping
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stagewise.engine.stage.gradient import LOW_PRECISION, WideSums
+from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
+from stagewise.engine.stage.gradient import LOW_PRECISION, Gradient, WideSums, accumulate
 
-Sums = Callable[[nn.Parameter, torch.Tensor], None]  # adds a gradient to a parameter's sum
 
-
-class Float32Sums:
+class Float32Sums(ParameterPolicy):
     """Sums the gradients of those of `parameters` that have low precision."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -27,27 +25,25 @@ class Float32Sums:
         self._parameters = list(distinct.values())
         # By the tensor in `.grad`.
         self._sums: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
+        self._before: list[tuple[nn.Parameter, Gradient]] = []
+        self._running = WideSums()  # of a step
 
-    @contextmanager
-    def rounded_once(self) -> Iterator[Sums]:
-        """Run a step inside, given what adds to a sum; if it fails, `.grad` stays what it was."""
-        sums, before = WideSums(), [(p, p.grad) for p in self._parameters if p.requires_grad]
-        for parameter, gradient in before:
+    def before_step(self, step: Settlement) -> None:
+        self._running = WideSums()
+        self._before = [(p, p.grad) for p in self._parameters if p.requires_grad]
+        for parameter, gradient in self._before:
             if gradient is not None:
-                sums.add(parameter, self._continued(gradient))
-        try:
-            for parameter, _ in before:
-                parameter.grad = None
-                sums.follow(parameter, parameter)
-            yield sums.add
-        except BaseException:
-            for parameter, gradient in before:
-                parameter.grad = gradient
-            raise
-        finally:
-            sums.release()
-        for parameter, gradient in before:
-            total = sums.pop(parameter)
+                self._running.add(parameter, self._continued(gradient))
+        for parameter, _ in self._before:
+            parameter.grad = None
+            self._running.follow(parameter, parameter)
+        step.in_float32, step.add = True, self._add
+
+    def settle(self, step: Settlement) -> None:
+        """Write the sums, rounded once."""
+        self._running.release()
+        for parameter, gradient in self._before:
+            total = self._running.pop(parameter)
             if total is not None:
                 if gradient is None:
                     gradient = total.to(parameter.dtype)
@@ -55,6 +51,19 @@ class Float32Sums:
                     gradient.copy_(total)
                 self._sums[gradient] = total
             parameter.grad = gradient
+        self._before = []
+
+    def undo(self, step: Settlement, error: BaseException) -> None:
+        self._running.release()
+        for parameter, gradient in self._before:
+            parameter.grad = gradient
+        self._before, self._running = [], WideSums()
+
+    def _add(self, parameter: nn.Parameter, total: torch.Tensor) -> None:
+        if total.dtype == parameter.dtype:
+            accumulate(parameter, total)
+        else:
+            self._running.add(parameter, total)
 
     def __getstate__(self) -> dict[str, object]:
         """Weak references cannot be copied: a copy starts from what `.grad` holds."""

@@ -11,26 +11,22 @@ Invariant: copies start equal and are given the same bits (an all-reduce gives i
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from stagewise.engine.gradients.float32 import Sums
-from stagewise.engine.stage.batchnorm import BatchNorms, layers_of
-from stagewise.engine.stage.call import Observer
+from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
+from stagewise.engine.stage.batchnorm import layers_of
 from stagewise.engine.stage.gradient import (
     LOW_PRECISION,
     Gradient,
     WideSums,
-    accumulate,
     dense_like,
     plus,
     taken,
     wide,
 )
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.stage.stand_ins import StandIns
 from stagewise.engine.transport.ranks import Group, Ranks
 from stagewise.schedule import Instruction
 from stagewise.schedule.instruction import kinds_with
@@ -38,7 +34,7 @@ from stagewise.schedule.instruction import kinds_with
 _LAST_KINDS = kinds_with("weights")
 
 
-class Replicas:
+class Replicas(ParameterPolicy):
     """The replicated stages of this rank. Every rank makes one, with the same `placement`.
 
     `apart` are the parameters that cells of other stages use as well, which `TiedParameters`
@@ -55,83 +51,51 @@ class Replicas:
         within: Mapping[nn.Parameter, Sequence[int]] | None = None,
     ) -> None:
         self._shared: dict[int, _SharedStage] = {}
+        self._sums: dict[int, _StageSum] = {}  # of a step
         for stage, ranks in enumerate(placement):
             group = transport.group(ranks) if len(ranks) > 1 else None
             if group is not None:
                 self._shared[stage] = _SharedStage(stages[stage], group, apart, within or {})
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether this rank holds a replicated stage."""
+        return bool(self._shared)
 
     def equalise(self) -> None:
         """Give every replica the first one's parameters and buffers."""
         for shared in self._shared.values():
             shared.equalise()
 
-    @contextmanager
-    def summing(
-        self, stand_ins: StandIns, program: Sequence[Instruction], *, in_float32: bool
-    ) -> Iterator["StepSums"]:
-        """Run a training step of `program` inside; if it fails, `.grad` stays what it was.
-
-        Gradients of low precision may be summed `in_float32`.
-        """
-        sums = StepSums(
-            {
-                stage: _StageSum(shared, stand_ins, in_float32=in_float32)
-                for stage, shared in self._shared.items()
-            },
-            program,
-        )
-        try:
-            yield sums
-        finally:
-            sums.restore()
-
-    def gather_moments(self, batchnorms: BatchNorms) -> None:
-        """Let `batchnorms` know what the other replicas' microbatches noted."""
-        for stage, shared in self._shared.items():
-            if shared.batchnorms:
-                batchnorms.exchange(stage, shared.batchnorms, shared.group.gather)
-
-
-class StepSums:
-    """The sums of one step, each started as soon as this rank has its part."""
-
-    def __init__(self, sums: "Mapping[int, _StageSum]", program: Sequence[Instruction]) -> None:
-        self._sums = sums
-        ends = {i.stage: i for i in program if i.kind in _LAST_KINDS and i.stage in sums}
-        self._last = {instruction: stage for stage, instruction in ends.items()}
-
-    def begin(self, observe: Observer | None) -> Observer | None:
-        """Start the sums to which this rank adds nothing; returns what must observe the program.
-
-        That calls `observe` too.
-        """
-        for stage in self._sums.keys() - self._last.values():  # M < replicas: this one is idle
-            self._sums[stage].start()
-        if not self._last:
-            return observe
+    def before_step(self, step: Settlement) -> None:
+        self._sums = {stage: _StageSum(shared, step) for stage, shared in self._shared.items()}
+        ends = {i.stage: i for i in step.program if i.kind in _LAST_KINDS}
+        last = {ends[stage]: own for stage, own in self._sums.items() if stage in ends}
 
         def after(instruction: Instruction) -> None:
-            if instruction in self._last:
-                self._sums[self._last[instruction]].start()
-            if observe is not None:
-                observe(instruction)
+            if instruction in last:
+                last[instruction].start()
 
-        return after
+        step.observers.append(after)
+        for stage in self._sums.keys() - ends.keys():  # M < replicas: this one is idle
+            self._sums[stage].start()
 
-    def settle(self, sums: Sums | None = None) -> None:
-        """Wait for all, and add to `.grad`; what is in float32 by intent goes to `sums`."""
+    def settle(self, step: Settlement) -> None:
+        """Wait for all sums, and add them; and let BatchNorm know what all replicas noted."""
         for stage_sum in self._sums.values():
-            stage_sum.settle(sums)
+            stage_sum.settle(step.add)
+        for stage, shared in self._shared.items():
+            if shared.batchnorms:
+                step.batchnorms.exchange(stage, shared.batchnorms, shared.group.gather)
+        self._sums = {}
 
-    def drain(self) -> None:
-        """Wait for all that was started, and let it go: the step has failed."""
-        for stage_sum in self._sums.values():
-            stage_sum.drain()
-
-    def restore(self) -> None:
+    def undo(self, step: Settlement, error: BaseException) -> None:
         """Put hooks and, where nothing was settled, gradients back as they were."""
         for stage_sum in self._sums.values():
+            if step.failed_on_all:
+                stage_sum.drain()
             stage_sum.restore()
+        self._sums = {}
 
 
 class _SharedStage:
@@ -160,19 +124,19 @@ class _SharedStage:
 class _StageSum:
     """One step's gradients of one replicated stage."""
 
-    def __init__(self, shared: _SharedStage, stand_ins: StandIns, *, in_float32: bool) -> None:
-        self._shared, self._stand_ins = shared, stand_ins
+    def __init__(self, shared: _SharedStage, step: Settlement) -> None:
+        self._shared, self._stand_ins = shared, step.stand_ins
         self._parameters = [p for p in shared.parameters if p.requires_grad]
         self._before: dict[nn.Parameter, Gradient] = {}
         self._hooks = [_SilentHooks(parameter) for parameter in self._parameters]
         self._wide = WideSums()  # by parameter
-        self._in_float32 = in_float32
+        self._in_float32 = step.in_float32
         self._settled = False
         self._started: list[tuple[list[nn.Parameter], torch.Tensor, Callable[[], None]]] = []
         for parameter in self._parameters:
-            self._before[parameter] = stand_ins.before.get(parameter, parameter.grad)
+            self._before[parameter] = step.stand_ins.before.get(parameter, parameter.grad)
             parameter.grad = None
-            if in_float32 and parameter.dtype in LOW_PRECISION:
+            if step.in_float32 and parameter.dtype in LOW_PRECISION:
                 self._wide.follow(parameter, parameter)
 
     @torch.no_grad()
@@ -186,7 +150,7 @@ class _StageSum:
             self._started.append((parameters, flat, self._shared.group.start_sum(flat)))
 
     @torch.no_grad()
-    def settle(self, sums: Sums | None) -> None:
+    def settle(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
         """Wait for the sums and add them."""
         for _, _, wait in self._started:
             wait()
@@ -195,15 +159,11 @@ class _StageSum:
         for parameters, flat, _ in self._started:
             forms = [self._form(parameter) for parameter in parameters]
             for parameter, total in zip(parameters, _unflattened(flat, forms), strict=True):
-                if total is None:
-                    continue
-                if sums is not None and total.dtype != parameter.dtype:
-                    sums(parameter, total)
-                else:
-                    accumulate(parameter, total)
+                if total is not None:
+                    add(parameter, total)
 
     def drain(self) -> None:
-        """Wait for the sums, which are of no use."""
+        """Wait for the sums, though the step has failed."""
         for _, _, wait in self._started:
             wait()
 

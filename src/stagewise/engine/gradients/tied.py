@@ -15,10 +15,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from stagewise.engine.gradients.float32 import Sums
+from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
 from stagewise.engine.stage.gradient import (
     Gradient,
-    accumulate,
     dense_like,
     plus,
     taken,
@@ -30,7 +29,7 @@ from stagewise.errors import CellError
 from stagewise.model.tied import Tied
 
 
-class TiedParameters:
+class TiedParameters(ParameterPolicy):
     """The tied parameters that cells of this rank use.
 
     `cells` are this rank's cells with their devices, `ranks` the ranks of every cell of the chain
@@ -68,6 +67,11 @@ class TiedParameters:
             if places
         }
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is any, here, or one elsewhere that a cell of ours might use."""
+        return bool(self.ties or self._others)
+
     @torch.no_grad()
     def equalise(self, transport: Ranks) -> None:
         """Give every copy the values of the first user's."""
@@ -80,12 +84,21 @@ class TiedParameters:
                     parameter.copy_(value)
         transport.finish()
 
-    def stand_ins(self, *, training: bool, in_float32: bool = False) -> StandIns:
-        """New ones for one call; without training only for cells on another device.
+    def before_step(self, step: Settlement) -> None:
+        """Let stand-ins take the gradients; those of low precision may sum them in float32."""
+        others = ((name, reference()) for name, reference in self._others.items())
+        self._given_outside = {n for n, p in others if p is not None and p.grad is not None}
+        before = {tied.parameter: taken(tied.parameter) for tied in self.ties}
+        step.stand_ins = StandIns(self._places, self._leaves(training=True), before)
+        if step.in_float32:
+            step.stand_ins.sum_in_float32()
 
-        Those of low precision may sum their gradients `in_float32`.
-        """
-        leaves = {
+    def before_inference(self, call: Settlement) -> None:
+        """Only cells on another device than the parameter's need a stand-in."""
+        call.stand_ins = StandIns(self._places, self._leaves(training=False))
+
+    def _leaves(self, *, training: bool) -> dict[tuple[int, nn.Parameter], nn.Parameter]:
+        return {
             (cell, place.parameter): nn.Parameter(
                 place.parameter.detach().to(self._devices[cell]),
                 requires_grad=place.parameter.requires_grad,
@@ -94,18 +107,8 @@ class TiedParameters:
             for place in places
             if training or place.parameter.device != self._devices[cell]
         }
-        before: dict[nn.Parameter, Gradient] = {}
-        if training:
-            others = ((name, reference()) for name, reference in self._others.items())
-            self._given_outside = {n for n, p in others if p is not None and p.grad is not None}
-            for tied in self.ties:
-                before[tied.parameter] = taken(tied.parameter)
-        made = StandIns(self._places, leaves, before)
-        if in_float32:
-            made.sum_in_float32()
-        return made
 
-    def check_seen(self, transport: Ranks) -> None:
+    def check(self, step: Settlement) -> None:
         """Raise CellError after the first step if a cell used another rank's parameter unseen."""
         for name, reference in self._others.items():
             parameter = reference()
@@ -113,50 +116,43 @@ class TiedParameters:
                 continue
             if name in self._given_outside:
                 raise CellError(
-                    f"the parameter {name}, which rank {transport.rank} does not hold in this "
+                    f"the parameter {name}, which rank {step.transport.rank} does not hold in this "
                     "Pipeline, was given a gradient there by something else (another Pipeline "
                     "that holds it on this rank, or a backward pass of your own); if both train "
                     "it, its copies drift apart: cut both Pipelines so that one rank holds it, or "
                     "set its .grad to None"
                 )
             raise CellError(
-                f"a cell on rank {transport.rank} uses the parameter {name}, which none of "
+                f"a cell on rank {step.transport.rank} uses the parameter {name}, which none of "
                 "its modules holds, so its gradient would be lost; register it in that cell "
                 "(self.weight = other.weight), and it is tied"
             )
         self._others = {}
 
-    def put_back(self, stand_ins: StandIns) -> None:
-        """End a failed training step: `.grad` is what it was before."""
-        for parameter, gradient in stand_ins.before.items():
-            parameter.grad = gradient
-
     @torch.no_grad()
-    def settle(self, stand_ins: StandIns, transport: Ranks, sums: Sums | None = None) -> None:
-        """End a training step: sum the gradients of all users, and add the sum to `.grad`.
-
-        A sum in float32 of a parameter of low precision goes to `sums` instead.
-        """
+    def settle(self, step: Settlement) -> None:
+        """Sum the gradients of all users, and add the sum to what was there before."""
         for cells, parameters in self._groups.items():
-            like = parameters if sums is None else [*map(wide, parameters)]
-            totals = self._sum(cells, parameters, like, stand_ins, transport)
+            like = [*map(wide, parameters)] if step.in_float32 else parameters
+            totals = self._sum(cells, parameters, like, step)
             for parameter, total in zip(parameters, totals, strict=True):
-                parameter.grad = stand_ins.before[parameter]
-                if total is not None and sums is not None and total.dtype != parameter.dtype:
-                    sums(parameter, total)
-                elif total is not None:
-                    accumulate(parameter, total)
+                parameter.grad = step.stand_ins.before[parameter]
+                if total is not None:
+                    step.add(parameter, total)
+
+    def undo(self, step: Settlement, error: BaseException) -> None:
+        for parameter, gradient in step.stand_ins.before.items():
+            parameter.grad = gradient
 
     def _sum(
         self,
         cells: tuple[int, ...],
         parameters: Sequence[nn.Parameter],
         like: Sequence[torch.Tensor],
-        stand_ins: StandIns,
-        transport: Ranks,
+        step: Settlement,
     ) -> list[Gradient]:
         """Each parameter's gradient, summed over `cells` from left to right, on every user."""
-        legs = self._legs(cells)
+        legs, transport = self._legs(cells), step.transport
         sums: list[Gradient] = [None] * len(parameters)
         for index, (rank, own) in enumerate(legs):
             if rank != transport.rank:
@@ -165,7 +161,7 @@ class TiedParameters:
                 sums = transport.take(legs[index - 1][0], like)
             for number, parameter in enumerate(parameters):
                 for cell in own:
-                    gradient = stand_ins.take_gradient(cell, parameter)
+                    gradient = step.stand_ins.take_gradient(cell, parameter)
                     sums[number] = plus(sums[number], gradient)
                 # Reentrant checkpointing runs a cell again during backward, without stand-ins.
                 sums[number] = plus(sums[number], dense_like(parameter, taken(parameter)))

@@ -3,26 +3,18 @@
 A stage's graph begins at leaves of its own, so that no backward runs on into another stage's.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
-from stagewise.batch.values import is_marked, mark_shared
+from stagewise.batch.values import shared
+from stagewise.errors import CellError
 
-_Prehook = Callable[[tuple[torch.Tensor, ...]], tuple[None, ...]]
 _NOTHING = nullcontext()
-
-
-def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as a leaf, which needs a gradient if `tensor` does."""
-    if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
-        return tensor.clone()
-    leaf = tensor.detach()
-    if tensor.requires_grad:
-        leaf.requires_grad_()
-    return mark_shared(leaf) if is_marked(tensor) else leaf
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,17 +31,58 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     return empty.copy_(tensor)
 
 
-def keeping(gradients: list[torch.Tensor | None], index: int) -> _Prehook:
-    """A hook that takes an input's gradient as the plain model would pass it on.
+def feed(
+    leaves: Sequence[torch.Tensor],
+    mutated: Sequence[bool] | None,
+    gradients: list[torch.Tensor | None],
+) -> tuple[list[torch.Tensor], list[Node]]:
+    """What cells are given for `leaves`, and the nodes where their graph begins.
 
-    `leaf.grad` would not do: accumulating there changes its strides.
+    Of those that are `mutated` (None: that may be) a copy, of others a view. The graph's backward
+    leaves the gradient of leaf i in `gradients[i]`, as the plain model would pass it on:
+    accumulating in `leaf.grad` would change its strides.
     """
+    fed: list[torch.Tensor] = []
+    entries: list[Node] = []
+    for index, leaf in enumerate(leaves):
+        tensor = copy_of(leaf) if mutated is None or mutated[index] else leaf[...]
+        node = tensor.grad_fn
+        if node is not None:
+            node.register_prehook(functools.partial(_keep, gradients, index))
+            entries.append(node)
+        fed.append(tensor)
+    return fed, entries
 
-    def hook(received: tuple[torch.Tensor, ...]) -> tuple[None, ...]:
-        (gradients[index],) = received
-        return (None,)
 
-    return hook
+def check_changes(
+    stage: int,
+    received: Sequence[torch.Tensor],
+    changed: Sequence[bool],
+    known: Sequence[bool] | None,
+    m: int,
+) -> None:
+    """Raise CellError if cells may not have changed in place what was `received`, or was fed.
+
+    `known` tells which they did before. What cells are given by name is each one's own.
+    """
+    if known is None and any(map(operator.and_, changed, shared(received))):
+        raise CellError(
+            f"a cell of stage {stage} changed a tensor in place that shares memory with another "
+            "one from the stage before (a view of it?), which keeps its old value there; let the "
+            "cell before return a clone, or change a clone of it"
+        )
+    if known is not None and any(map(operator.gt, changed, known)):
+        raise CellError(
+            f"stage {stage} changed an input in place on microbatch {m}, but not on the first; "
+            "make its first cell change its input always or never"
+        )
+
+
+def _keep(
+    gradients: list[torch.Tensor | None], index: int, received: tuple[torch.Tensor, ...]
+) -> tuple[None]:
+    (gradients[index],) = received
+    return (None,)
 
 
 def run_backward(

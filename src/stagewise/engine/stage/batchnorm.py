@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stagewise.engine.stage.buffers import BufferKeeper, undone
 from stagewise.model.cell import Cell
 from stagewise.model.forward.users_code import warn_user
 
@@ -199,6 +200,15 @@ class BatchNorms:
         self._num_calls[layer] = call + 1
         moments = Moments(input.numel() // input.shape[1], mean, variance)
         self._noted.setdefault(layer, {}).setdefault((stage, call), {})[m] = moments
+
+
+@contextmanager
+def buffers_kept(
+    keepers: Sequence[BufferKeeper], batchnorms: BatchNorms, *, training: bool
+) -> Iterator[None]:
+    """Run a call inside that leaves in all buffers what it should."""
+    with undone(keepers, always=not training), batchnorms.one_update(training=training):
+        yield
 
 
 def _is_plain(layer: _BatchNorm) -> bool:

@@ -34,7 +34,7 @@ class BufferKeeper:
     def __init__(self, modules: Sequence[nn.Module], *, has_values: bool = True) -> None:
         self._has_values = has_values  # fake buffers have none to compare
         every = dict.fromkeys(module for root in modules for module in root.modules())
-        self._owners = [module for module in every if module._buffers]
+        self.owners = [module for module in every if module._buffers]
         self._changes: dict[tuple[int, bool], bool] = {}  # (owner, in training mode)
         # In a call: the copy that stands in a module -> the module's own tensor.
         self._homes: dict[torch.Tensor, torch.Tensor] = {}
@@ -50,23 +50,23 @@ class BufferKeeper:
 
     def forward(self, *, remember: bool) -> AbstractContextManager[Saved]:
         """Run a forward inside; gives what `recompute` needs if `remember`, else nothing."""
-        return self._forward(remember=remember) if self._owners else _NO_BUFFERS
+        return self._forward(remember=remember) if self.owners else _NO_BUFFERS
 
     @contextmanager
     def _forward(self, *, remember: bool) -> Iterator[Saved]:
         saved: Saved = {}
-        modes = [owner.training for owner in self._owners]
+        modes = [owner.training for owner in self.owners]
         changing = [i for i, mode in enumerate(modes) if self._changes.get((i, mode), True)]
         if not changing and not remember and not self._forbidden:
             yield saved
             return
-        before = {index: dict(self._owners[index]._buffers) for index in changing}
+        before = {index: dict(self.owners[index]._buffers) for index in changing}
         for index, copies in _copies(before).items():
-            self._owners[index]._buffers.update(copies)
-        marks = [_marks(owner._buffers) for owner in self._owners]
-        placed = {index: dict(self._owners[index]._buffers) for index in changing}
+            self.owners[index]._buffers.update(copies)
+        marks = [_marks(owner._buffers) for owner in self.owners]
+        placed = {index: dict(self.owners[index]._buffers) for index in changing}
         yield saved
-        for index, (owner, mode) in enumerate(zip(self._owners, modes, strict=True)):
+        for index, (owner, mode) in enumerate(zip(self.owners, modes, strict=True)):
             if self._forbidden:
                 self._check_constant(owner, marks[index], before.get(index))
             if index in changing:
@@ -91,14 +91,14 @@ class BufferKeeper:
     @contextmanager
     def recompute(self, saved: Saved) -> Iterator[None]:
         """Run a recomputation inside, with the buffers of its forward; then put all back."""
-        now = {index: dict(self._owners[index]._buffers) for index in saved}
+        now = {index: dict(self.owners[index]._buffers) for index in saved}
         try:
             for index, copies in _copies(saved).items():
-                self._owners[index]._buffers.update(copies)
+                self.owners[index]._buffers.update(copies)
             yield
         finally:
             for index, buffers in now.items():
-                self._owners[index]._buffers.update(buffers)
+                self.owners[index]._buffers.update(buffers)
 
     def _check_constant(self, owner: nn.Module, marks: _Marks, before: _Buffers | None) -> None:
         """Raise CellError where buffers differ from `before`, or without that from `marks`."""
@@ -116,15 +116,15 @@ class BufferKeeper:
     def snapshot(self) -> tuple[Saved, list[_Marks]]:
         """All buffers as they are, for `put_back`."""
         return (
-            {index: dict(owner._buffers) for index, owner in enumerate(self._owners)},
-            [_marks(owner._buffers) for owner in self._owners],
+            {index: dict(owner._buffers) for index, owner in enumerate(self.owners)},
+            [_marks(owner._buffers) for owner in self.owners],
         )
 
     def put_back(self, snapshot: tuple[Saved, list[_Marks]], *, warn: bool) -> None:
         """Make all buffers again the tensors that they were; may `warn` of one written to."""
         buffers, marks = snapshot
         self._homes.clear()
-        for index, owner in enumerate(self._owners):
+        for index, owner in enumerate(self.owners):
             owner._buffers.update(buffers[index])
             if _marks(owner._buffers) != marks[index]:
                 self._changes[index, owner.training] = True
@@ -139,7 +139,7 @@ class BufferKeeper:
     @torch.no_grad()
     def write_home(self) -> None:
         """End a call: give the modules their own tensors again, with the last values."""
-        for owner in self._owners if self._homes else ():
+        for owner in self.owners if self._homes else ():
             for name, buffer in owner._buffers.items():
                 home = None if buffer is None else self._homes.get(buffer)
                 if home is not None and buffer is not None:

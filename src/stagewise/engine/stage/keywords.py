@@ -4,49 +4,39 @@ Every cell is given tensors of its own: what it changes in place no other cell s
 of its gradients does not depend on where the chain is cut.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from stagewise.batch.markers import Arguments
-from stagewise.batch.values import Structure, put_together, take_apart
-from stagewise.engine.stage.call import Call
+from stagewise.batch.values import leaf_of, put_together, take_apart
+from stagewise.engine.stage.flight import CellKeywords, Flight
+from stagewise.engine.stage.work import Work
 from stagewise.errors import BatchError
 from stagewise.model.cell import Chain
 
 
-@dataclass(frozen=True)
-class CellKeywords:
-    """One cell's arguments by name for one microbatch."""
+def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torch.device) -> None:
+    """What `cells` are given by name in microbatch m becomes inputs like those that were received.
 
-    cell: int
-    structure: Structure
-    tensors: list[torch.Tensor]  # the caller's
-    gradients: list[torch.Tensor | None]  # of `tensors`, once the graph ran backward
-    places: range  # of `tensors` among all that the stage feeds its cells
-
-    def values(self, fed: Sequence[torch.Tensor]) -> dict[str, object]:
-        """The arguments, made of the stage's own tensors."""
-        return put_together(fed[self.places.start : self.places.stop], self.structure)  # type: ignore[return-value]
-
-
-def keywords_of(cells: Chain, m: int, call: Call, *, first_place: int) -> list[CellKeywords]:
-    """What `cells` are given by name in microbatch m; gradients will stand in `call` too."""
-    given, place = [], first_place
+    Gradients will stand in the record too.
+    """
+    given, place, keywords = [], flight.num_received, work.parts.keywords[m]
     for cell in cells:
-        names = cell.keywords(call.num_args if cell.index == 0 else 1)
-        own = {name: call.keywords[m][name] for name in names if name in call.keywords[m]}
+        names = cell.keywords(work.num_args if cell.index == 0 else 1)
+        own = {name: keywords[name] for name in names if name in keywords}
         if not own:
             continue
         tensors, structure = take_apart(own)
         gradients: list[torch.Tensor | None] = [None] * len(tensors)
-        places = range(place, place + len(tensors))
+        places = slice(place, place + len(tensors))
         place = places.stop
-        call.keyword_gradients[m, -cell.index] = tensors, gradients
+        work.record.keyword_gradients[m, -cell.index] = tensors, gradients
         given.append(CellKeywords(cell.index, structure, tensors, gradients, places))
-    return given
+        flight.inputs += [leaf_of(tensor.to(device)) for tensor in tensors]
+    flight.keywords = given
+    flight.gradients += [None] * (place - flight.num_received)
 
 
 def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> object:
@@ -56,59 +46,57 @@ def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> 
     return module(value, **keywords) if keywords else module(value)
 
 
-def take_targets(targets: Sequence[object], call: Call) -> None:
-    """Give the loss its targets, as leaves of their own where they require gradients.
+Leaves = list[tuple[torch.Tensor, torch.Tensor]]  # the caller's tensor, the one in its place
+
+
+def as_leaves(targets: Sequence[object]) -> tuple[Sequence[object], Leaves]:
+    """The loss's targets, as leaves of their own where they require gradients; and these.
 
     The microbatches' graphs would else meet in the caller's, which can run backward just once.
     """
+    given, pairs = list[object](), Leaves()
     for target in targets:
         tensors, structure = take_apart(target)
-        leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
-        pairs = zip(tensors, leaves, strict=True)
-        call.target_leaves += [(tensor, leaf) for tensor, leaf in pairs if leaf is not tensor]
-        call.targets.append(put_together(leaves, structure))
-
-
-def batch_gradients(call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(the caller's tensor, a gradient for it) in an order that no cut or schedule changes."""
-    for m in sorted(call.input_gradients):
-        tensors, _ = take_apart(call.inputs[m])
-        yield from _wanted(tensors, call.input_gradients[m])
-    for key in sorted(call.keyword_gradients):
-        yield from _wanted(*call.keyword_gradients[key])
-    for tensor, leaf in call.target_leaves:
-        yield from _wanted([tensor], [leaf.grad])
-
-
-def _wanted(
-    tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        if tensor.requires_grad and gradient is not None:
-            yield tensor, gradient.to(tensor.device)
+        if any([tensor.requires_grad for tensor in tensors]):
+            leaves = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
+            pairs += [(t, leaf) for t, leaf in zip(tensors, leaves, strict=True) if leaf is not t]
+            target = put_together(leaves, structure)
+        given.append(target)
+    return given, pairs
 
 
 NOT_GIVEN = -1
 
 
-class Takers:
-    """For every name that some cell's `forward` has: the stages and ranks that take it.
+class Routes:
+    """What reaches stages past their neighbours' values: arguments by name, and skips.
 
-    `stage_ranks[s]` are the ranks that run stage s. Every rank knows the names of all cells, but
-    holds none of the cells: those of other ranks' stages would stay alive here.
+    For every name that some cell's `forward` has: the stages and ranks that take it.
+    `stage_ranks[s]` are the ranks that run stage s; `flows` the stages, no neighbours, between
+    which skips travel. Every rank knows the names of all cells, but holds none of the cells: those
+    of other ranks' stages would stay alive here.
     """
 
     def __init__(
-        self, chain: Chain, balance: Sequence[int], stage_ranks: Sequence[Sequence[int]]
+        self,
+        chain: Chain,
+        balance: Sequence[int],
+        stage_ranks: Sequence[Sequence[int]],
+        flows: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._takes = [cell.takes for cell in chain]
-        self.cut(balance, stage_ranks)
+        self.cut(balance, stage_ranks, flows)
         self.names = sorted({name for cell in chain for name in cell.keywords(cell.index and 1)})
 
-    def cut(self, balance: Sequence[int], stage_ranks: Sequence[Sequence[int]]) -> None:
+    def cut(
+        self,
+        balance: Sequence[int],
+        stage_ranks: Sequence[Sequence[int]],
+        flows: Sequence[tuple[int, int]],
+    ) -> None:
         """From now on the chain is cut by `balance`."""
         self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
-        self._stage_ranks = stage_ranks
+        self._stage_ranks, self.flows = stage_ranks, flows
 
     def ranks(self, name: str, num_args: int) -> list[int]:
         """The ranks that need `name` where the first cell gets `num_args` positional arguments."""

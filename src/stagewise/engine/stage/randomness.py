@@ -7,13 +7,14 @@ a run is the same at any number of stages. The caller's generator state is put b
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from stagewise.engine.stage.draws import Draws
 from stagewise.errors import CellError
+from stagewise.model.cell import Chain
 
 _MASK = (1 << 64) - 1
 _INITIALISATION = -1  # the step before all others
@@ -83,10 +84,11 @@ class CellRandomness:
         """Call right before the loss function runs on `microbatch`."""
         self.enter_cell(_LOSS_CELL, microbatch)
 
-    def check_recomputed(self, stage: int, names: Sequence[str], microbatch: int) -> None:
+    def check_recomputed(self, stage: int, cells: Chain, microbatch: int) -> None:
         """Raise CellError for a recomputation that differs, unless a source of random numbers was
         found late: the call warns of it at its end."""
         if self.draws is None or not self.draws.late():
+            names = [cell.name for cell in cells]
             raise CellError(
                 f"stage {stage} computed something else on microbatch {microbatch} when it was "
                 f"recomputed, so that its gradients would be wrong: a cell of {', '.join(names)} "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stagewise.engine.stage.call import Call
+from stagewise.engine.stage.work import Work
 
 _NUMBERS, _PER_DIMENSION = 64, 8
 # Relative, of one kernel run twice.
@@ -32,9 +32,9 @@ class Sampled:
         return len(again) != len(self.numbers) or not all(map(_alike, self.numbers, again))
 
 
-def sampled(outputs: Sequence[torch.Tensor], call: Call) -> Sampled | None:
+def sampled(outputs: Sequence[torch.Tensor], work: Work) -> Sampled | None:
     """Of the outputs of a forward that will be recomputed; None where that is not compared."""
-    if call.look is None and any(output.device.type != "cpu" for output in outputs):
+    if work.look is None and any(output.device.type != "cpu" for output in outputs):
         return None
     return Sampled([_some_of(output).clone() for output in outputs])
 

@@ -12,10 +12,11 @@ from functools import partial
 
 import torch
 
-from stagewise.batch.values import put_together, shared, take_apart
-from stagewise.engine.stage.call import Call
+from stagewise.batch.values import Apart, optionals, put_together, shared, take_apart
 from stagewise.engine.stage.keywords import invoke
-from stagewise.engine.stage.stage import Loss, Stage
+from stagewise.engine.stage.loss import Loss
+from stagewise.engine.stage.stage import Action, Stage
+from stagewise.engine.stage.work import Work
 from stagewise.errors import CellError
 from stagewise.model.cell import Cell, Chain
 from stagewise.model.skip import Frame, Stashed, running
@@ -147,24 +148,34 @@ class SkipStage(Stage):
         super().__init__(index, cells, device, is_last=is_last, loss=loss)
         visits = _Visits(cells, arriving, leaving)
         self._calls = [(cell, partial(visits.run, cell)) for cell in cells]
-        self._several = len(arriving) > 1
+        self._calls_modules = False
+        self._arrive_apart, self._leave_apart = len(arriving) > 1, len(leaving) > 1
         self._num_inputs: dict[int, list[int]] = {}  # microbatch -> tensors of each message
 
-    def run(self, instruction: Instruction, received: list[object], call: Call) -> object:
-        """As `Stage.run`, with one value per message in and out where there are several."""
-        m = instruction.microbatch
-        if instruction.kind is Kind.FORWARD:
-            if self._several:
-                self._num_inputs[m] = [len(take_apart(value)[0]) for value in received]
-                received = [tuple(received)]
-            return super().run(instruction, received, call)
+    def action(self, instruction: Instruction) -> Action:
+        """As `Stage.action`, with one value per message in and out where there are several."""
+        run = super().action(instruction)
+        several = self._forward if instruction.kind is Kind.FORWARD else self._backward
+        return partial(several, instruction.microbatch, run)
+
+    def _forward(self, m: int, run: Action, received: list[Apart], work: Work) -> object:
+        if self._arrive_apart:
+            self._num_inputs[m] = [len(tensors) for tensors, _ in received]
+            received = [take_apart(tuple(put_together(*apart) for apart in received))]
+        sent = run(received, work)
+        if not self._leave_apart:
+            return sent
+        return list(map(take_apart, _several(put_together(*sent))))
+
+    def _backward(self, m: int, run: Action, received: list[Apart], work: Work) -> object:
         if len(received) > 1:
-            received = [tuple(itertools.chain.from_iterable(received))]  # type: ignore[arg-type]
-        gradients = super().run(instruction, received, call)
-        if not self._several or not isinstance(gradients, tuple):
-            return gradients
-        rest = iter(gradients)
-        return tuple(tuple(itertools.islice(rest, n)) for n in self._num_inputs.pop(m))
+            gradients = itertools.chain.from_iterable(map(optionals, received))
+            received = [take_apart(tuple(gradients))]
+        sent = run(received, work)
+        if not self._arrive_apart or sent is None:
+            return sent
+        rest = iter(optionals(sent))
+        return [take_apart(tuple(itertools.islice(rest, n))) for n in self._num_inputs.pop(m)]
 
     def clear(self) -> None:
         self._num_inputs.clear()

@@ -4,7 +4,7 @@ Every cell that uses a parameter of another cell gets a leaf of its own, so that
 by cell and are summed once, in an order that does not depend on the partition.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,19 +31,14 @@ class StandIns:
         leaves: Mapping[tuple[int, nn.Parameter], nn.Parameter] | None = None,
         before: Mapping[nn.Parameter, Gradient] | None = None,
     ) -> None:
-        self._places, self._leaves = places or {}, leaves or {}
+        self.cells, self._leaves = places or {}, leaves or {}  # the cells that have any
         self.before = before or {}  # the gradients that the parameters came with
         self._wide = WideSums()  # by cell and parameter
-
-    @property
-    def cells(self) -> Collection[int]:
-        """Those that have stand-ins."""
-        return self._places
 
     @contextmanager
     def inside(self, cell: int) -> Iterator[None]:
         """Run cell `cell` inside, with its stand-ins in place."""
-        places = [p for p in self._places[cell] if (cell, p.parameter) in self._leaves]
+        places = [p for p in self.cells[cell] if (cell, p.parameter) in self._leaves]
         for place in places:  # setattr, since nn.LSTM and its like keep a list besides
             setattr(place.module, place.attribute, self._leaves[cell, place.parameter])
         try:
@@ -63,6 +58,9 @@ class StandIns:
         gradient = taken(self._leaves[cell, parameter])
         total = self._wide.pop((cell, parameter))
         return dense_like(parameter, gradient if total is None else total)
+
+
+NO_STAND_INS = StandIns()
 
 
 def _places(root: nn.Module) -> Iterator[_Place]:

@@ -4,10 +4,8 @@ Every rank casts one `Vote`; from the votes each rank sees that all are at the s
 same mode, with batches that fit together. If any rank objects, all raise.
 """
 
-import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -15,14 +13,40 @@ import torch
 from stagewise.batch.markers import Arguments
 from stagewise.batch.split import Extent, extent, microbatch_sizes
 from stagewise.batch.values import take_apart
-from stagewise.engine.stage.call import Mode
-from stagewise.engine.stage.keywords import NOT_GIVEN, Takers
-from stagewise.engine.step.digest import digest
-from stagewise.engine.step.vote import Vote, by_name, called, difference
+from stagewise.engine.stage.keywords import NOT_GIVEN, Routes
+from stagewise.engine.stage.work import Mode
+from stagewise.engine.step.digest import Autocast, digest, fingerprint, mark_of, mark_of_flags
+from stagewise.engine.step.step_request import UNSCALED, Request
+from stagewise.engine.step.vote import Difference, Vote, by_name, difference
+from stagewise.engine.step.weights import BY_SAMPLES, LossCount, check_scaling
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
+
+@dataclass(frozen=True, kw_only=True)
+class RankNeeds:
+    """What this rank's stages need of any call; `target` of one that computes a loss."""
+
+    routes: Routes
+    inputs: bool
+    target: bool
+    most_microbatches: int
+    count: LossCount = BY_SAMPLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What else on this rank must fit the others' in a call.
+
+    `flags` decide what its messages hold (`Stage.begin`); `shared_flags` are those of every
+    replicated stage, None where this rank does not hold it.
+    """
+
+    flags: tuple[bool, ...] = ()
+    shared_flags: Sequence[tuple[bool, ...] | None] = ()
+    training: bool = True  # as after pipe.train()
+    compares_values: bool = False
+    check: Callable[[], None] = lambda: None  # raises what else speaks against the call
 
 
 @dataclass(frozen=True)
@@ -31,118 +55,163 @@ class Admitted:
 
     signature: int  # equal for calls whose messages have equal shapes
     sizes: tuple[int, ...]  # samples per microbatch
-    ready: bool = False  # the caller gave Microbatches
+    is_split: bool = False  # the caller gave Microbatches
     num_args: int = 1  # positional arguments of the model's first cell
 
 
-def admit(
-    transport: Ranks,
-    mode: Mode,
-    step_index: int,
-    inputs: object,
-    target: object,
-    keywords: Mapping[str, object],
-    outputs_on: Sequence[int],
-    *,
-    takers: Takers,
-    needs_inputs: bool,
-    needs_target: bool,
-    most_microbatches: int,
-    flags: Sequence[bool],
-    shared_flags: Sequence[Sequence[bool] | None] = (),
-    options: object = None,
-    training: bool = True,
-    compares_values: bool = False,
-    objection: UsageError | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> Admitted:
+def admit(transport: Ranks, request: Request, needs: RankNeeds, state: State) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
-    A batch is split into `most_microbatches`, or its samples if those are fewer; `outputs_on`
-    are the ranks that want the outputs; `flags` is what else on this rank decides what its
-    messages hold (`Stage.flags`); `shared_flags` are those of every replicated stage, None where
-    this rank does not hold it; they, `options`, `training` and autocast must be the same on all
-    ranks, and so the batch's values, if this call `compares_values`. `objection` is what speaks
-    against the call here already, and `check` raises what else does.
+    A batch is split into the most microbatches, or its samples if those are fewer.
     """
-    batch, parts = Extent(), [inputs, target, *(keywords.get(name) for name in takers.names)]
-    forms = values = [NOT_GIVEN] * len(parts)
+    batch, objection = Extent(), request.objection
     try:
-        if objection is not None:
-            raise objection
-        check()
-        takers.check_known(keywords)
-        _check_present("inputs", inputs, needs_inputs and not takers.starts_by_name(keywords))
-        _check_present("target", target, needs_target)
-        _check_ranks(outputs_on, transport.num_ranks)
-        batch = extent([("inputs", inputs), ("target", target), *keywords.items()])
-        forms = list(map(_mark, parts))
-        if compares_values and transport.num_ranks > 1:
-            values = [NOT_GIVEN if part is None else digest(part) for part in parts]
+        if objection is None:
+            batch = _examined(request, needs, state, transport.num_ranks)
     except StagewiseError as error:
         objection = error if isinstance(error, UsageError) else BatchError(str(error))
+    if transport.num_ranks == 1:
+        if objection is not None:
+            raise objection
+        return _alone(request, needs, batch)
     autocast = _autocast()
-    own = Vote(
-        step_index=step_index,
+    own = _vote(request, needs, state, batch, autocast, objection)
+    votes = [own.same_kind(row) for row in transport.exchange(own.row(), request.call)]
+    if any(vote.objects for vote in votes):
+        _refuse(transport, objection)
+    routes = needs.routes
+    if (differs := difference(votes, routes.names)) is not None:
+        _raise(transport, request, needs, batch, autocast, differs)
+    num_args = max(vote.num_args for vote in votes)
+    named = list(zip(*(vote.keywords for vote in votes), strict=True))
+    routes.check_given(named, num_args)
+    total = _total([vote.num_samples for vote in votes])
+    _check_scaling(request, needs, total)
+    is_split = any(vote.sizes != NOT_GIVEN for vote in votes)
+    if is_split:  # some ranks may have none of the Microbatches
+        every = transport.gather(batch.sizes, f"{request.call}: sizes")
+        batch = replace(batch, sizes=next(sizes for sizes in every if sizes is not None))
+    sizes = _cut(request, needs, total, batch.sizes)
+    shared = (
+        max(vote.inputs for vote in votes),
+        [max(form) for form in named],
+        sizes if is_split else None,
+    )
+    signature = fingerprint((int(request.mode), shared, [vote.flags for vote in votes]))
+    return Admitted(signature, sizes, is_split, num_args)
+
+
+def _examined(request: Request, needs: RankNeeds, state: State, num_ranks: int) -> Extent:
+    """How many samples the batch has here; raises what speaks against the call on this rank."""
+    state.check()
+    by_name = bool(request.keywords)
+    if by_name:
+        needs.routes.check_known(request.keywords)
+    needs_inputs = needs.inputs and not (by_name and needs.routes.starts_by_name(request.keywords))
+    _check_present("inputs", request.inputs, needs_inputs)
+    _check_present("target", request.target, needs.target and request.mode is not Mode.PREDICT)
+    if request.outputs_on:
+        _check_ranks(request.outputs_on, num_ranks)
+    named = ("inputs", request.inputs), ("target", request.target), *request.keywords.items()
+    return extent(named)
+
+
+def _alone(request: Request, needs: RankNeeds, batch: Extent) -> Admitted:
+    """One process needs no other's agreement."""
+    num_args = positional(request.inputs) if needs.inputs else NOT_GIVEN
+    if request.keywords:
+        keywords, names = request.keywords, needs.routes.names
+        given = [[NOT_GIVEN if keywords.get(name) is None else 0] for name in names]
+        needs.routes.check_given(given, num_args)
+    total = _total([NOT_GIVEN if batch.num_samples is None else batch.num_samples])
+    _check_scaling(request, needs, total)
+    sizes = _cut(request, needs, total, batch.sizes)
+    return Admitted(0, sizes, batch.sizes is not None, num_args)
+
+
+def _vote(
+    request: Request,
+    needs: RankNeeds,
+    state: State,
+    batch: Extent,
+    autocast: Autocast,
+    objection: UsageError | None,
+) -> Vote:
+    names, keywords = needs.routes.names, request.keywords
+    parts = [request.inputs, request.target, *(keywords.get(name) for name in names)]
+    forms = values = [NOT_GIVEN] * len(parts)
+    if objection is None:
+        forms = list(map(mark_of, parts))
+        if state.compares_values:
+            values = [NOT_GIVEN if part is None else digest(part) for part in parts]
+    needs_target = needs.target and request.mode is not Mode.PREDICT
+    return Vote(
+        step_index=request.step_index,
         num_samples=NOT_GIVEN if batch.num_samples is None else batch.num_samples,
         objects=int(objection is not None),
-        num_args=positional(inputs) if needs_inputs else NOT_GIVEN,
-        flags=fingerprint((tuple(flags), autocast)),
+        num_args=positional(request.inputs) if needs.inputs else NOT_GIVEN,
+        flags=mark_of_flags(state.flags, autocast),
         sizes=NOT_GIVEN if batch.sizes is None else fingerprint(batch.sizes),
         inputs=forms[0],
-        target=forms[1] if needs_target and shared_flags else NOT_GIVEN,
-        scaling=fingerprint(options),
-        outputs_on=fingerprint(list(outputs_on)) if outputs_on else 0,
+        target=forms[1] if needs_target and state.shared_flags else NOT_GIVEN,
+        scaling=fingerprint(_options(request, needs)),
+        outputs_on=fingerprint(list(request.outputs_on)) if request.outputs_on else 0,
         autocast=fingerprint(autocast),
-        training=int(training),
+        training=int(state.training),
         input_values=values[0],
         target_values=values[1],
         keywords=tuple(forms[2:]),
         keyword_values=tuple(values[2:]),
         shared_flags=tuple(
-            NOT_GIVEN if flags is None else fingerprint(tuple(flags)) for flags in shared_flags
+            NOT_GIVEN if flags is None else mark_of_flags(flags, ()) for flags in state.shared_flags
         ),
     )
-    votes = [own]
-    if transport.num_ranks > 1:
-        votes = [own.same_kind(row) for row in transport.exchange(own.row(), called(mode))]
-    if any(vote.objects for vote in votes):
-        _refuse(transport, objection)
-    if (differs := difference(votes, takers.names)) is not None:
-        words: dict[str, object] = {
-            "autocast": autocast or "none",
-            "scaling": options,
-            "outputs_on": list(outputs_on) or "none",
-            "sizes": batch.sizes,
-            "inputs": _in_words(inputs),
-            "target": _in_words(target),
-            **{by_name(name): _in_words(keywords.get(name)) for name in takers.names},
-        }
-        own_words = str(words[differs.part]) if differs.part in words else None
-        raise differs.error(transport.gather(own_words, "step: differences"))
-    num_args = max(vote.num_args for vote in votes)
-    named = list(zip(*(vote.keywords for vote in votes), strict=True))
-    takers.check_given(named, num_args)
-    total = _total([vote.num_samples for vote in votes])
-    is_ready = any(vote.sizes != NOT_GIVEN for vote in votes)
-    if is_ready:  # some ranks may have none of the Microbatches
-        sizes = next(
-            s for s in transport.gather(batch.sizes, f"{called(mode)}: sizes") if s is not None
+
+
+def _cut(
+    request: Request, needs: RankNeeds, total: int, asked: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The microbatches' sizes: those that Microbatches ask for, or as equal as can be."""
+    if asked is None:
+        return tuple(microbatch_sizes(total, min(total, needs.most_microbatches)))
+    if request.mode is Mode.TRAIN and len(asked) > needs.most_microbatches:
+        raise BatchError(
+            f"got Microbatches of {len(asked)} parts, but the plan has {needs.most_microbatches} "
+            "microbatches; give it at most that many parts"
         )
-        if mode is Mode.TRAIN and len(sizes) > most_microbatches:
-            raise BatchError(
-                f"got Microbatches of {len(sizes)} parts, but the plan has {most_microbatches} "
-                "microbatches; give it at most that many parts"
-            )
-    else:
-        sizes = tuple(microbatch_sizes(total, min(total, most_microbatches)))
-    shared = (
-        max(vote.inputs for vote in votes),
-        [max(form) for form in named],
-        sizes if is_ready else None,
-    )
-    signature = fingerprint((int(mode), shared, [vote.flags for vote in votes]))
-    return Admitted(signature, sizes, is_ready, num_args)
+    return asked
+
+
+def _raise(
+    transport: Ranks,
+    request: Request,
+    needs: RankNeeds,
+    batch: Extent,
+    autocast: Autocast,
+    differs: Difference,
+) -> NoReturn:
+    """Every rank says what it has of what differs."""
+    keywords = request.keywords
+    words: dict[str, object] = {
+        "autocast": list(autocast) or "none",
+        "scaling": _options(request, needs),
+        "outputs_on": list(request.outputs_on) or "none",
+        "sizes": batch.sizes,
+        "inputs": _in_words(request.inputs),
+        "target": _in_words(request.target),
+        **{by_name(name): _in_words(keywords.get(name)) for name in needs.routes.names},
+    }
+    own = str(words[differs.part]) if differs.part in words else None
+    raise differs.error(transport.gather(own, "step: differences"))
+
+
+def _check_scaling(request: Request, needs: RankNeeds, total: int) -> None:
+    if request.scaling != UNSCALED:
+        check_scaling(request.scaling, total, has_weight=needs.count.weight is not None)
+
+
+def _options(request: Request, needs: RankNeeds) -> object:
+    return request.scaling, request.batch_dim, needs.count.sums
 
 
 def _refuse(transport: Ranks, objection: UsageError | None) -> NoReturn:
@@ -195,11 +264,6 @@ def _check_ranks(ranks: Sequence[int], num_ranks: int) -> None:
         )
 
 
-def _mark(value: object) -> int:
-    """A part of the batch that this rank passes, as a number."""
-    return NOT_GIVEN if value is None else fingerprint(_forms(value))
-
-
 def _tensors(value: object, what: str) -> list[torch.Tensor]:
     try:
         return take_apart(value)[0]
@@ -215,20 +279,9 @@ def _in_words(value: object) -> str:
     return ", ".join(said)
 
 
-def _forms(value: object) -> object:
-    tensors, structure = take_apart(value)
-    return [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors], structure
-
-
-def _autocast() -> list[tuple[str, torch.dtype]]:
-    return [
+def _autocast() -> Autocast:
+    return tuple(
         (kind, torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda")
         if torch.is_autocast_enabled(kind)
-    ]
-
-
-def fingerprint(value: object) -> int:
-    """A 56-bit fingerprint, equal in every process (unlike `hash`)."""
-    text = _ADDRESS.sub("", repr(value))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    )

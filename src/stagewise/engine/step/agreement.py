@@ -7,6 +7,7 @@ of its messages may have made others fail, but only after it.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import OutOfMemoryError, PeerError, StagewiseError, UsageError
@@ -17,15 +18,19 @@ LESS_MEMORY = (
 )
 
 
-def agreed_failure(transport: Ranks, failure: Failure | None, place: int) -> StagewiseError:
+def agreed_failure(
+    transport: Ranks, failure: Failure | None, programs: Programs, key: tuple[bool, int]
+) -> StagewiseError:
     """The error to raise on this rank; every rank calls this, some with a `failure`.
 
-    `place` is that of its instruction in simulated time. The rank that failed first gets its own
+    `key` says which of the `programs` ran. The rank that failed first gets its own
     error, the others PeerError with that cause; OutOfMemoryError if that is it, all of them.
     """
     own = None
     if failure is not None:
-        error = failure.error
+        error, place = failure.error, -1
+        if failure.instruction is not None:
+            place = programs.place(failure.instruction, key)
         own = (place, transport.rank, f"{type(error).__name__}: {error}", failure.out_of_memory)
     first = min(other for other in transport.gather(own, "step: what failed") if other is not None)
     _, rank, text, out_of_memory = first

@@ -1,4 +1,4 @@
-"""A number for the values of a batch, so that ranks notice that they hold different ones.
+"""Numbers for the forms and the values of a batch, so that ranks notice where theirs differ.
 
 Problem: the first stage takes the inputs from its rank, the last one the targets from its own; if
 the ranks drew different batches of one shape, the model learns nonsense in silence.
@@ -6,19 +6,19 @@ Idea: every value counts in a sum of machine words, which no order of summing ch
 cannot see, the order of samples, is in a sample of words, which is hashed.
 """
 
+import functools
 import hashlib
+import re
 
 import torch
 
-from stagewise.batch.values import take_apart
+from stagewise.batch.values import ONE, take_apart
+from stagewise.engine.stage.keywords import NOT_GIVEN
+from stagewise.engine.stage.work import Work
 
 _WORD_BYTES, _SAMPLED_WORDS = 8, 4096
-_FIRST_CALLS, _EVERY = 8, 16
-
-
-def is_compared(num_calls: int) -> bool:
-    """Whether a Pipeline's call compares values: the first ones, then now and then."""
-    return num_calls < _FIRST_CALLS or num_calls % _EVERY == 0
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
+Autocast = tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) of each that is on
 
 
 def digest(value: object) -> int:
@@ -43,3 +43,36 @@ def _add(flat: torch.Tensor, hashed: "hashlib.blake2b") -> None:
     hashed.update(int(words.sum()).to_bytes(_WORD_BYTES, "big", signed=True))
     step = max(1, num_words // _SAMPLED_WORDS)
     hashed.update(words[::step].cpu().numpy().tobytes())
+
+
+def signature_of(work: Work) -> int:
+    """Equal for calls whose messages are of equal forms."""
+    # Where a loss counts nothing, gradients are missing from the messages.
+    missing = [(name, [not share for share in s]) for name, s in work.shares.items()]
+    return fingerprint((work.signature, len(work.sizes), missing))
+
+
+def mark_of(value: object) -> int:
+    """A fingerprint of the forms of a part of the batch; NOT_GIVEN for None."""
+    if value is None:
+        return NOT_GIVEN
+    tensors, structure = take_apart(value)
+    forms = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
+    return _mark_of_one(forms) if structure is ONE else fingerprint((forms, structure))
+
+
+@functools.lru_cache(maxsize=64)
+def _mark_of_one(forms: tuple[object, ...]) -> int:
+    return fingerprint((forms, ONE))
+
+
+@functools.lru_cache(maxsize=64)
+def mark_of_flags(flags: tuple[bool, ...], autocast: Autocast) -> int:
+    """A fingerprint of both."""
+    return fingerprint((flags, autocast))
+
+
+def fingerprint(value: object) -> int:
+    """A 56-bit fingerprint, equal in every process (unlike `hash`)."""
+    text = _ADDRESS.sub("", repr(value))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -1,78 +1,108 @@
 """The only loop that runs programs.
 
-A microbatch's way: `Call.inputs` -> Stage.forward -> Transport -> ... -> the loss, then
-Stage.backward -> Transport -> ... -> `.grad`. Sends and receives run beside the loop; it waits
+A microbatch's way: `Work.inputs` -> Stage.forward -> Mail -> ... -> the loss, then
+Stage.backward -> Mail -> ... -> `.grad`. Sends and receives run beside the loop; it waits
 only in `receive`, for what the next instruction needs.
 
 Where an instruction fails, or what it needs is LOST, this rank computes nothing more but stays in
-step: it receives what comes and sends something in place of every message.
+step: it still receives every message, and sends a placeholder for each one it owes, so that no
+peer blocks.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from stagewise.engine.stage.call import Call, Observer
+from stagewise.batch.values import Apart
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.transport.failure import LOST, Failure
+from stagewise.engine.stage.work import Observer, Work
+from stagewise.engine.step.programs import Bound
+from stagewise.engine.transport.failure import Failure, Lost
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.transport import Mail
 from stagewise.errors import PeerError
-from stagewise.schedule import Instruction, Step
-from stagewise.timeline import Span
+from stagewise.schedule import Instruction
+from stagewise.timeline import Span, Timeline
+
+_Times = list[tuple[int, Instruction, float, float]]  # device, instruction, start, end
 
 
 def execute(
-    program: Sequence[tuple[int, Step]],
+    steps: Sequence[Bound],
     stages: Mapping[int, Stage],
-    transport: Mail,
-    call: Call,
+    mail: Mail,
+    work: Work,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    origin: float = 0.0,
-    observe: Observer | None = None,
-) -> tuple[Span, ...]:
-    """Run (device, step) pairs in order; returns what ran when, on `clock` from `origin` on.
+    observers: Sequence[Observer] = (),
+) -> _Times:
+    """Run instructions in order; returns what ran when, on `clock`.
 
-    A failure is noted in `call`, not raised, except PeerError and what is no Exception.
+    A failure is noted in `work`'s record, not raised, except PeerError and what is no Exception.
     """
-    ran: list[tuple[int, Instruction, float, float]] = []
-    for device, step in program:
-        instruction, value = step.instruction, None
-        received: list[object] = []
-        for message in step.receives:
-            received.append(transport.receive(message))
-            call.lost |= received[-1] is LOST
-        if not call.lost:
+    ran: _Times = []
+    record = work.record
+    for device, instruction, action, receives, sends in steps:
+        value: Any = None  # what is sent: for each message one, where skips leave too
+        received: list[Apart] = []
+        for message in receives:
+            apart = mail.receive(message)
+            if isinstance(apart, Lost):
+                record.lost = True
+            else:
+                received.append(apart)
+        if not record.lost:
             start = clock()
             try:
-                value = stages[instruction.stage].run(instruction, received, call)
+                value = action(received, work)
             except Exception as error:
-                call.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+                record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
             else:
                 ran.append((device, instruction, start, clock()))
-        for index, message in enumerate(step.sends):
-            if not call.lost:
-                try:  # skips leave too: then one value for each message
-                    part = value if len(step.sends) == 1 else value[index]  # type: ignore[index]
-                    transport.send(message, part)
+        for index, message in enumerate(sends):
+            if not record.lost:
+                try:
+                    mail.send(message, value if len(sends) == 1 else value[index])
                     continue
                 except PeerError:
                     raise
                 except Exception as error:
-                    call.fail(Failure.of(error, instruction, stages[instruction.stage].device))
-            transport.send_lost(message)
-        if call.lost:
+                    record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+            mail.send_lost(message)
+        if record.lost:
             for stage in stages.values():  # frees memory, for what stands in place of messages
                 stage.clear()
-        if transport.look_ahead is not None:
-            transport.look_ahead()
-        if observe is not None:
+        if mail.look_ahead is not None:
+            mail.look_ahead()
+        for observe in observers:
             observe(instruction)
-    return tuple(
-        Span(
-            device=device,
-            instruction=instruction,
-            start_seconds=start - origin,
-            end_seconds=end - origin,
-        )
-        for device, instruction, start, end in ran
-    )
+    return ran
+
+
+@dataclass
+class Ran:
+    """What one rank ran when; times are on its own clock, whose `origin` is the call's start."""
+
+    times: _Times = field(default_factory=list)
+    origin: float = 0.0
+
+    @property
+    def spans(self) -> list[Span]:
+        """Counted from the call's start on."""
+        return [
+            Span(
+                device=device,
+                instruction=instruction,
+                start_seconds=start - self.origin,
+                end_seconds=end - self.origin,
+            )
+            for device, instruction, start, end in self.times
+        ]
+
+    def timeline(self, ranks: Ranks, num_devices: int) -> Timeline:
+        """The spans of all ranks; every rank must ask."""
+        spans = itertools.chain.from_iterable(ranks.gather(self.spans, "timeline"))
+        in_order = sorted(spans, key=lambda span: (span.start_seconds, span.device))
+        return Timeline(num_devices, tuple(in_order))

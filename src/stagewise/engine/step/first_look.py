@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
 from stagewise.batch.values import detached, output_leaves
-from stagewise.engine.stage.call import CellForward
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
+from stagewise.engine.stage.work import CellForward
 from stagewise.engine.step.counting import weight_that_fits
 from stagewise.engine.step.loss_kind import (
     SEVERITY,
@@ -34,7 +34,7 @@ from stagewise.engine.step.loss_kind import (
     words,
 )
 from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
-from stagewise.model.added_losses import MAIN_LOSS, LossCollector, collecting
+from stagewise.model.added_losses import COLLECTING, MAIN_LOSS, LossCollector
 from stagewise.model.cell import Cell
 
 _MOST_PAIRS = 3  # since one may hide what another shows, as where class weights happen to agree
@@ -213,11 +213,11 @@ class FirstLook:
 
         def run(value: object) -> Mapping[str, Tensor]:
             collector = LossCollector()
-            outer = collecting(collector)
+            outer, COLLECTING.active = COLLECTING.active, collector
             try:
                 output = forward(*value)  # type: ignore[misc]
             finally:
-                collecting(outer)
+                COLLECTING.active = outer
             found: dict[str, Tensor] = {}
             for loss in collector.added:
                 found[loss.name] = found.get(loss.name, 0.0) + loss.value.reshape(())

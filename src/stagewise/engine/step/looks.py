@@ -2,10 +2,10 @@
 
 Problem: a look runs the loss several times over, so that not every call may have one; but padding
 that begins in the hundredth batch makes a mean count otherwise than it did until then.
-Idea: look again where something is new: another form of the batch, or a value below or above all
-before it (an index to ignore, a padded place, a mask's first zero); and in calls 2, 4, 8, ... of a
-mode. The number of looks grows as the logarithm of that of calls. Extremes of tensors on the CPU
-take microseconds; those of others are taken where the call waits for them anyway.
+Idea: among the calls that are examined (the first ones, then now and then) look again where
+something is new: another form of the batch, or a value below or above all before it (an index to
+ignore, a padded place, a mask's first zero); and in calls 2, 4, 8, ... of a mode. The number of
+looks grows as the logarithm of that of calls. What was found is a warning, each once.
 """
 
 from collections import defaultdict
@@ -15,10 +15,16 @@ from dataclasses import dataclass, field
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Microbatches
-from stagewise.engine.stage.call import Call, Mode
+from stagewise.engine.stage.draws import Source
+from stagewise.engine.stage.loss import share_of
+from stagewise.engine.stage.work import Mode, Parts, Work
+from stagewise.engine.step.admission import Admitted
 from stagewise.engine.step.counting import extremes, left_out, most_unlike, values_in
-from stagewise.engine.step.digest import is_compared
 from stagewise.engine.step.first_look import FirstLook
+from stagewise.engine.step.step_request import Request
+from stagewise.engine.step.weights import LossCount
+from stagewise.errors import ExactnessWarning
+from stagewise.model.forward.users_code import warn_user
 
 _FREE_LOOKS, _LOOKS_PER_OCTAVE = 8, 2
 
@@ -47,60 +53,70 @@ class _Seen:
 
 
 class Looks:
-    """Decides which calls are looked at, and says what was found, each once."""
+    """Decides which calls are looked at, and warns of what was found, each once."""
 
-    def __init__(
-        self,
-        weight: Callable[..., object] | None,
-        loss: Callable[..., object] | None,
-        *,
-        sums_losses: bool,
-    ) -> None:
-        self._weight, self._loss, self._sums = weight, loss, sums_losses
+    def __init__(self, count: LossCount, loss: Callable[..., object] | None) -> None:
+        self._count, self._loss = count, loss
         self._seen: defaultdict[Mode, _Seen] = defaultdict(_Seen)
         self._said: dict[str, int] = {}  # by what is wrong: how badly
+        self.unwatched = set(Mode)  # of whose calls it is not known what cells draw from
 
-    def at(self, call: Call, form: int, batch: Sequence[object]) -> FirstLook | None:
-        """A look at a call, if it is one to look at; `batch` is inputs, target, keywords."""
-        if len(call.sizes) < 2:
+    def at(
+        self,
+        request: Request,
+        admitted: Admitted,
+        parts: Parts,
+    ) -> FirstLook | None:
+        """A look at a call, if it is one to look at."""
+        sizes = admitted.sizes
+        if len(sizes) < 2 or request.observe is not None:
             return None
-        seen = self._seen[call.mode]
-        new = seen.is_new(form, _extremes(batch, is_compared(seen.num_calls)))
-        if not new or _has_sizes(batch):
+        seen, batch = self._seen[request.mode], (request.inputs, request.target, request.keywords)
+        if not seen.is_new(admitted.signature, _extremes(batch)) or _has_sizes(batch):
             return None
-        parts = (call.targets, call.keywords)
         return FirstLook(
-            call.sizes,
-            call.batch_dim,
-            weight=self._weight,
-            sums_losses=self._sums,
-            loss=None if call.mode is Mode.PREDICT else self._loss,
-            unlike=most_unlike([*zip(*filter(None, parts), strict=True)]),
+            sizes,
+            request.batch_dim,
+            weight=self._count.weight,
+            sums_losses=self._count.sums,
+            loss=None if request.mode is Mode.PREDICT else self._loss,
+            unlike=most_unlike([*zip(*filter(None, (parts.targets, parts.keywords)), strict=True)]),
             again=seen.num_calls > 1,
         )
 
-    def problems(self, call: Call) -> list[str]:
-        """What is wrong with a call that is over, in words, and was not said before."""
-        found = dict(call.look.found) if isinstance(call.look, FirstLook) else {}
-        if text := self._over_nothing(call):
+    def warn(self, work: Work, late: Sequence[Source]) -> None:
+        """Say what is wrong with a call that is over, and what cells began to draw from."""
+        found = dict(work.look.found) if isinstance(work.look, FirstLook) else {}
+        if text := self._over_nothing(work):
             found["nothing"] = 0, text
+        if late:
+            self.unwatched.add(work.mode)
+            names = ", ".join(sorted({source.name for source in late}))
+            found[f"draws from {names}"] = (
+                0,
+                f"numbers were drawn from {names} while a {work.mode.name.lower()} call ran, for "
+                "the first time; if a cell drew them, its recomputation in this step drew others, "
+                "and gradients are wrong. From the next step on they are seeded for every cell and "
+                "microbatch",
+            )
         new = {w: v for w, v in found.items() if v[0] > self._said.get(w, -1)}
         self._said |= {what: badly for what, (badly, _) in new.items()}
-        return [text for _, text in new.values()]
+        for _, text in new.values():
+            warn_user(text, ExactnessWarning)
 
-    def _over_nothing(self, call: Call) -> str | None:
+    def _over_nothing(self, work: Work) -> str | None:
         """A mean over nothing is no number, though that of the whole batch is one."""
-        if len(call.losses) < 2 or not self._may_wait(call):
+        if len(work.record.losses) < 2:
             return None
         is_nan = {
-            m: any(bool(loss.isnan()) for name, loss in own.items() if call.share(name, m))
-            for m, own in call.losses.items()
+            m: any(bool(loss.isnan()) for name, loss in own.items() if share_of(work, name, m))
+            for m, own in work.record.losses.items()
         }
         if all(is_nan.values()):
             return None
         for m in (m for m, nan in is_nan.items() if nan):
-            target = call.targets[m] if call.targets else None
-            given = call.keywords[m] if call.keywords else {}
+            target = work.parts.targets[m] if work.parts.targets else None
+            given = work.parts.keywords[m] if work.parts.keywords else {}
             if (found := left_out(target, given)) is not None:
                 what, code = found
                 by_target = what.startswith("target")
@@ -113,11 +129,6 @@ class Looks:
                 )
         return None
 
-    def _may_wait(self, call: Call) -> bool:
-        losses = [loss for own in call.losses.values() for loss in own.values()]
-        on_cpu = all(loss.device.type == "cpu" for loss in losses)
-        return on_cpu or is_compared(self._seen[call.mode].num_calls)
-
 
 def _has_sizes(batch: object) -> bool:
     """Whether Microbatches in it say their sizes, so that no dimension tells what a sample is."""
@@ -125,11 +136,7 @@ def _has_sizes(batch: object) -> bool:
     return any(isinstance(leaf, Microbatches) and leaf.sizes is not None for leaf in leaves)
 
 
-def _extremes(batch: Sequence[object], may_wait: bool) -> dict[str, tuple[float, float]]:
+def _extremes(batch: Sequence[object]) -> dict[str, tuple[float, float]]:
     inputs, *others = batch
     tensors = [*values_in(inputs, integers_only=True), *values_in(others)]
-    return {
-        f"{i}{place}": extremes(tensor)
-        for i, (place, tensor) in enumerate(tensors)
-        if may_wait or tensor.device.type == "cpu"
-    }
+    return {f"{i}{place}": extremes(tensor) for i, (place, tensor) in enumerate(tensors)}

@@ -8,7 +8,7 @@ import functools
 import operator
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,8 +17,9 @@ from stagewise.batch.join import join
 from stagewise.batch.markers import Microbatches
 from stagewise.batch.objects import closed, opened
 from stagewise.batch.values import detached
-from stagewise.engine.stage.call import Call
-from stagewise.engine.step.vote import called
+from stagewise.engine.stage.loss import share_of
+from stagewise.engine.stage.work import Mode, Work
+from stagewise.engine.step.step_request import CALLS
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError
 from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
@@ -26,41 +27,54 @@ from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Losses = dict[int, dict[str, torch.Tensor]]  # by microbatch, then by name
 AddedLosses = dict[int, list[AddedLoss]]  # by microbatch
+Agreed = tuple[torch.Tensor | None, Mapping[str, torch.Tensor]]  # the loss, and its parts
 Added = dict[tuple[int, str], torch.Tensor]  # sums by (cell, name)
 
 
-def agree_on_losses(
-    transport: Ranks, call: Call, sources: Sequence[int], device: torch.device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
-    """The total, and its parts by name; ranks `sources` have the last stage, or replicas of it.
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a call gives back on this rank.
 
-    None on every rank if any was lost: that is how they agree that all went well.
-
-    Where stages are replicated (`call.shared`), no rank has all microbatches' losses: then they
-    travel one by one and every rank takes the sums.
+    `loss` and its parts by name are those of the whole batch, on every rank (None, and none, of a
+    call that computes no loss); `by_microbatch` and `outputs` are what this rank's stages have.
     """
-    source = sources[0]
-    if call.shared and transport.num_ranks > 1:
-        everyones = _everyones(transport, call, device)
-        if everyones is None:
-            return None
-        losses, from_cells = everyones
-        main, added = _main(losses, call), _added(from_cells, call)
-        if not main:
-            main = _nothing(device)
-        return _total(main, added, device)
-    if call.lost and transport.num_ranks == 1:
+
+    loss: torch.Tensor | None
+    losses: Mapping[str, torch.Tensor]
+    by_microbatch: Losses
+    outputs: Mapping[int, object]
+    sizes: tuple[int, ...]
+    is_split: bool  # the caller gave Microbatches, and gets outputs as such
+    batch_dim: int  # of the outputs
+    shares: Sequence[float] | None  # what microbatches count, if not by samples
+
+
+def agree_on_losses(
+    transport: Ranks, work: Work, source: int, device: torch.device
+) -> Agreed | None:
+    """The total, and its parts by name; rank `source` has the last stage.
+
+    None on every rank if any was lost: that is how they agree that all went well. A call that
+    computes no loss ends so too.
+    """
+    if work.mode is Mode.PREDICT:
+        return _agree_on_end(transport, work)
+    if work.record.lost and transport.num_ranks == 1:
         return None
-    main, added = ({}, {}) if call.lost else (_main(call.losses, call), _added(call.added, call))
+    main: dict[str, torch.Tensor] = {}
+    added: Added = {}
+    if not work.record.lost:
+        main = _main(work.record.losses, work)
+        added = _added(work.record.added, work) if work.record.added else {}
     if transport.rank == source and not main:
         main = _nothing(device)
     usual = not added and set(main) <= {MAIN_LOSS} and _are_numbers(main)
     only = main.get(MAIN_LOSS)
     if transport.num_ranks > 1:
-        row = [0, 0, int(usual), int(call.lost)]
+        row = [0, 0, int(usual), int(work.record.lost)]
         if usual and only is not None:
             row[:2] = _packed(only)
-        rows = transport.exchange(row, f"{called(call.mode)}: the loss")
+        rows = transport.exchange(row, f"{CALLS[work.mode]}: the loss")
         if any(other[3] for other in rows):
             return None
         usual = all(other[2] for other in rows)
@@ -68,10 +82,26 @@ def agree_on_losses(
     if usual and only is not None:
         return only, {MAIN_LOSS: only}
     rank_parts = transport.gather(
-        ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), f"{called(call.mode)}: losses"
+        ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), f"{CALLS[work.mode]}: losses"
     )
     every = {key: value for _, others in rank_parts for key, value in others.items()}
     return _total(rank_parts[source][0], every, device)
+
+
+def agree_on_shared_losses(
+    transport: Ranks, work: Work, source: int, device: torch.device
+) -> Agreed | None:
+    """As `agree_on_losses` where stages are replicated.
+
+    No rank has all microbatches' losses: they travel one by one and every rank takes the sums.
+    """
+    if work.mode is Mode.PREDICT:
+        return _agree_on_end(transport, work)
+    everyones = _everyones(transport, work, device)
+    if everyones is None:
+        return None
+    losses, from_cells = everyones
+    return _total(_main(losses, work) or _nothing(device), _added(from_cells, work), device)
 
 
 def _total(
@@ -97,41 +127,41 @@ def losses_by_microbatch(
     return [found.get(m, {}) for m in range(num_microbatches)]
 
 
-def agree_on_end(transport: Ranks, call: Call) -> bool:
-    """Whether all went well on every rank, where there is no loss to agree on."""
-    return not any(
-        row[0] for row in transport.exchange([int(call.lost)], f"{called(call.mode)}: the end")
-    )
+def _agree_on_end(transport: Ranks, work: Work) -> Agreed | None:
+    row = [int(work.record.lost)]
+    rows = transport.exchange(row, f"{CALLS[work.mode]}: the end")
+    return None if any(other[0] for other in rows) else (None, {})
 
 
 def _everyones(
-    transport: Ranks, call: Call, device: torch.device
+    transport: Ranks, work: Work, device: torch.device
 ) -> tuple[Losses, AddedLosses] | None:
     """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
-    usual = not call.added and all(
-        set(named) <= {MAIN_LOSS} and _are_numbers(named) for named in call.losses.values()
+    usual = not work.record.added and all(
+        set(named) <= {MAIN_LOSS} and _are_numbers(named) for named in work.record.losses.values()
     )
-    row = [int(usual), int(call.lost)]
-    for m in range(len(call.sizes)):
-        loss = call.losses.get(m, {}).get(MAIN_LOSS) if usual else None
+    row = [int(usual), int(work.record.lost)]
+    for m in range(len(work.sizes)):
+        loss = work.record.losses.get(m, {}).get(MAIN_LOSS) if usual else None
         row += [0, -1] if loss is None else _packed(loss)
-    rows = transport.exchange(row, f"{called(call.mode)}: every loss")
+    rows = transport.exchange(row, f"{CALLS[work.mode]}: every loss")
     if any(row[1] for row in rows):
         return None
     losses: Losses = {}
     if all(row[0] for row in rows):
-        for m in range(len(call.sizes)):
+        for m in range(len(work.sizes)):
             pairs = [row[2 + 2 * m : 4 + 2 * m] for row in rows]
             for pair in pairs:
                 if pair[1] >= 0:
                     losses[m] = {MAIN_LOSS: _number(pair, device)}
         return losses, {}
+    record = work.record
     own = (
-        {m: {n: t.to("cpu") for n, t in named.items()} for m, named in call.losses.items()},
-        {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in call.added.items()},
+        {m: {n: t.cpu() for n, t in named.items()} for m, named in record.losses.items()},
+        {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in record.added.items()},
     )
     added: AddedLosses = {}
-    for named_by_m, added_by_m in transport.gather(own, f"{called(call.mode)}: losses"):
+    for named_by_m, added_by_m in transport.gather(own, f"{CALLS[work.mode]}: losses"):
         for m, named in named_by_m.items():
             losses[m] = {name: loss.to(device) for name, loss in named.items()}
         for m, parts in added_by_m.items():
@@ -145,22 +175,22 @@ def _nothing(device: torch.device) -> dict[str, torch.Tensor]:
     return {MAIN_LOSS: torch.zeros((), device=device)}
 
 
-def _main(losses: Losses, call: Call) -> dict[str, torch.Tensor]:
+def _main(losses: Losses, work: Work) -> dict[str, torch.Tensor]:
     sums: dict[str, torch.Tensor] = {}
     for m in sorted(losses):
         for name, loss in losses[m].items():
-            share = call.share(name, m)
+            share = share_of(work, name, m)
             # Nothing counts for nothing, even if it is NaN, as a mean over no tokens is.
             part = loss.reshape(()) * share if share else torch.zeros_like(loss.reshape(()))
             sums[name] = sums[name] + part if name in sums else part
     return sums
 
 
-def _added(added: AddedLosses, call: Call) -> Added:
+def _added(added: AddedLosses, work: Work) -> Added:
     sums: Added = {}
     for m in sorted(added):
         for loss in added[m]:
-            part, key = loss.value.reshape(()) * call.weight(m), (loss.cell, loss.name)
+            part, key = loss.value.reshape(()) * work.by_samples[m], (loss.cell, loss.name)
             sums[key] = sums[key] + part if key in sums else part
     return sums
 
@@ -198,7 +228,7 @@ def ranks_of(ranks: OnRanks, num_ranks: int) -> list[int]:
 
 
 def outputs_of(
-    call: Call,
+    result: Result,
     transport: Ranks,
     sources: Sequence[int],
     ranks: Sequence[int],
@@ -211,9 +241,9 @@ def outputs_of(
     Raises BatchError on every rank if they cannot be put together.
     """
     outputs, problem = None, None
-    source, every = sources[0], dict(call.outputs)
+    source, every = sources[0], dict(result.outputs)
     for other in sources[1:]:  # replicas: the first puts together what all of them have
-        theirs = transport.broadcast(call.outputs, other, [source])
+        theirs = transport.broadcast(result.outputs, other, [source])
         if transport.rank == source:
             every.update(theirs)
     if every and transport.rank == source:
@@ -224,8 +254,8 @@ def outputs_of(
             else:
                 outputs = (
                     Microbatches(parts)
-                    if call.ready
-                    else join(parts, call.sizes, call.batch_dim, call.shares.get(""))
+                    if result.is_split
+                    else join(parts, result.sizes, result.batch_dim, result.shares)
                 )
         except BatchError as error:
             problem = str(error)

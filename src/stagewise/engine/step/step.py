@@ -1,284 +1,237 @@
 """One call, on every rank; for training, evaluation, prediction and profiling.
 
-1. bind: the caller's arguments become one Request (`Runner.run`).
-2. agree: all ranks compare what they were given; all raise, or none (`_admit`).
-3. split: each rank cuts its part into microbatches, and knows what each counts (`_split`).
+1. bind: the caller's arguments become one Request (`pipeline.calls`).
+2. agree: all ranks compare what they were given; all raise, or none (`_agree`).
+3. split: each rank cuts its part into microbatches: its Work (`_split`).
 4. run: the rank's program, instruction by instruction (`_run`, `execute`).
 5. settle: tied, replicated and batch gradients become whole; BatchNorm updates once (`_settle`).
-6. return: every rank knows the loss; or every rank raises, and nothing has changed.
+6. return: every rank knows the loss, as a Result; or every rank raises, and nothing has changed.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from stagewise.batch.markers import Arguments, along
-from stagewise.batch.split import split
+from stagewise.batch.markers import Arguments
+from stagewise.batch.split import shares_of_samples, split, split_named
 from stagewise.batch.values import move
-from stagewise.engine.gradients.batch import share_gradients
-from stagewise.engine.gradients.clipping import new_ones_dropped
-from stagewise.engine.gradients.float32 import Float32Sums, Sums
-from stagewise.engine.gradients.replicas import Replicas, StepSums
-from stagewise.engine.gradients.tied import TiedParameters
-from stagewise.engine.stage.batchnorm import BatchNorms
-from stagewise.engine.stage.buffers import undone
-from stagewise.engine.stage.call import Call, Mode, Observer, Scaling
+from stagewise.engine.gradients.batch import pass_on_gradients, share_gradients
+from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Policies, Settlement
+from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
-from stagewise.engine.stage.keywords import Takers, batch_gradients, take_targets
+from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves
 from stagewise.engine.stage.randomness import CellRandomness, generators_kept
-from stagewise.engine.stage.stage import Loss, Stage
-from stagewise.engine.step.admission import Admitted, admit, fingerprint
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
+from stagewise.engine.step.admission import Admitted, RankNeeds, State, admit
 from stagewise.engine.step.agreement import agreed_failure
-from stagewise.engine.step.digest import is_compared
-from stagewise.engine.step.execute import execute
+from stagewise.engine.step.digest import signature_of
+from stagewise.engine.step.execute import Ran, execute
 from stagewise.engine.step.looks import Looks
-from stagewise.engine.step.results import agree_on_end, agree_on_losses
+from stagewise.engine.step.programs import Programs, RankProgram
+from stagewise.engine.step.results import (
+    Agreed,
+    Result,
+    agree_on_losses,
+    agree_on_shared_losses,
+)
+from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf, Unchanged
-from stagewise.engine.step.weights import Weight, agree_on_shares, check_scaling
+from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
-from stagewise.engine.transport.transport import Links, Transport
-from stagewise.errors import CellError, ExactnessWarning, PeerError, StagewiseError, UsageError
-from stagewise.model.forward.users_code import warn_user
-from stagewise.planning.simulate import simulate, unit_costs
-from stagewise.schedule import LoweredProgram, Schedule, Step, forward_only, links, lower
-from stagewise.timeline import Span, Timeline
+from stagewise.engine.transport.transport import Transport
+from stagewise.errors import CellError, PeerError, StagewiseError
+from stagewise.schedule import Schedule
 
-UNSCALED = Scaling()
-_NO_KEYWORDS: Mapping[str, object] = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One call, as it was asked for on this rank; the batch's marks say where samples lie."""
-
-    mode: Mode
-    step_index: int
-    inputs: object
-    target: object
-    keywords: Mapping[str, object]
-    outputs_on: Sequence[int]  # ranks
-    scaling: Scaling
-    batch_dim: int  # of the outputs
-    observe: Observer | None
-    objection: UsageError | None  # of the caller's
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnProgram:
-    """What this rank runs in one kind of call, and the order of messages on its links."""
-
-    links: Links
-    steps: Sequence[tuple[int, Step]]
-    recomputed: frozenset[tuple[int, int]]
+_EXAMINED_FIRST, _EXAMINED_EVERY = 8, 16  # calls of each mode
+_NOTHING: AbstractContextManager[object] = nullcontext()
+_NO_DRAWS: AbstractContextManager[list[Source]] = nullcontext([])
 
 
 class Runner:
-    """The stages of this rank, their transport, and the programs for every kind of call."""
+    """The stages of this rank, their transport, and what every kind of call needs."""
 
     def __init__(
         self,
         stages: Mapping[int, Stage],
         transport: Transport,
         schedule: Schedule,
-        seed: int,
         *,
-        takers: Takers,
-        weight: Weight | None = None,
-        tied: TiedParameters | None = None,
-        replicas: Replicas | None = None,
-        flows: tuple[tuple[int, int], ...] = (),
-        accumulate_in_float32: bool = False,
-        sums_losses: bool = False,
+        seed: int,
+        routes: Routes,
+        count: LossCount = BY_SAMPLES,
+        policies: Sequence[ParameterPolicy] = (),
     ) -> None:
-        devices = [stage.device for stage in stages.values()]
-        self._devices = dict.fromkeys(devices)
-        self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
-        self._flows = flows
-        self.stages, self.schedule, self.seed = stages, schedule, seed
         self.mail, self.transport = transport.mail, transport.ranks
-        self.takers, self.weight, self.sums_losses = takers, weight, sums_losses
-        self.tied = tied if tied is not None else TiedParameters()
-        self._replicas = replicas if replicas is not None else Replicas({}, (), transport.ranks)
-        alone = transport.ranks.num_ranks == 1
-        self.last_ranks = (0,) if alone else schedule.placement[-1]
-        self._replicated = [s for s, devices in enumerate(schedule.placement) if len(devices) > 1]
+        self._seed, self.routes, self._count = seed, routes, count
+        self._alone = self.transport.num_ranks == 1
         cells = [cell for stage in stages.values() for cell in stage.cells]
         self._unchanged = Unchanged(cells)
         self._batchnorms = BatchNorms(cells)
         parameters = (p for cell in cells for p in cell.module.parameters())
-        self._parameters = list(dict.fromkeys(parameters))
-        self._sums = Float32Sums(self._parameters) if accumulate_in_float32 else None
-        self.spans: tuple[Span, ...] = ()
-        self._looks = Looks(weight, self._loss(), sums_losses=sums_losses)
-        self._draws = Draws([*(cell.module for cell in cells), self._loss()])
-        self._watched: set[Mode] = set()  # for what cells draw from
-        self._warned: set[str] = set()
-        self._programs: dict[tuple[bool, int], OwnProgram] = {}
+        self._policies = Policies([NewGradients(list(dict.fromkeys(parameters))), *policies])
+        loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
+        self._draws = Draws([*(cell.module for cell in cells), loss])
+        self._looks = Looks(count, loss)
+        self.last_run = Ran()
         self._broken = False
-        self._num_calls = 0
+        self._num_calls = dict.fromkeys(Mode, 0)
         self.root: ModeOf | None = None  # whose mode all ranks must have
+        self.stages = stages
+        self.use(schedule, stages)
 
-    def run(
-        self,
-        mode: Mode,
-        step_index: int,
-        inputs: object,
-        target: object = None,
-        keywords: Mapping[str, object] = _NO_KEYWORDS,
-        outputs_on: Sequence[int] = (),
-        *,
-        scaling: Scaling = UNSCALED,
-        batch_dim: int = 0,
-        observe: Observer | None = None,
-        objection: UsageError | None = None,
-    ) -> Call:
-        """Run one call to its end; the spans of this rank are in `spans` afterwards.
+    def use(self, schedule: Schedule, stages: Mapping[int, Stage]) -> None:
+        """Run by `schedule` from the next call on; `stages` have the same cells on this rank."""
+        devices = [stage.device for stage in stages.values()]
+        first, last = stages.get(0), stages.get(schedule.num_stages - 1)
+        if stages is not self.stages:
+            self.mail.renumber(devices)
+        self.stages, self.schedule, self._first, self._last = stages, schedule, first, last
+        self._devices = dict.fromkeys(devices)
+        self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
+        self.last_ranks = (0,) if self._alone else schedule.placement[-1]
+        self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
+        self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
+        rank = None if self._alone else self.transport.rank
+        self._programs = Programs(schedule, stages, rank, self.routes.flows)
+        self._needs = RankNeeds(
+            routes=self.routes,
+            inputs=first is not None,
+            target=last is not None and (last.needs_target or self._count.weight is not None),
+            most_microbatches=schedule.num_microbatches,
+            count=self._count,
+        )
 
-        Samples lie along `batch_dim` where the batch does not say otherwise (see BatchDim). The
-        outputs are kept where some rank wants them. If a rank fails, all raise, and the next
-        call may follow, unless one was lost or interrupted. `objection` is what the caller has
-        against the call already.
+    def run(self, request: Request) -> Result:
+        """Run one call to its end; what this rank ran when is in `last_run` afterwards.
+
+        If a rank fails, all raise, and the next call may follow, unless one was lost or
+        interrupted.
         """
         if self._broken:
             raise StagewiseError(
                 "an earlier call failed half-way and the ranks no longer agree; "
                 "build the Pipeline anew, or restart from a checkpoint"
             )
-        request = Request(
-            mode=mode,
-            step_index=step_index,
-            inputs=along(inputs, batch_dim),
-            target=along(target, batch_dim),
-            keywords={name: along(value, batch_dim) for name, value in keywords.items()},
-            outputs_on=outputs_on,
-            scaling=scaling,
-            batch_dim=batch_dim,
-            observe=observe,
-            objection=objection,
+        if request.batch_dim:
+            request = request.marked()
+        # The first calls, then now and then, are looked at closely.
+        count = self._num_calls[request.mode]
+        examines = count < _EXAMINED_FIRST or count % _EXAMINED_EVERY == 0
+        admitted = self._agree(request, examines)
+        program = self._programs[request.mode is Mode.TRAIN, len(admitted.sizes)]
+        work = self._split(request, admitted, program, examines)
+        (loss, losses), late = self._run(request, program, work)
+        record = work.record
+        if record.input_gradients or record.keyword_gradients or work.parts.leaves:
+            pass_on_gradients(work)
+        if late or examines or (loss is not None and loss.device.type == "cpu" and loss != loss):
+            self._looks.warn(work, late)
+        return Result(
+            loss=loss,
+            losses=losses,
+            by_microbatch=record.losses,
+            outputs=record.outputs,
+            sizes=work.sizes,
+            is_split=admitted.is_split,
+            batch_dim=request.batch_dim,
+            shares=work.shares.get(OTHERS),
         )
-        admitted = self._admit(request)
-        call = self._split(request, admitted)
-        late = self._run(request, admitted, call)
-        self._warn(call, late)
-        return call
 
-    def _admit(self, request: Request) -> Admitted:
+    def _agree(self, request: Request, examines: bool) -> Admitted:
         """Agree with the other ranks on the call, before anything runs."""
-        training, last = request.mode is Mode.TRAIN, self.schedule.num_stages - 1
-        admitted = admit(
-            self.transport,
-            request.mode,
-            request.step_index,
-            request.inputs,
-            request.target,
-            request.keywords,
-            request.outputs_on,
-            takers=self.takers,
-            needs_inputs=0 in self.stages,
-            needs_target=last in self.stages
-            and (self.stages[last].needs_target or self.weight is not None)
-            and request.mode is not Mode.PREDICT,
-            most_microbatches=self.schedule.num_microbatches,
-            flags=[flag for stage in self.stages.values() for flag in stage.flags()],
-            shared_flags=[
-                self.stages[s].flags() if s in self.stages else None for s in self._replicated
-            ],
-            options=(request.scaling, request.batch_dim, self.sums_losses),
-            training=self.root is None or self.root.training,
-            compares_values=is_compared(self._num_calls),
-            objection=request.objection,
-            check=lambda: self._unchanged.check(training=training),
+        flags = {index: stage.begin() for index, stage in self.stages.items()}
+        state = State(
+            flags=sum(flags.values(), ()),
+            shared_flags=[flags.get(index) for index in self._replicated],
+            training=self._alone or self.root is None or self.root.training,
+            compares_values=examines,
+            check=partial(self._unchanged.check, training=request.mode is Mode.TRAIN),
         )
-        self._num_calls += 1
-        check_scaling(request.scaling, sum(admitted.sizes), has_weight=self.weight is not None)
+        admitted = admit(self.transport, request, self._needs, state)
+        self._num_calls[request.mode] += 1
         return admitted
 
-    def _split(self, request: Request, admitted: Admitted) -> Call:
+    def _split(
+        self, request: Request, admitted: Admitted, program: RankProgram, examines: bool
+    ) -> Work:
         """This rank's part of the batch, cut into microbatches, and what each of them counts."""
-        mode, step_index = request.mode, request.step_index
-        training = mode is Mode.TRAIN
-        call = Call(
-            mode=mode,
-            recomputed=self._program(training, len(admitted.sizes)).recomputed,
-            sizes=admitted.sizes,
-            scaling=request.scaling,
-            ready=admitted.ready,
-            num_args=admitted.num_args,
-            shared=bool(self._replicated),
-            batch_dim=request.batch_dim,
-            keeps_outputs=bool(request.outputs_on),
-            randomness={
-                d: CellRandomness(self.seed, step_index, d, self._draws) for d in self._devices
-            },
-            batchnorms=self._batchnorms,
-        )
+        mode, scaling, sizes = request.mode, request.scaling, admitted.sizes
+        step, record, parts, look = request.step_index, Record(), Parts(), None
         try:
             # Gradients for the batch's own tensors go back through this graph.
-            with torch.inference_mode(False), torch.set_grad_enabled(training):
-                self._take_batch(call, admitted, request.inputs, request.target, request.keywords)
-            if request.observe is None:
-                batch = request.inputs, request.target, request.keywords
-                call.look = self._looks.at(call, admitted.signature, batch)
+            with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
+                parts = self._parts(request, sizes)
+            if examines:
+                look = self._looks.at(request, admitted, parts)
         except Exception as error:
-            call.fail(Failure.of(error, None, None))
-        if self.weight is not None and mode is not Mode.PREDICT:
-            total = request.scaling.total_weight
-            call.shares = agree_on_shares(
-                self.transport, self.weight, call.targets, total, self.last_ranks[0]
+            record.fail(Failure.of(error, None, None))
+        shares: Shares = {}
+        if self._count.sums or (self._count.weight is not None and mode is not Mode.PREDICT):
+            total, source = scaling.total_weight, self.last_ranks[0]
+            shares = agree_on_shares(
+                self.transport, self._count, parts.targets, total, source, sizes
             )
-        elif self.sums_losses:
-            call.shares = {"": (1.0,) * len(call.sizes)}
-        return call
+        return Work(
+            mode=mode,
+            sizes=sizes,
+            signature=admitted.signature,
+            by_samples=shares_of_samples(sizes, scaling.total_samples),
+            recomputed=program.recomputed,
+            parts=parts,
+            num_args=admitted.num_args,
+            shares=shares,
+            gradient_scale=scaling.gradient_scale,
+            can_add_losses=scaling.total_weight is None or scaling.total_samples is not None,
+            keeps_outputs=bool(request.outputs_on),
+            is_autocast=any(torch.is_autocast_enabled(d.type) for d in self._devices),
+            randomness={d: CellRandomness(self._seed, step, d, self._draws) for d in self._devices},
+            batchnorms=self._batchnorms,
+            look=look,
+            record=record,
+        )
 
-    def _run(self, request: Request, admitted: Admitted, call: Call) -> list[Source]:
-        """Execute the program and settle; all raise if a rank fails, and nothing has changed.
+    def _parts(self, request: Request, sizes: Sequence[int]) -> Parts:
+        inputs: Sequence[object] = ()
+        targets: Sequence[object] = ()
+        leaves: Leaves = []
+        if self._first is not None:
+            whole = Arguments() if request.inputs is None else request.inputs
+            inputs = split(move(whole, self._first.device), sizes)
+        if self._last is not None and request.target is not None:
+            targets = split(move(request.target, self._last.device), sizes)
+            if not isinstance(request.target, torch.Tensor) or request.target.requires_grad:
+                targets, leaves = as_leaves(targets)
+        keywords = split_named(request.keywords, sizes) if request.keywords else ()
+        return Parts(inputs, targets, leaves, keywords)
 
-        Returns what cells began to draw from unseeded.
-        """
+    def _run(
+        self, request: Request, program: RankProgram, work: Work
+    ) -> tuple[Agreed, list[Source]]:
+        """The loss, and what cells began to draw from; or all raise, and nothing has changed."""
         training = request.mode is Mode.TRAIN
-        program = self._program(training, len(admitted.sizes))
-        watch = request.mode not in self._watched
-        self._watched.add(request.mode)
+        watch = request.mode in self._looks.unwatched
+        self._looks.unwatched.discard(request.mode)
+        draws, buffers, guard = _NO_DRAWS, _NOTHING, bool(program.recomputed)
+        if watch or guard or self._draws.active:
+            draws = self._draws.kept(watch=watch, guard=guard)
+        if self._keepers:
+            buffers = buffers_kept(self._keepers, self._batchnorms, training=training)
         self._broken = True
         # The engine itself decides where gradients are on, also inside torch.inference_mode().
         with (
             generators_kept(self._devices),
-            self._draws.kept(watch=watch, guard=bool(call.recomputed)) as late,
+            draws as late,
             torch.inference_mode(False),
             torch.set_grad_enabled(training),
-            self._kept(training) as sums,
+            buffers,
         ):
-            call.stand_ins = self.tied.stand_ins(
-                training=training, in_float32=self._sums is not None
-            )
-            # Where a loss counts nothing, gradients are missing from the messages.
-            missing = [(name, [not share for share in s]) for name, s in call.shares.items()]
-            form = admitted.signature, len(admitted.sizes), missing
-            self.mail.begin(fingerprint(form), program.links)
             try:
-                with self._summing(call, program.steps) as shared:
-                    if training:
-                        self._batchnorms.warn(admitted.sizes)
-                    self.spans = execute(
-                        program.steps,
-                        self.stages,
-                        self.mail,
-                        call,
-                        origin=time.perf_counter(),
-                        observe=shared.begin(request.observe),
-                    )
-                    if not self._agree(call):
-                        shared.drain()
-                        self.tied.put_back(call.stand_ins)
-                        failure = self._failure(call, training)
-                        self.mail.finish()
-                        self._broken = False
-                        raise failure
-                    if training:
-                        self._settle(call, shared, sums)
+                agreed = self._settled(request, program, work)
                 self.mail.finish()
             except BaseException as error:
                 self.mail.clear()
@@ -289,159 +242,58 @@ class Runner:
                 for stage in self.stages.values():
                     stage.clear()
         self._broken = False
-        return late
+        return agreed, late
 
-    def _loss(self) -> Loss | None:
-        last = self.stages.get(self.schedule.num_stages - 1)
-        return None if last is None else last.loss
-
-    def _warn(self, call: Call, late: Sequence[Source]) -> None:
-        """Of what a look found, each once, and of late draws; the call is over."""
-        problems = self._looks.problems(call)
-        if late:
-            self._watched.discard(call.mode)
-            names = ", ".join(sorted({source.name for source in late}))
-            problems.append(
-                f"numbers were drawn from {names} while a {call.mode.name.lower()} call ran, for "
-                "the first time; if a cell drew them, its recomputation in this step drew others, "
-                "and gradients are wrong. From the next step on they are seeded for every cell and "
-                "microbatch"
-            )
-        for problem in problems:
-            if problem not in self._warned:
-                self._warned.add(problem)
-                warn_user(problem, ExactnessWarning)
-
-    def _take_batch(
-        self,
-        call: Call,
-        admitted: Admitted,
-        inputs: object,
-        target: object,
-        keywords: Mapping[str, object],
-    ) -> None:
-        """Split this rank's part of the batch, on the devices that need it."""
-        last = self.schedule.num_stages - 1
-        if 0 in self.stages:
-            whole = Arguments() if inputs is None else inputs
-            call.inputs = split(move(whole, self.stages[0].device), admitted.sizes)
-        if last in self.stages and target is not None:
-            take_targets(split(move(target, self.stages[last].device), admitted.sizes), call)
-        if keywords:
-            parts = {name: split(value, admitted.sizes) for name, value in keywords.items()}
-            call.keywords = [
-                {name: column[m] for name, column in parts.items()}
-                for m in range(len(admitted.sizes))
-            ]
-
-    def _agree(self, call: Call) -> bool:
-        """Whether all went well on all ranks; then they know the loss."""
-        if call.mode is Mode.TRAIN:
-            try:
-                self._unchanged.check_values(len(call.sizes))  # the cause of what autograd says
-                if not call.lost:
-                    self.tied.check_seen(self.transport)
-            except CellError as error:
-                call.fail(Failure.of(error, None, None))
-        if call.mode is Mode.PREDICT:
-            return agree_on_end(self.transport, call)
-        call.agreed = agree_on_losses(self.transport, call, self.last_ranks, self._device)
-        return call.agreed is not None
-
-    def _failure(self, call: Call, training: bool) -> StagewiseError:
-        """What to raise here, where some rank has failed; every rank calls this."""
-        place = -1
-        if call.failure is not None and call.failure.instruction is not None:
-            schedule = self._schedule_of(training, len(call.sizes))
-            spans = simulate(schedule, unit_costs(schedule.num_stages)).spans
-            place = [span.instruction for span in spans].index(call.failure.instruction)
-        return agreed_failure(self.transport, call.failure, place)
-
-    def _summing(
-        self, call: Call, program: Sequence[tuple[int, Step]]
-    ) -> AbstractContextManager[StepSums]:
-        """A call's sums over the replicas; none unless it trains."""
-        if call.mode is not Mode.TRAIN:
-            return nullcontext(StepSums({}, ()))
-        instructions = [step.instruction for _, step in program]
-        return self._replicas.summing(
-            call.stand_ins, instructions, in_float32=self._sums is not None
+    def _settled(self, request: Request, program: RankProgram, work: Work) -> Agreed:
+        """Run the program, and make whole what several cells or ranks computed parts of."""
+        step = Settlement(
+            transport=self.transport,
+            program=program.instructions,
+            batchnorms=self._batchnorms,
         )
+        if request.mode is not Mode.TRAIN:
+            self._policies.before_inference(step)
+            return self._executed(request, program, work, step)
+        with self._policies.around(step):
+            agreed = self._executed(request, program, work, step)
+            self._policies.settle(step)
+            if self.stages and not self._alone:
+                share_gradients(work, self.schedule, self.routes, self.transport, self._device)
+        return agreed
 
-    def _settle(self, call: Call, shared: StepSums, sums: Sums | None) -> None:
-        """End a training step: what several ranks computed parts of becomes whole on all."""
-        self.tied.settle(call.stand_ins, self.transport, sums)
-        shared.settle(sums)
-        self._replicas.gather_moments(self._batchnorms)
-        if self.stages and self.transport.num_ranks > 1:
-            device = next(iter(self.stages.values())).device
-            share_gradients(call, self.schedule, self.takers, self.transport, device)
+    def _executed(
+        self, request: Request, program: RankProgram, work: Work, step: Settlement
+    ) -> Agreed:
+        """Run the program; every rank then knows the loss, or raises."""
+        training = request.mode is Mode.TRAIN
+        key = training, len(work.sizes)
+        if step.stand_ins.cells:
+            work = replace(work, stand_ins=step.stand_ins)
+        self.mail.begin(0 if self._alone else signature_of(work), program.links)
+        if training and self._keepers:
+            self._batchnorms.warn(work.sizes)
+        observers = step.observers + ([request.observe] if request.observe else [])
+        origin = time.perf_counter()
+        ran = execute(program.steps, self.stages, self.mail, work, observers=observers)
+        self.last_run = Ran(ran, origin)
+        agreed = self._agreed_end(work, step)
+        if agreed is None:
+            step.failed_on_all = True
+            failure = agreed_failure(self.transport, work.record.failure, self._programs, key)
+            self.mail.finish()
+            self._broken = False
+            raise failure
+        return agreed
 
-    @contextmanager
-    def _kept(self, training: bool) -> Iterator[Sums | None]:
-        """Run a call inside that leaves in buffers and gradients what it should."""
-        keepers = [stage.buffers for stage in self.stages.values()]
-        sums = self._sums if training else None
-        with (
-            new_ones_dropped(self._parameters if training else ()),
-            undone(keepers, always=not training),
-            self._batchnorms.one_update(training=training),
-            nullcontext() if sums is None else sums.rounded_once() as adds,
-        ):
-            yield adds
-
-    def use(
-        self, schedule: Schedule, stages: Mapping[int, Stage], flows: tuple[tuple[int, int], ...]
-    ) -> None:
-        """Run by `schedule` from the next call on; `stages` have the same cells on this rank."""
-        if stages is not self.stages:
-            self.stages, self._flows = stages, flows
-            self.mail.renumber([stage.device for stage in stages.values()])
-        self.schedule = schedule
-        self._programs.clear()
-
-    def timeline(self) -> Timeline:
-        """The last call's spans of all ranks; every rank must ask."""
-        spans = [span for own in self.transport.gather(self.spans, "timeline") for span in own]
-        spans.sort(key=lambda span: (span.start_seconds, span.device))
-        return Timeline(self.schedule.num_devices, tuple(spans))
-
-    def backward_into(self, call: Call) -> None:
-        """Pass the gradients of the batch on to the caller's own graph.
-
-        The microbatches are views of the batch, so autograd puts their gradients together, and
-        sums those of what is replicated.
-        """
-        pairs = list(batch_gradients(call))
-        if pairs:
-            with torch.inference_mode(False):
-                torch.autograd.backward([tensor for tensor, _ in pairs], [g for _, g in pairs])
-
-    def _program(self, training: bool, num_microbatches: int) -> OwnProgram:
-        """What this rank runs: its program, or all in time order."""
-        key = (training, num_microbatches)
-        if key not in self._programs:
-            schedule = self._schedule_of(training, num_microbatches)
-            programs = lower(schedule, self._flows)
-            own: Iterable[tuple[int, Step]]
-            if self.transport.num_ranks > 1:
-                own = ((self.transport.rank, step) for step in programs[self.transport.rank])
-            else:
-                own = _in_time_order(schedule, programs)
-            self._programs[key] = OwnProgram(
-                links=links(programs), steps=[*own], recomputed=schedule.recomputed
-            )
-        return self._programs[key]
-
-    def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
-        if training:
-            return self.schedule.of_first(num_microbatches)
-        return forward_only(self.schedule.placement, num_microbatches)
-
-
-def _in_time_order(
-    schedule: Schedule, programs: Sequence[LoweredProgram]
-) -> Iterable[tuple[int, Step]]:
-    steps = {step.instruction: step for program in programs for step in program}
-    for span in simulate(schedule, unit_costs(schedule.num_stages)).spans:
-        yield span.device, steps[span.instruction]
+    def _agreed_end(self, work: Work, step: Settlement) -> Agreed | None:
+        """What all ranks know if all went well on all of them."""
+        if work.mode is Mode.TRAIN:
+            try:
+                self._unchanged.check_values(len(work.sizes))  # the cause of what autograd says
+                if not work.record.lost:
+                    self._policies.check(step)
+            except CellError as error:
+                work.record.fail(Failure.of(error, None, None))
+        replicated = bool(self._replicated) and not self._alone
+        agree = agree_on_shared_losses if replicated else agree_on_losses
+        return agree(self.transport, work, self.last_ranks[0], self._device)

@@ -7,9 +7,9 @@ And cells of a captured model hold what its forward decided then by the user's o
 attributes, hooks or submodules they do not see (`stagewise.model.forward.watch`).
 """
 
-import operator
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -34,12 +34,17 @@ class ModeOf:
         return self._root.training and (not isinstance(model, nn.Module) or model.training)
 
 
+class _Made(NamedTuple):
+    parts: Parts
+    ids: tuple[int, ...]  # of them; while they are kept, no other object has theirs
+
+
 class Unchanged:
     """Remembers what `cells` are made of."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         modules = {module: cell for cell in cells for module in cell.module.modules()}
-        self._built = [(cell, module, _parts(module)) for module, cell in modules.items()]
+        self._built = [(cell, module, _made_of(module)) for module, cell in modules.items()]
         paths = {module: path for cell in cells for path, module in cell.named_modules()}
         self._names = {
             parameter: f"{paths[module]}.{name}" if paths.get(module) else name
@@ -62,22 +67,16 @@ class Unchanged:
                     "buffer and change that in place (under pipe.module, on every rank), or "
                     "capture the model and build the Pipeline anew"
                 )
+
         if training:
             self._check_cells()
 
     def _check_cells(self) -> None:
-        """Raise ModelError if a module or parameter of a cell came, went or was replaced."""
+        """Raise ModelError if a cell's module or parameter came, went or was replaced."""
         for cell, module, before in self._built:
-            now = _parts(module)
-            if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
-                continue
-            names = [name for name in [*before, *now] if now.get(name) is not before.get(name)]
-            raise ModelError(
-                f"{', '.join(dict.fromkeys(names))} of a {type(module).__name__} in cell "
-                f"{cell.name!r} came, went or was replaced after the Pipeline was built, which "
-                "would train it wrongly; change the model first (parametrize it, add adapters, "
-                "load with assign=True) and then build the Pipeline"
-            )
+            parameters, modules = module._parameters, module._modules
+            if (*map(id, parameters.values()), *map(id, modules.values())) != before.ids:
+                raise _changed(cell, module, before.parts)
         self._hooked = [
             (parameter, parameter._version)
             for parameter in self._names
@@ -96,5 +95,17 @@ class Unchanged:
                 )
 
 
-def _parts(module: nn.Module) -> Parts:
-    return {**module._parameters, **module._modules}
+def _made_of(module: nn.Module) -> _Made:
+    parts = {**module._parameters, **module._modules}
+    return _Made(parts, tuple(map(id, parts.values())))
+
+
+def _changed(cell: Cell, module: nn.Module, before: Parts) -> ModelError:
+    now: Parts = {**module._parameters, **module._modules}
+    names = [name for name in [*before, *now] if now.get(name) is not before.get(name)]
+    return ModelError(
+        f"{', '.join(dict.fromkeys(names))} of a {type(module).__name__} in cell {cell.name!r} "
+        "came, went or was replaced after the Pipeline was built, which would train it wrongly; "
+        "change the model first (parametrize it, add adapters, load with assign=True) and then "
+        "build the Pipeline"
+    )

@@ -4,21 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from stagewise.engine.stage.call import Mode
 from stagewise.engine.stage.keywords import NOT_GIVEN
 from stagewise.errors import BatchError
 
-_CALLS = {Mode.TRAIN: "step", Mode.EVALUATE: "evaluate", Mode.PREDICT: "predict"}
 _LATER = "; every rank must make the same calls in order"
 _BATCH = (
     "; give every rank the same batch (draw it by one seed or one sampler), or None where a rank "
     "needs none of it"
 )
-
-
-def called(mode: Mode) -> str:
-    """The caller's name for it."""
-    return _CALLS[mode]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,29 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from stagewise.engine.stage.call import Scaling
+from stagewise.engine.stage.work import OTHERS, Scaling
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, PlanError
 
 Number = float | torch.Tensor
 _ROUNDING = 1e-5  # of a caller's total, as a sum in float32 has it
 Weight = Callable[..., Number | Mapping[str, Number]]
+
+
+@dataclass(frozen=True)
+class LossCount:
+    """How losses count: by `weight(target)`, as sums, or by samples."""
+
+    weight: Weight | None = None
+    sums: bool = False
+
+
+BY_SAMPLES = LossCount()
 
 
 def is_sum(loss: object, reduction: str | None, *, has_weight: bool) -> bool:
@@ -64,20 +76,25 @@ def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> No
 
 def agree_on_shares(
     transport: Ranks,
-    weight: Weight,
+    count: LossCount,
     targets: Sequence[object],
     total: float | Mapping[str, float] | None,
     source: int,
+    sizes: Sequence[int],
 ) -> dict[str, tuple[float, ...]]:
-    """Every loss's share per microbatch, from rank `source`, which has the `targets`.
+    """What losses count that do not count by samples, per microbatch.
+
+    Weights come from rank `source`, which has the `targets`.
 
     Raises BatchError on every rank if the weights are of no use.
     """
+    if count.weight is None:
+        return {OTHERS: (1.0,) * len(sizes)} if count.sums else {}
     columns: dict[str, tuple[float, ...]] = {}
     problem: str | None = None
     if transport.rank == source:
         try:
-            columns = _columns([_numbers(weight(target)) for target in targets])
+            columns = _columns([_numbers(count.weight(target)) for target in targets])
             _check_names(columns, total)
             columns = {name: _shares(name, column, total) for name, column in columns.items()}
         except BatchError as error:

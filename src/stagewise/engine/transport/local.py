@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from stagewise.batch.values import move, take_apart
-from stagewise.engine.transport.failure import LOST
+from stagewise.batch.values import Apart
+from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.engine.transport.wire import Arrival
@@ -26,9 +26,9 @@ class LocalMailbox:
     look_ahead = None  # nothing comes from elsewhere
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._values: dict[Message, object] = {}
-        self.send: Callable[[Message, object], None] = self._values.__setitem__
-        self.receive: Callable[[Message], object] = self._values.pop
+        self._values: dict[Message, Apart | Lost] = {}
+        self.send: Callable[[Message, Apart], None] = self._values.__setitem__
+        self.receive: Callable[[Message], Apart | Lost] = self._values.pop
         self.renumber(devices)
 
     def renumber(self, devices: Sequence[torch.device]) -> None:
@@ -43,8 +43,8 @@ class LocalMailbox:
 
     def waiting(self) -> Iterator[torch.Tensor]:
         for message, value in self._values.items():
-            if is_skip(message):
-                yield from take_apart(value)[0]
+            if is_skip(message) and not isinstance(value, Lost):
+                yield from value[0]
 
     def finish(self) -> None:
         assert not self._values, f"never received: {list(map(str, self._values))}"
@@ -54,10 +54,13 @@ class LocalMailbox:
 
 
 def _popped(
-    values: dict[Message, object], devices: Sequence[torch.device], message: Message
-) -> object:
+    values: dict[Message, Apart | Lost], devices: Sequence[torch.device], message: Message
+) -> Apart | Lost:
     """What was handed over, on the device of who takes it."""
-    return move(values.pop(message), devices[message.destination_stage])
+    value, device = values.pop(message), devices[message.destination_stage]
+    if isinstance(value, Lost):
+        return value
+    return [tensor.to(device) for tensor in value[0]], value[1]
 
 
 class LocalWire:

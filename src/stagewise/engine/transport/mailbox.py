@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stagewise.batch.values import take_apart
-from stagewise.engine.transport.failure import LOST
+from stagewise.batch.values import Apart
+from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, in_words, packed
 from stagewise.engine.transport.transport import Links, is_skip
@@ -66,7 +66,7 @@ class Mailbox:
         self._forms = Forms()
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
         self._incoming: dict[int, _Incoming] = {}
-        self._arrived: dict[Message, object] = {}
+        self._arrived: dict[Message, Apart | Lost] = {}
 
     def renumber(self, devices: Sequence[torch.device]) -> None:
         self._forms = Forms()
@@ -82,12 +82,12 @@ class Mailbox:
         for incoming in self._incoming.values():
             self._post(incoming, 0)
 
-    def receive(self, message: Message) -> object:
+    def receive(self, message: Message) -> Apart | Lost:
         if message in self._arrived:
             return self._arrived.pop(message)
         incoming = self._incoming[message.source]
         while True:
-            value: object = LOST
+            value: Apart | Lost = LOST
             if incoming.posted or self._post_next(incoming):
                 posted = incoming.posted.popleft()
                 incoming.num_bytes -= posted.num_bytes
@@ -98,12 +98,12 @@ class Mailbox:
                 return value
             self._arrived[taken] = value
 
-    def send(self, message: Message, value: object) -> None:
+    def send(self, message: Message, value: Apart) -> None:
         rank = message.destination
         if rank == self._rank:
             self._arrived[message] = value
             return
-        tensors, structure = take_apart(value)
+        tensors, structure = value
         known = self._forms.known.get(message)
         if known is not None and known.fits(tensors, structure):
             bare = map(torch.Tensor.detach, tensors)
@@ -137,8 +137,8 @@ class Mailbox:
 
     def waiting(self) -> Iterator[torch.Tensor]:
         for message, value in self._arrived.items():
-            if is_skip(message):
-                yield from take_apart(value)[0]
+            if is_skip(message) and not isinstance(value, Lost):
+                yield from value[0]
         for incoming in self._incoming.values():
             for posted in incoming.posted:
                 yield from posted.tensors if is_skip(posted.message) else ()
@@ -184,7 +184,7 @@ class Mailbox:
         self._post(incoming, 0)
         return True
 
-    def _whole(self, posted: _Posted) -> object:
+    def _whole(self, posted: _Posted) -> Apart:
         """The message, once all of it is here."""
         posted.arrival()
         header, tensors = posted.header, posted.tensors

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stagewise.batch.values import Structure, mark_shared, put_together, shared
+from stagewise.batch.values import Apart, Structure, mark_shared, shared
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Header:
             and all(map(Layout.fits, self.layouts, tensors))
         )
 
-    def unpacked(self, tensors: Sequence[torch.Tensor]) -> object:
+    def unpacked(self, tensors: Sequence[torch.Tensor]) -> Apart:
         """The message of `tensors` as they arrived."""
         whole = []
         for tensor, layout in zip(tensors, self.layouts, strict=True):
@@ -76,7 +76,7 @@ class Header:
             whole.append(tensor.requires_grad_(layout.requires_grad))
             if layout.overlaps:
                 mark_shared(whole[-1])
-        return put_together(whole, self.structure)
+        return whole, self.structure
 
 
 def packed(

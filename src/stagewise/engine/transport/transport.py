@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from stagewise.batch.values import Apart
+from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.schedule import Kind, Message
 
@@ -13,17 +15,17 @@ Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -
 
 
 class Mail(Protocol):
-    """Moves messages of one call; `begin` and `finish` stand around it."""
+    """Moves messages of one call, taken apart; `begin` and `finish` stand around it."""
 
     def begin(self, signature: int, links: Links) -> None:
         """Prepare for one call; equal signatures promise equal shapes on equal messages."""
 
     @property
-    def receive(self) -> Callable[[Message], object]:
+    def receive(self) -> Callable[[Message], Apart | Lost]:
         """Wait for a message; its tensors are on this rank's device and need no copy."""
 
     @property
-    def send(self) -> Callable[[Message, object], None]:
+    def send(self) -> Callable[[Message, Apart], None]:
         """Start sending a message's value; returns at once."""
 
     def send_lost(self, message: Message) -> None:

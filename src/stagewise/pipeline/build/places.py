@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.skips import SkipRoutes
-from stagewise.engine.stage.stage import Loss, Stage
+from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.mesh import Mesh
 from stagewise.model.cell import Cell

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from stagewise.engine.stage.keywords import Takers
+from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.step.agreement import agreed
@@ -37,8 +37,8 @@ def recut(
     plan: Plan,
     ranks: Ranks,
     devices: Sequence[torch.device],
-    routes: SkipRoutes,
-    takers: Takers,
+    skips: SkipRoutes,
+    routes: Routes,
 ) -> Mapping[int, Stage]:
     """This rank's stages by `plan`, made of the same cells; every rank calls this.
 
@@ -47,7 +47,7 @@ def recut(
     cells = [cell for stage in stages.values() for cell in stage.cells]
     with agreed(ranks, "use(plan)"):
         check_buffers(cells, plan, homes_of(plan, devices, ranks))
-    routes.cut(plan.engine_balance)
-    takers.cut(plan.engine_balance, ranks_of_stages(plan, ranks))
+    skips.cut(plan.engine_balance)
+    routes.cut(plan.engine_balance, ranks_of_stages(plan, ranks), skips.flows)
     loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
-    return build_stages(cells, plan, ranks, devices, routes, loss)
+    return build_stages(cells, plan, ranks, devices, skips, loss)

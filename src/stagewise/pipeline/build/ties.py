@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from stagewise.engine.gradients.float32 import Float32Sums
+from stagewise.engine.gradients.policy import ParameterPolicy
 from stagewise.engine.gradients.replicas import Replicas
 from stagewise.engine.gradients.tied import TiedParameters
 from stagewise.engine.stage.stage import Stage
@@ -14,15 +16,20 @@ from stagewise.planning.plan import Plan
 
 
 def tie(
-    chain: Chain, plan: Plan, stages: Mapping[int, Stage], ranks: Ranks
-) -> tuple[TiedParameters, Replicas]:
-    """This rank's tied parameters and replicated stages, equal to all other copies from now on.
+    chain: Chain,
+    plan: Plan,
+    stages: Mapping[int, Stage],
+    ranks: Ranks,
+    *,
+    in_float32: bool,
+) -> tuple[tuple[Tied, ...], list[ParameterPolicy]]:
+    """This rank's tied parameters, equal to all other copies from now on, and what a step needs.
 
-    Every rank calls this.
+    Gradients of low precision may be summed `in_float32`. Every rank calls this.
     """
     placement = plan.built_schedule.placement if ranks.num_ranks > 1 else ()
     cells = [cell for stage in stages.values() for cell in stage.cells]
-    own = set(module_tree(cells).parameters())
+    own = dict.fromkeys(module_tree(cells).parameters())
     others = {n: p for n, p in module_tree(chain).named_parameters() if p not in own}
     ties, stage_of = find_tied(chain), _stages(plan)
 
@@ -47,7 +54,11 @@ def tie(
     )
     replicas.equalise()
     tied.equalise(ranks)
-    return tied, replicas
+    policies: list[ParameterPolicy] = []
+    if in_float32:
+        policies.append(Float32Sums(own))
+    policies += [policy for policy in (tied, replicas) if policy.is_needed]
+    return tied.ties, policies
 
 
 def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stagewise.checkpoints.names import Aliases, names_of
-from stagewise.engine.step.admission import fingerprint
+from stagewise.engine.step.digest import fingerprint
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Chain

@@ -45,7 +45,7 @@ class Machine:
 
 
 @dataclass
-class Work:
+class SearchWork:
     """What a search has done."""
 
     partitions: int = 0
@@ -66,7 +66,7 @@ class Cut:
 class Cutter:
     """Makes cuts; those that several options share are made once."""
 
-    def __init__(self, machine: Machine, work: Work) -> None:
+    def __init__(self, machine: Machine, work: SearchWork) -> None:
         self._machine, self._work = machine, work
         self._known: dict[object, tuple[tuple[int, ...], float] | None] = {}
         self._near: dict[object, tuple[tuple[int, ...], float]] = {}  # for other microbatches

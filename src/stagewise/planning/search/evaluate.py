@@ -18,7 +18,7 @@ from stagewise.planning.plan import Plan
 from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.bounds import least_option_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option
-from stagewise.planning.search.cuts import Cut, Cutter, Machine, Work
+from stagewise.planning.search.cuts import Cut, Cutter, Machine, SearchWork
 from stagewise.planning.search.segments_within import segments_within
 from stagewise.planning.synthesis.synthesise import synthesise
 from stagewise.schedule import Schedule, Segments, refine, with_recompute
@@ -87,7 +87,7 @@ class Evaluator:
     """Evaluates options on one machine; partitions that several options share are made once."""
 
     def __init__(self, machine: Machine, recompute: str) -> None:
-        self.machine, self.work = machine, Work()
+        self.machine, self.work = machine, SearchWork()
         self._recompute = recompute
         self._cuts = Cutter(machine, self.work)
 

@@ -17,7 +17,7 @@ from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.planning.search.bounds import least_plan_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option, options
-from stagewise.planning.search.cuts import Machine, Work
+from stagewise.planning.search.cuts import Machine, SearchWork
 from stagewise.planning.search.evaluate import Evaluator, Rejected, Tried
 from stagewise.planning.synthesis.lower_bound import lower_bound_seconds
 from stagewise.schedule import POLICIES
@@ -43,7 +43,7 @@ class SearchResult:
     runners_up: tuple[Tried, ...]
     rejected: tuple[Rejected, ...]
     bound_seconds: float
-    work: Work
+    work: SearchWork
     memory_bytes: float | None
     state_factor: float
 

@@ -1,0 +1,127 @@
+"""Parameter policies: what is done to parameters around a training step.
+
+1. Before the step, each in the order of one list, they set aside what the step must not touch.
+2. While it runs, those that asked observe every instruction.
+3. Before the ranks agree that all went well, each may object (`check`).
+4. Then each makes gradients whole (`settle`), or each undoes what it did (`undo`): both in the
+   reverse order of the list.
+
+So a policy may rely on those before it in the list: what it settles, they see.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from stagewise.engine.stage.batchnorm import BatchNorms
+from stagewise.engine.stage.gradient import accumulate
+from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
+from stagewise.engine.stage.work import Observer
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.schedule import Instruction
+
+
+@dataclass(kw_only=True)
+class Settlement:
+    """One call, as its policies see it and what they say of it to each other."""
+
+    transport: Ranks
+    program: Sequence[Instruction]  # of this rank
+    batchnorms: BatchNorms
+    stand_ins: StandIns = NO_STAND_INS
+    observers: list[Observer] = field(default_factory=list)  # called after every instruction
+    in_float32: bool = False  # gradients of low precision are summed so
+    # Adds a whole gradient to what is in `.grad`, or to its sum in float32.
+    add: Callable[[nn.Parameter, torch.Tensor], None] = accumulate
+    failed_on_all: bool = False  # every rank knows, so what was started together can be ended
+
+
+class ParameterPolicy:
+    """Does nothing; a policy overrides what it needs."""
+
+    def before_step(self, step: Settlement) -> None:
+        """Get ready for a training step, on every rank."""
+
+    def before_inference(self, call: Settlement) -> None:
+        """Get ready for a call that does not train."""
+
+    def check(self, step: Settlement) -> None:
+        """Raise CellError for what this rank has done wrong; it is then undone on all."""
+
+    def settle(self, step: Settlement) -> None:
+        """All ranks have succeeded: make gradients what the plain model's are."""
+
+    def undo(self, step: Settlement, error: BaseException) -> None:
+        """The step has failed, by `error`: leave `.grad` as it was, or say that it is not."""
+
+
+class Policies:
+    """One list of them."""
+
+    def __init__(self, policies: Sequence[ParameterPolicy]) -> None:
+        self._policies = policies
+
+    @contextmanager
+    def around(self, step: Settlement) -> Iterator[None]:
+        """Run a training step inside, `settle` included."""
+        begun: list[ParameterPolicy] = []
+        try:
+            for policy in self._policies:
+                begun.append(policy)
+                policy.before_step(step)
+            yield
+        except BaseException as error:
+            for policy in reversed(begun):
+                policy.undo(step, error)
+            raise
+
+    def before_inference(self, call: Settlement) -> None:
+        """Of each, in order."""
+        for policy in self._policies:
+            policy.before_inference(call)
+
+    def check(self, step: Settlement) -> None:
+        """Of each, in order."""
+        for policy in self._policies:
+            policy.check(step)
+
+    def settle(self, step: Settlement) -> None:
+        """Of each, in reverse order."""
+        for policy in reversed(self._policies):
+            policy.settle(step)
+
+
+class NewGradients(ParameterPolicy):
+    """After a failed step, what had no gradient before has none again.
+
+    To one that came from earlier steps microbatches are added in place: then the error says so.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._before: list[tuple[nn.Parameter, torch.Tensor, int]] = []  # with versions
+
+    def before_step(self, step: Settlement) -> None:
+        self._before = [
+            (p, p.grad, 0 if p.grad.is_inference() else p.grad._version)
+            for p in self._parameters
+            if p.grad is not None
+        ]
+
+    def settle(self, step: Settlement) -> None:
+        self._before = []
+
+    def undo(self, step: Settlement, error: BaseException) -> None:
+        before, self._before = self._before, []
+        old = {parameter for parameter, _, _ in before}
+        for parameter in self._parameters:
+            if parameter not in old:
+                parameter.grad = None
+        if any(p.grad is not g or (not g.is_inference() and g._version != v) for p, g, v in before):
+            error.add_note(
+                "the gradients of earlier steps, which this one was to be added to, hold parts of "
+                "it now: clear them with zero_grad() before the next step"
+            )

@@ -1,0 +1,101 @@
+"""The last stage's end: the losses of one microbatch, and where its backward starts from them."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from stagewise.engine.stage.flight import Flight
+from stagewise.engine.stage.work import OTHERS, Work
+from stagewise.errors import BatchError
+from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
+
+Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
+
+
+def takes_target(loss: Loss) -> bool:
+    """Whether `loss` takes more than the output, by its signature."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return several or sum(p.kind in by_position for p in parameters) > 1
+
+
+def share_of(work: Work, name: str, m: int) -> float:
+    """What the loss `name` of microbatch m counts."""
+    shares = work.shares
+    return shares.get(name, shares.get(OTHERS, work.by_samples))[m]
+
+
+def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str, torch.Tensor]:
+    """Microbatch m's losses by name, recorded without their graph; by default the output is one.
+
+    None where none counts: its mean over nothing would be NaN.
+    """
+    shares = work.shares
+    if OTHERS in shares and not any([column[m] for column in shares.values()]):
+        return {}
+    value = output if loss is None else loss(output, *work.parts.targets[m : m + 1])
+    by_name = value if isinstance(value, Mapping) else {MAIN_LOSS: value}
+    if not by_name:
+        raise BatchError("the loss function returned an empty dict; return at least one loss")
+    for name, one in by_name.items():
+        if not isinstance(one, torch.Tensor) or one.numel() != 1:
+            raise _no_number(name, one, has_loss=loss is not None)
+    losses = dict(by_name)
+    if work.look is not None and loss is not None and m not in work.record.losses:
+        work.look.loss_ran(loss, m, output, work.parts.targets[m : m + 1])
+    work.record.losses[m] = {name: one.detach() for name, one in losses.items()}
+    return losses
+
+
+def seeds_of(flight: Flight, m: int, work: Work) -> list[torch.Tensor | None]:
+    """The gradient of each loss, the flight's roots: what it counts; None where it counts nothing.
+
+    Of a microbatch without losses the roots are the output, which gets zeros.
+    """
+    if not flight.names:
+        return list(map(torch.zeros_like, flight.roots))
+    seeds: list[torch.Tensor | None] = []
+    for name, root in zip(flight.names, flight.roots, strict=True):
+        share = share_of(work, name, m)
+        seeds.append(torch.full_like(root, share * work.gradient_scale) if share else None)
+    return seeds
+
+
+def add_seeds(
+    added: Sequence[AddedLoss],
+    m: int,
+    work: Work,
+    roots: list[torch.Tensor],
+    seeds: list[torch.Tensor],
+) -> None:
+    """Let the backward of microbatch m start, too, from what its cells have added."""
+    for loss in added:
+        if loss.value.requires_grad:
+            roots.append(loss.value)
+            seeds.append(torch.full_like(loss.value, work.by_samples[m] * work.gradient_scale))
+
+
+def record_added(added: Sequence[AddedLoss], m: int, work: Work) -> None:
+    """Note, without its graph, what cells have added; raises BatchError if it would count wrong."""
+    if not work.can_add_losses:
+        raise BatchError(
+            "total_weight was given, but a cell adds a loss with add_loss, which counts by "
+            "samples; give total_samples too"
+        )
+    own = work.record.added.setdefault(m, [])
+    own += [replace(loss, value=loss.value.detach()) for loss in added]
+
+
+def _no_number(name: str, loss: object, *, has_loss: bool) -> BatchError:
+    got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+    remedy = "let the loss function return a mean" if has_loss else "give Pipeline a loss function"
+    return BatchError(
+        f"the {name} must be one number, a mean over the samples, or a dict of such numbers, "
+        f"but it is {got}; {remedy}"
+    )

@@ -1,0 +1,89 @@
+"""What this rank runs in each kind of call, bound to its stages once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stagewise.engine.stage.stage import Action, Stage
+from stagewise.engine.transport.transport import Links
+from stagewise.planning.simulate import simulate, unit_costs
+from stagewise.schedule import (
+    Instruction,
+    Message,
+    Schedule,
+    Step,
+    forward_only,
+    links,
+    lower,
+)
+
+
+class Bound(NamedTuple):
+    """An instruction, what runs it, and its messages."""
+
+    device: int
+    instruction: Instruction
+    action: Action
+    receives: tuple[Message, ...]
+    sends: tuple[Message, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankProgram:
+    """This rank's instructions in order, and the order of messages on its links."""
+
+    steps: Sequence[Bound]
+    instructions: Sequence[Instruction]  # of the steps
+    links: Links
+    recomputed: frozenset[tuple[int, int]]  # (stage, microbatch)
+
+
+class Programs(dict[tuple[bool, int], RankProgram]):
+    """Those of one schedule, by (whether the call trains, number of microbatches), made when asked.
+
+    `flows` are the stages between which skips travel past others.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: Mapping[int, Stage],
+        rank: int | None,  # None: this process runs all devices
+        flows: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
+
+    def __missing__(self, key: tuple[bool, int]) -> RankProgram:
+        schedule = self._schedule_of(*key)
+        programs = lower(schedule, self._flows)
+        if self._rank is None:
+            steps = {step.instruction: step for program in programs for step in program}
+            own = [(device, steps[i]) for device, i in _in_time_order(schedule)]
+        else:
+            own = [(self._rank, step) for step in programs[self._rank]]
+        made = self[key] = RankProgram(
+            steps=[self._bound(device, step) for device, step in own],
+            instructions=[step.instruction for _, step in own],
+            links=links(programs),
+            recomputed=schedule.recomputed,
+        )
+        return made
+
+    def place(self, instruction: Instruction, key: tuple[bool, int]) -> int:
+        """Where it stands in simulated time, among all devices' instructions."""
+        order = _in_time_order(self._schedule_of(*key))
+        return [other for _, other in order].index(instruction)
+
+    def _bound(self, device: int, step: Step) -> Bound:
+        action = self._stages[step.instruction.stage].action(step.instruction)
+        return Bound(device, step.instruction, action, step.receives, step.sends)
+
+    def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
+        if training:
+            return self._schedule.of_first(num_microbatches)
+        return forward_only(self._schedule.placement, num_microbatches)
+
+
+def _in_time_order(schedule: Schedule) -> Iterator[tuple[int, Instruction]]:
+    for span in simulate(schedule, unit_costs(schedule.num_stages)).spans:
+        yield span.device, span.instruction
