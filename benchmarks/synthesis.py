@@ -17,7 +17,7 @@ from benchmarks.workers import Row, print_rows
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.planning import lower_bound_seconds, simulate, synthesise
 from stagewise.planning.synthesis.synthesise import EFFORT, named_schedules
-from stagewise.schedule import Kind, with_recompute
+from stagewise.schedule import with_recompute
 
 PLACEMENTS = ("contiguous", "looped", "v", "replicated")
 CAPS = ("none", "depth", "some")
@@ -181,7 +181,7 @@ def best_named_seconds(case: Case) -> float | None:
     """The fastest named schedule of the same placement that keeps the same caps."""
     best = None
     for named in named_schedules(case.placement, case.num_microbatches):
-        if not case.split and any(i.kind is Kind.BACKWARD_WEIGHT for _, i in named.instructions()):
+        if named.splits_backward and not case.split:
             continue
         timeline = simulate(with_recompute(named, case.recompute), case.costs, case.link)
         peaks = timeline.peak_activation_bytes(case.costs)

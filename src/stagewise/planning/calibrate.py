@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from stagewise.costs import CellCost, InstructionCost, StageCost
-from stagewise.planning.simulate import instruction_seconds
 from stagewise.schedule import Instruction, Kind, LoweredProgram, Message, Schedule, lower
+from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
 _KINDS = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
@@ -63,8 +63,8 @@ def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) 
     """
     beyond: dict[Kind, list[float]] = defaultdict(list)
     for span in (span for timeline in timelines for span in timeline.spans):
-        kind = span.instruction.kind
-        beyond[kind].append(span.seconds - instruction_seconds(span.instruction, costs))
+        kind, cost = span.instruction.kind, costs[span.instruction.stage]
+        beyond[kind].append(span.seconds - KINDS[kind].seconds_on(cost))
     usual = {kind: statistics.median(seconds) for kind, seconds in beyond.items()}
     forward, backward, inputs, weights = map(usual.get, _KINDS)
     if backward is None:

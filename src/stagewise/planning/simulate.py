@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
-from stagewise.schedule import Instruction, Message, Schedule, lower, walk
+from stagewise.schedule import Message, Schedule, lower, walk
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
@@ -28,31 +28,21 @@ def simulate(
     spans = []
     for device, step in walk(lower(schedule)):
         start = max([device_free[device], *(arrival[message] for message in step.receives)])
-        end = start + instruction_seconds(step.instruction, costs)
+        instruction, traits = step.instruction, KINDS[step.instruction.kind]
+        end = start + traits.seconds_on(costs[instruction.stage])
         device_free[device] = end
         spans.append(
-            Span(
-                device=device,
-                instruction=step.instruction,
-                start_seconds=start,
-                end_seconds=end,
-            )
+            Span(device=device, instruction=instruction, start_seconds=start, end_seconds=end)
         )
-        stream = KINDS[step.instruction.kind].stream
         for message in step.sends:
             arrival[message] = end
-            if stream is not None and message.source != message.destination:
+            if traits.stream is not None and message.source != message.destination:
                 between = (message.source, message.destination)
                 device_free[device] += link.overhead_seconds
                 leaves = max(device_free[device], link_free.get(between, zero))
-                arrives = leaves + stream.seconds(message.source_stage, costs, link)
+                arrives = leaves + traits.stream.seconds(message.source_stage, costs, link)
                 arrival[message] = link_free[between] = arrives
     return Timeline(schedule.num_devices, tuple(sorted(spans, key=_when)))
-
-
-def instruction_seconds(instruction: Instruction, costs: Sequence[StageCost]) -> float:
-    """How long `instruction` keeps its device busy."""
-    return KINDS[instruction.kind].seconds_on(costs[instruction.stage])
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:

@@ -27,12 +27,11 @@ class Kind(enum.StrEnum):
     RECOMPUTE = "R"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Stream:
-    """What travels from stage to stage, in messages called by `kind`.
+    """What travels from every stage to the one `step` further, in messages called by `kind`.
 
-    `step` leads from a stage to the one that receives; the size is `num_bytes`, a field of the
-    costs of the earlier of both stages.
+    Its size is a field of the costs of the earlier of both stages.
     """
 
     name: str
@@ -66,8 +65,7 @@ class KindTraits:
 
     def seconds_on(self, cost: StageCost) -> float:
         """How long they keep the device of a stage with these costs busy."""
-        seconds: float = getattr(cost, self.seconds)
-        return seconds
+        return getattr(cost, self.seconds)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def in_flight(self) -> int:
@@ -80,50 +78,25 @@ class KindTraits:
         return bool(self.parts) and "forward" not in self.parts
 
 
-ACTIVATIONS = Stream(name="activation", kind=Kind.FORWARD, step=1, num_bytes="output_bytes")
-GRADIENTS = Stream(name="gradient", kind=Kind.BACKWARD, step=-1, num_bytes="gradient_bytes")
-_GRAPH = ("input_bytes", "activation_bytes")
-_BEFORE = (Kind.FORWARD, Kind.RECOMPUTE)
+_F, _B, _I, _W, _R = Kind
+ACTIVATIONS = Stream("activation", _F, 1, "output_bytes")
+GRADIENTS = Stream("gradient", _B, -1, "gradient_bytes")
+_INPUT, _GRAPH, _WAITING = "input_bytes", "activation_bytes", "deferred_bytes"
 
+# fmt: off
 KINDS: dict[Kind, KindTraits] = {
-    Kind.FORWARD: KindTraits(
-        title="forward",
-        parts=("forward",),
-        stream=ACTIVATIONS,
-        seconds="forward_seconds",
-        keeps=_GRAPH,
-    ),
-    Kind.BACKWARD: KindTraits(
-        title="backward",
-        parts=("inputs", "weights"),
-        after=_BEFORE,
-        stream=GRADIENTS,
-        seconds="backward_seconds",
-        frees=_GRAPH,
-    ),
-    Kind.BACKWARD_INPUT: KindTraits(
-        title="backward for inputs",
-        parts=("inputs",),
-        after=_BEFORE,
-        stream=GRADIENTS,
-        seconds="input_seconds",
-        keeps=("deferred_bytes",),
-        frees=_GRAPH,
-    ),
-    Kind.BACKWARD_WEIGHT: KindTraits(
-        title="backward for weights",
-        parts=("weights",),
-        after=(Kind.BACKWARD_INPUT,),
-        seconds="weight_seconds",
-        frees=("deferred_bytes",),
-    ),
-    Kind.RECOMPUTE: KindTraits(
-        title="recompute",
-        after=(Kind.FORWARD,),
-        seconds="recompute_seconds",
-        keeps=("activation_bytes",),  # which its forward, then, does not keep
-    ),
+    _F: KindTraits(title="forward", seconds="forward_seconds", parts=("forward",),
+                   stream=ACTIVATIONS, keeps=(_INPUT, _GRAPH)),
+    _B: KindTraits(title="backward", seconds="backward_seconds", parts=("inputs", "weights"),
+                   after=(_F, _R), stream=GRADIENTS, frees=(_INPUT, _GRAPH)),
+    _I: KindTraits(title="backward for inputs", seconds="input_seconds", parts=("inputs",),
+                   after=(_F, _R), stream=GRADIENTS, keeps=(_WAITING,), frees=(_INPUT, _GRAPH)),
+    _W: KindTraits(title="backward for weights", seconds="weight_seconds", parts=("weights",),
+                   after=(_F, _R, _I), frees=(_WAITING,)),
+    # What it keeps, its forward then does not.
+    _R: KindTraits(title="recompute", seconds="recompute_seconds", after=(_F,), keeps=(_GRAPH,)),
 }
+# fmt: on
 
 _TEXT = re.compile(rf"(\d+)([{''.join(Kind)}])(\d+)")
 
@@ -168,13 +141,6 @@ class Instruction:
             sender = self.stage - traits.stream.step
             found += [(sender, kind) for kind, t in KINDS.items() if t.stream is traits.stream]
         return tuple(Instruction(stage, kind, self.microbatch) for stage, kind in found)
-
-
-@functools.cache
-def kinds_before(kind: Kind) -> frozenset[Kind]:
-    """All kinds that come before `kind` on a stage, those before them included."""
-    own = KINDS[kind].after
-    return frozenset(own).union(*map(kinds_before, own))
 
 
 def kinds_with(part: Part) -> tuple[Kind, ...]:

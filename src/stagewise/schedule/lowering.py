@@ -52,19 +52,6 @@ class Step:
 LoweredProgram = tuple[Step, ...]
 
 
-def message_of(schedule: Schedule, instruction: Instruction) -> Message | None:
-    """The message that `instruction` sends, if it sends any."""
-    stream = KINDS[instruction.kind].stream
-    if stream is None:
-        return None
-    stage, m = instruction.stage, instruction.microbatch
-    target = stage + stream.step
-    if not 0 <= target < schedule.num_stages:
-        return None
-    source, destination = schedule.device_of(stage, m), schedule.device_of(target, m)
-    return Message(stream.kind, m, stage, target, source, destination)
-
-
 def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[LoweredProgram, ...]:
     """Add receives and sends to every instruction of a valid schedule.
 
@@ -79,17 +66,16 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
     awaited: dict[tuple[Kind, int, int], list[Message]] = defaultdict(list)
     sent: dict[Instruction, tuple[Message, ...]] = {}
     for _, instruction in schedule.instructions():
-        message = message_of(schedule, instruction)
-        if message is None:
+        stream, stage, m = KINDS[instruction.kind].stream, instruction.stage, instruction.microbatch
+        if stream is None or not 0 <= stage + stream.step < schedule.num_stages:
             continue
-        stage, kind, m = message.source_stage, message.kind, message.microbatch
-        skips = (
-            Message(kind, m, stage, target, message.source, schedule.device_of(target, m))
-            for target in targets.get((kind, stage), ())
+        source = schedule.device_of(stage, m)
+        sent[instruction] = tuple(
+            Message(stream.kind, m, stage, target, source, schedule.device_of(target, m))
+            for target in (stage + stream.step, *targets.get((stream.kind, stage), ()))
         )
-        sent[instruction] = (message, *skips)
         for message in sent[instruction]:
-            awaited[kind, message.destination_stage, m].append(message)
+            awaited[stream.kind, message.destination_stage, m].append(message)
 
     def step(instruction: Instruction) -> Step:
         stream = KINDS[instruction.kind].stream

@@ -59,9 +59,9 @@ def _recomputing(
     out: list[Instruction] = []
     for i in program:
         if i.kind in _BACKWARDS and wanted(i):
-            own = Instruction(i.stage, Kind.FORWARD, i.microbatch)
-            if i.stage != last_stage or out[-1:] != [own]:
-                out.append(Instruction(i.stage, Kind.RECOMPUTE, i.microbatch))
+            m = i.microbatch
+            if i.stage != last_stage or out[-1:] != [Instruction(i.stage, Kind.FORWARD, m)]:
+                out.append(Instruction(i.stage, Kind.RECOMPUTE, m))
         out.append(i)
     return tuple(out)
 

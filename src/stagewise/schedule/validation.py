@@ -19,7 +19,6 @@ from stagewise.schedule.instruction import (
     Instruction,
     Kind,
     Part,
-    kinds_before,
     kinds_with,
 )
 from stagewise.schedule.lowering import lower
@@ -126,7 +125,7 @@ def _order(schedule: Schedule) -> Iterator[Finding]:
     earlier: dict[tuple[int, int], list[tuple[Kind, Place]]] = defaultdict(list)
     for place, i in _places(schedule):
         for kind, before in earlier[i.stage, i.microbatch]:
-            if i.kind in kinds_before(kind):
+            if i.kind in KINDS[kind].after:
                 culprit = Instruction(i.stage, kind, i.microbatch)
                 yield f"{culprit} stands before {i}, on which it depends", [before, place]
         earlier[i.stage, i.microbatch].append((i.kind, place))

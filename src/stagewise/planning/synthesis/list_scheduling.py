@@ -2,9 +2,9 @@
 
 Problem: which of the ready operations a device should run next depends on costs, links and caps.
 Idea: one event-driven loop and a `Rule` that answers; many rules are tried and the best kept.
-Invariant (no deadlock): what a device holds can always finish, oldest microbatch first (`banker`),
-and limits never hold a device's oldest back. The oldest unfinished microbatch of all is the oldest
-wherever it stands, so it can always go on.
+Invariant (no deadlock): a device can always finish every microbatch it holds, oldest first
+(`memory_safety`), and limits never hold its oldest back. The oldest unfinished microbatch of all is
+the oldest wherever it is, so it can always go on.
 """
 
 import heapq

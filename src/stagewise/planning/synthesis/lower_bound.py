@@ -1,7 +1,7 @@
 """No schedule can be faster than this: a lower bound on the seconds of a step.
 
 Problem: a synthesised schedule is only known to be good beside what is possible at all.
-Idea: one device at a time. With the heads and tails of `ranks` it is a one-machine problem, whose
+Idea: one device at a time. With its `heads_and_tails` it is a one-machine problem, whose
 preemptive optimum (Jackson's rule: of what is released, the longest tail first) bounds every
 schedule. Under a cap, bytes times seconds of all microbatches must fit below it, too.
 Source: Carlier, "The one-machine sequencing problem", EJOR 1982.

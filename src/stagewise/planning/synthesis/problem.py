@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import TypedDict
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
@@ -29,14 +28,28 @@ Programs = list[list[int]]  # operations per device, in order
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Placement, costs and caps; arrays are per operation unless said otherwise.
+class Operations:
+    """Arrays by operation.
 
     `needs[op]` is the arrival that op waits for and `fills[op]` the one that it causes, -1 for
     none; `link_of[op]` numbers the pair of devices that its message crosses, -1 where it stays.
     `recompute_seconds[op]` comes before a backward that recomputes, but for one that directly
     follows its own forward on the last stage (`fresh`).
     """
+
+    seconds: list[float]
+    recompute_seconds: list[float]
+    needs: list[int]
+    fills: list[int]
+    reaches: list[int]  # the device where its message arrives
+    link_of: list[int]
+    transfer_seconds: list[float]
+    num_links: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(Operations):
+    """Placement, costs and caps, and what they make of the operations."""
 
     placement: tuple[tuple[int, ...], ...]
     costs: tuple[StageCost, ...]
@@ -49,14 +62,6 @@ class Problem:
     device_of: list[list[int]]  # per stage and microbatch
     stages_of: list[list[int]]  # per device, ascending
     recomputes: list[bool]  # per microbatch
-    seconds: list[float]
-    recompute_seconds: list[float]
-    needs: list[int]
-    fills: list[int]
-    reaches: list[int]  # the device where its message arrives
-    link_of: list[int]
-    transfer_seconds: list[float]
-    num_links: int
 
     @property
     def num_stages(self) -> int:
@@ -196,29 +201,16 @@ def problem_of(
         device_of=device_of,
         stages_of=[[s for s in range(num_stages) if d in placed[s]] for d in range(num_devices)],
         recomputes=recomputes,
-        **_arrays(device_of, costs, link, recomputes),
+        **vars(_operations(device_of, costs, link, recomputes)),
     )
 
 
-class _Arrays(TypedDict):
-    """Those of a Problem that are per operation."""
-
-    seconds: list[float]
-    recompute_seconds: list[float]
-    needs: list[int]
-    fills: list[int]
-    reaches: list[int]
-    link_of: list[int]
-    transfer_seconds: list[float]
-    num_links: int
-
-
-def _arrays(
+def _operations(
     device_of: Sequence[Sequence[int]],
     costs: Sequence[StageCost],
     link: LinkCost,
     recomputes: Sequence[bool],
-) -> _Arrays:
+) -> Operations:
     stages, count = range(len(costs)), len(recomputes)
     seconds, again, took = list[float](), list[float](), list[float]()
     needs, fills, reaches, link_of = list[int](), list[int](), list[int](), list[int]()
@@ -241,7 +233,7 @@ def _arrays(
             far = sends and reached != source
             reaches.append(reached)
             link_of.append(links.setdefault((source, reached), len(links)) if far else -1)
-    return _Arrays(
+    return Operations(
         seconds=seconds,
         recompute_seconds=again,
         needs=needs,
