@@ -5,7 +5,7 @@
    between processes of one host; `peers` names who does not answer.
 3. `mailbox` knows which message comes next and in what form (`message_form`; `forms` that both ends
    remember; `local_classes` in them). In one process a dictionary does for it (`local`).
-4. `ranks` is how ranks agree, give and sum; `rendezvous` is where all hear what each came for.
+4. `ranks` is how ranks agree, give and sum; in `rendezvous` they hear that they make the same call.
 5. `failure`: what a rank that fails tells the others. `processes`: torch.distributed's own, before
    they are ranks of a pipeline.
 """

@@ -101,7 +101,7 @@ class Ranks:
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
         """Every rank's row, by rank: how ranks agree before anything moves.
 
-        `what` names the call for people; BatchError on every rank if they come for different ones.
+        `what` names the call for people; BatchError on every rank if they make different ones.
         """
         return [list(row)] if self.num_ranks == 1 else self._rendezvous.exchange(row, what)
 

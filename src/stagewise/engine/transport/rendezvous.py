@@ -1,4 +1,4 @@
-"""Where all ranks meet: each says what it has come for, and all hear it if these differ.
+"""Where ranks agree that they make the same call: each names its own, and all hear others' names.
 
 Problem: ranks that make different calls would take each other's numbers for answers, or wait for
 ever; numbers that nobody reads would stay in the stream and be read by the next call.
@@ -40,7 +40,7 @@ class Rendezvous:
         self._last = "Pipeline(...)"
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
-        """Every rank's row, by rank, where all come for `what`; else all raise BatchError.
+        """Every rank's row, by rank, where all make the call `what`; else all raise BatchError.
 
         PeerError on all where some rank's program has ended.
         """
@@ -48,7 +48,7 @@ class Rendezvous:
         if len(set(map(len, rows))) > 1:
             lengths = [len(said) // _NUMBER.size for said in rows]
             raise BatchError(
-                f"ranks come for {what} with {lengths} numbers, so they hold other models or other "
+                f"ranks call {what} with {lengths} numbers, so they hold other models or other "
                 "versions of stagewise; run the same code on every rank"
             )
         numbers = struct.Struct(f"={len(row)}q")
@@ -59,7 +59,7 @@ class Rendezvous:
         return [pickle.loads(said) for said in self._said(pickle.dumps(value), what)]
 
     def leave(self, why: str) -> None:
-        """Tell whoever meets that this rank's program has ended, and `why`; waits for nobody."""
+        """Tell whoever waits that this rank's program has ended, and `why`; waits for nobody."""
         text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
         self._peers.patience = 0  # nobody will read why another has gone, too
         for rank in self._others if self._rank == 0 else (0,):

@@ -12,20 +12,18 @@ import functools
 import socket
 import struct
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
 
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Arrival
+from stagewise.engine.transport.wire import Arrival, Later
 
 _SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than waking
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
@@ -55,7 +53,7 @@ class UnixSockets:
         link, data, left = self._links[rank], list(map(_memory, tensors)), 0
         for part in data:
             left += part.nbytes
-        if link.late is None or not link.late.queue.unfinished_tasks:
+        if link.late is None or not link.late.is_busy():
             try:
                 while left:
                     sent = link.socket.sendmsg(data[:_PIECES], (), _AT_ONCE)
@@ -99,9 +97,8 @@ class UnixSockets:
     def finish(self) -> None:
         for rank, link in self._links.items():
             if link.late is not None:
-                link.late.queue.join()
-                if link.late.errors:
-                    raise self._peers.lost(link.late.errors[0], rank)
+                with self._peers.named(rank):
+                    link.late.finish()
 
     def close(self) -> None:
         for link in self._links.values():
@@ -114,7 +111,7 @@ class _Link:
 
     def __init__(self, connection: socket.socket, timeout: timedelta) -> None:
         self.socket, self.seconds = connection, timeout.total_seconds()
-        self.late: _Late | None = None
+        self.late: Later | None = None
         connection.settimeout(None)  # whatever socket.setdefaulttimeout says: the kernel's counts
         seconds, rest = divmod(timeout, timedelta(seconds=1))
         patience = struct.pack("@ll", seconds, rest.microseconds)
@@ -125,43 +122,17 @@ class _Link:
         if self.late is None:
             self.socket.close()
         else:
-            self.late.queue.put(None)
+            self.late.add(self.socket.close)
 
     def send_late(self, data: Sequence[memoryview]) -> None:
-        if self.late is None:
-            self.late = _Late(self.socket)
+        self.late = self.late or Later()
         for part in data:
-            self.late.queue.put(part)
+            self.late.add(functools.partial(self.socket.sendall, part, _NO_SIGNAL))
 
     def close(self) -> None:
         self.__del__()
         if self.late is not None:
-            self.late.thread.join()
-
-
-class _Late:
-    """What the kernel had no room for, sent in order by a thread, which closes the socket."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.queue: Queue[memoryview | None] = Queue()
-        self.errors: list[OSError] = []
-        # A daemon: a rank that fails must be able to end while its messages are stuck.
-        arguments = (connection, self.queue, self.errors)
-        self.thread = threading.Thread(target=_send_all, args=arguments, daemon=True)
-        self.thread.start()
-
-
-def _send_all(
-    connection: socket.socket, queue: "Queue[memoryview | None]", errors: list[OSError]
-) -> None:
-    while (data := queue.get()) is not None:
-        try:
-            if not errors:
-                connection.sendall(data, _NO_SIGNAL)
-        except OSError as error:
-            errors.append(error)
-        queue.task_done()
-    connection.close()
+            self.late.close()
 
 
 def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:

@@ -9,8 +9,10 @@ To add one: a file with such a class, its row in that test, and its place in `co
 """
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -111,3 +113,61 @@ def _parted(
     """Those of at most `limit` bytes, and the others."""
     small = [tensor for tensor in tensors if tensor.nbytes <= limit]
     return small, [tensor for tensor in tensors if tensor.nbytes > limit]
+
+
+class Later:
+    """A thread that does in order what a wire cannot do at once; after an error, nothing more."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._ends: SimpleQueue[Exception | None] = SimpleQueue()
+        self._num_left = 0
+        self._error: Exception | None = None
+        # A daemon: a rank that fails must be able to end while its messages are stuck.
+        arguments = (self._tasks, self._ends)
+        self._thread = threading.Thread(target=_work_off, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __del__(self) -> None:
+        self._tasks.put(None)
+
+    def add(self, task: Callable[[], object]) -> None:
+        """Do it once all before it is done."""
+        self._tasks.put(task)
+        self._num_left += 1
+
+    def is_busy(self) -> bool:
+        """Whether something is left to do."""
+        while not self._ends.empty():
+            self._note_end()
+        return self._num_left > 0
+
+    def finish(self) -> None:
+        """Wait until all is done; raises the first error."""
+        while self._num_left:
+            self._note_end()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread once all is done."""
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _note_end(self) -> None:
+        self._error = self._ends.get() or self._error
+        self._num_left -= 1
+
+
+def _work_off(
+    tasks: "SimpleQueue[Callable[[], object] | None]", ends: "SimpleQueue[Exception | None]"
+) -> None:
+    error: Exception | None = None
+    while (task := tasks.get()) is not None:
+        try:
+            if error is None:
+                task()
+        except Exception as first:
+            error = first
+        del task  # and what it keeps alive
+        ends.put(error)
