@@ -35,7 +35,8 @@ environment of its own with the versions in `constraints-models.txt`. Tiny confi
 random weights and no dropout, float64 but for what cannot run in it. Every model is captured from
 an example of 8 samples and compared with itself, unpipelined: with two and four stages, 4
 microbatches (M=1 where mathematics forbids them, for the reason given), other sizes than the
-example's, in evaluation, prediction, with all forwards recomputed, and in two processes over gloo.
+example's, in evaluation, prediction, with all forwards recomputed, and in two processes over gloo
+(`-`: not this model; what takes long to capture runs there one in six).
 
 `result`: *fine* if every comparison holds; *refused*, an error of stagewise's, in words; *raw*, any
 other error; *wrong*, a number that is no round-off. `captured by`: torch.export, or `cells=`, the

@@ -94,10 +94,10 @@ class Row:
         self.note("gradients", max(difference(found, wanted[1]) for _, found in steps), 1.0)
         self.names(pipes[-1])
         self.other_sizes(pipes[0])
-        self.in_eval(pipes[-1])
         again = self.pipe(dataclasses.replace(plan, recompute="always"))
         loss, gradients = self.step(again, self.batch)
         self.note("recompute", max(abs(loss - wanted[0]), difference(gradients, wanted[1])), 1.0)
+        self.in_eval(pipes[-1])  # last: some models are others afterwards
         self.wanted = plan, wanted, self.paths
 
     def planned(self) -> stagewise.Plan:

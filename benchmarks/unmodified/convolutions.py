@@ -104,7 +104,6 @@ TIMM = [
     _timm("CaiT", "cait_xxs24_224", **_VIT, num_heads=4),
     _timm("ConViT", "convit_tiny", **_VIT),
     _made("ConvMixer", "convmixer", "ConvMixer", dim=32, depth=3, kernel_size=3, patch_size=4),
-    _timm("CSPNet", "cspresnet50"),
     _timm(
         "DaViT",
         "davit_tiny",
@@ -116,13 +115,10 @@ TIMM = [
     _timm("DLA", "dla46_c"),
     _timm("EdgeNeXt", "edgenext_xx_small", 64, drop_path_rate=0.0),
     _timm("EfficientViT", "efficientvit_b0", drop_rate=0.0),
-    _timm("FastViT", "fastvit_t8", 64, drop_path_rate=0.0),
     _made("FocalNet", "focalnet", "FocalNet", depths=(1, 1, 1, 1), embed_dim=8, drop_path_rate=0.0),
     _timm("GhostNet", "ghostnet_050", drop_rate=0.0),
-    _timm("HGNet", "hgnetv2_b0"),
     _timm("Inception-NeXt", "inception_next_atto", drop_path_rate=0.0),
     _timm("MambaOut", "mambaout_femto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
-    _timm("CoAtNet", "coatnet_nano_rw_224", 64, img_size=64, drop_path_rate=0.0),
     _made("PoolFormer V2", "metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
     _timm("MobileViT", "mobilevit_xxs", 64, drop_rate=0.0),
     _made(
@@ -135,14 +131,8 @@ TIMM = [
         depths=(1, 1, 1),
         patch_size=2,
     ),
-    _timm("NFNet", "nf_regnet_b0", drop_path_rate=0.0, drop_rate=0.0),
-    _timm("PVT V2", "pvt_v2_b0", drop_path_rate=0.0),
     _timm("RepVGG", "repvgg_a0"),
-    _timm("RepViT", "repvit_m0_9"),
-    _timm("ResNeSt", "resnest14d"),
     _timm("ResNet V2", "resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
-    _timm("Sequencer", "sequencer2d_s", img_size=32, layers=(1, 1, 1, 1), patch_sizes=(4, 1, 1, 1)),
-    _timm("SKNet", "skresnet18"),
     _timm("TNT", "tnt_s_patch16_224", img_size=32, embed_dim=48, depth=3),
     _timm(
         "Twins",
@@ -230,5 +220,4 @@ TORCHVISION = [
     ),
     _pixels("LR-ASPP", "lraspp_mobilenet_v3_large"),
     _pixels("DeepLab V3", "deeplabv3_mobilenet_v3_large"),
-    _pixels("FCN", "fcn_resnet50"),
 ]

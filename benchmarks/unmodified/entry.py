@@ -25,7 +25,8 @@ class Entry:
     `length_fixed` says why the model takes no other, which is then refused in words.
     `whole_batch` says why mathematics forbids microbatches; `dtype` is float64 but for what cannot
     run in it. With `cells` the model is cut by the paths of its modules, in place of being
-    captured. Not `joined` are outputs that hold numbers of a whole microbatch.
+    captured. Not `joined` are outputs that hold numbers of a whole microbatch. In two
+    `processes` run those that are captured in a moment, and one of every other kind.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     dtype: torch.dtype = torch.float64
     cells: tuple[str, ...] | None = None
     joined: bool = True
+    processes: bool = True
 
 
 def of(library: str, model: str, config: str | None = None, **settings: Any) -> Any:

@@ -118,9 +118,6 @@ IMAGES = [
     _classifier("DINOv2 with registers", "Dinov2WithRegisters", mlp_ratio=2),
     _classifier("DeiT", "DeiT"),
     _classifier("BEiT", "Beit", use_relative_position_bias=True, drop_path_rate=0.0),
-    _classifier("Data2Vec, vision", "Data2VecVision", drop_path_rate=0.0),
-    _classifier("ViT-MSN", "ViTMSN"),
-    _classifier("I-JEPA", "IJepa"),
     _classifier("Swin V2", "Swinv2", _SWIN),
     _classifier("ConvNeXt V2", "ConvNextV2", _CONVNEXT),
     _classifier("FocalNet", "FocalNet", _SWIN, focal_levels=[2, 2], focal_windows=[3, 3]),
@@ -139,7 +136,6 @@ IMAGES = [
         drop_path_rate=0.0,
     ),
     _classifier("PoolFormer", "PoolFormer", _CONVNEXT, drop_path_rate=0.0),
-    _classifier("PVT", "Pvt", _SEGFORMER, image_size=64, size=64),
     _classifier("PVT v2", "PvtV2", _SEGFORMER, image_size=64, size=64),
     _classifier(
         "CvT",
@@ -183,14 +179,6 @@ IMAGES = [
         {"width_multiplier": 0.25, "num_labels": 5},
         image_size=64,
         size=64,
-    ),
-    _classifier(
-        "RegNet",
-        "RegNet",
-        {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32]},
-        depths=[1, 1, 2, 1],
-        groups_width=8,
-        num_labels=5,
     ),
     _classifier(
         "ResNet",

@@ -32,7 +32,8 @@ def row_of(entry: Entry) -> dict[str, str]:
         here = Path(folder)
         seconds = _wait(_forked(_local, entry, here / "row"))
         row, wanted = _read(here / "row") or (_died(), None)
-        if wanted is not None:
+        row.setdefault("two processes", "-")
+        if wanted is not None and entry.processes:
             ranks = [_forked(_rank, entry, here / f"rank{r}", here, r, wanted) for r in range(2)]
             seconds += sum(_wait(child) for child in ranks)
             found = [_read(here / f"rank{rank}") or _died() for rank in range(2)]

@@ -12,7 +12,6 @@ from benchmarks.unmodified.entry import (
     logits,
     of,
     speech,
-    text,
     translation,
 )
 
@@ -70,6 +69,12 @@ def _frames(num_samples: int, length: int) -> Batch:
     }
 
 
+def _written(num_samples: int, length: int) -> Batch:
+    """What FSMT writes; without it it changes what it reads in place."""
+    tokens = ids(num_samples, length)
+    return {**translation(num_samples, length), "decoder_input_ids": tokens, "labels": tokens}
+
+
 TRANSLATORS = [
     _both("BART", "Bart"),
     _both("mBART", "MBart"),
@@ -102,11 +107,6 @@ TRANSLATORS = [
         whole_batch="the router's loss is no mean over samples",
     ),
     _both("Blenderbot", "Blenderbot", **_NO_DROP),
-    _both("Blenderbot, small", "BlenderbotSmall", **_NO_DROP),
-    _both("PLBart", "PLBart", **_NO_DROP),
-    _both("MVP", "Mvp", **_NO_DROP),
-    _both("PEGASUS-X", "PegasusX", num_global_tokens=4, block_size=8, **_NO_DROP),
-    _both("BigBird-Pegasus", "BigBirdPegasus", attention_type="original_full", **_NO_DROP),
     _both(
         "LED",
         "LED",
@@ -119,7 +119,7 @@ TRANSLATORS = [
         "FSMT",
         "FSMT",
         langs=["en", "de"],
-        batch=text,
+        batch=_written,
         src_vocab_size=100,
         tgt_vocab_size=100,
         dtype=torch.float32,
