@@ -90,9 +90,7 @@ DECODERS = [
     decoder("Phi-3", "Phi3", resid_pdrop=0.0, embd_pdrop=0.0),
     decoder("StableLM", "StableLm"),
     decoder("OLMo 2", "Olmo2"),
-    decoder("OLMo 3", "Olmo3", sliding_window=8),
     decoder("Cohere", "Cohere"),
-    decoder("Cohere 2", "Cohere2", sliding_window=8),
     decoder("Granite", "Granite"),
     decoder("StarCoder 2", "Starcoder2", residual_dropout=0.0, embedding_dropout=0.0),
     decoder(
@@ -140,9 +138,7 @@ DECODERS = [
         activation_dropout=0.0,
     ),
     decoder("Nemotron", "Nemotron", head_dim=8),
-    decoder("GLM-4", "Glm4", head_dim=8),
     decoder("Differential Llama", "DiffLlama", num_key_value_heads=4),
-    decoder("MiniCPM 3", "MiniCPM3", **_LATENT),
     decoder(
         "ModernBERT decoder",
         "ModernBertDecoder",

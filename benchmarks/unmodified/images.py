@@ -118,7 +118,6 @@ IMAGES = [
     _classifier("DINOv2 with registers", "Dinov2WithRegisters", mlp_ratio=2),
     _classifier("DeiT", "DeiT"),
     _classifier("BEiT", "Beit", use_relative_position_bias=True, drop_path_rate=0.0),
-    _classifier("Swin V2", "Swinv2", _SWIN),
     _classifier("ConvNeXt V2", "ConvNextV2", _CONVNEXT),
     _classifier("FocalNet", "FocalNet", _SWIN, focal_levels=[2, 2], focal_windows=[3, 3]),
     _classifier(
@@ -136,7 +135,6 @@ IMAGES = [
         drop_path_rate=0.0,
     ),
     _classifier("PoolFormer", "PoolFormer", _CONVNEXT, drop_path_rate=0.0),
-    _classifier("PVT v2", "PvtV2", _SEGFORMER, image_size=64, size=64),
     _classifier(
         "CvT",
         "Cvt",
@@ -146,16 +144,6 @@ IMAGES = [
         drop_path_rate=[0.0] * 3,
         attention_drop_rate=[0.0] * 3,
         mlp_ratio=[2.0] * 3,
-    ),
-    _classifier(
-        "LeViT",
-        "Levit",
-        {"image_size": 64, "num_labels": 5},
-        hidden_sizes=[16, 24, 32],
-        num_attention_heads=[2, 3, 4],
-        depths=[1, 1, 1],
-        key_dim=[8, 8, 8],
-        size=64,
     ),
     _classifier(
         "MobileNet V1",
@@ -171,14 +159,6 @@ IMAGES = [
         {"depth_multiplier": 0.25, "num_labels": 5},
         classifier_dropout_prob=0.0,
         image_size=32,
-    ),
-    _classifier("MobileViT", "MobileViT", _MOBILEVIT, size=64),
-    _classifier(
-        "MobileViT V2",
-        "MobileViTV2",
-        {"width_multiplier": 0.25, "num_labels": 5},
-        image_size=64,
-        size=64,
     ),
     _classifier(
         "ResNet",

@@ -48,12 +48,9 @@ MIXTURES = [
         dtype=_FLOAT32,
     ),
     _experts("Qwen3-MoE", "Qwen3Moe", head_dim=8),
-    _experts("OLMoE", "Olmoe"),
     _experts("Phi-MoE", "Phimoe", router_jitter_noise=0.0),
-    _experts("GraniteMoE", "GraniteMoe"),
     _experts("GPT-OSS", "GptOss", head_dim=8, sliding_window=8),
     _experts("DeepSeek-V3", "DeepseekV3", **_DEEPSEEK),
-    _experts("ERNIE 4.5 MoE", "Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
     _experts("JetMoE", "JetMoe", kv_channels=8),
     decoder("Mamba", "Mamba", _STATES, time_step_rank=2, use_cache=False, length_fixed=_UNROLLED),
     decoder(

@@ -71,17 +71,8 @@ SOUNDS = [
     _sound("HuBERT", "Hubert"),
     _sound("WavLM", "WavLM"),
     _sound("Wav2Vec2, CTC", "Wav2Vec2", "CTC"),
-    _sound("UniSpeech", "UniSpeech"),
-    _sound("UniSpeech-SAT", "UniSpeechSat"),
     _sound("SEW", "SEW", **_SQUEEZED),
     _sound("SEW-D", "SEWD", **_SQUEEZED, max_position_embeddings=64, position_buckets=16),
-    _sound("Data2Vec, audio", "Data2VecAudio", num_conv_pos_embeddings=2, conv_pos_kernel_size=3),
-    _sound(
-        "Wav2Vec2-Conformer",
-        "Wav2Vec2Conformer",
-        conformer_conv_dropout=0.0,
-        conv_depthwise_kernel_size=3,
-    ),
     Entry(
         "Wav2Vec2-BERT",
         of(

@@ -92,8 +92,6 @@ TRANSLATORS = [
         length_fixed="the number of global blocks is an operator's number",
     ),
     _both("Whisper", "Whisper", {**BART, **_AUDIO}, batch=speech),
-    _both("UMT5", "UMT5", T5),
-    _both("T5, gated", "T5", T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     _both(
         "Switch Transformers",
         "SwitchTransformers",
@@ -106,7 +104,6 @@ TRANSLATORS = [
         dtype=torch.float32,
         whole_batch="the router's loss is no mean over samples",
     ),
-    _both("Blenderbot", "Blenderbot", **_NO_DROP),
     _both(
         "LED",
         "LED",
