@@ -89,18 +89,27 @@ def _task(width: int) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 def _stagewise(rank: int, width: int, recompute: str) -> tuple[Step, Step]:
     import stagewise
+    from stagewise.engine.step.free_pages import FreePages
 
     model, x, y = _task(width)
     half = NUM_BLOCKS // NUM_RANKS
-    how: dict[str, Any] = {
+    by_block: dict[str, Any] = {"segments": (((1, True),) * half,) * NUM_RANKS}
+    how = {
         "never": {},
         "by stage": {"recompute": "always"},
-        "by block": {"segments": (((1, True),) * half,) * NUM_RANKS},
+        "by block": by_block,
+        "by block, pages kept": by_block,
+        "planned": {"recompute": "always"},
     }[recompute]
-    plan = stagewise.Plan(
-        balance=(half,) * NUM_RANKS, schedule="1f1b", num_microbatches=NUM_MICROBATCHES, **how
-    )
-    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    cut: dict[str, Any] = {"balance": (half,) * NUM_RANKS, "num_microbatches": NUM_MICROBATCHES}
+    loss = nn.functional.mse_loss
+    if recompute == "planned":
+        plan = stagewise.plan(model, x, target=y, loss=loss, num_stages=NUM_RANKS, **cut, **how)
+    else:
+        plan = stagewise.Plan(schedule="1f1b", **cut, **how)
+    pipe = stagewise.Pipeline(model, plan, loss=loss)
+    if recompute.endswith("pages kept"):
+        pipe._free_pages = FreePages(None)
     return lambda: pipe.step(x, target=y), pipe.zero_grad
 
 

@@ -4,6 +4,7 @@ The engine runs a call (`engine.step`); here its arguments are bound to one batc
 told to the other ranks rather than raised at once, and its loss and outputs are handed back.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, overload
@@ -13,6 +14,7 @@ import torch
 from stagewise.batch.custom_split import Split, split_by
 from stagewise.batch.markers import packed
 from stagewise.engine.stage.work import Mode, Scaling
+from stagewise.engine.step.free_pages import FreePages
 from stagewise.engine.step.results import (
     Losses,
     Merge,
@@ -47,6 +49,7 @@ class Calls(Share):
     _losses: dict[str, torch.Tensor]
     _num_microbatches: int
     _microbatch_losses: Losses
+    _free_pages: FreePages
 
     @overload
     def step(
@@ -117,9 +120,11 @@ class Calls(Share):
         scaling = Scaling(
             total_samples=total_samples, total_weight=total_weight, gradient_scale=loss_scale
         )
-        outputs_on = self._wanted(ranks) if return_outputs else []
+        outputs_on, start = self._wanted(ranks) if return_outputs else [], time.perf_counter()
         result = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
         self.step_index += 1
+        if self.plan.recomputes:
+            self._free_pages.give_back(time.perf_counter() - start)
         loss = self._loss_of(result)
         return (loss, self._outputs_of(result, outputs_on)) if return_outputs else loss
 

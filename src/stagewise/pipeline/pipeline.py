@@ -16,6 +16,7 @@ from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.loss import Loss, takes_target
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.work import Mode
+from stagewise.engine.step.free_pages import FreePages, trim_of_glibc
 from stagewise.engine.step.results import Losses, Merge
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
@@ -173,6 +174,7 @@ class Pipeline(Calls):
         self._returns_loss = loss is None
         self._takes_target = loss is not None and takes_target(loss)
         self._losses: dict[str, torch.Tensor] = {}
+        self._free_pages = FreePages(trim_of_glibc())
         self._num_microbatches, self._microbatch_losses = 0, Losses()
         on = ranks_of_stages(plan, ranks)
         self._runner = Runner(

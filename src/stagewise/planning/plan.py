@@ -89,6 +89,11 @@ class Plan:
         policy = "always" if self.recompute == "never" else self.recompute
         return validate(refine(plain, self.segments, policy))
 
+    @cached_property
+    def recomputes(self) -> bool:
+        """Whether some microbatch is recomputed on some stage."""
+        return bool(self.built_schedule.recomputed)
+
     @property
     def engine_balance(self) -> tuple[int, ...]:
         """Number of cells on each of the engine's stages: those of `built_schedule`."""

@@ -1,0 +1,46 @@
+"""Pages go back after steps, and for no more of their time than is said."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import stagewise
+from stagewise.engine.step.free_pages import SHARE, FreePages, trim_of_glibc
+
+
+def ticking(*seconds: float) -> Callable[[], float]:
+    """A clock that shows a time 0 and one of `seconds` later, and again with the next."""
+    times: Iterator[float] = (time for second in seconds for time in (0.0, second))
+    return lambda: next(times)
+
+
+def test_it_takes_its_share_of_the_steps_at_most() -> None:
+    given_back: list[int] = []
+    pages = FreePages(lambda: given_back.append(step), clock=ticking(*[4 * SHARE] * 5))
+    for step in range(13):  # noqa: B007  (what `given_back` notes)
+        pages.give_back(1.0)
+    # Each takes the share of four steps.
+    assert given_back == [0, 3, 7, 11]
+
+
+def test_a_c_library_without_it() -> None:
+    FreePages(None).give_back(1.0)
+
+
+@pytest.mark.parametrize(("recompute", "calls"), [("never", 0), ("always", 1)])
+def test_only_steps_that_recompute_give_back(recompute: str, calls: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=2, recompute=recompute)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    given_back: list[int] = []
+    pipe._free_pages = FreePages(lambda: given_back.append(1), clock=ticking(1.0))
+    for _ in range(2):  # the second has no time for it
+        pipe.step(torch.ones(4, 2), target=torch.ones(4, 2))
+    assert len(given_back) == calls
+
+
+def test_the_c_library_is_asked_where_it_can() -> None:
+    trim = trim_of_glibc()
+    assert trim is None or trim() in (0, 1)
