@@ -105,6 +105,25 @@ def test_imports_go_down_only(path: Path) -> None:
             assert here != "report" or there in {*PURE, "report"}, f"report imports {module}"
 
 
+def test_a_chain_is_planned_and_run_without_sympy() -> None:
+    """Capturing takes it, and 37 MiB: nothing that every rank loads may import it at once."""
+    loaded, waiting = set[str](), ["stagewise.pipeline.plan", "stagewise.training.trainer"]
+    while waiting:
+        module = waiting.pop()
+        path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        if module in loaded or not path.exists():
+            loaded.add(module)
+            continue
+        loaded.add(module)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not inside functions
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting.append(node.module)
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+    assert "stagewise.model.cells_of" in loaded and "torch" in loaded
+    assert not {name for name in loaded if "sympy" in name or "symbolic_shapes" in name}
+
+
 def test_timeline_sees_instructions_only() -> None:
     seen = {name for name in imports_of(PACKAGE / "timeline.py") if name.startswith("stagewise")}
     assert seen == {"stagewise.costs", "stagewise.schedule.instruction"}

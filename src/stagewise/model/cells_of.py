@@ -1,6 +1,7 @@
 """Taking any module: what is no chain of cells is captured from the example that came with it.
 
-Where the caller names the cells, the model's own forward is run in each of them instead.
+Where the caller names the cells, the model's own forward is run in each of them instead. What
+captures is imported where it is needed: with it comes sympy, and 37 MiB that a rank would keep.
 """
 
 import sys
@@ -14,8 +15,6 @@ from stagewise.errors import ModelError
 from stagewise.model.captured import captured_of
 from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, chain_of, is_chain
-from stagewise.model.export.capture import capture
-from stagewise.model.replay.capture_cells import AnyForm, capture_cells
 from stagewise.told import told
 
 _ALL = sys.maxsize  # samples
@@ -36,6 +35,8 @@ def chain_for(
         return _named(model, inputs, keywords, cells)
     if not isinstance(model, nn.Module) or is_chain(model) or (inputs is None and not keywords):
         return chain_of(model)
+    from stagewise.model.export.capture import capture
+
     args, kwargs = _example(inputs, keywords)
     captured = captured_of(model)
     if captured is None or not captured.form.matches(args, kwargs):
@@ -47,6 +48,8 @@ def chain_for(
 def _named(
     model: Model, inputs: object, keywords: Mapping[str, object], cells: Sequence[str]
 ) -> Chain:
+    from stagewise.model.replay.capture_cells import AnyForm, capture_cells
+
     captured = captured_of(model)
     form = captured.form if captured is not None else None
     if isinstance(form, AnyForm) and form.cells == tuple(cells):
