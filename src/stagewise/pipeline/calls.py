@@ -14,7 +14,6 @@ import torch
 from stagewise.batch.custom_split import Split, split_by
 from stagewise.batch.markers import packed
 from stagewise.engine.stage.work import Mode, Scaling
-from stagewise.engine.step.free_pages import FreePages
 from stagewise.engine.step.results import (
     Losses,
     Merge,
@@ -28,6 +27,7 @@ from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import UNSCALED, Request
 from stagewise.errors import BatchError, UsageError
 from stagewise.model.captured import Form
+from stagewise.pipeline.free_pages import FreePages
 from stagewise.pipeline.share import Share
 from stagewise.planning.plan import Plan
 

@@ -16,7 +16,6 @@ from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.loss import Loss, takes_target
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.work import Mode
-from stagewise.engine.step.free_pages import FreePages, trim_of_glibc
 from stagewise.engine.step.results import Losses, Merge
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
@@ -34,6 +33,7 @@ from stagewise.pipeline.build.refusals import refuse
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
 from stagewise.pipeline.build.whole_model import WholeModel
 from stagewise.pipeline.calls import Calls
+from stagewise.pipeline.free_pages import FreePages, trim_of_glibc
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.profiling.trial_steps import measure_memory, rehearse

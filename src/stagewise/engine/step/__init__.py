@@ -10,5 +10,5 @@
    what kind of loss it is (`loss_kind`), what of a microbatch counts (`counting`), and whether
    cells mix samples (`mixing`).
 
-`step` calls these in order; `free_pages` gives back what a step that recomputed has freed.
+`step` calls these in order.
 """

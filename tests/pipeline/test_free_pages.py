@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import stagewise
-from stagewise.engine.step.free_pages import SHARE, FreePages, trim_of_glibc
+from stagewise.pipeline.free_pages import SHARE, FreePages, trim_of_glibc
 
 
 def ticking(*seconds: float) -> Callable[[], float]:
