@@ -48,9 +48,6 @@ OWED_FUNCTIONS: dict[str, int] = {
     "model/export/cell_code.py:_program": 51,
     "model/promised_sizes.py:check": 53,
     "planning/partition/any_placement.py:branch_and_bound": 74,
-    "planning/partition/place.py:place": 61,
-    "planning/partition/problem.py:layout": 56,
-    "planning/synthesis/replay.py:_replay": 61,
     "profiling/trial_steps.py:profile": 68,
 }
 OWED_PARAMETERS: dict[str, int] = {

@@ -7,6 +7,7 @@ was proven, never as optimal.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from stagewise.planning.partition.any_placement import branch_and_bound, descend
@@ -72,29 +73,17 @@ def place(
     chain = layout(placement, cell_seconds, transfer_seconds=transfer_seconds, memory=memory)
     if chain.alone:
         exact = contiguous(chain)
-        return None if exact is None else _optimal(chain, exact[1])
-    apart = layout(
-        [(stage,) for stage in range(chain.num_stages)],
-        chain.cell_seconds.tolist(),
-        transfer_seconds=chain.transfers[1:-1].tolist(),
-    )
-    even = contiguous(apart)
-    assert even is not None  # only a cap could leave none
-    start = descend(chain, even[1], kicks=0)
+        return None if exact is None else _found(chain, exact[1])
+    start = descend(chain, _one_stage_each(chain), kicks=0)
     known, bound = chain.busiest_seconds(start), chain.least_seconds
     if known <= bound * (1 + _ROUNDING):
-        return _optimal(chain, start)
+        return _found(chain, start)
     if known <= bound * (1 + tolerance):
         return _found(chain, start, bound)
     if has_two_per_device(chain):
-        try:
+        with suppress(TooMuchWork):
             better = cut_two_per_device(chain, known, max_work)
-        except TooMuchWork:
-            pass
-        else:
-            if better is None and known == float("inf"):
-                return None
-            return _optimal(chain, start if better is None else better[1])
+            return _found(chain, start if better is None else better[1])
     if known == float("inf"):
         kicks = min(kicks, 2)
     start = descend(chain, start, kicks=min(kicks, 2_000 // chain.num_stages), tolerance=tolerance)
@@ -107,12 +96,21 @@ def place(
     return _found(chain, start, bound)
 
 
-def _optimal(chain: Layout, cuts: tuple[int, ...]) -> Partition:
-    seconds = chain.busiest_seconds(cuts)
-    return Partition(balance=balance_of(cuts), seconds=seconds, bound_seconds=seconds)
+def _one_stage_each(chain: Layout) -> tuple[int, ...]:
+    """The best cuts if every stage had a device for itself, without a cap."""
+    found = contiguous(
+        layout(
+            [(stage,) for stage in range(chain.num_stages)],
+            chain.cell_seconds.tolist(),
+            transfer_seconds=chain.transfers[1:-1].tolist(),
+        )
+    )
+    assert found is not None  # only a cap could leave none
+    return found[1]
 
 
-def _found(chain: Layout, cuts: tuple[int, ...], bound: float) -> Partition | None:
+def _found(chain: Layout, cuts: tuple[int, ...], bound: float = float("inf")) -> Partition | None:
+    """The cut, proven best unless a lower `bound` is all that is known; None if it does not fit."""
     seconds = chain.busiest_seconds(cuts)
     if seconds == float("inf"):
         return None

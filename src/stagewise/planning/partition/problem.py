@@ -165,24 +165,10 @@ def layout(
 ) -> Layout:
     """Check costs and lay them out for `placement`; raises PlanError where they make no sense."""
     placed = tuple(map(tuple, placement))
-    seconds = np.asarray(cell_seconds, dtype=np.float64)
-    num_cells, num_stages = len(seconds), len(placed)
-    check_counts(num_cells, num_stages)
+    check_counts(len(cell_seconds), len(placed))
     if any(not devices or len(set(devices)) != len(devices) for devices in placed):
         raise PlanError(f"placement {placed} must name each stage's devices, each of them once")
-    transfers = np.zeros(num_cells + 1)
-    if transfer_seconds is not None:
-        if len(transfer_seconds) != num_cells - 1:
-            raise PlanError(
-                f"got {len(transfer_seconds)} transfer times for {num_cells} cells; "
-                f"give one for each of the {num_cells - 1} inner boundaries"
-            )
-        transfers[1:-1] = transfer_seconds
-    for what in (seconds, transfers):
-        if not np.isfinite(what).all():
-            raise PlanError("costs must be finite numbers; measure again or give a balance")
-        if (what < 0).any():
-            raise PlanError("costs must not be negative; measure again or give a balance")
+    seconds, transfers = _checked(cell_seconds, transfer_seconds)
     prefix = np.concatenate([[0.0], np.cumsum(seconds)])
     shares = np.array([len(devices) for devices in placed], dtype=np.float64)[:, None]
     moves = [here != there for here, there in pairwise(placed)]
@@ -212,6 +198,27 @@ def layout(
         start_bytes=whole - inputs * np.asarray(memory.entering, dtype=np.float64),
         end_bytes=whole + graphs * np.asarray(memory.closing, dtype=np.float64),
     )
+
+
+def _checked(
+    cell_seconds: Sequence[float], transfer_seconds: Sequence[float] | None
+) -> tuple[Array, Array]:
+    """Seconds of cells, and of boundaries with both ends; raises PlanError for what is no cost."""
+    num_cells = len(cell_seconds)
+    seconds, transfers = np.asarray(cell_seconds, dtype=np.float64), np.zeros(num_cells + 1)
+    if transfer_seconds is not None:
+        if len(transfer_seconds) != num_cells - 1:
+            raise PlanError(
+                f"got {len(transfer_seconds)} transfer times for {num_cells} cells; "
+                f"give one for each of the {num_cells - 1} inner boundaries"
+            )
+        transfers[1:-1] = transfer_seconds
+    for what in (seconds, transfers):
+        if not np.isfinite(what).all():
+            raise PlanError("costs must be finite numbers; measure again or give a balance")
+        if (what < 0).any():
+            raise PlanError("costs must not be negative; measure again or give a balance")
+    return seconds, transfers
 
 
 def cuts_of(balance: Sequence[int]) -> tuple[int, ...]:

@@ -44,26 +44,16 @@ def replay(problem: Problem, programs: Programs) -> Replay:
 
 
 def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float:
-    seconds, again, transfers = (
-        problem.seconds,
-        problem.recompute_seconds,
-        problem.transfer_seconds,
-    )
-    needs, fills, reaches, link_of = (
-        problem.needs,
-        problem.fills,
-        problem.reaches,
-        problem.link_of,
-    )
-    overhead = problem.link.overhead_seconds
+    p, overhead = problem, problem.link.overhead_seconds
+    seconds, again, transfers = p.seconds, p.recompute_seconds, p.transfer_seconds
+    needs, fills, reaches, link_of = p.needs, p.fills, p.reaches, p.link_of
     recomputing = any(problem.recomputes)
     arrivals: list[float] = [NEVER] * (2 * problem.num_stages * problem.num_microbatches)
     waiting: dict[int, int] = {}
     link_free: list[float] = [0] * problem.num_links
     free: list[float] = [0] * problem.num_devices
     last: list[float] = [0] * problem.num_devices
-    at = [0] * problem.num_devices
-    ready = list(range(problem.num_devices))
+    at, ready = [0] * problem.num_devices, list(range(problem.num_devices))
     while ready:
         device = ready.pop()
         program, i, t, end = programs[device], at[device], free[device], last[device]
@@ -71,8 +61,7 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
         while i < size:
             op = program[i]
             need = needs[op]
-            arrival = arrivals[need] if need >= 0 else 0
-            if arrival == NEVER:
+            if (arrival := arrivals[need] if need >= 0 else 0) == NEVER:
                 waiting[need] = device
                 break
             if recomputing and again[op] and not (i and problem.fresh(program[i - 1], op)):
