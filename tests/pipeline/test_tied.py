@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import stagewise
 from stagewise.errors import PlanError
 from stagewise.model.chain import chain_of
-from stagewise.model.tied import find_tied
+from stagewise.model.tied_parameters import find_tied
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training import run_folder
 from tests.harness import Pools, Raised

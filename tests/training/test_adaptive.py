@@ -19,7 +19,7 @@ from stagewise.training import plans, run_folder, trainer
 from stagewise.training.adaptive import DriftWatch
 from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Batch, Recipe, load_recipe
-from stagewise.training.trainer import train
+from stagewise.training.trainer import run_training
 from stagewise.training.workers.stop import StopRequest
 from tests.harness import Pools
 from tests.recipes import write_recipe
@@ -69,7 +69,7 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "ADAPTIVE_COUNTS", (2,))
         patch.setattr(plans, "MEASURING_SECONDS", 0.5)
-        train(load_recipe(recipe), options, console=console, stop=StopRequest())
+        run_training(load_recipe(recipe), options, console=console, stop=StopRequest())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -140,7 +140,7 @@ def test_another_ranks_rates_are_not_taken() -> None:
     again, resumed = ramp(0.2)
     for group, kept in zip(again.param_groups, second.param_groups, strict=True):
         group.update(lr=kept["lr"], initial_lr=kept["initial_lr"])
-    schedules.restore(resumed, schedules.state_of(one))
+    schedules.put_back(resumed, schedules.saved_state(one))
     assert resumed.get_last_lr() == two.get_last_lr() == [0.1]
     for optimizer, scheduler in ((second, two), (again, resumed)):
         optimizer.step()

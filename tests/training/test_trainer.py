@@ -13,10 +13,10 @@ from stagewise.errors import CheckpointError, ExactnessWarning, RecipeError
 from stagewise.planning import Plan
 from stagewise.planning.request import PlanRequest
 from stagewise.training import run_folder
-from stagewise.training.outcome import Outcome
+from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import TrainOptions, prepare
 from stagewise.training.recipe import load_recipe
-from stagewise.training.trainer import train
+from stagewise.training.trainer import run_training
 from stagewise.training.workers.stop import StopRequest
 from tests.recipes import log_of, write_recipe
 
@@ -43,7 +43,7 @@ def run(
     resume: Path | None = None,
     stop: StopRequest | None = None,
     checkpoint_every: int = 4,
-) -> tuple[Outcome, str]:
+) -> tuple[RunOutcome, str]:
     console = Console(file=io.StringIO(), width=100)
     options = TrainOptions(
         plan=PlanRequest(num_stages=stages, num_microbatches=4),
@@ -53,7 +53,9 @@ def run(
         checkpoint_every=checkpoint_every,
         resume=run_folder.find(resume) if resume else None,
     )
-    outcome = train(load_recipe(recipe), options, console=console, stop=stop or StopRequest())
+    outcome = run_training(
+        load_recipe(recipe), options, console=console, stop=stop or StopRequest()
+    )
     assert isinstance(console.file, io.StringIO)
     return outcome, console.file.getvalue()
 
@@ -256,5 +258,5 @@ def test_a_stage_without_parameters(tmp_path: Path) -> None:
         num_steps=2,
     )
     console = Console(file=io.StringIO())
-    outcome = train(recipe, options, console=console, stop=StopRequest())
+    outcome = run_training(recipe, options, console=console, stop=StopRequest())
     assert outcome.last_step == 2

@@ -15,7 +15,7 @@ from stagewise.planning.request import PlanRequest
 from stagewise.training import run_folder
 from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Recipe, build_model, load_recipe
-from stagewise.training.trainer import train
+from stagewise.training.trainer import run_training
 from stagewise.training.workers.stop import StopRequest
 
 RECIPE = """
@@ -69,7 +69,7 @@ def run(
         num_steps=steps,
         resume=run_folder.find(out) if resume else None,
     )
-    train(recipe, options, console=console, stop=StopRequest())
+    run_training(recipe, options, console=console, stop=StopRequest())
     assert isinstance(console.file, io.StringIO)
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return records, console.file.getvalue()

@@ -18,7 +18,7 @@ from stagewise.batch.values import move, take_apart
 from stagewise.checker import references
 from stagewise.checker.choices import alone, choices_of
 from stagewise.checker.pipelined import pipelined
-from stagewise.checker.prepare import prepared
+from stagewise.checker.prepared import prepared
 from stagewise.checker.references import Tensors
 from stagewise.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.checker.verdicts import PlainModel

@@ -13,10 +13,10 @@ from stagewise.batch.split import split
 from stagewise.batch.values import take_apart
 from stagewise.checker.constant_draws import ConstantDraws, TooManyDraws
 from stagewise.checker.proof import Minibatch
-from stagewise.checker.references import seeded, split_both
-from stagewise.checker.run_cells import Walk
+from stagewise.checker.references import seeded_as_pipeline, split_both
+from stagewise.checker.run_cells import CellRunner
 from stagewise.checker.subject import Subject
-from stagewise.checker.traits import Traits, Unsplittable, named, state_of, uses_batch_statistics
+from stagewise.checker.traits import Traits, Unsplittable, buffers_of, named, uses_batch_statistics
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.step.first_look import FirstLook
 from stagewise.model.added_losses import COLLECTING, LossCollector, collect_losses
@@ -73,14 +73,14 @@ def _mixing(batch: Minibatch, tolerance: float) -> str | None:
     with batch.seeded(), torch.no_grad(), ConstantDraws(subject.device):
         for cell in batch.chain:
             twin = _twin(cell)
-            before = state_of(twin)
+            before = buffers_of(twin)
             drawn_from = Draws([twin.module]).kept(guard=True, undo=True)
             with drawn_from as moved, collect_losses() as added:
                 whole = batch.run(twin, value)
             if moved:
                 value = whole  # past torch's generators, where no draw can be held constant
                 continue
-            changes = not all(map(torch.equal, before, state_of(twin)))
+            changes = not all(map(torch.equal, before, buffers_of(twin)))
             if cell.index in traits.cells and not changes and not uses_batch_statistics(cell):
                 with collect_losses() as added_by_parts:
                     parts = batch.by_parts(_twin(cell), value)
@@ -123,7 +123,7 @@ def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
     chain = chain_of(subject.fresh_model())
     inputs, target, keywords = subject.fresh_batch()
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
-    walk = Walk(chain, inputs)
+    walk = CellRunner(chain, inputs)
     look = FirstLook(
         sizes,
         subject.batch_dim,
@@ -132,7 +132,7 @@ def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
         loss=subject.loss,
     )
     calls = [(cell, functools.partial(walk.run, cell)) for cell in chain]
-    with seeded(subject, chain) as randomness, torch.no_grad():
+    with seeded_as_pipeline(subject, chain) as randomness, torch.no_grad():
         for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             collector = LossCollector()
             outer, COLLECTING.active = COLLECTING.active, collector

@@ -14,8 +14,8 @@ from stagewise.batch.markers import along, unmarked
 from stagewise.batch.split import split
 from stagewise.batch.values import put_together, take_apart
 from stagewise.checker.pooled_statistics import pooled_statistics
-from stagewise.checker.references import Tensors, entered, finish, given, seeded
-from stagewise.checker.run_cells import Walk
+from stagewise.checker.references import Tensors, entered, finish, given, seeded_as_pipeline
+from stagewise.checker.run_cells import CellRunner
 from stagewise.checker.subject import Subject, sum_of, weighted
 from stagewise.checker.traits import Shapes, Traits, Unsplittable
 from stagewise.engine.stage.randomness import CellRandomness
@@ -39,7 +39,7 @@ class Minibatch:
         if not training:
             module_tree(self.chain).eval()
         self.inputs, target, self.keywords = subject.fresh_batch()
-        self._walk = Walk(self.chain, self.inputs)
+        self._walk = CellRunner(self.chain, self.inputs)
         self._target = given(target)
         self._targets = (
             [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
@@ -49,7 +49,7 @@ class Minibatch:
     @contextmanager
     def seeded(self) -> Iterator[None]:
         """The pipeline's random numbers, for what runs inside."""
-        with seeded(self.subject, self.chain) as self._randomness:
+        with seeded_as_pipeline(self.subject, self.chain) as self._randomness:
             yield
 
     def run(self, cell: Cell, value: object) -> object:

@@ -21,15 +21,15 @@ from stagewise.batch.markers import unmarked
 from stagewise.batch.split import split
 from stagewise.batch.values import take_apart
 from stagewise.checker.pooled_statistics import pooled_statistics
-from stagewise.checker.run_cells import Walk
+from stagewise.checker.run_cells import CellRunner
 from stagewise.checker.subject import Model, Subject, sum_of, weighted
 from stagewise.checker.traits import (
     Splits,
     Traits,
     Unsplittable,
+    buffers_of,
     named,
     shapes_of,
-    state_of,
     uses_batch_statistics,
 )
 from stagewise.engine.stage.draws import Draws
@@ -61,12 +61,12 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
     """Reference 2, what its cells did, and BatchNorm's buffers had it seen the whole minibatch."""
     chain, traits = chain_of(subject.fresh_model()), Traits()
     inputs, target, keywords = subject.fresh_batch()
-    walk = Walk(chain, inputs)
+    walk = CellRunner(chain, inputs)
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
     shares, parts = subject.shares(targets, sizes), list[Tensor]()
     traits.normalises = {cell.index: named(cell) for cell in chain if uses_batch_statistics(cell)}
     with (
-        seeded(subject, chain) as randomness,
+        seeded_as_pipeline(subject, chain) as randomness,
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
         for m, (part, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
@@ -74,13 +74,13 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             with collect_losses() as added:
                 for cell in chain:
-                    before = state_of(cell)
+                    before = buffers_of(cell)
                     randomness.enter_cell(cell.index, m)
                     with noting_draws(
                         subject, randomness.draws, cell.index, named(cell), traits.draws
                     ):
                         value = walk.run(cell, value, named_parts)
-                    if not all(map(torch.equal, before, state_of(cell))):
+                    if not all(map(torch.equal, before, buffers_of(cell))):
                         traits.changes[cell.index] = named(cell)
                 if any(column[m] for column in shares.values()):
                     randomness.enter_loss(m)
@@ -100,9 +100,9 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
     chain = chain_of(subject.fresh_model())
     module_tree(chain).eval()
     inputs, _, keywords = subject.fresh_batch()
-    walk = Walk(chain, inputs)
+    walk = CellRunner(chain, inputs)
     values = []
-    with seeded(subject, chain) as randomness, torch.no_grad():
+    with seeded_as_pipeline(subject, chain) as randomness, torch.no_grad():
         for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
             for cell in chain:
                 randomness.enter_cell(cell.index, m)
@@ -137,7 +137,7 @@ def run_plain(model: Model, inputs: object, keywords: Mapping[str, object]) -> o
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and not keywords:
         return invoke(model, value, {})
     chain = chain_of(model)  # a Sequential takes no keywords
-    walk = Walk(chain, inputs)
+    walk = CellRunner(chain, inputs)
     for cell in chain:
         value = walk.run(cell, value, keywords)
     return value
@@ -206,8 +206,12 @@ def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits
     if not training:
         module_tree(chain).eval()
     whole, _, keywords = subject.fresh_batch()
-    walk = Walk(chain, whole)
-    with seeded(subject, chain) as randomness, torch.set_grad_enabled(training), collect_losses():
+    walk = CellRunner(chain, whole)
+    with (
+        seeded_as_pipeline(subject, chain) as randomness,
+        torch.set_grad_enabled(training),
+        collect_losses(),
+    ):
         for m, (part, named_parts) in enumerate(split_both(whole, keywords, sizes)):
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             for cell in chain:
@@ -222,7 +226,7 @@ def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits
 
 
 @contextmanager
-def seeded(subject: Subject, chain: Chain = ()) -> Iterator[CellRandomness]:
+def seeded_as_pipeline(subject: Subject, chain: Chain = ()) -> Iterator[CellRandomness]:
     """The pipeline's random numbers, also those of `chain`'s own generators; the caller's are put
     back."""
     draws = Draws([*(cell.module for cell in chain), subject.loss])

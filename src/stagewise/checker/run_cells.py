@@ -21,7 +21,7 @@ def _copy(value: object) -> object:
     return pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
 
-class Walk:
+class CellRunner:
     """What `chain`'s cells are run with."""
 
     def __init__(self, chain: Chain, inputs: object) -> None:

@@ -60,7 +60,7 @@ class Traits:
         return ", ".join(f"{what} ({', '.join(names)})" for what, names in clauses if names)
 
 
-def state_of(cell: Cell) -> list[Tensor]:
+def buffers_of(cell: Cell) -> list[Tensor]:
     """Copies of the cell's buffers."""
     return [buffer.detach().clone() for buffer in cell.module.buffers()]
 

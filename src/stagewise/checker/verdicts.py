@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stagewise.batch.split import batch_size, microbatch_sizes
 from stagewise.checker import culprits, proof, references
-from stagewise.checker.faithful import unfaithful
 from stagewise.checker.pipelined import PipelinedStep
 from stagewise.checker.references import Tensors, outputs_or_none
 from stagewise.checker.subject import Subject
 from stagewise.checker.traits import Unsplittable
+from stagewise.checker.unfaithful import unfaithful
 from stagewise.errors import CellError, UsageError
 from stagewise.model.verify.differences import Reference, identical
 from stagewise.parity import Configuration, ParityRow, Verdict

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import Source, State, open_source, where
+from stagewise.checkpoints.sources import State, TensorSource, open_source, where
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
@@ -39,14 +39,14 @@ def load(
         fill(source, own, found)
 
 
-def fill(source: Source, own: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
+def fill(source: TensorSource, own: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
     """Copy what `check` has found."""
     with torch.no_grad():
         source.read({saved: own[name].detach() for name, saved in found.items()})
 
 
 def check(
-    source: Source,
+    source: TensorSource,
     own: Mapping[str, torch.Tensor],
     aliases: Aliases,
     *,

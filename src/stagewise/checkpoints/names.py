@@ -10,7 +10,7 @@ from stagewise.model.chain import module_tree
 Aliases = Mapping[str, tuple[str, ...]]
 
 
-def names_of(chain: Chain) -> Aliases:
+def aliases_of(chain: Chain) -> Aliases:
     """Every name in the plain model's state_dict, with all names of the same tensor in order.
 
     Those of what is no tensor (`get_extra_state`) stand for themselves.

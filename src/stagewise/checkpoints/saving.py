@@ -25,7 +25,7 @@ SHARD_BYTES = 2 << 30  # of the largest file, unless a tensor alone is larger
 _STEMS = ("model", "model-next")  # of shards; the one that the earlier checkpoint has not
 
 
-def save(directory: Path, own: Mapping[str, object], aliases: Aliases, ranks: Ranks) -> None:
+def save_shards(directory: Path, own: Mapping[str, object], aliases: Aliases, ranks: Ranks) -> None:
     """Write `own`, this rank's state by name, as its part of a checkpoint; every rank calls this.
 
     A tensor with several names is written once, under its first. Raises CheckpointError on every

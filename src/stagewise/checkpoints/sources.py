@@ -56,7 +56,7 @@ class Form:
     dtype: torch.dtype | None
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Saved tensors by name."""
 
     description: str
@@ -72,7 +72,7 @@ class Source(Protocol):
         """Copy saved values into `targets`, of the same shapes, converting dtypes."""
 
 
-def open_source(state: State, model_names: Collection[str]) -> Source:
+def open_source(state: State, model_names: Collection[str]) -> TensorSource:
     """The saved tensors at a path, or in a dictionary; raises CheckpointError if there are none.
 
     `model_names` are what they will be asked for.

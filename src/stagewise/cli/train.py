@@ -21,7 +21,7 @@ from stagewise.schedule import SCHEDULES
 from stagewise.training.workers.environment import launched_by_us
 
 if TYPE_CHECKING:
-    from stagewise.training.outcome import Outcome
+    from stagewise.training.outcome import RunOutcome
     from stagewise.training.prepare import TrainOptions
     from stagewise.training.recipe import Recipe
     from stagewise.training.run_folder import Checkpoint
@@ -183,7 +183,7 @@ def _saved(path: Path, typed: Typed) -> Plan:
 def _run(recipe: "Recipe", options: "TrainOptions") -> None:
     """What every worker does; rank 0 tells the result."""
     from stagewise.engine.transport.processes import is_first
-    from stagewise.training.trainer import train as run_training
+    from stagewise.training.trainer import run_training
     from stagewise.training.workers.stop import stop_request
 
     console, stop = Console(), stop_request()
@@ -195,7 +195,7 @@ def _run(recipe: "Recipe", options: "TrainOptions") -> None:
         end_stopped()
 
 
-def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "Outcome") -> None:
+def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:
     from stagewise.report.plan import comparison_table, predicted
 
     def say(text: str) -> None:

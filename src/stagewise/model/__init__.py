@@ -6,7 +6,7 @@
    `verify` holds the cells to the module, and `forward` is what its code sees besides tensors.
 3. `captured` remembers what was captured of what; `call_form` and `promised_sizes` hold later
    calls to it; `ownership` and `namespace` give every tensor to a cell under its plain name.
-4. `tied` finds parameters in several cells; `materialise` gives a rank's own cells memory and
+4. `tied_parameters` are in several cells; `materialise` gives a rank's own cells memory and
    values for their `meta_tensors`.
 5. `effects` and `added_losses`: what a forward does besides returning a value.
 """

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Arguments, BatchDim, Microbatches, Replicated
 from stagewise.errors import BatchError, ModelError
-from stagewise.model.promised_sizes import Condition, Size, TakenInput, check, is_symbolic
+from stagewise.model.promised_sizes import Condition, Size, TakenInput, check_promises, is_symbolic
 
 _Promise = tuple[Sequence[TakenInput], Sequence[Condition]]
 _Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -23,7 +23,7 @@ _BY_POSITION = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_O
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ArgumentLeaf:
     """One leaf of a captured call: the argument, and its place among its tensors or constants."""
 
     name: str
@@ -159,7 +159,7 @@ class CallForm:
             return
         for batch, conditions in self._promises:
             forms = [form for form in batch if (form.name, form.leaf) in shapes]
-            check(forms, [form.of(plain) for form in forms], conditions, samples=False)
+            check_promises(forms, [form.of(plain) for form in forms], conditions, samples=False)
         self._fulfilled.add(key)
 
     def _shape(self, name: str, leaf: int) -> tuple[Size, ...]:
@@ -193,11 +193,11 @@ class CallForm:
         return self  # nothing in it changes
 
 
-def _leaves(name: str, value: object) -> Iterator[Leaf]:
+def _leaves(name: str, value: object) -> Iterator[ArgumentLeaf]:
     tensors = others = 0
     for leaf in pytree.tree_leaves(value):
         is_tensor = isinstance(leaf, torch.Tensor)
-        yield Leaf(name, tensors if is_tensor else others, is_tensor)
+        yield ArgumentLeaf(name, tensors if is_tensor else others, is_tensor)
         tensors, others = tensors + is_tensor, others + (not is_tensor)
 
 

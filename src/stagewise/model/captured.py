@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stagewise.model.cell import Cell
 
 
-class Form(Protocol):
+class CapturedForm(Protocol):
     """The arguments that a model was captured with."""
 
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -35,7 +35,7 @@ class Captured:
     sees whether the model is still what was captured, but for what its forward changes itself.
     """
 
-    def __init__(self, chain: tuple[Cell, ...], form: Form) -> None:
+    def __init__(self, chain: tuple[Cell, ...], form: CapturedForm) -> None:
         self.chain, self.form = chain, form
         self.own_changes: frozenset[Place] = frozenset()
         self.asks_flags = False  # whether forward asks if tensors require gradients

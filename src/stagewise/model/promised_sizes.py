@@ -74,7 +74,7 @@ def shape_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     return tuple(int(size) if size.is_number else size for size in sizes)
 
 
-def check(
+def check_promises(
     forms: Sequence[TakenInput],
     tensors: Sequence[torch.Tensor],
     conditions: Sequence[Condition],
@@ -117,16 +117,22 @@ def check(
                         f"here; {_REMEDY}"
                     )
     for condition in conditions:
-        symbols = condition.holds.free_symbols
-        if symbols <= known.keys() and not _may_hold(condition.holds.xreplace(known)):
-            values = ", ".join(
-                sorted(f"{names[s]} is {known[s]}" for s in symbols if known[s] != _SAMPLES)
-            )
-            raise BatchError(
-                f"{values}, but the model was captured with an example where "
-                f"{_text(condition.holds.xreplace(names))}, on which {condition.place} depends; "
-                f"{_REMEDY}; or let forward decide nothing by sizes"
-            )
+        _check_condition(condition, known, names)
+
+
+def _check_condition(
+    condition: Condition, known: Mapping[Any, sympy.Basic], names: Mapping[Any, sympy.Symbol]
+) -> None:
+    """Raise BatchError unless it may hold where all of its sizes are known."""
+    symbols = condition.holds.free_symbols
+    if not symbols <= known.keys() or _may_hold(condition.holds.xreplace(known)):
+        return
+    values = ", ".join(sorted(f"{names[s]} is {known[s]}" for s in symbols if known[s] != _SAMPLES))
+    raise BatchError(
+        f"{values}, but the model was captured with an example where "
+        f"{_text(condition.holds.xreplace(names))}, on which {condition.place} depends; "
+        f"{_REMEDY}; or let forward decide nothing by sizes"
+    )
 
 
 def inputs_to_compare(

@@ -26,7 +26,7 @@ from stagewise.engine.step.results import (
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import UNSCALED, Request
 from stagewise.errors import BatchError, UsageError
-from stagewise.model.captured import Form
+from stagewise.model.captured import CapturedForm
 from stagewise.pipeline.free_pages import FreePages
 from stagewise.pipeline.share import Share
 from stagewise.planning.plan import Plan
@@ -43,7 +43,7 @@ class Calls(Share):
     _batch_dim: int
     _split: Split | None
     _merge: Merge | None
-    _form: Form | None  # of a captured model's calls
+    _form: CapturedForm | None  # of a captured model's calls
     _returns_loss: bool
     _takes_target: bool
     _losses: dict[str, torch.Tensor]

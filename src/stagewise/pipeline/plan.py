@@ -34,7 +34,7 @@ from stagewise.planning.plan import Plan, plan_for, plan_of
 from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
 from stagewise.planning.search.stage_blocks import in_blocks
-from stagewise.profiling.example import Example, agreed, example_of, in_training_mode
+from stagewise.profiling.example import Example, agreed_costs, example_of, in_training_mode
 from stagewise.told import told
 
 
@@ -141,7 +141,7 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
     splits = choice.built.splits_backward
-    costs, link = agreed(example.measured(size, seconds=seconds, split=splits))
+    costs, link = agreed_costs(example.measured(size, seconds=seconds, split=splits))
 
     def best(link: LinkCost, overhead: InstructionCost) -> Plan:
         return plan_for(request, with_instruction_overhead(costs, overhead), link=link)
@@ -235,6 +235,6 @@ def _costs(example: Example, counts: Sequence[int], seconds: float) -> tuple[Cos
     measured: dict[int, tuple[CellCost, ...]] = {}
     for size in sorted({small, large}):
         own = example.measured(size, seconds=seconds, split=True)
-        measured[size], link = agreed(own)
+        measured[size], link = agreed_costs(own)
     at = interpolated(measured[small], small, measured[large], large)
     return (lambda count: at(sizes[count])), link

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from stagewise.checkpoints.loading import load
-from stagewise.checkpoints.saving import save
+from stagewise.checkpoints.saving import save_shards
 from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_value
 from stagewise.engine.gradients.overflow import Overflow
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 from stagewise.model.chain import module_tree
-from stagewise.model.tied import Tied, with_all_names
+from stagewise.model.tied_parameters import Tied, with_all_names
 from stagewise.pipeline.build.whole_model import WholeModel
 
 
@@ -119,7 +119,7 @@ class Share:
         a crash leaves one of the two. All ranks must see one file system. Raises CheckpointError on
         every rank.
         """
-        save(Path(directory), self.state_dict(), self._whole.aliases, self._ranks)
+        save_shards(Path(directory), self.state_dict(), self._whole.aliases, self._ranks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear this rank's gradients."""

@@ -130,7 +130,7 @@ def example_of(
     )
 
 
-def agreed(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
+def agreed_costs(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
     """The mean of all ranks' times, and what a message between ranks costs."""
     if num_processes() == 1:
         return cells, FREE_LINK

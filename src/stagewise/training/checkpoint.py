@@ -130,7 +130,7 @@ def restore(
             else optimizer_state.room_for(
                 index, "optimizer", names.values(), {*names.values(), *checkpoint.parameter_shapes}
             ),
-            "schedule": schedules.room_for(index, "schedule", scheduler),
+            "schedule": schedules.room_in(index, "schedule", scheduler),
         }
     with (
         agreed(pipe.ranks, RESTORING),
@@ -143,9 +143,9 @@ def restore(
         if state["model"]:
             set_model_state_dict(pipe.module, state["model"])
         if optimizer is not None:
-            optimizer_state.restore(optimizer, state["optimizer"], names)
+            optimizer_state.fill_optimizer(optimizer, state["optimizer"], names)
         if scheduler is not None:
-            schedules.restore(scheduler, state["schedule"])
+            schedules.put_back(scheduler, state["schedule"])
     pipe.step_index = checkpoint.step
 
 
@@ -155,7 +155,7 @@ def _state(
     """This rank's part, under names that do not depend on the partition."""
     names = {parameter: name for name, parameter in pipe.named_parameters()}
     kept = {} if optimizer is None else optimizer_state.state_of(optimizer, names)
-    schedule = schedules.state_of(scheduler)
+    schedule = schedules.saved_state(scheduler)
     return {"model": _model_state(pipe), "optimizer": kept, "schedule": schedule}
 
 

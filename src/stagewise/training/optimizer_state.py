@@ -65,7 +65,7 @@ def room_for(index: Metadata, section: str, own: Collection[str], every: Collect
     return room
 
 
-def restore(optimizer: Optimizer, flat: Mapping[str, Any], names: Names) -> None:
+def fill_optimizer(optimizer: Optimizer, flat: Mapping[str, Any], names: Names) -> None:
     """Put back what `state_of` gave; raises CheckpointError if it is another optimizer's."""
     every = set(names.values())
     saved: dict[tuple[str, str], dict[str, Any]] = {}

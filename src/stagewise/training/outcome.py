@@ -8,7 +8,7 @@ from stagewise.report.plan import Figures
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """What a training run gives back, the same on every rank."""
 
     plan: Plan

@@ -19,7 +19,7 @@ from stagewise.errors import CheckpointError
 _ENTRY = "state"
 
 
-def state_of(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
+def saved_state(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
     """The schedule's state as one tensor of bytes; nothing without a schedule."""
     if scheduler is None:
         return {}
@@ -36,7 +36,7 @@ def state_of(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
     return {_ENTRY: saved}
 
 
-def room_for(
+def room_in(
     index: Metadata, section: str, scheduler: LRScheduler | None
 ) -> dict[str, torch.Tensor]:
     """What `index` has, to be read into; raises CheckpointError where only one of them has one."""
@@ -51,7 +51,7 @@ def room_for(
     return {_ENTRY: torch.empty(kind.size, dtype=kind.properties.dtype)}
 
 
-def restore(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
+def put_back(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
     """Put back what `state_of` gave; the optimizer's own part is restored before."""
     read = _loaded(saved[_ENTRY])
     scheduler.load_state_dict(_merged(read, scheduler.state_dict()))

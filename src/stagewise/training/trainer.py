@@ -28,7 +28,7 @@ from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.adaptive import DriftWatch, use
 from stagewise.training.batches import amount_of
-from stagewise.training.outcome import Outcome
+from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import Prepared, TrainOptions, moved, prepare
 from stagewise.training.progress import (
     ChangeRecord,
@@ -42,7 +42,7 @@ from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.run_folder import find
 from stagewise.training.update import Update
 from stagewise.training.validating import validated
-from stagewise.training.workers.ownership import owned
+from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
@@ -50,7 +50,9 @@ WARM_UP = 3  # steps that measured times leave out
 MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that needs less
 
 
-def train(recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest) -> Outcome:
+def run_training(
+    recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest
+) -> RunOutcome:
     """Train until the last step or until `stop` is made; every rank calls this."""
     speaks = is_first()
     if speaks:
@@ -95,7 +97,7 @@ class Trainer:
         self._told_infinite = False
         self._checkpoint: Path | None = options.resume.path if options.resume else None
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Train, validate, keep checkpoints; at the end generate and measure."""
         options, num_steps = self._options, self._prepared.num_steps
         first = step = options.first_step
@@ -114,7 +116,7 @@ class Trainer:
         if step < num_steps and step > first and not _is_due(step, options.checkpoint_every):
             self._save(step)
         ended = step == num_steps
-        return Outcome(
+        return RunOutcome(
             plan=self._pipe.plan,
             first_step=first,
             last_step=step,

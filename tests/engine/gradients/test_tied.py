@@ -9,7 +9,7 @@ from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.transport.connect import between_processes
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.chain import chain_of
-from stagewise.model.tied import find_tied
+from stagewise.model.tied_parameters import find_tied
 from tests.harness import Pools
 
 RANKS = (0, 1, 0, 2, 1, 0)

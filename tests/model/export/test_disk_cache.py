@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.errors import ModelError
-from stagewise.model.export.fingerprint import UnstableError, fingerprint
+from stagewise.model.export.fingerprint import UnstableError, cache_key
 
 MODULE = "stagewise.model.export.capture"
 CACHE = "stagewise.model.export.disk_cache"
@@ -377,9 +377,9 @@ UNSEEN = {"the environment", "a patched function of a library"}
 def test_a_fingerprint_tells_twins_apart(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """So that what an example cannot tell apart, say a limit that it does not reach, is seen."""
     first, second = TWINS[what]
-    assert fingerprint(first()) == fingerprint(first())
-    before = fingerprint(first())
-    assert fingerprint(second(monkeypatch)) != before
+    assert cache_key(first()) == cache_key(first())
+    before = cache_key(first())
+    assert cache_key(second(monkeypatch)) != before
 
 
 def with_a_long_list(model: Any, x: Tensor) -> Tensor:
@@ -396,7 +396,7 @@ LONG = [1.0] * 10_000
 @pytest.mark.parametrize("act", [with_a_long_list, from_a_module_found_by_name])
 def test_what_is_not_looked_at_has_no_fingerprint(act: Callable[[Any, Tensor], Tensor]) -> None:
     with pytest.raises(UnstableError):
-        fingerprint(Acting(act))
+        cache_key(Acting(act))
 
 
 def test_what_reads_the_environment_is_not_kept(
@@ -410,8 +410,8 @@ def test_what_reads_the_environment_is_not_kept(
 def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = (
         "from tests.model.export import test_disk_cache as t; "
-        "from stagewise.model.export.fingerprint import UnstableError, fingerprint; "
-        "print(fingerprint(t.Acting(t.by_global)) + fingerprint(t.net()))"
+        "from stagewise.model.export.fingerprint import UnstableError, cache_key; "
+        "print(cache_key(t.Acting(t.by_global)) + cache_key(t.net()))"
     )
     done = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -424,7 +424,7 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
 def test_an_entry_that_is_another_models_is_written_anew(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{CACHE}.fingerprint", lambda model: "the same")
+    monkeypatch.setattr(f"{CACHE}.cache_key", lambda model: "the same")
     x = torch.randn(3, 4)
     for scale in (2.0, 3.0):
         model = net(scale=scale)

@@ -154,22 +154,22 @@ class Rotary(nn.Module):
 
 
 def test_float32_parts_of_a_float64_model_are_no_fault() -> None:
-    from stagewise.model.verify.compare import difference
+    from stagewise.model.verify.compare import mismatch
     from stagewise.model.verify.situation import TRAINING
 
     model, x = Rotary().double(), torch.randn(3, 4, dtype=torch.float64)
     captured = stagewise.capture(model, x)
     with torch.no_grad():
         model.two.weight += 0  # the same model
-    assert difference(model, captured, {"x": x}, TRAINING) is None
+    assert mismatch(model, captured, {"x": x}, TRAINING) is None
     run = captured.chain[-1].module.forward
     captured.chain[-1].module.forward = lambda *args, **kwargs: run(*args, **kwargs) * (1 + 1e-7)
-    assert difference(model, captured, {"x": x}, TRAINING) is None, "of float32, round-off"
-    found = difference(model, captured, {"x": x}, TRAINING, in_bits=True)
+    assert mismatch(model, captured, {"x": x}, TRAINING) is None, "of float32, round-off"
+    found = mismatch(model, captured, {"x": x}, TRAINING, in_bits=True)
     assert found is not None
     assert found.what == "output itself"
     captured.chain[-1].module.forward = lambda *args, **kwargs: run(*args, **kwargs) * 1.01
-    assert difference(model, captured, {"x": x}, TRAINING) is not None
+    assert mismatch(model, captured, {"x": x}, TRAINING) is not None
 
 
 def test_a_comparison_leaves_no_trace() -> None:

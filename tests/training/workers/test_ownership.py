@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stagewise.errors import UsageError
-from stagewise.training.workers.ownership import owned
+from stagewise.training.workers.run_owner import owned
 
 
 def take(run: Path) -> None:

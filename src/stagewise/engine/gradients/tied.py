@@ -26,7 +26,7 @@ from stagewise.engine.stage.gradient import (
 from stagewise.engine.stage.stand_ins import StandIns, _places
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CellError
-from stagewise.model.tied import Tied
+from stagewise.model.tied_parameters import Tied
 
 
 class TiedParameters(ParameterPolicy):

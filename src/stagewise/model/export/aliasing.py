@@ -20,7 +20,7 @@ _RETURN_THEIR_INPUT = {_aten.dropout.default, _aten.feature_dropout.default}  # 
 _WRITE_NO_VALUE = {_aten.detach_.default}
 
 
-class Memory:
+class AliasGroups:
     """The memory of a trace's values."""
 
     def __init__(self, trace: Trace, leaves: Mapping[str, nn.Module]) -> None:

@@ -18,7 +18,7 @@ from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
 from stagewise.model.export.cell_code import programs_of
-from stagewise.model.export.cuts import cuts_of, matching_cuts, names_of
+from stagewise.model.export.cut_points import cut_points, matching_cuts, names_of
 from stagewise.model.export.dataflow import Flow
 from stagewise.model.export.disk_cache import Entry, Plain
 from stagewise.model.export.exported_cell import CapturedCell
@@ -28,7 +28,7 @@ from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
-from stagewise.model.verify.in_words import in_words
+from stagewise.model.verify.in_words import told_in_words
 from stagewise.model.verify.situation import Situation, kept, surroundings
 
 
@@ -76,7 +76,7 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     form = CallForm(model, args, kwargs)
     example = _copied(form.named(args, kwargs), _device(model))
     try:
-        with in_words(f"capturing {type(model).__name__}"):
+        with told_in_words(f"capturing {type(model).__name__}"):
             check_hooks(model)
             if _device(model).type == "meta":
                 captured = _assembled(model, form, _pieces(model, form, example))
@@ -129,7 +129,7 @@ def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> 
         flow.memory.check_inputs()
     form.check_batch(flows[True].trace.inputs, type(model).__name__)
     main = flows[True].main
-    cuts = cuts_of(model, flows[True], main)
+    cuts = cut_points(model, flows[True], main)
     begins: dict[bool, list[fx.Node | None]] = {
         True: [main[cut] for cut in cuts],
         False: _begins(cuts, main, flows[True], flows[False]),

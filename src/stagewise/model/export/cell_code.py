@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from stagewise.model.call_form import Leaf
+from stagewise.model.call_form import ArgumentLeaf
 from stagewise.model.export.codegen import Emitter, UnknownSizeError
 from stagewise.model.export.dataflow import Flow
 from stagewise.model.export.exported_cell import TENSOR, Program
@@ -27,7 +27,10 @@ class _Piece:
 
 
 def programs_of(
-    flow: Flow, begins: Sequence[fx.Node | None], homes: Sequence[Home], leaves: Sequence[Leaf]
+    flow: Flow,
+    begins: Sequence[fx.Node | None],
+    homes: Sequence[Home],
+    leaves: Sequence[ArgumentLeaf],
 ) -> list[Program]:
     """The program of every cell; cell i + 1 begins with the operator `begins[i]`, None: the end."""
     while True:
@@ -38,7 +41,10 @@ def programs_of(
 
 
 def _programs(
-    flow: Flow, begins: Sequence[fx.Node | None], homes: Sequence[Home], leaves: Sequence[Leaf]
+    flow: Flow,
+    begins: Sequence[fx.Node | None],
+    homes: Sequence[Home],
+    leaves: Sequence[ArgumentLeaf],
 ) -> list[Program]:
     main = flow.main
     at = {node: position for position, node in enumerate(main)}
@@ -71,7 +77,7 @@ def _program(
     flow: Flow,
     piece: _Piece,
     home: Home,
-    leaves: Sequence[Leaf],
+    leaves: Sequence[ArgumentLeaf],
     shared: Sequence[fx.Node],
     own: Sequence[fx.Node],
     takes_derived: bool,
@@ -151,7 +157,9 @@ def _inputs(flow: Flow, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in flow.trace.inputs if node in wanted]
 
 
-def _taken(inputs: Mapping[fx.Node, int], node: fx.Node, leaves: Sequence[Leaf]) -> TakenInput:
+def _taken(
+    inputs: Mapping[fx.Node, int], node: fx.Node, leaves: Sequence[ArgumentLeaf]
+) -> TakenInput:
     value = node.meta["val"]
     leaf = leaves[inputs[node]]
     return TakenInput(name=leaf.name, leaf=leaf.place, shape=shape_of(value), dtype=value.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from stagewise.model.effects import EFFECT
-from stagewise.model.export.aliasing import Memory, written
+from stagewise.model.export.aliasing import AliasGroups, written
 from stagewise.model.export.opaque_modules import LEAF
 from stagewise.model.export.trace import Trace
 
@@ -29,7 +29,7 @@ class Flow:
     def __init__(
         self, trace: Trace, leaves: Mapping[str, nn.Module], constants: Collection[str]
     ) -> None:
-        self.trace, self.memory = trace, Memory(trace, leaves)
+        self.trace, self.memory = trace, AliasGroups(trace, leaves)
         self._constants = constants
         self.carried_sizes: set[fx.Node] = set()  # found out when cells are built
         self._needed = self._find_needed()
@@ -127,12 +127,12 @@ class Flow:
         return source.op == "get_attr" or source in self.trace.constants
 
 
-def num_bytes(node: fx.Node) -> int:
+def bytes_of(node: fx.Node) -> int:
     """Of the value of `node`, for the traced batch."""
-    return sum(numel(tensor) * tensor.element_size() for tensor in tensors_of(node))
+    return sum(numel(tensor) * tensor.element_size() for tensor in tensors_in(node))
 
 
-def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+def tensors_in(node: fx.Node) -> list[torch.Tensor]:
     """The fake tensors that `node` returns."""
     value = node.meta.get("val")
     items = value if isinstance(value, (tuple, list)) else [value]

@@ -25,7 +25,7 @@ from torch import nn
 
 from stagewise.model.call_form import CallForm
 from stagewise.model.export.exported_cell import Program
-from stagewise.model.export.fingerprint import UnstableError, fingerprint
+from stagewise.model.export.fingerprint import UnstableError, cache_key
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.namespace import Home
 
@@ -122,7 +122,7 @@ def _path_for(model: nn.Module, form: CallForm) -> Path | None:
     if os.environ.get("STAGEWISE_CAPTURE_CACHE") == "off":
         return None
     try:
-        text = repr((fingerprint(model), form.text()))
+        text = repr((cache_key(model), form.text()))
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except (UnstableError, OSError, RuntimeError):  # the last: a user without a home
         return None

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.model.cell import Holder, Piece
 from stagewise.model.namespace import Code, Home
-from stagewise.model.promised_sizes import Condition, TakenInput, check
+from stagewise.model.promised_sizes import Condition, TakenInput, check_promises
 
 TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
 
@@ -120,7 +120,9 @@ class CapturedCell(Piece):
         compared = [taken.of(inputs) for taken in program.compared]
         form += tuple(tensor.shape for tensor in compared)
         if form not in self._fulfilled:
-            check((*program.taken, *program.compared), (*batch, *compared), program.conditions)
+            check_promises(
+                (*program.taken, *program.compared), (*batch, *compared), program.conditions
+            )
             self._fulfilled.add(form)
         given = batch[: len(program.inputs)]
         derived = None

@@ -22,7 +22,7 @@ from stagewise.model.export.exported_cell import Program
 from stagewise.model.export.refusal import lost, lost_at
 from stagewise.model.forward.asked import INFERENCE, asks_for_autocast, asks_for_flags
 from stagewise.model.promised_sizes import Condition
-from stagewise.model.verify.compare import Difference, difference
+from stagewise.model.verify.compare import Mismatch, mismatch
 from stagewise.model.verify.observed import check_effects, observed
 from stagewise.model.verify.other_sizes import batches_of_other_sizes, first_samples, sizes_text
 from stagewise.model.verify.situation import EVAL, SITUATIONS, TRAINING, UNDER_AUTOCAST
@@ -103,7 +103,7 @@ class Comparison:
                 continue
         return found
 
-    def _difference(self, captured: Captured, *, in_bits: bool) -> Difference | None:
+    def _difference(self, captured: Captured, *, in_bits: bool) -> Mismatch | None:
         """On the first example that the cells take."""
         for example in self._examples[:-1]:
             try:
@@ -112,24 +112,22 @@ class Comparison:
                 continue
         return self._on(captured, self._examples[-1], in_bits=in_bits)
 
-    def _at_other_sizes(
-        self, captured: Captured, *, in_bits: bool
-    ) -> tuple[Difference, str] | None:
+    def _at_other_sizes(self, captured: Captured, *, in_bits: bool) -> tuple[Mismatch, str] | None:
         """On the first batch of other sizes that model and cells take: what differs, and there."""
         form = captured.form
         assert isinstance(form, CallForm)
         for batch in batches_of_other_sizes(self._examples[0], form.traced_inputs):
             with suppress(Exception):  # sizes that are refused in words, or by the model itself
                 for situation in (TRAINING, EVAL):
-                    found = difference(self._model, captured, batch, situation, in_bits=in_bits)
+                    found = mismatch(self._model, captured, batch, situation, in_bits=in_bits)
                     if found is not None:
                         return found, sizes_text(batch)
                 return None
         return None
 
-    def _on(self, captured: Captured, example: Example, *, in_bits: bool) -> Difference | None:
+    def _on(self, captured: Captured, example: Example, *, in_bits: bool) -> Mismatch | None:
         found = (
-            difference(self._model, captured, example, situation, in_bits=in_bits)
+            mismatch(self._model, captured, example, situation, in_bits=in_bits)
             for situation in self._situations
         )
         return next((one for one in found if one is not None), None)

@@ -34,7 +34,7 @@ class UnstableError(Exception):
     """Something has no text that is the same in another process."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def cache_key(model: nn.Module) -> str:
     """Text that differs where a trace of `model` may; raises UnstableError where it has none."""
     return repr((_code(model), _visible(model), _states(model), _settings()))
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from stagewise.errors import ModelError
 from stagewise.model.export.export_workarounds import OWN_BACKWARD
 from stagewise.model.forward.users_code import TORCH, is_users
-from stagewise.model.verify.compare import Difference
+from stagewise.model.verify.compare import Mismatch
 
 # What torch's message holds -> what it means, and the way out.
 _CAUSES = (
@@ -61,7 +61,7 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
     )
 
 
-def lost(model: nn.Module, found: Difference, asked: Mapping[str, str]) -> ModelError:
+def lost(model: nn.Module, found: Mismatch, asked: Mapping[str, str]) -> ModelError:
     """The trace gives something else than the model; `asked` is what forward does, and where."""
     causes = "; ".join(f"forward {what} ({place})" for what, place in asked.items())
     return ModelError(
@@ -72,7 +72,7 @@ def lost(model: nn.Module, found: Difference, asked: Mapping[str, str]) -> Model
     )
 
 
-def lost_at(model: nn.Module, found: Difference, sizes: str) -> ModelError:
+def lost_at(model: nn.Module, found: Mismatch, sizes: str) -> ModelError:
     """The trace gives something else than the model where the batch has other sizes."""
     return ModelError(
         f"{type(model).__name__} was captured, but for other sizes than its example's ({sizes}) "

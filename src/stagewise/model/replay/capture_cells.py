@@ -1,8 +1,8 @@
 """`stagewise.capture_cells`: a model as a chain of the modules that the caller names.
 
 For what torch.export cannot trace. Every cell runs the model's own forward, with the blocks of
-other cells replaced (`stagewise.model.replay.replay`), so Python code around the blocks may do
-what it likes. The chain is compared with the plain model before it is given out.
+other cells replaced (see `replayed_call`), so Python code around the blocks may do what it likes.
+The chain is compared with the plain model before it is given out.
 """
 
 import inspect
@@ -22,13 +22,13 @@ from stagewise.model.forward.asked import asks_for_flags
 from stagewise.model.forward.users_code import users_place
 from stagewise.model.namespace import Home
 from stagewise.model.ownership import owners_of
-from stagewise.model.replay.handover import Needs
+from stagewise.model.replay.handover import Required
 from stagewise.model.replay.patterns import selected
-from stagewise.model.replay.replay import Run
+from stagewise.model.replay.replayed_call import Run
 from stagewise.model.replay.replayed_cell import RerunCell
 from stagewise.model.replay.skeleton import Skeleton
-from stagewise.model.verify.compare import Difference, difference
-from stagewise.model.verify.in_words import in_words
+from stagewise.model.verify.compare import Mismatch, mismatch
+from stagewise.model.verify.in_words import told_in_words
 from stagewise.model.verify.observed import check_effects, draws_around, observed
 from stagewise.model.verify.situation import SITUATIONS, kept
 
@@ -80,7 +80,7 @@ def replayed(
     """The chain; `model` does not remember it."""
     _check(model)
     form = AnyForm(model, args, kwargs, cells)
-    with in_words(
+    with told_in_words(
         f"cutting {type(model).__name__} into the modules of cells=",
         "name other modules (those that take and return tensors, tuples or dicts, outside of what "
         "fails), or let forward do this inside one of them",
@@ -96,7 +96,7 @@ def _replayed(
     names = _in_running_order(model, chosen, named)
     blocks = {index: model.get_submodule(name) for index, name in enumerate(names)}
     skeleton = Skeleton(model, names)
-    needs = Needs.none(len(names))
+    needs = Required.none(len(names))
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     states = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -145,12 +145,12 @@ def _check_captured(
     captured.own_changes = effects.touched
     captured.asks_flags = asks_for_flags(effects.asked)
     for situation in SITUATIONS:
-        found = difference(model, captured, named, situation)
+        found = mismatch(model, captured, named, situation)
         if found is not None:
             raise _differs(found)
 
 
-def _differs(found: Difference) -> ModelError:
+def _differs(found: Mismatch) -> ModelError:
     return ModelError(
         f"cut into the modules of cells=, the model is not the plain model in {found.situation}: "
         f"the {found.what} differs ({found.how}). Something reaches it past what blocks return: a "

@@ -20,7 +20,7 @@ OTHER_CONSTANTS = (torch.Size, slice, enum.Enum, range, torch.layout, torch.memo
 
 
 @dataclass(frozen=True)
-class Key:
+class ResultRef:
     """A tensor among the results of an event."""
 
     event: int
@@ -28,7 +28,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Label:
+class EventId:
     """What is called the same in every call of the model: the n-th result of a line in a part."""
 
     part: int
@@ -47,7 +47,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Form:
+class TensorForm:
     """A tensor without its values."""
 
     shape: torch.Size
@@ -64,7 +64,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Given:
+class Provided:
     """A result that is one of the arguments: the leaf with this number."""
 
     place: int
@@ -79,25 +79,25 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Story:
+class Ledger:
     """What happened until `block` was called, and which tensors are handed on."""
 
     block: int
     events: tuple[Event, ...]
-    keys: tuple[Key, ...]
-    labels: tuple[Label, ...]
+    keys: tuple[ResultRef, ...]
+    labels: tuple[EventId, ...]
 
 
-class Crossing:
+class Handover:
     """What crosses from one cell to the next."""
 
     varies = True  # from call to call, with what forward decides by values
 
-    def __init__(self, story: Story, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, story: Ledger, tensors: Sequence[torch.Tensor]) -> None:
         self.story, self.tensors = story, tuple(tensors)
 
 
-class Done:
+class Returned:
     """The model's output, found before the last cell since the model left out the blocks left."""
 
     varies = True
@@ -107,9 +107,9 @@ class Done:
 
 
 pytree.register_pytree_node(
-    Crossing,
+    Handover,
     lambda crossing: (list(crossing.tensors), crossing.story),
-    lambda tensors, story: Crossing(story, list(tensors)),
+    lambda tensors, story: Handover(story, list(tensors)),
     serialized_type_name="stagewise.Crossing",
     flatten_with_keys_fn=lambda crossing: (
         [(pytree.SequenceKey(i), t) for i, t in enumerate(crossing.tensors)],
@@ -117,24 +117,24 @@ pytree.register_pytree_node(
     ),
 )
 pytree.register_pytree_node(
-    Done,
+    Returned,
     lambda done: ([done.output], None),
-    lambda outputs, _: Done(*outputs),
+    lambda outputs, _: Returned(*outputs),
     serialized_type_name="stagewise.Done",
     flatten_with_keys_fn=lambda done: ([(pytree.SequenceKey(0), done.output)], None),
 )
 
 
-def flat(value: object) -> tuple[list[object], pytree.TreeSpec]:
+def flat_leaves(value: object) -> tuple[list[object], pytree.TreeSpec]:
     """The leaves of `value`; dataclasses are taken apart, too."""
     leaves, spec = pytree.tree_flatten(value)
     classes = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)}
-    classes -= {Form, Given, type}
+    classes -= {TensorForm, Provided, type}
     if not classes:
         return leaves, spec
     for cls in classes:
         pytree.register_dataclass(cls)
-    return flat(value)
+    return flat_leaves(value)
 
 
 def check_constant(leaf: object, where: str) -> None:
@@ -148,7 +148,7 @@ def check_constant(leaf: object, where: str) -> None:
 
 
 @dataclass
-class Needs:
+class Required:
     """What the parts of the model use.
 
     `states[i]` are the parameters and buffers that part i uses, `across[b]` the values from
@@ -156,16 +156,16 @@ class Needs:
     """
 
     states: list[set[str]]
-    across: list[set[Label]]
-    seen: set[Label]
+    across: list[set[EventId]]
+    seen: set[EventId]
 
     @classmethod
-    def none(cls, num_parts: int) -> "Needs":
+    def none(cls, num_parts: int) -> "Required":
         """Nothing learnt yet."""
         parts = range(num_parts)
         return cls([set() for _ in parts], [set() for _ in parts], set())
 
-    def wanted(self, block: int, labels: Sequence[Label]) -> set[Label]:
+    def wanted(self, block: int, labels: Sequence[EventId]) -> set[EventId]:
         """Which of the values that there are, in running order, the rest of forward may use.
 
         Those that it used in the example, and those that were not there. Where forward leaves

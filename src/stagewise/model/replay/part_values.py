@@ -12,7 +12,7 @@ import torch
 
 from stagewise.errors import CellError
 from stagewise.model.forward.users_code import place_of_frame, users_frame
-from stagewise.model.replay.handover import Key, Label, Needs
+from stagewise.model.replay.handover import EventId, Required, ResultRef
 from stagewise.model.replay.skeleton import Skeleton
 
 
@@ -21,8 +21,8 @@ class Value:
     """A tensor that belongs to one part of the call: `here` is what the model's code holds."""
 
     here: torch.Tensor
-    key: Key
-    label: Label
+    key: ResultRef
+    label: EventId
     part: int
     real: torch.Tensor | None
 
@@ -34,24 +34,24 @@ class Values:
         self,
         skeleton: Skeleton,
         state: Callable[[str], torch.Tensor | None],
-        needs: Needs,
-        labels: Mapping[Key, Label],
+        needs: Required,
+        labels: Mapping[ResultRef, EventId],
         *,
         learns: bool,
     ) -> None:
         self._skeleton, self._state, self._needs = skeleton, state, needs
         self._labels, self._learns = labels, learns
         self.part = 0  # in which the call is
-        self.by_key: dict[Key, Value] = {}
+        self.by_key: dict[ResultRef, Value] = {}
         self._by_id: dict[int, Value] = {}
 
-    def arrived(self, key: Key, tensor: torch.Tensor) -> None:
+    def arrived(self, key: ResultRef, tensor: torch.Tensor) -> None:
         """What the cell before has handed on."""
         value = self.by_key[key]
         value.real = tensor
         self._by_id[id(tensor)] = value
 
-    def keep(self, tensor: object, key: Key, label: Label, real: object = None) -> None:
+    def keep(self, tensor: object, key: ResultRef, label: EventId, real: object = None) -> None:
         if not isinstance(tensor, torch.Tensor) or id(tensor) in self._by_id:
             return
         assert real is None or isinstance(real, torch.Tensor)
@@ -59,8 +59,10 @@ class Values:
             self._needs.seen.add(label)
         self.by_key[key] = self._by_id[id(tensor)] = Value(tensor, key, label, self.part, real)
 
-    def label(self, key: Key, what: str) -> Label:
-        return self._labels.get(key) or Label(self.part, what, line_running(), 0, key.leaf)
+    def told(self, tensor: object, key: ResultRef, what: str) -> None:
+        """Keep what stands for a result of `what`, which ran in another cell."""
+        known = self._labels.get(key)
+        self.keep(tensor, key, known or EventId(self.part, what, line_running(), 0, key.leaf))
 
     def of(self, leaf: object) -> Value | None:
         return self._by_id.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None

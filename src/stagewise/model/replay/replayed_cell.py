@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from stagewise.model.cell import Piece
-from stagewise.model.replay.handover import Crossing, Done, Needs
-from stagewise.model.replay.replay import Run
+from stagewise.model.replay.handover import Handover, Required, Returned
+from stagewise.model.replay.replayed_call import Run
 from stagewise.model.replay.skeleton import Skeleton
 
 Owners = Sequence[tuple[int, str, nn.Module]]
@@ -27,7 +27,7 @@ class RerunCell(Piece):
         skeleton: Skeleton,
         names: Sequence[str],
         owners: Owners,
-        needs: Needs,
+        needs: Required,
         input_names: Sequence[str],
     ) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class RerunCell(Piece):
     def forward(self, value: Any = None, **inputs: Any) -> Any:
         """Go on from what the cell before returned; `inputs` are the model's own, by name."""
         is_last = self._index == len(self._names) - 1
-        if isinstance(value, Done):
+        if isinstance(value, Returned):
             return value.output if is_last else value
-        if isinstance(value, Crossing) and value.story.block > self._index:
+        if isinstance(value, Handover) and value.story.block > self._index:
             return value  # the model left this block out
-        arriving = value if isinstance(value, Crossing) else None
+        arriving = value if isinstance(value, Handover) else None
         block = next(m for _, path, m in self.owned() if path == self._names[self._index])
         run = Run(
             self._skeleton,
@@ -81,7 +81,7 @@ class RerunCell(Piece):
                     return found
         return None
 
-    def _device(self, arriving: Crossing | None, inputs: dict[str, Any]) -> torch.device:
+    def _device(self, arriving: Handover | None, inputs: dict[str, Any]) -> torch.device:
         own = next(self.parameters(), None)
         if own is not None:
             return own.device

@@ -18,7 +18,7 @@ OF_DEVICE = frozenset(_OF_DEVICE.split())  # ... where these are those of the ce
 RANDOM = frozenset(_RANDOM.split())  # these may draw from the default generators
 
 
-def name_of(func: Callable[..., Any]) -> str:
+def function_name(func: Callable[..., Any]) -> str:
     """A function's name, or a property's."""
     name: str = getattr(func, "__name__", type(func).__name__)
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # type: ignore[attr-defined]

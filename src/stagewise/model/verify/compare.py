@@ -30,7 +30,7 @@ Tensors = dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Mismatch:
     """What the cells give otherwise than the model: `gradient a.weight`, and how."""
 
     what: str
@@ -38,14 +38,14 @@ class Difference:
     situation: Situation
 
 
-def difference(
+def mismatch(
     model: nn.Module,
     captured: Captured,
     named: Mapping[str, object],
     situation: Situation,
     *,
     in_bits: bool = False,
-) -> Difference | None:
+) -> Mismatch | None:
     """What the cells give otherwise than `model` when called with `named`, if anything.
 
     Neither keeps a trace of it. With `in_bits` round-off counts, too. On the meta device only
@@ -88,8 +88,8 @@ def _plain(
         return numbers(model, named, model, situation, ask_inputs=False), False
 
 
-def _found(quantity: str, how: str, situation: Situation) -> Difference:
-    return Difference(what=quantity, how=how, situation=situation)
+def _found(quantity: str, how: str, situation: Situation) -> Mismatch:
+    return Mismatch(what=quantity, how=how, situation=situation)
 
 
 def _in_mode(captured: Captured, training: bool) -> Callable[..., object]:
@@ -128,7 +128,9 @@ def numbers(
     with kept(model, situation.training), surroundings(model, situation):
         with collect_losses() as added:
             output = run(**inputs)
-        found: Tensors = {f"output {name}": tensor for name, tensor in outputs_of(output).items()}
+        found: Tensors = {
+            f"output {name}": tensor for name, tensor in output_tensors(output).items()
+        }
         found |= {f"added loss {name}": value for name, value in added.items()}
         buffers = sorted((tree or model).named_buffers())
         found |= {f"buffer {name}": buffer.detach().clone() for name, buffer in buffers}
@@ -136,7 +138,7 @@ def numbers(
     return {name: None if t is None else t.detach() for name, t in (found | gradients).items()}
 
 
-def outputs_of(output: object) -> dict[str, torch.Tensor]:
+def output_tensors(output: object) -> dict[str, torch.Tensor]:
     """The tensors of a model's output, by their place in it."""
     try:
         leaves = flatten(output)[0]

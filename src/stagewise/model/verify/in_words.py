@@ -11,7 +11,7 @@ from stagewise.model.forward.users_code import users_place
 
 
 @contextmanager
-def in_words(doing: str, way_out: str = "") -> Iterator[None]:
+def told_in_words(doing: str, way_out: str = "") -> Iterator[None]:
     """Raise ModelError for any exception inside that is not one of ours."""
     try:
         yield

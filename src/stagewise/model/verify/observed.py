@@ -23,7 +23,7 @@ from stagewise.model.forward.asked import FRESH, VARIED, Asked, AskedOfTensors, 
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
 from stagewise.model.forward.watch import Place, changes, name_of, tokens_of
-from stagewise.model.verify.compare import outputs_of
+from stagewise.model.verify.compare import output_tensors
 from stagewise.model.verify.rare_draws import NUM_SEEDS, others_as_they_are
 from stagewise.model.verify.situation import EVAL, TRAINING, Situation, kept, seeded, surroundings
 
@@ -116,7 +116,7 @@ def _in(
         """Outputs, and whether Python's or NumPy's random numbers were drawn."""
         with seeded(seed), collect_losses() as added:
             before = _states()
-            found = outputs_of(model(**_copied(example)))
+            found = output_tensors(model(**_copied(example)))
             drawn = _states() != before
         return {**found, **{f"added loss {name}": loss for name, loss in added.items()}}, drawn
 

@@ -10,7 +10,7 @@ from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.model.cell import Chain
 from stagewise.model.chain import module_tree
-from stagewise.model.tied import Tied, find_tied
+from stagewise.model.tied_parameters import Tied, find_tied
 from stagewise.pipeline.build.places import _stages, ranks_of_cells
 from stagewise.planning.plan import Plan
 

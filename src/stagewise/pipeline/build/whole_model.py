@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stagewise.checkpoints.names import Aliases, names_of
+from stagewise.checkpoints.names import Aliases, aliases_of
 from stagewise.engine.step.digest import fingerprint
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
@@ -45,7 +45,7 @@ class WholeModel:
                 for path, module in cell.named_modules()
                 if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
             ],
-            aliases=names_of(chain),
+            aliases=aliases_of(chain),
         )
 
     def agree(self, ranks: Ranks, plan: Plan, options: Mapping[str, object] | None = None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from stagewise.model.export.dataflow import Flow, hint, num_bytes, numel, tensors_of
+from stagewise.model.export.dataflow import Flow, bytes_of, hint, numel, tensors_in
 from stagewise.model.export.opaque_modules import LeafCall
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -27,7 +27,7 @@ _ELEMENT_WORK = 10  # multiplications that moving one number takes as long as, a
 Instance = tuple[str, str]  # a call of a module: key in the module stack, path
 
 
-def cuts_of(model: nn.Module, flow: Flow, main: tuple[fx.Node, ...]) -> list[int]:
+def cut_points(model: nn.Module, flow: Flow, main: tuple[fx.Node, ...]) -> list[int]:
     """The positions in `main` before which a cell begins, the first cell's aside."""
     stacks = [_stack(node) for node in main]
     crossing = _crossing_bytes(flow, main)
@@ -113,14 +113,14 @@ def names_of(
 
 def work_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
     """About how many multiplications `node` is worth; good for comparing."""
-    results = sum(map(numel, tensors_of(node)))
-    moved = results + sum(numel(t) for source in node.all_input_nodes for t in tensors_of(source))
+    results = sum(map(numel, tensors_in(node)))
+    moved = results + sum(numel(t) for source in node.all_input_nodes for t in tensors_in(source))
     return products_of(flow, node, model) + _ELEMENT_WORK * moved
 
 
 def products_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
     """Multiplications of matrix products and convolutions."""
-    results = sum(map(numel, tensors_of(node)))
+    results = sum(map(numel, tensors_in(node)))
     call = flow.trace.leaf_call(node)
     if call is not None:
         leaf = model.get_submodule(call.path)
@@ -141,7 +141,7 @@ def products_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
 
 
 def _tensors(argument: object) -> list[torch.Tensor]:
-    return tensors_of(argument) if isinstance(argument, fx.Node) else []
+    return tensors_in(argument) if isinstance(argument, fx.Node) else []
 
 
 def _places(flow: Flow, main: Sequence[fx.Node]) -> list[int]:
@@ -161,7 +161,7 @@ def _crossing_bytes(flow: Flow, main: tuple[fx.Node, ...]) -> list[int]:
     last = flow.last_uses(main)
     for position, node in enumerate(main):
         if last.get(node, -1) > position:
-            size = num_bytes(node)
+            size = bytes_of(node)
             steps[position + 1] += size
             steps[min(last[node], len(main)) + 1] -= size
     return list(itertools.accumulate(steps))[: len(main) + 1]

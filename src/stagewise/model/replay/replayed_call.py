@@ -19,17 +19,17 @@ from torch.utils.hooks import RemovableHandle
 
 from stagewise.errors import CellError, ModelError
 from stagewise.model.replay.handover import (
-    Crossing,
-    Done,
     Event,
-    Form,
-    Given,
-    Key,
-    Label,
-    Needs,
-    Story,
+    EventId,
+    Handover,
+    Ledger,
+    Provided,
+    Required,
+    ResultRef,
+    Returned,
+    TensorForm,
     check_constant,
-    flat,
+    flat_leaves,
 )
 from stagewise.model.replay.part_values import Values, line_running
 from stagewise.model.replay.skeleton import Skeleton
@@ -38,7 +38,7 @@ from stagewise.model.replay.torch_functions import (
     QUERIES,
     RANDOM,
     changes_first,
-    name_of,
+    function_name,
 )
 
 
@@ -59,8 +59,8 @@ class Run(TorchFunctionMode):
         cell: int | None,
         blocks: Mapping[int, nn.Module],
         state: Callable[[str], torch.Tensor | None],
-        needs: Needs,
-        arriving: Crossing | None = None,
+        needs: Required,
+        arriving: Handover | None = None,
     ) -> None:
         super().__init__()
         self._skeleton, self._names, self._cell = skeleton, names, cell
@@ -103,11 +103,11 @@ class Run(TorchFunctionMode):
             raise self._astray("the end of forward", line_running())
         if self._cell is None:
             self._own.part = len(self._names) - 1
-        leaves, spec = flat(output)
+        leaves, spec = flat_leaves(output)
         output = pytree.tree_unflatten(
             [self._own.real(leaf, "the output") for leaf in leaves], spec
         )
-        return output if self._is_last else Done(output)
+        return output if self._is_last else Returned(output)
 
     # A call of a block.
 
@@ -129,7 +129,7 @@ class Run(TorchFunctionMode):
                 "one order, that of the example; name the module around them in cells"
             )
         self._last_block = index
-        leaves, spec = flat((args, kwargs))
+        leaves, spec = flat_leaves((args, kwargs))
         if self._cell is not None and index > self._cell:
             raise _Stop(index, leaves)
         self._own.part = max(self._own.part, index)
@@ -156,7 +156,7 @@ class Run(TorchFunctionMode):
         for key, tensor in zip(story.keys, self._arriving.tensors, strict=True):
             self._own.arrived(key, tensor)
 
-    def _crossing(self, stop: _Stop) -> Crossing:
+    def _crossing(self, stop: _Stop) -> Handover:
         arguments = set()
         for leaf in stop.arguments:
             if (value := self._own.of(leaf)) is not None:
@@ -165,8 +165,8 @@ class Run(TorchFunctionMode):
         there = [value for value in self._own.by_key.values() if value.real is not None]
         wanted = self._needs.wanted(stop.block, [value.label for value in there])
         values = [v for v in there if v.label in wanted or id(v) in arguments]
-        return Crossing(
-            Story(
+        return Handover(
+            Ledger(
                 stop.block,
                 tuple(self._events),
                 tuple(value.key for value in values),
@@ -186,7 +186,7 @@ class Run(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         name, touches = (
-            name_of(func),
+            function_name(func),
             self._own.touches(args) or self._own.touches(kwargs.values()),
         )
         if not touches:
@@ -238,7 +238,7 @@ class Run(TorchFunctionMode):
     ) -> object:
         """Note what really ran; returns the result."""
         line = line_running()
-        found, spec = flat(result)
+        found, spec = flat_leaves(result)
         tensors = [(i, leaf) for i, leaf in enumerate(given) if isinstance(leaf, torch.Tensor)]
         places = {id(leaf): i for i, leaf in reversed(tensors)}
         event, told = len(self._events), []
@@ -254,12 +254,12 @@ class Run(TorchFunctionMode):
                 told.append(leaf)
                 continue
             if id(leaf) in places:
-                told.append(Given(places[id(leaf)]))
+                told.append(Provided(places[id(leaf)]))
             else:
-                told.append(Form(leaf.shape, leaf.dtype, leaf.requires_grad))
-            self._own.keep(leaf, Key(event, index), Label(*place, turn, index), leaf)
+                told.append(TensorForm(leaf.shape, leaf.dtype, leaf.requires_grad))
+            self._own.keep(leaf, ResultRef(event, index), EventId(*place, turn, index), leaf)
         if changes_first(what) and not self._own.is_state(leaves[0]):
-            self._own.keep(given[0], Key(event, -1), Label(*place, turn, -1), given[0])
+            self._own.keep(given[0], ResultRef(event, -1), EventId(*place, turn, -1), given[0])
         self._events.append(Event(what, pytree.tree_unflatten(told, spec)))
         self._next = len(self._events)
         return result
@@ -270,19 +270,19 @@ class Run(TorchFunctionMode):
         if index >= len(self._events) or self._events[index].what != what:
             raise self._astray(what, line_running())
         self._next += 1
-        found, spec = flat(self._events[index].result)
+        found, spec = flat_leaves(self._events[index].result)
         results: list[object] = []
         for place, leaf in enumerate(found):
-            if not isinstance(leaf, Form | Given):
+            if not isinstance(leaf, TensorForm | Provided):
                 results.append(leaf)
                 continue
-            tensor = leaf.empty() if isinstance(leaf, Form) else leaves[leaf.place]
+            tensor = leaf.empty() if isinstance(leaf, TensorForm) else leaves[leaf.place]
             if isinstance(tensor, torch.Tensor) and self._own.is_state(tensor):
                 tensor = torch.empty_like(tensor)  # else the parameter would be a value
-            self._own.keep(tensor, Key(index, place), self._own.label(Key(index, place), what))
+            self._own.told(tensor, ResultRef(index, place), what)
             results.append(tensor)
         if changes_first(what) and not self._own.is_state(leaves[0]):
-            self._own.keep(leaves[0], Key(index, -1), self._own.label(Key(index, -1), what))
+            self._own.told(leaves[0], ResultRef(index, -1), what)
         return pytree.tree_unflatten(results, spec)
 
     def _astray(self, what: str, line: str) -> CellError:

@@ -18,7 +18,7 @@ from stagewise.model.replay.capture_cells import AnyForm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class PlainBatch:
     """A call of the model, and what its loss takes."""
 
     inputs: object
@@ -33,7 +33,7 @@ def prepared(
     kwargs: Mapping[str, object] | None,
     cells: Sequence[str] | None,
     dtype: torch.dtype | None,
-) -> tuple[Model, Batch, Chain]:
+) -> tuple[Model, PlainBatch, Chain]:
     """The model, a copy where its dtype changes, captured where it is no chain; see check_parity.
 
     Raises UsageError where the plain model is missing or cannot be called, ModelError where it
@@ -49,7 +49,7 @@ def prepared(
             "check_parity compares with the plain model on the whole batch, which Microbatches do "
             "not hold; give it the batch as the plain model takes it"
         )
-    batch = Batch(inputs=inputs, target=target, keywords=dict(kwargs or {}))
+    batch = PlainBatch(inputs=inputs, target=target, keywords=dict(kwargs or {}))
     if dtype is not None:
         cells = _named_cells(model) if cells is None else cells
         model, batch = _converted(model, batch, dtype)
@@ -63,7 +63,7 @@ def prepared(
     return model, batch, chain
 
 
-def _converted(model: Model, batch: Batch, dtype: torch.dtype) -> tuple[Model, Batch]:
+def _converted(model: Model, batch: PlainBatch, dtype: torch.dtype) -> tuple[Model, PlainBatch]:
     """A copy of the model, without its capture, which was of another dtype; and the batch."""
     model = copied(model)
     modules = [model] if isinstance(model, nn.Module) else [c.module for c in chain_of(model)]
@@ -76,7 +76,7 @@ def _converted(model: Model, batch: Batch, dtype: torch.dtype) -> tuple[Model, B
         ),
         (batch.inputs, batch.target, batch.keywords),
     )
-    return model, Batch(inputs=inputs, target=target, keywords=keywords)
+    return model, PlainBatch(inputs=inputs, target=target, keywords=keywords)
 
 
 def _leaves(batch: object) -> list[object]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from stagewise.batch.split import split
 from stagewise.batch.values import take_apart
 from stagewise.checker.constant_draws import ConstantDraws, TooManyDraws
-from stagewise.checker.references import Tensors, collected, given, seeded, split_both
+from stagewise.checker.references import Tensors, collected, given, seeded_as_pipeline, split_both
 from stagewise.checker.subject import Subject, sum_of, weighted
 from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import captured_of
@@ -53,7 +53,7 @@ def _step(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
     inputs, target, keywords = subject.fresh_call()
     targets = [()] * len(sizes) if target is None else [given(t) for t in split(target, sizes)]
     shares, parts = subject.shares(targets, sizes), list[Tensor]()
-    with seeded(subject):
+    with seeded_as_pipeline(subject):
         for m, (value, named) in enumerate(split_both(inputs, keywords, sizes)):
             with ConstantDraws(subject.device), collect_losses() as added:
                 output = _call(run, value, named)
@@ -74,7 +74,7 @@ def _outputs(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
     tree.eval()
     inputs, _, keywords = subject.fresh_call()
     found: Tensors = {}
-    with seeded(subject), torch.no_grad():
+    with seeded_as_pipeline(subject), torch.no_grad():
         for m, (value, named) in enumerate(split_both(inputs, keywords, sizes)):
             with ConstantDraws(subject.device):
                 output = _call(run, value, named)
