@@ -59,6 +59,11 @@ class Mesh:
         """The ranks that hold `stage`, in order of its replicas."""
         return tuple(dict.fromkeys(map(self.rank_of, self.placement[stage])))
 
+    def rank_for(self, stage: int, microbatch: int) -> int:
+        """The rank that runs `stage` on a microbatch."""
+        devices = self.placement[stage]
+        return self.rank_of(devices[replica_of(microbatch, len(devices))])
+
     def device_of(self, stage: int, rank: int) -> int | None:
         """Where `rank` keeps `stage`, once, whoever its replicas are; None if it does not."""
         own = (device for device in self.placement[stage] if self.rank_of(device) == rank)

@@ -65,7 +65,7 @@ def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline
     with untouched(runner.stages):
         for _ in range(WARMUP_ROUNDS + num_steps):
             runner.run(request)
-            timelines.append(runner.last_run.timeline(runner.transport, num_devices))
+            timelines.append(runner.last_run.timeline(runner.ranks, num_devices))
     return tuple(timelines[WARMUP_ROUNDS:])
 
 

@@ -66,7 +66,7 @@ def step_of(
     replicas: Replicas, instructions: Sequence[Instruction], *, in_float32: bool = False
 ) -> Settlement:
     step = Settlement(
-        transport=Meeting([]),
+        ranks=Meeting([]),
         program=instructions,
         batchnorms=BatchNorms(()),
         in_float32=in_float32,

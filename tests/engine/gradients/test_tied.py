@@ -28,28 +28,28 @@ def model() -> list[nn.Module]:
     return cells
 
 
-def step_of(tied: TiedParameters, transport: Ranks) -> Settlement:
-    step = Settlement(transport=transport, program=(), batchnorms=BatchNorms(()))
+def step_of(tied: TiedParameters, ranks: Ranks) -> Settlement:
+    step = Settlement(ranks=ranks, program=(), batchnorms=BatchNorms(()))
     tied.before_step(step)
     return step
 
 
 def settled(present: tuple[bool, ...]) -> Tensor | None:
     """Sum what this rank's cells got; the ranks are real ones."""
-    chain, transport = chain_of(model()), between_processes(CPU).ranks
-    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == transport.rank}
+    chain, ranks = chain_of(model()), between_processes(CPU).ranks
+    own = {cell.index: (cell.module, CPU) for cell in chain if RANKS[cell.index] == ranks.rank}
     tied = TiedParameters(find_tied(chain), own, [(rank,) for rank in RANKS])
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
     weight.grad = torch.ones(3, 2)
-    step = step_of(tied, transport)
+    step = step_of(tied, ranks)
     for index, (module, _) in own.items():
         with step.stand_ins.inside(index):
             assert module.weight is not weight
             if present[index]:
                 (module.weight * gradient(index)).sum().backward()  # type: ignore[operator]
     tied.settle(step)
-    transport.finish()
+    ranks.finish()
     return weight.grad
 
 
@@ -69,23 +69,21 @@ REPLICATED = ((1, 0), (0, 1), (2,))
 
 def settled_on_replicas() -> Tensor | None:
     """Two replicated cells on the same ranks, in another order, and a third one behind."""
-    chain, transport = chain_of(model()[:3]), between_processes(CPU).ranks
-    own = {
-        cell.index: (cell.module, CPU) for cell in chain if transport.rank in REPLICATED[cell.index]
-    }
+    chain, ranks = chain_of(model()[:3]), between_processes(CPU).ranks
+    own = {cell.index: (cell.module, CPU) for cell in chain if ranks.rank in REPLICATED[cell.index]}
     tied = TiedParameters(find_tied(chain), own, REPLICATED)
     weight = next(iter(own.values()))[0].weight
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
-        weight.fill_(transport.rank)
-    tied.equalise(transport)
+        weight.fill_(ranks.rank)
+    tied.equalise(ranks)
     assert torch.equal(weight, torch.ones(3, 2))
-    step = step_of(tied, transport)
+    step = step_of(tied, ranks)
     for index, (module, _) in own.items():
         with step.stand_ins.inside(index):
-            (module.weight * gradient(10 * transport.rank + index)).sum().backward()  # type: ignore[operator]
+            (module.weight * gradient(10 * ranks.rank + index)).sum().backward()  # type: ignore[operator]
     tied.settle(step)
-    transport.finish()
+    ranks.finish()
     return weight.grad
 
 

@@ -15,7 +15,7 @@ from stagewise.engine.stage.gradient import Gradient, dense_like
 from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.schedule import Schedule
+from stagewise.mesh import Mesh
 
 _Tensors = Sequence[torch.Tensor]
 _Own = Callable[[], list[Gradient]]  # what this rank's microbatch left
@@ -55,7 +55,7 @@ def _wanted(
 
 
 def share_gradients(
-    work: Work, schedule: Schedule, routes: Routes, transport: Ranks, device: torch.device
+    work: Work, mesh: Mesh, routes: Routes, ranks: Ranks, device: torch.device
 ) -> None:
     """Complete `work`'s gradients of inputs, targets and keywords; every rank with a stage calls
     this. `device` is this rank's.
@@ -64,30 +64,29 @@ def share_gradients(
     def exchange(
         stage: int,
         m: int,
-        ranks: Sequence[int],
+        takers: Sequence[int],
         wanted: _Tensors,
         own: Callable[[], list[Gradient]],
     ) -> list[Gradient] | None:
         """The gradients of `wanted` from who ran `stage` on microbatch m; None if that is us."""
-        owner = schedule.device_of(stage, m)
-        if transport.rank != owner:
-            return transport.take(owner, [torch.empty_like(t, device=device) for t in wanted])
+        owner = mesh.rank_for(stage, m)
+        if ranks.rank != owner:
+            return ranks.take(owner, [torch.empty_like(t, device=device) for t in wanted])
         given = [
             dense_like(tensor, gradient) for tensor, gradient in zip(wanted, own(), strict=True)
         ]
-        for rank in ranks:
+        for rank in takers:
             if rank != owner:
-                transport.give(rank, [None if g is None else g.to(device) for g in given])
+                ranks.give(rank, [None if g is None else g.to(device) for g in given])
         return None
 
-    _share_inputs(work, schedule, transport.rank, exchange)
-    _share_targets(work, schedule, transport.rank, exchange)
-    _share_keywords(work, routes, transport.rank, exchange)
+    _share_inputs(work, mesh, ranks.rank, exchange)
+    _share_targets(work, mesh, ranks.rank, exchange)
+    _share_keywords(work, routes, ranks.rank, exchange)
 
 
-def _share_inputs(work: Work, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
-    ranks = schedule.placement[0]
-    if len(ranks) < 2 or rank not in ranks:
+def _share_inputs(work: Work, mesh: Mesh, rank: int, exchange: _Exchange) -> None:
+    if len(mesh.placement[0]) < 2 or rank not in (ranks := mesh.ranks_of(0)):
         return
     for m, inputs in enumerate(work.parts.inputs):
         tensors, _ = take_apart(inputs)
@@ -107,9 +106,9 @@ def _share_inputs(work: Work, schedule: Schedule, rank: int, exchange: _Exchange
             )
 
 
-def _share_targets(work: Work, schedule: Schedule, rank: int, exchange: _Exchange) -> None:
-    ranks, last = schedule.placement[-1], schedule.num_stages - 1
-    if len(ranks) < 2 or rank not in ranks:
+def _share_targets(work: Work, mesh: Mesh, rank: int, exchange: _Exchange) -> None:
+    last = len(mesh.placement) - 1
+    if len(mesh.placement[last]) < 2 or rank not in (ranks := mesh.ranks_of(last)):
         return
     for m, target in enumerate(work.parts.targets):
         leaves = [tensor for tensor in take_apart(target)[0] if tensor.requires_grad]

@@ -28,7 +28,7 @@ def clip_by_global_norm(
     own: Mapping[str, torch.nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
     max_norm: float,
-    transport: Ranks,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """Scale the gradients of `own` so that the norm over all ranks is at most `max_norm`.
 
@@ -47,7 +47,7 @@ def clip_by_global_norm(
     unknown = [name for name in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
     rows = torch.tensor(
-        transport.exchange(row, f"clip_grad_norm_({float(max_norm)!r})"), dtype=torch.int64
+        ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r})"), dtype=torch.int64
     )
     rows, num_unknown = rows[:, :-1], rows[:, -1]
     if num_unknown.any():

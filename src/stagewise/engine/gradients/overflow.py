@@ -22,11 +22,11 @@ class Overflow:
 
     def __init__(
         self,
-        transport: Ranks,
+        ranks: Ranks,
         parameters: Callable[[], Iterator[nn.Parameter]],
         step_index: Callable[[], int],
     ) -> None:
-        self._transport, self._parameters, self._step_index = transport, parameters, step_index
+        self._ranks, self._parameters, self._step_index = ranks, parameters, step_index
         self._num_updates = 0
         self._asked_in, self._answer = (step_index(), 0), False
         self.is_wanted = False  # some scaler is enabled; every rank makes its own
@@ -46,7 +46,7 @@ class Overflow:
             seen = {id(parameter) for parameter in known}
             rest = [p.grad for p in self._parameters() if id(p) not in seen and p.grad is not None]
             row = [int(found or not all(map(_is_finite, rest)))]
-            rows = self._transport.exchange(row, "GradScaler: whether gradients are finite")
+            rows = self._ranks.exchange(row, "GradScaler: whether gradients are finite")
             self._answer, self._asked_in = any(bad for (bad,) in rows), now
             self.found |= self._answer
         return self._answer

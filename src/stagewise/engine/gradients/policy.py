@@ -28,7 +28,7 @@ from stagewise.schedule import Instruction
 class Settlement:
     """One call, as its policies see it and what they say of it to each other."""
 
-    transport: Ranks
+    ranks: Ranks
     program: Sequence[Instruction]  # of this rank
     batchnorms: BatchNorms
     stand_ins: StandIns = NO_STAND_INS

@@ -45,15 +45,15 @@ class Replicas(ParameterPolicy):
         self,
         stages: Mapping[int, Stage],
         placement: Sequence[Sequence[int]],
-        transport: Ranks,
+        ranks: Ranks,
         *,
         apart: Collection[nn.Parameter] = (),
         within: Mapping[nn.Parameter, Sequence[int]] | None = None,
     ) -> None:
         self._shared: dict[int, _SharedStage] = {}
         self._sums: dict[int, _StageSum] = {}  # of a step
-        for stage, ranks in enumerate(placement):
-            group = transport.group(ranks) if len(ranks) > 1 else None
+        for stage, devices in enumerate(placement):
+            group = ranks.group(devices) if len(devices) > 1 else None
             if group is not None:
                 self._shared[stage] = _SharedStage(stages[stage], group, apart, within or {})
 

@@ -73,16 +73,16 @@ class TiedParameters(ParameterPolicy):
         return bool(self.ties or self._others)
 
     @torch.no_grad()
-    def equalise(self, transport: Ranks) -> None:
+    def equalise(self, ranks: Ranks) -> None:
         """Give every copy the values of the first user's."""
         for cells, parameters in self._groups.items():
             first = self._ranks[cells[0]][0]
             own = [dense_like(p, p.detach()) for p in parameters]
-            values = self._spread(cells, first, own, parameters, transport)
+            values = self._spread(cells, first, own, parameters, ranks)
             for parameter, value in zip(parameters, values, strict=True):
-                if first != transport.rank and value is not None:
+                if first != ranks.rank and value is not None:
                     parameter.copy_(value)
-        transport.finish()
+        ranks.finish()
 
     def before_step(self, step: Settlement) -> None:
         """Let stand-ins take the gradients; those of low precision may sum them in float32."""
@@ -116,14 +116,14 @@ class TiedParameters(ParameterPolicy):
                 continue
             if name in self._given_outside:
                 raise CellError(
-                    f"the parameter {name}, which rank {step.transport.rank} does not hold in this "
+                    f"the parameter {name}, which rank {step.ranks.rank} does not hold in this "
                     "Pipeline, was given a gradient there by something else (another Pipeline "
                     "that holds it on this rank, or a backward pass of your own); if both train "
                     "it, its copies drift apart: cut both Pipelines so that one rank holds it, or "
                     "set its .grad to None"
                 )
             raise CellError(
-                f"a cell on rank {step.transport.rank} uses the parameter {name}, which none of "
+                f"a cell on rank {step.ranks.rank} uses the parameter {name}, which none of "
                 "its modules holds, so its gradient would be lost; register it in that cell "
                 "(self.weight = other.weight), and it is tied"
             )
@@ -152,13 +152,13 @@ class TiedParameters(ParameterPolicy):
         step: Settlement,
     ) -> list[Gradient]:
         """Each parameter's gradient, summed over `cells` from left to right, on every user."""
-        legs, transport = self._legs(cells), step.transport
+        legs, ranks = self._legs(cells), step.ranks
         sums: list[Gradient] = [None] * len(parameters)
         for index, (rank, own) in enumerate(legs):
-            if rank != transport.rank:
+            if rank != ranks.rank:
                 continue
             if index > 0:
-                sums = transport.take(legs[index - 1][0], like)
+                sums = ranks.take(legs[index - 1][0], like)
             for number, parameter in enumerate(parameters):
                 for cell in own:
                     gradient = step.stand_ins.take_gradient(cell, parameter)
@@ -166,8 +166,8 @@ class TiedParameters(ParameterPolicy):
                 # Reentrant checkpointing runs a cell again during backward, without stand-ins.
                 sums[number] = plus(sums[number], dense_like(parameter, taken(parameter)))
             if index + 1 < len(legs):
-                transport.give(legs[index + 1][0], sums)
-        return self._spread(cells, legs[-1][0], sums, like, transport)
+                ranks.give(legs[index + 1][0], sums)
+        return self._spread(cells, legs[-1][0], sums, like, ranks)
 
     def _legs(self, cells: tuple[int, ...]) -> list[tuple[int, list[int]]]:
         """The way of the partial sums: in cell order, and from replica to replica of a stage."""
@@ -187,12 +187,12 @@ class TiedParameters(ParameterPolicy):
         source: int,
         values: list[Gradient],
         like: Sequence[torch.Tensor],
-        transport: Ranks,
+        ranks: Ranks,
     ) -> list[Gradient]:
         """Rank `source`'s values on every rank that runs one of `cells`."""
         users = sorted({rank for cell in cells for rank in self._ranks[cell]} - {source})
-        if transport.rank != source:
-            return transport.take(source, like)
+        if ranks.rank != source:
+            return ranks.take(source, like)
         for user in users:
-            transport.give(user, values)
+            ranks.give(user, values)
         return values

@@ -59,7 +59,7 @@ class Admitted:
     num_args: int = 1  # positional arguments of the model's first cell
 
 
-def admit(transport: Ranks, request: Request, needs: RankNeeds, state: State) -> Admitted:
+def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Admitted:
     """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
 
     A batch is split into the most microbatches, or its samples if those are fewer.
@@ -67,21 +67,21 @@ def admit(transport: Ranks, request: Request, needs: RankNeeds, state: State) ->
     batch, objection = Extent(), request.objection
     try:
         if objection is None:
-            batch = _examined(request, needs, state, transport.num_ranks)
+            batch = _examined(request, needs, state, ranks.num_ranks)
     except StagewiseError as error:
         objection = error if isinstance(error, UsageError) else BatchError(str(error))
-    if transport.num_ranks == 1:
+    if ranks.num_ranks == 1:
         if objection is not None:
             raise objection
         return _alone(request, needs, batch)
     autocast = _autocast()
     own = _vote(request, needs, state, batch, autocast, objection)
-    votes = [own.same_kind(row) for row in transport.exchange(own.row(), request.call)]
+    votes = [own.same_kind(row) for row in ranks.exchange(own.row(), request.call)]
     if any(vote.objects for vote in votes):
-        _refuse(transport, objection)
+        _refuse(ranks, objection)
     routes = needs.routes
     if (differs := difference(votes, routes.names)) is not None:
-        _raise(transport, request, needs, batch, autocast, differs)
+        _raise(ranks, request, needs, batch, autocast, differs)
     num_args = max(vote.num_args for vote in votes)
     named = list(zip(*(vote.keywords for vote in votes), strict=True))
     routes.check_given(named, num_args)
@@ -89,7 +89,7 @@ def admit(transport: Ranks, request: Request, needs: RankNeeds, state: State) ->
     _check_scaling(request, needs, total)
     is_split = any(vote.sizes != NOT_GIVEN for vote in votes)
     if is_split:  # some ranks may have none of the Microbatches
-        every = transport.gather(batch.sizes, f"{request.call}: sizes")
+        every = ranks.gather(batch.sizes, f"{request.call}: sizes")
         batch = replace(batch, sizes=next(sizes for sizes in every if sizes is not None))
     sizes = _cut(request, needs, total, batch.sizes)
     shared = (
@@ -183,7 +183,7 @@ def _cut(
 
 
 def _raise(
-    transport: Ranks,
+    ranks: Ranks,
     request: Request,
     needs: RankNeeds,
     batch: Extent,
@@ -202,7 +202,7 @@ def _raise(
         **{by_name(name): _in_words(keywords.get(name)) for name in needs.routes.names},
     }
     own = str(words[differs.part]) if differs.part in words else None
-    raise differs.error(transport.gather(own, "step: differences"))
+    raise differs.error(ranks.gather(own, "step: differences"))
 
 
 def _check_scaling(request: Request, needs: RankNeeds, total: int) -> None:
@@ -214,9 +214,9 @@ def _options(request: Request, needs: RankNeeds) -> object:
     return request.scaling, request.batch_dim, needs.count.sums
 
 
-def _refuse(transport: Ranks, objection: UsageError | None) -> NoReturn:
+def _refuse(ranks: Ranks, objection: UsageError | None) -> NoReturn:
     """Raise what speaks against the call here, or else on the first rank where anything does."""
-    texts = transport.gather(str(objection) if objection else None, "step: objections")
+    texts = ranks.gather(str(objection) if objection else None, "step: objections")
     if objection:
         raise objection
     rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)

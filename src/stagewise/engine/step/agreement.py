@@ -19,7 +19,7 @@ LESS_MEMORY = (
 
 
 def agreed_failure(
-    transport: Ranks, failure: Failure | None, programs: Programs, key: tuple[bool, int]
+    ranks: Ranks, failure: Failure | None, programs: Programs, key: tuple[bool, int]
 ) -> StagewiseError:
     """The error to raise on this rank; every rank calls this, some with a `failure`.
 
@@ -31,13 +31,13 @@ def agreed_failure(
         error, place = failure.error, -1
         if failure.instruction is not None:
             place = programs.place(failure.instruction, key)
-        own = (place, transport.rank, f"{type(error).__name__}: {error}", failure.out_of_memory)
-    first = min(other for other in transport.gather(own, "step: what failed") if other is not None)
+        own = (place, ranks.rank, f"{type(error).__name__}: {error}", failure.out_of_memory)
+    first = min(other for other in ranks.gather(own, "step: what failed") if other is not None)
     _, rank, text, out_of_memory = first
     raised: StagewiseError
     if out_of_memory:
         raised = OutOfMemoryError(f"rank {rank} ran out of memory; {LESS_MEMORY}: {text}")
-    elif failure is not None and rank == transport.rank:
+    elif failure is not None and rank == ranks.rank:
         return failure.error
     else:
         raised = PeerError(f"rank {rank} failed, so this call is undone on all ranks: {text}")
@@ -46,7 +46,7 @@ def agreed_failure(
 
 
 @contextmanager
-def agreed(transport: Ranks, what: str) -> Iterator[None]:
+def agreed(ranks: Ranks, what: str) -> Iterator[None]:
     """Raise on every rank if the block raises a UsageError on any; every rank calls this.
 
     `what` names the call for people.
@@ -56,7 +56,7 @@ def agreed(transport: Ranks, what: str) -> Iterator[None]:
         yield
     except UsageError as error:
         objection = error
-    told = transport.gather(None if objection is None else (type(objection), str(objection)), what)
+    told = ranks.gather(None if objection is None else (type(objection), str(objection)), what)
     if objection is not None:
         raise objection
     for rank, one in enumerate(told):

@@ -49,39 +49,37 @@ class Result:
     shares: Sequence[float] | None  # what microbatches count, if not by samples
 
 
-def agree_on_losses(
-    transport: Ranks, work: Work, source: int, device: torch.device
-) -> Agreed | None:
+def agree_on_losses(ranks: Ranks, work: Work, source: int, device: torch.device) -> Agreed | None:
     """The total, and its parts by name; rank `source` has the last stage.
 
     None on every rank if any was lost: that is how they agree that all went well. A call that
     computes no loss ends so too.
     """
     if work.mode is Mode.PREDICT:
-        return _agree_on_end(transport, work)
-    if work.record.lost and transport.num_ranks == 1:
+        return _agree_on_end(ranks, work)
+    if work.record.lost and ranks.num_ranks == 1:
         return None
     main: dict[str, torch.Tensor] = {}
     added: Added = {}
     if not work.record.lost:
         main = _main(work.record.losses, work)
         added = _added(work.record.added, work) if work.record.added else {}
-    if transport.rank == source and not main:
+    if ranks.rank == source and not main:
         main = _nothing(device)
     usual = not added and set(main) <= {MAIN_LOSS} and _are_numbers(main)
     only = main.get(MAIN_LOSS)
-    if transport.num_ranks > 1:
+    if ranks.num_ranks > 1:
         row = [0, 0, int(usual), int(work.record.lost)]
         if usual and only is not None:
             row[:2] = _packed(only)
-        rows = transport.exchange(row, f"{CALLS[work.mode]}: the loss")
+        rows = ranks.exchange(row, f"{CALLS[work.mode]}: the loss")
         if any(other[3] for other in rows):
             return None
         usual = all(other[2] for other in rows)
         only = _number(rows[source], device)
     if usual and only is not None:
         return only, {MAIN_LOSS: only}
-    rank_parts = transport.gather(
+    rank_parts = ranks.gather(
         ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), f"{CALLS[work.mode]}: losses"
     )
     every = {key: value for _, others in rank_parts for key, value in others.items()}
@@ -89,15 +87,15 @@ def agree_on_losses(
 
 
 def agree_on_shared_losses(
-    transport: Ranks, work: Work, source: int, device: torch.device
+    ranks: Ranks, work: Work, source: int, device: torch.device
 ) -> Agreed | None:
     """As `agree_on_losses` where stages are replicated.
 
     No rank has all microbatches' losses: they travel one by one and every rank takes the sums.
     """
     if work.mode is Mode.PREDICT:
-        return _agree_on_end(transport, work)
-    everyones = _everyones(transport, work, device)
+        return _agree_on_end(ranks, work)
+    everyones = _everyones(ranks, work, device)
     if everyones is None:
         return None
     losses, from_cells = everyones
@@ -117,25 +115,23 @@ def _total(
 
 
 def losses_by_microbatch(
-    transport: Ranks, losses: Losses, num_microbatches: int
+    ranks: Ranks, losses: Losses, num_microbatches: int
 ) -> list[dict[str, torch.Tensor]]:
     """Every microbatch's own losses by name, unweighted, on every rank; all ranks call this."""
     found: Losses = {}
     cpu = {m: {name: loss.cpu() for name, loss in own.items()} for m, own in losses.items()}
-    for own in transport.gather(cpu, "microbatch_losses"):
+    for own in ranks.gather(cpu, "microbatch_losses"):
         found.update(own)
     return [found.get(m, {}) for m in range(num_microbatches)]
 
 
-def _agree_on_end(transport: Ranks, work: Work) -> Agreed | None:
+def _agree_on_end(ranks: Ranks, work: Work) -> Agreed | None:
     row = [int(work.record.lost)]
-    rows = transport.exchange(row, f"{CALLS[work.mode]}: the end")
+    rows = ranks.exchange(row, f"{CALLS[work.mode]}: the end")
     return None if any(other[0] for other in rows) else (None, {})
 
 
-def _everyones(
-    transport: Ranks, work: Work, device: torch.device
-) -> tuple[Losses, AddedLosses] | None:
+def _everyones(ranks: Ranks, work: Work, device: torch.device) -> tuple[Losses, AddedLosses] | None:
     """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
     usual = not work.record.added and all(
         set(named) <= {MAIN_LOSS} and _are_numbers(named) for named in work.record.losses.values()
@@ -144,7 +140,7 @@ def _everyones(
     for m in range(len(work.sizes)):
         loss = work.record.losses.get(m, {}).get(MAIN_LOSS) if usual else None
         row += [0, -1] if loss is None else _packed(loss)
-    rows = transport.exchange(row, f"{CALLS[work.mode]}: every loss")
+    rows = ranks.exchange(row, f"{CALLS[work.mode]}: every loss")
     if any(row[1] for row in rows):
         return None
     losses: Losses = {}
@@ -161,7 +157,7 @@ def _everyones(
         {m: [replace(x, value=x.value.cpu()) for x in added] for m, added in record.added.items()},
     )
     added: AddedLosses = {}
-    for named_by_m, added_by_m in transport.gather(own, f"{CALLS[work.mode]}: losses"):
+    for named_by_m, added_by_m in ranks.gather(own, f"{CALLS[work.mode]}: losses"):
         for m, named in named_by_m.items():
             losses[m] = {name: loss.to(device) for name, loss in named.items()}
         for m, parts in added_by_m.items():
@@ -229,12 +225,12 @@ def ranks_of(ranks: OnRanks, num_ranks: int) -> list[int]:
 
 def outputs_of(
     result: Result,
-    transport: Ranks,
+    ranks: Ranks,
     sources: Sequence[int],
-    ranks: Sequence[int],
+    wanted_on: Sequence[int],
     merge: Merge | None = None,
 ) -> object:
-    """The microbatches' outputs from ranks `sources`, put together, on `ranks`; else None.
+    """The microbatches' outputs from ranks `sources`, put together, on `wanted_on`; else None.
 
     By the caller's `merge`, where there is one.
 
@@ -243,10 +239,10 @@ def outputs_of(
     outputs, problem = None, None
     source, every = sources[0], dict(result.outputs)
     for other in sources[1:]:  # replicas: the first puts together what all of them have
-        theirs = transport.broadcast(result.outputs, other, [source])
-        if transport.rank == source:
+        theirs = ranks.broadcast(result.outputs, other, [source])
+        if ranks.rank == source:
             every.update(theirs)
-    if every and transport.rank == source:
+    if every and ranks.rank == source:
         parts = [detached(every[m]) for m in sorted(every)]
         try:
             if merge is not None:
@@ -261,7 +257,7 @@ def outputs_of(
             problem = str(error)
         except Exception as error:
             problem = f"merge(outputs) failed: {type(error).__name__}: {error}"
-    outputs, problem = transport.broadcast((opened(outputs), problem), source, ranks)
+    outputs, problem = ranks.broadcast((opened(outputs), problem), source, wanted_on)
     if problem is not None:
         raise BatchError(problem)
-    return closed(outputs) if transport.rank in ranks else None
+    return closed(outputs) if ranks.rank in wanted_on else None

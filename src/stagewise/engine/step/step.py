@@ -45,6 +45,7 @@ from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import CellError, PeerError, StagewiseError
+from stagewise.mesh import Mesh
 from stagewise.schedule import Schedule
 
 _EXAMINED_FIRST, _EXAMINED_EVERY = 8, 16  # calls of each mode
@@ -66,9 +67,9 @@ class Runner:
         count: LossCount = BY_SAMPLES,
         policies: Sequence[ParameterPolicy] = (),
     ) -> None:
-        self.mail, self.transport = transport.mail, transport.ranks
+        self.mail, self.ranks = transport.mail, transport.ranks
         self._seed, self.routes, self._count = seed, routes, count
-        self._alone = self.transport.num_ranks == 1
+        self._alone = self.ranks.num_ranks == 1
         cells = [cell for stage in stages.values() for cell in stage.cells]
         self._unchanged = Unchanged(cells)
         self._batchnorms = BatchNorms(cells)
@@ -93,10 +94,11 @@ class Runner:
         self.stages, self.schedule, self._first, self._last = stages, schedule, first, last
         self._devices = dict.fromkeys(devices)
         self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
-        self.last_ranks = (0,) if self._alone else schedule.placement[-1]
+        self._mesh = mesh = Mesh(schedule.placement, self.ranks.num_ranks)
+        self.last_ranks = mesh.ranks_of(schedule.num_stages - 1)
         self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
         self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
-        rank = None if self._alone else self.transport.rank
+        rank = None if self._alone else self.ranks.rank
         self._programs = Programs(schedule, stages, rank, self.routes.flows)
         self._needs = RankNeeds(
             routes=self.routes,
@@ -152,7 +154,7 @@ class Runner:
             compares_values=examines,
             check=partial(self._unchanged.check, training=request.mode is Mode.TRAIN),
         )
-        admitted = admit(self.transport, request, self._needs, state)
+        admitted = admit(self.ranks, request, self._needs, state)
         self._num_calls[request.mode] += 1
         return admitted
 
@@ -173,9 +175,7 @@ class Runner:
         shares: Shares = {}
         if self._count.sums or (self._count.weight is not None and mode is not Mode.PREDICT):
             total, source = scaling.total_weight, self.last_ranks[0]
-            shares = agree_on_shares(
-                self.transport, self._count, parts.targets, total, source, sizes
-            )
+            shares = agree_on_shares(self.ranks, self._count, parts.targets, total, source, sizes)
         return Work(
             mode=mode,
             sizes=sizes,
@@ -236,7 +236,7 @@ class Runner:
             except BaseException as error:
                 self.mail.clear()
                 if self._broken and not isinstance(error, PeerError):
-                    self.transport.fail(f"{type(error).__name__}: {error}")
+                    self.ranks.fail(f"{type(error).__name__}: {error}")
                 raise
             finally:
                 for stage in self.stages.values():
@@ -247,7 +247,7 @@ class Runner:
     def _settled(self, request: Request, program: RankProgram, work: Work) -> Agreed:
         """Run the program, and make whole what several cells or ranks computed parts of."""
         step = Settlement(
-            transport=self.transport,
+            ranks=self.ranks,
             program=program.instructions,
             batchnorms=self._batchnorms,
         )
@@ -258,7 +258,7 @@ class Runner:
             agreed = self._executed(request, program, work, step)
             self._policies.settle(step)
             if self.stages and not self._alone:
-                share_gradients(work, self.schedule, self.routes, self.transport, self._device)
+                share_gradients(work, self._mesh, self.routes, self.ranks, self._device)
         return agreed
 
     def _executed(
@@ -279,7 +279,7 @@ class Runner:
         agreed = self._agreed_end(work, step)
         if agreed is None:
             step.failed_on_all = True
-            failure = agreed_failure(self.transport, work.record.failure, self._programs, key)
+            failure = agreed_failure(self.ranks, work.record.failure, self._programs, key)
             self.mail.finish()
             self._broken = False
             raise failure
@@ -296,4 +296,4 @@ class Runner:
                 work.record.fail(Failure.of(error, None, None))
         replicated = bool(self._replicated) and not self._alone
         agree = agree_on_shared_losses if replicated else agree_on_losses
-        return agree(self.transport, work, self.last_ranks[0], self._device)
+        return agree(self.ranks, work, self.last_ranks[0], self._device)

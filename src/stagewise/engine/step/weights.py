@@ -75,7 +75,7 @@ def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> No
 
 
 def agree_on_shares(
-    transport: Ranks,
+    ranks: Ranks,
     count: LossCount,
     targets: Sequence[object],
     total: float | Mapping[str, float] | None,
@@ -92,7 +92,7 @@ def agree_on_shares(
         return {OTHERS: (1.0,) * len(sizes)} if count.sums else {}
     columns: dict[str, tuple[float, ...]] = {}
     problem: str | None = None
-    if transport.rank == source:
+    if ranks.rank == source:
         try:
             columns = _columns([_numbers(count.weight(target)) for target in targets])
             _check_names(columns, total)
@@ -101,7 +101,7 @@ def agree_on_shares(
             problem = str(error)
         except Exception as error:
             problem = f"weight(target) failed: {type(error).__name__}: {error}"
-    columns, problem = transport.broadcast((columns, problem), source)
+    columns, problem = ranks.broadcast((columns, problem), source)
     if problem is not None:
         raise BatchError(problem)
     return columns
