@@ -64,7 +64,6 @@ SAME_NAME = {
     "Packed",
     "Replicated",
     "packed",
-    "peak_bytes",
     "search",
 }
 SAME_FILE = {

@@ -16,7 +16,7 @@ from stagewise.planning.synthesis.problem import (
     Programs,
     problem_of,
 )
-from stagewise.planning.synthesis.replay import duration, peak_bytes
+from stagewise.planning.synthesis.replay import duration, peak_of
 from stagewise.schedule import POLICIES
 from tests.planning.costs import filled, stage_costs_drawn
 
@@ -73,7 +73,7 @@ def every_schedule(problem: Problem) -> Iterator[Programs]:
         for device, cap in enumerate(problem.caps):
             after = _precedence(problem, device, split)
             every = (list(order) for order in _linear_extensions(after))
-            orders.append([o for o in every if peak_bytes(problem, device, o) <= cap])
+            orders.append([o for o in every if peak_of(problem, o) <= cap])
         for programs in product(*orders):
             yield list(programs)
 

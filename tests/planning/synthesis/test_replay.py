@@ -9,7 +9,7 @@ from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Found, improve
 from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, problem_of
-from stagewise.planning.synthesis.replay import duration, peak_bytes, replay
+from stagewise.planning.synthesis.replay import duration, peak_of, replay
 from stagewise.planning.synthesis.rules import rules
 from stagewise.schedule import Kind, validate
 
@@ -37,7 +37,7 @@ def test_equals_the_simulator_to_the_last_bit(seed: int, rule: int, moves: int) 
     timeline = simulate(schedule, case.costs, case.link)
     assert duration(problem, programs) == timeline.duration_seconds
     assert timeline.peak_activation_bytes(case.costs) == tuple(
-        peak_bytes(problem, device, program) for device, program in enumerate(programs)
+        peak_of(problem, program) for program in programs
     )
     times = replay(problem, programs)
     for span in timeline.spans:

@@ -20,7 +20,7 @@ from stagewise.planning.synthesis.problem import (
     Problem,
     Programs,
 )
-from stagewise.planning.synthesis.replay import Replay, duration, peak_bytes, replay
+from stagewise.planning.synthesis.replay import Replay, duration, peak_of, replay
 
 HISTORY = 12  # of late acceptance: so many values back
 
@@ -49,7 +49,7 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
         others = []
         for device, program in moves:
             cap = problem.caps[device]
-            if cap < NEVER and peak_bytes(problem, device, program) > cap:
+            if cap < NEVER and peak_of(problem, program) > cap:
                 continue
             tried += 1
             programs = [*now.programs]

@@ -2,8 +2,8 @@
 
 Problem: under a cap, forwards that fit may leave no room for those that must come before anything
 is freed: a device's later stages run a microbatch forward before its earlier ones go back.
-Idea: admit a forward only if what the device holds then can still finish one microbatch after the
-other, oldest first. What waits for W counts as free here, since W can run at any time.
+Idea: admit a forward only if the device can still finish every microbatch it holds, oldest first.
+What waits for W counts as free here, since W can run at any time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

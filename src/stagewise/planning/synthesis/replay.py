@@ -95,8 +95,8 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
     return NEVER if blocked else max(last)
 
 
-def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
-    """The highest point of what `device` keeps for the backward pass, as `Timeline` counts it."""
+def peak_of(problem: Problem, program: list[int]) -> int:
+    """The highest point of what a device keeps for the backward pass, as `Timeline` counts it."""
     kept = kept_bytes(problem.instructions(program), problem.costs)
     return max(accumulate(kept), default=0)
 
@@ -104,6 +104,6 @@ def peak_bytes(problem: Problem, device: int, program: list[int]) -> int:
 def fits(problem: Problem, programs: Programs) -> bool:
     """Does every device stay within its cap?"""
     return all(
-        cap == NEVER or peak_bytes(problem, device, program) <= cap
-        for device, (cap, program) in enumerate(zip(problem.caps, programs, strict=True))
+        cap == NEVER or peak_of(problem, program) <= cap
+        for cap, program in zip(problem.caps, programs, strict=True)
     )
