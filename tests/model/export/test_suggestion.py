@@ -46,6 +46,34 @@ class Experts(nn.Module):
         return x
 
 
+class Force(nn.Module):
+    """Minus the gradient of an energy."""
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        self.layers, self.unused = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), unused
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = y = x.detach().requires_grad_()
+            for layer in self.layers:
+                y = layer(y).tanh()
+            (found,) = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=self.unused)
+        return y if found is None else y - found
+
+
+class Around(nn.Module):
+    def __init__(self, force: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.force, self.after = force, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.before:
+            x = layer(x).relu()
+        return self.after(self.force(x))
+
+
 LENGTHS = torch.tensor([7, 3, 5, 4])
 
 
@@ -54,8 +82,9 @@ LENGTHS = torch.tensor([7, 3, 5, 4])
     [
         (Packed(), (torch.randint(0, 20, (4, 7)), LENGTHS), ["embed", "middle", "head"]),
         (Experts(), (torch.randn(4, 8),), ["blocks.0.gate", "blocks.0.expert"]),
+        (Around(Force()), (torch.randn(4, 8),), ["before.*"]),
     ],
-    ids=["packed", "experts"],
+    ids=["packed", "experts", "force"],
 )
 def test_suggested_cells_work(model: nn.Module, batch: Any, names: list[str]) -> None:
     with pytest.raises(ModelError) as refused:
@@ -148,3 +177,12 @@ def test_any_exception_is_the_cause_of_one_of_ours() -> None:
         with pytest.raises(StagewiseError, match=r"Lost: no evaluation here") as found:
             capture(Broken(), x, y)
         assert isinstance(found.value.__cause__, Lost)
+
+
+def test_cells_that_a_gradient_inside_forward_would_part() -> None:
+    with pytest.raises(ModelError, match="is not the plain model in training mode"):
+        stagewise.capture_cells(
+            Around(Force(unused=True)), ["before.*", "force.layers.*"], torch.randn(4, 8)
+        )
+    with pytest.raises(ModelError, match=r"differentiates in forward.*Sequential.*num_stages=1"):
+        stagewise.capture(Force(), torch.randn(4, 8))

@@ -24,6 +24,12 @@ _CAUSES = (
         "make it an operator with torch.library.custom_op and register_autograd",
     ),
     (
+        ("ifferentiated Tensor",),  # torch's, at the begin of its sentence or in it
+        "it differentiates in forward (torch.autograd.grad), and no stage reaches into another",
+        "let one module do all of that, with the call, and name it in cells=; where that is the "
+        "whole model, give nn.Sequential(model) and num_stages=1",
+    ),
+    (
         ("data-dependent", "GuardOnDataDependent", "unbacked", "aten._local_scalar_dense"),
         "its control flow or its shapes depend on the data",
         "compute without a branch on a tensor's values (torch.where, masks)",

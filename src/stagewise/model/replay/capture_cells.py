@@ -145,7 +145,7 @@ def _check_captured(
     captured.own_changes = effects.touched
     captured.asks_flags = asks_for_flags(effects.asked)
     for situation in SITUATIONS:
-        found = mismatch(model, captured, named, situation)
+        found = mismatch(model, captured, named, situation, apart=True)
         if found is not None:
             raise _differs(found)
 

@@ -7,7 +7,7 @@ round-off in the coarsest dtype that the plain model computes in.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from stagewise.model.added_losses import collect_losses
 from stagewise.model.captured import Captured
 from stagewise.model.chain import module_tree
 from stagewise.model.verify.differences import Reference, identical
+from stagewise.model.verify.in_parts import in_parts
 from stagewise.model.verify.situation import Situation, kept, surroundings
 
 # Round-off, relative to the largest number beside it.
@@ -45,16 +46,18 @@ def mismatch(
     situation: Situation,
     *,
     in_bits: bool = False,
+    apart: bool = False,
 ) -> Mismatch | None:
     """What the cells give otherwise than `model` when called with `named`, if anything.
 
-    Neither keeps a trace of it. With `in_bits` round-off counts, too. On the meta device only
-    shapes and dtypes are compared. What either raises comes through.
+    Neither keeps a trace of it. With `in_bits` round-off counts, too; `apart`, every cell has a
+    graph of its own, as on stages. On the meta device only shapes and dtypes are compared. What
+    either raises comes through.
     """
     tree = module_tree(captured.chain)
     plain, ask_inputs = _plain(model, named, situation)
     wanted = Reference(plain)
-    cells = _in_mode(captured, situation.training)
+    cells = _in_mode(captured, situation.training, apart=apart)
     got = numbers(cells, named, model, situation, tree=tree, ask_inputs=ask_inputs)
     coarsest: float | None = 0.0 if in_bits else None
     for quantity in wanted.tensors | got:
@@ -67,14 +70,14 @@ def mismatch(
             return _found(quantity, f"{_form(ours)} in place of {_form(theirs)}", situation)
         if theirs.is_meta or ours.is_meta or identical(ours, theirs):
             continue
-        apart = wanted.difference(quantity, ours)
-        if apart <= 0:
+        error = wanted.difference(quantity, ours)
+        if error <= 0:
             continue
         if coarsest is None:
             coarsest = _coarsest(model, named, situation)
         inexact = theirs.is_floating_point() or theirs.is_complex()
-        if not (inexact and apart <= coarsest):
-            return _found(quantity, f"by {apart:.1e} of its largest number", situation)
+        if not (inexact and error <= coarsest):
+            return _found(quantity, f"by {error:.1e} of its largest number", situation)
     return None
 
 
@@ -92,13 +95,14 @@ def _found(quantity: str, how: str, situation: Situation) -> Mismatch:
     return Mismatch(what=quantity, how=how, situation=situation)
 
 
-def _in_mode(captured: Captured, training: bool) -> Callable[..., object]:
+def _in_mode(captured: Captured, training: bool, *, apart: bool) -> Callable[..., object]:
     def cells(**given: object) -> object:
         modes = [cell.module.training for cell in captured.chain]
         try:
             for cell in captured.chain:
                 cell.module.training = training
-            return captured(**given)
+            with in_parts(captured) if apart else nullcontext():
+                return captured(**given)
         finally:
             for cell, mode in zip(captured.chain, modes, strict=True):
                 cell.module.training = mode
