@@ -1,11 +1,12 @@
 """Costs with every field filled: a new field joins by its type, or what uses these fails."""
 
 import dataclasses
+import random
 from typing import TypeVar
 
 from hypothesis import strategies as st
 
-from stagewise.costs import CellCost, InstructionCost, LinkCost, StageCost
+from stagewise.costs import FREE_LINK, CellCost, InstructionCost, LinkCost, StageCost
 
 T = TypeVar("T")
 Numbers = st.SearchStrategy[int]
@@ -54,3 +55,19 @@ def stage_costs_drawn(
             ),
         )
     )
+
+
+def random_costs(rng: random.Random, num_stages: int) -> list[StageCost]:
+    """For equality to the last bit; a new field joins by its name."""
+
+    def drawn(name: str) -> float:
+        return rng.random() if name.endswith("_seconds") else rng.randint(0, 99)
+
+    names = [field.name for field in dataclasses.fields(StageCost)]
+    return [StageCost(**{name: drawn(name) for name in names}) for _ in range(num_stages)]  # type: ignore[arg-type]
+
+
+def random_link(rng: random.Random) -> LinkCost:
+    """Free, or with every field filled."""
+    every = {field.name: rng.random() / 10 for field in dataclasses.fields(LinkCost)}
+    return rng.choice((FREE_LINK, LinkCost(**every)))

@@ -1,11 +1,10 @@
 """The quick simulator is the simulator: equal to the last bit."""
 
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
-from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
 from stagewise.planning import simulate
 from stagewise.planning.fast_simulate import held_microbatches, outcome_of
@@ -19,22 +18,12 @@ from stagewise.schedule import (
     schedule_of,
     with_recompute,
 )
-
-
-def random_costs(rng: random.Random, num_stages: int) -> list[StageCost]:
-    """Every field filled: a new one joins by its name."""
-
-    def drawn(name: str) -> float:
-        return rng.random() if name.endswith("_seconds") else rng.randint(0, 99)
-
-    names = [field.name for field in fields(StageCost)]
-    return [StageCost(**{name: drawn(name) for name in names}) for _ in range(num_stages)]  # type: ignore[arg-type]
+from tests.planning.costs import random_costs, random_link
 
 
 def assert_equal(schedule: Schedule, rng: random.Random) -> None:
     costs = random_costs(rng, schedule.num_stages)
-    slow = LinkCost(latency_seconds=0.1, seconds_per_byte=0.01, overhead_seconds=0.05)
-    for link in (FREE_LINK, slow):
+    for link in (random_link(rng), random_link(rng)):
         timeline, outcome = simulate(schedule, costs, link), outcome_of(schedule, costs, link)
         assert outcome.seconds == timeline.duration_seconds
         assert outcome.busy_seconds == pytest.approx(timeline.busy_seconds, rel=1e-12)

@@ -12,17 +12,20 @@ from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, probl
 from stagewise.planning.synthesis.replay import duration, peak_of, replay
 from stagewise.planning.synthesis.rules import rules
 from stagewise.schedule import Kind, validate
+from tests.planning.costs import random_costs, random_link
 
 
 @settings(max_examples=120)
 @given(seed=st.integers(0, 1 << 20), rule=st.integers(0, 200), moves=st.sampled_from((0, 20)))
 def test_equals_the_simulator_to_the_last_bit(seed: int, rule: int, moves: int) -> None:
-    case = random_case(random.Random(seed))
+    dice = random.Random(seed)
+    case = random_case(dice)
+    costs, link = random_costs(dice, len(case.placement)), random_link(dice)
     problem = problem_of(
         case.placement,
-        case.costs,
+        costs,
         case.num_microbatches,
-        case.link,
+        link,
         recompute=case.recompute,
         split=case.split,
     )
@@ -34,9 +37,9 @@ def test_equals_the_simulator_to_the_last_bit(seed: int, rule: int, moves: int) 
     programs = improve(problem, found, replays=moves, enough=0).programs
 
     schedule = validate(problem.schedule("any", programs))
-    timeline = simulate(schedule, case.costs, case.link)
+    timeline = simulate(schedule, costs, link)
     assert duration(problem, programs) == timeline.duration_seconds
-    assert timeline.peak_activation_bytes(case.costs) == tuple(
+    assert timeline.peak_activation_bytes(costs) == tuple(
         peak_of(problem, program) for program in programs
     )
     times = replay(problem, programs)
