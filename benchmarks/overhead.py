@@ -3,6 +3,8 @@
 Eight worker processes stand for eight devices; 24 cells, equal or unequal; 32 microbatches. The
 simulator is told the sleeping times and free links, so the ratio is the engine's whole overhead:
 Python, autograd, messages, and eight processes sharing this machine's cores, each kept to one.
+What they compute of it, all processes together, is `cpu_seconds`: emulated cells sleep, so that is
+the engine's own work.
 """
 
 import statistics
@@ -79,12 +81,14 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
     )
     pipe = stagewise.Pipeline(_model(cells), plan, loss=_loss)
     batch = torch.zeros(NUM_MICROBATCHES, 1024)
-    times = []
+    times, cpu = [], []
     for _ in range(1 + num_steps):
         dist.barrier()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         pipe.step(batch, target=batch)
-        times.append(_together(start, time.perf_counter()))
+        end, busy = time.perf_counter(), time.process_time() - busy
+        times.append(_together(start, end))
+        cpu.append(_in_all(busy))
     simulated, measured = plan.timeline.duration_seconds, statistics.median(times[1:])
     return {
         "profile": case.profile,
@@ -95,6 +99,7 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
         "simulated_seconds": simulated,
         "measured_seconds": measured,
         "ratio": measured / simulated,
+        "cpu_seconds": statistics.median(cpu[1:]),
         "speedup": alone_seconds / measured,
     }
 
@@ -104,6 +109,13 @@ def _together(start: float, end: float) -> float:
     stamps = torch.tensor([start, end], dtype=torch.float64)
     dist.all_reduce(stamps, dist.ReduceOp.MAX)
     return float(stamps[1] - stamps[0])
+
+
+def _in_all(seconds: float) -> float:
+    """The sum over all ranks."""
+    total = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)
 
 
 def _one_device_seconds() -> float:
