@@ -12,11 +12,11 @@ def test_every_entry_has_a_name_of_its_own() -> None:
 
 
 def test_rows_of_a_page_stay_when_others_are_written(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [
+    rows: list[dict[str, str]] = [
         {column: f"{name} {column}" for column in COLUMNS} | {"model": name, "note": ""}
         for name in ("a", "b")
     ]
     page = tmp_path / "models.md"
     assert rows_in(page) == {}
-    page.write_text(markdown(rows))
-    assert rows_in(page) == {str(row["model"]): row for row in rows}
+    page.write_text(markdown(rows, "a commit"))
+    assert rows_in(page) == {row["model"]: row for row in rows}

@@ -102,7 +102,7 @@ def test_predict_returns_any_pytree_on_every_rank(pools: Pools) -> None:
 
 def predict_numbers(balance: tuple[int, ...]) -> str:
     plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=4)
-    cells = [nn.Linear(3, 3), Call(lambda x: x.mean())]  # type: ignore[attr-defined]
+    cells = [nn.Linear(3, 3), Call(lambda x: x.mean().reshape(1))]  # type: ignore[attr-defined]
     pipe = stagewise.Pipeline(cells, plan)
     try:
         pipe.predict(torch.ones(10, 3))

@@ -13,6 +13,7 @@ from torch.distributed.pipelining._backward import (
 
 import stagewise
 from stagewise.engine.stage.work import Mode
+from stagewise.engine.step.step_request import Request
 from stagewise.testing import EmulatedDevice, emulated_model
 
 FORWARD, BACKWARD, WEIGHT = [1.0, 2.0], [30.0, 50.0], [10.0, 0.0]
@@ -54,13 +55,13 @@ def test_busy_by_instruction(balance: tuple[int, ...], needs_gradient: bool) -> 
     pipe = stagewise.Pipeline(model, plan, loss=lambda output, target: output.sum())
     seen: dict[str, list[float]] = {}
     x = torch.ones(2, 3, requires_grad=needs_gradient)
-    pipe._runner.run(
-        Mode.TRAIN,
-        0,
-        x,
-        x.detach(),
+    request = Request(
+        mode=Mode.TRAIN,
+        inputs=x,
+        target=x.detach(),
         observe=lambda instruction: seen.update({str(instruction): device.take()}),
     )
+    pipe._runner.run(request)
     kinds = {
         kind: sorted(itertools.chain(*(seen[f"{s}{kind}"] for s in range(num_stages))))
         for kind in ("F0", "F1", "B0", "I1", "W1")
