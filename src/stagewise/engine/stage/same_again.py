@@ -3,8 +3,8 @@
 Problem: a cell that draws from a generator of its own making, takes the next of an iterator, counts
 its calls or asks for the time computes something else when it runs again.
 Idea: a few numbers of every output are kept by the forward, and compared after the recomputation.
-That costs some microseconds on the CPU; elsewhere the call would wait for them, so that it is done
-in calls that are looked at.
+Calls that are looked at compare all microbatches, the others the first one, and that only on the
+CPU: elsewhere a call would wait for the numbers.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Sampled:
         return len(again) != len(self.numbers) or not all(map(_alike, self.numbers, again))
 
 
-def sampled(outputs: Sequence[torch.Tensor], work: Work) -> Sampled | None:
-    """Of the outputs of a forward that will be recomputed; None where that is not compared."""
-    if work.look is None and any(output.device.type != "cpu" for output in outputs):
+def sampled(outputs: Sequence[torch.Tensor], m: int, work: Work) -> Sampled | None:
+    """Of microbatch m's outputs, which will be recomputed; None where that is not compared."""
+    if work.look is None and (m or any(output.device.type != "cpu" for output in outputs)):
         return None
     return Sampled([_some_of(output).clone() for output in outputs])
 

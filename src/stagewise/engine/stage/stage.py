@@ -128,7 +128,7 @@ class Stage:
             self._flights[m] = flight
             flight.roots = roots
             if recomputed:
-                flight.roots, flight.added, flight.sampled = (), (), sampled(roots, work)
+                flight.roots, flight.added, flight.sampled = (), (), sampled(roots, m, work)
         return None if self.is_last else (list(map(leaf_of, roots)), output_structure)
 
     def recompute(self, m: int, received: list[Apart], work: Work) -> None:
