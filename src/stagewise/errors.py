@@ -2,7 +2,7 @@
 
     StagewiseError
     ├── UsageError (also ValueError)   the caller's mistake, found before anything runs
-    │   ├── ModelError                 the model is no chain of cells
+    │   ├── ModelError                 the model is not a sequence of cells
     │   ├── ScheduleError              a schedule breaks a rule
     │   ├── PlanError                  a partition or plan does not fit model or machine
     │   ├── DeviceError                a device is unknown, or its description holds nonsense
@@ -28,7 +28,7 @@ class UsageError(StagewiseError, ValueError):
 
 
 class ModelError(UsageError):
-    """The model is no chain of cells."""
+    """The model is not a sequence of cells."""
 
 
 class ScheduleError(UsageError):

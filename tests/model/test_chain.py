@@ -94,7 +94,7 @@ def with_buffer() -> nn.Module:
 )
 def test_a_sequential_that_is_more_than_its_children_stays_whole(module: nn.Module) -> None:
     assert names(nn.Sequential(nn.Tanh(), module)) == ["0", "1"]
-    with pytest.raises(ModelError, match="is no chain of cells"):
+    with pytest.raises(ModelError, match="is not a sequence of cells"):
         chain_of(module)
     assert names([module]) == ["0"]
 
@@ -105,7 +105,7 @@ def test_plain_subclasses_and_empty_sequentials() -> None:
 
 
 def test_what_is_no_chain() -> None:
-    with pytest.raises(ModelError, match=r"Linear is no chain of cells.*stagewise.capture"):
+    with pytest.raises(ModelError, match=r"Linear is not a sequence of cells.*stagewise.capture"):
         chain_of(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="item 1 of the list of layers is a str"):
         chain_of([nn.Tanh(), "tanh"])  # type: ignore[list-item]

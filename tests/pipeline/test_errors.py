@@ -45,7 +45,7 @@ def test_models_and_plans_that_do_not_fit() -> None:
     for build, error, text in [
         (lambda: local(linears(2), 1, 1, 1), PlanError, "places 3 cells but the model has 2"),
         (lambda: local(linears(3), 1, 1), PlanError, "places 2 cells but the model has 3"),
-        (lambda: stagewise.Pipeline(nn.Linear(1, 1), plan_of(1)), ModelError, "is no chain"),
+        (lambda: stagewise.Pipeline(nn.Linear(1, 1), plan_of(1)), ModelError, "is not a sequence"),
         (lambda: plan_of(1, schedule="zigzag"), ScheduleError, "no schedule 'zigzag'"),
         (lambda: plan_of(1, recompute="maybe"), ScheduleError, "no recompute policy 'maybe'"),
         (

@@ -70,7 +70,7 @@ def test_without_a_loss_the_last_layer_returns_it(balance: tuple[int, ...] | Non
 def test_wrong_use() -> None:
     with pytest.raises(PlanError, match="7 stages need at least as many cells"):
         stagewise.GPipe(layers(), num_partitions=7)
-    with pytest.raises(ModelError, match="is no chain"):
+    with pytest.raises(ModelError, match="is not a sequence"):
         stagewise.GPipe(nn.Linear(1, 1), num_partitions=1, balance=[1])
     with pytest.raises(PlanError, match="places 5 cells but the model has 6"):
         stagewise.GPipe(layers(), num_partitions=2, balance=[2, 3])

@@ -259,5 +259,5 @@ def test_wrong_use() -> None:
     ]:
         with pytest.raises(error, match=text):
             plan_for("mlp", **changes)
-    with pytest.raises(ModelError, match="Linear is no chain of cells"):
+    with pytest.raises(ModelError, match="Linear is not a sequence of cells"):
         stagewise.plan(nn.Linear(2, 2), num_stages=1, num_microbatches=1, balance=[1])

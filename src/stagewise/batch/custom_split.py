@@ -28,7 +28,7 @@ def split_by(
     num_microbatches: int,
     batch_dim: int,
 ) -> tuple[tuple[object, ...], object, dict[str, object]]:
-    """The call as `split` cuts it, in Microbatches; raises BatchError for parts of no use."""
+    """The call as `split` cuts it, in Microbatches; raises BatchError for unusable parts."""
     given = dict(kwargs) if target is None else {**kwargs, _TARGET: target}
     if not args and not given:
         return args, target, dict(kwargs)  # on a rank that needs nothing of the batch

@@ -70,7 +70,7 @@ def check_parity(
 
     Args:
         model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were. A
-            module that is no chain of cells is captured from this batch, as by `stagewise.plan`,
+            module that is no sequence of cells is captured from this batch, as by `stagewise.plan`,
             and the pipelined capture is compared with the module itself.
         kwargs: the step's keyword arguments.
         optimizer: makes an optimizer from a list of parameters; None leaves the update out.

@@ -34,7 +34,7 @@ def prepared(
     cells: Sequence[str] | None,
     dtype: torch.dtype | None,
 ) -> tuple[Model, PlainBatch, Chain]:
-    """The model, a copy where its dtype changes, captured where it is no chain; see check_parity.
+    """The model, a copy where its dtype changes, captured if it is no sequence; see check_parity.
 
     Raises UsageError where the plain model is missing or cannot be called, ModelError where it
     cannot be captured.

@@ -93,7 +93,7 @@ def check_command(
     after an optimizer step are apart, and which differences mathematics explains (BatchNorm by
     microbatch, dropout's random numbers). The exit code is 1 if any is left unexplained.
 
-    A model that is no chain of cells is captured, as in training, and compared with itself.
+    A model that is not a sequence of cells is captured, as in training, and compared with itself.
 
     Example: stagewise check examples/shakespeare.py --double
     """

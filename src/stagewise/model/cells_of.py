@@ -1,4 +1,4 @@
-"""Taking any module: what is no chain of cells is captured from the example that came with it.
+"""Taking any module: what is not a sequence of cells is captured from the example beside it.
 
 Where the caller names the cells, the model's own forward is run in each of them instead. What
 captures is imported where it is needed: with it comes sympy, and 37 MiB that a rank would keep.
@@ -26,7 +26,7 @@ def chain_for(
     keywords: Mapping[str, object],
     cells: Sequence[str] | None = None,
 ) -> Chain:
-    """The model's cells; a module that is no chain is captured, unless it was with such arguments.
+    """The model's cells; any other module is captured, unless it was already, with such arguments.
 
     With `cells` they are the modules of these names, unless they are that already. Raises
     ModelError where that cannot be done, or where there is no example.

@@ -64,7 +64,7 @@ class Region:
 
 
 @dataclass
-class Home:
+class CellNamespace:
     """The names under which one cell keeps what its code uses; shared by its functions.
 
     `device` is the one that was traced; `states` are the names of the parameters and buffers that

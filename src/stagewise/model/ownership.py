@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from stagewise.model.cell import Holder
-from stagewise.model.namespace import Home
+from stagewise.model.namespace import CellNamespace
 
 V = TypeVar("V")
 
 
 def owners_of(
-    model: nn.Module, leaves: Mapping[str, nn.Module], homes: Sequence[Home]
+    model: nn.Module, leaves: Mapping[str, nn.Module], homes: Sequence[CellNamespace]
 ) -> list[list[tuple[int, str, nn.Module]]]:
     """For every cell, what it holds: place in `model`'s order, path there, module or Holder.
 

@@ -100,7 +100,7 @@ class Pipeline(Calls):
     not. A step that fails, `evaluate` and `predict` leave this rank's buffers as they were.
 
     Raises:
-        ModelError: the model is no chain of cells and was not captured, its skips do not pair
+        ModelError: the model is not a sequence of cells and was not captured, its skips do not pair
             up, it has a SyncBatchNorm or `scale_grad_by_freq`, or it is on the meta device and
             cannot be initialised; in `step`, modules or parameters came or went after it was
             built.

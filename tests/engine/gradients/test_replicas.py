@@ -89,7 +89,7 @@ def test_every_rank_makes_every_group_and_replicas_start_equal() -> None:
     replicas, log = made(nn.Linear(2, 3), nn.BatchNorm1d(3))
     assert log == ["group (0, 1)", "group (3, 4)"]
     log.clear()
-    replicas.equalise()
+    replicas.broadcast_initial_values()
     assert log == ["copy (3, 2)", *["copy (3,)"] * 5, "copy ()"]
 
 

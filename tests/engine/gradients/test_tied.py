@@ -76,7 +76,7 @@ def settled_on_replicas() -> Tensor | None:
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
         weight.fill_(ranks.rank)
-    tied.equalise(ranks)
+    tied.broadcast_initial_values(ranks)
     assert torch.equal(weight, torch.ones(3, 2))
     step = step_of(tied, ranks)
     for index, (module, _) in own.items():

@@ -62,10 +62,10 @@ class Replicas(ParameterPolicy):
         """Whether this rank holds a replicated stage."""
         return bool(self._shared)
 
-    def equalise(self) -> None:
+    def broadcast_initial_values(self) -> None:
         """Give every replica the first one's parameters and buffers."""
         for shared in self._shared.values():
-            shared.equalise()
+            shared.broadcast_initial_values()
 
     def before_step(self, step: Settlement) -> None:
         self._sums = {stage: _StageSum(shared, step) for stage, shared in self._shared.items()}
@@ -116,7 +116,7 @@ class _SharedStage:
         self.parameters = [p for p in self._all if p not in apart]
         self.batchnorms = list(layers_of(stage.cells))
 
-    def equalise(self) -> None:
+    def broadcast_initial_values(self) -> None:
         for tensor in (*self._all, *self._own_buffers):
             self.group.copy_from_first(tensor)
 

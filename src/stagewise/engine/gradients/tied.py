@@ -73,7 +73,7 @@ class TiedParameters(ParameterPolicy):
         return bool(self.ties or self._others)
 
     @torch.no_grad()
-    def equalise(self, ranks: Ranks) -> None:
+    def broadcast_initial_values(self, ranks: Ranks) -> None:
         """Give every copy the values of the first user's."""
         for cells, parameters in self._groups.items():
             first = self._ranks[cells[0]][0]

@@ -86,7 +86,7 @@ def agree_on_shares(
 
     Weights come from rank `source`, which has the `targets`.
 
-    Raises BatchError on every rank if the weights are of no use.
+    Raises BatchError on every rank if the weights cannot be used.
     """
     if count.weight is None:
         return {OTHERS: (1.0,) * len(sizes)} if count.sums else {}

@@ -26,7 +26,7 @@ from stagewise.model.export.faithful import Comparison, without_asking
 from stagewise.model.export.opaque_modules import check_hooks, leaves_of
 from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
-from stagewise.model.namespace import Home
+from stagewise.model.namespace import CellNamespace
 from stagewise.model.ownership import owners_of
 from stagewise.model.verify.in_words import told_in_words
 from stagewise.model.verify.situation import Situation, kept, surroundings
@@ -135,7 +135,7 @@ def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> 
         False: _begins(cuts, main, flows[True], flows[False]),
     }
     changed = {name for flow in flows.values() for name in flow.changed_states()}
-    homes = [Home(device, changed=changed) for _ in range(len(cuts) + 1)]
+    homes = [CellNamespace(device, changed=changed) for _ in range(len(cuts) + 1)]
     programs = {
         training: programs_of(flow, begins[training], homes, form.leaves)
         for training, flow in flows.items()

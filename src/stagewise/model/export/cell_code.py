@@ -11,7 +11,7 @@ from stagewise.model.call_form import ArgumentLeaf
 from stagewise.model.export.codegen import Emitter, UnknownSizeError
 from stagewise.model.export.dataflow import Flow
 from stagewise.model.export.exported_cell import TENSOR, Program
-from stagewise.model.namespace import Home
+from stagewise.model.namespace import CellNamespace
 from stagewise.model.promised_sizes import TakenInput, inputs_to_compare, shape_of
 
 
@@ -29,7 +29,7 @@ class _Piece:
 def programs_of(
     flow: Flow,
     begins: Sequence[fx.Node | None],
-    homes: Sequence[Home],
+    homes: Sequence[CellNamespace],
     leaves: Sequence[ArgumentLeaf],
 ) -> list[Program]:
     """The program of every cell; cell i + 1 begins with the operator `begins[i]`, None: the end."""
@@ -43,7 +43,7 @@ def programs_of(
 def _programs(
     flow: Flow,
     begins: Sequence[fx.Node | None],
-    homes: Sequence[Home],
+    homes: Sequence[CellNamespace],
     leaves: Sequence[ArgumentLeaf],
 ) -> list[Program]:
     main = flow.main
@@ -76,7 +76,7 @@ def _programs(
 def _program(
     flow: Flow,
     piece: _Piece,
-    home: Home,
+    home: CellNamespace,
     leaves: Sequence[ArgumentLeaf],
     shared: Sequence[fx.Node],
     own: Sequence[fx.Node],

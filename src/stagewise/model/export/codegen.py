@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.model.effects import EFFECT, make_effect
 from stagewise.model.export.dataflow import Flow, inner_graph
-from stagewise.model.namespace import CONTEXTS, Code, Home, Region
+from stagewise.model.namespace import CONTEXTS, CellNamespace, Code, Region
 
 _aten = torch.ops.aten
 # The same operators as methods of a tensor, which are called a microsecond faster.
@@ -37,7 +37,7 @@ _METHODS: Mapping[object, str] = {
 class Emitter:
     """Writes one function: first its parameters, then operators of a trace in their order."""
 
-    def __init__(self, flow: Flow, home: Home) -> None:
+    def __init__(self, flow: Flow, home: CellNamespace) -> None:
         self._flow, self._home = flow, home
         self.graph = fx.Graph()
         self.parameters: list[fx.Node] = []  # of the trace, in the function's order

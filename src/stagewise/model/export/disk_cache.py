@@ -27,7 +27,7 @@ from stagewise.model.call_form import CallForm
 from stagewise.model.export.exported_cell import Program
 from stagewise.model.export.fingerprint import UnstableError, cache_key
 from stagewise.model.forward.users_code import warn_user
-from stagewise.model.namespace import Home
+from stagewise.model.namespace import CellNamespace
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Plain:
     """A cell without its modules: its name, what its code refers to, and its code by mode."""
 
     name: str
-    home: Home
+    home: CellNamespace
     programs: dict[bool, Program]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from stagewise.model.cell import Holder, Piece
-from stagewise.model.namespace import Code, Home
+from stagewise.model.namespace import CellNamespace, Code
 from stagewise.model.promised_sizes import Condition, TakenInput, check_promises
 
 TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
@@ -86,7 +86,7 @@ class CapturedCell(Piece):
 
     def __init__(
         self,
-        home: Home,
+        home: CellNamespace,
         owners: Sequence[tuple[int, str, nn.Module]],
         programs: Mapping[bool, Program],
         input_names: Sequence[str],

@@ -20,7 +20,7 @@ from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
 from stagewise.model.forward.asked import asks_for_flags
 from stagewise.model.forward.users_code import users_place
-from stagewise.model.namespace import Home
+from stagewise.model.namespace import CellNamespace
 from stagewise.model.ownership import owners_of
 from stagewise.model.replay.handover import Required
 from stagewise.model.replay.patterns import selected
@@ -117,7 +117,7 @@ def _replayed(
                     "blocks by calling them, not by what they keep in attributes, or name the "
                     "module around them in cells"
                 ) from error
-    homes = [Home(device) for _ in names]
+    homes = [CellNamespace(device) for _ in names]
     for home, name, used in zip(homes, names, needs.states, strict=True):
         home.leaves.add(name)
         home.states |= {state for state in used if not state.startswith(f"{name}.")}

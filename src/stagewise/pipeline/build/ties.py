@@ -52,8 +52,8 @@ def tie(
         others,
         within,
     )
-    replicas.equalise()
-    tied.equalise(ranks)
+    replicas.broadcast_initial_values()
+    tied.broadcast_initial_values(ranks)
     policies: list[ParameterPolicy] = []
     if in_float32:
         policies.append(Float32Sums(own))
