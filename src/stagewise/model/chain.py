@@ -45,8 +45,8 @@ def chain_of(model: Model) -> Chain:
                 f"{type(model).__name__} is not a sequence of cells{why} and has not been "
                 "captured; call stagewise.capture(model, *args, **kwargs) with an example of its "
                 "arguments first (stagewise.plan does so where it is given an example; with "
-                "cells=[...] it takes modules of the model as its cells), or pass an nn.Sequential or a list "
-                "of modules, each fed with what the one before it returns"
+                "cells=[...] it takes modules of the model as its cells), or pass an nn.Sequential "
+                "or a list of modules, each fed with what the one before it returns"
             )
         children = [(n, m) for n, m in model._modules.items() if m is not None]
         scopes = enter((), "", model)
