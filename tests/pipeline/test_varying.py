@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
+from tests.engine.transport.wires import other_hosts
 from tests.harness import Pools
 
 Numbers = dict[str, list[list[float]]]
@@ -113,16 +114,27 @@ def losses(transport: str) -> Numbers:
     return results
 
 
+def losses_of_hosts() -> Numbers:
+    with other_hosts():
+        return losses("distributed")
+
+
+Results = dict[str, list[Numbers]]
+
+
 @pytest.fixture(scope="module")
-def results(
-    pools: Pools,
-) -> tuple[dict[str, list[list[float]]], list[dict[str, list[list[float]]]]]:
-    return losses("local"), pools[2].run(losses, "distributed")
+def results(pools: Pools) -> Results:
+    return {
+        "alone": [losses("local")],
+        "one host": pools[2].run(losses, "distributed"),
+        "two hosts": pools[2].run(losses_of_hosts),
+    }
 
 
+@pytest.mark.parametrize("where", ["one host", "two hosts"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_do_what_one_does(results: tuple[Numbers, list[Numbers]], kind: str) -> None:
-    alone, (first, last) = results
+def test_two_processes_do_what_one_does(results: Results, kind: str, where: str) -> None:
+    (alone,), (first, last) = results["alone"], results[where]
     for step, wanted in enumerate(alone[kind]):
         assert first[kind][step] == wanted[:3], step
         assert last[kind][step] == [wanted[0], *wanted[3:]], step

@@ -16,16 +16,17 @@ from torch import Tensor
 from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport import peers
 from stagewise.engine.transport.connect import wires_for
+from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.group_wire import GroupWire
 from stagewise.engine.transport.local import LocalWire
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.unix_sockets import UnixSockets, connect_local_peers
+from stagewise.engine.transport.sockets import Sockets
 from stagewise.engine.transport.wire import Wire, Wires
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message, forward_only, links, lower
-from tests.engine.transport.wires import Lines, fake_wires
+from tests.engine.transport.wires import Lines, fake_wires, other_hosts
 from tests.harness import Pools
 
 CPU, LONG = torch.device("cpu"), timedelta(seconds=60)
@@ -46,7 +47,7 @@ def fake(*, stream: bool) -> list[Wires]:
 
 def socket_pair() -> list[Wires]:
     ends = zip((0, 1), socket.socketpair(), strict=True)
-    wires = [UnixSockets(Peers(rank), 2, {1 - rank: end}, LONG) for rank, end in ends]
+    wires = [Sockets(Peers(rank), 2, {1 - rank: end}, LONG) for rank, end in ends]
     return [Wires(wire, wire, wire) for wire in wires]
 
 
@@ -65,8 +66,13 @@ def nccl() -> Wires:
 
 
 def by_sockets() -> Wires:
-    wire, _ = connect_local_peers(whole()[1], gathered, LONG)
+    wire, _ = connect_sockets(whole()[1], gathered, LONG)
     return Wires(wire, wire, wire)
+
+
+def by_tcp() -> Wires:
+    with other_hosts():
+        return by_sockets()
 
 
 def by_size() -> Wires:
@@ -95,6 +101,7 @@ HERE: dict[str, Callable[[], list[Wires]]] = {
 BETWEEN: dict[str, Callable[[], Wires]] = {
     "gloo": over_group,
     "Unix sockets": by_sockets,
+    "TCP": by_tcp,
     "both by size": by_size,
     "NCCL": nccl,
 }

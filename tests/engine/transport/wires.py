@@ -1,12 +1,15 @@
 """Wires between ranks of one process, as strict as the real ones about order and sizes."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
+from stagewise.engine.transport import connect_sockets
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.wire import Arrival, BySize, Wires, in_turn
@@ -93,6 +96,15 @@ class _Posted:
         sent = self.lines.far[self.link]
         check_there(self.lines, self.link, self.index < len(sent))
         _fill(self.tensor, sent[self.index])
+
+
+@contextmanager
+def other_hosts(*ways: str) -> Iterator[None]:
+    """As if every rank were on a host of its own: no Unix socket is listened at, or no other."""
+    with pytest.MonkeyPatch.context() as patch:
+        for way in ways or ("_unix_listener",):
+            patch.setattr(connect_sockets, way, lambda *_: None)
+        yield
 
 
 def check_there(lines: Lines, link: tuple[int, int], there: bool) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.group_wire import GroupWire
 from stagewise.engine.transport.local import LocalMailbox, LocalWire
 from stagewise.engine.transport.mailbox import Mailbox
@@ -12,7 +13,6 @@ from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.processes import are_ready, num_processes, own_device
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.transport import Transport
-from stagewise.engine.transport.unix_sockets import connect_local_peers
 from stagewise.engine.transport.wire import BySize, Wire, Wires
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
@@ -96,7 +96,7 @@ def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> W
         return values
 
     timeout = group._get_backend(device).options._timeout
-    sockets, limits = connect_local_peers(peers, gather, timeout)
+    sockets, limits = connect_sockets(peers, gather, timeout)
     wire = BySize(sockets, GroupWire(peers, group, group), limits)
     return Wires(wire, wire, sockets)
 

@@ -4,7 +4,7 @@ Problem: the receiver must know shapes before it can post a receive, yet shapes 
 Idea: the first call of a signature sends a header with each message and both ends remember it;
 later calls of that signature send bare tensors, and receives are posted ahead, so that data
 arrives while the device computes. A message that does not match what was remembered is marked,
-and its header follows in the stream; where there is none (between hosts, on GPUs) its sender
+and its header follows in the stream; where there is none (on GPUs, or past a firewall) its sender
 refuses it, in words.
 
 Invariant: on each link messages travel in the sender's program order.
@@ -211,9 +211,9 @@ class Mailbox:
         if stream is None or rank not in self._marked:
             raise CellError(
                 f"the {message} changed its form though the batch did not: {in_words(known)} "
-                f"before, {in_words(header)} now; between hosts, or devices other than CPUs, "
-                "shapes, constants and gradients that depend on the data cannot cross a stage "
-                "boundary: pad them, make them tensors, or move the cut with `balance`"
+                f"before, {in_words(header)} now; between GPUs, or hosts without a TCP "
+                "connection, shapes, constants and gradients that depend on the data cannot cross "
+                "a stage boundary: pad them, make them tensors, or move the cut with `balance`"
             )
         payload = self._forms.pickled(header)
         self._forms.changed(message)

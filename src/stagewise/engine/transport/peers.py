@@ -5,11 +5,12 @@ writes the cause into the store that the process group met through, and a rank t
 connection reads it from there.
 """
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from stagewise.errors import PeerError
 
@@ -24,6 +25,13 @@ class Peers:
     def __init__(self, rank: int, store: Store | None = None) -> None:
         self.rank, self._store = rank, store
         self.patience = _PATIENCE_SECONDS
+
+    def store_host(self) -> str:
+        """Where the store is served; this host's name, if no host serves it."""
+        store = self._store
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        return store.host if isinstance(store, TCPStore) else socket.gethostname()
 
     def tell(self, cause: str) -> None:
         """Write why this rank stops, unless another one did first; a lost store is no error."""

@@ -4,18 +4,19 @@ import signal
 import socket
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
 from torch import Tensor
 
-from stagewise.engine.transport import unix_sockets
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.unix_sockets import UnixSockets
+from stagewise.engine.transport.sockets import Sockets
 from stagewise.engine.transport.wire import Arrival
 from stagewise.errors import PeerError
 from tests.engine.transport.test_connect import made, transfer
+from tests.engine.transport.wires import other_hosts
 from tests.harness import Pools
 
 LONG, SMALL_BYTES = timedelta(seconds=60), 1 << 16
@@ -30,7 +31,7 @@ class End:
     """One of two."""
 
     def __init__(self, rank: int, connection: socket.socket, timeout: timedelta = LONG) -> None:
-        self._wire = UnixSockets(Peers(rank), 2, {1 - rank: connection}, timeout)
+        self._wire = Sockets(Peers(rank), 2, {1 - rank: connection}, timeout)
         self._other = 1 - rank
 
     def send(self, *tensors: Tensor) -> None:
@@ -149,27 +150,24 @@ def sizes_of_transfer(sizes: list[int]) -> list[list[tuple[int, float]]]:
     return [[(t.numel(), float(t[-1])) for t in got] for got in transfer(values, 3)]  # type: ignore
 
 
+@pytest.mark.parametrize("ways", [("_unix_listener",), ("_unix_listener", "_tcp_listener")])
 @pytest.mark.parametrize("without", [None, 0, 1])
-def test_who_cannot_be_reached_gets_them_through_the_group(
-    pools: Pools, without: int | None
+def test_who_cannot_be_reached_gets_them_another_way(
+    pools: Pools, without: int | None, ways: tuple[str, ...]
 ) -> None:
-    """As on another host: rank `without` has no socket to connect to."""
-    for rank, (reached, arrived) in enumerate(pools[3].run(neighbours, without)):
+    """As on another host: rank `without` has no Unix socket to connect to, or no socket at all."""
+    for rank, (reached, arrived) in enumerate(pools[3].run(neighbours, without, ways)):
         others = {0, 1, 2} - {rank}
-        if without is not None:
+        if without is not None and len(ways) == 2:
             others -= {r for r in others if min(r, rank) == without}
         assert reached == others
         assert arrived == [[0, 1, 2]] * 3  # every rank's row
 
 
-def neighbours(without: int | None) -> tuple[set[int], list[list[int]]]:
-    listener = unix_sockets._listener
-    try:
-        if torch.distributed.get_rank() == without:
-            unix_sockets._listener = lambda _: None
+def neighbours(without: int | None, ways: tuple[str, ...]) -> tuple[set[int], list[list[int]]]:
+    alone = torch.distributed.get_rank() == without
+    with other_hosts(*ways) if alone else nullcontext():
         ranks, mail = made()
-    finally:
-        unix_sockets._listener = listener
     return set(mail._marked), [
         [row[0] for row in ranks.exchange([ranks.rank], "rank")] for _ in range(3)
     ]

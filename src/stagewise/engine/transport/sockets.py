@@ -1,4 +1,4 @@
-"""Small messages between processes of one host, through Unix sockets.
+"""Small messages through stream sockets: Unix ones on one host, TCP between hosts.
 
 Gloo receives in a thread of its own, which then wakes the one that waits: two wake-ups, and
 several times the processor time of a socket, for every message. A small message is written into
@@ -11,13 +11,9 @@ Each direction of a socket carries bytes in order and nothing else: who sends wh
 import functools
 import socket
 import struct
-import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,19 +21,16 @@ from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.wire import Arrival, Later
 
-_SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than waking
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
-_MESSAGES = 4  # that the buffer must hold at least, so that they travel while both compute
 _PIECES = 1000  # of memory in one call to the kernel, which takes 1024
 # Dtypes that NumPy has too.
 _NUMPY = (torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
-_RANK = struct.Struct("=i")
 _NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
 _AT_ONCE = socket.MSG_DONTWAIT | _NO_SIGNAL
 
 
-class UnixSockets:
-    """A wire to those ranks of this host that could be connected to."""
+class Sockets:
+    """A wire to those ranks that `connect_sockets` could connect to."""
 
     def __init__(
         self, peers: Peers, num_ranks: int, sockets: Mapping[int, socket.socket], timeout: timedelta
@@ -116,7 +109,9 @@ class _Link:
         seconds, rest = divmod(timeout, timedelta(seconds=1))
         patience = struct.pack("@ll", seconds, rest.microseconds)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-        _with_room(connection)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with_room(connection)
 
     def __del__(self) -> None:
         if self.late is None:
@@ -150,67 +145,7 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return tensor.numpy().data if usual else flat(tensor).numpy().data
 
 
-def connect_local_peers(
-    peers: Peers, gather: Callable[[Any], list[Any]], timeout: timedelta
-) -> tuple[UnixSockets, dict[int, int]]:
-    """Connect to every other rank that runs on this host; all ranks call this.
-
-    `gather` gives every rank's value, by rank. Who cannot connect is left out, for example since
-    it runs elsewhere. Also returns up to how many bytes a tensor should go this way, by rank.
-    """
-    rank, connections = peers.rank, dict[int, socket.socket]()
-    gather(None)  # so that no folder stands while others are still on their way
-    with ExitStack() as until_connected:
-        listener = _listener(until_connected)
-        limit = 0 if listener is None else min(_SMALL_BYTES, _with_room(listener) // _MESSAGES)
-        everyone = gather((limit, listener and listener.getsockname()))
-        for other, (_, address) in enumerate(everyone[:rank]):
-            connection = _connected(address, rank)
-            if connection is not None:
-                connections[other] = connection
-        callers = gather(sorted(connections))
-        if listener is not None:
-            for called in callers:
-                if rank in called:
-                    connection, _ = listener.accept()
-                    connection.settimeout(None)
-                    other = _RANK.unpack(connection.recv(_RANK.size, socket.MSG_WAITALL))[0]
-                    connections[other] = connection
-    limits = {other: min(limit, everyone[other][0]) for other in connections}
-    return UnixSockets(peers, len(everyone), connections, timeout), limits
-
-
-def _listener(until: ExitStack) -> socket.socket | None:
-    """A socket that listens in a folder of its own; None where there can be none."""
-    try:
-        folder = until.enter_context(tempfile.TemporaryDirectory(prefix="stagewise-"))
-        listener = until.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        listener.settimeout(None)
-        listener.bind(str(Path(folder) / "socket"))
-        listener.listen(socket.SOMAXCONN)
-    except (AttributeError, OSError):  # another system; no folder, or too long a path
-        return None
-    return listener
-
-
-def _with_room(connection: socket.socket) -> int:
-    """The bytes of its buffer, as large as the kernel allows."""
+def with_room(connection: socket.socket) -> int:
+    """The bytes of its buffer, which it makes as large as the kernel allows."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     return connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-
-
-def _connected(address: str | None, rank: int) -> socket.socket | None:
-    """A connection to who listens at `address`, which is told our rank; None if it cannot be."""
-    if address is None:
-        return None
-    with ExitStack() as on_failure:
-        try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            on_failure.callback(connection.close)
-            connection.settimeout(None)
-            connection.connect(address)
-            connection.sendall(_RANK.pack(rank), _NO_SIGNAL)
-        except (AttributeError, OSError):
-            return None
-        on_failure.pop_all()
-    return connection
