@@ -41,7 +41,7 @@ LEVELS = [
     ["planning/partition", "planning/synthesis"],
     ["timeline"],
     ["schedule"],
-    ["costs", "mesh", "units", "parity", "told"],
+    ["costs", "mesh", "units", "parity", "slow_notice"],
     ["errors"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}

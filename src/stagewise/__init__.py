@@ -1,7 +1,7 @@
 """stagewise: pipeline-parallel training for PyTorch, with the plain model's gradients.
 
-Names are loaded when first used, so that what needs no torch (`stagewise simulate`) starts at
-once.
+Names are imported on first use, so that commands that need no torch (`stagewise simulate`) start
+at once.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""What cells, stages and links cost: the numbers that partition, simulation and plans work on.
+"""Costs of cells, stages and links: the input of partitioning, simulation and plans.
 
-All costs are of *one microbatch*. They are plain numbers, so that exact arithmetic
-(`fractions.Fraction`) passes through the simulator unchanged.
+All costs are for *one microbatch*. They are plain numbers, so the simulator also accepts exact
+ones (`fractions.Fraction`).
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionCost:
-    """What an instruction of each kind takes beyond its cells: the engine's work around them.
+    """The engine's overhead: what an instruction of each kind takes beyond its cells.
 
-    Less than 0 where the cells took longer when they were measured alone.
+    Negative where the cells took longer when they were measured alone.
     """
 
     forward_seconds: float = 0
@@ -28,13 +28,13 @@ FREE_INSTRUCTION = InstructionCost()
 class CellCost:
     """One cell's costs for one microbatch.
 
-    `activation_bytes` counts what autograd keeps for the backward pass plus the cell's output,
-    without the cell's input and without parameters; `unsaved_output_bytes` is the part of it
-    that is kept only where a stage ends behind the cell; `output_bytes` is what crosses the
-    boundary behind the cell, `gradient_bytes` what comes back across it. A backward that is split
-    takes `input_seconds` for `I` and `weight_seconds` for `W`, and keeps `deferred_bytes` between
-    them; None where that is not known. `deferred_input_bytes` of these are the cell's input.
-    `instruction_overhead` is added to every instruction of a stage that begins with the cell.
+    `activation_bytes` counts what autograd saves for the backward plus the cell's output, without
+    the cell's input and parameters; `unsaved_output_bytes` is the part of it that is kept only if a
+    stage ends after the cell. `output_bytes` crosses the boundary after the cell, `gradient_bytes`
+    comes back. A split backward takes `input_seconds` for `I` and `weight_seconds` for `W` and
+    keeps `deferred_bytes` between them (None: unknown), of which `deferred_input_bytes` are the
+    cell's input. `instruction_overhead` is added to every instruction of a stage that starts with
+    the cell.
     """
 
     name: str
@@ -53,14 +53,14 @@ class CellCost:
 
     @property
     def split_seconds(self) -> tuple[float, float]:
-        """Seconds of `I` and of `W`; half of `B` each where they are not known."""
+        """Seconds of `I` and of `W`; half of `B` each if unknown."""
         if self.input_seconds is None or self.weight_seconds is None:
             return self.backward_seconds / 2, self.backward_seconds / 2
         return self.input_seconds, self.weight_seconds
 
     @property
     def kept_for_weights(self) -> int:
-        """Bytes between `I` and `W`; all of the activations where that is not known."""
+        """Bytes kept between `I` and `W`; all activations if unknown."""
         return self.activation_bytes if self.deferred_bytes is None else self.deferred_bytes
 
 
@@ -68,9 +68,9 @@ class CellCost:
 class StageCost:
     """One stage's costs for one microbatch.
 
-    `input_bytes` is kept from forward to backward whatever the recompute policy;
-    `activation_bytes` is kept besides while the stage's graph exists. `I` leaves
-    `deferred_bytes` until `W`, of which `deferred_input_bytes` are the input.
+    `input_bytes` is kept from forward to backward under every recompute policy,
+    `activation_bytes` in addition while the stage's graph exists. Between `I` and `W`,
+    `deferred_bytes` are kept, of which `deferred_input_bytes` are the input.
     """
 
     forward_seconds: float
@@ -91,8 +91,8 @@ class StageCost:
 class LinkCost:
     """Time for a message between two devices: `latency_seconds + num_bytes * seconds_per_byte`.
 
-    Before that, `overhead_seconds` go by in which its sender can do nothing else (the LogP model
-    of Culler et al., PPoPP 1993).
+    Before that, the sender is busy for `overhead_seconds` (the LogP model of Culler et al., PPoPP
+    1993).
     """
 
     latency_seconds: float = 0  # not 0.0, which would turn exact numbers into floats
@@ -100,7 +100,7 @@ class LinkCost:
     overhead_seconds: float = 0
 
     def transfer_seconds(self, num_bytes: int) -> float:
-        """Seconds that a message of `num_bytes` bytes needs."""
+        """Return the seconds that a message of `num_bytes` bytes needs."""
         return self.latency_seconds + num_bytes * self.seconds_per_byte
 
 
@@ -108,9 +108,9 @@ FREE_LINK = LinkCost()
 
 
 def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
-    """`cell` with so many times the seconds, and the bytes of what depends on the samples.
+    """Return `cell` with its seconds, and the bytes that depend on the samples, multiplied.
 
-    Parameters do not, nor does what instructions take beyond their cells.
+    Parameters and instruction overhead do not depend on the samples.
     """
     changes: dict[str, float | int] = {}
     for field in fields(cell):
@@ -123,13 +123,13 @@ def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
 
 
 def load_seconds(cell: CellCost, *, forwards: int = 1, split: bool = False) -> float:
-    """What a cell adds to its device's load; `split` where backwards run in two parts."""
+    """Return what a cell adds to its device's load; `split` if backwards run in two halves."""
     backward = sum(cell.split_seconds) if split else cell.backward_seconds
     return forwards * cell.forward_seconds + backward
 
 
 def boundary_seconds(cells: Sequence[CellCost], link: LinkCost) -> list[float]:
-    """What each boundary, one fewer than cells, costs on either side: there and back."""
+    """Return the transfer time, both ways, across the boundary after each cell but the last."""
     return [
         link.transfer_seconds(cell.output_bytes) + link.transfer_seconds(cell.gradient_bytes)
         for cell in cells[:-1]
@@ -170,9 +170,9 @@ def stage_costs(
 
 
 def _deferred_input_bytes(own: Sequence[CellCost]) -> int:
-    """How much of its input a stage keeps for `W`: what cells keep that the input reaches.
+    """Return how much of its input a stage keeps for `W`, up to the first cell with activations.
 
-    A cell that keeps nothing and makes nothing (a view, dropout of nothing) hands its input on.
+    A cell without activations (a view, dropout with probability 0) passes its input on.
     """
     total = 0
     for cell in own:

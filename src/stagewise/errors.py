@@ -1,21 +1,21 @@
-"""Every error that stagewise raises, by whose fault it is.
+"""Every error that stagewise raises, grouped by cause.
 
     StagewiseError
     ├── UsageError (also ValueError)   the caller's mistake, found before anything runs
     │   ├── ModelError                 the model is not a sequence of cells
     │   ├── ScheduleError              a schedule breaks a rule
     │   ├── PlanError                  a partition or plan does not fit model or machine
-    │   ├── DeviceError                a device is unknown, or its description holds nonsense
+    │   ├── DeviceError                a device is unknown, or its description is invalid
     │   ├── BatchError                 a batch cannot be split, or ranks disagree about it
-    │   ├── RecipeError                a recipe file lacks something or holds nonsense
-    │   └── CheckpointError            a checkpoint is absent, incomplete or another model's
+    │   ├── RecipeError                a recipe file is incomplete or invalid
+    │   └── CheckpointError            a checkpoint is missing, incomplete or another model's
     ├── CellError                      the user's code failed inside a cell, while training
-    │   └── OutOfMemoryError           ... for want of memory; every rank raises it
+    │   └── OutOfMemoryError           ... by running out of memory; every rank raises it
     ├── PeerError                      another rank failed; carries that rank's cause
     └── ParityError                    a pipelined model differs from the plain one
 
-A message says what was got, what is needed, and what to do next. ExactnessWarning is none of them:
-what it names runs, but gives other numbers than the plain model.
+A message says what was found, what is needed, and what to do next. ExactnessWarning is not an
+error: the step runs, but with numbers that differ from the plain model's.
 """
 
 
@@ -40,7 +40,7 @@ class PlanError(UsageError):
 
 
 class DeviceError(UsageError):
-    """A device is not in the catalogue, or its description lacks something or holds nonsense."""
+    """A device is not in the catalogue, or its description is incomplete or invalid."""
 
 
 class BatchError(UsageError):
@@ -48,11 +48,11 @@ class BatchError(UsageError):
 
 
 class RecipeError(UsageError):
-    """A recipe file lacks something that training needs."""
+    """A recipe file is incomplete or invalid."""
 
 
 class CheckpointError(UsageError):
-    """A checkpoint is absent, incomplete, or belongs to another model."""
+    """A checkpoint is missing, incomplete, or belongs to another model."""
 
 
 class CellError(StagewiseError, RuntimeError):
@@ -72,4 +72,4 @@ class ParityError(StagewiseError, AssertionError):
 
 
 class ExactnessWarning(UserWarning):
-    """What was found to give other numbers than the plain model's, such as a loss that is a sum."""
+    """Something gives numbers that differ from the plain model's, such as a loss that is a sum."""

@@ -1,7 +1,7 @@
-"""What a parity check found: the pipelined model beside the plain one, as plain data.
+"""The result of a parity check, the pipelined model against the plain one, as plain data.
 
-Rows are made by `stagewise.checker` and drawn by `stagewise.report`. A difference is the
-largest absolute one, relative to the largest number of the plain model's tensor.
+Rows are made by `stagewise.checker` and printed by `stagewise.report`. A difference is the
+largest absolute one, relative to the largest absolute value of the plain model's tensor.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Configuration:
 
     @property
     def stages(self) -> str:
-        """Their number, and that of their devices where it is another."""
+        """The number of stages, and of devices if some stages have several."""
         return f"{self.num_stages}{self._on}"
 
     @property
@@ -46,11 +46,11 @@ class Configuration:
 class ParityRow:
     """One quantity of one run: "loss", "gradient 0.weight", "buffer 1.running_mean", ...
 
-    `full_batch` is the relative difference to the plain model on the whole minibatch, and
-    `microbatched` to the plain model run by microbatch with the pipeline's random numbers;
-    infinite where one of the two has no such tensor, or numbers that are not finite.
-    `identical`: bit for bit as with the first number of stages and policy of that schedule, which
-    gradients need not be where replicas sum them in another order.
+    `full_batch` is the relative difference to the plain model on the whole minibatch,
+    `microbatched` to the plain model run one microbatch at a time with the pipeline's random
+    numbers; infinite if one side lacks the tensor or has non-finite values. `identical`: bit for
+    bit equal to this schedule's first run (first number of stages and policy); gradients may differ
+    where replicas sum them in another order.
     """
 
     configuration: Configuration
@@ -63,14 +63,14 @@ class ParityRow:
 
     @property
     def severity(self) -> tuple[int, bool, float, float]:
-        """Larger is worse."""
+        """Sort key: larger is worse."""
         rank = ("ok", "explained", "FAILED").index(self.verdict)
         return rank, not self.identical, self.microbatched, self.full_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Every quantity of every run. `tolerance` is the largest difference called round-off."""
+    """Every quantity of every run; differences up to `tolerance` count as round-off."""
 
     rows: tuple[ParityRow, ...]
     tolerance: float
@@ -88,15 +88,15 @@ class ParityReport:
 
     @property
     def configurations(self) -> tuple[Configuration, ...]:
-        """What was run, in order."""
+        """The configurations that were run, in order."""
         return tuple(dict.fromkeys(row.configuration for row in self.rows))
 
     def worst(self, rows: Sequence[ParityRow]) -> ParityRow:
-        """The row of `rows` to look at first."""
+        """Return the most severe of `rows`."""
         return max(rows, key=lambda row: row.severity)
 
     def table(self) -> list[dict[str, object]]:
-        """One dictionary per quantity: its largest differences over all runs, worst verdict."""
+        """Return one dictionary per quantity: largest differences and worst verdict of all runs."""
         grouped: dict[str, list[ParityRow]] = {}
         for row in self.rows:
             grouped.setdefault(row.quantity, []).append(row)
@@ -114,7 +114,7 @@ class ParityReport:
         ]
 
     def summary(self) -> str:
-        """The verdict in one sentence."""
+        """Return the verdict in one sentence."""
         num_runs = len(self.configurations)
         runs = f"{num_runs} pipelined run{'s' * (num_runs != 1)}"
         if not self.ok:
@@ -134,7 +134,7 @@ class ParityReport:
         within = f"within round-off ({self.tolerance:g} in {self.dtype})"
         alike = "identical at every cut"
         if not all(row.identical for row in self.rows):
-            alike += ", but for the order in which replicas sum gradients"
+            alike += ", except for the order in which replicas sum gradients"
         if not explained:
             return f"ok: {runs} equal the plain model {within}, {alike}"
         return (

@@ -1,8 +1,8 @@
-"""One Timeline for what was predicted and what was measured.
+"""Timeline: the spans of one step, predicted or measured.
 
-The simulator and the executor both give this type, so every prediction is compared with
-reality. Times are seconds from the start of the step; `B` of a microbatch frees what its `F`
-(or `R`) holds, which gives microbatches in flight and memory over time.
+The simulator and the executor both return this type, so predictions can be compared with
+measurements. Times are seconds from the start of the step. Microbatches in flight and memory over
+time follow from the order of instructions and the table `KINDS`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from stagewise.schedule.instruction import KINDS, Instruction, Kind, KindTraits
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One instruction's run on one device."""
+    """One instruction as it ran on a device."""
 
     device: int
     instruction: Instruction
@@ -54,7 +54,7 @@ class Timeline:
 
     @cached_property
     def busy_seconds(self) -> tuple[float, ...]:
-        """Per device: the time spent in instructions."""
+        """The time each device spent in instructions."""
         return tuple(
             sum(span.seconds for span in self.spans if span.device == device)
             for device in range(self.num_devices)
@@ -62,31 +62,31 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """Idle share of all devices' time; (K-1)/(M+K-1) for GPipe on equal stages."""
+        """The idle share of all devices' time; (K-1)/(M+K-1) for GPipe on equal stages."""
         total = self.num_devices * self.duration_seconds
         return (total - sum(self.busy_seconds)) / total if total else 0
 
     def in_flight(self, device: int) -> Curve:
-        """Microbatches whose forward has begun and whose backward has not ended, over time."""
+        """Return the microbatches between start of forward and end of backward, over time."""
         return self._curve(device, lambda program: (KINDS[i.kind].in_flight for i in program))
 
     def peak_in_flight(self, device: int) -> int:
-        """The most microbatches in flight on `device`."""
+        """Return the largest number of microbatches in flight on `device`."""
         return max((count for _, count in self.in_flight(device)), default=0)
 
     def activation_bytes(self, device: int, costs: Sequence[StageCost]) -> Curve:
-        """Bytes kept for the backward pass on `device` over time; `costs` per stage."""
+        """Return the bytes kept for the backward on `device` over time; `costs` are per stage."""
         return self._curve(device, lambda program: kept_bytes(program, costs))
 
     def peak_activation_bytes(self, costs: Sequence[StageCost]) -> tuple[int, ...]:
-        """Per device: the highest point of its `activation_bytes` curve."""
+        """Return each device's maximum of `activation_bytes`."""
         return tuple(
             max((value for _, value in self.activation_bytes(device, costs)), default=0)
             for device in range(self.num_devices)
         )
 
     def to_records(self) -> list[SpanRecord]:
-        """Spans as JSON-ready dictionaries."""
+        """Return the spans as JSON-ready dictionaries."""
         return [
             {
                 "device": span.device,
@@ -99,7 +99,7 @@ class Timeline:
 
     @staticmethod
     def from_records(num_devices: int, records: Sequence[SpanRecord]) -> "Timeline":
-        """The inverse of `to_records`."""
+        """Build a timeline from what `to_records` returned."""
         return Timeline(
             num_devices,
             tuple(
@@ -114,10 +114,10 @@ class Timeline:
         )
 
     def _curve(self, device: int, changes: Callable[[list[Instruction]], Iterable[int]]) -> Curve:
-        """Running sum of the `changes` that a program's instructions make.
+        """Return the running sum of the `changes` that a program's instructions make.
 
-        Rises count from an instruction's start, falls from its end. A device runs one at a time,
-        so its spans in order give the curve in order, also where an instruction takes no time.
+        Increases count from an instruction's start, decreases from its end. A device runs one
+        instruction at a time, so the curve is in order even if an instruction takes no time.
         """
         own = sorted(
             (span for span in self.spans if span.device == device),
@@ -132,17 +132,17 @@ class Timeline:
 
 
 def kept_bytes(program: Collection[Instruction], costs: Sequence[StageCost]) -> Iterator[int]:
-    """By how many bytes each instruction of a device changes what it keeps for the backward pass.
+    """Yield by how many bytes each instruction of a device changes what is kept for the backward.
 
-    What a stage is given by one on the same device is that one's output: it is kept once, unless
-    the giving stage drops it and recomputes; by whichever of the two needs it longer.
+    If two neighbouring stages share a device, the input of the second is the output of the first:
+    it is counted once, until both have released it, unless the first drops it and recomputes.
     """
     stages = {i.stage for i in program}
     changes = {kind: {s: _changes(t, costs[s]) for s in stages} for kind, t in KINDS.items()}
     forward, recompute = Kind.FORWARD, Kind.RECOMPUTE
     recomputed = {(i.stage, i.microbatch) for i in program if i.kind is recompute}
     lend = {(i.stage, i.microbatch) for i in program if i.kind is forward} - recomputed
-    gone: set[tuple[int, int]] = set()  # graphs that ran backward
+    gone: set[tuple[int, int]] = set()  # graphs that were freed
     waiting: set[tuple[int, int]] = set()  # for `W`
     for i in program:
         own = stage, m = i.stage, i.microbatch
@@ -166,8 +166,8 @@ def kept_bytes(program: Collection[Instruction], costs: Sequence[StageCost]) -> 
 
 
 def _changes(traits: KindTraits, cost: StageCost) -> tuple[int, int, int, bool]:
-    """By how much an instruction changes what is kept, and the parts of that which may be lent:
-    the input, and the input as far as it waits for `W`; and whether it frees the graph."""
+    """Return the change in bytes kept, the parts that may be shared with the stage before (the
+    input, and the input waiting for `W`), and whether the instruction frees the graph."""
     kept = sum([getattr(cost, field) for field in traits.keeps])
     freed = sum([getattr(cost, field) for field in traits.frees])
     of_input = ("input_bytes" in traits.keeps) - ("input_bytes" in traits.frees)

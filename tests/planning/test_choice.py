@@ -53,7 +53,7 @@ def test_ones_own_schedule_keeps_idle_replicas() -> None:
     assert plan.built_schedule == mine and Plan.from_json(plan.to_json()) == plan
     unsaid = replace(mine, placement=((0,), (2,)))
     assert choose_schedule(unsaid, 1, replicas=(2, 3)).built == mine
-    with pytest.raises(ScheduleError, match="stands on device 2, but stage 1 runs microbatch 0"):
+    with pytest.raises(ScheduleError, match="is on device 2, but stage 1 runs microbatch 0"):
         choose_schedule(unsaid, 1, replicas=(1, 4))
     plan = plan_from_costs(CELLS, num_microbatches=4, replicas=(1, 2))
     assert plan.replicas == (1, 2) and plan.timeline.num_devices == 3
@@ -90,7 +90,7 @@ def test_an_invalid_one_is_shown() -> None:
         placement=((0,),),
         num_microbatches=1,
     )
-    with pytest.raises(ScheduleError, match="'wrong': 0B0 stands before 0F0"):
+    with pytest.raises(ScheduleError, match="'wrong': 0B0 comes before 0F0"):
         choose_schedule(wrong, 1)
 
 

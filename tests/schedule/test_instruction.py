@@ -37,7 +37,9 @@ def test_text_form_round_trips(instruction: Instruction) -> None:
 
 @pytest.mark.parametrize("text", ["", "F", "2F", "F0", "2f0", "2X0", "-1F0", "2F0 ", "2F0B1"])
 def test_what_is_no_instruction_is_refused(text: str) -> None:
-    with pytest.raises(ScheduleError, match="is no instruction; write stage, one letter of FBIWR"):
+    with pytest.raises(
+        ScheduleError, match="is not an instruction; write the stage, one letter of FBIWR"
+    ):
         Instruction.parse(text)
 
 

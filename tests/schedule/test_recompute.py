@@ -69,7 +69,7 @@ def test_a_split_backward_is_recomputed_before_its_first_half() -> None:
 def test_a_schedule_with_recomputations_of_its_own_keeps_them() -> None:
     schedule = with_recompute(named_schedule("gpipe", 2, 2), "always")
     assert with_recompute(schedule, "never") == schedule
-    with pytest.raises(ScheduleError, match="has recomputations of its own, so the policy 'excep"):
+    with pytest.raises(ScheduleError, match="already has recomputations, so the policy 'excep"):
         with_recompute(schedule, "except_last")
 
 

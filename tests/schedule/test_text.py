@@ -37,9 +37,9 @@ def test_a_device_without_instructions_is_kept(idle: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0F0 0B0\n\n0F1 0Z1", "line 3: '0Z1' is no instruction; write stage, one letter"),
-        ("device 0 0F0\ndevice 2 1F0", "line 2 is of device 2, but device 1 comes next"),
-        ("device 0", "line 1: 'device' is no instruction"),
+        ("0F0 0B0\n\n0F1 0Z1", "line 3: '0Z1' is not an instruction; write the stage, one letter"),
+        ("device 0 0F0\ndevice 2 1F0", "line 2 is for device 2, but device 1 comes next"),
+        ("device 0", "line 1: 'device' is not an instruction"),
     ],
 )
 def test_what_is_no_program_is_refused_with_its_line(text: str, message: str) -> None:
@@ -53,8 +53,8 @@ def test_what_is_no_program_is_refused_with_its_line(text: str, message: str) ->
         ("0F0 0W0", r"schedule 'mine': the backward of stage 0.*found W(?s:.*)>0F0<"),
         ("0F0 2F0", r"schedule 'mine' has no instruction of stages \[1\]"),
         ("# nothing", "schedule 'mine' has no instructions"),
-        ("0F0 O", "schedule 'mine': line 1: 'O' is no instruction"),
-        ("0B0 0F0", r"schedule 'mine': 0B0 stands before 0F0(?s:.*)>0B0< >0F0<"),
+        ("0F0 O", "schedule 'mine': line 1: 'O' is not an instruction"),
+        ("0B0 0F0", r"schedule 'mine': 0B0 comes before 0F0(?s:.*)>0B0< >0F0<"),
     ],
 )
 def test_a_schedule_that_is_wrong_is_shown(text: str, message: str) -> None:

@@ -29,7 +29,7 @@ BROKEN = {
     ),
     "the wrong device": (
         "0F0 0F1 0B1 1B0\n1F0 1F1 1B1 0B0",
-        "1B0 stands on device 0, but stage 1 runs microbatch 0 on device 1",
+        "1B0 is on device 0, but stage 1 runs microbatch 0 on device 1",
         """
         device 0   0F0   0F1    .     .    0B1  >1B0<   .
         device 1    .    1F0   1F1   1B1    .     .    0B0
@@ -37,7 +37,7 @@ BROKEN = {
     ),
     "a doubled instruction": (
         "0F0 0F1 0B1 0B0\n1F0 1F1 1B1 1B0 1B1",
-        "1B1 stands twice",
+        "1B1 appears twice",
         """
         device 0   0F0   0F1    .     .     .     .    0B1   0B0
         device 1    .    1F0   1F1  >1B1<  1B0  >1B1<   .     .
@@ -45,7 +45,7 @@ BROKEN = {
     ),
     "a missing forward, whose backward never gets its microbatch": (
         "0F0 0F1 0B1 0B0\n1F0 1B1 1B0",
-        "1F1 is missing; microbatch 1 never arrives at what waits for it",
+        "1F1 is missing, and other instructions wait for its microbatch 1",
         """
         device 0   0F0   0F1    .    0B1   0B0
         device 1    .    1F0  >1B1<  1B0    .
@@ -53,7 +53,7 @@ BROKEN = {
     ),
     "a microbatch that never arrives": (
         "0F0 0B0\n1F0 1F1 1B1 1B0",
-        "0F1 is missing; microbatch 1 never arrives at what waits for it",
+        "0F1 is missing, and other instructions wait for its microbatch 1",
         """
         device 0   0F0    .     .     .     .    0B0
         device 1    .    1F0  >1F1<  1B1   1B0    .
@@ -69,7 +69,7 @@ BROKEN = {
     ),
     "a missing backward": (
         "0F0 0F1 0B1 0B0\n1F0 1F1 1B1",
-        "the backward of stage 1, microbatch 0 is missing or not whole: "
+        "the backward of stage 1, microbatch 0 is missing or incomplete: "
         "found none, need 1B0, or 1I0 and 1W0",
         """
         device 0   0F0   0F1    .     .    0B1  >0B0<
@@ -78,7 +78,7 @@ BROKEN = {
     ),
     "half a split backward": (
         "0F0 0F1 0B1 0I0\n1F0 1F1 1B1 1B0",
-        "the backward of stage 0, microbatch 0 is missing or not whole: "
+        "the backward of stage 0, microbatch 0 is missing or incomplete: "
         "found I, need 0B0, or 0I0 and 0W0",
         """
         device 0  >0F0<  0F1    .     .    0B1   0I0
@@ -87,7 +87,7 @@ BROKEN = {
     ),
     "a backward before its forward": (
         "0F0 0B1 0F1 0B0\n1F0 1F1 1B1 1B0",
-        "0B1 stands before 0F1, on which it depends",
+        "0B1 comes before 0F1, on which it depends",
         """
         device 0   0F0  >0B1< >0F1<  0B0
         device 1   1F0   1F1   1B1   1B0
@@ -95,7 +95,7 @@ BROKEN = {
     ),
     "a recomputation after its backward": (
         "0F0 0F1 0B1 0R1 0B0\n1F0 1F1 1B1 1B0",
-        "0B1 stands before 0R1, on which it depends",
+        "0B1 comes before 0R1, on which it depends",
         """
         device 0   0F0   0F1    .     .   >0B1< >0R1<  0B0
         device 1    .    1F0   1F1   1B1   1B0    .     .
@@ -103,8 +103,8 @@ BROKEN = {
     ),
     "a deadlock": (
         "0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1",
-        "deadlock: device 0 stands at 0B0, waiting for the gradient of microbatch 0, "
-        "stage 1 -> 0 (device 1 -> 0); device 1 stands at 1F1, waiting for the activation of "
+        "deadlock: device 0 is at 0B0, waiting for the gradient of microbatch 0, "
+        "stage 1 -> 0 (device 1 -> 0); device 1 is at 1F1, waiting for the activation of "
         "microbatch 1, stage 0 -> 1 (device 0 -> 1)",
         """
         device 0   0F0  >0B0<  0F1   0B1
@@ -156,8 +156,8 @@ def test_no_microbatches() -> None:
 
 
 def test_the_first_broken_rule_is_named() -> None:
-    # 1F0 stands twice *and* 0B0 is missing: doubled comes before complete.
-    with pytest.raises(ScheduleError, match="1F0 stands twice"):
+    # 1F0 appears twice *and* 0B0 is missing: doubled comes before complete.
+    with pytest.raises(ScheduleError, match="1F0 appears twice"):
         validate(schedule_of("0F0 0F1 0B1\n1F0 1F0 1F1 1B1 1B0"))
 
 
@@ -173,5 +173,5 @@ def test_split_backwards_and_several_stages_on_a_device_are_valid() -> None:
 
 def test_replicas_are_valid() -> None:
     validate(schedule_of("0F0 0F1 0B0 0B1\n1F0 1B0\n1F1 1B1", ((0,), (1, 2))))
-    with pytest.raises(ScheduleError, match="1F1 stands on device 1, but stage 1 runs"):
+    with pytest.raises(ScheduleError, match="1F1 is on device 1, but stage 1 runs"):
         validate(schedule_of("0F0 0F1 0B0 0B1\n1F1 1B1\n1F0 1B0", ((0,), (1, 2))))

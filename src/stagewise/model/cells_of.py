@@ -15,7 +15,7 @@ from stagewise.errors import ModelError
 from stagewise.model.captured import captured_of
 from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, chain_of, is_chain
-from stagewise.told import told
+from stagewise.slow_notice import notice_if_slow
 
 _ALL = sys.maxsize  # samples
 
@@ -40,7 +40,7 @@ def chain_for(
     args, kwargs = _example(inputs, keywords)
     captured = captured_of(model)
     if captured is None or not captured.form.matches(args, kwargs):
-        with told(f"capturing {type(model).__name__}, and comparing its cells with it"):
+        with notice_if_slow(f"capturing {type(model).__name__}, and comparing its cells with it"):
             captured = capture(model, *args, **kwargs)
     return captured.chain
 
@@ -61,7 +61,7 @@ def _named(
             + "; give stagewise.plan the model and an example, or leave cells out"
         )
     args, kwargs = _example(inputs, keywords)
-    with told(f"cutting {type(model).__name__}, and comparing its cells with it"):
+    with notice_if_slow(f"cutting {type(model).__name__}, and comparing its cells with it"):
         return capture_cells(model, cells, *args, **kwargs).chain
 
 

@@ -35,7 +35,7 @@ from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.profiling.example import Example, agreed_costs, example_of, in_training_mode
-from stagewise.told import told
+from stagewise.slow_notice import notice_if_slow
 
 
 def plan(
@@ -212,7 +212,10 @@ def rehearsed(
     if num_processes() == 1 or num_processes() != chosen.num_devices:
         return link, FREE_INSTRUCTION
     args = () if example.inputs is None else (example.inputs,)
-    with told("trying the plan for a few steps"), in_training_mode(example.model, example.chain):
+    with (
+        notice_if_slow("trying the plan for a few steps"),
+        in_training_mode(example.model, example.chain),
+    ):
         pipe = Pipeline(example.model, chosen, loss=example.loss)
         timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)

@@ -25,7 +25,7 @@ from stagewise.model.cells_of import chain_for, entering
 from stagewise.model.chain import Model
 from stagewise.model.meta_tensors import is_meta
 from stagewise.profiling.trial_steps import profile
-from stagewise.told import told
+from stagewise.slow_notice import notice_if_slow
 
 _TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
 _SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
@@ -57,7 +57,7 @@ class Example:
                 cell.module.to(self.where)  # quantised weights refuse that, even to stay in place
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
         what = f"measuring {len(self.chain)} cells on {size} samples, for about {seconds:g} s"
-        with told(what), in_training_mode(self.model, self.chain):
+        with notice_if_slow(what), in_training_mode(self.model, self.chain):
             return profile(
                 self.chain,
                 *move(first, self.where),  # type: ignore[misc]

@@ -1,12 +1,13 @@
 """Schedules as data.
 
-1. `instruction` is the unit, and its `KINDS` say what each kind waits for, keeps and costs; a
-   `schedule` is programs of them and a `placement` of stages.
-2. `table` names the published ones, built by `fill_drain`, `interleaved`, `zero_bubble`,
-   `dualpipe` and `blocks`; `published` is what their papers say of them.
-3. `recompute` is a pass over a schedule; `lowering` adds which tensor goes where.
-4. `validation` names the first rule that one breaks; `running_order` visits its instructions.
-5. `text` draws it and reads it back.
+1. An `instruction` is the unit of work; its table `KINDS` says what each kind waits for, keeps and
+   costs. A `schedule` is one program of instructions per device and a `placement` of stages.
+2. `table` lists the published schedules, built by `fill_drain`, `interleaved`, `zero_bubble`,
+   `dualpipe` and `blocks`; `published` holds the bubble and memory formulas of their papers.
+3. `recompute` inserts recomputations; `lowering` adds which tensor is sent where.
+4. `validation` reports the first rule that a schedule breaks; `running_order` visits its
+   instructions in an order in which they can run.
+5. `text` prints a schedule and parses it again.
 """
 
 from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b

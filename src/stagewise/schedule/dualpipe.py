@@ -1,10 +1,10 @@
 """DualPipeV: DeepSeek's DualPipe (arXiv:2412.19437) cut in half.
 
-DualPipe sends microbatches from both ends; its devices d and 2K-1-d then hold the same two
-stages. Cut in half (Qi et al. proposed it; github.com/deepseek-ai/DualPipe has it), it runs on
-zigzag placement. In its middle every device runs a forward of one chunk beside a backward of the
-other, whose communication DeepSeek overlaps; here one stands before the other. Around
-the middle some backwards are split, so that weight gradients fill the waits.
+DualPipe feeds microbatches from both ends, so its devices d and 2K-1-d hold the same two stages.
+Cut in half (proposed by Qi et al., implemented in github.com/deepseek-ai/DualPipe), it runs on
+zigzag placement. In the steady state every device alternates a forward of one chunk with a
+backward of the other; DeepSeek overlaps their communication, here they run one after the other.
+Before and after the steady state some backwards are split, so that weight gradients fill the waits.
 """
 
 from collections import Counter, deque
@@ -20,7 +20,10 @@ _W = (None, Kind.BACKWARD_WEIGHT)  # of the oldest I that still has none
 
 
 def dualpipe_v(num_devices: int, num_microbatches: int) -> Schedule:
-    """Published for num_microbatches >= 2 num_devices; fewer are the same with some left out."""
+    """Return the published order, which needs num_microbatches >= 2 num_devices.
+
+    With fewer microbatches it is that order without the missing ones.
+    """
     published = max(num_microbatches, 2 * num_devices)
 
     def program(device: int) -> Program:
@@ -38,25 +41,25 @@ def dualpipe_v(num_devices: int, num_microbatches: int) -> Schedule:
 def _phases(
     num_devices: int, device: int, num_microbatches: int
 ) -> list[tuple[int, tuple[tuple[int | None, Kind], ...]]]:
-    """(how often, which instructions): the program of `device`, without microbatches."""
-    after, upto = num_devices - 1 - device, device + 1
-    back = [_B1, _B0] * upto  # of the last backwards, the later half is split
+    """Return the program of `device` as (repetitions, pattern), microbatches not yet numbered."""
+    behind, ahead = num_devices - 1 - device, device + 1
+    back = [_B1, _B0] * ahead  # the second half of the last backwards is split
     split = {_B1: _I1, _B0: _I0}
-    end = [*back[:upto], *(split[which] for which in back[upto:])]
+    end = [*back[:ahead], *(split[which] for which in back[ahead:])]
     return [
-        (2 * after, (_F0,)),
-        (upto, (_F0, _F1)),
-        (after, (_I1, _W, _F1)),
-        (num_microbatches - 2 * num_devices + upto, (_F0, _B1, _F1, _B0)),
-        (after, (_B1, _F1, _B0)),
+        (2 * behind, (_F0,)),
+        (ahead, (_F0, _F1)),
+        (behind, (_I1, _W, _F1)),
+        (num_microbatches - 2 * num_devices + ahead, (_F0, _B1, _F1, _B0)),
+        (behind, (_B1, _F1, _B0)),
         (1, tuple(end)),
-        (after, (_W, _I0)),
-        (upto, (_W,)),
+        (behind, (_W, _I0)),
+        (ahead, (_W,)),
     ]
 
 
 def _numbered(num_devices: int, device: int, num_microbatches: int) -> Program:
-    """The program of `device`: each kind takes a chunk's microbatches in ascending order."""
+    """Return the program of `device`; each kind takes a chunk's microbatches in ascending order."""
     stages = (device, 2 * num_devices - 1 - device)
     counts: Counter[tuple[int, bool]] = Counter()
     deferred: deque[Instruction] = deque()

@@ -1,9 +1,9 @@
-"""One stage on each device: GPipe and 1F1B; and forwards alone, on any placement.
+"""GPipe and 1F1B, with one stage per device; and forward-only schedules on any placement.
 
-GPipe (Huang et al., arXiv:1811.06965, figure 2c) runs all forwards, then all backwards with
-the last microbatch first, so that the microbatch whose activations are fresh goes back first.
-1F1B (PipeDream-Flush, Narayanan et al., arXiv:2006.09503) alternates as early as it can:
-stage k holds at most num_stages - k microbatches.
+GPipe (Huang et al., arXiv:1811.06965, figure 2c) runs all forwards, then all backwards starting
+with the last microbatch, whose activations were computed last. 1F1B (PipeDream-Flush, Narayanan et
+al., arXiv:2006.09503) starts alternating as early as possible: stage k holds at most
+num_stages - k microbatches.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ from stagewise.schedule.schedule import Program, Schedule
 
 
 def gpipe(num_stages: int, num_microbatches: int, replicas: tuple[int, ...] = ()) -> Schedule:
-    """All forwards, then all backwards in reverse order; `replicas` are devices per stage."""
+    """Return all forwards, then all backwards in reverse; `replicas` are devices per stage."""
 
     def program(stage: int) -> Program:
         forwards = run(stage, Kind.FORWARD, range(num_microbatches))
@@ -26,9 +26,9 @@ def gpipe(num_stages: int, num_microbatches: int, replicas: tuple[int, ...] = ()
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int, replicas: tuple[int, ...] = ()) -> Schedule:
-    """Warm up with num_stages - 1 - stage forwards, then one forward, one backward in turn.
+    """Return 1F1B: num_stages - 1 - stage warm-up forwards, then one forward, one backward in turn.
 
-    With `replicas`, which are devices per stage, those of a stage warm up for `in_flight`.
+    With `replicas` (devices per stage), a stage keeps `in_flight` microbatches on all its devices.
     """
     devices = replicas or (1,) * num_stages
 
@@ -52,7 +52,7 @@ def one_f_one_b(num_stages: int, num_microbatches: int, replicas: tuple[int, ...
 
 
 def forward_only(placement: Sequence[Sequence[int]], num_microbatches: int) -> Schedule:
-    """Every stage's forwards in order, stage by stage: what `evaluate` and `predict` run."""
+    """Return every stage's forwards in order, stage by stage, for `evaluate` and `predict`."""
     num_devices = 1 + max(device for devices in placement for device in devices)
     schedule = Schedule(
         name="forward_only",
@@ -69,14 +69,14 @@ def forward_only(placement: Sequence[Sequence[int]], num_microbatches: int) -> S
 
 
 def run(stage: int, kind: Kind, microbatches: Iterable[int]) -> Program:
-    """One kind of instruction of one stage, on microbatches in order."""
+    """Return instructions of one kind of one stage, on microbatches in order."""
     return tuple(Instruction(stage, kind, m) for m in microbatches)
 
 
 def one_stage_per_device(
     name: str, program: Callable[[int], Program], num_stages: int, num_microbatches: int
 ) -> Schedule:
-    """The schedule in which device s runs `program(s)` on stage s."""
+    """Return the schedule in which device s runs `program(s)` on stage s."""
     return Schedule(
         name=name,
         programs=tuple(program(stage) for stage in range(num_stages)),

@@ -1,7 +1,7 @@
 """One unit of pipeline work: which stage does what with which microbatch.
 
-`KINDS` says what every kind of instruction waits for, hands on, keeps, frees and costs. It is
-written here and nowhere else: the validator, the simulator, memory, synthesis and reports read it.
+`KINDS` says what every kind of instruction waits for, sends, keeps, frees and costs. The validator,
+the simulator, the memory model, synthesis and reports all read it.
 """
 
 import enum
@@ -29,9 +29,9 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Stream:
-    """What travels from every stage to the one `step` further, in messages called by `kind`.
+    """What every stage sends to the stage `step` further, in messages identified by `kind`.
 
-    Its size is a field of the costs of the earlier of both stages.
+    `num_bytes` names the field of StageCost, of the earlier of the two stages, that is its size.
     """
 
     name: str
@@ -40,19 +40,19 @@ class Stream:
     num_bytes: str
 
     def seconds(self, source_stage: int, costs: Sequence[StageCost], link: LinkCost) -> float:
-        """How long a message from `source_stage` to the next stage is on its way."""
+        """Return the transfer time of a message from `source_stage` to the next stage."""
         boundary = min(source_stage, source_stage + self.step)
         return link.transfer_seconds(getattr(costs[boundary], self.num_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindTraits:
-    """What instructions of one kind are like.
+    """The properties of one kind of instruction.
 
-    `parts` is the work that they finish: every stage and microbatch needs each part once. Those
-    without may be left out. They run `after` these kinds of their own stage and microbatch, as far
-    as a schedule has them; they wait for what `stream` brings from one neighbour, and hand it on to
-    the other. Fields of StageCost say how long they take, and what they keep and free.
+    `parts` is the work that it completes: every stage and microbatch needs each part exactly once;
+    a kind without parts is optional. It runs `after` these kinds of the same stage and microbatch,
+    where a schedule has them. It waits for what `stream` brings from one neighbour and sends on to
+    the other. `seconds`, `keeps` and `frees` name fields of StageCost.
     """
 
     title: str
@@ -64,17 +64,17 @@ class KindTraits:
     frees: tuple[str, ...] = ()
 
     def seconds_on(self, cost: StageCost) -> float:
-        """How long they keep the device of a stage with these costs busy."""
+        """Return how long it keeps the device of a stage with these costs busy."""
         return getattr(cost, self.seconds)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def in_flight(self) -> int:
-        """By how many microbatches it changes those in flight."""
+        """The change in the number of microbatches in flight."""
         return ("forward" in self.parts) - ("weights" in self.parts)
 
     @functools.cached_property
     def is_backward(self) -> bool:
-        """Whether it is a backward, or a part of one."""
+        """Whether it is a backward or half of one."""
         return bool(self.parts) and "forward" not in self.parts
 
 
@@ -93,7 +93,7 @@ KINDS: dict[Kind, KindTraits] = {
                    after=(_F, _R), stream=GRADIENTS, keeps=(_WAITING,), frees=(_INPUT, _GRAPH)),
     _W: KindTraits(title="backward for weights", seconds="weight_seconds", parts=("weights",),
                    after=(_F, _R, _I), frees=(_WAITING,)),
-    # What it keeps, its forward then does not.
+    # A recomputed forward does not keep the graph that its R keeps.
     _R: KindTraits(title="recompute", seconds="recompute_seconds", after=(_F,), keeps=(_GRAPH,)),
 }
 # fmt: on
@@ -103,7 +103,7 @@ _TEXT = re.compile(rf"(\d+)([{''.join(Kind)}])(\d+)")
 
 @dataclass(frozen=True, order=True)
 class Instruction:
-    """`2F0` is stage 2, forward, microbatch 0.
+    """One instruction; `2F0` is stage 2, forward, microbatch 0.
 
     >>> Instruction.parse("2F0")
     Instruction(stage=2, kind=<Kind.FORWARD: 'F'>, microbatch=0)
@@ -117,12 +117,12 @@ class Instruction:
 
     @staticmethod
     def parse(text: str) -> "Instruction":
-        """Read the text form; raises ScheduleError when it is none."""
+        """Parse the text form; raise ScheduleError if it is not an instruction."""
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ScheduleError(
-                f"{text!r} is no instruction; write stage, one letter of {''.join(Kind)}, "
-                "microbatch, as in 2F0"
+                f"{text!r} is not an instruction; write the stage, one letter of "
+                f"{''.join(Kind)} and the microbatch, as in 2F0"
             )
         return Instruction(int(match[1]), Kind(match[2]), int(match[3]))
 
@@ -130,7 +130,7 @@ class Instruction:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
     def awaits(self) -> tuple["Instruction", ...]:
-        """What runs before it, whichever of these a schedule has.
+        """Return the instructions that must run first, where a schedule has them.
 
         >>> [str(i) for i in Instruction.parse("2B0").awaits()]
         ['2F0', '2R0', '3B0', '3I0']
@@ -144,5 +144,5 @@ class Instruction:
 
 
 def kinds_with(part: Part) -> tuple[Kind, ...]:
-    """The kinds that do this part of the work."""
+    """Return the kinds that complete this part of the work."""
     return tuple(kind for kind, traits in KINDS.items() if part in traits.parts)

@@ -1,25 +1,26 @@
-"""Several stages on each device, whole backwards: the bubble shrinks by their number.
+"""Several stages per device, backwards not split: the bubble shrinks by their number.
 
 Interleaved 1F1B (Narayanan et al., arXiv:2104.04473, section 2.2) takes microbatches in groups:
-a group passes one chunk of the devices, then the next one, and so on. With zigzag placement
-a microbatch turns where it is, so groups are not needed: each is repeated by the same offsets
-(`blocks`). Breadth-first (Lamy-Poirier, arXiv:2211.05953) is one group of all microbatches.
+a group passes through one chunk of all devices, then the next, and so on. With zigzag placement a
+microbatch turns around on the last device, so no groups are needed: every microbatch repeats the
+same block (`blocks`). Breadth-first (Lamy-Poirier, arXiv:2211.05953) has one group of all
+microbatches.
 """
 
 from collections.abc import Iterable
 
-from stagewise.schedule.blocks import Way, repeated
+from stagewise.schedule.blocks import ChunkPass, repeat_block
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.placement import looped, zigzag
 from stagewise.schedule.schedule import Program, Schedule
 
 
 def group_sizes(num_devices: int, num_microbatches: int) -> tuple[int, ...]:
-    """As even as can be, none smaller than num_devices unless there is only one.
+    """Split the microbatches into groups of at least num_devices, as evenly as possible.
 
-    A chunk's group must be as long as the devices are many, or the first device would wait for
-    the group's first microbatch to come around. Megatron takes groups of exactly num_devices,
-    and so only multiples of it as num_microbatches.
+    In a smaller group the first device would wait for the group's first microbatch to return from
+    the last device (unavoidable with fewer microbatches than devices). Megatron's groups are
+    exactly num_devices, so it requires num_microbatches to be a multiple of it.
     """
     num_groups = max(1, num_microbatches // num_devices)
     small, extra = divmod(num_microbatches, num_groups)
@@ -27,10 +28,10 @@ def group_sizes(num_devices: int, num_microbatches: int) -> tuple[int, ...]:
 
 
 def interleaved(num_devices: int, num_microbatches: int, chunks: int = 2) -> Schedule:
-    """Interleaved 1F1B on looped placement, any number of microbatches.
+    """Return interleaved 1F1B on looped placement, for any number of microbatches.
 
     Device d warms up with 2 (num_devices - 1 - d) + (chunks - 1) * group forwards (Megatron's
-    count, for the largest group), then runs one forward, one backward in turn.
+    count, for the largest group), then alternates one forward and one backward.
     """
     sizes = group_sizes(num_devices, num_microbatches)
     forwards = list(_by_groups(sizes, range(chunks)))
@@ -56,21 +57,21 @@ def interleaved(num_devices: int, num_microbatches: int, chunks: int = 2) -> Sch
 
 
 def interleaved_v(num_devices: int, num_microbatches: int, chunks: int = 2) -> Schedule:
-    """Interleaved 1F1B on zigzag placement, any number of chunks (1: it is 1F1B).
+    """Return interleaved 1F1B on zigzag placement, for any number of chunks (1: plain 1F1B).
 
-    A microbatch takes `hop` slots from device to device. Down and up it then meets other
-    microbatches in slots of another remainder of the period, 2 * chunks; and hop is large enough
-    that forwards longer than backwards, or shorter, delay nothing.
+    A microbatch takes `hop` slots from device to device, so that its passes in both directions use
+    slots that differ modulo the period, 2 * chunks; `hop` is large enough that forwards and
+    backwards of different length do not delay each other.
     """
     hop = max(chunks, 3) if chunks > 1 else 1
-    ways = [(Kind.FORWARD, c) for c in range(chunks)]
-    ways += [(Kind.BACKWARD, c) for c in reversed(range(chunks))]
+    block = [(Kind.FORWARD, c) for c in range(chunks)]
+    block += [(Kind.BACKWARD, c) for c in reversed(range(chunks))]
     return Schedule(
         name="interleaved_v",
-        programs=repeated(
+        programs=repeat_block(
             num_devices,
             num_microbatches,
-            tuple(Way(kind=kind, chunk=chunk, hop=hop) for kind, chunk in ways),
+            tuple(ChunkPass(kind=kind, chunk=chunk, hop=hop) for kind, chunk in block),
             period=2 * chunks,
         ),
         placement=zigzag(num_devices, chunks),
@@ -79,7 +80,7 @@ def interleaved_v(num_devices: int, num_microbatches: int, chunks: int = 2) -> S
 
 
 def breadth_first(num_devices: int, num_microbatches: int, chunks: int = 2) -> Schedule:
-    """All microbatches through one chunk, then through the next; backwards in reverse order."""
+    """Return all microbatches through one chunk, then the next; backwards in reverse order."""
     forwards = list(_by_groups([num_microbatches], range(chunks)))
 
     def program(device: int) -> Program:
@@ -97,7 +98,7 @@ def breadth_first(num_devices: int, num_microbatches: int, chunks: int = 2) -> S
 
 
 def _by_groups(sizes: Iterable[int], chunks: Iterable[int]) -> Iterable[tuple[int, int]]:
-    """(chunk, microbatch): each group through all chunks before the next group."""
+    """Yield (chunk, microbatch): each group through all chunks before the next group."""
     order, first = list(chunks), 0
     for size in sizes:
         yield from ((chunk, m) for chunk in order for m in range(first, first + size))

@@ -1,8 +1,8 @@
-"""Lowering: which tensor goes where, and in which order on each link.
+"""Lowering: which tensor is sent where, and in which order on each link.
 
-Every instruction is given the messages it waits for and the messages it sends. A message
-between two devices travels on their link; the order on a link is the order in which the
-source device's program sends, so the receiver can post its receives ahead without tags.
+Every instruction gets the messages it waits for and the messages it sends. Messages between two
+devices travel on their link in the order in which the source device's program sends them, so the
+receiver can post its receives ahead of time, without tags.
 """
 
 from collections import defaultdict
@@ -14,13 +14,14 @@ from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Instru
 from stagewise.schedule.schedule import Schedule
 
 
-class Message(NamedTuple):  # whose hash, looked up several times, costs no call of ours
-    """What one instruction hands to another stage: activations down, gradients up.
+class Message(NamedTuple):  # a tuple, because it is hashed often
+    """What one instruction sends to another stage: activations or gradients.
 
-    Skips between neighbours travel with the boundary's values, others in messages of their own.
+    Skips between neighbouring stages travel with the boundary's values, others in messages of
+    their own.
     """
 
-    kind: Kind  # by which its stream is called
+    kind: Kind  # of the stream
     microbatch: int
     source_stage: int
     destination_stage: int
@@ -29,7 +30,7 @@ class Message(NamedTuple):  # whose hash, looked up several times, costs no call
 
     @property
     def distance(self) -> int:
-        """In stages: 1 between neighbours, more for what skips the stages between."""
+        """Number of stages travelled: 1 between neighbours, more for a skip past other stages."""
         return abs(self.destination_stage - self.source_stage)
 
     def __str__(self) -> str:
@@ -55,9 +56,9 @@ LoweredProgram = tuple[Step, ...]
 def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[LoweredProgram, ...]:
     """Add receives and sends to every instruction of a valid schedule.
 
-    `flows` are the (source, destination) stages between which skips travel past others; they
-    wait for nothing that their destination does not wait for anyway, so no schedule that is
-    valid without them can block. An instruction's messages stand in order of distance.
+    `flows` are the (source, destination) stages of skips that pass other stages. Their destination
+    already waits for its neighbour, which waits for the source, so they cannot deadlock a valid
+    schedule. An instruction's messages are in order of distance.
     """
     targets: dict[tuple[Kind, int], list[int]] = defaultdict(list)
     for source, destination in sorted(flows, key=lambda flow: flow[1] - flow[0]):
@@ -91,7 +92,7 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
 
 
 def links(programs: tuple[LoweredProgram, ...]) -> dict[tuple[int, int], tuple[Message, ...]]:
-    """Per (source, destination) device pair: its messages in sending order."""
+    """Return the messages of every (source, destination) device pair in sending order."""
     order: dict[tuple[int, int], list[Message]] = defaultdict(list)
     for program in programs:
         for step in program:

@@ -1,7 +1,7 @@
 """Placements: which device holds which stage.
 
-Where a device holds several stages, each of them is a *chunk*: chunk c is the c-th time that the
-model passes all devices.
+Where devices hold several stages each, those that the model visits on its c-th pass over all
+devices are *chunk* c.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from stagewise.schedule.schedule import Schedule
 
 
 def looped(num_devices: int, stages_per_device: int) -> Placement:
-    """Stage s on device s mod num_devices: every chunk passes the devices in the same direction.
+    """Place stage s on device s mod num_devices: every chunk visits the devices in the same order.
 
     >>> looped(2, 2)
     ((0,), (1,), (0,), (1,))
@@ -22,7 +22,7 @@ def looped(num_devices: int, stages_per_device: int) -> Placement:
 
 
 def zigzag(num_devices: int, stages_per_device: int) -> Placement:
-    """Chunks go to and fro, so that the stages at a turn are neighbours on one device.
+    """Place chunks in alternating directions, so that the two stages at a turn share a device.
 
     With two chunks this is the V of Qi et al. (arXiv:2401.10241); with more, the wave of Hanayo
     (Liu et al., arXiv:2308.15762).
@@ -30,16 +30,16 @@ def zigzag(num_devices: int, stages_per_device: int) -> Placement:
     >>> zigzag(2, 2)
     ((0,), (1,), (1,), (0,))
     """
-    way = range(num_devices)
+    devices = range(num_devices)
     return tuple(
         (device,)
         for chunk in range(stages_per_device)
-        for device in (way if chunk % 2 == 0 else reversed(way))
+        for device in (devices if chunk % 2 == 0 else reversed(devices))
     )
 
 
 def consecutive(replicas: Sequence[int]) -> Placement:
-    """`replicas[s]` devices for each stage s, numbered stage by stage.
+    """Give each stage s `replicas[s]` devices, numbered stage by stage.
 
     >>> consecutive((1, 2, 1))
     ((0,), (1, 2), (3,))
@@ -58,18 +58,18 @@ def check_replicas(replicas: Sequence[int], num_stages: int) -> None:
 
 
 def in_flight(replicas: Sequence[int], stage: int) -> int:
-    """How many microbatches 1F1B keeps in flight from `stage` on, all its replicas together.
+    """Return how many microbatches 1F1B keeps in flight on all replicas of `stage` together.
 
-    One per device from there on, as without replicas, and a round more at every boundary at which
-    microbatches are dealt out or gathered: without it, stages of unequal numbers of replicas fall
-    out of step and wait for each other (up to 2.2 times gpipe's time; with it never more).
+    One per device from this stage on, as without replicas, plus one round at every boundary where
+    a stage has replicas: without it, stages with different numbers of replicas get out of step
+    and wait for each other (up to 2.2 times gpipe's time; with it, never more than gpipe's).
     """
-    behind = pairwise(replicas[stage:])
-    return sum(replicas[stage:]) + sum(max(pair) - 1 for pair in behind)
+    boundaries = pairwise(replicas[stage:])
+    return sum(replicas[stage:]) + sum(max(pair) - 1 for pair in boundaries)
 
 
 def on_replicas(schedule: Schedule, replicas: Sequence[int]) -> Schedule:
-    """`schedule`, which has stage s on device s, with `replicas[s]` devices for each stage s."""
+    """Return `schedule`, which has stage s on device s, with `replicas[s]` devices for stage s."""
     placement = consecutive(replicas)
     return Schedule(
         name=schedule.name,

@@ -1,9 +1,9 @@
-"""What is published about schedules on equal stages: the bubble, and what is in flight.
+"""Published formulas for schedules on equal stages: the bubble and the microbatches in flight.
 
 In formulas K is the number of devices, d a device, v the stages on each, M the microbatches, g
 Megatron's group (K if M is a multiple of it); F, I, W are one stage's seconds per microbatch for
-forward and the two halves of the backward, and B = I + W. A bubble is the time that each device
-idles in one whole step, from the first instruction's start to the last one's end.
+the forward and the two halves of the backward, and B = I + W. The bubble is the time that each
+device idles in one step, from the start of the first instruction to the end of the last.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Seconds = Fraction | float
 
 @dataclass(frozen=True, kw_only=True)
 class EqualStages:
-    """K, M, v, and one stage's seconds."""
+    """The variables of the formulas: K, M, v and the seconds of one stage."""
 
     num_devices: int
     num_microbatches: int
@@ -28,32 +28,32 @@ class EqualStages:
 
     @property
     def backward_seconds(self) -> Seconds:
-        """B."""
+        """Return B."""
         return self.input_seconds + self.weight_seconds
 
     @property
     def round_seconds(self) -> Seconds:
-        """F + B."""
+        """Return F + B."""
         return self.forward_seconds + self.backward_seconds
 
     @property
     def busy_seconds(self) -> Seconds:
-        """Each device's work in a step."""
+        """Return each device's work in a step."""
         return self.num_microbatches * self.stages_per_device * self.round_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bubble:
-    """Each device's idle seconds in a step; where not `exact`, they are at most that."""
+    """Each device's idle seconds in a step, or an upper bound if not `exact`."""
 
     formula: str
     seconds: Callable[[EqualStages], Seconds]
-    where: str = ""  # in words, what `holds` asks for
+    where: str = ""  # the condition `holds`, as text
     holds: Callable[[EqualStages], bool] = lambda _: True
     exact: bool = True
 
     def fraction(self, stages: EqualStages) -> Seconds:
-        """The idle share of the step."""
+        """Return the idle share of the step."""
         idle = self.seconds(stages)
         return idle / (idle + stages.busy_seconds)
 
@@ -63,9 +63,9 @@ class Bubble:
 
 @dataclass(frozen=True, kw_only=True)
 class InFlight:
-    """The most microbatches that a device holds from `F` to `B` or `W`, counted by stage.
+    """A device's peak number of microbatches between `F` and `B` or `W`, summed over its stages.
 
-    `count(K, M, v, d)`; where not `exact`, at most that.
+    It is `count(K, M, v, d)`, or at most that if not `exact`.
     """
 
     formula: str
@@ -84,8 +84,8 @@ def _short_weights(stages: EqualStages) -> bool:
     return stages.weight_seconds <= min(stages.forward_seconds, stages.input_seconds)
 
 
-def _fewer(stages: EqualStages) -> int:
-    """How many microbatches there are too few to fill the devices."""
+def _missing_microbatches(stages: EqualStages) -> int:
+    """Return how many microbatches are missing to fill all devices."""
     return max(0, stages.num_devices - stages.num_microbatches)
 
 
@@ -95,7 +95,9 @@ FILL = Bubble(  # Huang et al., arXiv:1811.06965, section 2.3; Narayanan et al.,
 )
 LOOPED = Bubble(  # arXiv:2104.04473, section 2.2, for M >= K
     formula="(K-1)(F+B) + (v-1)max(0,K-M)(F+B)",
-    seconds=lambda s: (s.num_devices - 1 + (s.stages_per_device - 1) * _fewer(s)) * s.round_seconds,
+    seconds=lambda s: (
+        (s.num_devices - 1 + (s.stages_per_device - 1) * _missing_microbatches(s)) * s.round_seconds
+    ),
 )
 ZIGZAG = Bubble(
     formula="(K-1)(F+B)",
@@ -110,12 +112,12 @@ ZB_H1 = Bubble(  # arXiv:2401.10241, table 2, for M >= K
     formula="(K-1)(F+I-W) + max(0,K-M)W",
     seconds=lambda s: (
         (s.num_devices - 1) * (s.round_seconds - 2 * s.weight_seconds)
-        + _fewer(s) * s.weight_seconds
+        + _missing_microbatches(s) * s.weight_seconds
     ),
     where="W <= F, W <= I",
     holds=_short_weights,
 )
-ZB_V = Bubble(  # arXiv:2401.10241, section 6: none on a device from its own first instruction on
+ZB_V = Bubble(  # arXiv:2401.10241, section 6: no idle time after a device's first instruction
     formula="(K-1)F",
     seconds=lambda s: (s.num_devices - 1) * s.forward_seconds,
     where="F = I = W, M >= K",
@@ -128,7 +130,7 @@ V_HALF = Bubble(  # p/2m of the work, github.com/sail-sg/zero-bubble-pipeline-pa
     holds=ZB_V.holds,
     exact=False,
 )
-V_MIN = Bubble(  # 2p/3m of the work, as there
+V_MIN = Bubble(  # 2p/3m of the work, same source
     formula="4K(F+B)/3",
     seconds=lambda s: s.num_devices * s.round_seconds * 4 / 3,
     where="F = I = W",
@@ -162,10 +164,10 @@ INTERLEAVED_V = InFlight(
 )
 ONE_F_ONE_B_FIRST = InFlight(formula="min(M, K)", count=lambda k, m, v, d: min(m, k))
 V_AS_1F1B = InFlight(formula="2 min(M, K)", count=lambda k, m, v, d: 2 * min(m, k), exact=False)
-V_AS_HALF = InFlight(  # a table beside the code: (p+2)//2 microbatches, both stages of each
+V_AS_HALF = InFlight(  # table in the same repository: (p+2)//2 microbatches, both stages of each
     formula="2 floor((K+2)/2)", count=lambda k, m, v, d: min(2 * m, 2 * ((k + 2) // 2)), exact=False
 )
-V_AS_THIRD = InFlight(  # as there: (p+4)//3
+V_AS_THIRD = InFlight(  # same table: (p+4)//3
     formula="2 floor((K+4)/3)", count=lambda k, m, v, d: min(2 * m, 2 * ((k + 4) // 3)), exact=False
 )
 DUALPIPE = InFlight(  # PP + 1, PP = 2K

@@ -1,9 +1,9 @@
 """Recomputation as a pass over a schedule: which microbatches get an `R`, and where.
 
-The `R` stands right before its backward. The executor waits for a gradient only when it
-reaches the backward, so the recomputation runs while the gradient is still on its way.
-On the last stage, which waits for no gradient, a backward that follows its own forward gets no
-`R`: dropping the graph for no time at all would save no memory and cost a forward.
+The `R` comes right before its backward. The executor waits for a gradient only when it reaches the
+backward, so the recomputation runs while the gradient is still in transit. The last stage waits
+for no gradient: a backward there that directly follows its own forward gets no `R`, which would
+cost a forward and save no memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from stagewise.errors import ScheduleError
 from stagewise.schedule.instruction import KINDS, Instruction, Kind, kinds_with
 from stagewise.schedule.schedule import Program, Schedule
 
-# policy -> does microbatch m of num_microbatches recompute?  (GPipe's three, as in torchgpipe)
+# policy -> whether microbatch m of num_microbatches is recomputed (torchgpipe's three policies)
 POLICIES: dict[str, Callable[[int, int], bool]] = {
     "never": lambda m, num_microbatches: False,
     "always": lambda m, num_microbatches: True,
@@ -36,26 +36,28 @@ def with_recompute(schedule: Schedule, policy: str) -> Schedule:
     """Return `schedule` with the recomputations of `policy` inserted.
 
     A split backward gets its `R` before its `I`, and `W` uses the same graph. Raises ScheduleError
-    for an unknown policy, or where the schedule has recomputations of its own.
+    for an unknown policy, or if the schedule already has recomputations.
     """
     check_policy(policy)
     if policy != "never" and schedule.recomputed:
         raise ScheduleError(
-            f"schedule {schedule.name!r} has recomputations of its own, so the policy {policy!r} "
-            "cannot be added; take them out, or use the policy 'never'"
+            f"schedule {schedule.name!r} already has recomputations, so the policy {policy!r} "
+            "cannot be added; remove them, or use the policy 'never'"
         )
     wanted, last = POLICIES[policy], schedule.num_stages - 1
     programs = (
-        _recomputing(program, lambda i: wanted(i.microbatch, schedule.num_microbatches), last)
+        _insert_recomputations(
+            program, lambda i: wanted(i.microbatch, schedule.num_microbatches), last
+        )
         for program in schedule.programs
     )
     return replace(schedule, programs=tuple(programs))
 
 
-def _recomputing(
+def _insert_recomputations(
     program: Iterable[Instruction], wanted: Callable[[Instruction], bool], last_stage: int
 ) -> Program:
-    """`program` with an `R` before the backwards where it is `wanted`."""
+    """Return `program` with an `R` before every `wanted` backward."""
     out: list[Instruction] = []
     for i in program:
         if i.kind in _BACKWARDS and wanted(i):
@@ -70,10 +72,10 @@ Segments = tuple[tuple[int, bool], ...]  # of one stage: (number of cells, recom
 
 
 def refine(schedule: Schedule, segments: Sequence[Segments], policy: str = "always") -> Schedule:
-    """`schedule`, which recomputes nothing, with every stage cut into its `segments`.
+    """Return `schedule`, which has no recomputations, with every stage cut into its `segments`.
 
-    What they recompute is recomputed for the microbatches of `policy`. As in `with_recompute`, a
-    backward on the last stage that follows its own forward gets no `R`.
+    Segments marked as recomputed are so for the microbatches that `policy` selects. As in
+    `with_recompute`, a backward on the last stage that follows its own forward gets no `R`.
     """
     check_policy(policy)
     if len(segments) != schedule.num_stages or not all(segments):
@@ -83,7 +85,7 @@ def refine(schedule: Schedule, segments: Sequence[Segments], policy: str = "alwa
         )
     if schedule.recomputed:
         raise ScheduleError(
-            f"schedule {schedule.name!r} recomputes already; give segments or a policy"
+            f"schedule {schedule.name!r} already has recomputations; give segments or a policy"
         )
     firsts = list(accumulate((len(parts) for parts in segments), initial=0))
     recomputed = [recomputed for parts in segments for _, recomputed in parts]
@@ -100,7 +102,7 @@ def refine(schedule: Schedule, segments: Sequence[Segments], policy: str = "alwa
     return replace(
         schedule,
         programs=tuple(
-            _recomputing(
+            _insert_recomputations(
                 cut(program),
                 lambda i: recomputed[i.stage] and again[i.microbatch],
                 len(recomputed) - 1,

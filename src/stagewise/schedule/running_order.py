@@ -1,7 +1,7 @@
-"""Running order: visit every instruction when all it waits for has been done.
+"""Running order: visit every instruction after everything it waits for.
 
-Any such order gives the same start times, since a device keeps its program's order and a link
-keeps its sender's; so the validator, the grid and the simulator share this one walk.
+Any such order gives the same start times, because a device keeps its program's order and a link
+its sender's; the validator, the grid and the simulator therefore share this walk.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from stagewise.schedule.schedule import Schedule
 
 
 class Blocked(Exception):
-    """The programs wait for each other; `positions[d]` is where device d stands still."""
+    """The programs are deadlocked; `positions[d]` is where device d waits."""
 
     def __init__(self, positions: tuple[int, ...]) -> None:
         super().__init__(f"blocked at {positions}")
@@ -20,7 +20,7 @@ class Blocked(Exception):
 
 
 def walk(programs: Sequence[LoweredProgram]) -> Iterator[tuple[int, Step]]:
-    """Yield (device, step), every step after all that it waits for; raises Blocked."""
+    """Yield (device, step), each after everything it waits for; raise Blocked on a deadlock."""
     positions = [0] * len(programs)
     arrived: set[Message] = set()
     waiting: dict[Message, int] = {}
@@ -45,7 +45,7 @@ def walk(programs: Sequence[LoweredProgram]) -> Iterator[tuple[int, Step]]:
 
 
 def slots(schedule: Schedule) -> list[list[int]]:
-    """Start slot of every instruction if each takes one slot; `slots[d][i]` as in programs."""
+    """Return the start slot of instruction i of device d as `[d][i]`, if each takes one slot."""
     arrival: dict[Message, int] = {}
     starts: list[list[int]] = [[] for _ in schedule.programs]
     for device, step in walk(lower(schedule)):

@@ -1,4 +1,4 @@
-"""A schedule is data: programs per device, and which devices hold each stage."""
+"""A schedule as data: a program for each device, and which devices hold each stage."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ IDLE = "."  # in text: no instruction
 class Schedule:
     """What every device does in one step, in order.
 
-    `programs[d]` is device d's program; `placement[s]` the devices that hold stage s
-    (more than one: replicas, which share its microbatches as `mesh` says).
+    `programs[d]` is device d's program; `placement[s]` are the devices that hold stage s. Several
+    are replicas, among which `mesh.replica_of` distributes its microbatches.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Schedule:
         return len(self.placement)
 
     def device_of(self, stage: int, microbatch: int) -> int:
-        """The device that runs `stage` on `microbatch`."""
+        """Return the device that runs `stage` on `microbatch`."""
         replicas = self.placement[stage]
         return replicas[replica_of(microbatch, len(replicas))]
 
     def stages_of(self, device: int) -> tuple[int, ...]:
-        """The stages that `device` holds, ascending."""
+        """Return the stages that `device` holds, ascending."""
         return tuple(s for s, devices in enumerate(self.placement) if device in devices)
 
     def instructions(self) -> Iterator[tuple[int, Instruction]]:
-        """Every (device, instruction), device by device."""
+        """Yield every (device, instruction), device by device."""
         for device, program in enumerate(self.programs):
             for instruction in program:
                 yield device, instruction
@@ -65,9 +65,9 @@ class Schedule:
         return any(i.kind is Kind.BACKWARD_WEIGHT for _, i in self.instructions())
 
     def of_first(self, num_microbatches: int) -> "Schedule":
-        """The same order without the microbatches from `num_microbatches` on.
+        """Return the same order with only the first `num_microbatches` microbatches.
 
-        What is valid stays valid: an instruction waits for those of its own microbatch only.
+        A valid schedule stays valid, because instructions wait only for their own microbatch.
         """
         if num_microbatches >= self.num_microbatches:
             return self
@@ -78,18 +78,18 @@ class Schedule:
         return replace(self, programs=tuple(programs), num_microbatches=num_microbatches)
 
     def __str__(self) -> str:
-        """One line per device, in program order: the form that `parse_programs` reads."""
+        """Return one line per device, in program order, as `parse_programs` reads it."""
         return "\n".join(" ".join(map(str, program)) or IDLE for program in self.programs)
 
 
 def schedule_of(
     name: str, programs: Sequence[Program], placement: Sequence[Sequence[int]] = ()
 ) -> Schedule:
-    """The schedule that consists of `programs`: they say themselves where every stage is placed.
+    """Return the schedule of `programs`, with the placement that they imply.
 
-    The replicas of a stage stand in the order of the first microbatch that each runs; give the
-    `placement` where one has no microbatch, as with fewer microbatches than replicas. Raises
-    ScheduleError where nothing says who runs a stage; `validate` finds what else is wrong.
+    A stage's replicas are in the order of the first microbatch that each runs; give `placement` if
+    one has none, as with fewer microbatches than replicas. Raises ScheduleError if a stage has no
+    instruction; all other rules are left to `validate`.
     """
     first: dict[int, dict[int, int]] = {}  # stage -> device -> its first microbatch
     for device, program in enumerate(programs):

@@ -1,8 +1,8 @@
-"""The named schedules: a table. A new schedule joins by a row, which the contract suite then holds.
+"""The table of named schedules. To add a schedule, add a row; the contract suite then tests it.
 
-Each row's `build` is a pure function of devices, microbatches and stages per device, for any
-number of them; `tests/schedule/test_contract.py` shows that what it returns is valid, and has the
-bubble and the microbatches in flight that the row says.
+Each row's `build` is a pure function of any number of devices, microbatches and stages per device;
+`tests/schedule/test_contract.py` checks that its result is valid, and has the bubble and the
+microbatches in flight that the row states.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ from stagewise.schedule.zero_bubble import v_half, v_min, zb_h1, zb_v
 class NamedSchedule:
     """A row of SCHEDULES.
 
-    `build(num_devices, num_microbatches, stages_per_device)` makes the schedule; each device has
-    `stages_per_device` stages unless `takes_any` and others are asked for. `placement` names the
-    function of `stagewise.schedule.placement` that places them. In which order a stage's gradients
-    are summed, `last_first` says. Where a stage may have several devices, it is
-    `replicated(num_stages, num_microbatches, replicas)` that makes the schedule with them.
+    `build(num_devices, num_microbatches, stages_per_device)` returns the schedule. Each device has
+    `stages_per_device` stages; other numbers are possible if `takes_any`. `placement` names the
+    function in `stagewise.schedule.placement` that places them. `last_first` gives the order in
+    which a stage's gradients are summed. `replicated(num_stages, num_microbatches, replicas)`
+    returns the schedule with several devices per stage, where that is possible.
     """
 
     build: Callable[[int, int, int], Schedule]
@@ -39,7 +39,7 @@ class NamedSchedule:
     stages_per_device: int = 1
     takes_any: bool = False
     splits_backward: bool = False
-    last_first: bool = False  # backwards begin with the last microbatch; else with the first
+    last_first: bool = False  # whether backwards start with the last microbatch
     replicated: Callable[[int, int, tuple[int, ...]], Schedule] | None = None
 
     @property
@@ -80,7 +80,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
     ),
     "interleaved_v": NamedSchedule(
         build=interleaved_v,
-        summary="the same to and fro: no message at the turns, one memory for all devices",
+        summary="the same in a zigzag: no message at the turns, equal memory on all devices",
         source="arXiv:2308.15762, arXiv:2405.15362",
         placement="zigzag",
         bubble=forms.ZIGZAG,
@@ -101,7 +101,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
     ),
     "zb_h1": NamedSchedule(
         build=lambda devices, m, _: zb_h1(devices, m),
-        summary="1f1b whose weight gradients fill the end: a third of its bubble",
+        summary="1f1b with weight gradients filling the cool-down: a third of its bubble",
         source="arXiv:2401.10241",
         placement="looped",
         bubble=forms.ZB_H1,
@@ -152,7 +152,7 @@ SCHEDULES: dict[str, NamedSchedule] = {
 
 
 def schedule_row(name: str) -> NamedSchedule:
-    """The row called `name`; raises ScheduleError with the names there are."""
+    """Return the row called `name`; raise ScheduleError listing the names if there is none."""
     if name not in SCHEDULES:
         raise ScheduleError(
             f"there is no schedule {name!r}; choose one of {', '.join(sorted(SCHEDULES))}"
@@ -161,7 +161,7 @@ def schedule_row(name: str) -> NamedSchedule:
 
 
 def stages_per_device(name: str, wanted: int | None = None) -> int:
-    """How many stages each device of schedule `name` has; raises ScheduleError with a way out."""
+    """Return the stages per device; raise ScheduleError if `name` cannot have `wanted`."""
     row = schedule_row(name)
     if wanted is None or wanted == row.stages_per_device:
         return row.stages_per_device
@@ -178,10 +178,10 @@ def named_schedule(
     per_device: int | None = None,
     replicas: Sequence[int] = (),
 ) -> Schedule:
-    """Build the schedule called `name`; raises ScheduleError with the names there are.
+    """Build the schedule called `name`; raise ScheduleError listing the names if there is none.
 
-    It has `num_devices * per_device` stages; by default as many per device as the row says. Or,
-    with `replicas`, which are devices per stage, `num_devices` is the number of stages.
+    It has `num_devices * per_device` stages; `per_device` defaults to the row's. With `replicas`
+    (devices per stage), `num_devices` is the number of stages.
     """
     wanted = stages_per_device(name, per_device)
     for what, number in (("num_devices", num_devices), ("num_microbatches", num_microbatches)):

@@ -1,8 +1,8 @@
-"""Schedules as text that people read and edit: `grid` writes it, `parse_programs` reads it back.
+"""Schedules as text to read and edit: `grid` writes it, `parse_programs` reads it.
 
-A line is a device: its instructions in order, separated by blanks. `device 0` may stand before
-them, a dot for an idle slot anywhere (a device without instructions has nothing else), a comment
-behind `#`. Empty lines are skipped. A grid has a column per slot of time; read, it means nothing.
+A line lists a device's instructions in order, separated by blanks. It may start with `device 0`,
+contain dots for idle slots (a device without instructions needs one) and end in a comment after
+`#`. Empty lines are skipped. The columns of a grid are time slots; the parser ignores them.
 """
 
 import re
@@ -19,7 +19,7 @@ _LABEL = re.compile(r"device\s+(\d+)\s*:?\s+")
 
 
 def parse_programs(text: str) -> tuple[Program, ...]:
-    """Read programs from text, one line per device; raises ScheduleError naming the line.
+    """Parse programs, one line per device; raise ScheduleError naming the line that is wrong.
 
     >>> parse_programs("device 0  0F0  .  # no backward") == parse_programs("0F0")
     True
@@ -32,7 +32,7 @@ def parse_programs(text: str) -> tuple[Program, ...]:
         label = _LABEL.match(content)
         if label is not None and int(label[1]) != len(programs):
             raise ScheduleError(
-                f"line {number} is of device {label[1]}, but device {len(programs)} comes next; "
+                f"line {number} is for device {label[1]}, but device {len(programs)} comes next; "
                 "give every device a line, in order (a dot if it has no instructions)"
             )
         words = content[label.end() if label else 0 :].split()
@@ -44,13 +44,13 @@ def parse_programs(text: str) -> tuple[Program, ...]:
 
 
 def grid(schedule: Schedule, marked: Collection[Place] = ()) -> str:
-    """A row per device, a column per slot of time; of gpipe with 2 stages and 2 microbatches:
+    """Return a row per device and a column per time slot; for gpipe, 2 stages, 2 microbatches:
 
     device 0  0F0 0F1  .   .  0B1 0B0
     device 1   .  1F0 1F1 1B1 1B0  .
 
-    Where there is no time, because the programs block each other or name a stage that has no
-    device, columns are positions in the program. `marked` instructions stand between > and <.
+    If there are no times, because the programs deadlock or name a stage that has no device, columns
+    are positions in the program. `marked` instructions are printed between > and <.
     """
     try:
         starts = slots(schedule)

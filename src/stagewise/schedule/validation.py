@@ -1,12 +1,12 @@
-"""The validator: names the first rule that a schedule breaks and shows where.
+"""The validator: reports the first rule that a schedule breaks and shows where.
 
 Rules, in the order in which they are checked:
   placement   every stage has devices, all of which exist
   range       instructions name stages and microbatches that exist, on a device that holds them
-  doubled     no instruction stands twice
+  doubled     no instruction appears twice
   complete    every stage runs every microbatch forward, and backward if any does (B, or I and W)
-  order       on its device, a forward stands before its recomputation, that before the backward
-  deadlock    the programs never wait for each other in a circle
+  order       on its device, a forward precedes its recomputation, and that the backward
+  deadlock    the programs never wait for each other in a cycle
 """
 
 from collections import Counter, defaultdict
@@ -38,7 +38,7 @@ def validate(schedule: Schedule) -> Schedule:
 
 
 def parse_schedule(name: str, text: str) -> Schedule:
-    """The validated schedule that `text` holds; raises ScheduleError showing what is wrong."""
+    """Parse and validate a schedule; raise ScheduleError showing what is wrong."""
     try:
         return validate(schedule_of(name, parse_programs(text)))
     except ScheduleError as error:
@@ -78,7 +78,7 @@ def _range(schedule: Schedule) -> Iterator[Finding]:
             )
         elif schedule.device_of(i.stage, i.microbatch) != device:
             yield (
-                f"{i} stands on device {device}, but stage {i.stage} runs microbatch "
+                f"{i} is on device {device}, but stage {i.stage} runs microbatch "
                 f"{i.microbatch} on device {schedule.device_of(i.stage, i.microbatch)}",
                 [(device, position)],
             )
@@ -88,7 +88,7 @@ def _doubled(schedule: Schedule) -> Iterator[Finding]:
     seen: dict[Instruction, Place] = {}
     for place, instruction in _places(schedule):
         if instruction in seen:
-            yield f"{instruction} stands twice", [seen[instruction], place]
+            yield f"{instruction} appears twice", [seen[instruction], place]
         seen[instruction] = place
 
 
@@ -103,7 +103,7 @@ def _complete(schedule: Schedule) -> Iterator[Finding]:
         forward = Instruction(stage, Kind.FORWARD, m)
         if not done["forward"]:
             waits = [place for i, place in present.items() if forward in i.awaits()]
-            never = f"; microbatch {m} never arrives at what waits for it" if waits else ""
+            never = f", and other instructions wait for its microbatch {m}" if waits else ""
             yield f"{forward} is missing{never}", waits
         elif any(done[part] != 1 for part in parts):
             backward = [kind for kind in kinds[stage, m] if KINDS[kind].is_backward]
@@ -114,7 +114,7 @@ def _complete(schedule: Schedule) -> Iterator[Finding]:
                 if i.stage != stage and gradient.intersection(i.awaits())
             ]
             yield (
-                f"the backward of stage {stage}, microbatch {m} is missing or not whole: "
+                f"the backward of stage {stage}, microbatch {m} is missing or incomplete: "
                 f"found {''.join(sorted(backward)) or 'none'}, need {stage}B{m}, "
                 f"or {stage}I{m} and {stage}W{m}",
                 waits or [present[forward]],
@@ -127,7 +127,7 @@ def _order(schedule: Schedule) -> Iterator[Finding]:
         for kind, before in earlier[i.stage, i.microbatch]:
             if i.kind in KINDS[kind].after:
                 culprit = Instruction(i.stage, kind, i.microbatch)
-                yield f"{culprit} stands before {i}, on which it depends", [before, place]
+                yield f"{culprit} comes before {i}, on which it depends", [before, place]
         earlier[i.stage, i.microbatch].append((i.kind, place))
 
 
@@ -143,7 +143,7 @@ def _deadlock(schedule: Schedule) -> Iterator[Finding]:
             if at < len(programs[device])
         ]
         waits = "; ".join(
-            f"device {device} stands at {programs[device][at].instruction}, waiting for the "
+            f"device {device} is at {programs[device][at].instruction}, waiting for the "
             f"{programs[device][at].receives[0]}"
             for device, at in places
         )

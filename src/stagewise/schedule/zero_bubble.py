@@ -1,11 +1,11 @@
 """Split backwards: weight gradients (`W`) fill what would be the bubble.
 
-ZB-H1 and ZB-V are of Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241); V-Half
-and V-Min of Qi et al., "Pipeline parallelism with controllable memory" (arXiv:2405.15362), which
-explains all three Vs by one building block whose hops decide the memory.
+ZB-H1 and ZB-V are from Qi et al., "Zero bubble pipeline parallelism" (arXiv:2401.10241); V-Half
+and V-Min from Qi et al., "Pipeline parallelism with controllable memory" (arXiv:2405.15362), which
+builds all three V schedules from one block whose hops decide the memory.
 """
 
-from stagewise.schedule.blocks import Way, repeated, with_weight_gradients
+from stagewise.schedule.blocks import ChunkPass, repeat_block, with_weight_gradients
 from stagewise.schedule.fill_drain import one_stage_per_device, run
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.placement import zigzag
@@ -15,10 +15,10 @@ _PERIOD = 6  # F, I and W of two chunks
 
 
 def zb_h1(num_stages: int, num_microbatches: int) -> Schedule:
-    """1F1B whose stage k does a microbatch's W only after k further I.
+    """Return 1F1B in which stage k delays a microbatch's W until k further I have run.
 
-    So every stage has num_stages microbatches in flight where 1F1B's first one has, and the W
-    that are left fill the end, while the gradients travel to stage 0.
+    Every stage then has num_stages microbatches in flight, as the first stage of 1F1B has, and the
+    remaining W fill the cool-down, while gradients travel to stage 0.
     """
 
     def program(stage: int) -> Program:
@@ -37,30 +37,33 @@ def zb_h1(num_stages: int, num_microbatches: int) -> Schedule:
 
 
 def zb_v(num_devices: int, num_microbatches: int) -> Schedule:
-    """As much memory as 1F1B's first device on every device; no bubble but the way to the last."""
+    """Return ZB-V: on every device the memory of 1F1B's first, and no bubble after the warm-up."""
     return _v("zb_v", num_devices, num_microbatches, (3, 3, 3, 3), num_devices)
 
 
 def v_half(num_devices: int, num_microbatches: int) -> Schedule:
-    """Half of 1F1B's memory."""
+    """Return V-Half, which needs half of 1F1B's memory."""
     return _v("v_half", num_devices, num_microbatches, (1, 2, 1, 2), (num_devices + 2) // 2)
 
 
 def v_min(num_devices: int, num_microbatches: int) -> Schedule:
-    """A third of 1F1B's memory, the least that can be."""
+    """Return V-Min, which needs a third of 1F1B's memory, the minimum."""
     return _v("v_min", num_devices, num_microbatches, (1, 1, 1, 1), (num_devices + 4) // 3)
 
 
 def _v(
     name: str, num_devices: int, num_microbatches: int, hops: tuple[int, ...], in_flight: int
 ) -> Schedule:
-    """`hops` of F and F, then I and I; `in_flight`: microbatches held, with both their stages."""
+    """Return a V schedule from the `hops` of its F, F, I, I and the microbatches `in_flight`.
+
+    A microbatch in flight holds both its stages on a device.
+    """
     kinds = (Kind.FORWARD, Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_INPUT)
-    ways = tuple(
-        Way(kind=kind, chunk=chunk, hop=hop)
+    block = tuple(
+        ChunkPass(kind=kind, chunk=chunk, hop=hop)
         for kind, chunk, hop in zip(kinds, (0, 1, 1, 0), hops, strict=True)
     )
-    order = repeated(num_devices, num_microbatches, ways, period=_PERIOD)
+    order = repeat_block(num_devices, num_microbatches, block, period=_PERIOD)
     return Schedule(
         name=name,
         programs=with_weight_gradients(order, 2 * in_flight),

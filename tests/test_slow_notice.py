@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from stagewise.told import told
+from stagewise.slow_notice import notice_if_slow
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 def test_it_is_said_while_it_lasts_and_how_long_it_took() -> None:
     out = Terminal()
-    with told("measuring", stream=out, after_seconds=0):
+    with notice_if_slow("measuring", stream=out, after_seconds=0):
         assert out.written.wait(30)
         assert out.getvalue() == "stagewise: measuring ...\n"
     assert out.getvalue().splitlines()[1].startswith("stagewise: measuring: ")
@@ -33,17 +33,17 @@ def test_it_is_said_while_it_lasts_and_how_long_it_took() -> None:
 
 def test_what_is_soon_over_says_nothing() -> None:
     out = Terminal()
-    with told("measuring", stream=out, after_seconds=60):
+    with notice_if_slow("measuring", stream=out, after_seconds=60):
         pass
     assert out.getvalue() == ""
 
 
 def test_nothing_is_said_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    with told("measuring", stream=out, after_seconds=0):
+    with notice_if_slow("measuring", stream=out, after_seconds=0):
         pass
     monkeypatch.setenv("RANK", "1")
     terminal = Terminal()
-    with told("measuring", stream=terminal, after_seconds=0):
+    with notice_if_slow("measuring", stream=terminal, after_seconds=0):
         pass
     assert out.getvalue() == terminal.getvalue() == ""

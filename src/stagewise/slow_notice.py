@@ -1,4 +1,4 @@
-"""What takes long says so: on a terminal, once two seconds have gone by, and how long it took."""
+"""A notice on a terminal for work that takes more than two seconds, and how long it took."""
 
 import os
 import sys
@@ -12,21 +12,21 @@ AFTER_SECONDS = 2.0
 
 
 @contextmanager
-def told(
+def notice_if_slow(
     what: str, *, stream: TextIO | None = None, after_seconds: float = AFTER_SECONDS
 ) -> Iterator[None]:
-    """Say `what` is being done, if it takes longer; by rank 0, where stderr is a terminal."""
+    """Print `what` is being done if it takes long; only rank 0, and only on a terminal."""
     out = sys.stderr if stream is None else stream
     if not out.isatty() or os.environ.get("RANK", "0") != "0":
         yield
         return
-    said = threading.Event()
+    printed = threading.Event()
 
-    def say() -> None:
-        said.set()
+    def announce() -> None:
+        printed.set()
         print(f"stagewise: {what} ...", file=out, flush=True)
 
-    timer = threading.Timer(after_seconds, say)
+    timer = threading.Timer(after_seconds, announce)
     timer.daemon = True
     start = time.perf_counter()
     timer.start()
@@ -34,6 +34,6 @@ def told(
         yield
     finally:
         timer.cancel()
-        if said.is_set():
+        if printed.is_set():
             seconds = time.perf_counter() - start
             print(f"stagewise: {what}: {seconds:.1f} s", file=out, flush=True)
