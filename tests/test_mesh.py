@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import stagewise
-from stagewise.mesh import Mesh, Place, Placement, in_turn, replica_of
+from stagewise.mesh import Mesh, Place, Placement, device_turns, replica_of
 from stagewise.schedule import SCHEDULES, named_schedule
 from stagewise.schedule.placement import consecutive, looped, zigzag
 
@@ -49,7 +49,8 @@ def test_replicas_take_microbatches_in_turn_everywhere(name: str) -> None:
     schedule = named_schedule(name, 2, 4)
     for stage, devices in enumerate(schedule.placement):
         on = [schedule.device_of(stage, m) for m in range(4)]
-        assert on == in_turn(devices, 4) == [devices[replica_of(m, len(devices))] for m in range(4)]
+        turns = [devices[replica_of(m, len(devices))] for m in range(4)]
+        assert on == device_turns(devices, 4) == turns
 
 
 def test_the_turn_is_computed_in_one_place() -> None:

@@ -23,10 +23,10 @@ def replica_of(microbatch: int, num_replicas: int) -> int:
     return microbatch % num_replicas
 
 
-def in_turn(devices: Sequence[int], num_microbatches: int) -> list[int]:
+def device_turns(devices: Sequence[int], num_microbatches: int) -> list[int]:
     """Return which of a stage's `devices` runs each microbatch.
 
-    >>> in_turn((4, 5), 3)
+    >>> device_turns((4, 5), 3)
     [4, 5, 4]
     """
     return [devices[replica_of(m, len(devices))] for m in range(num_microbatches)]

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
-from stagewise.mesh import in_turn
+from stagewise.mesh import device_turns
 from stagewise.schedule import Schedule
 from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Stream
 from stagewise.timeline import kept_bytes
@@ -72,12 +72,12 @@ def _ends_and_busy(
         for kind, traits in KINDS.items()
     }
     overhead = link.overhead_seconds
-    runs_on = [d for devices in schedule.placement for d in in_turn(devices, num_microbatches)]
+    placement = schedule.placement
+    runs_on = [d for devices in placement for d in device_turns(devices, num_microbatches)]
     nothing: list[float] = [0] * schedule.num_devices
     free, last, busy = [*nothing], [*nothing], [*nothing]
-    at = [0] * schedule.num_devices
     link_free: dict[tuple[int, int], float] = {}
-    ready = list(range(schedule.num_devices))
+    at, ready = [0] * schedule.num_devices, list(range(schedule.num_devices))
     while ready:
         device = ready.pop()
         program, i, now = schedule.programs[device], at[device], free[device]

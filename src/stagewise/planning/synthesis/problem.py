@@ -15,7 +15,7 @@ from itertools import product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
-from stagewise.mesh import in_turn
+from stagewise.mesh import device_turns
 from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
 from stagewise.schedule.instruction import GRADIENTS, KINDS, kinds_with
 
@@ -188,7 +188,7 @@ def problem_of(
     num_devices = 1 + max(device for devices in placed for device in devices)
     microbatches = range(num_microbatches)
     recomputes = [POLICIES[recompute](m, num_microbatches) for m in microbatches]
-    device_of = [in_turn(devices, num_microbatches) for devices in placed]
+    device_of = [device_turns(devices, num_microbatches) for devices in placed]
     return Problem(
         placement=placed,
         costs=tuple(costs),
