@@ -191,7 +191,7 @@ def one_ends(ending: int) -> tuple[str, float]:
 def test_a_rank_that_ends_is_named_to_who_waits_for_it(pools: Pools, ending: int) -> None:
     text, seconds = pools[2].run(one_ends, ending)[1 - ending]
     assert f"rank {ending}'s program has ended after its last call, step" in text
-    assert f"while rank {1 - ending} came for step" in text and seconds < SOON_SECONDS
+    assert f"while rank {1 - ending} called step" in text and seconds < SOON_SECONDS
 
 
 class Scaled(nn.Linear):

@@ -1,7 +1,7 @@
-"""Runs a plan's programs on its stages, exactly.
+"""Run a plan's programs on its stages, exactly.
 
 1. `step` takes one call from the caller's batch to the loss on every rank.
-2. `stage` does what each instruction says with one microbatch.
-3. `transport` brings its tensors to the next stage, and makes ranks agree.
-4. `gradients` makes whole what several cells or ranks computed parts of.
+2. `stage` executes each instruction on one microbatch.
+3. `transport` moves its tensors to the next stage, and lets ranks agree.
+4. `gradients` sums gradients to which several cells or ranks contribute.
 """

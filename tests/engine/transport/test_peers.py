@@ -16,10 +16,13 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (TimeoutError("nothing came"), r"nothing came.*none was told: rank 3 is alive but hangs"),
-        (RuntimeError("Timed out waiting 5000ms"), "none was told: rank 3 is alive"),
-        (ConnectionError("closed"), r"\(closed\).*rank 3 ended without a word"),
-        (RuntimeError("reset by peer"), "the process of rank 3 ended without a word"),
+        (
+            TimeoutError("nothing came"),
+            r"nothing came.*none was reported: rank 3 is alive but hangs",
+        ),
+        (RuntimeError("Timed out waiting 5000ms"), "none was reported: rank 3 is alive"),
+        (ConnectionError("closed"), r"\(closed\).*rank 3 ended without saying why"),
+        (RuntimeError("reset by peer"), "the process of rank 3 ended without saying why"),
     ],
 )
 def test_who_is_silent_is_named(error: Exception, words: str) -> None:

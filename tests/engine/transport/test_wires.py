@@ -316,4 +316,6 @@ def test_who_ends_in_a_message_is_named(pools: Pools, row: str) -> None:
     cause = "ValueError: no more" if row == "gloo" else ""
     said = pools[2].outcomes(lose_the_peer, row, cause)[0]
     assert "rank 0 lost rank 1 while waiting for it" in said
-    assert (f"rank 1: {cause}" if cause else "the process of rank 1 ended without a word") in said
+    assert (
+        f"rank 1: {cause}" if cause else "the process of rank 1 ended without saying why"
+    ) in said

@@ -1,11 +1,11 @@
-"""How values get from rank to rank, and how ranks agree.
+"""How values travel between ranks, and how ranks agree.
 
-1. `connect` chooses devices and wires for a plan, and gives the rank its `transport`: mail, ranks.
-2. A `wire` carries bytes. `group_wire` is torch.distributed's; `sockets` take what is small,
-   between ranks that `connect_sockets` can connect; `peers` names who does not answer.
-3. `mailbox` knows which message comes next and in what form (`message_form`; `forms` that both ends
-   remember; `local_classes` in them). In one process a dictionary does for it (`local`).
-4. `ranks` is how ranks agree, give and sum; in `rendezvous` they hear that they make the same call.
-5. `failure`: what a rank that fails tells the others. `processes`: torch.distributed's own, before
-   they are ranks of a pipeline.
+1. `connect` chooses devices and wires for a plan, and returns the rank's `transport`: mail, ranks.
+2. A `wire` carries bytes. `group_wire` is torch.distributed's; `sockets` carry small tensors where
+   `connect_sockets` can connect ranks; `peers` names a rank that does not answer.
+3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
+   ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).
+4. `ranks` is how ranks agree, exchange and sum; `rendezvous` checks that they make the same call.
+5. `failure`: what a failing rank tells the others. `processes`: those of torch.distributed, before
+   they become ranks of a pipeline.
 """

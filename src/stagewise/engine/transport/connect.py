@@ -1,4 +1,4 @@
-"""Choosing devices and wires for a plan, and checking that all ranks build the same thing."""
+"""Choose the devices and wires for a plan."""
 
 from collections.abc import Sequence
 
@@ -27,9 +27,9 @@ def connect(
     num_devices: int,
     homes: Sequence[int] = (0,),
 ) -> tuple[list[torch.device], Transport]:
-    """The plan's devices and this rank's transport; raises PlanError if they do not fit.
+    """Return the plan's devices and this rank's transport; PlanError if they do not fit.
 
-    In one process stage s is on device `homes[s]`.
+    In one process, stage s is on device `homes[s]`.
     """
     if transport not in ("auto", "local", "distributed"):
         raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
@@ -47,8 +47,8 @@ def connect(
         return own, in_one_process([own[device] for device in homes])
     if num_processes() != num_devices:
         raise PlanError(
-            f"the plan needs {num_devices} ranks, one per device, but {num_processes()} "
-            f"run; start torchrun with --nproc-per-node {num_devices}, or plan "
+            f"the plan needs {num_devices} ranks, one per device, but {num_processes()} are "
+            f"running; start torchrun with --nproc-per-node {num_devices}, or plan "
             f"for {num_processes()} devices"
         )
     own = [torch.device(d) for d in devices or [own_device()] * num_devices]
@@ -56,21 +56,21 @@ def connect(
 
 
 def in_one_process(devices: Sequence[torch.device]) -> Transport:
-    """The transport of a process that runs every stage s, on `devices[s]`."""
+    """Return the transport of a process that runs every stage, stage s on `devices[s]`."""
     wire = LocalWire()
     ranks = Ranks(Wires(wire, wire), Peers(0), devices[-1])
     return Transport(LocalMailbox(devices), ranks)
 
 
 def between_processes(device: torch.device, group: dist.ProcessGroup | None = None) -> Transport:
-    """That of a process for each device, which runs on `device`; all ranks of `group` call this."""
+    """Return this rank's transport, its stage on `device`; collective over `group`."""
     group, peers = _whole(group)
     wires = wires_for(device, group, peers)
     return Transport(Mailbox(wires, device), Ranks(wires, peers, device, group))
 
 
 def trial_wire() -> Wire:
-    """One to every other process, as a pipeline's data takes; without new process groups."""
+    """Return a wire like a pipeline's data wire, but without creating process groups."""
     group, peers = _whole(None)
     if own_device().type == "cpu":
         return wires_for(own_device(), group, peers).data
@@ -84,7 +84,7 @@ def _whole(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, Peers]:
 
 
 def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
-    """On CPUs what is small goes through sockets; GPUs have two ways for data, gloo for control."""
+    """On CPUs small tensors go through sockets; GPUs use two groups for data, gloo for control."""
     if device.type != "cpu":
         data = GroupWire.connect(peers, group, ways=2)
         return Wires(data, GroupWire.connect(peers, group, ways=1, backend="gloo"))

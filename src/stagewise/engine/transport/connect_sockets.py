@@ -1,11 +1,11 @@
-"""Connecting ranks by sockets: Unix sockets on one host, TCP where these do not reach.
+"""Connect ranks by sockets: Unix sockets on one host, TCP between hosts.
 
-Each rank listens and tells the others where; of two ranks the higher one calls. A caller says its
-rank and the secret that the listener gave to all through the process group, and a connection counts
-once both ends have it. So no stranger's bytes are ever read as a message (headers are unpickled).
+Each rank listens and tells the others its address; of two ranks the higher one connects. It sends
+its rank and the secret that the listener shared through the process group, and a connection counts
+once both ends have it. So a stranger's bytes are never read as a message (headers are unpickled).
 
-Which address reaches a host: the one its way to the process group's store starts from. On the
-store's own host that is loopback; there, the one its way to another host starts from.
+A host's address is the local end of its route to the process group's store. On the store's own
+host that is loopback; there, it is the local end of its route to another host.
 """
 
 import functools
@@ -23,9 +23,9 @@ from typing import Any
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.sockets import Sockets, with_room
 
-_SMALL_BYTES = 1 << 20  # of a tensor; beyond that copying costs more than waking
-_MESSAGES = 4  # that a buffer must hold at least, so that they travel while both compute
-_PATIENCE_SECONDS = 5.0  # with a host that does not answer, and a caller that says nothing
+_SMALL_BYTES = 1 << 20  # of a tensor; beyond that, copying costs more than waking
+_MESSAGES = 4  # that a buffer must hold, so that they travel while both ends compute
+_PATIENCE_SECONDS = 5.0  # with a host that does not answer, or a caller that sends nothing
 _HELLO = struct.Struct("=i16s")  # rank and secret
 
 Gather = Callable[[Any], list[Any]]  # every rank's value, by rank
@@ -35,11 +35,11 @@ _Listener = Callable[[ExitStack], socket.socket | None]
 def connect_sockets(
     peers: Peers, gather: Gather, timeout: timedelta
 ) -> tuple[Sockets, dict[int, int]]:
-    """Connect to every other rank that can be reached; all ranks call this.
+    """Connect to every other rank that can be reached; collective.
 
-    Also returns up to how many bytes a tensor should go this way, by rank.
+    Also returns, by rank, the largest tensor in bytes that should go this way.
     """
-    num_ranks = len(gather(None))  # all are here, so no folder stands longer than it must
+    num_ranks = len(gather(None))  # wait for all, so that sockets' folders exist only briefly
     met, limits = _met(peers.rank, gather, _unix_listener, set(range(num_ranks)))
     if not all(gather(len(met) == num_ranks - 1)):
         listens = functools.partial(_tcp_listener, _own_address(peers.store_host(), gather))
@@ -51,7 +51,7 @@ def connect_sockets(
 def _met(
     rank: int, gather: Gather, listens: _Listener, wanted: Collection[int]
 ) -> tuple[dict[int, socket.socket], dict[int, int]]:
-    """Connections to those of the ranks `wanted` that this way reaches, and their limits."""
+    """Connect to the ranks in `wanted` that this way reaches; return connections and limits."""
     secret, met = secrets.token_bytes(16), dict[int, socket.socket]()
     with ExitStack() as until_connected:
         listener = listens(until_connected)
@@ -71,7 +71,7 @@ def _met(
 
 
 def _called(where: tuple[int, Any] | None, secret: bytes, rank: int) -> socket.socket | None:
-    """A connection to who listens there, which is told who calls; None if there can be none."""
+    """Connect to the listener at `where` and send our rank; None if that fails."""
     if where is None:
         return None
     with ExitStack() as on_failure:
@@ -90,7 +90,7 @@ def _called(where: tuple[int, Any] | None, secret: bytes, rank: int) -> socket.s
 def _accepted(
     listener: socket.socket, secret: bytes, callers: Collection[int]
 ) -> dict[int, socket.socket]:
-    """The connections of these ranks, which have called; whoever else calls is hung up on."""
+    """Accept the connections of the ranks `callers`; close any other."""
     listener.settimeout(_PATIENCE_SECONDS)
     accepted = dict[int, socket.socket]()
     try:
@@ -101,13 +101,13 @@ def _accepted(
                 accepted[rank] = connection
             else:
                 connection.close()
-    except OSError:  # a caller that did not come through
+    except OSError:  # a caller that did not get through
         pass
     return accepted
 
 
 def _greeted(connection: socket.socket, secret: bytes) -> int | None:
-    """The rank of who calls; None if it does not know the secret."""
+    """Return the caller's rank; None if it does not know the secret."""
     connection.settimeout(_PATIENCE_SECONDS)
     try:
         hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
@@ -118,19 +118,19 @@ def _greeted(connection: socket.socket, secret: bytes) -> int | None:
 
 
 def _unix_listener(until: ExitStack) -> socket.socket | None:
-    """A socket that listens in a folder of its own; None where there can be none."""
+    """Return a socket that listens in its own folder; None if that is not possible."""
     try:
         folder = until.enter_context(tempfile.TemporaryDirectory(prefix="stagewise-"))
         listener = until.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         listener.bind(str(Path(folder) / "socket"))
         listener.listen(socket.SOMAXCONN)
-    except (AttributeError, OSError):  # another system; no folder, or too long a path
+    except (AttributeError, OSError):  # no Unix sockets; no folder, or its path is too long
         return None
     return listener
 
 
 def _tcp_listener(address: str | None, until: ExitStack) -> socket.socket | None:
-    """A socket that listens at a free port of this host's `address`."""
+    """Return a socket that listens on a free port of this host's `address`; None if it cannot."""
     if address is None:
         return None
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -141,14 +141,14 @@ def _tcp_listener(address: str | None, until: ExitStack) -> socket.socket | None
 
 
 def _own_address(store_host: str, gather: Gather) -> str | None:
-    """By which the other ranks reach this host; all ranks call this."""
+    """Return the address by which other ranks reach this host; collective."""
     start = _start_of_way(store_host)
     seen = [told for told in gather(start) if told is not None and not _is_loopback(told)]
     return _start_of_way(seen[0]) if seen and (start is None or _is_loopback(start)) else start
 
 
 def _start_of_way(host: str) -> str | None:
-    """The address from which this host's packets to `host` leave; none are sent."""
+    """Return the local address of this host's route to `host`; sends nothing."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

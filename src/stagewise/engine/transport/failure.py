@@ -1,8 +1,8 @@
-"""Failures: how a rank that fails keeps the others going, or tells why it cannot.
+"""Failures: how a failing rank keeps the others from blocking, or says why it cannot.
 
-A rank that fails in an instruction goes through the rest of its program without computing, and
-sends something in place of every message, so that no peer waits; afterwards all ranks agree
-(`engine.step.agreement`). `LOST` stands for a value that will never come.
+A rank that fails in an instruction walks through the rest of its program without computing: it
+sends a placeholder for each message it owes, so that no peer blocks; afterwards all ranks agree
+on the outcome (`engine.step.agreement`). `LOST` stands for a value that will never arrive.
 """
 
 import enum
@@ -29,7 +29,7 @@ LOST: Final = Lost.LOST
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank stopped computing, and in which instruction; None: before the first."""
+    """Why a rank stopped computing, and in which instruction (None: before the first)."""
 
     instruction: Instruction | None
     error: StagewiseError
@@ -39,7 +39,7 @@ class Failure:
     def of(
         error: Exception, instruction: Instruction | None, device: torch.device | None
     ) -> "Failure":
-        """The failure that `error` is, named by its place; without memory, it holds no tensors."""
+        """Wrap `error` with its place; if memory ran out, drop the tensors it keeps alive."""
         no_memory = is_out_of_memory(error)
         if no_memory:
             _let_go(error)
@@ -57,7 +57,7 @@ class Failure:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, is that a device has no more memory."""
+    """Return whether `error`, or its cause, is a device running out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
@@ -66,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Drop the local variables of the frames that `error` went through."""
+    """Clear the local variables of the frames in the traceback of `error`."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,11 +1,10 @@
-"""Which forms of messages both ends of a link remember, so that only tensors need to travel.
+"""The message forms that both ends of a link remember, so that only tensors need to travel.
 
-The first message of a signature travels with its header, and both ends remember it. One whose form
-changes (an annealed number, a warm-up without gradients, a dict with another key) is marked, takes
-its header along, and does so from then on until it has had one form for a while.
+The first message of a signature carries its header, and both ends remember it. A message whose
+form changes (an annealed number, a warm-up without gradients, a dict with another key) is marked
+and carries its header again, until the form has been stable for a while.
 
-Invariant: both ends decide by the same headers in the same order, as pickled, so they remember the
-same.
+Invariant: both ends see the same pickled headers in the same order, so they remember the same.
 """
 
 import hashlib
@@ -15,11 +14,11 @@ from stagewise.engine.transport.local_classes import LocalClasses
 from stagewise.engine.transport.message_form import Header
 from stagewise.schedule import Message
 
-_SETTLED = 4  # times in a row that a form which has changed was the same
+_SETTLED = 4  # consecutive repeats after which a changed form counts as stable
 
 
 class Forms:
-    """One rank's part."""
+    """One rank's view of them."""
 
     def __init__(self) -> None:
         self._all_known: dict[int, dict[Message, Header]] = defaultdict(dict)  # by signature
@@ -35,22 +34,22 @@ class Forms:
         self._varying.clear()
 
     def pickled(self, header: Header | None) -> bytes:
-        """As it travels; raises what pickle does if it cannot, and then nothing is remembered."""
+        """Return the bytes to send; pickle's errors pass through, and nothing is remembered."""
         return self._classes.pickled(header)
 
     def unpickled(self, payload: bytes) -> Header | None:
-        """What `pickled` made bytes of, on another rank."""
+        """Return what another rank's `pickled` encoded."""
         header = self._classes.unpickled(payload)
         assert header is None or isinstance(header, Header)
         return header
 
     def travelled(self, message: Message, header: Header, payload: bytes) -> bool:
-        """A header, with its `payload`, went over the link; whether it is remembered now."""
+        """Note that a header crossed the link as `payload`; return whether it is now remembered."""
         one, other = message.source_stage, message.destination_stage
         edge = message.microbatch, min(one, other), max(one, other)
         if header.varies:
             self._varying.add(edge)
-        if edge in self._varying:  # also gradients of what came in such a message
+        if edge in self._varying:  # gradients of such a message vary as well
             return False
         unsettled = self._unsettled[self._signature]
         if message in unsettled:
@@ -65,6 +64,6 @@ class Forms:
         return True
 
     def changed(self, message: Message) -> None:
-        """The form that both ends remember is no longer that of `message`."""
+        """Forget the remembered form of `message`: it has changed."""
         del self.known[message]
         self._unsettled[self._signature][message] = b"", 0

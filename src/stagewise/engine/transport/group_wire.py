@@ -1,12 +1,12 @@
-"""torch.distributed's messages from rank to rank: gloo on CPUs, NCCL on GPUs.
+"""Point-to-point messages of torch.distributed: gloo on CPUs, NCCL on GPUs.
 
 Each pair's messages travel in the sender's program order, so they need no tags. The two directions
 between a pair may use different process groups, since NCCL runs one communicator's operations in
 order and would block on crossed sends.
 
-What is being sent must stay alive until it has left, but no longer. NCCL's works say when they are
-done. Gloo's do so only to a thread that waits for them, so beyond a few bytes a thread of its own
-waits: else a step would keep every activation it has sent.
+A tensor being sent must stay alive until it has left, but no longer. NCCL's work handles can be
+polled for completion; gloo's must be waited for, so beyond a few megabytes a background thread
+waits: otherwise a step would keep every activation it has sent.
 """
 
 import functools
@@ -21,14 +21,14 @@ from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.wire import Arrival, Later
 
 _TAG = 0
-KEPT_BYTES = 1 << 22  # below this waiting would cost more than keeping
+KEPT_BYTES = 1 << 22  # below this, waiting would cost more than keeping
 _Batch = deque[tuple[dist.Work, torch.Tensor]]
 
 
 class GroupWire:
-    """Between the ranks of two process groups, for what goes down and up; they may be one.
+    """A wire over two process groups, for messages to higher and to lower ranks; may be the same.
 
-    With `owned` the groups were made for this wire, which destroys them when it is closed.
+    `owned`: the groups were made for this wire, which destroys them on `close`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GroupWire:
     def connect(
         peers: Peers, group: dist.ProcessGroup, *, ways: int, backend: str | None = None
     ) -> "GroupWire":
-        """Over one or two (`ways`) new groups of the ranks of `group`, all of which call this."""
+        """Create one or two (`ways`) new groups over the ranks of `group`; collective."""
         ranks = dist.get_process_group_ranks(group)
         made = [dist.new_group(ranks, backend=backend) for _ in range(ways)]
         return GroupWire(peers, made[0], made[-1], owned=True)
@@ -86,7 +86,7 @@ class GroupWire:
 
 
 class Outbox:
-    """Holds sent tensors; from one thread `add` and `finish` may be called."""
+    """Keeps tensors alive while they are sent; not thread-safe."""
 
     def __init__(self) -> None:
         self._leaving: _Batch = deque()
@@ -105,14 +105,14 @@ class Outbox:
             self._leaving, self._bytes = deque(), 0
 
     def finish(self) -> None:
-        """Wait until all has left; raises RuntimeError if a receiver was lost."""
+        """Wait until everything has left; RuntimeError if a receiver was lost."""
         _wait(self._leaving)
         self._bytes = 0
         if self._later is not None:
             self._later.finish()
 
     def close(self) -> None:
-        """End its thread."""
+        """Stop the background thread."""
         if self._later is not None:
             self._later.close()
 

@@ -1,6 +1,6 @@
-"""One process that runs every stage: a dictionary in place of messages, and a rank alone.
+"""One process that runs every stage: a dictionary in place of messages, and a single rank.
 
-A hand-over between two stages is a store and a pop, without a function of ours between.
+Passing a value between two stages is `dict.__setitem__` and `dict.pop`, with no wrapper.
 """
 
 import functools
@@ -18,12 +18,12 @@ from stagewise.schedule import Message
 
 
 class LocalMailbox:
-    """Values wait in a dictionary, then move to their device.
+    """Values wait in a dictionary, then move to their destination's device.
 
-    `devices[s]` is where stage s is: once, on one device, whoever its replicas are.
+    `devices[s]` is stage s's device; in one process a replicated stage exists once.
     """
 
-    look_ahead = None  # nothing comes from elsewhere
+    look_ahead = None  # nothing arrives from other processes
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._values: dict[Message, Apart | Lost] = {}
@@ -56,7 +56,7 @@ class LocalMailbox:
 def _popped(
     values: dict[Message, Apart | Lost], devices: Sequence[torch.device], message: Message
 ) -> Apart | Lost:
-    """What was handed over, on the device of who takes it."""
+    """Return the value, moved to the receiving stage's device."""
     value, device = values.pop(message), devices[message.destination_stage]
     if isinstance(value, Lost):
         return value
@@ -64,7 +64,7 @@ def _popped(
 
 
 class LocalWire:
-    """From the only rank to itself."""
+    """A wire from the only rank to itself."""
 
     rank, num_ranks, reached = 0, 1, (0,)
 

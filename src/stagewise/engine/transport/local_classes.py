@@ -1,10 +1,10 @@
-"""Classes that are defined inside a function, between processes that all ran that function.
+"""Pickle classes defined inside a function, between processes that all ran that function.
 
-Problem: pickle finds a class by its name in its module, where a dataclass or NamedTuple that stands
-inside a function is not.
-Idea: the other process has a class of this name too, since it runs the same code; where the
-function ran several times, the one that was made as the same of them. Where it has none yet (it is
-made in forward), one is made of its fields.
+Problem: pickle looks a class up by its name in its module, and a dataclass or NamedTuple defined
+inside a function is not there.
+Idea: the other process runs the same code, so it has a class of this name too; if the function ran
+several times, the n-th class here is the n-th there. If it has none yet (the class is made in
+forward), one is made from its fields.
 """
 
 import collections
@@ -20,24 +20,24 @@ _Named = tuple[str, str, int, int, bool, tuple[str, ...]]
 
 
 class LocalClasses:
-    """How one rank names such classes, and which it took for those of others."""
+    """How one rank names such classes, and which class it found for each name of others."""
 
     def __init__(self) -> None:
         self._names: dict[type, _Named] = {}
         self._found: dict[_Named, type] = {}
 
     def pickled(self, value: object) -> bytes:
-        """As pickle's, but local classes travel by name."""
+        """Pickle `value`, with local classes by name."""
         file = io.BytesIO()
         _Pickler(file, self).dump(value)
         return file.getvalue()
 
     def unpickled(self, payload: bytes) -> object:
-        """What another rank has pickled."""
+        """Unpickle what another rank's `pickled` returned."""
         return _Unpickler(io.BytesIO(payload), self).load()
 
     def name(self, cls: type) -> _Named:
-        """What another rank needs to find its own `cls`."""
+        """Return what another rank needs to find its own `cls`."""
         if cls not in self._names:
             same = _named(cls.__module__, cls.__qualname__)
             fields, is_tuple = _fields(cls), issubclass(cls, tuple)
@@ -46,7 +46,7 @@ class LocalClasses:
         return self._names[cls]
 
     def find(self, name: _Named) -> type:
-        """This rank's class of that name."""
+        """Return this rank's class of that name."""
         if name not in self._found:
             module, qualname, index, number, is_tuple, fields = name
             same = [c for c in _named(module, qualname) if _fields(c) == fields]
@@ -78,15 +78,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _named(module: str, qualname: str) -> list[type]:
-    """All living classes of that name, as they were made."""
-    gc.collect()  # of those that nobody has any more, each process may have kept others
+    """Return all live classes of that name, in order of creation."""
+    gc.collect()  # processes may differ in which dead classes they still keep
     seen: dict[type, None] = {}
     _walk(object, seen)
     return [cls for cls in seen if cls.__module__ == module and cls.__qualname__ == qualname]
 
 
 def _walk(cls: type, seen: dict[type, None]) -> None:
-    """Add all classes below `cls`."""
+    """Add all subclasses of `cls`, recursively."""
     subclasses: list[type] = type.__subclasses__(cls)
     for below in subclasses:
         if below not in seen:

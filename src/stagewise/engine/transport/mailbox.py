@@ -1,11 +1,11 @@
-"""Messages of one call, by their place in the schedule: which form each has, which come next.
+"""The messages of one call, by their place in the schedule: each one's form, and which is next.
 
 Problem: the receiver must know shapes before it can post a receive, yet shapes may change.
 Idea: the first call of a signature sends a header with each message and both ends remember it;
 later calls of that signature send bare tensors, and receives are posted ahead, so that data
-arrives while the device computes. A message that does not match what was remembered is marked,
-and its header follows in the stream; where there is none (on GPUs, or past a firewall) its sender
-refuses it, in words.
+arrives while the device computes. A message that does not match the remembered form is marked,
+and its header follows in the stream; without a stream (on GPUs, or past a firewall) its sender
+raises an error that explains it.
 
 Invariant: on each link messages travel in the sender's program order.
 """
@@ -26,15 +26,15 @@ from stagewise.errors import CellError
 from stagewise.schedule import Message
 
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
-# On CPUs more than that, if small: to post many in a row, once, is a quarter of the work.
+# On CPUs more than that, if small: posting many at once takes a quarter of the time.
 POSTED_BYTES = 1 << 21
-# Travel before a message, where there is a stream: whether what is expected comes.
+# Sent before each message where there is a stream: whether it has the remembered form.
 PLAIN, CHANGED = (torch.tensor([mark], dtype=torch.uint8) for mark in (0, 1))
 
 
 @dataclass(slots=True)
 class _Posted:
-    """A message whose form is known, on its way."""
+    """A posted receive, for a message whose form is known."""
 
     message: Message
     header: Header
@@ -46,15 +46,15 @@ class _Posted:
 
 @dataclass(slots=True)
 class _Incoming:
-    """One rank's messages, in its sending order."""
+    """The messages from one rank, in its sending order."""
 
     expected: deque[Message]
     posted: deque[_Posted] = field(default_factory=deque)
-    num_bytes: int = 0  # of what is posted
+    num_bytes: int = 0  # of the posted receives
 
 
 class Mailbox:
-    """This rank's messages to and from others, over wires; to itself they go at once.
+    """This rank's messages to and from others, over wires; those to itself skip the wires.
 
     Rank r of the wires runs device r of the schedule.
     """
@@ -150,7 +150,7 @@ class Mailbox:
         self._arrived.clear()
 
     def _post(self, incoming: _Incoming, num_bytes: int) -> None:
-        """Post receives for the next known messages, up to so many bytes if not for a few."""
+        """Post the next known messages: at least a few, and more up to `num_bytes`."""
         expected, posted = incoming.expected, incoming.posted
         while expected and (len(posted) < POSTED_AHEAD or incoming.num_bytes < num_bytes):
             header = self._forms.known.get(expected[0])
@@ -170,13 +170,13 @@ class Mailbox:
         incoming.posted.append(_Posted(message, header, tensors, arrival, mark, num_bytes))
 
     def _post_next(self, incoming: _Incoming) -> bool:
-        """Post the next message, whose header may have to come first; False if it is lost."""
+        """Post the next message, first reading its header if unknown; False if it is lost."""
         message = incoming.expected[0]
         header = self._forms.known.get(message)
         if header is None:
             payload = _receive_bytes(self._wires.control, message.source)
             header = self._forms.unpickled(payload)
-            if header is None:  # neither end remembers it
+            if header is None:  # its sender failed; neither end remembers a form
                 return False
             if not self._forms.travelled(message, header, payload):
                 self._post_one(incoming, header)
@@ -185,7 +185,7 @@ class Mailbox:
         return True
 
     def _whole(self, posted: _Posted) -> Apart:
-        """The message, once all of it is here."""
+        """Wait for the message and return it."""
         posted.arrival()
         header, tensors = posted.header, posted.tensors
         if posted.mark is not None and posted.mark.item():
@@ -203,9 +203,9 @@ class Mailbox:
     def _send_changed(
         self, message: Message, header: Header, dense: Sequence[torch.Tensor], known: Header
     ) -> None:
-        """Fill what the receiver has posted with anything, marked; then send header and tensors.
+        """Fill the posted receive with zeros, marked as changed; then send header and tensors.
 
-        These go through the stream, whatever their size: past all that may be posted.
+        Those go through the stream, whatever their size, bypassing posted receives.
         """
         rank, stream = message.destination, self._wires.stream
         if stream is None or rank not in self._marked:
@@ -223,7 +223,7 @@ class Mailbox:
         stream.start_send(dense, rank)
 
     def _start(self, rank: int, dense: Sequence[torch.Tensor], mark: torch.Tensor = PLAIN) -> None:
-        """Start to send what `rank` has posted, or will."""
+        """Start sending the tensors that `rank` has posted, or will post, a receive for."""
         self._data.start_send([mark, *dense] if rank in self._marked else dense, rank)
 
     def _zeros(self, header: Header) -> list[torch.Tensor]:

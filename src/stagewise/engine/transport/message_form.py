@@ -1,7 +1,7 @@
 """The form of a message: what its receiver must know before its tensors arrive.
 
-A tensor travels as the bytes of its memory: densely, whatever its strides, and once what `expand`
-repeats. A `Header` says how to make the message of them again.
+A tensor travels as the bytes of its memory: dense, whatever its strides, and with elements that
+`expand` repeats sent once. A `Header` says how to rebuild the message from them.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from stagewise.batch.values import Apart, Structure, mark_shared, shared
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor travels: densely, whatever its strides, and once what `expand` repeats."""
+    """How one tensor travels."""
 
     shape: torch.Size
     stride: tuple[int, ...]  # 0 where repeated
     dtype: torch.dtype
     requires_grad: bool
-    contiguous: bool  # the usual case, which needs no rearranging
-    overlaps: bool = False  # it shared memory with another tensor of its message
+    contiguous: bool  # the common case: nothing to rearrange
+    overlaps: bool = False  # shared memory with another tensor of its message
 
     def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a contiguous `tensor` has this very layout; quicker than making its layout."""
+        """Return whether `tensor` is contiguous and has this layout; faster than `layout_of`."""
         return (
             self.contiguous
             and tensor.is_contiguous()
@@ -36,7 +36,7 @@ class Layout:
         )
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        """Room for what travels; `expand` it to `shape` afterwards."""
+        """Allocate the receive buffer; `expand` it to `shape` afterwards."""
         if self.contiguous:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         once = [1 if s == 0 else n for n, s in zip(self.shape, self.stride, strict=True)]
@@ -45,14 +45,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Header:
-    """All that the receiver must know to rebuild a message."""
+    """Everything the receiver must know to rebuild a message."""
 
     structure: Structure
     layouts: tuple[Layout, ...]
 
     @property
     def varies(self) -> bool:
-        """Whether the next message in its place may have another form: its class says so."""
+        """Whether its class declares that the form may differ from step to step."""
         return getattr(self.structure.spec.type, "varies", False)
 
     def overlaps(self) -> tuple[bool, ...]:
@@ -60,7 +60,7 @@ class Header:
         return tuple(layout.overlaps for layout in self.layouts)
 
     def fits(self, tensors: Sequence[torch.Tensor], structure: Structure) -> bool:
-        """Whether contiguous `tensors` in `structure` would have this very header."""
+        """Return whether `tensors` are contiguous and, with `structure`, have this header."""
         return (
             (structure is self.structure or structure == self.structure)
             and len(tensors) == len(self.layouts)
@@ -68,7 +68,7 @@ class Header:
         )
 
     def unpacked(self, tensors: Sequence[torch.Tensor]) -> Apart:
-        """The message of `tensors` as they arrived."""
+        """Rebuild the message from the received `tensors`."""
         whole = []
         for tensor, layout in zip(tensors, self.layouts, strict=True):
             if not layout.contiguous:
@@ -82,7 +82,7 @@ class Header:
 def packed(
     tensors: Sequence[torch.Tensor], structure: Structure, known: Header | None
 ) -> tuple[list[torch.Tensor], Header]:
-    """What travels of a message's tensors, and its form; `known` is that of one before it."""
+    """Return the dense tensors to send and their header; `known` is an earlier header, if any."""
     dense = [_dense(tensor) for tensor in tensors]
     overlaps = shared(tensors) if known is None else known.overlaps()
     layouts = list(map(layout_of, tensors, dense))
@@ -95,10 +95,9 @@ def packed(
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without repetitions, if its elements then fill a stretch of memory in some order.
+    """Return `tensor` without repetitions if that is dense, else a contiguous copy of it.
 
-    Else a contiguous copy of that. A lazily conjugated or negated tensor is computed, since its
-    memory says nothing of that.
+    Lazy conjugation and negation are resolved, since the memory does not show them.
     """
     tensor = tensor.detach().resolve_conj().resolve_neg()
     for dim in _repeated(tensor):
@@ -113,20 +112,20 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _repeated(tensor: torch.Tensor) -> list[int]:
-    """The dimensions along which `expand` repeats the tensor's memory."""
+    """Return the dimensions along which `expand` repeats the tensor's memory."""
     axes = zip(tensor.stride(), tensor.shape, strict=True)
     return [dim for dim, (stride, size) in enumerate(axes) if stride == 0 and size > 1]
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor in memory order, whatever its strides (channels_last stays)."""
+    """View a dense tensor as bytes in memory order, whatever its strides (e.g. channels_last)."""
     if not tensor.is_contiguous() or tensor.numel() == 1:  # one element may have any strides
         tensor = tensor.as_strided((tensor.numel(),), (1,))
     return tensor.view(-1).view(torch.uint8)
 
 
 def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> Layout:
-    """How `tensor` travels as `dense`."""
+    """Return the layout of `tensor`, which travels as `dense`."""
     stride = list(dense.stride())
     for dim in _repeated(tensor):
         stride[dim] = 0
@@ -138,7 +137,7 @@ def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> Layout:
 
 
 def in_words(header: Header) -> str:
-    """What a message holds, for people."""
+    """Describe a message's contents for an error."""
     tensors = [
         f"{tuple(layout.shape)} {layout.dtype}" + " with gradient" * layout.requires_grad
         for layout in header.layouts

@@ -1,8 +1,7 @@
-"""What this rank raises when another one does not answer: who, since when, and why.
+"""What this rank raises when another does not answer: which rank, and why.
 
-When a rank is lost its connections close, and its peers see just that. So, where it can, it first
-writes the cause into the store that the process group met through, and a rank that loses a
-connection reads it from there.
+When a rank is lost, its peers only see its connections close. So, if it can, it first writes the
+cause into the process group's store, where a rank that loses a connection reads it.
 """
 
 import socket
@@ -16,32 +15,32 @@ from stagewise.errors import PeerError
 
 _KEY = "stagewise/failure"
 _PATIENCE_SECONDS, _POLL_SECONDS = 2.0, 0.05
-_LATE = ("timed out", "timeout")  # in what gloo and NCCL raise
+_LATE = ("timed out", "timeout")  # in the messages of gloo and NCCL
 
 
 class Peers:
-    """The ranks beside `rank`, as far as they can be lost; `store` holds the first cause."""
+    """The other ranks, which may be lost; `store` holds the first cause."""
 
     def __init__(self, rank: int, store: Store | None = None) -> None:
         self.rank, self._store = rank, store
         self.patience = _PATIENCE_SECONDS
 
     def store_host(self) -> str:
-        """Where the store is served; this host's name, if no host serves it."""
+        """Return the host that serves the store; this host's name if none does."""
         store = self._store
         while isinstance(store, PrefixStore):
             store = store.underlying_store
         return store.host if isinstance(store, TCPStore) else socket.gethostname()
 
     def tell(self, cause: str) -> None:
-        """Write why this rank stops, unless another one did first; a lost store is no error."""
+        """Write why this rank stops, unless another rank did first; ignores a lost store."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.compare_set(_KEY, "", f"rank {self.rank}: {cause}")
 
     @contextmanager
     def named(self, other: int | None = None) -> Iterator[None]:
-        """Talk to rank `other` inside (to all, if None); PeerError if it is lost or silent."""
+        """Turn errors of talking to rank `other` (None: to all) inside into PeerError."""
         try:
             yield
         except PeerError:
@@ -50,14 +49,14 @@ class Peers:
             raise self.lost(error, other) from error
 
     def lost(self, error: RuntimeError | OSError, other: int | None = None) -> PeerError:
-        """What to raise where `error` says that rank `other` is lost or silent."""
+        """Return what to raise when `error` shows that rank `other` is lost or silent."""
         name = "another rank" if other is None else f"rank {other}"
         late = isinstance(error, TimeoutError) or any(w in str(error).lower() for w in _LATE)
         unknown = (
-            f"none was told: {name} is alive but hangs, is in other code than this rank, or "
+            f"none was reported: {name} is alive but hangs, runs other code than this rank, or "
             "is slower than the timeout of init_process_group"
             if late
-            else f"the process of {name} ended without a word (killed, or out of memory?)"
+            else f"the process of {name} ended without saying why (killed, or out of memory?)"
         )
         return PeerError(
             f"rank {self.rank} lost {name} while waiting for it"
@@ -66,14 +65,14 @@ class Peers:
         )
 
     def _cause(self) -> str | None:
-        """The first one, waiting a moment for it, but not again; None if there is none."""
+        """Return the first cause, or None; waits for it briefly, but only the first time."""
         deadline = time.monotonic() + self.patience
         while self._store is not None:
             try:
                 if self._store.check([_KEY]):
                     return str(self._store.get(_KEY).decode())
             except RuntimeError:
-                break  # the store's own process has gone
+                break  # the store's own process is gone
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_SECONDS)

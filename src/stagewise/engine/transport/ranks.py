@@ -1,7 +1,7 @@
-"""The ranks of a pipeline: what they tell each other beside the messages between stages.
+"""The ranks of a pipeline: what they tell each other besides the messages between stages.
 
-All make the same calls in the same order (`rendezvous` says so where they do not), but for `give`
-and `take`, which two make. A rank alone hears itself.
+All ranks make the same calls in the same order (`rendezvous` checks this), except `give` and
+`take`, which pair two ranks. A single rank only hears itself.
 """
 
 import sys
@@ -25,17 +25,17 @@ T = TypeVar("T")
 
 
 class Group:
-    """Some ranks; all of them make the same calls in the same order.
+    """A subset of the ranks, which all make the same calls in the same order.
 
-    By a process group of its own, so that its sums neither wait for messages between stages nor
-    make them wait.
+    It has its own process group, so that its sums and the messages between stages do not wait
+    for each other.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, peers: Peers) -> None:
         self._group, self._device, self._peers = group, device, peers
 
     def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
-        """Start replacing `tensor` by the sum over the ranks; returns what waits for that.
+        """Start an in-place all-reduce of `tensor`; return a callable that waits for it.
 
         Every rank gets the same bits.
         """
@@ -51,7 +51,7 @@ class Group:
 
     @torch.no_grad()
     def copy_from_first(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor` by the first rank's, which has the same form."""
+        """Overwrite `tensor` with the first rank's, which has the same shape and dtype."""
         copy = tensor.detach().to(self._device).contiguous()
         if copy.numel():
             with self._peers.named():
@@ -60,7 +60,7 @@ class Group:
             tensor.copy_(copy)
 
     def gather(self, numbers: torch.Tensor) -> list[torch.Tensor]:
-        """The ranks' one-dimensional tensors of one dtype and any lengths, in order of rank."""
+        """Return the ranks' one-dimensional tensors (one dtype, any lengths), by rank."""
         sizes = [*map(int, self._gather(torch.tensor([numbers.numel()], device=self._device)))]
         if not max(sizes):
             return [numbers.new_empty(0) for _ in sizes]
@@ -69,7 +69,7 @@ class Group:
         return [room[:size] for room, size in zip(self._gather(padded), sizes, strict=True)]
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The ranks' tensors of one form."""
+        """All-gather tensors of one shape and dtype."""
         rooms = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self._group))]
         with self._peers.named():
             dist.all_gather(rooms, tensor, group=self._group)
@@ -95,22 +95,22 @@ class Ranks:
         self._classes = LocalClasses()
         self._is_lost = False
         if world is not None:
-            # Runs at the end of a process of multiprocessing's too, which knows no atexit.
+            # Also runs at the end of a multiprocessing process, which ignores atexit.
             Finalize(None, _leave, args=(weakref.ref(self),), exitpriority=0)
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
-        """Every rank's row, by rank: how ranks agree before anything moves.
+        """Return every rank's row, by rank: how ranks agree before anything moves.
 
-        `what` names the call for people; BatchError on every rank if they make different ones.
+        `what` names the call in errors; BatchError on every rank if the calls differ.
         """
         return [list(row)] if self.num_ranks == 1 else self._rendezvous.exchange(row, what)
 
     def gather(self, value: T, what: str) -> list[T]:
-        """Every rank's (picklable) value, by rank; `what` as for `exchange`."""
+        """Return every rank's (picklable) value, by rank; `what` as for `exchange`."""
         return [value] if self.num_ranks == 1 else self._rendezvous.gather(value, what)
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
-        """Rank `source`'s pytree of tensors on `ranks` (on all); others get None per tensor."""
+        """Return rank `source`'s pytree of tensors on `ranks` (all), with None leaves elsewhere."""
         if self.num_ranks == 1:
             return value
         tensors, structure = take_apart(value)
@@ -134,13 +134,13 @@ class Ranks:
         return received
 
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Start sending to one rank, which must `take` as many; leave them alone until `finish`."""
+        """Start sending to `rank`, which must `take` as many; do not modify until `finish`."""
         present = torch.tensor([tensor is not None for tensor in tensors])
         self._wires.control.start_send([present], rank)
         self._wires.data.start_send([t.detach() for t in tensors if t is not None], rank)
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """What `rank` gives: tensors of the forms of `like`, or None."""
+        """Return what `rank` gives: tensors with the shapes and dtypes of `like`, or None."""
         present = torch.empty(len(like), dtype=torch.bool)
         self._wires.control.start_receive([present], rank)()
         taken = [
@@ -151,7 +151,7 @@ class Ranks:
         return taken
 
     def group(self, ranks: Sequence[int]) -> Group | None:
-        """What `ranks` compute together by; None elsewhere, or alone. Every rank calls this."""
+        """Create a group of `ranks`; None on other ranks or with a single one. Collective."""
         if self._world is None:
             return None
         everyone = dist.get_process_group_ranks(self._world)
@@ -163,17 +163,17 @@ class Ranks:
         self._wires.finish()
 
     def fail(self, cause: str) -> None:
-        """Tell the other ranks why this one stops."""
+        """Tell the other ranks why this one stops computing."""
         self._is_lost = True
         self._peers.tell(cause)
 
     def leave(self, why: str) -> None:
-        """Tell who waits for this rank that its program ends here."""
-        if not self._is_lost:  # else the others are in the middle of a call, and were told
+        """Tell ranks that wait for this one that its program ends here."""
+        if not self._is_lost:  # else the others are inside a call, and have been told
             self._rendezvous.leave(why)
 
     def _header_of(self, own: Header, source: int) -> Header:
-        """The form of what rank `source` has; CellError on every rank if it cannot be said."""
+        """Return rank `source`'s header; CellError on every rank if it cannot be pickled."""
         payload, problem = b"", None
         if self.rank == source:
             try:
@@ -183,7 +183,7 @@ class Ranks:
         payload, problem = self._rendezvous.gather((payload, problem), "outputs")[source]
         if problem is not None:
             raise CellError(
-                f"what the model returns cannot go to other ranks: {problem}; return tensors, "
+                f"the model's output cannot be sent to other ranks: {problem}; return tensors, "
                 "numbers and text in tuples, dicts or dataclasses"
             )
         header = self._classes.unpickled(payload)

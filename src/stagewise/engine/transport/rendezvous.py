@@ -1,11 +1,11 @@
-"""Where ranks agree that they make the same call: each names its own, and all hear others' names.
+"""Check that all ranks make the same call, and exchange their values.
 
-Problem: ranks that make different calls would take each other's numbers for answers, or wait for
-ever; numbers that nobody reads would stay in the stream and be read by the next call.
+Problem: ranks that make different calls would mistake each other's numbers for answers, or block
+forever; unread numbers would stay in the stream and be read by the next call.
 Idea: a star around rank 0 (gloo's all_gather goes around a ring, its broadcast down a tree, and
-on a machine with few cores every hop waits for a process to wake). Whatever the call is, first
-travels one frame of a fixed size with its name; what finds no room in it follows. Rank 0 compares
-the names and answers all. That a rank's program has ended is a name too, so whoever waits for it
+on a machine with few cores every hop waits for a process to wake). Every call starts with one
+fixed-size frame that holds its name; payload that does not fit follows. Rank 0 compares the names
+and answers all ranks. The end of a rank's program is also sent as a frame, so whoever waits for it
 learns that at once.
 """
 
@@ -22,17 +22,17 @@ from stagewise.engine.transport.wire import Arrival, Wire
 from stagewise.errors import BatchError, PeerError
 
 T = TypeVar("T")
-FRAME_BYTES = 1024  # room for a step's row on several ranks
+FRAME_BYTES = 1024  # fits a step's row on several ranks
 _NAME_BYTES = 200
-_HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # bytes of what is said; how it is meant; what for
+_HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # payload bytes, meaning, call name
 _AGREED, _DIFFERENT, _ENDED = range(3)
 _ROOM = FRAME_BYTES - _HEAD.size
 _NUMBER = struct.Struct("=q")
-_Awaited = tuple[int, torch.Tensor, Arrival]  # of which rank, where to
+_Awaited = tuple[int, torch.Tensor, Arrival]  # rank, receive buffer, arrival
 
 
 class Rendezvous:
-    """All ranks make the same calls of this in the same order, or learn that they do not."""
+    """All ranks must make the same calls in the same order; if not, every rank raises."""
 
     def __init__(self, wire: Wire, peers: Peers) -> None:
         self._rank, self._others = wire.rank, range(1, wire.num_ranks)
@@ -40,9 +40,9 @@ class Rendezvous:
         self._last = "Pipeline(...)"
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
-        """Every rank's row, by rank, where all make the call `what`; else all raise BatchError.
+        """Return every rank's row, by rank; BatchError on all unless all make the call `what`.
 
-        PeerError on all where some rank's program has ended.
+        PeerError on all if some rank's program has ended.
         """
         rows = self._said(struct.pack(f"={len(row)}q", *row), what)
         if len(set(map(len, rows))) > 1:
@@ -55,13 +55,13 @@ class Rendezvous:
         return list(map(list, map(numbers.unpack, rows)))
 
     def gather(self, value: T, what: str) -> list[T]:
-        """Every rank's value, pickled, by rank; else as `exchange`."""
+        """Return every rank's (picklable) value, by rank; errors as for `exchange`."""
         return [pickle.loads(said) for said in self._said(pickle.dumps(value), what)]
 
     def leave(self, why: str) -> None:
-        """Tell whoever waits that this rank's program has ended, and `why`; waits for nobody."""
+        """Tell waiting ranks that this rank's program has ended, and `why`; does not block."""
         text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
-        self._peers.patience = 0  # nobody will read why another has gone, too
+        self._peers.patience = 0  # nobody would read why another rank is gone as well
         for rank in self._others if self._rank == 0 else (0,):
             self._say(rank, _ENDED, "", text.encode())
 
@@ -72,7 +72,7 @@ class Rendezvous:
             for rank in self._others:
                 self._say(rank, meaning, what, answer)
         else:
-            awaited = self._awaited([0])  # before anything is said: so the answer finds its room
+            awaited = self._awaited([0])  # posted first, so that the answer has a buffer
             self._say(0, _AGREED, what, own)
             ((meaning, _, answer),) = self._heard(awaited)
         if meaning == _AGREED:
@@ -80,12 +80,12 @@ class Rendezvous:
         if meaning == _DIFFERENT:
             raise BatchError(answer.decode())
         raise PeerError(
-            f"{answer.decode()}, while rank {self._rank} came for {what}; every rank must make "
-            "the same calls in the same order, and have as many batches"
+            f"{answer.decode()}, while rank {self._rank} called {what}; every rank must make "
+            "the same calls in the same order, with equally many batches"
         )
 
     def _compared(self, own: bytes, what: str) -> tuple[int, bytes]:
-        """Rank 0's part: hear all, and what to answer."""
+        """On rank 0: receive every call, and return the answer's meaning and payload."""
         heard = [(_AGREED, _cut(what), own), *self._heard(self._awaited(self._others))]
         gone = [said for meaning, _, said in heard if meaning == _ENDED]
         if gone:
@@ -99,7 +99,7 @@ class Rendezvous:
         return _AGREED, b"".join(_NUMBER.pack(len(said)) + said for _, _, said in heard)
 
     def _say(self, rank: int, meaning: int, what: str, said: bytes) -> None:
-        """Send it; whether that rank has gone is seen where something is awaited of it."""
+        """Send a frame; a lost rank is reported when something is next awaited from it."""
         head = bytearray(FRAME_BYTES)
         _HEAD.pack_into(head, 0, len(said), meaning, _cut(what))
         head[_HEAD.size : _HEAD.size + min(len(said), _ROOM)] = said[:_ROOM]
@@ -108,10 +108,10 @@ class Rendezvous:
             if len(said) > _ROOM:
                 rest = torch.frombuffer(bytearray(said[_ROOM:]), dtype=torch.uint8)
                 self._wire.start_send([rest], rank)
-                self._wire.finish()  # its room is made only now, when this rank may have ended
+                self._wire.finish()  # its receive is posted only now; this rank may end first
 
     def _awaited(self, ranks: Sequence[int]) -> list[_Awaited]:
-        """The frames that these ranks send next."""
+        """Post receives for the next frame of each of `ranks`."""
         awaited = []
         for rank in ranks:
             frame = torch.empty(FRAME_BYTES // 8, dtype=torch.int64)
@@ -119,7 +119,7 @@ class Rendezvous:
         return awaited
 
     def _heard(self, awaited: Sequence[_Awaited]) -> list[tuple[int, bytes, bytes]]:
-        """What ranks say: how it is meant, what for, and what."""
+        """Return (meaning, call name, payload) of each awaited frame."""
         heard = []
         for rank, frame, arrival in awaited:
             arrival()
@@ -135,12 +135,12 @@ class Rendezvous:
 
 
 def _cut(what: str) -> bytes:
-    """A call's name as it travels."""
+    """Encode a call's name."""
     return what.encode("ascii", "backslashreplace")[:_NAME_BYTES]
 
 
 def _parts(joined: bytes) -> list[bytes]:
-    """What each rank said, of rank 0's answer."""
+    """Split rank 0's answer into each rank's payload."""
     parts, start = [], 0
     while start < len(joined):
         (length,) = _NUMBER.unpack_from(joined, start)

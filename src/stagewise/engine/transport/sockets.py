@@ -3,9 +3,9 @@
 Gloo receives in a thread of its own, which then wakes the one that waits: two wake-ups, and
 several times the processor time of a socket, for every message. A small message is written into
 the kernel's buffer at once and read from there into its tensors; only the reader has to wake. What
-finds no room in that buffer is left to a thread, so that sending never waits for the receiver.
+does not fit into that buffer is left to a thread, so that sending never waits for the receiver.
 
-Each direction of a socket carries bytes in order and nothing else: who sends what, both ends know.
+Each direction of a socket carries bytes in order and nothing else: both ends know who sends what.
 """
 
 import functools
@@ -22,15 +22,15 @@ from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.wire import Arrival, Later
 
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
-_PIECES = 1000  # of memory in one call to the kernel, which takes 1024
-# Dtypes that NumPy has too.
+_PIECES = 1000  # memory segments per system call; the kernel's limit is 1024
+# Dtypes that NumPy also has.
 _NUMPY = (torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
 _NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
 _AT_ONCE = socket.MSG_DONTWAIT | _NO_SIGNAL
 
 
 class Sockets:
-    """A wire to those ranks that `connect_sockets` could connect to."""
+    """A wire to the ranks that `connect_sockets` could reach."""
 
     def __init__(
         self, peers: Peers, num_ranks: int, sockets: Mapping[int, socket.socket], timeout: timedelta
@@ -67,7 +67,7 @@ class Sockets:
         for room in rooms:
             left += room.nbytes
         if len(rooms) > _PIECES:
-            rooms = _after(rooms, 0)  # nothing comes for a call without any room
+            rooms = _after(rooms, 0)  # a call with only empty buffers would never return
         since = time.monotonic()
         try:
             while left:
@@ -75,13 +75,13 @@ class Sockets:
                 if not read:
                     raise ConnectionError("the other process has closed its connection")
                 left -= read
-                if left:  # a signal came between, or what came in time is not all
+                if left:  # interrupted by a signal, or timed out with part of the data
                     rooms = _after(rooms, read)
                     if time.monotonic() - since >= link.seconds:
                         raise BlockingIOError
         except BlockingIOError as error:
             late = TimeoutError(
-                f"nothing came within the process group's timeout of {link.seconds:g} s"
+                f"nothing arrived within the process group's timeout of {link.seconds:g} s"
             )
             raise self._peers.lost(late, rank) from error
         except OSError as error:
@@ -100,12 +100,12 @@ class Sockets:
 
 
 class _Link:
-    """The connection to one process, and what the kernel had no room for."""
+    """The connection to one process, and data that did not fit into the kernel's buffer."""
 
     def __init__(self, connection: socket.socket, timeout: timedelta) -> None:
         self.socket, self.seconds = connection, timeout.total_seconds()
         self.late: Later | None = None
-        connection.settimeout(None)  # whatever socket.setdefaulttimeout says: the kernel's counts
+        connection.settimeout(None)  # overrides socket.setdefaulttimeout; the kernel's applies
         seconds, rest = divmod(timeout, timedelta(seconds=1))
         patience = struct.pack("@ll", seconds, rest.microseconds)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
@@ -131,7 +131,7 @@ class _Link:
 
 
 def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
-    """What of `data` follows its first bytes."""
+    """Return `data` without its first `num_bytes`."""
     for index, part in enumerate(data):
         if num_bytes < part.nbytes:
             return [part.cast("B")[num_bytes:] if num_bytes else part, *data[index + 1 :]]
@@ -140,12 +140,12 @@ def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """That of a dense tensor; in the usual case without making a tensor of its bytes."""
+    """Return a dense tensor's memory; usually without creating a tensor of its bytes."""
     usual = tensor.dtype in _NUMPY and tensor.is_contiguous()
     return tensor.numpy().data if usual else flat(tensor).numpy().data
 
 
 def with_room(connection: socket.socket) -> int:
-    """The bytes of its buffer, which it makes as large as the kernel allows."""
+    """Enlarge the send buffer as far as the kernel allows; return its bytes."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     return connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)

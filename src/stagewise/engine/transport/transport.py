@@ -1,4 +1,4 @@
-"""What a rank has beside its stages: its mail, and the other ranks."""
+"""What a rank has besides its stages: its mail, and the other ranks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -
 
 
 class Mail(Protocol):
-    """Moves messages of one call, taken apart; `begin` and `finish` stand around it."""
+    """Moves the (flattened) messages of one call, between `begin` and `finish`."""
 
     def begin(self, signature: int, links: Links) -> None:
-        """Prepare for one call; equal signatures promise equal shapes on equal messages."""
+        """Prepare for one call; equal signatures promise equal shapes of equal messages."""
 
     @property
     def receive(self) -> Callable[[Message], Apart | Lost]:
@@ -29,26 +29,26 @@ class Mail(Protocol):
         """Start sending a message's value; returns at once."""
 
     def send_lost(self, message: Message) -> None:
-        """Start sending something in place of `message`, which this rank cannot compute.
+        """Start sending a placeholder for `message`, which this rank cannot compute.
 
-        It arrives as LOST, or as a value of the form that the message had before.
+        It arrives as LOST, or as zeros of the message's remembered form.
         """
 
     @property
     def look_ahead(self) -> Callable[[], None] | None:
-        """Get ready for coming messages, when nothing waits for this rank; None if none come."""
+        """Post receives while no peer waits for this rank; None if no messages arrive."""
 
     def waiting(self) -> Iterator[torch.Tensor]:
-        """The skips that wait here, beside the boundary's values, for the stage that pops them."""
+        """Yield the tensors of skips that are held here for the stage that pops them."""
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
 
     def clear(self) -> None:
-        """Let go of what waits here."""
+        """Drop held messages."""
 
     def renumber(self, devices: Sequence[torch.device]) -> None:
-        """Cells have come into other stages: forget the old ones' messages; every rank does.
+        """Forget remembered forms, since cells have moved between stages; every rank calls this.
 
         `devices` are those of this rank's stages, in order.
         """
@@ -56,12 +56,12 @@ class Mail(Protocol):
 
 @dataclass(frozen=True)
 class Transport:
-    """One rank's."""
+    """One rank's mail and ranks."""
 
     mail: Mail
     ranks: Ranks
 
 
 def is_skip(message: Message) -> bool:
-    """Whether an activation travels that no neighbour takes over at once."""
+    """Return whether `message` is an activation that skips over stages."""
     return message.kind is Kind.FORWARD and message.distance > 1

@@ -1,9 +1,9 @@
-"""Bytes from rank to rank: what every wire does, whatever carries them.
+"""Bytes from rank to rank: the interface of every wire.
 
-Contract (held by tests/engine/transport/test_wires.py for every wire): between two ranks, what is
-sent n-th fills what is received n-th; both know how many bytes that are, and for none nothing
-travels. Sending waits for nobody. Arrivals are waited for in the order in which they were started.
-Who talks to a rank that has gone, or is silent for too long, gets a PeerError that names it.
+Contract (tested for every wire in tests/engine/transport/test_wires.py): between two ranks, the
+n-th send fills the n-th receive; both know its size in bytes, and nothing travels for size 0.
+Sending never blocks. Arrivals are awaited in the order in which they were started. Talking to a
+rank that is gone, or silent for too long, raises a PeerError that names it.
 
 To add one: a file with such a class, its row in that test, and its place in `connect`.
 """
@@ -17,38 +17,38 @@ from typing import Protocol
 
 import torch
 
-Arrival = Callable[[], object]  # waits until tensors on their way are here
+Arrival = Callable[[], object]  # waits until the tensors have arrived
 
 
 class Wire(Protocol):
-    """This rank's connections to the others whom it reaches."""
+    """This rank's connections to the ranks it reaches."""
 
     rank: int
     num_ranks: int
 
     @property
     def reached(self) -> Collection[int]:
-        """The ranks at the other ends."""
+        """The ranks at the other end."""
 
     def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
-        """Start to send dense tensors; leave them alone until `finish`."""
+        """Start sending dense tensors; do not modify them until `finish`."""
 
     def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
-        """What waits until dense tensors are filled with what `rank` sends next."""
+        """Return a callable that waits until `rank`'s next send has filled dense `tensors`."""
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
 
     def close(self) -> None:
-        """Give everything back; nothing may be under way."""
+        """Release everything; nothing may be in flight."""
 
 
 @dataclass(frozen=True)
 class Wires:
-    """One rank's: for the stages' tensors, and for what the host itself reads.
+    """One rank's wires: `data` for the stages' tensors, `control` for what the host itself reads.
 
-    What comes through `stream` is read when it is waited for, not when that was started; so one
-    message may say what follows it. Ranks that it does not reach have no such wire.
+    A receive on `stream` reads when it is waited for, not when it was started, so one message may
+    describe the next. It need not reach every rank.
     """
 
     data: Wire
@@ -63,7 +63,7 @@ class Wires:
 
 
 class BySize:
-    """Tensors of at most `limits[rank]` bytes through one wire, the rest through another."""
+    """Sends tensors of at most `limits[rank]` bytes through one wire, the rest through another."""
 
     def __init__(self, small: Wire, large: Wire, limits: Mapping[int, int]) -> None:
         self.rank, self.num_ranks, self.reached = large.rank, large.num_ranks, large.reached
@@ -98,7 +98,7 @@ class BySize:
 
 
 def in_turn(arrivals: Sequence[Arrival]) -> Arrival:
-    """Several as one."""
+    """Combine several arrivals into one."""
     return arrivals[0] if len(arrivals) == 1 else functools.partial(_await, arrivals)
 
 
@@ -110,20 +110,20 @@ def _await(arrivals: Sequence[Arrival]) -> None:
 def _parted(
     tensors: Sequence[torch.Tensor], limit: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Those of at most `limit` bytes, and the others."""
+    """Split into tensors of at most `limit` bytes, and larger ones."""
     small = [tensor for tensor in tensors if tensor.nbytes <= limit]
     return small, [tensor for tensor in tensors if tensor.nbytes > limit]
 
 
 class Later:
-    """A thread that does in order what a wire cannot do at once; after an error, nothing more."""
+    """A thread that runs a wire's tasks in order; after an error it skips the rest."""
 
     def __init__(self) -> None:
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._ends: SimpleQueue[Exception | None] = SimpleQueue()
         self._num_left = 0
         self._error: Exception | None = None
-        # A daemon: a rank that fails must be able to end while its messages are stuck.
+        # A daemon: a failing rank must be able to exit while its messages are stuck.
         arguments = (self._tasks, self._ends)
         self._thread = threading.Thread(target=_work_off, args=arguments, daemon=True)
         self._thread.start()
@@ -132,25 +132,25 @@ class Later:
         self._tasks.put(None)
 
     def add(self, task: Callable[[], object]) -> None:
-        """Do it once all before it is done."""
+        """Queue `task`."""
         self._tasks.put(task)
         self._num_left += 1
 
     def is_busy(self) -> bool:
-        """Whether something is left to do."""
+        """Return whether tasks are left."""
         while not self._ends.empty():
             self._note_end()
         return self._num_left > 0
 
     def finish(self) -> None:
-        """Wait until all is done; raises the first error."""
+        """Wait for all tasks; raises the first error."""
         while self._num_left:
             self._note_end()
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """End the thread once all is done."""
+        """End the thread once all tasks are done."""
         self._tasks.put(None)
         self._thread.join()
 
