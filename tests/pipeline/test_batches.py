@@ -419,7 +419,7 @@ def refused(call: Callable[[], object]) -> str:
 WRONG: dict[str, tuple[dict[str, object], str]] = {
     "unknown": (
         {"maks": X},
-        r"no cell's forward takes the keyword argument 'maks'; by name this model's cells take: "
+        r"no cell's forward takes the keyword argument 'maks'; this model's cells take by name: "
         r"input, mask, scale \(",
     ),
     "the value itself": (

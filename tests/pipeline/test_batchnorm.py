@@ -346,7 +346,7 @@ def test_a_subclass_with_its_own_forward_changes_once_per_microbatch_and_says_so
         torch.manual_seed(0)
         pipe = pipe_of([nn.Linear(WIDTH, WIDTH), OwnForward(WIDTH), BN(WIDTH)], 2, recompute=policy)
         inputs, target = minibatch(0, torch.float32)
-        with pytest.warns(UserWarning, match=r"layers 1 have a forward of their own.*once per mic"):
+        with pytest.warns(UserWarning, match=r"layers 1 override forward.*once per mic"):
             pipe.step(inputs, target=target.expand(-1, WIDTH))
         states.append(state_of(pipe.module))
     for state in states:
@@ -357,7 +357,7 @@ def test_a_subclass_with_its_own_forward_changes_once_per_microbatch_and_says_so
 
 def test_each_kind_of_warning_comes_once() -> None:
     pipe = pipe_of([OwnForward(WIDTH), nn.Linear(WIDTH, 1)], 2, num_microbatches=2)
-    for size, texts in ((16, ["forward of their own"]), (8, ["smallest has 4"]), (8, [])):
+    for size, texts in ((16, ["override forward"]), (8, ["smallest has 4"]), (8, [])):
         got = warned(pipe, size)
         assert len(got) == len(texts) and all(t in g for t, g in zip(texts, got, strict=True))
 

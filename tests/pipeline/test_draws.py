@@ -174,7 +174,7 @@ def test_a_recomputation_that_is_another_is_refused(kind: str) -> None:
             step()
         return
     with pytest.raises(
-        CellError, match=r"stage 0 computed something else on microbatch \d when it"
+        CellError, match=r"stage 0 computed something else when it recomputed microbatch \d"
     ):
         for step in steps:
             step()

@@ -66,11 +66,11 @@ def plain(build: Callable[[], nn.Module]) -> float:
 
 def test_a_view_changed_in_place_behind_a_cut_is_refused(pools: Pools) -> None:
     assert step(with_view, (4,)) == pytest.approx(plain(with_view))
-    with pytest.raises(CellError, match="shares memory with another one from the stage before"):
+    with pytest.raises(CellError, match="shares memory with another output of the previous stage"):
         step(with_view, (2, 2))
     results = pools[2].outcomes(step, with_view, (2, 2))
     assert all(isinstance(result, Raised) for result in results)
-    assert any("shares memory with another one" in result.error for result in results)
+    assert any("shares memory with another output" in result.error for result in results)
 
 
 def test_parts_of_one_tensor_may_be_changed_in_place(pools: Pools) -> None:
@@ -162,7 +162,7 @@ def popping_in_place() -> nn.Module:
 @pytest.mark.parametrize("balance", [(4,), (2, 2)])
 def test_what_is_popped_may_not_be_changed_in_place(balance: tuple[int, ...]) -> None:
     with pytest.raises(
-        CellError, match=r"in place (by the cell that popped it|that shares memory)"
+        CellError, match=r"in place (by the cell that popped it|a tensor that shares memory)"
     ):
         pipeline(popping_in_place(), balance).step(rows(1), target=rows(2))
 

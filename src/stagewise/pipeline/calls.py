@@ -219,7 +219,7 @@ class Calls(Share):
         scaling: Scaling = UNSCALED,
     ) -> Result:
         if self.overflow.is_wanted:
-            self.overflow.before_meeting()
+            self.overflow.before_collective()
         dim = self._batch_dim if batch_dim is None else batch_dim
         batch: Batch = None, None, {}
         objection: UsageError | None = None

@@ -244,5 +244,5 @@ class Pipeline(Calls):
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
-        self.overflow.before_meeting()
+        self.overflow.before_collective()
         return any(row[0] for row in self._ranks.exchange([int(flag)], "any"))

@@ -45,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
         """As torch's; every rank calls this, also one without any optimizer."""
         overflow = self._pipe.overflow
         if self.is_enabled():
-            overflow.before_meeting()
+            overflow.before_collective()
             states: dict[int, dict[str, Any]] = self._per_optimizer_states
             if states or not any(p.requires_grad for p in self._pipe.parameters()):
                 found = torch.full((), float(overflow.found), device=self._pipe.device)

@@ -139,7 +139,7 @@ class Share:
 
         Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
         """
-        self.overflow.before_meeting()
+        self.overflow.before_collective()
         return clip_by_global_norm(
             dict(self.named_parameters()),
             self._whole.dtypes,

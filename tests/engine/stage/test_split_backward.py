@@ -442,7 +442,7 @@ def test_a_graph_that_microbatches_share_is_refused() -> None:
         if not last:
             backward_weights(split(y, fed))
         else:
-            with pytest.raises(RuntimeError, match="compute what microbatches share in each"):
+            with pytest.raises(RuntimeError, match="recompute in each microbatch what they share"):
                 split(y, fed)
 
 

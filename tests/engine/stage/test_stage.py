@@ -247,7 +247,7 @@ def test_gradients_switched_off_for_what_follows_are_refused() -> None:
     x = torch.randn(2, 3).requires_grad_()
     whole = run(stage_of(nn.Linear(3, 3), Switch(False), Switch(True)), "1F0", x, work_of())
     assert isinstance(whole, torch.Tensor)
-    with pytest.raises(CellError, match=r"left gradients switched off on microbatch 0.*no_grad"):
+    with pytest.raises(CellError, match=r"left gradients disabled after microbatch 0.*no_grad"):
         run(stage_of(nn.Linear(3, 3), Switch(False)), "1F0", x, work_of())
     assert torch.is_grad_enabled()
     with torch.no_grad():  # where there are none, nothing is lost

@@ -55,7 +55,7 @@ def test_clipping_says_so_too() -> None:
     x = torch.ones(4, 4)
     pipe.step(x, target=x)
     torch.nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.raises(ModelError, match=r"0\.parametrizations\.weight.* came after the Pipeline"):
+    with pytest.raises(ModelError, match=r"0\.parametrizations\.weight.* were added after"):
         pipe.clip_grad_norm_(1.0)
 
 
@@ -99,7 +99,7 @@ def on_one_rank() -> list[str]:
 def test_every_rank_refuses(pools: Pools) -> None:
     first, second = pools[2].run(on_one_rank)
     assert "BatchError rank 1 refused the batch: weight, parametrizations of a" in first[0]
-    assert "ModelError parameters of another rank came after" in first[1]
+    assert "ModelError parameters of another rank were added after" in first[1]
     assert "ModelError weight, parametrizations of a" in second[0]
     assert "ModelError 1.1.parametrizations.weight.original0" in second[1]
 

@@ -1,10 +1,10 @@
-"""Gradients that several cells, ranks or microbatches have parts of.
+"""Gradients to which several cells, ranks or microbatches contribute.
 
 1. `policy`: what is done to parameters around a training step, in one list that is undone in
    reverse order.
-2. `float32`: a sum over microbatches in the parameter's own low precision would lose terms.
+2. `float32`: sums low-precision gradients over microbatches in float32.
 3. `tied`: a parameter that several cells use gets the sum over them, once per step.
-4. `replicas`: so does every copy of a stage that several ranks hold.
-5. `batch`: the caller's own tensors get theirs.
-6. `clipping`: the norm over all ranks; `overflow`: whether all are finite.
+4. `replicas`: every copy of a replicated stage gets the sum over the replicas.
+5. `batch`: gradients for the caller's own tensors.
+6. `clipping`: the norm over all ranks; `overflow`: whether all gradients are finite.
 """

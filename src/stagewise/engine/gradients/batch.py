@@ -1,9 +1,9 @@
 """Gradients for the caller's own tensors, where several ranks compute parts of them.
 
-A replicated first stage has the gradients of the inputs in turn, a replicated last stage those of
-the targets, and an argument by name may be taken by cells on several ranks. Whoever computed a
-microbatch's gradient gives it to all who take that part of the batch, so that each of them passes
-the whole on to its caller, in the order of one process.
+The replicas of a first stage each compute some microbatches' gradients of the inputs, those of a
+last stage of the targets, and cells on several ranks may take the same keyword argument. The rank
+that computed a microbatch's gradient sends it to every rank that takes that part of the batch, so
+that each passes the whole on to its caller, in the order of one process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +18,16 @@ from stagewise.engine.transport.ranks import Ranks
 from stagewise.mesh import Mesh
 
 _Tensors = Sequence[torch.Tensor]
-_Own = Callable[[], list[Gradient]]  # what this rank's microbatch left
-# (stage, microbatch, ranks, tensors, own) -> their gradients, or None where they are our own
+_Own = Callable[[], list[Gradient]]  # this rank's gradients of one microbatch
+# (stage, microbatch, ranks, tensors, own) -> their gradients, or None on the rank that has them
 _Exchange = Callable[[int, int, Sequence[int], _Tensors, _Own], list[Gradient] | None]
 
 
 def pass_on_gradients(work: Work) -> None:
     """Pass the gradients of the batch on to the caller's own graph.
 
-    The microbatches are views of the batch, so autograd puts their gradients together, and sums
-    those of what is replicated.
+    The microbatches are views of the batch, so autograd concatenates their gradients, or sums them
+    where a tensor was given whole to each.
     """
     pairs = list(batch_gradients(work))
     if pairs:
@@ -36,7 +36,7 @@ def pass_on_gradients(work: Work) -> None:
 
 
 def batch_gradients(work: Work) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(the caller's tensor, a gradient for it) in an order that no cut or schedule changes."""
+    """Yield (caller's tensor, gradient) in an order that does not depend on cut or schedule."""
     record = work.record
     for m in sorted(record.input_gradients):
         yield from _wanted(take_apart(work.parts.inputs[m])[0], record.input_gradients[m])
@@ -57,8 +57,8 @@ def _wanted(
 def share_gradients(
     work: Work, mesh: Mesh, routes: Routes, ranks: Ranks, device: torch.device
 ) -> None:
-    """Complete `work`'s gradients of inputs, targets and keywords; every rank with a stage calls
-    this. `device` is this rank's.
+    """Complete `work`'s gradients of inputs, targets and keywords; collective over the ranks that
+    have a stage. `device` is this rank's.
     """
 
     def exchange(
@@ -68,7 +68,7 @@ def share_gradients(
         wanted: _Tensors,
         own: Callable[[], list[Gradient]],
     ) -> list[Gradient] | None:
-        """The gradients of `wanted` from who ran `stage` on microbatch m; None if that is us."""
+        """Get the gradients of `wanted` from the rank that ran microbatch m; None if it is us."""
         owner = mesh.rank_for(stage, m)
         if ranks.rank != owner:
             return ranks.take(owner, [torch.empty_like(t, device=device) for t in wanted])
@@ -136,7 +136,7 @@ def _share_keywords(work: Work, routes: Routes, rank: int, exchange: _Exchange) 
                     lambda key=key, w=wanted: _found(work, key, w),  # type: ignore[misc]
                 )
                 tensors, gradients = work.record.keyword_gradients.setdefault(key, ([], []))
-                known = set(map(id, tensors))  # what stands under two names comes twice
+                known = set(map(id, tensors))  # a tensor given under two names arrives twice
                 for tensor, gradient in zip(wanted, taken or (), strict=taken is not None):
                     if id(tensor) not in known:
                         tensors.append(tensor)
@@ -144,6 +144,6 @@ def _share_keywords(work: Work, routes: Routes, rank: int, exchange: _Exchange) 
 
 
 def _found(work: Work, key: tuple[int, int], wanted: _Tensors) -> list[Gradient]:
-    """The gradients of `wanted` among those of one cell."""
+    """Return the gradients of `wanted` among those of one cell."""
     by_tensor = {id(t): g for t, g in zip(*work.record.keyword_gradients[key], strict=True)}
     return [by_tensor[id(tensor)] for tensor in wanted]

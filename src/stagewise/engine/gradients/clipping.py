@@ -1,4 +1,4 @@
-"""Gradients: their form, adding them up as autograd does, and their norm over all ranks."""
+"""Clip gradients by their norm over all ranks, or by value."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from stagewise.errors import ModelError
 
 @contextmanager
 def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Run inside without gradients; afterwards they are what they were."""
+    """Clear `.grad` inside, and restore it afterwards."""
     before = [(parameter, taken(parameter)) for parameter in parameters]
     try:
         yield
@@ -32,10 +32,10 @@ def clip_by_global_norm(
 ) -> torch.Tensor:
     """Scale the gradients of `own` so that the norm over all ranks is at most `max_norm`.
 
-    `dtypes` names the whole model's parameters in the plain model's order, so that the norms are
-    summed in that order at any number of stages: the result is bit for bit that of
+    `dtypes` holds the whole model's parameter names in the plain model's order, in which the norms
+    are summed at any number of stages: the result is bit for bit that of
     `torch.nn.utils.clip_grad_norm_` on the plain model. Returns the norm before clipping. Raises
-    ModelError on every rank if `own` holds names that `dtypes` has not.
+    ModelError on every rank if `own` has a name that is not in `dtypes`.
     """
     norms = torch.zeros(len(dtypes), dtype=torch.float64)
     present = torch.zeros(len(dtypes), dtype=torch.int64)
@@ -52,9 +52,9 @@ def clip_by_global_norm(
     rows, num_unknown = rows[:, :-1], rows[:, -1]
     if num_unknown.any():
         raise ModelError(
-            f"{', '.join(unknown) or 'parameters of another rank'} came after the Pipeline was "
-            "built, so no norm over all ranks is known; change the model (parametrize it, add "
-            "adapters) first and then build the Pipeline"
+            f"{', '.join(unknown) or 'parameters of another rank'} were added after the Pipeline "
+            "was built, so the norm over all ranks is unknown; change the model (parametrize it, "
+            "add adapters) before building the Pipeline"
         )
     # The maximum, not the sum: a tied parameter has the same norm on each of its ranks.
     all_norms = rows[:, : len(dtypes)].view(torch.float64).amax(0)
@@ -78,10 +78,10 @@ def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> None:
             _elements(parameter.grad).clamp_(-max_value, max_value)
         elif parameter.grad is not None:
             dense.append(parameter)
-    if dense:  # torch fails on none
+    if dense:  # torch raises on an empty list
         torch.nn.utils.clip_grad_value_(dense, max_value)
 
 
 def _elements(gradient: torch.Tensor) -> torch.Tensor:
-    """Its elements that need not be 0, each once."""
+    """Return the stored elements, each once."""
     return gradient.coalesce()._values() if gradient.is_sparse else gradient

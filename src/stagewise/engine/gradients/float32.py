@@ -1,10 +1,10 @@
 """Gradients of bfloat16 and float16 parameters, summed in float32.
 
-A sum of many small terms in bfloat16 (8 bits) loses what is smaller than 1/256 of it; the sum
-over microbatches is such a sum. Here each microbatch's gradient leaves `.grad` at once for a sum
-in float32, and the end of the step writes the sum, rounded once, into `.grad`. Over several steps
-the float32 sum goes on as long as `.grad` is what the last step wrote; otherwise (cleared,
-clipped) it starts from what `.grad` holds. It lives as long as that tensor.
+A sum in bfloat16 (8 significant bits) loses terms smaller than 1/256 of it, such as microbatches'
+gradients. Here each microbatch's gradient moves from `.grad` to a sum in float32 at once, and the
+end of the step writes that sum, rounded once, into `.grad`. The float32 sum continues over several
+steps as long as `.grad` is what the last step wrote; otherwise (cleared, clipped) it restarts from
+the value of `.grad`. It lives as long as that tensor.
 """
 
 from collections.abc import Iterable, MutableMapping
@@ -23,10 +23,10 @@ class Float32Sums(ParameterPolicy):
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         distinct = {id(p): p for p in parameters if p.dtype in LOW_PRECISION}
         self._parameters = list(distinct.values())
-        # By the tensor in `.grad`.
+        # Keyed by the tensor in `.grad`.
         self._sums: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
         self._before: list[tuple[nn.Parameter, Gradient]] = []
-        self._running = WideSums()  # of a step
+        self._running = WideSums()  # of the current step
 
     def before_step(self, step: Settlement) -> None:
         self._running = WideSums()
@@ -66,17 +66,17 @@ class Float32Sums(ParameterPolicy):
             self._running.add(parameter, total)
 
     def __getstate__(self) -> dict[str, object]:
-        """Weak references cannot be copied: a copy starts from what `.grad` holds."""
+        """Drop the sums, since weak references cannot be copied: a copy starts from `.grad`."""
         return {**self.__dict__, "_sums": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update({**state, "_sums": WeakTensorKeyDictionary()})
 
     def _continued(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The float32 sum whose rounding `gradient` is, or else `gradient` itself in float32.
+        """Return the float32 sum that `gradient` was rounded from, else `gradient` in float32.
 
-        Values are compared, since what is written through `.data` leaves no mark; torch compares
-        no sparse ones, which therefore start from their rounding.
+        Values are compared, since writes through `.data` leave no trace; torch cannot compare
+        sparse tensors, so those restart from the rounded value.
         """
         total = self._sums.pop(gradient, None)
         if (

@@ -1,9 +1,9 @@
-"""Whether all gradients are finite, on every rank: asked once after each training step.
+"""Whether all gradients are finite, on every rank: agreed once after each training step.
 
 Problem: ranks need not have the same optimizers (a stage without matrices has no Muon, a frozen one
-none at all), so what each optimizer finds cannot be agreed on optimizer by optimizer.
-Idea: whichever of a rank's calls comes first (a scaler's, or one where ranks meet) asks for all
-gradients at once; the step's number tells whether that was done.
+none at all), so ranks cannot agree optimizer by optimizer.
+Idea: the first relevant call on a rank (a scaler's, or any collective one) asks about all gradients
+at once; the step index tells whether that has been done.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +15,9 @@ from stagewise.engine.transport.ranks import Ranks
 
 
 class Overflow:
-    """What the ranks found after the last step, if any of them scales its gradients.
+    """Whether any rank found a non-finite gradient after the last step.
 
-    `found` is whether that was so of any step since the scale was updated.
+    `found` says so of any step since the last update of the scale.
     """
 
     def __init__(
@@ -29,18 +29,18 @@ class Overflow:
         self._ranks, self._parameters, self._step_index = ranks, parameters, step_index
         self._num_updates = 0
         self._asked_in, self._answer = (step_index(), 0), False
-        self.is_wanted = False  # some scaler is enabled; every rank makes its own
+        self.is_wanted = False  # an enabled scaler exists; every rank creates its own
         self.found = False
 
-    def before_meeting(self) -> None:
-        """Ask now, since a scaler may have asked already on another rank."""
+    def before_collective(self) -> None:
+        """Ask now, since a scaler on another rank may already have asked."""
         if self.is_wanted and self._step_index() != self._asked_in[0]:
             self.ask()
 
     def ask(self, known: Iterable[nn.Parameter] = (), *, found: bool = False) -> bool:
-        """Whether a gradient of this step is inf or nan on any rank.
+        """Return whether a gradient of this step is inf or nan on any rank.
 
-        `found` is whether one of the parameters `known` has such.
+        `found` says so of the parameters in `known`, which are not inspected again.
         """
         if self._asked_in != (now := (self._step_index(), self._num_updates)):
             seen = {id(parameter) for parameter in known}
@@ -52,7 +52,7 @@ class Overflow:
         return self._answer
 
     def end_round(self) -> None:
-        """The scale is updated by what was found."""
+        """Start anew, once the scale has been updated."""
         self._num_updates += 1
         self.found = False
 

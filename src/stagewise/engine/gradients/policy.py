@@ -1,12 +1,12 @@
 """Parameter policies: what is done to parameters around a training step.
 
-1. Before the step, each in the order of one list, they set aside what the step must not touch.
-2. While it runs, those that asked observe every instruction.
-3. Before the ranks agree that all went well, each may object (`check`).
-4. Then each makes gradients whole (`settle`), or each undoes what it did (`undo`): both in the
+1. Before the step, in the order of one list, each sets aside what the step must not touch.
+2. While it runs, those that registered an observer see every instruction.
+3. Before the ranks agree that the step succeeded, each may object (`check`).
+4. Then each completes its gradients (`settle`), or each undoes what it did (`undo`): both in the
    reverse order of the list.
 
-So a policy may rely on those before it in the list: what it settles, they see.
+So a policy may build on those before it in the list: they settle after it and see its results.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,40 +26,40 @@ from stagewise.schedule import Instruction
 
 @dataclass(kw_only=True)
 class Settlement:
-    """One call, as its policies see it and what they say of it to each other."""
+    """One call, as its policies see it, and what they tell each other about it."""
 
     ranks: Ranks
     program: Sequence[Instruction]  # of this rank
     batchnorms: BatchNorms
     stand_ins: StandIns = NO_STAND_INS
     observers: list[Observer] = field(default_factory=list)  # called after every instruction
-    in_float32: bool = False  # gradients of low precision are summed so
-    # Adds a whole gradient to what is in `.grad`, or to its sum in float32.
+    in_float32: bool = False  # low-precision gradients are summed in float32
+    # Adds a complete gradient to `.grad`, or to its float32 sum.
     add: Callable[[nn.Parameter, torch.Tensor], None] = accumulate
-    failed_on_all: bool = False  # every rank knows, so what was started together can be ended
+    failed_on_all: bool = False  # every rank knows, so collectives in flight can be completed
 
 
 class ParameterPolicy:
     """Does nothing; a policy overrides what it needs."""
 
     def before_step(self, step: Settlement) -> None:
-        """Get ready for a training step, on every rank."""
+        """Prepare for a training step, on every rank."""
 
     def before_inference(self, call: Settlement) -> None:
-        """Get ready for a call that does not train."""
+        """Prepare for a call that does not train."""
 
     def check(self, step: Settlement) -> None:
-        """Raise CellError for what this rank has done wrong; it is then undone on all."""
+        """Raise CellError if this rank did something wrong; the step is then undone on all."""
 
     def settle(self, step: Settlement) -> None:
-        """All ranks have succeeded: make gradients what the plain model's are."""
+        """Make the gradients those of the plain model, after all ranks have succeeded."""
 
     def undo(self, step: Settlement, error: BaseException) -> None:
-        """The step has failed, by `error`: leave `.grad` as it was, or say that it is not."""
+        """Restore `.grad` after the step failed with `error`, or add a note if that cannot be."""
 
 
 class Policies:
-    """One list of them."""
+    """A list of policies."""
 
     def __init__(self, policies: Sequence[ParameterPolicy]) -> None:
         self._policies = policies
@@ -79,25 +79,25 @@ class Policies:
             raise
 
     def before_inference(self, call: Settlement) -> None:
-        """Of each, in order."""
+        """Call each policy's, in order."""
         for policy in self._policies:
             policy.before_inference(call)
 
     def check(self, step: Settlement) -> None:
-        """Of each, in order."""
+        """Call each policy's, in order."""
         for policy in self._policies:
             policy.check(step)
 
     def settle(self, step: Settlement) -> None:
-        """Of each, in reverse order."""
+        """Call each policy's, in reverse order."""
         for policy in reversed(self._policies):
             policy.settle(step)
 
 
 class NewGradients(ParameterPolicy):
-    """After a failed step, what had no gradient before has none again.
+    """After a failed step, clears the gradients that the step created.
 
-    To one that came from earlier steps microbatches are added in place: then the error says so.
+    Microbatches are added in place to gradients from earlier steps: the error then says so.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -122,6 +122,6 @@ class NewGradients(ParameterPolicy):
                 parameter.grad = None
         if any(p.grad is not g or (not g.is_inference() and g._version != v) for p, g, v in before):
             error.add_note(
-                "the gradients of earlier steps, which this one was to be added to, hold parts of "
-                "it now: clear them with zero_grad() before the next step"
+                "gradients accumulated in earlier steps now include parts of this failed step: "
+                "clear them with zero_grad() before the next step"
             )

@@ -1,13 +1,13 @@
 """Replicated stages: several ranks hold the same stage and share its microbatches.
 
-Problem: each replica sees the gradients of its own microbatches only, yet every copy must be given
-the same sum, once per step, and nobody should stand and wait for it.
+Problem: each replica only sees the gradients of its own microbatches, yet every copy must get the
+same sum, once per step, without stalling for it.
 Idea: a step's gradients are kept apart from what `.grad` held before. Once a rank has run its last
 backward of the stage, it starts one all-reduce of them, flattened (one per dtype), in a process
-group of the replicas alone, and goes on; the end of the step waits and adds the sum to `.grad`.
-A parameter without gradient here counts as zeros, with a mark beside them that tells whether any
-replica had one; so `.grad` is None where the plain model's is.
-Invariant: copies start equal and are given the same bits (an all-reduce gives its sum to all).
+group of only the replicas, and goes on; the end of the step waits and adds the sum to `.grad`.
+A parameter without a gradient here contributes zeros and a 0 in a row of marks, which tells whether
+any replica had one; so `.grad` is None where the plain model's is.
+Invariant: copies start equal and get the same bits (an all-reduce gives its sum to all).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,8 +37,8 @@ _LAST_KINDS = kinds_with("weights")
 class Replicas(ParameterPolicy):
     """The replicated stages of this rank. Every rank makes one, with the same `placement`.
 
-    `apart` are the parameters that cells of other stages use as well, which `TiedParameters`
-    sums; `within` those that several cells of one replicated stage use, and these cells.
+    `apart` are parameters that cells of other stages also use, which `TiedParameters` sums;
+    `within` maps parameters that several cells of one replicated stage use to those cells.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Replicas(ParameterPolicy):
         within: Mapping[nn.Parameter, Sequence[int]] | None = None,
     ) -> None:
         self._shared: dict[int, _SharedStage] = {}
-        self._sums: dict[int, _StageSum] = {}  # of a step
+        self._sums: dict[int, _StageSum] = {}  # of the current step
         for stage, devices in enumerate(placement):
             group = ranks.group(devices) if len(devices) > 1 else None
             if group is not None:
@@ -63,7 +63,7 @@ class Replicas(ParameterPolicy):
         return bool(self._shared)
 
     def broadcast_initial_values(self) -> None:
-        """Give every replica the first one's parameters and buffers."""
+        """Copy the first replica's parameters and buffers to the others."""
         for shared in self._shared.values():
             shared.broadcast_initial_values()
 
@@ -77,11 +77,11 @@ class Replicas(ParameterPolicy):
                 last[instruction].start()
 
         step.observers.append(after)
-        for stage in self._sums.keys() - ends.keys():  # M < replicas: this one is idle
+        for stage in self._sums.keys() - ends.keys():  # fewer microbatches than replicas: idle
             self._sums[stage].start()
 
     def settle(self, step: Settlement) -> None:
-        """Wait for all sums, and add them; and let BatchNorm know what all replicas noted."""
+        """Wait for all sums and add them; exchange the replicas' BatchNorm statistics."""
         for stage_sum in self._sums.values():
             stage_sum.settle(step.add)
         for stage, shared in self._shared.items():
@@ -90,7 +90,7 @@ class Replicas(ParameterPolicy):
         self._sums = {}
 
     def undo(self, step: Settlement, error: BaseException) -> None:
-        """Put hooks and, where nothing was settled, gradients back as they were."""
+        """Restore hooks and unsettled gradients."""
         for stage_sum in self._sums.values():
             if step.failed_on_all:
                 stage_sum.drain()
@@ -99,7 +99,7 @@ class Replicas(ParameterPolicy):
 
 
 class _SharedStage:
-    """What the replicas of one stage have in common."""
+    """One replicated stage: its group, parameters and buffers."""
 
     def __init__(
         self,
@@ -122,14 +122,14 @@ class _SharedStage:
 
 
 class _StageSum:
-    """One step's gradients of one replicated stage."""
+    """One step's gradient sum of one replicated stage."""
 
     def __init__(self, shared: _SharedStage, step: Settlement) -> None:
         self._shared, self._stand_ins = shared, step.stand_ins
         self._parameters = [p for p in shared.parameters if p.requires_grad]
         self._before: dict[nn.Parameter, Gradient] = {}
         self._hooks = [_SilentHooks(parameter) for parameter in self._parameters]
-        self._wide = WideSums()  # by parameter
+        self._wide = WideSums()  # keyed by parameter
         self._in_float32 = step.in_float32
         self._settled = False
         self._started: list[tuple[list[nn.Parameter], torch.Tensor, Callable[[], None]]] = []
@@ -141,7 +141,7 @@ class _StageSum:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Start the all-reduce of what this rank has."""
+        """Start the all-reduce of this rank's gradients."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in self._parameters:
             by_dtype.setdefault(self._form(parameter).dtype, []).append(parameter)
@@ -163,12 +163,12 @@ class _StageSum:
                     add(parameter, total)
 
     def drain(self) -> None:
-        """Wait for the sums, though the step has failed."""
+        """Wait for the sums of a failed step."""
         for _, _, wait in self._started:
             wait()
 
     def restore(self) -> None:
-        """Hooks and `.grad` as they were before the step."""
+        """Restore hooks and `.grad` to their state before the step, unless settled."""
         if self._settled:
             return
         self._wide.release()
@@ -181,7 +181,7 @@ class _StageSum:
         return wide(parameter) if self._in_float32 else parameter
 
     def _take(self, parameter: nn.Parameter) -> Gradient:
-        """What this rank's microbatches left for `parameter`."""
+        """Take the gradient of `parameter` from this rank's microbatches."""
         total: Gradient = None
         for cell in self._shared.cells.get(parameter, ()):
             total = plus(total, self._stand_ins.take_gradient(cell, parameter))
@@ -190,13 +190,13 @@ class _StageSum:
 
 
 class _SilentHooks:
-    """A parameter's hooks, set aside: they are to see the step's sum, not its parts."""
+    """Sets a parameter's hooks aside: they must see the step's sum, not its parts."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         dictionaries = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
         self._aside = [(hooks, dict(hooks)) for hooks in dictionaries if hooks]
         for hooks, _ in self._aside:
-            hooks.clear()  # in place: autograd looks into this very dictionary
+            hooks.clear()  # in place: autograd reads this very dictionary
 
     def restore(self) -> None:
         for hooks, copies in self._aside:
@@ -205,7 +205,7 @@ class _SilentHooks:
 
 
 def _flattened(forms: Sequence[torch.Tensor], gradients: Iterator[Gradient]) -> torch.Tensor:
-    """All gradients in one line, zeros for None; then for each a 1, or 0 for None."""
+    """Concatenate all gradients, zeros for None; then, for each, a 1, or 0 for None."""
     ends = sum(form.numel() for form in forms)
     flat = torch.zeros(ends + len(forms), dtype=forms[0].dtype, device=forms[0].device)
     start = 0
@@ -230,5 +230,5 @@ def _unflattened(flat: torch.Tensor, forms: Sequence[torch.Tensor]) -> Iterator[
 
 
 def _line(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor in memory order."""
+    """View a dense tensor's elements in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,))

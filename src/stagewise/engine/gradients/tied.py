@@ -1,11 +1,11 @@
 """Tied parameters: one parameter in several cells, on one rank or on many.
 
 Problem: autograd sums such a parameter's gradient in an order that depends on where the chain
-is cut, and copies on several ranks would each see a part of it and drift apart.
-Idea: while a using cell runs, a stand-in (a leaf of its own on the same memory) takes the
-parameter's place, so that each cell's gradient adds up apart. At the end of a step they are
-summed in cell order: partial sums travel along the users' ranks, the total goes to all of them.
-Invariant: every copy is given the same bits, and once per step, so optimizers keep copies equal.
+is cut, and copies on several ranks would each get a part of it and drift apart.
+Idea: while a using cell runs, a stand-in (a separate leaf on the same memory) takes the parameter's
+place, so that each cell's gradient accumulates separately. At the end of a step they are summed in
+cell order: partial sums travel along the users' ranks, and the total goes to all of them.
+Invariant: every copy gets the same bits, once per step, so optimizers keep the copies equal.
 """
 
 import itertools
@@ -32,9 +32,9 @@ from stagewise.model.tied_parameters import Tied
 class TiedParameters(ParameterPolicy):
     """The tied parameters that cells of this rank use.
 
-    `cells` are this rank's cells with their devices, `ranks` the ranks of every cell of the chain
-    (several where its stage is replicated), `others` the parameters that no cell of this rank
-    has. Those of `within` are used in one replicated stage only: `Replicas` sums them.
+    `cells` are this rank's cells with their devices, `ranks[c]` the ranks that run cell c of the
+    chain (several if its stage is replicated), `others` the parameters that no cell of this rank
+    has. Those in `within` are only used in one replicated stage: `Replicas` sums them.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TiedParameters(ParameterPolicy):
         self.ties = tuple(tied for tied in ties if not cells.keys().isdisjoint(tied.cells))
         self._ranks = ranks
         self._devices = {index: device for index, (_, device) in cells.items()}
-        self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}  # by using cells
+        self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}  # keyed by using cells
         for tied in self.ties:
             if tied.parameter not in within:
                 self._groups.setdefault(tied.cells, []).append(tied.parameter)
@@ -58,7 +58,7 @@ class TiedParameters(ParameterPolicy):
             for name, parameter in (others or {}).items()
             if parameter.grad is None
         }
-        self._given_outside: set[str] = set()  # those with a gradient before the first step
+        self._given_outside: set[str] = set()  # of `others`, with a gradient before the first step
         known = {tied.parameter for tied in self.ties}
         self._places = {
             index: places
@@ -69,12 +69,12 @@ class TiedParameters(ParameterPolicy):
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is any, here, or one elsewhere that a cell of ours might use."""
+        """Whether a parameter is tied here, or one elsewhere might be used by a cell of ours."""
         return bool(self.ties or self._others)
 
     @torch.no_grad()
     def broadcast_initial_values(self, ranks: Ranks) -> None:
-        """Give every copy the values of the first user's."""
+        """Copy the first user's values to every copy."""
         for cells, parameters in self._groups.items():
             first = self._ranks[cells[0]][0]
             own = [dense_like(p, p.detach()) for p in parameters]
@@ -85,7 +85,7 @@ class TiedParameters(ParameterPolicy):
         ranks.finish()
 
     def before_step(self, step: Settlement) -> None:
-        """Let stand-ins take the gradients; those of low precision may sum them in float32."""
+        """Let stand-ins collect the gradients, low-precision ones in float32 if asked for."""
         others = ((name, reference()) for name, reference in self._others.items())
         self._given_outside = {n for n, p in others if p is not None and p.grad is not None}
         before = {tied.parameter: taken(tied.parameter) for tied in self.ties}
@@ -94,7 +94,7 @@ class TiedParameters(ParameterPolicy):
             step.stand_ins.sum_in_float32()
 
     def before_inference(self, call: Settlement) -> None:
-        """Only cells on another device than the parameter's need a stand-in."""
+        """Make stand-ins only for cells on another device than the parameter's."""
         call.stand_ins = StandIns(self._places, self._leaves(training=False))
 
     def _leaves(self, *, training: bool) -> dict[tuple[int, nn.Parameter], nn.Parameter]:
@@ -109,7 +109,9 @@ class TiedParameters(ParameterPolicy):
         }
 
     def check(self, step: Settlement) -> None:
-        """Raise CellError after the first step if a cell used another rank's parameter unseen."""
+        """Raise CellError after the first step if a cell used an unregistered parameter of another
+        rank.
+        """
         for name, reference in self._others.items():
             parameter = reference()
             if parameter is None or parameter.grad is None:
@@ -131,7 +133,7 @@ class TiedParameters(ParameterPolicy):
 
     @torch.no_grad()
     def settle(self, step: Settlement) -> None:
-        """Sum the gradients of all users, and add the sum to what was there before."""
+        """Sum the gradients of all users, and add the sum to the earlier gradient."""
         for cells, parameters in self._groups.items():
             like = [*map(wide, parameters)] if step.in_float32 else parameters
             totals = self._sum(cells, parameters, like, step)
@@ -151,7 +153,7 @@ class TiedParameters(ParameterPolicy):
         like: Sequence[torch.Tensor],
         step: Settlement,
     ) -> list[Gradient]:
-        """Each parameter's gradient, summed over `cells` from left to right, on every user."""
+        """Return each parameter's gradient summed over `cells`, left to right, on every user."""
         legs, ranks = self._legs(cells), step.ranks
         sums: list[Gradient] = [None] * len(parameters)
         for index, (rank, own) in enumerate(legs):
@@ -163,14 +165,14 @@ class TiedParameters(ParameterPolicy):
                 for cell in own:
                     gradient = step.stand_ins.take_gradient(cell, parameter)
                     sums[number] = plus(sums[number], gradient)
-                # Reentrant checkpointing runs a cell again during backward, without stand-ins.
+                # Reentrant checkpointing reruns a cell during backward, without stand-ins.
                 sums[number] = plus(sums[number], dense_like(parameter, taken(parameter)))
             if index + 1 < len(legs):
                 ranks.give(legs[index + 1][0], sums)
         return self._spread(cells, legs[-1][0], sums, like, ranks)
 
     def _legs(self, cells: tuple[int, ...]) -> list[tuple[int, list[int]]]:
-        """The way of the partial sums: in cell order, and from replica to replica of a stage."""
+        """Return the route of the partial sums: in cell order, then from replica to replica."""
         stops = [
             (rank, cell)
             for ranks, same in itertools.groupby(cells, self._ranks.__getitem__)
@@ -189,7 +191,7 @@ class TiedParameters(ParameterPolicy):
         like: Sequence[torch.Tensor],
         ranks: Ranks,
     ) -> list[Gradient]:
-        """Rank `source`'s values on every rank that runs one of `cells`."""
+        """Return rank `source`'s values on every rank that runs one of `cells`."""
         users = sorted({rank for cell in cells for rank in self._ranks[cell]} - {source})
         if ranks.rank != source:
             return ranks.take(source, like)

@@ -1,8 +1,8 @@
-"""Counting activation bytes: what is kept from forward to backward, on any device.
+"""Count activation bytes: what is kept from forward to backward, on any device.
 
-Autograd's saved tensors are counted through saved-tensor hooks for as long as autograd keeps
-them, the tensors that stages hold besides by asking the stages. A storage counts once however
-many tensors view it; parameters, buffers and the caller's batch do not count.
+Saved-tensor hooks count what autograd saves for as long as it keeps it; the stages are asked for
+the other tensors they hold. A storage counts once, however many tensors view it; parameters,
+buffers and the caller's batch do not count.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,13 +16,13 @@ StorageKey = tuple[torch.device, int]
 
 
 class Packed:
-    """Stands for a tensor that autograd saved; tells the meter when autograd lets go."""
+    """Wraps a tensor that autograd saved, and tells the meter when autograd drops it."""
 
     def __init__(
         self, tensor: torch.Tensor, key: StorageKey, counts: dict[StorageKey, list[int]]
     ) -> None:
-        # Detached: a node that saves its own output would else keep itself alive for ever where
-        # its graph never runs backward. Autograd puts the graph back when it unpacks.
+        # Detached: a node that saves its own output would otherwise keep itself alive forever if
+        # its graph never runs backward. Autograd reattaches the graph when it unpacks.
         self.tensor: torch.Tensor | None = tensor.detach()
         self._key, self._counts = key, counts
         counts.setdefault(key, [0, storage_bytes(tensor)])[0] += 1
@@ -31,7 +31,7 @@ class Packed:
         self.release()
 
     def release(self) -> None:
-        """Forget the tensor; nothing may unpack it any more."""
+        """Drop the tensor; it must not be unpacked afterwards."""
         if self.tensor is None:
             return
         self.tensor = None
@@ -45,18 +45,18 @@ class ActivationMeter:
     """Counts live activation bytes while `counting()`."""
 
     def __init__(self, excluded: Iterable[torch.Tensor]) -> None:
-        # With the tensors: the key of one that is gone would be given to another.
+        # Keeps the tensors alive, since the key of a freed one may be reused.
         self._excluded = {storage_key(tensor): tensor for tensor in excluded}
         self._saved: dict[StorageKey, list[int]] = {}  # storage -> [how often saved, bytes]
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what is saved for backward by graphs made inside."""
+        """Count what graphs created inside save for backward."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, unpack):
             yield
 
     def live_bytes(self, held: Iterable[torch.Tensor]) -> int:
-        """Bytes of what autograd keeps now and of the storages behind `held`."""
+        """Return the bytes that autograd keeps now plus those of the storages behind `held`."""
         return sum(entry[1] for entry in self._saved.values()) + sum(self.unsaved(held).values())
 
     @property
@@ -65,7 +65,7 @@ class ActivationMeter:
         return {key: num_bytes for key, (_, num_bytes) in self._saved.items()}
 
     def unsaved(self, held: Iterable[torch.Tensor]) -> dict[StorageKey, int]:
-        """Bytes of the storages behind `held` that autograd does not keep, by storage."""
+        """Return the bytes of storages behind `held` that autograd does not keep, by storage."""
         return {
             storage_key(tensor): storage_bytes(tensor)
             for tensor in held
@@ -78,7 +78,7 @@ class ActivationMeter:
 
 
 def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
-    """The tensor that a meter packed."""
+    """Return the tensor that a meter packed."""
     if not isinstance(saved, Packed):
         return saved
     assert saved.tensor is not None, "unpacked after its release"
@@ -86,11 +86,11 @@ def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
 
 
 def storage_key(tensor: torch.Tensor) -> StorageKey:
-    """What tells storages apart while they live, those without memory too (meta, fake)."""
+    """Return a key that is unique among live storages, including meta and fake ones."""
     *_, storage = storages(tensor)
     return tensor.device, storage._cdata
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the memory behind it."""
+    """Return the bytes of the storage behind `tensor`."""
     return sum(storage.nbytes() for storage in storages(tensor))

@@ -1,6 +1,6 @@
-"""How a stage cuts its graph out of the model's, and under which autocast it runs.
+"""How a stage separates its graph from the model's, and under which autocast it runs.
 
-A stage's graph begins at leaves of its own, so that no backward runs on into another stage's.
+A stage's graph begins at its own leaves, so that backward never runs on into another stage.
 """
 
 import functools
@@ -18,9 +18,9 @@ _NOTHING = nullcontext()
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, since they decide in which order kernels sum.
+    """Copy `tensor` with its strides, which decide the order in which kernels sum.
 
-    What shares memory with itself (`expand`) cannot be changed in place and needs no copy.
+    A tensor that overlaps itself (`expand`) cannot be changed in place, so a view will do.
     """
     axes = zip(tensor.stride(), tensor.shape, strict=True)
     if any(stride == 0 < size - 1 for stride, size in axes):
@@ -36,11 +36,11 @@ def feed(
     mutated: Sequence[bool] | None,
     gradients: list[torch.Tensor | None],
 ) -> tuple[list[torch.Tensor], list[Node]]:
-    """What cells are given for `leaves`, and the nodes where their graph begins.
+    """Return the tensors to give to cells for `leaves`, and the nodes where the graph begins.
 
-    Of those that are `mutated` (None: that may be) a copy, of others a view. The graph's backward
-    leaves the gradient of leaf i in `gradients[i]`, as the plain model would pass it on:
-    accumulating in `leaf.grad` would change its strides.
+    Leaves that cells mutate (`mutated`; None: unknown, so all) are copied, others viewed. Backward
+    stores the gradient of leaf i in `gradients[i]` as the plain model would pass it on:
+    accumulating into `leaf.grad` would change its strides.
     """
     fed: list[torch.Tensor] = []
     entries: list[Node] = []
@@ -61,20 +61,21 @@ def check_changes(
     known: Sequence[bool] | None,
     m: int,
 ) -> None:
-    """Raise CellError if cells may not have changed in place what was `received`, or was fed.
+    """Raise CellError for an in-place change of an input that cannot be reproduced exactly.
 
-    `known` tells which they did before. What cells are given by name is each one's own.
+    `known` says which inputs were changed before (None: first run). `received` leaves out keyword
+    arguments, of which every cell has its own.
     """
     if known is None and any(map(operator.and_, changed, shared(received))):
         raise CellError(
-            f"a cell of stage {stage} changed a tensor in place that shares memory with another "
-            "one from the stage before (a view of it?), which keeps its old value there; let the "
-            "cell before return a clone, or change a clone of it"
+            f"a cell of stage {stage} changed in place a tensor that shares memory with another "
+            "output of the previous stage (a view of it?), which would keep its old value; return "
+            "a clone from the previous cell, or change a clone"
         )
     if known is not None and any(map(operator.gt, changed, known)):
         raise CellError(
             f"stage {stage} changed an input in place on microbatch {m}, but not on the first; "
-            "make its first cell change its input always or never"
+            "its first cell must change its input always or never"
         )
 
 
@@ -92,15 +93,15 @@ def run_backward(
     *,
     keep_graph: bool = False,
 ) -> None:
-    """`torch.autograd.backward` where every root has a gradient of its form.
+    """Run `torch.autograd.backward` without its checks: each gradient must match its root.
 
-    That checks forms first, in Python, which takes half as long as a small graph.
+    Those checks, in Python, cost half the time of a small graph.
     """
     _engine_run_backward(
         tuple(roots),
         tuple(gradients),
         keep_graph,
-        False,  # no graph of the gradients
+        False,  # create_graph
         tuple(inputs),
         allow_unreachable=True,
         accumulate_grad=True,
@@ -108,17 +109,17 @@ def run_backward(
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off, as backward wants it."""
+    """Disable autocast, as backward requires."""
     if not torch.is_autocast_enabled(device_type):
         return _NOTHING
     return torch.autocast(device_type, enabled=False)
 
 
 def without_weight_cache(device_type: str) -> AbstractContextManager[object]:
-    """The caller's autocast without its weight cache.
+    """Keep the caller's autocast, but without its weight cache.
 
-    The cache would hand weights cast under no_grad to a recomputation, whose graph would then
-    miss them.
+    The cache would give a recomputation weights that were cast under no_grad, and its graph would
+    then miss them.
     """
     if not torch.is_autocast_enabled(device_type):
         return _NOTHING

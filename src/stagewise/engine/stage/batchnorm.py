@@ -1,15 +1,15 @@
-"""BatchNorm: the running statistics of whole minibatches, gathered from microbatches.
+"""BatchNorm: running statistics of whole minibatches, combined from microbatches.
 
-A BatchNorm normalises the microbatch that it is given (it cannot wait for the others), but its
-running statistics can still be those of the minibatch: each forward notes its microbatch's mean,
-variance and count, and the end of the step combines them (Chan, Golub and LeVeque 1979) into one
-update, as one forward of the whole minibatch makes. Only the first BatchNorm sees exactly what it
-sees in the plain model; what comes later was normalised by microbatch.
+A BatchNorm normalises each microbatch by itself (it cannot wait for the others), but its running
+statistics can still be those of the minibatch: each forward notes its microbatch's mean, variance
+and count, and the end of the step combines them (Chan, Golub and LeVeque 1979) into one update, as
+one forward of the whole minibatch would make. Only the first BatchNorm sees exactly the plain
+model's input; the inputs of later ones were normalised by microbatch.
 
-Invariants: during a step no running statistic changes, so a recomputation sees its forward's; a
-failed step changes none; microbatches are combined in their order, so the bits depend on no
-schedule. A BatchNorm that runs k times per microbatch, in one stage or in several, gets k updates
-in the order of the chain, as in the plain model.
+Invariants: running statistics do not change during a step, so a recomputation sees those of its
+forward; a failed step changes none; microbatches are combined in order, so the bits do not depend
+on the schedule. A BatchNorm that runs k times per microbatch, in one stage or several, gets k
+updates in chain order, as in the plain model.
 """
 
 import functools
@@ -32,7 +32,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one microbatch, per channel: how many values, their mean, their unbiased variance."""
+    """A microbatch's statistics per channel: number of values, mean, unbiased variance."""
 
     count: int
     mean: torch.Tensor
@@ -40,7 +40,7 @@ class Moments:
 
 
 def combined(parts: Sequence[Moments]) -> Moments:
-    """The moments of all parts together, in float64."""
+    """Return the moments of all parts together, in float64."""
     counts = torch.tensor(
         [[part.count] for part in parts], dtype=torch.float64, device=parts[0].mean.device
     )
@@ -53,7 +53,7 @@ def combined(parts: Sequence[Moments]) -> Moments:
 
 
 def layers_of(cells: Iterable[Cell]) -> dict[_BatchNorm, str]:
-    """The BatchNorm layers of `cells`, each with its first name."""
+    """Return the BatchNorm layers of `cells`, each with its first name."""
     names: dict[_BatchNorm, str] = {}
     for cell in cells:
         for path, module in cell.named_modules():
@@ -63,24 +63,24 @@ def layers_of(cells: Iterable[Cell]) -> dict[_BatchNorm, str]:
 
 
 class BatchNorms:
-    """The BatchNorm layers of some cells, and what their microbatches in this step noted.
+    """The BatchNorm layers of some cells, and the moments noted in this step.
 
-    A subclass with a `forward` of its own is left alone, since it may use the statistics in its
-    own way: its buffers change once per microbatch, like those of any other module.
+    A subclass that overrides `forward` is left alone, since it may use the statistics differently:
+    its buffers change once per microbatch, like those of any other module.
     """
 
     def __init__(self, cells: Iterable[Cell]) -> None:
         self._names = layers_of(cells)
-        self._own_forward: list[str] = []  # what changes its statistics in its own way
+        self._own_forward: list[str] = []  # layers that override `forward`
         self._warned: set[str] = set()
-        self._microbatch: tuple[int, int] | None = None  # (stage, microbatch) in its forward
+        self._microbatch: tuple[int, int] | None = None  # the running (stage, microbatch)
         self._num_calls: dict[_BatchNorm, int] = {}  # in that forward
-        # By layer, then by (stage, how many times it ran before in the same forward).
+        # layer -> (stage, index of the call within its forward) -> microbatch
         self._noted: dict[_BatchNorm, dict[tuple[int, int], dict[int, Moments]]] = {}
 
     def warn(self, sizes: Sequence[int]) -> None:
-        """Warn, once of each kind, of layers to which microbatches of `sizes` samples matter."""
-        if len(sizes) < 2:  # one microbatch is what the plain model has
+        """Warn, once per kind, of layers that microbatches of `sizes` samples affect."""
+        if len(sizes) < 2:  # a single microbatch is what the plain model sees
             return
         few = [name for layer, name in self._names.items() if _uses_batch_statistics(layer)]
         if few and min(sizes) < FEW_SAMPLES and "few" not in self._warned:
@@ -94,14 +94,14 @@ class BatchNorms:
         if self._own_forward and "own" not in self._warned:
             self._warned.add("own")
             warn_user(
-                f"BatchNorm layers {', '.join(self._own_forward)} have a forward of their own, so "
-                "their running statistics change once per microbatch, not once per minibatch; call "
+                f"BatchNorm layers {', '.join(self._own_forward)} override forward, so their "
+                "running statistics change once per microbatch, not once per minibatch; call "
                 "a plain BatchNorm from another module instead, or use one microbatch",
             )
 
     @contextmanager
     def one_update(self, *, training: bool) -> Iterator[None]:
-        """Run a call inside; if it trains and succeeds, update by what its forwards noted."""
+        """Run a call inside; if it trains and succeeds, apply one update from the noted moments."""
         layers = [layer for layer in self._names if _is_plain(layer)]
         self._own_forward = [
             name
@@ -109,7 +109,7 @@ class BatchNorms:
             if layer.training and layer.running_mean is not None and not _is_plain(layer)
         ]
         forward = self._forward
-        if "torch._dynamo" in sys.modules:  # a compiled cell would compile anew for every note
+        if "torch._dynamo" in sys.modules:  # a compiled cell would recompile for every note
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         for layer in layers:
             layer.__dict__["forward"] = functools.partial(forward, layer)
@@ -123,7 +123,7 @@ class BatchNorms:
                 del layer.__dict__["forward"]
 
     def noting(self, stage: int, m: int) -> AbstractContextManager[None]:
-        """Run a stage's forward of microbatch m inside; what runs elsewhere is not noted."""
+        """Run a stage's forward of microbatch m inside; only there moments are noted."""
         return self._noting(stage, m) if self._names else _NOTHING
 
     @contextmanager
@@ -142,9 +142,9 @@ class BatchNorms:
         layers: Sequence[_BatchNorm],
         gather: Callable[[torch.Tensor], Sequence[torch.Tensor]],
     ) -> None:
-        """Let all who hold `stage`, with `layers`, know what each of them noted in it.
+        """Share the moments that the replicas of `stage`, with `layers`, noted in it; collective.
 
-        They call this together. Travels in float64, in which moments are combined.
+        They travel in float64, in which they are combined.
         """
         parts = [torch.empty(0, dtype=torch.float64)]
         for index, layer in enumerate(layers):
@@ -175,7 +175,7 @@ class BatchNorms:
         if not (layer.training and layer.track_running_stats) or mean is None or variance is None:
             return _BatchNorm.forward(layer, input)
         layer._check_input_dim(input)  # type: ignore[no-untyped-call]
-        # With momentum 1 the kernel writes the statistics that it computes anyway.
+        # With momentum 1 the kernel stores the batch statistics that it computes anyway.
         mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
         output = nn.functional.batch_norm(
             input, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps
@@ -192,7 +192,7 @@ class BatchNorms:
         mean: torch.Tensor,
         variance: torch.Tensor,
     ) -> None:
-        if mean.dtype.itemsize < 4:  # too coarse to be summed
+        if mean.dtype.itemsize < 4:  # too coarse to sum
             axes = [axis for axis in range(input.dim()) if axis != 1]
             variance, mean = torch.var_mean(input.detach().float(), axes)
         stage, m = microbatch
@@ -206,7 +206,7 @@ class BatchNorms:
 def buffers_kept(
     keepers: Sequence[BufferKeeper], batchnorms: BatchNorms, *, training: bool
 ) -> Iterator[None]:
-    """Run a call inside that leaves in all buffers what it should."""
+    """Run a call inside, and leave all buffers with the right values."""
     with undone(keepers, always=not training), batchnorms.one_update(training=training):
         yield
 
@@ -220,11 +220,11 @@ def _uses_batch_statistics(layer: _BatchNorm) -> bool:
 
 
 def _update(layer: _BatchNorm, moments: Moments) -> None:
-    """What `_BatchNorm.forward` does to the buffers, rounded once."""
+    """Update the buffers as `_BatchNorm.forward` does, rounded once."""
     factor = layer.momentum or 0.0
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
-        if layer.momentum is None:  # the mean over all minibatches
+        if layer.momentum is None:  # a cumulative mean
             factor = 1.0 / float(layer.num_batches_tracked)
     for running, new in (
         (layer.running_mean, moments.mean),

@@ -1,11 +1,11 @@
-"""What cells draw past the default generators: Python's and NumPy's numbers, own generators.
+"""Random numbers from other than torch's default generators: Python's, NumPy's, generator objects.
 
-Problem: a recomputation would draw other numbers than its forward did, and the gradients would be
-those of no step. Seeding every such source before every cell would cost each instruction.
-Idea: in the first call of a mode all sources that the cells can see are seeded before every cell,
-and looked at after it. Those that moved are seeded before every cell from then on, as the default
-generators are; the others cost nothing. A source that moves only later is noticed at the end of
-the step, and watched from the next one on.
+Problem: a recomputation would draw other numbers than its forward, and the gradients would belong
+to neither. Seeding every such source before every cell would slow down each instruction.
+Idea: in the first call of a mode, all sources that the cells can reach are seeded before every cell
+and inspected after it. Those whose state moved are seeded before every cell from then on, as the
+default generators are; the others cost nothing. A source that first moves in a later call is
+noticed at the end of that call, and watched from the next one on.
 """
 
 import itertools
@@ -26,7 +26,7 @@ _32_BITS = (1 << 32) - 1
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A generator of random numbers: how to read, seed and write its state."""
+    """A random number generator: how to read, seed and write its state."""
 
     name: str
     read: Callable[[], object]
@@ -69,24 +69,24 @@ _KINDS: dict[type, Callable[..., Source]] = {
 
 
 class Draws:
-    """What `codes` (modules, a loss function) may draw from, and what they were seen to."""
+    """The sources that `codes` (modules, a loss function) may draw from, and those they did."""
 
     def __init__(self, codes: Iterable[object]) -> None:
         self._codes = [*codes]
         self._sources: tuple[Source, ...] | None = None
         self._drawn: list[Source] = []
-        self._seeded: list[tuple[Source, object]] = []  # and their states, while watching
-        self._states: list[tuple[Source, object]] = []  # in the beginning of a call
+        self._seeded: list[tuple[Source, object]] = []  # with their states, while watching
+        self._states: list[tuple[Source, object]] = []  # at the beginning of the call
         self._watching = False
         self.active = False  # whether `enter` has anything to do
 
     @property
     def names(self) -> list[str]:
-        """Of what was drawn from."""
+        """The names of the sources that were drawn from."""
         return sorted({source.name for source in self._drawn})
 
     def enter(self, number: int) -> None:
-        """Seed with `number`, right before a cell runs."""
+        """Seed the sources with `number`, right before a cell runs."""
         if not self._watching:
             for source in self._drawn:
                 source.seed(number)
@@ -97,7 +97,7 @@ class Draws:
             self._seeded.append((source, source.read()))
 
     def look(self) -> list[Source]:
-        """What moved since `enter`; it counts as drawn from."""
+        """Return the sources that moved since `enter`, and record them as drawn from."""
         moved = [source for source, state in self._seeded if not _same(state, source.read())]
         self._drawn += [source for source in moved if source not in self._drawn]
         self._seeded.clear()
@@ -107,10 +107,10 @@ class Draws:
     def kept(
         self, *, watch: bool = False, guard: bool = False, undo: bool = False
     ) -> Iterator[list[Source]]:
-        """Put the states of what is seeded inside back at the end; all of them with `undo`.
+        """Restore the state of seeded sources at the end; of all sources with `undo`.
 
-        With `watch` every cell is watched inside. With `guard` the list holds afterwards what
-        moved without having been seeded.
+        With `watch`, every cell inside is watched. With `guard`, the list then holds the sources
+        that moved without having been seeded.
         """
         found: list[Source] = []
         self._watching = watch
@@ -130,7 +130,7 @@ class Draws:
                     source.write(state)
 
     def late(self) -> list[Source]:
-        """What has moved in this call so far without being watched or seeded."""
+        """Return the sources that moved in this call so far without being watched or seeded."""
         if self._watching:
             return []
         return [
@@ -145,7 +145,7 @@ class Draws:
         return self._sources
 
 
-_BOUND = MethodType, BuiltinFunctionType  # a generator's method, kept by itself
+_BOUND = MethodType, BuiltinFunctionType  # bound methods, whose generator is `__self__`
 
 
 def _own(codes: Sequence[object]) -> Iterator[Source]:

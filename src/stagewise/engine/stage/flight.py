@@ -14,27 +14,27 @@ from stagewise.model.added_losses import AddedLoss
 
 @dataclass(frozen=True)
 class CellKeywords:
-    """One cell's arguments by name for one microbatch."""
+    """One cell's keyword arguments for one microbatch."""
 
     cell: int
     structure: Structure
     tensors: list[torch.Tensor]  # the caller's
-    gradients: list[torch.Tensor | None]  # of `tensors`, once the graph ran backward
-    places: slice  # of `tensors` among all that the stage feeds its cells
+    gradients: list[torch.Tensor | None]  # of `tensors`, after backward
+    places: slice  # of `tensors` among the stage's inputs
 
 
 @dataclass(slots=True)
 class Flight:
-    """What a stage keeps of it: the inputs, and while a graph exists, its two ends."""
+    """What a stage keeps of one microbatch: its inputs and, while a graph exists, its two ends."""
 
-    inputs: list[torch.Tensor]  # detached leaves; tensors given by name come last
+    inputs: list[torch.Tensor]  # detached leaves, keyword arguments last
     structure: Structure
-    gradients: list[torch.Tensor | None]  # of the inputs, once the graph ran backward
-    num_received: int  # of the inputs
+    gradients: list[torch.Tensor | None]  # of the inputs, after backward
+    num_received: int  # inputs that are not keyword arguments
     entries: Sequence[Node] = ()  # where the graph begins, at the inputs
     roots: Sequence[torch.Tensor] = ()  # outputs with graph, or the losses
     names: tuple[str, ...] = ()  # of the losses
     added: Sequence[AddedLoss] = ()  # by the cells, with graph
-    sampled: Sampled | None = None  # of the outputs, where they are to come out again
+    sampled: Sampled | None = None  # of the outputs, to compare with the recomputation's
     buffers: Saved | None = None
     keywords: Sequence[CellKeywords] = ()

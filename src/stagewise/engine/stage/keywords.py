@@ -1,7 +1,7 @@
-"""Arguments by name: parts of the batch that go straight to the cells whose `forward` names them.
+"""Keyword arguments: parts of the batch that go straight to the cells whose `forward` names them.
 
-Every cell is given tensors of its own: what it changes in place no other cell sees, and the sum
-of its gradients does not depend on where the chain is cut.
+Every cell gets its own tensors: no other cell sees its in-place changes, and the order in which
+gradients are summed does not depend on where the chain is cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ from stagewise.model.cell import Chain
 
 
 def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torch.device) -> None:
-    """What `cells` are given by name in microbatch m becomes inputs like those that were received.
+    """Append the keyword arguments of `cells` in microbatch m to the flight's inputs.
 
-    Gradients will stand in the record too.
+    Their gradients are entered in the record as well.
     """
     given, place, keywords = [], flight.num_received, work.parts.keywords[m]
     for cell in cells:
@@ -40,19 +40,19 @@ def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torc
 
 
 def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> object:
-    """Call a cell with what the one before it returned."""
+    """Call a cell with the output of the one before it."""
     if isinstance(value, Arguments):
         return module(*value.args, **{**keywords, **value.kwargs})
     return module(value, **keywords) if keywords else module(value)
 
 
-Leaves = list[tuple[torch.Tensor, torch.Tensor]]  # the caller's tensor, the one in its place
+Leaves = list[tuple[torch.Tensor, torch.Tensor]]  # (the caller's tensor, the leaf in its place)
 
 
 def as_leaves(targets: Sequence[object]) -> tuple[Sequence[object], Leaves]:
-    """The loss's targets, as leaves of their own where they require gradients; and these.
+    """Replace targets that require gradients by leaves; return the targets and those leaves.
 
-    The microbatches' graphs would else meet in the caller's, which can run backward just once.
+    Otherwise the microbatches' graphs would share the caller's, which can run backward only once.
     """
     given, pairs = list[object](), Leaves()
     for target in targets:
@@ -69,12 +69,12 @@ NOT_GIVEN = -1
 
 
 class Routes:
-    """What reaches stages past their neighbours' values: arguments by name, and skips.
+    """What reaches stages other than from their neighbours: keyword arguments and skips.
 
-    For every name that some cell's `forward` has: the stages and ranks that take it.
-    `stage_ranks[s]` are the ranks that run stage s; `flows` the stages, no neighbours, between
-    which skips travel. Every rank knows the names of all cells, but holds none of the cells: those
-    of other ranks' stages would stay alive here.
+    Holds, for every keyword of some cell's `forward`, the stages and ranks that take it.
+    `stage_ranks[s]` are the ranks that run stage s, `flows` the pairs of non-adjacent stages
+    between which skips travel. Every rank knows the keywords of all cells but keeps no cell, which
+    would keep other ranks' stages alive.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class Routes:
         stage_ranks: Sequence[Sequence[int]],
         flows: Sequence[tuple[int, int]],
     ) -> None:
-        """From now on the chain is cut by `balance`."""
+        """Cut the chain by `balance` from now on."""
         self._stages = [s for s, num_cells in enumerate(balance) for _ in range(num_cells)]
         self._stage_ranks, self.flows = stage_ranks, flows
 
     def ranks(self, name: str, num_args: int) -> list[int]:
-        """The ranks that need `name` where the first cell gets `num_args` positional arguments."""
+        """Return the ranks that take `name` if the first cell gets `num_args` positional ones."""
         stages = {stage for _, stage in self.cells(name, num_args)}
         return sorted({rank for stage in stages for rank in self._stage_ranks[stage]})
 
     def cells(self, name: str, num_args: int) -> list[tuple[int, int]]:
-        """The (cell, stage) pairs that need it, in order of the chain."""
+        """Return the (cell, stage) pairs that take it, in chain order."""
         return [
             (index, self._stages[index])
             for index, takes in enumerate(self._takes)
@@ -112,7 +112,7 @@ class Routes:
         ]
 
     def starts_by_name(self, keywords: Mapping[str, object]) -> bool:
-        """Whether `keywords` hold the first cell's first argument, which then needs no inputs."""
+        """Return whether `keywords` hold the first cell's first argument (no inputs needed)."""
         return any(name in keywords for name in self._takes[0].beside(0)[:1])
 
     def check_known(self, keywords: Mapping[str, object]) -> None:
@@ -122,7 +122,7 @@ class Routes:
                 raise self._unknown(name)
 
     def check_given(self, columns: Sequence[Sequence[int]], num_args: int) -> None:
-        """Raise BatchError if some rank lacks what it takes: `columns[i][rank]` is NOT_GIVEN."""
+        """Raise BatchError if a rank lacks a keyword it takes: `columns[i][rank]` is NOT_GIVEN."""
         for name, column in zip(self.names, columns, strict=True):
             if all(mark == NOT_GIVEN for mark in column):
                 continue
@@ -138,7 +138,6 @@ class Routes:
 
     def _unknown(self, name: str, besides: str = "") -> BatchError:
         return BatchError(
-            f"no cell's forward takes the keyword argument {name!r}{besides}; by name this "
-            f"model's cells take: {', '.join(self.names) or 'nothing'} (*args and **kwargs take "
-            "none)"
+            f"no cell's forward takes the keyword argument {name!r}{besides}; this model's cells "
+            f"take by name: {', '.join(self.names) or 'nothing'} (*args and **kwargs do not count)"
         )

@@ -1,4 +1,4 @@
-"""The last stage's end: the losses of one microbatch, and where its backward starts from them."""
+"""The end of the last stage: a microbatch's losses, and the gradients that start its backward."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Loss = Callable[..., torch.Tensor | Mapping[str, torch.Tensor]]
 
 
 def takes_target(loss: Loss) -> bool:
-    """Whether `loss` takes more than the output, by its signature."""
+    """Return whether `loss` takes a second positional argument, by its signature."""
     try:
         parameters = inspect.signature(loss).parameters.values()
     except (TypeError, ValueError):
@@ -26,15 +26,16 @@ def takes_target(loss: Loss) -> bool:
 
 
 def share_of(work: Work, name: str, m: int) -> float:
-    """What the loss `name` of microbatch m counts."""
+    """Return the weight of the loss `name` of microbatch m."""
     shares = work.shares
     return shares.get(name, shares.get(OTHERS, work.by_samples))[m]
 
 
 def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str, torch.Tensor]:
-    """Microbatch m's losses by name, recorded without their graph; by default the output is one.
+    """Compute microbatch m's losses by name, and record them detached.
 
-    None where none counts: its mean over nothing would be NaN.
+    Without a loss function the output is the loss. Returns {} if every loss has weight 0 (a mean
+    over nothing would be NaN).
     """
     shares = work.shares
     if OTHERS in shares and not any([column[m] for column in shares.values()]):
@@ -45,7 +46,7 @@ def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str
         raise BatchError("the loss function returned an empty dict; return at least one loss")
     for name, one in by_name.items():
         if not isinstance(one, torch.Tensor) or one.numel() != 1:
-            raise _no_number(name, one, has_loss=loss is not None)
+            raise _not_a_number(name, one, has_loss=loss is not None)
     losses = dict(by_name)
     if work.look is not None and loss is not None and m not in work.record.losses:
         work.look.loss_ran(loss, m, output, work.parts.targets[m : m + 1])
@@ -54,9 +55,9 @@ def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str
 
 
 def seeds_of(flight: Flight, m: int, work: Work) -> list[torch.Tensor | None]:
-    """The gradient of each loss, the flight's roots: what it counts; None where it counts nothing.
+    """Return the gradient of each loss (the flight's roots): its weight, or None if that is 0.
 
-    Of a microbatch without losses the roots are the output, which gets zeros.
+    A microbatch without losses has its outputs as roots, which get zeros.
     """
     if not flight.names:
         return list(map(torch.zeros_like, flight.roots))
@@ -74,7 +75,7 @@ def add_seeds(
     roots: list[torch.Tensor],
     seeds: list[torch.Tensor],
 ) -> None:
-    """Let the backward of microbatch m start, too, from what its cells have added."""
+    """Let the backward of microbatch m also start from the losses that its cells added."""
     for loss in added:
         if loss.value.requires_grad:
             roots.append(loss.value)
@@ -82,19 +83,19 @@ def add_seeds(
 
 
 def record_added(added: Sequence[AddedLoss], m: int, work: Work) -> None:
-    """Note, without its graph, what cells have added; raises BatchError if it would count wrong."""
+    """Record the losses that cells added, detached; BatchError if their weight is unknown."""
     if not work.can_add_losses:
         raise BatchError(
-            "total_weight was given, but a cell adds a loss with add_loss, which counts by "
+            "total_weight was given, but a cell adds a loss with add_loss, which is weighted by "
             "samples; give total_samples too"
         )
     own = work.record.added.setdefault(m, [])
     own += [replace(loss, value=loss.value.detach()) for loss in added]
 
 
-def _no_number(name: str, loss: object, *, has_loss: bool) -> BatchError:
+def _not_a_number(name: str, loss: object, *, has_loss: bool) -> BatchError:
     got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-    remedy = "let the loss function return a mean" if has_loss else "give Pipeline a loss function"
+    remedy = "return a mean from the loss function" if has_loss else "give Pipeline a loss function"
     return BatchError(
         f"the {name} must be one number, a mean over the samples, or a dict of such numbers, "
         f"but it is {got}; {remedy}"

@@ -1,8 +1,8 @@
-"""Randomness as a function: what a cell draws depends on (seed, step, cell, microbatch) only.
+"""Randomness as a function: what a cell draws depends only on (seed, step, cell, microbatch).
 
-Dropout under a pipeline would depend on which process ran what before. So the device's default
-generator is seeded before every cell; recomputation seeds again and draws the same masks, and
-a run is the same at any number of stages. The caller's generator state is put back afterwards.
+Otherwise dropout would depend on what each process ran before. So the device's default generator is
+seeded before every cell; a recomputation seeds it again and draws the same masks, and a run is the
+same at any number of stages. The caller's generator state is restored afterwards.
 `Generator.manual_seed` costs about a microsecond, `torch.manual_seed` seventy.
 """
 
@@ -17,8 +17,8 @@ from stagewise.errors import CellError
 from stagewise.model.cell import Chain
 
 _MASK = (1 << 64) - 1
-_INITIALISATION = -1  # the step before all others
-_LOSS_CELL = (1 << 32) - 1  # the loss draws as a cell of its own, whatever the chain's length
+_INITIALISATION = -1  # as a step index, before all others
+_LOSS_CELL = (1 << 32) - 1  # as a cell index, for the loss, whatever the chain's length
 
 
 def derive_seed(seed: int, step: int, cell: int, microbatch: int) -> int:
@@ -34,7 +34,7 @@ def _mixed(state: int, number: int) -> int:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that dropout and its like draw from on `device`."""
+    """Return the generator that dropout and the like draw from on `device`."""
     if device.type == "mps":
         return torch.mps._get_default_mps_generator()
     if device.type in ("cuda", "xpu"):
@@ -46,25 +46,27 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def seed_initialisation(seed: int, cell_name: str) -> None:
-    """Seed the CPU's generator for a cell's initial values: by its name, so that they stay the
-    same in a part of the chain."""
+    """Seed the CPU's generator for a cell's initial values.
+
+    By its name, so that they are the same when only a part of the chain is built.
+    """
     digest = hashlib.blake2b(cell_name.encode(), digest_size=8).digest()
     name = int.from_bytes(digest, "big")
     torch.default_generator.manual_seed(derive_seed(seed, _INITIALISATION, name, 0))
 
 
 class CellRandomness:
-    """Seeds what cells of one device draw from, before each cell of one step.
+    """Seeds the generators that cells of one device draw from, before each cell of one step.
 
-    That is the device's default generator, the CPU's (a cell elsewhere may draw from it, too), and
-    what was found in `draws`.
+    These are the device's default generator, the CPU's (which any cell may use), and those found
+    by `draws`.
     """
 
     def __init__(
         self, seed: int, step: int, device: torch.device, draws: Draws | None = None
     ) -> None:
         self._step = _mixed(_mixed(0, seed), step)
-        self._cells: dict[int, int] = {}  # mixed that far: the rest is right before a cell runs
+        self._cells: dict[int, int] = {}  # the state after mixing in the cell, by cell
         self._generator, self.draws = default_generator(device), draws
         self._has_other = self._generator is not torch.default_generator
 
@@ -85,25 +87,24 @@ class CellRandomness:
         self.enter_cell(_LOSS_CELL, microbatch)
 
     def check_recomputed(self, stage: int, cells: Chain, microbatch: int) -> None:
-        """Raise CellError for a recomputation that differs, unless a source of random numbers was
-        found late: the call warns of it at its end."""
+        """Raise CellError for a recomputation that differs from its forward.
+
+        Unless a source of random numbers was found late: the call warns of it at its end.
+        """
         if self.draws is None or not self.draws.late():
             names = [cell.name for cell in cells]
             raise CellError(
-                f"stage {stage} computed something else on microbatch {microbatch} when it was "
-                f"recomputed, so that its gradients would be wrong: a cell of {', '.join(names)} "
-                "draws from a generator that it makes itself, takes the next of an iterator, "
-                "counts its calls or asks for the time; draw by torch from its default generator, "
-                "pass in what changes, or plan with recompute='never'"
+                f"stage {stage} computed something else when it recomputed microbatch "
+                f"{microbatch}, so its gradients would be wrong: one of the cells "
+                f"{', '.join(names)} draws from a generator that it creates itself, advances an "
+                "iterator, counts its calls or reads the clock; draw from torch's default "
+                "generator, pass in what changes, or plan with recompute='never'"
             )
 
 
 @contextmanager
 def generators_moved(devices: Iterable[torch.device]) -> Iterator[list[torch.device]]:
-    """The devices, that of the CPU included, whose default generator was drawn from inside.
-
-    The list is filled when the block ends.
-    """
+    """Yield a list that at the end holds the devices (or CPU) whose default generator was used."""
     moved: list[torch.device] = []
     every = {torch.device("cpu"), *devices}
     before = {device: default_generator(device).get_state() for device in every}
@@ -117,7 +118,7 @@ def generators_moved(devices: Iterable[torch.device]) -> Iterator[list[torch.dev
 
 @contextmanager
 def generators_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the default generators' states back at the end, that of the CPU included."""
+    """Restore the default generators' states at the end, including the CPU's."""
     generators = [default_generator(d) for d in {torch.device("cpu"), *devices}]
     states = [generator.get_state() for generator in generators]
     try:

@@ -1,10 +1,10 @@
-"""Whether a recomputation gave what its forward did; if not, the gradients are of neither.
+"""Whether a recomputation matches its forward; if not, the gradients would belong to neither.
 
-Problem: a cell that draws from a generator of its own making, takes the next of an iterator, counts
-its calls or asks for the time computes something else when it runs again.
-Idea: a few numbers of every output are kept by the forward, and compared after the recomputation.
-Calls that are looked at compare all microbatches, the others the first one, and that only on the
-CPU: elsewhere a call would wait for the numbers.
+Problem: a cell that draws from a generator it creates itself, advances an iterator, counts its
+calls or reads the clock computes something else when it runs again.
+Idea: the forward keeps a few numbers of every output, to compare with the recomputation's.
+Examined calls compare all microbatches, others only the first, and only on the CPU: elsewhere the
+comparison would synchronise with the device.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from stagewise.engine.stage.work import Work
 
 _NUMBERS, _PER_DIMENSION = 64, 8
-# Relative, of one kernel run twice.
+# Relative difference of one kernel run twice.
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
 _COARSE = 1e-2
 
@@ -27,13 +27,13 @@ class Sampled:
     numbers: list[torch.Tensor]
 
     def differs(self, outputs: Sequence[torch.Tensor]) -> bool:
-        """Whether `outputs` are others."""
+        """Return whether `outputs` differ from the sampled ones."""
         again = [_some_of(output) for output in outputs]
         return len(again) != len(self.numbers) or not all(map(_alike, self.numbers, again))
 
 
 def sampled(outputs: Sequence[torch.Tensor], m: int, work: Work) -> Sampled | None:
-    """Of microbatch m's outputs, which will be recomputed; None where that is not compared."""
+    """Sample microbatch m's outputs, which will be recomputed; None if they are not compared."""
     if work.look is None and (m or any(output.device.type != "cpu" for output in outputs)):
         return None
     return Sampled([_some_of(output).clone() for output in outputs])

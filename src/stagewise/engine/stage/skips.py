@@ -1,8 +1,8 @@
-"""Skips at work: which message carries which, and a stage whose cells stash and pop.
+"""Skip connections: which message carries which skip, and a stage whose cells stash and pop.
 
-A skip within a stage stays in the stage's graph. Between neighbours it travels with the
-boundary's value; further on it has a message of its own, straight from stage to stage, and its
-gradient comes back the same way. To the stage it is one more input, or one more output.
+A skip within a stage stays in the stage's graph. Between neighbours it travels with the boundary's
+value; over a longer distance it has its own message, straight from stage to stage, and its gradient
+returns the same way. To the stage it is one more input, or one more output.
 """
 
 import itertools
@@ -23,18 +23,18 @@ from stagewise.model.skip import Frame, Stashed, running
 from stagewise.model.skip_pairs import Skip
 from stagewise.schedule import Instruction, Kind
 
-Cargo = tuple[tuple[Skip, ...], ...]  # per message of an instruction, as `lower` orders them
+Cargo = tuple[tuple[Skip, ...], ...]  # per message of an instruction, in the order of `lower`
 
 
 class SkipRoutes:
-    """Where the skips of `chain` travel if it is cut by `balance`; keeps none of its cells."""
+    """Where the skips of `chain` travel if it is cut by `balance`; keeps no reference to cells."""
 
     def __init__(self, chain: Chain, balance: Sequence[int]) -> None:
         self._skips = [cell.skips for cell in chain]
         self.cut(balance)
 
     def cut(self, balance: Sequence[int]) -> None:
-        """From now on the chain is cut by `balance`."""
+        """Cut the chain by `balance` from now on."""
         stage_of = [stage for stage, size in enumerate(balance) for _ in range(size)]
         self._last = len(balance) - 1
         pairs = list(zip(stage_of, self._skips, strict=True))
@@ -48,15 +48,15 @@ class SkipRoutes:
 
     @property
     def flows(self) -> tuple[tuple[int, int], ...]:
-        """The (source, destination) stages that are no neighbours and yet exchange messages."""
+        """The (source, destination) pairs of non-adjacent stages that exchange messages."""
         return tuple(sorted(pair for pair in self._between if pair[1] - pair[0] > 1))
 
     def stage(
         self, index: int, cells: Chain, device: torch.device, *, is_last: bool, loss: Loss | None
     ) -> Stage:
-        """The stage of `cells`, able to stash and pop if they stand in a SkipScope.
+        """Build the stage of `cells`, able to stash and pop if any is inside a SkipScope.
 
-        Also where no skip crosses a cell: what a cell stashes for itself it must find again.
+        Even if no skip crosses a cell: a cell must be able to pop what it stashed itself.
         """
         if not any(cell.skips.scopes for cell in cells):
             return Stage(index, cells, device, is_last=is_last, loss=loss)
@@ -72,7 +72,7 @@ class SkipRoutes:
         )
 
     def _cargo(self, pairs: Sequence[tuple[int, int]]) -> Cargo:
-        """What travels with the neighbour's value, or with the batch; then the messages further."""
+        """Return the skips that travel with the neighbour's value, then those of each message."""
         near = self._between.get(pairs[0], ()) if pairs else ()
         return near, *(self._between[pair] for pair in pairs[1:] if pair in self._between)
 
@@ -82,21 +82,21 @@ class _Journey:
     """A microbatch on its way from cell to cell."""
 
     value: object
-    frames: dict[str, Frame]  # by the scope's path
+    frames: dict[str, Frame]  # keyed by the scope's path
 
     def stashed(self) -> set[Skip]:
         return {Skip(path, name) for path, frame in self.frames.items() for name in frame.stashed}
 
 
 class _Visits:
-    """Runs the cells of one pass; apart from the stage, which would else refer to itself."""
+    """Runs the cells of one pass; separate, since the stage would otherwise refer to itself."""
 
     def __init__(self, cells: Chain, arriving: Cargo, leaving: Cargo) -> None:
         self._cells, self._arriving, self._leaving = cells, arriving, leaving
         self._scopes = {scope for cell in cells for scope in cell.skips.scopes}
 
     def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
-        """Run one cell; the first unpacks what arrived, the last packs what leaves."""
+        """Run one cell; the first unpacks the arriving skips, the last packs the leaving ones."""
         journey = value if cell is not self._cells[0] else self._unpack(value)
         assert isinstance(journey, _Journey)
         before, value = journey.stashed(), journey.value
@@ -150,10 +150,10 @@ class SkipStage(Stage):
         self._calls = [(cell, partial(visits.run, cell)) for cell in cells]
         self._calls_modules = False
         self._arrive_apart, self._leave_apart = len(arriving) > 1, len(leaving) > 1
-        self._num_inputs: dict[int, list[int]] = {}  # microbatch -> tensors of each message
+        self._num_inputs: dict[int, list[int]] = {}  # microbatch -> number of tensors per message
 
     def action(self, instruction: Instruction) -> Action:
-        """As `Stage.action`, with one value per message in and out where there are several."""
+        """Like `Stage.action`, with one value per message where there are several."""
         run = super().action(instruction)
         several = self._forward if instruction.kind is Kind.FORWARD else self._backward
         return partial(several, instruction.microbatch, run)
@@ -188,10 +188,10 @@ def _several(value: object) -> tuple[object, ...]:
 
 
 def _branch(frame: Frame, name: str) -> None:
-    """Give a stashed value autograd nodes of its own.
+    """Give a stashed value its own autograd nodes.
 
-    So its users' gradients are summed before they join those of the cell's output, whether they
-    come through the graph or in a message.
+    So the gradients of its users are summed before they join those of the cell's output, whether
+    they arrive through the graph or in a message.
     """
     tensors, structure = take_apart(frame.stashed[name].unchanged())
     value = put_together([tensor[...] for tensor in tensors], structure)
@@ -199,7 +199,7 @@ def _branch(frame: Frame, name: str) -> None:
 
 
 def _check_owned(popped: Stashed, value: object, journey: _Journey) -> None:
-    """Raise CellError if the cell that popped it changed more by it than what it popped."""
+    """Raise CellError if the popping cell's in-place change reaches other values as well."""
     changed = popped.changed()
     if not changed:
         return
@@ -213,7 +213,7 @@ def _check_owned(popped: Stashed, value: object, journey: _Journey) -> None:
 
 
 def _check(cell: Cell, before: set[Skip], after: set[Skip]) -> None:
-    """Raise CellError unless the cell did what it declares."""
+    """Raise CellError unless the cell stashed and popped what it declares."""
     stashes, pops = set(cell.skips.stashes), set(cell.skips.pops)
     for what, skips, remedy in (
         ("declares that it stashes", stashes - after, "stash it in every forward (None will do)"),

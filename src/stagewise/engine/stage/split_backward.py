@@ -1,13 +1,14 @@
-"""Split backward: `I` takes a graph's gradients down to its inputs, `W` later those of weights.
+"""Split backward: `I` computes the gradients of a graph's inputs, `W` later those of its weights.
 
-Problem: autograd computes both in one go, and a graph that ran backward is spent.
-Idea: `I` runs backward once, and leaves out the weights of *products* (matrix product,
-convolution, embedding), where the work is; each product notes the gradient that it received.
-`W` applies just those nodes again, and asks them for their weights' gradients only. Everything
-else happens in `I`: what is no product, and weights that something else in the graph uses too.
-Invariants: every gradient is the sum that one backward makes, of the same kernels' results; every
-hook and every custom function runs once; between `I` and `W` lives what the products received,
-and what they, and what makes their weights, saved. Source: zero bubble, arXiv:2401.10241.
+Problem: autograd computes both at once, and a graph can run backward only once.
+Idea: `I` runs backward once but leaves out the weights of *products* (matrix product, convolution,
+embedding), where most of the work is; each product notes the gradient that it received. `W`
+applies only those nodes again, and asks only for their weights' gradients. Everything else happens
+in `I`: nodes other than products, and weights that the graph uses elsewhere too.
+Invariants: every gradient is the same sum of the same kernels' results as in one backward; every
+hook and custom function runs once; between `I` and `W` only the products' received gradients and
+saved tensors live on (with those of the nodes that make their weights). Source: zero bubble,
+arXiv:2401.10241.
 """
 
 import functools
@@ -21,8 +22,8 @@ from stagewise.batch.layouts import num_bytes
 from stagewise.engine.stage.activation_meter import Packed, unpack
 from stagewise.engine.stage.autograd import run_backward
 
-# Nodes that refuse to run as a part of their graph, or to keep it: reentrant checkpointing,
-# compiled code, which frees what it is given, and FSDP's, which sums the gradients when it runs.
+# Nodes that cannot run in a partial or retained backward: reentrant checkpointing, compiled code
+# (it frees its inputs), and FSDP's (it reduces gradients when it runs).
 _INDIVISIBLE = (
     "CheckpointFunctionBackward",
     "CompiledFunctionBackward",
@@ -30,12 +31,12 @@ _INDIVISIBLE = (
 )
 
 
-TOGETHER_BYTES = 1 << 20  # of weights' gradients that are added in one go
+TOGETHER_BYTES = 1 << 20  # of weight gradients that are accumulated in one backward call
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Traits:
-    """What a class of nodes is like."""
+    """The properties of a class of nodes."""
 
     is_leaf: bool  # adds to a tensor's `.grad`
     is_product: bool
@@ -45,11 +46,11 @@ class _Traits:
 
 @dataclass
 class Product:
-    """A node whose weights' gradients are still to come."""
+    """A node whose weight gradients are deferred."""
 
     node: Node
-    weights: dict[int, GradientEdge]  # by the node's edge: where its weight's own graph begins
-    own: list[Node]  # that graph
+    weights: dict[int, GradientEdge]  # by index of the node's input: the edge to its weight
+    own: list[Node]  # the nodes from there to the weight
     received: list[torch.Tensor | None] = field(default_factory=list)
 
 
@@ -58,9 +59,9 @@ def backward_inputs(
     gradients: Sequence[torch.Tensor],
     entries: Iterable[Node],
 ) -> list[Product]:
-    """`I`: run the graph of `roots` backward as far as `entries`, where it begins.
+    """Run `I`: the backward of `roots` down to `entries`, where the graph begins.
 
-    Returns what `backward_weights` still has to do: nothing where the graph cannot be split.
+    Returns the products left for `backward_weights`: none if the graph cannot be split.
     """
     inputs = frozenset(entries)
     users = _users([get_gradient_edge(root).node for root in roots], inputs)
@@ -82,12 +83,11 @@ def backward_inputs(
 
 
 def backward_weights(products: list[Product]) -> None:
-    """`W`: add the gradients of the products' weights to `.grad`; empties `products`.
+    """Run `W`: accumulate the gradients of the products' weights; empties `products`.
 
-    A node computes what the running backward asks for, so the nodes are applied from within one
-    that asks for their weights. That spares the gradients of their inputs, and autograd does not
-    run on into whatever else the graph holds. Small gradients wait for a few others, and go on to
-    their weights together.
+    A node computes only what the running backward asks for, so the nodes are applied from within a
+    backward that asks for their weights. That avoids computing their inputs' gradients, and
+    autograd does not run on into the rest of the graph. Small gradients are accumulated in groups.
     """
 
     if not products:
@@ -110,7 +110,7 @@ def backward_weights(products: list[Product]) -> None:
 
 
 def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
-    """The gradients of a product's weights, and where each goes on."""
+    """Yield the gradients of a product's weights, each with its edge."""
     found = product.node(*product.received)  # type: ignore[operator]
     _release(product.node)
     results = found if isinstance(found, tuple) else (found,)
@@ -121,7 +121,7 @@ def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
 
 
 def _users(roots: Sequence[Node], inputs: frozenset[Node]) -> dict[Node, int]:
-    """How many edges lead to each node below `roots`; none for a graph that is indivisible."""
+    """Count the edges that lead to each node below `roots`; {} if the graph is indivisible."""
     users = dict.fromkeys(roots, 0)
     stack = list(users)
     for root in roots:
@@ -158,9 +158,9 @@ def _products(users: dict[Node, int], inputs: frozenset[Node]) -> Iterator[Produ
 
 
 def _chain(node: Node, users: dict[Node, int], inputs: frozenset[Node]) -> list[Node]:
-    """The nodes from here to a leaf if nothing else leads there; else none.
+    """Return the nodes from here to a leaf if nothing else leads there; else [].
 
-    Between a product and its weight there stand a transposition, say, or a cast of autocast's.
+    Between a product and its weight there may be, say, a transposition or an autocast cast.
     """
     chain = []
     while users[node] == 1 and node not in inputs:
@@ -176,7 +176,7 @@ def _chain(node: Node, users: dict[Node, int], inputs: frozenset[Node]) -> list[
 
 
 def _note(received: list[torch.Tensor | None]) -> Callable[[tuple[torch.Tensor, ...]], None]:
-    """A hook that notes what a node received, past all other hooks."""
+    """Return a prehook that notes the gradients a node received."""
 
     def hook(gradients: tuple[torch.Tensor, ...]) -> None:
         received[:] = gradients
@@ -185,7 +185,7 @@ def _note(received: list[torch.Tensor | None]) -> Callable[[tuple[torch.Tensor, 
 
 
 def _fitted(gradient: torch.Tensor, edge: GradientEdge) -> torch.Tensor:
-    """Summed to the shape of what was broadcast, as autograd does between nodes."""
+    """Sum a gradient to the shape of the broadcast input, as autograd does between nodes."""
     shape = edge.node._input_metadata[edge.output_nr].shape
     return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
 
@@ -197,14 +197,14 @@ def _saved(node: Node) -> Iterator[torch._C._autograd.SavedTensor]:
 
 
 def _is_packed(node: Node) -> bool:
-    """Whether someone else's hooks pack what it saved: unpacking again may run a forward again."""
+    """Return whether others' hooks packed its saved tensors: unpacking might rerun a forward."""
     return any(saved.unpack_hook not in (None, unpack) for saved in _saved(node))  # type: ignore[attr-defined]
 
 
 def _release(node: Node) -> None:
-    """Let go of what a node saved, as autograd does in a graph that it need not keep.
+    """Free a node's saved tensors, as autograd does when it does not retain the graph.
 
-    But for single numbers: those of Python's, too, are tensors here, which dispatch modes refuse.
+    Except scalars: Python numbers are saved as tensors too, which dispatch modes refuse.
     """
     for saved in _saved(node):
         if isinstance(saved.data, Packed):  # type: ignore[attr-defined]
@@ -219,8 +219,8 @@ def _nothing(_: torch.Tensor) -> None:
 
 def _spent(_: None) -> torch.Tensor:
     raise RuntimeError(
-        "a graph that ran backward for a microbatch is used by another one; compute what "
-        "microbatches share in each of them"
+        "a graph that has already run backward for one microbatch is used by another; recompute "
+        "in each microbatch what they share"
     )
 
 
@@ -239,7 +239,7 @@ def _traits_of(kind: type[Node]) -> _Traits:
     )
 
 
-# Autograd's names, without "Backward0", of the nodes whose weight gradient is worth putting off.
+# Autograd's names, without "Backward0", of the nodes whose weight gradient is worth deferring.
 PRODUCTS = (
     *("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "GroupedMm"),
     *("Convolution", "ConvolutionOverrideable", "ConvTbc", "Trilinear"),

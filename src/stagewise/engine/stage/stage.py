@@ -1,10 +1,9 @@
-"""One stage at work: what each instruction does with one microbatch.
+"""One stage: what each instruction does with one microbatch.
 
-A stage is a graph island: detached tensors in, outputs out. Its saved state per microbatch is a
-`Flight`: the inputs, and while a graph exists, the roots of that graph. `F` makes the graph, or
-only the output if the microbatch is recomputed; `R` makes the graph again with the same seeds,
-buffers and autocast; `B` uses it once and drops it; `I` uses it, and leaves for `W` what that
-needs of it.
+A stage's graph is an island: detached tensors in, outputs out. Its state per microbatch is a
+`Flight`: the inputs and, while a graph exists, its roots. `F` builds the graph, but keeps only the
+inputs if the microbatch is recomputed; `R` builds it again with the same seeds, buffers and
+autocast; `B` uses and drops it; `I` uses it and keeps what `W` needs.
 """
 
 import operator
@@ -44,7 +43,7 @@ from stagewise.model.added_losses import COLLECTING, LossCollector
 from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction, Kind
 
-Action = Callable[[list[Apart], Work], Any]  # of what was received; returns what is sent
+Action = Callable[[list[Apart], Work], Any]  # received values -> the value to send
 _TRAINING, _REQUIRES_GRAD, _VERSION, _FULL_HOOK = map(
     operator.attrgetter, ("training", "requires_grad", "_version", "_is_full_backward_hook")
 )
@@ -69,24 +68,24 @@ class Stage:
         self.buffers = BufferKeeper([cell.module for cell in cells])
         self._flights: dict[int, Flight] = {}
         self._deferred: dict[int, list[Product]] = {}  # from `I` to `W`
-        # Whether the first run changed each input in place.
+        # Whether the first run changed each input in place, by key of the call.
         self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._known_flags: dict[tuple[bool, ...], int] = {}
-        self._flags = 0  # a number for those of the running call
-        self._calls_modules = True  # with nothing around them
+        self._flags = 0  # index of the running call's flags
+        self._calls_modules = True  # directly, without wrappers
 
     def begin(self) -> tuple[bool, ...]:
-        """Begin a call; returns what decides, besides the inputs, which gradients there are."""
+        """Begin a call; return the flags that, with the inputs, decide which gradients exist."""
         flags = (*map(_TRAINING, self._modules), *map(_REQUIRES_GRAD, self._parameters))
         self._flags = self._known_flags.setdefault(flags, len(self._known_flags))
         return flags
 
     def action(self, instruction: Instruction) -> Action:
-        """What runs `instruction` on what was received for it; it returns the value to send on."""
+        """Return the callable that runs `instruction`: from received values to what is sent."""
         return partial(ACTIONS[instruction.kind], self, instruction.microbatch)
 
     def held(self) -> Iterator[torch.Tensor]:
-        """The tensors kept from forward to backward, besides those that autograd saved."""
+        """Yield the tensors kept from forward to backward, besides those that autograd saved."""
         for flight in self._flights.values():
             yield from flight.inputs
         yield from self.roots()
@@ -95,22 +94,22 @@ class Stage:
                 yield from (tensor for tensor in product.received if tensor is not None)
 
     def roots(self) -> Iterator[torch.Tensor]:
-        """The outputs of the microbatches in flight, while their graphs exist."""
+        """Yield the outputs of microbatches in flight, while their graphs exist."""
         for flight in self._flights.values():
             yield from flight.roots
             yield from (loss.value for loss in flight.added)
 
     def clear(self) -> None:
-        """End a call; what a failed one left in flight is forgotten."""
+        """End a call, dropping what a failed one left in flight."""
         self._flights.clear()
         self._deferred.clear()
 
     def forward(self, m: int, received: list[Apart], work: Work) -> Apart | None:
         """Run microbatch m; keep its graph unless it is recomputed later.
 
-        The graph is made in any case: kernels choose their order of summation, and modules their
-        way, by whether gradients are on, and the recomputation must give the same bits. It is
-        dropped at once, so the peak is that of the recomputation.
+        The graph is built even then: kernels and modules may compute differently with gradients
+        off, and the recomputation must give the same bits. It is dropped at once, so the peak is
+        that of the recomputation.
         """
         tensors, structure = received[0] if received else take_apart(work.parts.inputs[m])
         inputs = list(map(leaf_of, tensors))
@@ -132,7 +131,7 @@ class Stage:
         return None if self.is_last else (list(map(leaf_of, roots)), output_structure)
 
     def recompute(self, m: int, received: list[Apart], work: Work) -> None:
-        """Make the graph of microbatch m again, from its inputs."""
+        """Build the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
         with self.buffers.recompute(flight.buffers or {}):
             output = self._run_cells(flight, Kind.RECOMPUTE, m, work)
@@ -141,7 +140,7 @@ class Stage:
             work.randomness[self.device].check_recomputed(self.index, self.cells, m)
 
     def backward(self, m: int, received: list[Apart], work: Work) -> Apart | None:
-        """Run microbatch m's graph backward; returns a gradient, or None, per input tensor."""
+        """Run microbatch m's backward; return a gradient, or None, per input tensor."""
         flight = self._flights.pop(m)
         roots, seeds = self._start_of(flight, m, received, work)
         if roots:
@@ -150,8 +149,8 @@ class Stage:
         return self._gradients_of(flight, m, work)
 
     def backward_input(self, m: int, received: list[Apart], work: Work) -> Apart | None:
-        """As `backward`, but put off what only parameters need, where that can be put off."""
-        # Such a hook (not a full one) sees what its module's last node gives, weights included.
+        """Like `backward`, but defer weight gradients where possible."""
+        # A non-full backward hook sees all gradients of its module's last node, weights included.
         if False in map(_FULL_HOOK, self._modules):
             return self.backward(m, received, work)
         flight = self._flights.pop(m)
@@ -159,18 +158,18 @@ class Stage:
         if roots:
             with without_autocast(self.device.type) if work.is_autocast else _NOTHING:
                 self._deferred[m] = backward_inputs(roots, seeds, flight.entries)
-            for leaf in flight.inputs:  # what is left of the graph ends there
+            for leaf in flight.inputs:  # the rest of the graph still refers to them
                 leaf.data = leaf.new_empty(0)
         return self._gradients_of(flight, m, work)
 
     def backward_weight(self, m: int, received: list[Apart], work: Work) -> None:
-        """Add to the parameters' gradients what `backward_input` put off."""
+        """Accumulate the weight gradients that `backward_input` deferred."""
         with without_autocast(self.device.type) if work.is_autocast else _NOTHING:
             backward_weights(self._deferred.pop(m, []))
 
     @contextmanager
     def _noting(self, flight: Flight, m: int, work: Work, *, remember: bool) -> Iterator[None]:
-        """Run a forward inside: buffers keep to microbatches, BatchNorm's to the minibatch."""
+        """Run a forward inside: buffers change by microbatch, BatchNorm's by minibatch."""
         with (
             self.buffers.forward(remember=remember) as flight.buffers,
             work.batchnorms.noting(self.index, m),
@@ -180,7 +179,7 @@ class Stage:
     def _start_of(
         self, flight: Flight, m: int, received: list[Apart], work: Work
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Where microbatch m's backward starts, and with which gradients."""
+        """Return the roots of microbatch m's backward and their gradients."""
         gradients = seeds_of(flight, m, work) if self.is_last else optionals(received[0])
         roots, seeds = [], []
         for root, gradient in zip(flight.roots, gradients, strict=True):
@@ -192,7 +191,7 @@ class Stage:
         return roots, seeds
 
     def _gradients_of(self, flight: Flight, m: int, work: Work) -> Apart | None:
-        """Of what was received; those of what cells were given by name are noted."""
+        """Return the gradients of the received inputs; record those of keyword arguments."""
         for given in flight.keywords:
             given.gradients[:] = flight.gradients[given.places]
         result = tuple(flight.gradients[: flight.num_received])
@@ -205,7 +204,8 @@ class Stage:
     def _run_cells(self, flight: Flight, kind: Kind, m: int, work: Work) -> object:
         """Run the cells, and the loss on the last stage.
 
-        Cells that change their input in place work on a copy: it is needed again. At first all do.
+        Cells that change their input in place get a copy, since it is needed again; in the first
+        run, all do.
         """
         names = work.parts.keywords[0] if work.parts.keywords else ()
         key = (work.mode is Mode.TRAIN, self._flags, *map(_REQUIRES_GRAD, flight.inputs), *names)
@@ -218,9 +218,9 @@ class Stage:
             torch.set_grad_enabled(work.mode is Mode.TRAIN)
             if work.mode is Mode.TRAIN:
                 raise CellError(
-                    f"the cells of stage {self.index} left gradients switched off on microbatch "
-                    f"{m}, for all that follows; use `with torch.no_grad():`, or cut the model so "
-                    "that they are switched on again in the same stage"
+                    f"the cells of stage {self.index} left gradients disabled after microbatch "
+                    f"{m}; use `with torch.no_grad():`, or cut the model so that the same stage "
+                    "enables them again"
                 )
         changed = tuple(map(operator.ne, map(_VERSION, fed), versions))
         if True in changed:
@@ -232,7 +232,7 @@ class Stage:
     def _through(
         self, fed: list[torch.Tensor], flight: Flight, kind: Kind, m: int, work: Work
     ) -> object:
-        """What the cells, and on the last stage the loss, make of `fed`."""
+        """Run the cells, and on the last stage the loss, on `fed`."""
         value = put_together(fed, flight.structure)
         named: dict[int, Mapping[str, object]] = {}
         for given in flight.keywords:
@@ -272,7 +272,7 @@ class Stage:
         return value
 
     def _end(self, output: object, flight: Flight, kind: Kind, m: int, work: Work) -> object:
-        """Past the last cell: record the output, or compute the losses and record those."""
+        """Finish the last stage: record the output, or compute and record the losses."""
         if work.mode is Mode.PREDICT:
             work.record.outputs[m] = output
             return opened(output)
@@ -282,7 +282,7 @@ class Stage:
         if not losses:
             return output
         flight.names = tuple(losses)
-        # A tensor that is two losses is a root twice.
+        # A tensor returned as two losses is a root twice.
         roots = tuple(losses.values())
         return roots if len(roots) == 1 else tuple(root[...] for root in roots)
 

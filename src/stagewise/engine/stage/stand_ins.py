@@ -1,7 +1,7 @@
-"""Stand-ins: what takes the place of a tied parameter in the cells that use it, for one call.
+"""Stand-ins: leaves that replace a tied parameter in the cells that use it, for one call.
 
-Every cell that uses a parameter of another cell gets a leaf of its own, so that gradients arrive
-by cell and are summed once, in an order that does not depend on the partition.
+Every cell that uses a tied parameter gets its own leaf, so that gradients arrive by cell and are
+summed once, in an order that does not depend on the partition.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from stagewise.engine.stage.gradient import LOW_PRECISION, Gradient, WideSums, d
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module of a using cell keeps a tied parameter."""
+    """The module and attribute where a using cell keeps a tied parameter."""
 
     module: nn.Module
     attribute: str
@@ -23,7 +23,7 @@ class _Place:
 
 
 class StandIns:
-    """What takes the place of tied parameters in one call."""
+    """The leaves that replace tied parameters in one call."""
 
     def __init__(
         self,
@@ -31,15 +31,15 @@ class StandIns:
         leaves: Mapping[tuple[int, nn.Parameter], nn.Parameter] | None = None,
         before: Mapping[nn.Parameter, Gradient] | None = None,
     ) -> None:
-        self.cells, self._leaves = places or {}, leaves or {}  # the cells that have any
-        self.before = before or {}  # the gradients that the parameters came with
-        self._wide = WideSums()  # by cell and parameter
+        self.cells, self._leaves = places or {}, leaves or {}
+        self.before = before or {}  # the parameters' gradients before the step
+        self._wide = WideSums()  # keyed by (cell, parameter)
 
     @contextmanager
     def inside(self, cell: int) -> Iterator[None]:
         """Run cell `cell` inside, with its stand-ins in place."""
         places = [p for p in self.cells[cell] if (cell, p.parameter) in self._leaves]
-        for place in places:  # setattr, since nn.LSTM and its like keep a list besides
+        for place in places:  # setattr, since nn.LSTM and the like also keep a list
             setattr(place.module, place.attribute, self._leaves[cell, place.parameter])
         try:
             yield
@@ -48,13 +48,13 @@ class StandIns:
                 setattr(place.module, place.attribute, place.parameter)
 
     def sum_in_float32(self) -> None:
-        """Let no microbatch's gradient stay in a `.grad` of low precision."""
+        """Sum the gradients of low-precision leaves in float32."""
         for key, leaf in self._leaves.items():
             if leaf.dtype in LOW_PRECISION:
                 self._wide.follow(key, leaf)
 
     def take_gradient(self, cell: int, parameter: nn.Parameter) -> Gradient:
-        """What the microbatches left for `parameter` in `cell`, dense and on its device."""
+        """Take the gradient of `parameter` in `cell`, dense and on the parameter's device."""
         gradient = taken(self._leaves[cell, parameter])
         total = self._wide.pop((cell, parameter))
         return dense_like(parameter, gradient if total is None else total)

@@ -1,4 +1,4 @@
-"""What one call gives this rank's stages to do, and what they record of it."""
+"""What one call asks of this rank's stages, and what they record."""
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +15,17 @@ from stagewise.model.added_losses import AddedLoss, LossCollector
 from stagewise.model.cell import Cell
 from stagewise.schedule import Instruction
 
-# (microbatch, -cell) -> the caller's tensors that the cell was given by name, their gradients
+# (microbatch, -cell) -> the caller's tensors among the cell's keyword arguments, their gradients
 KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
-Shares = Mapping[str, tuple[float, ...]]  # by a loss's name, then by microbatch
+Shares = Mapping[str, tuple[float, ...]]  # name of a loss -> weight per microbatch
 
 Observer = Callable[[Instruction], None]
-CellForward = Callable[[object, Mapping[str, object]], object]  # of a value and keywords
-OTHERS = ""  # in shares: every loss that is not named
+CellForward = Callable[[object, Mapping[str, object]], object]  # (value, keywords) -> value
+OTHERS = ""  # in shares: every loss without an entry
 
 
 class Look(Protocol):
-    """Looks at what cells and the loss function are called with."""
+    """Inspects the calls of cells and the loss function."""
 
     def cells(
         self,
@@ -34,10 +34,10 @@ class Look(Protocol):
         m: int,
         last: Cell | None,
     ) -> Sequence[tuple[Cell, CellForward]]:
-        """`calls` of microbatch m, looking; `last` is the whole chain's last cell."""
+        """Return `calls` of microbatch m, wrapped; `last` is the last cell of the whole chain."""
 
     def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
-        """Call once the loss function has run on `output`, and on the target in a list."""
+        """Call after the loss function has run on `output` and `target` (a list, maybe empty)."""
 
 
 class Mode(enum.IntEnum):
@@ -50,10 +50,10 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """How a step's loss counts where it is a part of something larger.
+    """How a step's loss counts if the step is a part of something larger.
 
-    `total_samples` and `total_weight` are those of all the steps whose gradients are accumulated
-    (None: this step is all); `gradient_scale` multiplies every gradient, as against underflow.
+    `total_samples` and `total_weight` are those of all steps whose gradients are accumulated
+    (None: only this one); `gradient_scale` multiplies every gradient, e.g. against underflow.
     """
 
     total_samples: int | None = None
@@ -63,13 +63,12 @@ class Scaling:
 
 @dataclass(kw_only=True)
 class Record:
-    """What this rank's stages have made of a call so far, by microbatch.
+    """What this rank's stages have computed in a call so far, by microbatch.
 
-    The last stage fills `losses` (detached, unweighted, by name) and, for PREDICT and where they
-    are kept, `outputs`; the first fills `input_gradients`; every stage `added`, in the order of its
-    cells, and every cell that was given keyword arguments `keyword_gradients`. `failure` is what
-    went wrong here; a `lost` rank computes nothing more, for that or since what it needs will not
-    come.
+    The last stage fills `losses` (detached, unweighted, by name) and, for PREDICT or if they are
+    kept, `outputs`; the first fills `input_gradients`; every stage `added`, in the order of its
+    cells, and every cell with keyword arguments `keyword_gradients`. `failure` is what went wrong
+    here; a `lost` rank computes nothing more: it failed, or a value it needs will not arrive.
     """
 
     losses: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -81,14 +80,14 @@ class Record:
     lost: bool = False
 
     def fail(self, failure: Failure) -> None:
-        """Note why this rank computes nothing more."""
+        """Note why this rank stops computing."""
         self.failure, self.lost = failure, True
 
 
 class Parts(NamedTuple):
     """This rank's part of a batch, by microbatch; empty where it has none.
 
-    `leaves` are (the caller's target, the one that the loss gets and whose `.grad` counts).
+    `leaves` are (caller's target, the leaf given to the loss in its place) pairs.
     """
 
     inputs: Sequence[object] = ()
@@ -105,20 +104,20 @@ class Work:
     """One call on one rank.
 
     `sizes[m]` is the number of samples in microbatch m, `by_samples[m]` its share of them;
-    `shares[name][m]` is what the loss `name` of microbatch m counts, OTHERS standing for all that
-    have no entry, which count by samples if it has none either.
+    `shares[name][m]` is the weight of the loss `name` in microbatch m. OTHERS stands for losses
+    without an entry; without OTHERS, those are weighted by samples.
     """
 
     mode: Mode
     sizes: tuple[int, ...]
     by_samples: tuple[float, ...]
-    signature: int = 0  # equal for batches of equal forms
+    signature: int = 0  # equal for batches of the same form
     recomputed: frozenset[tuple[int, int]] = frozenset()  # (stage, microbatch)
     parts: Parts = NO_PARTS
     num_args: int = 1  # positional arguments of the model's first cell
     shares: Shares = field(default_factory=dict)
     gradient_scale: float = 1.0
-    can_add_losses: bool = True  # their share, by samples, is known
+    can_add_losses: bool = True  # their weight, by samples, is known
     keeps_outputs: bool = False
     is_autocast: bool = False
     randomness: Mapping[torch.device, CellRandomness] = field(default_factory=dict)
