@@ -1,5 +1,6 @@
 """Ranks that do not make the same calls hear of it at once, all of them, by name."""
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 import stagewise
-from stagewise.engine.transport.ranks import _leave
+from stagewise.checker.check_parity import check_parity
+from stagewise.engine.transport.connect import _leave
 from stagewise.errors import BatchError, PeerError, PlanError, StagewiseError
+from tests.engine.transport.wires import fresh_connections
 from tests.harness import Pools
 
 X = torch.arange(32.0).view(8, 4) / 32
@@ -25,6 +28,15 @@ def pipeline(**options: object) -> stagewise.Pipeline:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 4))
     options = {"loss": nn.functional.mse_loss} | options
     return stagewise.Pipeline(model, PLAN, **options)  # type: ignore[arg-type]
+
+
+def crossed() -> str:
+    """Each rank steps another of two Pipelines; then both go on."""
+    one, two = pipeline(), pipeline()
+    with pytest.raises(BatchError) as caught:
+        step((one, two)[one.rank])
+    step(one), step(two)
+    return str(caught.value)
 
 
 def one_in_eval() -> str:
@@ -48,6 +60,16 @@ def step(pipe: stagewise.Pipeline, batch: torch.Tensor = X, **options: object) -
 def cast(pipe: stagewise.Pipeline, *, enabled: bool) -> object:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         return step(pipe)
+
+
+def planned() -> object:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return stagewise.plan(model, X, num_stages=2, num_microbatches=2)
+
+
+def compared() -> object:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return check_parity(model, X, target=X, transport="distributed", schedules=["1f1b"])
 
 
 Act = Callable[[stagewise.Pipeline], object]
@@ -106,6 +128,16 @@ ACTS: dict[str, tuple[Act, Act, str]] = {
         lambda p: step(p, X[:4]),
         "rank 0: (8, 4) torch.float32, rank 1: (4, 4) torch.float32",
     ),
+    "build, step": (lambda p: pipeline(), step, "calls: rank 0: Pipeline(...), rank 1: step;"),
+    "step, build": (step, lambda p: pipeline(), "calls: rank 0: step, rank 1: Pipeline(...);"),
+    "plan, step": (lambda p: planned(), step, "calls: rank 0: plan, rank 1: step;"),
+    "any, plan": (lambda p: p.any(True), lambda p: planned(), "rank 0: any, rank 1: plan;"),
+    "plan, build": (
+        lambda p: planned(),
+        lambda p: pipeline(),
+        "calls: rank 0: plan, rank 1: Pipeline(...);",
+    ),
+    "parity, step": (lambda p: compared(), step, "calls: rank 0: check_parity, rank 1: step;"),
     "refused by itself": (step, lambda p: p.predict(X, ranks=[7]), "rank 0: step, rank 1: predict"),
 }
 
@@ -140,11 +172,18 @@ def test_a_model_in_eval_mode_on_one_rank_is_named(pools: Pools) -> None:
         assert "different modes: rank 0: train(), rank 1: eval()" in text
 
 
+def test_calls_of_other_pipelines_are_named(pools: Pools) -> None:
+    for text in pools[2].run(crossed):
+        assert re.search(r"rank 0: step of Pipeline \d+, rank 1: step of Pipeline \d+;", text)
+
+
 # What each rank is given.
 BUILT: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "seed=": ({"seed": 1}, {"seed": 2}),
     "weight=": ({"weight": len}, {}),
     "accumulate_in_float32=": ({}, {"accumulate_in_float32": True}),
+    "state=": ({"state": "one"}, {"state": "another"}),
+    "init=": ({"init": print}, {}),
 }
 
 
@@ -171,20 +210,18 @@ def test_other_options_are_named_when_a_pipeline_is_built(pools: Pools) -> None:
 
 
 def one_ends(ending: int) -> tuple[str, float]:
-    pipe = pipeline()
-    step(pipe)
-    if pipe.rank == ending:
-        at_its_end = [
-            finalizer
-            for finalizer in util._finalizer_registry.values()  # type: ignore[attr-defined]
-            if finalizer._callback is _leave and finalizer._args[0]() is pipe.ranks
-        ]
-        at_its_end[0]()
-        return "", 0.0
-    start = time.monotonic()
-    with pytest.raises(PeerError) as raised:
+    with fresh_connections():
+        pipe = pipeline()
         step(pipe)
-    return str(raised.value), time.monotonic() - start
+        if pipe.rank == ending:
+            finalizers = util._finalizer_registry.values()  # type: ignore[attr-defined]
+            [at_its_end, *_] = [one for one in finalizers if one._callback is _leave]
+            at_its_end()
+            return "", 0.0
+        start = time.monotonic()
+        with pytest.raises(PeerError) as raised:
+            step(pipe)
+        return str(raised.value), time.monotonic() - start
 
 
 @pytest.mark.parametrize("ending", [0, 1])

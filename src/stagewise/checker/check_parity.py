@@ -24,8 +24,7 @@ from stagewise.checker.subject import MakeOptimizer, Model, Subject
 from stagewise.checker.verdicts import PlainModel
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.step.weights import Weight, is_sum
-from stagewise.engine.transport.connect import connect
-from stagewise.engine.transport.processes import values_of_all
+from stagewise.engine.transport.connect import connect, values_of_all
 from stagewise.errors import UsageError
 from stagewise.parity import Configuration, ParityReport, ParityRow
 from stagewise.planning.choice import ScheduleChoice
@@ -136,6 +135,8 @@ def check_parity(
         seed=seed,
         device=devices[0],
     )
+    if transport == "distributed":
+        values_of_all(None, "check_parity")
     compared = _dtype_of(subject)
     allowed = TOLERANCES[compared] if tolerance is None else tolerance
     rows: list[ParityRow] = []
@@ -181,7 +182,7 @@ def _dtype_of(subject: Subject) -> torch.dtype:
 def _merged(rows: list[ParityRow]) -> list[ParityRow]:
     """All ranks' rows; where several ranks have one quantity, the worst."""
     worst: dict[tuple[Configuration, str], ParityRow] = {}
-    for row in itertools.chain(*values_of_all(rows)):
+    for row in itertools.chain(*values_of_all(rows, "check_parity: what was compared")):
         key = (row.configuration, row.quantity)
         worst[key] = max(worst.get(key, row), row, key=lambda r: r.severity)
     return list(worst.values())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stagewise.batch.custom_split import Split
-from stagewise.checkpoints.sources import State
+from stagewise.checkpoints.sources import State, where
 from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.loss import Loss, takes_target
 from stagewise.engine.stage.skips import SkipRoutes
@@ -155,6 +155,8 @@ class Pipeline(Calls):
             "loss_reduction": loss_reduction,
             "split": split is not None,
             "merge": merge is not None,
+            "state": None if state is None else where(state),
+            "init": init is not None,
         }
         whole.agree(ranks, plan, options)
         refuse(chain, plan, self._devices, ranks)

@@ -13,7 +13,7 @@ from typing import Literal
 from stagewise.batch.markers import along
 from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
 from stagewise.engine.stage.loss import Loss
-from stagewise.engine.transport.connect import Device
+from stagewise.engine.transport.connect import Device, values_of_all
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
@@ -137,6 +137,7 @@ def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
 
 def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.0) -> Plan:
     """The plan that `request` says, its cut by what is measured on `example`; all ranks call it."""
+    values_of_all(None, "plan")  # who makes another call hears of it before it has waited
     choice = _checked(request, len(example.chain))
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
@@ -179,6 +180,7 @@ def search_plan(
 
     The request's `num_devices` is by default the number of ranks.
     """
+    values_of_all(None, "plan")
     if request.num_devices is None:
         if num_processes() == 1:
             raise PlanError("the search needs to know for how many devices; give num_devices")

@@ -17,8 +17,8 @@ from stagewise.batch.split import extent, first_microbatch, microbatch_sizes
 from stagewise.batch.values import move
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.engine.stage.loss import Loss
-from stagewise.engine.transport.connect import Device, connect, trial_wire
-from stagewise.engine.transport.processes import num_processes, own_device, values_of_all
+from stagewise.engine.transport.connect import Device, connect, trial_wire, values_of_all
+from stagewise.engine.transport.processes import num_processes, own_device
 from stagewise.errors import BatchError, PlanError
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for, entering
@@ -134,7 +134,7 @@ def agreed_costs(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], Lin
     """The mean of all ranks' times, and what a message between ranks costs."""
     if num_processes() == 1:
         return cells, FREE_LINK
-    ranks = values_of_all((cells, *_link_times()))
+    ranks = values_of_all((cells, *_link_times()), "plan: what was measured")
     all_cells = [cells for cells, _, _ in ranks]
     small = max(seconds for _, seconds, _ in ranks)
     large = max(seconds for _, _, seconds in ranks)
@@ -169,5 +169,4 @@ def _link_times() -> tuple[float, float]:
                     wire.start_receive([buffer], sender)()
             times.append((time.perf_counter() - start) / 2)
         medians.append(sorted(times)[len(times) // 2] if times else 0.0)
-    wire.close()
     return medians[0], medians[1]

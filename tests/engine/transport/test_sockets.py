@@ -4,7 +4,6 @@ import signal
 import socket
 import threading
 import time
-from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -16,7 +15,7 @@ from stagewise.engine.transport.sockets import Sockets
 from stagewise.engine.transport.wire import Arrival
 from stagewise.errors import PeerError
 from tests.engine.transport.test_connect import made, transfer
-from tests.engine.transport.wires import other_hosts
+from tests.engine.transport.wires import fresh_connections, other_hosts
 from tests.harness import Pools
 
 LONG, SMALL_BYTES = timedelta(seconds=60), 1 << 16
@@ -166,7 +165,7 @@ def test_who_cannot_be_reached_gets_them_another_way(
 
 def neighbours(without: int | None, ways: tuple[str, ...]) -> tuple[set[int], list[list[int]]]:
     alone = torch.distributed.get_rank() == without
-    with other_hosts(*ways) if alone else nullcontext():
+    with other_hosts(*ways) if alone else fresh_connections():
         ranks, mail = made()
     return set(mail._marked), [
         [row[0] for row in ranks.exchange([ranks.rank], "rank")] for _ in range(3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagewise.engine.transport import connect_sockets
+from stagewise.engine.transport import connect, connect_sockets
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.wire import Arrival, BySize, Wires, in_turn
@@ -99,9 +99,17 @@ class _Posted:
 
 
 @contextmanager
-def other_hosts(*ways: str) -> Iterator[None]:
-    """As if every rank were on a host of its own: no Unix socket is listened at, or no other."""
+def fresh_connections() -> Iterator[None]:
+    """As in processes whose ranks have not met yet; all ranks enter."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connect, "_CONNECTED", {})
+        yield
+
+
+@contextmanager
+def other_hosts(*ways: str) -> Iterator[None]:
+    """As if this rank were on a host of its own: no Unix socket is listened at, or no other."""
+    with pytest.MonkeyPatch.context() as patch, fresh_connections():
         for way in ways or ("_unix_listener",):
             patch.setattr(connect_sockets, way, lambda *_: None)
         yield

@@ -1,6 +1,10 @@
 """Choose the devices and wires for a plan."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.util import Finalize
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,12 +16,14 @@ from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.processes import are_ready, num_processes, own_device
 from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.transport import Transport
 from stagewise.engine.transport.wire import BySize, Wire, Wires
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
 Device = torch.device | str
+T = TypeVar("T")
 
 
 def connect(
@@ -58,29 +64,81 @@ def connect(
 def in_one_process(devices: Sequence[torch.device]) -> Transport:
     """Return the transport of a process that runs every stage, stage s on `devices[s]`."""
     wire = LocalWire()
-    ranks = Ranks(Wires(wire, wire), Peers(0), devices[-1])
+    ranks = Ranks(Wires(wire, wire), Rendezvous(wire, Peers(0)), devices[-1])
     return Transport(LocalMailbox(devices), ranks)
 
 
 def between_processes(device: torch.device, group: dist.ProcessGroup | None = None) -> Transport:
     """Return this rank's transport, its stage on `device`; collective over `group`."""
-    group, peers = _whole(group)
-    wires = wires_for(device, group, peers)
-    return Transport(Mailbox(wires, device), Ranks(wires, peers, device, group))
+    group = _whole(group)
+    wires, rendezvous = _connections(device, group)
+    return Transport(Mailbox(wires, device), Ranks(wires, rendezvous, device, group))
 
 
 def trial_wire() -> Wire:
     """Return a wire like a pipeline's data wire, but without creating process groups."""
-    group, peers = _whole(None)
-    if own_device().type == "cpu":
-        return wires_for(own_device(), group, peers).data
-    return GroupWire(peers, group, group)
+    group = _whole(None)
+    wires, rendezvous = _connections(own_device(), group)
+    return wires.data if own_device().type == "cpu" else GroupWire(rendezvous.peers, group, group)
 
 
-def _whole(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, Peers]:
+def values_of_all(value: T, what: str) -> list[T]:
+    """Return every process's (picklable) value, by rank; collective, with the same `what`."""
+    if num_processes() == 1:
+        return [value]
+    return _connections(own_device(), _whole(None))[1].gather(value, what)
+
+
+def _whole(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = group if group is not None else dist.group.WORLD
     assert group is not None
-    return group, Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
+    return group
+
+
+@dataclass
+class _Connected:
+    """What this process keeps for a process group, whichever Pipelines come and go."""
+
+    rendezvous: Rendezvous
+    wires: dict[torch.device, Wires]
+
+
+# Pipelines and `plan` know nothing of each other, yet all calls in a group must be compared.
+_CONNECTED: dict[dist.ProcessGroup, _Connected] = {}
+
+
+def _connections(device: torch.device, group: dist.ProcessGroup) -> tuple[Wires, Rendezvous]:
+    """Return the wires and rendezvous of this process, connected on first use; collective."""
+    known = _CONNECTED.get(group)
+    wires = None if known is None else known.wires.get(device)
+    if known is None or wires is None:
+        peers = Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
+        wires = wires_for(device, group, peers)
+        if known is None:
+            for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
+                del _CONNECTED[destroyed]
+            _CONNECTED[group] = known = _Connected(Rendezvous(wires.control, peers), {})
+            # Also runs at the end of a multiprocessing process, which ignores atexit.
+            Finalize(None, _leave, exitpriority=0)
+        known.wires[device] = wires
+    return wires, known.rendezvous
+
+
+def disconnect() -> None:
+    """Close all connections of this process; call it before process groups are destroyed."""
+    for connected in _CONNECTED.values():
+        for wires in connected.wires.values():
+            for wire in {wires.data, wires.control}:
+                wire.close()
+    _CONNECTED.clear()
+
+
+def _leave() -> None:
+    """Tell ranks that wait for this one that its program ends here."""
+    error = getattr(sys, "last_value", None)
+    for connected in _CONNECTED.values():
+        connected.rendezvous.leave("" if error is None else f" ({type(error).__name__}: {error})")
+    _CONNECTED.clear()
 
 
 def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:

@@ -1,11 +1,7 @@
 """The processes of torch.distributed, before they become ranks of a pipeline."""
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
-
-T = TypeVar("T")
 
 
 def are_ready() -> bool:
@@ -21,14 +17,6 @@ def num_processes() -> int:
 def is_first() -> bool:
     """Return whether this process speaks for all."""
     return not are_ready() or dist.get_rank() == 0
-
-
-def values_of_all(value: T) -> list[T]:
-    """Return every process's (picklable) value, by rank; collective."""
-    values = [value] * num_processes()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def own_device() -> torch.device:

@@ -4,10 +4,7 @@ All ranks make the same calls in the same order (`rendezvous` checks this), exce
 `take`, which pair two ranks. A single rank only hears itself.
 """
 
-import sys
-import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing.util import Finalize
 from typing import TypeVar
 
 import torch
@@ -77,7 +74,7 @@ class Group:
 
 
 class Ranks:
-    """This rank among `wires.control.num_ranks`, with its `device`.
+    """This rank among those of one Pipeline, with its `device`.
 
     `world` is their process group, None for a rank alone.
     """
@@ -85,29 +82,35 @@ class Ranks:
     def __init__(
         self,
         wires: Wires,
-        peers: Peers,
+        rendezvous: Rendezvous,
         device: torch.device,
         world: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.num_ranks = wires.control.rank, wires.control.num_ranks
-        self._wires, self._peers, self._device, self._world = wires, peers, device, world
-        self._rendezvous = Rendezvous(wires.control, peers)
+        self._wires, self._rendezvous, self._device, self._world = wires, rendezvous, device, world
         self._classes = LocalClasses()
-        self._is_lost = False
-        if world is not None:
-            # Also runs at the end of a multiprocessing process, which ignores atexit.
-            Finalize(None, _leave, args=(weakref.ref(self),), exitpriority=0)
+        self._number = 0  # of the Pipeline
+
+    def agree_on_pipeline(self, row: Sequence[int]) -> list[list[int]]:
+        """Exchange rows for building a Pipeline, which later calls of this object then name."""
+        rows = self.exchange(row, "Pipeline(...)")
+        self._number = self._rendezvous.built()
+        return rows
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
         """Return every rank's row, by rank: how ranks agree before anything moves.
 
         `what` names the call in errors; BatchError on every rank if the calls differ.
         """
-        return [list(row)] if self.num_ranks == 1 else self._rendezvous.exchange(row, what)
+        if self.num_ranks == 1:
+            return [list(row)]
+        return self._rendezvous.exchange(row, what, self._number)
 
     def gather(self, value: T, what: str) -> list[T]:
         """Return every rank's (picklable) value, by rank; `what` as for `exchange`."""
-        return [value] if self.num_ranks == 1 else self._rendezvous.gather(value, what)
+        if self.num_ranks == 1:
+            return [value]
+        return self._rendezvous.gather(value, what, self._number)
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         """Return rank `source`'s pytree of tensors on `ranks` (all), with None leaves elsewhere."""
@@ -156,7 +159,7 @@ class Ranks:
             return None
         everyone = dist.get_process_group_ranks(self._world)
         made = dist.new_group([everyone[rank] for rank in ranks])
-        return Group(made, self._device, self._peers) if self.rank in ranks else None
+        return Group(made, self._device, self._rendezvous.peers) if self.rank in ranks else None
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
@@ -164,13 +167,7 @@ class Ranks:
 
     def fail(self, cause: str) -> None:
         """Tell the other ranks why this one stops computing."""
-        self._is_lost = True
-        self._peers.tell(cause)
-
-    def leave(self, why: str) -> None:
-        """Tell ranks that wait for this one that its program ends here."""
-        if not self._is_lost:  # else the others are inside a call, and have been told
-            self._rendezvous.leave(why)
+        self._rendezvous.fail(cause)
 
     def _header_of(self, own: Header, source: int) -> Header:
         """Return rank `source`'s header; CellError on every rank if it cannot be pickled."""
@@ -180,7 +177,7 @@ class Ranks:
                 payload = self._classes.pickled(own)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-        payload, problem = self._rendezvous.gather((payload, problem), "outputs")[source]
+        payload, problem = self.gather((payload, problem), "outputs")[source]
         if problem is not None:
             raise CellError(
                 f"the model's output cannot be sent to other ranks: {problem}; return tensors, "
@@ -189,9 +186,3 @@ class Ranks:
         header = self._classes.unpickled(payload)
         assert isinstance(header, Header)
         return header
-
-
-def _leave(reference: "weakref.ref[Ranks]") -> None:
-    ranks, error = reference(), getattr(sys, "last_value", None)
-    if ranks is not None and dist.is_initialized():
-        ranks.leave("" if error is None else f" ({type(error).__name__}: {error})")

@@ -24,27 +24,39 @@ from stagewise.errors import BatchError, PeerError
 T = TypeVar("T")
 FRAME_BYTES = 1024  # fits a step's row on several ranks
 _NAME_BYTES = 200
-_HEAD = struct.Struct(f"=qq{_NAME_BYTES}s")  # payload bytes, meaning, call name
+_HEAD = struct.Struct(f"=qqq{_NAME_BYTES}s")  # payload bytes, meaning, Pipeline, call name
 _AGREED, _DIFFERENT, _ENDED = range(3)
 _ROOM = FRAME_BYTES - _HEAD.size
 _NUMBER = struct.Struct("=q")
+_Call = tuple[bytes, int]  # call name and number of the Pipeline, 0 for none
 _Awaited = tuple[int, torch.Tensor, Arrival]  # rank, receive buffer, arrival
 
 
 class Rendezvous:
-    """All ranks must make the same calls in the same order; if not, every rank raises."""
+    """All ranks must make the same calls in the same order; if not, every rank raises.
+
+    All Pipelines of a process group share one; else a rank that builds a Pipeline would never
+    meet one that steps another.
+    """
 
     def __init__(self, wire: Wire, peers: Peers) -> None:
+        self.num_ranks, self.peers = wire.num_ranks, peers
         self._rank, self._others = wire.rank, range(1, wire.num_ranks)
-        self._wire, self._peers = wire, peers
-        self._last = "Pipeline(...)"
+        self._wire = wire
+        self._num_built, self._last = 0, ""
+        self._is_lost = False
 
-    def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
+    def built(self) -> int:
+        """Return the number, from 1, of the Pipeline that the ranks have just agreed to build."""
+        self._num_built += 1
+        return self._num_built
+
+    def exchange(self, row: Sequence[int], what: str, by: int = 0) -> list[list[int]]:
         """Return every rank's row, by rank; BatchError on all unless all make the call `what`.
 
         PeerError on all if some rank's program has ended.
         """
-        rows = self._said(struct.pack(f"={len(row)}q", *row), what)
+        rows = self._said(struct.pack(f"={len(row)}q", *row), what, by)
         if len(set(map(len, rows))) > 1:
             lengths = [len(said) // _NUMBER.size for said in rows]
             raise BatchError(
@@ -54,26 +66,33 @@ class Rendezvous:
         numbers = struct.Struct(f"={len(row)}q")
         return list(map(list, map(numbers.unpack, rows)))
 
-    def gather(self, value: T, what: str) -> list[T]:
+    def gather(self, value: T, what: str, by: int = 0) -> list[T]:
         """Return every rank's (picklable) value, by rank; errors as for `exchange`."""
-        return [pickle.loads(said) for said in self._said(pickle.dumps(value), what)]
+        return [pickle.loads(said) for said in self._said(pickle.dumps(value), what, by)]
+
+    def fail(self, cause: str) -> None:
+        """Tell the other ranks why this one stops computing."""
+        self._is_lost = True
+        self.peers.tell(cause)
 
     def leave(self, why: str) -> None:
         """Tell waiting ranks that this rank's program has ended, and `why`; does not block."""
+        if self._is_lost:  # the others are inside a call, and have been told
+            return
         text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
-        self._peers.patience = 0  # nobody would read why another rank is gone as well
+        self.peers.patience = 0  # nobody would read why another rank is gone as well
         for rank in self._others if self._rank == 0 else (0,):
-            self._say(rank, _ENDED, "", text.encode())
+            self._say(rank, _ENDED, (b"", 0), text.encode())
 
-    def _said(self, own: bytes, what: str) -> list[bytes]:
-        self._last = what.split(":")[0]
+    def _said(self, own: bytes, what: str, by: int) -> list[bytes]:
+        self._last, call = what.split(":")[0], (_cut(what), by)
         if self._rank == 0:
-            meaning, answer = self._compared(own, what)
+            meaning, answer = self._compared(own, call)
             for rank in self._others:
-                self._say(rank, meaning, what, answer)
+                self._say(rank, meaning, call, answer)
         else:
             awaited = self._awaited([0])  # posted first, so that the answer has a buffer
-            self._say(0, _AGREED, what, own)
+            self._say(0, _AGREED, call, own)
             ((meaning, _, answer),) = self._heard(awaited)
         if meaning == _AGREED:
             return _parts(answer)
@@ -84,24 +103,29 @@ class Rendezvous:
             "the same calls in the same order, with equally many batches"
         )
 
-    def _compared(self, own: bytes, what: str) -> tuple[int, bytes]:
+    def _compared(self, own: bytes, call: _Call) -> tuple[int, bytes]:
         """On rank 0: receive every call, and return the answer's meaning and payload."""
-        heard = [(_AGREED, _cut(what), own), *self._heard(self._awaited(self._others))]
+        heard = [(_AGREED, call, own), *self._heard(self._awaited(self._others))]
         gone = [said for meaning, _, said in heard if meaning == _ENDED]
         if gone:
             return _ENDED, b"; ".join(gone)
-        if len({name for _, name, _ in heard}) > 1:
-            names = [f"rank {rank}: {name.decode()}" for rank, (_, name, _) in enumerate(heard)]
+        calls = [called for _, called, _ in heard]
+        if len(set(calls)) > 1:
+            several = len({by for _, by in calls if by}) > 1
+            names = [
+                f"rank {rank}: {name.decode()}" + f" of Pipeline {by}" * (several and by > 0)
+                for rank, (name, by) in enumerate(calls)
+            ]
             return _DIFFERENT, (
                 f"ranks make different calls: {', '.join(names)}; every rank must make the same "
                 "calls in the same order"
             ).encode()
         return _AGREED, b"".join(_NUMBER.pack(len(said)) + said for _, _, said in heard)
 
-    def _say(self, rank: int, meaning: int, what: str, said: bytes) -> None:
+    def _say(self, rank: int, meaning: int, call: _Call, said: bytes) -> None:
         """Send a frame; a lost rank is reported when something is next awaited from it."""
         head = bytearray(FRAME_BYTES)
-        _HEAD.pack_into(head, 0, len(said), meaning, _cut(what))
+        _HEAD.pack_into(head, 0, len(said), meaning, call[1], call[0])
         head[_HEAD.size : _HEAD.size + min(len(said), _ROOM)] = said[:_ROOM]
         with suppress(PeerError):
             self._wire.start_send([torch.frombuffer(head, dtype=torch.int64)], rank)
@@ -118,19 +142,19 @@ class Rendezvous:
             awaited.append((rank, frame, self._wire.start_receive([frame], rank)))
         return awaited
 
-    def _heard(self, awaited: Sequence[_Awaited]) -> list[tuple[int, bytes, bytes]]:
-        """Return (meaning, call name, payload) of each awaited frame."""
+    def _heard(self, awaited: Sequence[_Awaited]) -> list[tuple[int, _Call, bytes]]:
+        """Return (meaning, call, payload) of each awaited frame."""
         heard = []
         for rank, frame, arrival in awaited:
             arrival()
             data = frame.numpy().tobytes()
-            num_bytes, meaning, what = _HEAD.unpack_from(data)
+            num_bytes, meaning, by, what = _HEAD.unpack_from(data)
             said = data[_HEAD.size : _HEAD.size + min(num_bytes, _ROOM)]
             if num_bytes > _ROOM:
                 rest = torch.empty(num_bytes - _ROOM, dtype=torch.uint8)
                 self._wire.start_receive([rest], rank)()
                 said += rest.numpy().tobytes()
-            heard.append((meaning, what.rstrip(b"\0"), said))
+            heard.append((meaning, (what.rstrip(b"\0"), by), said))
         return heard
 
 

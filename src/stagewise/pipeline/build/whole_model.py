@@ -56,7 +56,8 @@ class WholeModel:
         options = options or {}
         words = [*self.shapes.items()], [*self.dtypes.items()], self.modules
         marks = [fingerprint(text) for text in (plan.to_json(), words, *options.values())]
-        rows = ranks.exchange(marks, "Pipeline(...)" if options else "use(plan)")
+        built = ranks.agree_on_pipeline
+        rows = built(marks) if options else ranks.exchange(marks, "use(plan)")
         for column, what in enumerate(["plans", "models", *(f"{name}=" for name in options)]):
             differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
             if differing:

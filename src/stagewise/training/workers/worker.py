@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from stagewise.engine.transport.connect import disconnect
 from stagewise.errors import PeerError, UsageError
 from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
@@ -37,6 +38,7 @@ def joined() -> Iterator[None]:
         dist.init_process_group("gloo")
     yield
     # After a failure other ranks may not come here, and waiting for them would hide its cause.
+    disconnect()
     dist.destroy_process_group()
 
 
