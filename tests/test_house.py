@@ -46,12 +46,10 @@ OWED_FUNCTIONS: dict[str, int] = {
     "model/chain.py:chain_of": 58,
     "model/export/capture.py:capture": 54,
     "model/export/cell_code.py:_program": 51,
-    "planning/partition/any_placement.py:branch_and_bound": 74,
     "profiling/trial_steps.py:profile": 68,
 }
 OWED_PARAMETERS: dict[str, int] = {
     "model/export/cell_code.py:_program": 8,
-    "planning/partition/place.py:place": 8,
     "profiling/trial_steps.py:profile": 8,
 }
 

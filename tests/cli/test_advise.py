@@ -42,8 +42,8 @@ def test_a_small_model_needs_no_pipeline(tmp_path: Path, capsys: Capture) -> Non
     found = advice(capsys, write_recipe(tmp_path), "--device", "h100", "--devices", "8")
     assert found["choice"] == "data parallelism"
     by_rule = verdicts(found)
-    assert by_rule["four microbatches to a stage"]["numbers"]["batch_size"] == 8  # type: ignore[index]
-    assert not by_rule["sending takes little time"]["ok"]
+    assert by_rule["four microbatches per stage"]["numbers"]["batch_size"] == 8  # type: ignore[index]
+    assert not by_rule["communication is cheap"]["ok"]
 
 
 def test_little_memory_makes_a_pipeline_or_tensor_parallelism(
@@ -85,7 +85,7 @@ def test_without_a_device_costs_are_measured_here(tmp_path: Path, capsys: Captur
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--device", "abacus"), "no device 'abacus'; known are"),
+        (("--device", "abacus"), "no device 'abacus'; known devices are"),
         (("--efficiency", "0.4"), "--efficiency needs --device"),
         (("--device-memory", "16"), "--device-memory is '16'"),
         (("--device", "h100", "--device-file", "absent.toml"), "absent.toml cannot be read"),

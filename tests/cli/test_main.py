@@ -83,6 +83,6 @@ def test_as_a_module() -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == (
-        "error: zb_v has 2 stages on each device, which cannot be with 3 stages; make that a "
+        "error: zb_v has 2 stages on each device, so 3 stages are not possible; use a "
         "multiple of 2\n"
     )

@@ -88,7 +88,7 @@ def test_a_saved_plan_leaves_nothing_else_to_say(tmp_path: Path) -> None:
     for arguments, message in (
         (("--plan", "plan.json", "--stages", "2"), "but --stages was given too"),
         (("--plan", "none.json"), "the plan none.json cannot be read"),
-        (("--plan", str(recipe)), "this is no plan"),
+        (("--plan", str(recipe)), "this is not a plan"),
     ):
         code, _, err = run_command("train", recipe, *arguments, cwd=tmp_path)
         assert code == 2 and message in err

@@ -58,8 +58,8 @@ def test_an_idle_replica_round_trips_as_text(tmp_path: Path) -> None:
     [
         (("--replicas", "1,x"), "--replicas '1,x' is no list of numbers from 1"),
         (("--replicas", "1,0"), "--replicas '1,0' is no list of numbers from 1"),
-        (("--replicas", "1,2", "--stages", "3"), "are 2 stages, but 3 were asked for"),
-        (("--replicas", "1,2", "--devices", "4"), "are 3 devices, but 4 were asked for"),
+        (("--replicas", "1,2", "--stages", "3"), "imply 2 stages, but 3 were asked for"),
+        (("--replicas", "1,2", "--devices", "4"), "imply 3 devices, but 4 were asked for"),
         (("--replicas", "1,2", "--schedule", "zb_h1"), "choose one of 1f1b, gpipe, or leave"),
     ],
 )
@@ -136,7 +136,7 @@ def test_the_list_has_every_schedule() -> None:
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("0F0 0B0 0Q0", "line 1: '0Q0' is no instruction"),
+        ("0F0 0B0 0Q0", "line 1: '0Q0' is not an instruction"),
         ("0F0\n1F0 1B0", "the backward of stage 0, microbatch 0 is missing"),
         ("0F0 0B0", "has 1 stages, but 3 were asked for"),
     ],
@@ -196,7 +196,7 @@ def test_text_is_the_schedules_text_form() -> None:
     [
         ("--schedule zigzag", "there is no schedule 'zigzag'; choose one of 1f1b, breadth_first"),
         ("--schedule zigzag", "or give a file that holds one, such as zigzag.txt"),
-        ("--schedule zb_v --stages 3", "zb_v has 2 stages on each device, which cannot be with 3"),
+        ("--schedule zb_v --stages 3", "zb_v has 2 stages on each device, so 3 stages are not"),
         ("--schedule zb_v --stages 6 --devices 2", "6 stages and 2 devices disagree: zb_v has 2"),
         ("--schedule interleaved --stages 6 --devices 4", "disagree: interleaved has any number"),
         ("--stages-per-device 2", "disagree: 1f1b has 1 stages on each device"),

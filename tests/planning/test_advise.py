@@ -78,13 +78,13 @@ def test_recomputation() -> None:
     plain = 4 * GB + 8 * 2 * GB
     recomputed = 4 * GB + 2 * GB + 7 * GB // 10
     verdict = judged("recomputation", device_memory_bytes=plain)
-    assert verdict.ok and verdict.advice == "none is needed"
+    assert verdict.ok and verdict.advice == "nothing"
     verdict = judged("recomputation", device_memory_bytes=plain - 1)
     assert not verdict.ok and verdict.advice == "recompute activations"
     assert verdict.numbers["recomputed_bytes"] == recomputed
     assert verdict.numbers["extra_time"] == pytest.approx(1 / 3)
     verdict = judged("recomputation", device_memory_bytes=recomputed - 1)
-    assert verdict.advice.startswith("take more devices or smaller microbatches")
+    assert verdict.advice.startswith("use more devices or smaller microbatches")
 
 
 def test_replicas() -> None:
@@ -137,7 +137,7 @@ def test_sending_takes_a_tenth_at_most() -> None:
     verdict = judged("transfer", link=replace(slow, latency_seconds=0.01), **memory)
     assert not verdict.ok
     assert verdict.numbers["transfer_share"] == pytest.approx(0.11)
-    assert "no link is known" in judged("transfer").reason
+    assert "link is unknown" in judged("transfer").reason
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_replicas_say_stages_and_devices() -> None:
     assert choice.built == named_schedule("1f1b", 2, 5, replicas=(1, 2))
     assert (choice.replicas, choice.num_stages, choice.num_devices) == ((1, 2), 2, 3)
     for numbers in ({"num_stages": 3}, {"num_devices": 2}):
-        with pytest.raises(PlanError, match=r"replicas \[1, 2\] are"):
+        with pytest.raises(PlanError, match=r"replicas \[1, 2\] imply"):
             choose_schedule("1f1b", 5, replicas=(1, 2), **numbers)
 
 
@@ -64,12 +64,12 @@ def test_ones_own_schedule_keeps_idle_replicas() -> None:
     [
         (("1f1b", {}), "neither num_stages nor num_devices is given"),
         (("1f1b", {"num_stages": 0}), "num_stages is 0; it must be at least 1"),
-        (("zb_v", {"num_stages": 5}), "zb_v has 2 stages on each device, which cannot be with 5"),
+        (("zb_v", {"num_stages": 5}), "zb_v has 2 stages on each device, so 5 stages are not"),
         (("zb_v", {"num_stages": 6, "num_devices": 2}), "6 stages and 2 devices disagree"),
         (("interleaved", {"num_stages": 5, "num_devices": 2}), "5 stages and 2 devices disagree"),
         ((MINE, {"num_stages": 4}), "'interleaved' has 6 stages, but 4 were asked for"),
         ((MINE, {"num_devices": 3}), "'interleaved' has 2 devices, but 3 were asked for"),
-        ((lambda devices, m: MINE, {}), "for how many devices; give num_devices"),
+        ((lambda devices, m: MINE, {}), "needs the number of devices; give num_devices"),
     ],
 )
 def test_numbers_that_disagree(arguments: tuple[object, dict[str, int]], message: str) -> None:

@@ -88,7 +88,9 @@ def test_where_own_files_stand(tmp_path: Path) -> None:
 
 
 def test_an_unknown_device_gets_the_names_there_are() -> None:
-    with pytest.raises(DeviceError, match=r"no device 'h1000'; known are a100, .*--device-file"):
+    with pytest.raises(
+        DeviceError, match=r"no device 'h1000'; known devices are a100, .*--device-file"
+    ):
         device_named("h1000", load_devices())
 
 
@@ -103,11 +105,11 @@ def test_an_unknown_device_gets_the_names_there_are() -> None:
         ('float32 = "60 TFLOP/s", ', "", r"flops of .* has no float32"),
         ('latency = "12 us"', 'latency = "12"', r"latency of intra_node of .* units ns, us"),
         (', latency = "12 us"', "", r"intra_node of .* has no latency"),
-        ("devices_per_node = 4", "devices_per_node = 0", r"whole number from 1"),
-        ("devices_per_node", "devices_a_node", r"has devices_a_node; it may have memory,"),
+        ("devices_per_node = 4", "devices_per_node = 0", r"positive integer"),
+        ("devices_per_node", "devices_a_node", r"has devices_a_node; allowed are only memory,"),
         ("compute = 0.5", "compute = 52", r"compute is 52; give a fraction"),
-        ("[devices.mine]", "[mine]", r"mine.toml has mine; it may have efficiency, devices only"),
-        ("[devices.mine]", "[devices.mine", r"mine.toml is no TOML"),
+        ("[devices.mine]", "[mine]", r"mine.toml has mine; allowed are only efficiency, devices"),
+        ("[devices.mine]", "[devices.mine", r"mine.toml is not valid TOML"),
     ],
 )
 def test_errors_name_file_device_and_field(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from stagewise.costs import CellCost, InstructionCost
 from stagewise.planning.calibrate import with_instruction_overhead
-from stagewise.planning.drift import drift_of, faster, stage_factors
+from stagewise.planning.drift import drift_of, faster_plan, stage_factors
 from stagewise.planning.plan import Plan
 from stagewise.planning.simulate import simulate
 from stagewise.timeline import Timeline
@@ -76,8 +76,8 @@ def test_longer_sequences_are_a_drift_of_all_stages() -> None:
 def test_a_slow_stage_gives_cells_away() -> None:
     drift = drift_of(PLAN, [measured(PLAN, 1, 3)] * 3)
     assert drift is not None
-    assert faster(drift.plan, {}) is None, "no schedule helps the slow stage"
-    change = faster(drift.plan, {}, may_move=True)
+    assert faster_plan(drift.plan, {}) is None, "no schedule helps the slow stage"
+    change = faster_plan(drift.plan, {}, may_move=True)
     assert change is not None and change.moves and change.plan.balance == (3, 1)
     now, then = drift.plan.timeline.duration_seconds, change.plan.timeline.duration_seconds
     assert change.gain == 1 - then / now > 0.1
@@ -85,17 +85,17 @@ def test_a_slow_stage_gives_cells_away() -> None:
 
 def test_microbatches_only_as_they_were_measured() -> None:
     small: Callable[[float], tuple[CellCost, ...]] = lambda s: cells(s, s, s, s)  # noqa: E731
-    assert faster(PLAN, {4: small(1)}) is None
-    change = faster(PLAN, {8: small(0.5)})
+    assert faster_plan(PLAN, {4: small(1)}) is None
+    change = faster_plan(PLAN, {8: small(0.5)})
     assert change is not None and change.plan.num_microbatches == 8 and not change.moves
     assert change.plan.cells == small(0.5)
-    assert faster(PLAN, {8: small(0.58)}) is None, "an overhead eats the gain"
-    assert faster(PLAN, {2: small(1)}, least_microbatches=3) is None
-    assert faster(PLAN, {2: small(1)}) is not None
+    assert faster_plan(PLAN, {8: small(0.58)}) is None, "an overhead eats the gain"
+    assert faster_plan(PLAN, {2: small(1)}, least_microbatches=3) is None
+    assert faster_plan(PLAN, {2: small(1)}) is not None
 
 
 def test_plans_that_cannot_be_changed() -> None:
     own = Plan(
         balance=(1,), schedule="mine", programs=("0F0 0B0",), num_microbatches=1, cells=cells(1)
     )
-    assert faster(own, {2: cells(0.1)}) is None
+    assert faster_plan(own, {2: cells(0.1)}) is None

@@ -64,5 +64,5 @@ def test_microbatches_in_flight() -> None:
 
 def test_a_blocked_schedule_is_told() -> None:
     blocked = replace(named_schedule("1f1b", 2, 2), programs=parse_programs("0B0 0F0\n1F0 1B0"))
-    with pytest.raises(ScheduleError, match="blocks; validate"):
+    with pytest.raises(ScheduleError, match="deadlocks; validate"):
         outcome_of(blocked, random_costs(random.Random(0), 2))

@@ -166,7 +166,7 @@ def test_recomputation_keeps_inputs_and_one_graph() -> None:
 def test_a_plan_without_costs_predicts_nothing() -> None:
     plan = Plan(balance=(2, 2), schedule="gpipe", num_microbatches=4)
     assert plan.built_schedule.num_stages == 2
-    with pytest.raises(PlanError, match="predicts nothing; give plan\\(\\) an example batch"):
+    with pytest.raises(PlanError, match="has no predictions; give plan\\(\\) an example batch"):
         _ = plan.timeline
 
 
@@ -190,7 +190,9 @@ def test_a_plan_is_frozen() -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"balance": [1]}', "null"])
 def test_text_that_is_no_plan(text: str) -> None:
-    with pytest.raises(PlanError, match=r"this is no plan .*give the text that Plan.to_json\(\)"):
+    with pytest.raises(
+        PlanError, match=r"this is not a plan .*give the text that Plan.to_json\(\)"
+    ):
         Plan.from_json(text)
 
 

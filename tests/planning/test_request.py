@@ -1,11 +1,12 @@
 """One request: what it refuses when it is made, and what it leaves to the search."""
 
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 
 from stagewise.errors import PlanError, ScheduleError
-from stagewise.planning.request import PlanRequest
+from stagewise.planning.request import PlanRequest, PlanWishes
 from stagewise.schedule import named_schedule
 
 MINE = named_schedule("interleaved", 2, 4, 3)
@@ -38,6 +39,11 @@ def test_a_request_is_a_value() -> None:
     assert hash(request) and replace(request, num_microbatches=2).balance == (3, 4)
 
 
+def test_the_keywords_of_a_request_are_its_fields() -> None:
+    assert get_type_hints(PlanWishes) == get_type_hints(PlanRequest)
+    assert PlanWishes.__required_keys__ == {"num_microbatches"}
+
+
 def test_numbers_of_microbatches_to_try() -> None:
     request = asked(num_devices=4, num_microbatches="auto")
     assert request.counts(100) == (4, 8, 16, 32)
@@ -60,8 +66,8 @@ def test_numbers_of_microbatches_to_try() -> None:
         ({**AUTO, "schedule": "zigzag"}, ScheduleError, "no schedule 'zigzag'; choose one of"),
         ({**FIXED, "recompute": "maybe"}, ScheduleError, "no recompute policy 'maybe'; choose"),
         ({**AUTO, "recompute": "maybe"}, PlanError, "recompute is 'maybe'; choose 'auto', 'segm"),
-        ({**AUTO, "memory_bytes": float("nan")}, PlanError, "memory_bytes is nan; give the bytes"),
-        ({**AUTO, "memory_bytes": -1}, PlanError, "memory_bytes is -1; give the bytes"),
+        ({**AUTO, "memory_bytes": float("nan")}, PlanError, "memory_bytes is nan; give the memory"),
+        ({**AUTO, "memory_bytes": -1}, PlanError, "memory_bytes is -1; give the memory"),
     ],
 )
 def test_a_wish_that_makes_no_sense(
@@ -76,11 +82,14 @@ def test_a_wish_that_makes_no_sense(
     [
         ({**AUTO, "num_stages": 2}, "but num_stages was given; leave it out"),
         ({**AUTO, "balance": [6, 6], "replicas": [1, 1]}, "but balance and replicas was given"),
-        ({**AUTO, "schedule": MINE}, "but a schedule of one's own was given"),
+        ({**AUTO, "schedule": MINE}, "but a custom schedule was given"),
         ({**FIXED, "balance": [1, 2, 3]}, "has 3 stages but num_stages is 2"),
         ({**FIXED, "balance": [4, 0]}, "must give every stage at least one cell"),
-        ({**FIXED, "replicas": [1, 2, 1]}, r"replicas \[1, 2, 1\] are 3 stages, but 2 were asked"),
-        ({"num_microbatches": 4, "num_devices": 2, "replicas": [1, 2]}, "are 3 devices, but 2"),
+        (
+            {**FIXED, "replicas": [1, 2, 1]},
+            r"replicas \[1, 2, 1\] imply 3 stages, but 2 were asked",
+        ),
+        ({"num_microbatches": 4, "num_devices": 2, "replicas": [1, 2]}, "imply 3 devices, but 2"),
         ({"num_microbatches": 4, "balance": [3], "replicas": [1, 2]}, "has 1 stages but num_stag"),
     ],
 )

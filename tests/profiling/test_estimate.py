@@ -244,7 +244,7 @@ def test_what_needs_values_is_told_with_cell_and_operator() -> None:
 
 def test_mistakes() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(DeviceError, match="known are"):
+    with pytest.raises(DeviceError, match="known devices are"):
         stagewise.estimate(model, torch.empty(4, 2), num_microbatches=1, device="abacus")
     with pytest.raises(BatchError, match="cannot fill 8 microbatches"):
         stagewise.estimate(model, torch.empty(4, 2), num_microbatches=8, device="h100")

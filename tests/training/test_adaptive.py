@@ -93,9 +93,11 @@ def test_out_of_memory_raises_the_number_of_microbatches_and_loses_nothing(tmp_p
     shown = run(scarce, tmp_path / "run", steps=6, adaptive=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "before") + losses(tmp_path / "after")
     (change,) = changes(tmp_path / "run")
-    assert change["step"] == 3 and change["change"].startswith("8 microbatches in place of 4")
+    assert change["step"] == 3 and change["change"].startswith("8 microbatches instead of 4")
     assert "rank 0 ran out of memory" in change["reason"] and "stage 0" in change["reason"]
-    assert "step 3: 8 microbatches in place of 4: at most 25% of the batch is in flight" in shown
+    assert (
+        "step 3: 8 microbatches instead of 4: at most 25% of the batch is then in flight" in shown
+    )
 
 
 def test_recomputation_where_more_microbatches_are_no_help(tmp_path: Path) -> None:

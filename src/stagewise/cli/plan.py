@@ -10,7 +10,7 @@ from stagewise.cli import options as opt
 from stagewise.cli.search import Memory, Microbatches, run_search
 from stagewise.cli.typed import Typed, command_line, words_of
 from stagewise.cli.workers import errors_told_once, run_in_workers
-from stagewise.planning.choice import chosen
+from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.request import PlanRequest
 
@@ -71,7 +71,9 @@ def plan_command(
             balance=balance,
             memory=memory,
         ).request()
-        num_devices = request.num_devices if request.searched else chosen(request).num_devices
+        num_devices = (
+            request.num_devices if request.searched else requested_schedule(request).num_devices
+        )
         assert num_devices is not None
         from stagewise.training.prepare import check_form
         from stagewise.training.recipe import load_recipe

@@ -11,7 +11,7 @@ from stagewise.cli import options as opt
 from stagewise.cli.typed import Typed
 from stagewise.costs import LinkCost, StageCost
 from stagewise.errors import UsageError
-from stagewise.planning.choice import ScheduleChoice, chosen
+from stagewise.planning.choice import ScheduleChoice, requested_schedule
 from stagewise.planning.simulate import simulate
 from stagewise.report import format_seconds, render_timeline
 from stagewise.schedule import (
@@ -121,7 +121,7 @@ def simulate_command(
         replicas=replicas,
         microbatches=None if microbatches is None else str(microbatches),
     ).fixed(default_devices=DEFAULT_DEVICES)
-    choice = chosen(request)
+    choice = requested_schedule(request)
     built = validate(with_recompute(choice.built, recompute))
     costs = _stage_costs(forward, backward, weight, built.num_stages)
     link = LinkCost(latency_seconds=_checked("--latency", latency))

@@ -14,7 +14,7 @@ from stagewise.cli import options as opt
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_stopped, errors_told_once, run_in_workers
 from stagewise.errors import CheckpointError, PlanError, UsageError
-from stagewise.planning.choice import chosen
+from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.schedule import SCHEDULES
@@ -116,7 +116,9 @@ def train(
             balance=balance,
         )
         wanted = _request(typed) if plan is None else _saved(plan, typed)
-        num_devices = (wanted if isinstance(wanted, Plan) else chosen(wanted)).num_devices
+        num_devices = (
+            wanted if isinstance(wanted, Plan) else requested_schedule(wanted)
+        ).num_devices
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
         from stagewise.training.run_folder import find, find_undamaged

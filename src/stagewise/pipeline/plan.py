@@ -27,7 +27,7 @@ from stagewise.planning.calibrate import (
     message_seconds,
     with_instruction_overhead,
 )
-from stagewise.planning.choice import ScheduleChoice, chosen
+from stagewise.planning.choice import ScheduleChoice, requested_schedule
 from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_for, plan_of
@@ -162,7 +162,7 @@ def _in_blocks(plan: Plan, chain: Chain) -> Plan:
 
 def _checked(request: PlanRequest, num_cells: int) -> ScheduleChoice:
     """The schedule, whose stages `num_cells` cells fill; before anything is measured."""
-    choice = chosen(request)
+    choice = requested_schedule(request)
     check_counts(num_cells, choice.num_stages)
     if request.balance is not None:
         check_balance(request.balance, num_cells, choice.num_stages)

@@ -1,11 +1,11 @@
-"""From costs to a plan. No torch.
+"""From costs to a plan, without torch.
 
-1. `simulate` says when each instruction of a schedule runs; `fast_simulate` says only how long.
-2. A `request` says what is wanted. `partition` cuts the chain, `choice` chooses a schedule,
-   `synthesis` makes one, `search` tries them all; `bubble` says where a schedule idles.
+1. `simulate` predicts when each instruction of a schedule runs; `fast_simulate` only the duration.
+2. A `request` says what is wanted. `partition` cuts the chain, `choice` builds the requested
+   schedule, `synthesis` makes one, `search` compares them all; `bubble` splits idle time by cause.
 3. `plan` is the result: frozen, with its predictions.
-4. `devices`, `roofline` and `interpolate` make costs of published figures; `calibrate` mends
-   costs by what was measured, and `drift` notices that they no longer hold.
+4. `devices`, `roofline` and `interpolate` derive costs from published figures or from few
+   measurements; `calibrate` corrects costs by trial steps, `drift` detects that they have changed.
 5. `advise` answers whether a pipeline is the right tool at all: `advise_rules` over
    `advise_facts`.
 """

@@ -1,4 +1,4 @@
-"""Is pipeline parallelism the right tool here? What the rules say, and the choice they lead to."""
+"""Is pipeline parallelism the right tool? The verdict of each rule, and the resulting choice."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from stagewise.planning.advise_rules import RULES, Verdict, size_of
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """The way to train, and what every rule had to say."""
+    """The recommended way to train, and every rule's verdict."""
 
     choice: str
     reason: str
@@ -18,7 +18,7 @@ class Advice:
 
 
 def advise(facts: Facts) -> Advice:
-    """Apply every rule, and choose."""
+    """Apply every rule, and choose how to train."""
     verdicts = tuple(rule(facts) for rule in RULES.values())
     chosen = next(choice for choice in CHOICES if choice.holds(facts))
     return Advice(choice=chosen.name, reason=chosen.reason(facts), verdicts=verdicts)
@@ -26,7 +26,7 @@ def advise(facts: Facts) -> Advice:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A way to train, when to take it, and why; the first that holds is taken."""
+    """A way to train, its condition and its reason; the first whose condition holds is taken."""
 
     name: str
     holds: Callable[[Facts], bool]
@@ -38,24 +38,26 @@ def _experts_only(facts: Facts) -> bool:
 
 
 def _one_cell_is_a_bottleneck(facts: Facts) -> bool:
-    """Whether no cut of whole cells is balanced, because one cell is more than a mean stage."""
+    """Whether no cut is balanced because one cell takes longer than a mean stage."""
     mean = sum(map(load_seconds, facts.cells)) / facts.num_stages
     return not RULES["balance"](facts).ok and max(map(load_seconds, facts.cells)) > mean
 
 
-def _by(rule: str) -> Callable[[Facts], str]:
+def _reason_of(rule: str) -> Callable[[Facts], str]:
     return lambda facts: RULES[rule](facts).reason
 
 
 CHOICES: Sequence[_Choice] = (
-    _Choice("expert parallelism", _experts_only, _by("largest_cell")),
-    _Choice("tensor parallelism", lambda facts: bool(facts.too_big), _by("largest_cell")),
+    _Choice("expert parallelism", _experts_only, _reason_of("largest_cell")),
+    _Choice("tensor parallelism", lambda facts: bool(facts.too_big), _reason_of("largest_cell")),
     _Choice(
         "one device",
         lambda facts: facts.fitting[False] == 1 and facts.num_devices == 1,
-        _by("single_device"),
+        _reason_of("single_device"),
     ),
-    _Choice("data parallelism", lambda facts: facts.fitting[False] == 1, _by("single_device")),
+    _Choice(
+        "data parallelism", lambda facts: facts.fitting[False] == 1, _reason_of("single_device")
+    ),
     _Choice(
         "data parallelism with recomputation",
         lambda facts: facts.fitting[True] == 1,
@@ -68,11 +70,13 @@ CHOICES: Sequence[_Choice] = (
     _Choice(
         "more devices",
         lambda facts: facts.fitting[False] is None and facts.fitting[True] is None,
-        _by("recomputation"),
+        _reason_of("recomputation"),
     ),
     _Choice(
-        "pipeline with replicas", lambda facts: not RULES["replicas"](facts).ok, _by("replicas")
+        "pipeline with replicas",
+        lambda facts: not RULES["replicas"](facts).ok,
+        _reason_of("replicas"),
     ),
-    _Choice("pipeline with replicas", _one_cell_is_a_bottleneck, _by("balance")),
-    _Choice("pipeline", lambda facts: True, _by("recomputation")),
+    _Choice("pipeline with replicas", _one_cell_is_a_bottleneck, _reason_of("balance")),
+    _Choice("pipeline", lambda facts: True, _reason_of("recomputation")),
 )

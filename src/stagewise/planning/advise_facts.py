@@ -1,4 +1,4 @@
-"""What the rules of `stagewise advise` know: a model's costs, a machine, and what follows."""
+"""The input of the rules of `stagewise advise`: a model's costs, a machine, derived numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from stagewise.planning.partition.place import place
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the rules know: a model's costs for one microbatch, and the machine.
+    """A model's costs for one microbatch, and the machine.
 
-    `state_factor` is what training keeps for a byte of parameters: 1 for itself, 1 for its
-    gradient, and the optimizer's state. `num_experts` counts, per cell by index, the alike parts
-    that hold most of its parameters, where there are such.
+    `state_factor` is the bytes that training keeps per byte of parameters: 1 for the parameter, 1
+    for its gradient, and the optimizer's state. `num_experts` maps the index of a cell whose
+    parameters are mostly in equal parts (experts) to the number of these parts.
     """
 
     cells: tuple[CellCost, ...]
@@ -33,21 +33,21 @@ class Facts:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.cells:
-            raise UsageError("the facts hold no cells; estimate or measure a model first")
+            raise UsageError("there are no cells; estimate or measure a model first")
 
     @property
     def microbatch_size(self) -> int:
-        """Samples in the smallest microbatch."""
+        """The number of samples in the smallest microbatch."""
         return self.batch_size // self.num_microbatches
 
     def memory(self, stage: StageCost, in_flight: int, *, recompute: bool) -> float:
-        """Peak bytes of a stage that keeps `in_flight` microbatches."""
+        """Return the peak bytes of a stage that keeps `in_flight` microbatches."""
         kept = stage.input_bytes if recompute else stage.input_bytes + stage.activation_bytes
         extra = stage.activation_bytes if recompute else 0
         return self.state_factor * stage.parameter_bytes + in_flight * kept + extra
 
     def stages(self, num_stages: int, *, recompute: bool = False) -> tuple[StageCost, ...]:
-        """Costs of the stages, cut such that the busiest has the least to compute."""
+        """Return the stage costs of the cut that minimises the busiest stage's load."""
         forwards = 2 if recompute else 1
         loads = [load_seconds(cell, forwards=forwards) for cell in self.cells]
         found = place([(stage,) for stage in range(num_stages)], loads)
@@ -55,7 +55,7 @@ class Facts:
         return stage_costs(self.cells, found.balance)
 
     def peak_memory(self, num_stages: int, *, recompute: bool) -> float:
-        """Bytes on the fullest device of a 1F1B pipeline (arXiv:2006.09503: K - s in flight)."""
+        """Return the largest peak memory of a device under 1F1B (K - s in flight on stage s)."""
         return max(
             self.memory(stage, min(num_stages - index, self.num_microbatches), recompute=recompute)
             for index, stage in enumerate(self.stages(num_stages, recompute=recompute))
@@ -63,13 +63,13 @@ class Facts:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """The stage counts that leave whole replicas: divisors of the number of devices."""
+        """The possible numbers of stages: divisors of the number of devices."""
         most = min(self.num_devices, len(self.cells))
         return tuple(k for k in range(1, most + 1) if self.num_devices % k == 0)
 
     @cached_property
     def fitting(self) -> dict[bool, int | None]:
-        """The fewest stages that fit the devices, without and with recomputation."""
+        """The fewest stages that fit into memory, without and with recomputation."""
         return {
             recompute: next(
                 (
@@ -84,7 +84,7 @@ class Facts:
 
     @cached_property
     def too_big(self) -> tuple[int, ...]:
-        """The cells that fit no device even alone, recomputed, one microbatch at a time."""
+        """The cells that do not fit a device even alone, recomputed, with one microbatch."""
         alone = stage_costs(self.cells, [1] * len(self.cells))
         return tuple(
             index
@@ -94,6 +94,6 @@ class Facts:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the pipeline that the other rules judge: the fewest that fit, else all."""
+        """The pipeline depth that the rules judge: the fewest stages that fit, else the most."""
         found = self.fitting[False] or self.fitting[True] or self.depths[-1]
         return found if found > 1 else self.depths[-1]

@@ -1,8 +1,8 @@
-"""The rules of `stagewise advise`: each a pure function of the facts; a table holds them.
+"""The rules of `stagewise advise`: a table of pure functions of the facts.
 
-The questions are those of GPipe's own assumptions (arXiv:1811.06965): a cell must fit one device,
-cells should cost alike, there should be four microbatches to a stage, of eight samples or more
-where BatchNorm normalises them, and sending must take far less time than computing.
+They check GPipe's assumptions (arXiv:1811.06965): every cell fits one device, cells have similar
+costs, there are at least four microbatches per stage (of at least eight samples if the model has
+BatchNorm), and communication takes far less time than computation.
 """
 
 import itertools
@@ -23,7 +23,7 @@ Numbers = Mapping[str, float | int | str]
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one rule says: all is well, or what to do; with its reason and numbers."""
+    """One rule's result: whether it is met, what to do, the reason and its numbers."""
 
     rule: str
     ok: bool
@@ -79,11 +79,11 @@ def _recomputation(facts: Facts) -> Verdict:
     whole = forward + sum(cell.backward_seconds for cell in facts.cells)
     extra = forward / whole if whole else 0.0
     if plain <= room:
-        advice = "none is needed"
+        advice = "nothing"
     elif recomputed <= room:
         advice = "recompute activations"
     else:
-        advice = "take more devices or smaller microbatches: recomputation is not enough"
+        advice = "use more devices or smaller microbatches: recomputation is not enough"
     return Verdict(
         rule="fits without recomputation",
         ok=plain <= room,
@@ -118,7 +118,7 @@ def _balance(facts: Facts) -> Verdict:
     else:
         advice = "use fewer stages, or several on each device, or split the model into more cells"
     return Verdict(
-        rule="cells cost alike",
+        rule="cells have similar costs",
         ok=share >= BALANCED,
         advice=advice,
         reason=f"in {depth} stages the mean load is {share:.0%} of the largest; the heaviest "
@@ -143,7 +143,7 @@ def _microbatch_count(facts: Facts) -> Verdict:
     else:
         advice = f"use a larger batch, of at least {wanted} samples, or fewer stages"
     return Verdict(
-        rule="four microbatches to a stage",
+        rule="four microbatches per stage",
         ok=count >= wanted,
         advice=advice,
         reason=f"{count} microbatches on {depth} stages leave each device idle for {bubble:.0%} of "
@@ -171,7 +171,7 @@ def _batchnorm(facts: Facts) -> Verdict:
         "GroupNorm",
         reason=f"microbatches have {samples} samples"
         if facts.has_batchnorm
-        else "the model has no BatchNorm that normalises by microbatch",
+        else "the model has no BatchNorm that normalises each microbatch",
         numbers={
             "has_batchnorm": int(facts.has_batchnorm),
             "microbatch_size": samples,
@@ -187,21 +187,21 @@ def _transfer(facts: Facts) -> Verdict:
     worst = max(shares, default=0.0)
     known = facts.link != FREE_LINK
     return Verdict(
-        rule="sending takes little time",
+        rule="communication is cheap",
         ok=worst <= TRANSFER_SHARE,
         advice="nothing"
         if worst <= TRANSFER_SHARE
-        else "use fewer stages or a faster link, or cut where less crosses",
-        reason=f"at the worst of {len(shares)} boundaries sending takes {worst:.1%} of the "
-        "computing of the stages beside it"
+        else "use fewer stages or a faster link, or cut where less data crosses",
+        reason=f"at the worst of {len(shares)} boundaries, communication takes {worst:.1%} of the "
+        "adjacent stages' compute time"
         if known
-        else "no link is known; name a device to have sending counted",
+        else "the link is unknown; name a device to include communication",
         numbers={"num_stages": depth, "transfer_share": worst, "limit": TRANSFER_SHARE},
     )
 
 
 def _share(link: LinkCost, before: StageCost, after: StageCost) -> float:
-    """Time to send across a boundary, there or back, over the lesser compute on its sides."""
+    """Return the transfer time across a boundary over the compute time of its stages."""
     there = link.transfer_seconds(before.output_bytes)
     back = link.transfer_seconds(before.gradient_bytes) if before.gradient_bytes else 0.0
     computed = min(
@@ -222,7 +222,7 @@ def _replicas(facts: Facts) -> Verdict:
         reason=f"the fewest stages that fit are {depth}"
         + ("" if facts.fitting[False] else ", with recomputation")
         if depth
-        else f"the model does not fit {facts.num_devices} devices",
+        else f"the model does not fit on {facts.num_devices} devices",
         numbers={"num_stages": depth or 0, "replicas": replicas, "num_devices": facts.num_devices},
     )
 
@@ -240,5 +240,5 @@ RULES: dict[str, Callable[[Facts], Verdict]] = {
 
 
 def size_of(num_bytes: float) -> str:
-    """The number of bytes, for people."""
+    """Return a number of bytes as text, such as `1.5 GB`."""
     return f"{num_bytes / 1e12:.3g} TB" if num_bytes >= 1e12 else f"{num_bytes / 1e9:.3g} GB"

@@ -1,4 +1,4 @@
-"""The bubble split by cause: what would go with free links, with equal devices, and the rest.
+"""The bubble by cause: communication, load imbalance, and pipeline fill and drain.
 
 With T the step, T0 the step of the same schedule over free links, and B the busiest device's work:
 
@@ -6,7 +6,7 @@ With T the step, T0 the step of the same schedule over free links, and B the bus
     imbalance        sum over devices of (B - its own work)
     fill and drain   K (T0 - B)            idle even if all devices had the busiest one's work
 
-These add up to all idle time, K T - sum of work. None is below 0: B <= T0 <= T.
+They add up to the total idle time, K T - sum of work, and none is negative: B <= T0 <= T.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from stagewise.planning.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class BubbleCauses:
-    """Shares of all devices' time."""
+    """The causes of idle time, as fractions of all devices' time."""
 
     fill_and_drain: float
     imbalance: float
@@ -30,7 +30,7 @@ class BubbleCauses:
 
 
 def bubble_causes(plan: Plan) -> BubbleCauses:
-    """Why the devices of a measured plan are idle."""
+    """Return why the devices of a plan with measured costs are idle."""
     busy = plan.timeline.busy_seconds
     step, most = plan.timeline.duration_seconds, max(busy)
     alone = outcome_of(plan.built_schedule, plan.engine_costs).seconds

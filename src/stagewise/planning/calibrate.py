@@ -1,8 +1,8 @@
-"""What messages and instructions really cost, read from the timelines of trial steps.
+"""The real costs of messages and instructions, from the timelines of trial steps.
 
-A message between busy processes costs more than one between idle ones: its sender packs it, and
-who carries it waits for a core. Both show in the gaps between instructions. Instructions cost
-more than their cells alone: the engine runs around these, with caches that others have filled.
+A message between busy processes costs more than one between idle ones: the sender packs it, and
+the thread that carries it waits for a core. Both show up as gaps between instructions.
+Instructions cost more than their cells alone, because of the engine's overhead and cold caches.
 """
 
 import statistics
@@ -19,12 +19,11 @@ _KINDS = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
 
 def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[float, float]:
-    """Mean seconds per message, as (sender's overhead, from its making to its use).
+    """Return the mean (sender's overhead, time from creation to use) per message, in seconds.
 
-    The overhead is the gap before an instruction whose own messages were made before the one
-    before it began, so that it waited for none. The second counts where the receiver stood still
-    for the message; between two devices each direction counts half. 0 for what no timeline
-    shows.
+    The overhead is the gap before an instruction that did not wait: its own messages existed before
+    the previous instruction began. The second counts messages for which the receiver waited; the
+    two directions between a pair of devices have equal weight. 0 where nothing was observed.
     """
     overheads: list[float] = []
     waits: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (source, destination)
@@ -57,9 +56,9 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
 
 
 def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) -> InstructionCost:
-    """What the instructions took beyond what `costs`, by stage, say: medians; 0 where unknown.
+    """Return the median time that instructions took beyond their stage's `costs`; 0 if unknown.
 
-    `B` stands for `I` and `W` together where these did not run, and they for it.
+    If only `B` ran, its overhead is split between `I` and `W`; if only these ran, `B` gets the sum.
     """
     beyond: dict[Kind, list[float]] = defaultdict(list)
     for span in (span for timeline in timelines for span in timeline.spans):
@@ -80,50 +79,49 @@ def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) 
 def with_instruction_overhead(
     cells: Sequence[CellCost], overhead: InstructionCost
 ) -> tuple[CellCost, ...]:
-    """The costs of `cells` where an instruction takes that beyond them, whatever its stage."""
+    """Return `cells` with the same instruction overhead on every stage."""
     return tuple(replace(cell, instruction_overhead=overhead) for cell in cells)
 
 
 def _on_one_clock(
     programs: Sequence[LoweredProgram], timeline: Timeline
 ) -> dict[Instruction, Span]:
-    """The spans as one clock shows them, though every device counts from its own start.
+    """Return the spans on a common clock, although every device counts from its own start.
 
-    Between two that send to each other both ways, the quickest message takes as long in either
-    direction: so the Network Time Protocol (Mills, IEEE Transactions on Communications, 1991)
-    finds how far two clocks are apart.
+    The fastest messages between two devices are assumed to take equally long in both directions,
+    as in the Network Time Protocol (Mills, IEEE Transactions on Communications, 1991).
     """
     spans = {span.instruction: span for span in timeline.spans}
     steps = [step for program in programs for step in program]
     made = {m: spans[step.instruction].end_seconds for step in steps for m in step.sends}
-    quickest: dict[tuple[int, int], float] = {}
+    fastest: dict[tuple[int, int], float] = {}
     for step in steps:
         for message in filter(_travels, step.receives):
             between = message.source, message.destination
             seconds = spans[step.instruction].start_seconds - made[message]
-            quickest[between] = min(seconds, quickest.get(between, seconds))
-    ahead: dict[int, float] = {}  # seconds to add to a device's times
+            fastest[between] = min(seconds, fastest.get(between, seconds))
+    offset: dict[int, float] = {}  # seconds to add to a device's times
     for first in range(timeline.num_devices):
-        reached = [first] if first not in ahead else []
-        ahead.setdefault(first, 0.0)
+        reached = [first] if first not in offset else []
+        offset.setdefault(first, 0.0)
         while reached:
             device = reached.pop()
-            for (one, other), seconds in quickest.items():
-                if one == device and other not in ahead and (other, one) in quickest:
-                    ahead[other] = ahead[one] + (quickest[other, one] - seconds) / 2
+            for (one, other), seconds in fastest.items():
+                if one == device and other not in offset and (other, one) in fastest:
+                    offset[other] = offset[one] + (fastest[other, one] - seconds) / 2
                     reached.append(other)
     return {
         instruction: replace(
             span,
-            start_seconds=span.start_seconds + ahead[span.device],
-            end_seconds=span.end_seconds + ahead[span.device],
+            start_seconds=span.start_seconds + offset[span.device],
+            end_seconds=span.end_seconds + offset[span.device],
         )
         for instruction, span in spans.items()
     }
 
 
 def _mean_of_pairs(waits: Mapping[tuple[int, int], Sequence[float]]) -> float:
-    """The mean over pairs of devices, of those that waited for each other if there are any."""
+    """Return the mean over pairs of devices, only those with waits in both directions if any."""
     means = {between: statistics.fmean(seconds) for between, seconds in waits.items()}
     both = [
         (mean + means[destination, source]) / 2

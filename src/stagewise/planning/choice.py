@@ -1,7 +1,7 @@
-"""Which schedule is meant: by name, a schedule of one's own, or a function that makes one.
+"""Build the requested schedule: by name, from a Schedule, or from a function that makes one.
 
-A name fixes how many stages each device has, or takes any; so stages, devices, or both say how
-large it is.
+A named schedule has a fixed number of stages per device, or allows any, so its size follows from
+the number of stages, of devices, or both.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from stagewise.schedule import (
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleChoice:
-    """A valid schedule, and how a Plan writes it down: by name, or by its programs."""
+    """A valid schedule, and how a Plan stores it: by name, or by its programs."""
 
     built: Schedule
     stages_per_device: int | None = None
-    replicas: tuple[int, ...] = ()  # devices per stage, where they say more than the rest
+    replicas: tuple[int, ...] = ()  # devices per stage; empty if implied by the other fields
     programs: tuple[str, ...] = ()
 
     @property
@@ -35,7 +35,7 @@ class ScheduleChoice:
 
     @property
     def like(self) -> ScheduleLike:
-        """What chooses it again, with the same numbers."""
+        """The argument that selects it again, given the same numbers."""
         return self.built if self.programs else self.name
 
     @property
@@ -55,13 +55,12 @@ def choose_schedule(
     num_devices: int | None = None,
     replicas: Sequence[int] = (),
 ) -> ScheduleChoice:
-    """The schedule that is meant; of `num_stages` and `num_devices` one may be None.
+    """Return the requested schedule; one of `num_stages` and `num_devices` may be None.
 
-    Both may be for a Schedule, which has its own, and for `replicas`, which are the devices of
-    each stage. Raises PlanError where the numbers disagree, ScheduleError where there is no such
-    schedule or it is invalid.
+    Both may be None for a Schedule or with `replicas` (devices per stage), which imply them. Raises
+    PlanError if the numbers disagree, ScheduleError if the schedule is unknown or invalid.
     """
-    return chosen(
+    return requested_schedule(
         PlanRequest(
             schedule=schedule,
             num_microbatches=num_microbatches,
@@ -72,11 +71,11 @@ def choose_schedule(
     )
 
 
-def chosen(request: PlanRequest) -> ScheduleChoice:
-    """The schedule that a request means which leaves nothing to the search."""
+def requested_schedule(request: PlanRequest) -> ScheduleChoice:
+    """Return the schedule of a request that leaves nothing to the search."""
     count, schedule, replicas = request.num_microbatches, request.schedule, request.replicas
     num_stages, num_devices = request.num_stages, request.num_devices
-    assert isinstance(count, int) and not isinstance(replicas, str), "the search chooses"
+    assert isinstance(count, int) and not isinstance(replicas, str), "left to the search"
     if replicas:
         num_stages, num_devices = len(replicas), sum(replicas)
     if isinstance(schedule, str) and replicas:
@@ -92,8 +91,7 @@ def chosen(request: PlanRequest) -> ScheduleChoice:
         devices = num_devices if num_devices is not None else num_stages or 0
         if not devices:
             raise PlanError(
-                "a function that makes the schedule needs to know for how many devices; give "
-                "num_devices"
+                "a function that makes the schedule needs the number of devices; give num_devices"
             )
         schedule = schedule(devices, count)
     if replicas and len(replicas) == schedule.num_stages:
@@ -109,23 +107,23 @@ def chosen(request: PlanRequest) -> ScheduleChoice:
                 f"schedule {schedule.name!r} has {got} {what}, but {wanted} were asked for; ask "
                 f"for {got}, or change the schedule"
             )
-    with_recompute(schedule, request.recompute)  # which it may have of its own
-    return _own(schedule)
+    with_recompute(schedule, request.recompute)  # raises if the schedule already recomputes
+    return _custom(schedule)
 
 
-def _own(schedule: Schedule) -> ScheduleChoice:
-    """A schedule of one's own, which a Plan holds as programs."""
-    shared_by = tuple(map(len, schedule.placement))
-    says_all = max(shared_by) > 1 and schedule.placement == consecutive(shared_by)
+def _custom(schedule: Schedule) -> ScheduleChoice:
+    """Return the choice of a custom schedule, which a Plan stores as programs."""
+    replicas = tuple(map(len, schedule.placement))
+    is_consecutive = max(replicas) > 1 and schedule.placement == consecutive(replicas)
     return ScheduleChoice(
         built=schedule,
         programs=tuple(str(schedule).splitlines()),
-        replicas=shared_by if says_all else (),
+        replicas=replicas if is_consecutive else (),
     )
 
 
 def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple[int, int]:
-    """Devices, and stages on each."""
+    """Return the number of devices, and of stages on each."""
     usual = stages_per_device(name)
     if num_stages is None:
         if num_devices is None:
@@ -134,8 +132,8 @@ def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple
     if num_devices is None:
         if num_stages % usual:
             raise PlanError(
-                f"{name} has {usual} stages on each device, which cannot be with {num_stages} "
-                f"stages; make that a multiple of {usual}"
+                f"{name} has {usual} stages on each device, so {num_stages} stages are not "
+                f"possible; use a multiple of {usual}"
             )
         return num_stages // usual, usual
     if num_stages != num_devices * usual and (

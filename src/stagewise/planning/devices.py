@@ -1,8 +1,8 @@
-"""Devices that one does not have: their published figures, from TOML.
+"""The device catalogue: published figures of devices, from TOML.
 
-Problem: a plan for 64 H100 made on a laptop needs the H100's rates, and everybody's cluster has
-links of its own. Idea: a catalogue as data (`devices.toml`, each figure with its source) that the
-user's files extend; the fraction of peak that is reached, the efficiency, is a parameter.
+Problem: planning for 64 H100s on a laptop needs the H100's rates, and every cluster has different
+links. Idea: a catalogue as data (`devices.toml`, each figure with its source) that the user's files
+extend; the fraction of the peak that is achieved, the efficiency, is a parameter.
 """
 
 import math
@@ -31,7 +31,7 @@ _OPTIONAL = ("devices_per_node", "efficiency", "source")
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """The fractions of the published peaks that are reached, each in (0, 1]."""
+    """The achieved fractions of the published peaks, each in (0, 1]."""
 
     compute: float
     memory: float
@@ -40,7 +40,7 @@ class Efficiency:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSpec:
-    """One direction between two devices."""
+    """One direction of the link between two devices."""
 
     bytes_per_second: float
     latency_seconds: float
@@ -48,10 +48,10 @@ class LinkSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpec:
-    """A device's published peaks, and how much of them is reached.
+    """A device's published peaks, and the efficiency with which they are achieved.
 
-    `flops_per_second` is by dtype, as torch names them, besides "tf32" and "float8"; `source` says
-    where the figures were published.
+    The keys of `flops_per_second` are torch's names of dtypes, and "tf32" and "float8"; `source`
+    says where the figures were published.
     """
 
     name: str
@@ -65,17 +65,17 @@ class DeviceSpec:
     source: str = ""
 
     def flops_rate(self, dtype: str) -> float:
-        """FLOP/s reached in `dtype`; one that is not listed counts as float32."""
+        """Return the achieved FLOP/s in `dtype`; unlisted dtypes count as float32."""
         rates = self.flops_per_second
         return rates.get(dtype, rates["float32"]) * self.efficiency.compute
 
     @property
     def memory_rate(self) -> float:
-        """Bytes per second reached to and from the device's memory."""
+        """The achieved bytes per second to and from the device's memory."""
         return self.memory_bytes_per_second * self.efficiency.memory
 
     def link(self, num_devices: int) -> LinkCost:
-        """Between neighbours of a pipeline; that between nodes if one node is too small."""
+        """Return the link between pipeline neighbours: across nodes if one node is too small."""
         spec = self.intra_node if num_devices <= self.devices_per_node else self.inter_node
         return LinkCost(
             latency_seconds=spec.latency_seconds,
@@ -84,20 +84,20 @@ class DeviceSpec:
 
 
 def device_named(name: str, catalogue: Mapping[str, DeviceSpec]) -> DeviceSpec:
-    """The device called `name`; raises DeviceError with the names there are."""
+    """Return the device called `name`; raise DeviceError listing the names if there is none."""
     if name not in catalogue:
         raise DeviceError(
-            f"there is no device {name!r}; known are {', '.join(sorted(catalogue))}. Describe "
-            "others in a TOML file and give it by --device-file, or put it at "
+            f"there is no device {name!r}; known devices are {', '.join(sorted(catalogue))}. "
+            "Describe others in a TOML file and pass it with --device-file, or put it at "
             "~/.config/stagewise/devices.toml"
         )
     return catalogue[name]
 
 
 def load_devices(own_files: Iterable[Path] = ()) -> dict[str, DeviceSpec]:
-    """The packaged catalogue, with the devices and efficiencies of `own_files` over it.
+    """Return the packaged catalogue, overridden by the devices and efficiencies of `own_files`.
 
-    Raises DeviceError naming file, device and field of what is wrong.
+    Raises DeviceError naming the file, device and field that are wrong.
     """
     packaged = files(__package__).joinpath("devices.toml").read_text(encoding="utf-8")
     tables: dict[str, tuple[str, dict[str, object]]] = {}
@@ -114,7 +114,7 @@ def load_devices(own_files: Iterable[Path] = ()) -> dict[str, DeviceSpec]:
 def own_device_files(
     given: Path | None, environment: Mapping[str, str], home: Path
 ) -> tuple[Path, ...]:
-    """The user's configuration, if there is one, then the file `given` with --device-file."""
+    """Return the user's configuration file, if any, then the file `given` with --device-file."""
     root = environment.get("XDG_CONFIG_HOME")
     configured = (Path(root) if root else home / ".config") / "stagewise" / "devices.toml"
     own = (configured,) if configured.is_file() else ()
@@ -122,7 +122,7 @@ def own_device_files(
 
 
 def with_efficiency(device: DeviceSpec, text: str) -> DeviceSpec:
-    """`device` reaching other fractions: "0.4" of its compute peak, or "compute=0.4,link=0.9"."""
+    """Return `device` with another efficiency: "0.4" of peak compute, or "compute=0.4,link=0.9"."""
     changes = {}
     for part in text.split(","):
         name, found, number = part.rpartition("=")
@@ -140,7 +140,7 @@ def with_efficiency(device: DeviceSpec, text: str) -> DeviceSpec:
 
 
 def parse_bytes(text: str, what: str) -> int:
-    """ "16GB" or "16 GiB" as bytes; raises DeviceError naming `what`."""
+    """Parse "16GB" or "16 GiB" as bytes; raise DeviceError naming `what`."""
     return round(_quantity(text, "memory", what))
 
 
@@ -160,7 +160,7 @@ def _device(
         raise DeviceError(f"flops of {here} has no float32; add its rate, such as '67 TFLOP/s'")
     number = table.get("devices_per_node", 1)
     if not isinstance(number, int) or number < 1:
-        raise DeviceError(f"devices_per_node of {here} is {number!r}; give a whole number from 1")
+        raise DeviceError(f"devices_per_node of {here} is {number!r}; give a positive integer")
     own = _table(table.get("efficiency", {}), f"efficiency of {here}")
     return DeviceSpec(
         name=name,
@@ -203,7 +203,7 @@ def _efficiency(table: Mapping[str, object], what: str) -> Efficiency:
 
 
 def _quantity(value: object, kind: str, what: str) -> float:
-    """ "450 GB/s" in base units; raises DeviceError listing the units that `kind` has."""
+    """Parse "450 GB/s" into base units; raise DeviceError listing the units of `kind`."""
     units = _UNITS[kind]
     text = value.strip() if isinstance(value, str) else ""
     unit = text.lstrip("0123456789.+-e ")
@@ -220,9 +220,9 @@ def _quantity(value: object, kind: str, what: str) -> float:
 
 
 def _check_known(table: Mapping[str, object], known: Iterable[str], what: str) -> None:
-    strange = sorted(set(table) - set(known))
-    if strange:
-        raise DeviceError(f"{what} has {', '.join(strange)}; it may have {', '.join(known)} only")
+    unknown = sorted(set(table) - set(known))
+    if unknown:
+        raise DeviceError(f"{what} has {', '.join(unknown)}; allowed are only {', '.join(known)}")
 
 
 def _table(value: object, what: str) -> dict[str, object]:
@@ -244,7 +244,9 @@ def _parsed(text: str, where: str) -> dict[str, object]:
     try:
         parsed = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise DeviceError(f"{where} is no TOML ({error}); write it as in\n\n{_EXAMPLE}") from error
+        raise DeviceError(
+            f"{where} is not valid TOML ({error}); write it as in\n\n{_EXAMPLE}"
+        ) from error
     _check_known(parsed, ("efficiency", "devices"), where)
     return parsed
 

@@ -1,11 +1,11 @@
-"""Whether a run still has the costs that its plan was made from, and what to do if not.
+"""Detect that a run's costs differ from those its plan was made from, and find a better plan.
 
-Problem: a device gets slower by other load, or sequences get longer, and the plan is no longer the
-best; yet one slow step means nothing, and changing costs time.
-Idea: several looks at measured timelines in turn must all show a stage that takes more, or less,
-than planned. Then the planned costs are scaled by what was measured, and other microbatches,
-schedules of the same placement and another cut are simulated. Everything here is a pure function
-of plans and timelines.
+Problem: a device slows down under other load, or sequences get longer, and the plan is no longer
+the best; but a single slow step means nothing, and changing the plan costs time.
+Idea: several consecutive measured timelines must all show a stage that is slower, or faster, than
+planned. Then the planned costs are scaled by the measurements, and other numbers of microbatches,
+schedules of the same placement and other cuts are simulated. Everything is a pure function of
+plans and timelines.
 """
 
 import statistics
@@ -20,20 +20,20 @@ from stagewise.schedule import SCHEDULES, Kind
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Timeline
 
-NUM_LOOKS = 3  # that must agree
-DRIFT = 0.2  # the least difference of a stage's seconds to the planned ones
-GAIN, GAIN_OF_MOVING = 0.05, 0.1  # the least share of a step's time to win; moving cells costs more
+NUM_LOOKS = 3  # consecutive timelines that must agree
+DRIFT = 0.2  # smallest relative deviation of a stage from the plan
+GAIN, GAIN_OF_MOVING = 0.05, 0.1  # smallest relative gain worth a change, without and with moves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Costs that are no longer those of `plan`: per stage of the engine, measured over planned."""
+    """Costs that have changed: the plan with the new ones, and each engine stage's factor."""
 
-    plan: Plan  # as it runs, with the costs that were measured now
-    factors: tuple[float, ...]
+    plan: Plan  # with the costs measured now
+    factors: tuple[float, ...]  # measured over planned
 
     def scaled(self, cells: Sequence[CellCost]) -> tuple[CellCost, ...]:
-        """The cells' costs for another number of microbatches, each with its stage's factor."""
+        """Return `cells` (for another number of microbatches) scaled by their stages' factors."""
         return _scaled(cells, self.plan.engine_balance, self.factors)
 
     def __str__(self) -> str:
@@ -43,15 +43,15 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A faster plan; `gain` is the share of a step's predicted time that it wins."""
+    """A faster plan; `gain` is the fraction of a step's predicted time that it saves."""
 
     plan: Plan
     gain: float
-    moves: bool  # cells to other stages
+    moves: bool  # whether cells move to other stages
 
 
 def stage_factors(plan: Plan, timeline: Timeline) -> tuple[float, ...]:
-    """Per stage of the engine: median seconds measured for each kind, summed, over the planned."""
+    """Return, per engine stage, the measured seconds (a sum of medians per kind) over planned."""
     times: dict[tuple[int, Kind], list[float]] = {}
     for span in timeline.spans:
         place = span.instruction.stage, span.instruction.kind
@@ -66,9 +66,9 @@ def stage_factors(plan: Plan, timeline: Timeline) -> tuple[float, ...]:
 
 
 def drift_of(plan: Plan, looks: Sequence[Timeline]) -> Drift | None:
-    """The drift that the last NUM_LOOKS of `looks` all show; None where there is none.
+    """Return the drift that all of the last NUM_LOOKS `looks` show, or None.
 
-    All of them must show a stage above 1 + DRIFT times its planned seconds, or all one below
+    All must show the same stage above 1 + DRIFT times its planned seconds, or all below
     1 / (1 + DRIFT).
     """
     if len(looks) < NUM_LOOKS:
@@ -81,20 +81,20 @@ def drift_of(plan: Plan, looks: Sequence[Timeline]) -> Drift | None:
     return Drift(plan=replace(plan, cells=cells), factors=factors)
 
 
-def faster(
+def faster_plan(
     plan: Plan,
     measured: Mapping[int, Sequence[CellCost]],
     *,
     may_move: bool = False,
     least_microbatches: int = 1,
 ) -> Change | None:
-    """The fastest plan near `plan`, if it is worth the change.
+    """Return the fastest plan near `plan`, if it is worth the change.
 
     Args:
-        plan: with the costs of now.
-        measured: the cells' costs for other numbers of microbatches; only these are tried, since
-            what a smaller microbatch takes cannot be known from a larger one.
-        may_move: whether cells may go to other stages.
+        plan: the running plan, with current costs.
+        measured: cell costs for other numbers of microbatches; only these are tried, because the
+            time of a smaller microbatch cannot be derived from a larger one.
+        may_move: whether cells may move to other stages.
         least_microbatches: fewer are not tried (they ran out of memory).
     """
     now = plan.timeline.duration_seconds
@@ -113,10 +113,10 @@ def faster(
 def _neighbours(
     plan: Plan, measured: Mapping[int, Sequence[CellCost]], *, may_move: bool
 ) -> Iterator[Plan]:
-    """Plans of the same placement: other microbatches, schedules, and cuts if they `may_move`."""
+    """Yield plans of the same placement: other microbatches, schedules, and cuts if `may_move`."""
     if plan.programs or (plan.segments and plan.recompute == "never"):
         return
-    plan = replace(plan, segments=())  # in which blocks the others recompute is seen afterwards
+    plan = replace(plan, segments=())  # recomputed blocks are chosen afterwards
     placement = plan.built_schedule.placement
     for count, cells in {**measured, plan.num_microbatches: plan.cells}.items():
         try:
@@ -125,10 +125,10 @@ def _neighbours(
             continue
         for name in sorted(SCHEDULES, key=lambda name: name != plan.schedule):
             if SCHEDULES[name].splits_backward and name != plan.schedule:
-                continue  # what its instructions take was not measured
+                continue  # its instructions were not measured
             with suppress(UsageError):
                 other = replace(same, schedule=name)
-                if other.built_schedule.placement != placement or _needs_more(other, same):
+                if other.built_schedule.placement != placement or _needs_more_memory(other, same):
                     continue
                 yield other
                 if may_move:
@@ -141,8 +141,7 @@ def _neighbours(
                     yield replace(other, balance=balance)
 
 
-def _needs_more(plan: Plan, than: Plan) -> bool:
-    """Whether some device needs more memory."""
+def _needs_more_memory(plan: Plan, than: Plan) -> bool:
     return max(plan.peak_activation_bytes) > max(than.peak_activation_bytes)
 
 
@@ -154,7 +153,7 @@ def _scaled(
 
 
 def _scaled_cell(cell: CellCost, factor: float) -> CellCost:
-    """`cell` with `factor` times the seconds, its instructions' overhead too."""
+    """Return `cell` with all its seconds, including instruction overhead, times `factor`."""
     own = vars(cell.instruction_overhead).items()
     overhead = InstructionCost(**{name: seconds * factor for name, seconds in own})
     return replace(scaled(cell, seconds=factor), instruction_overhead=overhead)

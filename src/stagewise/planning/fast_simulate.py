@@ -1,7 +1,7 @@
-"""How long a schedule takes and what it keeps, without the Timeline: what a search can afford.
+"""A fast simulator for searches: duration and peak memory of a schedule, without a Timeline.
 
-The additions are those of `simulate` and `Timeline.activation_bytes`, in their order, so the
-numbers are equal, not close. One pass over the programs, arrivals in flat lists, no objects.
+It makes the same additions as `simulate` and `Timeline.activation_bytes` in the same order, so the
+results are exactly equal. One pass over the programs, arrival times in flat lists.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _NEVER = float("inf")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The seconds of a step, and each device's last end, busy time and peak activations."""
+    """A step's duration, and each device's last end, busy time and peak activations."""
 
     seconds: float
     end_seconds: tuple[float, ...]
@@ -31,7 +31,7 @@ class Outcome:
 def outcome_of(
     schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
 ) -> Outcome:
-    """`simulate(...).duration_seconds`, `.busy_seconds` and `.peak_activation_bytes(costs)`."""
+    """Return what `simulate` and its Timeline would say of duration, busy time and memory."""
     ends, busy = _ends_and_busy(schedule, costs, link)
     return Outcome(
         seconds=max(ends),
@@ -41,8 +41,8 @@ def outcome_of(
     )
 
 
-class _Road:
-    """What a stream brings where, by stage and microbatch: when, or who waits for it."""
+class _StreamState:
+    """When a stream's messages arrive, by stage and microbatch, and which devices wait for them."""
 
     def __init__(
         self, stream: Stream, schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
@@ -64,11 +64,11 @@ def _ends_and_busy(
     schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
 ) -> tuple[list[float], list[float]]:
     num_stages, num_microbatches = schedule.num_stages, schedule.num_microbatches
-    roads: dict[Stream | None, _Road] = {
-        stream: _Road(stream, schedule, costs, link) for stream in (ACTIVATIONS, GRADIENTS)
+    streams: dict[Stream | None, _StreamState] = {
+        stream: _StreamState(stream, schedule, costs, link) for stream in (ACTIVATIONS, GRADIENTS)
     }
     kinds = {
-        kind: ([traits.seconds_on(cost) for cost in costs], roads.get(traits.stream))
+        kind: ([traits.seconds_on(cost) for cost in costs], streams.get(traits.stream))
         for kind, traits in KINDS.items()
     }
     overhead = link.overhead_seconds
@@ -84,11 +84,11 @@ def _ends_and_busy(
         while i < len(program):
             instruction = program[i]
             stage, m = instruction.stage, instruction.microbatch
-            took, road = kinds[instruction.kind]
-            if road is not None:
-                arrival = road.arrived[stage * num_microbatches + m]
+            took, stream = kinds[instruction.kind]
+            if stream is not None:
+                arrival = stream.arrived[stage * num_microbatches + m]
                 if arrival == _NEVER:
-                    road.waiting[stage * num_microbatches + m] = device
+                    stream.waiting[stage * num_microbatches + m] = device
                     break
                 now = max(now, arrival)
             seconds = took[stage]
@@ -96,31 +96,31 @@ def _ends_and_busy(
             busy[device] += seconds
             last[device] = now
             i += 1
-            if road is None or not 0 <= (target := stage + road.step) < num_stages:
+            if stream is None or not 0 <= (target := stage + stream.step) < num_stages:
                 continue
             where = target * num_microbatches + m
-            road.arrived[where] = now
+            stream.arrived[where] = now
             if (there := runs_on[where]) != device:
                 now += overhead
                 leaves = max(now, link_free.get((device, there), 0))
-                road.arrived[where] = link_free[device, there] = leaves + road.seconds[stage]
-                if where in road.waiting:
-                    ready.append(road.waiting.pop(where))
+                stream.arrived[where] = link_free[device, there] = leaves + stream.seconds[stage]
+                if where in stream.waiting:
+                    ready.append(stream.waiting.pop(where))
         at[device], free[device] = i, now
     if any(i < len(program) for i, program in zip(at, schedule.programs, strict=True)):
-        raise ScheduleError(f"schedule {schedule.name!r} blocks; validate() shows where")
+        raise ScheduleError(f"schedule {schedule.name!r} deadlocks; validate() shows where")
     return last, busy
 
 
 def peak_bytes(schedule: Schedule, costs: Sequence[StageCost]) -> tuple[int, ...]:
-    """Per device: the highest point of what is kept for the backward pass."""
+    """Return each device's peak of what is kept for the backward pass."""
     return tuple(
         max(accumulate(kept_bytes(program, costs)), default=0) for program in schedule.programs
     )
 
 
 def held_microbatches(schedule: Schedule) -> tuple[int, ...]:
-    """Per stage: how many of its microbatches a device holds when it holds most of all stages'."""
+    """Return, per stage, how many microbatches a device holds when its total is largest."""
     counts = [0] * schedule.num_stages
     for program in schedule.programs:
         held: dict[int, int] = {}

@@ -1,9 +1,9 @@
-"""Costs at any size of microbatch, from measurements at two.
+"""Costs at any microbatch size, from measurements at two.
 
 Problem: a search over the number of microbatches needs costs at each, and measuring takes time.
-Idea: every cost is a fixed part (launching kernels, weights to read) and a part per sample, so it
-is linear between two sizes that were measured. Where an operator is faster per sample at some size
-between them (a cache that fits, a better tile), that does not show.
+Idea: every cost has a fixed part (launching kernels, reading weights) and a part per sample, so it
+is linear between two measured sizes. An operator that is faster per sample at a size in between
+(data fits the cache, a better tile) is not captured.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ _FIXED = ("name", "parameter_bytes", "instruction_overhead")
 def interpolated(
     small: Sequence[CellCost], small_size: int, large: Sequence[CellCost], large_size: int
 ) -> Callable[[int], tuple[CellCost, ...]]:
-    """Costs of a microbatch of any number of samples; never below 0."""
+    """Return a function from the number of samples of a microbatch to its costs, never below 0."""
 
     def at(size: int) -> tuple[CellCost, ...]:
         if size == large_size:

@@ -1,14 +1,14 @@
-"""A plan: everything that says how a model will run, frozen, with its predictions.
+"""A plan: everything that determines how a model will run, frozen, with its predictions.
 
-A plan is data (JSON in and out). Measured cell costs travel in it, so that any of its
-predictions can be made again, anywhere, without the model.
+A plan is data (JSON in and out). It contains the measured cell costs, so its predictions can be
+recomputed anywhere, without the model.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 from stagewise.costs import (
     FREE_LINK,
@@ -22,10 +22,10 @@ from stagewise.costs import (
     stage_costs,
 )
 from stagewise.errors import PlanError
-from stagewise.planning.choice import ScheduleChoice, choose_schedule, chosen
+from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.partition.place import place
-from stagewise.planning.request import PlanRequest
+from stagewise.planning.request import PlanRequest, PlanWishes
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
     Schedule,
@@ -49,14 +49,13 @@ class Plan:
     """Partition, schedule, microbatches and recomputation for one model.
 
     `balance[s]` is the number of cells on stage s. `schedule` names one of SCHEDULES, with
-    `stages_per_device` stages on each device (None: as the schedule wants), or `replicas[s]`
-    devices for stage s, numbered stage by stage (empty: one each); or, if `programs` are
-    given, it is just their name: one text per device, as `str(Schedule)` has its lines.
-    `segments[s]` are the parts of stage s as (number of cells, recomputed); the engine runs every
-    part as a stage of its own (`engine_balance`), and recomputes those parts for the microbatches
-    of the policy `recompute`, or for all if that is "never". `cells`
-    holds the costs of one microbatch that the plan was made from; it is empty where `balance` was
-    given and nothing measured.
+    `stages_per_device` stages on each device (None: the schedule's default), or `replicas[s]`
+    devices for stage s, numbered stage by stage (empty: one each). With `programs` (one line of
+    `str(Schedule)` per device), `schedule` is only their name. `segments[s]` are the parts of stage
+    s as (number of cells, recomputed); the engine runs every part as a separate stage
+    (`engine_balance`), and recomputes the marked parts for the microbatches of the policy
+    `recompute`, or for all if that is "never". `cells` holds the costs of one microbatch that the
+    plan was made from; it is empty if a `balance` was given and nothing was measured.
     """
 
     balance: tuple[int, ...]
@@ -82,7 +81,7 @@ class Plan:
 
     @cached_property
     def built_schedule(self) -> Schedule:
-        """The validated schedule of the engine's stages, recomputations included."""
+        """The validated schedule of the engine's stages, including recomputations."""
         plain = self.plain_schedule
         if not self.segments:
             return validate(with_recompute(plain, self.recompute))
@@ -91,12 +90,12 @@ class Plan:
 
     @cached_property
     def recomputes(self) -> bool:
-        """Whether some microbatch is recomputed on some stage."""
+        """Whether any microbatch is recomputed on any stage."""
         return bool(self.built_schedule.recomputed)
 
     @property
     def engine_balance(self) -> tuple[int, ...]:
-        """Number of cells on each of the engine's stages: those of `built_schedule`."""
+        """The number of cells on each of the engine's stages, those of `built_schedule`."""
         if not self.segments:
             return self.balance
         return tuple(size for parts in self.segments for size, _ in parts)
@@ -107,12 +106,12 @@ class Plan:
 
     @property
     def stage_costs(self) -> tuple[StageCost, ...]:
-        """Costs per stage; raises PlanError where nothing was measured."""
+        """The costs per stage; raises PlanError if nothing was measured."""
         return self._costs(self.balance)
 
     @property
     def engine_costs(self) -> tuple[StageCost, ...]:
-        """Costs per stage of the engine; raises PlanError where nothing was measured."""
+        """The costs per stage of the engine; raises PlanError if nothing was measured."""
         return self._costs(self.engine_balance)
 
     @cached_property
@@ -123,8 +122,8 @@ class Plan:
     def _costs(self, balance: Sequence[int]) -> tuple[StageCost, ...]:
         if not self.cells:
             raise PlanError(
-                "this plan was made from a balance without measured costs, so it predicts "
-                "nothing; give plan() an example batch"
+                "this plan was made from a balance without measured costs, so it has no "
+                "predictions; give plan() an example batch"
             )
         return stage_costs(self.cells, balance, input_bytes=self.input_bytes)
 
@@ -140,7 +139,7 @@ class Plan:
 
     @cached_property
     def plain_schedule(self) -> Schedule:
-        """That of the plan's own stages, before segments and policy recompute anything."""
+        """The schedule of the plan's stages, before recomputation by segments or policy."""
         if self.replicas:
             check_replicas(self.replicas, self.num_stages)
         if self.programs:
@@ -153,14 +152,14 @@ class Plan:
                 if got != need:
                     raise PlanError(
                         f"the programs of schedule {self.schedule!r} have {got} {what}, but the "
-                        f"plan has {need}; make them agree"
+                        f"plan has {need}; the numbers must be equal"
                     )
             return made
         each = stages_per_device(self.schedule, self.stages_per_device)
         if self.num_stages % each:
             raise PlanError(
                 f"{self.schedule} has {each} stages on each device, but the plan has "
-                f"{self.num_stages} stages; make that a multiple of {each}"
+                f"{self.num_stages} stages; use a multiple of {each}"
             )
         return named_schedule(
             self.schedule, self.num_stages // each, self.num_microbatches, each, self.replicas
@@ -168,7 +167,7 @@ class Plan:
 
     @property
     def peak_activation_bytes(self) -> tuple[int, ...]:
-        """Predicted peak of what each device keeps for the backward pass."""
+        """The predicted peak of what each device keeps for the backward pass."""
         return self.timeline.peak_activation_bytes(self.engine_costs)
 
     @staticmethod
@@ -181,18 +180,18 @@ class Plan:
         input_bytes: int = 0,
         link: LinkCost = FREE_LINK,
     ) -> "Plan":
-        """The plan that runs a schedule of one's own; raises ScheduleError if it breaks a rule."""
+        """Return a plan that runs a custom schedule; raise ScheduleError if it is invalid."""
         choice = choose_schedule(schedule, schedule.num_microbatches)
         measured = {"cells": tuple(cells), "input_bytes": input_bytes, "link": link}
         return plan_of(choice, balance, recompute=recompute, **measured)
 
     def to_json(self) -> str:
-        """The plan's fields as JSON text."""
+        """Return the plan's fields as JSON."""
         return json.dumps(asdict(self), indent=2)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """The inverse of `to_json`; raises PlanError when `text` is no plan."""
+        """Read what `to_json` wrote; raise PlanError if `text` is not a plan."""
         try:
             fields = json.loads(text)
             return Plan(
@@ -213,13 +212,13 @@ class Plan:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(
-                f"this is no plan ({type(error).__name__}: {error}); give the text that "
+                f"this is not a plan ({type(error).__name__}: {error}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
             ) from error
 
 
 def _cell(fields: Mapping[str, Any]) -> CellCost:
-    """Older plans call the overhead `around`, or have none."""
+    """Read a cell; older plans call the instruction overhead `around`, or have none."""
     own = {"instruction_overhead": {}, **fields}
     given = own.pop("around", own["instruction_overhead"])
     own["instruction_overhead"] = InstructionCost(**{k: float(v) for k, v in given.items()})
@@ -231,7 +230,7 @@ def _programs(lines: Sequence[str]) -> tuple[Program, ...]:
 
 
 def with_microbatches(plan: Plan, count: int) -> Plan:
-    """`plan` with `count` microbatches; measured costs are scaled by the microbatch's size."""
+    """Return `plan` with `count` microbatches; measured costs are scaled by their size."""
     ratio = plan.num_microbatches / count
     return replace(
         plan,
@@ -244,7 +243,7 @@ def with_microbatches(plan: Plan, count: int) -> Plan:
 def best_balance(
     schedule: Schedule, cells: Sequence[CellCost], *, recompute: str, link: LinkCost
 ) -> tuple[int, ...]:
-    """The cut that leaves the busiest device of `schedule` least to do."""
+    """Return the cut that minimises the load of the busiest device of `schedule`."""
     forwards, split = 1 if recompute == "never" else 2, schedule.splits_backward
     found = place(
         schedule.placement,
@@ -256,7 +255,7 @@ def best_balance(
 
 
 def plan_of(choice: ScheduleChoice, balance: Sequence[int], **rest: Any) -> Plan:
-    """The plan that runs the chosen schedule with so many cells on each stage."""
+    """Return the plan that runs the chosen schedule with `balance[s]` cells on stage s."""
     return Plan(
         balance=tuple(balance),
         schedule=choice.name,
@@ -275,8 +274,8 @@ def plan_for(
     link: LinkCost = FREE_LINK,
     input_bytes: int = 0,
 ) -> Plan:
-    """The plan whose busiest device has the least load; or the one with the request's balance."""
-    choice, balance, recompute = chosen(request), request.balance, request.recompute
+    """Return the plan with the request's balance, or else with the least load on any device."""
+    choice, balance, recompute = requested_schedule(request), request.balance, request.recompute
     if balance is None:
         balance = best_balance(choice.built, cells, recompute=recompute, link=link)
     check_balance(balance, len(cells), choice.num_stages)
@@ -289,7 +288,7 @@ def plan_from_costs(
     *,
     link: LinkCost = FREE_LINK,
     input_bytes: int = 0,
-    **wishes: Any,
+    **wishes: Unpack[PlanWishes],
 ) -> Plan:
-    """`plan_for` a PlanRequest of these `wishes`, such as `num_stages=4, num_microbatches=8`."""
+    """Return a plan for these `wishes`, such as `num_stages=4, num_microbatches=8`."""
     return plan_for(PlanRequest(**wishes), cells, link=link, input_bytes=input_bytes)

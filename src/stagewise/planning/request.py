@@ -1,14 +1,14 @@
-"""What is wanted of a plan: said once, from the command line to the planner, and checked once.
+"""The plan request: one value from the command line to the planner, checked once.
 
-Problem: schedule, microbatches, recomputation, cut and memory are wished for at the command line,
-in a training run and in `stagewise.plan`, and each may be left to the search.
-Idea: one frozen request. It is checked when it is made: every wish by itself, and beside the
-others, so that two which contradict each other never reach the planner.
+Problem: schedule, microbatches, recomputation, cut and memory are requested on the command line, in
+a training run and in `stagewise.plan`, and each may be left to the search.
+Idea: one frozen request that checks its fields on creation, each alone and all together, so that
+contradictory requests never reach the planner.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict
 
 from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning.partition.balance import check_balance
@@ -16,20 +16,34 @@ from stagewise.schedule import POLICIES, Schedule, check_replicas, schedule_row
 from stagewise.schedule.recompute import check_policy
 
 AUTO: Literal["auto"] = "auto"
-SEGMENTS = "segments"  # beside the policies of recomputation: the optimal parts
+SEGMENTS = "segments"  # in addition to the recomputation policies: optimal parts of stages
 ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and microbatches
 Microbatches = int | Sequence[int] | Literal["auto"]
 
-_PER_DEVICE = (1, 2, 4, 8)  # microbatches, where the search chooses
+_PER_DEVICE = (1, 2, 4, 8)  # microbatches that the search tries
+
+
+class PlanWishes(TypedDict):
+    """The fields of PlanRequest as keyword arguments."""
+
+    num_microbatches: Microbatches
+    num_stages: NotRequired[int | None]
+    num_devices: NotRequired[int | None]
+    replicas: NotRequired[Sequence[int] | Literal["auto"]]
+    schedule: NotRequired[ScheduleLike]
+    recompute: NotRequired[str]
+    balance: NotRequired[Sequence[int] | None]
+    memory_bytes: NotRequired[float | None]
+    state_factor: NotRequired[float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """The wishes of `stagewise.plan`, whose docstring says what each means.
+    """The planning arguments of `stagewise.plan`, whose docstring explains each.
 
-    With "auto" for `num_microbatches` (or several numbers), `schedule`, `recompute` or `replicas`,
-    with segments, or with `memory_bytes`, a plan is `searched` for. Raises ScheduleError for a
-    schedule, policy or number that no schedule takes, PlanError for what makes no sense otherwise.
+    The plan is `searched` for if `num_microbatches` (also: several numbers), `schedule`,
+    `recompute` or `replicas` is "auto", or with segments or `memory_bytes`. Raises ScheduleError
+    for an unknown schedule or policy or an impossible number, PlanError for other contradictions.
     """
 
     num_microbatches: Microbatches
@@ -44,7 +58,7 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         counts = self.num_microbatches
-        if not isinstance(counts, int | str):  # of one number there is nothing to choose
+        if not isinstance(counts, int | str):  # a single number leaves no choice
             counts = counts[0] if len(set(counts)) == 1 else tuple(counts)
             object.__setattr__(self, "num_microbatches", counts)
         if not isinstance(self.replicas, str):
@@ -59,7 +73,7 @@ class PlanRequest:
 
     @property
     def searched(self) -> bool:
-        """Whether something is left to the search."""
+        """Whether anything is left to the search."""
         wishes = (self.num_microbatches, self.schedule, self.recompute, self.replicas)
         return (
             any(isinstance(wish, str) and wish in (AUTO, SEGMENTS) for wish in wishes)
@@ -69,14 +83,14 @@ class PlanRequest:
 
     @property
     def schedules(self) -> tuple[str, ...] | None:
-        """The names to search among; None for all."""
+        """The schedules to search, by name; None for all."""
         assert isinstance(self.schedule, str)
         return None if self.schedule == AUTO else (self.schedule,)
 
     def counts(self, num_samples: int, parts: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The numbers of microbatches to try: those asked for, or 1, 2, 4 and 8 for each device.
+        """Return the numbers of microbatches to try: the requested, or 1, 2, 4 and 8 per device.
 
-        A batch that is Microbatches already, of `parts` samples, has its own number.
+        A batch given as Microbatches, of `parts` samples, fixes the number.
         """
         if parts is not None:
             return (len(parts),)
@@ -95,7 +109,7 @@ class PlanRequest:
             numbers = [counts] if isinstance(counts, int) else [*counts]
             if not numbers or min(numbers) < 1:
                 got = counts if isinstance(counts, int) else numbers
-                raise error(f"num_microbatches is {got}; give one number or more, each at least 1")
+                raise error(f"num_microbatches is {got}; give one or more numbers of at least 1")
         for what, number in (("num_stages", self.num_stages), ("num_devices", self.num_devices)):
             if number is not None and number < 1:
                 raise PlanError(f"{what} is {number}; it must be at least 1")
@@ -110,27 +124,27 @@ class PlanRequest:
             )
         if self.memory_bytes is not None and not self.memory_bytes > 0:
             raise PlanError(
-                f"memory_bytes is {self.memory_bytes}; give the bytes that a device has, such as "
-                "8e9, or leave it out"
+                f"memory_bytes is {self.memory_bytes}; give the memory of a device in bytes, such "
+                "as 8e9, or leave it out"
             )
 
     def _check_searchable(self) -> None:
-        """Raise PlanError where the search would have to leave something as it is."""
+        """Raise PlanError if something is given that the search would have to choose."""
         given = {
             "num_stages": self.num_stages is not None,
             "balance": self.balance is not None,
             "replicas": self.replicas not in ((), AUTO),
-            "a schedule of one's own": not isinstance(self.schedule, str),
+            "a custom schedule": not isinstance(self.schedule, str),
         }
         if fixed := [what for what, is_given in given.items() if is_given]:
             raise PlanError(
                 f"the search chooses the cut itself, but {' and '.join(fixed)} was given; leave it "
-                "out (give num_devices), or give num_microbatches, schedule and recompute by hand, "
-                "and no memory"
+                "out (and give num_devices), or give num_microbatches, schedule and recompute "
+                "explicitly, and no memory limit"
             )
 
     def _check_together(self) -> None:
-        """Raise PlanError where numbers that are all given disagree."""
+        """Raise PlanError if the given numbers contradict each other."""
         num_stages = self.num_stages
         if self.replicas:
             assert not isinstance(self.replicas, str)
@@ -141,8 +155,8 @@ class PlanRequest:
             ):
                 if wanted is not None and got != wanted:
                     raise PlanError(
-                        f"replicas {list(self.replicas)} are {got} {what}, but {wanted} were asked "
-                        "for; give one number of devices for each stage, and leave the rest out"
+                        f"replicas {list(self.replicas)} imply {got} {what}, but {wanted} were "
+                        "asked for; give one number of devices per stage, and leave the rest out"
                     )
             num_stages = len(self.replicas)
         if self.balance is not None:

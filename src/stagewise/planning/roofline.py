@@ -1,8 +1,8 @@
-"""What a cell has to do for one microbatch, in FLOPs and bytes: costs before any device is known.
+"""The work of a cell for one microbatch in FLOPs and bytes, independent of the device.
 
-The roofline (Williams, Waterman and Patterson, CACM 52(4), 2009) turns work into seconds: an
+The roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009) turns work into seconds: an
 operator takes as long as its arithmetic or its memory traffic, whichever is longer. Operators run
-one after another, each reading and writing memory, as PyTorch's eager mode does.
+one after another, each reading and writing memory, as in PyTorch's eager mode.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from stagewise.planning.devices import DeviceSpec
 
 @dataclass(frozen=True)
 class Op:
-    """One operator, or `count` equal ones: floating-point operations, bytes moved, dtype."""
+    """One operator, or `count` equal ones: FLOPs, bytes moved, dtype."""
 
     name: str
     flops: int
@@ -23,7 +23,7 @@ class Op:
     count: int = 1
 
     def seconds(self, device: DeviceSpec) -> float:
-        """The roofline on `device`."""
+        """Return the seconds on `device` by the roofline model."""
         return self.count * max(
             self.flops / device.flops_rate(self.dtype), self.num_bytes / device.memory_rate
         )
@@ -31,9 +31,9 @@ class Op:
 
 @dataclass(frozen=True, kw_only=True)
 class CellWork:
-    """One cell's operators for one microbatch, and its bytes, which mean what CellCost's do.
+    """One cell's operators for one microbatch, and its bytes, defined as in CellCost.
 
-    `input_backward` is the backward that a split backward cannot put off: without the weight
+    `input_backward` is the part that a split backward cannot defer: everything but the weight
     gradients of linear layers, convolutions, embeddings and matrix products.
     """
 
@@ -58,7 +58,7 @@ class CellWork:
         return total_flops(self.backward)
 
     def cost(self, device: DeviceSpec) -> CellCost:
-        """Estimated costs on `device`."""
+        """Return the estimated costs on `device`."""
         backward = seconds(self.backward, device)
         of_inputs = min(backward, seconds(self.input_backward, device))
         return CellCost(
@@ -78,10 +78,10 @@ class CellWork:
 
 
 def seconds(ops: Sequence[Op], device: DeviceSpec) -> float:
-    """How long `ops` take one after another."""
+    """Return how long `ops` take one after another."""
     return sum(op.seconds(device) for op in ops)
 
 
 def total_flops(ops: Sequence[Op]) -> int:
-    """Floating-point operations of all `ops`."""
+    """Return the FLOPs of all `ops`."""
     return sum(op.count * op.flops for op in ops)

@@ -1,9 +1,9 @@
-"""The simulator: a schedule and its costs give a Timeline, with no device involved.
+"""The simulator: a schedule and its costs give a Timeline, without any device.
 
-An instruction starts when its device is free and its messages have arrived. When it ends its
-device is busy with each message for the link's overhead; then the message waits until its link
-is free, and takes the link's transfer time.
-Only addition and comparison are used, so exact numbers (Fraction) stay exact.
+An instruction starts when its device is free and its messages have arrived. When it ends, its
+device is busy with each message it sends for the link's overhead; the message then waits until its
+link is free, and takes the link's transfer time. Only addition and comparison are used, so exact
+numbers (Fraction) stay exact.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def simulate(
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:
-    """Equal stages, every instruction one second."""
+    """Return the costs of equal stages on which every instruction takes one second."""
     one = StageCost(**{traits.seconds: 1 for traits in KINDS.values()})
     return (one,) * num_stages
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from stagewise.planning import Plan, SearchResult
 from stagewise.planning.bubble import bubble_causes
-from stagewise.planning.search.evaluate import Tried
+from stagewise.planning.search.evaluate import EvaluatedPlan
 from stagewise.report import format_seconds
 from stagewise.units import size_in_words
 
@@ -56,7 +56,7 @@ def as_record(result: SearchResult) -> dict[str, object]:
     }
 
 
-def _tried(tried: Tried) -> dict[str, object]:
+def _tried(tried: EvaluatedPlan) -> dict[str, object]:
     return {
         "what": str(tried),
         "step_seconds": tried.seconds,
@@ -64,7 +64,7 @@ def _tried(tried: Tried) -> dict[str, object]:
     }
 
 
-def _cut(plan: Plan, chosen: Tried) -> str:
+def _cut(plan: Plan, chosen: EvaluatedPlan) -> str:
     sizes = ", ".join(map(str, plan.balance))
     text = f"cells per stage: {sizes}"
     if chosen.partition_gap > 1e-9:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from stagewise.costs import CellCost
 from stagewise.errors import PlanError
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster
+from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster_plan
 from stagewise.planning.plan import Plan
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.timeline import Timeline
@@ -80,7 +80,7 @@ class DriftWatch:
         self._looks.clear()
         self._num_changes += 1
         self._measured = {count: drift.scaled(cells) for count, cells in self._measured.items()}
-        change = faster(
+        change = faster_plan(
             drift.plan,
             self._measured,
             may_move=True,

@@ -9,7 +9,7 @@ from stagewise.errors import ModelError, ScheduleError
 from stagewise.model.chain import chain_of
 from stagewise.pipeline.plan import measured_plan, search_plan
 from stagewise.planning import Plan, SearchResult
-from stagewise.planning.choice import chosen
+from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.plan import plan_for
@@ -38,7 +38,10 @@ def measured_choice(
 
     The request's own number is taken where none of them can be had.
     """
-    num_samples, num_devices = batch_size(batch[0], "inputs"), chosen(request).num_devices
+    num_samples, num_devices = (
+        batch_size(batch[0], "inputs"),
+        requested_schedule(request).num_devices,
+    )
     counts = [n for each in ADAPTIVE_COUNTS if (n := each * num_devices) <= num_samples]
     counts = counts or [num_samples]
     plans = {}
@@ -86,7 +89,7 @@ def plan_on_meta(recipe: Recipe, model: Model, request: PlanRequest, *, batch: B
 
 def estimated_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec) -> Plan:
     """The plan for `device`."""
-    choice = chosen(request)
+    choice = requested_schedule(request)
     found = estimate_recipe(recipe, device, choice.built.num_microbatches)
     check_counts(len(found.cells), choice.num_stages)
     return plan_for(request, found.cells, link=device.link(choice.num_devices))

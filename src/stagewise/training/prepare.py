@@ -22,7 +22,7 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning import Plan, check_balance
-from stagewise.planning.choice import chosen
+from stagewise.planning.choice import requested_schedule
 from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
@@ -177,7 +177,7 @@ def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | No
     known = not isinstance(model, nn.Module) or (is_chain(model) and recipe.cells is None)
     if known:  # else cells are known once captured
         chain = chain_of(model)
-        num_stages = (plan if isinstance(plan, Plan) else chosen(plan)).num_stages
+        num_stages = (plan if isinstance(plan, Plan) else requested_schedule(plan)).num_stages
         check_counts(len(chain), num_stages)
         if plan.balance is not None:
             check_balance(plan.balance, len(chain), num_stages)

@@ -22,7 +22,7 @@ from stagewise.engine.transport.processes import is_first
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.plan import Plan
-from stagewise.planning.search.less_memory import sparing
+from stagewise.planning.search.less_memory import with_less_memory
 from stagewise.report.plan import Figures, plan_in_words
 from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
@@ -186,7 +186,7 @@ class Trainer:
 
     def _spare(self, step: int, num_samples: int, text: str) -> None:
         """Change the plan, which ran out of memory, to one that needs less; every rank does."""
-        found = sparing(self._pipe.plan, num_samples)
+        found = with_less_memory(self._pipe.plan, num_samples)
         if found is None:
             raise OutOfMemoryError(
                 f"{text}\nThis was already with {self._pipe.num_microbatches} microbatches and "

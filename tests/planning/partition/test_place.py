@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from stagewise.errors import PlanError
-from stagewise.planning.partition.place import place
+from stagewise.planning.partition.place import Effort, place
 from stagewise.planning.partition.problem import Layout, MemoryNeeds, Placement, cuts_of, layout
 from stagewise.planning.partition.replicated import replicated_partition
 
@@ -116,7 +116,7 @@ def test_no_cut_beats_the_bound() -> None:
 def test_what_is_not_proven_says_how_far_it_may_be_off() -> None:
     rng = random.Random(2)
     seconds = [rng.uniform(0.2, 2) for _ in range(60)]
-    found = place([(d,) for d in range(8)] * 3, seconds, max_nodes=0)
+    found = place([(d,) for d in range(8)] * 3, seconds, effort=Effort(max_nodes=0))
     assert found is not None and not found.is_optimal
     assert found.bound_seconds < found.seconds
     assert str(found) == f"within {found.seconds / found.bound_seconds - 1:.2%} of the bound"
@@ -125,7 +125,9 @@ def test_what_is_not_proven_says_how_far_it_may_be_off() -> None:
 def test_branch_and_bound_proves_more() -> None:
     seconds = [50, 200, 80, 300, 60, 150, 90, 250] * 2
     placement = [(d,) for d in range(4)] * 3
-    quick, exact = (place(placement, seconds, max_nodes=nodes) for nodes in (0, 5_000))
+    quick, exact = (
+        place(placement, seconds, effort=Effort(max_nodes=nodes)) for nodes in (0, 5_000)
+    )
     assert quick is not None and exact is not None
     assert exact.seconds <= quick.seconds and exact.gap < quick.gap + 1e-12
     assert exact.is_optimal and str(exact) == "optimal"
@@ -223,7 +225,7 @@ def test_replicas_break_the_heaviest_layer_s_limit() -> None:
 @pytest.mark.parametrize(
     ("placement", "arguments", "message"),
     [
-        ([(0,), (0, 0)], {}, "each of them once"),
+        ([(0,), (0, 0)], {}, "each only once"),
         ([(0,), (1,)], {"transfer_seconds": [1.0]}, "2 inner boundaries"),
         ([(0,), (1,)], {"cell_seconds": [1, -1, 1]}, "not be negative"),
         ([(0,)] * 4, {}, "4 stages need"),
@@ -251,7 +253,7 @@ def test_the_solver_prints_nothing(
     monkeypatch.setattr(scipy.optimize, "milp", talking)
     print("before")
     seconds = [50, 200, 80, 300, 60, 150, 90, 250] * 2
-    found = place([(d,) for d in range(4)] * 3, seconds, max_nodes=5_000)
+    found = place([(d,) for d in range(4)] * 3, seconds, effort=Effort(max_nodes=5_000))
     print("after")
     assert found is not None and found.is_optimal
     assert capfd.readouterr().out == "before\nafter\n"

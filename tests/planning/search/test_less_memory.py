@@ -6,7 +6,7 @@ import pytest
 
 from stagewise.costs import CellCost
 from stagewise.planning.plan import Plan, with_microbatches
-from stagewise.planning.search.less_memory import larger_counts, share_in_flight, sparing
+from stagewise.planning.search.less_memory import larger_counts, share_in_flight, with_less_memory
 
 CELL = CellCost(
     name="cell",
@@ -26,7 +26,7 @@ def plan_of(num_stages: int = 2, **options: object) -> Plan:
 def changes(plan: Plan, num_samples: int) -> list[tuple[int, str]]:
     """Every change in turn until nothing is left."""
     made = []
-    while (found := sparing(plan, num_samples)) is not None:
+    while (found := with_less_memory(plan, num_samples)) is not None:
         plan, _ = found
         made.append((plan.num_microbatches, plan.recompute))
     return made
@@ -44,13 +44,13 @@ def test_gpipe_keeps_all_so_only_recomputation_helps_at_first() -> None:
 
 
 def test_fewer_microbatches_than_stages_are_all_in_flight() -> None:
-    plan, reason = sparing(plan_of(4, num_microbatches=2), 8) or (None, "")
+    plan, reason = with_less_memory(plan_of(4, num_microbatches=2), 8) or (None, "")
     assert plan is not None and plan.num_microbatches == 8, "4 would be in flight all the same"
-    assert "at most 50% of the batch is in flight on a device then, not 100%" in reason
+    assert "at most 50% of the batch is then in flight on a device, not 100%" in reason
 
 
 def test_an_end() -> None:
-    assert sparing(plan_of(num_microbatches=4, recompute="always"), 4) is None
+    assert with_less_memory(plan_of(num_microbatches=4, recompute="always"), 4) is None
     own = plan_of(1, schedule="mine", programs=("0F0 0B0",), num_microbatches=1)
     assert changes(own, 8) == [(1, "always")], "its programs are for one number of microbatches"
 

@@ -1,4 +1,4 @@
-"""A balance: how many cells each stage gets, and what it makes of the busiest device."""
+"""A balance: how many cells each stage gets, and the resulting load of the busiest device."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,8 +13,7 @@ def bottleneck_seconds(
     transfer_seconds: Sequence[float] | None = None,
     replicas: Sequence[int] = (),
 ) -> float:
-    """The busiest device's load under `balance`: what `place` makes least, where no device
-    holds two stages."""
+    """Return the busiest device's load under `balance`, if no device holds two stages."""
     ends = accumulate(balance)
     transfers = [0.0, *(transfer_seconds or [0.0] * (len(cell_seconds) - 1)), 0.0]
     return max(
@@ -29,7 +28,7 @@ def check_balance(balance: Sequence[int], num_cells: int, num_stages: int | None
     if num_stages is not None and len(balance) != num_stages:
         raise PlanError(
             f"balance {list(balance)} has {len(balance)} stages but num_stages is {num_stages}; "
-            "make them agree, or leave one out"
+            "correct one, or leave it out"
         )
     if not balance or any(size < 1 for size in balance):
         raise PlanError(f"balance {list(balance)} must give every stage at least one cell")

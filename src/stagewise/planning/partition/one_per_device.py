@@ -1,9 +1,9 @@
-"""Exact partition where no device holds two stages: dynamic programming over (stage, end).
+"""Exact partition if no device holds two stages: dynamic programming over (stage, end).
 
-Stages may be replicated and each may have limits of its own (loads, bytes), since those differ
-by stage only through `Layout`'s arrays. A boundary costs its transfer, so that a longer stage may
-be cheaper than a shorter one, and greedy or bisecting methods are wrong. Only stages of at most
-`width` cells are looked at, until every longer one is known to be worse than what was found.
+Stages may be replicated and may differ in loads and memory, which enter only through the arrays of
+`Layout`. A boundary costs its transfer, so a longer stage can be cheaper than a shorter one, and
+greedy or bisection methods would be wrong. Only stages of at most `width` cells are considered,
+until every longer one is known to be worse than the best found.
 Source: the recurrence is that of PipeDream (Narayanan et al., SOSP 2019, section 3.1).
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from stagewise.planning.partition.problem import Layout
 
-Found = tuple[float, tuple[int, ...]]  # the busiest device's seconds, cuts
+ScoredCuts = tuple[float, tuple[int, ...]]  # the busiest device's seconds, cuts
 
 
-def contiguous(layout: Layout) -> Found | None:
-    """The best cuts of a layout that is `alone`; None if no cut fits the memory."""
+def cut_one_per_device(layout: Layout) -> ScoredCuts | None:
+    """Return the best cuts of a layout with `one_per_device`; None if no cut fits the memory."""
     num_cells = layout.num_cells
     prefix = layout.prefix
     most = max(map(len, layout.placement))
@@ -30,8 +30,8 @@ def contiguous(layout: Layout) -> Found | None:
         width = min(num_cells, 4 * width)
 
 
-def _within(layout: Layout, width: int) -> Found | None:
-    """The best cuts with at most `width` cells on every stage."""
+def _within(layout: Layout, width: int) -> ScoredCuts | None:
+    """Return the best cuts with at most `width` cells on every stage."""
     num_cells, num_stages = layout.num_cells, layout.num_stages
     ends = np.arange(num_cells + 1)[:, None]
     begins = ends - np.arange(width, 0, -1)[None, :]
@@ -42,11 +42,11 @@ def _within(layout: Layout, width: int) -> Found | None:
     choices = np.empty((num_stages, num_cells + 1), dtype=np.int64)
     for stage in range(num_stages):
         loads = layout.ends[stage][ends] - layout.starts[stage][begins]
-        shut = ~inside
+        excluded = ~inside
         if layout.capped:
             needs = layout.end_bytes[stage][ends] - layout.start_bytes[stage][begins]
-            shut |= needs > layout.memory_bytes
-        loads[shut] = np.inf
+            excluded |= needs > layout.memory_bytes
+        loads[excluded] = np.inf
         padded = np.concatenate([np.full(width, np.inf), best[:-1]])
         reached = np.lib.stride_tricks.sliding_window_view(padded, width)[: num_cells + 1]
         candidates = np.maximum(reached, loads)

@@ -1,13 +1,13 @@
 """What a cut of the chain costs on a placement: the arrays that all partitioners read.
 
-Problem: a device may hold several stages, or a share of one, and its memory has a cap. Idea: with
-prefix sums, seconds and bytes of a stage are a term of its end less a term of its start, so every
-objective and cap is a sum of such terms, whatever the algorithm.
+Problem: a device may hold several stages, or a replica of one, and its memory may be capped. Idea:
+with prefix sums, a stage's seconds and bytes are a term of its end minus a term of its start, so
+every objective and cap is a sum of such terms, whatever the algorithm.
 
     seconds of stage s with cells a to b - 1 = ends[s, b] - starts[s, a]
 
-A replica of r takes each r-th microbatch, so it counts 1/r of its stage's seconds. A boundary
-costs both its stages its transfer, unless both lie on the same devices.
+One of r replicas takes every r-th microbatch, so it counts 1/r of the stage's seconds. A boundary
+costs both its stages its transfer time, unless they are on the same devices.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ Placement = tuple[tuple[int, ...], ...]
 class MemoryNeeds:
     """Bytes per cell, how many microbatches of each stage are held, and the cap per device.
 
-    A stage of cells a to b - 1 that holds `inputs[s]` microbatches' inputs and `graphs[s]`
-    microbatches' activations needs `state` of its cells, `inputs[s] * entering[a]`, and
-    `graphs[s]` times the `kept` of its cells with `closing[b]`.
+    A stage of cells a to b - 1 that holds the inputs of `inputs[s]` microbatches and the
+    activations of `graphs[s]` needs the `state` of its cells, `inputs[s] * entering[a]`, and
+    `graphs[s]` times the sum of the `kept` of its cells and `closing[b]`.
     """
 
     memory_bytes: float
-    state: Sequence[float]  # parameters, their gradients, the optimizer's state
-    kept: Sequence[float]  # per cell, but for what only the last cell of a stage keeps
-    entering: Sequence[float]  # one more than cells: what crosses before cell i
-    closing: Sequence[float]  # one more than cells: what the cell before i keeps as a last one
+    state: Sequence[float]  # parameters, gradients and optimizer state
+    kept: Sequence[float]  # per cell, without what only the last cell of a stage keeps
+    entering: Sequence[float]  # one more than cells: what crosses the boundary before cell i
+    closing: Sequence[float]  # one more than cells: what cell i - 1 keeps as the last of a stage
     inputs: Sequence[int]  # per stage
     graphs: Sequence[int]  # per stage
 
@@ -53,7 +53,7 @@ def memory_needs(
     input_bytes: int = 0,
     state_factor: float = 4,
 ) -> MemoryNeeds:
-    """The needs that `costs.stage_costs` and `Timeline.activation_bytes` count.
+    """Return memory needs as `costs.stage_costs` and `Timeline.activation_bytes` count them.
 
     `inputs[s]` microbatches of stage s are in flight, `graphs[s]` of them with their graph.
     """
@@ -70,7 +70,7 @@ def memory_needs(
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A chain to be cut into the stages of `placement`; arrays are (stages, cells + 1)."""
+    """A chain to be cut into the stages of `placement`; starts and ends are (stages, cells + 1)."""
 
     placement: Placement
     cell_seconds: Array
@@ -95,12 +95,12 @@ class Layout:
 
     @cached_property
     def prefix(self) -> Array:
-        """Seconds of the first i cells."""
+        """The seconds of the first i cells."""
         return np.concatenate([[0.0], np.cumsum(self.cell_seconds)])
 
     @cached_property
     def devices(self) -> Array:
-        """(devices, stages): 1 where a device holds a stage."""
+        """An array (devices, stages): 1 if the device holds the stage."""
         num_devices = 1 + max(d for devices in self.placement for d in devices)
         holds = np.zeros((num_devices, self.num_stages))
         for stage, devices in enumerate(self.placement):
@@ -108,37 +108,37 @@ class Layout:
         return holds
 
     @cached_property
-    def alone(self) -> bool:
+    def one_per_device(self) -> bool:
         """Whether no device holds more than one stage."""
         return bool((self.devices.sum(axis=1) <= 1).all())
 
     def device_seconds(self, cuts: Sequence[int]) -> Array:
-        """Every device's load, in seconds per microbatch; `cuts` as in `cuts_of`."""
+        """Return every device's load, in seconds per microbatch; `cuts` as in `cuts_of`."""
         return self._per_device(self.starts, self.ends, cuts)
 
     def device_bytes(self, cuts: Sequence[int]) -> Array:
-        """Every device's need; zeros where there is no cap."""
+        """Return every device's memory need; zeros if there is no cap."""
         if not self.capped:
             return np.zeros(len(self.devices))
         return self._per_device(self.start_bytes, self.end_bytes, cuts)
 
     def busiest_seconds(self, cuts: Sequence[int]) -> float:
-        """The objective; infinite where a device's memory is too small."""
+        """Return the objective, the largest load; infinite if a device's memory is too small."""
         if (self.device_bytes(cuts) > self.memory_bytes).any():
             return float("inf")
         return float(self.device_seconds(cuts).max())
 
     @cached_property
     def least_seconds(self) -> float:
-        """A bound that no cut can beat: all work shared evenly, or what shares a device at least.
+        """A lower bound for all cuts: the mean load, or the heaviest cells that share a device.
 
-        Of the j * K + 1 heaviest cells some one of K devices has j + 1.
+        Of the j * K + 1 heaviest cells, one of the K devices has at least j + 1.
         """
         num_devices = len(self.devices)
         moves = np.array([here != there for here, there in pairwise(self.placement)], dtype=bool)
         shares = np.array([len(devices) for devices in self.placement])
         least = float(self.transfers[1:-1].min()) if moves.any() else 0.0
-        # A boundary costs each of its sides a transfer, shared by replicas like all their work.
+        # A boundary costs each of its sides a transfer, divided among replicas like other work.
         sides = np.r_[moves, False].astype(float) + np.r_[False, moves]
         even = (float(self.cell_seconds.sum()) + least * float(sides.sum())) / num_devices
         heaviest = np.sort(self.cell_seconds)[::-1]
@@ -163,11 +163,11 @@ def layout(
     transfer_seconds: Sequence[float] | None = None,
     memory: MemoryNeeds | None = None,
 ) -> Layout:
-    """Check costs and lay them out for `placement`; raises PlanError where they make no sense."""
+    """Check the costs and arrange them for `placement`; raise PlanError if they are invalid."""
     placed = tuple(map(tuple, placement))
     check_counts(len(cell_seconds), len(placed))
     if any(not devices or len(set(devices)) != len(devices) for devices in placed):
-        raise PlanError(f"placement {placed} must name each stage's devices, each of them once")
+        raise PlanError(f"placement {placed} must name the devices of every stage, each only once")
     seconds, transfers = _checked(cell_seconds, transfer_seconds)
     prefix = np.concatenate([[0.0], np.cumsum(seconds)])
     shares = np.array([len(devices) for devices in placed], dtype=np.float64)[:, None]
@@ -203,7 +203,7 @@ def layout(
 def _checked(
     cell_seconds: Sequence[float], transfer_seconds: Sequence[float] | None
 ) -> tuple[Array, Array]:
-    """Seconds of cells, and of boundaries with both ends; raises PlanError for what is no cost."""
+    """Return cell seconds, and transfer seconds with 0 at both ends; raise PlanError if invalid."""
     num_cells = len(cell_seconds)
     seconds, transfers = np.asarray(cell_seconds, dtype=np.float64), np.zeros(num_cells + 1)
     if transfer_seconds is not None:
@@ -222,10 +222,10 @@ def _checked(
 
 
 def cuts_of(balance: Sequence[int]) -> tuple[int, ...]:
-    """Where the stages begin, and the end of the last: (2, 3) -> (0, 2, 5)."""
+    """Return where the stages begin, and the end of the last: (2, 3) -> (0, 2, 5)."""
     return tuple(int(at) for at in np.concatenate([[0], np.cumsum(balance)]))
 
 
 def balance_of(cuts: Sequence[int]) -> tuple[int, ...]:
-    """The inverse of `cuts_of`."""
+    """Return the inverse of `cuts_of`."""
     return tuple(int(b - a) for a, b in pairwise(cuts))

@@ -1,11 +1,11 @@
-"""How many devices every stage gets: the optimal cut into replicated stages (PipeDream's problem).
+"""The optimal cut into replicated stages, and the devices of each (PipeDream's problem).
 
-Problem: cut the chain and share a number of devices out, so that the busiest device has least to
-do; a stage on r devices gives each 1/r of its work, and holds fewer microbatches the more devices
-there are from it on. Idea: for a bound on the load, the fewest devices that the end of the chain
-needs is a recurrence over where its first stage ends, and fewer devices behind are better for both
-load and memory; so the least bound that the devices allow is found by bisection, to rounding.
-Source: Narayanan et al., PipeDream, SOSP 2019, section 3.1, and arXiv:2006.09503 for what is held.
+Problem: cut the chain and distribute the devices over the stages so that the busiest device has the
+least load; on r devices, each has 1/r of the stage's work, and the memory depends on the number of
+devices from this stage on. Idea: for a given bound on the load, the fewest devices that the rest of
+the chain needs is a recurrence over the end of its first stage (fewer devices later are better for
+both load and memory); bisection then finds the smallest bound that the devices allow.
+Source: Narayanan et al., PipeDream, SOSP 2019, section 3.1; arXiv:2006.09503 for the memory.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from stagewise.planning.partition.problem import Array, MemoryNeeds, balance_of,
 Ints = NDArray[np.int64]
 
 Balance = tuple[int, ...]
-_PRECISION = 1e-12  # of the bisection, relative
+_PRECISION = 1e-12  # relative, of the bisection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ def replicated_partition(
     num_microbatches: int | None = None,
     recomputed: bool = False,
 ) -> Replicated | None:
-    """The cut and the replicas of its stages whose busiest device has least to do; exact.
+    """Return the exact cut and replicas that minimise the busiest device's load.
 
-    A device of a stage on r devices, with n devices from it on, holds ceil(n / r) microbatches,
-    and no more than its share of `num_microbatches`; where `recomputed`, only one with its graph.
-    `memory.inputs` and `memory.graphs` are not used. None if nothing fits the memory.
+    With n devices from a stage of r devices on, each of these holds ceil(n / r) microbatches, at
+    most its share of `num_microbatches`; if `recomputed`, only one of them with its graph.
+    `memory.inputs` and `memory.graphs` are ignored. Return None if nothing fits the memory.
 
     >>> replicated_partition([1, 4, 1], 3)
     Replicated(balance=(3,), replicas=(3,), seconds=2.0)
@@ -77,7 +77,7 @@ def replicated_partition(
 
 
 class _Needs:
-    """Bytes of the stages that begin with cell i, by where they end."""
+    """The memory of stages that begin with cell i, as a function of their end."""
 
     def __init__(self, memory: MemoryNeeds, recomputed: bool) -> None:
         self._state, self._kept = (
@@ -88,7 +88,7 @@ class _Needs:
         self._recomputed, self._most = recomputed, memory.memory_bytes
 
     def fit(self, i: int, ends: Ints, held: Ints) -> NDArray[np.bool_]:
-        """Whether a device can hold the cells i to end - 1 with `held` microbatches."""
+        """Return whether a device can hold the cells i to end - 1 with `held` microbatches."""
         graph = self._kept[ends] - self._kept[i] + self._closing[ends]
         inputs = held * self._entering[i]
         held_graphs = graph if self._recomputed else held * graph
@@ -107,7 +107,7 @@ class _Problem:
     needs: _Needs | None
 
     def within(self, bound: float) -> Replicated | None:
-        """The cut of fewest devices whose loads are at most `bound`; None if they are too few."""
+        """Return the cut with the fewest devices whose loads are at most `bound`, or None."""
         num_cells = len(self.prefix) - 1
         never = self.num_devices + 1
         fewest = np.full(num_cells + 1, never)
@@ -138,12 +138,12 @@ class _Problem:
         return float(alone + self.transfers[i] + self.transfers[end])
 
     def _replicas(self, i: int, ends: Ints, behind: Ints, bound: float) -> Ints:
-        """Fewest devices for the stages from cell i to each of `ends`; too many where none do."""
+        """Return the fewest devices for stages from cell i to `ends`; num_devices + 1 if none."""
         loads = self.prefix[ends] - self.prefix[i] + self.transfers[i] + self.transfers[ends]
         never = self.num_devices + 1
         most = min(never, self.num_microbatches + 1)
         share: Ints = np.minimum(np.ceil(loads / bound), most).astype(np.int64).clip(1)
-        share[loads > bound * share] += 1  # where the division was rounded down
+        share[loads > bound * share] += 1  # if the division was rounded down
         while self.needs is not None:
             rounds = -(-self.num_microbatches // share)
             held = np.minimum(-(-(share + behind) // share), rounds)

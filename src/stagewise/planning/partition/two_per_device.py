@@ -1,10 +1,10 @@
-"""Exact partition where every device holds two stages: dynamic programming over pairs of cells.
+"""Exact partition if every device holds two stages: dynamic programming over pairs of cells.
 
 Problem: device d's load is the sum of two runs of cells: stage d with stage K + d (looped,
 Narayanan et al., arXiv:2104.04473) or with stage 2K - 1 - d (a V, Qi et al., arXiv:2405.15362).
-Idea: after d devices, what counts is only how far the first run has come, and how far the second:
-from the middle on, or from the end back. In a loop the middle is tried everywhere. States that are
-no better than the best known solution are dropped, which leaves few.
+Idea: after d devices, only the progress of the first run of cells and of the second matters; the
+second starts in the middle (looped; every middle is tried) or comes back from the end (V). States
+no better than the incumbent are pruned, which leaves few.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from stagewise.planning.partition.problem import Array, Layout
 
 Ints = NDArray[np.int64]
-Found = tuple[float, tuple[int, ...]]  # the busiest device's seconds, cuts
-_PER_MOVE = 500  # what a call of numpy takes, in states
+ScoredCuts = tuple[float, tuple[int, ...]]  # the busiest device's seconds, cuts
+_PER_MOVE = 500  # cost of a numpy call, in states
 
 
 class TooMuchWork(Exception):
@@ -36,10 +36,10 @@ def has_two_per_device(layout: Layout) -> bool:
     )
 
 
-def cut_two_per_device(layout: Layout, better_than: float, max_work: int) -> Found | None:
-    """The best cuts that take less than `better_than` seconds; None if there are none.
+def cut_two_per_device(layout: Layout, better_than: float, max_work: int) -> ScoredCuts | None:
+    """Return the best cuts that take less than `better_than` seconds; None if there are none.
 
-    Raises TooMuchWork after about `max_work` states looked at.
+    Raises TooMuchWork after examining about `max_work` states.
     """
     half, num_cells = layout.num_stages // 2, layout.num_cells
     search = _Search(layout, better_than, max_work)
@@ -55,7 +55,7 @@ def cut_two_per_device(layout: Layout, better_than: float, max_work: int) -> Fou
 
 @dataclass(frozen=True)
 class _States:
-    """How far the two runs have come, and the busiest device's seconds so far."""
+    """The progress of the two runs of cells, and the busiest device's seconds so far."""
 
     first: Ints
     second: Ints
@@ -67,7 +67,7 @@ class _States:
 
 @dataclass(frozen=True)
 class _Loop:
-    """The second run starts where the first one ends, in the middle."""
+    """Looped placement: the second run starts where the first one ends, in the middle."""
 
     layout: Layout
     middle: int
@@ -77,18 +77,18 @@ class _Loop:
         return 0, self.middle
 
     def room(self, i: Ints, j: Ints) -> Ints:
-        """How many devices could still have a cell of each run."""
+        """Return how many more devices could get a cell of each run."""
         room: Ints = np.minimum(self.middle - i, self.layout.num_cells - j)
         return room
 
     def rest(self, i: Ints, j: Ints) -> Array:
-        """Seconds of the cells that are left."""
+        """Return the seconds of the cells that are left."""
         prefix = self.layout.prefix
         total: Array = prefix[self.middle] - prefix[i] + prefix[-1] - prefix[j]
         return total
 
     def ends(self, before: _States) -> Iterator[tuple[_States, Ints, Ints]]:
-        """The last device takes all that is left."""
+        """Yield the moves of the last device, which takes all remaining cells."""
         own = before.only(self.room(before.first, before.second) >= 1)
         size = len(own.first)
         yield own, np.full(size, self.middle), np.full(size, self.layout.num_cells)
@@ -105,7 +105,7 @@ class _Loop:
 
 
 class _Fold(_Loop):
-    """The second run comes back from the end, to where the first one has got."""
+    """V placement: the second run comes back from the end and meets the first."""
 
     step = -1
 
@@ -138,19 +138,19 @@ class _Fold(_Loop):
         return (*firsts, *reversed(seconds[:-1]))
 
 
-_Moved = tuple[_States, Ints, Ints]  # states, and how far a device then brings both runs
+_Moved = tuple[_States, Ints, Ints]  # states, and the progress of both runs after a device
 
 
 class _Search:
-    """The best cuts so far; every `fill` looks for better ones."""
+    """The incumbent; every `fill` looks for better cuts."""
 
     def __init__(self, layout: Layout, better_than: float, max_work: int) -> None:
-        self.best: Found | None = None
+        self.best: ScoredCuts | None = None
         self._layout, self._known, self._work = layout, better_than, max_work
 
     def fill(self, shape: _Loop) -> None:
-        """Look through all cuts of `shape`."""
-        limit = self._known * (1 - 1e-12)  # rounding must not show the known ones again
+        """Search all cuts of `shape`."""
+        limit = self._known * (1 - 1e-12)  # so that rounding does not find the incumbent again
         first, second = shape.start()
         states = _States(np.array([first]), np.array([second]), np.array([0.0]))
         history, num_cells = [states], self._layout.num_cells
@@ -168,9 +168,9 @@ class _Search:
         self.best = self._known, self._trace(shape, history, at)
 
     def _moves(self, shape: _Loop, device: int, states: _States, limit: float) -> Iterator[_Moved]:
-        """Every way to give `device` its cells."""
+        """Yield every way to give `device` its cells."""
         prefix, num_cells = self._layout.prefix, self._layout.num_cells
-        left = self._layout.num_stages // 2 - device - 1  # devices to come
+        left = self._layout.num_stages // 2 - device - 1  # devices after this one
         if not left:
             yield from shape.ends(states)
             return
@@ -203,7 +203,7 @@ class _Search:
         return loads
 
     def _trace(self, shape: _Loop, history: list[_States], at: int) -> tuple[int, ...]:
-        """The cuts that lead to state `at` of the last device."""
+        """Return the cuts that lead to state `at` of the last device."""
         i, j = int(history[-1].first[at]), int(history[-1].second[at])
         value = float(history[-1].seconds[at])
         firsts, seconds = [i], [j]

@@ -1,12 +1,12 @@
-"""What no plan, no option and no cut can beat: by these the search drops what cannot win.
+"""Lower bounds on the step time of plans, options and cuts, with which the search prunes.
 
-Problem: a bound that some plan does beat makes `auto` slower than a schedule chosen by name.
-Idea: bound two things, the way of one microbatch through all cells, and the work of the busiest
-device, each by terms that every plan has, whatever it cuts, splits or recomputes:
+Problem: an invalid bound would make `auto` slower than a schedule chosen by name.
+Idea: bound the path of one microbatch through all cells, and the work of the busiest device, each
+by terms that every plan has, however it cuts, splits or recomputes:
 
-- of a backward in two parts only `I` lies on the way; the `W`s may run side by side;
-- a last stage's backward right behind its own forward recomputes nothing;
-- a stage adds its first cell's `instruction_overhead`, which may be negative.
+- of a split backward only `I` is on the path; the `W`s may run in parallel;
+- on the last stage, a backward directly after its own forward recomputes nothing;
+- a stage adds the `instruction_overhead` of its first cell, which may be negative.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,29 +20,29 @@ from stagewise.schedule import POLICIES, SCHEDULES, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class _Backward:
-    """How schedules run backward: whole, or, where they split some, each as suits them.
+    """How schedules run backward: always whole, or each backward either whole or split.
 
-    `way` is what lies on a microbatch's way, `work` what the device has to do; of whole, input and
-    weight seconds.
+    `path` is the least time on a microbatch's path, `work` the least work of the device, as
+    functions of the seconds of a whole backward and of its input and weight halves.
     """
 
-    way: Callable[[float, float, float], float]
+    path: Callable[[float, float, float], float]
     work: Callable[[float, float, float], float]
 
 
-_WHOLE = _Backward(way=lambda b, i, w: b, work=lambda b, i, w: b)
-_EITHER = _Backward(way=lambda b, i, w: min(b, i), work=lambda b, i, w: min(b, i + w))
+_WHOLE = _Backward(path=lambda b, i, w: b, work=lambda b, i, w: b)
+_EITHER = _Backward(path=lambda b, i, w: min(b, i), work=lambda b, i, w: min(b, i + w))
 
 _OfCell = Callable[[CellCost], float]
 _OfInstruction = Callable[[InstructionCost], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Least:
-    """The least seconds that a microbatch's instructions of some kind take on all cells.
+class _LeastSeconds:
+    """The least seconds of a microbatch's instructions, over all cells.
 
-    For at least `num_starts` stages, whose first cells add what instructions take; `may_add`:
-    there may be more.
+    There are at least `num_starts` stages, whose first cells add the instruction overhead;
+    if `may_add`, there may be more.
     """
 
     cells: Sequence[CellCost]
@@ -50,7 +50,7 @@ class _Least:
     may_add: bool
 
     def total(self, of_cell: _OfCell, overhead: _OfInstruction) -> float:
-        """Over all cells."""
+        """Return the least sum over all cells."""
         first, *others = [overhead(cell.instruction_overhead) for cell in self.cells]
         others.sort()
         starts = others[: self.num_starts - 1]
@@ -59,16 +59,16 @@ class _Least:
         return max(0, sum(map(of_cell, self.cells)) + first + sum(starts))
 
     def each(self, of_cell: _OfCell, overhead: _OfInstruction) -> list[float]:
-        """Of every cell, on whatever stage."""
+        """Return the least seconds of every cell, on whatever stage."""
         least = min(0, *(overhead(cell.instruction_overhead) for cell in self.cells))
         return [max(0, of_cell(cell) + least) for cell in self.cells]
 
 
 def least_option_seconds(option: Option, cells: Sequence[CellCost], recompute: str) -> float:
-    """No plan of this option takes less, recomputing by `recompute` or by parts of stages."""
+    """Return a lower bound for plans of this option that recompute by `recompute` or segments."""
     split = SCHEDULES[option.schedule].splits_backward
-    parts = recompute not in POLICIES  # each may begin with a cell that adds less than nothing
-    least = _Least(
+    parts = recompute not in POLICIES  # segments may begin with cells of negative overhead
+    least = _LeastSeconds(
         cells=cells,
         num_starts=1 if option.replicated else option.num_stages,
         may_add=option.replicated or parts,
@@ -76,9 +76,9 @@ def least_option_seconds(option: Option, cells: Sequence[CellCost], recompute: s
     found = _least(least, _EITHER if split else _WHOLE, option.num_devices, option.num_microbatches)
     again = _num_recomputed(recompute, option.num_microbatches)
     if again and not option.replicated:
-        # The last stage may recompute nothing. Its forwards are part of its device's work, so that
-        # they are less than a step: what K devices do, and once more a step, is all the rest.
-        forward = least.total(_forward, _overhead_forward)
+        # The last stage may recompute nothing, but its forwards are part of its device's work and
+        # so take less than a step: K devices and one extra step do all recomputed work.
+        forward = least.total(lambda c: c.forward_seconds, lambda i: i.forward_seconds)
         every = option.num_microbatches * found.work + again * forward
         return max(found.seconds, every / (option.num_devices + 1))
     return found.seconds
@@ -87,45 +87,39 @@ def least_option_seconds(option: Option, cells: Sequence[CellCost], recompute: s
 def least_plan_seconds(
     cells: Sequence[CellCost], num_devices: int, num_microbatches: int, *, replicas: bool
 ) -> float:
-    """No plan takes less, however it is cut, scheduled and recomputed."""
-    least = _Least(cells=cells, num_starts=1 if replicas else num_devices, may_add=True)
+    """Return a lower bound for all plans, however they cut, schedule and recompute."""
+    least = _LeastSeconds(cells=cells, num_starts=1 if replicas else num_devices, may_add=True)
     found = _least(least, _EITHER, num_devices, num_microbatches)
     if replicas:
-        return max(found.way, found.work * num_microbatches / num_devices)
-    # Of the j * K + 1 heaviest cells some device has j + 1, wherever the chain is cut.
+        return max(found.path, found.work * num_microbatches / num_devices)
+    # Of the j * K + 1 heaviest cells, some device has j + 1, wherever the chain is cut.
     anywhere = layout([(cell % num_devices,) for cell in range(len(cells))], found.each)
     return max(found.seconds, num_microbatches * anywhere.least_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    way: float  # of one microbatch
+class _Bound:
+    path: float  # of one microbatch
     work: float  # of one microbatch, on all devices
-    each: list[float]  # the part of each cell
+    each: list[float]  # work per cell
     seconds: float
 
 
-def _least(least: _Least, backward: _Backward, num_devices: int, num_microbatches: int) -> _Found:
+def _least(
+    least: _LeastSeconds, backward: _Backward, num_devices: int, num_microbatches: int
+) -> _Bound:
     def overhead(how: Callable[[float, float, float], float], i: InstructionCost) -> float:
         return i.forward_seconds + how(i.backward_seconds, i.input_seconds, i.weight_seconds)
 
     def cell(how: Callable[[float, float, float], float], c: CellCost) -> float:
         return c.forward_seconds + how(c.backward_seconds, *c.split_seconds)
 
-    way = least.total(lambda c: cell(backward.way, c), lambda i: overhead(backward.way, i))
+    path = least.total(lambda c: cell(backward.path, c), lambda i: overhead(backward.path, i))
     work = least.total(lambda c: cell(backward.work, c), lambda i: overhead(backward.work, i))
     each = least.each(lambda c: cell(backward.work, c), lambda i: overhead(backward.work, i))
     heaviest = 0 if least.num_starts < num_devices else max(each) * num_microbatches
-    seconds = max(way, work * num_microbatches / num_devices, heaviest)
-    return _Found(way=way, work=work, each=each, seconds=seconds)
-
-
-def _forward(cell: CellCost) -> float:
-    return cell.forward_seconds
-
-
-def _overhead_forward(overhead: InstructionCost) -> float:
-    return overhead.forward_seconds
+    seconds = max(path, work * num_microbatches / num_devices, heaviest)
+    return _Bound(path=path, work=work, each=each, seconds=seconds)
 
 
 def _num_recomputed(recompute: str, num_microbatches: int) -> int:
@@ -136,9 +130,9 @@ def _num_recomputed(recompute: str, num_microbatches: int) -> int:
 def least_step_seconds(
     schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
 ) -> float:
-    """No order of these instructions on these devices takes less, in a moment.
+    """Return a quick lower bound for every order of these instructions on these devices.
 
-    A device's work, and the way to and from it; `lower_bound_seconds` is sharper, and slower.
+    It is a device's work plus the path to and from it; `lower_bound_seconds` is tighter and slower.
     """
     split = schedule.splits_backward
     backward = _EITHER if split else _WHOLE

@@ -1,7 +1,7 @@
-"""What a search goes over: schedules of the table, stages per device, replicas, microbatches.
+"""The search space: schedules of the table, stages per device, replicas, microbatches.
 
-Everything that the search knows of schedules stands here: which there are (`options`), where they
-put stages (`placement_of`) and what they do (`schedule_for`, `replicated_schedule`).
+Everything that the search knows about schedules is here: which there are (`options`), where they
+place stages (`placement_of`) and their instructions (`schedule_for`, `replicated_schedule`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from stagewise.planning.partition.problem import Placement
 from stagewise.schedule import SCHEDULES, Schedule, named_schedule, schedule_row
 
-_MAX_PER_DEVICE = 4  # stages per device, where a schedule takes any number
+_MAX_PER_DEVICE = 4  # stages per device, if a schedule allows any number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One schedule for one number of microbatches; what is cut and recomputed is still open."""
+    """One schedule for one number of microbatches; cut and recomputation are still open."""
 
     schedule: str
     num_devices: int
@@ -29,12 +29,12 @@ class Option:
 
     @property
     def num_instructions(self) -> int:
-        """About how many a step has."""
+        """The approximate number of instructions in a step."""
         return 2 * self.num_stages * self.num_microbatches
 
     def __str__(self) -> str:
         per_device = self.stages_per_device
-        each = f", {per_device} stages a device" if per_device > 1 else ""
+        each = f", {per_device} stages per device" if per_device > 1 else ""
         replicas = ", replicated stages" if self.replicated else ""
         return f"{self.schedule}, {self.num_microbatches} microbatches{each}{replicas}"
 
@@ -46,7 +46,7 @@ def options(
     schedules: Sequence[str] | None,
     replicas: bool,
 ) -> Iterator[Option]:
-    """All that the table allows for so many devices and cells."""
+    """Yield all options that the table allows for these numbers of devices and cells."""
     for name in SCHEDULES if schedules is None else schedules:
         row = schedule_row(name)
         counts = range(2, _MAX_PER_DEVICE + 1) if row.takes_any else [row.stages_per_device]
@@ -71,20 +71,20 @@ def options(
 
 
 def placement_of(option: Option) -> Placement:
-    """Where the option's stages are; the number of microbatches does not matter for that."""
+    """Return where the option's stages are, which does not depend on the microbatches."""
     return named_schedule(
         option.schedule, option.num_devices, 1, option.stages_per_device
     ).placement
 
 
 def schedule_for(option: Option) -> Schedule:
-    """The option's schedule, without recomputation; raises ScheduleError where there is none."""
+    """Return the option's schedule, without recomputation; raise ScheduleError if impossible."""
     return named_schedule(
         option.schedule, option.num_devices, option.num_microbatches, option.stages_per_device
     )
 
 
 def replicated_schedule(option: Option, replicas: Sequence[int]) -> Schedule:
-    """The option's schedule with so many devices for each stage, numbered stage by stage."""
+    """Return the option's schedule with `replicas[s]` devices for stage s."""
     count = option.num_microbatches
     return named_schedule(option.schedule, len(replicas), count, replicas=replicas)

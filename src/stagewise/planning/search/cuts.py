@@ -1,9 +1,9 @@
-"""The cuts worth trying for an option, and what is known of them.
+"""The cuts worth trying for an option, and how far they are from optimal.
 
-Memory of a device is `state_factor` bytes per parameter byte (parameter, gradient, and two moments
-of Adam in the same dtype make 4) and the peak of what is kept for the backward pass. A cut is made
-for time alone, or for time under the cap, by the microbatches that the schedule holds at its worst
-moment; whether it then fits is for the simulation to say.
+A device's memory is `state_factor` bytes per parameter byte (parameter, gradient, and Adam's two
+moments in the same dtype make 4) plus the peak of what is kept for the backward pass. A cut
+minimises time alone, or time under the memory cap, estimated from the most microbatches that the
+schedule holds; the simulation decides whether it really fits.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from stagewise.costs import CellCost, LinkCost, boundary_seconds, load_seconds
 from stagewise.errors import ScheduleError
 from stagewise.planning.fast_simulate import held_microbatches
-from stagewise.planning.partition.place import place
+from stagewise.planning.partition.place import Effort, place
 from stagewise.planning.partition.problem import (
     MemoryNeeds,
     Placement,
@@ -30,13 +30,12 @@ from stagewise.planning.search.candidates import (
 from stagewise.schedule import Schedule, schedule_row
 from stagewise.units import size_in_words
 
-_TOLERANCE = 0.002  # a partition this near to its bound is near enough for a search
-_MAX_WORK, _KICKS = 2_000_000, 4  # see `place`
+_EFFORT = Effort(max_nodes=0, max_work=2_000_000, kicks=4, tolerance=0.002)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a plan is made for."""
+    """The machine that a plan is made for."""
 
     num_devices: int
     link: LinkCost
@@ -46,7 +45,7 @@ class Machine:
 
 @dataclass
 class SearchWork:
-    """What a search has done."""
+    """How much work a search has done."""
 
     partitions: int = 0
     simulations: int = 0
@@ -55,7 +54,7 @@ class SearchWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A schedule and a cut for it; the busiest device has at most `gap` more than the least."""
+    """A schedule and a cut for it, whose largest load is within `gap` of the optimum."""
 
     option: Option
     schedule: Schedule
@@ -64,20 +63,20 @@ class Cut:
 
 
 class Cutter:
-    """Makes cuts; those that several options share are made once."""
+    """Makes cuts; a cut shared by several options is made once."""
 
     def __init__(self, machine: Machine, work: SearchWork) -> None:
         self._machine, self._work = machine, work
         self._known: dict[object, tuple[tuple[int, ...], float] | None] = {}
-        self._near: dict[object, tuple[tuple[int, ...], float]] = {}  # for other microbatches
+        self._similar: dict[object, tuple[tuple[int, ...], float]] = {}  # for other microbatches
         self._schedules: dict[Option, Schedule] = {}
 
     def cut(
         self, option: Option, cells: Sequence[CellCost], *, recomputing: bool, capped: bool
     ) -> Cut | str:
-        """The best cut for time, under the memory cap if `capped`; or why there is none.
+        """Return the fastest cut, under the memory cap if `capped`, or why there is none.
 
-        For a step in which everything is recomputed, or nothing.
+        If `recomputing`, everything is recomputed; otherwise, nothing.
         """
         if option.replicated:
             return self._replicated(option, cells, recomputing, capped)
@@ -92,18 +91,18 @@ class Cutter:
             least = sum(needs.state) + min(needs.graphs) * sum(needs.kept)
             if least > option.num_devices * self._machine.memory_bytes:
                 return (
-                    f"at least {size_in_words(least)} are needed on all devices, which have "
+                    f"all devices together need at least {size_in_words(least)}, and have "
                     f"{size_in_words(option.num_devices * self._machine.memory_bytes)}"
                 )
         partition = self._partition(option, cells, recomputing, needs)
         if partition is None:
-            return "no cut fits the memory"
+            return "no cut fits into memory"
         balance, gap = partition
         return Cut(option=option, schedule=schedule, balance=balance, gap=gap)
 
     def _schedule(self, option: Option) -> Schedule:
         if option not in self._schedules:
-            self._schedules.clear()  # they are large, and options come one after the other
+            self._schedules.clear()  # schedules are large, and used for one option at a time
             self._schedules[option] = schedule_for(option)
         return self._schedules[option]
 
@@ -143,26 +142,17 @@ class Cutter:
         group: object,
     ) -> tuple[tuple[int, ...], float] | None:
         transfers = boundary_seconds(cells, self._machine.link)
-        if near := self._near.get(group):  # other microbatches' cut may be as good for these
+        if known := self._similar.get(group):  # may be as good for this number of microbatches
             chain = layout(placement, seconds, transfer_seconds=transfers, memory=needs)
-            gap = chain.busiest_seconds(cuts_of(near[0])) / max(chain.least_seconds, 1e-300) - 1
-            if gap <= max(near[1], _TOLERANCE):
-                return near[0], gap
+            gap = chain.busiest_seconds(cuts_of(known[0])) / max(chain.least_seconds, 1e-300) - 1
+            if gap <= max(known[1], _EFFORT.tolerance):
+                return known[0], gap
         self._work.partitions += 1
-        made = place(
-            placement,
-            seconds,
-            transfer_seconds=transfers,
-            memory=needs,
-            max_nodes=0,
-            max_work=_MAX_WORK,
-            kicks=_KICKS,
-            tolerance=_TOLERANCE,
-        )
+        made = place(placement, seconds, transfer_seconds=transfers, memory=needs, effort=_EFFORT)
         if made is None:
             return None
         least = layout(placement, seconds, transfer_seconds=transfers).least_seconds
-        self._near[group] = made.balance, made.seconds / max(least, 1e-300) - 1
+        self._similar[group] = made.balance, made.seconds / max(least, 1e-300) - 1
         return made.balance, made.gap
 
     def _replicated(
@@ -178,15 +168,15 @@ class Cutter:
             recomputed=recomputing,
         )
         if made is None:
-            return "no cut fits the memory"
+            return "no cut fits into memory"
         if max(made.replicas) == 1:
-            return "no stage gains from a second device"
+            return "no stage benefits from a second device"
         schedule = replicated_schedule(option, made.replicas)
         return Cut(option=option, schedule=schedule, balance=made.balance)
 
 
 def _loads(option: Option, cells: Sequence[CellCost], recomputing: bool) -> list[float]:
-    """What each cell adds to its device's load."""
+    """Return what each cell adds to its device's load."""
     split = schedule_row(option.schedule).splits_backward
     forwards = 2 if recomputing else 1
     return [load_seconds(cell, forwards=forwards, split=split) for cell in cells]

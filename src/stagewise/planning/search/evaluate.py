@@ -1,7 +1,7 @@
-"""One way to run a model, evaluated: cut, recompute, simulate, and see whether it fits.
+"""Evaluate one option: cut the chain, choose what to recompute, simulate, and check the memory.
 
-Where a step without recomputation is over the memory cap, the cut that is best under the cap is
-tried, and then recomputation: optimal segments, and the policies.
+If a step without recomputation exceeds the memory cap, the best cut under the cap is tried next,
+then recomputation: optimal segments, and the policies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,10 @@ from stagewise.units import size_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
-    """A complete plan in short, and what it takes; `plan()` makes the Plan.
+class EvaluatedPlan:
+    """A complete plan in short form, with its time and memory; `plan()` makes the Plan.
 
-    `seconds` are those of the plan's timeline, and of summing the gradients of replicas after it.
+    `seconds` is the duration of the plan's timeline plus the summing of replicas' gradients.
     """
 
     option: Option
@@ -39,7 +39,7 @@ class Tried:
     segments: tuple[Segments, ...] = ()
     programs: tuple[str, ...] = ()
     seconds: float
-    partition_gap: float  # how far the cut's busiest device may be from the best cut's
+    partition_gap: float  # upper bound on the cut's relative distance to the optimum
     device_bytes: tuple[int, ...]
     busy_seconds: tuple[float, ...]
     cells: tuple[CellCost, ...] = field(repr=False)
@@ -53,13 +53,13 @@ class Tried:
         return _in_words(self.option, self.recompute)
 
     def plan(self) -> Plan:
-        """The plan."""
+        """Return the Plan."""
         named, per_device = not self.programs, self.option.stages_per_device
         return Plan(
             balance=self.balance,
             schedule=self.option.schedule,
             num_microbatches=self.num_microbatches,
-            # Programs hold their recomputations already.
+            # Programs already contain their recomputations.
             recompute="never" if self.segments or self.programs else self.recompute,
             stages_per_device=per_device if named and not self.option.replicated else None,
             replicas=tuple(map(len, self.placement)) if self.option.replicated else (),
@@ -72,11 +72,11 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """What was looked at and not taken, and why, in words."""
+    """What was considered and rejected, and why."""
 
     what: str
     reason: str
-    bound_seconds: float = 0.0  # it takes no less
+    bound_seconds: float = 0.0  # lower bound on its step time
     lacks_memory: bool = False
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class Rejected:
 
 
 class Evaluator:
-    """Evaluates options on one machine; partitions that several options share are made once."""
+    """Evaluates options on one machine; a partition shared by several options is made once."""
 
     def __init__(self, machine: Machine, recompute: str) -> None:
         self.machine, self.work = machine, SearchWork()
@@ -92,26 +92,26 @@ class Evaluator:
         self._cuts = Cutter(machine, self.work)
 
     def bound_seconds(self, option: Option, cells: Sequence[CellCost]) -> float:
-        """No plan of this option takes less."""
+        """Return a lower bound for all plans of this option."""
         return least_option_seconds(option, cells, self._recompute)
 
     def estimate_seconds(self, option: Option, cells: Sequence[CellCost]) -> float:
-        """What the option may take: its bound, and the bubble of equal stages (K - 1) / (v M)."""
-        filling = (option.num_devices - 1) / option.stages_per_device / option.num_microbatches
-        return self.bound_seconds(option, cells) * (1 + filling)
+        """Return the option's bound plus the bubble of equal stages, (K - 1) / (v M)."""
+        bubble = (option.num_devices - 1) / option.stages_per_device / option.num_microbatches
+        return self.bound_seconds(option, cells) * (1 + bubble)
 
     def plain(
         self, option: Option, cells: Sequence[CellCost], better_than: float
-    ) -> Tried | Rejected:
-        """The option with its fastest cut, recomputing nothing that it was not told to."""
+    ) -> EvaluatedPlan | Rejected:
+        """Evaluate the option with its fastest cut and only the recomputation asked for."""
         recompute = "never" if self._recompute == "auto" else self._recompute
         way = _Way(recompute, recompute in ("except_last", "always"), False)
         return self._run(option, cells, way, better_than)
 
-    def sparing(
+    def with_less_memory(
         self, option: Option, cells: Sequence[CellCost], better_than: float
-    ) -> Iterator[Tried | Rejected]:
-        """The option in ways that need less memory: the fastest of each kind of recomputation."""
+    ) -> Iterator[EvaluatedPlan | Rejected]:
+        """Evaluate ways that need less memory; yield the fastest of each kind of recomputation."""
         fastest = self._cuts.cut(option, cells, recomputing=False, capped=False)
         if isinstance(fastest, Cut):
             costs = stage_costs(cells, fastest.balance)
@@ -119,12 +119,12 @@ class Evaluator:
             if bound >= better_than:
                 yield _too_slow(str(option), bound, better_than)
                 return
-        for recompute, ways in groupby(_SPARING, key=lambda way: way.recompute):
+        for recompute, ways in groupby(_LESS_MEMORY, key=lambda way: way.recompute):
             if self._recompute not in ("auto", recompute):
                 continue
             found = [self._run(option, cells, way, better_than) for way in ways]
-            if fitting := [way for way in found if isinstance(way, Tried)]:
-                best = min(fitting, key=lambda tried: tried.seconds)
+            if fitting := [one for one in found if isinstance(one, EvaluatedPlan)]:
+                best = min(fitting, key=lambda plan: plan.seconds)
                 better_than = min(better_than, best.seconds)
                 yield best
             else:
@@ -132,39 +132,39 @@ class Evaluator:
 
     def _run(
         self, option: Option, cells: Sequence[CellCost], way: "_Way", better_than: float
-    ) -> Tried | Rejected:
+    ) -> EvaluatedPlan | Rejected:
         cut = self._cuts.cut(option, cells, recomputing=way.recomputing, capped=way.capped)
         if isinstance(cut, Cut):
-            return self._judged(cut, cells, way.recompute, better_than)
+            return self._evaluate(cut, cells, way.recompute, better_than)
         return Rejected(what=_in_words(option, way.recompute), reason=cut, lacks_memory=True)
 
-    def synthesised(self, tried: Tried, effort: int) -> Tried | Rejected:
-        """The same cut under a schedule that is made for it."""
-        costs = stage_costs(tried.cells, tried.balance)
-        option = replace(tried.option, schedule="auto")
+    def synthesised(self, plan: EvaluatedPlan, effort: int) -> EvaluatedPlan | Rejected:
+        """Evaluate the cut of `plan` under a schedule synthesised for it."""
+        costs = stage_costs(plan.cells, plan.balance)
+        option = replace(plan.option, schedule="auto")
         try:
             schedule = synthesise(
-                tried.placement,
+                plan.placement,
                 costs,
-                tried.num_microbatches,
+                plan.num_microbatches,
                 self.machine.link,
-                memory_bytes=[int(room) for room in self._room(tried.placement, costs)]
+                memory_bytes=[int(room) for room in self._room(plan.placement, costs)]
                 if isfinite(self.machine.memory_bytes)
                 else None,
-                recompute=tried.recompute,
+                recompute=plan.recompute,
                 effort=effort,
             )
         except PlanError as error:
             return Rejected(what=str(option), reason=str(error))
         programs = tuple(str(schedule).splitlines())
-        cut = Cut(option=option, schedule=schedule, balance=tried.balance, gap=tried.partition_gap)
-        found = self._outcome(cut, tried.cells, schedule, costs, tried.recompute)
-        return replace(found, programs=programs) if isinstance(found, Tried) else found
+        cut = Cut(option=option, schedule=schedule, balance=plan.balance, gap=plan.partition_gap)
+        found = self._outcome(cut, plan.cells, schedule, costs, plan.recompute)
+        return replace(found, programs=programs) if isinstance(found, EvaluatedPlan) else found
 
-    def _judged(
+    def _evaluate(
         self, cut: Cut, cells: Sequence[CellCost], recompute: str, better_than: float
-    ) -> Tried | Rejected:
-        """Whether a cut fits, and what it takes."""
+    ) -> EvaluatedPlan | Rejected:
+        """Return the time and memory of a cut, or why it is rejected."""
         what = _in_words(cut.option, recompute)
         costs = stage_costs(cells, cut.balance)
         bound = least_step_seconds(cut.schedule, costs, self.machine.link)
@@ -176,7 +176,7 @@ class Evaluator:
         room = self._room(cut.schedule.placement, costs)
         segments = segments_within(cut.schedule, cells, cut.balance, room)
         if segments is None:
-            return Rejected(what=what, reason="no segments fit the memory", lacks_memory=True)
+            return Rejected(what=what, reason="no segments fit into memory", lacks_memory=True)
         refined = refine(cut.schedule, segments)
         finer = stage_costs(cells, [size for parts in segments for size, _ in parts])
         return self._outcome(cut, cells, refined, finer, recompute, segments)
@@ -189,7 +189,7 @@ class Evaluator:
         costs: Sequence[StageCost],
         recompute: str,
         segments: tuple[Segments, ...] = (),
-    ) -> Tried | Rejected:
+    ) -> EvaluatedPlan | Rejected:
         self.work.simulations += 1
         self.work.instructions += sum(map(len, schedule.programs))
         outcome = outcome_of(schedule, costs, self.machine.link)
@@ -204,7 +204,7 @@ class Evaluator:
                 f"{size_in_words(self.machine.memory_bytes)}",
                 lacks_memory=True,
             )
-        return Tried(
+        return EvaluatedPlan(
             option=cut.option,
             balance=cut.balance,
             placement=cut.schedule.placement,
@@ -219,9 +219,9 @@ class Evaluator:
         )
 
     def _reduce_seconds(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
-        """What summing replicas' gradients adds at the end of each device's step: a ring.
+        """Return the seconds that each device's ring all-reduce of replicas' gradients adds.
 
-        2 (r - 1) messages of 1/r of the gradients (Patarasuk and Yuan, 2009).
+        It sends 2 (r - 1) messages of 1/r of the gradients (Patarasuk and Yuan, 2009).
         """
         added = [0.0] * (1 + max(device for devices in placement for device in devices))
         for devices, cost in zip(placement, costs, strict=True):
@@ -232,11 +232,11 @@ class Evaluator:
         return added
 
     def _room(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
-        """What each device has left for activations."""
+        """Return the memory that each device has left for activations."""
         return [self.machine.memory_bytes - state for state in self._state(placement, costs)]
 
     def _state(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
-        """Parameters, gradients and optimizer state of each device."""
+        """Return the bytes of parameters, gradients and optimizer state on each device."""
         state = [0.0] * (1 + max(device for devices in placement for device in devices))
         for devices, cost in zip(placement, costs, strict=True):
             for device in devices:
@@ -245,14 +245,14 @@ class Evaluator:
 
 
 class _Way(NamedTuple):
-    """How to recompute, and what the cut is made for: recomputing all, and the memory cap."""
+    """How to recompute, and whether the cut assumes full recomputation and obeys the memory cap."""
 
     recompute: str
     recomputing: bool
     capped: bool
 
 
-_SPARING = (
+_LESS_MEMORY = (
     _Way("never", False, True),
     _Way(SEGMENTS, False, False),
     _Way(SEGMENTS, True, False),
@@ -269,5 +269,5 @@ def _in_words(option: Option, recompute: str) -> str:
 
 
 def _too_slow(what: str, bound: float, best: float) -> Rejected:
-    reason = f"its fastest cut takes {bound:.4g} s at least, and another plan {best:.4g} s"
+    reason = f"its fastest cut takes at least {bound:.4g} s, and another plan {best:.4g} s"
     return Rejected(what=what, reason=reason, bound_seconds=bound)

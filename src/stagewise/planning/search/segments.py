@@ -1,19 +1,17 @@
-"""Which cells of a stage to recompute: the least extra time under a memory cap, exactly.
+"""Which cells of a stage to recompute: exactly the least extra time under a memory cap.
 
 Problem: dropping all activations costs a whole forward and still rebuilds them all at once. A stage
-may instead be cut into parts, some kept and some recomputed, one at a time (`schedule.segments`).
+can instead be cut into parts, some kept and some recomputed one at a time (`schedule.recompute`).
 With n microbatches in flight, a part holding h (its input, and its activations if it is kept), and
 a recomputed part rebuilding a, the peak that `Timeline` gives is
 
-    n * (sum of all h)  +  max over recomputed parts of (a - sum of h of the parts behind it)
+    n * (sum of all h)  +  max over recomputed parts of (a - sum of h of the parts after it)
 
-since the parts behind have run backward by then. A part's input is held by the part before it where
-that one is kept. Idea: dynamic programming from the last cell to the first over the labels (sum of
-h, that maximum, seconds); a label that another one is no worse than in all three is dropped. Cells
-of equal cost keep the labels few; where they are too many, near ones are merged, and the result
-says how many seconds the best can be below.
-Source: optimal checkpointing of chains with mixed strategies, after Beaumont et al.,
-arXiv:1911.13214.
+because the parts after it have already run backward. A part's input is held by the part before it
+if that one is kept. Idea: dynamic programming from the last cell to the first over labels (sum of
+h, that maximum, seconds); dominated labels are dropped. Cells of equal cost keep the labels few; if
+there are too many, similar ones are merged, and the result bounds the seconds lost.
+Source: after Beaumont et al., optimal checkpointing for heterogeneous chains, arXiv:1911.13214.
 """
 
 from bisect import bisect_right
@@ -33,9 +31,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """The parts of one stage, what they take beyond no recomputation, and the peak they need.
+    """The parts of one stage, their extra time over no recomputation, and their peak memory.
 
-    No parts that fit the same cap take less than `extra_seconds - gap_seconds`.
+    `extra_seconds - gap_seconds` is a lower bound for all parts that fit the same cap.
     """
 
     segments: Segments
@@ -52,9 +50,9 @@ def best_segments(
     input_bytes: int = 0,
     max_labels: int = _MAX_LABELS,
 ) -> Segmentation | None:
-    """The segments of a stage of `cells` with least extra time; None if none fit.
+    """Return the segments of a stage of `cells` with the least extra time; None if none fit.
 
-    `in_flight` microbatches are held at most; `memory_bytes` is what is left for their activations;
+    At most `in_flight` microbatches are held; `memory_bytes` is available for their activations;
     `input_bytes` enter the first cell.
     """
     front = _front(cells, in_flight, memory_bytes, input_bytes, max_labels)
@@ -62,7 +60,7 @@ def best_segments(
     fitting = np.flatnonzero(peaks <= memory_bytes)
     if not len(fitting):
         return None
-    # The least seconds, and of those the least memory.
+    # The least seconds, and with equal seconds the least memory.
     at = int(fitting[np.lexsort((peaks[fitting], front.seconds[fitting]))[0]])
     return Segmentation(
         segments=front.segments(at),
@@ -79,7 +77,7 @@ def segments_front(
     input_bytes: int = 0,
     max_labels: int = _MAX_LABELS,
 ) -> tuple[Segmentation, ...]:
-    """Every trade of memory for time that no other beats: fewer bytes, more seconds, in order."""
+    """Return the Pareto front of memory and time, in order of fewer bytes and more seconds."""
     front = _front(cells, in_flight, float("inf"), input_bytes, max_labels)
     peaks = in_flight * front.held + front.rebuilt
     chosen, least = [], float("inf")
@@ -99,9 +97,10 @@ def segments_front(
 
 @dataclass(frozen=True, kw_only=True)
 class _Labels:
-    """Ways to run the cells from one on.
+    """Ways to run the cells from a certain one on, as arrays.
 
-    `sizes` of the first part, and which label (of which of `behind`) stands for the rest.
+    `sizes` are those of the first part; `sources` and `indices` point to the label (in `behind`) of
+    the rest.
     """
 
     recomputed: bool  # the first part
@@ -115,7 +114,7 @@ class _Labels:
     slack: float = 0.0
 
     def only(self, at: Ints) -> "_Labels":
-        """Some of the labels."""
+        """Return the labels at these indices."""
         return replace(
             self,
             held=self.held[at],
@@ -128,7 +127,7 @@ class _Labels:
 
     @staticmethod
     def whole(firsts: tuple["_Labels", ...], input_bytes: int) -> "_Labels":
-        """All labels of the first cell, whose input counts too; their first part has no cells."""
+        """Return all labels of the first cell, including its input, under an empty first part."""
         counts = [len(labels.held) for labels in firsts]
         return _Labels(
             recomputed=False,
@@ -143,7 +142,7 @@ class _Labels:
         )
 
     def segments(self, at: int) -> Segments:
-        """The parts that label `at` stands for."""
+        """Return the parts of label `at`."""
         parts: list[tuple[int, bool]] = []
         labels = self
         while labels.behind:
@@ -168,7 +167,7 @@ _NOTHING = _Labels(
 def _front(
     cells: Sequence[CellCost], in_flight: int, cap: float, input_bytes: int, max_labels: int
 ) -> _Labels:
-    """The labels of all cells; `held` includes `input_bytes`."""
+    """Return the labels of all cells; `held` includes `input_bytes`."""
     num_cells = len(cells)
     kept = np.cumsum([0, *(c.activation_bytes - c.unsaved_output_bytes for c in cells)])
     closing = [0, *(cell.unsaved_output_bytes for cell in cells)]
@@ -180,7 +179,7 @@ def _front(
             graph = int(kept[end] - kept[first]) + closing[end]
             entering = cells[end - 1].output_bytes if end < num_cells else 0
             for behind in labels[end]:
-                if behind.recomputed:  # two kept parts in a row are better one
+                if behind.recomputed:  # two kept parts in a row are better merged
                     keeping.append((behind, end, behind.held + graph, behind.rebuilt, 0.0))
                 held = behind.held + entering
                 rebuilt = np.maximum(behind.rebuilt, graph - held)
@@ -200,7 +199,7 @@ _Way = tuple[_Labels, int, Ints, Ints, float]  # behind, end of the part, held, 
 def _joined(
     ways: Sequence[_Way], first: int, recomputed: bool, in_flight: int, cap: float, most: int
 ) -> _Labels:
-    """The labels worth keeping of all `ways` to begin with a part at cell `first`."""
+    """Return the labels worth keeping of all `ways` to begin with a part at cell `first`."""
     behind = tuple(way[0] for way in ways)
     counts = [len(way[2]) for way in ways]
     joined = _Labels(
@@ -218,7 +217,7 @@ def _joined(
     best = joined.only(_undominated(joined, joined.seconds))
     step = float(best.seconds.max(initial=0.0)) / most
     while len(best.held) > most and step < float(best.seconds.max()):
-        # Seconds in steps: whoever is worse by less than one counts as no better.
+        # Compare rounded seconds, so that labels less than a step faster are dropped.
         best = joined.only(_undominated(joined, np.floor(joined.seconds / step)))
         best = replace(best, slack=joined.slack + step)
         step *= 2
@@ -226,9 +225,9 @@ def _joined(
 
 
 def _undominated(labels: _Labels, seconds: Floats) -> Ints:
-    """Indices of the labels that no other is no worse than in `seconds`, held and rebuilt."""
+    """Return the indices of the labels not dominated in `seconds`, held and rebuilt bytes."""
     order = np.lexsort((labels.seconds, labels.rebuilt, labels.held, seconds))
-    stairs_held: list[int] = []  # rising, with rebuilt falling: the best of all seconds so far
+    stairs_held: list[int] = []  # the front so far: rising, while rebuilt falls
     stairs_rebuilt: list[int] = []
     chosen = []
     for at, held, rebuilt in zip(

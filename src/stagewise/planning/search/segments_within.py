@@ -1,11 +1,10 @@
 """Segments for all stages of a plan, within every device's memory.
 
-Problem: stages that share a device share its memory, and their peaks need not come at one time.
-Idea: every stage has a front of (bytes, extra seconds); a device takes the combination with least
-seconds whose bytes are within its room, exactly. Then the refined schedule is looked at: where it
-needs more than the sum of the stages' own peaks, the room is corrected and it is done again. Where
-a device has one stage and no backward is split, the sum is what the Timeline says, so the segments
-are the best for this cut; else they fit, but better ones may exist.
+Problem: stages that share a device share its memory, but may reach their peaks at different times.
+Idea: every stage has a front of (bytes, extra seconds); each device takes exactly the combination
+with the least seconds that fits. If the refined schedule needs more than the sum of the stages'
+peaks, the room is reduced and the choice repeated. With one stage per device and no split backward
+the sum is exact, so the segments are optimal for the cut; otherwise better ones may exist.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from stagewise.schedule import Schedule, Segments, refine
 
 _ROUNDS = 4
 _MAX_LABELS = 500  # per cell of a stage's front
-_MAX_CHOICES = 2_000  # combinations of one device's stages that are kept
+_MAX_CHOICES = 2_000  # combinations kept for one device
 
 _Choice = tuple[float, int, tuple[Segments, ...]]  # seconds, bytes, segments of the stages
 
@@ -26,7 +25,7 @@ _Choice = tuple[float, int, tuple[Segments, ...]]  # seconds, bytes, segments of
 def segments_within(
     schedule: Schedule, cells: Sequence[CellCost], balance: Sequence[int], room: Sequence[float]
 ) -> tuple[Segments, ...] | None:
-    """Segments of every stage such that device d keeps at most `room[d]` bytes; None if none do."""
+    """Return segments with which device d keeps at most `room[d]` bytes; None if none fit."""
     cuts, held = cuts_of(balance), held_microbatches(schedule)
     finder = _Finder(
         [cells[cuts[s] : cuts[s + 1]] for s in range(schedule.num_stages)],
@@ -53,7 +52,7 @@ def segments_within(
 
 
 class _Finder:
-    """The best segments of stages on one device; equal questions are asked once."""
+    """Finds the best segments of the stages on one device; equal stages are solved once."""
 
     def __init__(
         self, cells: list[Sequence[CellCost]], inputs: list[int], held: Sequence[int]
@@ -63,7 +62,7 @@ class _Finder:
         self._fronts: dict[tuple[object, ...], tuple[Segmentation, ...]] = {}
 
     def best(self, stages: Sequence[int], room: float) -> tuple[Segments, ...] | None:
-        """Least extra seconds within `room` bytes for all of `stages` together."""
+        """Return the segments with the least extra seconds if `stages` share `room` bytes."""
         if len(stages) == 1:
             only = self._best_alone(stages[0], room)
             return None if only is None else (only.segments,)
