@@ -38,8 +38,8 @@ def with_less_memory(plan: Plan, num_samples: int) -> tuple[Plan, str] | None:
                 )
     if plan.recompute != "always" and not plan.segments:
         return in_blocks(replace(plan, recompute="always")), (
-            "recomputation of activations, since more microbatches would not lower the share of "
-            "the batch that is in flight"
+            "recomputation: more microbatches would not lower the share of the batch that is in "
+            "flight"
         )
     least = in_blocks(plan, at_any_time=True)
     if least != plan and max(least.peak_activation_bytes) < max(given.peak_activation_bytes):
