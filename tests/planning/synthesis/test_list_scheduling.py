@@ -9,7 +9,7 @@ from stagewise.costs import StageCost
 from stagewise.planning import simulate, unit_costs
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
-from stagewise.planning.synthesis.local_search import Found, improve
+from stagewise.planning.synthesis.local_search import Solution, improve
 from stagewise.planning.synthesis.memory_safety import Memory
 from stagewise.planning.synthesis.problem import NEVER, problem_of
 from stagewise.planning.synthesis.replay import duration, fits
@@ -30,11 +30,11 @@ def test_no_rule_blocks_however_little_memory_there_is(
     least = Memory(free, (False,) * free.num_stages)
     caps = [int(tightness * least.most(device)) for device in range(free.num_devices)]
     problem = problem_of(*arguments, memory_bytes=caps, recompute=case.recompute, split=case.split)
-    ranks = HeadsAndTails(problem)
-    every = list(dict.fromkeys(rules(problem, ranks)))
+    bounds = HeadsAndTails(problem)
+    every = list(dict.fromkeys(rules(problem, bounds)))
     whole = [rule for rule in every if not any(rule.split)]
     for rule in (*data.draw(st.lists(st.sampled_from(every), max_size=5)), whole[0]):
-        programs = list_schedule(problem, rule, ranks)
+        programs = list_schedule(problem, rule, bounds)
         assert programs is not None or any(rule.split)
         if programs is not None:
             assert fits(problem, programs)
@@ -90,7 +90,7 @@ def test_local_search_keeps_caps_and_never_gets_slower(seed: int) -> None:
     whole = next(rule for rule in rules(problem, HeadsAndTails(problem)) if not any(rule.split))
     programs = list_schedule(problem, whole, HeadsAndTails(problem))
     assert programs is not None
-    found = Found(seconds=duration(problem, programs), programs=programs)
+    found = Solution(seconds=duration(problem, programs), programs=programs)
     better = improve(problem, found, replays=60, enough=0)
     assert better == improve(problem, found, replays=60, enough=0)
     assert better.seconds == duration(problem, better.programs) <= found.seconds
@@ -105,7 +105,7 @@ def test_a_swap_on_the_critical_path_is_found() -> None:
     f, b = (lambda s, m: problem.op(0, s, m)), (lambda s, m: problem.op(1, s, m))
     poor = [[f(0, 0), b(0, 0), f(0, 1), b(0, 1)], [f(1, 0), b(1, 0), f(1, 1), b(1, 1)]]
     assert duration(problem, poor) == 8
-    better = improve(problem, Found(seconds=8, programs=poor), replays=40, enough=6)
+    better = improve(problem, Solution(seconds=8, programs=poor), replays=40, enough=6)
     assert better.seconds == 6
 
 

@@ -7,7 +7,7 @@ from benchmarks.synthesis import random_case
 from stagewise.planning import simulate
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
-from stagewise.planning.synthesis.local_search import Found, improve
+from stagewise.planning.synthesis.local_search import Solution, improve
 from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, problem_of
 from stagewise.planning.synthesis.replay import duration, peak_of, replay
 from stagewise.planning.synthesis.rules import rules
@@ -29,11 +29,11 @@ def test_equals_the_simulator_to_the_last_bit(seed: int, rule: int, moves: int) 
         recompute=case.recompute,
         split=case.split,
     )
-    ranks = HeadsAndTails(problem)
-    every = list(rules(problem, ranks))
-    programs = list_schedule(problem, every[rule % len(every)], ranks)
+    bounds = HeadsAndTails(problem)
+    every = list(rules(problem, bounds))
+    programs = list_schedule(problem, every[rule % len(every)], bounds)
     assert programs is not None
-    found = Found(seconds=duration(problem, programs), programs=programs)
+    found = Solution(seconds=duration(problem, programs), programs=programs)
     programs = improve(problem, found, replays=moves, enough=0).programs
 
     schedule = validate(problem.schedule("any", programs))

@@ -146,7 +146,7 @@ def test_a_cap_that_holds_no_microbatch_names_the_device() -> None:
     ("arguments", "message"),
     [
         ({"costs": unit_costs(3)}, "costs of 3 stages for a placement of 2"),
-        ({"placement": ((0,), ())}, "must name each stage's devices"),
+        ({"placement": ((0,), ())}, "must name the devices of"),
         ({"num_microbatches": 0}, "needs at least 1"),
         ({"recompute": "often"}, "there is no recompute policy 'often'"),
         ({"memory_bytes": [1, 2, 3]}, "memory caps of 3 devices for a placement on 2"),

@@ -1,7 +1,7 @@
-"""A schedule made for the costs at hand.
+"""Synthesise a schedule for given costs.
 
-1. `problem` numbers the operations and looks up what they cost.
-2. `heads_and_tails`: what must come before and after each; `lower_bound`: what no schedule beats.
-3. `list_scheduling` builds one by a rule of `rules`, within memory by `memory_safety`.
-4. `local_search` improves it; `replay` says what it takes. `synthesise` puts all in order.
+1. `problem` numbers the operations and tabulates their costs.
+2. `heads_and_tails`: the least time before and after each; `lower_bound`: a bound on the makespan.
+3. `list_scheduling` builds a schedule by a rule of `rules`, and `memory_safety` keeps it feasible.
+4. `local_search` improves it; `replay` computes its makespan. `synthesise` combines them.
 """

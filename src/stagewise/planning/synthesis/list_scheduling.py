@@ -1,10 +1,10 @@
-"""List scheduling: build a schedule in the order of time, by a rule for what a free device runs.
+"""List scheduling: build a schedule in order of time, with a rule for what a free device runs.
 
-Problem: which of the ready operations a device should run next depends on costs, links and caps.
-Idea: one event-driven loop and a `Rule` that answers; many rules are tried and the best kept.
+Problem: which ready operation a device should run next depends on costs, links and memory caps.
+Idea: one event loop with a `Rule` that decides; many rules are tried and the best result is kept.
 Invariant (no deadlock): a device can always finish every microbatch it holds, oldest first
-(`memory_safety`), and limits never hold its oldest back. The oldest unfinished microbatch of all is
-the oldest wherever it is, so it can always go on.
+(`memory_safety`), and limits never delay its oldest. The oldest unfinished microbatch of all is the
+oldest on every device, so it can always proceed.
 """
 
 import heapq
@@ -24,41 +24,41 @@ from stagewise.planning.synthesis.problem import (
 from stagewise.planning.synthesis.rules import Rule
 
 
-def list_schedule(problem: Problem, rule: Rule, ranks: HeadsAndTails) -> Programs | None:
-    """The programs that `rule` gives; None where its split leaves no room for one microbatch."""
+def list_schedule(problem: Problem, rule: Rule, bounds: HeadsAndTails) -> Programs | None:
+    """Return the programs that `rule` builds; None if its split does not fit one microbatch."""
     memory = Memory(problem, rule.split)
     if memory.shortage() is not None:
         return None
-    return _Run(problem, rule, memory, ranks).programs()
+    return _Run(problem, rule, memory, bounds).programs()
 
 
 @dataclass(kw_only=True)
 class _Device:
-    """What is before a device and what it holds."""
+    """A device's queues and what it holds."""
 
     cap: float
-    most: int  # bytes that any of its microbatches needs
+    most: int  # the most bytes that one of its microbatches needs
     forwards: dict[int, list[int]]  # per stage: heap of microbatches that have arrived
     backwards: dict[int, list[int]]
-    not_begun: list[int]  # its microbatches, youngest first
+    not_begun: list[int]  # its microbatches, last one first
     between: dict[int, int]  # per stage: microbatches between F and backward
-    coming: list[tuple[float, int]] = field(default_factory=list)  # heap of (when, operation)
-    weights: list[int] = field(default_factory=list)  # W that wait, in order
+    coming: list[tuple[float, int]] = field(default_factory=list)  # heap of (time, operation)
+    weights: list[int] = field(default_factory=list)  # deferred W, in order
     next_weight: int = 0
     used: int = 0
     held: dict[int, list[int]] = field(default_factory=dict)  # microbatch -> [bytes, backwards]
     begun: set[int] = field(default_factory=set)
     free: float = 0
     asleep: bool = False
-    forced: int = -1  # the backward that has to follow now
+    forced: int = -1  # the backward that must run next
     program: list[int] = field(default_factory=list)
 
 
 class _Run:
     """One run of the event loop."""
 
-    def __init__(self, problem: Problem, rule: Rule, memory: Memory, ranks: HeadsAndTails) -> None:
-        self.problem, self.rule, self.memory, self.ranks = problem, rule, memory, ranks
+    def __init__(self, problem: Problem, rule: Rule, memory: Memory, bounds: HeadsAndTails) -> None:
+        self.problem, self.rule, self.memory, self.bounds = problem, rule, memory, bounds
         self.last = problem.num_stages - 1
         self.link_free: list[float] = [0] * problem.num_links
         self.left = [problem.num_microbatches] * problem.num_stages  # forwards not begun
@@ -80,7 +80,7 @@ class _Run:
             self.devices[d].forwards[0].append(m)
 
     def programs(self) -> Programs:
-        """Run to the end."""
+        """Run the event loop to its end."""
         devices = self.devices
         events: list[tuple[float, int]] = [(0, d) for d in range(len(devices))]
         while events:
@@ -99,11 +99,11 @@ class _Run:
             heapq.heappush(events, (device.free, d))
             if woken >= 0:
                 heapq.heappush(events, (max(now, devices[woken].coming[0][0]), woken))
-        assert not any(self.backwards_left), "list scheduling stands still"
+        assert not any(self.backwards_left), "list scheduling is deadlocked"
         return [device.program for device in devices]
 
     def _begin(self, device: _Device, op: int, now: float) -> int:
-        """Run `op` from `now`; returns a sleeping device that its message should wake, or -1."""
+        """Run `op` from `now`; return the sleeping device that its message wakes, or -1."""
         p = self.problem
         kind, stage, m = p.parts(op)
         pause = 0 if op == device.forced else p.recompute_seconds[op]
@@ -138,23 +138,23 @@ class _Run:
         return reached if receiver.asleep else -1
 
     def _back(self, stage: int, m: int) -> int:
-        """The backward of microbatch m that would run now: whole, or its first half."""
+        """Return the backward of microbatch m that would run now: whole, or its first half."""
         is_split = self.rule.split[stage] and not self._may_wait(stage, m)
         return self.problem.op(BACKWARD_INPUT if is_split else BACKWARD, stage, m)
 
     def _may_wait(self, stage: int, m: int) -> bool:
-        """Has the device that waits for this gradient so much else to do that it may come late?"""
-        p, sparing = self.problem, self.rule.sparing
-        if not sparing or not stage:
-            return bool(sparing)
+        """Return whether the device that needs this gradient has enough other work meanwhile."""
+        p, slack = self.problem, self.rule.whole_slack
+        if not slack or not stage:
+            return bool(slack)
         device = self.devices[p.device_of[stage - 1][m]]
         work = sum(len(ready) * p.costs[s].forward_seconds for s, ready in device.forwards.items())
         work += sum(len(ready) * p.costs[s].input_seconds for s, ready in device.backwards.items())
         work += sum(p.seconds[op] for op in device.weights[device.next_weight :])
-        return work >= sparing * p.costs[stage].backward_seconds
+        return work >= slack * p.costs[stage].backward_seconds
 
     def _account(self, device: _Device, kind: int, stage: int, m: int) -> None:
-        """Book what `kind` keeps and frees, and take it off its queue."""
+        """Record what `kind` keeps and frees, and remove it from its queue."""
         if kind == BACKWARD_WEIGHT:
             device.used -= self.problem.costs[stage].deferred_bytes
             device.next_weight += 1
@@ -185,7 +185,7 @@ class _Run:
             del device.held[m]
 
     def _choose(self, d: int, device: _Device, now: float) -> int:
-        """The operation that starts now, or -1 to wait for what comes next."""
+        """Return the operation that starts now, or -1 to wait for the next arrival."""
         if device.forced >= 0:
             return device.forced
         p, rule = self.problem, self.rule
@@ -217,7 +217,7 @@ class _Run:
         return -1
 
     def _backward(self, device: _Device) -> int:
-        """The best of the backwards that are ready and have room."""
+        """Return the best backward that is ready and fits, a W that makes room for one, or -1."""
         best, best_key = -1, (NEVER, NEVER)
         order = self.rule.back_order
         for stage, ready in device.backwards.items():
@@ -233,7 +233,7 @@ class _Run:
         return best
 
     def _forward(self, d: int, device: _Device) -> tuple[int, bool]:
-        """The best forward that may begin, or -1; and whether a W would make room for one."""
+        """Return the best forward that may begin, or -1; and whether a W could make room."""
         best, best_key, short = -1, (NEVER, NEVER), False
         p, rule = self.problem, self.rule
         for stage, ready in device.forwards.items():
@@ -256,13 +256,13 @@ class _Run:
         return best, short
 
     def _key(self, order: str, stage: int, m: int, kind: int) -> tuple[float, float]:
-        """What comes first among ready stages: the least key."""
+        """Return the priority of a ready stage; the least goes first."""
         if order == "old":
             return m, -stage
         if order == "deep":
             return -stage, m
         if order == "wide":
             return stage, m
-        left = self.ranks.f_left if kind == FORWARD else self.ranks.i_left
+        left = self.bounds.f_left if kind == FORWARD else self.bounds.i_left
         count = self.left if kind == FORWARD else self.backwards_left
         return -left[stage][count[stage]], m

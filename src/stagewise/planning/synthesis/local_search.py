@@ -1,10 +1,10 @@
-"""Local search: a schedule gets faster only if something on its critical path moves.
+"""Local search: improve a schedule by moves on its critical path.
 
-Idea: between two instructions that follow each other at once on a device and both lie on the
-critical path, the later may go first; a W may step out of the way; a backward may be split or
-made whole. Late acceptance (Burke & Bykov, EJOR 2017) takes what is no worse than a while ago.
+Idea: swap two adjacent instructions of a device that are both on the critical path, move a W out of
+the way, split or merge a backward. Late acceptance (Burke & Bykov, EJOR 2017) takes a neighbour
+that is no worse than the solution some iterations ago.
 Source: the neighbourhood is that of job-shop scheduling (Nowicki & Smutnicki, Management Science
-1996): other swaps of neighbours cannot shorten the critical path.
+1996): other swaps of adjacent instructions cannot shorten the critical path.
 """
 
 import random
@@ -22,30 +22,32 @@ from stagewise.planning.synthesis.problem import (
 )
 from stagewise.planning.synthesis.replay import Replay, duration, peak_of, replay
 
-HISTORY = 12  # of late acceptance: so many values back
+HISTORY = 12  # length of late acceptance
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Programs and their seconds."""
+class Solution:
+    """Programs and their makespan."""
 
     seconds: float
     programs: Programs
 
 
-def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed: int = 0) -> Found:
-    """The best of `replays` neighbours, one after the other; stops early at `enough` seconds.
+def improve(
+    problem: Problem, start: Solution, *, replays: int, enough: float, seed: int = 0
+) -> Solution:
+    """Return the best of `replays` neighbours visited in turn; stop early at `enough` seconds.
 
     Deterministic in its arguments.
     """
-    dice = random.Random(seed)
-    best, now = found, found
-    history = [found.seconds] * HISTORY
+    rng = random.Random(seed)
+    best, now = start, start
+    history = [start.seconds] * HISTORY
     tried = 0
     while tried < replays and best.seconds > enough:
         moves = list(_moves(problem, now.programs, replay(problem, now.programs)))
-        dice.shuffle(moves)
-        tried += 2  # a replay that records takes about twice as long
+        rng.shuffle(moves)
+        tried += 2  # a recorded replay takes about twice as long
         others = []
         for device, program in moves:
             cap = problem.caps[device]
@@ -54,7 +56,7 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
             tried += 1
             programs = [*now.programs]
             programs[device] = program
-            other = Found(seconds=duration(problem, programs), programs=programs)
+            other = Solution(seconds=duration(problem, programs), programs=programs)
             late = history[tried % HISTORY]
             history[tried % HISTORY] = min(late, now.seconds)
             if other.seconds <= max(now.seconds, late):
@@ -64,16 +66,16 @@ def improve(problem: Problem, found: Found, *, replays: int, enough: float, seed
                 others.append(other)
             if tried >= replays:
                 break
-        else:  # a local optimum: leave it by any move
+        else:  # a local optimum: leave it by any feasible move
             if not others:
                 return best
             now = others[0]
-        best = min(best, now, key=lambda f: f.seconds)
+        best = min(best, now, key=lambda solution: solution.seconds)
     return best
 
 
 def _moves(problem: Problem, programs: Programs, times: Replay) -> Iterator[tuple[int, list[int]]]:
-    """Devices and the programs that they could have instead."""
+    """Yield neighbours as (device, its new program)."""
     for device, first, last in critical_blocks(problem, programs, times):
         program = programs[device]
         for at in {first, last - 1} if last > first else ():
@@ -97,18 +99,20 @@ def _moves(problem: Problem, programs: Programs, times: Replay) -> Iterator[tupl
                     [*rest[: last + 1], problem.op(BACKWARD_WEIGHT, stage, m), *rest[last + 1 :]],
                 )
             elif kind == BACKWARD_INPUT:
-                yield device, _whole(problem, program, stage, m)
+                yield device, _merge(problem, program, stage, m)
 
 
-def made_whole(problem: Problem, found: Found, *, replays: int, limit: float) -> Found:
-    """`found` with whole backwards where that takes no more than `limit` seconds.
+def merge_backwards(
+    problem: Problem, solution: Solution, *, replays: int, limit: float
+) -> Solution:
+    """Return `solution` with split backwards merged as far as it stays within `limit` seconds.
 
-    A whole one is one instruction less and keeps nothing for its second half. Looks at so many
-    neighbours at most.
+    A whole backward is one instruction less and keeps nothing for its second half. At most
+    `replays` neighbours are evaluated.
     """
-    best = found
+    best = solution
     for device in range(problem.num_devices):
-        for op in found.programs[device]:
+        for op in solution.programs[device]:
             kind, stage, m = problem.parts(op)
             if kind != BACKWARD_INPUT:
                 continue
@@ -116,15 +120,15 @@ def made_whole(problem: Problem, found: Found, *, replays: int, limit: float) ->
                 return best
             replays -= 1
             programs = [*best.programs]
-            programs[device] = _whole(problem, programs[device], stage, m)
+            programs[device] = _merge(problem, programs[device], stage, m)
             seconds = duration(problem, programs)
             if seconds <= limit:
-                best = Found(seconds=seconds, programs=programs)
+                best = Solution(seconds=seconds, programs=programs)
     return best
 
 
-def _whole(problem: Problem, program: list[int], stage: int, m: int) -> list[int]:
-    """`program` with one backward in place of its halves, where the first of them was."""
+def _merge(problem: Problem, program: list[int], stage: int, m: int) -> list[int]:
+    """Return `program` with a whole backward in place of I, and without its W."""
     half, weight = (problem.op(k, stage, m) for k in (BACKWARD_INPUT, BACKWARD_WEIGHT))
     whole = problem.op(BACKWARD, stage, m)
     return [whole if op == half else op for op in program if op != weight]
@@ -133,21 +137,21 @@ def _whole(problem: Problem, program: list[int], stage: int, m: int) -> list[int
 def critical_blocks(
     problem: Problem, programs: Programs, times: Replay
 ) -> Iterator[tuple[int, int, int]]:
-    """One critical path from its end: devices and the first and last positions of their runs."""
+    """Yield one critical path from its end as (device, first position, last position)."""
     place = {op: (d, at) for d, program in enumerate(programs) for at, op in enumerate(program)}
     device, at = max(
         ((d, len(program) - 1) for d, program in enumerate(programs) if program),
         key=lambda where: times.ends[programs[where[0]][where[1]]],
     )
-    makers = times.makers
+    senders = times.senders
     last = at
     while True:
         op = programs[device][at]
         need = problem.needs[op]
-        # The device stood still for the message: the path goes on where that was made.
+        # The device waited for the message: the path continues at its sender.
         if need >= 0 and times.arrivals[need] >= times.frees[op]:
             yield device, at, last
-            device, at = place[makers[need]]
+            device, at = place[senders[need]]
             last = at
         elif at:
             at -= 1
@@ -157,7 +161,7 @@ def critical_blocks(
 
 
 def _swaps(problem: Problem, one: int, other: int) -> bool:
-    """Is it another schedule if `other` goes before `one`, which stands right before it?"""
+    """Return whether swapping `one` with its successor `other` gives a different schedule."""
     kind, stage, m = problem.parts(one)
     other_kind, other_stage, other_m = problem.parts(other)
     if m == other_m and stage == other_stage:
@@ -166,6 +170,6 @@ def _swaps(problem: Problem, one: int, other: int) -> bool:
 
 
 def _moved(program: list[int], source: int, target: int) -> list[int]:
-    """`program` with what stands at `source` at `target`."""
+    """Return `program` with the operation at `source` moved to `target`."""
     rest = [*program[:source], *program[source + 1 :]]
     return [*rest[:target], program[source], *rest[target:]]

@@ -1,9 +1,9 @@
-"""No schedule can be faster than this: a lower bound on the seconds of a step.
+"""A lower bound on the makespan of a step, whatever the schedule.
 
-Problem: a synthesised schedule is only known to be good beside what is possible at all.
-Idea: one device at a time. With its `heads_and_tails` it is a one-machine problem, whose
-preemptive optimum (Jackson's rule: of what is released, the longest tail first) bounds every
-schedule. Under a cap, bytes times seconds of all microbatches must fit below it, too.
+Problem: how good a synthesised schedule is can only be judged against what is possible.
+Idea: relax to one device at a time. With its `heads_and_tails` it is a one-machine problem, whose
+preemptive optimum (Jackson's rule: of the released tasks, the longest tail first) bounds every
+schedule. Under a memory cap, the bytes times seconds of all microbatches must also fit below it.
 Source: Carlier, "The one-machine sequencing problem", EJOR 1982.
 """
 
@@ -22,7 +22,7 @@ class LowerBound:
     """Lower bounds on a step's seconds.
 
     `work_seconds[d]` is device d's work plus the least time before its first and after its last
-    instruction; `device_seconds[d]` also knows when its instructions can become ready.
+    instruction; `device_seconds[d]` also considers when each instruction can start.
     `path_seconds` is the critical path of one microbatch; `memory_seconds[d]` follows from d's cap.
     """
 
@@ -33,18 +33,18 @@ class LowerBound:
 
     @property
     def busiest_device(self) -> int:
-        """The device whose work alone bounds the step most."""
+        """The device with the largest bound by work alone."""
         return max(range(len(self.work_seconds)), key=self.work_seconds.__getitem__)
 
     @property
     def seconds(self) -> float:
-        """The greatest of all."""
+        """The largest of the bounds."""
         return max(
             *self.work_seconds, *self.device_seconds, *self.memory_seconds, self.path_seconds
         )
 
     def distance(self, duration_seconds: float) -> float:
-        """How far a duration lies above the bound: 0.03 is 3 percent."""
+        """Return a duration's relative distance to the bound: 0.03 is 3 percent."""
         return duration_seconds / self.seconds - 1 if self.seconds else 0.0
 
 
@@ -58,9 +58,9 @@ def lower_bound_seconds(
     recompute: str = "never",
     split: bool = True,
 ) -> LowerBound:
-    """Bound every schedule of `placement` that keeps the caps; arguments as in `synthesise`.
+    """Bound every schedule of `placement` that fits the caps; arguments as in `synthesise`.
 
-    Rounding may put it above the optimum by a few units in the last place.
+    Rounding can put the bound above the optimum by a few units in the last place.
     """
     problem = problem_of(
         placement,
@@ -75,92 +75,94 @@ def lower_bound_seconds(
 
 
 def bound_of(problem: Problem) -> LowerBound:
-    """The bound of a problem that has been laid out already."""
-    ranks = HeadsAndTails(problem)
+    """Return the bound of a Problem."""
+    bounds = HeadsAndTails(problem)
     devices = range(problem.num_devices)
     return LowerBound(
-        work_seconds=tuple(_work_seconds(ranks, device) for device in devices),
-        device_seconds=tuple(_one_machine_seconds(ranks, device) for device in devices),
-        memory_seconds=tuple(_memory_seconds(ranks, device) for device in devices),
-        path_seconds=ranks.path_seconds,
+        work_seconds=tuple(_work_seconds(bounds, device) for device in devices),
+        device_seconds=tuple(_one_machine_seconds(bounds, device) for device in devices),
+        memory_seconds=tuple(_memory_seconds(bounds, device) for device in devices),
+        path_seconds=bounds.path_seconds,
     )
 
 
-def _work_seconds(ranks: HeadsAndTails, device: int) -> float:
-    """All work of `device`, and what must come before its first and after its last."""
-    stages = ranks.problem.stages_of[device]
+def _work_seconds(bounds: HeadsAndTails, device: int) -> float:
+    """Return the work of `device` plus the least time before its first and after its last."""
+    stages = bounds.problem.stages_of[device]
     if not stages:
         return 0
     work = sum(
-        ranks.count(s, device) * (ranks.forward[s] + ranks.inputs[s] + ranks.weights[s])
-        + ranks.recomputing(s, device) * ranks.again[s]
+        bounds.count(s, device) * (bounds.forward[s] + bounds.inputs[s] + bounds.weights[s])
+        + bounds.recomputing(s, device) * bounds.recompute[s]
         for s in stages
     )
-    before = min(ranks.f_ready[s][1] for s in stages)
-    if any(ranks.weights[s] for s in stages):
+    before = min(bounds.f_ready[s][1] for s in stages)
+    if any(bounds.weights[s] for s in stages):
         return before + work
-    return before + work + min(ranks.after(s) for s in stages)
+    return before + work + min(bounds.after(s) for s in stages)
 
 
-def _one_machine_seconds(ranks: HeadsAndTails, device: int) -> float:
-    """The preemptive optimum of `device` alone, with heads and tails."""
+def _one_machine_seconds(bounds: HeadsAndTails, device: int) -> float:
+    """Return the preemptive optimum of `device` alone, with heads and tails."""
     tasks = []  # (ready, seconds, tail)
-    for s in ranks.problem.stages_of[device]:
-        count = ranks.count(s, device)
-        slots, waiting = ranks.slots(s, device), ranks.deferrals(s, device)
+    for s in bounds.problem.stages_of[device]:
+        count = bounds.count(s, device)
+        slots, waiting = bounds.slots(s, device), bounds.deferrals(s, device)
         for i in range(1, count + 1):
             left = count - i + 1
-            ready = ranks.f_ready[s][i]
+            ready = bounds.f_ready[s][i]
             if i > slots:
-                ready = max(ready, ranks.i_done[s][i - slots] - ranks.up_overhead[s])
-            tasks.append((ready, ranks.forward[s], ranks.f_left[s][left] - ranks.forward[s]))
-            tail = ranks.i_left[s][left] - ranks.inputs[s]
-            tasks.append((ranks.i_ready[s][i], ranks.inputs[s], tail))
-            tail = ranks.i_left[s][left - waiting - 1] if left > waiting + 1 else 0
-            tasks.append((ranks.i_done[s][i], ranks.weights[s], tail))
-        for i in range(1, (again := ranks.recomputing(s, device)) + 1):
-            tasks.append((ranks.f_done[s][i], ranks.again[s], ranks.i_left[s][again - i + 1]))
+                ready = max(ready, bounds.i_done[s][i - slots] - bounds.up_overhead[s])
+            tasks.append((ready, bounds.forward[s], bounds.f_left[s][left] - bounds.forward[s]))
+            tail = bounds.i_left[s][left] - bounds.inputs[s]
+            tasks.append((bounds.i_ready[s][i], bounds.inputs[s], tail))
+            tail = bounds.i_left[s][left - waiting - 1] if left > waiting + 1 else 0
+            tasks.append((bounds.i_done[s][i], bounds.weights[s], tail))
+        for i in range(1, (again := bounds.recomputing(s, device)) + 1):
+            tasks.append(
+                (bounds.f_done[s][i], bounds.recompute[s], bounds.i_left[s][again - i + 1])
+            )
     return jackson([task for task in tasks if task[1]])
 
 
-def _memory_seconds(ranks: HeadsAndTails, device: int) -> float:
-    """Room times seconds that all microbatches need, under the device's cap.
+def _memory_seconds(bounds: HeadsAndTails, device: int) -> float:
+    """Return the bound by memory: the memory-time product of all microbatches over the cap.
 
-    Room is counted in bytes, and in weighted microbatches per stage, of which only whole
-    numbers fit.
+    Memory is counted in bytes, and in weighted microbatches per stage, of which only whole numbers
+    fit.
     """
-    p, stages = ranks.problem, ranks.problem.stages_of[device]
+    p, stages = bounds.problem, bounds.problem.stages_of[device]
     if p.caps[device] == NEVER or p.caps[device] <= 0 or not stages:
         return 0
     stays = []
     area: float = 0
     for s in stages:
-        cost, whole = p.costs[s], ranks.wholes[s]
-        waits = cost.forward_seconds + ranks.trips[s]
-        stays.append(waits + ranks.inputs[s] - ranks.up_overhead[s])
+        cost, whole = p.costs[s], bounds.with_graph[s]
+        waits = cost.forward_seconds + bounds.round_trips[s]
+        stays.append(waits + bounds.inputs[s] - bounds.up_overhead[s])
         rest = whole * cost.backward_seconds
         if p.split:
             later = p.least_deferred_bytes(s) * cost.weight_seconds
             rest = min(rest, whole * cost.input_seconds + later)
-        area += ranks.count(s, device) * (ranks.keeps[s] * waits + rest)
+        area += bounds.count(s, device) * (bounds.kept[s] * waits + rest)
     most = area / p.caps[device]
-    alike = ranks.alike[stages[0]] == stages
-    keeps = [ranks.keeps[s] for s in stages]
-    # The next of what is held to go backward has its whole graph then.
-    room = p.caps[device] - min(ranks.wholes[s] - ranks.keeps[s] for s in stages)
-    for weights in product((0, 1, 2), repeat=len(stages)) if alike and len(stages) <= 3 else ():
+    same = bounds.same_devices[stages[0]] == stages
+    keeps = [bounds.kept[s] for s in stages]
+    # The next microbatch to run backward has its whole graph.
+    room = p.caps[device] - min(bounds.with_graph[s] - bounds.kept[s] for s in stages)
+    for weights in product((0, 1, 2), repeat=len(stages)) if same and len(stages) <= 3 else ():
         if held := _most_value(room, keeps, weights):
             each = sum(w * stay for w, stay in zip(weights, stays, strict=True))
-            most = max(most, ranks.count(stages[0], device) * each / held)
-    before = min(ranks.f_ready[s][1] for s in stages)
-    after = 0 if p.split else min(ranks.after(s) for s in stages)
+            most = max(most, bounds.count(stages[0], device) * each / held)
+    before = min(bounds.f_ready[s][1] for s in stages)
+    after = 0 if p.split else min(bounds.after(s) for s in stages)
     return before + most + after
 
 
 def _most_value(cap: float, keeps: Sequence[int], weights: Sequence[int]) -> int:
-    """The most that microbatches within `cap` weigh together; 0 where there is no limit.
+    """Return the largest total weight of microbatches within `cap`; 0 if unlimited.
 
-    One that has come to the k-th stage keeps, and counts, what the first k do.
+    A microbatch that has reached the k-th stage keeps, and weighs, the sum of the first k.
     """
     kinds = list(zip(accumulate(keeps), accumulate(weights), strict=True))
 
@@ -178,7 +180,7 @@ def _most_value(cap: float, keeps: Sequence[int], weights: Sequence[int]) -> int
 
 
 def jackson(tasks: Sequence[tuple[float, float, float]]) -> float:
-    """Least largest completion + tail of preemptible (ready, seconds, tail) on one machine."""
+    """Minimise the maximum of completion + tail of preemptible (ready, seconds, tail) tasks."""
     waiting: list[tuple[float, float]] = []  # (-tail, seconds left)
     now: float = 0
     worst: float = 0

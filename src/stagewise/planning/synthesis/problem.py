@@ -1,10 +1,10 @@
-"""A scheduling problem as flat arrays: what the synthesiser's inner loops read.
+"""A scheduling problem as flat arrays, for the synthesiser's inner loops.
 
 Problem: the simulator's dataclasses are clear but slow, and a synthesiser replays thousands of
-schedules. Idea: number the operations, and look up what each takes, waits for, sends and keeps.
+schedules. Idea: number the operations, and tabulate what each takes, waits for, sends and keeps.
 An operation is an int: (kind * num_stages + stage) * num_microbatches + microbatch, for the kinds
-F, B, I, W in this order; a recomputation is no operation of its own, it is the first part of its
-backward (`with_recompute` puts it there). `replay` gives the seconds of `simulate` exactly.
+F, B, I, W in this order; a recomputation is not a separate operation but the first part of its
+backward (`with_recompute` inserts it). `replay` gives exactly the seconds of `simulate`.
 """
 
 import math
@@ -19,7 +19,8 @@ from stagewise.mesh import device_turns
 from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
 from stagewise.schedule.instruction import GRADIENTS, KINDS, kinds_with
 
-# What synthesis orders; other kinds it neither makes nor takes.
+# The kinds that synthesis orders. Its bounds and inner loops treat each by name, not through KINDS,
+# because the bounds differ by kind and the loops are hot; tests hold `replay` equal to `simulate`.
 OPERATIONS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
 NEVER = float("inf")
@@ -29,12 +30,12 @@ Programs = list[list[int]]  # operations per device, in order
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """Arrays by operation.
+    """Arrays indexed by operation.
 
     `needs[op]` is the arrival that op waits for and `fills[op]` the one that it causes, -1 for
-    none; `link_of[op]` numbers the pair of devices that its message crosses, -1 where it stays.
-    `recompute_seconds[op]` comes before a backward that recomputes, but for one that directly
-    follows its own forward on the last stage (`fresh`).
+    none; `link_of[op]` numbers the pair of devices that its message crosses, -1 if it stays.
+    `recompute_seconds[op]` precedes a backward that recomputes, unless it directly follows its own
+    forward on the last stage (`follows_forward`).
     """
 
     seconds: list[float]
@@ -49,7 +50,7 @@ class Operations:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem(Operations):
-    """Placement, costs and caps, and what they make of the operations."""
+    """Placement, costs and caps, with the arrays derived from them."""
 
     placement: tuple[tuple[int, ...], ...]
     costs: tuple[StageCost, ...]
@@ -69,45 +70,45 @@ class Problem(Operations):
 
     @cached_property
     def cycle(self) -> int:
-        """After so many microbatches the devices that run one repeat."""
+        """The period, in microbatches, with which the devices that run them repeat."""
         return math.lcm(*(len(devices) for devices in self.placement))
 
     def op(self, kind: int, stage: int, microbatch: int) -> int:
-        """The number of an operation."""
+        """Return the number of an operation."""
         return (kind * self.num_stages + stage) * self.num_microbatches + microbatch
 
     def parts(self, op: int) -> tuple[int, int, int]:
-        """Kind, stage and microbatch of an operation."""
+        """Return the kind, stage and microbatch of an operation."""
         rest, microbatch = divmod(op, self.num_microbatches)
         return rest // self.num_stages, rest % self.num_stages, microbatch
 
     def input_bytes(self, stage: int, microbatch: int) -> int:
-        """What `stage` keeps of its input besides what the stage before keeps on its device."""
-        return 0 if self.lends(stage, microbatch) else self.costs[stage].input_bytes
+        """Return what `stage` keeps of its input, not counting what the stage before keeps."""
+        return 0 if self.shares_input(stage, microbatch) else self.costs[stage].input_bytes
 
-    def lends(self, stage: int, microbatch: int) -> bool:
-        """Whether the stage before keeps, on the same device, what `stage` was given."""
+    def shares_input(self, stage: int, microbatch: int) -> bool:
+        """Return whether the stage before keeps the input of `stage` on the same device."""
         if not stage or self.recomputes[microbatch]:
             return False
         return self.device_of[stage - 1][microbatch] == self.device_of[stage][microbatch]
 
     def least_deferred_bytes(self, stage: int) -> int:
-        """The least that waits for `W`, while the stage before may keep the input besides."""
+        """Return the least bytes that wait for `W`; the stage before may keep the input."""
         cost = self.costs[stage]
-        lent = any(self.lends(stage, m) for m in range(self.num_microbatches))
-        return cost.deferred_bytes - (cost.deferred_input_bytes if lent else 0)
+        shared = any(self.shares_input(stage, m) for m in range(self.num_microbatches))
+        return cost.deferred_bytes - (cost.deferred_input_bytes if shared else 0)
 
     def whole_bytes(self, stage: int, microbatch: int) -> int:
-        """What a microbatch keeps on `stage` while its graph exists."""
+        """Return what a microbatch keeps on `stage` while its graph exists."""
         return self.input_bytes(stage, microbatch) + self.costs[stage].activation_bytes
 
-    def fresh(self, previous: int, op: int) -> bool:
-        """Does backward `op` follow its own forward `previous` on the last stage?"""
+    def follows_forward(self, previous: int, op: int) -> bool:
+        """Return whether backward `op` follows its own forward `previous` on the last stage."""
         _, stage, m = self.parts(op)
         return stage == self.num_stages - 1 and previous == self.op(FORWARD, stage, m)
 
     def schedule(self, name: str, programs: Programs) -> Schedule:
-        """The schedule of `programs`, recomputations included."""
+        """Return the schedule of `programs`, including recomputations."""
         own, _ = _instructions(self.num_stages, self.num_microbatches)
         plain = Schedule(
             name=name,
@@ -118,7 +119,7 @@ class Problem(Operations):
         return with_recompute(plain, self.recompute)
 
     def instructions(self, program: list[int]) -> list[Instruction]:
-        """A device's program as `schedule` has it, but fast."""
+        """Return a device's program as `schedule` would, but faster."""
         own, again = _instructions(self.num_stages, self.num_microbatches)
         recomputes, last = self.recomputes, self.num_stages - 1
         if not any(recomputes):
@@ -127,15 +128,17 @@ class Problem(Operations):
         previous = -1
         for op in program:
             first = again[op]
-            fresh = first is not None and first.stage == last and self.fresh(previous, op)
-            if first is not None and recomputes[first.microbatch] and not fresh:
+            at_once = (
+                first is not None and first.stage == last and self.follows_forward(previous, op)
+            )
+            if first is not None and recomputes[first.microbatch] and not at_once:
                 found.append(first)
             found.append(own[op])
             previous = op
         return found
 
     def programs(self, schedule: Schedule) -> Programs:
-        """The operations of a schedule, its recomputations left out."""
+        """Return the operations of a schedule, without recomputations."""
         kinds = {kind: index for index, kind in enumerate(OPERATIONS)}
         return [
             [
@@ -151,7 +154,7 @@ class Problem(Operations):
 def _instructions(
     num_stages: int, num_microbatches: int
 ) -> tuple[list[Instruction], list[Instruction | None]]:
-    """Per operation: its instruction, and the recomputation that may come before it."""
+    """Return every operation's instruction, and the recomputation that may come before it."""
     stages, microbatches = range(num_stages), range(num_microbatches)
     own = [Instruction(s, kind, m) for kind in OPERATIONS for s in stages for m in microbatches]
     backwards = kinds_with("inputs")
@@ -171,13 +174,13 @@ def problem_of(
     recompute: str = "never",
     split: bool = True,
 ) -> Problem:
-    """Check the arguments of `synthesise` and lay them out."""
+    """Check the arguments of `synthesise` and return them as a Problem."""
     placed = tuple(map(tuple, placement))
     num_stages = len(placed)
     if len(costs) != num_stages or not num_stages:
         raise PlanError(f"got costs of {len(costs)} stages for a placement of {num_stages}")
     if any(not devices or len(set(devices)) != len(devices) for devices in placed):
-        raise PlanError(f"placement {placed} must name each stage's devices, each of them once")
+        raise PlanError(f"placement {placed} must name the devices of every stage, each only once")
     if num_microbatches < 1:
         raise PlanError(f"num_microbatches is {num_microbatches}; a schedule needs at least 1")
     if recompute not in POLICIES:
@@ -212,7 +215,7 @@ def _operations(
     recomputes: Sequence[bool],
 ) -> Operations:
     stages, count = range(len(costs)), len(recomputes)
-    seconds, again, took = list[float](), list[float](), list[float]()
+    seconds, recompute, transfers = list[float](), list[float](), list[float]()
     needs, fills, reaches, link_of = list[int](), list[int](), list[int](), list[int]()
     links: dict[tuple[int, int], int] = {}
     for kind, stage in product(OPERATIONS, stages):
@@ -220,11 +223,11 @@ def _operations(
         stream = traits.stream
         seconds += [traits.seconds_on(cost)] * count
         first = cost.recompute_seconds if "inputs" in traits.parts else 0
-        again += [first if recomputed else 0 for recomputed in recomputes]
-        step = stream.step if stream else len(stages)  # to no stage
+        recompute += [first if recomputed else 0 for recomputed in recomputes]
+        step = stream.step if stream else len(stages)  # past the last stage: sends nothing
         base = len(stages) * count * (stream is GRADIENTS)
         sends, waits = stage + step in stages, stage - step in stages
-        took += [stream.seconds(stage, costs, link) if stream and sends else 0] * count
+        transfers += [stream.seconds(stage, costs, link) if stream and sends else 0] * count
         own, there = base + stage * count, base + (stage + step) * count
         needs += range(own, own + count) if waits else [-1] * count
         fills += range(there, there + count) if sends else [-1] * count
@@ -235,12 +238,12 @@ def _operations(
             link_of.append(links.setdefault((source, reached), len(links)) if far else -1)
     return Operations(
         seconds=seconds,
-        recompute_seconds=again,
+        recompute_seconds=recompute,
         needs=needs,
         fills=fills,
         reaches=reaches,
         link_of=link_of,
-        transfer_seconds=took,
+        transfer_seconds=transfers,
         num_links=len(links),
     )
 

@@ -1,6 +1,6 @@
-"""What a set of programs takes and keeps, as `simulate` and `Timeline` say it, but fast.
+"""A fast simulator for synthesis: the makespan and peak memory of a set of programs.
 
-The additions are those of the simulator, in its order, so that the seconds are equal, not close.
+It makes the same additions as `simulate` in the same order, so the seconds are exactly equal.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from stagewise.timeline import kept_bytes
 class Replay:
     """When the operations of some programs run, in seconds.
 
-    Per operation: when its device could have begun it (`frees`, a recomputation done) and its
-    end. Per arrival: when, and by which operation.
+    Per operation: when its device was free for it (`frees`, after recomputation) and its end. Per
+    arrival: its time, and the operation that sent it.
     """
 
     frees: list[float]
     ends: list[float]
     arrivals: list[float]
-    makers: list[int]
+    senders: list[int]
 
 
 def duration(problem: Problem, programs: Programs) -> float:
-    """Seconds until the last operation ends; infinite where the programs block each other."""
+    """Return the seconds until the last operation ends; infinite if the programs deadlock."""
     return _replay(problem, programs, None)
 
 
 def replay(problem: Problem, programs: Programs) -> Replay:
-    """All times of programs that do not block each other."""
+    """Return all times of programs that do not deadlock."""
     size = 2 * problem.num_stages * problem.num_microbatches
     times = Replay(
-        frees=[NEVER] * (2 * size), ends=[NEVER] * (2 * size), arrivals=[], makers=[-1] * size
+        frees=[NEVER] * (2 * size), ends=[NEVER] * (2 * size), arrivals=[], senders=[-1] * size
     )
     _replay(problem, programs, times)
     return times
@@ -47,7 +47,7 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
     p, overhead = problem, problem.link.overhead_seconds
     seconds, again, transfers = p.seconds, p.recompute_seconds, p.transfer_seconds
     needs, fills, reaches, link_of = p.needs, p.fills, p.reaches, p.link_of
-    recomputing = any(problem.recomputes)
+    recomputing, follows_forward = any(problem.recomputes), problem.follows_forward
     arrivals: list[float] = [NEVER] * (2 * problem.num_stages * problem.num_microbatches)
     waiting: dict[int, int] = {}
     link_free: list[float] = [0] * problem.num_links
@@ -64,7 +64,7 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
             if (arrival := arrivals[need] if need >= 0 else 0) == NEVER:
                 waiting[need] = device
                 break
-            if recomputing and again[op] and not (i and problem.fresh(program[i - 1], op)):
+            if recomputing and again[op] and not (i and follows_forward(program[i - 1], op)):
                 t += again[op]
             if times is not None:
                 times.frees[op] = t
@@ -86,7 +86,7 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
                         del waiting[fill]
                         ready.append(reaches[op])
                 if times is not None:
-                    times.makers[fill] = op
+                    times.senders[fill] = op
             i += 1
         at[device], free[device], last[device] = i, t, end
     if times is not None:
@@ -96,13 +96,13 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
 
 
 def peak_of(problem: Problem, program: list[int]) -> int:
-    """The highest point of what a device keeps for the backward pass, as `Timeline` counts it."""
+    """Return the peak of what a device keeps for the backward pass, as `Timeline` counts it."""
     kept = kept_bytes(problem.instructions(program), problem.costs)
     return max(accumulate(kept), default=0)
 
 
 def fits(problem: Problem, programs: Programs) -> bool:
-    """Does every device stay within its cap?"""
+    """Return whether every device stays within its cap."""
     return all(
         cap == NEVER or peak_of(problem, program) <= cap
         for cap, program in zip(problem.caps, programs, strict=True)
