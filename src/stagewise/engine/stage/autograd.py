@@ -34,20 +34,19 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
 def feed(
     leaves: Sequence[torch.Tensor],
     mutated: Sequence[bool] | None,
-    gradients: list[torch.Tensor | None],
+    gradients: list[torch.Tensor | None] | None,
 ) -> tuple[list[torch.Tensor], list[Node]]:
     """Return the tensors to give to cells for `leaves`, and the nodes where the graph begins.
 
     Leaves that cells mutate (`mutated`; None: unknown, so all) are copied, others viewed. Backward
     stores the gradient of leaf i in `gradients[i]` as the plain model would pass it on:
-    accumulating into `leaf.grad` would change its strides.
+    accumulating into `leaf.grad` would change its strides. None: the graph will have no backward.
     """
     fed: list[torch.Tensor] = []
     entries: list[Node] = []
     for index, leaf in enumerate(leaves):
         tensor = copy_of(leaf) if mutated is None or mutated[index] else leaf[...]
-        node = tensor.grad_fn
-        if node is not None:
+        if gradients is not None and (node := tensor.grad_fn) is not None:
             node.register_prehook(functools.partial(_keep, gradients, index))
             entries.append(node)
         fed.append(tensor)

@@ -8,6 +8,7 @@ default generators are; the others cost nothing. A source that first moves in a 
 noticed at the end of that call, and watched from the next one on.
 """
 
+import ctypes
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import nn
 from stagewise.model.forward.visible import Sight, names_in
 
 _32_BITS = (1 << 32) - 1
+_MT19937_BYTES = 4 * 625  # its words, and which comes next
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Source:
     read: Callable[[], object]
     seed: Callable[[int], object]
     write: Callable[..., object]
+    moved: Callable[[], object] | None = None  # quicker to read; another once numbers were drawn
 
 
 def _of_bits(generator: np.random.Generator) -> Source:
@@ -48,12 +51,20 @@ def _of_bits(generator: np.random.Generator) -> Source:
     )
 
 
+def _numpy_position() -> object:
+    bits = np.random.mtrand.get_bit_generator()
+    if type(bits) is not np.random.MT19937:
+        return np.random.get_state()
+    return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
+
+
 PYTHON = Source("Python's random", random.getstate, random.seed, random.setstate)
 NUMPY = Source(
     "numpy.random",
     np.random.get_state,
     lambda number: np.random.seed(number & _32_BITS),
     np.random.set_state,
+    _numpy_position,
 )
 _KINDS: dict[type, Callable[..., Source]] = {
     torch.Generator: lambda g: Source("a torch.Generator", g.get_state, g.manual_seed, g.set_state),
@@ -76,7 +87,8 @@ class Draws:
         self._sources: tuple[Source, ...] | None = None
         self._drawn: list[Source] = []
         self._seeded: list[tuple[Source, object]] = []  # with their states, while watching
-        self._states: list[tuple[Source, object]] = []  # at the beginning of the call
+        # At the beginning of the call: how each state was read, and the state.
+        self._states: list[tuple[Source, Callable[[], object], object]] = []
         self._watching = False
         self.active = False  # whether `enter` has anything to do
 
@@ -116,7 +128,12 @@ class Draws:
         self._watching = watch
         self.active = watch or bool(self._drawn)
         sources = self._all() if watch or guard else self._drawn
-        states = self._states = [(source, source.read()) for source in sources]
+        whole = undo or watch  # states are put back
+        states = self._states = []
+        for source in sources:
+            quick = None if whole or source in self._drawn else source.moved
+            read = quick or source.read
+            states.append((source, read, read()))
         try:
             yield found
             self.look()
@@ -125,8 +142,8 @@ class Draws:
             self._states = []
             self._watching, self.active = False, bool(self._drawn)
             self._seeded.clear()
-            for source, state in states:
-                if undo or watch or source in self._drawn:
+            for source, _, state in states:
+                if whole or source in self._drawn:
                     source.write(state)
 
     def late(self) -> list[Source]:
@@ -135,8 +152,8 @@ class Draws:
             return []
         return [
             source
-            for source, state in self._states
-            if source not in self._drawn and not _same(state, source.read())
+            for source, read, state in self._states
+            if source not in self._drawn and not _same(state, read())
         ]
 
     def _all(self) -> tuple[Source, ...]:

@@ -111,8 +111,11 @@ class Stage:
         off, and the recomputation must give the same bits. It is dropped at once, so the peak is
         that of the recomputation.
         """
-        tensors, structure = received[0] if received else take_apart(work.parts.inputs[m])
-        inputs = list(map(leaf_of, tensors))
+        if received:
+            inputs, structure = received[0]
+        else:
+            own, structure = take_apart(work.parts.inputs[m])
+            inputs = list(map(leaf_of, own))
         flight = Flight(inputs, structure, [None] * len(inputs), len(inputs))
         if work.parts.keywords:
             take_keywords(flight, self.cells, m, work, self.device)
@@ -133,7 +136,7 @@ class Stage:
     def recompute(self, m: int, received: list[Apart], work: Work) -> None:
         """Build the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
-        with self.buffers.recompute(flight.buffers or {}):
+        with self.buffers.recompute(flight.buffers) if flight.buffers else _NOTHING:
             output = self._run_cells(flight, Kind.RECOMPUTE, m, work)
         flight.roots, _ = take_apart(output)
         if flight.sampled is not None and flight.sampled.differs(flight.roots):
@@ -210,7 +213,9 @@ class Stage:
         names = work.parts.keywords[0] if work.parts.keywords else ()
         key = (work.mode is Mode.TRAIN, self._flags, *map(_REQUIRES_GRAD, flight.inputs), *names)
         mutates = self._mutates.get(key)
-        fed, flight.entries = feed(flight.inputs, mutates, flight.gradients)
+        runs_backward = kind is Kind.RECOMPUTE or (self.index, m) not in work.recomputed
+        gradients = flight.gradients if runs_backward else None
+        fed, flight.entries = feed(flight.inputs, mutates, gradients)
         versions = list(map(_VERSION, fed))
         with without_weight_cache(self.device.type) if work.is_autocast else _NOTHING:
             value = self._through(fed, flight, kind, m, work)
@@ -238,22 +243,24 @@ class Stage:
         for given in flight.keywords:
             value_of = put_together(fed[given.places], given.structure)
             named[given.cell] = value_of  # type: ignore[assignment]
-        randomness, tied = work.randomness[self.device], work.stand_ins.cells
+        randomness = work.randomness[self.device]
         collector, calls, running = LossCollector(), self._calls, None
         directly = self._calls_modules
         if work.look is not None and kind is Kind.FORWARD:
             directly = False
             calls = work.look.cells(calls, collector, m, self.cells[-1] if self.is_last else None)
+        if work.stand_ins.cells:
+            directly = False
+            calls = work.stand_ins.around(calls)
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
             for running, forward in calls:
                 index = collector.cell = running.index
                 randomness.enter_cell(index, m)
-                with work.stand_ins.inside(index) if index in tied else _NOTHING:
-                    if directly and index not in named and type(value) is not Arguments:
-                        value = running.module(value)
-                    else:
-                        value = forward(value, named.get(index, _NO_KEYWORDS))
+                if directly and index not in named and type(value) is not Arguments:
+                    value = running.module(value)
+                else:
+                    value = forward(value, named.get(index, _NO_KEYWORDS))
             running = None
             if self.is_last:
                 randomness.enter_loss(m)

@@ -4,13 +4,17 @@ Every cell that uses a tied parameter gets its own leaf, so that gradients arriv
 summed once, in an order that does not depend on the partition.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from stagewise.engine.stage.gradient import LOW_PRECISION, Gradient, WideSums, dense_like, taken
+from stagewise.model.cell import Cell
+
+_Forward = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ class StandIns:
         finally:
             for place in places:
                 setattr(place.module, place.attribute, place.parameter)
+
+    def around(self, calls: Sequence[tuple[Cell, _Forward]]) -> list[tuple[Cell, _Forward]]:
+        """`calls`, each with its cell's stand-ins in place."""
+        return [
+            (cell, partial(self._run, cell.index, forward) if cell.index in self.cells else forward)
+            for cell, forward in calls
+        ]
+
+    def _run(self, cell: int, forward: _Forward, *given: object) -> object:
+        with self.inside(cell):
+            return forward(*given)
 
     def sum_in_float32(self) -> None:
         """Sum the gradients of low-precision leaves in float32."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from stagewise.batch.values import Apart
+from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.transport import Links, is_skip
@@ -60,7 +60,8 @@ def _popped(
     value, device = values.pop(message), devices[message.destination_stage]
     if isinstance(value, Lost):
         return value
-    return [tensor.to(device) for tensor in value[0]], value[1]
+    there = (tensor if tensor.device == device else tensor.to(device) for tensor in value[0])
+    return [tensor if tensor.is_leaf else leaf_of(tensor) for tensor in there], value[1]
 
 
 class LocalWire:

@@ -40,7 +40,7 @@ class _Posted:
     header: Header
     tensors: list[torch.Tensor]
     arrival: Arrival
-    mark: torch.Tensor | None
+    is_marked: bool
     num_bytes: int
 
 
@@ -62,6 +62,7 @@ class Mailbox:
     def __init__(self, wires: Wires, device: torch.device) -> None:
         self._wires, self._data, self._rank = wires, wires.data, wires.data.rank
         self._marked = frozenset(wires.stream.reached if wires.stream is not None else ())
+        self._mark = torch.empty_like(PLAIN)  # of the message being read: a stream reads in turn
         self._device = device
         self._forms = Forms()
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
@@ -163,11 +164,11 @@ class Mailbox:
         for layout in header.layouts:
             tensors.append(layout.empty(self._device))
             num_bytes += tensors[-1].nbytes
-        mark = torch.empty_like(PLAIN) if message.source in self._marked else None
-        awaited = tensors if mark is None else [mark, *tensors]
+        is_marked = message.source in self._marked
+        awaited = [self._mark, *tensors] if is_marked else tensors
         arrival = self._data.start_receive(awaited, message.source)
         incoming.num_bytes += num_bytes
-        incoming.posted.append(_Posted(message, header, tensors, arrival, mark, num_bytes))
+        incoming.posted.append(_Posted(message, header, tensors, arrival, is_marked, num_bytes))
 
     def _post_next(self, incoming: _Incoming) -> bool:
         """Post the next message, first reading its header if unknown; False if it is lost."""
@@ -188,7 +189,7 @@ class Mailbox:
         """Wait for the message and return it."""
         posted.arrival()
         header, tensors = posted.header, posted.tensors
-        if posted.mark is not None and posted.mark.item():
+        if posted.is_marked and self._mark.item():
             message, stream = posted.message, self._wires.stream
             assert stream is not None
             payload = _receive_bytes(stream, message.source)

@@ -140,9 +140,17 @@ def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """Return a dense tensor's memory; usually without creating a tensor of its bytes."""
+    """Return a dense tensor's memory."""
+    return _known_memory(tensor) if tensor.nbytes == 1 else _memory_of(tensor)
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """Return its memory; usually without creating a tensor of its bytes."""
     usual = tensor.dtype in _NUMPY and tensor.is_contiguous()
     return tensor.numpy().data if usual else flat(tensor).numpy().data
+
+
+_known_memory = functools.lru_cache(maxsize=8)(_memory_of)  # marks come with every message
 
 
 def with_room(connection: socket.socket) -> int:
