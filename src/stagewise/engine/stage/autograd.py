@@ -78,6 +78,16 @@ def check_changes(
         )
 
 
+def restore_grad_mode(stage: int, m: int, *, training: bool) -> None:
+    """Set grad mode as it was before cells changed it; raise CellError if they disabled it."""
+    torch.set_grad_enabled(training)
+    if training:
+        raise CellError(
+            f"the cells of stage {stage} left gradients disabled after microbatch {m}; use "
+            "`with torch.no_grad():`, or cut the model so that the same stage enables them again"
+        )
+
+
 def _keep(
     gradients: list[torch.Tensor | None], index: int, received: tuple[torch.Tensor, ...]
 ) -> tuple[None]:

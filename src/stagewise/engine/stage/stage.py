@@ -20,6 +20,7 @@ from stagewise.batch.values import Apart, detached, leaf_of, optionals, put_toge
 from stagewise.engine.stage.autograd import (
     check_changes,
     feed,
+    restore_grad_mode,
     run_backward,
     without_autocast,
     without_weight_cache,
@@ -213,20 +214,14 @@ class Stage:
         names = work.parts.keywords[0] if work.parts.keywords else ()
         key = (work.mode is Mode.TRAIN, self._flags, *map(_REQUIRES_GRAD, flight.inputs), *names)
         mutates = self._mutates.get(key)
-        runs_backward = kind is Kind.RECOMPUTE or (self.index, m) not in work.recomputed
-        gradients = flight.gradients if runs_backward else None
+        dropped = kind is Kind.FORWARD and (self.index, m) in work.recomputed
+        gradients = None if dropped else flight.gradients
         fed, flight.entries = feed(flight.inputs, mutates, gradients)
         versions = list(map(_VERSION, fed))
         with without_weight_cache(self.device.type) if work.is_autocast else _NOTHING:
             value = self._through(fed, flight, kind, m, work)
         if torch.is_grad_enabled() is not (work.mode is Mode.TRAIN):
-            torch.set_grad_enabled(work.mode is Mode.TRAIN)
-            if work.mode is Mode.TRAIN:
-                raise CellError(
-                    f"the cells of stage {self.index} left gradients disabled after microbatch "
-                    f"{m}; use `with torch.no_grad():`, or cut the model so that the same stage "
-                    "enables them again"
-                )
+            restore_grad_mode(self.index, m, training=work.mode is Mode.TRAIN)
         changed = tuple(map(operator.ne, map(_VERSION, fed), versions))
         if True in changed:
             check_changes(self.index, flight.inputs[: flight.num_received], changed, mutates, m)
