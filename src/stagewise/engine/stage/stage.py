@@ -112,11 +112,9 @@ class Stage:
         off, and the recomputation must give the same bits. It is dropped at once, so the peak is
         that of the recomputation.
         """
-        if received:
-            inputs, structure = received[0]
-        else:
-            own, structure = take_apart(work.parts.inputs[m])
-            inputs = list(map(leaf_of, own))
+        inputs, structure = received[0] if received else take_apart(work.parts.inputs[m])
+        if not received:
+            inputs = list(map(leaf_of, inputs))
         flight = Flight(inputs, structure, [None] * len(inputs), len(inputs))
         if work.parts.keywords:
             take_keywords(flight, self.cells, m, work, self.device)
