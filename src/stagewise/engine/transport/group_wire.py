@@ -75,7 +75,7 @@ class GroupWire:
         self._outbox.close()
         for group in self._owned:
             dist.destroy_process_group(group)
-        self._owned = set()
+        del self._down, self._up, self._owned  # a group's threads end with its last reference
 
     def _wait(self, works: Sequence[dist.Work], rank: int) -> None:
         try:

@@ -1,5 +1,6 @@
 """A worker process: joining the others, and telling a failure once."""
 
+import gc
 import os
 import sys
 import time
@@ -36,9 +37,23 @@ def joined() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
     else:
         dist.init_process_group("gloo")
-    yield
+    try:
+        yield
+    except SystemExit:
+        _part()
+        raise
     # After a failure other ranks may not come here, and waiting for them would hide its cause.
+    _part()
+
+
+def _part() -> None:
+    """Leave the process group, and end its threads.
+
+    One that drops a finished work's tensor while Python finalises would abort the process
+    ("terminate called without an active exception"; see pytorch/pytorch#179291).
+    """
     disconnect()
+    gc.collect()  # Pipelines, which refer to groups
     dist.destroy_process_group()
 
 
