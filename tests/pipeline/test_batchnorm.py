@@ -452,7 +452,7 @@ def split_layer() -> str:
 
 def test_one_layer_on_two_ranks_is_refused(pools: Pools) -> None:
     for text in pools[2].run(split_layer):
-        assert "0.norm and 1.norm, on different ranks, have one BatchNorm" in text
+        assert "0.norm and 1.norm, on different ranks, share one BatchNorm" in text
     assert split_layer() == ""
 
 

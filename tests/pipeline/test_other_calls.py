@@ -206,7 +206,7 @@ def test_other_options_are_named_when_a_pipeline_is_built(pools: Pools) -> None:
     for texts in pools[2].run(other_options):
         assert set(texts) == {*BUILT, "models"}
         for name, text in texts.items():
-            assert f"ranks [1] have other {name} than rank 0" in text
+            assert f"ranks [1] have different {name} than rank 0" in text
 
 
 def one_ends(ending: int) -> tuple[str, float]:

@@ -183,7 +183,7 @@ def test_constants_in_outputs_must_agree(pools: Pools, different: bool) -> None:
         if different
         else [constants(different)]
     ):
-        wanted = r"output['n'] is no tensor and differs between microbatches: [3, 3, 2, 2]"
+        wanted = r"output['n'] is not a tensor and differs between microbatches: [3, 3, 2, 2]"
         assert (wanted in text) == different
 
 

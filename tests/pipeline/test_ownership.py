@@ -182,8 +182,8 @@ def one_norms_statistics_in_another() -> None:
 @pytest.mark.parametrize(
     "build, message",
     [
-        (two_parameters_in_one_memory, "0.weight and 1.weight.* are two parameters in one memory"),
-        (one_norms_statistics_in_another, "0 and 1, on different ranks, have one BatchNorm's"),
+        (two_parameters_in_one_memory, "0.weight and 1.weight.* are two parameters that share"),
+        (one_norms_statistics_in_another, "0 and 1, on different ranks, share one BatchNorm's"),
     ],
 )
 def test_memory_shared_between_ranks_is_refused(

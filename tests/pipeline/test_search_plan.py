@@ -98,7 +98,7 @@ def test_ranks_agree(pools: Pools) -> None:
         ({"num_stages": 2}, "but num_stages was given"),
         ({"balance": [6, 6], "num_devices": 2}, "but balance was given"),
         ({"replicas": [1, 2]}, "but replicas was given"),
-        ({}, "for how many devices; give num_devices"),
+        ({}, "the number of devices; give num_devices"),
     ],
 )
 def test_what_leaves_the_search_nothing(arguments: dict[str, object], message: str) -> None:

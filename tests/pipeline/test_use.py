@@ -121,7 +121,7 @@ def test_plans_that_would_move_cells_are_refused(pools: Pools) -> None:
     for texts in pools[2].run(refused):
         moved, differing = texts
         assert "the plan has the balance" in moved and "build another Pipeline" in moved
-        assert "ranks [1] have other plans than rank 0" in differing
+        assert "ranks [1] have different plans than rank 0" in differing
     pipe = pipeline(RUN)
     with pytest.raises(PlanError, match="the plan has the placement"):
         pipe.use(replace(pipe.plan, balance=pipe.plan.balance, schedule="gpipe", replicas=(2, 1)))

@@ -1,9 +1,9 @@
 """What a batch is, before anything runs.
 
-1. `markers` say which argument is not samples along the batch's dimension.
-2. `values` take any value apart into its tensors and a structure, and put it together again;
-   `objects` that a model returns are taken apart too.
-3. `split` cuts a minibatch into microbatches, and `join` puts their outputs together;
-   `custom_split` asks the caller's own function; `pairing` makes two microbatches one again.
-4. `layouts` are the dense tensors that hold a sparse one.
+1. `markers` mark arguments that are not samples along the batch dimension.
+2. `values` takes any value apart into tensors and a structure, and rebuilds it; `objects` does the
+   same for objects that a model returns.
+3. `split` cuts a minibatch into microbatches, and `join` joins their outputs; `custom_split` calls
+   the user's function instead; `pairing` joins two microbatches again.
+4. `layouts` gives the dense tensors that make up a sparse one.
 """

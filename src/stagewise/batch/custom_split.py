@@ -1,9 +1,9 @@
-"""Splitting by the caller's own function, for batches that no dimension splits.
+"""Split by the user's own function, for batches without a batch dimension.
 
-A batch of graphs, a tree or a packed sequence is cut by code that knows its form:
+A batch of graphs, a tree or a packed sequence must be split by code that knows its form:
 `split(args, kwargs, num_microbatches)` gets a call's arguments (a loss's target among `kwargs`)
-and returns one pair (args, kwargs) for every microbatch. The pairs become Microbatches, so the
-rest of a step knows one form of what is split already.
+and returns a pair (args, kwargs) per microbatch. The pairs become Microbatches, so the rest of a
+step handles only one form of pre-split batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +28,10 @@ def split_by(
     num_microbatches: int,
     batch_dim: int,
 ) -> tuple[tuple[object, ...], object, dict[str, object]]:
-    """The call as `split` cuts it, in Microbatches; raises BatchError for unusable parts."""
+    """Return the call's arguments split into Microbatches; BatchError for unusable parts."""
     given = dict(kwargs) if target is None else {**kwargs, _TARGET: target}
     if not args and not given:
-        return args, target, dict(kwargs)  # on a rank that needs nothing of the batch
+        return args, target, dict(kwargs)  # on a rank that needs no part of the batch
     try:
         parts = [(tuple(own), dict(named)) for own, named in split(args, given, num_microbatches)]
     except Exception as error:
@@ -41,8 +41,9 @@ def split_by(
         ) from error
     if not parts or any(len(a) != len(args) or k.keys() != given.keys() for a, k in parts):
         raise BatchError(
-            f"split(args, kwargs, {num_microbatches}) returned {len(parts)} parts, some with other "
-            f"arguments than the call's {len(args)} and {sorted(given)}; let every part have them"
+            f"split(args, kwargs, {num_microbatches}) returned {len(parts)} parts, some without "
+            f"the call's {len(args)} positional arguments and keywords {sorted(given)}; every part "
+            "must have the same arguments as the call"
         )
     sizes = [_num_samples(a, k, batch_dim) for a, k in parts]
     positional = tuple(_column([a[i] for a, _ in parts], sizes) for i in range(len(args)))
@@ -51,7 +52,7 @@ def split_by(
 
 
 def _num_samples(args: Sequence[object], kwargs: Mapping[str, object], batch_dim: int) -> int:
-    """By the target where there is one, else by the first tensor of the arguments."""
+    """Count samples in the target if there is one, else in the first tensor of the arguments."""
     first = [kwargs[_TARGET]] if _TARGET in kwargs else [*args, *kwargs.values()]
     for leaf in pytree.tree_leaves(first):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
@@ -60,7 +61,7 @@ def _num_samples(args: Sequence[object], kwargs: Mapping[str, object], batch_dim
 
 
 def _column(parts: Sequence[object], sizes: Sequence[int]) -> object:
-    """One argument of all microbatches; what holds no tensor and is the same in all stays."""
+    """Combine one argument of all microbatches; equal values without tensors stay as they are."""
     if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(list(parts))):
         return Microbatches(parts, sizes)
     if all(part == parts[0] for part in parts):

@@ -1,7 +1,7 @@
-"""The outputs of microbatches, put together: samples in order, and numbers as a loss counts.
+"""Join the outputs of microbatches: samples in order, scalars weighted like losses.
 
-A number has no samples. It is the loss of a model that computes its own, or something like it, and
-counts as the microbatches' losses do; that this is right, calls look for at the first prediction.
+A scalar has no samples. It is the loss of a model that computes its own, or the like, and is
+weighted like the microbatches' losses; the first prediction checks that this is right.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ def join(
 ) -> object:
     """Concatenate the microbatches' outputs along `dim`; constants must be equal.
 
-    A number, as the loss of a model that computes its own, is summed by `shares` (by default, of
-    the samples). Raises BatchError where an output does not hold its microbatch's samples.
+    Scalars, such as a loss that the model computes itself, are summed with weights `shares` (by
+    default, of the samples). BatchError if an output does not hold its microbatch's samples.
     """
     flat = [flatten(opened(value)) for value in values]
     if any(spec != flat[0][1] for _, spec in flat):
         raise BatchError(
             "the outputs of the microbatches are nested differently, so they cannot be joined; "
-            "let the last cell return the same structure always"
+            "the last cell must always return the same structure"
         )
     paths = [path for path, _ in with_paths(opened(values[0]))]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
@@ -58,8 +58,8 @@ def _joined(name: str, column: Sequence[object], sizes: Sequence[int], dim: int)
     if not parts:
         if not all(leaf is column[0] or repr(leaf) == repr(column[0]) for leaf in column):
             raise BatchError(
-                f"{name} is no tensor and differs between microbatches: {list(column)}; let the "
-                "last cell return one number per sample, in a tensor"
+                f"{name} is not a tensor and differs between microbatches: {list(column)}; return "
+                "one number per sample from the last cell, in a tensor"
             )
         return column[0]
     shapes = [tuple(part.shape) for part in parts]
@@ -69,7 +69,7 @@ def _joined(name: str, column: Sequence[object], sizes: Sequence[int], dim: int)
         raise BatchError(
             f"{name} has shapes {shapes}, which cannot be joined to one of {sum(sizes)} samples: "
             f"dimension {dim} must hold the microbatch's samples ({list(sizes)}) and the other "
-            "dimensions must agree; let the last cell return the samples' outputs, and "
-            "the loss function reduce them, or give Pipeline a merge(outputs)"
+            "dimensions must agree; return per-sample outputs from the last cell and reduce them "
+            "in the loss function, or give Pipeline a merge(outputs)"
         )
     return torch.cat(parts, dim)

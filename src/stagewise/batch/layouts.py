@@ -1,7 +1,7 @@
-"""Tensors of any layout, by the dense tensors that hold them.
+"""Tensors of any layout, through the dense tensors that make them up.
 
-A sparse tensor has no strides, no storage and no `nbytes`, and `torch.equal` refuses it; the
-indices and values that it consists of have all these. So do the inner tensors of a wrapper.
+A sparse tensor has no strides, storage or `nbytes`, and `torch.equal` refuses it; its indices and
+values support all of these. So do the inner tensors of a wrapper subclass.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _BY_ROW, _BY_COLUMN = (torch.sparse_csr, torch.sparse_bsr), (torch.sparse_csc, t
 
 
 def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The dense tensors that hold `tensor`: itself, or its indices and last its values."""
+    """Return the dense tensors that make up `tensor`: itself, or its indices, then its values."""
     wrapper: object = tensor
     if is_traceable_wrapper_subclass(wrapper):
         names, _ = wrapper.__tensor_flatten__()
@@ -30,17 +30,17 @@ def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of its elements, and of their indices where it is sparse."""
+    """Return the bytes of its elements, and of their indices if it is sparse."""
     return sum(part.nbytes for part in parts(tensor))
 
 
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """The memory behind it, its values' last."""
+    """Yield its storages, that of its values last."""
     return (part.untyped_storage() for part in parts(tensor))
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether they hold the same elements in the same layout."""
+    """Return whether both hold the same elements in the same layout."""
     if one.layout is torch.strided and other.layout is torch.strided:
         return torch.equal(one, other)
     ours, theirs = parts(one), parts(other)

@@ -1,7 +1,7 @@
-"""Marks on a batch: what is not samples along dimension 0, and several arguments of one cell.
+"""Marks on a batch: parts that are not samples along dimension 0, and several arguments of a cell.
 
-They are pytree nodes, so that all that walks a batch finds the tensors inside. A `batch_dim` for a
-whole batch is nothing but BatchDim around each of its tensors, so splitting knows marks alone.
+Marks are pytree nodes, so that any tree traversal finds the tensors inside. A `batch_dim` for a
+whole batch becomes a BatchDim around each of its tensors, so splitting handles only marks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +18,8 @@ _Keyed = tuple[pytree.KeyEntry, object]
 class Replicated:
     """A part of a batch that every microbatch gets whole: a table, a temperature, a mask.
 
-    `value` is any pytree. A tensor without dimensions needs no mark. A gradient that it requires
-    is the sum over the microbatches, as in the plain model.
+    `value` is any pytree. A tensor without dimensions needs no mark. If it requires a gradient, it
+    gets the sum over the microbatches, as in the plain model.
 
     Example:
         >>> import torch, stagewise
@@ -52,11 +52,11 @@ class BatchDim:
 
 
 class Microbatches:
-    """A part of a batch that is split already: one pytree per microbatch, of any lengths.
+    """A part of a batch that is already split: one pytree per microbatch, of any lengths.
 
-    The samples lie along dimension 0 of every part's tensors, or along the batch's `batch_dim`;
-    where no dimension tells how many there are (graphs of many nodes each), `sizes` does. What
-    else belongs to the batch is split into the same numbers of samples.
+    The samples lie along dimension 0 of every part's tensors, or along the batch's `batch_dim`; if
+    no dimension counts them (graphs of many nodes each), `sizes` does. The rest of the batch is
+    split into the same numbers of samples.
 
     Example:
         >>> import torch, stagewise
@@ -91,12 +91,12 @@ class Arguments:
 
 
 def is_mark(node: object) -> bool:
-    """Whether splitting treats `node` in another way than its parts."""
+    """Return whether `node` is a mark that splitting must handle as a whole."""
     return isinstance(node, (Replicated, Microbatches, BatchDim))
 
 
 def along(value: object, batch_dim: int) -> object:
-    """`value` with samples along `batch_dim` wherever it does not say itself what holds."""
+    """Return `value` with its unmarked tensors marked as having samples along `batch_dim`."""
     if batch_dim == 0:
         return value
     if isinstance(value, Microbatches):
@@ -104,8 +104,8 @@ def along(value: object, batch_dim: int) -> object:
     if isinstance(value, torch.Tensor):
         return BatchDim(value, batch_dim) if value.dim() else value
     try:
-        flatten(value)  # makes dataclasses nodes
-    except CellError:  # `extent` refuses it by name
+        flatten(value)  # registers dataclasses as nodes
+    except CellError:  # reported later by `extent`, with its name
         return value
     leaves, spec = pytree.tree_flatten(value, is_leaf=is_mark)
     if len(leaves) == 1 and leaves[0] is value:
@@ -114,7 +114,7 @@ def along(value: object, batch_dim: int) -> object:
 
 
 def unmarked(value: object) -> object:
-    """`value` without its marks, as a plain model takes it; of Microbatches the first."""
+    """Return `value` without marks, as a plain model takes it; of Microbatches, the first."""
     if isinstance(value, Microbatches):
         return unmarked(value.parts[0])
     if isinstance(value, Replicated | BatchDim):
@@ -128,7 +128,7 @@ def unmarked(value: object) -> object:
 
 
 def packed(args: tuple[object, ...]) -> object:
-    """A call's positional arguments as the one value that enters the chain; None for none."""
+    """Combine positional arguments into the one value that enters the chain; None for none."""
     if len(args) > 1:
         return Arguments(*args)
     return args[0] if args else None

@@ -1,8 +1,8 @@
-"""Objects of plain classes that hold tensors, taken apart where a model returns them.
+"""Take apart objects of plain classes that hold tensors, when a model returns them.
 
-A transformers model returns its cache of keys and values, for one: to torch.export it is no value,
-and microbatches' outputs could not be joined. So such an object becomes a node whose parts are its
-attributes with tensors and numbers in them; put together again, it is an object of its class.
+A transformers model, for example, returns its key-value cache: torch.export rejects it, and
+microbatches' outputs could not be joined. So such an object becomes a pytree node whose children
+are its attributes with tensors and numbers; unflattening rebuilds an object of its class.
 """
 
 from collections.abc import Iterable
@@ -12,23 +12,23 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-_DEPTH = 8  # of objects in objects; beyond it they are left as they are
+_DEPTH = 8  # of nested objects; deeper ones are left as they are
 
 
 class Opened:
-    """An object's attributes: `parts` by `names`, and the `rest`, which are constants."""
+    """An object's attributes: `parts`; the `context` holds its class, their names and constants."""
 
     def __init__(self, context: Any, parts: Iterable[object]) -> None:
         self.context, self.parts = context, list(parts)
 
 
 def opened(value: object, depth: int = _DEPTH) -> object:
-    """`value`, with objects that hold tensors taken apart; `closed` is the inverse."""
+    """Return `value` with objects that hold tensors taken apart; `closed` is the inverse."""
     return pytree.tree_map(lambda leaf: _opened(leaf, depth), value)
 
 
 def closed(value: object) -> object:
-    """`value` with the objects in it put together again, as any use of the tree does."""
+    """Return `value` with its objects rebuilt, as any tree_map does."""
     return pytree.tree_map(lambda leaf: leaf, value)
 
 

@@ -1,4 +1,4 @@
-"""Two microbatches of a value as one: for what must be compared whole and in parts."""
+"""Join two microbatches of a value, to compare the whole with its parts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from stagewise.batch.values import flatten
 
 
 class UnpairableError(Exception):
-    """Nothing tells how the whole would be made of the two."""
+    """The two cannot be joined."""
 
 
 class RaggedError(UnpairableError):
-    """They differ along a dimension besides that of their samples."""
+    """They differ along a dimension other than the samples'."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two parts and their whole; `leaves[i]` are the tensors of part i to differentiate by."""
+    """Two parts and their whole; `leaves[i]` are the tensors of part i that require gradients."""
 
     parts: tuple[object, object]
     whole: object
@@ -35,7 +35,7 @@ def paired(
     most_bytes: int,
     num_differentiated: int | None = None,
 ) -> Pair:
-    """Of the values of two microbatches, as many samples as `most_bytes` of tensors hold.
+    """Join the values of two microbatches, with as many samples as fit into `most_bytes`.
 
     Only the first `num_differentiated` leaves require gradients. Raises UnpairableError.
     """
@@ -68,9 +68,9 @@ def paired(
 
 
 def halves_of_ragged(values: Sequence[object], num_differentiated: int) -> tuple[Pair, int]:
-    """The halves, along the dimension that two microbatches differ in, of the longer one.
+    """Halve the longer of two microbatches along the dimension in which they differ.
 
-    Returns that dimension, too. Raises UnpairableError.
+    Also returns that dimension. Raises UnpairableError.
     """
     (first, spec), (second, other) = map(flatten, values)
     if spec != other:
@@ -113,7 +113,7 @@ def _inputs(part: Sequence[object], axes: Sequence[int | None]) -> list[torch.Te
 
 
 def _axis(one: object, two: object, sizes: tuple[int, int], batch_dim: int) -> int | None:
-    """Along which dimension two leaves are parts of one; None where both are the same."""
+    """Return the dimension along which two leaves join; None if both are equal."""
     if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
         if type(one) is type(two) and (one is two or repr(one) == repr(two)):
             return None
@@ -127,7 +127,7 @@ def _axis(one: object, two: object, sizes: tuple[int, int], batch_dim: int) -> i
             return dim
     if one.shape == two.shape and torch.equal(one.detach(), two.detach()):
         return None
-    if batch_dim in fitting:  # samples and positions in one dimension
+    if batch_dim in fitting:  # samples and positions share a dimension
         return batch_dim
     raise RaggedError if one.dim() else UnpairableError
 

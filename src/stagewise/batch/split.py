@@ -1,9 +1,9 @@
-"""Splitting a minibatch into microbatches.
+"""Split a minibatch into microbatches.
 
-Samples lie along dimension 0 of every tensor, or along that which BatchDim names. Microbatch sizes
+Samples lie along dimension 0 of every tensor, or along the one BatchDim names. Microbatch sizes
 differ by at most one (10 samples in 4 microbatches: 3, 3, 2, 2), larger ones first. A tensor
-without dimensions, and what is marked Replicated, goes to every microbatch whole; Microbatches say
-themselves how they are split, and then the rest of the batch follows them.
+without dimensions, or a part marked Replicated, goes to every microbatch whole; Microbatches are
+already split, and the rest of the batch is split into the same sizes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,20 +17,20 @@ from stagewise.batch.markers import BatchDim, Microbatches, Replicated, is_mark,
 from stagewise.batch.values import flatten, with_paths
 from stagewise.errors import BatchError, CellError
 
-# A leaf's path, its number of samples, one per microbatch where it is split already, and itself.
+# A leaf's path, its number of samples (per microbatch if already split), and the leaf.
 _Sized = tuple[str, int | tuple[int, ...], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How many samples a batch holds; `sizes` is the split that Microbatches in it ask for."""
+    """How many samples a batch holds; `sizes` are those of Microbatches in it, if any."""
 
     num_samples: int | None = None  # None: nothing in it has samples
     sizes: tuple[int, ...] | None = None
 
 
 def extent(values: Iterable[tuple[str, object]]) -> Extent:
-    """What all leaves of `values` (by name) agree on; raises BatchError naming two that do not."""
+    """Return the extent on which all leaves of `values` agree; BatchError names two that do not."""
     total: tuple[str, int] | None = None
     split_by: tuple[str, tuple[int, ...]] | None = None
     values = tuple(values)
@@ -67,7 +67,7 @@ def extent(values: Iterable[tuple[str, object]]) -> Extent:
 
 
 def batch_size(value: object, what: str) -> int:
-    """Number of samples in `value`; raises BatchError if there are none, or leaves disagree."""
+    """Return the number of samples in `value`; BatchError if there are none, or leaves disagree."""
     size = extent([(what, value)]).num_samples
     if size is None:
         raise BatchError(
@@ -77,7 +77,7 @@ def batch_size(value: object, what: str) -> int:
 
 
 def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
-    """Sizes that differ by at most one; raises BatchError if some would be empty."""
+    """Return sizes that differ by at most one; BatchError if some would be empty."""
     if num_microbatches > num_samples:
         raise BatchError(
             f"{num_samples} samples cannot fill {num_microbatches} microbatches; use a larger "
@@ -88,12 +88,12 @@ def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
 
 
 def split(value: object, sizes: Sequence[int]) -> list[object]:
-    """One pytree per microbatch; tensors are views, constants are shared."""
+    """Return one pytree per microbatch; tensors are views, constants are shared."""
     if isinstance(value, torch.Tensor):
         return _column(value, sizes)
-    flatten(value)  # makes dataclasses nodes
+    flatten(value)  # registers dataclasses as nodes
     leaves, spec = pytree.tree_flatten(value, is_leaf=is_mark)
-    known: dict[tuple[object, ...], list[object]] = {}  # a tensor in two places stays one
+    known: dict[tuple[object, ...], list[object]] = {}  # a tensor in two places stays one tensor
     for leaf in leaves:
         if _identity(leaf) not in known:
             known[_identity(leaf)] = _column(leaf, sizes)
@@ -105,13 +105,13 @@ def split(value: object, sizes: Sequence[int]) -> list[object]:
 
 
 def split_named(values: Mapping[str, object], sizes: Sequence[int]) -> list[dict[str, object]]:
-    """One dict per microbatch."""
+    """Return one dict per microbatch."""
     columns = {name: split(value, sizes) for name, value in values.items()}
     return [{name: column[m] for name, column in columns.items()} for m in range(len(sizes))]
 
 
 def shares_of_samples(sizes: Sequence[int], total: int | None = None) -> tuple[float, ...]:
-    """Every microbatch's share of `total` samples, by default of all there are."""
+    """Return every microbatch's share of `total` samples (default: of their sum)."""
     total = total or sum(sizes)
     return tuple([size / total for size in sizes])
 
@@ -123,8 +123,8 @@ def _identity(leaf: object) -> tuple[object, ...]:
 
 
 def first_microbatch(value: object, size: int) -> object:
-    """The first `size` samples of `value`, in which what is Replicated is still marked so."""
-    flatten(value)  # makes dataclasses nodes
+    """Return the first `size` samples of `value`, keeping Replicated marks."""
+    flatten(value)  # registers dataclasses as nodes
     leaves, spec = pytree.tree_flatten(value, is_leaf=is_mark)
     first = {
         id(leaf): leaf[:size] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()
@@ -148,7 +148,7 @@ def _first_part(leaf: object, size: int) -> object:
 
 
 def _sizes(value: object, what: str) -> Iterator[_Sized]:
-    """Every leaf that has samples."""
+    """Yield every leaf that has samples."""
     try:
         flatten(value)
     except CellError as error:
@@ -178,7 +178,7 @@ def _sizes_of_parts(leaf: Microbatches, name: str) -> tuple[int, ...]:
     if not extents or None in extents:
         raise BatchError(
             f"{name} = Microbatches of {len(extents)} parts, of which "
-            f"{extents.count(None)} hold no samples; give it one pytree per microbatch, "
+            f"{extents.count(None)} hold no samples; give one pytree per microbatch, "
             "with samples along dimension 0 of its tensors"
         )
     return tuple(size for size in extents if size is not None)
@@ -202,7 +202,7 @@ def _samples_along(tensor: torch.Tensor, dim: int, name: str) -> int:
 
 
 def _other_dim(name: str, leaf: torch.Tensor | None, num_samples: int) -> str:
-    """A hint where another dimension of `leaf` has as many as the batch has samples."""
+    """Return a hint if another dimension of `leaf` has the batch's number of samples."""
     if leaf is None or num_samples not in leaf.shape:
         return ""
     dim = leaf.shape.index(num_samples)
@@ -213,7 +213,7 @@ def _other_dim(name: str, leaf: torch.Tensor | None, num_samples: int) -> str:
 
 
 def _refuse_per_sample_items(value: object, what: str, num_samples: int) -> None:
-    """Raise BatchError for lists and arrays of one item per sample: they would not be split."""
+    """Raise BatchError for lists and arrays with one item per sample: they are not split."""
     if num_samples < 2:
         return
 
@@ -240,7 +240,7 @@ def _per_sample(node: object, num_samples: int) -> bool:
 
 
 def _column(leaf: object, sizes: Sequence[int]) -> list[object]:
-    """The leaf's part for every microbatch."""
+    """Return the leaf's part for every microbatch."""
     if isinstance(leaf, torch.Tensor) and leaf.dim():
         return list(torch.split(leaf, list(sizes)))
     if isinstance(leaf, Replicated):

@@ -1,10 +1,9 @@
 """Values that cross a boundary: any pytree of tensors and constants.
 
-A value is taken apart into its tensors and a Structure (how to put it together again, with the
-constants in it), so that transports move tensors only, and the structure is sent just when it
-changes. A tensor that stands in several places is taken once, so that it arrives as one tensor:
-its gradients are then summed in the plain model's order, and it travels once. Dataclasses are
-taken apart too.
+A value is taken apart into its tensors and a Structure (how to rebuild it, with its constants), so
+that transports only move tensors, and the structure is sent only when it changes. A tensor that
+occurs several times is taken once, so that it arrives as one tensor: its gradients are summed in
+the plain model's order, and it travels once. Dataclasses are taken apart too.
 """
 
 import dataclasses
@@ -21,14 +20,14 @@ from torch.utils import _pytree as pytree
 from stagewise.batch.objects import opened
 from stagewise.errors import CellError
 
-_SHARED = "_stagewise_shared"  # an attribute of tensors
+_SHARED = "_stagewise_shared"  # attribute set on tensors
 
 
 @dataclass(frozen=True)
 class Structure:
     """A pytree without its tensors.
 
-    `places[i]` is the tensor that leaf i is, or None where it is `constants[i]`.
+    `places[i]` is the index of the tensor at leaf i, or None if the leaf is `constants[i]`.
     """
 
     spec: pytree.TreeSpec
@@ -36,7 +35,7 @@ class Structure:
     places: tuple[int | None, ...]
 
     def __reduce__(self) -> tuple[object, ...]:
-        # TreeSpec warns when pickled, so the tree itself travels, with marks for its tensors.
+        # Pickling a TreeSpec warns, so the tree itself is pickled, with marks for its tensors.
         leaves = [
             constant if place is None else _Mark(place)
             for place, constant in zip(self.places, self.constants, strict=True)
@@ -46,7 +45,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class _Mark:
-    """Stands for a tensor."""
+    """A placeholder for a tensor."""
 
     place: int
 
@@ -69,10 +68,10 @@ def _walked(skeleton: object) -> Structure:
 
 
 def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
-    """The leaves of `value` and its spec; dataclasses that hold tensors are nodes, not leaves.
+    """Return the leaves of `value` and its spec; dataclasses that hold tensors are nodes.
 
-    Raises CellError for an object of another class that hides tensors: its gradients would be
-    lost at a boundary.
+    CellError for an object of another class that hides tensors: their gradients would be lost at a
+    boundary.
     """
     leaves, spec = pytree.tree_flatten(value)
     opaque = {type(leaf): leaf for leaf in leaves if _hides_tensors(leaf)}
@@ -89,17 +88,17 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
 
 
 def output_leaves(output: object) -> list[object]:
-    """The leaves of what a model returns, whose objects are taken apart, too."""
+    """Return the leaves of a model's output, with objects taken apart."""
     return flatten(opened(output))[0]
 
 
 def with_paths(
     value: object, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, object]]:
-    """The leaves of `value` with their paths, such as `['logits'][0]`.
+    """Return the leaves of `value` with their paths, such as `['logits'][0]`.
 
-    Types that were registered without names for their parts, as diffusers' outputs are, have names
-    too, which torch's own function refuses.
+    Unlike torch's own function, it also handles types registered without key paths, such as
+    diffusers' outputs.
     """
     try:
         keyed = pytree.tree_flatten_with_path(value, is_leaf=is_leaf)[0]
@@ -130,12 +129,12 @@ def _names_of_parts(value: object, count: int) -> list[str]:
     return [f"[{index}]" for index in range(count)]
 
 
-Apart = tuple[list[torch.Tensor], Structure]  # a value, as it travels from stage to stage
+Apart = tuple[list[torch.Tensor], Structure]  # a value taken apart, as it travels between stages
 
 
 def take_apart(value: object) -> Apart:
     """Split `value` into its tensors, in order and each once, and its structure."""
-    if isinstance(value, torch.Tensor):  # the usual forms, without walking a tree
+    if isinstance(value, torch.Tensor):  # the common forms, without a tree traversal
         return [value], ONE
     if type(value) is tuple and len(value) == 1 and type(value[0]) is torch.Tensor:
         return [value[0]], ONE_IN_TUPLE
@@ -161,13 +160,13 @@ def take_apart(value: object) -> Apart:
 
 @functools.cache
 def _form(is_tensor: tuple[bool, ...]) -> Structure:
-    """The structure of a tuple of tensors and None."""
+    """Return the structure of a tuple of tensors and None."""
     places = itertools.count()
     return _structure_of(tuple(_Mark(next(places)) if tensor else None for tensor in is_tensor))
 
 
 def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> object:
-    """The inverse of `take_apart`."""
+    """Rebuild a value: the inverse of `take_apart`."""
     if structure is ONE:
         return tensors[0]
     if structure is ONE_IN_TUPLE:
@@ -180,7 +179,7 @@ def put_together(tensors: Sequence[torch.Tensor], structure: Structure) -> objec
 
 
 def optionals(apart: Apart) -> Sequence[torch.Tensor | None]:
-    """Of a tuple of tensors and None."""
+    """Return the items of a tuple of tensors and None."""
     tensors, structure = apart
     if structure is ONE_IN_TUPLE:
         return tensors
@@ -188,7 +187,7 @@ def optionals(apart: Apart) -> Sequence[torch.Tensor | None]:
 
 
 def move(value: object, device: torch.device) -> object:
-    """`value` with every tensor on `device`; tensors already there are passed on as they are."""
+    """Return `value` with every tensor on `device`."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     tensors, structure = take_apart(value)
@@ -196,14 +195,14 @@ def move(value: object, device: torch.device) -> object:
 
 
 def detached(value: object) -> object:
-    """`value` without its graph, which no object in it keeps either."""
+    """Return `value` with its tensors detached, also those inside objects."""
     tensors, structure = take_apart(opened(value))
     return put_together([tensor.detach() for tensor in tensors], structure)
 
 
 def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as a leaf, which needs a gradient if `tensor` does."""
-    if tensor.is_inference():  # autograd cannot work with it, and it counts no versions
+    """Return `tensor` as a detached leaf, which requires a gradient if `tensor` does."""
+    if tensor.is_inference():  # autograd cannot use it, and it has no version counter
         return tensor.clone()
     leaf = tensor.detach()
     if tensor.requires_grad:
@@ -214,7 +213,7 @@ def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shared(tensors: Sequence[torch.Tensor]) -> tuple[bool, ...]:
-    """Whether each shares memory with another, so that changing one in place changes both."""
+    """Return, per tensor, whether it shares memory with another: in-place changes affect both."""
     found = [hasattr(tensor, _SHARED) for tensor in tensors]
     for (i, one), (j, other) in itertools.combinations(enumerate(tensors), 2):
         if not (found[i] and found[j]) and _overlap(one, other):
@@ -223,7 +222,7 @@ def shared(tensors: Sequence[torch.Tensor]) -> tuple[bool, ...]:
 
 
 def mark_shared(tensor: torch.Tensor) -> torch.Tensor:
-    """Let `shared` know that `tensor` shared memory where it comes from."""
+    """Mark `tensor` for `shared` as having shared memory before it was sent or copied."""
     setattr(tensor, _SHARED, True)
     return tensor
 
@@ -234,14 +233,14 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     storage = one.untyped_storage()
     if storage.nbytes() == 0 or storage._cdata != other.untyped_storage()._cdata:
         return False
-    # In NumPy, which counts also where tensors have no values (an estimate's).
+    # In NumPy, since the tensors may be fake (in an estimate).
     taken = np.zeros(storage.nbytes(), dtype=np.bool_)
     _bytes_of(one, taken)[...] = True
     return bool(_bytes_of(other, taken).any())
 
 
 def _bytes_of(tensor: torch.Tensor, memory: np.ndarray) -> np.ndarray:
-    """Of `memory`, one entry per byte of the storage, those of `tensor`."""
+    """View the entries of `memory` (one per byte of the storage) that `tensor` occupies."""
     size = tensor.element_size()
     return np.lib.stride_tricks.as_strided(
         memory[int(tensor.storage_offset()) * size :],
@@ -260,7 +259,7 @@ def _hides_tensors(leaf: object) -> bool:
 
 
 def _contents(leaf: object) -> Iterator[object]:
-    """What an object that is no pytree node holds: items of a container, attributes, slots."""
+    """Yield what an object that is not a pytree node holds: items, attributes, slots."""
     if isinstance(leaf, Mapping):
         yield from map(dict, [leaf])
     elif isinstance(leaf, Sequence | Set) and not isinstance(leaf, bytes):
@@ -276,4 +275,4 @@ def _is_tensor(leaf: object) -> bool:
     return isinstance(leaf, (torch.Tensor, _Mark))
 
 
-ONE, ONE_IN_TUPLE = _walked(_Mark(0)), _walked((_Mark(0),))  # one tensor; a tuple of just that
+ONE, ONE_IN_TUPLE = _walked(_Mark(0)), _walked((_Mark(0),))  # one tensor; a tuple of one tensor

@@ -1,7 +1,7 @@
-"""Loading a rank's own tensors, all of them or none.
+"""Load a rank's own tensors, all of them or none.
 
-Names, shapes and dtypes are compared on every rank before a value is changed on any; a failure
-of the disk alone can leave some tensors loaded and others not, and says so by its error.
+Names, shapes and dtypes are compared on every rank before a value is changed on any; only a disk
+failure can leave some tensors loaded and others not, and raises.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ def load(
     strict: bool = True,
     convert: bool = False,
 ) -> None:
-    """Copy saved values into `own`, this rank's tensors by name; every rank calls this.
+    """Copy saved values into `own`, this rank's tensors by name; collective.
 
     Raises CheckpointError on every rank, before anything is changed, if a shape or (without
     `convert`) a dtype differs, or with `strict` if the names are not those of the model; BatchError
-    if they come for different checkpoints.
+    if ranks name different checkpoints.
     """
     with agreed(ranks, f"load_checkpoint({where(state)})"):
         source = open_source(state, aliases)
@@ -40,7 +40,7 @@ def load(
 
 
 def fill(source: TensorSource, own: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
-    """Copy what `check` has found."""
+    """Copy the values that `check` found into `own`."""
     with torch.no_grad():
         source.read({saved: own[name].detach() for name, saved in found.items()})
 
@@ -53,23 +53,23 @@ def check(
     strict: bool = True,
     convert: bool = False,
 ) -> dict[str, str]:
-    """Under which name each of this rank's tensors is saved; raises CheckpointError as `load`."""
+    """Return the saved name of each of this rank's tensors; raises CheckpointError like `load`."""
     saved = set(source.names)
-    # Of several names the last counts, as in the plain model's load_state_dict.
+    # Of several names the last one counts, as in the plain model's load_state_dict.
     found = {n: max(k, key=aliases[n].index) for n in own if (k := saved.intersection(aliases[n]))}
     missing = [name for name in own if name not in found]
     unexpected = [name for name in source.names if name not in aliases]
     forms = source.forms(set(found.values()))
     problems = []
     if strict:
-        problems += _problem(missing, "are missing in it")
+        problems += _problem(missing, "are missing")
         problems += _problem(unexpected, "are not the model's")
     shapes = [
         f"{name} {forms[saved_name].shape}, here {tuple(own[name].shape)}"
         for name, saved_name in found.items()
         if forms[saved_name].shape != tuple(own[name].shape)
     ]
-    problems += _problem(shapes, "have another shape")
+    problems += _problem(shapes, "have a different shape")
     dtypes = [
         f"{name} {forms[saved_name].dtype}, here {own[name].dtype}"
         for name, saved_name in found.items()
@@ -77,11 +77,11 @@ def check(
     ]
     problems += _problem(
         dtypes,
-        "have another dtype (give the model that one with model.to(dtype), or load with "
+        "have a different dtype (convert the model with model.to(dtype), or load with "
         "pipe.load_checkpoint(path, convert=True))",
     )
     if problems:
-        hint = "; strict=False loads what there is" if strict and (missing or unexpected) else ""
+        hint = "; strict=False loads the rest" if strict and (missing or unexpected) else ""
         raise CheckpointError(
             f"{source.description} does not fit the model: {'; '.join(problems)}{hint}"
         )

@@ -1,4 +1,4 @@
-"""Under which names a checkpoint may hold a model's tensors."""
+"""The names under which a checkpoint may hold a model's tensors."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ Aliases = Mapping[str, tuple[str, ...]]
 
 
 def aliases_of(chain: Chain) -> Aliases:
-    """Every name in the plain model's state_dict, with all names of the same tensor in order.
+    """Return every name in the plain model's state_dict with all names of its tensor, in order.
 
-    Those of what is no tensor (`get_extra_state`) stand for themselves.
+    An entry that is not a tensor (`get_extra_state`) only has its own name.
     """
     same: dict[int, list[str]] = {}
     state = module_tree(chain).state_dict(keep_vars=True)

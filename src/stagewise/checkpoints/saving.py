@@ -1,8 +1,8 @@
-"""Saving without gathering: every rank writes its own tensors, rank 0 an index.
+"""Save without gathering: every rank writes its own tensors, rank 0 an index.
 
-The result is a sharded checkpoint as transformers reads and writes it. The index is what makes
-the shards a checkpoint, and it is put in place last, at once: a crash before leaves an earlier
-checkpoint in the same directory whole, since new shards never take the names of old ones.
+The result is a sharded checkpoint as transformers reads and writes it. The index makes the shards a
+checkpoint, and is put in place last, atomically: an earlier crash leaves the previous checkpoint in
+the directory intact, since new shards never take the names of old ones.
 """
 
 import json
@@ -21,12 +21,12 @@ from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 
-SHARD_BYTES = 2 << 30  # of the largest file, unless a tensor alone is larger
-_STEMS = ("model", "model-next")  # of shards; the one that the earlier checkpoint has not
+SHARD_BYTES = 2 << 30  # of the largest file, unless a single tensor is larger
+_STEMS = ("model", "model-next")  # of shards; the earlier checkpoint uses at most one
 
 
 def save_shards(directory: Path, own: Mapping[str, object], aliases: Aliases, ranks: Ranks) -> None:
-    """Write `own`, this rank's state by name, as its part of a checkpoint; every rank calls this.
+    """Write `own`, this rank's state by name, as its part of a checkpoint; collective.
 
     A tensor with several names is written once, under its first. Raises CheckpointError on every
     rank if something cannot be written, and BatchError if their directories differ.
@@ -70,8 +70,8 @@ def _writable(own: Mapping[str, object], aliases: Aliases) -> dict[str, torch.Te
     others = [name for name, value in own.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise CheckpointError(
-            f"{others[0]} is no tensor ({len(others)} such entries in the state_dict), and "
-            "safetensors holds tensors only; save pipe.state_dict() of every rank with torch.save"
+            f"{others[0]} is not a tensor ({len(others)} such entries in the state_dict), and "
+            "safetensors only holds tensors; save pipe.state_dict() of every rank with torch.save"
         )
     return {aliases[n][0]: value for n, value in own.items() if isinstance(value, torch.Tensor)}
 
@@ -89,10 +89,10 @@ def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
 
 
 def _prepare(directory: Path) -> set[str]:
-    """Make the directory; the files of the checkpoint that is there already."""
+    """Make the directory; return the files of a checkpoint that is already there."""
     if (directory / SINGLE).exists():
         raise CheckpointError(
-            f"{directory / SINGLE} would be read in place of the new checkpoint; remove it, or "
+            f"{directory / SINGLE} would be read instead of the new checkpoint; remove it, or "
             "save to another directory"
         )
     with _told(directory):
@@ -107,7 +107,7 @@ def _commit(directory: Path, parts: Sequence[_Part]) -> None:
     index = {
         "metadata": {
             "total_size": sum(num_bytes for _, num_bytes, _ in parts),
-            DIGESTS: {file: told for _, _, digests in parts for file, told in digests.items()},
+            DIGESTS: {file: own for _, _, digests in parts for file, own in digests.items()},
         },
         "weight_map": {name: file for files, _, _ in parts for name, file in files.items()},
     }
@@ -128,11 +128,11 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def _told(directory: Path) -> Iterator[None]:
-    """Turn what goes wrong while writing into a CheckpointError."""
+    """Turn errors while writing into CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {directory} cannot be written: {type(error).__name__}: {error}; an "
-            "earlier one there is as it was"
+            "earlier one there is unchanged"
         ) from error

@@ -1,8 +1,8 @@
 """Where saved tensors come from: safetensors files, torch.distributed.checkpoint, a dictionary.
 
-A source tells forms without reading values, and reads values straight to where they belong, one
-tensor at a time, so that a rank's memory stays near its own share. torch.distributed.checkpoint is
-loaded where it is used: it brings 600 modules and 40 MiB along, which most processes never need.
+A source tells shapes and dtypes without reading values, and reads values straight into their
+targets, one tensor at a time, so that a rank's memory stays near its own share.
+torch.distributed.checkpoint is imported only where used: it takes 600 modules and 40 MiB.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = ".metadata"
 DIGESTS = "sha256"  # of every file, in the index's metadata
 _NO_DIGESTS: Mapping[Path, str] = {}
-_LONG = 100  # of a path in a message that all ranks get
-_PREFIX = "model."  # where applications keep the model's part beside the optimizer's
+_LONG = 100  # characters of a path in a message to all ranks
+_PREFIX = "model."  # where applications store the model next to the optimizer
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -50,7 +50,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Form:
-    """What a saved tensor looks like; no dtype: one that PyTorch does not know."""
+    """A saved tensor's shape and dtype (None: unknown to PyTorch)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -63,19 +63,19 @@ class TensorSource(Protocol):
 
     @property
     def names(self) -> Collection[str]:
-        """All that there are."""
+        """All saved names."""
 
     def forms(self, names: Collection[str]) -> Mapping[str, Form]:
-        """The forms of `names`, all of which must be there."""
+        """Return the forms of `names`, all of which must exist."""
 
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Copy saved values into `targets`, of the same shapes, converting dtypes."""
+        """Copy saved values into `targets` of the same shapes, converting dtypes."""
 
 
 def open_source(state: State, model_names: Collection[str]) -> TensorSource:
-    """The saved tensors at a path, or in a dictionary; raises CheckpointError if there are none.
+    """Open the saved tensors at a path, or in a dictionary; CheckpointError if there are none.
 
-    `model_names` are what they will be asked for.
+    `model_names` are the names that will be read.
     """
     if isinstance(state, Mapping):
         return _Dictionary(state)
@@ -90,15 +90,16 @@ def open_source(state: State, model_names: Collection[str]) -> TensorSource:
         return _Safetensors(path, {n: path / file for n, file in files.items()}, _digests(path))
     if (path / _DISTRIBUTED).is_file():
         return _Distributed(path, model_names)
+    what = "is not a checkpoint that stagewise can read" if path.exists() else "does not exist"
     raise CheckpointError(
-        f"{path} {'is no checkpoint that stagewise reads' if path.exists() else 'does not exist'}; "
+        f"{path} {what}; "
         f"give a .safetensors file, a directory with {SINGLE} or {INDEX}, or one that "
         f"torch.distributed.checkpoint wrote (it holds {_DISTRIBUTED})"
     )
 
 
 def where(state: State) -> str:
-    """What ranks compare to know that they mean the same checkpoint."""
+    """Return a short text by which ranks check that they mean the same checkpoint."""
     if isinstance(state, Mapping):
         return "a state_dict"
     path = os.path.abspath(state)
@@ -108,24 +109,24 @@ def where(state: State) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digests(directory: Path) -> dict[Path, str]:
-    """What stagewise wrote into the index of each file; empty for an index of others."""
+    """Return the digests in an index, by file; empty if stagewise did not write it."""
     with _blame(directory / INDEX):
-        told = json.loads((directory / INDEX).read_text()).get("metadata", {}).get(DIGESTS, {})
-        return {directory / file: str(digest) for file, digest in told.items()}
+        digests = json.loads((directory / INDEX).read_text()).get("metadata", {}).get(DIGESTS, {})
+        return {directory / file: str(digest) for file, digest in digests.items()}
 
 
 def weight_map(directory: Path) -> dict[str, str]:
-    """The file of every tensor, from the index of a sharded checkpoint."""
+    """Return the file of every tensor, from the index of a sharded checkpoint."""
     with _blame(directory / INDEX):
         files = json.loads((directory / INDEX).read_text())["weight_map"]
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise ValueError("its weight_map is not names and files")
+            raise ValueError("its weight_map does not map names to files")
     for file in set(files.values()):
         if PurePath(file).name != file or PureWindowsPath(file).name != file or file == "..":
             raise CheckpointError(
@@ -154,7 +155,7 @@ class _Dictionary:
 
 
 class _Safetensors:
-    """One file or several; each is opened once for all that is wanted of it."""
+    """One file or several; each is opened once for everything read from it."""
 
     def __init__(
         self, path: Path, files: Mapping[str, Path], digests: Mapping[Path, str] = _NO_DIGESTS
@@ -177,8 +178,8 @@ class _Safetensors:
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         for path, _ in self._by_file(targets):
             with _blame(path):
-                told = self._digests.get(path)
-                if told is not None and sha256_of(path) != told:
+                digest = self._digests.get(path)
+                if digest is not None and sha256_of(path) != digest:
                     raise ValueError("it is not what was written (its SHA-256 differs)")
         for path, own in self._by_file(targets):
             with _blame(path), _opened(path) as handle:
@@ -193,7 +194,7 @@ class _Safetensors:
 
 
 class _Distributed:
-    """What torch.distributed.checkpoint wrote; `stagewise train` writes such checkpoints."""
+    """A torch.distributed.checkpoint, as `stagewise train` writes it."""
 
     def __init__(self, path: Path, model_names: Collection[str]) -> None:
         from stagewise.checkpoints.untrusted import Reader
@@ -243,21 +244,21 @@ class _Distributed:
 
 
 def _opened(path: Path) -> Any:
-    # Read, not mapped into memory: mapped pages would stay until the file is closed.
+    # Read rather than memory-mapped: mapped pages would stay until the file is closed.
     return safe_open(path, framework="pt", backend="pread")
 
 
 @contextmanager
 def _blame(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while reading `path` into a CheckpointError."""
+    """Turn errors while reading `path` into CheckpointError."""
     try:
         yield
     except BaseException as error:  # a broken file may raise anything
-        from torch.distributed.checkpoint.api import CheckpointException  # no Exception
+        from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
         if not isinstance(error, Exception | CheckpointException):
             raise
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}; if its "
-            "writing was cut short, take another one"
+            f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}; if writing it "
+            "was interrupted, use another one"
         ) from error

@@ -1,9 +1,9 @@
-"""Reading a torch.distributed.checkpoint without running what is in it.
+"""Read a torch.distributed.checkpoint without running code from it.
 
-Problem: its `.metadata` and its entries that are no tensors are pickles, and torch unpickles both
-without a check, so that opening a downloaded folder can run any code. Idea: the index holds a few
-known classes only, so all others are refused; other entries are read as `torch.load` reads weights.
-Paths in the index stay inside the folder, and sizes within its files.
+Problem: its `.metadata` and its entries other than tensors are pickles, which torch unpickles
+without a check, so opening a downloaded folder can run any code. Idea: the index only holds a few
+known classes, so all others are refused; other entries go through `torch.load(weights_only=True)`.
+Paths in the index must stay inside the folder, and sizes within its files.
 """
 
 import io
@@ -34,12 +34,12 @@ class Reader(FileSystemReader):
     """A FileSystemReader that trusts nothing in the folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index; raises CheckpointError where it holds anything else than one."""
+        """Return the index; CheckpointError if it holds anything else."""
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as file:
             read = _Unpickler(file).load()
         if not isinstance(read, Metadata) or not isinstance(read.state_dict_metadata, dict):
-            raise CheckpointError(f"{path} is no index of a checkpoint")
+            raise CheckpointError(f"{path} is not the index of a checkpoint")
         read.storage_data = {
             kinds.MetadataIndex(fqn=key.fqn, offset=key.offset, index=key.index): place
             for key, place in dict(read.storage_data or {}).items()
@@ -51,7 +51,7 @@ class Reader(FileSystemReader):
         return read
 
     def _check_places(self, read: Metadata) -> None:
-        """Every entry lies in a file of this folder, and is no larger than what is there."""
+        """Raise CheckpointError for an entry outside this folder, or larger than its files."""
         sizes: dict[str, int] = {}
         for place in read.storage_data.values():
             name = place.relative_path
@@ -71,15 +71,15 @@ class Reader(FileSystemReader):
                 if num_bytes > there:
                     raise CheckpointError(
                         f"the index of {self.path} says that {name} has {num_bytes} bytes, but all "
-                        f"its files have {there}; it is damaged, or not to be trusted"
+                        f"files together have {there}; it is damaged, or not to be trusted"
                     )
 
 
 class Planner(DefaultLoadPlanner):
-    """A DefaultLoadPlanner whose entries that are no tensors cannot run code."""
+    """A DefaultLoadPlanner whose non-tensor entries cannot run code."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put one in place."""
+        """Load one such entry."""
         ours = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), ours)
         ours.seek(0)
@@ -87,10 +87,10 @@ class Planner(DefaultLoadPlanner):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of an index, and no others.
+    """Knows only the classes of an index.
 
-    A pickle can set attributes of whatever it is given, so it is given stand-ins of its own:
-    classes derived from the real ones, and functions, which go when it has been read.
+    A pickle can set attributes of the objects it gets, so it gets stand-ins: subclasses of the real
+    classes, and functions, which are dropped after reading.
     """
 
     def __init__(self, file: io.IOBase) -> None:
@@ -105,7 +105,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _stand_in(module: str, name: str) -> Any:
-    """For what an index may name; raises CheckpointError for anything else."""
+    """Return a stand-in for what an index may name; CheckpointError for anything else."""
     real = _CLASSES.get((module, name))
     if real is not None and issubclass(real, Enum):
         return lambda value: real(value)
@@ -124,7 +124,7 @@ def _stand_in(module: str, name: str) -> Any:
     if (module, name) in makers:
         return makers[module, name]
     raise CheckpointError(
-        f"its index names {module}.{name}, which no checkpoint of tensors needs: reading it "
+        f"its index names {module}.{name}, which a checkpoint of tensors does not need: reading it "
         "could run code, so it is refused"
     )
 

@@ -1,7 +1,7 @@
-"""The calls of a pipeline: what goes in becomes one batch, what comes out is known where asked.
+"""The calls of a pipeline: from arguments to a batch, and from results to loss and outputs.
 
-The engine runs a call (`engine.step`); here its arguments are bound to one batch, with an objection
-told to the other ranks rather than raised at once, and its loss and outputs are handed back.
+The engine runs a call (`engine.step`); this module binds its arguments to one batch (an objection
+is told to the other ranks rather than raised at once) and returns its loss and outputs.
 """
 
 import time
@@ -31,11 +31,11 @@ from stagewise.pipeline.free_pages import FreePages
 from stagewise.pipeline.share import Share
 from stagewise.planning.plan import Plan
 
-Batch = tuple[object, object, Mapping[str, object]]  # inputs, target, arguments by name
+Batch = tuple[object, object, Mapping[str, object]]  # inputs, target, keyword arguments
 
 
 class Calls(Share):
-    """`step`, `evaluate` and `predict`: every rank makes the same ones, in the same order."""
+    """`step`, `evaluate` and `predict`: every rank makes the same calls, in the same order."""
 
     plan: Plan
     _runner: Runner
@@ -94,27 +94,27 @@ class Calls(Share):
         """Run one minibatch forward and backward; gradients are added to `.grad`.
 
         `inputs` are the first cell's positional arguments, `target` is the loss's, and a keyword
-        argument goes to every cell whose `forward` has a parameter of that name (besides the one
-        that takes what the cell before returned; `*args` and `**kwargs` take none). All are
-        pytrees of tensors with samples along dimension 0 (fewer samples than microbatches make
-        fewer microbatches), in which None, numbers and tensors
-        without dimensions go to every microbatch, as does what is marked `Replicated`;
-        `Microbatches` marks what is split already, and `BatchDim` what has its samples along
-        another dimension than `batch_dim`, by default Pipeline's. Every rank may pass the whole
-        batch; ranks without the first stage may pass no inputs, ranks without the last no target,
-        ranks without a taker no keyword argument. Replicas are given the whole batch, too.
-        Gradients for the batch's own tensors arrive, whole, on all ranks that use them.
+        argument goes to every cell whose `forward` has a parameter of that name (other than the
+        one for the previous cell's output; `*args` and `**kwargs` do not count). All are pytrees of
+        tensors with samples along dimension 0 (fewer samples than microbatches make fewer
+        microbatches), in which None, numbers and tensors without dimensions go to every
+        microbatch, as does anything marked `Replicated`; `Microbatches` marks a part that is
+        already split, and `BatchDim` one whose samples lie along another dimension than
+        `batch_dim`, by default Pipeline's. Every rank may pass the whole batch; ranks without the
+        first stage may omit the inputs, ranks without the last the target, ranks without a cell
+        that takes it a keyword argument. Replicas also get the whole batch. Gradients of the
+        batch's own tensors arrive, complete, on all ranks that use them.
 
         Returns the minibatch's mean loss (detached) on every rank, and with `return_outputs` also
-        the model's outputs (detached, as `predict` gives them) on `ranks`. Raises BatchError
-        before anything runs if the batch cannot be split or ranks disagree, CellError if the
-        model's own code fails, PeerError if it fails on another rank, OutOfMemoryError on all
-        ranks if one has no memory: then the step is undone on every rank, and the next may
-        follow. Warns once of BatchNorm layers whose microbatches are small.
+        the model's outputs (detached, as from `predict`) on `ranks`. Raises BatchError before
+        anything runs if the batch cannot be split or ranks disagree, CellError if the model's own
+        code fails, PeerError if it fails on another rank, OutOfMemoryError on all ranks if one
+        runs out of memory: the step is then undone on every rank, and further calls are possible.
+        Warns once of BatchNorm layers with small microbatches.
 
         To accumulate gradients over several steps, give each of them the `total_samples` of all
-        (and the `total_weight`, where there is a weight function): each loss is then its part of
-        the whole, and their sum that of one large minibatch. Gradients, but not the loss, are
+        (and the `total_weight`, if there is a weight function): each loss is then its part of the
+        whole, and their sum that of one large minibatch. Gradients, but not the loss, are
         multiplied by `loss_scale`: give `GradScaler.get_scale()`.
         """
         scaling = Scaling(
@@ -159,9 +159,9 @@ class Calls(Share):
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
-        """The minibatch's mean loss in eval mode, on every rank; any batch size, no gradients.
+        """Return the minibatch's mean loss in eval mode, on every rank, without gradients.
 
-        Arguments and outputs are those of `step`.
+        Any batch size; arguments and outputs are those of `step`.
         """
         outputs_on = self._wanted(ranks) if return_outputs else []
         with self._eval_mode():
@@ -176,11 +176,11 @@ class Calls(Share):
         batch_dim: int | None = None,
         **kwargs: object,
     ) -> object:
-        """The model's output in eval mode, samples in order, on `ranks` (by default on all).
+        """Return the model's output in eval mode, samples in order, on `ranks` (by default all).
 
-        Any batch size; the other ranks get None. Where the batch holds `Microbatches`, so does
-        the result: the outputs as they are, of any shapes. Else raises BatchError, on every rank,
-        if an output does not hold its microbatch's samples along dimension 0.
+        Any batch size; the other ranks get None. If the batch holds `Microbatches`, so does the
+        result: the outputs as they are, of any shapes. Otherwise raises BatchError, on every rank,
+        if an output does not hold its microbatch's samples along the batch dimension.
         """
         outputs_on = self._wanted(ranks)
         with self._eval_mode():
@@ -188,9 +188,9 @@ class Calls(Share):
         return self._outputs_of(result, outputs_on)
 
     def microbatch_losses(self) -> list[dict[str, torch.Tensor]]:
-        """The last call's losses of each microbatch, by name, as the loss function gave them.
+        """Return the last call's unweighted losses of each microbatch, by name.
 
-        On every rank; every rank must ask. A microbatch of weight 0 has none.
+        Every rank must call this, and gets all. A microbatch of weight 0 has none.
         """
         return losses_by_microbatch(self._ranks, self._microbatch_losses, self._num_microbatches)
 
@@ -200,12 +200,12 @@ class Calls(Share):
 
     @property
     def device(self) -> torch.device:
-        """This rank's device; in one process that of the last stage, where the loss is."""
+        """This rank's device; in one process that of the last stage, which has the loss."""
         return self._device
 
     @property
     def losses(self) -> dict[str, torch.Tensor]:
-        """The last call's losses by name, those that cells added included; "loss" has no name."""
+        """The last call's losses by name, with those that cells added; unnamed: "loss"."""
         return dict(self._losses)
 
     def _run(
@@ -226,8 +226,8 @@ class Calls(Share):
         try:
             if outputs_on and self._returns_loss and mode is not Mode.PREDICT:
                 raise BatchError(
-                    "return_outputs=True, but the model's output is its loss; give Pipeline a loss "
-                    "function, so that the model can return outputs"
+                    "return_outputs=True, but the model's output is its loss; return the outputs "
+                    "from the model and give Pipeline a loss function"
                 )
             batch = self._batch(inputs, target, kwargs, dim)
         except UsageError as error:  # the other ranks must hear of it
@@ -257,7 +257,7 @@ class Calls(Share):
         kwargs: Mapping[str, object],
         batch_dim: int,
     ) -> Batch:
-        """A call as the cells take it: what enters the chain, the loss's target, what has names."""
+        """Return the chain's input, the loss's target, and the cells' keyword arguments."""
         if self._split is not None:
             count = self.num_microbatches
             inputs, target, kwargs = split_by(self._split, inputs, target, kwargs, count, batch_dim)
@@ -276,7 +276,7 @@ class Calls(Share):
         return outputs_of(result, self._ranks, sources, ranks, self._merge)
 
     def _loss_of(self, result: Result) -> torch.Tensor:
-        assert result.loss is not None, "a call that computes one"
+        assert result.loss is not None, "not a prediction"
         self._losses = dict(result.losses)
         return result.loss.to(self._device)
 

@@ -1,22 +1,22 @@
-"""The pages of freed activations go back to the system after a step that recomputes.
+"""Return the pages of freed activations to the system after a step that recomputes.
 
-Problem: gradients come to lie among activations in the C library's heap. What is freed leaves holes
-between them, which stay resident: between steps a rank holds nearly what it held at the peak,
-though no tensor lives there (measured with `benchmarks.resident`: 20 to 25 % of it).
-Idea: `malloc_trim` (glibc, man 3) gives back what lies in holes, too. It takes milliseconds, and so
-does the next step's touching them anew: whoever recomputes has chosen memory, but it is left out
-where it would take a share of the steps worth mentioning.
+Problem: gradients are allocated among activations in the C library's heap. Freed activations leave
+holes between them, which stay resident: between steps a rank keeps 20 to 25 % of its peak without a
+tensor living there (measured with `benchmarks.resident`).
+Idea: `malloc_trim` (glibc, man 3) also releases such holes. It takes milliseconds, as does faulting
+the pages in again in the next step: a plan that recomputes prefers memory to time, but trimming is
+skipped where it would take more than a small share of the steps' time.
 """
 
 import ctypes
 import time
 from collections.abc import Callable
 
-SHARE = 0.0025  # of the steps' seconds that giving back may take; touching again is of that order
+SHARE = 0.0025  # of the steps' seconds that trimming may take; faulting in takes about as much
 
 
 def trim_of_glibc() -> Callable[[], object] | None:
-    """What gives pages back; None where the C library has nothing of the kind."""
+    """Return a callable that trims the heap; None if the C library cannot."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
@@ -25,7 +25,7 @@ def trim_of_glibc() -> Callable[[], object] | None:
 
 
 class FreePages:
-    """Gives pages back after steps, as long as that is cheap beside them."""
+    """Trims the heap after steps, as long as that is cheap compared to them."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class FreePages:
         self._step_seconds = self._spent_seconds = 0.0
 
     def give_back(self, step_seconds: float) -> None:
-        """Call after a step that has taken so long."""
+        """Call after a step that took `step_seconds`."""
         self._step_seconds += step_seconds
         if self._trim is None or self._spent_seconds > SHARE * self._step_seconds:
             return

@@ -1,4 +1,4 @@
-"""GPipe as its paper describes it, in one class: a thin front on plan and Pipeline."""
+"""GPipe as its paper describes it, in one class: a thin wrapper around plan and Pipeline."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +21,13 @@ class GPipe:
     """Cuts `layers` into `num_partitions`, pipelines microbatches, recomputes, updates at the end.
 
     The cut is chosen by measuring the layers on the first minibatch, unless `balance` (layers
-    per partition) is given. Works in one process, in a notebook too; under torchrun with
+    per partition) is given. Works in one process, also in a notebook; under torchrun with
     `num_partitions` ranks it runs one partition on each.
 
     Args:
         layers: an `nn.Sequential`, a list of modules, or any module (see `stagewise.capture`).
         loss: `loss(output, target)`, a mean over samples; None if the last layer returns that.
-        optimizer: makes an optimizer from parameters, as `torch.optim.SGD` does with its
+        optimizer: makes an optimizer from parameters, like `torch.optim.SGD` with its other
             arguments bound; None leaves the update to the caller.
         recompute: "except_last" as in the paper, "always" or "never".
 
@@ -55,7 +55,7 @@ class GPipe:
     ) -> None:
         if not isinstance(layers, nn.Module) or is_chain(layers) or captured_of(layers):
             check_counts(len(chain_of(layers)), num_partitions)
-        self._layers: Model | None = layers  # until its part of them is built
+        self._layers: Model | None = layers  # until the Pipeline is built
         self._loss, self._seed = loss, seed
         self._make_optimizer = optimizer
         self._plan = functools.partial(
@@ -81,11 +81,11 @@ class GPipe:
         return self._pipeline
 
     def training_step(self, minibatch: object, **kwargs: Any) -> torch.Tensor:
-        """Forward, backward and, with an optimizer, update on `minibatch`; returns the mean loss.
+        """Run forward, backward and, with an optimizer, an update; return the mean loss.
 
         `minibatch` is a pair (inputs, target), or just the inputs if there is no loss function;
         keyword arguments go to the layers that name them, as in `Pipeline.step`.
-        Without an optimizer gradients add up in `.grad`, for the caller to use and clear.
+        Without an optimizer, gradients accumulate in `.grad`, for the caller to use and clear.
         """
         inputs, target = minibatch, None
         if self._loss is not None:
@@ -105,9 +105,9 @@ class GPipe:
         return loss
 
     def _build(self, *args: object, **kwargs: Any) -> Pipeline:
-        """The Pipeline of a plan made from this example; the other ranks' layers are let go."""
+        """Plan with this example and build the Pipeline, dropping other ranks' layers."""
         layers = self._layers
-        assert layers is not None, "it is built once"
+        assert layers is not None, "built twice"
         chosen: Plan = self._plan(layers, *args, **kwargs)
         pipeline = Pipeline(layers, chosen, loss=self._loss, seed=self._seed)
         self._layers = None

@@ -27,7 +27,7 @@ from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of
 from stagewise.model.meta_tensors import Init
 from stagewise.pipeline.build.initial import Given, initialise
-from stagewise.pipeline.build.places import build_stages, ranks_of_stages
+from stagewise.pipeline.build.places import build_stages, first_devices, ranks_of_stages
 from stagewise.pipeline.build.recut import check_cells_stay, recut
 from stagewise.pipeline.build.refusals import refuse
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
@@ -49,62 +49,62 @@ class Pipeline(Calls):
             `step` takes the arguments of the model's own `forward`.
         plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
         loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
-            output is that mean itself. It may return several by name, in a dict; their sum is
-            what is minimised. Cells add losses of their own with `stagewise.add_loss`.
-        weight: `weight(target)` of a microbatch, by which its mean loss counts (say, the number
-            of tokens that are no padding), or one weight per named loss in a dict; by default
-            the number of samples. A microbatch of weight 0 counts nothing.
-        seed: decides, with step, cell and microbatch, what dropout and its like draw.
+            output is that mean itself. It may return several losses by name, in a dict; their sum
+            is minimised. Cells can add their own losses with `stagewise.add_loss`.
+        weight: `weight(target)` of a microbatch, the weight of its mean loss (say, the number of
+            non-padding tokens), or one weight per named loss in a dict; by default the number of
+            samples. A microbatch of weight 0 does not count.
+        seed: determines, with step, cell and microbatch, what dropout and the like draw.
         devices: one per device of the plan; by default the model's own device under the local
             transport, and under the distributed one this rank's GPU with NCCL, else its CPU.
         transport: "local" runs every stage in this process; "distributed" runs device r of the
             plan on rank r; "auto" takes "distributed" if torch.distributed is initialised with
             more than one rank.
-        init: fills the modules of a model on the meta device, see below: `init(module)` is called
-            for each, children first, after every `reset_parameters()`.
-        state: what the model starts from in place of its own or new values: the path of a
-            checkpoint (see `load_checkpoint`), or a state_dict.
-        batch_dim: the dimension of inputs, target, keyword arguments and outputs along which their
-            samples lie, where `BatchDim` around a part of the batch says no other: 1 for batches
-            whose sequences come first. A call may give another.
+        init: initialises the modules of a model on the meta device, see below: `init(module)` is
+            called for each, children first, after every `reset_parameters()`.
+        state: initial values that replace the model's own: the path of a checkpoint (see
+            `load_checkpoint`), or a state_dict.
+        batch_dim: the samples' dimension in inputs, target, keyword arguments and outputs, unless
+            a `BatchDim` around a part of the batch names another: 1 for sequence-first batches. A
+            call may override it.
         loss_reduction: how `loss` reduces over the samples of a microbatch: "mean" or "sum"; by
-            default what `loss.reduction` says (torch's loss modules have that), else "mean". Sums
-            are added: they are scaled by nothing, `total_samples` included.
-        split: `split(args, kwargs, num_microbatches)` cuts a batch that no dimension cuts, such as
-            graphs: it gets a call's arguments, the target among `kwargs`, and returns a pair
-            (args, kwargs) for each microbatch. Samples are counted by the target, or else by the
-            first tensor; `weight` says what counts otherwise.
-        merge: `merge(outputs)` makes one output of the microbatches', in order, in place of joining
+            default `loss.reduction` (as torch's loss modules have), else "mean". Sums are added
+            unscaled, also by `total_samples`.
+        split: `split(args, kwargs, num_microbatches)` splits a batch without a batch dimension,
+            such as graphs: it gets a call's arguments, the target among `kwargs`, and returns a
+            pair (args, kwargs) per microbatch. Samples are counted in the target, or else in the
+            first tensor; `weight` can weight them otherwise.
+        merge: `merge(outputs)` combines the microbatches' outputs, in order, instead of joining
             them along `batch_dim`.
         accumulate_in_float32: sum the gradients of bfloat16 and float16 parameters over
             microbatches in float32. `.grad`, of the parameter's dtype, gets the sum rounded once
-            at the end of each step. Over several steps the float32 sum goes on while `.grad` is
-            left alone; once it is cleared or clipped, the sum starts from it. Costs 4 bytes per
+            at the end of each step. Over several steps the float32 sum continues while `.grad` is
+            unchanged; once it is cleared or clipped, the sum restarts from it. Costs 4 bytes per
             such parameter while `.grad` lives.
 
-    Where the plan gives a stage several devices (`Plan.replicas`), each of their ranks holds the
+    If the plan gives a stage several devices (`Plan.replicas`), each of their ranks holds the
     stage, with the first one's parameters and buffers, and runs its share of the microbatches;
     gradients, dense there, are summed once per step, and hooks on parameters see that sum. In one
-    process the stage is there once, on the first of its devices.
+    process the stage exists once, on the first of its devices.
 
-    A model that was built under `torch.device("meta")` is made real here, each rank's own stages
-    only: by `reset_parameters()` of its modules, then by `init`, or by an `_init_weights(module)`
-    of the module or one around it; each cell from `seed` and its name, on the CPU, so that the
-    values are the same at any cut and on any device. Tied weights stay tied. Buffers are filled in
-    the same way, unless they were built with values. What these functions do not fill, or what
-    constructors had initialised otherwise, is a ModelError. With `state`, only what the checkpoint
-    has not (`persistent=False`) needs filling.
+    A model built under `torch.device("meta")` is materialised here, each rank's own stages only: by
+    `reset_parameters()` of its modules, then by `init`, or by an `_init_weights(module)` of the
+    module or one around it; each cell from `seed` and its name, on the CPU, so the values are the
+    same at any cut and on any device. Tied weights stay tied. Buffers are filled in the same way,
+    unless they were built with values. Tensors that these functions do not fill, or that
+    constructors had initialised otherwise, are a ModelError. With `state`, only tensors that the
+    checkpoint lacks (`persistent=False`) need filling.
 
-    BatchNorm normalises by microbatch; its running statistics get one update per step, by those of
-    the whole minibatch. Other buffers change once per microbatch, in order, and on replicas must
-    not. A step that fails, `evaluate` and `predict` leave this rank's buffers as they were.
+    BatchNorm normalises by microbatch; its running statistics get one update per step, from the
+    whole minibatch. Other buffers change once per microbatch, in order; on replicas they must not.
+    A failed step, `evaluate` and `predict` leave this rank's buffers unchanged.
 
     Raises:
         ModelError: the model is not a sequence of cells and was not captured, its skips do not pair
             up, it has a SyncBatchNorm or `scale_grad_by_freq`, or it is on the meta device and
-            cannot be initialised; in `step`, modules or parameters came or went after it was
-            built.
-        CheckpointError: `state` cannot be read, or is another model's.
+            cannot be initialised; in `step`, modules or parameters were added or removed after it
+            was built.
+        CheckpointError: `state` cannot be read, or belongs to another model.
         PlanError: the plan does not fit the model, the ranks or the devices.
 
     Example:
@@ -140,11 +140,12 @@ class Pipeline(Calls):
         if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
             raise ModelError(
                 "the loss has parameters, which no stage would own; make them part of the "
-                "model's last cell and let loss be a function of its output"
+                "model's last cell and pass a loss function of its output"
             )
         schedule = plan.built_schedule
-        homes = [devices[0] for devices in schedule.placement]
-        self._devices, wired = connect(transport, devices, chain, schedule.num_devices, homes)
+        self._devices, wired = connect(
+            transport, devices, chain, schedule.num_devices, first_devices(plan)
+        )
         ranks = wired.ranks
         whole = WholeModel.of(chain)
         options = {
@@ -164,8 +165,8 @@ class Pipeline(Calls):
         initialise(model, chain, plan, ranks, whole.aliases, given)
         self._skips = SkipRoutes(chain, plan.engine_balance)
         stages = build_stages(chain, plan, ranks, self._devices, self._skips, loss)
-        homes_of_own = [stage.device for stage in stages.values()]
-        self._device = homes_of_own[-1] if homes_of_own else self._devices[ranks.rank]
+        own_devices = [stage.device for stage in stages.values()]
+        self._device = own_devices[-1] if own_devices else self._devices[ranks.rank]
         forbid_changing_buffers(stages, plan)
         ties, policies = tie(chain, plan, stages, ranks, in_float32=accumulate_in_float32)
         super().__init__(whole, stages, ties, ranks)
@@ -193,14 +194,14 @@ class Pipeline(Calls):
         self._runner.root = ModeOf(self.module, model)
 
     def timeline(self) -> Timeline:
-        """What the last call really did, from all ranks; times are seconds from its start."""
+        """Return the last call's measured timeline of all ranks, in seconds from its start."""
         num_devices = self.plan.built_schedule.num_devices
         return self._runner.last_run.timeline(self._ranks, num_devices)
 
     def measure_memory(
         self, *inputs: object, target: object = None, **kwargs: object
     ) -> tuple[int, ...]:
-        """Peak activation bytes per rank over one trial step that leaves no trace.
+        """Return the peak activation bytes per rank in one trial step, which leaves no trace.
 
         Counts what is kept from forward to backward, not parameters, gradients or workspace.
         """
@@ -211,14 +212,14 @@ class Pipeline(Calls):
     def rehearse(
         self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
-        """Timelines of `num_steps` trial steps that leave no trace, after one to warm up."""
+        """Return timelines of `num_steps` trial steps, which leave no trace, after a warm-up."""
         self._ranks.exchange((), "rehearse")
         return rehearse(self._runner, self._trial(inputs, target, kwargs), num_steps)
 
     def _trial(
         self, inputs: tuple[object, ...], target: object, kwargs: Mapping[str, object]
     ) -> Request:
-        """A step that will leave no trace."""
+        """Return the request of a trial step."""
         bound, target, named = self._batch(inputs, target, kwargs, self._batch_dim)
         return Request(
             mode=Mode.TRAIN,
@@ -229,22 +230,23 @@ class Pipeline(Calls):
         )
 
     def use(self, plan: Plan) -> None:
-        """Run by `plan` from the next call on; every rank calls this with the same plan.
+        """Use `plan` from the next call on; every rank calls this with the same plan.
 
         Microbatches, schedule, recompute policy and segments may change, since no parameter moves.
-        Raises PlanError, and changes nothing, where cells would go to other devices.
+        Raises PlanError, and changes nothing, if cells would move to other devices.
         """
         self._whole.agree(self._ranks, plan)
         check_cells_stay(self.plan, plan)
         schedule, stages = plan.built_schedule, self._runner.stages
         cut = self.plan.engine_balance, self.plan.built_schedule.placement
         if cut != (plan.engine_balance, schedule.placement):
-            how = self._ranks, self._devices, self._skips, self._runner.routes
-            stages = recut(stages, plan, *how)
+            stages = recut(
+                stages, plan, self._ranks, self._devices, self._skips, self._runner.routes
+            )
         self._runner.use(schedule, stages)
         self.plan = plan
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on any: how ranks agree, say, on stopping."""
+        """Return whether `flag` is true on any rank: how ranks agree on stopping, for example."""
         self.overflow.before_collective()
         return any(row[0] for row in self._ranks.exchange([int(flag)], "any"))

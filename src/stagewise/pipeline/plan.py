@@ -1,6 +1,6 @@
 """`stagewise.plan`: measure the model where it will run, then cut it optimally.
 
-Where something is "auto", or memory has a cap, it searches for the fastest plan that fits. Under
+If something is "auto", or memory is limited, it searches for the fastest plan that fits. Under
 torch.distributed every rank must call it.
 """
 
@@ -19,7 +19,7 @@ from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
-from stagewise.pipeline.build.places import placed
+from stagewise.pipeline.build.places import first_devices
 from stagewise.pipeline.build.refusals import check_buffers
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import (
@@ -59,46 +59,47 @@ def plan(
     cells: Sequence[str] | None = None,
     batch_dim: int = 0,
 ) -> Plan:
-    """Choose the cut of `model` whose busiest stage has the least to do.
+    """Choose the cut of `model` that minimises the load of the busiest device.
 
     Args:
-        model: an `nn.Sequential`, a list of modules, or any module: that is captured from the
-            example (see `stagewise.capture`). Left as it was (gradients, buffers, random state,
+        model: an `nn.Sequential`, a list of modules, or any other module, which is captured from
+            the example (see `stagewise.capture`). Left unchanged (gradients, buffers, random state,
             mode).
         inputs, target: an example minibatch; its first microbatch is measured. They may be None
             if `balance` is given; then nothing is measured and the plan predicts nothing.
         kwargs: the example's keyword arguments, as for `Pipeline.step`.
-        loss: as for Pipeline; counts to the last cell.
-        num_stages, num_devices: into how many stages the model is cut, or on how many devices it
-            will run; one follows from the other by the schedule.
-        replicas: devices of each stage, which share its microbatches; in place of the two.
+        loss: as for Pipeline; its cost is added to the last cell's.
+        num_stages, num_devices: the number of stages, or of devices; the schedule derives one from
+            the other.
+        replicas: the number of devices of each stage, which share its microbatches; replaces the
+            two.
         num_microbatches, recompute: how the model will be run; policies are in
-            `stagewise.schedule.POLICIES`, and "segments" recomputes what costs least time. By a
-            policy stages recompute in blocks, and keep some, where by the measured costs that takes
-            less memory and no more time (`Plan.segments`).
+            `stagewise.schedule.POLICIES`, and "segments" recomputes what takes least time. Under a
+            policy, stages recompute in blocks, and keep some of them, if by the measured costs that
+            takes less memory and no more time (`Plan.segments`).
         schedule: a name in `stagewise.schedule.SCHEDULES`; or a Schedule, or a function
             (num_devices, num_microbatches) -> Schedule.
-        balance: number of cells on each stage, in place of the optimal cut.
-        memory_bytes: what a device has for parameters, their gradients and optimizer state
+        balance: number of cells on each stage, instead of the optimal cut.
+        memory_bytes: a device's memory for parameters, their gradients and optimizer state
             (`state_factor` times the parameters: 4 for Adam in the parameters' dtype) and for
             activations.
         device: where to measure; by default where Pipeline would run.
-        seconds: about how long to measure.
+        seconds: roughly how long to measure.
         cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,
-            that are to be its cells, for a model that torch.export cannot trace; needs an
-            example: see `stagewise.capture_cells`.
-        batch_dim: along which dimension the example's samples lie, as for Pipeline.
+            to use as its cells, for a model that torch.export cannot trace; needs an example: see
+            `stagewise.capture_cells`.
+        batch_dim: the dimension of the example's samples, as for Pipeline.
 
     With "auto" for `num_microbatches` (or several numbers), `schedule`, `recompute` or `replicas`,
-    with segments or with `memory_bytes`, the fastest plan on `num_devices` is searched for that
-    fits; `balance` and `num_stages` are then the search's. The cells are measured with the largest
-    and the smallest microbatch, and what lies between is taken to be linear.
+    with segments or with `memory_bytes`, a search finds the fastest plan on `num_devices` that
+    fits; it then also chooses `balance` and `num_stages`. The cells are measured with the largest
+    and the smallest microbatch, and interpolated linearly in between.
 
     Raises:
         ModelError: the model cannot be captured, or cut into `cells`.
-        PlanError: more stages than cells, a balance that does not fit, or a schedule that has
-            other numbers of stages, devices or microbatches.
-        ScheduleError: unknown schedule or policy, or a schedule that breaks a rule.
+        PlanError: more stages than cells, a balance that does not fit, or a schedule with other
+            numbers of stages, devices or microbatches.
+        ScheduleError: unknown schedule or policy, or an invalid schedule.
         BatchError: the example has fewer samples than microbatches.
     """
     request = PlanRequest(
@@ -125,7 +126,7 @@ def plan(
 
 
 def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
-    """The plan that the request says by itself."""
+    """Return the plan that the request fully specifies."""
     choice = _checked(request, num_cells)
     if request.balance is None:
         raise PlanError(
@@ -136,8 +137,8 @@ def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
 
 
 def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.0) -> Plan:
-    """The plan that `request` says, its cut by what is measured on `example`; all ranks call it."""
-    values_of_all(None, "plan")  # who makes another call hears of it before it has waited
+    """Return the plan for `request`, cut by costs measured on `example`; collective."""
+    values_of_all(None, "plan")  # a rank that makes a different call raises here, without a timeout
     choice = _checked(request, len(example.chain))
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
@@ -152,16 +153,16 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
 
 
 def _in_blocks(plan: Plan, chain: Chain) -> Plan:
-    """`plan`, recomputing in blocks where that is free and no buffer would come into several."""
+    """Let `plan` recompute in blocks if that is free and splits no buffer's users."""
     blocks = in_blocks(plan)
     with suppress(PlanError):
-        check_buffers(chain, blocks, placed(blocks))
+        check_buffers(chain, blocks, first_devices(blocks))
         return blocks
     return plan
 
 
 def _checked(request: PlanRequest, num_cells: int) -> ScheduleChoice:
-    """The schedule, whose stages `num_cells` cells fill; before anything is measured."""
+    """Return the schedule, after checking that `num_cells` cells fill its stages."""
     choice = requested_schedule(request)
     check_counts(num_cells, choice.num_stages)
     if request.balance is not None:
@@ -176,14 +177,14 @@ def search_plan(
     seconds: float = 3.0,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Search for the fastest plan by what is measured on `example`; every rank calls this.
+    """Search for the fastest plan by costs measured on `example`; collective.
 
-    The request's `num_devices` is by default the number of ranks.
+    The request's `num_devices` defaults to the number of ranks.
     """
     values_of_all(None, "plan")
     if request.num_devices is None:
         if num_processes() == 1:
-            raise PlanError("the search needs to know for how many devices; give num_devices")
+            raise PlanError("the search needs the number of devices; give num_devices")
         request = replace(request, num_devices=num_processes())
     counts = request.counts(example.num_samples, example.parts)
     costs_at, link = _costs(example, counts, seconds)
@@ -207,9 +208,9 @@ def rehearsed(
     chosen: Plan,
     example: Example,
 ) -> tuple[LinkCost, InstructionCost]:
-    """`link` with what trial steps of the chosen plan showed of it, on busy devices.
+    """Run trial steps of the chosen plan, and refine `link` by what busy devices showed.
 
-    And what instructions took there beyond their cells.
+    Also returns the time that instructions took beyond their cells.
     """
     if num_processes() == 1 or num_processes() != chosen.num_devices:
         return link, FREE_INSTRUCTION
@@ -222,19 +223,19 @@ def rehearsed(
         timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
-    on_its_way = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte
+    latency = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte
     better_known = replace(
         link,
-        latency_seconds=max(link.latency_seconds, on_its_way),
+        latency_seconds=max(link.latency_seconds, latency),
         overhead_seconds=overhead,
     )
-    if example.where.type != "cpu":  # elsewhere instructions end before their kernels do
+    if example.where.type != "cpu":  # elsewhere instructions return before their kernels end
         return better_known, FREE_INSTRUCTION
     return better_known, instruction_cost(chosen.engine_costs, timelines)
 
 
 def _costs(example: Example, counts: Sequence[int], seconds: float) -> tuple[CostsAt, LinkCost]:
-    """What the cells cost for each number of microbatches, the same on every rank."""
+    """Return the cells' costs for each number of microbatches, the same on every rank."""
     sizes = {count: example.size_of(count) for count in counts}
     small, large = min(sizes.values()), max(sizes.values())
     measured: dict[int, tuple[CellCost, ...]] = {}

@@ -8,15 +8,16 @@ from stagewise.pipeline.pipeline import Pipeline
 
 
 class GradScaler(torch.amp.GradScaler):
-    """`torch.amp.GradScaler` that skips a step on every rank where any rank finds inf or nan.
+    """A `torch.amp.GradScaler` that skips a step on all ranks if any rank finds inf or nan.
 
-    After each `pipe.step` the ranks agree once, on all gradients: where one is inf or nan, every
+    After each `pipe.step` the ranks agree once, on all gradients: if one is inf or nan, every
     optimizer on every rank skips its step. So ranks may have different optimizers, and a rank
-    without parameters may leave out `unscale_` and `step`, but not `update`.
+    without parameters may omit `unscale_` and `step`, but not `update`.
 
     Args:
-        pipe: whose gradients are scaled; every rank makes its own scaler and the same calls.
-        options: those of `torch.amp.GradScaler`, as `init_scale`.
+        pipe: the Pipeline whose gradients are scaled; every rank makes its own scaler and the same
+            calls.
+        options: those of `torch.amp.GradScaler`, such as `init_scale`.
 
     Example:
         >>> import torch, stagewise
@@ -42,7 +43,7 @@ class GradScaler(torch.amp.GradScaler):
             pipe.overflow.is_wanted = True
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
-        """As torch's; every rank calls this, also one without any optimizer."""
+        """Like torch's; every rank calls this, even one without an optimizer."""
         overflow = self._pipe.overflow
         if self.is_enabled():
             overflow.before_collective()

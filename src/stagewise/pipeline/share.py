@@ -1,8 +1,8 @@
-"""One rank's share of the model, under the plain model's names: what torch's users ask of a module.
+"""One rank's share of the model, with the interface and names of the plain module.
 
-Problem: a rank holds some of the cells, but optimizers, checkpoints and logs speak of the whole.
-Idea: every entry keeps the name that it has in the plain model, so that the ranks' shares together
-are the plain model's, at any cut. What spans ranks (a norm, a checkpoint) is done by all at once.
+Problem: a rank holds some of the cells, but optimizers, checkpoints and logs refer to the whole.
+Idea: every entry keeps its name in the plain model, so the ranks' shares together are the plain
+model's, at any cut. Operations that span ranks (a norm, a checkpoint) are collective.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,28 +55,28 @@ class Share:
         return self._ranks
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of this rank's stages.
+        """Return the parameters of this rank's stages.
 
-        There may be none, which torch's optimizers refuse as a list, but not as a group: with
-        `AdamW([{"params": [*pipe.parameters()]}])` all ranks go on alike.
+        There may be none, which torch's optimizers refuse as a list, but not as a group:
+        `AdamW([{"params": [*pipe.parameters()]}])` works on all ranks.
         """
         return self.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of this rank's stages, by the plain model's names.
+        """Yield the parameters of this rank's stages, by the plain model's names.
 
-        A parameter that cells of several ranks use is there once on each of them, under its
-        first name in the plain model, as `named_parameters()` gives it there.
+        A parameter that cells of several ranks use appears once on each of them, under its first
+        name in the plain model, as `named_parameters()` yields it there.
         """
         for name, parameter in self.module.named_parameters():
             yield self._first_names.get(name, name), parameter
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Buffers of this rank's stages, by the plain model's names."""
+        """Yield the buffers of this rank's stages, by the plain model's names."""
         return self.module.named_buffers()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """State of this rank's stages; the ranks' dictionaries together are the plain model's."""
+        """Return the state of this rank's stages; all ranks' together are the plain model's."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -89,7 +89,7 @@ class Share:
         wrong = [n for n, t in own.items() if n not in state or _shape(state[n]) != _shape(t)]
         if wrong:
             raise CheckpointError(
-                f"the state lacks {len(wrong)} entries of this rank, or has them in another "
+                f"the state lacks {len(wrong)} entries of this rank, or has them with another "
                 f"shape: {', '.join(wrong[:5])}; load a state_dict of the same model"
             )
         self.module.load_state_dict({name: state[name] for name in own})
@@ -105,19 +105,19 @@ class Share:
         checkpoint of `stagewise train`). Only this rank's tensors are read.
 
         With `strict` the checkpoint must hold the model's entries and no others. A dtype other
-        than the model's is an error, unless it is to be converted (`convert`). Raises
-        CheckpointError on every rank before anything is changed on any.
+        than the model's is an error, unless `convert`. Raises CheckpointError on every rank before
+        anything is changed on any.
         """
         how = {"strict": strict, "convert": convert}
         load(path, self.state_dict(), self._whole.aliases, self._ranks, **how)
 
     def save_checkpoint(self, directory: str | PathLike[str]) -> None:
-        """Write the model as safetensors shards with an index, each rank its own; all call this.
+        """Write the model as safetensors shards with an index, each rank its own; collective.
 
-        Hugging Face's tools and `load_checkpoint` read it, at any number of stages; what else is in
-        the directory is left alone. An earlier checkpoint there is replaced at once, at the end, so
-        a crash leaves one of the two. All ranks must see one file system. Raises CheckpointError on
-        every rank.
+        Hugging Face's tools and `load_checkpoint` read it, at any number of stages; other files in
+        the directory are left alone. An earlier checkpoint there is replaced atomically at the
+        end, so a crash leaves one of the two. All ranks must see the same file system. Raises
+        CheckpointError on every rank.
         """
         save_shards(Path(directory), self.state_dict(), self._whole.aliases, self._ranks)
 
@@ -126,7 +126,7 @@ class Share:
         self.module.zero_grad(set_to_none)
 
     def train(self, mode: bool = True) -> Self:
-        """Put this rank's cells in training mode, or in eval mode."""
+        """Put this rank's cells in training or eval mode."""
         self.module.train(mode)
         return self
 
@@ -135,9 +135,9 @@ class Share:
         return self.train(False)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale gradients so that their global norm is at most `max_norm`; returns the norm.
+        """Scale gradients so that their global norm is at most `max_norm`; return the norm before.
 
-        Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model.
+        Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model. Collective.
         """
         self.overflow.before_collective()
         return clip_by_global_norm(
@@ -148,11 +148,11 @@ class Share:
         )
 
     def clip_grad_value_(self, max_value: float) -> None:
-        """Clamp every gradient's elements to [-max_value, max_value]; every rank calls this."""
+        """Clamp every gradient's elements to [-max_value, max_value]; collective."""
         self._ranks.exchange((), f"clip_grad_value_({float(max_value)!r})")
         clip_by_value(self.parameters(), max_value)
 
 
 def _shape(entry: object) -> torch.Size | None:
-    """None for what modules keep in a state_dict besides tensors (`get_extra_state`)."""
+    """Return a tensor's shape; None for other state_dict entries (`get_extra_state`)."""
     return entry.shape if isinstance(entry, torch.Tensor) else None

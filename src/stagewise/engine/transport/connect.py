@@ -31,11 +31,11 @@ def connect(
     devices: Sequence[Device] | None,
     chain: Chain,
     num_devices: int,
-    homes: Sequence[int] = (0,),
+    stage_devices: Sequence[int] = (0,),
 ) -> tuple[list[torch.device], Transport]:
     """Return the plan's devices and this rank's transport; PlanError if they do not fit.
 
-    In one process, stage s is on device `homes[s]`.
+    In one process, stage s is on device `stage_devices[s]`.
     """
     if transport not in ("auto", "local", "distributed"):
         raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
@@ -49,8 +49,8 @@ def connect(
             "call torch.distributed.init_process_group() first"
         )
     if transport == "local" or num_processes() == 1:
-        own = [torch.device(d) for d in devices or [_home(chain)] * num_devices]
-        return own, in_one_process([own[device] for device in homes])
+        own = [torch.device(d) for d in devices or [_device_of(chain)] * num_devices]
+        return own, in_one_process([own[device] for device in stage_devices])
     if num_processes() != num_devices:
         raise PlanError(
             f"the plan needs {num_devices} ranks, one per device, but {num_processes()} are "
@@ -159,7 +159,7 @@ def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> W
     return Wires(wire, wire, sockets)
 
 
-def _home(chain: Chain) -> torch.device:
+def _device_of(chain: Chain) -> torch.device:
     for cell in chain:
         for tensor in (*cell.module.parameters(), *cell.module.buffers()):
             return torch.device("cpu") if tensor.is_meta else tensor.device

@@ -1,6 +1,6 @@
-"""What a Pipeline starts from: values for a model on the meta device, or a checkpoint's.
+"""A Pipeline's initial values: for a model on the meta device, or from a checkpoint.
 
-Every rank makes and fills its own cells only; what they start with does not depend on the cut.
+Every rank creates and fills only its own cells; the values do not depend on the cut.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from stagewise.planning.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What the caller of Pipeline gave to start from."""
+    """The caller's arguments for initial values."""
 
     seed: int
     init: Init | None = None
@@ -40,20 +40,20 @@ def initialise(
     aliases: Aliases,
     given: Given,
 ) -> None:
-    """Give this rank's cells their first values; every rank calls this.
+    """Give this rank's cells their initial values; collective.
 
     Raises ModelError or CheckpointError, on every rank, before a cell is changed on any.
     """
     runs = [ranks.rank in own for own in ranks_of_cells(plan, ranks)]
     own = [cell.index for cell in chain if runs[cell.index]]
     source, found = None, {}
-    with agreed(ranks, "Pipeline: the state it starts from"):
+    with agreed(ranks, "Pipeline: initial state"):
         on_meta = is_meta(chain)
         if given.state is not None:
             source = open_source(given.state, aliases)
             found = check(source, _tensors(chain, own), aliases)
     with (
-        agreed(ranks, "Pipeline: first values"),
+        agreed(ranks, "Pipeline: initial values"),
         generators_kept([]),
         torch.inference_mode(False),
     ):

@@ -1,4 +1,4 @@
-"""Where a plan puts things: the ranks of every cell, the device of every stage, and the stages."""
+"""Where a plan places cells and stages; builds this rank's stages."""
 
 import bisect
 import itertools
@@ -16,23 +16,23 @@ from stagewise.planning.plan import Plan
 
 
 def devices_of_cells(plan: Plan) -> list[tuple[int, ...]]:
-    """The devices that run each cell of the chain: several where its stage is replicated."""
+    """Return the devices that run each cell of the chain: several if its stage is replicated."""
     placement = plan.built_schedule.placement
     return [placement[stage] for stage in _stages(plan)]
 
 
 def mesh_of(plan: Plan, ranks: Ranks) -> Mesh:
-    """Which rank runs what of `plan`."""
+    """Return the mapping of `plan` to ranks."""
     return Mesh(plan.built_schedule.placement, ranks.num_ranks)
 
 
 def ranks_of_stages(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
-    """The ranks that run each stage."""
+    """Return the ranks that run each stage."""
     return [*map(mesh_of(plan, ranks).ranks_of, range(plan.built_schedule.num_stages))]
 
 
 def ranks_of_cells(plan: Plan, ranks: Ranks) -> list[tuple[int, ...]]:
-    """The ranks that run each cell of the chain: several where its stage is replicated."""
+    """Return the ranks that run each cell of the chain: several if its stage is replicated."""
     of_stage = ranks_of_stages(plan, ranks)
     return [of_stage[stage] for stage in _stages(plan)]
 
@@ -45,7 +45,10 @@ def build_stages(
     routes: SkipRoutes,
     loss: Loss | None,
 ) -> dict[int, Stage]:
-    """This rank's stages of `cells`, among which are all of its own; these move to its devices."""
+    """Build this rank's stages, and move their cells to its devices.
+
+    `cells` include all cells of this rank.
+    """
     mesh, last = mesh_of(plan, ranks), len(plan.engine_balance) - 1
     known = {cell.index: cell for cell in cells}
     stages, end = {}, 0
@@ -62,12 +65,12 @@ def build_stages(
     return stages
 
 
-def placed(plan: Plan) -> list[int]:
-    """The device of every stage."""
+def first_devices(plan: Plan) -> list[int]:
+    """Return every stage's first device."""
     return [devices[0] for devices in plan.built_schedule.placement]
 
 
 def _stages(plan: Plan) -> list[int]:
-    """The stage of every cell."""
+    """Return the stage of every cell."""
     ends = list(itertools.accumulate(plan.engine_balance))
     return [bisect.bisect_right(ends, cell) for cell in range(ends[-1])]

@@ -1,4 +1,4 @@
-"""Models whose cut would change what they compute: shared buffers, memory and statistics."""
+"""Refuse models whose cut would change what they compute: shared buffers, memory and statistics."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -10,27 +10,30 @@ from stagewise.batch.layouts import storages
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError
 from stagewise.model.cell import Cell, Chain, Holder
-from stagewise.pipeline.build.places import _stages, placed, ranks_of_cells
+from stagewise.pipeline.build.places import _stages, first_devices, ranks_of_cells
 from stagewise.planning.plan import Plan
 
 
 def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
-    """Raise ModelError or PlanError for what cells of different stages may not share."""
+    """Raise ModelError or PlanError if cells of different stages share what they must not."""
     check_batchnorms(chain, ranks_of_cells(plan, ranks))
-    check_buffers(chain, plan, homes_of(plan, devices, ranks))
+    check_buffers(chain, plan, memory_of_stages(plan, devices, ranks))
     check_storages(chain, plan, ranks)
 
 
-def homes_of(plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> list[object]:
-    """Where each stage's constants lie: processes have their own, devices of one process not."""
-    return [0 if ranks.num_ranks > 1 else devices[device] for device in placed(plan)]
+def memory_of_stages(plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> list[object]:
+    """Return a key per stage, equal for stages that can share a constant.
+
+    Between processes all can, since each has its own copy; in one process, those on one device.
+    """
+    return [0 if ranks.num_ranks > 1 else devices[device] for device in first_devices(plan)]
 
 
-def check_buffers(cells: Iterable[Cell], plan: Plan, homes: Sequence[object]) -> None:
+def check_buffers(cells: Iterable[Cell], plan: Plan, memory: Sequence[object]) -> None:
     """Raise PlanError if stages share a buffer: its copies would drift, or its updates mix.
 
-    A constant (`persistent=False`, or what no captured cell changes) may be shared, but in one
-    process not by stages on different devices, `homes`, since it would be on one of them only.
+    A constant (`persistent=False`, or a buffer that no captured cell changes) may be shared by
+    stages of equal `memory`.
     """
     owner: dict[int, tuple[int, str]] = {}
     stages = _stages(plan)
@@ -46,12 +49,12 @@ def check_buffers(cells: Iterable[Cell], plan: Plan, homes: Sequence[object]) ->
                 is_constant = name in module._non_persistent_buffers_set or (
                     isinstance(module, Holder) and name in module.constant
                 )
-                if stage == first_stage or (is_constant and homes[stage] == homes[first_stage]):
+                if stage == first_stage or (is_constant and memory[stage] == memory[first_stage]):
                     continue
                 raise PlanError(
-                    f"{first} on stage {first_stage} and {path}.{name} on stage {stage} are one "
-                    "buffer, whose values would depend on the cut; put both cells on one stage "
-                    "with `balance`, give each a module of its own, or, if it is a constant, "
+                    f"{first} on stage {first_stage} and {path}.{name} on stage {stage} are the "
+                    "same buffer, whose values would depend on the cut; put both cells on one "
+                    "stage with `balance`, give each its own module, or, if it is a constant, "
                     "register it with persistent=False"
                 )
 
@@ -67,10 +70,10 @@ def check_storages(chain: Chain, plan: Plan, ranks: Ranks) -> None:
                 first, others, path = owner.setdefault(memory, (parameter, set(runs), name))
                 if memory and first is not parameter and others != set(runs):
                     raise PlanError(
-                        f"{path} and {name}, on different ranks, are two parameters in one "
-                        "memory, whose copies would drift apart; make them one parameter "
-                        "(b.weight = a.weight), which is tied, or put both cells on one stage "
-                        "with `balance`"
+                        f"{path} and {name}, on different ranks, are two parameters that share "
+                        "memory, and their copies would drift apart; make them one (tied) "
+                        "parameter, b.weight = a.weight, or put both cells on one stage with "
+                        "`balance`"
                     )
 
 
@@ -82,7 +85,7 @@ def _parameters(cell: Cell) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None:
     """Raise ModelError or PlanError for BatchNorms that cannot work in a pipeline.
 
-    `processes` tells which processes run each cell.
+    `processes` are those that run each cell.
     """
     owner: dict[torch.Tensor, tuple[set[int], str]] = {}
     for cell, ranks in zip(chain, processes, strict=True):
@@ -91,8 +94,8 @@ def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None
             if isinstance(module, nn.SyncBatchNorm):
                 raise ModelError(
                     f"{path} is a SyncBatchNorm, which would mix its statistics with those of "
-                    "other ranks, and these run other stages; use BatchNorm, whose running "
-                    "statistics are those of the whole minibatch here"
+                    "ranks that run other stages; use BatchNorm, whose running statistics here "
+                    "are those of the whole minibatch"
                 )
             if not isinstance(module, _BatchNorm):
                 continue
@@ -101,7 +104,7 @@ def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None
                 if first_process == process:
                     continue
                 raise PlanError(
-                    f"{first} and {path}, on different ranks, have one BatchNorm's running "
-                    "statistics, whose two copies would drift apart; put both cells on one stage "
+                    f"{first} and {path}, on different ranks, share one BatchNorm's running "
+                    "statistics, and their copies would drift apart; put both cells on one stage "
                     "with `balance`, or run in one process"
                 )

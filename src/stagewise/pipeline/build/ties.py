@@ -1,4 +1,4 @@
-"""What cells of several stages share: parameters are tied together, buffers are refused."""
+"""Tie parameters that cells of several stages share, and forbid replicas to change buffers."""
 
 from collections.abc import Mapping
 
@@ -23,9 +23,9 @@ def tie(
     *,
     in_float32: bool,
 ) -> tuple[tuple[Tied, ...], list[ParameterPolicy]]:
-    """This rank's tied parameters, equal to all other copies from now on, and what a step needs.
+    """Make all copies of tied parameters equal; return this rank's, and a step's policies.
 
-    Gradients of low precision may be summed `in_float32`. Every rank calls this.
+    `in_float32`: sum low-precision gradients in float32. Collective.
     """
     placement = plan.built_schedule.placement if ranks.num_ranks > 1 else ()
     cells = [cell for stage in stages.values() for cell in stage.cells]
@@ -62,7 +62,7 @@ def tie(
 
 
 def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:
-    """Let replicated stages refuse cells whose buffers change in forward."""
+    """Make replicated stages raise if a cell's buffers change in forward."""
     for index, stage in stages.items():
         devices = plan.built_schedule.placement[index]
         if len(devices) == 1:
@@ -71,6 +71,6 @@ def forbid_changing_buffers(stages: Mapping[int, Stage], plan: Plan) -> None:
         stage.buffers.forbid_changes(
             names,
             f"stage {index} has {len(devices)} replicas, none of which sees all microbatches, so "
-            "their copies would differ; give that stage one device, put the cell on a stage that "
-            "has one, or register what is a constant with persistent=False",
+            "their copies would differ; give that stage one device, put the cell on a stage with "
+            "one, or, if it is a constant, register it with persistent=False",
         )

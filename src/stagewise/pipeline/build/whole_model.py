@@ -1,6 +1,6 @@
-"""What every rank knows of the whole model, and all must know alike: names, shapes, classes.
+"""What every rank knows about the whole model, on which all must agree: names, shapes, classes.
 
-Only words and numbers stay here, no tensor: a rank holds its own stages' parameters and no others.
+It keeps no tensors: a rank only holds its own stages' parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from stagewise.planning.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModel:
-    """The model as it was given, before it has its first values."""
+    """The model as given, before it has its initial values."""
 
-    shapes: Mapping[str, tuple[int, ...]]  # of parameters, as are dtypes
-    dtypes: Mapping[str, torch.dtype]
-    modules: Sequence[tuple[str, str, str]]  # name, class, and what torch's own say of themselves
+    shapes: Mapping[str, tuple[int, ...]]  # of parameters
+    dtypes: Mapping[str, torch.dtype]  # of parameters
+    modules: Sequence[tuple[str, str, str]]  # name, class, and extra_repr of torch's own classes
     by_frequency: Sequence[str]  # embeddings with `scale_grad_by_freq`
     aliases: Aliases
 
@@ -51,7 +51,7 @@ class WholeModel:
     def agree(self, ranks: Ranks, plan: Plan, options: Mapping[str, object] | None = None) -> None:
         """Raise PlanError on every rank unless all have the same plan, model and `options`.
 
-        Then ModelError if an embedding's gradients need a whole minibatch, which `plan` splits.
+        Also raise ModelError if an embedding's gradients need the minibatch that `plan` splits.
         """
         options = options or {}
         words = [*self.shapes.items()], [*self.dtypes.items()], self.modules
@@ -62,16 +62,16 @@ class WholeModel:
             differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
             if differing:
                 raise PlanError(
-                    f"ranks {differing} have other {what} than rank 0; build model and plan from "
-                    "the same code on every rank (stagewise.plan agrees by itself when every rank "
-                    "calls it)"
+                    f"ranks {differing} have different {what} than rank 0; build model and plan "
+                    "from the same code on every rank (stagewise.plan agrees by itself when every "
+                    "rank calls it)"
                 )
         if self.by_frequency and plan.num_microbatches > 1:
             raise ModelError(
                 f"{', '.join(self.by_frequency)} has scale_grad_by_freq=True, which divides "
                 "gradients by how often a row occurs in the minibatch, but each of the "
-                f"{plan.num_microbatches} microbatches knows its own rows only; leave the option "
-                "out, or use one microbatch"
+                f"{plan.num_microbatches} microbatches only sees its own rows; omit the option, "
+                "or use one microbatch"
             )
 
 
