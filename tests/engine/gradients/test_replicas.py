@@ -9,10 +9,8 @@ from stagewise.engine.gradients.policy import Settlement
 from stagewise.engine.gradients.replicas import Replicas
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.transport.local import LocalWire
-from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.connect import in_one_process
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.engine.transport.wire import Wires
 from stagewise.model.chain import chain_of
 from stagewise.schedule import Instruction, parse_programs
 
@@ -44,7 +42,7 @@ class Noting:
 
 class Meeting(Ranks):
     def __init__(self, log: list[str]) -> None:
-        super().__init__(Wires(LocalWire(), LocalWire()), Peers(0), CPU)
+        vars(self).update(vars(in_one_process([CPU]).ranks))
         self._log = log
 
     def group(self, ranks: Sequence[int]) -> Noting | None:

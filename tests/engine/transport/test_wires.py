@@ -19,7 +19,6 @@ from stagewise.engine.transport.connect import wires_for
 from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.group_wire import GroupWire
-from stagewise.engine.transport.local import LocalWire
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.sockets import Sockets
@@ -33,11 +32,6 @@ CPU, LONG = torch.device("cpu"), timedelta(seconds=60)
 
 
 # The rows: both ends in this process, or one in each of two.
-
-
-def alone() -> list[Wires]:
-    wire = LocalWire()
-    return [Wires(wire, wire)]
 
 
 def fake(*, stream: bool) -> list[Wires]:
@@ -55,6 +49,13 @@ def over_group() -> Wires:
     """Without sockets, as between hosts."""
     group, own = whole()
     wire = GroupWire(own, group, group)
+    return Wires(wire, wire)
+
+
+def over_own_groups() -> Wires:
+    """As on GPUs, one for each direction."""
+    group, own = whole()
+    wire = GroupWire.connect(own, group, ways=2)
     return Wires(wire, wire)
 
 
@@ -93,13 +94,13 @@ def gathered(value: object) -> list[object]:
 
 
 HERE: dict[str, Callable[[], list[Wires]]] = {
-    "local": alone,
     "fake": lambda: fake(stream=False),
     "fake with a stream": lambda: fake(stream=True),
     "socket pair": socket_pair,
 }
 BETWEEN: dict[str, Callable[[], Wires]] = {
     "gloo": over_group,
+    "gloo, own groups": over_own_groups,
     "Unix sockets": by_sockets,
     "TCP": by_tcp,
     "both by size": by_size,
@@ -226,8 +227,7 @@ def test_in_one_process(row: str, name: str) -> None:
     wires = HERE[row]()
 
     def end(one: Wires) -> Iterator[str]:
-        other = 1 - one.data.rank if len(wires) == 2 else one.data.rank
-        return exchanged(one.data, other, (CHECKS | QUICK)[name])
+        return exchanged(one.data, 1 - one.data.rank, (CHECKS | QUICK)[name])
 
     assert both(wires, end) == []
 
@@ -269,9 +269,10 @@ def close(wires: Wires) -> None:
 
 
 def held() -> set[str]:
-    """Threads, and what files are open."""
+    """Threads, what files are open, and process groups."""
     threads = {f"thread {thread.name}" for thread in threading.enumerate()}
-    return threads | {f"file {name}" for name in os.listdir("/proc/self/fd")}
+    files = {f"file {name}" for name in os.listdir("/proc/self/fd")}
+    return threads | files | {str(group) for group in dist.distributed_c10d._world.pg_map}
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.util import Finalize
 from typing import TypeVar
 
@@ -11,12 +12,13 @@ import torch.distributed as dist
 
 from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.group_wire import GroupWire
-from stagewise.engine.transport.local import LocalMailbox, LocalWire
+from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.processes import are_ready, num_processes, own_device
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.rendezvous import Rendezvous
+from stagewise.engine.transport.sockets import Sockets
 from stagewise.engine.transport.transport import Transport
 from stagewise.engine.transport.wire import BySize, Wire, Wires
 from stagewise.errors import PlanError
@@ -63,7 +65,7 @@ def connect(
 
 def in_one_process(devices: Sequence[torch.device]) -> Transport:
     """Return the transport of a process that runs every stage, stage s on `devices[s]`."""
-    wire = LocalWire()
+    wire = Sockets(Peers(0), 1, {}, timedelta())  # a single rank, which sends itself nothing
     ranks = Ranks(Wires(wire, wire), Rendezvous(wire, Peers(0)), devices[-1])
     return Transport(LocalMailbox(devices), ranks)
 

@@ -1,19 +1,16 @@
-"""One process that runs every stage: a dictionary in place of messages, and a single rank.
+"""One process that runs every stage: a dictionary in place of messages.
 
 Passing a value between two stages is `dict.__setitem__` and `dict.pop`, with no wrapper.
 """
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
-from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.engine.transport.wire import Arrival
 from stagewise.schedule import Message
 
 
@@ -28,10 +25,11 @@ class LocalMailbox:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._values: dict[Message, Apart | Lost] = {}
         self.send: Callable[[Message, Apart], None] = self._values.__setitem__
-        self.receive: Callable[[Message], Apart | Lost] = self._values.pop
+        self.receive: Callable[[Message], Apart | Lost]
         self.renumber(devices)
 
     def renumber(self, devices: Sequence[torch.device]) -> None:
+        self.receive = self._values.pop
         if len(set(devices)) > 1:
             self.receive = functools.partial(_popped, self._values, devices)
 
@@ -62,29 +60,3 @@ def _popped(
         return value
     there = (tensor if tensor.device == device else tensor.to(device) for tensor in value[0])
     return [tensor if tensor.is_leaf else leaf_of(tensor) for tensor in there], value[1]
-
-
-class LocalWire:
-    """A wire from the only rank to itself."""
-
-    rank, num_ranks, reached = 0, 1, (0,)
-
-    def __init__(self) -> None:
-        self._sent: deque[torch.Tensor] = deque()
-
-    def start_send(self, tensors: Sequence[torch.Tensor], rank: int) -> None:
-        self._sent.extend(tensors)
-
-    def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
-        return functools.partial(_fill, self._sent, tensors)
-
-    def finish(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._sent.clear()
-
-
-def _fill(sent: deque[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        flat(tensor).copy_(flat(sent.popleft()))
