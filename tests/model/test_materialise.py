@@ -304,14 +304,14 @@ def test_a_tensor_that_is_no_buffer_is_named() -> None:
             super().__init__()
             self.mask = torch.ones(3)
 
-    with pytest.raises(ModelError, match=r"1\.mask is a tensor on the meta device that is no buf"):
+    with pytest.raises(ModelError, match=r"1\.mask is a tensor on the meta device but not a buf"):
         make(on_meta(lambda: nn.Sequential(nn.Linear(3, 3), Mask())))
 
 
 def test_hooks_on_a_parameter_would_be_lost() -> None:
     model = on_meta(lambda: nn.Sequential(nn.Linear(3, 3)))
     model[0].weight.register_hook(lambda gradient: gradient)
-    with pytest.raises(ModelError, match="register them after the Pipeline is made"):
+    with pytest.raises(ModelError, match="register them after building the Pipeline"):
         make(model)
 
 

@@ -140,11 +140,11 @@ def test_what_stays_one_cell_keeps_its_skips_inside() -> None:
         ),
         (
             lambda: nn.Sequential(Cell("x"), Cell(pops="x")),
-            r"cell '0' \(Cell\) declares the skip 'x' but stands in no SkipScope for it; build",
+            r"cell '0' \(Cell\) declares the skip 'x' but is in no SkipScope for it; build",
         ),
         (
             lambda: SkipScope(Cell("x"), Cell(pops="x"), own_names=["y"]),
-            "declares the skip 'x' but stands in no SkipScope for it",
+            "declares the skip 'x' but is in no SkipScope for it",
         ),
     ],
 )
@@ -170,9 +170,9 @@ def test_the_plain_model_tells_what_is_wrong() -> None:
     for model, text in [
         (SkipScope(Cell(pops="x")), r"pop\('x'\): nothing is stashed under this name"),
         (SkipScope(Cell("x")), "'x' stashed but not popped in its SkipScope"),
-        (SkipScope(Cell("x"), Cell("x")), r"stash\('x'\): it is stashed already"),
-        (nn.Sequential(Cell("x")), r"stash\('x'\) in a cell that stands in no SkipScope for it"),
-        (nn.Sequential(Cell(pops="x")), r"pop\('x'\) in a cell that stands in no SkipScope"),
+        (SkipScope(Cell("x"), Cell("x")), r"stash\('x'\): already stashed"),
+        (nn.Sequential(Cell("x")), r"stash\('x'\) in a cell that is in no SkipScope for it"),
+        (nn.Sequential(Cell(pops="x")), r"pop\('x'\) in a cell that is in no SkipScope"),
         (
             SkipScope(Cell("x"), nn.ReLU(inplace=True), Cell(pops="x")),
             r"'x' was changed in place after it was stashed; stash a clone",

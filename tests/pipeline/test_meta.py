@@ -155,5 +155,5 @@ def test_what_is_on_the_meta_device_cannot_be_measured() -> None:
 def test_half_a_model_is_refused() -> None:
     model = on_meta("decoder_lm")
     model[2] = CASES["decoder_lm"].model()[2]
-    with pytest.raises(ModelError, match=r"half on the meta device: 0\.token\.weight is, 2\."):
+    with pytest.raises(ModelError, match=r"partly on the meta device: 0\.token\.weight is, 2\."):
         pipeline("decoder_lm", 1, model)

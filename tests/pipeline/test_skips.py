@@ -462,5 +462,7 @@ def test_the_checker_and_estimates_know_skips_within_one_cell() -> None:
 
 def test_a_cell_that_hands_a_name_on_is_refused() -> None:
     model = stagewise.SkipScope(Part("a"), OneCell(Part(pops="a"), Part("a")), Part(pops="a"))
-    with pytest.raises(ModelError, match=r"cell '1' pops 'a' and stashes it anew; .* another name"):
+    with pytest.raises(
+        ModelError, match=r"cell '1' pops 'a' and stashes it again; .* another name"
+    ):
         chain_of(model)

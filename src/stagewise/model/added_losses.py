@@ -1,7 +1,7 @@
-"""Losses that cells add on their own: a router's balance loss, deep supervision.
+"""Losses that cells add themselves: a router's balance loss, deep supervision.
 
-`add_loss` may be called in the forward of any cell. In a pipeline the stage collects what its
-cells add and sends gradients into it, weighted by the microbatch's share of the samples. The
+`add_loss` may be called in the forward of any cell. In a pipeline the stage collects the losses
+that its cells add and starts their backward, weighted by the microbatch's share of the samples. The
 plain model adds the same to its own loss through `collect_losses`.
 """
 
@@ -15,7 +15,7 @@ import torch
 from stagewise.errors import BatchError
 from stagewise.model.effects import trace_effect, traced_effect
 
-MAIN_LOSS = "loss"  # the name of a loss that came without one
+MAIN_LOSS = "loss"  # the name of an unnamed loss
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class AddedLoss:
 
 @dataclass
 class LossCollector:
-    """What was added while it was collecting."""
+    """Collects added losses while active."""
 
-    cell: int = 0  # the one that runs now
+    cell: int = 0  # index of the running cell
     added: list[AddedLoss] = field(default_factory=list)
 
 
@@ -39,14 +39,14 @@ class _Collectors(threading.local):
     active: LossCollector | None = None
 
 
-COLLECTING = _Collectors()  # `active` is what collects now
+COLLECTING = _Collectors()  # `active` is the current collector
 
 
 def add_loss(value: torch.Tensor, name: str = "added") -> None:
     """Add `value`, a mean over the samples at hand, to the loss; call it in a cell's forward.
 
-    Reported by name in `Pipeline.losses`. Does nothing where nobody collects, as in the plain
-    model outside of `collect_losses`. Raises BatchError unless `value` is one number.
+    Reported by name in `Pipeline.losses`. Does nothing if nothing collects losses, as in the plain
+    model outside `collect_losses`. Raises BatchError unless `value` is a single number.
     """
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
@@ -54,7 +54,7 @@ def add_loss(value: torch.Tensor, name: str = "added") -> None:
             f"add_loss got {got} as {name!r} but needs a tensor of one number; reduce it to its "
             "mean over the samples"
         )
-    if torch.compiler.is_exporting():  # the model is being captured: its cell will add it
+    if torch.compiler.is_exporting():  # being captured: the cell will add it
         trace_effect(value, "add_loss", name)
         return
     collector = COLLECTING.active
@@ -67,7 +67,7 @@ traced_effect("add_loss", add_loss)
 
 @contextmanager
 def collect_losses() -> Iterator[dict[str, torch.Tensor]]:
-    """The sums, by name, of what the plain model adds inside; filled when the block ends.
+    """Collect the sums, by name, of losses added inside; filled when the block ends.
 
     Example:
         >>> import torch, stagewise

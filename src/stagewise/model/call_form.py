@@ -1,6 +1,6 @@
-"""A call of the model as arguments by name, which go straight to the cells that take them.
+"""A call of a captured model as keyword arguments, which go straight to the cells that take them.
 
-Constants (flags, None) are part of what was captured, so a call must give the same.
+Constants (flags, None) are part of the capture, so every call must pass the same.
 """
 
 import copy
@@ -24,7 +24,7 @@ _BY_POSITION = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_O
 
 @dataclass(frozen=True)
 class ArgumentLeaf:
-    """One leaf of a captured call: the argument, and its place among its tensors or constants."""
+    """One leaf of a captured call: its argument, and its index among the tensors or constants."""
 
     name: str
     place: int
@@ -44,14 +44,14 @@ class CallForm:
         self.leaves = tuple(leaf for name, value in named.items() for leaf in _leaves(name, value))
         self._constants = {name: _constants(value) for name, value in named.items()}
         self._rest, self._shapes = _forms(named)
-        self._promises: list[_Promise] = []  # one for each mode
-        self._fulfilled: set[object] = set()  # shapes that were checked
+        self._promises: list[_Promise] = []  # one per mode
+        self._fulfilled: set[object] = set()  # shapes already checked
         self.taken: frozenset[str] = frozenset(self.names)  # by some cell
 
     def named(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
-        """All arguments by name; raises BatchError for what `forward` does not take."""
+        """Return all arguments by name; BatchError for those that `forward` does not take."""
         whole = args[0] if len(args) == 1 else None
-        if isinstance(whole, Arguments):  # as `stagewise.plan` takes them
+        if isinstance(whole, Arguments):  # several positional ones, as for `stagewise.plan`
             args, kwargs = whole.args, {**whole.kwargs, **kwargs}
         try:
             bound = self._signature.bind_partial(*args, **kwargs)
@@ -63,7 +63,7 @@ class CallForm:
             if kind in _BY_POSITION:
                 raise BatchError(
                     f"{self._what}.forward takes {name} by position only, but the cells of a "
-                    "captured model take the batch by name; give it as a keyword argument, or wrap "
+                    "captured model take the batch by name; pass it as a keyword argument, or wrap "
                     "the model in a module whose forward names its arguments"
                 )
             if kind is inspect.Parameter.VAR_KEYWORD:
@@ -73,29 +73,28 @@ class CallForm:
         return named
 
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
-        """What of a call the cells take, by name.
+        """Return the arguments that cells take, by name.
 
-        Raises BatchError where it differs from what was captured: a call that leaves something
-        out is a call on a rank that needs none of it.
+        BatchError if they differ from the capture's; a rank may omit arguments it does not need.
         """
         named = self.named(args, kwargs)
         for name, value in named.items():
             known = self._constants.get(name, [None])
             if name not in self._constants and value is not None:
                 raise BatchError(
-                    f"the model was captured without {name!r}; leave it out, or capture it with "
+                    f"the model was captured without {name!r}; omit it, or capture the model with "
                     "an example that has it: stagewise.capture(model, ...), or stagewise.plan"
                 )
             if known and not _marked(value) and _constants(value) != known:
                 raise BatchError(
                     f"{name!r} holds the constants {_constants(value)}, but the model was "
-                    f"captured with {known}; pass the same, or capture it anew"
+                    f"captured with {known}; pass the same, or capture the model again"
                 )
         self._check_sizes(named)
         return {name: value for name, value in named.items() if name in self.taken}
 
     def check_batch(self, inputs: Mapping[fx.Node, int], what: str) -> None:
-        """Raise ModelError unless the batch size may change; `inputs` are the trace's."""
+        """Raise ModelError unless the trace, with `inputs`, allows other batch sizes."""
         sizes = {
             self.leaves[index].name: node.meta["val"].shape[0]
             for node, index in inputs.items()
@@ -107,22 +106,22 @@ class CallForm:
             names = [name for name, size in fixed.items() if size == samples] or list(fixed)
             raise ModelError(
                 f"{what} was captured, but only for batches of exactly {fixed[names[0]]} samples "
-                f"({', '.join(names)}), since it fixes the size somewhere (len() of a tensor does, "
-                "for one); let it take it from its inputs' shapes"
+                f"({', '.join(names)}), since it fixes the size somewhere (e.g. by len() of a "
+                "tensor); take the size from the inputs' shapes instead"
             )
 
     @property
     def _num_samples(self) -> int:
-        """Of the example: what most of its tensors have along dimension 0."""
+        """The example's number of samples: the most common size along dimension 0."""
         first = [sizes[0] for _, sizes in self._shapes.values() if sizes]
         return Counter(first).most_common(1)[0][0] if first else 0
 
     def takes(self, name: str) -> bool:
-        """Whether some cell takes the argument `name`."""
+        """Return whether some cell takes the argument `name`."""
         return name in self.taken
 
     def matches(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-        """Whether a call has the same arguments of the same shapes, sizes that may change aside."""
+        """Return whether a call has the same arguments and shapes, except for dynamic sizes."""
         try:
             named = self.named(args, kwargs)
         except BatchError:
@@ -136,22 +135,22 @@ class CallForm:
         )
 
     def again(self) -> "CallForm":
-        """The same form, for which no capture has promised anything yet."""
+        """Return a copy of the form without the promises of a capture."""
         other = copy.copy(self)
         other._promises, other._fulfilled = [], set()
         return other
 
     def add_promise(self, batch: Sequence[TakenInput], conditions: Sequence[Condition]) -> None:
-        """What the trace of one mode takes for granted of its tensors."""
+        """Add what the trace of one mode assumes about its tensors."""
         self._promises.append((batch, conditions))
 
     @property
     def traced_inputs(self) -> Sequence[TakenInput]:
-        """The batch's tensors, with the sizes that may change as symbols."""
+        """The batch's tensors, with dynamic sizes as symbols."""
         return self._promises[0][0] if self._promises else ()
 
     def _check_sizes(self, named: Mapping[str, object]) -> None:
-        """Raise BatchError where sizes are not as promised, the number of samples aside."""
+        """Raise BatchError unless sizes are as promised, whatever the number of samples."""
         plain = {name: value for name, value in named.items() if not _marked(value)}
         _, shapes = _forms(plain)
         key = tuple(shapes.items())
@@ -163,7 +162,7 @@ class CallForm:
         self._fulfilled.add(key)
 
     def _shape(self, name: str, leaf: int) -> tuple[Size, ...]:
-        """The shape in the trace; that of the example, where it holds none."""
+        """Return the shape in the trace, or the example's if the trace lacks the tensor."""
         batch, _ = self._promises[0]
         found = (form.shape for form in batch if (form.name, form.leaf) == (name, leaf))
         return next(found, self._shapes[name, leaf][1])
@@ -182,7 +181,7 @@ class CallForm:
         )
 
     def text(self) -> str:
-        """All that it holds, the same in every process; of first sizes only which are equal."""
+        """Return text that is the same in every process; of first sizes only their equality."""
         shapes = {key: (dtype, sizes[1:]) for key, (dtype, sizes) in self._shapes.items()}
         first = _first_sizes(self._shapes)
         return repr(
@@ -190,7 +189,7 @@ class CallForm:
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CallForm":
-        return self  # nothing in it changes
+        return self  # immutable
 
 
 def _leaves(name: str, value: object) -> Iterator[ArgumentLeaf]:
@@ -206,7 +205,7 @@ def _constants(value: object) -> list[object]:
 
 
 def _marked(value: object) -> bool:
-    """Whether `value` is one of stagewise's marks, or holds some: it is checked in the cells."""
+    """Return whether `value` is or holds marks of stagewise, which cells check."""
     marks = (Arguments, BatchDim, Microbatches, Replicated)
     return any(
         isinstance(node, marks)
@@ -215,13 +214,13 @@ def _marked(value: object) -> bool:
 
 
 def _first_sizes(shapes: Mapping[tuple[str, int], _Shape]) -> list[tuple[int, bool]]:
-    """Which tensors have the same first size, and which have one of 1: all samples may share it."""
+    """Return which tensors have equal first sizes, and which have 1 (may be shared by samples)."""
     first = [sizes[0] for _, sizes in shapes.values() if sizes]
     return [(first.index(size), size == 1) for size in first]
 
 
 def _forms(named: Mapping[str, object]) -> tuple[object, dict[tuple[str, int], _Shape]]:
-    """How arguments are nested, with their constants; and dtype and shape of every tensor."""
+    """Return the arguments' nesting with their constants, and every tensor's dtype and shape."""
     given = {name: value for name, value in named.items() if value is not None}
     rest = {n: (repr(pytree.tree_structure(v)), _constants(v)) for n, v in given.items()}
     shapes = {

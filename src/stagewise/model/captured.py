@@ -1,4 +1,4 @@
-"""What was captured of models that are no chain by themselves, and where it is remembered."""
+"""Captures of models that are not a chain themselves, remembered by model."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class CapturedForm(Protocol):
     """The arguments that a model was captured with."""
 
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
-        """What of a call the cells take, by name."""
+        """Return the arguments that cells take, by name."""
 
     def takes(self, name: str) -> bool:
-        """Whether some cell takes the argument `name`."""
+        """Return whether some cell takes the argument `name`."""
 
     def matches(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-        """Whether a call has arguments of the same form, batch size aside."""
+        """Return whether a call has arguments of the same form, except for the batch size."""
 
 
 class Captured:
-    """A model as a chain of cells, made by `stagewise.capture`; called, it is the model.
+    """A model as a chain of cells, made by `stagewise.capture`; calling it runs the model.
 
-    `chain` holds the cells, with the model's own parameters; `form` what a call must give; `watch`
-    sees whether the model is still what was captured, but for what its forward changes itself.
+    `chain` holds the cells, with the model's own parameters; `form` what a call must pass; `watch`
+    notices changes of the model since the capture, other than those its forward makes itself.
     """
 
     def __init__(self, chain: tuple[Cell, ...], form: CapturedForm) -> None:
         self.chain, self.form = chain, form
         self.own_changes: frozenset[Place] = frozenset()
-        self.asks_flags = False  # whether forward asks if tensors require gradients
+        self.asks_flags = False  # whether forward reads requires_grad of tensors
         self.watch: Watch | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -50,17 +50,17 @@ class Captured:
         return value
 
 
-# By model: so that Pipeline(model, plan) runs what plan(model, ...) has captured.
+# By model, so that Pipeline(model, plan) finds the capture of plan(model, ...).
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Captured] = weakref.WeakKeyDictionary()
 
 
 _MODULES: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Module]]] = (
     weakref.WeakKeyDictionary()
-)  # that it then had
+)  # the model's submodules when it was captured
 
 
 def remember(model: nn.Module, captured: Captured) -> None:
-    """Let `captured` stand for `model` as long as that lives and stays as it is."""
+    """Use `captured` for `model` while that lives and does not change."""
     pieces = [cell.module for cell in captured.chain if isinstance(cell.module, Piece)]
     runs_itself = [module for piece in pieces for module in piece.modules()]
     captured.watch = Watch(model, runs_itself, captured.own_changes, asks_flags=captured.asks_flags)
@@ -71,7 +71,7 @@ def remember(model: nn.Module, captured: Captured) -> None:
 
 
 def captured_of(model: object) -> Captured | None:
-    """What was captured of `model`, if anything was, and if it still has what was captured."""
+    """Return the capture of `model`; None if there is none, or the model has changed since."""
     if isinstance(model, Captured):
         return model
     if not isinstance(model, nn.Module) or model not in _CAPTURED:
@@ -83,7 +83,7 @@ def captured_of(model: object) -> Captured | None:
 
 
 def changed_of(model: object) -> list[str]:
-    """What changed in the model after it was captured, by name."""
+    """Return the names of what changed in the model since it was captured."""
     captured = _CAPTURED.get(model) if isinstance(model, nn.Module) else None
     return [] if captured is None or captured.watch is None else captured.watch.changed()
 
@@ -93,9 +93,9 @@ def _inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _replaced(model: nn.Module, captured: Captured) -> bool:
-    """Whether a holder has a parameter that is no more the model's own.
+    """Return whether a holder has a parameter that is no longer the model's own.
 
-    What is on the meta device in the model was made real in the holder.
+    A model's parameter on the meta device has been materialised in the holder.
     """
     return any(
         own is not held and not (own is not None and own.is_meta)

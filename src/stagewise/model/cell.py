@@ -1,4 +1,4 @@
-"""What a cell made by stagewise from a captured model says of itself."""
+"""Cells: those of a plain chain, and the pieces of a captured model."""
 
 import inspect
 from abc import abstractmethod
@@ -13,10 +13,9 @@ from stagewise.model.skip_pairs import NO_SKIPS, CellSkips
 
 
 class Holder(nn.Module):
-    """Stands for a module that is spread over cells: holds some of its parameters and buffers.
+    """Represents a module that is spread over cells: holds some of its parameters and buffers.
 
-    `order` are the names of all that the module has; `constant` those of the buffers that no cell
-    changes.
+    `order` are the names of all of the module's; `constant` those of buffers that no cell changes.
     """
 
     def __init__(self, order: Iterable[str] = ()) -> None:
@@ -28,17 +27,17 @@ class Holder(nn.Module):
 class Piece(nn.Module):
     """A piece of a captured model.
 
-    It takes tensors of the batch under `input_names`. What the cell before returned is its only
+    It takes tensors of the batch under `input_names`. The previous cell's output is its only
     positional argument; the first piece has none.
     """
 
     input_names: tuple[str, ...] = ()
     is_first: bool = False
-    watch: Watch | None = None  # over the module that was captured
+    watch: Watch | None = None  # over the captured module
 
     @abstractmethod
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
-        """What it holds: a place in the plain model's order, a path there, and the module.
+        """Yield (place in the plain model's order, path, module) of everything it holds.
 
         The module is the plain model's own, or a Holder.
         """
@@ -54,19 +53,19 @@ class Cell:
     skips: CellSkips = NO_SKIPS
 
     def named_modules(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-        """All modules in the cell, by their paths in the model."""
+        """Yield all modules in the cell, by their paths in the model."""
         known: set[nn.Module] = set()
         for path, root in self.roots():
             yield from root.named_modules(known, path, remove_duplicate)
 
     def roots(self) -> list[tuple[str, nn.Module]]:
-        """The modules that make up the cell, by their paths in the model."""
+        """Return the modules that make up the cell, by their paths in the model."""
         if isinstance(self.module, Piece):
             return [(path, module) for _, path, module in self.module.owned()]
         return [(self.name, self.module)]
 
     def keywords(self, num_args: int = 1) -> tuple[str, ...]:
-        """What `forward` takes by name beside `num_args` positional arguments."""
+        """Return the names `forward` takes besides `num_args` positional arguments."""
         return self.takes.beside(num_args)
 
     @cached_property
@@ -77,13 +76,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class ForwardNames:
-    """What a cell's `forward` takes, without the cell."""
+    """The parameter names of a cell's `forward`, without the cell."""
 
     positional: tuple[str, ...]
     keyword_only: tuple[str, ...]
 
     def beside(self, num_args: int) -> tuple[str, ...]:
-        """What it takes by name beside `num_args` positional arguments."""
+        """Return the names it takes besides `num_args` positional arguments."""
         return self.positional[num_args:] + self.keyword_only
 
 
@@ -94,14 +93,14 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 def parameter_names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of `forward`'s (positional, keyword-only) parameters; `*args`, `**kwargs` have none.
+    """Return the names of `forward`'s positional and keyword-only parameters.
 
-    A positional-only parameter counts under a name that no keyword can have.
+    Without `*args` and `**kwargs`; a positional-only parameter gets a name no keyword can have.
     """
     if isinstance(module, Piece):
         carried = () if module.is_first else ("value (positional only)",)
         return (*carried, *module.input_names), ()
-    module = getattr(module, "_orig_mod", module)  # of torch.compile, whose forward hides it
+    module = getattr(module, "_orig_mod", module)  # torch.compile's forward hides the signature
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code may have no signature

@@ -1,7 +1,7 @@
-"""Taking any module: what is not a sequence of cells is captured from the example beside it.
+"""Get the cells of any module: unless it is a sequence of cells, it is captured from an example.
 
-Where the caller names the cells, the model's own forward is run in each of them instead. What
-captures is imported where it is needed: with it comes sympy, and 37 MiB that a rank would keep.
+If the caller names the cells, the model's own forward runs in each of them instead. Capturing code
+is imported only where needed: it brings sympy, and 37 MiB that a rank would keep.
 """
 
 import sys
@@ -26,10 +26,9 @@ def chain_for(
     keywords: Mapping[str, object],
     cells: Sequence[str] | None = None,
 ) -> Chain:
-    """The model's cells; any other module is captured, unless it was already, with such arguments.
+    """Return the model's cells, capturing it unless it is a chain or has a matching capture.
 
-    With `cells` they are the modules of these names, unless they are that already. Raises
-    ModelError where that cannot be done, or where there is no example.
+    `cells` names the modules to use as cells. ModelError if that fails, or without an example.
     """
     if cells is not None:
         return _named(model, inputs, keywords, cells)
@@ -68,9 +67,9 @@ def _named(
 def _example(
     inputs: object, keywords: Mapping[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """A batch, all of it as one microbatch, as the arguments of the model's forward.
+    """Return a batch, all in one microbatch, as arguments of the model's forward.
 
-    Raises BatchError for one that has no form of a batch, before anything is captured.
+    BatchError for an invalid batch, before anything is captured.
     """
     extent([("inputs", inputs), *keywords.items()])
     example = first_microbatch((inputs, dict(keywords)), _ALL)
@@ -80,7 +79,7 @@ def _example(
 def entering(
     model: Model, inputs: object, keywords: Mapping[str, object]
 ) -> tuple[object, dict[str, object]]:
-    """What enters the chain, and what its cells take by name: the latter alone if captured."""
+    """Return the chain's input, and its cells' keyword arguments (only these if captured)."""
     captured = captured_of(model)
     if captured is None:
         return inputs, dict(keywords)
@@ -90,7 +89,7 @@ def entering(
 def _arguments(
     inputs: object, keywords: Mapping[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The model's own arguments: several positional ones are one value in `plan`."""
+    """Return the model's own arguments; in `plan`, several positional ones are one value."""
     if isinstance(inputs, Arguments):
         return inputs.args, {**inputs.kwargs, **keywords}
     return (() if inputs is None else (inputs,)), dict(keywords)

@@ -1,4 +1,4 @@
-"""A model as a chain of cells: the smallest pieces that a partition never cuts.
+"""A model as a chain of cells: the units that a partition never cuts.
 
 Nested `nn.Sequential`s are flattened. A Sequential that is more than its children (own forward or
 `train`, hooks, parameters or buffers) stays one cell, since flattening would lose what it adds.
@@ -23,52 +23,23 @@ Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes
 def chain_of(model: Model) -> Chain:
     """Return the model's cells in running order.
 
-    `model` is an `nn.Sequential` (nested ones are flattened), a list of modules, or what was
-    captured of another module (`stagewise.capture`); raises ModelError for anything else, naming
-    what to do, and for skips that do not pair up.
+    `model` is an `nn.Sequential` (nested ones are flattened), a list of modules, or a captured
+    module (`stagewise.capture`). ModelError, with a remedy, for anything else and for skips that do
+    not pair up.
     """
     captured = captured_of(model)
     if captured is not None:
         return captured.chain
-    scopes: tuple[Scope, ...] = ()
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        if not is_chain(model):
-            if since := changed_of(model):
-                raise ModelError(
-                    f"{', '.join(since[:3])} of {type(model).__name__} changed after it was "
-                    "captured; call stagewise.capture again (or stagewise.plan with an "
-                    "example), so that its cells follow"
-                )
-            changed = sorted({n for cls in type(model).__mro__ for n in _overridden(cls)})
-            why = f" (its own {', '.join(changed)} would be lost)" if changed else ""
-            raise ModelError(
-                f"{type(model).__name__} is not a sequence of cells{why} and has not been "
-                "captured; call stagewise.capture(model, *args, **kwargs) with an example of its "
-                "arguments first (stagewise.plan does so where it is given an example; with "
-                "cells=[...] it takes modules of the model as its cells), or pass an nn.Sequential "
-                "or a list of modules, each fed with what the one before it returns"
-            )
-        children = [(n, m) for n, m in model._modules.items() if m is not None]
-        scopes = enter((), "", model)
-    else:
-        assert not isinstance(model, Captured)
-        children = []
-        for index, module in enumerate(model):
-            if not isinstance(module, nn.Module):
-                raise ModelError(
-                    f"item {index} of the list of layers is a {type(module).__name__}; "
-                    "every item must be an nn.Module"
-                )
-            children.append((str(index), module))
+    children, scopes = _children_of(model)
     named = [found for name, child in children for found in _flatten(name, child, scopes)]
+    if not named:
+        raise ModelError("the model has no cells; give it at least one layer")
     for name, module, _ in named:
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             raise ModelError(
                 f"cell {name!r} ({type(module).__name__}) is lazy: its parameters have no shape "
                 "yet; run the model once on a sample, then cut it"
             )
-    if not named:
-        raise ModelError("the model has no cells; give it at least one layer")
     skips = between_cells(
         [(name, skips_of(name, module, around)) for name, module, around in named]
     )
@@ -80,15 +51,49 @@ def chain_of(model: Model) -> Chain:
     return chain
 
 
+def _children_of(model: Model) -> tuple[list[tuple[str, nn.Module]], tuple[Scope, ...]]:
+    """Return the named modules of a Sequential or list, and the scopes around them."""
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+        if not is_chain(model):
+            raise _not_a_chain(model)
+        children = [(n, m) for n, m in model._modules.items() if m is not None]
+        return children, enter((), "", model)
+    assert not isinstance(model, Captured)
+    for index, module in enumerate(model):
+        if not isinstance(module, nn.Module):
+            raise ModelError(
+                f"item {index} of the list of layers is a {type(module).__name__}; "
+                "every item must be an nn.Module"
+            )
+    return [(str(index), module) for index, module in enumerate(model)], ()
+
+
+def _not_a_chain(model: nn.Module) -> ModelError:
+    if since := changed_of(model):
+        return ModelError(
+            f"{', '.join(since[:3])} of {type(model).__name__} changed after it was captured; call "
+            "stagewise.capture again (or stagewise.plan with an example) to update its cells"
+        )
+    changed = sorted({n for cls in type(model).__mro__ for n in _overridden(cls)})
+    why = f" (its own {', '.join(changed)} would be lost)" if changed else ""
+    return ModelError(
+        f"{type(model).__name__} is not a sequence of cells{why} and has not been captured; call "
+        "stagewise.capture(model, *args, **kwargs) with an example of its arguments first "
+        "(stagewise.plan does so if given an example; with cells=[...] it uses modules of the "
+        "model as its cells), or pass an nn.Sequential or a list of modules, each taking the "
+        "previous one's output"
+    )
+
+
 def is_chain(model: nn.Module) -> bool:
-    """Whether `chain_of` takes the module as it is, without a capture."""
+    """Return whether `chain_of` accepts the module without a capture."""
     return isinstance(model, nn.ModuleList) or _is_plain_sequential(model)
 
 
 def module_tree(cells: Sequence[Cell]) -> nn.Module:
-    """A module that holds `cells` under their paths, so that all names are the plain model's.
+    """Return a module that holds `cells` under their paths, with the plain model's names.
 
-    Its `train` and `eval` reach the cells also where they are not in it themselves.
+    Its `train` and `eval` also reach cells that it does not contain as modules.
     """
     held: list[tuple[int, str, nn.Module]] = []
     for cell in cells:
@@ -120,7 +125,7 @@ class _Root(nn.Module):
 
 
 def _node(root: nn.Module, path: str, module: nn.Module | None = None) -> nn.Module:
-    """The module at `path` below `root`: `module`, or one made for it."""
+    """Return the module at `path` below `root`: `module`, or a new one."""
     parent = root
     *above, leaf = path.split(".") if path else [""]
     for name in above:
@@ -133,7 +138,7 @@ def _node(root: nn.Module, path: str, module: nn.Module | None = None) -> nn.Mod
 
 
 def _adopt(node: nn.Module, holders: Sequence[nn.Module]) -> None:
-    """Give `node` what `holders` have; of one holder the very dicts, so that both stay equal."""
+    """Give `node` the tensors of `holders`; of a single one its very dicts, so both stay equal."""
     first, *others = holders
     node._parameters, node._buffers = first._parameters, first._buffers
     node._non_persistent_buffers_set = first._non_persistent_buffers_set
@@ -183,13 +188,13 @@ def _is_plain_sequential(module: nn.Module) -> bool:
 
 
 def _overridden(cls: type) -> list[str]:
-    """What a subclass of Sequential has in place of Sequential's own: flattening would lose it."""
+    """Return what a subclass of Sequential overrides, which flattening would lose."""
     if not issubclass(cls, nn.Sequential) or cls in (SkipScope, nn.Sequential):
         return []
     return [n for n in vars(cls) if hasattr(nn.Sequential, n) and n not in _OWN_NAMES]
 
 
-# What every class has of its own, and what only runs before the model is cut.
+# Attributes that every class has, and those that only matter before the model is cut.
 _OWN_NAMES = {
     *vars(type("Empty", (nn.Sequential,), {"__annotations__": {}})),
     "__init__",

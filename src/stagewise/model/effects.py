@@ -1,6 +1,6 @@
-"""Calls that a forward makes for their effect: traced as operators, made again by the cells.
+"""Calls that a forward makes for their effect: traced as operators, repeated by the cells.
 
-`stagewise.add_loss` is one. Layers above register what is to be called, under a name.
+`stagewise.add_loss` is one. Other modules register the function to call, under a name.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ _CALLS: dict[str, Callable[[torch.Tensor, str], None]] = {}
 
 
 def traced_effect(what: str, call: Callable[[torch.Tensor, str], None]) -> None:
-    """Let cells call `call(value, name)` where a trace holds the effect `what`."""
+    """Register `call(value, name)`, which cells call where a trace has the effect `what`."""
     _CALLS[what] = call
 
 
 def trace_effect(value: torch.Tensor, what: str, name: str) -> None:
-    """Write the effect into the trace that is being made."""
+    """Record the effect in the current trace."""
     torch.ops.stagewise.effect(value, what, name)
 
 
 def make_effect(value: torch.Tensor, what: str, name: str) -> None:
-    """Make it, in a cell."""
+    """Perform the effect, in a cell."""
     _CALLS[what](value, name)

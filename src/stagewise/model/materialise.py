@@ -1,12 +1,13 @@
-"""Making a model that was built on the meta device real, cell by cell.
+"""Materialise a model that was built on the meta device, cell by cell.
 
-Problem: tensors on the meta device have shapes only, so what constructors drew is lost. PyTorch's
-remedy (`to_empty`, then `reset_parameters`) unties weights, and what it does not reach keeps what
-lay in memory. Idea: a cell's tensors get memory full of NaN, then its modules' `reset_parameters`
-run, then the `init` of the user or of the model; what is still NaN is an error that names it.
+Problem: tensors on the meta device only have shapes, so the values that constructors drew are lost.
+PyTorch's remedy (`to_empty`, then `reset_parameters`) unties weights, and leaves tensors that it
+does not reach uninitialised. Idea: a cell's tensors get memory full of NaN, then its modules'
+`reset_parameters` run, then the `init` of the user or of the model; a remaining NaN is an error
+that names the tensor.
 Invariants: while a cell is initialised every other one is on the meta device, and a tied tensor
-everywhere but at its first place, so its values depend on the cell's seed alone. The model is
-touched only when all its cells are made.
+everywhere but at its first place, so its values only depend on the cell's seed. The model is
+changed only after all its cells have been initialised.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -37,9 +38,9 @@ def materialise(
         seed_cell: called with a cell's name right before it is initialised.
         init: called with every module of a cell, children first, and with the modules around it,
             after all `reset_parameters`; by default a module's own or its nearest ancestor's
-            `_init_weights(module)`, where it has one, as in transformers.
-        model: what the chain was made of, whose other modules may have such an `_init_weights`.
-        given: names of tensors that get memory only, since the caller fills them.
+            `_init_weights(module)`, if any, as in transformers.
+        model: the model of the chain, whose other modules may have such an `_init_weights`.
+        given: names of tensors that only get memory, since the caller fills them.
 
     Raises:
         ModelError: a tensor of these cells has no initialisation, its initialisation failed, or
@@ -57,7 +58,7 @@ def materialise(
     for entry in entries:
         if entry.cells.isdisjoint(own):
             continue
-        # A tied tensor that a cell of another rank initialises gets memory here, for a copy.
+        # A tied tensor that a cell of another rank initialises only gets memory here, for a copy.
         real = made[id(entry.tensor)] if id(entry.tensor) in made else _room(entry.tensor)
         for place in entry.places:
             place.put(real)
@@ -70,7 +71,7 @@ def _initialised(
     seed_cell: Callable[[str], None],
     given: set[str],
 ) -> dict[int, torch.Tensor]:
-    """New tensors for `entries`, which the cell initialises, by the old ones' id."""
+    """Return new tensors for `entries`, initialised by the cell, keyed by the old ones' id."""
     rooms = [(entry, _room(entry.tensor)) for entry in entries]
     missing = [
         (entry, room)
@@ -111,36 +112,37 @@ def _initialised(
 
 
 def _run(parts: Sequence[Part], holders: Collection[nn.Module]) -> None:
-    """Initialise the modules that hold what is missing, those in which they are, and around."""
+    """Initialise the modules that hold missing tensors, and those that contain them."""
     needed = [p for p in parts if p.is_around or any(m in holders for m in p.module.modules())]
     with torch.device("cpu"):
         for part in needed:
             for name in ("reset_parameters", "_reset_parameters"):  # the latter in nn.Transformer
                 reset = getattr(part.module, name, None)
                 if callable(reset):
-                    _blamed(f"{name}()", part, reset)
+                    _call(f"{name}()", part, reset)
                     break
         for part in needed:
             if part.init is not None:
-                _blamed("init(module)", part, part.init, part.module)
+                _call("init(module)", part, part.init, part.module)
 
 
-def _blamed(what: str, part: Part, function: Callable[..., object], *args: object) -> None:
+def _call(what: str, part: Part, function: Callable[..., object], *args: object) -> None:
+    """Call an initialiser; raises ModelError that names it and the module."""
     try:
         function(*args)
     except Exception as error:
         raise ModelError(
-            f"{what} failed for {part.path or 'the model'} ({type(part.module).__name__}), which "
-            f"is made from the meta device: {type(error).__name__}: {error}"
+            f"{what} failed for {part.path or 'the model'} ({type(part.module).__name__}), built "
+            f"on the meta device: {type(error).__name__}: {error}"
         ) from error
 
 
 def _room(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory on the CPU for a tensor on the meta device, with its kind and attributes."""
+    """Allocate a meta tensor on the CPU, with its class and attributes."""
     if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
         raise ModelError(
-            "a parameter on the meta device has hooks, which its copy with memory would not have; "
-            "register them after the Pipeline is made, on what pipe.named_parameters() gives"
+            "a parameter on the meta device has hooks, which its materialised copy would lack; "
+            "register them after building the Pipeline, on pipe.named_parameters()"
         )
     room = torch.empty_like(tensor, device="cpu", requires_grad=False)
     if isinstance(tensor, nn.Parameter):
@@ -154,13 +156,13 @@ def _has_nan(tensor: torch.Tensor) -> bool:
 
 
 def _is_filled(tensor: torch.Tensor | None, num_writes: int | None) -> bool:
-    """Whether all of a tensor that was spoilt has got values; no writes counted: it is another."""
+    """Return whether a tensor of NaNs has been filled; `num_writes` is None if it was replaced."""
     if tensor is None or tensor.is_meta:
         return False
     if not _has_nan(tensor):
         return num_writes != 0 or bool(tensor.any())
     values = tensor.float() if tensor.element_size() == 1 else tensor
-    # The sum needs no memory, and is NaN if any element is.
+    # The sum allocates nothing, and is NaN if any element is.
     return not bool(values.sum().isnan()) or not bool(values.isnan().any())
 
 
@@ -173,8 +175,8 @@ def _check_filled(unfilled: Sequence[MetaTensor]) -> None:
         return
     fleeting = [entry for entry in unfilled if not entry.is_saved]
     hint = (
-        f"; {fleeting[0].places[0].name} is in no checkpoint (persistent=False): let "
-        "reset_parameters compute it too, or build it on a real device: "
+        f"; {fleeting[0].places[0].name} is in no checkpoint (persistent=False): compute it in "
+        "reset_parameters too, or build it on a real device: "
         'torch.arange(..., device="cpu")'
         if fleeting
         else ""
@@ -190,7 +192,7 @@ def _check_constructors(lost: Sequence[MetaTensor]) -> None:
     if lost:
         raise ModelError(
             f"{_listing(lost)} were initialised again after reset_parameters() by the code that "
-            "built the model on the meta device, and that cannot be repeated: move it to a "
+            "built the model on the meta device, which cannot be repeated: move that into "
             "reset_parameters() of the module that does it, or give Pipeline "
             "init=function(module), or state= with a checkpoint"
         )
@@ -201,8 +203,8 @@ def _check_attributes(cell: Cell) -> None:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise ModelError(
-                    f"{path}.{name} is a tensor on the meta device that is no buffer, so it "
-                    "cannot be made real: register it with register_buffer and fill it in "
+                    f"{path}.{name} is a tensor on the meta device but not a buffer, so it "
+                    "cannot be materialised: register it with register_buffer and fill it in "
                     "reset_parameters(), compute it in forward, or build it on a real device"
                 )
 

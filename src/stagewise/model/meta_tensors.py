@@ -1,4 +1,4 @@
-"""What of a chain is on the meta device, where it is kept, and which modules can fill it."""
+"""Which tensors of a chain are on the meta device, where they are kept, and who can fill them."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ Init = Callable[[nn.Module], object]
 
 @dataclass(frozen=True)
 class Keeper:
-    """Where a module of a cell keeps a tensor."""
+    """The module and attribute where a cell keeps a tensor."""
 
-    name: str  # the plain model's
+    name: str  # in the plain model
     module: nn.Module
     attribute: str
 
@@ -27,7 +27,7 @@ class Keeper:
         return self.module._buffers.get(self.attribute) if kept is None else kept
 
     def put(self, tensor: torch.Tensor) -> None:
-        setattr(self.module, self.attribute, tensor)  # nn.LSTM and its like keep a list besides
+        setattr(self.module, self.attribute, tensor)  # nn.LSTM and the like also keep a list
 
     def __str__(self) -> str:
         return f"{self.name} ({type(self.module).__name__})"
@@ -35,7 +35,7 @@ class Keeper:
 
 @dataclass
 class MetaTensor:
-    """A tensor on the meta device and where it is kept; it is initialised at its first place."""
+    """A tensor on the meta device and its places; it is initialised at the first."""
 
     tensor: torch.Tensor
     places: list[Keeper] = field(default_factory=list)
@@ -44,25 +44,25 @@ class MetaTensor:
 
     @property
     def is_saved(self) -> bool:
-        """Whether it is in a state_dict."""
+        """Whether it is in the state_dict."""
         first = self.places[0]
         return first.attribute not in first.module._non_persistent_buffers_set
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module to initialise, and what does it besides its own `reset_parameters`."""
+    """A module to initialise, and its initialiser besides its own `reset_parameters`."""
 
     path: str
     module: nn.Module
     init: Init | None
-    is_around: bool = False  # other cells are in it too
+    is_around: bool = False  # it also contains other cells
 
 
 def is_meta(chain: Chain) -> bool:
-    """Whether the model is on the meta device; raises ModelError if only a part of it is.
+    """Return whether the model is on the meta device; ModelError if only a part of it is.
 
-    Buffers with values are welcome in a model whose parameters are on the meta device.
+    Buffers may have values in a model whose parameters are on the meta device.
     """
     tensors = [
         (_name(path, name), tensor)
@@ -80,18 +80,18 @@ def is_meta(chain: Chain) -> bool:
     ]
     if metas and reals:
         raise ModelError(
-            f"the model is half on the meta device: {metas[0][0]} is, {reals[0][0]} is on "
-            f"{reals[0][1].device}; build all of it anew under torch.device('meta'), or none of it "
-            "(a Pipeline makes its own stages real); give trained values to Pipeline as "
+            f"the model is partly on the meta device: {metas[0][0]} is, {reals[0][0]} is on "
+            f"{reals[0][1].device}; build all of it under torch.device('meta'), or none of it "
+            "(a Pipeline materialises its own stages); pass trained values to Pipeline as "
             "state={name: tensor}, or as the path of a checkpoint"
         )
     return bool(metas)
 
 
 def entries_of(chain: Chain, model: nn.Module | None) -> list[MetaTensor]:
-    """The model's tensors on the meta device, in its order.
+    """Return the model's tensors on the meta device, in its order.
 
-    What a cell of a captured model holds of a module is initialised in that module.
+    Tensors in a Holder of a captured model's cell are initialised in the original module.
     """
     entries: dict[int, MetaTensor] = {}
     for cell in chain:
@@ -110,7 +110,7 @@ def entries_of(chain: Chain, model: nn.Module | None) -> list[MetaTensor]:
 
 
 def parts_of(cell: Cell, model: nn.Module | None, init: Init | None) -> Iterator[Part]:
-    """The cell's modules, children first as their constructors ran, then those around it."""
+    """Yield the cell's modules, children first as their constructors ran, then those around it."""
     seen: set[nn.Module] = set()
     around: dict[str, Part] = {}
 
@@ -139,13 +139,13 @@ def parts_of(cell: Cell, model: nn.Module | None, init: Init | None) -> Iterator
 
 
 def _above(path: str) -> list[str]:
-    """The paths of the modules around `path`, the model's own first."""
+    """Return the paths of the modules around `path`, the model's own first."""
     parts = path.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts) if path else 0)]
 
 
 def _original(path: str, module: nn.Module, model: nn.Module | None) -> nn.Module:
-    """The model's own module, where `module` stands for it in a cell."""
+    """Return the model's own module if `module` is a Holder for it."""
     return model.get_submodule(path) if model is not None and isinstance(module, Holder) else module
 
 
@@ -154,7 +154,7 @@ def _name(path: str, attribute: str) -> str:
 
 
 def _own_init(module: nn.Module) -> Init | None:
-    """The module's `_init_weights`, if it takes a module."""
+    """Return the module's `_init_weights`, if it takes a module."""
     hook = getattr(module, "_init_weights", None)
     if not callable(hook):
         return None

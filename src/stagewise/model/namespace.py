@@ -1,4 +1,4 @@
-"""What a captured cell's code refers to, and the code itself; plain data that can be pickled."""
+"""A captured cell's code, and the names that it refers to; plain data that can be pickled."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ Contexts = AbstractContextManager[Any]
 
 
 class Code:
-    """A function as its source and the globals that this names."""
+    """A function, as its source and the globals that it uses."""
 
     def __init__(self, source: str, scope: Mapping[str, Any]) -> None:
         self._source, self._scope = source, dict(scope)
@@ -52,7 +52,7 @@ CONTEXTS: Mapping[str, Callable[..., Contexts]] = {
 
 @dataclass(frozen=True)
 class Region:
-    """Operators that run with gradients off, or under an autocast of their own."""
+    """Operators that run with gradients disabled, or under their own autocast."""
 
     code: Code
     context: str  # a key of CONTEXTS
@@ -67,43 +67,43 @@ class Region:
 class CellNamespace:
     """The names under which one cell keeps what its code uses; shared by its functions.
 
-    `device` is the one that was traced; `states` are the names of the parameters and buffers that
-    operators use, `changed` those that some cell changes, `leaves` the paths of the layers that are
-    called, `constants` and `kept` the tensors and other objects that belong to the code.
+    `device` is that of the trace; `states` are the names of parameters and buffers that operators
+    use, `changed` those that some cell changes, `leaves` the paths of layers that are called,
+    `constants` and `kept` the tensors and other objects that belong to the code.
     """
 
     device: torch.device
     owners: dict[str, str] = field(default_factory=dict)  # path of a module -> its name here
     states: set[str] = field(default_factory=set)
-    changed: set[str] | None = None  # None: it is not known
+    changed: set[str] | None = None  # None: unknown
     leaves: set[str] = field(default_factory=set)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, object] = field(default_factory=dict)
 
     def owner(self, path: str) -> str:
-        """Where the module at `path` will be kept."""
+        """Return the name under which the module at `path` is kept."""
         return self.owners.setdefault(path, f"m{len(self.owners)}")
 
     def state(self, name: str) -> str:
-        """Where code finds a parameter or buffer."""
+        """Return the expression for a parameter or buffer."""
         self.states.add(name)
         path, _, attribute = name.rpartition(".")
         return f"{self.owner(path)}.{attribute}"
 
     def leaf(self, path: str) -> str:
-        """Where code finds a layer to call."""
+        """Return the expression for a layer to call."""
         self.leaves.add(path)
         return self.owner(path)
 
     def constant(self, tensor: torch.Tensor) -> str:
-        """Where code finds a tensor that was made in forward."""
+        """Return the expression for a tensor created in forward."""
         known = [name for name, other in self.constants.items() if other is tensor]
         name = known[0] if known else f"c{len(self.constants)}"
         self.constants[name] = tensor
         return f"constants.{name}"
 
     def keep(self, value: object) -> str:
-        """Where code finds any other object."""
+        """Return the expression for any other object."""
         name = f"k{len(self.kept)}"
         self.kept[name] = value
         return name

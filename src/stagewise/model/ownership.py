@@ -1,7 +1,7 @@
-"""Which cell holds which parameters and buffers: those that use them, and for the unused one more.
+"""Assign parameters and buffers to the cells that use them, and unused ones to the nearest cell.
 
-A layer of torch.nn that a cell calls is held itself. Of another module, which may be spread over
-many cells, a cell holds what it uses, in a holder with the same attribute names.
+A cell holds a layer of torch.nn that it calls as it is. Another module may be spread over many
+cells: each holds the tensors it uses, in a Holder with the same attribute names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,24 +17,25 @@ V = TypeVar("V")
 
 
 def owners_of(
-    model: nn.Module, leaves: Mapping[str, nn.Module], homes: Sequence[CellNamespace]
+    model: nn.Module, leaves: Mapping[str, nn.Module], namespaces: Sequence[CellNamespace]
 ) -> list[list[tuple[int, str, nn.Module]]]:
-    """For every cell, what it holds: place in `model`'s order, path there, module or Holder.
+    """Return what every cell holds: (place in `model`'s order, path, module or Holder).
 
-    Every name of the model's parameters and buffers is there at least once.
+    Every name of the model's parameters and buffers occurs at least once.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     first = {module: path for path, module in reversed(modules.items())}
-    cells: list[dict[str, nn.Module]] = [{} for _ in homes]
-    for cell, home in zip(cells, homes, strict=True):
-        for path in sorted(home.leaves):
+    cells: list[dict[str, nn.Module]] = [{} for _ in namespaces]
+    for cell, namespace in zip(cells, namespaces, strict=True):
+        for path in sorted(namespace.leaves):
             cell[path] = leaves[path]
-        for name in sorted(home.states):
+        for name in sorted(namespace.states):
             _hold(cell, model, name)
             holder = cell.get(name.rpartition(".")[0])
-            if isinstance(holder, Holder) and home.changed is not None and name not in home.changed:
+            known, changed = namespace.changed is not None, namespace.changed or ()
+            if isinstance(holder, Holder) and known and name not in changed:
                 holder.constant.add(name.rpartition(".")[2])
-    for path, module in modules.items():  # other names of layers that are held
+    for path, module in modules.items():  # other names of held layers
         for cell in cells:
             if path not in cell and module in cell.values() and not _inside(path, cell):
                 cell[path] = module
@@ -63,7 +64,7 @@ def owners_of(
 
 
 def _hold(cell: dict[str, nn.Module], model: nn.Module, name: str) -> None:
-    """Let `cell` hold the parameter or buffer `name`."""
+    """Make `cell` hold the parameter or buffer `name`."""
     if _has(cell, name):
         return
     path, _, attribute = name.rpartition(".")
@@ -100,7 +101,7 @@ def _inside(path: str, cell: Iterable[str]) -> bool:
 def _nearest(
     cells: Sequence[dict[str, nn.Module]], name: str, tensor: torch.Tensor
 ) -> dict[str, nn.Module]:
-    """The cell that holds `tensor` under another name, or else what lies nearest to `name`."""
+    """Return the cell that holds `tensor` under another name, else the one nearest to `name`."""
     for cell in cells:
         for module in cell.values():
             if any(tensor is held for held in (*module.parameters(), *module.buffers())):

@@ -1,8 +1,8 @@
-"""What a trace takes for granted of the batch's sizes, and whether a call fulfils it.
+"""What a trace assumes about the batch's sizes, and whether a call satisfies it.
 
-torch.export follows one branch of `if x.shape[1] > 20`, and takes the classes of a one_hot for a
-number; in a call where that is not so the trace would compute something else than the model, so it
-is refused before anything runs (`export/asked_sizes.py` notes what was asked).
+torch.export follows one branch of `if x.shape[1] > 20`, and bakes in the number of classes of a
+one_hot; for a call that violates this the trace would differ from the model, so it is refused
+before anything runs (`export/asked_sizes.py` records the assumptions).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from stagewise.errors import BatchError
 
-Size: TypeAlias = "int | sympy.Expr"  # an expression of symbols where it may change
+Size: TypeAlias = "int | sympy.Expr"  # a symbolic expression if it is dynamic
 
 _SAMPLES = sympy.Symbol("samples", integer=True, positive=True)  # of a microbatch
 
@@ -29,7 +29,7 @@ _REMEDY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What forward decided at `place` (file and line), as a relation of symbolic sizes."""
+    """A decision of forward at `place` (file and line), as a relation of symbolic sizes."""
 
     holds: sympy.Basic
     place: str
@@ -45,10 +45,10 @@ class TakenInput:
     dtype: torch.dtype
 
     def of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The tensor of this call."""
+        """Return this tensor of a call."""
         if self.name not in inputs:
             raise BatchError(
-                f"the model was captured with {self.name!r}, but it is not given; pass it, or "
+                f"the model was captured with {self.name!r}, which is missing here; pass it, or "
                 "capture the model without it (stagewise.capture(model, example))"
             )
         value = inputs[self.name]
@@ -58,7 +58,7 @@ class TakenInput:
 
     @property
     def counts_samples(self) -> bool:
-        """Whether its first dimension is any number of samples."""
+        """Whether its first dimension is a dynamic number of samples."""
         return bool(self.shape) and isinstance(self.shape[0], sympy.Symbol)
 
     def __str__(self) -> str:
@@ -69,8 +69,8 @@ class TakenInput:
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[Size, ...]:
-    """A traced tensor's shape."""
-    sizes = [sympy.sympify(size) for size in tensor.shape]  # a SymInt gives its expression
+    """Return a traced tensor's shape."""
+    sizes = [sympy.sympify(size) for size in tensor.shape]  # a SymInt becomes its expression
     return tuple(int(size) if size.is_number else size for size in sizes)
 
 
@@ -81,11 +81,10 @@ def check_promises(
     *,
     samples: bool = True,
 ) -> None:
-    """Raise BatchError unless `tensors` have these forms and fulfil the conditions.
+    """Raise BatchError unless `tensors` have these forms and satisfy the conditions.
 
-    Without `samples` only what holds, or does not, for any number of them is decided. Any other
-    size that may change must be at least 2: torch.export takes this for granted, since a size of 1
-    would mean broadcasting.
+    Without `samples`, only violations for any number of samples raise. Any other dynamic size must
+    be at least 2: torch.export assumes so, since a size of 1 would mean broadcasting.
     """
     known: dict[Any, sympy.Basic] = {}
     names: dict[Any, sympy.Symbol] = {}
@@ -113,8 +112,8 @@ def check_promises(
                 if expected.is_number and int(expected) != size:
                     raise BatchError(
                         f"{_name(form, axis)} is {size}, but the model was captured with an "
-                        f"example where it is {_text(wanted.xreplace(names))}, which is {expected} "
-                        f"here; {_REMEDY}"
+                        f"example where it equals {_text(wanted.xreplace(names))}, which is "
+                        f"{expected} here; {_REMEDY}"
                     )
     for condition in conditions:
         _check_condition(condition, known, names)
@@ -123,7 +122,7 @@ def check_promises(
 def _check_condition(
     condition: Condition, known: Mapping[Any, sympy.Basic], names: Mapping[Any, sympy.Symbol]
 ) -> None:
-    """Raise BatchError unless it may hold where all of its sizes are known."""
+    """Raise BatchError if all of its sizes are known and it cannot hold."""
     symbols = condition.holds.free_symbols
     if not symbols <= known.keys() or _may_hold(condition.holds.xreplace(known)):
         return
@@ -131,14 +130,14 @@ def _check_condition(
     raise BatchError(
         f"{values}, but the model was captured with an example where "
         f"{_text(condition.holds.xreplace(names))}, on which {condition.place} depends; "
-        f"{_REMEDY}; or let forward decide nothing by sizes"
+        f"{_REMEDY}; or do not branch on sizes in forward"
     )
 
 
 def inputs_to_compare(
     batch: Sequence[TakenInput], conditions: Sequence[Condition]
 ) -> tuple[TakenInput, ...]:
-    """What must be at hand together to decide conditions that hang on the number of samples."""
+    """Return the inputs needed together to decide conditions on the number of samples."""
     counts = {form.shape[0]: _SAMPLES for form in batch if form.counts_samples}
     open_ones = set[Any]()
     for condition in conditions:
@@ -154,18 +153,18 @@ def inputs_to_compare(
 
 
 def _may_hold(condition: sympy.Basic) -> bool:
-    """Whether a condition holds; one that the number of samples decides may."""
+    """Return whether a condition holds, or may hold for some number of samples."""
     reduced = _reduced(condition)
     if reduced in (sympy.true, sympy.false):
         return reduced is sympy.true
     if reduced.free_symbols:
         return True
-    # Of floating-point numbers, which sympy leaves as they are: as torch itself evaluates them.
+    # With floating-point numbers, which sympy does not simplify; torch evaluates them like this.
     return bool(eval(_text(reduced), {"math": math, "torch": torch}))
 
 
 def _reduced(condition: sympy.Basic) -> sympy.Basic:
-    """`n * a == n * b` as `a == b`: every tensor has the same number of samples."""
+    """Simplify `n * a == n * b` to `a == b`: every tensor has the same number of samples."""
     if isinstance(condition, (sympy.Eq, sympy.Ne)) and _SAMPLES in condition.free_symbols:
         left, right = condition.args
         ratio = sympy.cancel(left / right)
@@ -183,5 +182,5 @@ def _text(expression: sympy.Basic) -> str:
 
 
 def is_symbolic(size: object) -> bool:
-    """Whether a size may differ from batch to batch."""
+    """Return whether a size is dynamic."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number

@@ -1,12 +1,12 @@
-"""Skips: what one cell stashes under a name and a later cell pops, past the cells between.
+"""Skip connections: one cell stashes a value under a name, and a later cell pops it.
 
-A chain hands a value from cell to cell, so a U-Net's long connection would have to pass through
+A chain passes a value from cell to cell, so a U-Net's long connection would have to pass through
 every cell, and every stage, on its way. Skips go straight to the stage that pops them. The idea
-is torchgpipe's (arXiv:2004.09910, section 4), with calls in place of generators, and with names
-scoped by the model's structure in place of namespace objects, so that copies of a block, the
-same block twice and nested blocks need nothing more.
+is torchgpipe's (arXiv:2004.09910, section 4), with calls instead of generators, and with names
+scoped by the model's structure instead of namespace objects, so that copies of a block, the same
+block used twice and nested blocks just work.
 
-Invariant: in its scope a skip is stashed once and popped once, by a later cell.
+Invariant: within its scope a skip is stashed once and popped once, by a later cell.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,16 +28,17 @@ DECLARED = "_stagewise_skips"  # on a cell's class, or on one cell
 class SkipScope(nn.Sequential):
     """An `nn.Sequential` whose cells may stash and pop; a model with skips is one.
 
-    A name belongs to the innermost SkipScope around its cell, so a block that is one can stand
-    in a model several times, and in itself.
+    A name belongs to the innermost SkipScope around its cell, so a block that is a SkipScope can
+    occur several times in a model, also nested in itself.
 
     Args:
         modules: as for `nn.Sequential`.
-        own_names: the names that belong to this scope; others belong to the scope around it.
-            None means all.
+        own_names: the names that belong to this scope (None: all); others belong to the scope
+            around it.
 
     Raises:
-        CellError: called directly, a cell pops what is not there, or nobody pops what is.
+        CellError: when called directly, a cell pops a name that is not stashed, or a stashed name
+            is not popped.
 
     Example:
         >>> import torch, stagewise
@@ -74,7 +75,7 @@ class SkipScope(nn.Sequential):
 
 @dataclass(frozen=True)
 class Declared:
-    """What one forward of a cell stashes and pops."""
+    """The names that one forward of a cell stashes and pops."""
 
     stash: tuple[str, ...]
     pop: tuple[str, ...]
@@ -83,8 +84,8 @@ class Declared:
 def skippable(*, stash: Sequence[str] = (), pop: Sequence[str] = ()) -> Callable[[_Cell], _Cell]:
     """Declare what a class of cells, or one cell, stashes and pops in every forward.
 
-    It is a class's decorator; for names that differ from cell to cell call what it returns with
-    the cell itself: `skippable(stash=[name])(self)`. Raises ModelError for a bare string.
+    Use it as a class decorator; for names that differ from cell to cell, apply it to the cell:
+    `skippable(stash=[name])(self)`. Raises ModelError for a bare string.
     """
     for names in (stash, pop):
         if isinstance(names, str):
@@ -98,18 +99,18 @@ def skippable(*, stash: Sequence[str] = (), pop: Sequence[str] = ()) -> Callable
 
 
 def stash(name: str, value: object) -> None:
-    """Keep `value`, a tensor or any pytree, for the later cell that pops `name`.
+    """Stash `value`, a tensor or any pytree, for the later cell that pops `name`.
 
-    Raises CellError if `name` is stashed already, or if no SkipScope holds it.
+    Raises CellError if `name` is already stashed, or belongs to no SkipScope.
     """
     frame = _frame_of(name, "stash")
     if name in frame.stashed:
-        raise CellError(f"stash({name!r}): it is stashed already; give the second another name")
+        raise CellError(f"stash({name!r}): already stashed; give the second another name")
     frame.stashed[name] = Stashed(name, value)
 
 
 def pop(name: str) -> Any:
-    """The value that an earlier cell stashed under `name`, which is free again then.
+    """Return, and remove, the value that an earlier cell stashed under `name`.
 
     Raises CellError if there is none, or if it was changed in place since it was stashed.
     """
@@ -125,7 +126,7 @@ def pop(name: str) -> Any:
 
 
 class Stashed:
-    """A value on its way within one process."""
+    """A stashed value within one process."""
 
     def __init__(self, name: str, value: object) -> None:
         self.name, self.value = name, value
@@ -134,26 +135,26 @@ class Stashed:
         self._versions = [*map(_version, self._tensors)]
 
     def unchanged(self, when: str = "after it was stashed; stash a clone of it") -> object:
-        """The value; raises CellError if it is no more what was stashed.
+        """Return the value; CellError if it was changed in place since it was stashed.
 
-        A stage that lies elsewhere would get it as it was, and others would not see what is done
-        to it there, so the result would hang on the cut.
+        Another stage would get the value from before the change, so the result would depend on
+        the cut.
         """
         if self.changed():
             raise CellError(
-                f"{self.name!r} was changed in place {when}, "
-                "or let what follows (inplace=True?) make a new tensor"
+                f"{self.name!r} was changed in place {when}, or create a new tensor in the "
+                "operation that changes it (inplace=True?)"
             )
         return self.value
 
     def changed(self) -> list[torch.Tensor]:
-        """The tensors in it that were changed in place since."""
+        """Return its tensors that were changed in place since."""
         pairs = zip(self._tensors, self._versions, strict=True)
         return [tensor for tensor, version in pairs if _version(tensor) != version]
 
 
 class Frame:
-    """What is stashed in one scope while its cells run."""
+    """The stashed values of one scope while its cells run."""
 
     def __init__(self, own_names: frozenset[str] | None) -> None:
         self.own_names = own_names
@@ -166,7 +167,7 @@ _frames: ContextVar[tuple[Frame, ...]] = ContextVar("stagewise_skips", default=(
 
 @contextmanager
 def running(frames: tuple[Frame, ...]) -> Iterator[None]:
-    """Let `stash` and `pop` inside use `frames`, the innermost last."""
+    """Make `stash` and `pop` inside use `frames`, innermost last."""
     token = _frames.set(frames)
     try:
         yield
@@ -179,8 +180,8 @@ def _frame_of(name: str, what: str) -> Frame:
         if frame.own_names is None or name in frame.own_names:
             return frame
     raise CellError(
-        f"{what}({name!r}) in a cell that stands in no SkipScope for it; build the model as "
-        "SkipScope(...) in place of nn.Sequential(...), and declare the cell with "
+        f"{what}({name!r}) in a cell that is in no SkipScope for it; build the model as "
+        "SkipScope(...) instead of nn.Sequential(...), and declare the cell with "
         f"@skippable({what}=[{name!r}])"
     )
 

@@ -1,4 +1,4 @@
-"""Which skip goes from which cell to which: by what cells declare, before anything runs."""
+"""Pair skips between cells, from their declarations, before anything runs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Scope:
 class Skip:
     """A name in its scope."""
 
-    scope: str  # its path
+    scope: str  # the scope's path
     name: str
 
     def __str__(self) -> str:
@@ -30,7 +30,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class CellSkips:
-    """The scopes around a cell, outermost first, and what it stashes for and pops from others."""
+    """The scopes around a cell, outermost first, and the skips it exchanges with other cells."""
 
     scopes: tuple[Scope, ...] = ()
     stashes: tuple[Skip, ...] = ()
@@ -41,14 +41,14 @@ NO_SKIPS = CellSkips()
 
 
 def enter(scopes: tuple[Scope, ...], path: str, module: nn.Module) -> tuple[Scope, ...]:
-    """The scopes around what `module` holds."""
+    """Return the scopes around the children of `module`."""
     if isinstance(module, SkipScope):
         return (*scopes, Scope(path, module.own_names))
     return scopes
 
 
 def skips_of(cell: str, module: nn.Module, scopes: tuple[Scope, ...]) -> CellSkips:
-    """What the cell with this path declares, the modules inside it included."""
+    """Return what the cell `cell` (a path) declares, including the modules inside it."""
     stashes: list[Skip] = []
     pops: list[Skip] = []
     for declared, inside in _declarations(module, ()):
@@ -60,19 +60,19 @@ def skips_of(cell: str, module: nn.Module, scopes: tuple[Scope, ...]) -> CellSki
                 if scope is None:
                     raise ModelError(
                         f"cell {cell!r} ({type(module).__name__}) declares the skip {name!r} but "
-                        "stands in no SkipScope for it; build the model as SkipScope(...) in "
-                        "place of nn.Sequential(...)"
+                        "is in no SkipScope for it; build the model as SkipScope(...) instead of "
+                        "nn.Sequential(...)"
                     )
                 skips.append(Skip(scope.path, name))
     return CellSkips(scopes, tuple(stashes), tuple(pops))
 
 
 def between_cells(cells: Sequence[tuple[str, CellSkips]]) -> list[CellSkips]:
-    """Of what `cells` declare (paths and skips in running order), what goes from cell to cell.
+    """Return the skips between `cells` (paths and declarations, in running order).
 
-    A skip that a cell both stashes and pops stays in it, unless the counts say that it also
-    arrives (more pops, and an earlier cell has stashed it) or leaves (more stashes, and a later
-    cell pops it). Raises ModelError for a cell that would hand on a name that it received.
+    A skip that a cell both stashes and pops stays inside it, unless the counts say that it also
+    arrives (more pops, and an earlier cell stashed it) or leaves (more stashes, and a later cell
+    pops it). Raises ModelError for a cell that would forward a name that it received.
     """
     waiting: set[Skip] = set()
     found = []
@@ -83,7 +83,7 @@ def between_cells(cells: Sequence[tuple[str, CellSkips]]) -> list[CellSkips]:
             arrives = skip in waiting
             if arrives and surplus >= 0:
                 raise ModelError(
-                    f"cell {cell!r} pops {skip} and stashes it anew; {_TWICE} give the second "
+                    f"cell {cell!r} pops {skip} and stashes it again; {_TWICE} give the second "
                     "another name"
                 )
             leaves = not arrives and surplus > 0 and _is_popped(skip, cells[index + 1 :])
@@ -95,14 +95,14 @@ def between_cells(cells: Sequence[tuple[str, CellSkips]]) -> list[CellSkips]:
 
 
 def _is_popped(skip: Skip, cells: Sequence[tuple[str, CellSkips]]) -> bool:
-    """Whether one of `cells` pops what none of its own modules stashes."""
+    """Return whether one of `cells` pops a skip that its own modules do not stash."""
     return any(skips.pops.count(skip) > skips.stashes.count(skip) for _, skips in cells)
 
 
 def check_skips(cells: Iterable[tuple[str, CellSkips]]) -> None:
     """Raise ModelError unless each skip is stashed once, and later popped once.
 
-    `cells` are paths and skips in running order.
+    `cells` are (path, skips) in running order.
     """
     stashed: dict[Skip, str] = {}
     popped: dict[Skip, str] = {}
@@ -123,7 +123,7 @@ def check_skips(cells: Iterable[tuple[str, CellSkips]]) -> None:
             if skip in stashed:
                 raise ModelError(
                     f"cells {stashed[skip]!r} and {cell!r} both stash {skip}; {_TWICE} give one "
-                    "another name, or put it in a SkipScope of its own"
+                    "another name, or put it in its own SkipScope"
                 )
             stashed[skip] = cell
     for skip, cell in stashed.items():
@@ -140,7 +140,7 @@ _TWICE = "a skip goes from one cell to one cell:"
 def _declarations(
     module: nn.Module, scopes: tuple[Scope, ...]
 ) -> Iterator[tuple[Declared, tuple[Scope, ...]]]:
-    """What `module` and the modules in it declare, each with the scopes around it in `module`."""
+    """Yield the declarations of `module` and its submodules, with the scopes inside `module`."""
     declared = getattr(module, DECLARED, None)
     if declared is not None:
         yield declared, scopes

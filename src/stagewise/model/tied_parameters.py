@@ -1,4 +1,4 @@
-"""Finding parameters that several cells use: tied weights, shared modules."""
+"""Find parameters that several cells use: tied weights, shared modules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ V = TypeVar("V")
 class Tied:
     """A parameter used by more than one cell.
 
-    `names` are all of its names in the plain model's order (`named_parameters()` gives the first
-    alone, `state_dict()` all); `cells` are the using cells' positions in the chain.
+    `names` are all of its names in the plain model's order (`named_parameters()` only yields the
+    first, `state_dict()` all); `cells` are the using cells' indices.
     """
 
     parameter: nn.Parameter
@@ -26,7 +26,7 @@ class Tied:
 
 
 def find_tied(chain: Chain) -> tuple[Tied, ...]:
-    """The parameters that several cells use, in the plain model's order."""
+    """Return the parameters that several cells use, in the plain model's order."""
     cells: dict[nn.Parameter, list[int]] = {}
     for cell in chain:
         for parameter in cell.module.parameters():
@@ -42,9 +42,9 @@ def find_tied(chain: Chain) -> tuple[Tied, ...]:
 
 
 def with_all_names(state: Mapping[str, V], ties: tuple[Tied, ...]) -> dict[str, V]:
-    """`state` with one value under all names of a tied parameter: the one that stands last.
+    """Return `state` with one value under all names of a tied parameter: the last one given.
 
-    That is the one which the plain model's `load_state_dict` leaves there.
+    The plain model's `load_state_dict` keeps that one too.
     """
     whole = dict(state)
     for tied in ties:

@@ -114,7 +114,7 @@ def test_a_broken_entry_is_ignored_with_a_warning(cache: Path) -> None:
     (entry,) = entries(cache)
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"capture-.*\.pkl is ignored and made anew") as caught:
+    with pytest.warns(UserWarning, match=r"capture-.*\.pkl is ignored and replaced") as caught:
         ours = stagewise.capture(net(), x)
     assert caught[0].filename == __file__  # the line that captures
     assert torch.equal(ours(x)["out"], net()(x)["out"])  # type: ignore[index]
@@ -477,6 +477,6 @@ def test_what_others_could_have_written_is_not_loaded(
         monkeypatch.setattr("os.getuid", lambda: place.stat().st_uid + 1)
     loaded: list[object] = []
     monkeypatch.setattr("pickle.load", loaded.append)
-    with pytest.warns(UserWarning, match="ignored and made anew, since it cannot be trusted"):
+    with pytest.warns(UserWarning, match="ignored and replaced, since it cannot be trusted"):
         stagewise.capture(net(), torch.ones(3, 4))
     assert loaded == []

@@ -130,7 +130,7 @@ class Reentrant(nn.Module):
     ids=["forces", "reentrant"],
 )
 def test_what_no_cells_help_is_said(model: nn.Module, message: str) -> None:
-    with pytest.raises(ModelError, match="Naming modules as cells was tried too"):
+    with pytest.raises(ModelError, match="Naming modules as cells was also tried"):
         stagewise.capture(model, torch.randn(4, 4))
     with pytest.raises(ModelError, match=rf"cutting \w+ into the modules of cells=.*{message}"):
         stagewise.capture_cells(model, ["layers.*"], torch.randn(4, 4))
@@ -180,7 +180,7 @@ def test_any_exception_is_the_cause_of_one_of_ours() -> None:
 
 
 def test_cells_that_a_gradient_inside_forward_would_part() -> None:
-    with pytest.raises(ModelError, match="is not the plain model in training mode"):
+    with pytest.raises(ModelError, match="differs from the plain model in training mode"):
         stagewise.capture_cells(
             Around(Force(unused=True)), ["before.*", "force.layers.*"], torch.randn(4, 8)
         )

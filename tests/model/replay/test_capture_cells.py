@@ -325,7 +325,7 @@ def other_order(model: Any, x: Tensor) -> Tensor:
         (twice, ["blocks.*"], r"blocks\.0 is called 2 times"),
         (partly, ["blocks.*"], r"blocks\.1, blocks\.2, which the example does not call"),
         (backwards, ["blocks"], r"it is a container: name blocks\.\*"),
-        (other_order, ["blocks.*"], "another order in training mode"),
+        (other_order, ["blocks.*"], "different order in training mode"),
     ],
 )
 def test_blocks_are_called_once(
@@ -397,9 +397,9 @@ def assigns_buffer(model: Any, x: Tensor) -> Tensor:
     [
         (
             to_numpy,
-            r"numpy .*test_capture_cells\.py, line \d+\) gives a ndarray, which cannot be carried",
+            r"numpy .*test_capture_cells\.py, line \d+\) returns a ndarray, which cannot be passed",
         ),
-        (by_attribute, r"AttributeError: .*'seen', .*use blocks by calling them"),
+        (by_attribute, r"AttributeError: .*'seen', .*must only call blocks"),
         (
             by_attribute_or_not,
             "in training mode: the output itself differs .*a tensor in an",
@@ -418,7 +418,9 @@ def test_what_cannot_be_carried(run: Callable[[Any, Tensor], Any], message: str)
 
 
 def test_an_object_that_hides_tensors() -> None:
-    message = r"block blocks\.0 \(.*test_capture_cells\.py.*gives a Opaque, which cannot be carried"
+    message = (
+        r"block blocks\.0 \(.*test_capture_cells\.py.*returns a Opaque, which cannot be passed"
+    )
     with pytest.raises((ModelError, CellError), match=message):
         stagewise.capture_cells(Wrapped(), ["blocks.*"], torch.randn(4, 4))
 
@@ -436,8 +438,8 @@ def any_order(model: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (some_way, r"add .*uses the result of block blocks\.0 \(.*went another way"),
-        (any_order, r"the model called blocks\.1 after blocks\.2 .*one order, that of the example"),
+        (some_way, r"add .*uses the result of block blocks\.0 \(.*took a different path"),
+        (any_order, r"the model called blocks\.1 after blocks\.2 .*in the example.s order"),
     ],
 )
 def test_a_way_that_the_example_did_not_go(run: Callable[[Any, Tensor], Any], message: str) -> None:
@@ -470,7 +472,7 @@ def test_gradient_checkpointing_is_refused() -> None:
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
         return x
 
-    with pytest.raises(CellError, match="as gradient checkpointing does; switch that off"):
+    with pytest.raises(CellError, match="as gradient checkpointing does; disable that"):
         stagewise.capture_cells(Around(checkpointed), ["blocks.*"], torch.ones(4, 4))
 
 

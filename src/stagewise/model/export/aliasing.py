@@ -1,7 +1,7 @@
-"""Which values of a trace lie in the same memory, and which operators write there in place.
+"""Which values of a trace share memory, and which operators write to it in place.
 
-A cut must not part two names of a memory that is written later: each stage would write a copy of
-its own. torch's operator schemas tell both.
+A cut must not separate two aliases of memory that is written later: each stage would write its own
+copy. torch's operator schemas tell both.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,12 +16,12 @@ from stagewise.model.export.refusal import place_of
 from stagewise.model.export.trace import Trace
 
 _aten = torch.ops.aten
-_RETURN_THEIR_INPUT = {_aten.dropout.default, _aten.feature_dropout.default}  # when off
+_RETURN_THEIR_INPUT = {_aten.dropout.default, _aten.feature_dropout.default}  # when disabled
 _WRITE_NO_VALUE = {_aten.detach_.default}
 
 
 class AliasGroups:
-    """The memory of a trace's values."""
+    """Groups of a trace's values that share memory."""
 
     def __init__(self, trace: Trace, leaves: Mapping[str, nn.Module]) -> None:
         self._trace, self._leaves = trace, leaves
@@ -31,14 +31,14 @@ class AliasGroups:
                 self._parents[self.group(node)] = self.group(source)
 
     def group(self, node: fx.Node) -> fx.Node:
-        """One node that stands for all values in the same memory."""
+        """Return the node that represents all values in the same memory."""
         while node in self._parents and self._parents[node] is not node:
             node = self._parents[node]
         return node
 
     @cached_property
     def last_write(self) -> Mapping[fx.Node, int]:
-        """By group: the position in the trace of the last operator that writes there."""
+        """Group -> position in the trace of the last operator that writes to it."""
         return {
             self.group(value): position
             for position, node in enumerate(self._trace.nodes)
@@ -46,13 +46,13 @@ class AliasGroups:
         }
 
     def changes(self, node: fx.Node) -> bool:
-        """Whether the memory of `node` is ever written in place."""
+        """Return whether the memory of `node` is ever written in place."""
         return self.group(node) in self.last_write
 
     def may_cut(self, live: Iterable[fx.Node], position: int) -> bool:
-        """Whether a boundary before `position` of the trace, which `live` cross, changes nothing.
+        """Return whether a cut before `position` of the trace, crossed by `live`, is safe.
 
-        One name alone may cross: its stage writes a copy.
+        A single alias of written memory may cross: its stage writes a copy.
         """
         if self._trace.mapped.get(self._trace.nodes[position]):
             return False
@@ -62,24 +62,24 @@ class AliasGroups:
         return len(set(later)) == len(later) and states.isdisjoint(later)
 
     def check_inputs(self) -> None:
-        """Raise ModelError where the model changes what it is given."""
+        """Raise ModelError if the model changes an input in place."""
         groups = {self.group(node) for node in self._trace.inputs}
         for node in self._trace.nodes:
             if any(self.group(value) in groups for value in written(node)):
                 raise ModelError(
                     f"{place_of(node)} changes an input of the model in place ({node.target}); "
-                    "stages that take this input would see different values: let it make a new "
-                    "tensor (x = x + 1 in place of x += 1, inplace=False), or clone it first"
+                    "stages that take this input would see different values: create a new tensor "
+                    "(x = x + 1 instead of x += 1, inplace=False), or clone it first"
                 )
 
     def _shares(self, node: fx.Node) -> list[fx.Node]:
-        """The inputs whose memory the result may share."""
+        """Return the inputs whose memory the result may share."""
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
         call = self._trace.leaf_call(node)
         if call is not None:
             return sources if isinstance(self._leaves[call.path], _DropoutNd) else []
         if not isinstance(node.target, torch._ops.OpOverload):
-            return sources  # an item of a list, or a graph inside
+            return sources  # an item of a list, or a nested graph
         if node.target in _RETURN_THEIR_INPUT:
             return sources[:1]
         schema = node.target._schema
@@ -98,7 +98,7 @@ class AliasGroups:
 
 
 def written(node: fx.Node) -> list[fx.Node]:
-    """The values that `node` changes in place."""
+    """Return the values that `node` changes in place."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITE_NO_VALUE:
         return []
     arguments = node.target._schema.arguments
@@ -112,7 +112,7 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 
 def nodes_in(value: object) -> Iterator[fx.Node]:
-    """The nodes in an operator's argument."""
+    """Yield the nodes in an operator's argument."""
     if isinstance(value, fx.Node):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -1,16 +1,16 @@
-"""What is asked of symbolic sizes while torch.export traces a model.
+"""Record what a model's code asks about symbolic sizes while torch.export traces it.
 
-torch.export answers `x.shape[1] > 20` with the example's size and notes a guard. What it notes is
-kept as a condition on later calls, whoever asked: an operator that takes a number (one_hot's
-classes, chunk's pieces) bakes it in as the model's own branch does. Three habits need help:
+torch.export answers `x.shape[1] > 20` with the example's size and adds a guard. Every guard becomes
+a condition on later calls, whoever asked: an operator that takes a number (one_hot's classes,
+chunk's pieces) bakes it in like a branch of the model. Three cases need special care:
 
-- *Layout.* Whether a tensor is contiguous, or how a view walks over its memory, only chooses
-  strides, which operators find out anew; but a guard on it would refuse lengths for nothing, and
-  hide that the model asks the same. So it is answered without one.
-- *Samples.* torch.export takes for granted that there are two or more, without a guard. Where the
-  model's own code asks, that is noted too, since a microbatch may be one sample.
-- *Text.* A size's text is a symbol's name. The model's own code gets the example's number. Mostly
-  that is for a message; whether it decides anything shows a trace with another number.
+- *Layout.* Whether a tensor is contiguous, or how a view traverses its memory, only decides
+  strides, which operators determine again; but a guard on it would needlessly refuse other lengths,
+  and hide that the model asks the same. So it is answered without a guard.
+- *Samples.* torch.export assumes two or more, without a guard. If the model's own code asks, that
+  is recorded too, since a microbatch may be one sample.
+- *Text.* The text of a size is a symbol's name. The model's own code gets the example's number
+  instead. That is mostly for messages; a second trace with other numbers shows whether it matters.
 """
 
 import os
@@ -30,7 +30,7 @@ from stagewise.model.export import opaque_modules
 from stagewise.model.promised_sizes import Condition
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_MODELS = f"{_TORCH}nn{os.sep}"  # torch.nn's Python code decides as a model's does
+_MODELS = f"{_TORCH}nn{os.sep}"  # torch.nn's Python code counts as the model's
 _SYMBOLIC = (f"{_TORCH}fx{os.sep}", f"{_TORCH}__init__.py", __file__)
 _LAYOUT = f"{_TORCH}_prims_common{os.sep}"
 _VIEWS = {"_reshape_view_helper_core_alg", "_collapse_view_helper"}
@@ -39,14 +39,14 @@ _TEXT = ("__repr__", "__str__", "__format__")
 
 @dataclass
 class AskedSizes:
-    """What was asked, by what the answer means: the model's line that was running then."""
+    """What was asked: each assumption, with the model's line that was running."""
 
     places: dict[sympy.Basic, str] = field(default_factory=dict)
     granted: dict[sympy.Basic, str] = field(default_factory=dict)  # without a guard
-    texts: dict[sympy.Basic, str] = field(default_factory=dict)  # what each was said to be
+    texts: dict[sympy.Basic, str] = field(default_factory=dict)  # sizes converted to text
 
     def conditions(self, shapes: ShapeEnv, *, texts_decide: bool) -> tuple[Condition, ...]:
-        """All that the answers take for granted, over the sizes that are left symbolic."""
+        """Return all assumptions over the sizes that remain symbolic."""
         asked = {guard.expr: self.places.get(guard.expr, "torch.export") for guard in shapes.guards}
         texts = self.texts if texts_decide else {}
         found: dict[sympy.Basic, Condition] = {}
@@ -59,7 +59,7 @@ class AskedSizes:
 
 @contextmanager
 def asked_sizes(*, other_texts: bool = False) -> Iterator[AskedSizes]:
-    """Note what is asked inside; with `other_texts` sizes' texts are those of other numbers."""
+    """Record what is asked inside; `other_texts`: sizes print as other numbers."""
     asked = AskedSizes()
     evaluate: Any = ShapeEnv.evaluate_expr
 
@@ -94,7 +94,7 @@ def asked_sizes(*, other_texts: bool = False) -> Iterator[AskedSizes]:
 
 
 def _as_number(name: str, texts: dict[sympy.Basic, str], other: bool) -> Any:
-    """The method `name` of a size, which gives the model's own code the text of a number."""
+    """Return the method `name` of a size, which gives the model's own code a number's text."""
     own: Any = getattr(torch.SymInt, name)
 
     def text(size: torch.SymInt, *args: str) -> str:
@@ -109,7 +109,7 @@ def _as_number(name: str, texts: dict[sympy.Basic, str], other: bool) -> Any:
 
 
 def _asker() -> FrameType | None:
-    """The innermost frame outside of what makes symbols work."""
+    """Return the innermost frame outside the machinery of symbolic sizes."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith(_SYMBOLIC):
         frame = frame.f_back
@@ -122,7 +122,7 @@ def _is_layout(frame: FrameType) -> bool:
 
 
 def _is_models(frame: FrameType | None) -> bool:
-    """Whether the model's own code asks; not so in a module that stays a call, and asks anew."""
+    """Return whether the model's own code asks; an opaque module does not count: it asks again."""
     if frame is None:
         return False
     file = frame.f_code.co_filename
@@ -136,7 +136,7 @@ def _is_models(frame: FrameType | None) -> bool:
 
 
 def _line(frame: FrameType | None) -> str:
-    """The innermost line that is not torch's, from `frame` on."""
+    """Return the innermost line outside torch, from `frame` on."""
     while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}, line {frame.f_lineno}" if frame else "torch.export"

@@ -1,7 +1,7 @@
-"""`stagewise.capture`: any module as a chain of cells, by way of torch.export.
+"""`stagewise.capture`: any module as a chain of cells, through torch.export.
 
 The model is traced in training and in eval mode; both traces are cut at the same places, and every
-cell gets its share of the parameters, under the plain model's names, and its code of both modes.
+cell gets its share of the parameters, under the plain model's names, and its code for both modes.
 """
 
 import itertools
@@ -18,41 +18,37 @@ from stagewise.model.call_form import CallForm
 from stagewise.model.captured import Captured, remember
 from stagewise.model.cell import Cell
 from stagewise.model.export.cell_code import programs_of
+from stagewise.model.export.comparison import Comparison, allowing_one_sample
 from stagewise.model.export.cut_points import cut_points, matching_cuts, names_of
 from stagewise.model.export.dataflow import Flow
-from stagewise.model.export.disk_cache import Entry, Plain
+from stagewise.model.export.disk_cache import CellBlueprint, Entry
 from stagewise.model.export.exported_cell import CapturedCell
-from stagewise.model.export.faithful import Comparison, without_asking
 from stagewise.model.export.opaque_modules import check_hooks, leaves_of
 from stagewise.model.export.suggestion import with_way_out
 from stagewise.model.export.trace import traced
 from stagewise.model.namespace import CellNamespace
 from stagewise.model.ownership import owners_of
-from stagewise.model.verify.in_words import told_in_words
+from stagewise.model.verify.model_errors import as_model_errors
 from stagewise.model.verify.situation import Situation, kept, surroundings
 
 
 def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
-    """Capture `model` as a chain of cells, from one call of it as an example.
+    """Capture `model` as a chain of cells, from one example call.
 
     `args` and `kwargs` are those of the model's `forward`, with the samples along dimension 0 of
-    every tensor: a batch that the model can be run on. Afterwards `Pipeline(model, plan)` accepts
-    the model; `stagewise.plan` captures by itself. The model keeps its parameters, which the cells
-    share. What `forward` decides by flags and attributes is decided now; a batch for which it would
-    decide otherwise by its sizes is refused. The number of samples may change, and in tensors of up
-    to three dimensions every size that `forward` does not fix, as the length of sequences.
-    Training and eval mode are captured apart. What was found is kept on disk
-    (`stagewise.model.export.disk_cache`), and found again in a second.
+    every tensor: a batch that the model can run. Afterwards `Pipeline(model, plan)` accepts the
+    model; `stagewise.plan` captures by itself. The model keeps its parameters, which the cells
+    share. Decisions of `forward` by flags and attributes are fixed now; a batch whose sizes would
+    lead to other decisions is refused. The number of samples may change, as may, in tensors of up
+    to three dimensions, every size that `forward` does not fix, such as sequence lengths.
 
-    The cells are run beside the model on a few samples of the example, in training mode, eval mode
-    and without gradients: outputs, gradients, added losses and buffers must agree. A model on the
-    meta device, which has no values, is not compared, and never taken from disk.
-
-    Returns an object that runs as the model does, and that Pipeline takes in its place.
+    Captures are cached on disk (`stagewise.model.export.disk_cache`), and compared with the model
+    on a few samples, in training mode, eval mode and without gradients (not on the meta device):
+    outputs, gradients, added losses and buffers must agree. Pipeline also accepts the result.
 
     Raises:
-        ModelError: torch.export cannot trace the model, or the trace is not the model; names
-            module, line and the way out.
+        ModelError: torch.export cannot trace the model, or the trace differs from the model; names
+            module, line and a remedy.
 
     Example:
         >>> import torch, stagewise
@@ -76,10 +72,10 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
     form = CallForm(model, args, kwargs)
     example = _copied(form.named(args, kwargs), _device(model))
     try:
-        with told_in_words(f"capturing {type(model).__name__}"):
+        with as_model_errors(f"capturing {type(model).__name__}"):
             check_hooks(model)
             if _device(model).type == "meta":
-                captured = _assembled(model, form, _pieces(model, form, example))
+                captured = _assembled(model, form, _blueprints(model, form, example))
             else:
                 captured = _compared(model, form, example)
     except ModelError as error:
@@ -89,33 +85,35 @@ def capture(model: nn.Module, *args: object, **kwargs: object) -> Captured:
 
 
 def _compared(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> Captured:
-    """What is on disk, if it is this model bit for bit, or else a new capture."""
+    """Return the capture on disk if it equals this model bit for bit, else a new one."""
     comparison = Comparison(model, example, leaves_of(model).values())
     entry = Entry(model, form)
-    pieces = entry.read()
-    if pieces is not None:
-        with suppress(Exception):  # another model's pieces may fit nothing here
-            captured = _assembled(model, form.again(), pieces)
-            comparison.tell(captured)
+    blueprints = entry.read()
+    if blueprints is not None:
+        with suppress(Exception):  # another model's cells may not fit
+            captured = _assembled(model, form.again(), blueprints)
+            comparison.configure(captured)
             if comparison.same_bits(captured):
                 return captured
         entry.discard()
-    pieces = _pieces(model, form, example)
-    captured = _assembled(model, form, pieces)
-    comparison.tell(captured)
+    blueprints = _blueprints(model, form, example)
+    captured = _assembled(model, form, blueprints)
+    comparison.configure(captured)
     is_exact = comparison.check(captured)
-    freed = without_asking(pieces)
+    freed = allowing_one_sample(blueprints)
     if freed is not None:
         other = _assembled(model, form.again(), freed)
-        comparison.tell(other)
+        comparison.configure(other)
         if comparison.holds_for_one(other):
-            captured, pieces = other, freed
+            captured, blueprints = other, freed
     if is_exact:
-        entry.write(pieces)
+        entry.write(blueprints)
     return captured
 
 
-def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> list[Plain]:
+def _blueprints(
+    model: nn.Module, form: CallForm, example: Mapping[str, object]
+) -> list[CellBlueprint]:
     """Trace the model and cut it."""
     device = _device(model)
     example, leaves = _doubled(example), leaves_of(model)
@@ -135,31 +133,33 @@ def _pieces(model: nn.Module, form: CallForm, example: Mapping[str, object]) -> 
         False: _begins(cuts, main, flows[True], flows[False]),
     }
     changed = {name for flow in flows.values() for name in flow.changed_states()}
-    homes = [CellNamespace(device, changed=changed) for _ in range(len(cuts) + 1)]
+    namespaces = [CellNamespace(device, changed=changed) for _ in range(len(cuts) + 1)]
     programs = {
-        training: programs_of(flow, begins[training], homes, form.leaves)
+        training: programs_of(flow, begins[training], namespaces, form.leaves)
         for training, flow in flows.items()
     }
     names = names_of(model, flows[True], main, cuts)
     return [
-        Plain(name, home, {training: both[index] for training, both in programs.items()})
-        for index, (name, home) in enumerate(zip(names, homes, strict=True))
+        CellBlueprint(name, namespace, {mode: own[index] for mode, own in programs.items()})
+        for index, (name, namespace) in enumerate(zip(names, namespaces, strict=True))
     ]
 
 
-def _assembled(model: nn.Module, form: CallForm, pieces: Sequence[Plain]) -> Captured:
-    """The cells, with the model's own modules and parameters."""
-    owners = owners_of(model, leaves_of(model), [piece.home for piece in pieces])
+def _assembled(model: nn.Module, form: CallForm, blueprints: Sequence[CellBlueprint]) -> Captured:
+    """Build the cells, with the model's own modules and parameters."""
+    owners = owners_of(model, leaves_of(model), [blueprint.namespace for blueprint in blueprints])
     cells = []
-    for index, piece in enumerate(pieces):
-        taken = {t.name for p in piece.programs.values() for t in (*p.taken, *p.compared)}
+    for index, blueprint in enumerate(blueprints):
+        taken = {t.name for p in blueprint.programs.values() for t in (*p.taken, *p.compared)}
         names = [name for name in form.names if name in taken]
-        # The first must take something, since the batch enters there.
+        # The first cell must take something, since the batch enters there.
         names = names or list(form.names[:1] if index == 0 else ())
-        module = CapturedCell(piece.home, owners[index], piece.programs, names, is_first=index == 0)
+        module = CapturedCell(
+            blueprint.namespace, owners[index], blueprint.programs, names, is_first=index == 0
+        )
         module.training = model.training
-        cells.append(Cell(index, piece.name, module))
-    for program in pieces[0].programs.values():
+        cells.append(Cell(index, blueprint.name, module))
+    for program in blueprints[0].programs.values():
         form.add_promise(program.batch, program.conditions)
     form.taken = frozenset(n for cell in cells for n in cell.keywords(cell.index and 1))
     return Captured(tuple(cells), form)
@@ -176,14 +176,14 @@ def _check(model: nn.Module) -> None:
 
 
 def _copied(example: Mapping[str, object], device: torch.device) -> dict[str, object]:
-    """The example with tensors of its own, each once, so that none is tied to another."""
+    """Return the example with copied tensors, each separately, so that none share memory."""
     return pytree.tree_map_only(  # type: ignore[no-any-return]
         torch.Tensor, lambda t: t.detach().clone().to(device), dict(example)
     )
 
 
 def _doubled(example: Mapping[str, object]) -> Mapping[str, object]:
-    """At least two samples, since torch.export takes a size of one for a constant."""
+    """Return the example with at least two samples: torch.export specialises a size of one."""
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, torch.Tensor) and t.dim()]
     if any(tensor.shape[0] != 1 for tensor in tensors):
         return example

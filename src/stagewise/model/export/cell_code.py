@@ -1,4 +1,4 @@
-"""From a trace and its cuts to what every cell runs."""
+"""From a trace and its cuts to the program of every cell."""
 
 import itertools
 from collections import Counter
@@ -11,13 +11,13 @@ from stagewise.model.call_form import ArgumentLeaf
 from stagewise.model.export.codegen import Emitter, UnknownSizeError
 from stagewise.model.export.dataflow import Flow
 from stagewise.model.export.exported_cell import TENSOR, Program
-from stagewise.model.namespace import CellNamespace
+from stagewise.model.namespace import CellNamespace, Code
 from stagewise.model.promised_sizes import TakenInput, inputs_to_compare, shape_of
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One cell's share of a trace."""
+    """One cell's part of a trace."""
 
     nodes: tuple[fx.Node, ...]
     arriving: list[fx.Node]
@@ -29,13 +29,13 @@ class _Piece:
 def programs_of(
     flow: Flow,
     begins: Sequence[fx.Node | None],
-    homes: Sequence[CellNamespace],
+    namespaces: Sequence[CellNamespace],
     leaves: Sequence[ArgumentLeaf],
 ) -> list[Program]:
-    """The program of every cell; cell i + 1 begins with the operator `begins[i]`, None: the end."""
+    """Return every cell's program; cell i + 1 begins with the operator `begins[i]` (None: end)."""
     while True:
         try:
-            return _programs(flow, begins, homes, leaves)
+            return _programs(flow, begins, namespaces, leaves)
         except UnknownSizeError as error:
             flow.carried_sizes.add(error.node)
 
@@ -43,7 +43,7 @@ def programs_of(
 def _programs(
     flow: Flow,
     begins: Sequence[fx.Node | None],
-    homes: Sequence[CellNamespace],
+    namespaces: Sequence[CellNamespace],
     leaves: Sequence[ArgumentLeaf],
 ) -> list[Program]:
     main = flow.main
@@ -62,72 +62,95 @@ def _programs(
     for index, (shared, _) in enumerate(derived):
         for node in shared:
             needing.setdefault(node, []).append(index)
-    # Whether boundary i, before cell i, is crossed by derived values.
+    # Whether derived values cross boundary i, before cell i.
     crossed = [
         any(cells[0] < index <= cells[-1] for cells in needing.values())
         for index in range(len(pieces) + 1)
     ]
-    return [
-        _program(flow, piece, home, leaves, *derived[index], *crossed[index : index + 2])
-        for index, (piece, home) in enumerate(zip(pieces, homes, strict=True))
+    derived_values = [
+        _Derived(*derived[index], *crossed[index : index + 2]) for index in range(len(pieces))
     ]
+    parts = zip(pieces, derived_values, namespaces, strict=True)
+    return [_program(flow, *part, leaves) for part in parts]
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """The derived values that a cell uses: those `shared` with other cells, and its `own`.
+
+    `arrive` and `leave`: derived values cross the boundary before and after the cell.
+    """
+
+    shared: list[fx.Node]
+    own: list[fx.Node]
+    arrive: bool
+    leave: bool
 
 
 def _program(
     flow: Flow,
     piece: _Piece,
-    home: CellNamespace,
+    derived: _Derived,
+    namespace: CellNamespace,
     leaves: Sequence[ArgumentLeaf],
-    shared: Sequence[fx.Node],
-    own: Sequence[fx.Node],
-    takes_derived: bool,
-    hands_on_derived: bool,
 ) -> Program:
-    trace = flow.trace
-    outputs = [node for node in trace.outputs if isinstance(node, fx.Node)] if piece.is_last else []
-    direct = [s for node in piece.nodes for s in node.all_input_nodes] + outputs
-    inputs = _inputs(flow, [*direct, *(s for node in own for s in node.all_input_nodes)])
-    emitter = Emitter(flow, home)
-    for parameter in (*piece.arriving, *shared, *inputs):
-        emitter.parameter(parameter)
-    for node in piece.nodes:
-        emitter.run(node)
-    is_one = len(piece.leaving) == 1 and not hands_on_derived
-    returned: fx.Node | list[fx.Node] = piece.leaving[0] if is_one else piece.leaving
-    run = emitter.function(outputs if piece.is_last else returned)
-    derive, derive_inputs = None, []
-    if shared:
-        behind = {inner for node in shared for inner in flow.derived[node]}
-        derive_inputs = _inputs(flow, [s for node in behind for s in node.all_input_nodes])
-        emitter = Emitter(flow, home)
-        for parameter in derive_inputs:
-            emitter.parameter(parameter)
-        derive = emitter.function(shared)
-    batch = tuple(_taken(trace.inputs, node, leaves) for node in trace.inputs)
-    arrives_one = len(piece.arriving) == 1 and not takes_derived
+    trace, derive, derive_inputs = flow.trace, None, list[fx.Node]()
+    run, inputs = _run_code(flow, piece, derived, namespace)
+    if derived.shared:
+        derive, derive_inputs = _derive_code(flow, derived.shared, namespace)
+
+    def taken(nodes: Iterable[fx.Node]) -> tuple[TakenInput, ...]:
+        return tuple(_taken(trace.inputs, node, leaves) for node in nodes)
+
+    batch, outputs = taken(trace.inputs), trace.outputs if piece.is_last else ()
     return Program(
         run=run,
-        takes_one=arrives_one,
-        takes_derived=takes_derived,
-        hands_on_derived=hands_on_derived,
-        inputs=tuple(_taken(trace.inputs, node, leaves) for node in inputs),
-        shared=tuple(node.name for node in shared),
+        takes_one=len(piece.arriving) == 1 and not derived.arrive,
+        takes_derived=derived.arrive,
+        returns_derived=derived.leave,
+        inputs=taken(inputs),
+        shared=tuple(node.name for node in derived.shared),
         derive=derive,
-        derive_inputs=tuple(_taken(trace.inputs, node, leaves) for node in derive_inputs),
+        derive_inputs=taken(derive_inputs),
         out_spec=trace.out_spec if piece.is_last else None,
-        out_constants=tuple(
-            TENSOR if isinstance(value, fx.Node) else value for value in trace.outputs
-        )
-        if piece.is_last
-        else (),
+        out_constants=tuple(TENSOR if isinstance(v, fx.Node) else v for v in outputs),
         batch=batch,
         compared=inputs_to_compare(batch, trace.conditions) if piece.is_first else (),
         conditions=trace.conditions,
     )
 
 
+def _run_code(
+    flow: Flow, piece: _Piece, derived: _Derived, namespace: CellNamespace
+) -> tuple[Code, list[fx.Node]]:
+    """Return the code of a cell's operators, and the batch's tensors that it takes."""
+    outputs = [v for v in flow.trace.outputs if isinstance(v, fx.Node)] if piece.is_last else []
+    users = (*piece.nodes, *derived.own)
+    inputs = _inputs(flow, [*(s for node in users for s in node.all_input_nodes), *outputs])
+    emitter = Emitter(flow, namespace)
+    for parameter in (*piece.arriving, *derived.shared, *inputs):
+        emitter.parameter(parameter)
+    for node in piece.nodes:
+        emitter.run(node)
+    is_one = len(piece.leaving) == 1 and not derived.leave
+    returned: fx.Node | list[fx.Node] = piece.leaving[0] if is_one else piece.leaving
+    return emitter.function(outputs if piece.is_last else returned), inputs
+
+
+def _derive_code(
+    flow: Flow, shared: list[fx.Node], namespace: CellNamespace
+) -> tuple[Code, list[fx.Node]]:
+    """Return the code that computes derived values, and the batch's tensors that it takes."""
+    behind = {inner for node in shared for inner in flow.derived[node]}
+    inputs = _inputs(flow, [s for node in behind for s in node.all_input_nodes])
+    emitter = Emitter(flow, namespace)
+    for parameter in inputs:
+        emitter.parameter(parameter)
+    return emitter.function(shared), inputs
+
+
 def _derived_in(flow: Flow, piece: _Piece) -> list[fx.Node]:
-    """The derived values, sizes aside, that a piece uses, in running order."""
+    """Return the derived values, except sizes, that a piece uses, in running order."""
     outputs = flow.trace.outputs if piece.is_last else ()
     used = {s for node in piece.nodes for s in node.all_input_nodes}
     used.update(value for value in outputs if isinstance(value, fx.Node))
@@ -137,7 +160,7 @@ def _derived_in(flow: Flow, piece: _Piece) -> list[fx.Node]:
 def _reached(
     flow: Flow, nodes: Sequence[fx.Node], users: Mapping[fx.Node, int]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Behind what a cell uses: the first values that others need too, and what is its own."""
+    """Trace back from `nodes`: return the first values that other cells need too, and its own."""
     shared: set[fx.Node] = set()
     own: set[fx.Node] = set()
     waiting = list(nodes)
@@ -152,7 +175,7 @@ def _reached(
 
 
 def _inputs(flow: Flow, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The batch's tensors among `nodes`, each once, in the call's order."""
+    """Return the batch's tensors among `nodes`, each once, in the call's order."""
     wanted = set(nodes)
     return [node for node in flow.trace.inputs if node in wanted]
 

@@ -1,8 +1,8 @@
-"""A piece of a trace as a Python function: fx writes the code, the cell's own tensors go in.
+"""Generate a Python function for a piece of a trace, through fx.
 
 The function's first argument is a namespace that holds the cell's modules (`self.m3.weight`,
-`self.m3(x)`), its constants, and the device of what it is given; so what the engine puts in a
-parameter's place, and where the cell is moved, is what runs.
+`self.m3(x)`), its constants, and the device of its inputs; so it uses whatever the engine puts in a
+parameter's place, wherever the cell has been moved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from stagewise.model.export.dataflow import Flow, inner_graph
 from stagewise.model.namespace import CONTEXTS, CellNamespace, Code, Region
 
 _aten = torch.ops.aten
-# The same operators as methods of a tensor, which are called a microsecond faster.
+# Operators to call as tensor methods, which is a microsecond faster.
 _METHODS: Mapping[object, str] = {
     operator: operator._schema.name.removeprefix("aten::")
     for operator in (
@@ -35,17 +35,17 @@ _METHODS: Mapping[object, str] = {
 
 
 class Emitter:
-    """Writes one function: first its parameters, then operators of a trace in their order."""
+    """Emits one function: first its parameters, then operators of a trace in order."""
 
-    def __init__(self, flow: Flow, home: CellNamespace) -> None:
-        self._flow, self._home = flow, home
+    def __init__(self, flow: Flow, namespace: CellNamespace) -> None:
+        self._flow, self._namespace = flow, namespace
         self.graph = fx.Graph()
         self.parameters: list[fx.Node] = []  # of the trace, in the function's order
         self._here: dict[fx.Node, fx.Node] = {}
-        self._at_hand: list[fx.Node] = []  # tensors from which sizes may be read
+        self._at_hand: list[fx.Node] = []  # available tensors, to read sizes from
 
     def parameter(self, node: fx.Node) -> None:
-        """Take the value of `node` as the next argument."""
+        """Add the value of `node` as the next parameter."""
         self._here[node] = self.graph.placeholder(f"x{len(self.parameters)}")
         self.parameters.append(node)
         self._at_hand.append(node)
@@ -54,18 +54,18 @@ class Emitter:
         return node in self._here
 
     def run(self, node: fx.Node) -> None:
-        """Write the operator `node`."""
+        """Emit the operator `node`."""
         self._here[node] = self._call(node)
         self._at_hand.append(node)
 
     def value(self, node: fx.Node) -> fx.Node:
-        """`node` in this function, written now where it is a size, derived, or the cell's own."""
+        """Return `node` in this function; emits sizes, derived values and the cell's states."""
         if node not in self._here:
             trace = self._flow.trace
             if node in trace.states:
-                self._here[node] = self._get(self._home.state(trace.states[node]))
+                self._here[node] = self._get(self._namespace.state(trace.states[node]))
             elif node in trace.constants:
-                self._here[node] = self._get(self._home.constant(trace.constants[node]))
+                self._here[node] = self._get(self._namespace.constant(trace.constants[node]))
             elif self._flow.is_size(node):
                 self._here[node] = self._size(node)
             else:
@@ -74,7 +74,7 @@ class Emitter:
         return self._here[node]
 
     def function(self, returned: fx.Node | Sequence[fx.Node]) -> Code:
-        """The function, returning `returned`: a node of the trace, or a tuple of them."""
+        """Return the function, with result `returned`: a node of the trace, or a tuple of them."""
         if isinstance(returned, fx.Node):
             self.graph.output(self.value(returned))
         else:
@@ -91,7 +91,7 @@ class Emitter:
             args, kwargs = call.filled(tensors)
             made = self.graph.create_node(
                 "call_module",
-                self._home.leaf(call.path),
+                self._namespace.leaf(call.path),
                 args,  # type: ignore[arg-type]
                 kwargs,  # type: ignore[arg-type]
             )
@@ -121,7 +121,7 @@ class Emitter:
         return fx.node.map_aggregate(mapped, self._device)
 
     def _device(self, argument: Any) -> Any:
-        return self._get("device") if argument == self._home.device else argument
+        return self._get("device") if argument == self._namespace.device else argument
 
     def _item(self, node: fx.Node, key: object) -> fx.Node:
         if isinstance(key, pytree.GetAttrKey):
@@ -136,11 +136,12 @@ class Emitter:
         if name not in CONTEXTS or graph is None or len(inner) > 1:
             owner = node.graph.owning_module
             for source in inner:
-                self._here[source] = self._get(self._home.keep(getattr(owner, str(source.target))))
+                kept = self._namespace.keep(getattr(owner, str(source.target)))
+                self._here[source] = self._get(kept)
             return self.graph.create_node(
                 "call_function", node.target, self._arguments(node.args), name=node.name
             )
-        emitter = Emitter(self._flow, self._home)
+        emitter = Emitter(self._flow, self._namespace)
         parameters = [n for n in graph.nodes if n.op == "placeholder"]
         for parameter in parameters:
             emitter.parameter(parameter)
@@ -153,11 +154,11 @@ class Emitter:
         return self.graph.create_node(
             "call_function",
             _run_region,
-            (self._get(self._home.keep(region)), self._get("itself"), *self._arguments(given)),
+            (self._get(self._namespace.keep(region)), self._get("itself"), *self._arguments(given)),
         )
 
     def _size(self, node: fx.Node) -> fx.Node:
-        """A symbolic size: a number, a dimension of a tensor at hand, or computed from such."""
+        """Emit a symbolic size: a number, a dimension of an available tensor, or computed."""
         wanted = node.meta["val"].node.expr
         if wanted.is_number and wanted.is_integer:
             return int(wanted)  # type: ignore[return-value]
@@ -173,7 +174,7 @@ class Emitter:
 
 
 class UnknownSizeError(Exception):
-    """A size that cannot be read off what a cell has; it must be carried there."""
+    """A size that cannot be computed in a cell; it must be carried there."""
 
     def __init__(self, node: fx.Node) -> None:
         super().__init__(node.name)
@@ -181,7 +182,7 @@ class UnknownSizeError(Exception):
 
 
 def compiled(graph: fx.Graph) -> Code:
-    """The graph as a function of a namespace and its parameters."""
+    """Compile the graph to a function of a namespace and its parameters."""
     code = graph.python_code("self")
     return Code(code.src, code.globals)
 

@@ -1,10 +1,10 @@
-"""Where a trace may be cut: between modules, and where that moves no more than it must.
+"""Where to cut a trace: between modules, where few bytes cross.
 
 Candidates are the places where one module ends or another begins. Inside a repeated block (a child
-of a ModuleList or Sequential) a candidate counts only where no more bytes cross than where the
-block ends: between attention and MLP of a Transformer's layer, but not inside either. For a block
-of blocks, that may begin with more than it ends with, what crosses at its begin counts too. Cells
-of next to no work join a neighbour.
+of a ModuleList or Sequential) a candidate only counts if no more bytes cross it than the end of the
+block: between attention and MLP of a Transformer layer, but not inside either. For a block of
+blocks, whose input may be larger than its output, the bytes at its beginning count too. Cells with
+almost no work are merged with a neighbour.
 """
 
 import difflib
@@ -22,13 +22,13 @@ _LIGHT = 0.004  # of all work
 _aten = torch.ops.aten
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear"}
 _BIAS_FIRST = {"addmm", "baddbmm"}
-_ELEMENT_WORK = 10  # multiplications that moving one number takes as long as, about
+_ELEMENT_WORK = 10  # moving one number takes about as long as so many multiplications
 
-Instance = tuple[str, str]  # a call of a module: key in the module stack, path
+Instance = tuple[str, str]  # one call of a module: key in the module stack, path
 
 
 def cut_points(model: nn.Module, flow: Flow, main: tuple[fx.Node, ...]) -> list[int]:
-    """The positions in `main` before which a cell begins, the first cell's aside."""
+    """Return the positions in `main` at which cells begin, except the first."""
     stacks = [_stack(node) for node in main]
     crossing = _crossing_bytes(flow, main)
     free = _free_paths(model)
@@ -67,9 +67,9 @@ def matching_cuts(
     other: tuple[fx.Node, ...],
     other_flow: Flow,
 ) -> list[int]:
-    """The same cuts in another mode's trace of the same model.
+    """Return the same cuts in another mode's trace of the same model.
 
-    Any cut there is right; these are where the same modules end.
+    Any cut there would be correct; these are where the same modules end.
     """
     ours = [_key(node, flow.trace.calls) for node in main]
     theirs = [_key(node, other_flow.trace.calls) for node in other]
@@ -93,7 +93,7 @@ def matching_cuts(
 def names_of(
     model: nn.Module, flow: Flow, main: Sequence[fx.Node], cuts: Sequence[int]
 ) -> list[str]:
-    """Each cell's name: the path of the module that it mostly is; each once."""
+    """Return each cell's unique name: the path of the module that does most of its work."""
     names: list[str] = []
     for begin, end in itertools.pairwise([0, *cuts, len(main)]):
         work: dict[str, float] = {}
@@ -112,14 +112,14 @@ def names_of(
 
 
 def work_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
-    """About how many multiplications `node` is worth; good for comparing."""
+    """Return the approximate work of `node` in multiplications, for comparisons."""
     results = sum(map(numel, tensors_in(node)))
     moved = results + sum(numel(t) for source in node.all_input_nodes for t in tensors_in(source))
     return products_of(flow, node, model) + _ELEMENT_WORK * moved
 
 
 def products_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
-    """Multiplications of matrix products and convolutions."""
+    """Return the multiplications of a matrix product or convolution; else 0."""
     results = sum(map(numel, tensors_in(node)))
     call = flow.trace.leaf_call(node)
     if call is not None:
@@ -150,13 +150,13 @@ def _places(flow: Flow, main: Sequence[fx.Node]) -> list[int]:
 
 
 def _stack(node: fx.Node) -> tuple[Instance, ...]:
-    """The calls of modules around `node`, the model's own aside, outermost first."""
+    """Return the calls of modules around `node`, except the model's own, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple((key, path) for key, (path, _) in stack.items() if path)
 
 
 def _crossing_bytes(flow: Flow, main: tuple[fx.Node, ...]) -> list[int]:
-    """For every position in `main`, and its end: the bytes that cross a boundary before it."""
+    """Return the bytes that cross a boundary before every position in `main`, and at its end."""
     steps = [0] * (len(main) + 2)
     last = flow.last_uses(main)
     for position, node in enumerate(main):
@@ -168,7 +168,7 @@ def _crossing_bytes(flow: Flow, main: tuple[fx.Node, ...]) -> list[int]:
 
 
 def _free_paths(model: nn.Module) -> set[str]:
-    """Modules that are no repeated block, nor in one, but hold some: cut between all they hold."""
+    """Return modules outside repeated blocks that contain some: any cut inside them is fine."""
     free: set[str] = set()
     inside: set[str] = set()  # children of containers
     for path, module in model.named_modules():
@@ -184,7 +184,7 @@ def _free_paths(model: nn.Module) -> set[str]:
 
 
 def _nesting_paths(model: nn.Module) -> set[str]:
-    """Modules that hold a list of modules which hold modules."""
+    """Return modules that contain a list of modules with submodules."""
     return {
         path
         for path, module in model.named_modules()
@@ -200,7 +200,7 @@ def _thinned(
     work: Sequence[float],
     weighty: Sequence[bool],
 ) -> list[int]:
-    """Without those that would make cells of next to no work, or of no products or tables."""
+    """Drop cuts that would make cells with almost no work, or without products or tables."""
     least = _LIGHT * sum(work)
 
     def is_light(begin: int, end: int) -> bool:
@@ -218,7 +218,7 @@ def _thinned(
 
 
 def _is_weighty(flow: Flow, node: fx.Node, model: nn.Module) -> bool:
-    """Whether `node` multiplies, or looks up in a table of parameters."""
+    """Return whether `node` is a product, or an embedding lookup."""
     call = flow.trace.leaf_call(node)
     embeds = call is not None and isinstance(model.get_submodule(call.path), nn.Embedding)
     return embeds or products_of(flow, node, model) > 0

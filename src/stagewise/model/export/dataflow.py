@@ -1,9 +1,9 @@
-"""What flows where in a trace: which values later operators need, and of what kind each is.
+"""Data flow in a trace: which values later operators need, and of what kind each is.
 
-- *Sizes* (symbolic integers) are read off a tensor at hand.
-- What follows from the batch's integers alone in a few operators (masks, positions) is *derived*:
-  computed once on each stage that needs it, so that nothing of it has to be sent.
-- All else is made in its place and *carried* on from cell to cell.
+- *Sizes* (symbolic integers) are read from an available tensor.
+- Values that a few operators compute from only the batch's integers (masks, positions) are
+  *derived*: computed once on each stage that needs them, so that they are never sent.
+- All other values are computed in place and *carried* from cell to cell.
 """
 
 import itertools
@@ -24,19 +24,19 @@ _HEAVY = {_aten.conv2d.default, _aten.scaled_dot_product_attention.default}
 
 
 class Flow:
-    """The values of a trace. `constants` are the buffers that nothing writes."""
+    """The values of a trace. `constants` are the names of its buffers."""
 
     def __init__(
         self, trace: Trace, leaves: Mapping[str, nn.Module], constants: Collection[str]
     ) -> None:
         self.trace, self.memory = trace, AliasGroups(trace, leaves)
         self._constants = constants
-        self.carried_sizes: set[fx.Node] = set()  # found out when cells are built
+        self.carried_sizes: set[fx.Node] = set()  # discovered when cells are built
         self._needed = self._find_needed()
 
     @cached_property
     def derived(self) -> Mapping[fx.Node, frozenset[fx.Node]]:
-        """The derived values, each with all operators behind it, itself included."""
+        """The derived values, each with all operators that compute it, itself included."""
         found: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.trace.nodes:
             behind = None if node.op == "get_attr" else self._behind(node, found)
@@ -45,7 +45,7 @@ class Flow:
         return found
 
     def is_size(self, node: fx.Node) -> bool:
-        """Whether it is a number that follows from tensors' shapes."""
+        """Return whether it is a number that follows from tensors' shapes."""
         value = node.meta.get("val")
         if node in self.carried_sizes or not isinstance(value, (torch.SymInt, torch.SymBool)):
             return False
@@ -53,7 +53,7 @@ class Flow:
 
     @property
     def main(self) -> tuple[fx.Node, ...]:
-        """The operators that run in their place, in order."""
+        """The operators that run in place, in order."""
         return tuple(
             node
             for node in self.trace.nodes
@@ -64,12 +64,15 @@ class Flow:
         )
 
     def changed_states(self) -> set[str]:
-        """The names of the parameters and buffers that operators write."""
+        """Return the names of the parameters and buffers that operators write."""
         states = self.trace.states.items()
         return {name for node, name in states if self.memory.changes(node)}
 
     def last_uses(self, main: tuple[fx.Node, ...]) -> dict[fx.Node, int]:
-        """By value made in `main`: the position there of its last user; len(main): the output."""
+        """Return the position in `main` of the last user of each value made there.
+
+        len(main) stands for the output.
+        """
         last: dict[fx.Node, int] = {}
         made = set(main)
         for position, node in enumerate(main):
@@ -78,12 +81,12 @@ class Flow:
         return last
 
     def live(self, main: tuple[fx.Node, ...]) -> Callable[[int], list[fx.Node]]:
-        """What crosses a boundary before a position in `main`, as a function of that."""
+        """Return a function from a position in `main` to the values that cross a cut there."""
         last = self.last_uses(main)
         return lambda cut: [node for node in main[:cut] if last.get(node, -1) >= cut]
 
     def _sources(self, node: fx.Node) -> Iterator[fx.Node]:
-        """What `node` takes; the sizes that must be carried may lie behind other sizes."""
+        """Yield the inputs of `node`, and carried sizes from which its sizes are computed."""
         for source in node.all_input_nodes:
             if self.is_size(source):
                 yield from (s for s in self._sources(source) if s in self.carried_sizes)
@@ -118,7 +121,7 @@ class Flow:
         return frozenset(itertools.chain.from_iterable(sources))
 
     def _is_given(self, source: fx.Node, user: fx.Node) -> bool:
-        """Whether every stage has `source` at hand, and no gradient flows there."""
+        """Return whether every stage has `source`, and no gradient flows to it."""
         if source in self.trace.inputs:
             is_read = user.target is _aten.sym_size.int
             return is_read or not source.meta["val"].is_floating_point()
@@ -128,36 +131,36 @@ class Flow:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Of the value of `node`, for the traced batch."""
+    """Return the bytes of the value of `node`, for the traced batch."""
     return sum(numel(tensor) * tensor.element_size() for tensor in tensors_in(node))
 
 
 def tensors_in(node: fx.Node) -> list[torch.Tensor]:
-    """The fake tensors that `node` returns."""
+    """Return the fake tensors that `node` returns."""
     value = node.meta.get("val")
     items = value if isinstance(value, (tuple, list)) else [value]
     return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 def numel(tensor: torch.Tensor) -> int:
-    """Elements, for the traced batch."""
+    """Return the number of elements, for the traced batch."""
     return hint(tensor.numel())
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A size, for the traced batch."""
+    """Return a size, for the traced batch."""
     return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size
 
 
 def inner_graph(node: fx.Node) -> fx.Graph | None:
-    """The graph that a get_attr node stands for."""
+    """Return the nested graph that a get_attr node refers to, if any."""
     owner = node.graph.owning_module
     inner = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
     return inner.graph if isinstance(inner, fx.GraphModule) else None
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Whether it draws random numbers, writes, or calls a module."""
+    """Return whether it draws random numbers, writes in place, or calls a module."""
     if isinstance(node.target, torch._ops.OpOverload):
         is_random = torch.Tag.nondeterministic_seeded in node.target.tags
         return is_random or node.target in (LEAF, EFFECT) or bool(written(node))

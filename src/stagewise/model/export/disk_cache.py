@@ -1,13 +1,12 @@
-"""Captures on disk: the code of a model's cells, without its weights, by a fingerprint.
+"""Captures on disk: the code of a model's cells, without weights, by a fingerprint.
 
-The fingerprint (`stagewise.model.export.fingerprint`) is of all that is known to decide what a
-trace holds; the call's form joins it. It cannot be complete, so what is found is compared with the
-model before it is used. Where there is no fingerprint the model is traced anew. An entry that
-cannot be read is ignored with a warning, and written again; where nothing can be written, nothing
-is kept.
+The fingerprint (`stagewise.model.export.fingerprint`) covers everything known to influence a trace,
+and the call's form. It cannot be complete, so an entry is compared with the model before it is
+used. A model without a fingerprint is traced every time. An unreadable entry is ignored with a
+warning, and replaced; if nothing can be written, nothing is cached.
 
-They lie in `$XDG_CACHE_HOME/stagewise` (by default `~/.cache/stagewise`); set
-`STAGEWISE_CAPTURE_CACHE=off` to go without. Entries are pickles: keep others from writing there.
+Entries are in `$XDG_CACHE_HOME/stagewise` (by default `~/.cache/stagewise`); set
+`STAGEWISE_CAPTURE_CACHE=off` to disable them. They are pickles: do not let others write there.
 """
 
 import hashlib
@@ -31,22 +30,22 @@ from stagewise.model.namespace import CellNamespace
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A cell without its modules: its name, what its code refers to, and its code by mode."""
+class CellBlueprint:
+    """A cell without its modules: its name, namespace, and program by mode."""
 
     name: str
-    home: CellNamespace
+    namespace: CellNamespace
     programs: dict[bool, Program]
 
 
 class Entry:
-    """The place of one capture; `path` is None where it has no fingerprint."""
+    """The file of one capture; `path` is None if it has no fingerprint."""
 
     def __init__(self, model: nn.Module, form: CallForm) -> None:
         self.path = _path_for(model, form)
 
-    def read(self) -> list[Plain] | None:
-        """What was written there, unless another user could have written it."""
+    def read(self) -> list[CellBlueprint] | None:
+        """Return the stored capture, unless another user could have written it."""
         if self.path is None:
             return None
         try:
@@ -54,24 +53,24 @@ class Entry:
                 _check_private(self.path, file.fileno())
                 return _checked(pickle.load(file))
         except OSError:
-            return None  # there is none, or it is not ours to read
+            return None  # missing, or not readable by us
         except Exception as error:
             warn_user(
-                f"the capture in {self.path} is ignored and made anew, since it cannot be "
+                f"the capture in {self.path} is ignored and replaced, since it cannot be "
                 f"{'trusted' if isinstance(error, _ForeignError) else 'read'} "
                 f"({type(error).__name__.strip('_')}: {error})",
             )
             return None
 
-    def write(self, pieces: list[Plain]) -> None:
-        """Write in one go, so that no other process reads a half; a full disk is no error."""
+    def write(self, blueprints: list[CellBlueprint]) -> None:
+        """Write atomically, so that no process reads a partial file; ignores a full disk."""
         if self.path is None:
             return
         try:
             with _quiet_pickles():
-                data = pickle.dumps(pieces)
+                data = pickle.dumps(blueprints)
         except (pickle.PicklingError, TypeError, AttributeError):
-            return  # graphs of operators that have graphs inside cannot be pickled
+            return  # operators with nested graphs cannot be pickled
         with suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
@@ -83,19 +82,19 @@ class Entry:
                     os.unlink(file.name)
 
     def discard(self) -> None:
-        """Remove what turned out to be another model's."""
+        """Remove an entry that does not match the model."""
         if self.path is not None:
             with suppress(OSError):
                 self.path.unlink()
 
 
 class _ForeignError(Exception):
-    """Another user has written an entry, or could have."""
+    """Another user wrote an entry, or could have."""
 
 
 def _check_private(path: Path, opened: int) -> None:
-    """Raise unless the open file and its folder are this user's, and nobody else's to write."""
-    if not hasattr(os, "getuid"):  # on Windows, where a profile is its user's alone
+    """Raise unless the open file and its folder belong to, and are writable by, only this user."""
+    if not hasattr(os, "getuid"):  # on Windows, where a profile is private to its user
         return
     for what, status in ((path, os.fstat(opened)), (path.parent, path.parent.stat())):
         if status.st_uid != os.getuid():
@@ -104,15 +103,15 @@ def _check_private(path: Path, opened: int) -> None:
             raise _ForeignError(f"others may write {what}; remove it, or chmod go-w {what.name}")
 
 
-def _checked(pieces: object) -> list[Plain]:
-    if not isinstance(pieces, list) or not all(isinstance(p, Plain) for p in pieces):
-        raise TypeError(f"it holds a {type(pieces).__name__}")
-    return pieces
+def _checked(stored: object) -> list[CellBlueprint]:
+    if not isinstance(stored, list) or not all(isinstance(p, CellBlueprint) for p in stored):
+        raise TypeError(f"it holds a {type(stored).__name__}")
+    return stored
 
 
 @contextmanager
 def _quiet_pickles() -> Iterator[None]:
-    """torch warns when its TreeSpecs are pickled: their form may change with torch's version."""
+    """Suppress torch's warning about pickled TreeSpecs, whose form may change with its version."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -124,7 +123,7 @@ def _path_for(model: nn.Module, form: CallForm) -> Path | None:
     try:
         text = repr((cache_key(model), form.text()))
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except (UnstableError, OSError, RuntimeError):  # the last: a user without a home
+    except (UnstableError, OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Path(home) / "stagewise" / f"capture-{digest}.pkl"

@@ -1,7 +1,6 @@
-"""What holds while torch.export traces a model: three of its habits, worked around.
+"""Workarounds for three problems of torch.export, in effect while it traces a model.
 
-Each is put back afterwards. torch.export does not look at the model's `forward` but by the names
-used here.
+Each patch is undone afterwards.
 """
 
 import inspect
@@ -21,16 +20,16 @@ OWN_BACKWARD = "has a backward of its own"
 
 @contextmanager
 def traceable(model: nn.Module, kwargs: Mapping[str, object]) -> Iterator[None]:
-    """All of them."""
+    """Apply all of them inside."""
     with _masks_as_given(), _functions_refused(), _values_named(model, kwargs):
         yield
 
 
 @contextmanager
 def _masks_as_given() -> Iterator[None]:
-    """Let nn.Transformer use its masks without looking whether one is causal.
+    """Make nn.Transformer use its masks without testing whether one is causal.
 
-    It looks in order to choose a faster kernel, which depends on the data; the mask does the same.
+    The test, which depends on the data, only chooses a faster kernel; the mask has the same effect.
     """
     found = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = _is_causal
@@ -46,9 +45,9 @@ def _is_causal(mask: object, is_causal: bool | None = None, size: object = None)
 
 @contextmanager
 def _functions_refused() -> Iterator[None]:
-    """Refuse autograd functions that are not torch's: a trace would drop their backward.
+    """Refuse autograd functions other than torch's: a trace would drop their backward.
 
-    It is their `forward` that refuses, since `apply` may have been looked up long ago.
+    Patches their `forward`, since references to `apply` may have been stored elsewhere.
     """
     kept = {
         kind: kind.__dict__["forward"]
@@ -79,9 +78,9 @@ def _subclasses(kind: Any) -> set[Any]:
 
 @contextmanager
 def _values_named(model: nn.Module, kwargs: Mapping[str, object]) -> Iterator[None]:
-    """Name the arguments that a `forward(**kwargs)` takes: torch.export mixes sizes up there.
+    """Name the arguments of a `forward(**kwargs)`, for which torch.export would mix up sizes.
 
-    What it returns is taken apart, objects of plain classes too, which torch.export refuses.
+    Also takes apart objects of plain classes in its output, which torch.export refuses.
     """
     run = model.forward
     before = model.__dict__.get("forward")

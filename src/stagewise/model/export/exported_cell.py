@@ -1,7 +1,7 @@
 """Cells of a captured model: each owns its share of the parameters and runs its share of the code.
 
-A cell holds torch.nn's layers themselves, and for the parameters and buffers of other modules a
-holder with the same attribute names, so that all names are the plain model's.
+A cell holds layers of torch.nn as they are, and parameters and buffers of other modules in a Holder
+with the same attribute names, so that all names are the plain model's.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from stagewise.model.cell import Holder, Piece
 from stagewise.model.namespace import CellNamespace, Code
 from stagewise.model.promised_sizes import Condition, TakenInput, check_promises
 
-TENSOR = ...  # in `Program.out_constants`: here stands what the code returned
+TENSOR = ...  # in `Program.out_constants`: a tensor that the code returned
 
 
 class Derived:
-    """What is computed from the batch alone, kept for the next cells of the stage.
+    """Values computed from only the batch, kept for the next cells of the stage.
 
-    To the engine it is a pytree without leaves, so it crosses no stage boundary with what it
-    holds: the next stage finds it empty, and computes again what it needs.
+    To the engine it is a pytree without leaves, so its values never cross a stage boundary: the
+    next stage gets an empty one, and computes what it needs.
     """
 
     def __init__(self) -> None:
@@ -44,28 +44,28 @@ pytree.register_pytree_node(
 class Program:
     """What a cell runs in one mode.
 
-    `run(space, *arriving, *shared, *inputs)` returns what leaves, or the tensors of the model's
-    output. `derive(space, *derive_inputs)` computes `shared`, where an earlier cell of the stage
-    has not. `takes_one`: what arrives is one value, not a tuple.
+    `run(space, *arriving, *shared, *inputs)` returns the leaving values, or the tensors of the
+    model's output. `derive(space, *derive_inputs)` computes `shared`, unless an earlier cell of the
+    stage did. `takes_one`: a single value arrives, not a tuple.
     """
 
     run: Code
     inputs: tuple[TakenInput, ...]
     takes_one: bool
     takes_derived: bool
-    hands_on_derived: bool
+    returns_derived: bool
     shared: tuple[str, ...]
     derive: Code | None
     derive_inputs: tuple[TakenInput, ...]
     out_spec: pytree.TreeSpec | None  # of the last cell
     out_constants: tuple[object, ...]
-    batch: tuple[TakenInput, ...]  # of the model, whether this cell takes it or not
+    batch: tuple[TakenInput, ...]  # all of the model's inputs
     conditions: tuple[Condition, ...]  # on the batch's sizes
-    compared: tuple[TakenInput, ...]  # what only the first cell has together
+    compared: tuple[TakenInput, ...]  # inputs whose sizes only the first cell can compare
 
     @property
     def taken(self) -> tuple[TakenInput, ...]:
-        """What of the batch `run` and then `derive` take."""
+        """The batch's tensors that `run` and then `derive` take."""
         return (*self.inputs, *self.derive_inputs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Program":
@@ -73,20 +73,20 @@ class Program:
 
 
 class _Space(SimpleNamespace):
-    """What a cell's code reads."""
+    """The namespace that a cell's code reads."""
 
     @property
     def itself(self) -> "_Space":
-        """For the code's regions; an attribute would be a cycle, and live on without the model."""
+        """For the code's regions; an attribute would be a reference cycle."""
         return self
 
 
 class CapturedCell(Piece):
-    """A piece of a captured model; `owners` are what it holds, as `owned` gives it."""
+    """A piece of a captured model; `owners` are what it holds, as for `owned`."""
 
     def __init__(
         self,
-        home: CellNamespace,
+        namespace: CellNamespace,
         owners: Sequence[tuple[int, str, nn.Module]],
         programs: Mapping[bool, Program],
         input_names: Sequence[str],
@@ -94,18 +94,18 @@ class CapturedCell(Piece):
         is_first: bool,
     ) -> None:
         super().__init__()
-        self._space = _Space(device=home.device, **home.kept)
+        self._space = _Space(device=namespace.device, **namespace.kept)
         self._programs = dict(programs)
         self.input_names, self.is_first = tuple(input_names), is_first
-        self._fulfilled: set[object] = set()  # modes, shapes and dtypes of inputs that fit
+        self._fulfilled: set[object] = set()  # modes, shapes and dtypes already checked
         self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
         for place, path, module in owners:
-            name = home.owner(path)
+            name = namespace.owner(path)
             self._owned.append((place, path, name))
             self.add_module(name, module)
             setattr(self._space, name, module)
         self._space.constants = self._constants = Holder()
-        for name, tensor in home.constants.items():
+        for name, tensor in namespace.constants.items():
             self._constants.register_buffer(name, tensor, persistent=False)
 
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
@@ -113,7 +113,7 @@ class CapturedCell(Piece):
             yield place, path, self.get_submodule(name)
 
     def forward(self, value: Any = (), **inputs: Any) -> Any:
-        """Run on what the cell before returned, and on tensors of the batch by name."""
+        """Run on the previous cell's output and tensors of the batch by name."""
         program, space = self._programs[self.training], self._space
         batch = [taken.of(inputs) for taken in program.taken]
         form = (self.training, *[(tensor.shape, tensor.dtype) for tensor in batch])
@@ -133,7 +133,7 @@ class CapturedCell(Piece):
         tensors = (v for v in (*arriving, *inputs.values()) if isinstance(v, torch.Tensor))
         space.device = next((tensor.device for tensor in tensors), space.device)
         shared: Iterable[Any] = ()
-        if program.hands_on_derived or program.shared:
+        if program.returns_derived or program.shared:
             derived = Derived() if derived is None else derived
             shared = self._shared(program, derived, batch[len(given) :]) if program.shared else ()
         result = program.run.function(space, *arriving, *shared, *given)
@@ -141,7 +141,7 @@ class CapturedCell(Piece):
             rest = iter(result)
             leaves = [next(rest) if leaf is TENSOR else leaf for leaf in program.out_constants]
             return pytree.tree_unflatten(leaves, program.out_spec)
-        return (*result, derived) if program.hands_on_derived else result
+        return (*result, derived) if program.returns_derived else result
 
     def _shared(
         self, program: Program, derived: Derived, given: Sequence[torch.Tensor]

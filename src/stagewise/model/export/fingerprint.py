@@ -1,9 +1,9 @@
-"""What decides what a trace of a model holds, as text that is the same in every process.
+"""Everything that influences a trace of a model, as text that is the same in every process.
 
-Versions and installation of the libraries that loaded code imports; the source of every loaded
-module that is no library; all that forward's code can see (`model.forward.visible`); the form of
-parameters and buffers; and how torch is set. What has no such text raises UnstableError, and then
-nothing is kept on disk.
+Versions and installation of the libraries that loaded code imports; the source of every other
+loaded module; everything that forward's code can see (`model.forward.visible`); the form of
+parameters and buffers; and torch's settings. Anything without such text raises UnstableError, and
+then nothing is cached on disk.
 """
 
 import enum
@@ -21,8 +21,8 @@ from torch.nn.modules import module as torch_module
 from stagewise.model.forward.contents import PLAIN, Frozen, can_hold
 from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight, is_own, names_in
 
-_OWN = ("stagewise.batch.", "stagewise.model.")  # where the form of an entry is decided
-_SALTED = {"._original_object_hash"}  # differs in every process: of transformers' GenerationConfig
+_OWN = ("stagewise.batch.", "stagewise.model.")  # code that decides the form of an entry
+_SALTED = {"._original_object_hash"}  # differs per process: transformers' GenerationConfig
 _UNSEEN = {"environ", "getenv", "argv", "globals", "import_module", "__import__"}
 _MOST_NUMBERS = 1 << 16  # of a tensor in an attribute
 
@@ -31,18 +31,18 @@ _KERNELS = ("flash", "mem_efficient", "math")  # of attention
 
 
 class UnstableError(Exception):
-    """Something has no text that is the same in another process."""
+    """Something has no text that is the same in every process."""
 
 
 def cache_key(model: nn.Module) -> str:
-    """Text that differs where a trace of `model` may; raises UnstableError where it has none."""
+    """Return text that differs if a trace of `model` may; UnstableError if there is none."""
     return repr((_code(model), _visible(model), _states(model), _settings()))
 
 
 def _code(model: nn.Module) -> list[object]:
-    """Versions and sources of what the model's forward may run."""
-    homes = {type(module).__module__ for module in model.modules()}
-    for name in homes:
+    """Return versions and sources of the code that the model's forward may run."""
+    module_names = {type(module).__module__ for module in model.modules()}
+    for name in module_names:
         if not getattr(sys.modules.get(name), "__file__", None):
             raise UnstableError(name)  # typed into a notebook, say
     kinds = "stdlib", "platstdlib", "purelib", "platlib"
@@ -55,9 +55,9 @@ def _code(model: nn.Module) -> list[object]:
     read = {
         name
         for name, (_, file) in loaded.items()
-        if name in homes or not file.startswith(libraries) or name.startswith(_OWN)
+        if name in module_names or not file.startswith(libraries) or name.startswith(_OWN)
     }
-    used = {_package(name) for name in homes} - {"torch"}
+    used = {_package(name) for name in module_names} - {"torch"}
     reached = {"torch"}.union(*(_packages_in(loaded[name][0]) for name in read))
     sources = [(name, _digest(loaded[name][1])) for name in sorted(read)]
     installed = [
@@ -70,11 +70,11 @@ def _code(model: nn.Module) -> list[object]:
 
 
 def _packages_in(module: ModuleType) -> set[str]:
-    """The packages that a module has imported, or of which it has functions or classes."""
+    """Return the packages that a module has imported, or from which it has functions or classes."""
     names = {
         value.__name__ if isinstance(value, ModuleType) else value.__module__
         for value in list(vars(module).values())
-        if issubclass(type(value), (ModuleType, FunctionType, type))  # asks the value nothing
+        if issubclass(type(value), (ModuleType, FunctionType, type))  # no call of the value's code
     }
     return {_package(name) for name in names if isinstance(name, str)}
 
@@ -88,13 +88,13 @@ def _digest(file: str) -> str:
 
 
 def _visible(model: nn.Module) -> list[object]:
-    """What forward's code can see, in the order of a walk."""
+    """Return what forward's code can see, in the order of a walk."""
     sight = Sight(named_only=False)
     nodes = sight.walk(model)
     if not sight.is_whole or sight.names & _UNSEEN:
-        raise UnstableError("more than can be told")
+        raise UnstableError("more than can be seen")
     if any(label == " (large)" for node in nodes for label, _ in node.items):
-        raise UnstableError("more than is looked at")
+        raise UnstableError("more than is inspected")
     if {"sys", "modules"} <= sight.names and any(_finds_modules(node.value) for node in nodes):
         raise UnstableError("modules found by name")
     places = {id(node.value): index for index, node in enumerate(nodes)}
@@ -110,14 +110,14 @@ def _visible(model: nn.Module) -> list[object]:
 
 
 def _finds_modules(value: object) -> bool:
-    """Whether the user's own code looks a module up in sys.modules."""
+    """Return whether the user's own code looks up a module in sys.modules."""
     if not isinstance(value, FunctionType) or not is_own(value.__code__.co_filename):
         return False
     return {"sys", "modules"} <= names_in(value.__code__)
 
 
 def _text(item: object, node: Node, places: dict[int, int], states: dict[int, str]) -> object:
-    """What stands for `item` of `node`: what it holds stands at its own place in the walk."""
+    """Return the text of `item` of `node`; its contents have their own place in the walk."""
     if isinstance(item, PLAIN):
         return repr(item)
     if isinstance(item, Frozen) and item.whole:
@@ -138,7 +138,7 @@ def _text(item: object, node: Node, places: dict[int, int], states: dict[int, st
     if isinstance(item, type):
         return _name_of(item), places.get(id(item))
     if can_hold(item) or isinstance(item, nn.Module):
-        if hasattr(item, "cache_info"):  # what it has kept cannot be seen
+        if hasattr(item, "cache_info"):  # its cached values cannot be seen
             raise UnstableError(item)
         return _name_of(type(item)), getattr(item, "__name__", None), places[id(item)]
     if hasattr(item, "name") and type(item).__module__ == "logging":
@@ -155,7 +155,7 @@ def _of_tensor(tensor: torch.Tensor) -> object:
 
 def _of_code(code: CodeType) -> object:
     if code.co_filename.startswith("<"):
-        raise UnstableError(code)  # its source may be any
+        raise UnstableError(code)  # its source is unknown
     constants = [
         sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
         for value in code.co_consts
@@ -166,14 +166,14 @@ def _of_code(code: CodeType) -> object:
 
 
 def _forward_of(kind: type[nn.Module]) -> object:
-    """What its forward is now: a program may have put another function there."""
+    """Return the identity of its current forward, which may have been patched."""
     code = getattr(kind.forward, "__code__", None)
     place = None if code is None else (code.co_filename, code.co_firstlineno, code.co_qualname)
     return _name_of(kind), place
 
 
 def _states(model: nn.Module) -> list[object]:
-    """The form of parameters and buffers, and which of them are one."""
+    """Return the form of parameters and buffers, and which of them are the same tensor."""
     seen: dict[int, int] = {}
     tensors = [
         (name, tuple(t.shape), str(t.dtype), str(t.device), t.requires_grad, place)
@@ -185,7 +185,7 @@ def _states(model: nn.Module) -> list[object]:
 
 
 def _settings() -> list[object]:
-    """How torch is set."""
+    """Return torch's settings."""
     if any(getattr(torch_module, name, None) for name in HOOKS_FOR_ALL):
         raise UnstableError("hooks on all modules")
     return [

@@ -1,9 +1,9 @@
-"""Modules that stay calls of the real module in a captured graph.
+"""Modules that remain calls of the real module in a captured graph.
 
-torch.export writes out what a module computes, and with it what it did in that one mode. But a
-BatchNorm's running statistics, dropout that is frozen by `.eval()`, an LSTM's kernel, hooks and
-parametrizations belong to the module. So the layers of torch.nn that own parameters or draw
-random numbers are traced as one opaque operator, which later becomes a call of the module.
+torch.export traces into a module, and records what it did in that one mode. But a BatchNorm's
+running statistics, dropout frozen by `.eval()`, an LSTM's kernel, hooks and parametrizations belong
+to the module. So layers of torch.nn that own parameters or draw random numbers are traced as one
+opaque operator, which later becomes a call of the module.
 """
 
 import itertools
@@ -28,9 +28,9 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass
 class LeafCall:
-    """One call of a leaf in a trace: how its arguments and what it returned are nested.
+    """One call of a leaf module in a trace, with the nesting of its arguments and its output.
 
-    `arguments` are the leaves of (args, kwargs); None stands for a tensor where `is_tensor`.
+    `arguments` are the leaves of (args, kwargs), with None for each tensor (`is_tensor`).
     """
 
     path: str
@@ -42,7 +42,7 @@ class LeafCall:
     _returned: tuple[list[object], list[bool], pytree.TreeSpec] | None = None
 
     def filled(self, tensors: Sequence[object]) -> tuple[tuple[object, ...], dict[str, object]]:
-        """(args, kwargs) with `tensors` in their places."""
+        """Return (args, kwargs) with `tensors` in their places."""
         rest = iter(tensors)
         leaves = [
             next(rest) if is_tensor else argument
@@ -52,7 +52,7 @@ class LeafCall:
         return args, kwargs
 
     def fake(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run it on fake tensors; what it returns shares no memory with them."""
+        """Run it on fake tensors; its results share no memory with them."""
         args, kwargs = self.filled(tensors)
         keyed, spec = pytree.tree_flatten_with_path(self.run(*args, **kwargs))
         is_tensor = [isinstance(leaf, torch.Tensor) for _, leaf in keyed]
@@ -62,7 +62,7 @@ class LeafCall:
         return [leaf.clone() for _, leaf in keyed if isinstance(leaf, torch.Tensor)]
 
     def returned(self, tensors: Sequence[torch.Tensor]) -> object:
-        """What the module returned, with `tensors` in their places."""
+        """Return the module's output, with `tensors` in their places."""
         assert self._returned is not None
         leaves, is_tensor, spec = self._returned
         rest = iter(tensors)
@@ -75,8 +75,8 @@ class LeafCall:
 _LIBRARY = torch.library.Library("stagewise", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("leaf(Tensor[] inputs, str path, int call) -> Tensor[]")  # type: ignore[no-untyped-call]
 LEAF = torch.ops.stagewise.leaf.default
-_running: dict[int, LeafCall] = {}  # of the traces that are being made
-_numbers = itertools.count()  # never twice, since torch caches what an operator returned
+_running: dict[int, LeafCall] = {}  # of the current traces
+_numbers = itertools.count()  # never reused, since torch caches an operator's results
 
 
 def _fake(inputs: list[torch.Tensor], path: str, call: int) -> list[torch.Tensor]:
@@ -87,7 +87,7 @@ torch.library.register_fake("stagewise::leaf", _fake, lib=_LIBRARY)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether `module` stays a call."""
+    """Return whether `module` remains a call."""
     if isinstance(module, _BatchNorm):
         return True
     cls = type(module).__mro__[1] if is_parametrized(module) else type(module)
@@ -101,7 +101,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The leaves inside `model`, by their first path; what lies in a leaf is none."""
+    """Return the leaf modules of `model`, by first path; modules inside a leaf do not count."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{leaf}.") for leaf in found)
@@ -111,7 +111,7 @@ def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Raise ModelError for a backward hook that no cell would run: of a module that is no leaf."""
+    """Raise ModelError for a backward hook on a non-leaf module, which no cell would run."""
     leaves = tuple(f"{path}." for path in leaves_of(model))
     for path, module in model.named_modules():
         hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
@@ -119,19 +119,19 @@ def check_hooks(model: nn.Module) -> None:
             name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
             raise ModelError(
                 f"{path or 'the model itself'} ({type(module).__name__}) has a backward hook "
-                f"({name}), which a trace would lose; put it on layers of torch.nn, whose hooks "
-                "run"
+                f"({name}), which a trace would lose; register it on layers of torch.nn, whose "
+                "hooks run"
             )
 
 
 @contextmanager
 def opaque(leaves: dict[str, nn.Module]) -> Iterator[dict[int, LeafCall]]:
-    """Trace inside: calls of `leaves` become operators; gives the calls by their number."""
+    """Trace inside: calls of `leaves` become operators; yields the calls by number."""
     calls: dict[int, LeafCall] = {}
     kept = {path: {name: getattr(leaf, name) for name in _HOOKS} for path, leaf in leaves.items()}
     forwards = {path: leaf.__dict__.get("forward") for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
-        for name in _HOOKS:  # they will run when the module does
+        for name in _HOOKS:  # they run when the module is called
             setattr(leaf, name, type(kept[path][name])())
         leaf.__dict__["forward"] = _marked(path, leaf, calls)
     try:
@@ -158,10 +158,10 @@ def _marked(path: str, leaf: nn.Module, calls: dict[int, LeafCall]) -> Callable[
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if (
             not tensors
-            or not all(type(leaf) in _CONSTANTS for leaf in rest)  # a symbolic size, say
-            or any(map(is_functorch_wrapped_tensor, tensors))  # of vmap, which knows no such call
+            or not all(type(leaf) in _CONSTANTS for leaf in rest)  # e.g. a symbolic size
+            or any(map(is_functorch_wrapped_tensor, tensors))  # vmap does not support the operator
         ):
-            return run(*args, **kwargs)  # then it is written out
+            return run(*args, **kwargs)  # traced into
         constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         number = next(_numbers)
         call = _running[number] = calls[number] = LeafCall(path, constants, is_tensor, spec, faked)
@@ -171,7 +171,7 @@ def _marked(path: str, leaf: nn.Module, calls: dict[int, LeafCall]) -> Callable[
 
 
 def _recurrent(module: nn.RNNBase, input: torch.Tensor, hx: object = None) -> object:
-    """What a recurrent layer returns, by shape: torch would unroll it, and so fix the length."""
+    """Return outputs of a recurrent layer's shapes; torch would unroll it, and fix the length."""
     del hx
     directions = 2 if module.bidirectional else 1
     size = module.proj_size or module.hidden_size

@@ -11,28 +11,28 @@ from stagewise.model.export.export_workarounds import OWN_BACKWARD
 from stagewise.model.forward.users_code import TORCH, is_users
 from stagewise.model.verify.compare import Mismatch
 
-# What torch's message holds -> what it means, and the way out.
+# Parts of torch's message -> its meaning, and a remedy.
 _CAUSES = (
     (
         ("CheckpointFunction",),
         "a trace would lose reentrant gradient checkpointing (use_reentrant=True)",
-        "give use_reentrant=False, or leave checkpointing out and plan with recompute='always'",
+        "use use_reentrant=False, or remove checkpointing and plan with recompute='always'",
     ),
     (
         (OWN_BACKWARD,),
-        "a trace would lose the gradient that it defines",
+        "a trace would lose the backward that it defines",
         "make it an operator with torch.library.custom_op and register_autograd",
     ),
     (
-        ("ifferentiated Tensor",),  # torch's, at the begin of its sentence or in it
-        "it differentiates in forward (torch.autograd.grad), and no stage reaches into another",
-        "let one module do all of that, with the call, and name it in cells=; where that is the "
-        "whole model, give nn.Sequential(model) and num_stages=1",
+        ("ifferentiated Tensor",),  # with or without a capital letter
+        "it differentiates in forward (torch.autograd.grad), which cannot reach into other stages",
+        "do all of that, with the call, in one module and name it in cells=; if that is the whole "
+        "model, pass nn.Sequential(model) with num_stages=1",
     ),
     (
         ("data-dependent", "GuardOnDataDependent", "unbacked", "aten._local_scalar_dense"),
-        "its control flow or its shapes depend on the data",
-        "compute without a branch on a tensor's values (torch.where, masks)",
+        "its control flow or shapes depend on the data",
+        "do not branch on a tensor's values (use torch.where or masks)",
     ),
     (
         (
@@ -41,21 +41,20 @@ _CAUSES = (
             "Unsupported output type",
             "output with type",
         ),
-        "it returns what cannot be taken apart into tensors",
-        "let it return tensors, tuples, dicts or dataclasses (use_cache=False for a transformers "
-        "model)",
+        "it returns an object that cannot be taken apart into tensors",
+        "return tensors, tuples, dicts or dataclasses (use_cache=False for a transformers model)",
     ),
     (
         ("Constraints violated", "specialized", "marked dynamic"),
-        "it works for one batch size only",
-        "let it take the batch size from its inputs' shapes, not from a number",
+        "it only works for one batch size",
+        "take the batch size from the inputs' shapes, not from a number",
     ),
 )
-_UNKNOWN = ("torch.export cannot trace it", "change what it says there")
+_UNKNOWN = ("torch.export cannot trace it", "change the code that it names")
 
 
 def refusal(model: nn.Module, error: Exception) -> ModelError:
-    """torch.export's error as one of ours."""
+    """Turn an error of torch.export into a ModelError."""
     text = f"{type(error).__name__}: {error}"
     meaning, remedy = next(
         (cause[1:] for cause in _CAUSES if any(mark in text for mark in cause[0])), _UNKNOWN
@@ -67,29 +66,30 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
     )
 
 
-def lost(model: nn.Module, found: Mismatch, asked: Mapping[str, str]) -> ModelError:
-    """The trace gives something else than the model; `asked` is what forward does, and where."""
+def differs(model: nn.Module, found: Mismatch, asked: Mapping[str, str]) -> ModelError:
+    """Return the error for a trace that differs; `asked` is what forward does, and where."""
     causes = "; ".join(f"forward {what} ({place})" for what, place in asked.items())
     return ModelError(
-        f"{type(model).__name__} was captured, but its cells are not the plain model in "
-        f"{found.situation}: the {found.what} differs ({found.how}). A trace holds what forward "
-        f"decided once, and no hooks on tensors: {causes or 'something that it lost decides here'}"
-        "; let forward compute the same whatever it finds there"
+        f"{type(model).__name__} was captured, but its cells differ from the plain model in "
+        f"{found.situation}: the {found.what} differs ({found.how}). A trace fixes forward's "
+        "decisions, and loses hooks on tensors: "
+        f"{causes or 'something that it lost matters here'}; make forward compute the same "
+        "regardless of it"
     )
 
 
-def lost_at(model: nn.Module, found: Mismatch, sizes: str) -> ModelError:
-    """The trace gives something else than the model where the batch has other sizes."""
+def differs_at_sizes(model: nn.Module, found: Mismatch, sizes: str) -> ModelError:
+    """Return the error for a trace that differs if the batch has other sizes."""
     return ModelError(
         f"{type(model).__name__} was captured, but for other sizes than its example's ({sizes}) "
-        f"its cells are not the plain model in {found.situation}: the {found.what} differs "
-        f"({found.how}). Forward makes something of a size that a trace cannot follow (its type, "
-        "say, or dimensions dropped where a size is one); let it compute with the size itself"
+        f"its cells differ from the plain model in {found.situation}: the {found.what} differs "
+        f"({found.how}). Forward uses a size in a way that a trace cannot follow (e.g. its type, "
+        "or dimensions dropped where a size is one); compute with the size itself"
     )
 
 
 def place_of(node: fx.Node) -> str:
-    """The module and the line that made `node`."""
+    """Return the module and line that created `node`."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values()) if path), "")
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
@@ -98,12 +98,12 @@ def place_of(node: fx.Node) -> str:
 
 
 def _short(call: str) -> str:
-    """`File "a.py", line 3, in forward` -> `a.py, line 3`."""
+    """Shorten `File "a.py", line 3, in forward` to `a.py, line 3`."""
     return call.removeprefix("File ").split(", in ")[0].replace('"', "")
 
 
 def _where(model: nn.Module, error: BaseException) -> str:
-    """The innermost module that ran, and the line in it or below that is not torch's."""
+    """Return the innermost module that ran, and its innermost line outside torch."""
     names = {module: path for path, module in model.named_modules()}
     path, line = "", ""
     for frame, number in traceback.walk_tb(error.__traceback__):

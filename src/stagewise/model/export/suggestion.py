@@ -1,7 +1,7 @@
-"""What `cells=` may be for a model that cannot be captured: tried, before it is said.
+"""Suggest `cells=` for a model that cannot be captured, after trying it.
 
 Candidates are lists of modules that forward calls once each, in both modes, and the outermost
-modules that it calls once. The first that is the plain model on the example's first samples wins.
+modules that it calls once. The first that matches the plain model on a few samples wins.
 """
 
 from collections import Counter
@@ -21,11 +21,11 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def with_way_out(error: ModelError, model: nn.Module, example: Mapping[str, object]) -> ModelError:
-    """`error` with what `cells=` may be, or why that does not help either."""
+    """Return `error` with a `cells=` that works, or the reason why none does."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return ModelError(
-            f"{error}; or build it on a real device and name the modules that are to be cells, so "
-            "that their code runs as it is: stagewise.plan(..., cells=[...])"
+            f"{error}; or build it on a real device and name the modules to use as cells, whose "
+            "code then runs unchanged: stagewise.plan(..., cells=[...])"
         )
     few = first_samples(example) or dict(example)
     failed = ""
@@ -36,16 +36,16 @@ def with_way_out(error: ModelError, model: nn.Module, example: Mapping[str, obje
             failed = failed or f" (cells={patterns}: {type(other).__name__}: {other})"
         else:
             return ModelError(
-                f"{error}; or name the modules that are to be cells, so that their code and what "
-                f"lies around them runs as it is: stagewise.plan(..., cells={patterns})"
+                f"{error}; or name the modules to use as cells, so that their code and the code "
+                f"around them runs unchanged: stagewise.plan(..., cells={patterns})"
             )
     return ModelError(
-        f"{error}. Naming modules as cells was tried too, and does not help as the model is{failed}"
+        f"{error}. Naming modules as cells was also tried, and does not work for this model{failed}"
     )
 
 
 def cells_to_try(model: nn.Module, example: Mapping[str, object]) -> list[list[str]]:
-    """What may be tried, the likeliest first."""
+    """Return candidates, the likeliest first."""
     once = _called_once(model, example)
     lists = [f"{path}.*" for path in _lists(model, once)]
     outer = _compressed(model, list(_outermost(model, "", once)))
@@ -63,7 +63,7 @@ def _at(model: nn.Module, path: str) -> nn.Module:
 
 
 def _called_once(model: nn.Module, example: Mapping[str, object]) -> set[str]:
-    """The modules that a call of the model calls once, in either mode."""
+    """Return the modules that a call of the model calls once, in either mode."""
     found: list[set[str]] = []
     for training in (True, False):
         counts: Counter[str] = Counter()
@@ -85,7 +85,7 @@ class _counting:  # noqa: N801 (a function that can be told apart from others)
 
 
 def _lists(model: nn.Module, once: set[str]) -> Iterator[str]:
-    """The outermost lists of two modules or more that are all called once."""
+    """Yield the outermost lists of two or more modules that are each called once."""
     inside: list[str] = []
     for path, module in model.named_modules():
         if not path or not isinstance(module, _LISTS) or len(module) < 2:
@@ -98,7 +98,7 @@ def _lists(model: nn.Module, once: set[str]) -> Iterator[str]:
 
 
 def _outermost(model: nn.Module, path: str, once: set[str]) -> Iterator[str]:
-    """Modules that are called once, and are in none that is, but for those that hold lists."""
+    """Yield the outermost modules that are called once and contain no list of such."""
     for name, child in _at(model, path).named_children():
         inner = f"{path}.{name}" if path else name
         holds = any(other.startswith(f"{inner}.") for other in _lists(model, once))
@@ -109,7 +109,7 @@ def _outermost(model: nn.Module, path: str, once: set[str]) -> Iterator[str]:
 
 
 def _compressed(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """`layers.0, layers.1` as `layers.*` where these are all."""
+    """Replace `layers.0, layers.1` by `layers.*` if these are all."""
     found: dict[str, None] = {}
     for path in paths:
         above = path.rpartition(".")[0]

@@ -1,7 +1,7 @@
-"""A model as torch.export sees it: operators in running order, between inputs and outputs.
+"""Trace a model with torch.export: operators in running order, between inputs and outputs.
 
-What is in the graph for torch's own sake only (assertions, conversions to what a tensor is
-already) is dropped here, so that the rest is what the plain model runs.
+Nodes that only torch needs (assertions, no-op conversions) are dropped, so that the rest is what
+the plain model runs.
 """
 
 import io
@@ -27,7 +27,7 @@ from stagewise.model.export.opaque_modules import LEAF, LeafCall, opaque
 from stagewise.model.export.refusal import refusal
 from stagewise.model.promised_sizes import Condition
 
-# Tokens, or vectors in a row. Images keep their size: symbolic ones can take long to trace.
+# Sequences of tokens or vectors. Images keep their size: symbolic ones can be slow to trace.
 MAX_SEQUENCE_DIMS = 3
 _NUMBER = re.compile(r"(stagewise\.leaf\.default\]\(args = .*), \d+\)")  # of the call
 
@@ -40,17 +40,17 @@ _ASSERTIONS = {
 }
 
 
-_MAP_LOADS = "lazy_load_decompositions"  # the functions that torch.vmap is made of
+_MAP_LOADS = "lazy_load_decompositions"  # functions that torch.vmap calls
 _MAP_BEGINS, _MAP_ENDS = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model runs in one mode.
+    """A trace of one mode.
 
-    `nodes` are in running order. `inputs` are the placeholders of the call's tensors by their
-    place among its leaves; `states` those of parameters and buffers by name; `constants` those
-    of tensors made in forward. `outputs` are nodes, or constants, nested as `out_spec` says.
+    `nodes` are in running order. `inputs` maps the placeholders of the call's tensors to their
+    place among its leaves; `states` those of parameters and buffers to names; `constants` those of
+    tensors created in forward. `outputs` are nodes or constants, nested by `out_spec`.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -61,11 +61,11 @@ class Trace:
     out_spec: pytree.TreeSpec
     calls: Mapping[int, LeafCall]
     conditions: tuple[Condition, ...]
-    owner: nn.Module  # of the graphs that operators run inside
+    owner: nn.Module  # of nested graphs, kept alive
 
     @cached_property
     def mapped(self) -> Mapping[fx.Node, int]:
-        """What torch.vmap does, which runs in its place: how many of them it goes on with."""
+        """The nodes of torch.vmap, which run in place, with their nesting depth."""
         found, depth = {}, 0
         for node in self.nodes:
             name = getattr(node.target, "__name__", "")
@@ -75,7 +75,7 @@ class Trace:
         return found
 
     def leaf_call(self, node: fx.Node) -> LeafCall | None:
-        """The call of a leaf module that `node` is, if it is one."""
+        """Return the call of a leaf module that `node` represents, if any."""
         return self.calls[node.args[2]] if node.target is LEAF else None  # type: ignore[index]
 
 
@@ -85,13 +85,13 @@ def traced(
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> Trace:
-    """Trace `model` in its present mode; raises ModelError naming module, line and the way out.
+    """Trace `model` in its current mode; ModelError names module, line and a remedy.
 
-    The number of samples may change, and in sequences every size that the model does not fix.
+    The number of samples is dynamic, and in sequences every size that the model does not fix.
     """
     try:
         return _traced(model, leaves, args, kwargs, max_dims=MAX_SEQUENCE_DIMS)
-    except ModelError:  # because of other sizes, perhaps; if not, it fails again
+    except ModelError:  # perhaps because of other dynamic sizes; if not, it fails again
         return _traced(model, leaves, args, kwargs, max_dims=1)
 
 
@@ -110,7 +110,7 @@ def _traced(
 
     def exported(other_texts: bool) -> tuple[ExportedProgram, Mapping[int, LeafCall], AskedSizes]:
         shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-        for tensor in tensors:  # a size of one is a constant to torch.export: it may be broadcast
+        for tensor in tensors:  # torch.export specialises a size of one, which may broadcast
             axes = [axis for axis in range(free[id(tensor)]) if tensor.shape[axis] != 1]
             shapes[tensor] = dict.fromkeys(axes, Dim.AUTO)
         with (
@@ -136,7 +136,7 @@ def _exported(
 ) -> ExportedProgram:
     printed = io.StringIO()  # a failing torch.export prints its whole graph
     with warnings.catch_warnings(), redirect_stderr(printed), torch.enable_grad():
-        # What forward assigns was seen before (stagewise.model.verify.observed), and is put back.
+        # Assignments in forward were checked before (stagewise.model.verify.observed).
         warnings.filterwarnings("ignore", r"The tensor attributes? self\.")
         program = torch.export.export(
             model,
@@ -150,7 +150,7 @@ def _exported(
 
 
 def _same_without(program: ExportedProgram, other: Callable[[], ExportedProgram]) -> bool:
-    """Whether another trace, where sizes' texts are of other numbers, is the same."""
+    """Return whether another trace, in which sizes print as other numbers, is the same."""
     try:
         again = other()
     except ModelError:
@@ -225,7 +225,7 @@ def _clean(graph: fx.Graph) -> None:
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
         elif node.target is _aten.to.dtype_layout and _changes_nothing(node):
-            # `x.to(device)`: it names the dtype only because x had it.
+            # `x.to(device)`: it only names the dtype because x had it.
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -239,9 +239,9 @@ def _changes_nothing(node: fx.Node) -> bool:
 
 
 def _place_updates(graph: fx.Graph, states: Mapping[fx.Node, str], output: fx.Node) -> None:
-    """Write a buffer as soon as its new value is there and its old one is no more needed.
+    """Move a buffer's update to where its new value exists and its old one is no longer needed.
 
-    torch.export writes all at the end. What was written in place is there already.
+    torch.export writes all buffers at the end, also those already written in place.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -261,7 +261,7 @@ def _place_updates(graph: fx.Graph, states: Mapping[fx.Node, str], output: fx.No
 
 
 def _is_same_memory(value: fx.Node, buffer: fx.Node) -> bool:
-    """Whether `value` is what an operator in place returned for `buffer`."""
+    """Return whether `value` is the result of in-place operators on `buffer`."""
     while isinstance(value.target, torch._ops.OpOverload):
         returns = value.target._schema.returns
         if len(returns) != 1 or returns[0].alias_info is None or not returns[0].alias_info.is_write:

@@ -1,9 +1,9 @@
-"""What the Python code of a forward sees, asks and keeps, besides the values of tensors.
+"""What the Python code of a forward reads, asks and keeps, besides the values of tensors.
 
-1. `users_code` tells the user's code from torch's and ours, and finds the line that was running.
-2. `contents` is what can be seen in an object (`large`: in one too large to be looked at item by
-   item); `visible`, all that a forward's code can see.
-3. `watch`: whether that is still what it was when the model was captured; `library`: and what it
-   uses of libraries.
-4. `asked`: what a forward asks that a trace decides once.
+1. `users_code` separates the user's code from torch's and ours, and finds the running line.
+2. `contents` lists what can be seen in an object (`large`: a digest if it is too large); `visible`
+   lists everything that a forward's code can see.
+3. `watch` notices changes of that since the model was captured; `library`, of what it uses of
+   libraries.
+4. `asked` records what a forward asks that a trace fixes.
 """

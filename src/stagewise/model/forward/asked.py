@@ -1,8 +1,8 @@
-"""What a forward asks for that a trace decides once: gradients on, autocast, a tensor's flags.
+"""Record what a forward asks that a trace fixes: gradients enabled, autocast, a tensor's flags.
 
-A trace holds the answers of the moment it was made. What asks is noted while the plain model runs:
-functions written in C by Python's profiler, which sees them however they were imported, and what
-is asked of tensors by a mode of torch's. So a refusal can name the line.
+A trace keeps the answers from when it was made. Questions are recorded while the plain model runs:
+calls of C functions through Python's profiler, which sees them however they were imported, and
+questions to tensors through a TorchFunctionMode. So a refusal can name the line.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from stagewise.model.forward.users_code import is_torchs, is_users, place_of_frame
 
-# By the function's name: what the model does there.
+# Function name -> what the model does there.
 _AUTOCAST = {
     name: "asks whether autocast is on"
     for name in (
@@ -25,15 +25,15 @@ _AUTOCAST = {
     )
 }
 INFERENCE = "asks whether inference mode is on"
-FRESH = "makes random numbers that no seed decides"
-VARIED = "draws numbers of which few were tried"
+FRESH = "creates random numbers without a seed"
+VARIED = "draws random numbers, few of which were tried"
 _FUNCTIONS = {
     **_AUTOCAST,
     "is_grad_enabled": "asks whether gradients are on (torch.is_grad_enabled)",
     "is_inference_mode_enabled": INFERENCE,
-    "urandom": FRESH,  # of the system, as NumPy's and secrets' generators without a seed do
+    "urandom": FRESH,  # the system's, as used by unseeded generators of NumPy and secrets
 }
-# Functions of Python's and NumPy's random whose numbers may be rare besides their ends and middle.
+# Functions of Python's and NumPy's random with rare values other than at their ends and middle.
 _DRAWS = {
     *("randint", "randrange", "choice", "choices", "shuffle", "getrandbits", "randbytes"),
     *("gauss", "normalvariate", "expovariate", "randn", "standard_normal", "permutation"),
@@ -45,16 +45,16 @@ _OF_TENSORS = {
     "torch.Tensor.requires_grad.__get__": _FLAGS,
     "torch.Tensor.grad_fn.__get__": "looks at a tensor's grad_fn",
     "torch.Tensor.is_leaf.__get__": "asks whether a tensor is a leaf of its graph",
-    "torch.Tensor.register_hook": "puts a hook on a tensor",
-    "torch.Tensor.register_post_accumulate_grad_hook": "puts a hook on a tensor",
+    "torch.Tensor.register_hook": "registers a hook on a tensor",
+    "torch.Tensor.register_post_accumulate_grad_hook": "registers a hook on a tensor",
     "torch.Tensor.retain_grad": "keeps the gradient of a tensor",
 }
-Asked = dict[str, str]  # what forward does: where, first
+Asked = dict[str, str]  # what forward does -> where it first does so
 
 
 @contextmanager
 def asked_of_torch() -> Iterator[Asked]:
-    """What the code inside asks of torch; nothing where another profiler runs already."""
+    """Record what the code inside asks of torch; nothing if another profiler is active."""
     found: Asked = {}
     before = sys.getprofile()
 
@@ -78,7 +78,7 @@ def asked_of_torch() -> Iterator[Asked]:
 
 
 def _of_call(frame: FrameType) -> str | None:
-    """What the call of a function written in Python does."""
+    """Return what a call of a Python function asks, if anything."""
     code = frame.f_code
     if code is random.Random.__init__.__code__ and frame.f_locals.get("x") is None:
         return FRESH
@@ -87,24 +87,24 @@ def _of_call(frame: FrameType) -> str | None:
 
 
 def _callers(frame: FrameType) -> FrameType:
-    """The call of Python's own library, taken back to where it was called."""
+    """Return the innermost frame outside Python's standard library."""
     while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == _STDLIB:
         frame = frame.f_back
     return frame
 
 
 def asks_for_autocast(asked: Asked) -> bool:
-    """Whether the model may compute something else under autocast than what autocast casts."""
+    """Return whether the model itself may behave differently under autocast."""
     return not asked.keys().isdisjoint(_AUTOCAST.values())
 
 
 def asks_for_flags(asked: Asked) -> bool:
-    """Whether the model may compute something else where other parameters require gradients."""
+    """Return whether the model may behave differently if other parameters require gradients."""
     return _FLAGS in asked
 
 
 class AskedOfTensors(TorchFunctionMode):
-    """Notes what the code inside asks of tensors, in `found`."""
+    """Records what the code inside asks of tensors, in `found`."""
 
     def __init__(self) -> None:
         super().__init__()

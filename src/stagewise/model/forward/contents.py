@@ -1,7 +1,7 @@
 """What can be seen in a Python object: items of a container, attributes, slots, closures, defaults.
 
-Objects whose class was written in C may hold what shows nowhere; they are seen as their pickle,
-or, where they have none, not at all.
+Objects of classes written in C may have hidden state; they are seen as their pickle, or, without
+one, not at all.
 """
 
 import functools
@@ -31,7 +31,7 @@ from torch import nn
 
 from stagewise.model.forward.large import digest_of_array, digest_of_items
 
-Item = tuple[str, object]  # ".name" or "[key]", and what is there
+Item = tuple[str, object]  # ".name" or "[key]", and the value
 Reader = Callable[[Any], list[Item]]
 
 PLAIN = (
@@ -53,8 +53,10 @@ _WORD = 8
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
-    """What an object holds whose class was written in C, or that is large; a digest may be of
-    parts, and not `whole`."""
+    """The contents of a large object or one of a C class, as a pickle or digest.
+
+    A digest of only some parts is not `whole`.
+    """
 
     kind: type
     data: bytes
@@ -62,21 +64,21 @@ class Frozen:
 
 
 def contents(value: Any) -> list[Item]:
-    """What can be seen in `value`; nothing in a leaf."""
+    """Return what can be seen in `value`; nothing in a leaf."""
     kind: Any = type(value)
     reader = _reader_of(kind)
     return [] if reader is None else reader(value)
 
 
 def can_hold(value: object) -> bool:
-    """Whether something may be seen in `value`."""
+    """Return whether something may be seen in `value`."""
     kind: Any = type(value)
     return _reader_of(kind) is not None
 
 
 @functools.lru_cache(maxsize=4096)
 def _reader_of(kind: type) -> Reader | None:
-    """How to look into objects of a class; None: they are leaves, or cannot be looked into."""
+    """Return the reader of a class's objects; None if they are leaves, or opaque."""
     if issubclass(kind, (*PLAIN, *_LEAVES, Frozen)):
         return None
     for known, reader in _READERS.items():
@@ -86,7 +88,7 @@ def _reader_of(kind: type) -> Reader | None:
 
 
 def frozen(value: Any) -> object:
-    """`value`, or its pickle or a digest where nothing can be seen in it otherwise."""
+    """Return `value`, or its pickle or a digest if nothing can be seen in it otherwise."""
     kind: Any = type(value)
     if not _hides(kind):
         return value
@@ -95,7 +97,7 @@ def frozen(value: Any) -> object:
         return Frozen(kind, *digest_of_array(value)) if is_array else value
     try:
         data = pickle.dumps(value, 4)
-    except Exception:  # it cannot be pickled; whatever a class of others raises
+    except Exception:  # not picklable; a class may raise anything
         return value
     return Frozen(kind, data) if len(data) <= 2 * _MOST_BYTES else value
 
@@ -108,7 +110,7 @@ def _hides(kind: type) -> bool:
 
 
 def _is_python(kind: type) -> bool:
-    """Whether objects of the class hold nothing but attributes and slots."""
+    """Return whether objects of the class only hold attributes and slots."""
     made = [vars(cls) for cls in kind.__mro__[:-1]]
     makers = [own["__new__"] for own in made if "__new__" in own]
     slots = sum(len(_slots(own)) for own in made)
@@ -138,7 +140,7 @@ def _of_object(value: object) -> list[Item]:
 
 
 def _extra(value: object) -> list[Item]:
-    """Attributes of an object of a subclass of something built in."""
+    """Return the attributes of an object of a subclass of a builtin."""
     return [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
 
 
@@ -221,6 +223,6 @@ _READERS: dict[Any, Reader] = {
 
 
 def is_fixed(kind: type) -> bool:
-    """Whether a class belongs to Python or torch, and is what its version says."""
+    """Return whether a class belongs to Python, torch or NumPy, and is fixed by its version."""
     root = kind.__module__.partition(".")[0]
     return root in sys.stdlib_module_names or root in ("torch", "builtins", "numpy")

@@ -1,7 +1,6 @@
-"""What stands for a container or an array that is too large to be looked at item by item.
+"""Digests of containers and arrays that are too large to inspect item by item.
 
-That is a digest of all of it, which takes time as reading it does; of what is larger still, of
-every k-th part.
+Of all of it, which takes as long as reading it; of even larger ones, of every k-th part.
 """
 
 import hashlib
@@ -13,12 +12,11 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 _MOST_ITEMS, _MOST_BYTES, _ROW = 1 << 16, 1 << 23, 64
-_PLAIN_ITEMS = 2  # the version of marshal that writes equal values alike, whoever else holds them
+_PLAIN_ITEMS = 2  # the marshal version that writes equal values equally, whatever their refcounts
 
 
 def digest_of_items(value: Collection[object]) -> bytes:
-    """Of the items of a list, tuple, dict or set: their values where they are plain, else which
-    objects they are."""
+    """Digest a list, tuple, dict or set: its items' values if they are plain, else their ids."""
     parts = [len(value).to_bytes(8, "big")]
     step = len(value) // _MOST_ITEMS + 1
     for items in (value, value.values()) if isinstance(value, Mapping) else (value,):
@@ -33,8 +31,10 @@ def digest_of_items(value: Collection[object]) -> bytes:
 def digest_of_array(
     value: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]",
 ) -> tuple[bytes, bool]:
-    """Of an array's numbers, and whether of all of them: two numbers that change places show, as
-    sums are taken of rows and of columns."""
+    """Digest an array's numbers; also return whether all of them were included.
+
+    Uses sums of rows and of columns, so that swapping two numbers changes it.
+    """
     flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     words = flat[: flat.size // 8 * 8].view(np.uint64)
     step = flat.nbytes // _MOST_BYTES + 1

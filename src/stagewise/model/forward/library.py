@@ -1,8 +1,8 @@
-"""Whether libraries still are what they were when a model was captured.
+"""Notice changes of libraries since a model was captured.
 
-Their code is taken as fixed, but a patch may replace a function of theirs, or the forward of a
-class, and flags of torch (the default dtype and device, what `torch.backends` holds) may change. So
-it is remembered what forward's code means by the names that it uses of modules.
+Their code is assumed fixed, but a patch may replace one of their functions, or the forward of a
+class, and flags of torch (default dtype and device, `torch.backends`) may change. So the values of
+the modules' names that forward's code uses are remembered.
 """
 
 import types
@@ -19,7 +19,7 @@ from stagewise.model.forward.visible import globals_in, is_own, names_in
 
 _MOST_FUNCTIONS = 1000
 _DTYPE, _DEVICE = "torch's default dtype", "torch's default device"
-# What code asks by naming a function.
+# Function that code names -> the flag that it depends on.
 _FLAGS: dict[str, tuple[str, Callable[[], object]]] = {
     name: (name, getattr(torch, name))
     for name in (
@@ -38,7 +38,7 @@ _GONE = object()
 
 
 class Library:
-    """Remembers what the functions in `seen`, and the forwards of `modules`, use of libraries."""
+    """Remembers what functions in `seen`, and the forwards of `modules`, use from libraries."""
 
     def __init__(self, seen: Iterable[object], modules: Iterable[nn.Module]) -> None:
         forwards = {type(module): type(module).forward for module in modules}
@@ -52,7 +52,7 @@ class Library:
         self._flags: dict[str, Callable[[], object]] = {_DTYPE: torch.get_default_dtype}
         waiting = [f for f in (*seen, *forwards.values()) if isinstance(f, FunctionType)]
         known = {id(function) for function in waiting}
-        for function in waiting:  # grows
+        for function in waiting:  # grows meanwhile
             names = names_in(function.__code__)
             self._flags |= dict(_FLAGS[name] for name in names & _FLAGS.keys())
             for value in self._of(function, names):
@@ -66,7 +66,7 @@ class Library:
         self._answers = {name: ask() for name, ask in self._flags.items()}
 
     def _of(self, function: FunctionType, names: frozenset[str]) -> Iterator[object]:
-        """What a function uses of modules; it is remembered."""
+        """Yield, and remember, what a function uses from modules."""
         known = function.__globals__
         library = not is_own(function.__code__.co_filename)
         for name in globals_in(function.__code__) & known.keys():
@@ -94,7 +94,7 @@ class Library:
                 yield value
 
     def changed(self) -> list[str]:
-        """The names of what is no more as it was."""
+        """Return the names of what has changed."""
         found = [name for name, ask in self._flags.items() if ask() != self._answers[name]]
         for owner, name, value in self._used.values():
             now = owner.get(name, _GONE) if type(owner) is dict else getattr(owner, name, _GONE)

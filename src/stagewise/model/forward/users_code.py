@@ -1,6 +1,6 @@
-"""Which code is the user's, or of a library that they use: neither torch's nor our own.
+"""Recognise the code of the user and the user's libraries: neither torch's nor our own.
 
-Errors name the line of it that ran last.
+Errors name its innermost running line.
 """
 
 import contextlib
@@ -14,28 +14,28 @@ import torch
 TORCH = Path(torch.__file__).parent
 _OURS = Path(__file__).parents[2]  # the package
 _ZOO = str(_OURS / "models")
-_OTHERS = (f"{TORCH}/", f"{_OURS}/", "<")  # the last: code that was made while running
+_OTHERS = (f"{TORCH}/", f"{_OURS}/", "<")  # "<": generated code
 
 
 def is_users(file: str) -> bool:
-    """Whether a file of code is neither torch's nor ours; the model zoo counts as the user's."""
+    """Return whether a file is neither torch's nor ours; the model zoo counts as the user's."""
     return not file.startswith(_OTHERS) or file.startswith(_ZOO)
 
 
 def is_torchs(file: str) -> bool:
-    """Whether a file of code is one of torch's."""
+    """Return whether a file is torch's."""
     return file.startswith(_OTHERS[0])
 
 
 def users_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost call of such code at or above `frame`."""
+    """Return the innermost frame of the user's code, from `frame` outwards."""
     while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the user's line that called us, however many calls of ours lie between."""
+    """Warn at the user's line that called us, however many of our frames are between."""
     frame = users_frame(sys._getframe(1))
     while frame is not None and frame.f_code.co_filename == contextlib.__file__:  # a `with` of ours
         frame = users_frame(frame.f_back)
@@ -53,12 +53,12 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def place_of_frame(frame: FrameType | None) -> str:
-    """File and line that run in `frame`."""
+    """Return the file and line that run in `frame`."""
     return "its end" if frame is None else f"{frame.f_code.co_filename}, line {frame.f_lineno}"
 
 
 def users_place(traceback: TracebackType | None) -> str | None:
-    """File and line of the last call of such code in a traceback."""
+    """Return the file and line of the innermost frame of the user's code in a traceback."""
     found = None
     while traceback is not None:
         if is_users(traceback.tb_frame.f_code.co_filename):

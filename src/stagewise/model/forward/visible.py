@@ -1,12 +1,12 @@
 """What the Python code of a forward can see besides the values of tensors.
 
-That is what hangs on the model's modules (attributes, hooks, children), and what the functions that
-forward reaches name: class attributes, closures, defaults, and globals of the user's own code. A
-trace holds all of it as it was. Two ask for it: the fingerprint of a capture on disk, and the watch
-that notices when it changes.
+That is everything reachable from the model's modules (attributes, hooks, children), and what the
+functions that forward reaches refer to: class attributes, closures, defaults, and globals of the
+user's own code. A trace fixes all of it. It has two users: the fingerprint of a capture on disk,
+and the watch that notices changes.
 
-What code means by a name is found by the name alone: an attribute counts if a function that forward
-reaches has its name among its names or strings. Code of libraries is taken as fixed.
+Names are resolved by name only: an attribute counts if a function that forward reaches has its name
+among its names or strings. Code of libraries is assumed fixed.
 """
 
 import dis
@@ -31,8 +31,8 @@ HOOKS_FOR_ALL = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
 )
-# Of a module's own accounts: nothing that forward computes depends on them.
-_ACCOUNTS = {
+# nn.Module's own bookkeeping, on which no computation of forward depends.
+_BOOKKEEPING = {
     *("_parameters", "_buffers", "_modules", "training", *HOOKS),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_non_persistent_buffers_set"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_is_full_backward_hook"),
@@ -41,7 +41,7 @@ _ACCOUNTS = {
 }
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
 _OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
-# What Python calls without its name in the code; constructors aside, which ran before.
+# Methods that Python calls implicitly; without constructors, which ran before.
 _PROTOCOL = {
     *("__call__", "__get__", "__getattr__", "__getattribute__", "__getitem__", "__missing__"),
     *("__len__", "__bool__", "__contains__", "__iter__", "__next__", "__enter__", "__exit__"),
@@ -54,7 +54,7 @@ _PROTOCOL = {
     *("__format__", "__complex__", "__reversed__"),
 }
 _NAME_BY_TEXT = {"getattr", "setattr", "hasattr", "attrgetter", "__getattribute__"}
-_LEAST_PART = 2  # letters of a name that a text must have to be a part of it
+_LEAST_PART = 2  # letters of a string that counts as a part of names
 _MOST_NODES = 5000
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -62,7 +62,7 @@ _LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """Something that holds `items`, found as item `place` of the walk's node `parent`."""
+    """An object with `items`, found as item `place` of the walk's node `parent`."""
 
     path: str
     value: object
@@ -72,28 +72,28 @@ class Node:
 
 
 def is_own(file: str) -> bool:
-    """Whether a file of code belongs to the user, and to no library."""
+    """Return whether a file belongs to the user, not to a library."""
     return is_users(file) and not file.startswith(_LIBRARIES)
 
 
 class Sight:
     """What can be seen from a module, by the names that forward's code uses.
 
-    `runs_itself` are modules that cells run as they are, and that are not looked into. With
-    `named_only` attributes count only where some code names them; `names` are all such names.
+    `runs_itself` are modules that cells call as they are, which are not inspected. With
+    `named_only`, attributes only count if some code names them; `names` are all such names.
     """
 
     def __init__(self, runs_itself: Iterable[nn.Module] = (), *, named_only: bool) -> None:
         self._skipped: weakref.WeakSet[nn.Module] = weakref.WeakSet(runs_itself)
         self._named_only = named_only
         self.names: set[str] = {"forward", *_PROTOCOL}
-        self._parts: set[str] = set()  # of names that code puts together
-        self.is_whole = True  # whether the last walk left nothing out
+        self._parts: set[str] = set()  # of names that code builds from strings
+        self.is_whole = True  # whether the last walk was complete
 
     def walk(self, *models: nn.Module) -> list[Node]:
-        """All that the forwards of `models` can see, each thing once, the nearest first."""
+        """Return everything the forwards of `models` can see, each object once, nearest first."""
         known = -1
-        while len(self.names) + len(self._parts) != known:  # code that is reached names more
+        while len(self.names) + len(self._parts) != known:  # newly reached code adds names
             known = len(self.names) + len(self._parts)
             nodes = self._walk(models)
         return nodes
@@ -114,11 +114,11 @@ class Sight:
         return nodes
 
     def skips(self, module: nn.Module) -> bool:
-        """Whether cells run the module itself."""
+        """Return whether cells call the module itself."""
         return module in self._skipped
 
     def _holds(self, value: Any) -> bool:
-        """Whether something can be seen in `value`."""
+        """Return whether something can be seen in `value`."""
         if isinstance(value, nn.Module):
             return value not in self._skipped
         if isinstance(value, type):
@@ -126,7 +126,7 @@ class Sight:
         return isinstance(value, FunctionType) or can_hold(value)
 
     def items(self, value: object) -> list[Item]:
-        """What can be seen in `value`."""
+        """Return what can be seen in `value`."""
         if isinstance(value, nn.Module):
             found = self._of_module(value)
         elif isinstance(value, type):
@@ -143,7 +143,7 @@ class Sight:
         return self._may_name(item[0][1:]) or item[0] == ".__class__"
 
     def _may_name(self, name: str) -> bool:
-        """Whether code that is reached names it, or puts a name like it together."""
+        """Return whether reached code uses the name, or may build it from strings."""
         return name in self.names or any(part in name for part in self._parts)
 
     def _of_module(self, module: nn.Module) -> list[Item]:
@@ -151,7 +151,7 @@ class Sight:
         found: list[Item] = [
             (f".{name}", value)
             for name, value in own.items()
-            if name not in _ACCOUNTS and (not self._named_only or self._may_name(name))
+            if name not in _BOOKKEEPING and (not self._named_only or self._may_name(name))
         ]
         for registry in (own["_parameters"], own["_buffers"], own["_modules"]):
             found += [(f".{name}", value) for name, value in registry.items()]
@@ -202,7 +202,7 @@ class Sight:
 
 @functools.lru_cache(maxsize=4096)
 def globals_in(code: CodeType) -> frozenset[str]:
-    """The names that a function and those inside it look up as globals, attributes' left out."""
+    """Return the global names, without attributes, of a function and its nested functions."""
     found = {i.argval for i in dis.get_instructions(code) if i.opname in _OF_GLOBALS}
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -212,7 +212,7 @@ def globals_in(code: CodeType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> frozenset[str]:
-    """The names and strings of a function and of those inside it."""
+    """Return the names and strings of a function and its nested functions."""
     found = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -222,7 +222,7 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def parts_in(code: CodeType) -> frozenset[str]:
-    """What may be parts of names in the strings of a function and of those inside it."""
+    """Return possible parts of names in the strings of a function and its nested functions."""
     texts = [text for text in code.co_consts if isinstance(text, str)]
     found = {part for text in texts for part in re.findall(r"[A-Za-z_]\w*", text)}
     for inner in code.co_consts:

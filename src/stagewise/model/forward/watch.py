@@ -1,8 +1,8 @@
-"""Whether what a model's forward can see is still what it was when the model was captured.
+"""Notice changes of what a model's forward can see since the model was captured.
 
-Cells of a captured model hold what forward decided then, so a changed attribute, hook, submodule,
-class attribute or global of the user's own would be missed in silence. To look takes some
-microseconds for each module that is no layer of torch.nn, and keeps nothing of the model alive.
+Cells of a captured model have fixed forward's decisions, so a changed attribute, hook, submodule,
+class attribute or global of the user's code would silently be ignored. A check takes some
+microseconds per module that is not a layer of torch.nn, and keeps nothing of the model alive.
 """
 
 import weakref
@@ -16,13 +16,13 @@ from stagewise.model.forward.contents import PLAIN, Frozen
 from stagewise.model.forward.library import Library
 from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight
 
-Place = tuple[str, str]  # the path of what holds it, and its own label there
+Place = tuple[str, str]  # the holder's path, and the item's label in it
 Tokens = Mapping[Place, object]
-_CONTAINERS = (list, tuple, dict, set, frozenset)  # what they hold is compared, not they
+_CONTAINERS = (list, tuple, dict, set, frozenset)  # compared by contents, not identity
 
 
 class _Same:
-    """Equal to what stands for the same object, as long as that lives."""
+    """Represents an object; equal to another one of the same object while that lives."""
 
     def __init__(self, value: object, version: int = 0) -> None:
         self._id, self._version = id(value), version
@@ -42,7 +42,7 @@ class _Same:
 
 
 class _Unmade:
-    """Stands for a tensor on the meta device, which a Pipeline makes real in its place."""
+    """Represents a tensor on the meta device, which a Pipeline materialises."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, (_Same, _Unmade))
@@ -51,17 +51,17 @@ class _Unmade:
 
 
 def _registered(model: nn.Module) -> set[int]:
-    """Tensors that may change their values, as the cells hold them, too."""
+    """Return ids of tensors whose values may change, since the cells hold them too."""
     return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
 
 def _hooks_for_all() -> tuple[int, ...]:
-    """How many hooks torch calls for every module."""
+    """Return the numbers of hooks that torch calls for every module."""
     return tuple(len(getattr(torch_module, name)) for name in HOOKS_FOR_ALL)
 
 
 def tokens_of(model: nn.Module, nodes: Iterable[Node]) -> dict[Place, object]:
-    """What stands for every item that was seen; equal where nothing has changed."""
+    """Return a token for every item seen, which is equal if nothing has changed."""
     registered = _registered(model)
     found: dict[Place, object] = {}
     for node in nodes:
@@ -83,7 +83,7 @@ def tokens_of(model: nn.Module, nodes: Iterable[Node]) -> dict[Place, object]:
 
 
 def changes(before: Tokens, now: Tokens, ignored: Collection[Place] = ()) -> list[Place]:
-    """The places where something came, went or changed, but for the ignored and what is in them."""
+    """Return the places of additions, removals and changes, except in or below `ignored`."""
     different = [p for p in {**before, **now} if p not in before or before[p] != now.get(p)]
     if not ignored or not different:
         return different
@@ -94,15 +94,15 @@ def changes(before: Tokens, now: Tokens, ignored: Collection[Place] = ()) -> lis
 
 
 def name_of(place: Place) -> str:
-    """`blocks.0.scale`"""
+    """Return a place's name, such as `blocks.0.scale`."""
     return f"{place[0]}{place[1]}".lstrip(".")
 
 
 class Watch:
     """Remembers what the forward of `model` sees.
 
-    `ignored` is what forward itself changes. `asks_flags`: whether it asks if tensors require
-    gradients; only then it matters which parameters do.
+    `ignored` are places that forward itself changes. `asks_flags`: whether it reads requires_grad
+    of tensors; only then it matters which parameters have it.
     """
 
     def __init__(
@@ -131,14 +131,14 @@ class Watch:
         self._library = Library([node.value for node in nodes], modules)
 
     def changed(self) -> list[str]:
-        """Names of what is no more as it was; none where the model is gone."""
+        """Return the names of what has changed; none if the model is gone."""
         model = self._model()
         if model is None:
             return []
         return [*self._seen(model), *self._flagged(model), *self._library.changed()]
 
     def _flagged(self, model: nn.Module) -> list[str]:
-        """What changed of flags: of parameters, of modules that are frozen, of all modules."""
+        """Return changed flags: of parameters, of frozen modules, of all modules."""
         found = ["the hooks of all modules"] if _hooks_for_all() != self._for_all else []
         for name, parameter, flag in self._flags:
             if (tensor := parameter()) is not None and tensor.requires_grad is not flag:
@@ -155,16 +155,16 @@ class Watch:
         nodes = self._sight.walk(model)
         tokens = tokens_of(model, nodes)
         found = changes(self._tokens, tokens, self._ignored)
-        if not found:  # other objects, equal to those before
+        if not found:  # new but equal objects
             self._tokens = tokens
             self._mark(model, nodes)
         return [name_of(place) for place in found]
 
     def _mark(self, model: nn.Module, nodes: Iterable[Node]) -> None:
-        """Remember the walk, to be repeated without paths and tokens."""
+        """Remember the walk, to repeat it without paths and tokens."""
         registered = _registered(model)
         self._marks: list[tuple[int, int, list[object]]] = []
-        self._plain: list[object] = []  # kept, so that their ids stay theirs
+        self._plain: list[object] = []  # kept alive, so that their ids are not reused
         self._alive: list[weakref.ref[object]] = []
         self._versions: list[tuple[weakref.ref[torch.Tensor], int]] = []
         for node in nodes:
@@ -197,7 +197,7 @@ class Watch:
         return all(reference() is not None for reference in self._alive)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Watch":
-        return self  # of the model that it was made for
+        return self  # it watches the original model
 
 
 def _mark(value: object) -> object:

@@ -1,8 +1,8 @@
 """`stagewise.capture_cells`: a model as a chain of the modules that the caller names.
 
-For what torch.export cannot trace. Every cell runs the model's own forward, with the blocks of
-other cells replaced (see `replayed_call`), so Python code around the blocks may do what it likes.
-The chain is compared with the plain model before it is given out.
+For models that torch.export cannot trace. Every cell runs the model's own forward, with the blocks
+of other cells replaced (see `replayed_call`), so the Python code around the blocks is arbitrary.
+The chain is compared with the plain model before it is returned.
 """
 
 import inspect
@@ -25,10 +25,10 @@ from stagewise.model.ownership import owners_of
 from stagewise.model.replay.handover import Required
 from stagewise.model.replay.patterns import selected
 from stagewise.model.replay.replayed_call import Run
-from stagewise.model.replay.replayed_cell import RerunCell
+from stagewise.model.replay.replayed_cell import ReplayedCell
 from stagewise.model.replay.skeleton import Skeleton
 from stagewise.model.verify.compare import Mismatch, mismatch
-from stagewise.model.verify.in_words import told_in_words
+from stagewise.model.verify.model_errors import as_model_errors
 from stagewise.model.verify.observed import check_effects, draws_around, observed
 from stagewise.model.verify.situation import SITUATIONS, kept
 
@@ -38,22 +38,23 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 def capture_cells(
     model: nn.Module, cells: Sequence[str], *args: object, **kwargs: object
 ) -> Captured:
-    """Take the modules named by `cells` as the cells of `model`, for what `capture` refuses.
+    """Use the modules named by `cells` as the cells of `model`, for models that `capture` refuses.
 
     `cells` are paths of modules, or patterns: `["embed", "layers.*", "norm", "head"]`. `args` and
-    `kwargs` are an example of a call; every module must be called once in it. What `forward` does
-    around a block belongs to its cell (what precedes the first to that, the rest to the block
-    before) and runs as it is, control flow that depends on data included. What it computes from
-    parameters, blocks or random numbers is computed in one cell and carried on; what it computes
-    from the batch alone, in every cell. Each cell takes the whole batch by name.
+    `kwargs` are an example of a call, which must call every one of these modules once. The code of
+    `forward` after a block belongs to its cell (code before the first block to the first cell) and
+    runs unchanged, including data-dependent control flow. Values computed from parameters, blocks
+    or random numbers are computed in one cell and passed on; values computed from only the batch,
+    in every cell. Each cell takes the whole batch by name.
 
-    The chain is run beside the plain model on the example, in both modes: outputs, gradients
-    and buffers must agree. `Pipeline(model, plan)` accepts the model afterwards. The model must
-    be on a real device, and in memory as a whole at first.
+    The chain and the plain model are run on the example, in both modes: outputs, gradients and
+    buffers must agree. Afterwards `Pipeline(model, plan)` accepts the model. The model must be on
+    a real device, and initially in memory as a whole.
 
     Raises:
-        ModelError: a pattern names nothing, or a module that the example does not call just once;
-            a value crosses that cannot be carried; or the chain is not the plain model.
+        ModelError: a pattern matches no module, or one that the example does not call exactly
+            once; a value that must be passed on cannot be; or the chain differs from the plain
+            model.
 
     Example:
         >>> import torch, stagewise
@@ -77,13 +78,13 @@ def capture_cells(
 def replayed(
     model: nn.Module, cells: Sequence[str], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> Captured:
-    """The chain; `model` does not remember it."""
+    """Return the capture, without remembering it for `model`."""
     _check(model)
     form = AnyForm(model, args, kwargs, cells)
-    with told_in_words(
+    with as_model_errors(
         f"cutting {type(model).__name__} into the modules of cells=",
-        "name other modules (those that take and return tensors, tuples or dicts, outside of what "
-        "fails), or let forward do this inside one of them",
+        "name other modules (which take and return tensors, tuples or dicts, and do not contain "
+        "the failing code), or move that code into one of them",
     ):
         return _replayed(model, form, args, kwargs)
 
@@ -96,7 +97,7 @@ def _replayed(
     names = _in_running_order(model, chosen, named)
     blocks = {index: model.get_submodule(name) for index, name in enumerate(names)}
     skeleton = Skeleton(model, names)
-    needs = Required.none(len(names))
+    required = Required.none(len(names))
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     states = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -105,7 +106,7 @@ def _replayed(
     for training in (True, False):
         with kept(model, training):
             skeleton.train(training)
-            run = Run(skeleton, names, None, blocks, states.get, needs)
+            run = Run(skeleton, names, None, blocks, states.get, required)
             try:
                 run.run(named, device)
             except StagewiseError:
@@ -113,19 +114,20 @@ def _replayed(
             except Exception as error:
                 raise ModelError(
                     f"with its blocks replaced, forward failed ({type(error).__name__}: {error}, "
-                    f"{users_place(error.__traceback__) or 'in no line of its own'}); let it use "
-                    "blocks by calling them, not by what they keep in attributes, or name the "
-                    "module around them in cells"
+                    f"{users_place(error.__traceback__) or 'in no line of its own'}); it must only "
+                    "call blocks, not use their attributes, or else name the module around them "
+                    "in cells"
                 ) from error
-    homes = [CellNamespace(device) for _ in names]
-    for home, name, used in zip(homes, names, needs.states, strict=True):
-        home.leaves.add(name)
-        home.states |= {state for state in used if not state.startswith(f"{name}.")}
-        home.states |= {s for s in skeleton.constant if s in states and not _in_block(s, names)}
+    namespaces = [CellNamespace(device) for _ in names]
+    for namespace, name, used in zip(namespaces, names, required.states, strict=True):
+        namespace.leaves.add(name)
+        namespace.states |= {state for state in used if not state.startswith(f"{name}.")}
+        constants = skeleton.constant & states.keys()
+        namespace.states |= {state for state in constants if not _in_block(state, names)}
     leaves = {name: blocks[index] for index, name in enumerate(names)}
-    owners = owners_of(model, leaves, homes)
+    owners = owners_of(model, leaves, namespaces)
     modules = [
-        RerunCell(index, skeleton, names, owners[index], needs, form.input_names)
+        ReplayedCell(index, skeleton, names, owners[index], required, form.input_names)
         for index in range(len(names))
     ]
     for module in modules:
@@ -139,7 +141,7 @@ def _replayed(
 def _check_captured(
     model: nn.Module, captured: Captured, named: Mapping[str, object], blocks: Sequence[nn.Module]
 ) -> None:
-    """Raise ModelError where the cells are not the model, or would not stay so."""
+    """Raise ModelError if the cells differ from the model, or would in later calls."""
     effects = observed(model, named, [module for block in blocks for module in block.modules()])
     check_effects(model, effects, draws=draws_around(model, named, blocks))
     captured.own_changes = effects.touched
@@ -152,19 +154,19 @@ def _check_captured(
 
 def _differs(found: Mismatch) -> ModelError:
     return ModelError(
-        f"cut into the modules of cells=, the model is not the plain model in {found.situation}: "
-        f"the {found.what} differs ({found.how}). Something reaches it past what blocks return: a "
-        "tensor in an attribute, a hook, an object that is no tuple, dict or dataclass "
-        "(use_cache=False for a transformers model), a buffer assigned or a function of "
-        "torch.autograd outside of the blocks. Pass it to the blocks and return it, or name the "
-        "module around in cells"
+        f"cut into the modules of cells=, the model differs from the plain model in "
+        f"{found.situation}: the {found.what} differs ({found.how}). Something reaches it other "
+        "than through the blocks' outputs: a tensor in an attribute, a hook, an object other than "
+        "a tuple, dict or dataclass (use_cache=False for a transformers model), a buffer assigned "
+        "or a torch.autograd function used outside the blocks. Pass it to the blocks and return "
+        "it, or name the module around them in cells"
     )
 
 
 class AnyForm(CallForm):
-    """The arguments of a model that runs its own forward: those of its signature, of any form.
+    """The arguments of a model that runs its own forward: those of its signature, in any form.
 
-    `cells` are the patterns that it was cut by.
+    `cells` are the patterns by which it was cut.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class AnyForm(CallForm):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """All names that the cells take: the example's first."""
+        """All argument names of the cells, the example's first."""
         others = (p.name for p in self._signature.parameters.values() if p.kind in _BY_NAME)
         return tuple(dict.fromkeys((*self.names, *others)))
 
@@ -188,8 +190,8 @@ class AnyForm(CallForm):
         for name in named:
             if not self.takes(name):
                 raise BatchError(
-                    f"the example had no {name!r}; give capture_cells, or stagewise.plan, an "
-                    "example that has it"
+                    f"the example had no {name!r}; give capture_cells (or stagewise.plan) an "
+                    "example with it"
                 )
         return named
 
@@ -209,21 +211,20 @@ def _check(model: nn.Module) -> None:
     if any(map(is_lazy, tensors)) or any(t.is_meta for t in tensors):
         raise ModelError(
             f"{type(model).__name__} has parameters without values (lazy, or on the meta device), "
-            "but cells= runs it once; build it on a real device, or let it be captured without "
-            "cells="
+            "but cells= runs it once; build it on a real device, or capture it without cells="
         )
 
 
 def _in_running_order(
     model: nn.Module, chosen: Sequence[str], named: Mapping[str, object]
 ) -> list[str]:
-    """The blocks as the example calls them; raises ModelError for one not called just once."""
+    """Return the blocks in the order of their calls; ModelError unless each is called once."""
     order: list[str] = []
     with ExitStack() as hooks:
         for path in chosen:
-            note = _Note(order, path)
+            record = _RecordCall(order, path)
             module = model.get_submodule(path)
-            hooks.callback(module.register_forward_pre_hook(note).remove)
+            hooks.callback(module.register_forward_pre_hook(record).remove)
         for training in (False, True):
             order.clear()
             with kept(model, training), torch.no_grad():
@@ -248,14 +249,14 @@ def _in_running_order(
         )
     if order != [path for path in first if path in order]:
         raise ModelError(
-            f"the blocks run in another order in training mode ({', '.join(order)}) than in eval "
-            f"mode ({', '.join(first)}); name the module around them in cells"
+            f"the blocks run in a different order in training mode ({', '.join(order)}) than in "
+            f"eval mode ({', '.join(first)}); name the module around them in cells"
         )
     return first
 
 
-class _Note:
-    """A hook that notes a call of the module at `path`."""
+class _RecordCall:
+    """A hook that records a call of the module at `path`."""
 
     def __init__(self, order: list[str], path: str) -> None:
         self._order, self._path = order, path

@@ -1,8 +1,8 @@
-"""What one rerun hands on to the next: values, and what happened so far.
+"""What one cell's run passes to the next: values, and a record of what has happened.
 
-Everything that is computed from parameters, from a block's output or from random numbers happens
-in one cell only. The cells after it are told by a list of events, in running order, of what form
-the results were; of the tensors they get those that they need.
+Everything computed from parameters, a block's output or random numbers is computed in one cell
+only. Later cells get a list of events, in running order, with the form of the results, and those
+tensors that they need.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ OTHER_CONSTANTS = (torch.Size, slice, enum.Enum, range, torch.layout, torch.memo
 
 @dataclass(frozen=True)
 class ResultRef:
-    """A tensor among the results of an event."""
+    """A reference to a tensor among the results of an event."""
 
     event: int
     leaf: int
@@ -29,7 +29,7 @@ class ResultRef:
 
 @dataclass(frozen=True)
 class EventId:
-    """What is called the same in every call of the model: the n-th result of a line in a part."""
+    """The identity of a value, the same in every call: the n-th result of a line in a part."""
 
     part: int
     what: str
@@ -42,7 +42,7 @@ class EventId:
 
     @property
     def family(self) -> tuple[str, str, int]:
-        """What the same line gives in other turns and parts, any block there being one of them."""
+        """The same for the line's results in other turns and parts, and for all blocks."""
         return (self.what.split()[0], self.line, self.leaf)
 
 
@@ -55,7 +55,7 @@ class TensorForm:
     requires_grad: bool
 
     def empty(self) -> torch.Tensor:
-        """A tensor of this form that holds nothing; one that a gradient reaches was computed."""
+        """Return a meta tensor of this form; if it requires a gradient, it is not a leaf."""
         tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
         if not self.requires_grad:
             return tensor
@@ -65,14 +65,14 @@ class TensorForm:
 
 @dataclass(frozen=True)
 class Provided:
-    """A result that is one of the arguments: the leaf with this number."""
+    """A result that is an argument of the call: the leaf with this index."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Event:
-    """A call of an operator or block; `result` has a Form, or Given, in place of every tensor."""
+    """A call of an operator or block; in `result` a TensorForm or Provided replaces each tensor."""
 
     what: str
     result: object
@@ -80,25 +80,25 @@ class Event:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What happened until `block` was called, and which tensors are handed on."""
+    """The events until `block` was called, and which tensors are passed on."""
 
     block: int
     events: tuple[Event, ...]
-    keys: tuple[ResultRef, ...]
-    labels: tuple[EventId, ...]
+    refs: tuple[ResultRef, ...]
+    ids: tuple[EventId, ...]
 
 
 class Handover:
-    """What crosses from one cell to the next."""
+    """What one cell passes to the next."""
 
-    varies = True  # from call to call, with what forward decides by values
+    varies = True  # its form may differ from call to call
 
-    def __init__(self, story: Ledger, tensors: Sequence[torch.Tensor]) -> None:
-        self.story, self.tensors = story, tuple(tensors)
+    def __init__(self, ledger: Ledger, tensors: Sequence[torch.Tensor]) -> None:
+        self.ledger, self.tensors = ledger, tuple(tensors)
 
 
 class Returned:
-    """The model's output, found before the last cell since the model left out the blocks left."""
+    """The model's output, returned before the last cell since forward skipped the other blocks."""
 
     varies = True
 
@@ -108,25 +108,25 @@ class Returned:
 
 pytree.register_pytree_node(
     Handover,
-    lambda crossing: (list(crossing.tensors), crossing.story),
-    lambda tensors, story: Handover(story, list(tensors)),
-    serialized_type_name="stagewise.Crossing",
-    flatten_with_keys_fn=lambda crossing: (
-        [(pytree.SequenceKey(i), t) for i, t in enumerate(crossing.tensors)],
-        crossing.story,
+    lambda handover: (list(handover.tensors), handover.ledger),
+    lambda tensors, ledger: Handover(ledger, list(tensors)),
+    serialized_type_name="stagewise.Handover",
+    flatten_with_keys_fn=lambda handover: (
+        [(pytree.SequenceKey(i), t) for i, t in enumerate(handover.tensors)],
+        handover.ledger,
     ),
 )
 pytree.register_pytree_node(
     Returned,
-    lambda done: ([done.output], None),
+    lambda returned: ([returned.output], None),
     lambda outputs, _: Returned(*outputs),
-    serialized_type_name="stagewise.Done",
-    flatten_with_keys_fn=lambda done: ([(pytree.SequenceKey(0), done.output)], None),
+    serialized_type_name="stagewise.Returned",
+    flatten_with_keys_fn=lambda returned: ([(pytree.SequenceKey(0), returned.output)], None),
 )
 
 
 def flat_leaves(value: object) -> tuple[list[object], pytree.TreeSpec]:
-    """The leaves of `value`; dataclasses are taken apart, too."""
+    """Return the leaves of `value` and its spec; dataclasses are taken apart too."""
     leaves, spec = pytree.tree_flatten(value)
     classes = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)}
     classes -= {TensorForm, Provided, type}
@@ -138,21 +138,21 @@ def flat_leaves(value: object) -> tuple[list[object], pytree.TreeSpec]:
 
 
 def check_constant(leaf: object, where: str) -> None:
-    """Raise ModelError for what is no tensor and cannot be told to other stages."""
+    """Raise ModelError for a non-tensor that cannot be passed to other stages."""
     if not isinstance(leaf, CONSTANTS + OTHER_CONSTANTS):
         raise ModelError(
-            f"{where} gives a {type(leaf).__name__}, which cannot be carried to the cells after "
-            "it; let it give tensors, numbers, tuples, dicts or dataclasses of such "
+            f"{where} returns a {type(leaf).__name__}, which cannot be passed to later cells; "
+            "return tensors, numbers, or tuples, dicts or dataclasses of such "
             "(use_cache=False for a transformers model), or name the module around it in cells"
         )
 
 
 @dataclass
 class Required:
-    """What the parts of the model use.
+    """What the parts of the model require.
 
-    `states[i]` are the parameters and buffers that part i uses, `across[b]` the values from
-    before block b that are used in its part or later, `seen` all values that there were.
+    `states[i]` are the parameters and buffers that part i uses, `across[b]` the values from before
+    block b that are used in its part or later, `seen` all values of the example.
     """
 
     states: list[set[str]]
@@ -161,17 +161,17 @@ class Required:
 
     @classmethod
     def none(cls, num_parts: int) -> "Required":
-        """Nothing learnt yet."""
+        """Return empty requirements."""
         parts = range(num_parts)
         return cls([set() for _ in parts], [set() for _ in parts], set())
 
-    def wanted(self, block: int, labels: Sequence[EventId]) -> set[EventId]:
-        """Which of the values that there are, in running order, the rest of forward may use.
+    def wanted(self, block: int, ids: Sequence[EventId]) -> set[EventId]:
+        """Return which of the values `ids`, in running order, the rest of forward may use.
 
-        Those that it used in the example, and those that were not there. Where forward leaves
-        blocks out, the last value from a line stands for the one that was used.
+        Those used in the example, and those not seen in it. If forward skips blocks, the latest
+        value of a line replaces the one that was used.
         """
         across = self.across[block]
-        latest = {label.family: label for label in labels}
-        instead = {latest[f] for label in across if (f := label.family) in latest}
-        return {label for label in labels if label in across or label not in self.seen} | instead
+        latest = {one.family: one for one in ids}
+        instead = {latest[f] for one in across if (f := one.family) in latest}
+        return {one for one in ids if one in across or one not in self.seen} | instead

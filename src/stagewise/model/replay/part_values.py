@@ -1,7 +1,7 @@
-"""The tensors of a replayed call that belong to one part of it, and what each cell needs of them.
+"""The tensors of a replayed call that belong to one part, and which of them each cell needs.
 
-What the model's code holds in the parts that other cells run has no values; a cell finds the real
-tensor behind it here, or hears why there is none.
+In parts that other cells run, the model's code holds tensors without values; a cell finds the real
+tensor behind one here, or an error that says why there is none.
 """
 
 import sys
@@ -18,60 +18,60 @@ from stagewise.model.replay.skeleton import Skeleton
 
 @dataclass(eq=False)
 class Value:
-    """A tensor that belongs to one part of the call: `here` is what the model's code holds."""
+    """A tensor that belongs to one part of the call; `here` is what the model's code holds."""
 
     here: torch.Tensor
-    key: ResultRef
-    label: EventId
+    ref: ResultRef
+    event: EventId
     part: int
     real: torch.Tensor | None
 
 
 class Values:
-    """Of one call; where it `learns`, `needs` notes which part uses what."""
+    """The values of one call; if it `learns`, it enters in `required` which part uses what."""
 
     def __init__(
         self,
         skeleton: Skeleton,
         state: Callable[[str], torch.Tensor | None],
-        needs: Required,
-        labels: Mapping[ResultRef, EventId],
+        required: Required,
+        ids: Mapping[ResultRef, EventId],
         *,
         learns: bool,
     ) -> None:
-        self._skeleton, self._state, self._needs = skeleton, state, needs
-        self._labels, self._learns = labels, learns
-        self.part = 0  # in which the call is
-        self.by_key: dict[ResultRef, Value] = {}
+        self._skeleton, self._state, self._required = skeleton, state, required
+        self._ids, self._learns = ids, learns
+        self.part = 0  # index of the running part
+        self.by_ref: dict[ResultRef, Value] = {}
         self._by_id: dict[int, Value] = {}
 
-    def arrived(self, key: ResultRef, tensor: torch.Tensor) -> None:
-        """What the cell before has handed on."""
-        value = self.by_key[key]
+    def arrived(self, ref: ResultRef, tensor: torch.Tensor) -> None:
+        """Insert a tensor that the previous cell passed on."""
+        value = self.by_ref[ref]
         value.real = tensor
         self._by_id[id(tensor)] = value
 
-    def keep(self, tensor: object, key: ResultRef, label: EventId, real: object = None) -> None:
+    def keep(self, tensor: object, ref: ResultRef, event: EventId, real: object = None) -> None:
         if not isinstance(tensor, torch.Tensor) or id(tensor) in self._by_id:
             return
         assert real is None or isinstance(real, torch.Tensor)
         if self._learns:
-            self._needs.seen.add(label)
-        self.by_key[key] = self._by_id[id(tensor)] = Value(tensor, key, label, self.part, real)
+            self._required.seen.add(event)
+        self.by_ref[ref] = self._by_id[id(tensor)] = Value(tensor, ref, event, self.part, real)
 
-    def told(self, tensor: object, key: ResultRef, what: str) -> None:
-        """Keep what stands for a result of `what`, which ran in another cell."""
-        known = self._labels.get(key)
-        self.keep(tensor, key, known or EventId(self.part, what, line_running(), 0, key.leaf))
+    def keep_stand_in(self, tensor: object, ref: ResultRef, what: str) -> None:
+        """Keep the stand-in for a result of `what`, which ran in another cell."""
+        known = self._ids.get(ref)
+        self.keep(tensor, ref, known or EventId(self.part, what, line_running(), 0, ref.leaf))
 
-    def of(self, leaf: object) -> Value | None:
+    def value_of(self, leaf: object) -> Value | None:
         return self._by_id.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
 
     def is_ours(self, leaf: object) -> bool:
         return id(leaf) in self._by_id or id(leaf) in self._skeleton.states
 
     def touches(self, values: Iterable[object]) -> bool:
-        """Whether a tensor that belongs to one cell is among the values."""
+        """Return whether a tensor that belongs to one cell is among the values."""
         return any(
             self.touches(value) if isinstance(value, list | tuple) else self.is_ours(value)
             for value in values
@@ -86,15 +86,15 @@ class Values:
     def carried(self, value: Value, user: str) -> torch.Tensor:
         if value.real is None:
             raise CellError(
-                f"{user} ({line_running()}) uses the result of {value.label}, which lies in "
-                "another cell and is not carried here, since forward went another way in the "
-                "example; give stagewise.plan an example that goes this way, or pass the value to "
-                "the blocks between as an argument"
+                f"{user} ({line_running()}) uses the result of {value.event}, which is in another "
+                "cell and is not passed here, since forward took a different path in the example; "
+                "give stagewise.plan an example that takes this path, or pass the value to the "
+                "blocks between as an argument"
             )
         return value.real
 
     def real(self, leaf: object, user: str) -> object:
-        """The tensor itself, where `leaf` stands for one."""
+        """Return the real tensor that `leaf` stands for, or `leaf` itself."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         value = self._by_id.get(id(leaf))
@@ -102,7 +102,7 @@ class Values:
             real = self.carried(value, user)
             if self._learns:
                 for boundary in range(value.part + 1, self.part + 1):
-                    self._needs.across[boundary].add(value.label)
+                    self._required.across[boundary].add(value.event)
             return real
         name = self._skeleton.states.get(id(leaf))
         if name is None:
@@ -112,13 +112,13 @@ class Values:
             raise CellError(
                 f"{user} ({line_running()}) uses {name}, which this cell does not hold, since "
                 "forward did not use it here in the example; give stagewise.plan an example that "
-                "goes this way, or name the module that uses it in cells"
+                "takes this path, or name the module that uses it in cells"
             )
         if self._learns:
-            self._needs.states[self.part].add(name)
+            self._required.states[self.part].add(name)
         return state
 
 
 def line_running() -> str:
-    """The model's own line that is running."""
+    """Return the model's own line that is running."""
     return place_of_frame(users_frame(sys._getframe(1)))

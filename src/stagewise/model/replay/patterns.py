@@ -1,4 +1,4 @@
-"""Which modules are to be cells: paths and patterns of paths, such as `["embed", "layers.*"]`."""
+"""Select modules by paths and patterns of paths, such as `["embed", "layers.*"]`."""
 
 import difflib
 import re
@@ -8,9 +8,9 @@ from stagewise.errors import ModelError
 
 
 def selected(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """The `paths` that some pattern names, in their order; `*` stands for no dot or for none.
+    """Return the `paths` that a pattern matches, in order; `*` matches anything but a dot.
 
-    Raises ModelError for a pattern that names nothing, and where one module lies in another.
+    ModelError for a pattern without a match, and if one module contains another.
     """
     if isinstance(patterns, str):
         raise ModelError(f"cells got the string {patterns!r}; give a list: cells=[{patterns!r}]")

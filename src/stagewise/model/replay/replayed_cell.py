@@ -1,4 +1,4 @@
-"""Cells of a model that runs its own forward in each of them, as far as the cell is its own."""
+"""A cell that runs its part of the model's own forward."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from stagewise.model.replay.skeleton import Skeleton
 Owners = Sequence[tuple[int, str, nn.Module]]
 
 
-class RerunCell(Piece):
-    """Part `index` of the model: its block, and what of forward lies around that.
+class ReplayedCell(Piece):
+    """Part `index` of the model: its block, and the code of forward around it.
 
-    `owners` are what it holds, as `owned` gives it; `names` are those of all blocks.
+    `owners` are what it holds, as for `owned`; `names` are those of all blocks.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class RerunCell(Piece):
         skeleton: Skeleton,
         names: Sequence[str],
         owners: Owners,
-        needs: Required,
+        required: Required,
         input_names: Sequence[str],
     ) -> None:
         super().__init__()
         self._index, self._skeleton, self._names = index, skeleton, tuple(names)
-        self._needs = needs
+        self._required = required
         self.input_names, self.is_first = tuple(input_names), index == 0
         self._owned: list[tuple[int, str, str]] = []
         for count, (place, path, module) in enumerate(owners):
@@ -44,12 +44,12 @@ class RerunCell(Piece):
             yield place, path, self.get_submodule(name)
 
     def forward(self, value: Any = None, **inputs: Any) -> Any:
-        """Go on from what the cell before returned; `inputs` are the model's own, by name."""
+        """Continue from the previous cell's output; `inputs` are the model's own, by name."""
         is_last = self._index == len(self._names) - 1
         if isinstance(value, Returned):
             return value.output if is_last else value
-        if isinstance(value, Handover) and value.story.block > self._index:
-            return value  # the model left this block out
+        if isinstance(value, Handover) and value.ledger.block > self._index:
+            return value  # the model skipped this block
         arriving = value if isinstance(value, Handover) else None
         block = next(m for _, path, m in self.owned() if path == self._names[self._index])
         run = Run(
@@ -58,14 +58,14 @@ class RerunCell(Piece):
             self._index,
             {self._index: block},
             self._state,
-            self._needs,
+            self._required,
             arriving,
         )
         self._skeleton.train(self.training)
         return run.run(inputs, self._device(arriving, inputs))
 
     def _state(self, name: str) -> torch.Tensor | None:
-        """The parameter or buffer of this name, if the cell holds it."""
+        """Return the parameter or buffer of this name; None if the cell does not hold it."""
         for _, path, module in self.owned():
             if path and not name.startswith(f"{path}."):
                 continue

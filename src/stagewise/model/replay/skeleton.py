@@ -1,7 +1,7 @@
-"""The model without its values: what every cell of it can run.
+"""The model without values, which every cell can run.
 
-A copy of the model's modules, whose parameters and buffers hold nothing, and whose blocks call
-back; one copy serves all cells of a process.
+A copy of the model's modules with parameters and buffers on the meta device, and with blocks that
+call back; one copy serves all cells of a process.
 """
 
 import copy
@@ -20,8 +20,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Skeleton:
     """`model` without values; calls of the modules at `paths` go to the running `block`.
 
-    `states` gives the names of parameters and buffers by the id of what stands for them here.
-    What is not `persistent` is the same everywhere; all else belongs to the cells that use it.
+    `states` maps ids of the parameters and buffers here to their names. Non-persistent buffers are
+    `constant`, the same everywhere; all others belong to the cells that use them.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
@@ -47,10 +47,10 @@ class Skeleton:
         except Exception as error:
             raise ModelError(
                 f"cells= needs a copy of {type(model).__name__}'s modules, but copy.deepcopy "
-                f"failed: {type(error).__name__}: {error}; keep what cannot be copied out of the "
+                f"failed: {type(error).__name__}: {error}; do not keep uncopyable objects in the "
                 "model's attributes"
             ) from error
-        # Their ids are in use. The rest of `memo` is the model itself, which may not stay alive.
+        # Kept, since their ids are used. The rest of `memo` would keep the model alive.
         self._kept = [memo[id(state)] for state in given]
         self.block: Block | None = None
         for index, path in enumerate(paths):
@@ -69,14 +69,14 @@ class Skeleton:
         self._training = own
 
     def train(self, mode: bool) -> None:
-        """Put the modules in training or eval mode; the frozen ones as they were."""
+        """Put the modules in training or eval mode; frozen ones keep theirs."""
         if mode is not self._training:
             for module, training in zip(self.model.modules(), self._modes[mode], strict=True):
                 module.training = training
             self._training = mode
 
     def put_back(self) -> None:
-        """Undo what forward has assigned to parameters and buffers."""
+        """Undo forward's assignments to parameters and buffers."""
         for module, parameters, buffers in self._registered:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
@@ -95,6 +95,6 @@ class _StandIn:
         if self._skeleton.block is None:
             raise CellError(
                 f"block {self._path} was called after the model's forward, as gradient "
-                "checkpointing does; switch that off, and give plan() recompute='always'"
+                "checkpointing does; disable that, and give plan() recompute='always'"
             )
         return self._skeleton.block(self._index, args, kwargs)

@@ -1,4 +1,4 @@
-"""What torch's functions do that a replay must know, by their names."""
+"""Properties of torch's functions that a replay must know, by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +13,18 @@ multinomial poisson dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout
 feature_dropout feature_alpha_dropout rrelu rrelu_ gumbel_softmax native_dropout uniform_ normal_
 bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ trunc_normal_ fractional_max_pool2d
 fractional_max_pool3d"""
-QUERIES = frozenset(_QUERIES.split())  # a tensor without values answers these
-OF_DEVICE = frozenset(_OF_DEVICE.split())  # ... where these are those of the cell's device
+QUERIES = frozenset(_QUERIES.split())  # a tensor without values can answer these
+OF_DEVICE = frozenset(_OF_DEVICE.split())  # ... these with the cell's device
 RANDOM = frozenset(_RANDOM.split())  # these may draw from the default generators
 
 
 def function_name(func: Callable[..., Any]) -> str:
-    """A function's name, or a property's."""
+    """Return the name of a function or property."""
     name: str = getattr(func, "__name__", type(func).__name__)
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # type: ignore[attr-defined]
 
 
 def changes_first(name: str) -> bool:
-    """Whether a function of this name changes its first argument in place."""
+    """Return whether a function of this name changes its first argument in place."""
     special = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     return special or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

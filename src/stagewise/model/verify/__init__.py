@@ -1,9 +1,9 @@
-"""Whether captured cells are the plain model, before they are given out.
+"""Compare captured cells with the plain model before they are returned.
 
-1. `observed` runs the model a few times: what it keeps from call to call, and where it draws
-   (`rare_draws`: at the ends of what may be drawn).
+1. `observed` runs the model a few times, to find what it keeps between calls and whether it draws
+   random numbers (`rare_draws`: including extreme ones).
 2. `other_sizes` makes batches of other sizes from the example.
-3. `compare` runs cells (`in_parts`, as stages do) and model on them in every `situation`;
-   `differences` is how far two tensors are apart.
-4. `in_words`: whatever fails meanwhile is said in words.
+3. `compare` runs the cells (`in_parts`, like stages) and the model on them in every `situation`;
+   `differences` measures how far two tensors are apart.
+4. `model_errors` turns whatever fails meanwhile into ModelError.
 """

@@ -1,9 +1,9 @@
-"""Whether a chain of captured cells is the plain model, on a batch: outputs, gradients, buffers.
+"""Compare a chain of captured cells with the plain model on a batch: outputs, gradients, buffers.
 
-What stands for a model (a trace, one found on disk, its own forward replayed in parts) may have
-lost what the model decides by flags, hooks, counters or globals. So both are run on an example,
-with the same random numbers, in every situation in which a pipeline runs cells. What may differ is
-round-off in the coarsest dtype that the plain model computes in.
+A capture (a trace, an entry on disk, a replayed forward) may have lost decisions of the model by
+flags, hooks, counters or globals. So both are run on an example, with the same random numbers, in
+every situation in which a pipeline runs cells. They may differ by round-off in the coarsest dtype
+in which the plain model computes.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from stagewise.model.verify.differences import Reference, identical
 from stagewise.model.verify.in_parts import in_parts
 from stagewise.model.verify.situation import Situation, kept, surroundings
 
-# Round-off, relative to the largest number beside it.
+# Round-off, relative to the largest number nearby.
 _ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _COARSEST = max(_ALLOWED.values())  # of dtypes that are not listed
 Tensors = dict[str, torch.Tensor | None]
@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """What the cells give otherwise than the model: `gradient a.weight`, and how."""
+    """A quantity in which cells and model differ, such as `gradient a.weight`, and how."""
 
     what: str
     how: str
@@ -48,11 +48,11 @@ def mismatch(
     in_bits: bool = False,
     apart: bool = False,
 ) -> Mismatch | None:
-    """What the cells give otherwise than `model` when called with `named`, if anything.
+    """Return the first difference between the cells and `model` when called with `named`, if any.
 
-    Neither keeps a trace of it. With `in_bits` round-off counts, too; `apart`, every cell has a
-    graph of its own, as on stages. On the meta device only shapes and dtypes are compared. What
-    either raises comes through.
+    Leaves no trace in either. With `in_bits`, round-off counts too; with `apart`, every cell has
+    its own graph, as in stages. On the meta device only shapes and dtypes are compared. Errors of
+    either pass through.
     """
     tree = module_tree(captured.chain)
     plain, ask_inputs = _plain(model, named, situation)
@@ -64,10 +64,10 @@ def mismatch(
         theirs, ours = wanted.tensors.get(quantity), got.get(quantity)
         if theirs is None or ours is None:
             if theirs is not ours:
-                return _found(quantity, "it is there in one of them only", situation)
+                return _found(quantity, "only one of them has it", situation)
             continue
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-            return _found(quantity, f"{_form(ours)} in place of {_form(theirs)}", situation)
+            return _found(quantity, f"{_form(ours)} instead of {_form(theirs)}", situation)
         if theirs.is_meta or ours.is_meta or identical(ours, theirs):
             continue
         error = wanted.difference(quantity, ours)
@@ -84,10 +84,10 @@ def mismatch(
 def _plain(
     model: nn.Module, named: Mapping[str, object], situation: Situation
 ) -> tuple[Tensors, bool]:
-    """What the plain model gives, and whether with gradients of its inputs."""
+    """Return the plain model's tensors, and whether they include gradients of its inputs."""
     try:
         return numbers(model, named, model, situation, ask_inputs=True), True
-    except RuntimeError:  # a model that lets its inputs require gradients fails where they do
+    except RuntimeError:  # from a model that sets requires_grad on its inputs itself
         return numbers(model, named, model, situation, ask_inputs=False), False
 
 
@@ -119,9 +119,9 @@ def numbers(
     tree: nn.Module | None = None,
     ask_inputs: bool,
 ) -> Tensors:
-    """What a call gives, by what it is and its name; `tree` has the buffers that `run` changes.
+    """Return a call's results by kind and name; `tree` has the buffers that `run` changes.
 
-    With `ask_inputs` the call's own tensors require gradients, too.
+    With `ask_inputs`, the call's own tensors require gradients too.
     """
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,10 +143,10 @@ def numbers(
 
 
 def output_tensors(output: object) -> dict[str, torch.Tensor]:
-    """The tensors of a model's output, by their place in it."""
+    """Return the tensors of a model's output, by their path in it."""
     try:
         leaves = flatten(output)[0]
-    except CellError:  # an object hides tensors; the pipeline will say so, if it has to send them
+    except CellError:  # an object hides tensors; the pipeline reports it if it must send them
         leaves = pytree.tree_leaves(output)
     names = [path for path, _ in with_paths(output)]
     if len(names) != len(leaves):
@@ -156,7 +156,7 @@ def output_tensors(output: object) -> dict[str, torch.Tensor]:
 
 
 def _gradients(found: Tensors, model: nn.Module, inputs: Mapping[str, object]) -> Tensors:
-    """Of parameters and inputs; None where they are all zero."""
+    """Return the gradients of parameters and inputs; None for those that are all zero."""
     roots = [t for t in found.values() if t is not None and t.requires_grad]
     sources = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for path, leaf in with_paths(dict(inputs)):
@@ -174,7 +174,7 @@ def _gradients(found: Tensors, model: nn.Module, inputs: Mapping[str, object]) -
 
 
 def _seed(root: torch.Tensor) -> torch.Tensor:
-    """A gradient whose elements differ."""
+    """Return a gradient with distinct elements."""
     steps = torch.arange(root.numel(), device=root.device, dtype=torch.float64)
     return steps.cos().reshape(root.shape).to(root.dtype)
 
@@ -184,8 +184,8 @@ def _form(tensor: torch.Tensor) -> str:
 
 
 def _coarsest(model: nn.Module, named: Mapping[str, object], situation: Situation) -> float:
-    """The round-off of the coarsest dtype in which the plain model computes."""
-    # What the mode itself cannot run is judged by the model's own dtypes.
+    """Return the round-off of the coarsest dtype in which the plain model computes."""
+    # Models that cannot run under the mode are judged by their parameters' dtypes.
     with _Dtypes() as dtypes, suppress(Exception):
         _plain(model, named, Situation(training=situation.training))
     found = dtypes.found | {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -195,7 +195,7 @@ def _coarsest(model: nn.Module, named: Mapping[str, object], situation: Situatio
 
 
 class _Dtypes(TorchFunctionMode):
-    """Notes the floating-point dtypes of all that torch's functions return inside."""
+    """Records the floating-point dtypes that torch's functions return inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How far two tensors of a step are apart, on a scale where round-off is small."""
+"""Measure how far two tensors of a step are apart, on a scale where round-off is small."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# What is zero but for round-off (a bias before a norm) is measured by what stands beside it.
+# A quantity that is zero up to round-off (a bias before a norm) is scaled by those beside it.
 _FLOOR = 1e-2
-# Where all gradients are so (a norm right before a norm), the loss gives the order of magnitude.
+# If all gradients are zero up to round-off (a norm after a norm), the loss gives the scale.
 _LOSS_FLOOR = 1e-2
 
 
 class Reference:
-    """Tensors by quantity, with the scale of each: about its largest number."""
+    """Tensors by quantity, each with its scale: roughly its largest number."""
 
     def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
         self.tensors = dict(tensors)
@@ -27,9 +27,9 @@ class Reference:
         self._scales = {q: max(own, _FLOOR * beside[_group(q)]) for q, own in largest.items()}
 
     def difference(self, quantity: str, ours: Tensor | None) -> float:
-        """Largest absolute difference, relative to the quantity's scale.
+        """Return the largest absolute difference, relative to the quantity's scale.
 
-        Infinite where one of the two is absent, has another shape, or holds a NaN.
+        Infinite if one of the two is absent, has another shape, or contains a NaN.
         """
         theirs = self.tensors.get(quantity)
         if ours is None or theirs is None:
@@ -45,14 +45,14 @@ class Reference:
 
 
 def identical(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Bit for bit, dtype included."""
+    """Return whether both are equal bit for bit, dtype included."""
     if ours is None or theirs is None:
         return ours is theirs
     return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def _group(quantity: str) -> str:
-    """What may be measured together: all gradients, or one module's buffers or parameters."""
+    """Return the group of a quantity: all gradients, or one module's buffers or parameters."""
     kind, _, name = quantity.partition(" ")
     if kind in ("buffer", "parameter"):
         return f"{kind} {name.rpartition('.')[0]}"
@@ -64,6 +64,6 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _largest(tensor: Tensor) -> float:
-    """Of the finite numbers: a mask may hold infinities."""
+    """Return the largest finite number: a mask may contain infinities."""
     finite = _wide(tensor[tensor.isfinite()])
     return float(finite.abs().max()) if finite.numel() else 0.0

@@ -1,8 +1,8 @@
-"""Cells called in a row as stages run them: a backward inside forward ends where its stage begins.
+"""Call cells one after another as stages do: a backward inside forward stops at its stage's inputs.
 
-A stage's inputs are leaves of its own graph. Called one after another in one process, cells have
-one graph, and a torch.autograd.grad in forward would find what in a pipeline it cannot. So while
-forward runs no gradient passes from a cell to the one before; afterwards all do.
+A stage's inputs are leaves of its own graph. Called one after another in one process, cells share
+one graph, and a torch.autograd.grad in forward would reach tensors that it cannot in a pipeline. So
+while forward runs, no gradient passes from a cell to the previous one; afterwards all do.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from stagewise.model.captured import Captured
 
 
 class _Forward:
-    """One call of all cells, and whether it still runs."""
+    """One call of all cells, and whether it is still running."""
 
     runs = True
 
     def joint(self, module: nn.Module, args: object, output: object) -> object:
-        """What a cell returns, as the next one takes it."""
+        """Return a cell's output with blocked gradients, for the next cell."""
         apply: Any = _Joint.apply
         return pytree.tree_map_only(
             torch.Tensor, lambda t: apply(t, self) if t.requires_grad else t, output
@@ -42,7 +42,7 @@ class _Joint(torch.autograd.Function):
 
 @contextmanager
 def in_parts(captured: Captured) -> Iterator[None]:
-    """Call `captured` inside."""
+    """Separate the cells of `captured` in a call inside."""
     call = _Forward()
     with ExitStack() as hooks:
         for cell in captured.chain[:-1]:

@@ -1,9 +1,9 @@
-"""What a forward does besides computing: what it asks torch, what it changes, where it draws.
+"""Observe what a forward does besides computing: questions to torch, changes, random draws.
 
-A counter in an attribute, a hidden state, a draw of Python's random: a trace holds them as they
-were. The model is run a few times with the same random numbers of torch, and what it can see
-(`model.forward.visible`) is looked at in between. What stays after the first call is a cache, as
-a mask made once, and does no harm; nor does what is drawn or kept, where outputs do not follow it.
+A counter in an attribute, a hidden state, a draw from Python's random: a trace would freeze them.
+The model is run a few times with the same random numbers of torch, and what it can see
+(`model.forward.visible`) is inspected in between. A change that only the first call makes is a
+cache, such as a mask, and harmless; so are draws and kept values that do not affect outputs.
 """
 
 import random
@@ -24,7 +24,7 @@ from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
 from stagewise.model.forward.watch import Place, changes, name_of, tokens_of
 from stagewise.model.verify.compare import output_tensors
-from stagewise.model.verify.rare_draws import NUM_SEEDS, others_as_they_are
+from stagewise.model.verify.rare_draws import NUM_SEEDS, save_others
 from stagewise.model.verify.situation import EVAL, TRAINING, Situation, kept, seeded, surroundings
 
 Outputs = Mapping[str, torch.Tensor]
@@ -32,12 +32,12 @@ Outputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What forward asks of torch (and where), and what it changes, by names.
+    """What forward asks of torch (and where), and the names of what it changes.
 
-    `counted` are numbers and the like that change at every call, `followed` tensors that change
-    and that outputs follow, `assigned` tensors that outputs do not follow; `touched` are all
-    places that forward ever changes. `drawn` where forward draws from Python's or NumPy's random,
-    `draws` where outputs follow it; `varies` where they differ without a cause that was seen.
+    `counted` are numbers and the like that change in every call, `followed` tensors that change
+    and affect outputs, `assigned` tensors that do not; `touched` are all places that forward ever
+    changes. `drawn`: forward draws from Python's or NumPy's random; `draws`: that affects outputs;
+    `varies`: outputs differ between calls for no visible reason.
     """
 
     asked: Asked
@@ -51,50 +51,49 @@ class Observed:
 
 
 def check_effects(model: nn.Module, found: Observed, *, draws: bool) -> None:
-    """Raise ModelError for what forward does and cells would not do; warn of what is lost only.
+    """Raise ModelError for effects that cells would not reproduce; warn of harmless ones.
 
-    With `draws` random numbers past torch's count, too.
+    With `draws`, also for random numbers other than torch's.
     """
     what, remedy = "", ""
     if found.counted:
-        what = f"changes {', '.join(found.counted[:3])} at every call"
+        what = f"changes {', '.join(found.counted[:3])} in every call"
         remedy = "keep it in a buffer (register_buffer) that forward changes in place"
     elif found.followed:
-        what = f"keeps what the next call follows in {', '.join(found.followed[:3])}"
+        what = f"keeps state that affects the next call in {', '.join(found.followed[:3])}"
         remedy = "keep it in a buffer (register_buffer), or pass it in and return it"
     elif found.draws and draws:
-        what, remedy = "draws from Python's or NumPy's random numbers", "draw by torch"
+        what, remedy = "draws from Python's or NumPy's random numbers", "draw with torch"
     elif found.varies and draws:
-        what = "gives something else at every call, though torch's random numbers are the same"
+        what = "returns something else in every call, with the same random numbers of torch"
         remedy = (
-            "draw by torch from its default generator, and pass in what changes (an iterator's "
-            "next, the time)"
+            "draw from torch's default generator, and pass in what changes (an iterator's next "
+            "item, the time)"
         )
     if what:
         raise ModelError(
-            f"forward of {type(model).__name__} {what}, which cells would not do as the model does "
-            f"it; {remedy}"
+            f"forward of {type(model).__name__} {what}, which cells would not reproduce; {remedy}"
         )
     unsure = FRESH if FRESH in found.asked else VARIED if found.drawn else ""
     if draws and unsure in found.asked:
         warn_user(
-            f"forward of {type(model).__name__} {unsure} ({found.asked[unsure]}): its outputs "
-            "did not follow them when it was tried, but the cells of the captured model draw none; "
-            "draw by torch from its default generator",
+            f"forward of {type(model).__name__} {unsure} ({found.asked[unsure]}): they did not "
+            "affect its outputs in a few trials, but the cells of the captured model draw none; "
+            "draw from torch's default generator",
             ExactnessWarning,
         )
     if found.assigned:
         warn_user(
             f"forward of {type(model).__name__} assigns {', '.join(found.assigned[:3])}, which "
-            "the cells of the captured model do not; what reads it must take it from the model's "
-            "outputs, and a loss from stagewise.add_loss"
+            "the cells of the captured model do not; return it from the model instead, or add it "
+            "with stagewise.add_loss if it is a loss"
         )
 
 
 def observed(
     model: nn.Module, example: Mapping[str, object], runs_itself: Iterable[nn.Module]
 ) -> Observed:
-    """Run `model` on its example, in both modes; puts back what it changes in modules."""
+    """Run `model` on its example, in both modes, and undo its changes to modules."""
     sight = Sight(runs_itself, named_only=True)
     both = [_in(model, example, sight, situation) for situation in (TRAINING, EVAL)]
     return Observed(
@@ -113,7 +112,7 @@ def _in(
     model: nn.Module, example: Mapping[str, object], sight: Sight, situation: Situation
 ) -> Observed:
     def run(seed: int = 0) -> tuple[Outputs, bool]:
-        """Outputs, and whether Python's or NumPy's random numbers were drawn."""
+        """Return outputs, and whether Python's or NumPy's random numbers were drawn."""
         with seeded(seed), collect_losses() as added:
             before = _states()
             found = output_tensors(model(**_copied(example)))
@@ -125,7 +124,7 @@ def _in(
         with asked_of_torch() as asked:
             first, drawn = run()
         second = first
-        with suppress(Exception), AskedOfTensors() as of_tensors:  # some models run under no mode
+        with suppress(Exception), AskedOfTensors() as of_tensors:  # some models fail under a mode
             second, _ = run()
         asked |= of_tensors.found
         after = tokens_of(model, sight.walk(model))
@@ -156,12 +155,12 @@ def _in(
 def draws_around(
     model: nn.Module, example: Mapping[str, object], blocks: Iterable[nn.Module]
 ) -> bool:
-    """Whether forward draws from Python's or NumPy's random numbers outside of `blocks`."""
+    """Return whether forward draws from Python's or NumPy's random numbers outside `blocks`."""
     outside, states = False, list[Callable[[], None]]()
     for situation in (TRAINING, EVAL):
         with kept(model, situation.training), surroundings(model, situation), seeded():
             for block in blocks:
-                block.register_forward_pre_hook(lambda *_: states.append(others_as_they_are()))
+                block.register_forward_pre_hook(lambda *_: states.append(save_others()))
                 block.register_forward_hook(lambda *_: states.pop()())
             before = _states()
             with collect_losses():

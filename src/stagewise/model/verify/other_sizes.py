@@ -1,8 +1,8 @@
-"""Batches of other sizes than the example's, made of it: with which a capture is tried, too.
+"""Make batches of other sizes from the example, to test a capture with.
 
-A trace that took a size for a number is right on its example. Every number of samples and every
-length that the trace leaves open gets another value; what the tensors hold is the example's, in
-turn, so that tokens stay tokens.
+A trace that baked in a size is still right on its example. Every dynamic number of samples and
+length gets another value; the tensors' elements are the example's, repeated cyclically, so that
+tokens remain valid.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.model.promised_sizes import Size, TakenInput
 
-_SAMPLES = 1, 3  # what is made for two or more may fail for one
+_SAMPLES = 1, 3  # a trace for two or more may fail for one
 _FEW = 4  # samples
 _LENGTHS: tuple[Callable[[int], int], ...] = (
     lambda size: size + 1,
@@ -28,7 +28,7 @@ _LENGTHS: tuple[Callable[[int], int], ...] = (
 def batches_of_other_sizes(
     example: Mapping[str, object], forms: Sequence[TakenInput], samples: Sequence[int] = _SAMPLES
 ) -> Iterator[dict[str, object]]:
-    """The example at other sizes; `forms` say which of its sizes may change, and how together."""
+    """Yield the example at other sizes; `forms` say which of its sizes are dynamic, or related."""
     counts = {form.shape[0] for form in forms if form.counts_samples}
     sizes: dict[Any, int] = {}
     for form in forms:
@@ -45,7 +45,7 @@ def batches_of_other_sizes(
 
 
 def first_samples(example: Mapping[str, object]) -> dict[str, object] | None:
-    """The first samples of the example; None where it has no more, or none that can be told."""
+    """Return the first few samples of the example; None if it has no more, or no clear samples."""
     tensors = [t for t in pytree.tree_leaves(dict(example)) if isinstance(t, torch.Tensor)]
     sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() and tensor.shape[0] > 1)
     if not sizes:
@@ -59,7 +59,7 @@ def first_samples(example: Mapping[str, object]) -> dict[str, object] | None:
 
 
 def sizes_text(batch: Mapping[str, object]) -> str:
-    """The shapes of a batch's tensors."""
+    """Describe the shapes of a batch's tensors."""
     tensors = {
         name: [tuple(t.shape) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
         for name, value in batch.items()
@@ -84,7 +84,7 @@ def _resized(
 
 
 def _in_turn(tensor: torch.Tensor, shape: Sequence[Size], sizes: Mapping[Any, int]) -> torch.Tensor:
-    """Its elements along every dimension, again from the first where more are wanted."""
+    """Resize a tensor along every dimension, repeating its elements cyclically."""
     for axis, wanted in enumerate(shape):
         size = wanted if isinstance(wanted, int) else int(wanted.xreplace(sizes))
         if size != tensor.shape[axis]:

@@ -1,9 +1,9 @@
-"""Python's and NumPy's random numbers at their ends, so that a rare draw decides while it is seen.
+"""Extreme random numbers of Python and NumPy, so that rare branches are taken while observed.
 
-Problem: of `random() < 0.05` a few seeds show one side only, and a trace holds that for ever.
-Idea: both draw from the Mersenne Twister (Matsumoto, Nishimura, TOMACS 1998), whose state is its
-next 624 words, each scrambled by a matrix that has an inverse. So a state is made whose next
-numbers are the least, the greatest, or next to the middle, where normal numbers are the largest.
+Problem: a few seeds only show one side of `random() < 0.05`, and a trace would keep that forever.
+Idea: both use the Mersenne Twister (Matsumoto, Nishimura, TOMACS 1998), whose state is its next 624
+words, each scrambled by an invertible matrix. So states are constructed whose next numbers are the
+smallest, the largest, or next to the middle, where normal numbers are largest.
 """
 
 import random
@@ -13,11 +13,11 @@ from collections.abc import Callable
 _WORDS, _CHOSEN, _TOP = 624, 312, 0xFFFFFFFF  # words after the chosen ones are random
 # The two words of a number in [0, 1): 0, almost 1, and just above and below the middle.
 _NUMBERS = ((0, 0), (_TOP, _TOP), (0x80000000, 0x40), (0x7FFFFFFF, _TOP))
-NUM_SEEDS = 8  # that differ in what `seed_others` makes of them
+NUM_SEEDS = 8  # to try with `seed_others`
 
 
 def seed_others(seed: int) -> None:
-    """Seed Python's and NumPy's random numbers; by 1 to 4, with numbers at the ends and middle."""
+    """Seed Python's and NumPy's random numbers; seeds 1 to 4 yield extreme and middle numbers."""
     numpy = sys.modules.get("numpy")
     random.seed(seed)
     if numpy is not None:
@@ -32,8 +32,8 @@ def seed_others(seed: int) -> None:
         numpy.random.set_state(("MT19937", numpy.array(words, dtype=numpy.uint32), 0))
 
 
-def others_as_they_are() -> Callable[[], None]:
-    """What puts the states of Python's and NumPy's random numbers back."""
+def save_others() -> Callable[[], None]:
+    """Save the states of Python's and NumPy's random numbers; return a function to restore them."""
     numpy = sys.modules.get("numpy")
     state, others = random.getstate(), numpy.random.get_state() if numpy is not None else None
 
@@ -46,7 +46,7 @@ def others_as_they_are() -> Callable[[], None]:
 
 
 def _unscrambled(word: int) -> int:
-    """The word of a state that becomes `word`."""
+    """Return the state's word that is scrambled to `word`."""
     word ^= word >> 18
     word ^= (word << 15) & 0xEFC60000
     found = word

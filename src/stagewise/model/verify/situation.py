@@ -1,4 +1,4 @@
-"""In which state a call of the model finds its modules and torch; and that it leaves no trace."""
+"""Call the model in a given state of its modules and of torch, leaving no trace."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stagewise.model.verify.rare_draws import others_as_they_are, seed_others
+from stagewise.model.verify.rare_draws import save_others, seed_others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """In which state a call of the model finds its modules and torch."""
+    """The state of modules and torch in a call of the model."""
 
     training: bool
     gradients: bool = True
@@ -30,12 +30,12 @@ class Situation:
 TRAINING, EVAL = Situation(training=True), Situation(training=False)
 PREDICTING = Situation(training=False, gradients=False)
 UNDER_AUTOCAST = Situation(training=True, autocast=True)
-SITUATIONS = (TRAINING, EVAL, PREDICTING)  # in which every pipeline may run cells
+SITUATIONS = (TRAINING, EVAL, PREDICTING)  # those in which any pipeline may run cells
 
 
 @contextmanager
 def kept(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run inside with `model` in a mode; puts modes, attributes, buffers and random states back."""
+    """Run with `model` in a mode; then restore modes, attributes, buffers and random states."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
     attributes = [_attributes(module) for module in modules]
@@ -52,7 +52,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
             vars(module).clear()
             vars(module).update((name, value) for name, value, _ in before)
             for _, value, items in before:
-                if isinstance(value, dict) and _is_plain(value):  # with hooks of forward's, say
+                if isinstance(value, dict) and _is_plain(value):  # e.g. of hooks added in forward
                     value.clear()
                     value.update(items)
             module.training = mode
@@ -65,7 +65,7 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, object, dict[object, object]]]:
-    """Names and values, and of plain dicts (as those of hooks) what is in them."""
+    """Return names and values, and copies of plain dicts (such as those of hooks)."""
     return [
         (name, value, dict(value) if isinstance(value, dict) and _is_plain(value) else {})
         for name, value in vars(module).items()
@@ -73,14 +73,14 @@ def _attributes(module: nn.Module) -> list[tuple[str, object, dict[object, objec
 
 
 def _is_plain(value: dict[object, object]) -> bool:
-    """Whether a dict has no rules of its own, as a frozen one has."""
+    """Return whether a dict has no special behaviour, unlike a frozen one."""
     return type(value) in (dict, OrderedDict)
 
 
 @contextmanager
 def seeded(others: int = 0) -> Iterator[None]:
-    """Seed torch's random numbers, and by `others` Python's and NumPy's; puts all back."""
-    put_back = others_as_they_are()
+    """Seed torch's random numbers, with `others` Python's and NumPy's; restore all afterwards."""
+    put_back = save_others()
     try:
         seed_others(others)
         with torch.random.fork_rng():
@@ -92,9 +92,9 @@ def seeded(others: int = 0) -> Iterator[None]:
 
 @contextmanager
 def surroundings(model: nn.Module, situation: Situation) -> Iterator[None]:
-    """Inside, gradients and autocast are on or off as in `situation`, whatever they are outside.
+    """Enable or disable gradients and autocast inside as in `situation`.
 
-    torch's fast path for attention is off: it leaves other numbers where samples are padded.
+    Also disables torch's fast path for attention, which leaves other numbers in padded places.
     """
     kinds = [parameter.device.type for parameter in model.parameters()]
     device = kinds[0] if kinds and kinds[0] != "meta" else "cpu"

@@ -70,11 +70,11 @@ def only_in_eval(net: Any, x: Tensor) -> Tensor:
 
 
 LOST = {
-    hook_on_a_tensor: r"training mode: the gradient \S+ .*puts a hook on a tensor \(\S+, line",
+    hook_on_a_tensor: r"training mode: the gradient \S+ .*registers a hook on a tensor \(\S+, line",
     kept_gradient: r"training mode: the output .*looks at a tensor's grad_fn",
     requires_grad: r"training mode: the output .*asks whether a tensor requires gradients",
-    grad_enabled: r"eval mode without gradients: the output .*torch\.is_grad_enabled.*faithful\.py",
-    imported: r"eval mode without gradients: the output .*torch\.is_grad_enabled.*faithful\.py",
+    grad_enabled: r"eval mode without gradients: the output .*is_grad_enabled.*comparison\.py",
+    imported: r"eval mode without gradients: the output .*is_grad_enabled.*comparison\.py",
     autocast_asked: r"training mode under autocast: the output .*asks whether autocast is on",
     only_in_eval: "eval mode without gradients",
 }
@@ -288,14 +288,14 @@ def takes_the_next(net: Any, x: Tensor) -> None:
         (draws_rarely, "draws from Python's or NumPy's random numbers"),
         (draws_rarely_above, "draws from Python's or NumPy's random numbers"),
         (draws_rarely_normal, "draws from Python's or NumPy's random numbers"),
-        (draws_afresh, "changes factor at every call"),
-        (takes_the_next, "changes factor at every call"),
-        (counts, "changes calls at every call.*register_buffer"),
-        (anneals, "changes factor at every call"),
+        (draws_afresh, "changes factor in every call"),
+        (takes_the_next, "changes factor in every call"),
+        (counts, "changes calls in every call.*register_buffer"),
+        (anneals, "changes factor in every call"),
         (counts_in_a_list, r"changes notes\['calls'\]\[\d+\]"),
-        (counts_in_a_class, r"changes .*Shared\.calls at every call"),
-        (counts_in_eval, "changes calls at every call"),
-        (keeps_a_state, "keeps what the next call follows in"),
+        (counts_in_a_class, r"changes .*Shared\.calls in every call"),
+        (counts_in_eval, "changes calls in every call"),
+        (keeps_a_state, "keeps state that affects the next call in"),
         (draws, "draws from Python's or NumPy's random numbers"),
     ],
 )
@@ -339,24 +339,26 @@ def test_what_no_state_shows_is_refused() -> None:
         lambda net, x: x * np.random.default_rng().random(),
         lambda net, x: x * next(numbers),
     ):
-        with pytest.raises(ModelError, match="gives something else at every call, though torch's"):
+        with pytest.raises(ModelError, match="returns something else in every call, with the same"):
             stagewise.capture(Net(around), torch.randn(8, 4))
 
 
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: np.random.default_rng().random() < 1e-9, "makes random numbers that no seed"),
-        (lambda: random.Random().random() < 1e-9, "makes random numbers that no seed"),
-        (lambda: secrets.randbelow(10**9) == 1, "makes random numbers that no seed"),
-        (lambda: random.randint(0, 10**9) == 1, "draws numbers of which few were tried"),
-        (lambda: np.random.choice(10**9) == 1, "draws numbers of which few were tried"),
+        (lambda: np.random.default_rng().random() < 1e-9, "creates random numbers without a seed"),
+        (lambda: random.Random().random() < 1e-9, "creates random numbers without a seed"),
+        (lambda: secrets.randbelow(10**9) == 1, "creates random numbers without a seed"),
+        (lambda: random.randint(0, 10**9) == 1, "draws random numbers, few of which were tried"),
+        (lambda: np.random.choice(10**9) == 1, "draws random numbers, few of which were tried"),
     ],
 )
 def test_what_is_drawn_too_rarely_to_be_seen_is_told(
     draw: Callable[[], bool], message: str
 ) -> None:
-    with pytest.warns(ExactnessWarning, match=rf"forward of Net {message}.*test_faithful.py, line"):
+    with pytest.warns(
+        ExactnessWarning, match=rf"forward of Net {message}.*test_comparison.py, line"
+    ):
         stagewise.capture(Net(lambda net, x: x * 2 if draw() else x), torch.randn(8, 4))
 
 

@@ -1,6 +1,6 @@
-"""Whatever fails while a model is captured is said in words: what was done, and where it failed.
+"""Turn any error while a model is captured into ModelError: what was done, and where it failed.
 
-The model's own code runs then, and torch's on it, so any exception may come; it is the cause.
+The model's own code runs, and torch's on it, so any exception may occur; it becomes the cause.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from stagewise.model.forward.users_code import users_place
 
 
 @contextmanager
-def told_in_words(doing: str, way_out: str = "") -> Iterator[None]:
-    """Raise ModelError for any exception inside that is not one of ours."""
+def as_model_errors(doing: str, remedy: str = "") -> Iterator[None]:
+    """Raise ModelError for any exception inside that is not ours."""
     try:
         yield
     except StagewiseError:
@@ -22,5 +22,5 @@ def told_in_words(doing: str, way_out: str = "") -> Iterator[None]:
         place = users_place(error.__traceback__)
         raise ModelError(
             f"{doing} failed ({type(error).__name__}: {first}{f', {place}' if place else ''})"
-            + (f"; {way_out}" if way_out else "")
+            + (f"; {remedy}" if remedy else "")
         ) from error
