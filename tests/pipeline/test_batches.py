@@ -501,12 +501,12 @@ def test_every_rank_refuses_what_one_must(pools: Pools) -> None:
         for name in ("lacking", "None"):
             assert "ranks [2] need the keyword argument 'mask' but got none" in texts[name]
             assert "pass it on ranks [1, 2]" in texts[name]
-        assert "other forms of 'mask'" in texts["shape"]
-        assert "other forms of 'scale'" in texts["constant"]
+        assert "different shapes, dtypes or constants of 'mask'" in texts["shape"]
+        assert "different shapes, dtypes or constants of 'scale'" in texts["constant"]
         assert "want the outputs on different ranks" in texts["ranks"]
         assert "outputs are wanted on ranks [3], but there are 3" in texts["ranks outside"]
         assert "want the outputs on different ranks" in texts["outputs on one"]
-        assert "Microbatches of other sizes" in texts["sizes"]
+        assert "Microbatches of different sizes" in texts["sizes"]
 
 
 def gradients_of_the_batch(transport: str) -> list[Tensor | None]:

@@ -75,8 +75,8 @@ def compared() -> object:
 Act = Callable[[stagewise.Pipeline], object]
 # name -> (what rank 0 does, what rank 1 does, the words that both hear)
 ACTS: dict[str, tuple[Act, Act, str]] = {
-    "values": (step, lambda p: step(p, X + 1), "ranks were given inputs of other values"),
-    "order": (step, lambda p: step(p, X.flip(0)), "ranks were given inputs of other values"),
+    "values": (step, lambda p: step(p, X + 1), "ranks were given different values of inputs"),
+    "order": (step, lambda p: step(p, X.flip(0)), "ranks were given different values of inputs"),
     "any, step": (lambda p: p.any(False), step, "calls: rank 0: any, rank 1: step"),
     "step, any": (step, lambda p: p.any(True), "calls: rank 0: step, rank 1: any"),
     "step, timeline": (step, lambda p: p.timeline(), "rank 0: step, rank 1: timeline"),
@@ -251,7 +251,7 @@ def other_keywords() -> str:
 
 def test_other_values_by_name_are_named(pools: Pools) -> None:
     for text in pools[2].run(other_keywords):
-        assert "ranks were given other values of 'scale'" in text
+        assert "ranks were given different values of 'scale'" in text
 
 
 def complex_loss() -> list[object]:

@@ -236,10 +236,10 @@ def refusals() -> dict[str, str]:
 def test_replicas_must_agree(pools: Pools) -> None:
     for rank, texts in enumerate(pools[2].run(refusals)):
         for name in ("frozen", "mode"):
-            assert "ranks hold one stage, but with other modes or requires_grad" in texts[name]
+            assert "ranks hold the same stage with different modes or requires_grad" in texts[name]
         assert "needs target but got none" in texts["no target"]
         assert ("rank 1 refused" in texts["no target"]) == (rank == 0)
-        assert "other forms of them" in texts["target"]
+        assert "different shapes, dtypes or constants of them" in texts["target"]
         assert "inputs of different shapes" in texts["inputs"]
 
 

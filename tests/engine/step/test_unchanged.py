@@ -43,7 +43,7 @@ def test_a_step_names_what_changed(change: Change) -> None:
     x = torch.ones(4, 4)
     pipe.step(x, target=x)
     change(model[1][1])  # type: ignore[arg-type, index]
-    named = r"(weight|adapter).* of a .*Linear in cell '1.1' came, went or was replaced"
+    named = r"(weight|adapter).* of a .*Linear in cell '1.1' was added, removed or replaced"
     with pytest.raises(ModelError, match=named):
         pipe.step(x, target=x)
     assert pipe.evaluate(x, target=x).isfinite()  # trains nothing

@@ -1,7 +1,7 @@
-"""Before a tensor moves: check the batch, agree across ranks, split into microbatches.
+"""Before a tensor moves: check the batch, agree across ranks, fix the microbatches' sizes.
 
-Every rank casts one `Vote`; from the votes each rank sees that all are at the same step, in the
-same mode, with batches that fit together. If any rank objects, all raise.
+Every rank casts one `Vote`; the votes show each rank that all are at the same step, in the same
+mode, with matching batches. If any rank objects, all raise.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class RankNeeds:
-    """What this rank's stages need of any call; `target` of one that computes a loss."""
+    """What this rank's stages need in any call; `target` only if it computes a loss."""
 
     routes: Routes
     inputs: bool
@@ -36,17 +36,17 @@ class RankNeeds:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What else on this rank must fit the others' in a call.
+    """What else must match across ranks in a call.
 
-    `flags` decide what its messages hold (`Stage.begin`); `shared_flags` are those of every
-    replicated stage, None where this rank does not hold it.
+    `flags` decide what this rank's messages hold (`Stage.begin`); `shared_flags` are those of every
+    replicated stage, None if this rank does not hold it.
     """
 
     flags: tuple[bool, ...] = ()
     shared_flags: Sequence[tuple[bool, ...] | None] = ()
     training: bool = True  # as after pipe.train()
     compares_values: bool = False
-    check: Callable[[], None] = lambda: None  # raises what else speaks against the call
+    check: Callable[[], None] = lambda: None  # raises any other objection to the call
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Admitted:
 
 
 def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Admitted:
-    """Agree with the other ranks about one call; raises BatchError on every rank if they cannot.
+    """Agree with the other ranks on one call; BatchError on every rank if they cannot.
 
-    A batch is split into the most microbatches, or its samples if those are fewer.
+    A batch is split into the plan's number of microbatches, or fewer if it has fewer samples.
     """
     batch, objection = Extent(), request.objection
     try:
@@ -102,7 +102,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
 
 
 def _examined(request: Request, needs: RankNeeds, state: State, num_ranks: int) -> Extent:
-    """How many samples the batch has here; raises what speaks against the call on this rank."""
+    """Return the batch's extent on this rank; raises this rank's objection to the call."""
     state.check()
     by_name = bool(request.keywords)
     if by_name:
@@ -117,7 +117,7 @@ def _examined(request: Request, needs: RankNeeds, state: State, num_ranks: int) 
 
 
 def _alone(request: Request, needs: RankNeeds, batch: Extent) -> Admitted:
-    """One process needs no other's agreement."""
+    """Admit a call of a single rank, which needs no agreement."""
     num_args = positional(request.inputs) if needs.inputs else NOT_GIVEN
     if request.keywords:
         keywords, names = request.keywords, needs.routes.names
@@ -171,13 +171,13 @@ def _vote(
 def _cut(
     request: Request, needs: RankNeeds, total: int, asked: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """The microbatches' sizes: those that Microbatches ask for, or as equal as can be."""
+    """Return the microbatches' sizes: those of Microbatches, or as equal as possible."""
     if asked is None:
         return tuple(microbatch_sizes(total, min(total, needs.most_microbatches)))
     if request.mode is Mode.TRAIN and len(asked) > needs.most_microbatches:
         raise BatchError(
             f"got Microbatches of {len(asked)} parts, but the plan has {needs.most_microbatches} "
-            "microbatches; give it at most that many parts"
+            "microbatches; give at most that many parts"
         )
     return asked
 
@@ -190,7 +190,7 @@ def _raise(
     autocast: Autocast,
     differs: Difference,
 ) -> NoReturn:
-    """Every rank says what it has of what differs."""
+    """Exchange what each rank has of the part that differs, and raise the error."""
     keywords = request.keywords
     words: dict[str, object] = {
         "autocast": list(autocast) or "none",
@@ -215,7 +215,7 @@ def _options(request: Request, needs: RankNeeds) -> object:
 
 
 def _refuse(ranks: Ranks, objection: UsageError | None) -> NoReturn:
-    """Raise what speaks against the call here, or else on the first rank where anything does."""
+    """Raise this rank's objection, or else the first other rank's."""
     texts = ranks.gather(str(objection) if objection else None, "step: objections")
     if objection:
         raise objection
@@ -232,13 +232,13 @@ def _total(counts: Sequence[int]) -> int:
     if len(totals) != 1:
         raise BatchError(
             f"ranks were given batches of {sorted(totals)} samples; give every rank the same "
-            "batch, or nothing where it needs none"
+            "batch, or None where it needs none"
         )
     return totals.pop()
 
 
 def positional(inputs: object) -> int:
-    """How many positional arguments the first cell gets."""
+    """Return how many positional arguments the first cell gets."""
     if inputs is None:
         return 0
     return len(inputs.args) if isinstance(inputs, Arguments) else 1
@@ -272,7 +272,7 @@ def _tensors(value: object, what: str) -> list[torch.Tensor]:
 
 
 def _in_words(value: object) -> str:
-    """The forms of a part of the batch; its constants too."""
+    """Describe the shapes, dtypes and constants of a part of the batch."""
     tensors, structure = take_apart(value)
     constants = [constant for constant in structure.constants if constant is not None]
     said = [*(f"{tuple(t.shape)} {t.dtype}" for t in tensors), *map(repr, constants)]

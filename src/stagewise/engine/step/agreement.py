@@ -1,7 +1,7 @@
-"""What every rank raises where a call has failed on some.
+"""What every rank raises when a call has failed on some.
 
-The first failure is the one whose instruction comes first in simulated time: what it sent in place
-of its messages may have made others fail, but only after it.
+The first failure is the one whose instruction comes first in simulated time: its placeholder
+messages may have made others fail, but only later ones.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ LESS_MEMORY = (
 def agreed_failure(
     ranks: Ranks, failure: Failure | None, programs: Programs, key: tuple[bool, int]
 ) -> StagewiseError:
-    """The error to raise on this rank; every rank calls this, some with a `failure`.
+    """Return the error to raise on this rank; collective, with a `failure` on some.
 
-    `key` says which of the `programs` ran. The rank that failed first gets its own
-    error, the others PeerError with that cause; OutOfMemoryError if that is it, all of them.
+    `key` says which of the `programs` ran. The rank that failed first gets its own error, the
+    others a PeerError with that cause. If it ran out of memory, all get OutOfMemoryError.
     """
     own = None
     if failure is not None:
@@ -47,9 +47,9 @@ def agreed_failure(
 
 @contextmanager
 def agreed(ranks: Ranks, what: str) -> Iterator[None]:
-    """Raise on every rank if the block raises a UsageError on any; every rank calls this.
+    """Raise on every rank if the block raises a UsageError on any; collective.
 
-    `what` names the call for people.
+    `what` names the call in errors.
     """
     objection: UsageError | None = None
     try:

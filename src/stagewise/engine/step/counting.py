@@ -1,8 +1,8 @@
-"""What of a microbatch counts, told from the values of its targets and of what it is given by name.
+"""Which elements of a microbatch count, inferred from the values of targets and keyword arguments.
 
-A mean leaves some of them out: an index to ignore, a padded place, the zeros of a mask. Those are
-the least or the greatest of their tensor; how much of every microbatch they are shows where
-microbatches count unequally, and the number of the others is the weight that makes them right.
+A mean may leave some elements out: an ignored index, padding, the zeros of a mask. Those are the
+smallest or largest value of their tensor; their fraction in each microbatch shows whether the
+microbatches count unequally, and the number of the other elements is the weight that corrects it.
 """
 
 import itertools
@@ -19,7 +19,7 @@ _ROUNDING = 1e-3
 
 
 def values_in(value: object, *, integers_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Where each plain tensor of real numbers lies in a value, as code says it, and itself."""
+    """Yield the plain real tensors in `value`, each with its place as code (`['a'][0]`)."""
     for place, leaf in with_paths(value):
         if isinstance(leaf, Tensor) and type(leaf) in _PLAIN and leaf.numel() and not leaf.is_meta:
             is_float = leaf.is_floating_point() and not integers_only
@@ -28,14 +28,16 @@ def values_in(value: object, *, integers_only: bool = False) -> Iterator[tuple[s
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
-    """The least and the greatest value."""
+    """Return the smallest and the largest value."""
     least, greatest = torch.aminmax(tensor)
     return least.item(), greatest.item()
 
 
 def most_unlike(microbatches: Sequence[object]) -> set[int]:
-    """The microbatches that differ the most from the one before, in how much of a tensor is its
-    least or greatest value in the batch."""
+    """Return the microbatches that differ most from the one before.
+
+    Namely in the fraction of a tensor that is its smallest or largest value in the batch.
+    """
     found: set[int] = set()
     tensors = [[tensor for _, tensor in values_in(part)] for part in microbatches]
     for column in zip(*tensors, strict=False):
@@ -53,7 +55,7 @@ def _part(tensor: Tensor, value: float) -> float:
 
 
 def weight_that_fits(targets: Sequence[object], counts: tuple[float, float] | None) -> str | None:
-    """Code of a weight by which two targets count as `counts` says; None where none was found."""
+    """Return code of a weight by which two targets count as `counts` says; None if none fits."""
     if counts is None:
         return None
     pairs = zip(*map(values_in, targets), strict=False)
@@ -71,7 +73,7 @@ def weight_that_fits(targets: Sequence[object], counts: tuple[float, float] | No
 
 
 def _weights(place: str, first: Tensor, second: Tensor) -> Iterator[tuple[int, str, list[float]]]:
-    """Weights that a target may have: which to try first, their code, and what they are of two."""
+    """Yield candidate weights: (priority, code, values for the two targets)."""
     both = (first, second)
     ends = [*map(extremes, both)]
     least, greatest = min(e[0] for e in ends), max(e[1] for e in ends)
@@ -89,8 +91,10 @@ def _others(place: str, value: float) -> str:
 
 
 def left_out(target: object, given: Mapping[str, object]) -> tuple[str, str] | None:
-    """What of a target, or of what is given by name, counts nothing at all: in words, and code of a
-    weight that says so; None where all may count."""
+    """Return which part of the target or keyword arguments is constant, so may not count at all.
+
+    In words, with the code of a weight that is 0 for it; None if all may count.
+    """
     for name, value in (("target", target), *given.items()):
         for place, tensor in values_in(value):
             least, greatest = extremes(tensor)

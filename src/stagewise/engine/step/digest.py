@@ -1,9 +1,9 @@
-"""Numbers for the forms and the values of a batch, so that ranks notice where theirs differ.
+"""Fingerprints of a batch's forms and values, so that ranks notice if theirs differ.
 
 Problem: the first stage takes the inputs from its rank, the last one the targets from its own; if
-the ranks drew different batches of one shape, the model learns nonsense in silence.
-Idea: every value counts in a sum of machine words, which no order of summing changes; what a sum
-cannot see, the order of samples, is in a sample of words, which is hashed.
+the ranks drew different batches of the same shape, the model would silently learn nonsense.
+Idea: hash the sum of all machine words, which does not depend on the order of summing, and a sample
+of the words, since the sum does not see the order of samples.
 """
 
 import functools
@@ -17,12 +17,12 @@ from stagewise.engine.stage.keywords import NOT_GIVEN
 from stagewise.engine.stage.work import Work
 
 _WORD_BYTES, _SAMPLED_WORDS = 8, 4096
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; it differs between processes
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; differs between processes
 Autocast = tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) of each that is on
 
 
 def digest(value: object) -> int:
-    """A 56-bit number of the values of all tensors in `value` whose memory is their values."""
+    """Return a 56-bit digest of the values of all plain strided tensors in `value`."""
     hashed = hashlib.blake2b(digest_size=7)
     for tensor in take_apart(value)[0]:
         is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -46,14 +46,14 @@ def _add(flat: torch.Tensor, hashed: "hashlib.blake2b") -> None:
 
 
 def signature_of(work: Work) -> int:
-    """Equal for calls whose messages are of equal forms."""
-    # Where a loss counts nothing, gradients are missing from the messages.
+    """Return a number that is equal for calls whose messages have equal forms."""
+    # Where a loss has weight 0, gradients are missing from the messages.
     missing = [(name, [not share for share in s]) for name, s in work.shares.items()]
     return fingerprint((work.signature, len(work.sizes), missing))
 
 
 def mark_of(value: object) -> int:
-    """A fingerprint of the forms of a part of the batch; NOT_GIVEN for None."""
+    """Return a fingerprint of the forms of a part of the batch; NOT_GIVEN for None."""
     if value is None:
         return NOT_GIVEN
     tensors, structure = take_apart(value)
@@ -68,11 +68,11 @@ def _mark_of_one(forms: tuple[object, ...]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def mark_of_flags(flags: tuple[bool, ...], autocast: Autocast) -> int:
-    """A fingerprint of both."""
+    """Return a fingerprint of both."""
     return fingerprint((flags, autocast))
 
 
 def fingerprint(value: object) -> int:
-    """A 56-bit fingerprint, equal in every process (unlike `hash`)."""
+    """Return a 56-bit fingerprint, equal in every process (unlike `hash`)."""
     text = _ADDRESS.sub("", repr(value))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -1,10 +1,10 @@
 """The only loop that runs programs.
 
-A microbatch's way: `Work.inputs` -> Stage.forward -> Mail -> ... -> the loss, then
-Stage.backward -> Mail -> ... -> `.grad`. Sends and receives run beside the loop; it waits
-only in `receive`, for what the next instruction needs.
+A microbatch's way: `Work.parts.inputs` -> Stage.forward -> Mail -> ... -> the loss, then
+Stage.backward -> Mail -> ... -> `.grad`. Sends and receives run in the background; the loop only
+blocks in `receive`, for what the next instruction needs.
 
-Where an instruction fails, or what it needs is LOST, this rank computes nothing more but stays in
+If an instruction fails, or a value it needs is LOST, this rank computes nothing more but stays in
 step: it still receives every message, and sends a placeholder for each one it owes, so that no
 peer blocks.
 """
@@ -38,14 +38,14 @@ def execute(
     clock: Callable[[], float] = time.perf_counter,
     observers: Sequence[Observer] = (),
 ) -> _Times:
-    """Run instructions in order; returns what ran when, on `clock`.
+    """Run instructions in order; return what ran when, on `clock`.
 
-    A failure is noted in `work`'s record, not raised, except PeerError and what is no Exception.
+    A failure is noted in `work.record`, not raised, except PeerError and BaseExceptions.
     """
     ran: _Times = []
     record = work.record
     for device, instruction, action, receives, sends in steps:
-        value: Any = None  # what is sent: for each message one, where skips leave too
+        value: Any = None  # to send: a list with one value per message if there are several
         received: list[Apart] = []
         for message in receives:
             apart = mail.receive(message)
@@ -72,7 +72,7 @@ def execute(
                     record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
             mail.send_lost(message)
         if record.lost:
-            for stage in stages.values():  # frees memory, for what stands in place of messages
+            for stage in stages.values():  # frees memory, which the placeholders need
                 stage.clear()
         if mail.look_ahead is not None:
             mail.look_ahead()
@@ -83,14 +83,14 @@ def execute(
 
 @dataclass
 class Ran:
-    """What one rank ran when; times are on its own clock, whose `origin` is the call's start."""
+    """What one rank ran when, on its own clock; `origin` is the call's start."""
 
     times: _Times = field(default_factory=list)
     origin: float = 0.0
 
     @property
     def spans(self) -> list[Span]:
-        """Counted from the call's start on."""
+        """The times as spans relative to the call's start."""
         return [
             Span(
                 device=device,
@@ -102,7 +102,7 @@ class Ran:
         ]
 
     def timeline(self, ranks: Ranks, num_devices: int) -> Timeline:
-        """The spans of all ranks; every rank must ask."""
+        """Return the spans of all ranks; collective."""
         spans = itertools.chain.from_iterable(ranks.gather(self.spans, "timeline"))
         in_order = sorted(spans, key=lambda span: (span.start_seconds, span.device))
         return Timeline(num_devices, tuple(in_order))

@@ -1,4 +1,4 @@
-"""What this rank runs in each kind of call, bound to its stages once."""
+"""The programs this rank runs in each kind of call, bound to its stages once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from stagewise.schedule import (
 
 
 class Bound(NamedTuple):
-    """An instruction, what runs it, and its messages."""
+    """An instruction, the callable that runs it, and its messages."""
 
     device: int
     instruction: Instruction
@@ -39,9 +39,9 @@ class RankProgram:
 
 
 class Programs(dict[tuple[bool, int], RankProgram]):
-    """Those of one schedule, by (whether the call trains, number of microbatches), made when asked.
+    """One schedule's programs, by (training, number of microbatches), created on demand.
 
-    `flows` are the stages between which skips travel past others.
+    `flows` are the pairs of non-adjacent stages between which skips travel.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         return made
 
     def place(self, instruction: Instruction, key: tuple[bool, int]) -> int:
-        """Where it stands in simulated time, among all devices' instructions."""
+        """Return its position in simulated time, among all devices' instructions."""
         order = _in_time_order(self._schedule_of(*key))
         return [other for _, other in order].index(instruction)
 

@@ -1,7 +1,7 @@
 """The minibatch's losses, by name and summed, on every rank.
 
-Sums are taken in the order of microbatches, then of cells, so that their bits do not depend on
-the number of stages.
+Sums are taken in the order of microbatches, then cells, so their bits do not depend on the number
+of stages.
 """
 
 import functools
@@ -33,10 +33,10 @@ Added = dict[tuple[int, str], torch.Tensor]  # sums by (cell, name)
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a call gives back on this rank.
+    """What a call returns on this rank.
 
-    `loss` and its parts by name are those of the whole batch, on every rank (None, and none, of a
-    call that computes no loss); `by_microbatch` and `outputs` are what this rank's stages have.
+    `loss` and its parts by name are those of the whole batch, on every rank (None and {} if the
+    call computes no loss); `by_microbatch` and `outputs` are what this rank's stages have.
     """
 
     loss: torch.Tensor | None
@@ -46,14 +46,14 @@ class Result:
     sizes: tuple[int, ...]
     is_split: bool  # the caller gave Microbatches, and gets outputs as such
     batch_dim: int  # of the outputs
-    shares: Sequence[float] | None  # what microbatches count, if not by samples
+    shares: Sequence[float] | None  # the microbatches' weights, if not by samples
 
 
 def agree_on_losses(ranks: Ranks, work: Work, source: int, device: torch.device) -> Agreed | None:
-    """The total, and its parts by name; rank `source` has the last stage.
+    """Return the total loss and its parts by name; rank `source` has the last stage.
 
-    None on every rank if any was lost: that is how they agree that all went well. A call that
-    computes no loss ends so too.
+    None on every rank if any was lost: this is how ranks agree that a call succeeded, also one
+    without a loss.
     """
     if work.mode is Mode.PREDICT:
         return _agree_on_end(ranks, work)
@@ -89,9 +89,9 @@ def agree_on_losses(ranks: Ranks, work: Work, source: int, device: torch.device)
 def agree_on_shared_losses(
     ranks: Ranks, work: Work, source: int, device: torch.device
 ) -> Agreed | None:
-    """As `agree_on_losses` where stages are replicated.
+    """Like `agree_on_losses`, for replicated stages.
 
-    No rank has all microbatches' losses: they travel one by one and every rank takes the sums.
+    No rank has all microbatches' losses: each is exchanged, and every rank computes the sums.
     """
     if work.mode is Mode.PREDICT:
         return _agree_on_end(ranks, work)
@@ -117,7 +117,7 @@ def _total(
 def losses_by_microbatch(
     ranks: Ranks, losses: Losses, num_microbatches: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Every microbatch's own losses by name, unweighted, on every rank; all ranks call this."""
+    """Return every microbatch's losses by name, unweighted, on every rank; collective."""
     found: Losses = {}
     cpu = {m: {name: loss.cpu() for name, loss in own.items()} for m, own in losses.items()}
     for own in ranks.gather(cpu, "microbatch_losses"):
@@ -132,7 +132,7 @@ def _agree_on_end(ranks: Ranks, work: Work) -> Agreed | None:
 
 
 def _everyones(ranks: Ranks, work: Work, device: torch.device) -> tuple[Losses, AddedLosses] | None:
-    """All ranks' losses on every rank; in the usual case, of one loss, as numbers in one row."""
+    """Return all ranks' losses on every rank; a single loss travels as numbers in one row."""
     usual = not work.record.added and all(
         set(named) <= {MAIN_LOSS} and _are_numbers(named) for named in work.record.losses.values()
     )
@@ -167,7 +167,7 @@ def _everyones(ranks: Ranks, work: Work, device: torch.device) -> tuple[Losses, 
 
 
 def _nothing(device: torch.device) -> dict[str, torch.Tensor]:
-    """Where every microbatch had the weight 0."""
+    """Return the loss of a batch in which every microbatch has weight 0."""
     return {MAIN_LOSS: torch.zeros((), device=device)}
 
 
@@ -176,7 +176,7 @@ def _main(losses: Losses, work: Work) -> dict[str, torch.Tensor]:
     for m in sorted(losses):
         for name, loss in losses[m].items():
             share = share_of(work, name, m)
-            # Nothing counts for nothing, even if it is NaN, as a mean over no tokens is.
+            # With weight 0 it counts for nothing, even if it is NaN (a mean over no tokens).
             part = loss.reshape(()) * share if share else torch.zeros_like(loss.reshape(()))
             sums[name] = sums[name] + part if name in sums else part
     return sums
@@ -196,7 +196,7 @@ def _on_cpu(added: Added) -> Added:
 
 
 def _are_numbers(losses: Mapping[str, torch.Tensor]) -> bool:
-    """Whether they travel as numbers: others (complex ones, integers) keep their own form."""
+    """Return whether all can travel as numbers; others (complex, integer) are pickled."""
     return all(loss.dtype in _DTYPES for loss in losses.values())
 
 
@@ -215,7 +215,7 @@ OnRanks = Sequence[int] | Literal["all"] | None  # None: all
 
 
 def ranks_of(ranks: OnRanks, num_ranks: int) -> list[int]:
-    """The ranks that `ranks` names, each once, in order; raises BatchError if it names none."""
+    """Return the ranks that `ranks` names, each once, in order; BatchError for other values."""
     if ranks is None or ranks == "all":
         return list(range(num_ranks))
     if not all(isinstance(rank, int) for rank in ranks):
@@ -230,15 +230,13 @@ def outputs_of(
     wanted_on: Sequence[int],
     merge: Merge | None = None,
 ) -> object:
-    """The microbatches' outputs from ranks `sources`, put together, on `wanted_on`; else None.
+    """Return the joined outputs of ranks `sources` on the ranks `wanted_on`; elsewhere None.
 
-    By the caller's `merge`, where there is one.
-
-    Raises BatchError on every rank if they cannot be put together.
+    The caller's `merge` joins them if given. BatchError on every rank if they cannot be joined.
     """
     outputs, problem = None, None
     source, every = sources[0], dict(result.outputs)
-    for other in sources[1:]:  # replicas: the first puts together what all of them have
+    for other in sources[1:]:  # replicas: the first one joins the outputs of all
         theirs = ranks.broadcast(result.outputs, other, [source])
         if ranks.rank == source:
             every.update(theirs)

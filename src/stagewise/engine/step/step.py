@@ -1,10 +1,10 @@
 """One call, on every rank; for training, evaluation, prediction and profiling.
 
 1. bind: the caller's arguments become one Request (`pipeline.calls`).
-2. agree: all ranks compare what they were given; all raise, or none (`_agree`).
+2. agree: all ranks compare their arguments; all raise, or none (`_agree`).
 3. split: each rank cuts its part into microbatches: its Work (`_split`).
 4. run: the rank's program, instruction by instruction (`_run`, `execute`).
-5. settle: tied, replicated and batch gradients become whole; BatchNorm updates once (`_settle`).
+5. settle: tied, replicated and batch gradients are completed; BatchNorm updates once (`_settled`).
 6. return: every rank knows the loss, as a Result; or every rank raises, and nothing has changed.
 """
 
@@ -54,7 +54,7 @@ _NO_DRAWS: AbstractContextManager[list[Source]] = nullcontext([])
 
 
 class Runner:
-    """The stages of this rank, their transport, and what every kind of call needs."""
+    """This rank's stages and transport; runs every kind of call on them."""
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class Runner:
         self.last_run = Ran()
         self._broken = False
         self._num_calls = dict.fromkeys(Mode, 0)
-        self.root: ModeOf | None = None  # whose mode all ranks must have
+        self.root: ModeOf | None = None  # its mode must agree across ranks
         self.stages = stages
         self.use(schedule, stages)
 
     def use(self, schedule: Schedule, stages: Mapping[int, Stage]) -> None:
-        """Run by `schedule` from the next call on; `stages` have the same cells on this rank."""
+        """Use `schedule` from the next call on; `stages` have the same cells on this rank."""
         devices = [stage.device for stage in stages.values()]
         first, last = stages.get(0), stages.get(schedule.num_stages - 1)
         if stages is not self.stages:
@@ -109,19 +109,18 @@ class Runner:
         )
 
     def run(self, request: Request) -> Result:
-        """Run one call to its end; what this rank ran when is in `last_run` afterwards.
+        """Run one call; `last_run` then holds what this rank ran when.
 
-        If a rank fails, all raise, and the next call may follow, unless one was lost or
-        interrupted.
+        If a rank fails, all raise; further calls are possible unless one was lost or interrupted.
         """
         if self._broken:
             raise StagewiseError(
                 "an earlier call failed half-way and the ranks no longer agree; "
-                "build the Pipeline anew, or restart from a checkpoint"
+                "rebuild the Pipeline, or restart from a checkpoint"
             )
         if request.batch_dim:
             request = request.marked()
-        # The first calls, then now and then, are looked at closely.
+        # The first calls, then every so often one, are examined closely.
         count = self._num_calls[request.mode]
         examines = count < _EXAMINED_FIRST or count % _EXAMINED_EVERY == 0
         admitted = self._agree(request, examines)
@@ -161,11 +160,11 @@ class Runner:
     def _split(
         self, request: Request, admitted: Admitted, program: RankProgram, examines: bool
     ) -> Work:
-        """This rank's part of the batch, cut into microbatches, and what each of them counts."""
+        """Return this rank's microbatches and their weights, as its Work."""
         mode, scaling, sizes = request.mode, request.scaling, admitted.sizes
         step, record, parts, look = request.step_index, Record(), Parts(), None
         try:
-            # Gradients for the batch's own tensors go back through this graph.
+            # Gradients of the batch's own tensors flow back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
                 parts = self._parts(request, sizes)
             if examines:
@@ -212,7 +211,7 @@ class Runner:
     def _run(
         self, request: Request, program: RankProgram, work: Work
     ) -> tuple[Agreed, list[Source]]:
-        """The loss, and what cells began to draw from; or all raise, and nothing has changed."""
+        """Return the loss and newly found random sources; or raise on every rank, undone."""
         training = request.mode is Mode.TRAIN
         watch = request.mode in self._looks.unwatched
         self._looks.unwatched.discard(request.mode)
@@ -222,7 +221,7 @@ class Runner:
         if self._keepers:
             buffers = buffers_kept(self._keepers, self._batchnorms, training=training)
         self._broken = True
-        # The engine itself decides where gradients are on, also inside torch.inference_mode().
+        # The engine decides where gradients are enabled, even inside torch.inference_mode().
         with (
             generators_kept(self._devices),
             draws as late,
@@ -245,7 +244,7 @@ class Runner:
         return agreed, late
 
     def _settled(self, request: Request, program: RankProgram, work: Work) -> Agreed:
-        """Run the program, and make whole what several cells or ranks computed parts of."""
+        """Run the program, and complete gradients to which several cells or ranks contribute."""
         step = Settlement(
             ranks=self.ranks,
             program=program.instructions,
@@ -286,10 +285,10 @@ class Runner:
         return agreed
 
     def _agreed_end(self, work: Work, step: Settlement) -> Agreed | None:
-        """What all ranks know if all went well on all of them."""
+        """Return the losses, agreed on by all ranks; None if any rank failed."""
         if work.mode is Mode.TRAIN:
             try:
-                self._unchanged.check_values(len(work.sizes))  # the cause of what autograd says
+                self._unchanged.check_values(len(work.sizes))  # may explain an autograd error
                 if not work.record.lost:
                     self._policies.check(step)
             except CellError as error:

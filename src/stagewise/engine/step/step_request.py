@@ -1,4 +1,4 @@
-"""A call, as it was asked for on one rank."""
+"""A call, as requested on one rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +13,10 @@ CALLS = {Mode.TRAIN: "step", Mode.EVALUATE: "evaluate", Mode.PREDICT: "predict"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The batch's marks say where samples lie, `batch_dim` where they lie else and in outputs.
+    """One call's arguments.
 
-    Outputs are kept where some rank wants them. `objection` is what the caller has against the
-    call already, of which the other ranks must hear.
+    `batch_dim` is the samples' dimension in outputs and in unmarked parts of the batch. `objection`
+    is an error found before the call, which all ranks must hear of.
     """
 
     mode: Mode
@@ -24,14 +24,14 @@ class Request:
     inputs: object = None
     target: object = None
     keywords: Mapping[str, object] = field(default_factory=dict)
-    outputs_on: Sequence[int] = ()  # ranks
+    outputs_on: Sequence[int] = ()  # ranks that want the outputs
     scaling: Scaling = UNSCALED
     batch_dim: int = 0
     observe: Observer | None = None
     objection: UsageError | None = None
 
     def marked(self) -> "Request":
-        """With marks where samples lie along `batch_dim`."""
+        """Return the request with unmarked parts marked by `batch_dim`."""
         return replace(
             self,
             inputs=along(self.inputs, self.batch_dim),
@@ -41,5 +41,5 @@ class Request:
 
     @property
     def call(self) -> str:
-        """The caller's name for it."""
+        """The name of the caller's method."""
         return CALLS[self.mode]

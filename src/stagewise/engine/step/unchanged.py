@@ -1,10 +1,10 @@
-"""What a Pipeline was built from stays as it was.
+"""Check that the model is still the one a Pipeline was built from.
 
 Ties, sums over replicas, float32 sums and running statistics are found when a Pipeline is built;
-a parameter that came later (by parametrizing, by an adapter) would be left out of them in silence.
-And a parameter keeps its values until the step has ended: all microbatches are to see the same.
-And cells of a captured model hold what its forward decided then by the user's own module, whose
-attributes, hooks or submodules they do not see (`stagewise.model.forward.watch`).
+a parameter added later (by a parametrization or an adapter) would silently be left out. A parameter
+must also keep its values until the end of the step, since all microbatches must see the same. And
+the cells of a captured model have fixed what its forward decided from attributes, hooks and
+submodules of the user's module, which they no longer see (`stagewise.model.forward.watch`).
 """
 
 import weakref
@@ -20,8 +20,8 @@ Parts = dict[str, nn.Module | nn.Parameter | None]
 
 
 class ModeOf:
-    """The mode of a rank: that of its part, `root`, but eval once the user's own `model`, which was
-    built from in training mode, has been put in eval mode."""
+    """A rank's mode: that of its part, `root`, but eval if the user's own `model` was in training
+    mode when the Pipeline was built and has been put in eval mode since."""
 
     def __init__(self, root: nn.Module, model: object) -> None:
         known = isinstance(model, nn.Module) and model.training
@@ -29,18 +29,18 @@ class ModeOf:
 
     @property
     def training(self) -> bool:
-        """What all ranks must agree on."""
+        """Whether the rank is in training mode, on which all ranks must agree."""
         model = self._model()
         return self._root.training and (not isinstance(model, nn.Module) or model.training)
 
 
 class _Made(NamedTuple):
     parts: Parts
-    ids: tuple[int, ...]  # of them; while they are kept, no other object has theirs
+    ids: tuple[int, ...]  # of the parts, which are kept alive so that no id is reused
 
 
 class Unchanged:
-    """Remembers what `cells` are made of."""
+    """Remembers the modules and parameters of `cells`."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         modules = {module: cell for cell in cells for module in cell.module.modules()}
@@ -52,27 +52,27 @@ class Unchanged:
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
-        self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions at first
+        self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions before the step
         pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
         self._watches = {piece.watch for piece in pieces if piece.watch is not None}
 
     def check(self, *, training: bool) -> None:
-        """Raise ModelError if what was captured has changed; in training, begin a step."""
+        """Raise ModelError if the captured model, or in training a cell, has changed."""
         for watch in self._watches:
             changed = watch.changed()
             if changed:
                 raise ModelError(
-                    f"{', '.join(changed[:3])} changed after the model was captured, which its "
-                    "cells would miss; pass what changes to forward as a tensor, or keep it in a "
+                    f"{', '.join(changed[:3])} changed after the model was captured, and its cells "
+                    "would not see that; pass what changes to forward as a tensor, or keep it in a "
                     "buffer and change that in place (under pipe.module, on every rank), or "
-                    "capture the model and build the Pipeline anew"
+                    "capture the model and build the Pipeline again"
                 )
 
         if training:
             self._check_cells()
 
     def _check_cells(self) -> None:
-        """Raise ModelError if a cell's module or parameter came, went or was replaced."""
+        """Raise ModelError if a module or parameter was added, removed or replaced in a cell."""
         for cell, module, before in self._built:
             parameters, modules = module._parameters, module._modules
             if (*map(id, parameters.values()), *map(id, modules.values())) != before.ids:
@@ -84,14 +84,14 @@ class Unchanged:
         ]
 
     def check_values(self, num_microbatches: int) -> None:
-        """Raise CellError if a hook has changed a parameter before all microbatches were done."""
+        """Raise CellError if a hook changed a parameter before all microbatches were done."""
         for parameter, version in self._hooked if num_microbatches > 1 else ():
             if parameter._version != version:
                 raise CellError(
                     f"a hook on the parameter {self._names[parameter]} changed it within the step, "
-                    "as an optimizer in the backward pass does: that is an update for each of the "
-                    f"{num_microbatches} microbatches, by a part of the gradient, and it cannot be "
-                    "undone here; run the optimizer after the step, or use one microbatch"
+                    "as an optimizer in the backward pass does: it would be updated for each of "
+                    f"the {num_microbatches} microbatches, by a part of the gradient, and that "
+                    "cannot be undone here; run the optimizer after the step, or use one microbatch"
                 )
 
 
@@ -105,7 +105,7 @@ def _changed(cell: Cell, module: nn.Module, before: Parts) -> ModelError:
     names = [name for name in [*before, *now] if now.get(name) is not before.get(name)]
     return ModelError(
         f"{', '.join(dict.fromkeys(names))} of a {type(module).__name__} in cell {cell.name!r} "
-        "came, went or was replaced after the Pipeline was built, which would train it wrongly; "
-        "change the model first (parametrize it, add adapters, load with assign=True) and then "
-        "build the Pipeline"
+        "was added, removed or replaced after the Pipeline was built, which would train it "
+        "wrongly; change the model (parametrize it, add adapters, load with assign=True) before "
+        "building the Pipeline"
     )

@@ -1,4 +1,4 @@
-"""What one rank says of a call before it runs, as a row of numbers, and what must be the same."""
+"""One rank's view of a call before it runs, as a row of numbers, and what must agree."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -9,23 +9,23 @@ from stagewise.errors import BatchError
 
 _LATER = "; every rank must make the same calls in order"
 _BATCH = (
-    "; give every rank the same batch (draw it by one seed or one sampler), or None where a rank "
-    "needs none of it"
+    "; give every rank the same batch (drawn with one seed or sampler), or None if a rank needs "
+    "none of it"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """Fingerprints but where a field says a number; NOT_GIVEN where a rank has nothing to say.
+    """Fingerprints, unless a field says it is a number; NOT_GIVEN if a rank has no say.
 
-    Tuples have one entry for each keyword, or for each replicated stage.
+    Tuples have one entry per keyword, or per replicated stage.
     """
 
     step_index: int = NOT_GIVEN  # a number
     num_samples: int = NOT_GIVEN  # a number
     objects: int = 0  # 1: this rank refuses the call
-    num_args: int = NOT_GIVEN  # a number, of the first cell's positional arguments
-    flags: int = NOT_GIVEN  # what else here decides what messages hold
+    num_args: int = NOT_GIVEN  # a number: the first cell's positional arguments
+    flags: int = NOT_GIVEN  # whatever else decides what messages hold
     sizes: int = NOT_GIVEN  # of Microbatches
     inputs: int = NOT_GIVEN  # forms
     target: int = NOT_GIVEN
@@ -40,11 +40,11 @@ class Vote:
     shared_flags: tuple[int, ...] = ()
 
     def row(self) -> list[int]:
-        """As numbers only, for the way between ranks."""
+        """Return the vote as numbers only, to exchange."""
         return [number for value in vars(self).values() for number in _numbers(value)]
 
     def same_kind(self, row: Sequence[int]) -> "Vote":
-        """Another rank's, from its row."""
+        """Return another rank's vote from its row."""
         taken: dict[str, Any] = dict(zip(_NUMBERS, row, strict=False))
         start = len(_NUMBERS)
         for name in _TUPLES:
@@ -63,7 +63,7 @@ def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 _HEX = "{:#x}".format
 
-# field -> what ranks do that differ in it, how a number reads, what to do
+# field -> how ranks that differ in it are described, how to format a number, the remedy
 _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
     "step_index": ("are at different steps", str, _LATER),
     "training": (
@@ -76,18 +76,22 @@ _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
         _HEX,
         "; enter torch.autocast with the same dtype on every rank",
     ),
-    "sizes": ("were given Microbatches of other sizes", _HEX, _LATER),
+    "sizes": ("were given Microbatches of different sizes", _HEX, _LATER),
     "inputs": ("were given inputs of different shapes", _HEX, _LATER),
     "scaling": ("were given different totals or scales", _HEX, _LATER),
     "outputs_on": ("want the outputs on different ranks", _HEX, _LATER),
-    "target": ("need targets but were given other forms of them", _HEX, _LATER),
-    "input_values": ("were given inputs of other values (fingerprints differ)", _HEX, _BATCH),
-    "target_values": ("were given targets of other values (fingerprints differ)", _HEX, _BATCH),
+    "target": (
+        "need targets but were given different shapes, dtypes or constants of them",
+        _HEX,
+        _LATER,
+    ),
+    "input_values": ("were given different values of inputs (fingerprints differ)", _HEX, _BATCH),
+    "target_values": ("were given different values of targets (fingerprints differ)", _HEX, _BATCH),
 }
 
 
 def by_name(keyword: str) -> str:
-    """The part of the votes that a keyword is."""
+    """Return the name of a keyword's part of the votes."""
     return f"keyword {keyword}"
 
 
@@ -102,7 +106,7 @@ class Difference:
     remedy: str
 
     def error(self, words: Sequence[str | None]) -> BatchError:
-        """Named by what each rank has in `words` for it, where it has any."""
+        """Return the error, with each rank's part in `words` if there, else its number."""
         listing = ", ".join(
             f"rank {rank}: {words[rank] or self.show(number)}" for rank, number in self.said.items()
         )
@@ -110,7 +114,7 @@ class Difference:
 
 
 def difference(votes: Sequence[Vote], keywords: Sequence[str]) -> Difference | None:
-    """The first, the same on every rank, in what must be the same."""
+    """Return the first difference in what must agree, the same on every rank."""
     return next(_differences(votes, keywords), None) if len(votes) > 1 else None
 
 
@@ -118,12 +122,12 @@ def _differences(votes: Sequence[Vote], keywords: Sequence[str]) -> Iterator[Dif
     for name, (what, show, remedy) in _MUST_AGREE.items():
         yield from _found(name, [getattr(vote, name) for vote in votes], what, show, remedy)
     for column in zip(*(vote.shared_flags for vote in votes), strict=True):
-        what = "hold one stage, but with other modes or requires_grad (fingerprints differ)"
+        what = "hold the same stage with different modes or requires_grad (fingerprints differ)"
         yield from _found("", column, what, _HEX, _LATER)
     for index, name in enumerate(keywords):
-        what = f"were given other forms of {name!r}"
+        what = f"were given different shapes, dtypes or constants of {name!r}"
         yield from _found(by_name(name), [v.keywords[index] for v in votes], what, _HEX, _LATER)
-        what = f"were given other values of {name!r} (fingerprints differ)"
+        what = f"were given different values of {name!r} (fingerprints differ)"
         yield from _found("", [v.keyword_values[index] for v in votes], what, _HEX, _BATCH)
 
 

@@ -13,13 +13,13 @@ from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, PlanError
 
 Number = float | torch.Tensor
-_ROUNDING = 1e-5  # of a caller's total, as a sum in float32 has it
+_ROUNDING = 1e-5  # of a caller's total, which may be a float32 sum
 Weight = Callable[..., Number | Mapping[str, Number]]
 
 
 @dataclass(frozen=True)
 class LossCount:
-    """How losses count: by `weight(target)`, as sums, or by samples."""
+    """How losses are weighted: by `weight(target)`, as sums, or by samples."""
 
     weight: Weight | None = None
     sums: bool = False
@@ -29,16 +29,16 @@ BY_SAMPLES = LossCount()
 
 
 def is_sum(loss: object, reduction: str | None, *, has_weight: bool) -> bool:
-    """Whether `loss` is a sum over samples: as `reduction` says, else as torch's own losses do.
+    """Return whether `loss` is a sum over samples: by `reduction`, else by its own attribute.
 
-    Raises PlanError where that cannot be.
+    PlanError if `reduction` is invalid or contradicts a weight.
     """
     if reduction is None:
         if isinstance(loss, functools.partial):
             own = loss.keywords.get("reduction")
         else:
             own = getattr(loss, "reduction", None) if isinstance(loss, nn.Module) else None
-        return own == "sum" and not has_weight  # else the weights say what it counts
+        return own == "sum" and not has_weight  # else the weights decide
     if reduction not in ("mean", "sum"):
         raise PlanError(
             f"loss_reduction is {reduction!r}; give 'mean' or 'sum', as the loss function reduces "
@@ -62,8 +62,8 @@ def check_scaling(scaling: Scaling, num_samples: int, *, has_weight: bool) -> No
         )
     if total is not None and has_weight and scaling.total_weight is None:
         raise BatchError(
-            "total_samples was given to a Pipeline with a weight function, whose losses count by "
-            "weight; give total_weight (and total_samples besides, for what add_loss adds)"
+            "total_samples was given to a Pipeline with a weight function, whose losses are "
+            "weighted by it; give total_weight (and also total_samples, for losses of add_loss)"
         )
     if scaling.total_weight is not None and not has_weight:
         raise BatchError(
@@ -82,11 +82,10 @@ def agree_on_shares(
     source: int,
     sizes: Sequence[int],
 ) -> dict[str, tuple[float, ...]]:
-    """What losses count that do not count by samples, per microbatch.
+    """Return the weights, per microbatch, of losses that are not weighted by samples.
 
-    Weights come from rank `source`, which has the `targets`.
-
-    Raises BatchError on every rank if the weights cannot be used.
+    They come from rank `source`, which has the `targets`. BatchError on every rank if they cannot
+    be used.
     """
     if count.weight is None:
         return {OTHERS: (1.0,) * len(sizes)} if count.sums else {}
@@ -146,7 +145,7 @@ def _shares(
     if total < own * (1 - _ROUNDING) or total == 0:
         raise BatchError(
             f"the minibatch's weights{of} sum to {own}, of a total of {total}; the total must be "
-            "positive and that of all accumulated steps, so leave out a batch without any weight "
-            "or give total_weight"
+            "positive and cover all accumulated steps, so leave out a batch whose weights are all "
+            "0, or give total_weight"
         )
     return tuple(weight / total for weight in column)
