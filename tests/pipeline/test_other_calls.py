@@ -231,6 +231,22 @@ def test_a_rank_that_ends_is_named_to_who_waits_for_it(pools: Pools, ending: int
     assert f"while rank {1 - ending} called step" in text and seconds < SOON_SECONDS
 
 
+def other_requests() -> list[str]:
+    rank, texts = torch.distributed.get_rank(), []
+    for num_cells, num_microbatches in ((2 + rank, 2), (2, 2 + 2 * rank)):
+        cells = [nn.Linear(4, 4) for _ in range(num_cells)]
+        with pytest.raises(PlanError) as caught:
+            stagewise.plan(cells, X, num_stages=2, num_microbatches=num_microbatches)
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_other_requests_for_a_plan_are_named(pools: Pools) -> None:
+    for texts in pools[2].run(other_requests):
+        for text, name in zip(texts, ("model", "num_microbatches"), strict=True):
+            assert f"ranks [1] called plan with a different {name} than rank 0" in text
+
+
 class Scaled(nn.Linear):
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * scale

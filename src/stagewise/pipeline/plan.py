@@ -136,9 +136,28 @@ def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
     return plan_of(choice, request.balance, recompute=request.recompute)
 
 
+def _agree(request: PlanRequest, chain: Chain) -> None:
+    """Raise PlanError on every rank unless all request the same plan of the same model; collective.
+
+    Ranks may have different memory, and a schedule that is no name is compared in its plan.
+    """
+    given = vars(request) | {"memory_bytes": None}
+    if not isinstance(request.schedule, str):
+        given["schedule"] = None
+    given["model"] = [[tuple(p.shape) for p in cell.module.parameters()] for cell in chain]
+    rows = values_of_all(given, "plan")
+    for name in given:
+        differing = [rank for rank, row in enumerate(rows) if row[name] != rows[0][name]]
+        if differing:
+            raise PlanError(
+                f"ranks {differing} called plan with a different {name} than rank 0; call it with "
+                "the same arguments on every rank"
+            )
+
+
 def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.0) -> Plan:
     """Return the plan for `request`, cut by costs measured on `example`; collective."""
-    values_of_all(None, "plan")  # a rank that makes a different call raises here, without a timeout
+    _agree(request, example.chain)
     choice = _checked(request, len(example.chain))
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
@@ -181,7 +200,7 @@ def search_plan(
 
     The request's `num_devices` defaults to the number of ranks.
     """
-    values_of_all(None, "plan")
+    _agree(request, example.chain)
     if request.num_devices is None:
         if num_processes() == 1:
             raise PlanError("the search needs the number of devices; give num_devices")
