@@ -27,7 +27,12 @@ from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of
 from stagewise.model.meta_tensors import Init
 from stagewise.pipeline.build.initial import Given, initialise
-from stagewise.pipeline.build.places import build_stages, first_devices, ranks_of_stages
+from stagewise.pipeline.build.places import (
+    build_stages,
+    first_devices,
+    not_run_here,
+    ranks_of_stages,
+)
 from stagewise.pipeline.build.recut import check_cells_stay, recut
 from stagewise.pipeline.build.refusals import refuse
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
@@ -192,6 +197,7 @@ class Pipeline(Calls):
             policies=policies,
         )
         self._runner.root = ModeOf(self.module, model)
+        self._runner.looks.elsewhere = not_run_here(chain, stages, loss)
 
     def timeline(self) -> Timeline:
         """Return the last call's measured timeline of all ranks, in seconds from its start."""

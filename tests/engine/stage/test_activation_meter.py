@@ -89,6 +89,7 @@ def test_a_pipelines_peak_by_hand(schedule: str, recompute: str, floats: int) ->
     assert pipe.measure_memory(inputs, target=target) == (floats * FLOAT,)
 
 
+@pytest.mark.filterwarnings("ignore:cell '.' changes alive")
 @pytest.mark.parametrize("recompute", ["never", "always", "except_last"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_nothing_is_alive_after_a_step(schedule: str, recompute: str) -> None:

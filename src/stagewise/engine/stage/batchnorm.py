@@ -135,6 +135,15 @@ class BatchNorms:
         finally:
             self._microbatch = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run something inside that is not noted."""
+        microbatch, self._microbatch = self._microbatch, None
+        try:
+            yield
+        finally:
+            self._microbatch = microbatch
+
     @torch.no_grad()
     def exchange(
         self,

@@ -31,7 +31,9 @@ def share_of(work: Work, name: str, m: int) -> float:
     return shares.get(name, shares.get(OTHERS, work.by_samples))[m]
 
 
-def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str, torch.Tensor]:
+def losses_of(
+    loss: Loss | None, output: object, m: int, work: Work, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Compute microbatch m's losses by name, and record them detached.
 
     Without a loss function the output is the loss. Returns {} if every loss has weight 0 (a mean
@@ -40,6 +42,8 @@ def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str
     shares = work.shares
     if OTHERS in shares and not any([column[m] for column in shares.values()]):
         return {}
+    if work.look is not None and loss is not None and m not in work.record.losses:
+        loss = work.look.loss(loss, m, work.again(device))
     value = output if loss is None else loss(output, *work.parts.targets[m : m + 1])
     by_name = value if isinstance(value, Mapping) else {MAIN_LOSS: value}
     if not by_name:
@@ -48,8 +52,6 @@ def losses_of(loss: Loss | None, output: object, m: int, work: Work) -> dict[str
         if not isinstance(one, torch.Tensor) or one.numel() != 1:
             raise _not_a_number(name, one, has_loss=loss is not None)
     losses = dict(by_name)
-    if work.look is not None and loss is not None and m not in work.record.losses:
-        work.look.loss_ran(loss, m, output, work.parts.targets[m : m + 1])
     work.record.losses[m] = {name: one.detach() for name, one in losses.items()}
     return losses
 

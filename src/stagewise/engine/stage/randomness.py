@@ -18,7 +18,7 @@ from stagewise.model.cell import Chain
 
 _MASK = (1 << 64) - 1
 _INITIALISATION = -1  # as a step index, before all others
-_LOSS_CELL = (1 << 32) - 1  # as a cell index, for the loss, whatever the chain's length
+LOSS_CELL = (1 << 32) - 1  # as a cell index, for the loss, whatever the chain's length
 
 
 def derive_seed(seed: int, step: int, cell: int, microbatch: int) -> int:
@@ -84,7 +84,7 @@ class CellRandomness:
 
     def enter_loss(self, microbatch: int) -> None:
         """Call right before the loss function runs on `microbatch`."""
-        self.enter_cell(_LOSS_CELL, microbatch)
+        self.enter_cell(LOSS_CELL, microbatch)
 
     def check_recomputed(self, stage: int, cells: Chain, microbatch: int) -> None:
         """Raise CellError for a recomputation that differs from its forward.

@@ -7,11 +7,12 @@ Examined calls compare all microbatches, others only the first, and only on the 
 comparison would synchronise with the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from stagewise.batch.values import output_leaves
 from stagewise.engine.stage.work import Work
 
 _NUMBERS, _PER_DIMENSION = 64, 8
@@ -37,6 +38,17 @@ def sampled(outputs: Sequence[torch.Tensor], m: int, work: Work) -> Sampled | No
     if work.look is None and (m or any(output.device.type != "cpu" for output in outputs)):
         return None
     return Sampled([_some_of(output).clone() for output in outputs])
+
+
+def compared(output: object) -> Callable[[object], bool]:
+    """What tells whether another output is not this one."""
+    first = Sampled([_some_of(tensor).clone() for tensor in tensors_in(output)])
+    return lambda again: first.differs(tensors_in(again))
+
+
+def tensors_in(output: object) -> list[torch.Tensor]:
+    """The tensors of what a cell returns."""
+    return [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _some_of(tensor: torch.Tensor) -> torch.Tensor:

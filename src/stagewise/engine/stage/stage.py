@@ -240,11 +240,10 @@ class Stage:
         collector, calls, running = LossCollector(), self._calls, None
         directly = self._calls_modules
         if work.look is not None and kind is Kind.FORWARD:
-            directly = False
-            calls = work.look.cells(calls, collector, m, self.cells[-1] if self.is_last else None)
+            last, again = self.cells[-1] if self.is_last else None, work.again(self.device)
+            directly, calls = False, work.look.cells(calls, collector, m, last, again)
         if work.stand_ins.cells:
-            directly = False
-            calls = work.stand_ins.around(calls)
+            directly, calls = False, work.stand_ins.around(calls)
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
             for running, forward in calls:
@@ -278,7 +277,7 @@ class Stage:
             return opened(output)
         if work.keeps_outputs and kind is Kind.FORWARD:
             work.record.outputs[m] = detached(output)
-        losses = losses_of(self.loss, output, m, work)
+        losses = losses_of(self.loss, output, m, work, self.device)
         if not losses:
             return output
         flight.names = tuple(losses)

@@ -1,8 +1,10 @@
 """What one call asks of this rank's stages, and what they record."""
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,7 +13,7 @@ from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.transport.failure import Failure
-from stagewise.model.added_losses import AddedLoss, LossCollector
+from stagewise.model.added_losses import AddedLoss, LossCollector, collect_losses
 from stagewise.model.cell import Cell
 from stagewise.schedule import Instruction
 
@@ -21,6 +23,9 @@ Shares = Mapping[str, tuple[float, ...]]  # name of a loss -> weight per microba
 
 Observer = Callable[[Instruction], None]
 CellForward = Callable[[object, Mapping[str, object]], object]  # (value, keywords) -> value
+Losses = torch.Tensor | Mapping[str, torch.Tensor]
+# (cell, microbatch) -> a context; what runs inside runs as it did then, and is not noted
+Again = Callable[[int, int], AbstractContextManager[None]]
 OTHERS = ""  # in shares: every loss without an entry
 
 
@@ -33,11 +38,12 @@ class Look(Protocol):
         collector: LossCollector,
         m: int,
         last: Cell | None,
+        again: Again,
     ) -> Sequence[tuple[Cell, CellForward]]:
         """Return `calls` of microbatch m, wrapped; `last` is the last cell of the whole chain."""
 
-    def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
-        """Call after the loss function has run on `output` and `target` (a list, maybe empty)."""
+    def loss(self, loss: Callable[..., Losses], m: int, again: Again) -> Callable[..., Losses]:
+        """Return the loss function for microbatch m, wrapped."""
 
 
 class Mode(enum.IntEnum):
@@ -125,3 +131,14 @@ class Work:
     batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
     look: Look | None = None
     record: Record = field(default_factory=Record)
+
+    def again(self, device: torch.device) -> Again:
+        """What lets cells on `device` run again; it does not keep this alive."""
+        return partial(_again, self.randomness[device], self.batchnorms)
+
+
+@contextmanager
+def _again(randomness: CellRandomness, batchnorms: BatchNorms, cell: int, m: int) -> Iterator[None]:
+    with batchnorms.paused(), collect_losses():
+        randomness.enter_cell(cell, m)
+        yield

@@ -8,25 +8,74 @@ ignore, a padded place, a mask's first zero); and in calls 2, 4, 8, ... of a mod
 looks grows as the logarithm of that of calls. What was found is a warning, each once.
 """
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Microbatches
 from stagewise.engine.stage.draws import Source
-from stagewise.engine.stage.loss import share_of
-from stagewise.engine.stage.work import Mode, Parts, Work
+from stagewise.engine.stage.loss import Loss, share_of
+from stagewise.engine.stage.randomness import LOSS_CELL
+from stagewise.engine.stage.same_again import compared
+from stagewise.engine.stage.work import Again, CellForward, Losses, Mode, Parts, Work
 from stagewise.engine.step.admission import Admitted
 from stagewise.engine.step.counting import extremes, left_out, most_unlike, values_in
 from stagewise.engine.step.first_look import FirstLook
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.weights import LossCount
 from stagewise.errors import ExactnessWarning
+from stagewise.model.added_losses import LossCollector
+from stagewise.model.cell import Cell
+from stagewise.model.forward.carried import Carried, Code
 from stagewise.model.forward.users_code import warn_user
+from stagewise.model.forward.visible import Sight
 
 _FREE_LOOKS, _LOOKS_PER_OCTAVE = 8, 2
+
+
+@dataclass(frozen=True)
+class CallLook:
+    """Looks at one call: at what its losses are, and at what its code carries over."""
+
+    first: FirstLook
+    carried: Carried
+
+    def cells(
+        self,
+        calls: Sequence[tuple[Cell, CellForward]],
+        collector: LossCollector,
+        m: int,
+        last: Cell | None,
+        again: Again,
+    ) -> Sequence[tuple[Cell, CellForward]]:
+        """`calls` of microbatch m, looking; `last` is the whole chain's last cell."""
+        stage, by_skips = calls[0][0].index, any(cell.skips.scopes for cell, _ in calls)
+        if last is not None:
+            self.carried.last_stage = stage
+        watched = []
+        for cell, forward in calls:
+            code = Code(cell.index, stage, f"cell {cell.name!r}", cell.module)
+            rerun = None if by_skips else partial(again, cell.index, m)
+            watched.append((cell, self.carried.watched(code, forward, rerun, compared)))
+        return self.first.cells(watched, collector, m, last)
+
+    def loss(self, loss: Loss, m: int, again: Again) -> Loss:
+        """`loss`, looking at what it is called with: the output, and perhaps a target."""
+        code = Code(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
+        rerun = partial(again, LOSS_CELL, m)
+        run = self.carried.watched(code, loss, rerun, compared)
+
+        def watched(output: object, *target: object) -> Losses:
+            value = run(output, *target)
+            self.first.loss_ran(loss, m, output, list(target))
+            return value  # type: ignore[return-value]
+
+        return watched
 
 
 @dataclass(kw_only=True)
@@ -58,6 +107,9 @@ class Looks:
     def __init__(self, count: LossCount, loss: Callable[..., object] | None) -> None:
         self._count, self._loss = count, loss
         self._seen: defaultdict[Mode, _Seen] = defaultdict(_Seen)
+        self._sights: dict[int, Sight] = {}  # by cell
+        # What other ranks run, by its name, for as long as it is alive here.
+        self.elsewhere: Mapping[str, weakref.ref[Any]] = {}
         self._said: dict[str, int] = {}  # by what is wrong: how badly
         self.unwatched = set(Mode)  # of whose calls it is not known what cells draw from
 
@@ -66,7 +118,7 @@ class Looks:
         request: Request,
         admitted: Admitted,
         parts: Parts,
-    ) -> FirstLook | None:
+    ) -> CallLook | None:
         """A look at a call, if it is one to look at."""
         sizes = admitted.sizes
         if len(sizes) < 2 or request.observe is not None:
@@ -74,7 +126,7 @@ class Looks:
         seen, batch = self._seen[request.mode], (request.inputs, request.target, request.keywords)
         if not seen.is_new(admitted.signature, _extremes(batch)) or _has_sizes(batch):
             return None
-        return FirstLook(
+        first = FirstLook(
             sizes,
             request.batch_dim,
             weight=self._count.weight,
@@ -83,10 +135,15 @@ class Looks:
             unlike=most_unlike([*zip(*filter(None, (parts.targets, parts.keywords)), strict=True)]),
             again=seen.num_calls > 1,
         )
+        return CallLook(first, Carried(sights=self._sights, is_first=seen.num_calls == 1))
 
     def warn(self, work: Work, late: Sequence[Source]) -> None:
         """Say what is wrong with a call that is over, and what cells began to draw from."""
-        found = dict(work.look.found) if isinstance(work.look, FirstLook) else {}
+        found = {}
+        if isinstance(work.look, CallLook):
+            found = {**work.look.first.found}
+            work.look.carried.look_elsewhere(self.elsewhere)
+            found |= {what: (0, text) for what, text in work.look.carried.found.items()}
         if text := self._over_nothing(work):
             found["nothing"] = 0, text
         if late:

@@ -77,7 +77,7 @@ class Runner:
         self._policies = Policies([NewGradients(list(dict.fromkeys(parameters))), *policies])
         loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
         self._draws = Draws([*(cell.module for cell in cells), loss])
-        self._looks = Looks(count, loss)
+        self.looks = Looks(count, loss)
         self.last_run = Ran()
         self._broken = False
         self._num_calls = dict.fromkeys(Mode, 0)
@@ -131,7 +131,7 @@ class Runner:
         if record.input_gradients or record.keyword_gradients or work.parts.leaves:
             pass_on_gradients(work)
         if late or examines or (loss is not None and loss.device.type == "cpu" and loss != loss):
-            self._looks.warn(work, late)
+            self.looks.warn(work, late)
         return Result(
             loss=loss,
             losses=losses,
@@ -168,7 +168,7 @@ class Runner:
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
                 parts = self._parts(request, sizes)
             if examines:
-                look = self._looks.at(request, admitted, parts)
+                look = self.looks.at(request, admitted, parts)
         except Exception as error:
             record.fail(Failure.of(error, None, None))
         shares: Shares = {}
@@ -213,8 +213,8 @@ class Runner:
     ) -> tuple[Agreed, list[Source]]:
         """Return the loss and newly found random sources; or raise on every rank, undone."""
         training = request.mode is Mode.TRAIN
-        watch = request.mode in self._looks.unwatched
-        self._looks.unwatched.discard(request.mode)
+        watch = request.mode in self.looks.unwatched
+        self.looks.unwatched.discard(request.mode)
         draws, buffers, guard = _NO_DRAWS, _NOTHING, bool(program.recomputed)
         if watch or guard or self._draws.active:
             draws = self._draws.kept(watch=watch, guard=guard)

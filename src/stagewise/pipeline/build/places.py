@@ -1,8 +1,11 @@
 """Where a plan places cells and stages; builds this rank's stages."""
 
 import bisect
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -63,6 +66,19 @@ def build_stages(
         is_last = index == last
         stages[index] = routes.stage(index, own, devices[device], is_last=is_last, loss=loss)
     return stages
+
+
+def not_run_here(
+    cells: Iterable[Cell], stages: Mapping[int, Stage], loss: Loss | None
+) -> dict[str, weakref.ref[Any]]:
+    """The code that other ranks run, by its name, none of which is kept alive."""
+    own = {cell.index for stage in stages.values() for cell in stage.cells}
+    others = {f"cell {cell.name!r}": cell.module for cell in cells if cell.index not in own}
+    found: dict[str, weakref.ref[Any]] = {name: weakref.ref(m) for name, m in others.items()}
+    if loss is not None and not any(stage.is_last for stage in stages.values()):
+        with contextlib.suppress(TypeError):
+            found["the loss function"] = weakref.ref(loss)
+    return found
 
 
 def first_devices(plan: Plan) -> list[int]:

@@ -1,0 +1,233 @@
+"""What a cell's code carries from one microbatch to another, or leaves for another cell.
+
+Problem: a counter, a hidden state or an average that forward changes advances once per microbatch,
+where the plain model's advances once; a mask that one cell leaves in an object is the last
+microbatch's when a cell of another stage reads it, and nothing on another rank.
+Idea: two microbatches of a call are run again, the first with what the second left, the second
+with what the first found. A cell that gives something else carries something over, seen or not;
+what is changed anew at every call is a counter. A cache, a mask made once, and what every forward
+overwrites do no harm. All that was seen is put back.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, snapshot
+from stagewise.model.forward.visible import Sight
+
+Forward = Callable[..., object]
+Differs = Callable[[], bool]  # whether it gives something else, run again on one microbatch
+Again = Callable[[], AbstractContextManager[None]]  # what runs inside runs as it ran before
+Compare = Callable[[object], Callable[[object], bool]]  # whether another output than one differs
+_NUM_RUNS = 2  # that are looked at in a call
+
+
+@dataclass(frozen=True)
+class Code:
+    """A cell or the loss function: its place among them, its stage, a name, and what runs."""
+
+    index: int
+    stage: int
+    name: str
+    runs: object
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward: what was seen before and after it, and how to try it again."""
+
+    before: Snapshot
+    after: Snapshot
+    differs: Differs | None
+
+
+@dataclass(kw_only=True)
+class Carried:
+    """Looks at the first microbatches of one call, through all codes of a rank."""
+
+    sights: dict[int, Sight]  # by code; kept from call to call
+    is_first: bool  # of its mode: also what cannot be seen is found
+    last_stage: int = -1
+    found: dict[str, str] = field(default_factory=dict)  # by what is wrong, in words
+    _runs: dict[int, list[_Run]] = field(default_factory=dict)
+    _codes: dict[int, Code] = field(default_factory=dict)
+
+    def watched(
+        self, code: Code, forward: Forward, again: Again | None, compare: Compare
+    ) -> Forward:
+        """`forward` of `code`, looked at; where there is an `again`, it can be run once more."""
+
+        def watched(*given: object) -> object:
+            if len(self._runs.get(code.index, ())) >= _NUM_RUNS:
+                return forward(*given)
+            before, taken = self._snapshot(code), _versions(given)
+            output = forward(*given)
+            if _versions(given) != taken:  # it changes its input in place
+                return output
+            differs = None if again is None else _try(forward, given, again, compare(output))
+            with warnings.catch_warnings(), contextlib.suppress(Exception):
+                warnings.simplefilter("ignore")
+                self._ran(code, _Run(before, self._snapshot(code), differs))
+            return output
+
+        return watched
+
+    def _ran(self, code: Code, run: _Run) -> None:
+        self._codes[code.index] = code
+        runs = self._runs.setdefault(code.index, [])
+        runs.append(run)
+        if len(runs) == _NUM_RUNS:
+            self.found.update([*self._kept(code, *runs), *self._left(code, run)])
+
+    def _snapshot(self, code: Code) -> Snapshot:
+        if code.index not in self.sights:
+            self.sights[code.index] = Sight(named_only=True)
+        return snapshot(self.sights[code.index], code.runs)
+
+    def _kept(self, code: Code, first: _Run, second: _Run) -> Iterator[tuple[str, str]]:
+        """What it keeps for itself."""
+        own = changed(first.before, first.after) | changed(second.before, second.after)
+        now = second.after
+        if first.differs is None or second.differs is None or not (own or self.is_first):
+            return
+        with self._put_back(code, now):
+            first.before.put(changed(first.before, now) - own, now)
+            follows = first.differs()
+            last = self._snapshot(code)
+        again = own & changed(now, last) & changed(first.after, last)
+        if own and not follows:
+            with self._put_back(code, now), contextlib.suppress(Exception):
+                first.before.put(own, now)
+                follows = second.differs()
+        if follows:
+            likely = again or own & changed(second.before, second.after) or own
+            places = _names(likely, now, last, but=("statistic",))
+            if places or not likely:
+                yield f"{code.name} follows", _follows(code.name, places)
+        elif places := _names(again, now, last, but=("hook", "buffer", "statistic")):
+            yield f"{code.name} counts", _counts(code.name, places)
+
+    def _left(self, code: Code, own: _Run) -> Iterator[tuple[str, str]]:
+        """What it reads of what others leave."""
+        for index, runs in self._runs.items():
+            other = self._codes[index]
+            if index == code.index or (other.stage == code.stage and index < code.index):
+                continue
+            states = [run.after for run in runs]
+            if len(runs) < _NUM_RUNS:
+                states.append(runs[0].before)
+            keys = own.after.slots.keys() & _written(runs)
+            keys &= changed(*states[:_NUM_RUNS])
+            if keys and own.differs is not None and self._reads(code, own, states, keys):
+                places = _names(keys, own.after)
+                yield (
+                    f"{other.name} leaves {places}",
+                    _leaves(other.name, places, code.name, sure=True),
+                )
+
+    def _reads(self, code: Code, own: _Run, states: Iterable[Snapshot], keys: Set[Key]) -> bool:
+        assert own.differs is not None
+        for state in states:
+            with self._put_back(code, own.after):
+                state.put(keys, own.after)
+                try:
+                    if own.differs():
+                        return True
+                except Exception:  # it takes no other microbatch's
+                    return True
+        return False
+
+    def look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
+        """Call at the end: what does another rank's code, by its name, see of what was left?"""
+        left: dict[Key, tuple[Code, Slot]] = {}
+        for index, runs in self._runs.items():
+            if len(runs) == _NUM_RUNS:
+                after = runs[-1].after
+                for key in _written(runs) & changed(runs[0].after, after) & after.slots.keys():
+                    if not after.slots[key].kind:
+                        left[key] = self._codes[index], after.slots[key]
+        for name, reference in codes.items() if left else ():
+            code, sight = reference(), Sight(named_only=True)
+            seen = {} if code is None else snapshot(sight, code).slots
+            for key in left.keys() & seen.keys():
+                if not isinstance(key[1], str) or key[1] in sight.names:
+                    other, slot = left[key]
+                    text = _leaves(other.name, (slot.name,), f"{name} of another rank", sure=False)
+                    self.found.setdefault(f"{other.name} leaves {slot.name}", text)
+
+    @contextlib.contextmanager
+    def _put_back(self, code: Code, now: Snapshot) -> Iterator[None]:
+        """Try something inside; what can be seen is `now` again afterwards."""
+        now.lend()
+        try:
+            yield
+        finally:
+            now.put_back(self._snapshot(code))
+
+
+def _versions(given: object) -> list[int]:
+    return [
+        leaf._version
+        for leaf in pytree.tree_leaves(given)
+        if isinstance(leaf, Tensor) and not leaf.is_inference()
+    ]
+
+
+def _try(
+    forward: Forward, given: tuple[object, ...], again: Again, differs: Callable[[object], bool]
+) -> Differs:
+    def run() -> bool:
+        with again():
+            return differs(forward(*given))
+
+    return run
+
+
+def _follows(name: str, places: tuple[str, ...]) -> str:
+    what = (
+        f"changes {', '.join(places[:3])} in forward and gives something else for the same "
+        "microbatch afterwards"
+        if places
+        else "gives something else when it runs again on the same microbatch, though nothing that "
+        "it changes can be seen (the next of an iterator, a generator of its own making, the time)"
+    )
+    return (
+        f"{name} {what}: that happens once per microbatch, and results depend on how many there "
+        "are, where the plain model does it once per step; change it outside of forward, once per "
+        "step, pass it in with the batch and return it, or plan with num_microbatches=1"
+    )
+
+
+def _counts(name: str, places: tuple[str, ...]) -> str:
+    return (
+        f"{name} changes {', '.join(places[:3])} in every forward, once per microbatch, where the "
+        "plain model does it once per step; where anything is computed from it, as by annealing, "
+        "results depend on the number of microbatches: change it outside of forward, once per "
+        "step, or plan with num_microbatches=1"
+    )
+
+
+def _leaves(name: str, places: tuple[str, ...], reader: str, *, sure: bool) -> str:
+    return (
+        f"{name} leaves {', '.join(places[:3])} behind in forward, and {reader} "
+        f"{'reads' if sure else 'may read'} it: that may "
+        "be another microbatch's by then, and on another rank nothing arrives; return it with the "
+        "value, or pass it as a skip (stash and pop)"
+    )
+
+
+def _written(runs: Iterable[_Run]) -> set[Key]:
+    return set[Key]().union(*(changed(run.before, run.after) for run in runs))
+
+
+def _names(keys: Iterable[Key], *seen: Snapshot, but: Collection[str] = ()) -> tuple[str, ...]:
+    slots = (next((s.slots[key] for s in seen if key in s.slots), None) for key in keys)
+    return tuple(sorted({s.name for s in slots if s is not None and s.kind not in but}))

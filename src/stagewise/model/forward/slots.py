@@ -1,0 +1,269 @@
+"""Places that a forward can write to besides its tensors, and what is in them.
+
+Those are attributes of modules, objects and classes, entries of containers, closures' variables,
+and globals of the user's own code. A place has the same key whoever sees it, so that what one cell
+writes is found again in what another one sees. Parameters are none.
+"""
+
+import itertools
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from types import CellType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stagewise.model.forward.contents import PLAIN, Frozen, Item, frozen
+from stagewise.model.forward.visible import HOOKS, Node, Sight
+
+Key = tuple[int, object]  # the id of what holds it, and its name there
+_ABSENT = object()
+_MOST_BYTES, _MOST_ITEMS = 1 << 24, 4096  # of a tensor that is copied, of a dict that is looked at
+_DEPTH = 4  # of values that are compared
+_SEQUENCES = (list, deque, set)
+_CODE = (ModuleType, FunctionType, type, nn.Module, nn.Parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One such place: what stands there, and a `copy` that later changes in place do not reach.
+
+    `write` puts something there; `holder` keeps the key's id in use.
+    """
+
+    name: str
+    holder: object
+    value: object
+    copy: object
+    write: Callable[[Any], None]
+    kind: str  # "hook": only a hook of a module sees it; "buffer"; "statistic", BatchNorm's; or ""
+    mark: object  # what changes with the value, where that alone does not tell
+
+    def fresh(self) -> object:
+        """Another copy."""
+        copies: Any = self.copy
+        return [*map(_copy, copies)] if isinstance(self.holder, _SEQUENCES) else _copy(copies)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All places that were seen, and what holds places, by id."""
+
+    slots: dict[Key, Slot]
+    holders: set[int]
+
+    def put(self, keys: Iterable[Key], now: "Snapshot") -> None:
+        """Let the places `keys` hold copies of what they held; `now` is what is seen."""
+        for key in keys:
+            slot = self.slots.get(key)
+            if slot is not None:
+                slot.write(slot.fresh())
+            elif key in now.slots:
+                now.slots[key].write(_ABSENT)
+
+    def lend(self) -> None:
+        """Let all places hold copies, so that what is written in place is written to those."""
+        for slot in self.slots.values():
+            if slot.copy is not slot.value:
+                slot.write(slot.fresh())
+
+    def put_back(self, now: "Snapshot") -> None:
+        """Let all places hold what they held; `now` is what is seen."""
+        for key in changed(self, now):
+            if key not in self.slots:
+                now.slots[key].write(_ABSENT)
+        for key, slot in self.slots.items():
+            if key not in now.slots or now.slots[key].value is not slot.value:
+                slot.write(slot.value)
+
+
+def snapshot(sight: Sight, code: Any) -> Snapshot:
+    """All that `code`, a module or a function, can write to, as it is now."""
+    found, holders = dict[Key, Slot](), set[int]()
+    for node in sight.walk(code):
+        holders.update(map(id, _stores(node.value)))
+        for key, slot in _in_node(node):
+            found.setdefault(key, slot)
+    return Snapshot(found, holders)
+
+
+def changed(before: Snapshot, after: Snapshot) -> set[Key]:
+    """The places that differ, in what was there both times."""
+    found = set()
+    for key in {**before.slots, **after.slots}:
+        one, other = before.slots.get(key), after.slots.get(key)
+        if one is not None and other is not None:
+            if not _same(one, other):
+                found.add(key)
+        elif key[0] in before.holders and key[0] in after.holders:
+            found.add(key)
+    return found
+
+
+def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:
+    """The places that something holds."""
+    value: Any = node.value
+    kind = "hook" if any(f".{kind}[" in f".{node.path}" for kind in HOOKS) else ""
+    for label, holder, name in _holders(value, node.items):
+        if isinstance(holder, CellType):
+            write, held = _variable(holder), holder.cell_contents
+        elif isinstance(holder, MutableMapping):
+            write, held = _entry(holder, name), holder.get(name, _ABSENT)
+        else:
+            write, held = _attribute(holder, name), vars(holder).get(name, _ABSENT)
+        if held is not _ABSENT and not isinstance(held, _CODE):
+            path = _as_written(f"{node.path}{label}")
+            if isinstance(value, nn.Module) and holder is value._buffers:
+                of = "statistic" if isinstance(value, _BatchNorm) else "buffer"
+            else:
+                of = kind
+            slot = Slot(path, holder, held, _copy(held), write, of, _mark(held))
+            yield (id(holder), name), slot
+    if isinstance(value, _SEQUENCES):
+        held = [*value]
+        path, copy = _as_written(node.path), [*map(_copy, held)]
+        yield (id(value), None), Slot(path, value, held, copy, _contents(value), kind, None)
+
+
+def _stores(value: Any) -> list[Any]:
+    """What of a value holds places by name."""
+    own = getattr(value, "__dict__", None)
+    if isinstance(value, (dict, type, *_SEQUENCES)):
+        return [value]
+    if isinstance(value, FunctionType):
+        return [own, value.__globals__]
+    if not isinstance(own, dict):
+        return []
+    return [own, own["_buffers"]] if isinstance(value, nn.Module) else [own]
+
+
+def _holders(value: Any, items: Sequence[Item]) -> Iterator[tuple[str, Any, object]]:
+    """Labels of what can be seen in a value, what holds each, and its name there."""
+    if isinstance(value, dict):
+        for key in itertools.islice(value, _MOST_ITEMS):
+            yield f"[{key!r}]" if isinstance(key, PLAIN) else "[...]", value, key
+    elif isinstance(value, FunctionType):
+        for label, _ in items:
+            yield from _of_function(value, label)
+    else:
+        for label, _ in items:
+            for store in _stores(value) if label.startswith(".") else ():
+                if label[1:] in (vars(store) if isinstance(store, type) else store):
+                    yield label, store, label[1:]
+
+
+def _of_function(value: FunctionType, label: str) -> Iterator[tuple[str, Any, object]]:
+    if label.startswith("."):
+        if label[1:] in vars(value):
+            yield label, vars(value), label[1:]
+        return
+    name, *rest = label[1:].split(".")
+    free = value.__code__.co_freevars
+    if name in free and value.__closure__ is not None:
+        yield label, value.__closure__[free.index(name)], None
+        return
+    held = value.__globals__.get(name, _ABSENT)
+    if rest and isinstance(held, ModuleType):
+        yield label, vars(held), rest[0]
+    elif not rest and held is not _ABSENT:
+        yield label, value.__globals__, name
+
+
+def _as_written(path: str) -> str:
+    """A path as code has it."""
+    *_, last = path.split(" ")
+    return last.replace("__class__.", "").lstrip(".")
+
+
+def _copy(value: Any) -> Any:
+    """A tensor or an array of its own, unless it is large; anything else is itself."""
+    if isinstance(value, torch.Tensor):
+        plain = value.layout is torch.strided and not isinstance(value, nn.Parameter)
+        return value.detach().clone() if plain and value.nbytes <= _MOST_BYTES else value
+    is_small = isinstance(value, np.ndarray) and value.nbytes <= _MOST_BYTES
+    return value.copy() if is_small else value
+
+
+def _mark(value: Any) -> object:
+    if isinstance(value, torch.Tensor):
+        return None if value.is_inference() else value._version
+    if isinstance(value, Iterator):
+        return operator.length_hint(value, -1)
+    stands_for = frozen(value)
+    return stands_for.data if isinstance(stands_for, Frozen) else None
+
+
+def _variable(cell: CellType) -> Callable[[Any], None]:
+    def write(value: Any) -> None:
+        if value is not _ABSENT:
+            cell.cell_contents = value
+
+    return write
+
+
+def _entry(mapping: MutableMapping[Any, Any], name: object) -> Callable[[Any], None]:
+    def write(value: Any) -> None:
+        if value is not _ABSENT:
+            mapping[name] = value
+        else:
+            mapping.pop(name, None)
+
+    return write
+
+
+def _attribute(owner: type, name: object) -> Callable[[Any], None]:
+    def write(value: Any) -> None:
+        if value is not _ABSENT:
+            setattr(owner, str(name), value)
+        elif name in vars(owner):
+            delattr(owner, str(name))
+
+    return write
+
+
+def _contents(container: Any) -> Callable[[Any], None]:
+    def write(values: Any) -> None:
+        if values is not _ABSENT:
+            container.clear()
+            (container.update if isinstance(container, set) else container.extend)(values)
+
+    return write
+
+
+def _same(one: Slot, other: Slot) -> bool:
+    if one.copy is one.value and one.mark is not None and other.mark is not None:
+        return one.value is other.value and bool(one.mark == other.mark)
+    return alike(one.copy, other.copy)
+
+
+def alike(one: Any, other: Any, depth: int = _DEPTH) -> bool:
+    """Whether two values are equal, or are the same object."""
+    if one is other:
+        return True
+    same_kind = type(one) is type(other) or (
+        type(one).__qualname__ == type(other).__qualname__ and "<locals>" in type(one).__qualname__
+    )
+    if not same_kind or not depth:
+        return False
+    if isinstance(one, torch.Tensor):
+        same = one.shape == other.shape and one.dtype == other.dtype
+        return same and torch.equal(one.detach(), other.detach())
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and bool(np.array_equal(one, other))
+    if isinstance(one, PLAIN):
+        return bool(one == other or (one != one and other != other))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(alike(one[k], other[k], depth - 1) for k in one)
+    if isinstance(one, set):
+        return bool(one == other)
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(
+            alike(a, b, depth - 1) for a, b in zip(one, other, strict=True)
+        )
+    own: object = getattr(one, "__dict__", None)
+    return isinstance(own, dict) and alike(own, vars(other), depth - 1)
