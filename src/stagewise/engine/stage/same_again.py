@@ -42,11 +42,11 @@ def sampled(outputs: Sequence[torch.Tensor], m: int, work: Work) -> Sampled | No
 
 def compared(output: object) -> Callable[[object], bool]:
     """What tells whether another output is not this one."""
-    first = Sampled([_some_of(tensor).clone() for tensor in tensors_in(output)])
-    return lambda again: first.differs(tensors_in(again))
+    first = Sampled([_some_of(tensor).clone() for tensor in _tensors_in(output)])
+    return lambda again: first.differs(_tensors_in(again))
 
 
-def tensors_in(output: object) -> list[torch.Tensor]:
+def _tensors_in(output: object) -> list[torch.Tensor]:
     """The tensors of what a cell returns."""
     return [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
 

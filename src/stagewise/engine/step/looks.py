@@ -31,7 +31,7 @@ from stagewise.engine.step.weights import LossCount
 from stagewise.errors import ExactnessWarning
 from stagewise.model.added_losses import LossCollector
 from stagewise.model.cell import Cell
-from stagewise.model.forward.carried import Carried, Code
+from stagewise.model.forward.carried import Carried, WatchedCode
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
 
@@ -59,14 +59,14 @@ class CallLook:
             self.carried.last_stage = stage
         watched = []
         for cell, forward in calls:
-            code = Code(cell.index, stage, f"cell {cell.name!r}", cell.module)
+            code = WatchedCode(cell.index, stage, f"cell {cell.name!r}", cell.module)
             rerun = None if by_skips else partial(again, cell.index, m)
             watched.append((cell, self.carried.watched(code, forward, rerun, compared)))
         return self.first.cells(watched, collector, m, last)
 
     def loss(self, loss: Loss, m: int, again: Again) -> Loss:
         """`loss`, looking at what it is called with: the output, and perhaps a target."""
-        code = Code(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
+        code = WatchedCode(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
         rerun = partial(again, LOSS_CELL, m)
         run = self.carried.watched(code, loss, rerun, compared)
 

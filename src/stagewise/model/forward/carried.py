@@ -31,7 +31,7 @@ _NUM_RUNS = 2  # that are looked at in a call
 
 
 @dataclass(frozen=True)
-class Code:
+class WatchedCode:
     """A cell or the loss function: its place among them, its stage, a name, and what runs."""
 
     index: int
@@ -58,10 +58,10 @@ class Carried:
     last_stage: int = -1
     found: dict[str, str] = field(default_factory=dict)  # by what is wrong, in words
     _runs: dict[int, list[_Run]] = field(default_factory=dict)
-    _codes: dict[int, Code] = field(default_factory=dict)
+    _codes: dict[int, WatchedCode] = field(default_factory=dict)
 
     def watched(
-        self, code: Code, forward: Forward, again: Again | None, compare: Compare
+        self, code: WatchedCode, forward: Forward, again: Again | None, compare: Compare
     ) -> Forward:
         """`forward` of `code`, looked at; where there is an `again`, it can be run once more."""
 
@@ -80,19 +80,19 @@ class Carried:
 
         return watched
 
-    def _ran(self, code: Code, run: _Run) -> None:
+    def _ran(self, code: WatchedCode, run: _Run) -> None:
         self._codes[code.index] = code
         runs = self._runs.setdefault(code.index, [])
         runs.append(run)
         if len(runs) == _NUM_RUNS:
             self.found.update([*self._kept(code, *runs), *self._left(code, run)])
 
-    def _snapshot(self, code: Code) -> Snapshot:
+    def _snapshot(self, code: WatchedCode) -> Snapshot:
         if code.index not in self.sights:
             self.sights[code.index] = Sight(named_only=True)
         return snapshot(self.sights[code.index], code.runs)
 
-    def _kept(self, code: Code, first: _Run, second: _Run) -> Iterator[tuple[str, str]]:
+    def _kept(self, code: WatchedCode, first: _Run, second: _Run) -> Iterator[tuple[str, str]]:
         """What it keeps for itself."""
         own = changed(first.before, first.after) | changed(second.before, second.after)
         now = second.after
@@ -115,7 +115,7 @@ class Carried:
         elif places := _names(again, now, last, but=("hook", "buffer", "statistic")):
             yield f"{code.name} counts", _counts(code.name, places)
 
-    def _left(self, code: Code, own: _Run) -> Iterator[tuple[str, str]]:
+    def _left(self, code: WatchedCode, own: _Run) -> Iterator[tuple[str, str]]:
         """What it reads of what others leave."""
         for index, runs in self._runs.items():
             other = self._codes[index]
@@ -133,7 +133,9 @@ class Carried:
                     _leaves(other.name, places, code.name, sure=True),
                 )
 
-    def _reads(self, code: Code, own: _Run, states: Iterable[Snapshot], keys: Set[Key]) -> bool:
+    def _reads(
+        self, code: WatchedCode, own: _Run, states: Iterable[Snapshot], keys: Set[Key]
+    ) -> bool:
         assert own.differs is not None
         for state in states:
             with self._put_back(code, own.after):
@@ -147,7 +149,7 @@ class Carried:
 
     def look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
         """Call at the end: what does another rank's code, by its name, see of what was left?"""
-        left: dict[Key, tuple[Code, Slot]] = {}
+        left: dict[Key, tuple[WatchedCode, Slot]] = {}
         for index, runs in self._runs.items():
             if len(runs) == _NUM_RUNS:
                 after = runs[-1].after
@@ -164,7 +166,7 @@ class Carried:
                     self.found.setdefault(f"{other.name} leaves {slot.name}", text)
 
     @contextlib.contextmanager
-    def _put_back(self, code: Code, now: Snapshot) -> Iterator[None]:
+    def _put_back(self, code: WatchedCode, now: Snapshot) -> Iterator[None]:
         """Try something inside; what can be seen is `now` again afterwards."""
         now.lend()
         try:
