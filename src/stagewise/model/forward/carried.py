@@ -149,6 +149,10 @@ class Carried:
 
     def look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
         """Call at the end: what does another rank's code, by its name, see of what was left?"""
+        with contextlib.suppress(Exception):
+            self._look_elsewhere(codes)
+
+    def _look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
         left: dict[Key, tuple[WatchedCode, Slot]] = {}
         for index, runs in self._runs.items():
             if len(runs) == _NUM_RUNS:

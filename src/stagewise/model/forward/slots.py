@@ -251,8 +251,9 @@ def alike(one: Any, other: Any, depth: int = _DEPTH) -> bool:
     if not same_kind or not depth:
         return False
     if isinstance(one, torch.Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype
-        return same and torch.equal(one.detach(), other.detach())
+        forms = (one.shape, one.dtype, one.device), (other.shape, other.dtype, other.device)
+        same = forms[0] == forms[1]
+        return same and (one.is_meta or torch.equal(one.detach(), other.detach()))
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and bool(np.array_equal(one, other))
     if isinstance(one, PLAIN):
