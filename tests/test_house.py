@@ -54,10 +54,7 @@ OWED_PARAMETERS: dict[str, int] = {
 SAME_NAME = {
     "Cell",
     "DecoderLayer",
-    "Layout",
-    "Packed",
     "Replicated",
-    "packed",
     "search",
 }
 SAME_FILE = {

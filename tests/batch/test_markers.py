@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.markers import Arguments, Microbatches, Replicated, packed
+from stagewise.batch.markers import Arguments, Microbatches, Replicated, as_one_value
 from stagewise.batch.split import extent, first_microbatch, split
 from stagewise.batch.values import put_together, take_apart
 
@@ -28,8 +28,8 @@ def test_paths_name_arguments_as_they_are_passed() -> None:
 
 
 def test_packed() -> None:
-    assert packed(()) is None and packed((3,)) == 3
-    both = packed((3, None))
+    assert as_one_value(()) is None and as_one_value((3,)) == 3
+    both = as_one_value((3, None))
     assert isinstance(both, Arguments) and both.args == (3, None)
 
 

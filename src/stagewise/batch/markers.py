@@ -127,7 +127,7 @@ def unmarked(value: object) -> object:
     return pytree.tree_unflatten([unmarked(leaf) for leaf in leaves], spec)
 
 
-def packed(args: tuple[object, ...]) -> object:
+def as_one_value(args: tuple[object, ...]) -> object:
     """Combine positional arguments into the one value that enters the chain; None for none."""
     if len(args) > 1:
         return Arguments(*args)

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 
 from stagewise.batch.custom_split import Split, split_by
-from stagewise.batch.markers import packed
+from stagewise.batch.markers import as_one_value
 from stagewise.engine.stage.work import Mode, Scaling
 from stagewise.engine.step.results import (
     Losses,
@@ -266,7 +266,7 @@ class Calls(Share):
             if self._form.takes("target") and target is not None:
                 return None, target if self._takes_target else None, {**named, "target": target}
             return None, target, named
-        return inputs[0] if len(inputs) == 1 else packed(inputs), target, kwargs
+        return inputs[0] if len(inputs) == 1 else as_one_value(inputs), target, kwargs
 
     def _wanted(self, ranks: OnRanks) -> list[int]:
         return ranks_of(ranks, self.num_ranks)

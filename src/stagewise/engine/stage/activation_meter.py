@@ -15,7 +15,7 @@ from stagewise.batch.layouts import storages
 StorageKey = tuple[torch.device, int]
 
 
-class Packed:
+class SavedTensor:
     """Wraps a tensor that autograd saved, and tells the meter when autograd drops it."""
 
     def __init__(
@@ -72,14 +72,14 @@ class ActivationMeter:
             if storage_key(tensor) not in self._excluded and storage_key(tensor) not in self._saved
         }
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Packed:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | SavedTensor:
         key = storage_key(tensor)
-        return tensor if key in self._excluded else Packed(tensor, key, self._saved)
+        return tensor if key in self._excluded else SavedTensor(tensor, key, self._saved)
 
 
-def unpack(saved: torch.Tensor | Packed) -> torch.Tensor:
+def unpack(saved: torch.Tensor | SavedTensor) -> torch.Tensor:
     """Return the tensor that a meter packed."""
-    if not isinstance(saved, Packed):
+    if not isinstance(saved, SavedTensor):
         return saved
     assert saved.tensor is not None, "unpacked after its release"
     return saved.tensor

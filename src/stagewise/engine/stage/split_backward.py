@@ -19,7 +19,7 @@ import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from stagewise.batch.layouts import num_bytes
-from stagewise.engine.stage.activation_meter import Packed, unpack
+from stagewise.engine.stage.activation_meter import SavedTensor, unpack
 from stagewise.engine.stage.autograd import run_backward
 
 # Nodes that cannot run in a partial or retained backward: reentrant checkpointing, compiled code
@@ -207,7 +207,7 @@ def _release(node: Node) -> None:
     Except scalars: Python numbers are saved as tensors too, which dispatch modes refuse.
     """
     for saved in _saved(node):
-        if isinstance(saved.data, Packed):  # type: ignore[attr-defined]
+        if isinstance(saved.data, SavedTensor):  # type: ignore[attr-defined]
             saved.data.release()  # type: ignore[attr-defined]
         elif saved.data is not None and saved.unpack_hook is None and saved.data.dim():  # type: ignore[attr-defined]
             saved.register_hooks(_nothing, _spent)  # type: ignore[attr-defined]

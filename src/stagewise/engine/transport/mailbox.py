@@ -19,7 +19,7 @@ import torch
 from stagewise.batch.values import Apart
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.forms import Forms
-from stagewise.engine.transport.message_form import Header, in_words, packed
+from stagewise.engine.transport.message_form import Header, densified, in_words
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.engine.transport.wire import Arrival, Wire, Wires
 from stagewise.errors import CellError
@@ -110,7 +110,7 @@ class Mailbox:
             bare = map(torch.Tensor.detach, tensors)
             self._data.start_send([PLAIN, *bare] if rank in self._marked else [*bare], rank)
             return
-        dense, header = packed(tensors, structure, known)
+        dense, header = densified(tensors, structure, known)
         if known is not None and known != header:
             self._send_changed(message, header, dense, known)
             return

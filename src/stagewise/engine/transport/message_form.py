@@ -13,7 +13,7 @@ from stagewise.batch.values import Apart, Structure, mark_shared, shared
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How one tensor travels."""
 
     shape: torch.Size
@@ -48,7 +48,7 @@ class Header:
     """Everything the receiver must know to rebuild a message."""
 
     structure: Structure
-    layouts: tuple[Layout, ...]
+    layouts: tuple[TensorLayout, ...]
 
     @property
     def varies(self) -> bool:
@@ -64,7 +64,7 @@ class Header:
         return (
             (structure is self.structure or structure == self.structure)
             and len(tensors) == len(self.layouts)
-            and all(map(Layout.fits, self.layouts, tensors))
+            and all(map(TensorLayout.fits, self.layouts, tensors))
         )
 
     def unpacked(self, tensors: Sequence[torch.Tensor]) -> Apart:
@@ -79,7 +79,7 @@ class Header:
         return whole, self.structure
 
 
-def packed(
+def densified(
     tensors: Sequence[torch.Tensor], structure: Structure, known: Header | None
 ) -> tuple[list[torch.Tensor], Header]:
     """Return the dense tensors to send and their header; `known` is an earlier header, if any."""
@@ -124,7 +124,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> Layout:
+def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> TensorLayout:
     """Return the layout of `tensor`, which travels as `dense`."""
     stride = list(dense.stride())
     for dim in _repeated(tensor):
@@ -133,7 +133,7 @@ def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> Layout:
         if size == 1:
             stride[dim] = max(stride[dim], 1)  # 0 would read as repeated; it moves nothing
     contiguous = dense.is_contiguous() and dense.shape == tensor.shape
-    return Layout(tensor.shape, tuple(stride), tensor.dtype, tensor.requires_grad, contiguous)
+    return TensorLayout(tensor.shape, tuple(stride), tensor.dtype, tensor.requires_grad, contiguous)
 
 
 def in_words(header: Header) -> str:
