@@ -220,7 +220,7 @@ def test_a_loss_that_is_a_sum_fails_whatever_else_differs(cell: nn.Module) -> No
         (lambda o, t: (o - t).square().sum(), "a sum over samples.*loss_reduction='sum'"),
         (lambda o, t: (o - t).std(), "the loss depends on the other samples of its batch"),
         (lambda o, t: ((o - t).square().mean(1) * t[:, 0].exp()).sum() / t[:, 0].exp().sum(),
-         "in which samples do not count alike.*give Pipeline a weight"),
+         "in which samples do not count equally.*give Pipeline a weight"),
     ],
 )  # fmt: skip
 def test_the_cause_of_a_wrong_loss_is_named(loss: Callable[..., Tensor], cause: str) -> None:

@@ -73,11 +73,11 @@ WRONG: dict[str, tuple[Callable[..., object], str]] = {
     ),
     "class weights": (
         nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
-        r"a mean in which samples do not count alike.*counted as 0\.5 and 0\.5, by samples",
+        r"a mean in which samples do not count equally.*weighted 0\.5 and 0\.5, by samples",
     ),
     "ignored": (
         lambda output, target: nn.functional.cross_entropy(output, target, ignore_index=0),
-        r"a mean in which samples do not count alike",
+        r"a mean in which samples do not count equally",
     ),
     "info_nce": (info_nce, r"depends on the other samples of its batch.*num_microbatches=1"),
     "contrast": (supervised_contrast, r"depends on the other samples"),
@@ -219,7 +219,7 @@ def test_what_does_not_count_in_another_microbatch() -> None:
     pipe = pipeline(linears(), nn.functional.cross_entropy, count=8)
     even, x = cut(labels(8).repeat(2), [0, 2, 4, 6, 8, 10, 12, 14], -100), torch.randn(16, WIDTH)
     pipe.step(x, target=even)
-    with pytest.warns(ExactnessWarning, match="do not count alike"):
+    with pytest.warns(ExactnessWarning, match="do not count equally"):
         for _ in range(3):
             pipe.step(x, target=cut(even, [14], 1))
 

@@ -52,7 +52,7 @@ class Overflow:
         return self._answer
 
     def end_round(self) -> None:
-        """Start anew, once the scale has been updated."""
+        """Reset, after the scale has been updated."""
         self._num_updates += 1
         self.found = False
 

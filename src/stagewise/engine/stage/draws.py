@@ -23,7 +23,7 @@ from torch import nn
 from stagewise.model.forward.visible import Sight, names_in
 
 _32_BITS = (1 << 32) - 1
-_MT19937_BYTES = 4 * 625  # its words, and which comes next
+_MT19937_BYTES = 4 * 625  # its 624 words, and the position in them
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Source:
     read: Callable[[], object]
     seed: Callable[[int], object]
     write: Callable[..., object]
-    moved: Callable[[], object] | None = None  # quicker to read; another once numbers were drawn
+    moved: Callable[[], object] | None = None  # faster than `read`; changes when numbers are drawn
 
 
 def _of_bits(generator: np.random.Generator) -> Source:

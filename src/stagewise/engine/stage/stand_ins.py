@@ -52,7 +52,7 @@ class StandIns:
                 setattr(place.module, place.attribute, place.parameter)
 
     def around(self, calls: Sequence[tuple[Cell, _Forward]]) -> list[tuple[Cell, _Forward]]:
-        """`calls`, each with its cell's stand-ins in place."""
+        """Wrap `calls` to run with their cells' stand-ins in place."""
         return [
             (cell, partial(self._run, cell.index, forward) if cell.index in self.cells else forward)
             for cell, forward in calls

@@ -1,11 +1,11 @@
-"""What kind of loss it is, seen from two parts of a batch and both together.
+"""How a loss is reduced, inferred from two parts of a batch and their whole.
 
-A loss counts by microbatch as its reduction says: a mean by the number of samples (or a weight),
-a sum as it is. Whether that gives the plain model's loss shows in its gradients: those of the
-whole, for the samples of part i, are c_i times those of part i alone. (c_0, c_1) = (1, 1) is a sum;
-c_0 + c_1 = 1 is a mean, by samples or by something else; where they are no multiple the loss
+Microbatches' losses are weighted by their reduction: a mean by the number of samples (or a weight),
+a sum by 1. Whether that yields the plain model's loss shows in its gradients: those of the whole,
+with respect to the samples of part i, are c_i times those of part i alone. (c_0, c_1) = (1, 1) is a
+sum; c_0 + c_1 = 1 is a mean, by samples or by something else; if they are not a multiple, the loss
 depends on the other samples of its batch (contrastive losses, statistics over the batch), and no
-weighting of microbatches gives it.
+weighting of microbatches reproduces it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from stagewise.batch.values import with_paths
 from stagewise.model.added_losses import MAIN_LOSS
 
-# Of gradients, relative; round-off in our models loses less than a hundredth of it.
+# Relative, of gradients; round-off in our models stays below a hundredth of it.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 Kind = Literal["weighted", "mean", "sum", "mixed"]
@@ -28,10 +28,10 @@ Losses = Callable[[object], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """A loss that counts otherwise than it should; `parts` and `whole` are its values.
+    """A loss that is weighted wrongly; `parts` and `whole` are its values.
 
-    `counts` is what each part really counts for, where that can be told; `counted` what it is
-    counted.
+    `counts` is what each part really contributes, if that can be inferred; `counted` the weights
+    that are used.
     """
 
     name: str
@@ -49,9 +49,9 @@ def examine(
     leaves: Sequence[Sequence[Tensor]],
     counted: Callable[[str], tuple[float, float]],
 ) -> Iterator[Examined]:
-    """The losses, by name, that are not what they are `counted` for.
+    """Yield the losses for which the weights `counted(name)` are wrong.
 
-    `whole` is made of the two `parts`, whose `leaves` require gradients.
+    `whole` consists of the two `parts`, whose `leaves` require gradients.
     """
     values = [losses(part) for part in parts]
     together = losses(whole)
@@ -76,13 +76,13 @@ def examine(
 
 
 def losses_by_name(value: object) -> dict[str, Tensor]:
-    """Numbers by name, of a loss or a weight."""
+    """Return a loss or weight as numbers by name."""
     named = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
     return {name: torch.as_tensor(number).reshape(()) for name, number in named.items()}
 
 
 def scalars_of(output: object) -> dict[str, Tensor]:
-    """The numbers in a cell's output, as the loss of a model that computes its own, by place."""
+    """Return the scalars in a cell's output (a model that computes its own loss), by place."""
     found = with_paths(output)
     return {
         p: x for p, x in found if isinstance(x, Tensor) and not x.dim() and x.is_floating_point()
@@ -92,7 +92,7 @@ def scalars_of(output: object) -> dict[str, Tensor]:
 def _counts(
     own: Sequence[Tensor], total: Tensor, leaves: Sequence[Sequence[Tensor]], tolerance: float
 ) -> tuple[float, float] | Literal["mixed"] | None:
-    """(c_0, c_1), or that there are none; None where no gradient tells."""
+    """Return (c_0, c_1), "mixed" if there are none, or None if the gradients do not tell."""
     if not (total.requires_grad and all(loss.requires_grad for loss in own)):
         return None
     found = []
@@ -127,7 +127,7 @@ def _kind(
     counted: tuple[float, float],
     tolerance: float,
 ) -> Kind | None:
-    """None where it is what it is counted for, or where nothing can be told."""
+    """Return how the loss is reduced; None if the weights are right, or nothing can be inferred."""
 
     def near(numbers: Sequence[float], others: Sequence[float]) -> bool:
         scale = tolerance * max(map(abs, (*numbers, *others)))
@@ -135,7 +135,7 @@ def _kind(
 
     if counts == "mixed":
         return "mixed"
-    if counts is None:  # by the values alone, where these differ enough to tell
+    if counts is None:  # from the values alone, if they differ enough
         scale = max(abs(whole), *map(abs, parts))
         if abs(whole - _sum(counted, parts)) <= 10 * tolerance * scale or scale == 0:
             return None
@@ -160,25 +160,27 @@ def _sum(counts: tuple[float, float], parts: tuple[float, float]) -> float:
 
 Owner = Literal["function", "model", "cell"]  # who computes the loss
 _REMEDIES: dict[tuple[Kind, Owner], str] = {
-    ("sum", "function"): "give Pipeline loss_reduction='sum', or let the loss return a mean",
-    ("sum", "model"): "give Pipeline loss_reduction='sum', or let the model return a mean",
-    ("sum", "cell"): "let the cell add a mean over the samples at hand",
+    ("sum", "function"): "give Pipeline loss_reduction='sum', or return a mean from the loss",
+    ("sum", "model"): "give Pipeline loss_reduction='sum', or return a mean from the model",
+    ("sum", "cell"): "add a mean over the microbatch's samples in the cell",
     ("weighted", "function"): (
         "give Pipeline a weight(target) that returns what a microbatch really counts: the number "
         "of targets that are not ignored, or the sum of their class weights"
     ),
     ("weighted", "model"): (
-        "let the model return its outputs, and give Pipeline the loss function and a "
+        "return the outputs from the model, and give Pipeline the loss function and a "
         "weight(target) that returns what a microbatch really counts: the number of targets that "
         "are not ignored, or the sum of their class weights"
     ),
-    ("weighted", "cell"): "let the cell add a mean over the samples at hand",
+    ("weighted", "cell"): "add a mean over the microbatch's samples in the cell",
 }
 
 
 def words(found: Examined, what: str, *, by: str, owner: Owner, fits: str | None = None) -> str:
-    """What is wrong with `what`, with its numbers and the remedy; it counts by `by`, and would be
-    right here with what `fits`."""
+    """Say what is wrong with the loss `what`, with its numbers and the remedy.
+
+    It is weighted by `by`; `fits` is a weight that would be right here.
+    """
     first, second = found.parts
     shown = (
         f"on two parts of the batch it is {first:.6g} and {second:.6g}, on both together "
@@ -187,24 +189,24 @@ def words(found: Examined, what: str, *, by: str, owner: Owner, fits: str | None
     remedy = _REMEDIES.get((found.kind, owner), "")
     if found.kind == "sum":
         return (
-            f"{what} is a sum over samples, but counts as a mean, so that it comes out divided by "
+            f"{what} is a sum over samples, but is weighted as a mean, so it comes out divided by "
             f"the number of microbatches: {shown}; {remedy}"
         )
     if found.kind == "mean":
         return (
-            f"{what} is a mean over samples, but loss_reduction is 'sum', so that it comes out "
+            f"{what} is a mean over samples, but loss_reduction is 'sum', so it comes out "
             f"multiplied by the number of microbatches: {shown}; leave loss_reduction out"
         )
     if found.kind == "weighted":
         assert found.counts is not None
         return (
-            f"{what} is a mean in which samples do not count alike: {shown}; its parts count for "
-            f"{found.counts[0]:.4g} and {found.counts[1]:.4g} of the whole, but are counted as "
+            f"{what} is a mean in which samples do not count equally: {shown}; its parts make up "
+            f"{found.counts[0]:.4g} and {found.counts[1]:.4g} of the whole, but are weighted "
             f"{found.counted[0]:.4g} and {found.counted[1]:.4g}, by {by}; {remedy}"
             + (f"; here {fits} fits" if fits else "")
         )
     return (
         f"{what} depends on the other samples of its batch (negatives, hard pairs, statistics over "
-        f"the batch), so that it is another loss in every microbatch: {shown}, which no weights "
-        "make of the two; it needs num_microbatches=1, or to be a mean over samples"
+        f"the batch), so it is a different loss in every microbatch: {shown}, which no weighting "
+        "of the two gives; use num_microbatches=1, or a mean over samples"
     )

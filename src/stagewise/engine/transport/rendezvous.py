@@ -35,8 +35,8 @@ _Awaited = tuple[int, torch.Tensor, Arrival]  # rank, receive buffer, arrival
 class Rendezvous:
     """All ranks must make the same calls in the same order; if not, every rank raises.
 
-    All Pipelines of a process group share one; else a rank that builds a Pipeline would never
-    meet one that steps another.
+    All Pipelines of a process group share one, so that a rank that builds a Pipeline and one that
+    steps another notice each other.
     """
 
     def __init__(self, wire: Wire, peers: Peers) -> None:

@@ -1,7 +1,7 @@
 """Small messages through stream sockets: Unix ones on one host, TCP between hosts.
 
-Gloo receives in a thread of its own, which then wakes the one that waits: two wake-ups, and
-several times the processor time of a socket, for every message. A small message is written into
+Gloo receives in its own thread, which then wakes the waiting one: two wake-ups, and several times
+the processor time of a socket, for every message. A small message is written into
 the kernel's buffer at once and read from there into its tensors; only the reader has to wake. What
 does not fit into that buffer is left to a thread, so that sending never waits for the receiver.
 

@@ -69,14 +69,16 @@ def _called_once(model: nn.Module, example: Mapping[str, object]) -> set[str]:
         counts: Counter[str] = Counter()
         with ExitStack() as hooks, suppress(Exception), kept(model, training), torch.no_grad():
             for path, module in model.named_modules():
-                note = _counting(counts, path)
-                hooks.callback(module.register_forward_pre_hook(note).remove)
+                count = _CountCalls(counts, path)
+                hooks.callback(module.register_forward_pre_hook(count).remove)
             model(**example)
         found.append({path for path, count in counts.items() if path and count == 1})
     return set.intersection(*found)
 
 
-class _counting:  # noqa: N801 (a function that can be told apart from others)
+class _CountCalls:
+    """A hook that counts the calls of the module at `path`."""
+
     def __init__(self, counts: Counter[str], path: str) -> None:
         self._counts, self._path = counts, path
 
