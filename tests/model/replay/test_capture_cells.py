@@ -481,3 +481,51 @@ def test_the_model_must_have_values() -> None:
         model = Around(unet)
     with pytest.raises(ModelError, match="on the meta device"):
         stagewise.capture_cells(model, ["blocks.*"], torch.ones(4, 4))
+
+
+class OwnBackward(torch.autograd.Function):
+    """A reversible network's: its backward runs the layers again, and one of autograd's on them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, body: Any) -> Tensor:
+        ctx.body = body
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return body.run(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        assert ctx.body.training, "reversible layers are trained in training mode only"
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.body.run(x).backward(gradient)
+        return x.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def run(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x).tanh())
+
+    def forward(self, x: Tensor) -> Any:
+        return OwnBackward.apply(x, self)
+
+
+def test_a_backward_that_adds_to_gradients_itself_leaves_none() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Reversible(), nn.Linear(4, 2))
+    plain, x, target = copy.deepcopy(model), torch.randn(6, 4), torch.randn(6, 2)
+    model[1].first.bias.grad = torch.ones(4)
+    stagewise.capture_cells(model, ["0", "1", "2"], x)
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert list(left) == ["1.first.bias"]
+    assert left["1.first.bias"].tolist() == [1, 1, 1, 1]
+    model.zero_grad()
+    plan = stagewise.Plan(balance=(2, 1), schedule="1f1b", num_microbatches=2)
+    stagewise.Pipeline(model, plan, loss=F.mse_loss).step(x, target=target)
+    F.mse_loss(plain(x), target).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

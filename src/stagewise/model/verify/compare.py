@@ -8,7 +8,7 @@ in which the plain model computes.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ def mismatch(
     either pass through.
     """
     tree = module_tree(captured.chain)
-    plain, ask_inputs = _plain(model, named, situation)
+    plain, ask_inputs, situation = _plain(model, named, situation)
     wanted = Reference(plain)
     cells = _in_mode(captured, situation.training, apart=apart)
     got = numbers(cells, named, model, situation, tree=tree, ask_inputs=ask_inputs)
@@ -83,12 +83,17 @@ def mismatch(
 
 def _plain(
     model: nn.Module, named: Mapping[str, object], situation: Situation
-) -> tuple[Tensors, bool]:
-    """Return the plain model's tensors, and whether they include gradients of its inputs."""
+) -> tuple[Tensors, bool, Situation]:
+    """Return the plain model's tensors, whether with gradients of its inputs, and where it ran."""
+    with suppress(Exception):  # from a model that sets requires_grad on its inputs itself
+        return numbers(model, named, model, situation, ask_inputs=True), True, situation
     try:
-        return numbers(model, named, model, situation, ask_inputs=True), True
-    except RuntimeError:  # from a model that sets requires_grad on its inputs itself
-        return numbers(model, named, model, situation, ask_inputs=False), False
+        return numbers(model, named, model, situation, ask_inputs=False), False, situation
+    except Exception:
+        if situation.training:
+            raise
+    situation = replace(situation, gradients=False)  # some run backward in training mode only
+    return numbers(model, named, model, situation, ask_inputs=False), False, situation
 
 
 def _found(quantity: str, how: str, situation: Situation) -> Mismatch:
@@ -156,7 +161,10 @@ def output_tensors(output: object) -> dict[str, torch.Tensor]:
 
 
 def _gradients(found: Tensors, model: nn.Module, inputs: Mapping[str, object]) -> Tensors:
-    """Return the gradients of parameters and inputs; None for those that are all zero."""
+    """Return the gradients of parameters and inputs; None for those that are all zero.
+
+    A function whose backward runs one of its own adds to `.grad` what autograd does not return.
+    """
     roots = [t for t in found.values() if t is not None and t.requires_grad]
     sources = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for path, leaf in with_paths(dict(inputs)):
@@ -164,13 +172,16 @@ def _gradients(found: Tensors, model: nn.Module, inputs: Mapping[str, object]) -
             sources[path] = leaf  # type: ignore[assignment]
     if not roots or not sources:
         return {}
-    gradients = torch.autograd.grad(
+    returned = torch.autograd.grad(
         roots, [*sources.values()], [_seed(root) for root in roots], allow_unused=True
     )
-    return {
-        f"gradient {name}": None if g is None or not (g.is_meta or bool(g.any())) else g
-        for name, g in zip(sources, gradients, strict=True)
-    }
+    gradients = {}
+    for (name, source), gradient in zip(sources.items(), returned, strict=True):
+        given = [g for g in (gradient, source.grad) if g is not None]
+        total = sum(given[1:], given[0]) if given else None
+        shown = total is not None and (total.is_meta or bool(total.any()))
+        gradients[f"gradient {name}"] = total if shown else None
+    return gradients
 
 
 def _seed(root: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,13 @@ SITUATIONS = (TRAINING, EVAL, PREDICTING)  # those in which any pipeline may run
 
 @contextmanager
 def kept(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run with `model` in a mode; then restore modes, attributes, buffers and random states."""
+    """Run with `model` in a mode and without gradients; then restore what it had.
+
+    That is modes, attributes, buffers, gradients (a backward inside a function's own backward adds
+    to `.grad`) and random states.
+    """
     modules = list(model.modules())
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [module.training for module in modules]
     attributes = [_attributes(module) for module in modules]
     buffers = [
@@ -45,9 +50,13 @@ def kept(model: nn.Module, training: bool) -> Iterator[None]:
     if model.training is not training:
         model.train(training)
     try:
+        for parameter, _ in gradients:
+            parameter.grad = None
         with seeded():
             yield
     finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for module, mode, before in zip(modules, modes, attributes, strict=True):
             vars(module).clear()
             vars(module).update((name, value) for name, value, _ in before)
