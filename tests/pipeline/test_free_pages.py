@@ -44,3 +44,22 @@ def test_only_steps_that_recompute_give_back(recompute: str, calls: int) -> None
 def test_the_c_library_is_asked_where_it_can() -> None:
     trim = trim_of_glibc()
     assert trim is None or trim() in (0, 1)
+
+
+def test_planning_gives_back_what_its_trial_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[None] = []
+    monkeypatch.setattr("stagewise.pipeline.plan.trim_of_glibc", lambda: lambda: trims.append(None))
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(4, 2)
+    loss = nn.functional.mse_loss
+    for count in (2, [2, 4]):  # measured, and searched for
+        stagewise.plan(
+            model,
+            x,
+            target=x,
+            loss=loss,
+            num_devices=2,
+            num_microbatches=count,
+            schedule="gpipe",
+            seconds=0.01,
+        )
+    assert len(trims) == 2

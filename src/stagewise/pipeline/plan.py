@@ -21,6 +21,7 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
 from stagewise.pipeline.build.places import first_devices
 from stagewise.pipeline.build.refusals import check_buffers
+from stagewise.pipeline.free_pages import FreePages, trim_of_glibc
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import (
     instruction_cost,
@@ -168,6 +169,7 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
         return plan_for(request, with_instruction_overhead(costs, overhead), link=link)
 
     plan = best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
+    FreePages(trim_of_glibc()).give_back(seconds)
     return _in_blocks(plan, example.chain)
 
 
@@ -219,6 +221,7 @@ def search_plan(
 
     found = best(link, FREE_INSTRUCTION)
     better_known = rehearsed(link, found.plan, example)
+    FreePages(trim_of_glibc()).give_back(seconds)
     return found if better_known == (link, FREE_INSTRUCTION) else best(*better_known)
 
 
