@@ -179,6 +179,10 @@ def test_a_number_made_of_a_size_is_never_an_old_one(name: str) -> None:
         with pytest.raises(ModelError, match="exactly 8 samples"):
             stagewise.capture(model, torch.randn(*EXAMPLE, 4))
         return
+    if name == "quantile" and torch.__version__ < (2, 12):  # which cannot trace it for any size
+        with pytest.raises(ModelError, match="torch.export cannot trace it"):
+            stagewise.capture(model, torch.randn(*EXAMPLE, 4))
+        return
     captured = stagewise.capture(model, torch.randn(*EXAMPLE, 4))
     refused = 0
     for sizes in (EXAMPLE, *OTHERS):
