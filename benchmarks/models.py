@@ -10,6 +10,7 @@ leaves out stay.
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -84,6 +85,12 @@ def markdown(rows: list[dict[str, str]], where: str) -> str:
     return f"{TEXT}\n**{summary(rows)}** Run at {where}.\n\n{table}\n"
 
 
+def run_in(path: Path) -> str:
+    """Where the run of a page was made."""
+    found = re.search(r" Run at (.*)\.$", path.read_text(), re.MULTILINE)
+    return found[1] if found else "an unknown commit"
+
+
 def rows_in(path: Path) -> dict[str, dict[str, str]]:
     """The rows of a page, by model."""
     if not path.exists():
@@ -108,6 +115,8 @@ def main(
     load_libraries()
     where = machine()
     kept = rows_in(write) if write and only else {}
+    if write and kept:
+        where = f"{run_in(write)}. Later, at {where.split(';')[0]}, rows that this names: {only}"
     wanted = [part.strip().lower() for part in only.split(";")]
     done = []
     for entry in ENTRIES:

@@ -5,7 +5,8 @@
 3. Of transformers: `decoders`, `mixtures`, `encoders`, `translators` for text, `images`,
    `sounds`, `pictures` (with text), `series` (of numbers).
 4. `convolutions` (timm, torchvision), `diffusion` (diffusers), `adapters` (PEFT).
-5. `plain` lists models of plain torch, which `by_hand` writes.
+5. `further` has more of transformers and timm, tried later.
+6. `plain` lists models of plain torch, which `by_hand` writes.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from benchmarks.unmodified.decoders import DECODERS
 from benchmarks.unmodified.diffusion import DIFFUSION
 from benchmarks.unmodified.encoders import ENCODERS
 from benchmarks.unmodified.entry import Batch, Entry
+from benchmarks.unmodified.further import FURTHER
 from benchmarks.unmodified.images import IMAGES
 from benchmarks.unmodified.mixtures import MIXTURES
 from benchmarks.unmodified.pictures import PICTURES
@@ -24,7 +26,7 @@ from benchmarks.unmodified.series import SERIES
 from benchmarks.unmodified.sounds import SOUNDS
 from benchmarks.unmodified.translators import TRANSLATORS
 
-_SLOW = [*DECODERS, *MIXTURES, *ENCODERS, *TRANSLATORS, *TIMM, *DIFFUSION, *ADAPTERS]
+_SLOW = [*DECODERS, *MIXTURES, *ENCODERS, *TRANSLATORS, *TIMM, *DIFFUSION, *ADAPTERS, *FURTHER]
 _EVERY = 6  # of those that take long to capture runs in two processes
 ENTRIES = [
     *(dataclasses.replace(e, processes=not i % _EVERY) for i, e in enumerate(_SLOW)),

@@ -18,7 +18,9 @@ from benchmarks.unmodified.entry import (
 )
 
 
-def _timm(name: str, model: str, size: int = 32, **settings: Any) -> Entry:
+def timm_model(name: str, model: str, size: int = 32, **settings: Any) -> Entry:
+    """A classifier of images that timm registers by this name."""
+
     def build() -> nn.Module:
         import timm
 
@@ -76,11 +78,11 @@ _VIT = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 48}
 _STILL = {"dropout": 0.0, "stochastic_depth_prob": 0.0}
 
 TIMM = [
-    _timm("ViT", "vit_tiny_patch16_224", **_VIT),
-    _timm("DeiT", "deit_tiny_patch16_224", **_VIT),
-    _timm("EVA-02", "eva02_tiny_patch14_224", 28, img_size=28, depth=3, embed_dim=48),
-    _timm("ConvNeXt V2", "convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
-    _timm("Swin V2", "swinv2_tiny_window8_256", **_SWIN),
+    timm_model("ViT", "vit_tiny_patch16_224", **_VIT),
+    timm_model("DeiT", "deit_tiny_patch16_224", **_VIT),
+    timm_model("EVA-02", "eva02_tiny_patch14_224", 28, img_size=28, depth=3, embed_dim=48),
+    timm_model("ConvNeXt V2", "convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
+    timm_model("Swin V2", "swinv2_tiny_window8_256", **_SWIN),
     Entry(
         "timm MLP-Mixer",
         of(
@@ -97,16 +99,16 @@ TIMM = [
         itself,
         None,
     ),
-    _timm("ResNet-D", "resnet10t"),
-    _timm("MobileNetV3", "mobilenetv3_small_050", drop_rate=0.0),
-    _timm("Swin", "swin_tiny_patch4_window7_224", **_SWIN),
-    _timm("BEiT", "beit_base_patch16_224", **_VIT, num_heads=4),
-    _timm("CaiT", "cait_xxs24_224", **_VIT, num_heads=4),
-    _timm("ConViT", "convit_tiny", **_VIT),
+    timm_model("ResNet-D", "resnet10t"),
+    timm_model("MobileNetV3", "mobilenetv3_small_050", drop_rate=0.0),
+    timm_model("Swin", "swin_tiny_patch4_window7_224", **_SWIN),
+    timm_model("BEiT", "beit_base_patch16_224", **_VIT, num_heads=4),
+    timm_model("CaiT", "cait_xxs24_224", **_VIT, num_heads=4),
+    timm_model("ConViT", "convit_tiny", **_VIT),
     _made("ConvMixer", "convmixer", "ConvMixer", dim=32, depth=3, kernel_size=3, patch_size=4),
-    _timm("DLA", "dla46_c"),
+    timm_model("DLA", "dla46_c"),
     _made("FocalNet", "focalnet", "FocalNet", depths=(1, 1, 1, 1), embed_dim=8, drop_path_rate=0.0),
-    _timm("MambaOut", "mambaout_femto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
+    timm_model("MambaOut", "mambaout_femto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
     _made("PoolFormer V2", "metaformer", "MetaFormer", depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
     _made(
         "NesT",
@@ -118,7 +120,7 @@ TIMM = [
         depths=(1, 1, 1),
         patch_size=2,
     ),
-    _timm("ResNet V2", "resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
+    timm_model("ResNet V2", "resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
     _made(
         "VOLO",
         "volo",
@@ -131,8 +133,8 @@ TIMM = [
         mlp_ratio=2,
         use_mix_token=False,
     ),
-    _timm("VoVNet", "ese_vovnet19b_slim"),
-    _timm("XCiT", "xcit_nano_12_p16_224", **_VIT),
+    timm_model("VoVNet", "ese_vovnet19b_slim"),
+    timm_model("XCiT", "xcit_nano_12_p16_224", **_VIT),
 ]
 TORCHVISION = [
     _torchvision("ResNet-18", "resnet18"),

@@ -142,7 +142,7 @@ DIFFUSION = [
         _given("sample", (2, 32), timestep=()),
         block_out_channels=(32, 32, 64),
         sample_size=32,
-        extra_in_channels=16,
+        extra_in_channels=64,
     ),
     _diffuser(
         "UNet3DCondition",

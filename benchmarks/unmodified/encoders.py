@@ -28,7 +28,8 @@ _MODERN = {
 }
 
 
-def _encoder(name: str, kind: str, settings: dict[str, Any] = BERT, **more: Any) -> Entry:
+def encoder(name: str, kind: str, settings: dict[str, Any] = BERT, **more: Any) -> Entry:
+    """A classifier of texts, unless another `model` is named."""
     known = ("cells", "dtype", "other_length", "length_fixed")
     options = {key: more.pop(key) for key in known if key in more}
     batch = more.pop("batch", classes)
@@ -68,12 +69,12 @@ def _starts(output: Any) -> torch.Tensor:
 
 
 ENCODERS = [
-    _encoder("BERT", "Bert"),
-    _encoder("RoBERTa", "Roberta", _LONG),
-    _encoder("ALBERT", "Albert", embedding_size=16, classifier_dropout_prob=0.0),
-    _encoder("ELECTRA", "Electra", embedding_size=16),
-    _encoder("MPNet", "MPNet", _LONG),
-    _encoder(
+    encoder("BERT", "Bert"),
+    encoder("RoBERTa", "Roberta", _LONG),
+    encoder("ALBERT", "Albert", embedding_size=16, classifier_dropout_prob=0.0),
+    encoder("ELECTRA", "Electra", embedding_size=16),
+    encoder("MPNet", "MPNet", _LONG),
+    encoder(
         "DistilBERT",
         "DistilBert",
         {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 100},
@@ -82,11 +83,9 @@ ENCODERS = [
         attention_dropout=0.0,
         seq_classif_dropout=0.0,
     ),
-    _encoder(
-        "DeBERTa-v2", "DebertaV2", relative_attention=True, cells=("deberta.encoder.layer.*",)
-    ),
-    _encoder("ModernBERT", "ModernBert", {**_MODERN, "local_attention": 8}),
-    _encoder("BERT, masked tokens", "Bert", batch=text, model="BertForMaskedLM"),
+    encoder("DeBERTa-v2", "DebertaV2", relative_attention=True, cells=("deberta.encoder.layer.*",)),
+    encoder("ModernBERT", "ModernBert", {**_MODERN, "local_attention": 8}),
+    encoder("BERT, masked tokens", "Bert", batch=text, model="BertForMaskedLM"),
     Entry(
         "BERT, answers",
         of("transformers", "BertForQuestionAnswering", "BertConfig", **{**BERT, "num_labels": 2}),
@@ -94,14 +93,14 @@ ENCODERS = [
         inside,
         _starts,
     ),
-    _encoder("RoBERTa, pre-norm", "RobertaPreLayerNorm", _LONG),
-    _encoder("XLM-RoBERTa", "XLMRoberta", _LONG),
-    _encoder("DeBERTa", "Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"]),
-    _encoder("ConvBERT", "ConvBert", embedding_size=32, conv_kernel_size=3, head_ratio=2),
-    _encoder("SqueezeBERT", "SqueezeBert", embedding_size=32),
-    _encoder("MobileBERT", "MobileBert", embedding_size=16, intra_bottleneck_size=16),
-    _encoder("FNet", "FNet", batch=lambda n, k: {**classes(n, k), "attention_mask": None}),
-    _encoder(
+    encoder("RoBERTa, pre-norm", "RobertaPreLayerNorm", _LONG),
+    encoder("XLM-RoBERTa", "XLMRoberta", _LONG),
+    encoder("DeBERTa", "Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    encoder("ConvBERT", "ConvBert", embedding_size=32, conv_kernel_size=3, head_ratio=2),
+    encoder("SqueezeBERT", "SqueezeBert", embedding_size=32),
+    encoder("MobileBERT", "MobileBert", embedding_size=16, intra_bottleneck_size=16),
+    encoder("FNet", "FNet", batch=lambda n, k: {**classes(n, k), "attention_mask": None}),
+    encoder(
         "Funnel",
         "Funnel",
         {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "vocab_size": 100},
@@ -112,21 +111,21 @@ ENCODERS = [
         num_labels=3,
         length_fixed="it pools by the example's length",
     ),
-    _encoder("BigBird", "BigBird", attention_type="original_full"),
-    _encoder("Longformer", "Longformer", _LONG, attention_window=8),
-    _encoder(
+    encoder("BigBird", "BigBird", attention_type="original_full"),
+    encoder("Longformer", "Longformer", _LONG, attention_window=8),
+    encoder(
         "Nystromformer",
         "Nystromformer",
         num_landmarks=24,
         segment_means_seq_len=24,
         other_length=24,
     ),
-    _encoder("YOSO", "Yoso", use_expectation=True),
-    _encoder("RoFormer", "RoFormer", embedding_size=32),
-    _encoder("ESM", "Esm", _LONG, position_embedding_type="rotary", mask_token_id=1),
-    _encoder("I-BERT", "IBert", _LONG),
-    _encoder("LayoutLM", "LayoutLM", batch=_and(bbox=_boxes), max_2d_position_embeddings=64),
-    _encoder(
+    encoder("YOSO", "Yoso", use_expectation=True),
+    encoder("RoFormer", "RoFormer", embedding_size=32),
+    encoder("ESM", "Esm", _LONG, position_embedding_type="rotary", mask_token_id=1),
+    encoder("I-BERT", "IBert", _LONG),
+    encoder("LayoutLM", "LayoutLM", batch=_and(bbox=_boxes), max_2d_position_embeddings=64),
+    encoder(
         "XLM",
         "XLM",
         _XLM,
@@ -136,7 +135,7 @@ ENCODERS = [
         num_labels=3,
         **{"pad_index": 0},
     ),
-    _encoder(
+    encoder(
         "XLNet",
         "XLNet",
         {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 64},
@@ -146,8 +145,8 @@ ENCODERS = [
         num_labels=3,
         use_mems_train=False,
     ),
-    _encoder("NomicBERT", "NomicBert"),
-    _encoder(
+    encoder("NomicBERT", "NomicBert"),
+    encoder(
         "CANINE",
         "Canine",
         local_transformer_stride=8,
@@ -156,7 +155,7 @@ ENCODERS = [
         length_fixed="it pads to whole strides",
         dtype=torch.float32,
     ),
-    _encoder(
+    encoder(
         "Perceiver",
         "Perceiver",
         {"d_model": 16, "d_latents": 32, "num_latents": 8},

@@ -55,7 +55,8 @@ _FRAMES = {**VIT, "num_frames": 4, "image_size": 16}
 _BEIT = {**VIT, "vocab_size": 20, "drop_path_rate": 0.0, "use_mask_token": True}
 
 
-def _classifier(name: str, kind: str, settings: dict[str, Any] = VIT, **more: Any) -> Entry:
+def classifier(name: str, kind: str, settings: dict[str, Any] = VIT, **more: Any) -> Entry:
+    """A classifier of images."""
     options = {key: more.pop(key) for key in ("whole_batch", "cells") if key in more}
     batch = more.pop("batch", pixels(more.pop("size", 32)))
     model = more.pop("model", f"{kind}ForImageClassification")
@@ -110,17 +111,17 @@ def _reconstruction(output: Any) -> Tensor:
 
 
 IMAGES = [
-    _classifier("ViT", "ViT"),
-    _classifier("DINOv2", "Dinov2", mlp_ratio=2),
-    _classifier("Swin", "Swin", _SWIN),
-    _classifier("ConvNeXt", "ConvNext", _CONVNEXT),
-    _classifier("SegFormer", "Segformer", _SEGFORMER),
-    _classifier("DINOv2 with registers", "Dinov2WithRegisters", mlp_ratio=2),
-    _classifier("DeiT", "DeiT"),
-    _classifier("BEiT", "Beit", use_relative_position_bias=True, drop_path_rate=0.0),
-    _classifier("ConvNeXt V2", "ConvNextV2", _CONVNEXT),
-    _classifier("FocalNet", "FocalNet", _SWIN, focal_levels=[2, 2], focal_windows=[3, 3]),
-    _classifier(
+    classifier("ViT", "ViT"),
+    classifier("DINOv2", "Dinov2", mlp_ratio=2),
+    classifier("Swin", "Swin", _SWIN),
+    classifier("ConvNeXt", "ConvNext", _CONVNEXT),
+    classifier("SegFormer", "Segformer", _SEGFORMER),
+    classifier("DINOv2 with registers", "Dinov2WithRegisters", mlp_ratio=2),
+    classifier("DeiT", "DeiT"),
+    classifier("BEiT", "Beit", use_relative_position_bias=True, drop_path_rate=0.0),
+    classifier("ConvNeXt V2", "ConvNextV2", _CONVNEXT),
+    classifier("FocalNet", "FocalNet", _SWIN, focal_levels=[2, 2], focal_windows=[3, 3]),
+    classifier(
         "Hiera",
         "Hiera",
         {"embed_dim": 12, "image_size": [32, 32], "num_labels": 5},
@@ -134,8 +135,8 @@ IMAGES = [
         query_stride=[2, 2],
         drop_path_rate=0.0,
     ),
-    _classifier("PoolFormer", "PoolFormer", _CONVNEXT, drop_path_rate=0.0),
-    _classifier(
+    classifier("PoolFormer", "PoolFormer", _CONVNEXT, drop_path_rate=0.0),
+    classifier(
         "CvT",
         "Cvt",
         {"embed_dim": [8, 16, 24], "depth": [1, 2, 3], "num_labels": 5},
@@ -145,7 +146,7 @@ IMAGES = [
         attention_drop_rate=[0.0] * 3,
         mlp_ratio=[2.0] * 3,
     ),
-    _classifier(
+    classifier(
         "MobileNet V1",
         "MobileNetV1",
         {"depth_multiplier": 0.25, "num_labels": 5},
@@ -153,28 +154,28 @@ IMAGES = [
         image_size=32,
         min_depth=8,
     ),
-    _classifier(
+    classifier(
         "MobileNet V2",
         "MobileNetV2",
         {"depth_multiplier": 0.25, "num_labels": 5},
         classifier_dropout_prob=0.0,
         image_size=32,
     ),
-    _classifier(
+    classifier(
         "ResNet",
         "ResNet",
         {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32]},
         depths=[1, 1, 2, 1],
         num_labels=5,
     ),
-    _classifier(
+    classifier(
         "BiT",
         "Bit",
         {"embedding_size": 32, "hidden_sizes": [128, 128, 256, 256]},
         depths=[1, 1, 1, 1],
         num_labels=5,
     ),
-    _classifier(
+    classifier(
         "SwiftFormer",
         "SwiftFormer",
         {"embed_dims": [8, 16, 24, 32], "num_labels": 5},
@@ -183,7 +184,7 @@ IMAGES = [
         drop_path_rate=0.0,
         size=64,
     ),
-    _classifier(
+    classifier(
         "EfficientNet",
         "EfficientNet",
         {"width_coefficient": 0.25, "num_labels": 5},
@@ -193,7 +194,7 @@ IMAGES = [
         dropout_rate=0.0,
         drop_connect_rate=0.0,
     ),
-    _classifier(
+    classifier(
         "SegFormer, pixels",
         "Segformer",
         _SEGFORMER,
@@ -234,7 +235,7 @@ IMAGES = [
         logits,
         None,
     ),
-    _classifier(
+    classifier(
         "VideoMAE",
         "VideoMAE",
         _FRAMES,
@@ -242,7 +243,7 @@ IMAGES = [
         tubelet_size=2,
         model="VideoMAEForVideoClassification",
     ),
-    _classifier(
+    classifier(
         "ViViT",
         "Vivit",
         _FRAMES,
@@ -250,7 +251,7 @@ IMAGES = [
         tubelet_size=[2, 8, 8],
         model="VivitForVideoClassification",
     ),
-    _classifier(
+    classifier(
         "TimeSformer",
         "Timesformer",
         _FRAMES,

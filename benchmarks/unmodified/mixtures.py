@@ -107,5 +107,6 @@ MIXTURES = [
         chunk_size=8,
         use_cache=False,
         masked=False,
+        length_fixed="it asks whether the length is whole chunks",
     ),
 ]

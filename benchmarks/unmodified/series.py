@@ -28,6 +28,8 @@ _PROBABLE = {
     "scaling": "mean",
 }
 
+_SHARED_DELAYS = "its attention takes the delays that are strongest in the mean over the batch"
+
 
 def _series(*names: str) -> Callable[..., Batch]:
     """A past of 16 steps of 3 channels, and a future of 4."""
@@ -95,17 +97,18 @@ SERIES = [
     *(
         Entry(
             name,
-            of("transformers", f"{kind}ForPrediction", f"{kind}Config", **_PROBABLE),
+            of("transformers", f"{kind}ForPrediction", f"{kind}Config", **_PROBABLE, **more),
             _probable,
             inside,
             lambda output: output.params[0],
             None,
-            dtype=dtype,
+            dtype=torch.float32 if whole_batch else torch.float64,
+            whole_batch=whole_batch,
         )
-        for name, kind, dtype in (
-            ("Time Series Transformer", "TimeSeriesTransformer", torch.float64),
-            ("Autoformer", "Autoformer", torch.float32),
-            ("Informer", "Informer", torch.float64),
+        for name, kind, whole_batch, more in (
+            ("Time Series Transformer", "TimeSeriesTransformer", "", {}),
+            ("Autoformer", "Autoformer", _SHARED_DELAYS, {"label_length": 4}),
+            ("Informer", "Informer", "", {}),
         )
     ),
 ]
