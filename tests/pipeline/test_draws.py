@@ -182,6 +182,24 @@ def test_a_recomputation_that_is_another_is_refused(kind: str) -> None:
     assert kind == "rare" or all(p.grad is None for p in pipe.parameters())
 
 
+def test_every_microbatch_is_compared_in_its_turn() -> None:
+    """Found silent: after the first calls, only the first microbatch's recomputation was."""
+    on, numbers = [False], itertools.count(1)
+    cell = Noisy(lambda: float(next(numbers)) if on[0] else 1.0)
+    cell.register_forward_pre_hook(lambda _, given: on.__setitem__(0, late and given[0][0, 0] == 2))
+    plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=3, recompute="always")
+    cells = [cell, nn.Linear(WIDTH, 2).double()]
+    pipe = stagewise.Pipeline(cells, plan, loss=lambda output, target: output.square().mean())
+    x = torch.arange(3.0).repeat_interleave(2)[:, None].expand(6, WIDTH).double()
+    late = False
+    for _ in range(9):
+        pipe.step(x, target=x)
+    late = True
+    with pytest.raises(CellError, match="computed something else when it recomputed microbatch 2"):
+        for _ in range(3):
+            pipe.step(x, target=x)
+
+
 def test_a_cell_elsewhere_may_draw_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found silent: only the device's own generator was seeded."""
     elsewhere = torch.Generator()

@@ -679,8 +679,11 @@ class Keeps(nn.Module):
         return {"y": z, "kept": Kept([Kept([y], 1), {"z": z}], 2)}
 
 
-def pipeline(model: nn.Module, num_microbatches: int) -> stagewise.Pipeline:
-    cells = len(stagewise.capture(model, torch.randn(4, 4)).chain)
+def pipeline(
+    model: nn.Module, num_microbatches: int, example: Tensor | None = None
+) -> stagewise.Pipeline:
+    example = torch.randn(4, 4) if example is None else example
+    cells = len(stagewise.capture(model, example).chain)
     balance = (1, cells - 1) if cells > 1 else (1,)
     plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=num_microbatches)
     return stagewise.Pipeline(
@@ -748,17 +751,20 @@ class Positions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("table", torch.randn(4, 4))
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("table", torch.rand(16))
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
+        at = self.table[: x.shape[1], None] * torch.ones_like(x)[..., None]
+        y = self.embed(x)
         for layer in self.layers:
-            x = layer(x + self.table[: x.shape[1]].sum(0)).tanh()
-        return x
+            y = layer(y * at.cos()).tanh()
+        return y
 
 
 def test_a_buffer_that_no_cell_changes_may_be_read_by_all() -> None:
-    model, x = Positions(), torch.randn(4, 4)
-    pipe = pipeline(model, 2)
+    model, x = Positions(), torch.randint(0, 9, (4, 6))
+    pipe = pipeline(model, 2, x)
     assert pipe.plan.num_stages == 2
     torch.testing.assert_close(pipe.step(x), model(x).square().mean().detach())

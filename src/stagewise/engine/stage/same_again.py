@@ -3,8 +3,8 @@
 Problem: a cell that draws from a generator it creates itself, advances an iterator, counts its
 calls or reads the clock computes something else when it runs again.
 Idea: the forward keeps a few numbers of every output, to compare with the recomputation's.
-Examined calls compare all microbatches, others only the first, and only on the CPU: elsewhere the
-comparison would synchronise with the device.
+Examined calls compare all microbatches, others one, each in its turn, and only on the CPU:
+elsewhere the comparison would synchronise with the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,9 @@ class Sampled:
 
 def sampled(outputs: Sequence[torch.Tensor], m: int, work: Work) -> Sampled | None:
     """Sample microbatch m's outputs, which will be recomputed; None if they are not compared."""
-    if work.look is None and (m or any(output.device.type != "cpu" for output in outputs)):
+    if work.look is None and (
+        m != work.compared or any(output.device.type != "cpu" for output in outputs)
+    ):
         return None
     return Sampled([_some_of(output).clone() for output in outputs])
 

@@ -130,6 +130,7 @@ class Work:
     stand_ins: StandIns = NO_STAND_INS
     batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
     look: Look | None = None
+    compared: int = 0  # without a look, the microbatch whose recomputation is compared
     record: Record = field(default_factory=Record)
 
     def again(self, device: torch.device) -> Again:

@@ -191,6 +191,7 @@ class Runner:
             randomness={d: CellRandomness(self._seed, step, d, self._draws) for d in self._devices},
             batchnorms=self._batchnorms,
             look=look,
+            compared=self._num_calls[mode] % len(sizes),
             record=record,
         )
 
