@@ -120,7 +120,7 @@ CARRIED: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "a calibration": ("changes scale", lambda: Does(calibrated, scale=None)),
     "numbers": ("array, number", lambda: Does(written, number=torch.ones(1), array=np.ones(1))),
     "an iterator": ("changes steps", lambda: Does(following, steps=iter([*range(1, 99)]))),
-    "a generator": ("nothing that it ch", lambda: Does(following, steps=(i for i in range(9)))),
+    "a generator": ("without a visible ch", lambda: Does(following, steps=(i for i in range(9)))),
 }
 
 

@@ -1,12 +1,12 @@
-"""What a cell's code carries from one microbatch to another, or leaves for another cell.
+"""Find state that a cell's code carries from one microbatch to another, or leaves for another cell.
 
-Problem: a counter, a hidden state or an average that forward changes advances once per microbatch,
-where the plain model's advances once; a mask that one cell leaves in an object is the last
-microbatch's when a cell of another stage reads it, and nothing on another rank.
-Idea: two microbatches of a call are run again, the first with what the second left, the second
-with what the first found. A cell that gives something else carries something over, seen or not;
-what is changed anew at every call is a counter. A cache, a mask made once, and what every forward
-overwrites do no harm. All that was seen is put back.
+Problem: a counter, a hidden state or an average that forward updates advances once per microbatch,
+where the plain model's advances once per step; a mask that one cell stores in an object is the last
+microbatch's when a cell of another stage reads it, and missing on another rank.
+Idea: run two microbatches of a call again, the first with the state that the second left, the
+second with the state from before the first. A cell whose output differs carries state, visible or
+not; a value that changes in every call is a counter. Caches, such as a mask made once, and values
+that every forward overwrites are harmless. All visible state is restored.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, snapshot
 from stagewise.model.forward.visible import Sight
 
 Forward = Callable[..., object]
-Differs = Callable[[], bool]  # whether it gives something else, run again on one microbatch
-Again = Callable[[], AbstractContextManager[None]]  # what runs inside runs as it ran before
-Compare = Callable[[object], Callable[[object], bool]]  # whether another output than one differs
-_NUM_RUNS = 2  # that are looked at in a call
+Differs = Callable[[], bool]  # reruns one microbatch: whether the output differs
+Again = Callable[[], AbstractContextManager[None]]  # a context in which code runs as it did before
+Compare = Callable[[object], Callable[[object], bool]]  # output -> whether another one differs
+_NUM_RUNS = 2  # microbatches examined per call
 
 
 @dataclass(frozen=True)
 class WatchedCode:
-    """A cell or the loss function: its place among them, its stage, a name, and what runs."""
+    """A cell or the loss function: its index, stage, name, and the code that runs."""
 
     index: int
     stage: int
@@ -42,7 +42,7 @@ class WatchedCode:
 
 @dataclass(frozen=True)
 class _Run:
-    """One forward: what was seen before and after it, and how to try it again."""
+    """One forward: snapshots before and after it, and a callable to repeat it."""
 
     before: Snapshot
     after: Snapshot
@@ -51,26 +51,26 @@ class _Run:
 
 @dataclass(kw_only=True)
 class Carried:
-    """Looks at the first microbatches of one call, through all codes of a rank."""
+    """Examines the first microbatches of one call, in all cells and the loss of a rank."""
 
-    sights: dict[int, Sight]  # by code; kept from call to call
-    is_first: bool  # of its mode: also what cannot be seen is found
+    sights: dict[int, Sight]  # by index of the code; kept between calls
+    is_first: bool  # the first call of its mode, which also searches for invisible state
     last_stage: int = -1
-    found: dict[str, str] = field(default_factory=dict)  # by what is wrong, in words
+    found: dict[str, str] = field(default_factory=dict)  # what is wrong -> message
     _runs: dict[int, list[_Run]] = field(default_factory=dict)
     _codes: dict[int, WatchedCode] = field(default_factory=dict)
 
     def watched(
         self, code: WatchedCode, forward: Forward, again: Again | None, compare: Compare
     ) -> Forward:
-        """`forward` of `code`, looked at; where there is an `again`, it can be run once more."""
+        """Return `forward` of `code`, wrapped to be examined; `again` allows rerunning it."""
 
         def watched(*given: object) -> object:
             if len(self._runs.get(code.index, ())) >= _NUM_RUNS:
                 return forward(*given)
             before, taken = self._snapshot(code), _versions(given)
             output = forward(*given)
-            if _versions(given) != taken:  # it changes its input in place
+            if _versions(given) != taken:  # its input was changed in place
                 return output
             differs = None if again is None else _try(forward, given, again, compare(output))
             with warnings.catch_warnings(), contextlib.suppress(Exception):
@@ -93,7 +93,7 @@ class Carried:
         return snapshot(self.sights[code.index], code.runs)
 
     def _kept(self, code: WatchedCode, first: _Run, second: _Run) -> Iterator[tuple[str, str]]:
-        """What it keeps for itself."""
+        """Yield problems with state that the code keeps for itself."""
         own = changed(first.before, first.after) | changed(second.before, second.after)
         now = second.after
         if first.differs is None or second.differs is None or not (own or self.is_first):
@@ -116,7 +116,7 @@ class Carried:
             yield f"{code.name} counts", _counts(code.name, places)
 
     def _left(self, code: WatchedCode, own: _Run) -> Iterator[tuple[str, str]]:
-        """What it reads of what others leave."""
+        """Yield problems with state that others leave and the code reads."""
         for index, runs in self._runs.items():
             other = self._codes[index]
             if index == code.index or (other.stage == code.stage and index < code.index):
@@ -143,12 +143,12 @@ class Carried:
                 try:
                     if own.differs():
                         return True
-                except Exception:  # it takes no other microbatch's
+                except Exception:  # fails with another microbatch's state
                     return True
         return False
 
     def look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
-        """Call at the end: what does another rank's code, by its name, see of what was left?"""
+        """Call at the end: find state left here that another rank's code (by name) can see."""
         with contextlib.suppress(Exception):
             self._look_elsewhere(codes)
 
@@ -171,7 +171,7 @@ class Carried:
 
     @contextlib.contextmanager
     def _put_back(self, code: WatchedCode, now: Snapshot) -> Iterator[None]:
-        """Try something inside; what can be seen is `now` again afterwards."""
+        """Experiment inside; restore the visible state `now` afterwards."""
         now.lend()
         try:
             yield
@@ -199,34 +199,33 @@ def _try(
 
 def _follows(name: str, places: tuple[str, ...]) -> str:
     what = (
-        f"changes {', '.join(places[:3])} in forward and gives something else for the same "
-        "microbatch afterwards"
+        f"changes {', '.join(places[:3])} in forward and then returns something else for the same "
+        "microbatch"
         if places
-        else "gives something else when it runs again on the same microbatch, though nothing that "
-        "it changes can be seen (the next of an iterator, a generator of its own making, the time)"
+        else "returns something else when it runs again on the same microbatch, without a visible "
+        "change of state (an iterator's next item, a generator that it creates itself, the time)"
     )
     return (
-        f"{name} {what}: that happens once per microbatch, and results depend on how many there "
-        "are, where the plain model does it once per step; change it outside of forward, once per "
-        "step, pass it in with the batch and return it, or plan with num_microbatches=1"
+        f"{name} {what}: that happens once per microbatch, so results depend on their number, "
+        "where the plain model does it once per step; change it outside forward, once per step, "
+        "pass it in with the batch and return it, or plan with num_microbatches=1"
     )
 
 
 def _counts(name: str, places: tuple[str, ...]) -> str:
     return (
         f"{name} changes {', '.join(places[:3])} in every forward, once per microbatch, where the "
-        "plain model does it once per step; where anything is computed from it, as by annealing, "
-        "results depend on the number of microbatches: change it outside of forward, once per "
-        "step, or plan with num_microbatches=1"
+        "plain model does it once per step; if anything is computed from it, as in annealing, "
+        "results depend on the number of microbatches: change it outside forward, once per step, "
+        "or plan with num_microbatches=1"
     )
 
 
 def _leaves(name: str, places: tuple[str, ...], reader: str, *, sure: bool) -> str:
     return (
         f"{name} leaves {', '.join(places[:3])} behind in forward, and {reader} "
-        f"{'reads' if sure else 'may read'} it: that may "
-        "be another microbatch's by then, and on another rank nothing arrives; return it with the "
-        "value, or pass it as a skip (stash and pop)"
+        f"{'reads' if sure else 'may read'} it: by then it may be another microbatch's, and it "
+        "does not reach other ranks; return it with the value, or pass it as a skip (stash and pop)"
     )
 
 

@@ -1,8 +1,8 @@
-"""Places that a forward can write to besides its tensors, and what is in them.
+"""Slots: places other than tensors that a forward can write to, and their contents.
 
-Those are attributes of modules, objects and classes, entries of containers, closures' variables,
-and globals of the user's own code. A place has the same key whoever sees it, so that what one cell
-writes is found again in what another one sees. Parameters are none.
+They are attributes of modules, objects and classes, entries of containers, closure variables, and
+globals of the user's own code. A slot has the same key from every cell's point of view, so that one
+cell's writes are recognised in what another one sees. Parameters are not slots.
 """
 
 import itertools
@@ -21,19 +21,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stagewise.model.forward.contents import PLAIN, Frozen, Item, frozen
 from stagewise.model.forward.visible import HOOKS, Node, Sight
 
-Key = tuple[int, object]  # the id of what holds it, and its name there
+Key = tuple[int, object]  # the holder's id, and the name in it
 _ABSENT = object()
-_MOST_BYTES, _MOST_ITEMS = 1 << 24, 4096  # of a tensor that is copied, of a dict that is looked at
-_DEPTH = 4  # of values that are compared
+_MOST_BYTES, _MOST_ITEMS = 1 << 24, 4096  # of a copied tensor, of an inspected dict
+_DEPTH = 4  # of compared values
 _SEQUENCES = (list, deque, set)
 _CODE = (ModuleType, FunctionType, type, nn.Module, nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One such place: what stands there, and a `copy` that later changes in place do not reach.
+    """One slot: its value, and a `copy` that later in-place changes do not affect.
 
-    `write` puts something there; `holder` keeps the key's id in use.
+    `write` stores a value in it; `holder` is kept alive so that the key's id is not reused.
     """
 
     name: str
@@ -41,24 +41,24 @@ class Slot:
     value: object
     copy: object
     write: Callable[[Any], None]
-    kind: str  # "hook": only a hook of a module sees it; "buffer"; "statistic", BatchNorm's; or ""
-    mark: object  # what changes with the value, where that alone does not tell
+    kind: str  # "hook" (only a module's hook sees it), "buffer", "statistic" (BatchNorm's) or ""
+    mark: object  # changes with values whose change is not visible otherwise
 
     def fresh(self) -> object:
-        """Another copy."""
+        """Return another copy."""
         copies: Any = self.copy
         return [*map(_copy, copies)] if isinstance(self.holder, _SEQUENCES) else _copy(copies)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All places that were seen, and what holds places, by id."""
+    """All visible slots, and the ids of their holders."""
 
     slots: dict[Key, Slot]
     holders: set[int]
 
     def put(self, keys: Iterable[Key], now: "Snapshot") -> None:
-        """Let the places `keys` hold copies of what they held; `now` is what is seen."""
+        """Write copies of the values of slots `keys` back; `now` is the current snapshot."""
         for key in keys:
             slot = self.slots.get(key)
             if slot is not None:
@@ -67,13 +67,13 @@ class Snapshot:
                 now.slots[key].write(_ABSENT)
 
     def lend(self) -> None:
-        """Let all places hold copies, so that what is written in place is written to those."""
+        """Write copies into all slots, so that in-place changes affect only those."""
         for slot in self.slots.values():
             if slot.copy is not slot.value:
                 slot.write(slot.fresh())
 
     def put_back(self, now: "Snapshot") -> None:
-        """Let all places hold what they held; `now` is what is seen."""
+        """Restore all slots; `now` is the current snapshot."""
         for key in changed(self, now):
             if key not in self.slots:
                 now.slots[key].write(_ABSENT)
@@ -83,7 +83,7 @@ class Snapshot:
 
 
 def snapshot(sight: Sight, code: Any) -> Snapshot:
-    """All that `code`, a module or a function, can write to, as it is now."""
+    """Return the current slots that `code`, a module or a function, can write to."""
     found, holders = dict[Key, Slot](), set[int]()
     for node in sight.walk(code):
         holders.update(map(id, _stores(node.value)))
@@ -93,7 +93,7 @@ def snapshot(sight: Sight, code: Any) -> Snapshot:
 
 
 def changed(before: Snapshot, after: Snapshot) -> set[Key]:
-    """The places that differ, in what was there both times."""
+    """Return the slots that differ, among holders that exist in both snapshots."""
     found = set()
     for key in {**before.slots, **after.slots}:
         one, other = before.slots.get(key), after.slots.get(key)
@@ -106,7 +106,7 @@ def changed(before: Snapshot, after: Snapshot) -> set[Key]:
 
 
 def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:
-    """The places that something holds."""
+    """Yield the slots of an object."""
     value: Any = node.value
     kind = "hook" if any(f".{kind}[" in f".{node.path}" for kind in HOOKS) else ""
     for label, holder, name in _holders(value, node.items):
@@ -131,7 +131,7 @@ def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:
 
 
 def _stores(value: Any) -> list[Any]:
-    """What of a value holds places by name."""
+    """Return the parts of a value that hold slots by name."""
     own = getattr(value, "__dict__", None)
     if isinstance(value, (dict, type, *_SEQUENCES)):
         return [value]
@@ -143,7 +143,7 @@ def _stores(value: Any) -> list[Any]:
 
 
 def _holders(value: Any, items: Sequence[Item]) -> Iterator[tuple[str, Any, object]]:
-    """Labels of what can be seen in a value, what holds each, and its name there."""
+    """Yield (label, holder, name in it) of everything visible in a value."""
     if isinstance(value, dict):
         for key in itertools.islice(value, _MOST_ITEMS):
             yield f"[{key!r}]" if isinstance(key, PLAIN) else "[...]", value, key
@@ -175,13 +175,13 @@ def _of_function(value: FunctionType, label: str) -> Iterator[tuple[str, Any, ob
 
 
 def _as_written(path: str) -> str:
-    """A path as code has it."""
+    """Return a path as it is written in code."""
     *_, last = path.split(" ")
     return last.replace("__class__.", "").lstrip(".")
 
 
 def _copy(value: Any) -> Any:
-    """A tensor or an array of its own, unless it is large; anything else is itself."""
+    """Copy a tensor or array, unless it is large; return anything else as it is."""
     if isinstance(value, torch.Tensor):
         plain = value.layout is torch.strided and not isinstance(value, nn.Parameter)
         return value.detach().clone() if plain and value.nbytes <= _MOST_BYTES else value
@@ -242,7 +242,7 @@ def _same(one: Slot, other: Slot) -> bool:
 
 
 def alike(one: Any, other: Any, depth: int = _DEPTH) -> bool:
-    """Whether two values are equal, or are the same object."""
+    """Return whether two values are equal, or the same object."""
     if one is other:
         return True
     same_kind = type(one) is type(other) or (
