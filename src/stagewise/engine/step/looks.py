@@ -182,7 +182,9 @@ class Looks:
                     f"others are finite and the whole batch's is: {what}; "
                     + ("" if by_target else "let the model return its outputs, and ")
                     + ("give Pipeline " if by_target else "give Pipeline the loss function and ")
-                    + f"weight=lambda target: {code}, by which such a microbatch counts nothing"
+                    + f"weight=lambda target: {code}, by which such a microbatch counts nothing "
+                    "(whether others then count as in the whole batch was not tried: the next look "
+                    "at this weight tells)"
                 )
         return None
 
