@@ -88,7 +88,7 @@ def test_replicas(replicas: tuple[int, ...], pools: Pools) -> None:
             assert row.identical or (summed and row.configuration.replicas)
     for report in everywhere:
         assert all(row.configuration.replicas for row in report.rows)
-        assert "but for the order in which replicas sum gradients" in report.summary()
+        assert "except for the order in which replicas sum gradients" in report.summary()
     assert len(local.configurations) == 4
 
 
