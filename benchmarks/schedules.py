@@ -71,7 +71,7 @@ def main(
     message = f"a message: {link.overhead_seconds * 1e6:.0f} us of its sender's time, then "
     message += f"{link.latency_seconds * 1e6:.0f} us on its way"
     words = ", ".join(f"{kind} {cost * 1e6:.0f} us" for kind, cost in asdict(overhead).items())
-    notes = (*NOTES, message, f"an instruction takes beyond its cells: {words}")
+    notes = (*NOTES, message, f"overhead per instruction: {words}")
     print_rows("schedules on 8 emulated devices", rows, as_json=json, notes=notes)
 
 

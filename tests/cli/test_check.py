@@ -46,13 +46,13 @@ def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--stages", "1,two"), "--stages '1,two' is no list of numbers"),
+        (("--stages", "1,two"), "--stages '1,two' is not a list of positive"),
         (("--stages", "11"), "use at most 10 stages"),
-        (("--microbatches", "0"), "--microbatches '0' is no list of numbers from 1"),
+        (("--microbatches", "0"), "--microbatches '0' is not a list of positive integers"),
         (("--microbatches", "9"), "8 samples cannot fill 9 microbatches"),
         (("--schedule", "zigzag"), "there is no schedule 'zigzag'; choose one of 1f1b, breadth"),
         (("--stages", "2", "--devices", "2"), "--stages and --devices were both given"),
-        (("--recompute", "often"), "--recompute has no 'often'"),
+        (("--recompute", "often"), "no recompute policy 'often'"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -69,7 +69,7 @@ def test_a_model_on_the_meta_device_is_cut_by_size(tmp_path: Path) -> None:
     code, out, err = run_command("plan", recipe, "--stages", "1", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert "stage 0: 10 cells (0 to 9)" in out
-    assert "predicted: nothing, since a model on the meta device cannot be measured" in out
+    assert "predicted: nothing, because a model on the meta device cannot be measured" in out
 
 
 def test_more_stages_than_cells(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_json_is_a_plan_that_trains(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert code == 0, err
-    assert "go on with: stagewise train" in out and "--plan plan.json" in out
+    assert "continue with: stagewise train" in out and "--plan plan.json" in out
 
 
 def test_one_screen_says_what_to_decide(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (("--schedule", "auto", "--stages", "2"), "but --stages was given"),
         (("--recompute", "auto", "--balance", "5,5"), "but --balance was given"),
         (("--recompute", "auto", "--schedule", "zigzag"), "no schedule 'zigzag'; choose one of"),
-        (("--microbatches", "4,x"), "--microbatches '4,x' is no number from 1"),
+        (("--microbatches", "4,x"), "--microbatches '4,x' is not a positive integer"),
         (("--memory", "many"), "--memory"),
         (("--schedule", "auto", "--devices", "64", "--device", "h100"), "cannot fill 64 devices"),
     ],

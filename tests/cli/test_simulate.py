@@ -56,8 +56,8 @@ def test_an_idle_replica_round_trips_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--replicas", "1,x"), "--replicas '1,x' is no list of numbers from 1"),
-        (("--replicas", "1,0"), "--replicas '1,0' is no list of numbers from 1"),
+        (("--replicas", "1,x"), "--replicas '1,x' is not a list of positive integers"),
+        (("--replicas", "1,0"), "--replicas '1,0' is not a list of positive integers"),
         (("--replicas", "1,2", "--stages", "3"), "imply 2 stages, but 3 were asked for"),
         (("--replicas", "1,2", "--devices", "4"), "imply 3 devices, but 4 were asked for"),
         (("--replicas", "1,2", "--schedule", "zb_h1"), "choose one of 1f1b, gpipe, or leave"),
@@ -80,7 +80,7 @@ def test_every_schedule_is_drawn_with_its_closed_form(name: str) -> None:
 
 def test_where_the_closed_form_does_not_hold() -> None:
     shown = run("--schedule", "zb_v", "--weight", "0.5").stdout
-    assert "idle (K-1)F (F = I = W, M >= K), which is not so here" in shown
+    assert "idle (K-1)F (F = I = W, M >= K), which does not apply here" in shown
 
 
 def test_halves_of_the_backward() -> None:
@@ -195,14 +195,14 @@ def test_text_is_the_schedules_text_form() -> None:
     ("arguments", "message"),
     [
         ("--schedule zigzag", "there is no schedule 'zigzag'; choose one of 1f1b, breadth_first"),
-        ("--schedule zigzag", "or give a file that holds one, such as zigzag.txt"),
+        ("--schedule zigzag", "or give a file that contains one, such as zigzag.txt"),
         ("--schedule zb_v --stages 3", "zb_v has 2 stages on each device, so 3 stages are not"),
         ("--schedule zb_v --stages 6 --devices 2", "6 stages and 2 devices disagree: zb_v has 2"),
         ("--schedule interleaved --stages 6 --devices 4", "disagree: interleaved has any number"),
         ("--stages-per-device 2", "disagree: 1f1b has 1 stages on each device"),
         ("--stages 5 --stages-per-device 2", "--stages 5 is not --stages-per-device 2 times 2"),
-        ("--schedule a.txt --stages-per-device 2", "a file says it itself"),
-        ("--weight 3", "--weight has 3 seconds of a backward of 2; it is a part of --backward"),
+        ("--schedule a.txt --stages-per-device 2", "a file fixes its own number"),
+        ("--weight 3", "--weight is 3 seconds, but the backward that it is part of is only 2"),
         ("--weight 1,2", "--weight 1,2 gives 2 costs for 4 stages"),
         ("--recompute maybe", "there is no recompute policy 'maybe'; choose one of always, exc"),
         ("--forward 1,2", "--forward 1,2 gives 2 costs for 4 stages; give one cost for all"),
@@ -232,5 +232,5 @@ def test_less_than_one_of_anything_is_refused(option: str) -> None:
 def test_help_explains_and_gives_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    assert "no model, no" in result.stdout
+    assert "without model or" in result.stdout
     assert "stagewise simulate --devices 4 --microbatches 8" in result.stdout

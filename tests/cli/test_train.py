@@ -70,7 +70,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
         command.interrupt()
         code, out, err = command.finish()
     assert code == 130, err
-    assert err == "\nstopping after this step; once more to stop at once\n"
+    assert err == "\nstopping after this step; repeat to stop at once\n"
     assert "stopped after step" in out
     run = tmp_path / "runs/tiny"
     (last,) = sorted((run / "checkpoints").iterdir())[-1:]
@@ -135,7 +135,7 @@ def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(tmp_path: Path) -> None
         os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
         code, out, err = command.finish()
     assert (code, err) == (130, "")
-    assert "go on with: stagewise train" in out
+    assert "continue with: stagewise train" in out
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_recipe_without_loss(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, ("def loss(", "def lossy("))
     code, _, err = run_command("train", recipe, cwd=tmp_path)
     assert code == 2
-    assert "defines no loss; add it, for example:\n\ndef loss(output, target):" in err
+    assert "has no loss; add it, for example:\n\ndef loss(output, target):" in err
 
 
 def test_resume_of_another_model_and_of_a_taken_directory(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_resume_of_another_model_and_of_a_taken_directory(tmp_path: Path) -> Non
     assert run_command("train", recipe, *one, cwd=tmp_path)[0] == 0
     code, _, err = run_command("train", recipe, *one, cwd=tmp_path)
     assert code == 2
-    assert "run holds the checkpoints of a run of 2 steps; go on from there" in err
+    assert "run already has the checkpoints of a run of 2 steps; resume it" in err
     wider = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 9"), name="wider.py")
     code, _, err = run_command("train", wider, "--resume", "run", "--steps", "4", cwd=tmp_path)
     assert code == 2
@@ -192,9 +192,11 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
     with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
         code, out, err = command.finish()
     assert code == 0, err
-    assert out.count("go on with") == 1
+    assert out.count("continue with") == 1
     arguments = (*arguments, "--stages", "3")
     with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
         code, _, err = command.finish()
     assert code != 0
-    assert err.count("torchrun has started 2 workers but the schedule is for 3") == 1
+    assert (
+        err.count("torchrun has started 2 workers, but the schedule needs one for each of 3") == 1
+    )

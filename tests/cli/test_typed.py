@@ -51,11 +51,11 @@ def test_a_file_says_its_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "problem"),
     [
-        (Typed(microbatches="0"), "'0' is no number from 1"),
+        (Typed(microbatches="0"), "'0' is not a positive integer"),
         (Typed(microbatches="many"), "write one, such as --microbatches 8"),
         (Typed(microbatches="auto", schedule="mine.txt"), "mine.txt is a file for one"),
-        (Typed(balance="half"), "--balance 'half' is no list of numbers"),
-        (Typed(replicas="1,0"), "--replicas '1,0' is no list of numbers from 1"),
+        (Typed(balance="half"), "--balance 'half' is not a list of positive"),
+        (Typed(replicas="1,0"), "--replicas '1,0' is not a list of positive integers"),
         (Typed(recompute="auto"), "takes one schedule, policy and number of microbatches"),
         (Typed(microbatches="4,8"), "takes one schedule, policy and number of microbatches"),
     ],

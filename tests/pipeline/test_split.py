@@ -288,7 +288,7 @@ def costs(example: str, num_microbatches: int = 4) -> tuple[CellCost, ...]:
     part = first_microbatch((inputs, target, {}), 16 // num_microbatches)
     return profile(
         chain_of(build(example)),
-        *part,  # type: ignore[arg-type]
+        part,  # type: ignore[arg-type]
         loss=EXAMPLES[example].loss,
         device=CPU,
         seconds=0.0,

@@ -38,9 +38,7 @@ def measured_bytes(
 ) -> list[tuple[object, ...]]:
     costs = profile(
         chain_of(model),
-        inputs,
-        target,
-        kwargs,
+        (inputs, target, kwargs),
         loss=loss,
         device=torch.device("cpu"),
         seconds=0.0,

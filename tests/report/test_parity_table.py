@@ -63,7 +63,7 @@ def test_verdicts() -> None:
 
 
 DRAWN = [
-    "Relative difference to the plain model (float64, round-off to 1e-10)",
+    "Relative difference to the plain model (float64, round-off up to 1e-10)",
     "                                                   identical across",
     " quantity            full batch   by microbatch              stages     verdict",
     " ──────────────────────────────────────────────────────────────────────────────",

@@ -18,6 +18,4 @@ def test_what_instructions_take_beyond_their_cells_is_said_where_it_is_known() -
         num_microbatches=1,
         cells=with_instruction_overhead(CELLS, overhead),
     )
-    assert cells_table(known).caption == (
-        "an instruction takes beyond its cells: forward 2 ms, backward -80 us"
-    )
+    assert cells_table(known).caption == ("overhead per instruction: forward 2 ms, backward -80 us")

@@ -90,7 +90,7 @@ def test_half_written_is_not_found_and_the_last_two_are_kept(tmp_path: Path) -> 
 def test_absent(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist; give the directory"):
         run_folder.find(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         run_folder.find(tmp_path)
 
 

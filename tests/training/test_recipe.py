@@ -33,7 +33,7 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model", "data", "loss", "optimizer"])
 def test_a_lacking_function_is_named_with_an_example(tmp_path: Path, name: str) -> None:
     path = write_recipe(tmp_path, (f"def {name}(", f"def my_{name}("))
-    with pytest.raises(RecipeError, match=rf"defines no {name}; add it(.|\n)*def {name}\("):
+    with pytest.raises(RecipeError, match=rf"has no {name}; add it(.|\n)*def {name}\("):
         load_recipe(path)
 
 
@@ -70,7 +70,7 @@ def test_wrong_meta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("cells = 'layers.*'", r"cells in .* is 'layers\.\*'; it must be a list of the names"),
+        ("cells = 'layers.*'", r"cells in .* is 'layers\.\*'; it must be a list of module names"),
         ("cells = ['0', '1']; meta = True", r"has meta = True and cells; .* leave one of them out"),
     ],
 )

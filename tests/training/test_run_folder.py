@@ -47,7 +47,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(
         find_undamaged(last)
     checkpoint, told = find_undamaged(tmp_path)
     assert checkpoint.step == 1
-    assert len(told) == 1 and "step-00000002 is damaged and was set aside" in told[0]
+    assert len(told) == 1 and "step-00000002 is damaged and was renamed" in told[0]
     assert find_undamaged(tmp_path) == (checkpoint, [])
     assert (last.parent / "step-00000002.damaged").is_dir(), "nothing is lost"
 
@@ -57,7 +57,7 @@ def test_a_description_names_files_of_its_folder_only(tmp_path: Path, name: str)
     (tmp_path / "step").mkdir()
     fields = {"step": 1, "seed": 0, "parameter_shapes": {}, "files": {name: "0"}}
     (tmp_path / "step" / DESCRIPTION).write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match="is no file in its folder"):
+    with pytest.raises(CheckpointError, match="is not a file in its folder"):
         find_undamaged(tmp_path / "step")
 
 
@@ -83,7 +83,7 @@ def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
 def test_all_damaged(tmp_path: Path) -> None:
     run_of(tmp_path, 1)
     next((tmp_path / DIRECTORY / "step-00000001").glob("*.distcp")).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
         find_undamaged(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_the_last_finite_one_is_never_dropped_and_gone_on_from(tmp_path: Path) -
     newest = latest(tmp_path)
     assert newest is not None and newest.step == 2
     checkpoint, told = find_undamaged(tmp_path)
-    assert checkpoint.step == 2 and "step-00000005 holds numbers that are not finite" in told[0]
+    assert checkpoint.step == 2 and "step-00000005 has non-finite numbers" in told[0]
     assert find(tmp_path / DIRECTORY / "step-00000005").finite is False
 
 
@@ -158,5 +158,5 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_is_as_it_was(
     monkeypatch.setattr(checkpoints, "save_distributed", full)
     with pytest.raises(CheckpointError, match=r"No space left on device \(ENOSPC\)") as caught:
         checkpoints.save(tmp_path, pipe, None, step=2, seed=0)
-    assert "step-00000001 is as it was" in str(caught.value)
+    assert "step-00000001 is untouched" in str(caught.value)
     assert {p: p.read_bytes() for p in (tmp_path / DIRECTORY).rglob("*") if p.is_file()} == before

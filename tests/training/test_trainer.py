@@ -159,7 +159,7 @@ def test_a_model_on_the_meta_device_trains_alike_at_any_number_of_stages(tmp_pat
     recipe = write_recipe(tmp_path, META, TIED)
     outcome, shown = run(recipe, tmp_path / "whole")
     assert outcome.last_step == 10 and outcome.measured is not None
-    assert "predicted: nothing, since a model on the meta device cannot be measured" in shown
+    assert "predicted: nothing, because a model on the meta device cannot be measured" in shown
     run(recipe, tmp_path / "parts", stages=2, stop=StopAfter(7))
     run(recipe, tmp_path / "parts", stages=3, resume=tmp_path / "parts")
     whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")

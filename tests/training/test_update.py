@@ -182,16 +182,16 @@ def test_sums_in_float32_reach_the_pipeline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "needed"),
     [
-        ("clip_grad_value = -1", r"a number above 0, the largest that a gradient's element"),
-        ("clip_grad_norm = True", r"a number above 0, the largest norm"),
-        ("accumulate = 0", r"a whole number above 0: how many batches"),
-        ("accumulate = 2.0", r"a whole number above 0"),
+        ("clip_grad_value = -1", r"a positive number, the maximum absolute value"),
+        ("clip_grad_norm = True", r"a positive number, the maximum norm"),
+        ("accumulate = 0", r"a positive integer: how many batches"),
+        ("accumulate = 2.0", r"a positive integer"),
         ("autocast = 'bf16'", r"torch\.bfloat16 or torch\.float16"),
         ("autocast = torch.float32", r"torch\.bfloat16 or torch\.float16"),
         ("grad_scaler = True", r"a dict of options of torch\.amp\.GradScaler"),
         ("grad_scaler = {'scale': 2.0}", r"a dict of options of torch\.amp\.GradScaler"),
         ("accumulate_in_float32 = 1", r"True, to sum gradients"),
-        ("batch_dim = True", r"a whole number: along which dimension"),
+        ("batch_dim = True", r"an integer: the dimension"),
         ("loss_reduction = 'none'", r"'mean' or 'sum'"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Parity: the user's own model plain and pipelined, on the user's own batch, compared.
+"""Parity: compare the user's model, plain and pipelined, on the user's batch.
 
-A pipelined step must be the plain model's run by microbatch, to round-off, and the same bits
-however it is cut and whatever is recomputed. Where the plain full batch differs from it, the
-difference is explained only if it vanishes once the cells that mathematics makes differ
-(BatchNorm, dropout), and no others, run by microbatch. See `references.py` for the three.
+A pipelined step must equal the plain model run by microbatch, up to round-off, and be bit-identical
+for every cut and recomputation policy. If the plain full batch differs, the difference is explained
+only if it vanishes when the cells for which mathematics allows it (BatchNorm, dropout), and no
+others, run by microbatch. See `references.py` for the three references.
 """
 
 import functools
@@ -30,8 +30,8 @@ from stagewise.parity import Configuration, ParityReport, ParityRow
 from stagewise.planning.choice import ScheduleChoice
 from stagewise.schedule import POLICIES, Schedule
 
-# About 800 roundings of float32, which in our models loses at most 100, and 50 of the halves; in
-# float64 far more than is ever lost and far less than any mistake.
+# About 800 roundings of float32 (our models lose at most 100) and 50 of the 16-bit dtypes; in
+# float64, far more than any round-off and far less than any error.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}
 
 DEFAULT_OPTIMIZER: MakeOptimizer = functools.partial(torch.optim.SGD, lr=0.1)
@@ -62,34 +62,34 @@ def check_parity(
     batch_dim: int = 0,
     loss_reduction: Literal["mean", "sum"] | None = None,
 ) -> ParityReport:
-    """Run `model` plain and pipelined on one batch, in copies, and compare all that a step leaves.
+    """Run copies of `model`, plain and pipelined, on one batch and compare the results of a step.
 
     Loss, outputs in eval mode, every gradient, buffers, and parameters after an optimizer step
     are compared with the plain model's on the full batch and by microbatch.
 
     Args:
-        model, inputs, target, loss, weight: as for Pipeline and its `step`; left as they were. A
-            module that is no sequence of cells is captured from this batch, as by `stagewise.plan`,
-            and the pipelined capture is compared with the module itself.
+        model, inputs, target, loss, weight: as for Pipeline and its `step`; they are not changed. A
+            module that is not a sequence of cells is captured from this batch, as by
+            `stagewise.plan`, and the pipelined capture is compared with the module itself.
         kwargs: the step's keyword arguments.
-        optimizer: makes an optimizer from a list of parameters; None leaves the update out.
+        optimizer: makes an optimizer from a list of parameters; None omits the update.
         max_norm: clip gradients to this global norm before the update.
-        max_value: clip each gradient's numbers to this size, before their norm.
-        num_stages: numbers of stages to cut into, evenly by number of cells; a schedule is run on
-            those that suit it.
-        num_devices: the same by devices. By default 1, 2, 4, as far as there are cells, and under
-            "distributed" the number of ranks.
-        replicas: devices per stage, to run besides with the schedules that take them; of gradients
-            summed over replicas the bits depend on the order, so only their values are compared.
+        max_value: clip the elements of gradients to this size, before their norm.
+        num_stages: numbers of stages to try, cut evenly by number of cells; each schedule runs
+            those that it supports.
+        num_devices: numbers of devices instead. By default 1, 2, 4, as long as there are enough
+            cells, and under "distributed" the number of ranks.
+        replicas: devices per stage, an additional run of the schedules that support them; gradients
+            summed over replicas depend on the order, so only their values are compared, not bits.
         num_microbatches: one number or several.
-        schedules, recompute: names, or schedules of one's own; by default every policy, and every
-            named schedule that the engine runs.
-        dtype: what to convert floating-point parameters, buffers, inputs and targets to first;
-            in torch.float64 round-off is far smaller than any mistake.
-        tolerance: the largest relative difference called round-off; by default TOLERANCES'.
-        transport: "local" runs all stages in this process; "distributed" runs one per rank, where
-            every rank makes the same call with the whole batch, and gets the same report.
-        cells: paths of the modules that are to be the model's cells, as for `stagewise.plan`.
+        schedules, recompute: names, or custom schedules; by default every policy, and every named
+            schedule that the engine runs.
+        dtype: convert floating-point parameters, buffers, inputs and targets to it first; in
+            torch.float64, round-off is far smaller than any error.
+        tolerance: the largest relative difference that counts as round-off; by default TOLERANCES.
+        transport: "local" runs all stages in this process; "distributed" runs one per rank: every
+            rank makes the same call with the whole batch, and gets the same report.
+        cells: paths of the modules to use as the model's cells, as for `stagewise.plan`.
         batch_dim, loss_reduction: as for Pipeline.
 
     Raises:
@@ -165,13 +165,13 @@ def check_parity(
 
 
 def _devices_per_stage(choice: ScheduleChoice) -> tuple[int, ...]:
-    """Where some stage has several."""
+    """Return the devices per stage if some stage has several, otherwise nothing."""
     numbers = tuple(map(len, choice.built.placement))
     return numbers if max(numbers) > 1 else ()
 
 
 def _dtype_of(subject: Subject) -> torch.dtype:
-    """The least precise dtype of parameters and inputs."""
+    """Return the least precise dtype of parameters and inputs."""
     tree = references.whole_of(subject.model)
     batch = take_apart((subject.inputs, dict(subject.keywords)))[0]
     tensors = [*tree.parameters(), *batch]
@@ -180,7 +180,7 @@ def _dtype_of(subject: Subject) -> torch.dtype:
 
 
 def _merged(rows: list[ParityRow]) -> list[ParityRow]:
-    """All ranks' rows; where several ranks have one quantity, the worst."""
+    """Return all ranks' rows; if several ranks have the same quantity, the worst."""
     worst: dict[tuple[Configuration, str], ParityRow] = {}
     for row in itertools.chain(*values_of_all(rows, "check_parity: what was compared")):
         key = (row.configuration, row.quantity)

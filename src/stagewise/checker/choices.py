@@ -1,4 +1,4 @@
-"""Which schedules a parity check runs, on how many stages."""
+"""The schedules and numbers of stages that a parity check runs."""
 
 from collections.abc import Sequence
 
@@ -20,11 +20,11 @@ def choices_of(
     transport: str,
     replicas: Sequence[int] = (),
 ) -> list[list[ScheduleChoice]]:
-    """Per schedule: what to run, in the order of the numbers given, or fewest devices first.
+    """Return, per schedule, what to run, in the order of the given numbers or of devices.
 
-    Without `schedules` those of the named ones that fit the numbers.
-    Those that take `replicas` are run with them besides; and alone with them under "distributed",
-    where no other number fits the ranks unless it is asked for.
+    Without `schedules`, all named ones that fit the numbers. Schedules that support `replicas` also
+    run with them; under "distributed" only with them, unless other numbers are given, because no
+    other number fits the ranks.
     """
     if schedules is not None and not schedules:
         raise UsageError("schedules is empty; name at least one, or leave it out for the default")
@@ -64,7 +64,7 @@ def choices_of(
 
 
 def alone(choice: ScheduleChoice) -> ScheduleChoice:
-    """The same schedule on one device; one of the user's own is as it is."""
+    """Return the same schedule on one device; a custom schedule unchanged."""
     if choice.programs:
         return choice
     row = schedule_row(choice.name)
@@ -76,7 +76,7 @@ def alone(choice: ScheduleChoice) -> ScheduleChoice:
 def _numbers(
     each: int, num_devices: Sequence[int] | None, num_cells: int, transport: str
 ) -> Sequence[int]:
-    """How many stages the devices have; those that there are cells for where none are asked for."""
+    """Return the numbers of stages for these devices; by default those with enough cells."""
     if num_devices is not None:
         return [each * number for number in num_devices]
     if transport == "distributed":

@@ -1,8 +1,8 @@
-"""Random numbers held constant, so that what draws them can be examined.
+"""Replace random numbers by a constant, so that cells that draw them can be checked.
 
-What draws differs by how the batch is split, and that is excused; any other mistake in it would
-hide behind the excuse. With every draw replaced by one constant the draws are the same however
-the batch is split, so a mean over samples must be one still.
+Random draws depend on how the batch is split, which excuses differences; any other error in the
+same cell would hide behind that excuse. With every draw replaced by the same constant, the result
+must not depend on how the batch is split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stagewise.engine.stage.randomness import default_generator
 
 _CONSTANT = 0.5
-_MOST = 1000  # draws; code that draws until it likes the number would never end
+_MOST = 1000  # draws; rejection sampling would never end
 
 
 class TooManyDraws(Exception):
-    """What runs does not end, perhaps, on constant draws."""
+    """The code may never end with constant draws."""
 
 
 class ConstantDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What gives something else by microbatch, and why: the first cell, or the loss."""
+"""Find the first cell, or the loss, that gives a different result by microbatch, and why."""
 
 import copy
 import functools
@@ -27,9 +27,9 @@ from stagewise.model.chain import chain_of
 def culprit(
     subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float, *, training: bool
 ) -> str | None:
-    """The first cell, or the loss, that gives something else by microbatch; None if none does.
+    """Return the first cell, or the loss, that differs by microbatch; None if none does.
 
-    In eval mode, which decides the outputs, unless `training`.
+    In eval mode, which determines the outputs, unless `training`.
     """
     batch = Minibatch(subject, sizes, traits, training=training)
     unsplittable: str | None = None
@@ -57,9 +57,9 @@ def culprit(
 
 
 def mixing(subject: Subject, sizes: Sequence[int], traits: Traits, tolerance: float) -> str | None:
-    """The first cell, or the loss, that is excused but should not be: in eval mode, with its random
-    numbers held constant, where it normalises by no batch and changes no buffer, it still gives
-    something else by microbatch. None, too, where that cannot be found out."""
+    """Return the first cell, or the loss, that is wrongly excused: it differs by microbatch even in
+    eval mode with constant random numbers, without batch statistics and buffer changes. None if
+    there is none, or if this cannot be determined."""
     batch = Minibatch(subject, sizes, traits, training=False)
     try:
         return _mixing(batch, tolerance)
@@ -78,7 +78,7 @@ def _mixing(batch: Minibatch, tolerance: float) -> str | None:
             with drawn_from as moved, collect_losses() as added:
                 whole = batch.run(twin, value)
             if moved:
-                value = whole  # past torch's generators, where no draw can be held constant
+                value = whole  # draws from other generators than torch's cannot be held constant
                 continue
             changes = not all(map(torch.equal, before, buffers_of(twin)))
             if cell.index in traits.cells and not changes and not uses_batch_statistics(cell):
@@ -101,7 +101,7 @@ def _twin(cell: Cell) -> Cell:
 
 
 def _no_mean(batch: Minibatch, output: object, tolerance: float) -> str | None:
-    """What is wrong with the loss, if it is no mean over samples."""
+    """Return what is wrong with the loss if it is not a mean over samples, or None."""
     whole = batch.loss(output)
     try:
         parts = batch.loss_by_parts(output)
@@ -111,7 +111,7 @@ def _no_mean(batch: Minibatch, output: object, tolerance: float) -> str | None:
         return None
     constant = ", with its random numbers held constant," if batch.traits.loss_draws else ","
     weigher = "samples" if batch.subject.weight is None else "weight(target)"
-    kind = "samples" if batch.subject.weight is None else "what that counts"
+    kind = "samples" if batch.subject.weight is None else "what weight(target) counts"
     return (
         f"the loss{constant} {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
         f"over microbatches, weighted by {weigher}: it must be a mean over {kind}"
@@ -119,7 +119,7 @@ def _no_mean(batch: Minibatch, output: object, tolerance: float) -> str | None:
 
 
 def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
-    """What a look at the microbatches says of losses and cells that cannot be split."""
+    """Return what a look at the microbatches finds wrong with losses and cells."""
     chain = chain_of(subject.fresh_model())
     inputs, target, keywords = subject.fresh_batch()
     targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]

@@ -1,4 +1,4 @@
-"""One step of the pipelined model, and all that it leaves on this rank."""
+"""One step of the pipelined model, and its results on this rank."""
 
 import warnings
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from stagewise.planning.plan import plan_of
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinedStep:
-    """What one pipelined step left on this rank; `given`: the plain update by its gradients."""
+    """The results of a pipelined step on this rank; `given`: the plain update by its gradients."""
 
     tensors: Tensors
     given: dict[str, Tensor]
@@ -28,7 +28,7 @@ class PipelinedStep:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Run inside what warns of what the report will say."""
+    """Suppress warnings about what the report will say."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExactnessWarning)
         yield
@@ -42,7 +42,7 @@ def pipelined(
     transport: Literal["local", "distributed"],
     predicted: dict[object, Tensors],
 ) -> PipelinedStep:
-    """One step of the pipelined model; `predicted` keeps outputs for other runs."""
+    """Run one step of the pipelined model; `predicted` caches outputs across runs."""
     balance = _even(len(chain_of(subject.model)), choice.num_stages)
     plan = plan_of(choice, balance, recompute=recompute)
 
@@ -59,7 +59,7 @@ def pipelined(
         )
 
     key = (choice.built.placement, plan.num_microbatches, transport)
-    if key not in predicted:  # the same whatever schedule and policy
+    if key not in predicted:  # the same for every schedule and policy
         args, _, kwargs = _call(subject)
         predicted[key] = outputs_or_none(lambda: build().predict(*args, **kwargs))
     pipe = build()
@@ -83,7 +83,7 @@ def pipelined(
 
 
 def _call(subject: Subject) -> tuple[tuple[object, ...], object, dict[str, Any]]:
-    """A copy of the batch: positional arguments, target, and keyword arguments."""
+    """Return a copy of the batch: positional arguments, target, and keyword arguments."""
     inputs, target, keywords = subject.fresh_call()
     return () if inputs is None else (inputs,), target, keywords
 

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics as one update from a whole minibatch, seen in microbatches."""
+"""BatchNorm's running statistics after one update from a minibatch that runs in microbatches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def pooled_statistics(
     tree: nn.Module, num_microbatches: int
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Watch the BatchNorms of `tree` inside; the function gives their buffers, by name.
+    """Watch the BatchNorms of `tree`; the yielded function returns their pooled buffers by name.
 
     Mean and unbiased variance are those of all samples together, and count as one batch. A
-    layer that does not run once per microbatch is left out.
+    layer that does not run exactly once per microbatch is left out.
     """
     norms = {
         name: module
@@ -27,7 +27,7 @@ def pooled_statistics(
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # One row per channel, all that is averaged in it: how many, their mean, their spread.
+            # Per channel: the number of values, their mean and variance.
             rows = inputs[0].detach().transpose(0, 1).flatten(1).double()
             seen[name].append((rows.shape[1], rows.mean(1), rows.var(1, correction=0)))
 
@@ -40,14 +40,14 @@ def pooled_statistics(
                 continue
             total, old = sum(n for n, _, _ in seen[name]), before[name]
             mean = torch.stack([n * part for n, part, _ in seen[name]]).sum(0) / total
-            around = [n * (var + (part - mean).square()) for n, part, var in seen[name]]
-            variance = torch.stack(around).sum(0) / max(total - 1, 1)
+            squares = [n * (var + (part - mean).square()) for n, part, var in seen[name]]
+            variance = torch.stack(squares).sum(0) / max(total - 1, 1)
             count = old["num_batches_tracked"] + 1
             factor = 1 / float(count) if norm.momentum is None else norm.momentum
             for key, new in (("mean", mean), ("var", variance)):
-                was = old[f"running_{key}"]
-                value = (1 - factor) * was.double() + factor * new
-                found[f"{name}.running_{key}"] = value.to(was.dtype)
+                running = old[f"running_{key}"]
+                value = (1 - factor) * running.double() + factor * new
+                found[f"{name}.running_{key}"] = value.to(running.dtype)
             found[f"{name}.num_batches_tracked"] = count
         return found
 

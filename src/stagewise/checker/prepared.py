@@ -1,4 +1,4 @@
-"""What a parity check is given, in the dtype asked for, its model as a chain of cells."""
+"""Prepare the arguments of a parity check: convert the dtype, and capture the model if needed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from stagewise.model.replay.capture_cells import AnyForm
 
 @dataclass(frozen=True, kw_only=True)
 class PlainBatch:
-    """A call of the model, and what its loss takes."""
+    """A call of the model, and the target of its loss."""
 
     inputs: object
     target: object
@@ -34,20 +34,20 @@ def prepared(
     cells: Sequence[str] | None,
     dtype: torch.dtype | None,
 ) -> tuple[Model, PlainBatch, Chain]:
-    """The model, a copy where its dtype changes, captured if it is no sequence; see check_parity.
+    """Return the model (a copy if its dtype changes), the batch and the chain; see check_parity.
 
-    Raises UsageError where the plain model is missing or cannot be called, ModelError where it
-    cannot be captured.
+    Raises UsageError if the plain model is missing or cannot be called, ModelError if it cannot be
+    captured.
     """
     if isinstance(model, Captured):
         raise UsageError(
-            "check_parity compares with the plain model, but got what was captured of it; pass the "
-            "module itself, which keeps its capture"
+            "check_parity compares with the plain model, but got its capture; pass the module "
+            "itself, which remembers its capture"
         )
     if any(isinstance(leaf, Microbatches) for leaf in _leaves((inputs, target, kwargs))):
         raise UsageError(
-            "check_parity compares with the plain model on the whole batch, which Microbatches do "
-            "not hold; give it the batch as the plain model takes it"
+            "check_parity compares with the plain model on the whole batch, but got Microbatches; "
+            "give it the batch as the plain model takes it"
         )
     batch = PlainBatch(inputs=inputs, target=target, keywords=dict(kwargs or {}))
     if dtype is not None:
@@ -57,14 +57,14 @@ def prepared(
     captured = captured_of(model)
     if captured is not None and captured.form.takes("target") and target is not None:
         raise UsageError(
-            f"{type(model).__name__}.forward takes an argument 'target', and a target was given to "
-            "the check, too; name forward's argument otherwise, and pass it in kwargs"
+            f"{type(model).__name__}.forward has an argument 'target', and the check also got a "
+            "target; rename forward's argument, and pass it in kwargs"
         )
     return model, batch, chain
 
 
 def _converted(model: Model, batch: PlainBatch, dtype: torch.dtype) -> tuple[Model, PlainBatch]:
-    """A copy of the model, without its capture, which was of another dtype; and the batch."""
+    """Return converted copies of the model, without its capture of another dtype, and the batch."""
     model = copied(model)
     modules = [model] if isinstance(model, nn.Module) else [c.module for c in chain_of(model)]
     for module in modules:
@@ -84,7 +84,7 @@ def _leaves(batch: object) -> list[object]:
 
 
 def _named_cells(model: Model) -> tuple[str, ...] | None:
-    """What the model was cut by, where it was so by its modules' names."""
+    """Return the module names by which the model was cut, if it was cut by names."""
     captured = captured_of(model)
     form = None if captured is None else captured.form
     return form.cells if isinstance(form, AnyForm) else None

@@ -1,6 +1,6 @@
-"""Reference 3: the minibatch whole, but some cells by microbatch, and what that takes.
+"""Reference 3: the whole minibatch, but some cells by microbatch.
 
-Split and joined is as reference 2 saw the shapes, so that no dimension has to be guessed.
+Values are split and joined by the shapes that reference 2 recorded, so no dimension is guessed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ from stagewise.model.chain import chain_of, module_tree
 
 
 class Minibatch:
-    """A copy of the model and of the batch; each cell runs on all of it, or by microbatch.
+    """A copy of the model and of the batch; each cell runs on the whole batch or by microbatch.
 
-    In the model's own mode, or in eval mode unless `training`.
+    In the model's mode if `training`, otherwise in eval mode.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Minibatch:
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
-        """The pipeline's random numbers, for what runs inside."""
+        """Use the pipeline's random numbers."""
         with seeded_as_pipeline(self.subject, self.chain) as self._randomness:
             yield
 
     def run(self, cell: Cell, value: object) -> object:
-        """The cell on the whole minibatch."""
+        """Run the cell on the whole minibatch."""
         return self._walk.run(cell, value, self.keywords)
 
     def by_parts(self, cell: Cell, value: object, *, as_output: bool = False) -> object:
-        """The cell on the microbatches of `value`, its outputs put together; raises Unsplittable.
+        """Run the cell on the microbatches of `value` and join its outputs; may raise Unsplittable.
 
-        Of a loss that the model returns that is the mean, unless it is asked for as the output.
+        If the model returns the loss, return the mean, unless `as_output`.
         """
         assert self._randomness is not None
         sizes, outputs = self._sizes, list[Any]()
@@ -84,11 +84,11 @@ class Minibatch:
         return put_together(joined, whole.structure)
 
     def loss(self, output: object) -> Tensor:
-        """The loss of the whole output."""
+        """Return the loss of the whole output."""
         return self.subject.loss_of(output, *self._target)
 
     def loss_by_parts(self, output: object) -> Tensor:
-        """The losses of the output's microbatches, weighted and summed; raises Unsplittable."""
+        """Return the weighted sum of the microbatches' losses; may raise Unsplittable."""
         assert self._randomness is not None
         subject, parts = self.subject, list[Tensor]()
         try:
@@ -102,7 +102,7 @@ class Minibatch:
         return sum_of(parts)
 
     def proved(self, value: object, *, as_output: bool = False) -> object:
-        """What the chain returns if the cells that explain a difference run by microbatch."""
+        """Run the chain, with the cells that explain a difference by microbatch."""
         for cell in self.chain:
             if cell.index in self.traits.cells:
                 value = self.by_parts(cell, value, as_output=as_output)
@@ -112,9 +112,9 @@ class Minibatch:
 
 
 def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tensors, Tensors]:
-    """Reference 3, and BatchNorm's buffers had it seen the whole minibatch.
+    """Return reference 3, and BatchNorm's buffers as if it had seen the whole minibatch.
 
-    Raises Unsplittable where a value cannot be split by samples.
+    Raises Unsplittable if a value cannot be split by samples.
     """
     batch = Minibatch(subject, sizes, traits, training=True)
     tree = module_tree(batch.chain)
@@ -131,14 +131,14 @@ def proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> tuple[Tenso
 
 
 def outputs_for_proof(subject: Subject, sizes: Sequence[int], traits: Traits) -> object:
-    """The outputs in eval mode, run as for reference 3."""
+    """Return the outputs in eval mode, run as for reference 3."""
     batch = Minibatch(subject, sizes, traits, training=False)
     with batch.seeded(), torch.no_grad():
         return batch.proved(unmarked(batch.inputs), as_output=True)
 
 
 def _split_as(value: object, parts: Sequence[Shapes]) -> Iterator[object]:
-    """`value` by microbatch; what was no part of the batch in reference 2 is not split here."""
+    """Split `value` by microbatch; what reference 2 did not split stays whole."""
     tensors, _ = take_apart(value)
     if any(len(part.tensors) != len(tensors) for part in parts):
         raise Unsplittable
@@ -149,7 +149,7 @@ def _split_as(value: object, parts: Sequence[Shapes]) -> Iterator[object]:
         else:
             axis = _axis_of_samples(shapes, tensor.shape)
             pieces = torch.split(tensor, [shape[axis] for shape in shapes], axis)
-            columns.append([piece.clone() for piece in pieces])  # a cell may change it in place
+            columns.append([piece.clone() for piece in pieces])  # cells may change them in place
     return (
         put_together([column[m] for column in columns], part.structure)
         for m, part in enumerate(parts)
@@ -160,14 +160,14 @@ def _joined(parts: Sequence[Tensor], whole: torch.Size) -> Tensor:
     if all(part.shape == whole and torch.equal(part, parts[0]) for part in parts):
         return parts[0]
     axis = _axis_of_samples([part.shape for part in parts], whole)
-    # In the parts' order of memory, since random numbers are drawn in that order.
+    # In the parts' memory order, because random numbers are drawn in that order.
     order = sorted(range(len(whole)), key=lambda d: parts[0].stride(d), reverse=True)
     joined = torch.cat([part.permute(order) for part in parts], order.index(axis))
     return joined.permute([order.index(d) for d in range(len(whole))])
 
 
 def _axis_of_samples(parts: Sequence[torch.Size], whole: torch.Size) -> int:
-    """Along which dimension `parts` make up `whole`; raises Unsplittable if along none."""
+    """Return the dimension along which `parts` make up `whole`; raise Unsplittable if none."""
     for axis, size in enumerate(whole):
         rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in parts}
         if (

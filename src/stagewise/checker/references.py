@@ -1,12 +1,12 @@
-"""The plain model's step, three ways: what a pipelined step is compared with.
+"""The plain model's step in three variants, with which a pipelined step is compared.
 
 1. `full_batch`: the model as its owner would run it, on the whole minibatch.
 2. `by_microbatch`: cell by cell, microbatch by microbatch, with the pipeline's random numbers
-   and the losses weighted by samples. A pipelined step must equal it to round-off, always.
+   and the losses weighted by samples. A pipelined step must always equal it, up to round-off.
 3. `proof`: the whole minibatch, but the cells that draw random numbers, normalise by batch
-   statistics or change buffers in forward run by microbatch, and nothing else. Where 1 differs
-   from the pipeline and 3 does not, exactly those cells are the reason.
-Nothing here runs the executor or its stages.
+   statistics or change buffers in forward, and only these, run by microbatch. If 1 differs from
+   the pipeline and 3 does not, exactly those cells are the reason.
+None of them uses the executor or its stages.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ Tensors = dict[str, Tensor | None]  # by quantity
 
 
 def full_batch(subject: Subject) -> Tensors:
-    """Reference 1."""
+    """Return reference 1."""
     model = subject.fresh_model()
     inputs, target, keywords = subject.fresh_call()
     with generators_kept([subject.device]):
@@ -58,7 +58,7 @@ def full_batch(subject: Subject) -> Tensors:
 
 
 def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Traits, Tensors]:
-    """Reference 2, what its cells did, and BatchNorm's buffers had it seen the whole minibatch."""
+    """Return reference 2, its cells' traits, and BatchNorm's buffers for the whole minibatch."""
     chain, traits = chain_of(subject.fresh_model()), Traits()
     inputs, target, keywords = subject.fresh_batch()
     walk = CellRunner(chain, inputs)
@@ -70,7 +70,7 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
         pooled_statistics(module_tree(chain), len(sizes)) as pooled,
     ):
         for m, (part, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
-            # A copy of its own: a cell may change it in place, which would mark all parts changed.
+            # A copy: changing one part in place would mark all parts as changed.
             value = pytree.tree_map_only(Tensor, torch.clone, part)
             with collect_losses() as added:
                 for cell in chain:
@@ -96,7 +96,7 @@ def by_microbatch(subject: Subject, sizes: Sequence[int]) -> tuple[Tensors, Trai
 
 
 def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
-    """The outputs in eval mode, as `Pipeline.predict` gives them; BatchError: not by sample."""
+    """Return eval-mode outputs as `Pipeline.predict` does; raise BatchError if not per sample."""
     chain = chain_of(subject.fresh_model())
     module_tree(chain).eval()
     inputs, _, keywords = subject.fresh_batch()
@@ -112,7 +112,7 @@ def outputs_by_microbatch(subject: Subject, sizes: Sequence[int]) -> object:
 
 
 def outputs_of_full_batch(subject: Subject) -> object:
-    """The outputs in eval mode."""
+    """Return the outputs in eval mode."""
     model = subject.fresh_model()
     whole_of(model).eval()
     inputs, _, keywords = subject.fresh_call()
@@ -122,21 +122,21 @@ def outputs_of_full_batch(subject: Subject) -> object:
 
 
 def whole_of(model: Model) -> nn.Module:
-    """The plain model: what was captured itself, else all cells under their names."""
+    """Return the plain model: the captured module itself, or all cells under their names."""
     if isinstance(model, nn.Module) and captured_of(model) is not None:
         return model
     return module_tree(chain_of(model))
 
 
 def run_plain(model: Model, inputs: object, keywords: Mapping[str, object]) -> object:
-    """Call the model as its owner does, captured or not, without its cells where that can be."""
+    """Call the model as its owner does, if possible without its cells."""
     value = entered(inputs)
     if isinstance(model, nn.Module) and captured_of(model) is not None:
         named = {name: entered(part) for name, part in keywords.items()}
         return model(*(() if inputs is None else (value,)), **named)
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and not keywords:
         return invoke(model, value, {})
-    chain = chain_of(model)  # a Sequential takes no keywords
+    chain = chain_of(model)  # a Sequential accepts no keywords
     walk = CellRunner(chain, inputs)
     for cell in chain:
         value = walk.run(cell, value, keywords)
@@ -146,9 +146,9 @@ def run_plain(model: Model, inputs: object, keywords: Mapping[str, object]) -> o
 def after_optimizer(
     subject: Subject, gradients: Mapping[str, Tensor | None], norm: Tensor | None
 ) -> dict[str, Tensor]:
-    """The plain model's parameters after one update from given gradients, by name.
+    """Return the plain model's parameters after one update from given gradients, by name.
 
-    They are clipped first if `norm`, the whole model's, is given.
+    Gradients are clipped first if `norm`, that of the whole model, is given.
     """
     named = dict(whole_of(subject.fresh_model()).named_parameters())
     own = {name: named[name] for name in gradients}
@@ -162,8 +162,8 @@ def after_optimizer(
 
 
 def updated(subject: Subject, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`named` after one step of the subject's optimizer."""
-    if subject.optimizer is not None and named:  # torch refuses an empty list
+    """Return `named` after one step of the subject's optimizer."""
+    if subject.optimizer is not None and named:  # torch does not accept an empty list
         subject.optimizer(list(named.values())).step()
     return {name: parameter.detach() for name, parameter in named.items()}
 
@@ -174,7 +174,7 @@ def collected(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     named_buffers: Iterable[tuple[str, Tensor]],
 ) -> Tensors:
-    """What a step leaves behind, by quantity, but for parameters."""
+    """Return the results of a step by quantity, except parameters."""
     tensors: Tensors = {"loss": loss.detach().reshape(())}
     for index, tensor in enumerate(take_apart(inputs)[0]):
         if tensor.requires_grad:
@@ -187,7 +187,7 @@ def collected(
 
 
 def finish(subject: Subject, tree: nn.Module, inputs: object, loss: Tensor) -> Tensors:
-    """Backward and the optimizer's step; `tree` has all parameters and buffers."""
+    """Run backward and the optimizer's step; `tree` has all parameters and buffers."""
     if loss.requires_grad:
         torch.autograd.backward(loss)
     tensors = collected(loss, inputs, tree.named_parameters(), tree.named_buffers())
@@ -201,7 +201,7 @@ def finish(subject: Subject, tree: nn.Module, inputs: object, loss: Tensor) -> T
 
 
 def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits:
-    """In the model's own mode, or in eval mode unless `training`."""
+    """Record the cells' splits, in the model's mode if `training`, otherwise in eval mode."""
     splits, chain = Splits(), chain_of(subject.fresh_model())
     if not training:
         module_tree(chain).eval()
@@ -227,8 +227,8 @@ def _splits(subject: Subject, sizes: Sequence[int], *, training: bool) -> Splits
 
 @contextmanager
 def seeded_as_pipeline(subject: Subject, chain: Chain = ()) -> Iterator[CellRandomness]:
-    """The pipeline's random numbers, also those of `chain`'s own generators; the caller's are put
-    back."""
+    """Use the pipeline's random numbers, also in generators held by `chain`; restore the caller's
+    afterwards."""
     draws = Draws([*(cell.module for cell in chain), subject.loss])
     with generators_kept([subject.device]), draws.kept(watch=True):
         yield CellRandomness(subject.seed, 0, subject.device, draws)
@@ -238,7 +238,7 @@ def seeded_as_pipeline(subject: Subject, chain: Chain = ()) -> Iterator[CellRand
 def noting_draws(
     subject: Subject, draws: Draws | None, key: int, name: str, into: dict[int, str]
 ) -> Iterator[None]:
-    """Put `name` under `key` if what runs inside draws random numbers, also past torch's."""
+    """Put `name` under `key` if the body draws random numbers, from any generator."""
     generator = default_generator(subject.device)
     before = generator.get_state()
     yield
@@ -250,25 +250,25 @@ def noting_draws(
 def split_both(
     inputs: object, keywords: Mapping[str, object], sizes: Sequence[int]
 ) -> Iterator[tuple[object, dict[str, object]]]:
-    """Inputs and keyword arguments by microbatch."""
+    """Yield inputs and keyword arguments by microbatch."""
     columns = {name: split(value, sizes) for name, value in keywords.items()}
     for m, part in enumerate(split(inputs, sizes)):
         yield part, {name: column[m] for name, column in columns.items()}
 
 
 def entered(inputs: object) -> object:
-    """What the first cell is fed, unmarked: a copy where a leaf could not be changed in place."""
+    """Return the first cell's input, unmarked; leaves that require gradients are copied."""
     plain = unmarked(inputs)
     return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, plain)
 
 
 def given(target: object) -> tuple[object, ...]:
-    """The arguments that a loss gets besides the output."""
+    """Return the arguments that a loss gets in addition to the output."""
     return () if target is None else (unmarked(target),)
 
 
 def outputs_or_none(run: Callable[[], object]) -> Tensors:
-    """What `run` returns, by quantity; nothing where that is not one output per sample."""
+    """Return the result of `run` by quantity; nothing if it is not one output per sample."""
     try:
         tensors = take_apart(run())[0]
     except (BatchError, Unsplittable):

@@ -1,7 +1,6 @@
-"""Running a chain's cells one by one without the engine, skips included.
+"""Run a chain's cells one by one without the engine, including skips.
 
-Between two cells the live skips travel with the value as one pytree, so that whoever splits and
-joins what crosses a boundary treats them alike.
+Between two cells, live skips and the value are one pytree, so both are split and joined alike.
 """
 
 from collections.abc import Mapping
@@ -22,12 +21,12 @@ def _copy(value: object) -> object:
 
 
 class CellRunner:
-    """What `chain`'s cells are run with."""
+    """Runs the cells of a chain."""
 
     def __init__(self, chain: Chain, inputs: object) -> None:
         self._num_args = positional(inputs)
         self._last = len(chain) - 1
-        self._live: list[tuple[Skip, ...]] = []  # behind each cell
+        self._live: list[tuple[Skip, ...]] = []  # after each cell
         live: list[Skip] = []
         for cell in chain:
             live = [s for s in live if s not in cell.skips.pops] + [*cell.skips.stashes]
@@ -35,9 +34,9 @@ class CellRunner:
         self._scopes = {scope.path: scope for cell in chain for scope in cell.skips.scopes}
 
     def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
-        """The cell's output for what the cell before it returned here, or for the batch.
+        """Return the cell's output for `value`, which the previous cell returned or the batch is.
 
-        Of the batch's `keywords` it gets those that it names, as copies of its own.
+        The cell gets copies of the batch's `keywords` that it names.
         """
         names = cell.keywords(self._num_args if cell.index == 0 else 1)
         own = {n: _copy(unmarked(keywords[n])) for n in names if n in keywords}

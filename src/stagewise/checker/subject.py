@@ -1,4 +1,4 @@
-"""What a parity check runs: a model, a batch, losses and what they count."""
+"""The subject of a parity check: a model, a batch, losses and their weights."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,18 +31,18 @@ class Subject:
     inputs: object
     target: object
     keywords: Mapping[str, object]
-    max_norm: float | None  # of the gradients before the update
-    max_value: float | None  # of each of their numbers, before the norm is taken
+    max_norm: float | None  # clip the gradients' global norm before the update
+    max_value: float | None  # clip the gradients' elements before their norm
     loss: Loss | None
     weight: Weight | None
     optimizer: MakeOptimizer | None
-    sums_losses: bool  # over the samples, which then count as they are
+    sums_losses: bool  # whether losses are sums over the samples, not means
     batch_dim: int
     seed: int
     device: torch.device
 
     def fresh_model(self) -> Model:
-        """A copy of the model, with its capture; raises ModelError where it cannot be copied."""
+        """Return a copy of the model, with its capture; raise ModelError if that fails."""
         # Together, so that the copied cells hold the copied model's own parameters and layers.
         model, captured = copied((self.model, captured_of(self.model)))
         if captured is not None:
@@ -51,7 +51,7 @@ class Subject:
         return model
 
     def fresh_batch(self) -> tuple[object, object, dict[str, object]]:
-        """Copies of what enters the chain, the target, and what cells take by name."""
+        """Return copies of the chain's input, the target, and the cells' keyword arguments."""
         inputs, target, keywords = self.fresh_call()
         value, named = self.entering(inputs, keywords)
         return value, target, named
@@ -59,13 +59,13 @@ class Subject:
     def entering(
         self, inputs: object, keywords: Mapping[str, object]
     ) -> tuple[object, dict[str, object]]:
-        """A call of the model as its chain takes it: by name alone, if it is captured."""
+        """Return a call of the model as its chain takes it: only by name, if it is captured."""
         if captured_of(self.model) is None:
             return inputs, dict(keywords)
         return Arguments(), entering(self.model, inputs, keywords)[1]
 
     def fresh_call(self) -> tuple[object, object, dict[str, object]]:
-        """Copies of inputs, target and keyword arguments, as the model's owner gives them."""
+        """Return copies of inputs, target and keyword arguments, as the user gave them."""
         inputs, target, keywords = pytree.tree_map_only(
             Tensor,
             lambda t: t.detach().clone().requires_grad_(t.requires_grad),
@@ -74,7 +74,7 @@ class Subject:
         return inputs, target, keywords
 
     def losses_of(self, output: object, *target: object) -> dict[str, Tensor]:
-        """Numbers by name; raises BatchError if they are anything else."""
+        """Return the losses by name; raise BatchError if they are not single numbers."""
         value = output if self.loss is None else self.loss(output, *target)
         losses = dict(value) if isinstance(value, Mapping) else {MAIN_LOSS: value}
         numbers: dict[str, Tensor] = {}
@@ -82,18 +82,18 @@ class Subject:
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 got = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
                 raise BatchError(
-                    f"the loss must be one number, a mean over the samples, but it is {got}; let "
-                    "the loss function, or without one the model's last layer, return a mean"
+                    f"the loss must be one number, a mean over the samples, but it is {got}; "
+                    "return a mean from the loss function, or, without one, from the last layer"
                 )
             numbers[name] = loss.reshape(())
         return numbers
 
     def loss_of(self, output: object, *target: object) -> Tensor:
-        """The sum of the losses."""
+        """Return the sum of the losses."""
         return sum_of(self.losses_of(output, *target).values())
 
     def shares(self, targets: Sequence[tuple[object, ...]], sizes: Sequence[int]) -> Shares:
-        """What the loss of a name counts in each microbatch; "" stands for all others."""
+        """Return the weight of every named loss in each microbatch; "" stands for all others."""
         shares: Shares = {"": [size / sum(sizes) for size in sizes]}
         if self.sums_losses:
             return {"": [1.0 for _ in sizes]}
@@ -112,7 +112,7 @@ class Subject:
 
 
 def copied(model: T) -> T:
-    """A copy; raises ModelError where there can be none."""
+    """Return a copy; raise ModelError if it cannot be copied."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -123,11 +123,11 @@ def copied(model: T) -> T:
 
 
 def weighted(losses: Mapping[str, Tensor], shares: Shares, m: int) -> list[Tensor]:
-    """What counts of microbatch m; a loss without a share may be NaN."""
+    """Return the weighted losses of microbatch m, without those of weight 0, which may be NaN."""
     pairs = [(loss, shares.get(name, shares[""])[m]) for name, loss in losses.items()]
     return [loss * share for loss, share in pairs if share]
 
 
 def sum_of(losses: Iterable[Tensor]) -> Tensor:
-    """Their sum; at least one."""
+    """Return the sum of at least one loss."""
     return torch.stack([loss.reshape(()) for loss in losses]).sum()

@@ -1,6 +1,6 @@
-"""What a cell does that lets the full batch differ: it draws, normalises, or changes buffers.
+"""What a cell does that makes the full batch differ: it draws, normalises, or changes buffers.
 
-And how what cells take and return is split, as reference 2 saw it.
+Also how cells' inputs and outputs are split, as reference 2 saw it.
 """
 
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from stagewise.model.cell import Cell, Piece
 
 
 class Unsplittable(Exception):
-    """A boundary's tensors cannot be told apart by samples, so nothing can be proved."""
+    """A boundary's tensors cannot be split by samples, so nothing can be proved."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A value without its tensors' numbers; what else it holds may be sizes of the batch."""
+    """A value with shapes in place of tensors; its other content may depend on the batch size."""
 
     tensors: list[torch.Size]
     structure: Structure
@@ -27,15 +27,15 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Splits:
-    """How what the cells take and return is split, by cell index."""
+    """Shapes of cells' inputs and outputs, by cell index."""
 
-    parts: dict[int, list[Shapes]] = field(default_factory=dict)  # taken, in every microbatch
-    wholes: dict[int, Shapes] = field(default_factory=dict)  # returned, for the whole minibatch
+    parts: dict[int, list[Shapes]] = field(default_factory=dict)  # inputs of every microbatch
+    wholes: dict[int, Shapes] = field(default_factory=dict)  # outputs of the whole minibatch
 
 
 @dataclass
 class Traits:
-    """What reference 2 saw: why the full batch may differ, and how cells' inputs are split."""
+    """What reference 2 found: why the full batch may differ, and how values are split."""
 
     draws: dict[int, str] = field(default_factory=dict)  # cell index -> name
     normalises: dict[int, str] = field(default_factory=dict)
@@ -45,11 +45,11 @@ class Traits:
 
     @property
     def cells(self) -> set[int]:
-        """The cells that mathematics lets differ between microbatches and the full batch."""
+        """The cells that may differ between microbatches and the full batch."""
         return {*self.draws, *self.normalises, *self.changes}
 
     def reason(self) -> str:
-        """Why the full batch differs, for people; empty where nothing explains it."""
+        """Return in words why the full batch differs; empty if nothing explains it."""
         changes = {i: n for i, n in self.changes.items() if i not in self.normalises}
         draws = [*self.draws.values(), *(["the loss"] if self.loss_draws else [])]
         clauses = (
@@ -61,24 +61,24 @@ class Traits:
 
 
 def buffers_of(cell: Cell) -> list[Tensor]:
-    """Copies of the cell's buffers."""
+    """Return copies of the cell's buffers."""
     return [buffer.detach().clone() for buffer in cell.module.buffers()]
 
 
 def uses_batch_statistics(cell: Cell) -> bool:
-    """Whether a BatchNorm in it normalises by the batch, in its present mode."""
+    """Return whether a BatchNorm in the cell normalises by the batch in its current mode."""
     norms = [module for module in cell.module.modules() if isinstance(module, _BatchNorm)]
     return any(norm.training or norm.running_mean is None for norm in norms)
 
 
 def shapes_of(value: object) -> Shapes:
-    """Of the tensors in `value`."""
+    """Return the shapes of the tensors in `value`."""
     tensors, structure = take_apart(value)
     return Shapes([tensor.shape for tensor in tensors], structure)
 
 
 def named(cell: Cell) -> str:
-    """A cell for people."""
+    """Return a cell's name and class for messages."""
     return (
         cell.name if isinstance(cell.module, Piece) else f"{cell.name} {type(cell.module).__name__}"
     )

@@ -1,8 +1,8 @@
-"""Whether captured cells are the module that they were captured from.
+"""Check that captured cells equal the module that they were captured from.
 
-References 2 and 3 run the cells, so a wrong capture would be as wrong there as in the pipeline, and
-what explains a difference to the full batch would excuse it. So before anything is excused, cells
-and module run by microbatch side by side, with the random numbers of both held constant.
+References 2 and 3 run the cells, so a wrong capture would be just as wrong there as in the
+pipeline, and its difference to the full batch could be excused. So before any difference is
+excused, cells and module both run by microbatch, with constant random numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from stagewise.model.verify.differences import Reference
 
 
 def unfaithful(subject: Subject, sizes: Sequence[int], tolerance: float) -> str | None:
-    """What the captured cells do otherwise than the module; None if nothing, or none is captured.
+    """Return how captured cells differ from the module; None if they do not, or none are captured.
 
     Loss, gradients and buffers in the model's mode and outputs in eval mode are compared.
     """
@@ -40,15 +40,15 @@ def unfaithful(subject: Subject, sizes: Sequence[int], tolerance: float) -> str 
         module = Reference(_step(subject, sizes, cells=False))
         cells = _step(subject, sizes, cells=True)
     except TooManyDraws:
-        return "that captured cells equal the module cannot be shown, since it draws without end"
+        return "captured cells cannot be compared with the module, which draws too many numbers"
     for quantity in module.tensors | cells:
         if not module.difference(quantity, cells.get(quantity)) <= tolerance:
-            return f"the cells that were captured are not the module itself: {quantity} differs"
+            return f"the captured cells are not equal to the module: {quantity} differs"
     return None
 
 
 def _step(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
-    """One step by microbatch, of the cells or of the module, and outputs in eval mode."""
+    """Run a step by microbatch, of the cells or of the module; return it and eval-mode outputs."""
     run, tree = _runnable(subject, cells=cells)
     inputs, target, keywords = subject.fresh_call()
     targets = [()] * len(sizes) if target is None else [given(t) for t in split(target, sizes)]
@@ -62,7 +62,7 @@ def _step(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
             parts += [loss.reshape(()) * (sizes[m] / sum(sizes)) for loss in added.values()]
         loss = sum_of(parts)
         if loss.requires_grad:
-            with ConstantDraws(subject.device):  # of what is computed again in backward
+            with ConstantDraws(subject.device):  # for recomputation in backward
                 torch.autograd.backward(loss)
     seen = subject.entering(inputs, keywords)
     tensors = collected(loss, seen, tree.named_parameters(), tree.named_buffers())
@@ -84,7 +84,7 @@ def _outputs(subject: Subject, sizes: Sequence[int], *, cells: bool) -> Tensors:
 
 
 def _runnable(subject: Subject, *, cells: bool) -> tuple[Callable[..., object], nn.Module]:
-    """What is called as the model is, and what has its parameters and buffers."""
+    """Return a callable with the model's signature, and the module with all its parameters."""
     model = subject.fresh_model()
     captured = captured_of(model)
     assert captured is not None and isinstance(model, nn.Module)
@@ -92,5 +92,5 @@ def _runnable(subject: Subject, *, cells: bool) -> tuple[Callable[..., object], 
 
 
 def _call(run: Callable[..., object], value: object, named: dict[str, object]) -> object:
-    args, own = pytree.tree_map_only(Tensor, torch.clone, (value, named))  # may change in place
+    args, own = pytree.tree_map_only(Tensor, torch.clone, (value, named))  # it may change them
     return run(*(() if args is None else (args,)), **own)

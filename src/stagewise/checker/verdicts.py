@@ -1,7 +1,7 @@
-"""Whether what a pipelined step leaves is what the plain model leaves, and if not, why.
+"""Decide whether a pipelined step equals the plain model's, and if not, why.
 
-It must be the plain model's by microbatch (reference 2). Where the full batch (reference 1) differs
-from it, the difference is explained only if reference 3 has it too.
+It must equal the plain model by microbatch (reference 2). If the full batch (reference 1) differs
+from it, the difference is explained only if reference 3 equals the pipeline.
 """
 
 import functools
@@ -19,11 +19,11 @@ from stagewise.errors import CellError, UsageError
 from stagewise.model.verify.differences import Reference, identical
 from stagewise.parity import Configuration, ParityRow, Verdict
 
-_SUMMED = ("gradient ", "parameter ")  # what the order of summation over replicas changes
+_SUMMED = ("gradient ", "parameter ")  # depend on the order of summation over replicas
 
 
 class PlainModel:
-    """The references for one number of microbatches, and the verdicts by them."""
+    """The references for one number of microbatches, and verdicts against them."""
 
     def __init__(self, subject: Subject, num_microbatches: int, tolerance: float) -> None:
         self._subject, self._tolerance = subject, tolerance
@@ -35,7 +35,7 @@ class PlainModel:
         if loss is None or not loss.isfinite():
             raise UsageError(
                 f"the plain model's loss on this batch is {loss}, so nothing can be compared; "
-                "give a batch on which it is finite"
+                "give a batch with a finite loss"
             )
         parts, self._traits, pooled = references.by_microbatch(subject, self._sizes)
         self._full = Reference(
@@ -47,30 +47,30 @@ class PlainModel:
 
     @functools.cached_property
     def _proof(self) -> Reference | None:
-        """Reference 3; None where nothing explains a difference, or nothing can be proved."""
+        """Reference 3; None if nothing explains a difference, or nothing can be proved."""
         if not self._traits.reason():
             return None
         arguments = (self._subject, self._sizes, self._traits)
         try:
             tensors, pooled = proof.proof(*arguments)
             tensors |= outputs_or_none(lambda: proof.outputs_for_proof(*arguments))
-        except (Unsplittable, CellError):  # which a cell raises where parts do not fit it
+        except (Unsplittable, CellError):  # a cell may fail on parts
             return None
         return Reference(tensors | pooled)
 
     @functools.cached_property
     def _mixing(self) -> str | None:
-        """What makes the full batch differ besides what mathematics explains, if anything."""
+        """What else makes the full batch differ than what mathematics explains, if anything."""
         return culprits.mixing(self._subject, self._sizes, self._traits, self._tolerance)
 
     @functools.cached_property
     def _cause(self) -> str:
-        """What the losses and cells are that cannot be split, with the remedy."""
+        """What is wrong with losses and cells that cannot be split, with the remedy."""
         try:
             return "".join(
                 f"; {problem}" for problem in culprits.causes(self._subject, self._sizes)
             )
-        except Exception:  # the model's own, which fails so but not in the pipeline
+        except Exception:  # the model may fail here, though not in the pipeline
             return ""
 
     @functools.cached_property
@@ -89,7 +89,7 @@ class PlainModel:
     def compare(
         self, configuration: Configuration, run: PipelinedStep, first: Tensors
     ) -> list[ParityRow]:
-        """A row for every quantity of `run`; `first` is the run whose bits it must have."""
+        """Return a row for every quantity of `run`, which must be bit-identical to `first`."""
         rows: dict[str, ParityRow] = {}
         given = Reference({f"parameter {name}": value for name, value in run.given.items()})
         for quantity, tensor in (self._no_outputs | run.tensors).items():
@@ -99,14 +99,14 @@ class PlainModel:
             verdict: Verdict
             reordered = configuration.replicas and quantity.startswith(_SUMMED)
             if not (same or reordered):
-                verdict, reason = "FAILED", "other bits than with the first cut and policy"
+                verdict, reason = "FAILED", "not bit-identical to the first cut and policy"
             elif quantity.startswith("parameter "):
                 gradient = rows[quantity.replace("parameter", "gradient", 1)]
                 step = given.difference(quantity, tensor)
                 verdict, reason = self._of_parameter(gradient, step, max(full, parts))
             elif not parts <= self._tolerance:
                 verdict = "FAILED"
-                reason = "not what the plain model gives by microbatch"
+                reason = "differs from the plain model by microbatch"
             elif full <= self._tolerance:
                 verdict, reason = "ok", ""
             else:
@@ -123,21 +123,21 @@ class PlainModel:
         return list(rows.values())
 
     def _of_full_batch(self, quantity: str, tensor: Tensor | None) -> tuple[Verdict, str]:
-        """What differs from the full batch only."""
+        """Return the verdict on a quantity that differs only from the full batch."""
         wrong = self._unfaithful or self._mixing
         if wrong is not None:
-            why = f"not what the plain model gives on the full batch: {wrong}{self._cause}"
+            why = f"differs from the plain model on the full batch: {wrong}{self._cause}"
             return "FAILED", why
-        shown = self._proof
-        if shown is not None and shown.difference(quantity, tensor) <= self._tolerance:
+        proof = self._proof
+        if proof is not None and proof.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
-        return "FAILED", f"not what the plain model gives on the full batch{culprit}{self._cause}"
+        return "FAILED", f"differs from the plain model on the full batch{culprit}{self._cause}"
 
     def _of_parameter(self, gradient: ParityRow, step: float, apart: float) -> tuple[Verdict, str]:
-        """A parameter is right if its gradient is, and the plain optimizer's step with that."""
+        """Return a parameter's verdict from its gradient's and the plain optimizer's step."""
         if not step <= self._tolerance:
-            return "FAILED", "the optimizer did not do what it does to the plain model"
+            return "FAILED", "the optimizer's step differs from that on the plain model"
         if gradient.verdict != "ok":
             return gradient.verdict, gradient.reason
         if apart <= self._tolerance:

@@ -1,4 +1,4 @@
-"""`stagewise advise`: is a pipeline the right tool for this model on these devices?"""
+"""`stagewise advise`: decide whether a pipeline is the right tool for a model and its devices."""
 
 import json
 from dataclasses import asdict
@@ -30,8 +30,8 @@ Microbatches = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Into how many microbatches each minibatch is split. [default: four times the "
-        "devices, as far as the batch has samples]",
+        help="Number of microbatches per minibatch. [default: four times the devices, at most one "
+        "per sample]",
         show_default=False,
     ),
 ]
@@ -48,12 +48,12 @@ def advise_command(
     microbatches: Microbatches = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how to train a recipe's model: data parallelism, a pipeline, with replicas, or else.
+    """Recommend how to train a recipe's model: data parallelism, a pipeline, replicas, or else.
 
-    Costs are measured here, or estimated for the device that you name; then the model is never
-    allocated. Each rule is shown with its numbers and with what to do about it: does the model fit
-    one device, does every cell, do cells cost alike, are there enough microbatches of enough
-    samples, does sending take long?
+    Costs are measured here, or, with --device, estimated without allocating the model. Each rule is
+    shown with its numbers and advice: does the model, or at least every cell, fit one device; do
+    cells have similar costs; are there enough microbatches of enough samples; is communication
+    cheap?
 
     Example: stagewise advise examples/shakespeare.py --devices 8 --device h100
     """

@@ -1,4 +1,4 @@
-"""`stagewise check`: a recipe's model plain and pipelined, compared on one of its batches."""
+"""`stagewise check`: compare a recipe's model, plain and pipelined, on one of its batches."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli.typed import numbers_in, parsed_replicas, schedule_meant
+from stagewise.cli.typed import named_or_read, numbers_in, parsed_replicas
 from stagewise.errors import UsageError
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule
 from stagewise.training.workers.environment import launched
@@ -23,9 +23,8 @@ StagesList = Annotated[
     typer.Option(
         "--stages",
         metavar="N,N,...",
-        help="Into how many stages the model is cut, one number after another; each schedule takes "
-        "those that suit it. [default: as many as 1,2,4 devices hold, as far as the model has "
-        "cells]",
+        help="Numbers of stages to try; each schedule runs those that it supports. [default: the "
+        "stages of 1,2,4 devices, at most one per cell]",
         show_default=False,
     ),
 ]
@@ -34,7 +33,7 @@ DevicesList = Annotated[
     typer.Option(
         "--devices",
         metavar="N,N,...",
-        help="The same by devices: each schedule cuts the model into what they hold.",
+        help="Numbers of devices to try, instead of --stages.",
         show_default=False,
     ),
 ]
@@ -43,8 +42,7 @@ MicrobatchesList = Annotated[
     typer.Option(
         "--microbatches",
         metavar="N,N,...",
-        help="Into how many microbatches the batch is split. [default: 4, or those of the "
-        "schedule's file]",
+        help="Numbers of microbatches to try. [default: 4, or those of the schedule's file]",
         show_default=False,
     ),
 ]
@@ -53,8 +51,8 @@ ScheduleList = Annotated[
     typer.Option(
         "--schedule",
         metavar="NAME|FILE,...",
-        help=f"Which schedules to run, of {', '.join(sorted(SCHEDULES))}, or files as `stagewise "
-        "simulate --text` prints them. [default: all that do not split the backward]",
+        help=f"Schedules to run: {', '.join(sorted(SCHEDULES))}, or files as printed by `stagewise "
+        "simulate --text`. [default: all that do not split the backward]",
         show_default=False,
     ),
 ]
@@ -63,7 +61,7 @@ RecomputeList = Annotated[
     typer.Option(
         "--recompute",
         metavar="POLICY,POLICY,...",
-        help=f"Which policies to run, of {', '.join(POLICIES)}. [default: all]",
+        help=f"Recomputation policies to run: {', '.join(POLICIES)}. [default: all]",
         show_default=False,
     ),
 ]
@@ -71,7 +69,7 @@ Double = Annotated[
     bool,
     typer.Option(
         "--double",
-        help="Compute in float64, where round-off is far smaller than any mistake.",
+        help="Compute in float64, in which round-off is far smaller than any error.",
     ),
 ]
 
@@ -86,12 +84,12 @@ def check_command(
     recompute: RecomputeList = None,
     double: Double = False,
 ) -> None:
-    """Show that the pipelined model trains like the plain one: the same loss and gradients.
+    """Check that the pipelined model trains like the plain one: the same loss and gradients.
 
-    Runs one training step of the recipe's first batch plain, and pipelined in every way asked
-    for, in this process. Prints how far loss, outputs, gradients, buffers and the parameters
-    after an optimizer step are apart, and which differences mathematics explains (BatchNorm by
-    microbatch, dropout's random numbers). The exit code is 1 if any is left unexplained.
+    Runs one training step on the recipe's first batch, plain and in every requested pipelined
+    configuration, in this process. Prints the differences in loss, outputs, gradients, buffers and
+    the parameters after an optimizer step, and which of them mathematics explains (BatchNorm per
+    microbatch, dropout's random numbers). The exit code is 1 if any difference is unexplained.
 
     A model that is not a sequence of cells is captured, as in training, and compared with itself.
 
@@ -101,7 +99,7 @@ def check_command(
         raise UsageError("stagewise check runs in one process; start it without torchrun")
     if stages is not None and devices is not None:
         raise UsageError("--stages and --devices were both given; choose one of them")
-    schedules = None if schedule is None else tuple(map(schedule_meant, schedule.split(",")))
+    schedules = None if schedule is None else tuple(map(named_or_read, schedule.split(",")))
     asked = {
         "num_stages": _numbers("--stages", stages),
         "num_devices": _numbers("--devices", devices),
@@ -163,7 +161,7 @@ def _run(recipe: "Recipe", asked: dict[str, Any], *, double: bool) -> "ParityRep
 
 
 def _left_out(recipe: "Recipe") -> list[str]:
-    """What the recipe asks for and the check does not do."""
+    """Return what the recipe asks for and the check leaves out."""
     asked = {
         "autocast": recipe.autocast is not None,
         "grad_scaler": recipe.grad_scaler is not None,
@@ -183,9 +181,11 @@ def _own_counts(schedules: Sequence[str | Schedule] | None) -> tuple[int, ...]:
 
 
 def _policies(text: str | None) -> tuple[str, ...]:
-    """ "never,always" as names, all by default; raises UsageError for others."""
+    """Parse "never,always"; all by default; raise UsageError for unknown names."""
     names = tuple(POLICIES) if text is None else tuple(text.split(","))
     for name in names:
         if name not in POLICIES:
-            raise UsageError(f"--recompute has no {name!r}; choose from {', '.join(POLICIES)}")
+            raise UsageError(
+                f"there is no recompute policy {name!r}; choose from {', '.join(POLICIES)}"
+            )
     return names

@@ -1,6 +1,6 @@
 """The command `stagewise`: a table of commands, each imported when it is called.
 
-Lazily, so that `stagewise simulate` and `--help` answer at once, without importing torch.
+So `stagewise simulate` and `--help` answer at once, without importing torch.
 """
 
 import sys
@@ -19,7 +19,7 @@ from stagewise.errors import StagewiseError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Where a command's typer-annotated function stands, and its line in the list of commands."""
+    """The location of a command's typer-annotated function, and its line in the command list."""
 
     module: str
     function: str
@@ -35,28 +35,28 @@ COMMANDS = {
     "plan": Command(
         module="stagewise.cli.plan",
         function="plan_command",
-        help="Measure a recipe's model and show how it would be cut and how fast it would run.",
+        help="Measure a recipe's model; show how it would be cut and how fast it would run.",
     ),
     "advise": Command(
         module="stagewise.cli.advise",
         function="advise_command",
-        help="Say whether a pipeline is the right tool for a recipe's model, and what else is.",
+        help="Recommend a pipeline or another way to train a recipe's model.",
     ),
     "check": Command(
         module="stagewise.cli.check",
         function="check_command",
-        help="Run a recipe's model plain and pipelined, and show that both train alike.",
+        help="Run a recipe's model plain and pipelined, and check that both train alike.",
     ),
     "simulate": Command(
         module="stagewise.cli.simulate",
         function="simulate_command",
-        help="Draw the timeline of a schedule from costs alone: no model, no device.",
+        help="Draw the timeline of a schedule from costs alone, without model or device.",
     ),
 }
 
 
 def command_app(name: str) -> typer.Typer:
-    """The command called `name` as an application of its own; imports its module."""
+    """Return the command called `name` as a separate application; imports its module."""
     command = COMMANDS[name]
     function: Callable[..., None] = getattr(import_module(command.module), command.function)
     single = _application()
@@ -71,7 +71,7 @@ def _application() -> typer.Typer:
 
 
 def _build() -> typer.Typer:
-    """All commands; each hands its arguments, `--help` too, to its own application."""
+    """Return all commands; each forwards its arguments, including `--help`, to its application."""
     built = _application()
     built.callback(invoke_without_command=True)(_root)
     for name, command in COMMANDS.items():
@@ -107,7 +107,7 @@ app = _build()
 
 
 def main() -> None:
-    """Run the command line; an error becomes one message and an exit code: 2 for wrong use."""
+    """Run the command line; an error becomes one message and exit code 1, or 2 for wrong use."""
     try:
         app(prog_name="stagewise")
     except StagewiseError as error:

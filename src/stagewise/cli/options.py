@@ -30,8 +30,8 @@ Stages = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Into how many stages the model is cut. Some schedules put several on each device. "
-        "[default: as many as the devices hold]",
+        help="Number of stages. Some schedules put several on each device. [default: as many as "
+        "the devices hold]",
         show_default=False,
     ),
 ]
@@ -39,9 +39,8 @@ Devices = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="How many devices work side by side: each gets a worker process of its own (and a "
-        "GPU of its own, where there are any); 1 trains in this process. [default: 2, or as many "
-        "as hold the stages]",
+        help="Number of devices, each with its own worker process (and its own GPU, if there are "
+        "any); 1 trains in this process. [default: 2, or as many as hold the stages]",
         show_default=False,
     ),
 ]
@@ -49,8 +48,8 @@ Microbatches = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Into how many microbatches each minibatch is split. More keep the devices busier "
-        "(4 times the devices is plenty), but each must still be worth computing. "
+        help="Number of microbatches per minibatch. More keep the devices busier (4 times the "
+        "devices is plenty), but make each computation smaller. "
         f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
         show_default=False,
     ),
@@ -59,9 +58,9 @@ AdaptiveMicrobatches = Annotated[
     str | None,
     typer.Option(
         metavar="N|auto",
-        help="Into how many microbatches each minibatch is split, or auto: the number is chosen by "
-        "measuring, and changed in the run where that is faster or memory runs out. More keep the "
-        "devices busier (4 times the devices is plenty), but each must still be worth computing. "
+        help="Number of microbatches per minibatch, or auto: chosen by measuring, and changed "
+        "during the run if that is faster or memory runs out. More keep the devices busier (4 "
+        "times the devices is plenty), but make each computation smaller. "
         f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
         show_default=False,
     ),
@@ -70,25 +69,25 @@ ScheduleName = Annotated[
     str,
     typer.Option(
         metavar="NAME|FILE",
-        help="In which order devices run stages and microbatches; `stagewise simulate --list` "
-        f"explains the names: {', '.join(SCHEDULES)}. Or a file with a schedule of your own, as "
-        "`stagewise simulate --text` prints it.",
+        help="The order in which devices run stages and microbatches; `stagewise simulate --list` "
+        f"explains the names: {', '.join(SCHEDULES)}. Or a file with a custom schedule, as printed "
+        "by `stagewise simulate --text`.",
     ),
 ]
 Recompute = Annotated[
     str,
     typer.Option(
         metavar="POLICY",
-        help="Whether to drop activations and compute them again when needed, which saves memory "
-        f"and costs time: {', '.join(POLICIES)}.",
+        help="Which microbatches drop their activations and recompute them for the backward, which "
+        f"saves memory and costs time: {', '.join(POLICIES)}.",
     ),
 ]
 Balance = Annotated[
     str | None,
     typer.Option(
         metavar="N,N,...",
-        help="How many of the model's cells each stage gets, such as 4,6. By default the cells "
-        "are measured and the best cut is taken.",
+        help="Number of cells per stage, such as 4,6. By default the cells are measured and the "
+        "best cut is chosen.",
         show_default=False,
     ),
 ]
@@ -96,9 +95,9 @@ Replicas = Annotated[
     str | None,
     typer.Option(
         metavar="N,N,...",
-        help="How many devices each stage gets, such as 1,2,1, in place of --stages and --devices: "
-        "those of a stage take its microbatches in turn, so that a stage may have twice the work "
-        "on two; one number alone is data parallelism. For "
+        help="Number of devices per stage, such as 1,2,1, instead of --stages and --devices. The "
+        "devices of a stage take its microbatches in turn, so a stage on two devices can have "
+        "twice the work; a single number means data parallelism. For "
         f"{', '.join(name for name, row in SCHEDULES.items() if row.takes_replicas)}, or a file. "
         "[default: one each]",
         show_default=False,
@@ -107,7 +106,7 @@ Replicas = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        help="Decides the initial parameters, dropout and, unless the recipe seeds it itself, "
+        help="Seed of the initial parameters, dropout and, unless the recipe seeds it itself, "
         "the order of the data. [default: 0, or the checkpoint's with --resume]",
         show_default=False,
     ),
@@ -120,7 +119,7 @@ DeviceName = Annotated[
         "--device",
         metavar="NAME",
         help="Estimate the costs on this device instead of measuring here, without allocating the "
-        "model: h100, a100, mi300x, tpu-v3, cpu, ... or one of your own.",
+        "model: h100, a100, mi300x, tpu-v3, cpu, ... or one from --device-file.",
         show_default=False,
     ),
 ]
@@ -130,8 +129,8 @@ DeviceFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A TOML file with devices of your own, as stagewise's planning/devices.toml; "
-        "~/.config/stagewise/devices.toml is read too.",
+        help="A TOML file with your own devices, in the format of stagewise's "
+        "planning/devices.toml; ~/.config/stagewise/devices.toml is read too.",
         show_default=False,
     ),
 ]
@@ -142,7 +141,7 @@ EfficiencyText = Annotated[
     typer.Option(
         "--efficiency",
         metavar="FRACTION",
-        help="The fraction of the device's published peak that is reached: 0.4 for arithmetic, or "
+        help="The achieved fraction of the device's published peak: 0.4 for arithmetic, or "
         "compute=0.4,memory=0.8,link=0.9.",
         show_default=False,
     ),
@@ -150,7 +149,7 @@ EfficiencyText = Annotated[
 
 
 def chosen_device(name: str | None, file: Path | None, efficiency: str | None) -> DeviceSpec | None:
-    """The device that the options describe; None if none is named."""
+    """Return the device that the options describe; None if none is named."""
     if name is None:
         for option, value in (("--device-file", file), ("--efficiency", efficiency)):
             if value is not None:

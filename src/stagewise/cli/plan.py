@@ -9,7 +9,7 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.cli.search import Memory, Microbatches, run_search
 from stagewise.cli.typed import Typed, command_line, words_of
-from stagewise.cli.workers import errors_told_once, run_in_workers
+from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.request import PlanRequest
@@ -22,7 +22,7 @@ AsJson = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="Print one JSON object: the plan, as stagewise.Plan.from_json reads it, with its "
+        help="Print one JSON object: the plan, which stagewise.Plan.from_json reads, with its "
         "predictions under `predicted` (seconds, fractions, bytes).",
     ),
 ]
@@ -43,23 +43,23 @@ def plan_command(
     efficiency: opt.EfficiencyText = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how the model of a recipe would be cut, and what a step would take, without training.
+    """Show how a recipe's model would be cut, and how long a step would take, without training.
 
-    Measures every cell of the model on the first batch, in as many workers at once as there are
-    devices, so that the machine is as busy as it will be. Prints the cells' costs, the cut with
-    the least busy stages, the predicted step time and bubble, and the memory of each device.
+    Measures every cell of the model on the first batch, with one worker per device at the same
+    time, so that the machine is as busy as in training. Prints the cells' costs, the best-balanced
+    cut, the predicted step time and bubble, and the memory of each device.
 
-    With --device nothing is measured and nothing allocated: the costs are estimated for that
-    device, so that a plan for 64 of them can be made on a laptop.
+    With --device nothing is measured or allocated: the costs are estimated for that device, so a
+    plan for 64 of them can be made on a laptop.
 
-    With --schedule, --microbatches, --recompute or --replicas auto, or with --memory, the fastest
-    plan that fits is searched for, and the answer says what was rejected and why.
+    If --schedule, --microbatches, --recompute or --replicas is auto, or with --memory, the fastest
+    plan that fits is searched for; the output says what was rejected and why.
 
     Example: stagewise plan examples/shakespeare.py --stages 3
 
     Example: stagewise plan examples/shakespeare.py --devices 4 --schedule auto --memory 2GB
     """
-    with errors_told_once():
+    with report_errors_once():
         spec = opt.chosen_device(device, device_file, efficiency)
         request = Typed(
             schedule=schedule,
@@ -92,7 +92,7 @@ def plan_command(
 
 
 def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool) -> None:
-    """What every worker does; rank 0 prints."""
+    """Plan on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.batches import TrainingBatches
     from stagewise.training.plans import estimated_plan, make_plan

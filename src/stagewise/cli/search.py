@@ -1,4 +1,4 @@
-"""`stagewise plan` where something is "auto": options, progress, and the answer in one screen."""
+"""`stagewise plan` with a search: its options, progress bar and output."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ Microbatches = Annotated[
     str | None,
     typer.Option(
         metavar="N|N,N,...|auto",
-        help="Into how many microbatches each minibatch is split: a number, several to choose "
-        "from, or auto. More keep the devices busier, but each must still be worth computing. "
+        help="Number of microbatches per minibatch: one number, several to choose from, or auto. "
+        "More keep the devices busier, but make each computation smaller. "
         f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
         show_default=False,
     ),
@@ -31,8 +31,8 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What each device has, such as 8GB: the fastest plan that fits is searched for. "
-        "Counted are parameters, gradients, the optimizer's state and activations.",
+        help="Memory of each device, such as 8GB, for parameters, gradients, optimizer state and "
+        "activations: search for the fastest plan that fits.",
         show_default=False,
     ),
 ]
@@ -41,23 +41,23 @@ Memory = Annotated[
 def run_search(
     recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool
 ) -> None:
-    """What every worker does; rank 0 prints."""
+    """Search on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.plans import estimated_search, measured_search
 
-    speaks = is_first()
-    with progress_bar(speaks) as progress:
+    prints = is_first()
+    with progress_bar(prints) as progress:
         if spec is not None:
             result = estimated_search(recipe, request, spec, progress)
         else:
             result = measured_search(recipe, request, progress)
-    if speaks:
+    if prints:
         show(result, as_json=as_json)
 
 
 @contextmanager
 def progress_bar(visible: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, where that is a terminal."""
+    """Show a progress bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(
@@ -72,7 +72,7 @@ def progress_bar(visible: bool) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def show(result: "SearchResult", *, as_json: bool) -> None:
-    """Print what was found, as a screen or as JSON that is the plan too."""
+    """Print the result as tables, or as the plan's JSON with a field `search`."""
     from stagewise.report.search import as_record, explanation
 
     if as_json:

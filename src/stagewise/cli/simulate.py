@@ -1,4 +1,4 @@
-"""`stagewise simulate`: a schedule and its costs drawn as a timeline. No torch."""
+"""`stagewise simulate`: draw a schedule and its costs as a timeline, without torch."""
 
 import json
 import math
@@ -31,7 +31,7 @@ PerDevice = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Stages on each device, for schedules that take any number. [default: 2 for those]",
+        help="Stages per device, for schedules that allow any number. [default: 2]",
         show_default=False,
     ),
 ]
@@ -44,7 +44,7 @@ def simulate_command(
         int | None,
         typer.Option(
             min=1,
-            help=f"Devices. [default: {DEFAULT_DEVICES}, or as many as hold the stages]",
+            help=f"Number of devices. [default: {DEFAULT_DEVICES}, or as many as hold the stages]",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def simulate_command(
     recompute: Annotated[
         str,
         typer.Option(
-            help="Which microbatches store only their inputs and run forward again before their "
+            help="Which microbatches store only their inputs and are recomputed before their "
             f"backward: {', '.join(POLICIES)}."
         ),
     ] = "never",
@@ -69,8 +69,8 @@ def simulate_command(
     weight: Annotated[
         str | None,
         typer.Option(
-            help="The same for that part of the backward that only weights need, where a schedule "
-            "splits it. [default: half]",
+            help="The same for the weight-gradient part of the backward, for schedules that split "
+            "it. [default: half]",
             show_default=False,
         ),
     ] = None,
@@ -84,20 +84,20 @@ def simulate_command(
         bool,
         typer.Option(
             "--text",
-            help="Print the schedule itself: a line per device, a column per slot, dots for idle "
-            "ones. Edit it in a file, and give that as --schedule.",
+            help="Print the schedule itself: a line per device, a column per time slot, a dot for "
+            "an idle slot. Edit it in a file, and pass that as --schedule.",
         ),
     ] = False,
     as_list: Annotated[
-        bool, typer.Option("--list", help="Explain the schedules that there are, and end.")
+        bool, typer.Option("--list", help="Explain the available schedules, and exit.")
     ] = False,
 ) -> None:
-    """Draw how a pipeline spends one training step, from costs alone: no model, no device.
+    """Draw how a pipeline spends one training step, from costs alone, without model or device.
 
     Each row is a device and time runs to the right: `F3` is the forward of microbatch 3, `B3` its
-    backward (`I3` and `W3` its halves, for inputs and for weights), `R3` its recomputation; the
-    stage stands before them where a device has several. Dots are idle time, the *bubble*. Try
-    more microbatches to shrink it, or unequal stages to see who waits for whom:
+    backward (`I3` and `W3` its halves, for inputs and for weights), `R3` its recomputation; if a
+    device has several stages, the stage comes first. Dots are idle time, the *bubble*. Try more
+    microbatches to shrink it, or unequal stages to see which devices wait:
 
         stagewise simulate --devices 4 --microbatches 8
 
@@ -140,17 +140,17 @@ def simulate_command(
 def _numbers(
     schedule: str, stages: int | None, devices: int | None, each: int | None
 ) -> tuple[int | None, int | None]:
-    """Stages and devices where stages per device are asked for."""
+    """Return the numbers of stages and devices, given the stages per device `each`."""
     if each is None:
         return stages, devices
     if schedule not in SCHEDULES:
-        raise UsageError("--stages-per-device is for schedules by name; a file says it itself")
+        raise UsageError("--stages-per-device is for named schedules; a file fixes its own number")
     if devices is None:
         devices = DEFAULT_DEVICES if stages is None else max(1, stages // each)
     if stages is not None and stages != devices * each:
         raise UsageError(
-            f"--stages {stages} is not --stages-per-device {each} times {devices} devices; leave "
-            "one of them out, or correct it"
+            f"--stages {stages} is not --stages-per-device {each} times {devices} devices; correct "
+            "one of them, or leave it out"
         )
     return devices * each, devices
 
@@ -167,7 +167,7 @@ def _stage_costs(
     for w, b in zip(weights, backwards, strict=True):
         if w > b:
             raise UsageError(
-                f"--weight has {w:g} seconds of a backward of {b:g}; it is a part of --backward"
+                f"--weight is {w:g} seconds, but the backward that it is part of is only {b:g}"
             )
     return [
         StageCost(
@@ -182,18 +182,18 @@ def _stage_costs(
 
 
 def _seconds(option: str, text: str, num_stages: int) -> list[float]:
-    """One cost per stage from a comma list; raises UsageError naming the option."""
+    """Parse a comma-separated list of one cost per stage; raise UsageError naming the option."""
     try:
         values = [float(word) for word in text.split(",")]
     except ValueError:
         raise UsageError(
-            f"{option} is {text!r}; give seconds, as in {option} 1 for all stages, or "
-            f"{option} {','.join(['1'] * num_stages)} for one each"
+            f"{option} is {text!r}; give seconds, such as {option} 1 for all stages, or "
+            f"{option} {','.join(['1'] * num_stages)} for one number per stage"
         ) from None
     if len(values) not in (1, num_stages):
         raise UsageError(
             f"{option} {text} gives {len(values)} costs for {num_stages} stages; give one cost "
-            "for all stages, or one for each"
+            "for all stages, or one per stage"
         )
     checked = [_checked(option, value) for value in values]
     return checked if len(checked) == num_stages else checked * num_stages
@@ -227,7 +227,7 @@ def _as_text(schedule: Schedule, recompute: str) -> str:
 
 
 def _closed_form(choice: ScheduleChoice, cost: StageCost) -> str:
-    """What the literature says of this schedule on equal stages."""
+    """Return the literature's formulas for this schedule on equal stages."""
     row, built = SCHEDULES[choice.name], choice.built
     stages = EqualStages(
         num_devices=built.num_devices,
@@ -242,21 +242,21 @@ def _closed_form(choice: ScheduleChoice, cost: StageCost) -> str:
         idle = format_seconds(float(row.bubble.seconds(stages)))
         said += f" = {idle}, bubble {float(row.bubble.fraction(stages)):.1%}"
     else:
-        said += ", which is not so here"
+        said += ", which does not apply here"
     return f"{said}\nin flight on device d, by stage: {row.in_flight}"
 
 
 def _schedules_in_words() -> str:
-    """Every row of SCHEDULES in a few lines, below what its letters mean."""
+    """Describe every row of SCHEDULES in a few lines, after a legend."""
     lines = [
         "K devices, v stages on each, M microbatches, d a device, g microbatches in a group; F and",
-        "B are the seconds of one stage's forward and backward, B = I + W where that is split.",
-        "idle: of each device in a step on equal stages; in flight: microbatches held from forward",
-        "to backward, counted by stage. `looped` devices hold stages d, d+K, ...; `zigzag` to and",
-        "fro.",
+        "B are the seconds of one stage's forward and backward, B = I + W if it is split.",
+        "idle: each device's idle time in a step on equal stages; in flight: microbatches held",
+        "from forward to backward, summed over a device's stages. With `looped` placement device d",
+        "holds stages d, d+K, ...; with `zigzag` the direction alternates.",
     ]
     for name, row in SCHEDULES.items():
-        each = f"{row.stages_per_device} a device"
+        each = f"{row.stages_per_device} per device"
         lines += [
             "",
             f"{name}: {row.summary}",

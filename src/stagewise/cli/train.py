@@ -1,4 +1,4 @@
-"""`stagewise train`: check the options, start one worker per device, train, tell the result."""
+"""`stagewise train`: check the options, start one worker per device, train, print the result."""
 
 import shlex
 import sys
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from stagewise.cli import options as opt
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
-from stagewise.cli.workers import end_stopped, errors_told_once, run_in_workers
+from stagewise.cli.workers import end_stopped, report_errors_once, run_in_workers
 from stagewise.errors import CheckpointError, PlanError, UsageError
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
@@ -30,16 +30,16 @@ Steps = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="After how many steps (minibatches) training ends; with --resume, the steps before "
-        "count. [default: one pass over the recipe's data]",
+        help="Total number of steps (minibatches), including those before --resume. [default: one "
+        "pass over the recipe's data]",
         show_default=False,
     ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="Directory for log and checkpoints. [default: runs/RECIPE, or with a number behind "
-        "it if that one is taken]",
+        help="Directory for log and checkpoints. [default: runs/RECIPE, with a number appended if "
+        "that exists]",
         show_default=False,
     ),
 ]
@@ -47,8 +47,8 @@ Resume = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        help="Go on from a run's last checkpoint (give the run's directory) or from one "
-        "checkpoint (its directory). The number of stages may differ from before.",
+        help="Resume from a run's last checkpoint (give the run's directory) or from a certain "
+        "checkpoint (its directory). The number of stages may change.",
         show_default=False,
     ),
 ]
@@ -57,16 +57,16 @@ SavedPlan = Annotated[
     typer.Option(
         "--plan",
         metavar="FILE",
-        help="Train by a plan that `stagewise plan --json` has written, in place of measuring and "
-        "of the options above.",
+        help="Use a plan written by `stagewise plan --json`, instead of measuring and of the "
+        "options above.",
         show_default=False,
     ),
 ]
 ValidateEvery = Annotated[
-    int, typer.Option(min=0, metavar="STEPS", help="Steps between two validations; 0 for none.")
+    int, typer.Option(min=0, metavar="STEPS", help="Steps between validations; 0 for none.")
 ]
 CheckpointEvery = Annotated[
-    int, typer.Option(min=0, metavar="STEPS", help="Steps between two checkpoints; 0 for none.")
+    int, typer.Option(min=0, metavar="STEPS", help="Steps between checkpoints; 0 for none.")
 ]
 
 _DEFAULTS = {
@@ -76,7 +76,7 @@ _DEFAULTS = {
     "--validate-every": 100,
     "--checkpoint-every": 100,
 }
-_IN_CHECKPOINT = ("--seed", "--out", "--resume")  # what --resume RUN says by itself
+_IN_CHECKPOINT = ("--seed", "--out", "--resume")  # implied by --resume RUN
 
 
 def train(
@@ -96,16 +96,16 @@ def train(
     validate_every: ValidateEvery = 100,
     checkpoint_every: CheckpointEvery = 100,
 ) -> None:
-    """Train the model of a recipe, cut into stages that work side by side.
+    """Train the model of a recipe through a pipeline.
 
     Starts one worker process per device, or joins the workers that `torchrun` has started. The
-    cells of the model are measured first and cut so that the stages are equally busy. Progress
-    goes to the screen and to OUT/log.jsonl, checkpoints to OUT/checkpoints. Ctrl-C ends the run
-    after the running step, with a checkpoint and exit code 130; go on with --resume.
+    model's cells are measured first and cut so that the stages are equally busy. Progress goes to
+    the screen and to OUT/log.jsonl, checkpoints to OUT/checkpoints. Ctrl-C ends the run after the
+    current step, with a checkpoint and exit code 130; continue with --resume.
 
     Example: stagewise train examples/shakespeare.py --stages 2
     """
-    with errors_told_once():
+    with report_errors_once():
         typed = Typed(
             schedule=schedule,
             recompute=recompute,
@@ -126,10 +126,10 @@ def train(
         loaded = load_recipe(recipe)
         checkpoint = None
         if resume is not None and launched_by_us():
-            checkpoint = find(resume)  # the parent has looked at its files
+            checkpoint = find(resume)  # the parent has checked its files
         elif resume is not None:
-            checkpoint, told = find_undamaged(resume)
-            for line in told:
+            checkpoint, warnings = find_undamaged(resume)
+            for line in warnings:
                 print(f"warning: {line}", file=sys.stderr)
         options = TrainOptions(
             plan=wanted,
@@ -151,27 +151,27 @@ def train(
 
 
 def _request(typed: Typed) -> PlanRequest:
-    """What is typed; `--microbatches auto` begins at the default number."""
+    """Return the request; `--microbatches auto` starts with the default number."""
     if typed.microbatches != AUTO:
         return typed.fixed()
     if typed.schedule not in SCHEDULES:
         raise PlanError(
-            f"--microbatches auto needs a schedule for any number of them, but {typed.schedule} is "
-            "a file for one; give a name, or leave --microbatches out"
+            f"--microbatches auto needs a schedule for any number of microbatches, but the file "
+            f"{typed.schedule} is for a fixed number; give a name, or leave --microbatches out"
         )
     return replace(typed, microbatches=None).fixed()
 
 
 def _saved(path: Path, typed: Typed) -> Plan:
-    """The plan in a file, as `stagewise plan --json` writes it.
+    """Return the plan in a file written by `stagewise plan --json`.
 
-    Raises PlanError where it is none, UsageError where options say what it says already.
+    Raises PlanError if it is not a plan, UsageError if other options contradict it.
     """
-    usual = vars(Typed())
-    if others := [f"--{name}" for name, given in vars(typed).items() if given != usual[name]]:
+    defaults = vars(Typed())
+    if others := [f"--{name}" for name, given in vars(typed).items() if given != defaults[name]]:
         raise UsageError(
-            f"--plan {path} says how the model is cut and run, but {', '.join(others)} was given "
-            "too; leave it out, or leave --plan out"
+            f"--plan {path} determines how the model is cut and run, but {', '.join(others)} was "
+            "given too; leave it out, or leave --plan out"
         )
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
@@ -183,7 +183,7 @@ def _saved(path: Path, typed: Typed) -> Plan:
 
 
 def _run(recipe: "Recipe", options: "TrainOptions") -> None:
-    """What every worker does; rank 0 tells the result."""
+    """Train on every worker; rank 0 prints the result."""
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.trainer import run_training
     from stagewise.training.workers.stop import stop_request
@@ -192,12 +192,12 @@ def _run(recipe: "Recipe", options: "TrainOptions") -> None:
     with stop.listening():
         outcome = run_training(recipe, options, console=console, stop=stop)
     if is_first():
-        _tell(console, recipe.path, options, outcome)
+        _report(console, recipe.path, options, outcome)
     if outcome.stopped:
         end_stopped()
 
 
-def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:
+def _report(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:
     from stagewise.report.plan import comparison_table, predicted
 
     def say(text: str) -> None:
@@ -216,16 +216,16 @@ def _tell(console: Console, path: Path, options: "TrainOptions", outcome: "RunOu
         )
     say(f"log: {options.run / 'log.jsonl'}")
     if outcome.checkpoint is None:
-        say("checkpoint: none, since no step was done")
+        say("checkpoint: none, because no step was completed")
         return
     say(f"checkpoint: {outcome.checkpoint}")
     steps = outcome.num_steps if outcome.stopped else 2 * outcome.num_steps
-    onward = ["stagewise", *_arguments(path, replace(options, num_steps=steps), short=True)]
-    say(f"go on with: {shlex.join(onward)} --resume {shlex.quote(str(options.run))}")
+    command = ["stagewise", *_arguments(path, replace(options, num_steps=steps), short=True)]
+    say(f"continue with: {shlex.join(command)} --resume {shlex.quote(str(options.run))}")
 
 
 def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
-    """The command line that gives `options`; short: only what resuming that run needs to say."""
+    """Return the command line of `options`; if `short`, only what resuming the run needs."""
     resume = options.resume
     values = {
         **_plan_words(options),
@@ -258,13 +258,13 @@ def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:
     if given is not None and given != checkpoint.seed:
         raise UsageError(
             f"--seed {given} is not the seed of {checkpoint.path}, which is {checkpoint.seed}; "
-            "leave --seed out to go on with that run"
+            "leave --seed out to resume that run"
         )
     return checkpoint.seed
 
 
 def _run_directory(name: str, out: Path | None, checkpoint: "Checkpoint | None") -> Path:
-    """Where log and checkpoints go; never where they would mix with another run's."""
+    """Return the directory of log and checkpoints, never one that holds those of another run."""
     from stagewise.training.run_folder import latest
 
     if launched_by_us() and out is not None:
@@ -273,14 +273,14 @@ def _run_directory(name: str, out: Path | None, checkpoint: "Checkpoint | None")
         newest = latest(checkpoint.run)
         if newest is not None and newest.step > checkpoint.step:
             raise CheckpointError(
-                f"{checkpoint.run} holds a later checkpoint, step {newest.step}; go on from that "
-                f"one with --resume {checkpoint.run}, or keep the two apart with another --out"
+                f"{checkpoint.run} has a later checkpoint, step {newest.step}; resume from that "
+                f"one with --resume {checkpoint.run}, or write to another directory with --out"
             )
         return checkpoint.run
     if out is not None:
         if (taken := latest(out)) is not None:
             raise CheckpointError(
-                f"{out} holds the checkpoints of a run of {taken.step} steps; go on from there "
+                f"{out} already has the checkpoints of a run of {taken.step} steps; resume it "
                 f"with --resume {out}, or give another --out"
             )
         return out

@@ -1,4 +1,4 @@
-"""From what was typed to one PlanRequest, and back to what a worker is to be told. No torch."""
+"""From typed options to a PlanRequest, and back to a worker's command line, without torch."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ _OPTIONS = {"num_stages": "--stages", "balance": "--balance", "replicas": "--rep
 
 @dataclass(frozen=True, kw_only=True)
 class Typed:
-    """The options that several commands have for a plan, as they were typed."""
+    """The planning options shared by several commands, as typed."""
 
     schedule: str = "1f1b"
     recompute: str = "never"
@@ -29,16 +29,16 @@ class Typed:
     memory: str | None = None
 
     def request(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
-        """What they ask for; raises UsageError naming the option that is wrong."""
-        schedule = AUTO if self.schedule == AUTO else schedule_meant(self.schedule)
-        unsaid = self.stages is None and self.devices is None and self.replicas in (None, AUTO)
+        """Return the request; raise UsageError naming the option that is wrong."""
+        schedule = AUTO if self.schedule == AUTO else named_or_read(self.schedule)
+        unsized = self.stages is None and self.devices is None and self.replicas in (None, AUTO)
         named = isinstance(schedule, str)
         try:
             return PlanRequest(
                 schedule=schedule,
                 recompute=self.recompute,
                 num_stages=self.stages,
-                num_devices=default_devices if unsaid and named else self.devices,
+                num_devices=default_devices if unsized and named else self.devices,
                 replicas=AUTO if self.replicas == AUTO else parsed_replicas(self.replicas),
                 num_microbatches=self._microbatches(schedule),
                 balance=_balance(self.balance),
@@ -48,11 +48,11 @@ class Typed:
             raise PlanError(_by_option(str(error))) from None
 
     def fixed(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
-        """The same where one schedule is asked for; raises UsageError where any is left open."""
+        """Return a request for one schedule; raise UsageError if anything is left to the search."""
         request = self.request(default_devices=default_devices)
         if request.searched:
             raise UsageError(
-                "this command takes one schedule, policy and number of microbatches; search with "
+                "this command needs one schedule, policy and number of microbatches; search with "
                 "stagewise plan RECIPE --json > plan.json, and train with --plan plan.json"
             )
         return request
@@ -66,12 +66,12 @@ class Typed:
             return AUTO
         example = "8, several, such as 4,8,16, or auto"
         return numbers_in(
-            "--microbatches", self.microbatches, "one, such as", example, what="number"
+            "--microbatches", self.microbatches, "one, such as", example, what="positive integer"
         )
 
 
 def words_of(request: PlanRequest) -> dict[str, object]:
-    """The options that give this request again; None where one says nothing."""
+    """Return the options that give this request again; None where an option is not needed."""
     schedule = request.schedule
     assert isinstance(schedule, str | Schedule)
     return {
@@ -87,14 +87,14 @@ def words_of(request: PlanRequest) -> dict[str, object]:
 
 
 def command_line(options: Mapping[str, object]) -> list[str]:
-    """The options that are not None, as words."""
+    """Return the options that are not None, as command-line words."""
     return [w for name, value in options.items() if value is not None for w in (name, str(value))]
 
 
-def schedule_meant(text: str) -> str | Schedule:
-    """A schedule's name as it is, or the schedule that the file of that name holds.
+def named_or_read(text: str) -> str | Schedule:
+    """Return a schedule's name unchanged, or the schedule in the file of that name.
 
-    Raises ScheduleError where there is neither, or the file holds no valid schedule.
+    Raises ScheduleError if there is neither, or the file does not hold a valid schedule.
     """
     if text in SCHEDULES:
         return text
@@ -108,13 +108,13 @@ def schedule_meant(text: str) -> str | Schedule:
                 f"a file to start from: stagewise simulate --text > {text}"
             ) from None
     raise ScheduleError(
-        f"there is no schedule {text!r}; choose one of {names}, or give a file that holds one, "
+        f"there is no schedule {text!r}; choose one of {names}, or give a file that contains one, "
         f"such as {text}.txt"
     )
 
 
 def parsed_replicas(text: str | None) -> tuple[int, ...]:
-    """ "1,2,1" as numbers; raises UsageError if it is anything else."""
+    """Parse "1,2,1"; raise UsageError if it is anything else."""
     if text is None:
         return ()
     return numbers_in("--replicas", text, "the number of devices of each stage, such as", "1,2,1")
@@ -127,12 +127,12 @@ def _balance(text: str | None) -> tuple[int, ...] | None:
 
 
 def numbers_in(
-    option: str, text: str, write: str, example: str, *, what: str = "list of numbers"
+    option: str, text: str, write: str, example: str, *, what: str = "list of positive integers"
 ) -> tuple[int, ...]:
-    """ "1,2,4" as numbers; raises UsageError that says to write something such as `example`."""
+    """Parse "1,2,4"; raise UsageError that suggests `example`."""
     found = tuple(int(word) for word in text.split(",") if word.strip().isdecimal())
     if len(found) != len(text.split(",")) or 0 in found:
-        raise UsageError(f"{option} {text!r} is no {what} from 1; write {write} {option} {example}")
+        raise UsageError(f"{option} {text!r} is not a {what}; write {write} {option} {example}")
     return found
 
 
@@ -141,7 +141,7 @@ def _joined(numbers: str | int | Iterable[int]) -> str:
 
 
 def _by_option(message: str) -> str:
-    """The error with options in place of the fields that contradict each other."""
+    """Replace the names of contradictory fields by those of the options."""
     return re.sub(
         r"(?<=but ).+?(?= was given)",
         lambda names: " and ".join(_OPTIONS.get(n, n) for n in names[0].split(" and ")),

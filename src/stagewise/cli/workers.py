@@ -1,4 +1,4 @@
-"""Running a command's body once per device: in this process, in our workers, or torchrun's."""
+"""Run a command's body once per device: in this process, in our workers, or in torchrun's."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ from stagewise.training.workers.environment import (
 
 
 @contextmanager
-def errors_told_once() -> Iterator[None]:
-    """In a worker, let an error be reported once for all workers; elsewhere let it through."""
+def report_errors_once() -> Iterator[None]:
+    """In a worker, report an error once for all workers; elsewhere, let it through."""
     if not launched():
         yield
         return
-    from stagewise.training.workers.worker import failure_told
+    from stagewise.training.workers.worker import report_failure_once
 
-    with failure_told():
+    with report_failure_once():
         yield
 
 
@@ -37,15 +37,15 @@ def run_in_workers(
 ) -> None:
     """Run `body` in each of `num_workers` workers.
 
-    In a worker that is already running, join the others and run it. Otherwise start the workers,
-    if `before` finds nothing wrong, with the command line `arguments`, which leads them here; a
-    single one needs no process.
+    A worker joins the others and runs it. Otherwise `before` checks the request, and workers are
+    started with the command line `arguments`, which leads them here; a single one runs in this
+    process.
     """
     if launched():
         if world_size() != num_workers:
             raise UsageError(
-                f"torchrun has started {world_size()} workers but the schedule is for "
-                f"{num_workers} devices, and each needs one: give --devices {world_size()}, or "
+                f"torchrun has started {world_size()} workers, but the schedule needs one for each "
+                f"of {num_workers} devices: give --devices {world_size()}, or "
                 f"torchrun --nproc-per-node {num_workers}"
             )
         from stagewise.training.workers.worker import joined
@@ -66,9 +66,9 @@ def run_in_workers(
 
 
 def end_stopped() -> None:
-    """End a run that was stopped before its last step, so that whoever waits for it can tell.
+    """End a run that was stopped before its last step in a way that its parent can detect.
 
-    Our own parent is told by a file, since a worker that fails ends the others.
+    Our own launcher is notified by a file, because a worker that fails would end the others.
     """
     if launched_by_us():
         Path(stopped_file(os.environ[STOP_FILE])).touch()

@@ -1,7 +1,7 @@
-"""What cells and links cost.
+"""Costs of cells and links.
 
 1. Measured: `example` runs `trial_steps` here, on all ranks at once.
-2. Estimated, for devices one does not have: `estimate` tries each kind of cell once on `fakes`
-   (`estimate_chain`, `estimate_cell`) as a stage of the engine's, and counts with `op_counter`;
+2. Estimated, for other devices: `estimate` runs each kind of cell once on `fakes`
+   (`estimate_chain`, `estimate_cell`) as a stage of the engine, and counts with `op_counter`;
    `message_shape` is a message without its tensors.
 """

@@ -1,9 +1,9 @@
-"""`stagewise.estimate`: the costs of a model on devices that one does not have.
+"""`stagewise.estimate`: the costs of a model on a device that need not be present.
 
 Idea: run every cell, forward and backward, on tensors without memory, and count FLOPs and bytes;
-a device's published figures make seconds of them. Cells that are alike, with inputs alike, are run
-once, so that a thousand layers take no longer than one. The bytes are those that `stagewise.plan`
-measures on a CPU.
+a device's published figures turn them into seconds. Equal cells with equal inputs are run once, so
+a thousand layers take no longer than one. The bytes equal those that `stagewise.plan` measures on a
+CPU.
 """
 
 from collections.abc import Mapping
@@ -40,18 +40,18 @@ def estimate(
     """Estimate what every cell of `model` costs on `device`, for one microbatch.
 
     Nothing is allocated: model and batch may be on the meta device (build the model inside
-    `with torch.device("meta")`). Under `torch.autocast("cpu", dtype=...)` the estimate is that of
+    `with torch.device("meta")`). Under `torch.autocast("cpu", dtype=...)` the estimate assumes
     autocast on any device.
 
     Args:
-        model, inputs, target, kwargs, loss: as for `stagewise.plan`; of the example batch only
-            shapes and dtypes matter.
-        num_microbatches: how many the batch is split into.
-        device: a name in stagewise's catalogue, or what
-            `stagewise.planning.load_devices` gives for one of your own.
+        model, inputs, target, kwargs, loss: as for `stagewise.plan`; only the shapes and dtypes of
+            the example batch matter.
+        num_microbatches: the number of microbatches per batch.
+        device: a name in stagewise's catalogue, or a device from
+            `stagewise.planning.load_devices`, which can read your own.
 
     Raises:
-        DeviceError: no such device.
+        DeviceError: there is no such device.
         ModelError: a cell needs values, or has an operator that cannot run on shapes alone.
         BatchError: the example has fewer samples than microbatches.
 
@@ -87,7 +87,7 @@ def cell_work(
     loss: Loss | None = None,
     num_microbatches: int,
 ) -> tuple[CellWork, ...]:
-    """FLOPs and bytes of every cell for one microbatch, for any device; see `estimate`."""
+    """Return FLOPs and bytes of every cell for one microbatch, for any device; see `estimate`."""
     chain = chain_for(model, inputs, kwargs or {})
     inputs, keywords = entering(model, inputs, kwargs or {})
     batch = extent([("inputs", inputs), ("target", target), *keywords.items()])

@@ -1,7 +1,7 @@
-"""One cell on fake tensors: what it would save, return, and compute.
+"""Run one cell on fake tensors: what it would save, return, and compute.
 
-The cell runs as a stage of its own, by the engine's own code, so that what is counted is what the
-engine will do: its copies of inputs that are changed in place, its BatchNorms, its skips.
+The cell runs as a separate stage through the engine's code, so the counts include what the engine
+does: copies of inputs that are changed in place, BatchNorms, skips.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +45,9 @@ class Batch:
 class Forward:
     """What a cell's forward does.
 
-    `messages` are what it sends on; `kept` are the bytes of the storages that it adds (saved by
-    autograd, or held as outputs), `unsaved` those of its outputs that itself does not save, and
-    `saved` all that autograd saves.
+    `messages` are what it sends; `kept` are the bytes of the storages that it adds (saved by
+    autograd, or held as outputs), `unsaved` those of outputs that the cell does not save itself,
+    and `saved` all that autograd saves.
     """
 
     ops: tuple[Op, ...]
@@ -59,9 +59,10 @@ class Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class Backward:
-    """What a cell's backward does; per input tensor, the bytes of its gradient, or None.
+    """What a cell's backward does; `gradient_bytes` per input tensor, or None without gradient.
 
-    If it is split: the operators of `I`, and what that leaves for `W`; the part of it that arrived.
+    If it is split: the operators of `I`, the bytes that it keeps for `W`, and the part of these
+    that is the cell's input.
     """
 
     ops: tuple[Op, ...]
@@ -74,7 +75,8 @@ class Backward:
 class CellTrial:
     """Runs one cell; call everything inside a `fake_mode`.
 
-    Of what it `received`, the memory of `of_batch` is the caller's, and counts as kept nowhere.
+    The memory of `of_batch`, a part of what the cell `received`, belongs to the caller and is not
+    counted as kept.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class CellTrial:
         self._stage.buffers = BufferKeeper([self._cell.module], has_values=False)
         self._batchnorms = BatchNorms([self._cell])
         self._target = batch.target if self._stage.needs_target else None
-        self._forward()  # finds out whether the cell changes its inputs in place
+        self._forward()  # detects whether the cell changes its inputs in place
 
     def forward(self) -> Forward:
         """Count a forward."""
@@ -116,10 +118,9 @@ class CellTrial:
         )
 
     def backward(self, wanted: Sequence[bool]) -> Backward:
-        """Count a backward; `wanted` tells for which outputs there is a gradient.
+        """Count a backward; `wanted` says which outputs have a gradient.
 
-        Parameters have a gradient already, to which it is added, as for all microbatches but
-        the first.
+        Parameters already have gradients, to which it adds, as for all microbatches but the first.
         """
         ops, gradients = self._backward(Kind.BACKWARD, wanted)
         meter = self._meter(self._of_batch)
@@ -139,7 +140,7 @@ class CellTrial:
         return {storage_key(tensor) for tensors, _ in self._received for tensor in tensors}
 
     def _meter(self, given: object) -> ActivationMeter:
-        """Of what is neither the cell's own nor `given`."""
+        """Return a meter that ignores the cell's parameters and buffers, and `given`."""
         module = self._cell.module
         own = [*module.parameters(), *module.buffers()]
         return ActivationMeter([*own, *take_apart(given)[0]])
@@ -183,9 +184,9 @@ class CellTrial:
         at = f" at {counter.running}" if counter.running else ""
         raise ModelError(
             f"cell {name!r} ({kind}) cannot be estimated{at}: {type(cause).__name__}: {cause}\n"
-            "An estimate runs the model without values, so no operator may need any, and each "
-            "needs a kernel for shapes alone (torch.library.register_fake gives it one). Or "
-            "measure instead, where the model fits: leave the device out."
+            "An estimate runs the model without values, so every operator must work on shapes "
+            "alone (torch.library.register_fake adds a kernel for that). Or measure the model "
+            "instead, if it fits on this machine: leave the device out."
         ) from cause
 
     def _work(self) -> Work:
@@ -208,6 +209,6 @@ class CellTrial:
 
 
 def _flat(result: Any) -> list[torch.Tensor | None]:
-    """The gradients of all messages in one list; the first cell has sent none."""
+    """Return the gradients of all messages in one list; none for the first cell."""
     aparts = result if isinstance(result, list) else [result] if result is not None else []
     return [gradient for apart in aparts for gradient in optionals(apart)]

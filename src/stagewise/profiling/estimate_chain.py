@@ -1,4 +1,4 @@
-"""The costs of a whole chain from trials of its cells, each kind of cell tried once."""
+"""Estimate the costs of a whole chain, with one trial for each kind of cell."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,19 +20,19 @@ from stagewise.profiling.message_shape import Packed, numbered, packed
 
 @dataclass(frozen=True)
 class Recorded:
-    """A cell's forward; its storages are numbered, those that arrived first."""
+    """A cell's forward; its storages are numbered, starting with those that arrived."""
 
     trial: CellTrial
     ops: tuple[Op, ...]
     messages: tuple[Packed, ...]
-    new_bytes: Mapping[int, int]  # of storages that the cell made and that live on
+    new_bytes: Mapping[int, int]  # of storages that the cell made and that stay alive
     activation_bytes: int
     unsaved: Mapping[int, int]
     saved: frozenset[int]
 
 
 class Walk:
-    """Goes through the chain, forward and then backward, from message to message."""
+    """Walks through the chain, forward and then backward, from message to message."""
 
     def __init__(self, chain: Chain, batch: Batch, loss: Loss | None) -> None:
         self._chain, self._batch, self._loss = chain, batch, loss
@@ -46,7 +46,7 @@ class Walk:
                 self._storages.append(num_bytes)
             return known[key]
 
-        # The batch comes as a message too.
+        # The batch is a message too.
         self._mail: dict[tuple[int, int], Packed] = {
             (-1, 0): packed(take_apart(batch.inputs), number)
         }
@@ -60,7 +60,7 @@ class Walk:
         self._finished: list[Backward] = []  # the last cell's first
 
     def forward(self, cell: Cell) -> None:
-        """Run, or look up, the forward of `cell`, which is the next."""
+        """Run, or look up, the forward of the next cell, `cell`."""
         incoming = [self._mail[source, cell.index] for source in self._sources(cell)]
         numbers = dict.fromkeys(leaf.storage for part in incoming for leaf in part.leaves)
         arrived = list(numbers | dict.fromkeys(self._given.values()))
@@ -95,8 +95,8 @@ class Walk:
             self._gradients[source, cell.index] = list(islice(rest, number))
 
     def work(self) -> tuple[CellWork, ...]:
-        """All cells' work, once every forward and backward is known."""
-        # What several cells hand on stays out: it is held wherever the cut falls.
+        """Return all cells' work, once every forward and backward is known."""
+        # What several cells pass on is excluded: it is kept wherever the chain is cut.
         elsewhere = self._saved | self._of_batch
         unsaved = [
             {key: size for key, size in outputs.items() if key not in elsewhere}
@@ -160,7 +160,7 @@ class Walk:
         )
 
     def _key(self, cell: Cell, incoming: Sequence[Packed], arrived: Sequence[int]) -> Hashable:
-        """Equal for cells that do the same work on the same forms."""
+        """Return a key that is equal for cells that do the same work on equal forms."""
         is_last = cell.index == len(self._chain) - 1
         if is_last or cell.index == 0 or cell.skips.stashes or cell.skips.pops:
             return cell.index
@@ -173,12 +173,12 @@ class Walk:
         )
 
     def _sources(self, cell: Cell) -> list[int]:
-        """The cells whose messages `cell` gets, in order of distance."""
+        """Return the cells whose messages `cell` receives, in order of distance."""
         flows = (source for source, target in self._routes.flows if target == cell.index)
         return [cell.index - 1, *sorted(flows, reverse=True)]
 
     def _destinations(self, cell: Cell) -> list[int]:
-        """The cells that `cell` sends to, in order of distance."""
+        """Return the cells that `cell` sends to, in order of distance."""
         if cell.index == len(self._chain) - 1:
             return []
         flows = (target for source, target in self._routes.flows if source == cell.index)

@@ -1,7 +1,7 @@
-"""What a model and the links cost here: measured for one microbatch, agreed on by all ranks.
+"""Measure the costs of a model and of links here, for one microbatch, equal on all ranks.
 
-Under torch.distributed every rank measures at the same time, so that the costs are those of a
-machine as busy as in training, and all take the mean.
+Under torch.distributed all ranks measure at the same time, so the machine is as busy as in
+training, and use the mean.
 """
 
 import statistics
@@ -43,24 +43,24 @@ class Example:
     loss: Loss | None
     where: torch.device
     num_samples: int
-    parts: tuple[int, ...] | None  # samples per microbatch, where the batch is Microbatches
+    parts: tuple[int, ...] | None  # samples per microbatch, if the batch is Microbatches
 
     def size_of(self, num_microbatches: int) -> int:
-        """Samples of the first microbatch."""
+        """Return the number of samples in the first microbatch."""
         return (self.parts or microbatch_sizes(self.num_samples, num_microbatches))[0]
 
     def measured(self, size: int, *, seconds: float, split: bool) -> tuple[CellCost, ...]:
-        """Costs of a microbatch of `size` samples, on this rank."""
+        """Measure the costs of a microbatch of `size` samples on this rank."""
         for cell in self.chain:
             tensors = (*cell.module.parameters(), *cell.module.buffers())
             if any(tensor.device != self.where for tensor in tensors):
-                cell.module.to(self.where)  # quantised weights refuse that, even to stay in place
+                cell.module.to(self.where)  # fails for quantised weights, even without a move
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
         what = f"measuring {len(self.chain)} cells on {size} samples, for about {seconds:g} s"
         with notice_if_slow(what), in_training_mode(self.model, self.chain):
             return profile(
                 self.chain,
-                *move(first, self.where),  # type: ignore[misc]
+                move(first, self.where),  # type: ignore[arg-type]
                 loss=self.loss,
                 device=self.where,
                 seconds=seconds,
@@ -70,10 +70,10 @@ class Example:
 
 @contextmanager
 def in_training_mode(model: Model, chain: Chain) -> Iterator[None]:
-    """Inside, a model that is wholly in eval mode is in training mode, as it will be when it runs.
+    """Put a model that is entirely in eval mode into training mode, as it will be when it trains.
 
-    A model that is partly in eval mode (frozen BatchNorms, say) stays as it is. Every module's
-    mode is put back.
+    A model that is partly in eval mode (such as with frozen BatchNorms) is not changed. Every
+    module's mode is restored.
     """
     roots = [model] if isinstance(model, nn.Module) else []
     inside = {module for root in roots for module in root.modules()}
@@ -99,9 +99,9 @@ def example_of(
     loss: Loss | None,
     device: Device | None,
 ) -> Example:
-    """Check what `stagewise.plan` was given.
+    """Check the arguments of `stagewise.plan` and return them as an Example.
 
-    Raises BatchError where nothing has samples, PlanError for a model on the meta device.
+    Raises BatchError if nothing has samples, PlanError for a model on the meta device.
     """
     keywords = dict(kwargs or {})
     chain = chain_for(model, inputs, keywords)
@@ -131,7 +131,7 @@ def example_of(
 
 
 def agreed_costs(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
-    """The mean of all ranks' times, and what a message between ranks costs."""
+    """Return the mean of all ranks' times, and the cost of a message between ranks."""
     if num_processes() == 1:
         return cells, FREE_LINK
     ranks = values_of_all((cells, *_link_times()), "plan: what was measured")
@@ -144,7 +144,7 @@ def agreed_costs(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], Lin
 
 
 def _mean(same: Sequence[CellCost]) -> CellCost:
-    """The mean of several ranks' times for one cell; its bytes are the same everywhere."""
+    """Return one cell's costs with the mean of the ranks' times; bytes are equal on all."""
     times: dict[str, float] = {}
     for name in _TIMES:
         values = [getattr(cell, name) for cell in same]
@@ -154,7 +154,7 @@ def _mean(same: Sequence[CellCost]) -> CellCost:
 
 
 def _link_times() -> tuple[float, float]:
-    """Median one-way seconds of a small and of a large message between ranks 0 and 1."""
+    """Return median one-way seconds of a small and a large message between ranks 0 and 1."""
     medians, device, wire = [], own_device(), trial_wire()
     for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

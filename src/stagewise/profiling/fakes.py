@@ -1,8 +1,8 @@
-"""Copies of modules and tensors that have shapes but no memory, and when two modules are alike.
+"""Copies of modules and tensors that have shapes but no memory; comparison of modules.
 
-Fake tensors claim to be on the CPU, so that PyTorch chooses its kernels (attention, above all) as
-it does for real tensors; on the meta device it would fall back to decompositions that save other
-tensors for the backward pass.
+Fake tensors claim to be on the CPU, so PyTorch chooses the same kernels (especially for attention)
+as for real tensors; on the meta device it would use decompositions that save other tensors for the
+backward pass.
 """
 
 import copy
@@ -16,12 +16,12 @@ _OWN = ("_parameters", "_buffers", "_modules")
 
 
 def fake_mode() -> FakeTensorMode:
-    """A mode in which nothing is allocated; tensors that a loss brings along are taken in."""
+    """Return a mode in which nothing is allocated; it also accepts real tensors, as of a loss."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor of the same form; call inside a `fake_mode`."""
+    """Return a fake tensor of the same form; call inside a `fake_mode`."""
     if tensor.layout is not torch.strided:
         return torch.empty_like(tensor, device="cpu")
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
@@ -29,9 +29,9 @@ def fake_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fake_module(module: nn.Module) -> nn.Module:
-    """A copy of `module` all of whose tensors are fake; call inside a `fake_mode`.
+    """Return a copy of `module` with fake tensors only; call inside a `fake_mode`.
 
-    The module itself, and what it may keep from call to call, stays as it is.
+    The module itself, and any state it keeps between calls, is not changed.
     """
     fakes: dict[int, object] = {}
     for tensor in _tensors(module):
@@ -42,12 +42,12 @@ def fake_module(module: nn.Module) -> nn.Module:
 
 
 def likeness(module: nn.Module) -> Hashable:
-    """Equal for modules that do the same work: classes, shapes, modes, settings.
+    """Return a key that is equal for modules that do the same work: class, shapes, mode, settings.
 
-    What cannot be compared (functions, hooks, other objects) counts as alike only if it is the
-    same object.
+    What cannot be compared (functions, hooks, other objects) is equal only if it is the same
+    object.
     """
-    order: dict[int, int] = {}  # tied tensors are part of the likeness
+    order: dict[int, int] = {}  # modules with different ties are different
     return tuple(
         (
             path,
@@ -64,7 +64,7 @@ def likeness(module: nn.Module) -> Hashable:
 
 
 def plain(value: object) -> Hashable:
-    """Equal for values that are equal, or the same object."""
+    """Return a key that is equal for equal values, or for the same object."""
     if isinstance(value, torch.Tensor):
         stride = value.stride() if value.layout is torch.strided else value.layout
         form = (tuple(value.shape), stride, value.dtype, value.requires_grad)
@@ -80,7 +80,7 @@ def plain(value: object) -> Hashable:
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes."""
+    """Yield parameters, buffers, and tensors that are plain attributes."""
     for part in module.modules():
         for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
             if isinstance(value, torch.Tensor):

@@ -1,6 +1,6 @@
 """Messages between cells without their tensors: forms, and which storages they view.
 
-Two cells do the same work if they are alike and get messages of the same form; so storages are
+Two cells do the same work if they are equal and receive messages of the same form; so storages are
 numbered, and a message can be renumbered from one place in the chain to another.
 """
 
@@ -13,7 +13,7 @@ from stagewise.batch.values import Apart, Structure, put_together, take_apart
 from stagewise.engine.stage.activation_meter import StorageKey, storage_key
 from stagewise.profiling.fakes import plain
 
-Number = Callable[[StorageKey, int], int]  # the number of a storage of so many bytes
+Number = Callable[[StorageKey, int], int]  # the number of a storage, given its key and bytes
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Packed:
 
     @property
     def form(self) -> Hashable:
-        """Equal for messages that look the same to the cell that gets them."""
+        """A key that is equal for messages that look the same to their receiver."""
         structure = self.structure
         return str(structure.spec), plain(structure.constants), structure.places, self.leaves
 
     def renumbered(self, names: Mapping[int, int]) -> "Packed":
-        """The same with other numbers for its storages."""
+        """Return the message with other numbers for its storages."""
         leaves = (replace(leaf, storage=names[leaf.storage]) for leaf in self.leaves)
         return Packed(self.structure, tuple(leaves))
 
     def unpacked(self, bases: Mapping[int, torch.Tensor]) -> object:
-        """The message, of fake tensors that view `bases`, one-dimensional and of bytes."""
+        """Return the message with fake tensors that view `bases`, flat tensors of bytes."""
         tensors = [
             bases[leaf.storage]
             .view(leaf.dtype)
@@ -63,13 +63,13 @@ class Packed:
 
 
 def numbered(value: object, number: Number) -> dict[StorageKey, int]:
-    """The storages in `value` and their numbers."""
+    """Return the storages in `value` and their numbers."""
     keys = {storage_key(t): t.untyped_storage().nbytes() for t in take_apart(value)[0]}
     return {key: number(key, size) for key, size in keys.items()}
 
 
 def packed(apart: Apart, number: Number) -> Packed:
-    """A value without its tensors, its storages numbered by `number`."""
+    """Return a value without its tensors, its storages numbered by `number`."""
     tensors, structure = apart
     return Packed(
         structure,

@@ -1,8 +1,8 @@
-"""Counting what operators do, without doing it: FLOPs, and bytes read and written.
+"""Count operators' FLOPs and the bytes they read and write, without running them.
 
-Every operator that reaches the dispatcher inside an `OpCounter` is counted, those of the backward
-pass too. FLOPs are a multiplication and an addition each, as `torch.utils.flop_counter` counts
-them; operators that it does not know (element-wise ones) have none, their time is that of memory.
+Every operator that reaches the dispatcher inside an `OpCounter` is counted, including those of the
+backward pass. A multiplication and an addition are a FLOP each, as in `torch.utils.flop_counter`;
+operators that it does not know (element-wise ones) have none, their time is that of memory.
 """
 
 import math
@@ -22,13 +22,13 @@ from stagewise.batch.layouts import parts
 from stagewise.planning.roofline import Op
 
 _ATEN = torch.ops.aten
-# Neither arithmetic nor memory traffic: views that do not say so, and memory without content.
+# Neither arithmetic nor memory traffic: views not declared as such, and uninitialised memory.
 _FREE = {
     *(_ATEN._unsafe_view, _ATEN.detach, _ATEN.alias, _ATEN.lift_fresh, _ATEN.empty),
     *(_ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided),
     torch.ops.prim.device,
 }
-# Their table is read only where it is asked for, so its size does not count.
+# Only the selected rows of their table are read, so its size does not count.
 _GATHERS = {_ATEN.embedding, _ATEN.index_select, _ATEN.gather, _ATEN.index}
 _CONVOLUTIONS = {_ATEN.convolution, _ATEN.convolution_backward}
 
@@ -47,7 +47,7 @@ def _convolution_backward(
     output_mask: Sequence[bool],
     **_: object,
 ) -> int:
-    """As many as the forward for each of the two gradients, grouped ones too."""
+    """Return the forward's FLOPs for each of the two gradients, also for grouped convolutions."""
     places = inputs if transposed else gradient
     forward = 2 * places[0] * math.prod(places[2:]) * math.prod(weight)
     return forward * sum(output_mask[:2])
@@ -79,7 +79,7 @@ _FORMULAS: dict[object, Callable[..., int]] = {
 
 
 class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that run inside; `running` is the one that failed, if one did."""
+    """Counts the operators that run inside; `running` is the one that failed, if any."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        """What ran, equal operators together."""
+        """The operators that ran, equal ones merged."""
         return tuple(
             Op(name, flops, num_bytes, dtype, count)
             for (name, flops, num_bytes, dtype), count in self._counts.items()
@@ -112,7 +112,7 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _measured(
     func: torch._ops.OpOverload, args: object, kwargs: Mapping[str, object], output: object
 ) -> tuple[str, int, int, str]:
-    """Name, FLOPs, bytes and dtype of one call."""
+    """Return name, FLOPs, bytes and dtype of one call."""
     packet = func.overloadpacket
     read, written = list(_tensors((args, kwargs))), list(_tensors(output))
     formula = _FORMULAS.get(packet)
@@ -140,7 +140,7 @@ def _is_free(func: torch._ops.OpOverload) -> bool:
 
 
 def _in_tf32(packet: object) -> bool:
-    """Whether torch's settings let a device with TF32 use it for this operator."""
+    """Return whether torch's settings allow TF32 for this operator."""
     if packet in _CONVOLUTIONS:
         return bool(torch.backends.cudnn.allow_tf32)
     return torch.get_float32_matmul_precision() != "highest"
@@ -151,5 +151,5 @@ def _tensors(tree: object) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """What `tensor` takes in memory; one that shares memory with itself counts once."""
+    """Return the memory of `tensor`; overlapping elements (as of expand) count once."""
     return sum(min(part.nbytes, part.untyped_storage().nbytes()) for part in parts(tensor))

@@ -1,8 +1,7 @@
-"""Measuring without a trace: trial steps that leave the model as it was.
+"""Trial steps: measure a model without changing it.
 
 A trial is a real step, run by the real executor; afterwards gradients, buffers and random
-generators are what they were before. The profile of a model is such a step with one cell per
-stage: the same Timeline type, read cell by cell.
+generators are restored. The profile of a model comes from such steps with one cell per stage.
 """
 
 import itertools
@@ -35,11 +34,12 @@ from stagewise.schedule import Instruction, Kind, Message, Schedule, gpipe
 from stagewise.timeline import Timeline
 
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
+Batch = tuple[object, object, Mapping[str, object]]  # inputs, target, keyword arguments
 
 
 @contextmanager
 def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
-    """Put gradients and buffers of `stages` back as they were, whatever runs inside."""
+    """Restore gradients and buffers of `stages` after the body."""
     modules = [cell.module for stage in stages.values() for cell in stage.cells]
     parameters = dict.fromkeys(p for module in modules for p in module.parameters())
     with gradients_aside(parameters), values_put_back(modules):
@@ -47,7 +47,7 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
 
 
 def measure_memory(runner: Runner, request: Request) -> int:
-    """Peak activation bytes on this rank over one trial step."""
+    """Return the peak activation bytes on this rank in one trial step."""
     meter, peak = _meter(runner, request), 0
 
     def observe(instruction: Instruction) -> None:
@@ -60,7 +60,7 @@ def measure_memory(runner: Runner, request: Request) -> int:
 
 
 def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline, ...]:
-    """Timelines of `num_steps` trial steps, after WARMUP_ROUNDS more."""
+    """Return the timelines of `num_steps` trial steps, after WARMUP_ROUNDS warm-up steps."""
     timelines, num_devices = [], runner.schedule.num_devices
     with untouched(runner.stages):
         for _ in range(WARMUP_ROUNDS + num_steps):
@@ -71,40 +71,25 @@ def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline
 
 def profile(
     chain: Chain,
-    inputs: object,
-    target: object,
-    keywords: Mapping[str, object],
+    batch: Batch,
     *,
     loss: Loss | None,
     device: torch.device,
     seconds: float = 3.0,
     split: bool = False,
 ) -> tuple[CellCost, ...]:
-    """Measure every cell on one microbatch; the loss counts to the last cell.
+    """Measure every cell on one microbatch; the loss is part of the last cell.
 
-    Takes about `seconds`, at least MIN_ROUNDS trial steps, and the median of each cell's times.
-    With `split`, also what `I` and `W` take and keep, by as many steps of them in turn with the
-    others, in the same time.
+    Takes about `seconds`, at least MIN_ROUNDS trial steps, and returns the median times. With
+    `split`, also measures `I` and `W`, by steps that alternate with the others, in the same time.
     """
-    num_cells = len(chain)
-    scales = _Scales(in_one_process([device] * num_cells))
-    skips = SkipRoutes(chain, [1] * num_cells)
-    stages = {
-        cell.index: skips.stage(
-            cell.index, (cell,), device, is_last=cell.index == num_cells - 1, loss=loss
-        )
-        for cell in chain
-    }
-    routes = Routes(chain, [1] * num_cells, [(0,)] * num_cells, skips.flows)
-    runners = [
-        Runner(stages, scales.transport, schedule, seed=0, routes=routes)
-        for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
-    ]
+    mail = _SizedMail(in_one_process([device] * len(chain)))
+    runners = _runners(chain, mail.transport, loss, device, split=split)
     inputs, target, keywords = pytree.tree_map_only(
-        torch.Tensor, torch.Tensor.detach, (inputs, target, dict(keywords))
+        torch.Tensor, torch.Tensor.detach, (*batch[:2], dict(batch[2]))
     )
     request = Request(mode=Mode.TRAIN, inputs=inputs, target=target, keywords=keywords)
-    with untouched(stages):
+    with untouched(runners[0].stages):
         times = _times(runners, request, seconds)
     measured = _activation_bytes(runners[-1], request)
 
@@ -119,8 +104,8 @@ def profile(
             parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
             activation_bytes=measured.kept[cell.index],
             unsaved_output_bytes=measured.unsaved[cell.index],
-            output_bytes=scales.weights.get((Kind.FORWARD, cell.index), 0),
-            gradient_bytes=scales.weights.get((Kind.BACKWARD, cell.index + 1), 0),
+            output_bytes=mail.sizes.get((Kind.FORWARD, cell.index), 0),
+            gradient_bytes=mail.sizes.get((Kind.BACKWARD, cell.index + 1), 0),
             input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
             weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
             deferred_bytes=measured.deferred.get(cell.index),
@@ -130,10 +115,29 @@ def profile(
     )
 
 
+def _runners(
+    chain: Chain, transport: Transport, loss: Loss | None, device: torch.device, *, split: bool
+) -> list[Runner]:
+    """Return runners of one-cell stages: with whole backwards, and with `split` ones."""
+    num_cells = len(chain)
+    skips = SkipRoutes(chain, [1] * num_cells)
+    stages = {
+        cell.index: skips.stage(
+            cell.index, (cell,), device, is_last=cell.index == num_cells - 1, loss=loss
+        )
+        for cell in chain
+    }
+    routes = Routes(chain, [1] * num_cells, [(0,)] * num_cells, skips.flows)
+    return [
+        Runner(stages, transport, schedule, seed=0, routes=routes)
+        for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
+    ]
+
+
 def _times(
     runners: Sequence[Runner], request: Request, seconds: float
 ) -> dict[Instruction, list[float]]:
-    """What each instruction took, by trial steps of all in turn for about `seconds`."""
+    """Return each instruction's times, from trial steps of all runners in turn."""
     times: dict[Instruction, list[float]] = {}
     deadline, rounds = time.perf_counter() + seconds, 0
     while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
@@ -149,9 +153,9 @@ def _times(
 
 
 def _in_halves(num_stages: int) -> Schedule:
-    """One microbatch: forward, down to the inputs through all stages, then to the weights.
+    """Return a schedule of one microbatch: all forwards, then all `I`, then all `W`.
 
-    So each `W` lets go of what its stage alone has kept: nothing else of the step lives then.
+    When a `W` runs, nothing else of the step is alive, so it frees what its stage alone kept.
     """
     up, down = range(num_stages), range(num_stages - 1, -1, -1)
     order = (Kind.FORWARD, up), (Kind.BACKWARD_INPUT, down), (Kind.BACKWARD_WEIGHT, down)
@@ -165,13 +169,13 @@ def _in_halves(num_stages: int) -> Schedule:
     )
 
 
-class _Scales:
-    """The mail of `transport`, noting how many bytes pass."""
+class _SizedMail:
+    """The mail of `transport`, which records the size of messages."""
 
     def __init__(self, transport: Transport) -> None:
         self._mail = mail = transport.mail
         self.transport = Transport(self, transport.ranks)
-        self.weights: dict[tuple[Kind, int], int] = {}  # of what each stage sends its neighbours
+        self.sizes: dict[tuple[Kind, int], int] = {}  # bytes that each stage sends its neighbours
         self.begin, self.receive, self.send_lost = mail.begin, mail.receive, mail.send_lost
         self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
         self.finish, self.clear, self.renumber = mail.finish, mail.clear, mail.renumber
@@ -179,14 +183,14 @@ class _Scales:
     def send(self, message: Message, value: Apart) -> None:
         if message.distance == 1:
             nbytes = sum(tensor.nbytes for tensor in value[0])
-            self.weights[message.kind, message.source_stage] = nbytes
+            self.sizes[message.kind, message.source_stage] = nbytes
         self._mail.send(message, value)
 
 
 @dataclass
 class _Bytes:
-    """What each one-cell stage adds to the live bytes, how much of that is unsaved output, what
-    its `W` lets go of, where there is one, and how much of that is the stage's input."""
+    """The bytes that each one-cell stage keeps, how much of that is unsaved output, what its `W`
+    frees, if there is one, and how much of that is the stage's input."""
 
     kept: list[int]
     unsaved: list[int]
@@ -206,7 +210,7 @@ def _activation_bytes(runner: Runner, request: Request) -> _Bytes:
         live.append(now)
         stage = runner.stages[instruction.stage]
         if instruction.kind is Kind.FORWARD:
-            # Once all forwards have run, every cell has saved what it will.
+            # After the last forward, all cells have saved everything.
             unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
             given[stage.index] = before.keys() & set(map(storage_key, stage.held()))
         if instruction.kind is Kind.BACKWARD_WEIGHT:
@@ -215,7 +219,7 @@ def _activation_bytes(runner: Runner, request: Request) -> _Bytes:
     with untouched(runner.stages), meter.counting():
         runner.run(replace(request, observe=observe))
     levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
-    # What several cells hand on stays out: it is held wherever the cut falls.
+    # What several cells pass on is excluded: it is kept wherever the chain is cut.
     holders = Counter(key for storages in unsaved for key in storages)
     return _Bytes(
         kept=[after - before for before, after in itertools.pairwise(levels)],

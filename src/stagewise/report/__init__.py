@@ -1,8 +1,8 @@
-"""Reports, drawn for people. No torch.
+"""Reports for the terminal, without torch.
 
 1. `timeline`: a Timeline, predicted or measured.
-2. `plan`: what a plan predicts, and beside it what was measured; `search`: what a search found.
-3. `parity_table`: what a parity check found.
+2. `plan`: a plan's predictions and measurements; `search`: the result of a search.
+3. `parity_table`: the result of a parity check.
 """
 
 from stagewise.report.parity_table import render_parity

@@ -1,4 +1,4 @@
-"""A parity report in the terminal: by quantity, by run, then the verdict in one sentence."""
+"""A parity report in the terminal: per quantity, per run, then the verdict in one sentence."""
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,17 +12,17 @@ _KINDS = ("loss", "outputs", "gradient", "buffer", "parameter")
 
 
 def render_parity(report: ParityReport) -> RenderableType:
-    """Two tables of relative differences to the plain model, and the summary.
+    """Return two tables of relative differences to the plain model, and the summary.
 
-    The first has a row per quantity with its largest differences over all runs, the second a
-    row per run with the largest difference of each kind: to the plain model by microbatch.
+    The first has a row per quantity with its largest differences over all runs, the second a row
+    per run with the largest difference of each kind to the plain model by microbatch.
     """
     return Group(_quantities(report), _runs(report), Text(report.summary()))
 
 
 def _quantities(report: ParityReport) -> Table:
     table = _table(
-        f"Relative difference to the plain model ({report.dtype}, round-off to "
+        f"Relative difference to the plain model ({report.dtype}, round-off up to "
         f"{report.tolerance:g})",
         "quantity",
         "full batch",
@@ -36,7 +36,7 @@ def _quantities(report: ParityReport) -> Table:
             Text(str(row["quantity"]), overflow="fold"),
             _number(row["full_batch"]),
             _number(row["microbatched"]),
-            "yes" if row["identical"] else "NO" if verdict == "FAILED" else "but for replicas",
+            "yes" if row["identical"] else "NO" if verdict == "FAILED" else "except replicas",
             Text(verdict, _STYLES[verdict]),
         )
     return table

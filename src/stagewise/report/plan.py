@@ -1,4 +1,4 @@
-"""Plans and results as tables: what is predicted, and beside it what was measured."""
+"""Plans and results as tables: predictions beside measurements."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from stagewise.report import format_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a plan predicts for one step, or what was measured; None where nothing was."""
+    """Predicted or measured figures of one step; None if unknown."""
 
     step_seconds: float | None
     bubble_fraction: float | None
@@ -20,7 +20,7 @@ class Figures:
 
 
 def predicted(plan: Plan) -> Figures:
-    """A plan's predictions; none if its cells were not measured."""
+    """Return a plan's predictions; none if its cells were not measured."""
     if not plan.cells:
         return Figures(step_seconds=None, bubble_fraction=None, peak_activation_bytes=())
     return Figures(
@@ -31,7 +31,7 @@ def predicted(plan: Plan) -> Figures:
 
 
 def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
-    """One line a stage: which cells it has."""
+    """Return one line per stage with its cells."""
     lines, start = [], 0
     for stage, size in enumerate(plan.balance):
         own = names[start : start + size]
@@ -42,7 +42,7 @@ def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
 
 
 def _segments(plan: Plan) -> str:
-    """What of it is recomputed, and in how many parts, where that is not whole stages."""
+    """Return how many cells are recomputed, and in how many segments, if there are any."""
     parts = [part for own in plan.segments for part in own]
     again = sum(size for size, recomputed in parts if recomputed)
     cells = sum(plan.balance)
@@ -50,7 +50,7 @@ def _segments(plan: Plan) -> str:
 
 
 def plan_in_words(plan: Plan) -> str:
-    """The cut and the predictions of a plan, before training starts."""
+    """Return the cut and the predictions of a plan as text."""
     figures = predicted(plan)
     memory = ", ".join(_size(number) for number in figures.peak_activation_bytes)
     names = [cell.name for cell in plan.cells] or [*map(str, range(sum(plan.balance)))]
@@ -60,7 +60,7 @@ def plan_in_words(plan: Plan) -> str:
         f"{plan.recompute}{_segments(plan)}\n"
     )
     if not plan.cells:
-        return f"{head}predicted: nothing, since a model on the meta device cannot be measured"
+        return f"{head}predicted: nothing, because a model on the meta device cannot be measured"
     return (
         f"{head}predicted: step {_time(figures.step_seconds)}, bubble "
         f"{_percent(figures.bubble_fraction)}, activations {memory}"
@@ -86,14 +86,14 @@ def cells_table(plan: Plan) -> Table:
     overhead = plan.cells[0].instruction_overhead if plan.cells else FREE_INSTRUCTION
     if overhead != FREE_INSTRUCTION:
         table.caption = (
-            f"an instruction takes beyond its cells: forward {_time(overhead.forward_seconds)}, "
-            f"backward {_time(overhead.backward_seconds)}"
+            f"overhead per instruction: forward {_time(overhead.forward_seconds)}, backward "
+            f"{_time(overhead.backward_seconds)}"
         )
     return table
 
 
 def devices_table(plan: Plan) -> Table:
-    """Each device's share of one predicted step, and its memory."""
+    """Return each device's share of one predicted step, and its memory."""
     figures, costs = predicted(plan), plan.stage_costs
     table = _table("Devices (one step)", "device", "stages", "cells", "busy", "idle", "parameters")
     table.add_column("peak activations", justify="right")
@@ -113,8 +113,8 @@ def devices_table(plan: Plan) -> Table:
 
 
 def comparison_table(expected: Figures, measured: Figures) -> Table:
-    """Predicted and measured side by side."""
-    table = _table("Prediction and reality", "", "predicted", "measured", "difference")
+    """Return predicted and measured figures side by side."""
+    table = _table("Prediction and measurement", "", "predicted", "measured", "difference")
 
     def row(
         what: str, left: float | None, right: float | None, show: Callable[[float | None], str]

@@ -1,4 +1,4 @@
-"""What a search found, in one screen: the plan, why it takes as long, what else there was."""
+"""The result of a search on one screen: the plan, where its time goes, and the alternatives."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,18 +12,18 @@ from stagewise.planning.search.evaluate import EvaluatedPlan
 from stagewise.report import format_seconds
 from stagewise.units import size_in_words
 
-_SHOWN = 6  # reasons for which something was rejected
+_SHOWN = 6  # rejected options
 
 
 def explanation(result: SearchResult) -> Iterator[RenderableType]:
-    """Text and tables, from the decision down to the details."""
+    """Yield text and tables, from the decision to the details."""
     plan, chosen = result.plan, result.chosen
     causes = bubble_causes(plan)
     yield f"fastest plan: {chosen}"
     yield (
-        f"step {format_seconds(chosen.seconds)} predicted; no plan takes less than "
-        f"{format_seconds(result.bound_seconds)} ({result.distance:.1%} above that), no schedule "
-        f"of this cut less than {format_seconds(result.schedule_bound_seconds)}"
+        f"step {format_seconds(chosen.seconds)} predicted, {result.distance:.1%} above the lower "
+        f"bound of any plan, {format_seconds(result.bound_seconds)}; the bound of this cut is "
+        f"{format_seconds(result.schedule_bound_seconds)}"
     )
     yield (
         f"bubble {causes.total:.1%}: fill and drain {causes.fill_and_drain:.1%}, imbalance "
@@ -38,7 +38,7 @@ def explanation(result: SearchResult) -> Iterator[RenderableType]:
 
 
 def as_record(result: SearchResult) -> dict[str, object]:
-    """The same as JSON-ready values, with everything that was rejected."""
+    """Return the same as JSON-ready values, with everything that was rejected."""
     causes = bubble_causes(result.plan)
     return {
         "chosen": str(result.chosen),
@@ -50,17 +50,17 @@ def as_record(result: SearchResult) -> dict[str, object]:
         "device_bytes": result.chosen.device_bytes,
         "memory_bytes": result.memory_bytes,
         "state_factor": result.state_factor,
-        "runners_up": [_tried(tried) for tried in result.runners_up],
+        "runners_up": [_record(plan) for plan in result.runners_up],
         "rejected": [{"what": each.what, "reason": each.reason} for each in result.rejected],
         "work": asdict(result.work),
     }
 
 
-def _tried(tried: EvaluatedPlan) -> dict[str, object]:
+def _record(plan: EvaluatedPlan) -> dict[str, object]:
     return {
-        "what": str(tried),
-        "step_seconds": tried.seconds,
-        "device_bytes": tried.device_bytes,
+        "what": str(plan),
+        "step_seconds": plan.seconds,
+        "device_bytes": plan.device_bytes,
     }
 
 
@@ -68,12 +68,12 @@ def _cut(plan: Plan, chosen: EvaluatedPlan) -> str:
     sizes = ", ".join(map(str, plan.balance))
     text = f"cells per stage: {sizes}"
     if chosen.partition_gap > 1e-9:
-        text += f" (the busiest device within {chosen.partition_gap:.2%} of the best cut's bound)"
+        text += f" (largest load within {chosen.partition_gap:.2%} of the lower bound)"
     if plan.replicas:
         text += f"\ndevices per stage: {', '.join(map(str, plan.replicas))}"
     if plan.segments:
-        again = sum(size for parts in plan.segments for size, recomputed in parts if recomputed)
-        text += f"\nrecomputed: {again} of {sum(plan.balance)} cells, in segments"
+        number = sum(size for parts in plan.segments for size, recomputed in parts if recomputed)
+        text += f"\nrecomputed: {number} of {sum(plan.balance)} cells, in segments"
     return text
 
 
@@ -102,12 +102,12 @@ def _runners_up(result: SearchResult) -> Table:
     table = Table(title="Runners-up", title_justify="left")
     for heading in ("plan", "step", "slower by", "largest memory"):
         table.add_column(heading, justify="right" if heading != "plan" else "left")
-    for tried in result.runners_up:
+    for plan in result.runners_up:
         table.add_row(
-            str(tried),
-            format_seconds(tried.seconds),
-            f"{tried.seconds / result.chosen.seconds - 1:.1%}",
-            size_in_words(max(tried.device_bytes)),
+            str(plan),
+            format_seconds(plan.seconds),
+            f"{plan.seconds / result.chosen.seconds - 1:.1%}",
+            size_in_words(max(plan.device_bytes)),
         )
     return table
 
@@ -116,5 +116,5 @@ def _rejected(result: SearchResult) -> str:
     lines = [f"rejected: {len(result.rejected)}"]
     lines += [f"  {each}" for each in result.rejected[:_SHOWN]]
     if len(result.rejected) > _SHOWN:
-        lines.append(f"  and {len(result.rejected) - _SHOWN} more: --json has all")
+        lines.append(f"  and {len(result.rejected) - _SHOWN} more: see --json")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """A timeline in the terminal: a row per device, time to the right, idle time as dots.
 
-Every column stands for the instruction that runs in the middle of its stretch of time. An
-instruction begins with its letter and microbatch and is filled up with a character of its kind,
-so that the drawing is read without colour too; one too short for its name keeps the letter, and
-one shorter than a column may not show at all. Where devices hold several stages, the stage stands
-before the letter; where that is too long, a small letter says that it is not the device's first.
+Every column shows the instruction that runs in the middle of its time interval. An instruction
+starts with its letter and microbatch and is filled with a character of its kind, so the drawing is
+readable without colour; one too short for its name keeps the letter, and one shorter than a column
+may not appear at all. If devices hold several stages, the stage precedes the letter; if that is too
+long, a lower-case letter says that it is not the device's first stage.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from rich.text import Text
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
-# Fill character and style of the kinds in turn; the last two are for kinds to come.
+# Fill character and style of each kind in turn; the last two are spare.
 _PALETTE = (
     ("=", "white on blue"),
     ("#", "black on green"),
@@ -33,10 +33,10 @@ _REGULAR = 1e-6  # spans this close to whole multiples of the shortest are drawn
 
 
 def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
-    """Draw `timeline` in at most `width` columns (more only where that is too few to draw in).
+    """Draw `timeline` in at most `width` columns (more only if that is too few).
 
-    Below stand the legend, for each device the share of the step in which it is busy and the
-    most microbatches that it holds at once, then the step time and the bubble fraction.
+    Below follow the legend, each device's busy share of the step and its peak number of
+    microbatches in flight, then the step time and the bubble fraction.
     """
     names = [f"device {device}" for device in range(timeline.num_devices)]
     stages = [_stages(timeline, device) for device in range(timeline.num_devices)]
@@ -60,7 +60,7 @@ def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
 
 
 def format_seconds(seconds: float) -> str:
-    """Three significant digits and the fitting unit, as in `1.25 s`, `12.5 ms`, `80 us`."""
+    """Return a time with three significant digits and a unit, such as `1.25 s` or `12.5 ms`."""
     for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
         if abs(float(f"{seconds * factor:.3g}")) >= 1 or unit == "us":
             break
@@ -74,7 +74,7 @@ def _stages(timeline: Timeline, device: int) -> tuple[int, ...]:
 
 
 def _columns_per_second(timeline: Timeline, room: int) -> float:
-    """As wide as fits; if all times are multiples of a unit, a whole number of columns each."""
+    """Return the scale that fits; if all times are multiples of a unit, in whole columns."""
     if not timeline.duration_seconds:
         return 0
     lengths = [span.seconds for span in timeline.spans if span.seconds]
@@ -90,9 +90,9 @@ def _columns_per_second(timeline: Timeline, room: int) -> float:
 def _runs(
     spans: list[Span], columns: int, scale: float, stages: tuple[int, ...]
 ) -> Iterator[tuple[str, str]]:
-    """Text and style of every stretch of columns in which one instruction, or none, runs.
+    """Yield text and style of every run of columns with the same instruction, or none.
 
-    `stages` are the device's, if they are to be told apart.
+    `stages` are the device's, if they are to be shown.
     """
     shown: list[Span | None] = [None] * columns
     for span in spans:
@@ -125,7 +125,7 @@ def _legend(timeline: Timeline, with_stage: bool) -> list[Text]:
     legend.append(_IDLE * 3, "dim").append(" idle  (0: the microbatch)")
     if not with_stage:
         return [legend]
-    return [legend, Text("1F0: of stage 1; f0: of a stage that is not the device's first")]
+    return [legend, Text("1F0: stage 1; f0: a stage that is not the device's first")]
 
 
 def _device_lines(

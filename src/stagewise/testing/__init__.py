@@ -1,8 +1,8 @@
 """Public helpers for tests and benchmarks.
 
 1. `check_parity` compares a model plain and pipelined (`stagewise.checker`).
-2. `memory` counts what is alive.
-3. `emulated` makes cells that sleep for a known time, in place of devices.
+2. `memory` counts live tensors and activations.
+3. `emulated` has cells that sleep for a known time instead of computing.
 """
 
 from stagewise.checker.check_parity import check_parity

@@ -1,10 +1,10 @@
-"""Emulated devices: cells that sleep for a known time in place of computing.
+"""Emulated devices: cells that sleep for a known time instead of computing.
 
-Sleeping needs no core, so eight processes run side by side on two cores, and a step's ideal
-time is known exactly. A cell sleeps until a deadline. The emulation's own slack is kept out of
-what is measured: a sleep aims as much too early as most sleeps lately ended too late, and what a
-cell still took too long is taken off the cell that follows at once, since a real device would
-not have been late; after a wait nothing is taken off.
+Sleeping needs no core, so eight processes can run in parallel on two cores, and a step's ideal time
+is known exactly. A cell sleeps until a deadline. The emulation's own delay is compensated: a sleep
+aims earlier by the usual recent oversleep, and what a cell still took too long is subtracted from
+the cell that directly follows, because a real device would not have been late; after a wait nothing
+is subtracted.
 """
 
 import ctypes
@@ -17,26 +17,26 @@ from torch import nn
 
 _PR_SET_TIMERSLACK = 29  # <linux/prctl.h>
 _AT_ONCE_SECONDS = 1e-3
-_LEARNT_SECONDS = 2e-6  # of the oversleep, from one sleep
+_LEARNT_SECONDS = 2e-6  # change of the oversleep estimate per sleep
 
 
 class EmulatedDevice:
-    """Is busy by sleeping; the cells of one process share it."""
+    """A device that is busy by sleeping; the cells of one process share it."""
 
     def __init__(self) -> None:
         self._deadline = self._ended = 0.0
-        self._oversleep = 0.0  # seconds that a sleep ends too late, lately
+        self._oversleep = 0.0  # estimate of how many seconds too late a sleep ends
         if sys.platform == "linux":  # 50 us of slack by default, on every sleep
             ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
 
     def busy(self, start: float, seconds: float) -> None:
-        """Sleep until `seconds` after `start`, less what the cell just before took too long."""
+        """Sleep until `seconds` after `start`, minus what the preceding cell took too long."""
         late = self._ended - self._deadline if start - self._ended < _AT_ONCE_SECONDS else 0.0
         self._deadline = start + max(0.0, seconds - late)
         aim = self._deadline - self._oversleep
         if (left := aim - time.perf_counter()) > 0:
             time.sleep(left)
-            # Follows the median: after a mean most sleeps would spin, at other processes' cost.
+            # Tracks the median: with the mean most sleeps would spin, and slow other processes.
             more = time.perf_counter() - aim > self._oversleep
             self._oversleep += _LEARNT_SECONDS if more else -_LEARNT_SECONDS
         while (now := time.perf_counter()) < self._deadline:
@@ -45,9 +45,9 @@ class EmulatedDevice:
 
 
 class EmulatedCell(nn.Module):
-    """Hands its input on after `forward_seconds`, and its gradient after `backward_seconds`.
+    """Returns its input after `forward_seconds`, and its gradient after `backward_seconds`.
 
-    Of the latter, `weight_seconds` are spent for a weight: where backward is split, in `W`.
+    `weight_seconds` of the latter are spent on a weight: in `W`, if the backward is split.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class EmulatedCell(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
-        # Backward must come by here also where the input needs no gradient; and not for a weight
-        # alone, which could wait for `W`, so for two.
+        # Backward must pass here even if the input needs no gradient. Not through one weight alone,
+        # whose gradient could be deferred to `W`, but through a product of two.
         output = x.clone() if x.requires_grad else x + self.anchor * self.anchor
         self._sleep_before(output, self._input_seconds)
-        if self._weight_seconds:  # plus zero: a product with a weight, as cells consist of
+        if self._weight_seconds:  # add zero: a product with a weight, as real cells compute
             weight = self.weight.view_as(self.weight)
             self._sleep_before(weight, self._weight_seconds)
             output = output + torch.mv(x.new_ones(1, 1), weight)
@@ -78,7 +78,7 @@ class EmulatedCell(nn.Module):
         return output
 
     def _sleep_before(self, tensor: torch.Tensor, seconds: float) -> None:
-        """Let the gradient of `tensor` go on only after `seconds`."""
+        """Delay the gradient of `tensor` by `seconds`."""
         if tensor.requires_grad:
             device = self._device
             tensor.register_hook(lambda _: device.busy(time.perf_counter(), seconds))  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ def emulated_model(
     device: EmulatedDevice,
     weight_seconds: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """A chain of emulated cells on one device (per process)."""
+    """Return a chain of emulated cells on one device (per process)."""
     weights = [0.0] * len(forward_seconds) if weight_seconds is None else weight_seconds
     cells = zip(forward_seconds, backward_seconds, weights, strict=True)
     return nn.Sequential(*(EmulatedCell(device, *seconds) for seconds in cells))

@@ -1,4 +1,4 @@
-"""Counting what is alive: activations of a pipeline, and tensors of the process."""
+"""Count what is alive: activations of a pipeline, and tensors of the process."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ from stagewise.pipeline.pipeline import Pipeline
 
 @contextmanager
 def live_activation_bytes(pipe: Pipeline, *ignored: object) -> Iterator[Callable[[], int]]:
-    """Inside, the function tells how many bytes this rank keeps from forward to backward now.
+    """Yield a function that returns how many bytes this rank currently keeps for the backward.
 
-    Counts what autograd saved inside, on any device and each storage once, but no parameters
-    and buffers, and no tensors of the pytrees `ignored` (the batch, say).
+    Counts what autograd saves inside the context, on any device, each storage once, without
+    parameters, buffers and tensors of the pytrees `ignored` (such as the batch).
 
     Example:
         >>> import torch, stagewise
@@ -39,14 +39,14 @@ def live_activation_bytes(pipe: Pipeline, *ignored: object) -> Iterator[Callable
 
 @dataclass(frozen=True, kw_only=True)
 class LiveTensors:
-    """How many tensors Python reaches, and the bytes of their storages, each counted once."""
+    """The number of tensors that Python can reach, and the bytes of their distinct storages."""
 
     number: int
     num_bytes: int
 
 
 def live_tensors() -> LiveTensors:
-    """Count every tensor of this process that has values, after a collection of garbage."""
+    """Count every tensor of this process that has values, after garbage collection."""
     gc.collect()
     tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
     found = [tensor for tensor in tensors if not is_fake(tensor)]

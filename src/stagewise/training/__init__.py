@@ -1,11 +1,11 @@
 """Training from a recipe.
 
-1. `recipe` loads the user's file and checks its `recipe_values`; `batches` gives its data at a
-   position.
-2. `recipe_costs` estimates or measures its model, `plans` cuts it; `prepare` builds pipeline and
-   optimizer.
-3. `workers` starts a process per device; each runs the loop of `trainer`, step by step `update`,
-   with `validating` now and then.
-4. `checkpoint` saves and resumes, with `optimizer_state` and `schedules`, into a `run_folder`;
-   `adaptive` plans anew, `progress` shows, `outcome` is the end.
+1. `recipe` loads the user's file and checks its `recipe_values`; `batches` yields its data from a
+   given position.
+2. `recipe_costs` estimates or measures its model, `plans` makes a plan; `prepare` builds pipeline
+   and optimizer.
+3. `workers` starts a process per device; each runs the loop of `trainer`, an `update` per step, and
+   evaluates validation data by `validating`.
+4. `checkpoint` saves and resumes, with `optimizer_state` and `schedules`, in a `run_folder`;
+   `adaptive` re-plans, `progress` displays, `outcome` is the result.
 """

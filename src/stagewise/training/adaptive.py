@@ -1,6 +1,6 @@
-"""Changing the plan in the run: where costs drift away from those that it was made from.
+"""Change the plan during a run when costs drift from those that it was made from.
 
-All ranks see the same timelines and costs, so each comes to the same decision by itself.
+All ranks see the same timelines and costs, so each reaches the same decision independently.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,24 @@ from stagewise.planning.plan import Plan
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.timeline import Timeline
 
-MAX_CHANGES = 8  # in a run; a machine that changes all the time is not worth running after
+MAX_CHANGES = 8  # per run; if a machine changes all the time, re-planning does not help
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What drifted, and the plan to take; `change` is None where none is worth it."""
+    """What drifted, and the plan to change to; `change` is None if none is worth it."""
 
     drift: Drift
     change: Change | None
 
     @property
     def words(self) -> str:
-        """What changes."""
+        """The change in words."""
         if self.change is None:
-            return "the plan stays, since no other is predicted to be enough faster"
+            return "the plan stays, because no other is predicted to be sufficiently faster"
         old, new = self.drift.plan, self.change.plan
         parts = [
-            f"{what} {now} in place of {before}"
+            f"{what} {now} instead of {before}"
             for what, now, before in (
                 ("microbatches", new.num_microbatches, old.num_microbatches),
                 ("schedule", new.schedule, old.schedule),
@@ -43,7 +43,7 @@ class Decision:
 
 
 def use(pipe: Pipeline, plan: Plan) -> None:
-    """Run by `plan`; with whole stages where its segments would share a buffer."""
+    """Use `plan`, with whole stages if its segments would share a buffer."""
     try:
         pipe.use(plan)
     except PlanError:
@@ -53,7 +53,7 @@ def use(pipe: Pipeline, plan: Plan) -> None:
 
 
 class DriftWatch:
-    """Looks at measured timelines; `measured` are the cells' costs by number of microbatches."""
+    """Watches measured timelines; `measured` are the cells' costs by number of microbatches."""
 
     def __init__(self, measured: Mapping[int, Sequence[CellCost]]) -> None:
         self._measured = dict(measured)
@@ -62,14 +62,14 @@ class DriftWatch:
         self.least_microbatches = 1
 
     def ran_out_of_memory(self, num_microbatches: int) -> None:
-        """Let no plan have as few microbatches as that again; what was seen is of another plan."""
+        """Require more microbatches of future plans, and forget timelines of the old plan."""
         self.least_microbatches = num_microbatches + 1
         self._looks.clear()
 
     def look(self, plan: Plan, timeline: Timeline) -> Decision | None:
-        """Take note of a step of `plan`; a decision where costs have drifted.
+        """Record a step of `plan`; return a decision if costs have drifted.
 
-        The caller then goes on with the change's plan, or with the drift's.
+        The caller then continues with the plan of the change, or else of the drift.
         """
         if not plan.cells or self._num_changes >= MAX_CHANGES:
             return None

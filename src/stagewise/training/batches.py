@@ -1,9 +1,9 @@
-"""The recipe's batches, at a position that a resumed run finds again.
+"""The recipe's batches, reproducible from any position.
 
-Problem: after a resume the next batch must be the one that an uninterrupted run would have
-taken, even if the recipe shuffles with torch's default generator, which others use too.
-Idea: the recipe's data runs on a generator state of its own, and a resumed run draws and
-drops the batches that are already done.
+Problem: after a resume the next batch must be the one that an uninterrupted run would have drawn,
+even if the recipe shuffles with torch's default generator, which other code uses too.
+Idea: the recipe's data has its own generator state, and a resumed run draws and drops the batches
+that are already done.
 """
 
 from collections.abc import Iterable, Iterator, Sized
@@ -18,7 +18,7 @@ from stagewise.training.recipe import Batch, Recipe, checked_batch
 
 
 class TrainingBatches:
-    """The batches of data("train") one after another, from the start again when they end."""
+    """The batches of data("train"), repeated when they end."""
 
     def __init__(self, recipe: Recipe, *, seed: int) -> None:
         self._recipe = recipe
@@ -31,11 +31,11 @@ class TrainingBatches:
 
     @property
     def num_batches(self) -> int | None:
-        """Batches in one pass, if the recipe's data has a length."""
+        """The number of batches in one pass, if the recipe's data has a length."""
         return len(self._data) if isinstance(self._data, Sized) else None
 
     def next(self) -> Batch:
-        """The next batch, beginning with `first`."""
+        """Return the next batch, starting with `first`."""
         if self._first_is_next:
             self._first_is_next = False
             return self.first
@@ -57,7 +57,7 @@ class TrainingBatches:
                 batch = next(self._iterator, nothing)
         if batch is nothing:
             raise RecipeError(
-                f"data('train') in {self._recipe.path} gives no batch; it must give at least one"
+                f"data('train') in {self._recipe.path} has no batches; it must have at least one"
             )
         return checked_batch(self._recipe, "train", batch)
 
@@ -74,7 +74,7 @@ class TrainingBatches:
 
 
 def validation_batches(recipe: Recipe) -> tuple[Batch, ...]:
-    """The batches of data("validation"); none where the recipe returns None."""
+    """Return the batches of data("validation"); none if the recipe returns None."""
     with recipe.blame("data('validation')"):
         data = recipe.data("validation")
         batches = () if data is None else tuple(data)
@@ -86,13 +86,13 @@ def _data(recipe: Recipe, split: str) -> Iterable[object]:
     if not isinstance(data, Iterable):
         raise RecipeError(
             f"data({split!r}) in {recipe.path} returned a {type(data).__name__}; it must return "
-            "batches: a list, a DataLoader, or anything else to loop over"
+            "batches: a list, a DataLoader, or any other iterable"
         )
     return data
 
 
 def amount_of(batch: Batch) -> tuple[int, str]:
-    """How much work a batch is: tokens where the target is integers per position, else samples."""
+    """Return a batch's size: in tokens if the target is an integer per position, else samples."""
     targets = take_apart(batch[1])[0]
     if targets and targets[0].dim() >= 2 and not targets[0].is_floating_point():
         return targets[0].numel(), "tokens"

@@ -1,11 +1,11 @@
-"""Checkpoints that any number of stages can go on from.
+"""Checkpoints that can be resumed with any number of stages.
 
-Problem: a run that dies while it writes must not leave something that looks like a
-checkpoint, and a checkpoint must fit any partition, yet never another model.
+Problem: a run that dies while writing must not leave a partial checkpoint that looks complete, and
+a checkpoint must fit any partition, but never another model.
 Idea: torch.distributed.checkpoint writes model and optimizer under the plain model's names into
-`step-00000120.tmp`; rank 0 adds a description, with a digest of every file, and renames it when all
-have written. Reading compares digests, then the description's names and shapes with the model's,
-and trusts nothing else (`checkpoints.untrusted`). Neither changes the run.
+`step-00000120.tmp`; when all ranks have written, rank 0 adds a description with a digest of every
+file and renames the folder. Reading checks the digests, then compares the description's names and
+shapes with the model's, and trusts nothing else (`checkpoints.untrusted`).
 """
 
 import errno
@@ -42,7 +42,7 @@ from stagewise.training.run_folder import (
     whole,
 )
 
-SAVING, RESTORING = "saving a checkpoint", "restoring a checkpoint"  # the calls, for people
+SAVING, RESTORING = "saving a checkpoint", "restoring a checkpoint"  # in error messages
 
 
 def save(
@@ -57,19 +57,19 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint of `step` finished steps into `run`; every rank calls this.
 
-    Nothing of the run is changed. The last NUM_KEPT checkpoints are kept, and the last one whose
-    numbers are finite. Raises CheckpointError on every rank, with the cause, if it cannot be
-    written; earlier ones are as they were then.
+    The run's state does not change. The last NUM_KEPT checkpoints are kept, and the last one with
+    finite numbers. If writing fails, raises CheckpointError with the cause on every rank, and
+    leaves earlier checkpoints untouched.
     """
     path = run / DIRECTORY / f"step-{step:08d}"
     unfinished = path.with_suffix(".tmp")
-    with agreed(pipe.ranks, SAVING), _told(unfinished, run):
+    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run):
         schedules.check_saved(optimizer, scheduler)
         state = _state(pipe, optimizer, scheduler)
         if pipe.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-    with agreed(pipe.ranks, SAVING), _told(unfinished, run), _one_process_is_fine():
+    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run), _one_process_is_fine():
         save_distributed(state, checkpoint_id=unfinished)
     shapes = {name: tuple(shape) for name, shape in pipe.parameter_shapes.items()}
     finite = _is_finite(pipe, state["optimizer"])
@@ -82,7 +82,7 @@ def save(
         finite=all(pipe.ranks.gather(finite, SAVING)),
         files=_digests(pipe, unfinished, run),
     )
-    with agreed(pipe.ranks, SAVING), _told(unfinished, run):
+    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run):
         if pipe.rank == 0:
             fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
             (unfinished / DESCRIPTION).write_text(json.dumps(signed(fields), indent=2))
@@ -105,8 +105,8 @@ def check_fits(checkpoint: Checkpoint, parameter_shapes: Shapes) -> None:
         more = f"\n  and {len(differences) - 3} more" if len(differences) > 3 else ""
         shown = "".join(f"\n  {line}" for line in differences[:3])
         raise CheckpointError(
-            f"the checkpoint {checkpoint.path} is of another model; these parameters differ:"
-            f"{shown}{more}\nresume with the recipe that wrote it, or start anew without --resume"
+            f"the checkpoint {checkpoint.path} is from another model; these parameters differ:"
+            f"{shown}{more}\nresume with the recipe that wrote it, or start again without --resume"
         )
 
 
@@ -118,7 +118,7 @@ def restore(
 ) -> None:
     """Load model, optimizer, schedule and step; every rank calls this."""
     names = {parameter: name for name, parameter in pipe.named_parameters()}
-    with agreed(pipe.ranks, RESTORING), _blamed(checkpoint):
+    with agreed(pipe.ranks, RESTORING), _explain_read_errors(checkpoint):
         check_fits(checkpoint, pipe.parameter_shapes)
         schedules.check_saved(optimizer, scheduler)
         reader = Reader(checkpoint.path)
@@ -134,12 +134,12 @@ def restore(
         }
     with (
         agreed(pipe.ranks, RESTORING),
-        _blamed(checkpoint),
+        _explain_read_errors(checkpoint),
         _one_process_is_fine(),
         torch.no_grad(),
     ):
         load_distributed(state, storage_reader=reader, planner=Planner(), no_dist=True)
-    with agreed(pipe.ranks, RESTORING), _blamed(checkpoint):
+    with agreed(pipe.ranks, RESTORING), _explain_read_errors(checkpoint):
         if state["model"]:
             set_model_state_dict(pipe.module, state["model"])
         if optimizer is not None:
@@ -152,7 +152,7 @@ def restore(
 def _state(
     pipe: Pipeline, optimizer: Optimizer | None, scheduler: LRScheduler | None
 ) -> dict[str, dict[str, Any]]:
-    """This rank's part, under names that do not depend on the partition."""
+    """Return this rank's part, under names that do not depend on the partition."""
     names = {parameter: name for name, parameter in pipe.named_parameters()}
     kept = {} if optimizer is None else optimizer_state.state_of(optimizer, names)
     schedule = schedules.saved_state(scheduler)
@@ -160,14 +160,14 @@ def _state(
 
 
 def _model_state(pipe: Pipeline) -> dict[str, Any]:
-    """Torch refuses an empty state, which a stage without parameters has."""
+    """Return the module's state; torch does not accept an empty one."""
     return get_model_state_dict(pipe.module) if pipe.module.state_dict() else {}
 
 
 def _is_finite(pipe: Pipeline, optimizer: Mapping[str, Any]) -> bool:
-    """Whether the run can go on from here: trained parameters, statistics, the optimizer's state.
+    """Return whether trained parameters, statistics and optimizer state are finite.
 
-    Buffers may hold infinities on purpose, as masks do.
+    Buffers may contain infinities on purpose, as masks do.
     """
     trained = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
     kept = [value for value in optimizer.values() if isinstance(value, torch.Tensor)]
@@ -179,9 +179,9 @@ def _is_finite(pipe: Pipeline, optimizer: Mapping[str, Any]) -> bool:
 
 
 def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:
-    """Of every file, on every rank; each hashes its share."""
+    """Return the digest of every file on every rank; each rank hashes its share."""
     files = sorted(path for path in unfinished.iterdir() if path.is_file())
-    with agreed(pipe.ranks, SAVING), _told(unfinished, run):
+    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run):
         own = {path.name: sha256_of(path) for path in files[pipe.rank :: pipe.num_ranks]}
     return {
         name: digest for part in pipe.ranks.gather(own, SAVING) for name, digest in part.items()
@@ -189,25 +189,25 @@ def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _told(unfinished: Path, run: Path) -> Iterator[None]:
-    """Turn what goes wrong while writing into a CheckpointError that names the cause."""
+def _explain_write_errors(unfinished: Path, run: Path) -> Iterator[None]:
+    """Turn errors while writing into a CheckpointError that names the cause."""
     try:
         yield
     except CheckpointError:
         raise
     except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)  # makes room
+        shutil.rmtree(unfinished, ignore_errors=True)  # frees disk space
         kept = whole(run)
-        last = f"{kept[-1].name} is as it was" if kept else "there is no earlier one"
+        last = f"{kept[-1].name} is untouched" if kept else "there is no earlier one"
         raise CheckpointError(
             f"the checkpoint {unfinished.with_suffix('')} cannot be written: "
-            f"{_cause(error, unfinished)}; {last}. Make room, or give another --out, and go on "
-            "with --resume"
+            f"{_cause(error, unfinished)}; {last}. Free some space, or give another --out, and "
+            "continue with --resume"
         ) from error
 
 
 def _cause(error: BaseException, where: Path) -> str:
-    """The operating system's word, wherever it is in what torch raises."""
+    """Return the operating system's message, wherever it is in the error that torch raises."""
     failures = getattr(error, "failures", {})
     chain = [error, *(each[0] for each in failures.values())]
     seen: list[BaseException] = []
@@ -227,8 +227,8 @@ def _cause(error: BaseException, where: Path) -> str:
 
 
 @contextmanager
-def _blamed(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what goes wrong while reading into a CheckpointError."""
+def _explain_read_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn errors while reading into a CheckpointError."""
     try:
         yield
     except CheckpointError as error:
@@ -240,13 +240,13 @@ def _blamed(checkpoint: Checkpoint) -> Iterator[None]:
     except (Exception, CheckpointException) as error:  # a broken file may raise anything
         raise CheckpointError(
             f"the checkpoint {checkpoint.path} cannot be read: {_cause(error, checkpoint.path)}; "
-            "if it is damaged, take another one from the same directory"
+            "if it is damaged, use another one from the same directory"
         ) from error
 
 
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """torch warns where torch.distributed is not initialised, which here is no mistake."""
+    """Ignore torch's warning that torch.distributed is not initialised, which is fine here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

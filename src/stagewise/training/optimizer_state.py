@@ -1,10 +1,10 @@
-"""An optimizer's state by parameters' names, read and written without a step.
+"""An optimizer's state by parameter name, read and written without a step.
 
-Problem: torch's own helper makes an optimizer's state by a step with a learning rate of 0, which
-counts as one, fires the user's hooks, and makes state where there was none; and it cannot put back
-groups that are empty on a rank. Idea: state and options as they are, under flat names that do not
-depend on the partition (`state.0.weight.exp_avg`, `param_groups.0.weight.lr`), which are those that
-torch gives. What an optimizer has not made yet is not saved, and not asked for.
+Problem: torch's own helper initialises an optimizer's state by a step with learning rate 0, which
+counts as a step, calls the user's hooks, and creates state where there was none; and it cannot
+restore groups that are empty on a rank. Idea: save state and options as they are, under torch's
+flat names (`state.0.weight.exp_avg`, `param_groups.0.weight.lr`), which do not depend on the
+partition. State that an optimizer has not created yet is neither saved nor required.
 """
 
 from collections.abc import Collection, Mapping
@@ -25,16 +25,16 @@ _NOT_OPTIONS = ("params", "param_names")
 
 
 def state_of(optimizer: Optimizer, names: Names) -> Flat:
-    """Everything that `optimizer` keeps for this rank's parameters."""
+    """Return everything that `optimizer` keeps for this rank's parameters."""
     flat: Flat = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(parameter)
             if name is None:
                 raise CheckpointError(
-                    f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
-                    "the model's, so it has no name to be saved under; give it parameters of the "
-                    "model only"
+                    f"the optimizer has a parameter of shape {tuple(parameter.shape)} that does "
+                    "not belong to the model, so it has no name to be saved under; give the "
+                    "optimizer only parameters of the model"
                 )
             for key, value in group.items():
                 if key not in _NOT_OPTIONS:
@@ -49,9 +49,9 @@ def state_of(optimizer: Optimizer, names: Names) -> Flat:
 
 
 def room_for(index: Metadata, section: str, own: Collection[str], every: Collection[str]) -> Flat:
-    """What `index` has of the parameters `own`, to be read into; `every`: all names there are.
+    """Return empty state to read into: what `index` has for the parameters `own` of `every`.
 
-    Entries of `section` that a checkpoint split into parts (lists, dictionaries) are put together.
+    Entries of `section` that a checkpoint has split into parts (lists, dictionaries) are joined.
     """
     room: Flat = {}
     for entry, path in (index.planner_data or {}).items():
@@ -66,7 +66,7 @@ def room_for(index: Metadata, section: str, own: Collection[str], every: Collect
 
 
 def fill_optimizer(optimizer: Optimizer, flat: Mapping[str, Any], names: Names) -> None:
-    """Put back what `state_of` gave; raises CheckpointError if it is another optimizer's."""
+    """Restore what `state_of` returned; raise CheckpointError if it is another optimizer's."""
     every = set(names.values())
     saved: dict[tuple[str, str], dict[str, Any]] = {}
     for entry, value in flat.items():
@@ -87,7 +87,7 @@ def fill_optimizer(optimizer: Optimizer, flat: Mapping[str, Any], names: Names) 
 
 
 def _restore_options(group: Flat, saved: list[Flat], number: int) -> None:
-    """A group's options from those of its parameters, which must be alike."""
+    """Restore a group's options from those of its parameters, which must be equal."""
     if not saved:
         return
     options = saved[0]
@@ -95,27 +95,27 @@ def _restore_options(group: Flat, saved: list[Flat], number: int) -> None:
     missing = group.keys() - options.keys() - set(_NOT_OPTIONS)
     if unknown and missing:
         raise CheckpointError(
-            f"it was written with another optimizer: its options {sorted(unknown)} are not this "
-            f"one's, which has {sorted(missing)}; resume with the recipe that wrote it, or start "
-            "anew without --resume"
+            f"it was written with another optimizer: it has options {sorted(unknown)}, and this "
+            f"one has {sorted(missing)}; resume with the recipe that wrote it, or start again "
+            "without --resume"
         )
     for other in saved[1:]:
         differing = [key for key in options if not _equal(options[key], other.get(key))]
         if differing:
             raise CheckpointError(
-                f"it has several values of {differing} for parameters that are in one group here, "
+                f"it has several values of {differing} for parameters that are here in one group, "
                 f"group {number}; group the parameters as the recipe that wrote it does"
             )
     for key, value in options.items():
         here = group.get(key)
         if isinstance(here, torch.Tensor) and key in group:
-            here.copy_(torch.as_tensor(value))  # in place: schedulers and graphs refer to it
+            here.copy_(torch.as_tensor(value))  # in place, because schedulers and graphs share it
         else:
             group[key] = value
 
 
 def _placed(value: Any, key: str, parameter: nn.Parameter, group: Flat) -> Any:
-    """`value` on the device where torch's optimizers expect it."""
+    """Return `value` on the device where torch's optimizers expect it."""
     if not isinstance(value, torch.Tensor):
         return value
     on_device = key != "step" or group.get("capturable") or group.get("fused")
@@ -137,7 +137,7 @@ def _is_wanted(flat: str, own: Collection[str], every: Collection[str]) -> bool:
 
 
 def _split(rest: str, names: Collection[str]) -> tuple[str, str] | None:
-    """`0.weight.exp_avg` -> (`0.weight`, `exp_avg`), by the longest name that there is."""
+    """Split `0.weight.exp_avg` into (`0.weight`, `exp_avg`) by the longest known name."""
     parts = rest.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if (name := ".".join(parts[:end])) in names:
@@ -146,7 +146,7 @@ def _split(rest: str, names: Collection[str]) -> tuple[str, str] | None:
 
 
 def _put(room: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Put `value` at `path`, making the dictionaries and lists on the way."""
+    """Put `value` at `path`, creating dictionaries and lists as needed."""
     *way, last = path
     for step, following in zip(way, path[1:], strict=True):
         inner: Any = [] if isinstance(following, int) else {}

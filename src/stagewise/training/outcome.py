@@ -1,4 +1,4 @@
-"""What a training run gives back."""
+"""The result of a training run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from stagewise.report.plan import Figures
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """What a training run gives back, the same on every rank."""
+    """The result of a training run, the same on every rank."""
 
     plan: Plan
     first_step: int
@@ -23,5 +23,5 @@ class RunOutcome:
 
     @property
     def stopped(self) -> bool:
-        """True if the run ended before its last step."""
+        """Whether the run ended before its last step."""
         return self.last_step < self.num_steps

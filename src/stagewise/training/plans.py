@@ -27,16 +27,16 @@ from stagewise.training.recipe_costs import (
     state_factor,
 )
 
-ADAPTIVE_COUNTS = (1, 2, 4, 8)  # microbatches per device that are tried
-MEASURING_SECONDS = 6.0  # for all of them
+ADAPTIVE_COUNTS = (1, 2, 4, 8)  # microbatches per device to try
+MEASURING_SECONDS = 6.0  # in total
 
 
 def measured_choice(
     recipe: Recipe, model: Model, request: PlanRequest, batch: Batch
 ) -> tuple[Plan, dict[int, tuple[CellCost, ...]]]:
-    """The fastest of several numbers of microbatches, and the costs measured for each.
+    """Return the fastest plan of several numbers of microbatches, and the costs of each.
 
-    The request's own number is taken where none of them can be had.
+    If the schedule allows none of them, the plan has the request's number.
     """
     num_samples, num_devices = (
         batch_size(batch[0], "inputs"),
@@ -46,7 +46,7 @@ def measured_choice(
     counts = counts or [num_samples]
     plans = {}
     for count in counts:
-        with suppress(ScheduleError):  # not every schedule takes every number
+        with suppress(ScheduleError):  # not every schedule allows every number
             plans[count] = make_plan(
                 recipe,
                 model,
@@ -63,9 +63,9 @@ def measured_choice(
 def make_plan(
     recipe: Recipe, model: Model, request: PlanRequest, *, batch: Batch, seconds: float = 3.0
 ) -> Plan:
-    """The plan measured on `batch` for about `seconds`; every rank calls this.
+    """Return a plan measured on `batch` for about `seconds`; every rank calls this.
 
-    What is on the meta device cannot be measured: see `plan_on_meta`.
+    A model on the meta device cannot be measured: see `plan_on_meta`.
     """
     if recipe.meta:
         return plan_on_meta(recipe, model, request, batch=batch)
@@ -74,10 +74,10 @@ def make_plan(
 
 
 def plan_on_meta(recipe: Recipe, model: Model, request: PlanRequest, *, batch: Batch) -> Plan:
-    """A plan that predicts nothing, its cut made by estimated work.
+    """Return a plan without predictions, cut by estimated work.
 
-    The estimate's device is a plain server, so how long cells take beside each other is of use
-    here, and their seconds are not. Where a cell cannot be estimated, parameters count as work.
+    The estimate is for a generic server, so only the cells' relative times are meaningful. If a
+    cell cannot be estimated, its number of parameters is used instead.
     """
     assert isinstance(request.num_microbatches, int)
     try:
@@ -88,7 +88,7 @@ def plan_on_meta(recipe: Recipe, model: Model, request: PlanRequest, *, batch: B
 
 
 def estimated_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec) -> Plan:
-    """The plan for `device`."""
+    """Return the plan for `device`, from estimated costs."""
     choice = requested_schedule(request)
     found = estimate_recipe(recipe, device, choice.built.num_microbatches)
     check_counts(len(found.cells), choice.num_stages)
@@ -96,7 +96,7 @@ def estimated_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec) -> 
 
 
 def measured_search(recipe: Recipe, request: PlanRequest, progress: Progress) -> SearchResult:
-    """Search on what is measured here; every rank calls this."""
+    """Search with costs measured here; every rank calls this."""
     model, batch = build_model(recipe, seed=0), TrainingBatches(recipe, seed=0).first
     with recipe.precision():
         example = recipe_example(recipe, model, batch)
@@ -107,7 +107,7 @@ def measured_search(recipe: Recipe, request: PlanRequest, progress: Progress) ->
 def estimated_search(
     recipe: Recipe, request: PlanRequest, device: DeviceSpec, progress: Progress
 ) -> SearchResult:
-    """Search for a device that is not here; its memory is the cap unless another is given."""
+    """Search with costs estimated for `device`, whose memory is the cap unless one is given."""
     assert request.num_devices is not None
     model, batch = meta_model(recipe), TrainingBatches(recipe, seed=0).first
     return search_for(

@@ -1,4 +1,4 @@
-"""From a recipe and options to something that runs: model, data, plan, pipeline, optimizer."""
+"""Build a run from a recipe and options: model, data, plan, pipeline, optimizer."""
 
 import random
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from stagewise.training.run_folder import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A pipeline and what updates its parameters; both None on a rank that updates none."""
+    """A pipeline, its optimizer and schedule; these are None on a rank that updates nothing."""
 
     pipe: Pipeline
     optimizer: Optimizer | None
@@ -43,12 +43,12 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What to train, how long, and where to keep it; intervals are in steps, 0 means never."""
+    """What to train, how long, and where to save it; intervals are in steps, 0 means never."""
 
-    plan: PlanRequest | Plan  # a plan is taken as it is
+    plan: PlanRequest | Plan  # a Plan is used unchanged
     run: Path
-    adaptive: bool = False  # microbatches are chosen by measuring, and changed in the run
-    plan_file: Path | None = None  # of a plan
+    adaptive: bool = False  # microbatches are chosen by measuring, and changed during the run
+    plan_file: Path | None = None  # where a Plan came from
     num_steps: int | None = None  # None: one pass over the recipe's data
     seed: int = 0
     validate_every: int = 100
@@ -57,23 +57,23 @@ class TrainOptions:
 
     @property
     def first_step(self) -> int:
-        """How many steps are done when the run starts."""
+        """The number of steps already done when the run starts."""
         return self.resume.step if self.resume else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A recipe made into something that runs."""
+    """Everything that a run of a recipe needs."""
 
     trained: Trained
     batches: TrainingBatches
     validation: tuple[Batch, ...]
     num_steps: int
-    measured: Mapping[int, tuple[CellCost, ...]]  # by microbatches, where these are adaptive
+    measured: Mapping[int, tuple[CellCost, ...]]  # by number of microbatches, if adaptive
 
 
 def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
-    """Build everything, at the state that the run starts from; every rank calls this."""
+    """Build everything in the state from which the run starts; every rank calls this."""
     model = build_model(recipe, seed=options.seed, meta=recipe.meta)
     if options.resume is not None:
         checkpoints.check_fits(options.resume, parameter_shapes(model))
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     chain_for(model, batches.first[0], {}, recipe.cells)
     plan, measured = _planned(recipe, options, model, batches.first)
     pipe = _pipeline(recipe, options, model, plan)
-    del model  # the rest of it can go
+    del model  # frees the stages of other ranks
     _agree_on_length(recipe, pipe, num_steps)
     trained = _trained(recipe, pipe)
     if options.resume is not None:
@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
 def _planned(
     recipe: Recipe, options: TrainOptions, model: Model, batch: Batch
 ) -> tuple[Plan, Mapping[int, tuple[CellCost, ...]]]:
-    """The plan, and what was measured for it where microbatches are adaptive."""
+    """Return the plan, and the measured costs if microbatches are adaptive."""
     if isinstance(options.plan, Plan):
         return options.plan, {}
     if options.adaptive and not recipe.meta:
@@ -109,12 +109,12 @@ def _planned(
     return make_plan(recipe, model, options.plan, batch=batch), {}
 
 
-def moved(
+def rebuild(
     recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint, inputs: Tree
 ) -> Trained:
-    """Pipeline and optimizer of another plan, at the state of `checkpoint`; every rank calls this.
+    """Build pipeline and optimizer for another plan from `checkpoint`; every rank calls this.
 
-    `inputs` are an example of what the model takes. What the recipe draws from is left as it was.
+    `inputs` are an example of the model's inputs. Random states are left unchanged.
     """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     model = build_model(recipe, seed=options.seed, meta=recipe.meta)
@@ -130,15 +130,15 @@ def moved(
 
 
 def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
-    """Every rank's own optimizer and schedule; raises RecipeError on all where none updates."""
+    """Build this rank's optimizer and schedule; raise RecipeError if no rank updates anything."""
     parameters = list(pipe.parameters())
     with agreed(pipe.ranks, "making the optimizer"):
         optimizer = recipe.make_optimizer(parameters)
         scheduler = recipe.make_scheduler(optimizer)
     if not pipe.any(optimizer is not None) and pipe.any(bool(parameters)):
         raise RecipeError(
-            f"optimizer(parameters) in {recipe.path} takes none of the model's parameters on any "
-            "rank, so that nothing would be trained; let it choose some"
+            f"optimizer(parameters) in {recipe.path} uses none of the model's parameters on any "
+            "rank, so nothing would be trained; make it use some"
         )
     return Trained(pipe=pipe, optimizer=optimizer, scheduler=scheduler)
 
@@ -146,7 +146,7 @@ def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
 def _restore(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> None:
     pipe = trained.pipe
     checkpoints.restore(checkpoint, pipe, trained.optimizer, trained.scheduler)
-    pipe.step_index = checkpoint.step * recipe.accumulate  # it counts batches
+    pipe.step_index = checkpoint.step * recipe.accumulate  # counts batches
 
 
 def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -> Pipeline:
@@ -164,10 +164,10 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
 
 
 def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | None) -> None:
-    """Find, before workers start, the mistakes that the model's form alone shows.
+    """Find mistakes that the model's structure alone shows, before workers start.
 
-    The model is built on the meta device, without memory; one that cannot be is left to the
-    workers, who find the same mistakes later.
+    The model is built on the meta device, without memory; if that fails, the workers find the same
+    mistakes later.
     """
     try:
         with torch.device("meta"):
@@ -175,7 +175,7 @@ def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | No
     except Exception:
         return
     known = not isinstance(model, nn.Module) or (is_chain(model) and recipe.cells is None)
-    if known:  # else cells are known once captured
+    if known:  # otherwise the cells are only known after capture
         chain = chain_of(model)
         num_stages = (plan if isinstance(plan, Plan) else requested_schedule(plan)).num_stages
         check_counts(len(chain), num_stages)
@@ -186,18 +186,18 @@ def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | No
 
 
 def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:
-    """Raise RecipeError on every rank where their data have other lengths."""
-    told = pipe.ranks.gather(num_steps, "the number of steps")
-    if len(set(told)) > 1:
-        listed = ", ".join(f"rank {rank}: {number}" for rank, number in enumerate(told))
+    """Raise RecipeError on every rank if the ranks' data have different lengths."""
+    numbers = pipe.ranks.gather(num_steps, "the number of steps")
+    if len(set(numbers)) > 1:
+        listed = ", ".join(f"rank {rank}: {number}" for rank, number in enumerate(numbers))
         raise RecipeError(
-            f"data('train') in {recipe.path} makes another number of steps on every rank "
-            f"({listed}), and some would wait for ever; give all the same data, or --steps"
+            f"data('train') in {recipe.path} gives different numbers of steps on different ranks "
+            f"({listed}), so some would wait forever; give all ranks the same data, or --steps"
         )
 
 
 def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """The shapes of all of the model's parameters, by name."""
+    """Return the shapes of all parameters of the model, by name."""
     whole = model if isinstance(model, nn.Module) else module_tree(chain_of(model))
     named = whole.named_parameters()
     return {name: tuple(parameter.shape) for name, parameter in named}
@@ -209,14 +209,14 @@ def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) 
         num_steps = max(batches.num_batches // recipe.accumulate, min(batches.num_batches, 1))
     if num_steps is None:
         raise RecipeError(
-            f"data('train') in {recipe.path} does not tell its length, so the number of steps is "
-            "unknown; give --steps"
+            f"data('train') in {recipe.path} has no length, so the number of steps is unknown; "
+            "give --steps"
         )
     if num_steps < 1:
         raise UsageError(f"the number of steps is {num_steps}; train for at least 1 step")
     if options.resume is not None and num_steps <= options.resume.step:
         raise CheckpointError(
-            f"the checkpoint {options.resume.path} has {options.resume.step} steps done, so "
-            f"there is nothing left of {num_steps}; give a larger --steps to train on"
+            f"the checkpoint {options.resume.path} already has {options.resume.step} of "
+            f"{num_steps} steps; give a larger --steps to continue training"
         )
     return num_steps

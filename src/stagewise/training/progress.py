@@ -1,7 +1,7 @@
-"""What a run shows while it trains: a bar on a terminal, lines elsewhere, and a log file.
+"""Progress of a run: a bar on a terminal, lines elsewhere, and a log file.
 
-Only rank 0 shows anything; the other ranks have a `Silent` reporter. The log holds one JSON
-object a line: a step's or a validation's figures.
+Only rank 0 shows anything; the other ranks have a `Silent` reporter. Every line of the log is a
+JSON object: a step, a validation or a change of plan.
 """
 
 import json
@@ -25,9 +25,9 @@ LOG_FILE = "log.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One finished step; `bubble_fraction` only at steps where it was measured.
+    """One finished step; `bubble_fraction` is None unless it was measured.
 
-    `losses` are the loss's parts by name, if they have names; `loss_scale` is a GradScaler's.
+    `losses` are the parts of the loss by name, if named; `loss_scale` is that of a GradScaler.
     """
 
     step: int
@@ -40,7 +40,7 @@ class StepRecord:
     loss_scale: float | None = None
 
     def to_log(self) -> dict[str, object]:
-        """The record as the log writes it; a loss that is no number becomes null."""
+        """Return the record for the log; a loss that is not finite becomes null."""
         fields: dict[str, object] = {
             "step": self.step,
             "loss": _finite(self.loss),
@@ -63,10 +63,10 @@ class ValidationRecord:
     step: int
     validation_loss: float
     metrics: Mapping[str, float]
-    losses: Mapping[str, float] = field(default_factory=dict)  # by name, if they have names
+    losses: Mapping[str, float] = field(default_factory=dict)  # by name, if named
 
     def to_log(self) -> dict[str, object]:
-        """The record as the log writes it."""
+        """Return the record for the log."""
         fields: dict[str, object] = {
             "step": self.step,
             "validation_loss": _finite(self.validation_loss),
@@ -79,7 +79,7 @@ class ValidationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeRecord:
-    """Another plan from step `step` on: what changes, why, and the predicted share of time won."""
+    """Re-planning after `step`: what changes, why, and the predicted fraction of time saved."""
 
     step: int
     change: str
@@ -87,7 +87,7 @@ class ChangeRecord:
     predicted_gain: float | None = None
 
     def to_log(self) -> dict[str, object]:
-        """The record as the log writes it."""
+        """Return the record for the log."""
         fields: dict[str, object] = {
             "step": self.step,
             "change": self.change,
@@ -99,19 +99,19 @@ class ChangeRecord:
 
 
 class Reporter(ABC):
-    """Where a run tells what happens."""
+    """Receives the events of a run."""
 
     @abstractmethod
     def step(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Report a finished step."""
 
     @abstractmethod
     def validation(self, record: ValidationRecord) -> None:
-        """The validation batches were evaluated."""
+        """Report a validation."""
 
     @abstractmethod
     def change(self, record: ChangeRecord) -> None:
-        """The plan changes, or does not though it was thought over."""
+        """Report that re-planning was considered; the record says whether the plan changed."""
 
     @abstractmethod
     def say(self, text: object) -> None:
@@ -119,7 +119,7 @@ class Reporter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Take the bar away and close the log."""
+        """Remove the bar and close the log."""
 
 
 class Silent(Reporter):
@@ -142,7 +142,7 @@ class Silent(Reporter):
 
 
 class Shown(Reporter):
-    """The reporter of rank 0: log file, and a bar or, without a terminal, a line every so often."""
+    """The reporter of rank 0: a log file, and a bar or, without a terminal, regular lines."""
 
     def __init__(
         self, *, console: Console, run: Path, first_step: int, num_steps: int, line_every: int
@@ -166,7 +166,7 @@ class Shown(Reporter):
         if self._bubble is not None:
             shown += f"  bubble {self._bubble:.0%}"
         if self._console.is_terminal:
-            self._bar.start()  # does nothing if it is running
+            self._bar.start()  # has no effect if it is running
             self._bar.update(self._task, completed=record.step, shown=shown)
         elif record.step % self._line_every == 0 or record.step == self._num_steps:
             left = record.seconds * (self._num_steps - record.step)
@@ -181,8 +181,8 @@ class Shown(Reporter):
     def change(self, record: ChangeRecord) -> None:
         self._write(record.to_log())
         gain = record.predicted_gain
-        won = "" if gain is None else f" (predicted: {gain:.0%} less time)"
-        self.say(f"step {record.step}: {record.change}{won}, because {record.reason}")
+        saved = "" if gain is None else f" (predicted: {gain:.0%} less time)"
+        self.say(f"step {record.step}: {record.change}{saved}, because {record.reason}")
 
     def say(self, text: object) -> None:
         self._print(text)
@@ -200,7 +200,7 @@ class Shown(Reporter):
 
 
 def _finite(value: float) -> float | None:
-    """What JSON can hold."""
+    """Return `value`, or None if JSON cannot represent it."""
     return value if math.isfinite(value) else None
 
 
@@ -223,14 +223,14 @@ def _bar(console: Console) -> Progress:
 
 
 def _lines_until(log: Path, step: int) -> list[str]:
-    """The log's lines up to `step`: a resumed run writes what came after once more."""
+    """Return the log's lines up to `step`; a resumed run writes later ones again."""
     kept = []
     for line in log.read_text().splitlines(keepends=True):
         try:
             fields = json.loads(line)
-            # The run begins with a validation of its first step, which it writes itself.
+            # The resumed run starts with a validation at `step`, which it logs itself.
             if fields["step"] < step or (fields["step"] == step and "loss" in fields):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a crash cut short
+            continue  # a line truncated by a crash
     return kept

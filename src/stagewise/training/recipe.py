@@ -1,8 +1,8 @@
 """A recipe: a plain Python file that says what to train.
 
-Problem: a user's file is wrong in many ways, and a traceback through our loader tells little.
-Idea: everything of the user's is run under `Recipe.blame`, which turns an error into a
-RecipeError that names the file, the line and what is needed instead.
+Problem: a user's file can be wrong in many ways, and a traceback through our loader helps little.
+Idea: the user's code runs under `Recipe.blame`, which turns an error into a RecipeError that names
+the file, the line and what is needed.
 """
 
 import inspect
@@ -62,16 +62,16 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 class Recipe:
     """What `stagewise train` takes from a recipe file.
 
-    With `meta = True` in the file, `model()` is called under `torch.device("meta")`, so that no
-    worker ever holds more than its own stage; the initial values come from `reset_parameters()` of
-    the modules and `init(module)`, if the recipe has one: see `stagewise.Pipeline`. `cells` names
-    the modules that are to be the model's cells: see `stagewise.capture_cells`.
+    With `meta = True` in the file, `model()` is called under `torch.device("meta")`, so that a
+    worker never holds more than its own stage; initial values come from the modules'
+    `reset_parameters()` and the recipe's `init(module)`, if any: see `stagewise.Pipeline`. `cells`
+    names the modules that become the model's cells: see `stagewise.capture_cells`.
 
     `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step.
-    One step takes `accumulate` batches of `data("train")` as one minibatch. `autocast` is the
-    dtype of `torch.autocast`. `grad_scaler` are options of `stagewise.GradScaler`, which is on
-    where they are given, and under `autocast = torch.float16`. `accumulate_in_float32`,
-    `batch_dim` and `loss_reduction` are those of `stagewise.Pipeline`.
+    A step uses `accumulate` batches of `data("train")` as one minibatch. `autocast` is the dtype of
+    `torch.autocast`. `grad_scaler` holds options of `stagewise.GradScaler`, which is enabled if
+    they are given, and with `autocast = torch.float16`. `accumulate_in_float32`, `batch_dim` and
+    `loss_reduction` are those of `stagewise.Pipeline`.
     """
 
     path: Path
@@ -97,19 +97,19 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without its suffix."""
         return self.path.stem
 
     @property
     def scaler_options(self) -> Mapping[str, float | int | bool]:
-        """For `stagewise.GradScaler`."""
+        """The options of `stagewise.GradScaler`."""
         if self.grad_scaler is not None:
             return self.grad_scaler
         return {"enabled": self.autocast is torch.float16}
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Run the model inside: under autocast, if the recipe asks for it."""
+        """Enter autocast, if the recipe asks for it."""
         with ExitStack() as stack:
             if self.autocast is not None:
                 kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -119,7 +119,7 @@ class Recipe:
 
     @contextmanager
     def blame(self, what: str) -> Iterator[None]:
-        """Turn an error of the recipe's own code into a RecipeError; `what` was being run."""
+        """Turn an error in the recipe's code into a RecipeError that names `what` was running."""
         try:
             yield
         except StagewiseError:
@@ -130,9 +130,9 @@ class Recipe:
             raise RecipeError(message) from error
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer | None:
-        """The optimizer of this rank's parameters; None if it takes none of them.
+        """Return the optimizer of this rank's parameters; None if it uses none of them.
 
-        A rank may hold no parameters, or none that the recipe chooses.
+        A rank may hold no parameters, or none that the recipe selects.
         """
         if not parameters:
             return None
@@ -140,7 +140,7 @@ class Recipe:
             try:
                 made = self.optimizer(parameters)
             except ValueError as error:
-                if "empty parameter list" in str(error):  # torch's words
+                if "empty parameter list" in str(error):  # torch's message
                     return None
                 raise
         if not isinstance(made, Optimizer):
@@ -151,19 +151,19 @@ class Recipe:
         if _needs_closure(made):
             raise RecipeError(
                 f"optimizer(parameters) in {self.path} returned a {type(made).__name__}, whose "
-                "step() needs a function that computes the loss again; choose one that updates by "
-                "the gradients at hand, or train from Python, where pipe.step can be that function"
+                "step() needs a closure that recomputes the loss; choose one that uses existing "
+                "gradients, or train from Python, where pipe.step can be the closure"
             )
         if self.scheduler is None and is_scheduled(made):
             raise RecipeError(
-                f"optimizer(parameters) in {self.path} also made a learning-rate schedule, which a "
-                "checkpoint would not hold; return it from scheduler(optimizer) instead, for "
+                f"optimizer(parameters) in {self.path} also made a learning-rate schedule, which "
+                "checkpoints would not include; return it from scheduler(optimizer) instead, for "
                 f"example:\n\n{_SCHEDULER}"
             )
         return made
 
     def make_scheduler(self, optimizer: Optimizer | None) -> LRScheduler | None:
-        """The schedule of this rank's optimizer; None if either is not there."""
+        """Return the schedule of this rank's optimizer, or None if either is missing."""
         if self.scheduler is None or optimizer is None:
             return None
         with self.blame("scheduler(optimizer)"):
@@ -178,7 +178,7 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Run the file at `path` and take its functions; raises RecipeError if it is no recipe."""
+    """Run the file at `path` and return its recipe; raise RecipeError if it is not one."""
     if not path.is_file():
         raise RecipeError(
             f"there is no recipe file {path}; give the path of a Python file that defines "
@@ -199,8 +199,8 @@ def load_recipe(path: Path) -> Recipe:
     }
     if "cells" in values and values.get("meta"):
         raise RecipeError(
-            f"{path} has meta = True and cells; a model is cut by cells where it has values, so "
-            "leave one of them out"
+            f"{path} has both meta = True and cells, but cutting by cells needs a model with "
+            "values; leave one of them out"
         )
     return Recipe(
         path=path,
@@ -214,7 +214,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
-    """`batch` as a pair, marked where samples lie elsewhere than along dimension 0.
+    """Return `batch` as a pair, marked if samples are not along dimension 0.
 
     Raises RecipeError unless it is (inputs, target).
     """
@@ -224,8 +224,8 @@ def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
     if isinstance(batch, tuple | list | dict):
         got += f" of {len(batch)}"
     raise RecipeError(
-        f"data({split!r}) in {recipe.path} gave {got} as a batch; every batch must be a pair "
-        "(inputs, target): put several inputs in a tuple or dict of their own"
+        f"data({split!r}) in {recipe.path} returned {got} as a batch; every batch must be a pair "
+        "(inputs, target): put several inputs in a tuple or dict"
     )
 
 
@@ -240,7 +240,7 @@ def _check(path: Path, name: str, value: T) -> T:
 
 def _get(module: ModuleType, name: str, remedy: str) -> object:
     if not hasattr(module, name):
-        raise RecipeError(f"the recipe {module.__file__} defines no {name}; add it, {remedy}\n")
+        raise RecipeError(f"the recipe {module.__file__} has no {name}; add it, {remedy}\n")
     return getattr(module, name)
 
 
@@ -248,11 +248,11 @@ def _run(path: Path) -> ModuleType:
     name = f"stagewise_recipe_{path.stem}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise RecipeError(f"{path} is no Python file; a recipe's name ends in .py")
+        raise RecipeError(f"{path} is not a Python file; a recipe's name must end in .py")
     module = module_from_spec(spec)
-    sys.modules[name] = module  # where pickle and dataclasses look the recipe's classes up
+    sys.modules[name] = module  # where pickle and dataclasses look up the recipe's classes
     directory = str(path.resolve().parent)
-    if directory not in sys.path:  # a recipe imports its neighbours, as a script does
+    if directory not in sys.path:  # a recipe may import its neighbours, as a script may
         sys.path.insert(0, directory)
     try:
         spec.loader.exec_module(module)
@@ -260,13 +260,14 @@ def _run(path: Path) -> ModuleType:
         raise
     except Exception as error:
         raise RecipeError(
-            f"the recipe does not load: {type(error).__name__}: {error}, at {_place(path, error)}"
+            f"the recipe cannot be loaded: {type(error).__name__}: {error}, at "
+            f"{_place(path, error)}"
         ) from error
     return module
 
 
 def _place(path: Path, error: Exception) -> str:
-    """The recipe's line that led to `error`."""
+    """Return the recipe's line that led to `error`."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
         return f"{path}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -275,7 +276,7 @@ def _place(path: Path, error: Exception) -> str:
 
 
 def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
-    """The recipe's model, the same on every rank; on the meta device it takes no memory."""
+    """Build the recipe's model, the same on every rank; on the meta device it uses no memory."""
     seed_everything(seed)
     if meta:
         what = "model() under torch.device('meta'), as meta = True asks for,"
@@ -286,7 +287,7 @@ def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed what a recipe may draw from: torch, Python's random, NumPy."""
+    """Seed the generators that a recipe may use: torch, Python's random, NumPy."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""What a recipe's model costs, estimated for a device or measured here, and what advice needs."""
+"""The costs of a recipe's model, estimated for a device or measured here, and facts for advice."""
 
 import os
 from collections.abc import Hashable
@@ -25,12 +25,12 @@ from stagewise.profiling.fakes import likeness
 from stagewise.training.batches import TrainingBatches
 from stagewise.training.recipe import Batch, Model, Recipe, build_model, seed_everything
 
-_PROBE = 64  # parameters, to see what an optimizer keeps for each
+_PROBE = 64  # parameters with which an optimizer's state is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimated:
-    """A recipe's cells, and the model and first batch that they were estimated from."""
+    """A recipe's cell costs, its model's cells, and the size of its batches."""
 
     cells: tuple[CellCost, ...]
     chain: Chain
@@ -47,7 +47,7 @@ def estimate_recipe(recipe: Recipe, device: DeviceSpec, num_microbatches: int) -
 def estimated(
     recipe: Recipe, model: Model, batch: Batch, num_microbatches: int, device: DeviceSpec | str
 ) -> tuple[CellCost, ...]:
-    """What the cells of the recipe's model take on `device`, for one microbatch."""
+    """Return estimated costs of the model's cells on `device`, for one microbatch."""
     inputs, target = batch
     with recipe.precision():
         return stagewise.estimate(
@@ -69,7 +69,7 @@ def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
 
 
 def recipe_example(recipe: Recipe, model: Model, batch: Batch) -> Example:
-    """What the cells of the recipe's model are measured with."""
+    """Return the example with which the model's cells are measured."""
     inputs, target = batch
     chain_for(model, inputs, {}, recipe.cells)
     return example_of(model, inputs, target, {}, recipe.loss, None)
@@ -83,7 +83,7 @@ def facts_of(
     device_memory_bytes: int | None,
     num_microbatches: int | None,
 ) -> Facts:
-    """What the rules of `stagewise advise` ask for; measured here if `device` is None."""
+    """Return the facts for `stagewise advise`; measured here if `device` is None."""
     if num_microbatches is None:
         size = num_samples_of(TrainingBatches(recipe, seed=0).first)
         num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, size)
@@ -111,16 +111,16 @@ def facts_of(
 
 
 def meta_model(recipe: Recipe) -> Model:
-    """The recipe's model on the meta device."""
+    """Build the recipe's model on the meta device."""
     seed_everything(0)
     with recipe.blame("model() on the meta device"), torch.device("meta"):
         return recipe.model()
 
 
 def state_factor(recipe: Recipe, chain: Chain) -> float:
-    """Bytes kept for a byte of parameters: itself, its gradient, and the optimizer's state.
+    """Return the bytes kept per byte of parameters: itself, its gradient and optimizer state.
 
-    The optimizer makes one step on a few parameters of the model's first dtype.
+    Measured by one optimizer step on a few parameters of the model's first dtype.
     """
     dtypes = [p.dtype for cell in chain for p in cell.module.parameters() if p.requires_grad]
     if not dtypes:
@@ -137,7 +137,7 @@ def state_factor(recipe: Recipe, chain: Chain) -> float:
 
 
 def num_experts(chain: Chain) -> dict[int, int]:
-    """Per cell: how many alike parts, in a list, hold most of its parameters."""
+    """Return, for cells whose parameters are mostly in a list of equal parts, their number."""
     found = {}
     for cell in chain:
         whole = sum(p.numel() for p in cell.module.parameters())
@@ -152,7 +152,7 @@ def num_experts(chain: Chain) -> dict[int, int]:
 
 
 def sizes_as_costs(model: Model) -> tuple[CellCost, ...]:
-    """Each cell's number of parameters as its seconds."""
+    """Return costs that use each cell's number of parameters as its seconds."""
     return tuple(
         CellCost(name=cell.name, forward_seconds=size, backward_seconds=2 * size)
         for cell in chain_of(model)
@@ -161,17 +161,17 @@ def sizes_as_costs(model: Model) -> tuple[CellCost, ...]:
 
 
 def num_samples_of(batch: Batch) -> int:
-    """How many samples a minibatch has; raises BatchError where nothing has any."""
+    """Return the number of samples in a minibatch; raise BatchError if there are none."""
     size = extent([("inputs", batch[0]), ("target", batch[1])]).num_samples
     if size is None:
         raise BatchError(
-            "the recipe's batches hold no tensor with samples; put samples along dimension 0"
+            "the recipe's batches contain no tensor with samples; put samples along dimension 0"
         )
     return size
 
 
 def _memory_here() -> int:
-    """Bytes of this machine that training may use: its GPUs' if there are any, else its own."""
+    """Return the bytes that training may use here: of all GPUs, or else of the machine."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))

@@ -1,4 +1,4 @@
-"""What a recipe may set besides functions: of each value, is it right, and what must it be?"""
+"""The values that a recipe may set besides functions: a check and a description of each."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,15 +26,15 @@ def _is_scaler_options(value: object) -> bool:
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "clip_grad_norm": (
         _is_positive,
-        "a number above 0, the largest norm that the gradients may have",
+        "a positive number, the maximum norm of the gradients",
     ),
     "clip_grad_value": (
         _is_positive,
-        "a number above 0, the largest that a gradient's element may be",
+        "a positive number, the maximum absolute value of a gradient's elements",
     ),
     "accumulate": (
         lambda value: type(value) is int and value > 0,
-        "a whole number above 0: how many batches of data('train') make a step",
+        "a positive integer: how many batches of data('train') make up a step",
     ),
     "autocast": (
         lambda value: value in (torch.bfloat16, torch.float16),
@@ -50,11 +50,11 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "batch_dim": (
         lambda value: type(value) is int,
-        "a whole number: along which dimension of a batch's tensors its samples lie",
+        "an integer: the dimension of a batch's tensors along which the samples are",
     ),
     "loss_reduction": (
         lambda value: value in ("mean", "sum"),
-        "'mean' or 'sum', as loss(output, target) reduces over the samples",
+        "'mean' or 'sum': how loss(output, target) reduces over the samples",
     ),
     "meta": (
         lambda value: isinstance(value, bool),
@@ -64,14 +64,13 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda value: (
             isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
         ),
-        "a list of the names of modules, or patterns of such, for example "
-        "['embed', 'layers.*', 'head']",
+        "a list of module names or patterns, for example ['embed', 'layers.*', 'head']",
     ),
 }
 
 
 def checked_value(path: Path, name: str, value: Any) -> Any:
-    """`value` itself; raises RecipeError, which says what it must be, where it is not right."""
+    """Return `value`; raise RecipeError that says what it must be if it is invalid."""
     is_right, needed = VALUES[name]
     if not is_right(value):
         raise RecipeError(f"{name} in {path} is {value!r}; it must be {needed}")

@@ -1,8 +1,8 @@
-"""The learning rate's schedule in a run: one on every rank, saved and resumed with it.
+"""The learning-rate schedule of a run: one on every rank, saved and resumed with it.
 
 A recipe's `scheduler(optimizer)` makes it; it steps once after every training step. Its state is
-saved as one entry. Numbers by parameter group are the optimizer's: a rank at another number of
-stages may have other groups, whose own numbers are kept.
+saved as one entry. Lists per parameter group are not restored from it but from the optimizer,
+because with another number of stages a rank may have other groups.
 """
 
 import io
@@ -20,7 +20,7 @@ _ENTRY = "state"
 
 
 def saved_state(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
-    """The schedule's state as one tensor of bytes; nothing without a schedule."""
+    """Return the schedule's state as one tensor of bytes; nothing without a schedule."""
     if scheduler is None:
         return {}
     file = io.BytesIO()
@@ -30,8 +30,8 @@ def saved_state(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
         _loaded(saved)
     except Exception as error:
         raise CheckpointError(
-            f"the state of {type(scheduler).__name__} holds more than numbers, so a checkpoint "
-            f"that is safe to read cannot hold it ({error}); use a schedule of plain numbers"
+            f"the state of {type(scheduler).__name__} is more than numbers, so it cannot be saved "
+            f"in a checkpoint that is safe to read ({error}); use a schedule of plain numbers"
         ) from error
     return {_ENTRY: saved}
 
@@ -39,25 +39,25 @@ def saved_state(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
 def room_in(
     index: Metadata, section: str, scheduler: LRScheduler | None
 ) -> dict[str, torch.Tensor]:
-    """What `index` has, to be read into; raises CheckpointError where only one of them has one."""
+    """Return an empty tensor to read into; raise CheckpointError if the checkpoint has none."""
     kind = index.state_dict_metadata.get(f"{section}.{_ENTRY}")
     if scheduler is None:
         return {}
     if not isinstance(kind, TensorStorageMetadata):
         raise CheckpointError(
             "it was written without a learning-rate schedule, but the recipe has scheduler(); "
-            "resume with the recipe that wrote it, or start anew without --resume"
+            "resume with the recipe that wrote it, or start again without --resume"
         )
     return {_ENTRY: torch.empty(kind.size, dtype=kind.properties.dtype)}
 
 
 def put_back(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
-    """Put back what `state_of` gave; the optimizer's own part is restored before."""
+    """Restore what `saved_state` returned; the optimizer must have been restored before."""
     read = _loaded(saved[_ENTRY])
     scheduler.load_state_dict(_merged(read, scheduler.state_dict()))
     groups, rates = scheduler.optimizer.param_groups, read.get("_last_lr", [])
     for group, rate in zip(groups, rates, strict=False):
-        if not group["params"] and len(rates) == len(groups):  # no parameter brings its options
+        if not group["params"] and len(rates) == len(groups):  # no parameter restored its options
             group["lr"] = rate
     for each in _parts(scheduler):
         each.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
@@ -65,24 +65,24 @@ def put_back(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
 
 
 def _parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
-    """The schedule, and those that it is made of."""
+    """Yield the schedule and those that it is composed of."""
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _parts(part)
 
 
 def check_saved(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
-    """Raise CheckpointError where an optimizer has a schedule that no checkpoint would hold."""
+    """Raise CheckpointError if an optimizer has a schedule that would not be saved."""
     if optimizer is not None and scheduler is None and is_scheduled(optimizer):
         raise CheckpointError(
             "the optimizer has a learning-rate schedule (torch.optim.lr_scheduler) that the "
-            "checkpoint would not hold, so that a resumed run would begin it anew; in a recipe "
-            "return it from scheduler(optimizer), in a script give save and restore scheduler=..."
+            "checkpoint would not include, so a resumed run would restart it; in a recipe return "
+            "it from scheduler(optimizer), in a script pass scheduler=... to save and restore"
         )
 
 
 def is_scheduled(optimizer: Optimizer) -> bool:
-    """Whether a scheduler of torch has taken hold of `optimizer`: it wraps its step."""
+    """Return whether a torch scheduler is attached to `optimizer`, whose step it wraps."""
     return bool(getattr(optimizer.step, "_wrapped_by_lr_sched", False))
 
 
@@ -93,10 +93,10 @@ def _loaded(saved: torch.Tensor) -> dict[str, Any]:
 
 
 def _merged(saved: Any, own: Any) -> Any:
-    """`saved`, but with the lists of `own`.
+    """Return `saved`, but with the lists of `own`.
 
-    Lists are by parameter group, of which this rank may have others than the one that wrote them,
-    or never change.
+    Lists are per parameter group, which may differ from those of the rank that wrote them, or
+    never change.
     """
     if isinstance(saved, dict) and isinstance(own, dict):
         return {key: _merged(value, own.get(key)) for key, value in saved.items()}

@@ -1,9 +1,9 @@
-"""The training loop: the same code on every rank, under either transport.
+"""The training loop, the same code on every rank.
 
-Problem: a run must end, fail, and go on after a pause as if nothing had happened.
-Idea: everything that decides a step is a function of (seed, step): the batches (`batches.py`),
-dropout (the pipeline's seeds), and what the checkpoint holds. So a resumed run is, bit for bit,
-the run that was never interrupted. What ranks must agree on (stopping) they ask each other.
+Problem: a run must be able to stop, fail, and resume as if nothing had happened.
+Idea: everything that determines a step is a function of (seed, step): the batches (`batches.py`),
+dropout (the pipeline's seeds), and the checkpoint. So a resumed run equals the uninterrupted run,
+bit for bit. Ranks agree on when to stop by asking each other.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from stagewise.training import checkpoint as checkpoints
 from stagewise.training.adaptive import DriftWatch, use
 from stagewise.training.batches import amount_of
 from stagewise.training.outcome import RunOutcome
-from stagewise.training.prepare import Prepared, TrainOptions, moved, prepare
+from stagewise.training.prepare import Prepared, TrainOptions, prepare, rebuild
 from stagewise.training.progress import (
     ChangeRecord,
     Reporter,
@@ -45,22 +45,22 @@ from stagewise.training.validating import validated
 from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.stop import StopRequest
 
-LOOK_EVERY = 10  # steps between two looks at the measured timeline, which all ranks gather
-WARM_UP = 3  # steps that measured times leave out
-MAX_ATTEMPTS = 8  # at one step that runs out of memory, each with a plan that needs less
+LOOK_EVERY = 10  # steps between gathering the measured timeline on all ranks
+WARM_UP = 3  # first steps excluded from measured times
+MAX_ATTEMPTS = 8  # at a step that runs out of memory, each with a plan that needs less
 
 
 def run_training(
     recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest
 ) -> RunOutcome:
-    """Train until the last step or until `stop` is made; every rank calls this."""
-    speaks = is_first()
-    if speaks:
+    """Train until the last step or a stop request; every rank calls this."""
+    prints = is_first()
+    if prints:
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
-    with owned(options.run):  # from here on something is written
+    with owned(options.run):  # nothing is written before this
         reporter: Reporter = Silent()
-        if speaks:
+        if prints:
             reporter = Shown(
                 console=console,
                 run=options.run,
@@ -90,15 +90,15 @@ class Trainer:
         self._pipe, self._reporter, self._stop = prepared.trained.pipe, reporter, stop
         resumed = options.resume.scaler if options.resume else None
         self._update = Update(recipe, prepared.trained, resumed)
-        self._next_plan: Plan | None = None  # with another cut
+        self._next_plan: Plan | None = None  # with another cut, used from the next step on
         self._watch = DriftWatch(prepared.measured)
         self._step_seconds: list[float] = []
         self._bubbles: list[float] = []
-        self._told_infinite = False
+        self._warned_infinite = False
         self._checkpoint: Path | None = options.resume.path if options.resume else None
 
     def run(self) -> RunOutcome:
-        """Train, validate, keep checkpoints; at the end generate and measure."""
+        """Train, validate and save checkpoints; at the end generate and measure."""
         options, num_steps = self._options, self._prepared.num_steps
         first = step = options.first_step
         before = after = self._validate(step)
@@ -133,12 +133,12 @@ class Trainer:
         batches = [self._prepared.batches.next() for _ in range(self._recipe.accumulate)]
         scale = self._update.scale
         start = time.perf_counter()
-        loss, losses = self._spared_step(step, batches)
-        if not math.isfinite(loss) and not self._told_infinite:
-            self._told_infinite = True
+        loss, losses = self._step_within_memory(step, batches)
+        if not math.isfinite(loss) and not self._warned_infinite:
+            self._warned_infinite = True
             self._reporter.say(
-                f"warning: the loss of step {step} is {loss}. Of the checkpoints the last one of "
-                "finite parameters is kept, and --resume goes on from there"
+                f"warning: the loss of step {step} is {loss}. The last checkpoint with finite "
+                "parameters is kept, and --resume continues from it"
             )
         pipe_seconds = time.perf_counter() - start
         self._update.step()
@@ -165,10 +165,12 @@ class Trainer:
             )
         )
 
-    def _spared_step(self, step: int, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
-        """The losses of one step; if it runs out of memory, again by a plan that needs less.
+    def _step_within_memory(
+        self, step: int, batches: Sequence[Batch]
+    ) -> tuple[float, dict[str, float]]:
+        """Run one step; if it runs out of memory, repeat it with a plan that needs less.
 
-        A failed step leaves no trace, so this is the step of a run that had that plan from here on.
+        A failed step leaves no trace, so the result is as if the run had always used that plan.
         """
         first = self._pipe.step_index
         for attempt in itertools.count(1):
@@ -179,35 +181,35 @@ class Trainer:
                 text = str(error)
                 if not self._options.adaptive or attempt == MAX_ATTEMPTS:
                     raise
-            # Outside the handler, so that what the error refers to is free.
+            # Outside the handler, so that the tensors that the error refers to are freed.
             num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
-            self._spare(step, num_samples, text)
+            self._use_less_memory(step, num_samples, text)
         raise AssertionError("count() does not end")
 
-    def _spare(self, step: int, num_samples: int, text: str) -> None:
-        """Change the plan, which ran out of memory, to one that needs less; every rank does."""
+    def _use_less_memory(self, step: int, num_samples: int, text: str) -> None:
+        """Change to a plan that needs less memory; every rank does this."""
         found = with_less_memory(self._pipe.plan, num_samples)
         if found is None:
             raise OutOfMemoryError(
                 f"{text}\nThis was already with {self._pipe.num_microbatches} microbatches and "
-                f"recompute={self._pipe.plan.recompute!r}, and nothing is left to try: use more "
-                "stages, or a smaller batch or model"
+                f"recompute={self._pipe.plan.recompute!r}; use more stages, or a smaller batch or "
+                "model"
             )
         plan, change = found
         self._watch.ran_out_of_memory(self._pipe.num_microbatches)
         use(self._pipe, plan)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # blocks of the old sizes
+            torch.cuda.empty_cache()  # frees blocks of the old sizes
         self._reporter.change(ChangeRecord(step=step, change=change, reason=text))
 
     def _look(self, step: int, timeline: Timeline) -> None:
-        """Change the plan where costs have drifted, for the steps after `step`; all ranks do."""
+        """Change the plan for the steps after `step` if costs have drifted; all ranks do this."""
         pipe = self._pipe
         if not self._options.adaptive or pipe.num_ranks != pipe.plan.num_devices:
-            return  # in one process devices take turns: no plan is faster
+            return  # in one process devices take turns, so no plan is faster
         ran = len({span.instruction.microbatch for span in timeline.spans})
         if ran < pipe.num_microbatches:
-            return  # a batch of fewer samples than microbatches, as at the end of an epoch
+            return  # fewer samples than microbatches, as at the end of an epoch
         decision = self._watch.look(pipe.plan, timeline)
         if decision is None:
             return
@@ -229,14 +231,14 @@ class Trainer:
         )
 
     def _move(self, step: int, plan: Plan) -> None:
-        """Go on by a plan with another cut: by a checkpoint, as a resumed run does."""
+        """Change to a plan with another cut through a checkpoint, as a resumed run does."""
         self._save(step)
         assert self._checkpoint is not None
         checkpoint = find(self._checkpoint)
         self._pipe.module.to("meta")  # frees the old stages before the new ones are built
         if self._prepared.trained.optimizer is not None:
             self._prepared.trained.optimizer.state.clear()
-        trained = moved(
+        trained = rebuild(
             self._recipe, self._options, plan, checkpoint, self._prepared.batches.first[0]
         )
         self._pipe = trained.pipe
@@ -244,7 +246,7 @@ class Trainer:
         self._update = Update(self._recipe, trained, checkpoint.scaler)
 
     def _validate(self, step: int) -> float | None:
-        """The mean loss over all validation samples, or weights, or their sum; None without any."""
+        """Return the loss on the validation data, reduced as the recipe says; None without data."""
         if not self._prepared.validation:
             return None
         found = validated(self._recipe, self._pipe, self._prepared.validation)
@@ -267,7 +269,7 @@ class Trainer:
             return str(self._recipe.generate(self._pipe.predict))
 
     def _measured(self) -> Figures:
-        """What the steps after the first few took, and one more step's memory."""
+        """Return the time of the steps after the warm-up, and the memory of one more step."""
         inputs, target = self._prepared.batches.first
         seconds = self._step_seconds[WARM_UP:] or self._step_seconds
         with self._recipe.precision():
@@ -296,5 +298,5 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _named(losses: Mapping[str, float]) -> Mapping[str, float]:
-    """The losses if they have names, or some cell added one."""
+    """Return the losses if they have names, or a cell added one; otherwise none."""
     return {} if set(losses) == {MAIN_LOSS} else losses

@@ -1,7 +1,7 @@
-"""From a minibatch to new parameters: accumulated, scaled, clipped, as the recipe says.
+"""Update parameters from a minibatch: accumulate, scale and clip gradients as the recipe says.
 
-Every rank makes the same calls, also one without parameters: whether gradients are finite, and
-their norm, the ranks ask each other.
+Every rank makes the same calls, even without parameters, because the ranks determine together
+whether gradients are finite, and their norm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from stagewise.pipeline.scaler import GradScaler
 from stagewise.training.prepare import Trained
 from stagewise.training.recipe import Batch, Recipe
 
-Weights = dict[str, float]  # by the loss's name; "" where there is one for all
+Weights = dict[str, float]  # by the loss's name; "" if one applies to all
 
 
 class Update:
-    """Runs the recipe's minibatches through `pipe`, and its optimizer."""
+    """Runs the recipe's minibatches through the pipeline and the optimizer."""
 
     def __init__(
         self,
@@ -33,16 +33,16 @@ class Update:
 
     @property
     def scale(self) -> float | None:
-        """What gradients are multiplied by until they are complete; None without a scaler."""
+        """The factor of gradients until they are unscaled; None without a scaler."""
         return self._scaler.get_scale() if self._scaler.is_enabled() else None
 
     @property
     def scaler_state(self) -> dict[str, float]:
-        """For a checkpoint; empty without a scaler."""
+        """The state to save in a checkpoint; empty without a scaler."""
         return dict(self._scaler.state_dict())
 
     def backward(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
-        """The minibatch that `batches` make up: its loss, in all and by name; gradients anew."""
+        """Compute gradients of the minibatch of `batches`; return its loss, total and by name."""
         total_samples, total_weight = None, None
         if len(batches) > 1:
             total_samples = sum(batch_size(inputs, "inputs") for inputs, _ in batches)
@@ -65,7 +65,7 @@ class Update:
         return loss, losses
 
     def step(self) -> None:
-        """Gradients clipped, then the optimizer's step; none on any rank if they overflowed."""
+        """Clip gradients and step the optimizer; skip it on all ranks if gradients overflowed."""
         self._scaler.unscale_(self._optimizer)
         if self._recipe.clip_grad_value is not None:
             self._pipe.clip_grad_value_(self._recipe.clip_grad_value)
@@ -89,7 +89,7 @@ class Update:
 
 
 def weights_of(recipe: Recipe, batch: Batch, num_microbatches: int) -> Weights:
-    """What the batch's losses count, summed over microbatches as the pipeline does."""
+    """Return the weights of the batch's losses, summed over microbatches as the pipeline does."""
     inputs, target = batch
     size = extent([("inputs", inputs), ("target", target)])
     num_samples = batch_size(inputs, "inputs")

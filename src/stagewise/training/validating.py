@@ -1,4 +1,4 @@
-"""The losses and metrics of a recipe's validation data, as if it were one batch."""
+"""Losses and metrics on a recipe's validation data, as if it were one batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from stagewise.training.update import weights_of
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """Losses by name, means or sums as the recipe has them, and metrics."""
+    """Losses by name, reduced as the recipe does, and metrics."""
 
     losses: dict[str, float]
     metrics: dict[str, float]
 
 
 def validated(recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch]) -> Validated:
-    """Of all `batches`, each counting as its samples or weights; every rank calls this."""
+    """Evaluate all `batches`, each weighted by its samples or weights; every rank calls this."""
     summed = is_sum(recipe.loss, recipe.loss_reduction, has_weight=recipe.weight is not None)
     metrics: dict[str, float] = {}
     sums: dict[str, list[float]] = {}  # by the loss's name: of weighted losses, of weights

@@ -1,37 +1,37 @@
-"""What the environment tells a process about its place in a run. No torch."""
+"""A process's place in a run, read from environment variables without torch."""
 
 import os
 
-USAGE_EXIT_CODE = 2  # the user's mistake, in a worker as in the command itself
+USAGE_EXIT_CODE = 2  # the user's mistake, in a worker and in the command itself
 FAILURE_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130  # what a shell reports after Ctrl-C
 
-STOP_FILE = "STAGEWISE_STOP_FILE"  # environment variable: what our own parent touches to stop us
+STOP_FILE = "STAGEWISE_STOP_FILE"  # environment variable: the file our launcher touches to stop us
 
 
 def stopped_file(stop_file: str) -> str:
-    """What a worker touches beside the stop file when it has ended before its last step."""
+    """Return the file that a worker touches if it was stopped before its last step."""
     return stop_file + "ped"
 
 
 def launched() -> bool:
-    """True in a worker process, whether `torchrun` or our own launch has started it."""
+    """Return whether this is a worker process, started by `torchrun` or by us."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launched_by_us() -> bool:
-    """True in a worker that `stagewise` has started, whose parent reports its errors."""
+    """Return whether `stagewise` started this worker, and so reports its errors."""
     return launched() and STOP_FILE in os.environ
 
 
 def world_size() -> int:
-    """The number of workers, as the environment tells it before joining."""
+    """Return the number of workers, known before joining the process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no affinity to ask for
+    except AttributeError:  # macOS and Windows do not report affinity
         return os.cpu_count() or 1

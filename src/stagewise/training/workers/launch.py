@@ -1,9 +1,9 @@
-"""Starting one worker process per stage on this machine, through torch's elastic launch API.
+"""Start one worker process per device on this machine, through torch's elastic launch API.
 
-Problem: torchelastic forwards signals, waits, kills and prints as suits a cluster; a person
-at a terminal wants Ctrl-C to end the run well, and a failure to be told once.
-Idea: signals stay with us (a worker sees a touched file between steps, `stop.py`), its loggers
-are silent, and the error files that workers write tell which failure was the first cause.
+Problem: torchelastic's handling of signals, timeouts and output suits a cluster; at a terminal,
+Ctrl-C should end the run cleanly, and a failure should be reported once.
+Idea: we handle signals ourselves (workers see a touched file between steps, `stop.py`), silence
+torchelastic's loggers, and find the first cause of a failure in the workers' error files.
 """
 
 import logging
@@ -31,23 +31,21 @@ from stagewise.training.workers.environment import (
 from stagewise.training.workers.stop import SIGNALS
 
 _CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
-_KEEP_BYTES = str(1 << 40)  # more than there is
-_CONNECTION_LOST = "gloo/transport"  # in what gloo says when another rank has gone
+_KEEP_BYTES = str(1 << 40)  # more than any machine has
+_CONNECTION_LOST = "gloo/transport"  # in gloo's message when another rank has died
 
 
 def launch(num_workers: int, arguments: list[str]) -> bool:
     """Run `stagewise ARGUMENTS` in `num_workers` worker processes and wait for them.
 
-    Returns whether they were stopped before their last step.
-
-    The first SIGINT or SIGTERM lets them finish their step and end; a second kills them and
-    raises KeyboardInterrupt. Raises UsageError with a worker's message if the user's input was
-    wrong, PeerError with a worker's traceback for any other failure.
+    Returns whether they were stopped before their last step. The first SIGINT or SIGTERM lets them
+    finish their step; a second kills them and raises KeyboardInterrupt. Raises UsageError with a
+    worker's message for the user's mistake, PeerError with a worker's traceback for other failures.
     """
     _silence_torchelastic()
     with TemporaryDirectory(prefix="stagewise-") as directory:
         stop_file = Path(directory, "stop")
-        config = launch_config(num_workers, directory, signals="SIGQUIT")  # others are ours
+        config = launch_config(num_workers, directory, signals="SIGQUIT")  # we handle the others
         environment = {STOP_FILE: str(stop_file), **worker_environment(num_workers)}
         entrypoint = elastic_launch(config, sys.executable)
         try:
@@ -61,7 +59,7 @@ def launch(num_workers: int, arguments: list[str]) -> bool:
 
 
 def launch_config(num_workers: int, log_directory: str, *, signals: str) -> LaunchConfig:
-    """One node, `num_workers` processes, no restarts; torchelastic handles only `signals`."""
+    """Configure one node, `num_workers` processes, no restarts, and torchelastic's `signals`."""
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -77,10 +75,10 @@ def launch_config(num_workers: int, log_directory: str, *, signals: str) -> Laun
 
 
 def worker_environment(num_workers: int) -> dict[str, str]:
-    """Variables for the workers, where the user has not set them.
+    """Return environment variables for the workers, unless the user has set them.
 
-    The cores are shared between them. glibc keeps freed memory: giving it back within
-    every step, as it does by default, makes the next one fault its pages in again.
+    Workers share the cores. glibc keeps freed memory: by default it returns memory within every
+    step, and the next step would fault the pages in again.
     """
     wanted = {
         "OMP_NUM_THREADS": str(max(1, num_cores() // num_workers)),
@@ -98,7 +96,7 @@ def _signals_touch(stop_file: Path) -> Iterator[None]:
         if stop_file.exists():
             raise SignalException("stopped at once", sigval=signal.SIGKILL)
         stop_file.touch()
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        print("\nstopping after this step; repeat to stop at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
@@ -110,7 +108,7 @@ def _signals_touch(stop_file: Path) -> Iterator[None]:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, which workers inherit, and put the old ones back."""
+    """Set environment variables, which workers inherit, and restore the old ones."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -131,7 +129,7 @@ def _silence_torchelastic() -> None:
 
 
 def _first_cause(failures: Mapping[int, ProcessFailure]) -> StagewiseError:
-    """The error to tell: not one that only reports another rank's, and the earliest."""
+    """Return the error to report: the earliest one that is not a consequence of another rank's."""
 
     def importance(rank: int) -> tuple[bool, bool, int, int]:
         failure, text = failures[rank], _text(failures[rank])
@@ -147,7 +145,7 @@ def _first_cause(failures: Mapping[int, ProcessFailure]) -> StagewiseError:
 
 
 def _text(failure: ProcessFailure) -> str:
-    """ "Type: message" as the worker wrote it, or how it died."""
+    """Return "Type: message" as the worker wrote it, or how it died."""
     # torch types `message` as str, but it is the dictionary that the worker's handler wrote.
     message: object = failure.message
     if isinstance(message, dict):
@@ -158,7 +156,7 @@ def _text(failure: ProcessFailure) -> str:
 
 
 def _root(failure: ProcessFailure) -> str:
-    """The traceback of the error at the bottom of the worker's failure."""
+    """Return the traceback of the root cause of the worker's failure."""
     message: object = failure.message
     if not isinstance(message, dict):
         return ""

@@ -1,7 +1,7 @@
-"""One run to a folder: who holds its lock writes there, and no one else.
+"""Only one run may write to a folder: the one that holds its lock.
 
-Problem: two runs with one `--out` remove each other's unfinished checkpoints. Idea: rank 0 holds an
-advisory lock on a file in the folder while it runs; the system lets go of it however it ends.
+Problem: two runs with the same `--out` remove each other's unfinished checkpoints. Idea: rank 0
+holds an advisory lock on a file in the folder; the operating system releases it however it ends.
 """
 
 import os
@@ -19,7 +19,7 @@ LOCK = ".lock"
 
 @contextmanager
 def owned(run: Path) -> Iterator[None]:
-    """Hold `run` while inside; raises UsageError on every rank if another run does."""
+    """Lock the folder `run`; raise UsageError on every rank if another run holds it."""
     together = dist.is_initialized() and dist.get_world_size() > 1
     refusal: list[str | None] = [None]
     handle: int | None = None
@@ -40,7 +40,7 @@ def owned(run: Path) -> Iterator[None]:
 
 
 def _locked(run: Path) -> int | None:
-    """The open lock file; None where the system has no such locks."""
+    """Return the open lock file; None if the system has no such locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -58,8 +58,7 @@ def _locked(run: Path) -> int | None:
         holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
         os.close(handle)
         raise UsageError(
-            f"{run} is in use by a run that has not ended ({holder}); give another --out, or wait "
-            "for it to end"
+            f"{run} is in use by another run ({holder}); give another --out, or wait for it to end"
         ) from None
     except OSError:  # a file system without locks
         return handle

@@ -1,9 +1,9 @@
-"""The wish to stop: Ctrl-C, a kill, or a parent that is gone, noticed between two steps.
+"""Stop requests: Ctrl-C, a kill, or the launcher's death, handled between two steps.
 
 Problem: a signal in the middle of a step leaves other workers waiting and loses the run.
-Idea: a signal only sets a mark; the loop looks at it between steps, all ranks agree, write a
-checkpoint and end. Workers run in sessions of their own, where the terminal's Ctrl-C does not
-reach them, so the parent touches a file that they watch. A second signal ends at once.
+Idea: a signal only sets a flag; the loop checks it between steps, all ranks agree, write a
+checkpoint and end. Workers run in their own sessions, which the terminal's Ctrl-C does not reach,
+so the launcher touches a file that they watch. A second signal ends at once.
 """
 
 import os
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether this process should end after the running step."""
+    """Whether this process should end after the current step."""
 
     def __init__(self, *, stop_file: Path | None = None) -> None:
         self._stop_file = stop_file
@@ -29,7 +29,7 @@ class StopRequest:
 
     @property
     def made(self) -> bool:
-        """True after a signal, a touch of the stop file, or the launching process's death."""
+        """Whether there was a signal, a touch of the stop file, or the launcher died."""
         if self._signalled:
             return True
         if self._stop_file is None:
@@ -38,8 +38,8 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the first SIGINT or SIGTERM; whatever comes second has its usual effect."""
-        if current_thread() is not main_thread():  # where Python allows no signal handler
+        """Catch the first SIGINT or SIGTERM; a second one has its usual effect."""
+        if current_thread() is not main_thread():  # Python allows signal handlers only there
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -61,6 +61,6 @@ class StopRequest:
 
 
 def stop_request() -> StopRequest:
-    """The request that this process watches; a worker's parent makes it through a file."""
+    """Return the request that this process watches; a worker's launcher makes it by a file."""
     name = os.environ.get(STOP_FILE)
     return StopRequest(stop_file=Path(name) if name else None)

@@ -1,4 +1,4 @@
-"""A worker process: joining the others, and telling a failure once."""
+"""A worker process: join the others, and report a failure once."""
 
 import gc
 import os
@@ -25,13 +25,13 @@ RANK_0_SECONDS = 5.0
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be a member of the default process group: gloo on CPU, NCCL besides where a GPU is."""
+    """Join the default process group: gloo on CPU, and NCCL too if there is a GPU."""
     if torch.cuda.is_available():
         local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_devices:
             raise UsageError(
-                f"worker {local_rank} of this machine has no GPU: there are {num_devices}; use "
-                'fewer stages, or set CUDA_VISIBLE_DEVICES="" to train on the CPU'
+                f"there is no GPU for worker {local_rank}: this machine has {num_devices}; "
+                'use fewer stages, or set CUDA_VISIBLE_DEVICES="" to train on the CPU'
             )
         torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
@@ -40,16 +40,16 @@ def joined() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        _part()
+        _leave()
         raise
-    # After a failure other ranks may not come here, and waiting for them would hide its cause.
-    _part()
+    # Not after a failure: other ranks may not get here, and waiting for them would hide its cause.
+    _leave()
 
 
-def _part() -> None:
+def _leave() -> None:
     """Leave the process group, and end its threads.
 
-    One that drops a finished work's tensor while Python finalises would abort the process
+    A thread that frees a finished work's tensor while Python finalises would abort the process
     ("terminate called without an active exception"; see pytorch/pytorch#179291).
     """
     disconnect()
@@ -58,11 +58,11 @@ def _part() -> None:
 
 
 @contextmanager
-def failure_told() -> Iterator[None]:
-    """Report an error of this worker where it is seen once, then end the process.
+def report_failure_once() -> Iterator[None]:
+    """Report an error of this worker once, then end the process.
 
-    Our own parent prints the first cause from the error files. Under torchrun, rank 0 prints
-    the user's mistakes, which all ranks find alike, and a rank prints a failure of its own.
+    Our own launcher prints the first cause from the error files. Under torchrun, rank 0 prints the
+    user's mistakes, which all ranks find, and every rank prints its own failures.
     """
     try:
         yield
