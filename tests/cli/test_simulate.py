@@ -212,7 +212,7 @@ def test_text_is_the_schedules_text_form() -> None:
         ("--forward inf", "--forward has inf; seconds must be finite"),
         ("--forward nan", "--forward has nan; seconds must be finite"),
         ("--latency -0.5", "--latency has -0.5; seconds must be finite and not negative"),
-        ("--forward fast", "--forward is 'fast'; give seconds, as in --forward 1 for all stages"),
+        ("--forward fast", "--forward is 'fast'; give seconds, such as --forward 1 for all stages"),
         ("--forward 1,,1,1", "--forward is '1,,1,1'; give seconds"),
         ("--forward 0 --backward 0", "--forward and --backward are all 0"),
         ("--json --text", "--json and --text were both given; choose one of them"),
@@ -232,5 +232,5 @@ def test_less_than_one_of_anything_is_refused(option: str) -> None:
 def test_help_explains_and_gives_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    assert "without model or" in result.stdout
+    assert "from costs alone" in result.stdout
     assert "stagewise simulate --devices 4 --microbatches 8" in result.stdout

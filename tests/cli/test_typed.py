@@ -53,11 +53,11 @@ def test_a_file_says_its_numbers(tmp_path: Path) -> None:
     [
         (Typed(microbatches="0"), "'0' is not a positive integer"),
         (Typed(microbatches="many"), "write one, such as --microbatches 8"),
-        (Typed(microbatches="auto", schedule="mine.txt"), "mine.txt is a file for one"),
+        (Typed(microbatches="auto", schedule="mine.txt"), "mine.txt is for a fixed number"),
         (Typed(balance="half"), "--balance 'half' is not a list of positive"),
         (Typed(replicas="1,0"), "--replicas '1,0' is not a list of positive integers"),
-        (Typed(recompute="auto"), "takes one schedule, policy and number of microbatches"),
-        (Typed(microbatches="4,8"), "takes one schedule, policy and number of microbatches"),
+        (Typed(recompute="auto"), "needs one schedule, policy and number of microbatches"),
+        (Typed(microbatches="4,8"), "needs one schedule, policy and number of microbatches"),
     ],
 )
 def test_what_training_refuses(typed: Typed, problem: str) -> None:

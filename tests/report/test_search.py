@@ -45,7 +45,9 @@ def test_the_decision_stands_first() -> None:
     lines = text(result).splitlines()
     assert lines[0] == "fastest plan: 1f1b, 4 microbatches"
     # 12 seconds a microbatch on each of 2 devices, 5 rounds of which 4 are full.
-    assert lines[1].startswith("step 60 s predicted; no plan takes less than 48 s (25.0% above")
+    assert lines[1].startswith(
+        "step 60 s predicted, 25.0% above the lower bound of any plan, 48 s;"
+    )
     assert lines[2] == ("bubble 20.0%: fill and drain 20.0%, imbalance 0.0%, communication 0.0%")
     assert lines[3] == "cells per stage: 4, 4"
 

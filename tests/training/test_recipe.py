@@ -71,7 +71,10 @@ def test_wrong_meta(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("cells = 'layers.*'", r"cells in .* is 'layers\.\*'; it must be a list of module names"),
-        ("cells = ['0', '1']; meta = True", r"has meta = True and cells; .* leave one of them out"),
+        (
+            "cells = ['0', '1']; meta = True",
+            r"has both meta = True and cells, .* leave one of them out",
+        ),
     ],
 )
 def test_wrong_cells(tmp_path: Path, line: str, message: str) -> None:
@@ -81,7 +84,7 @@ def test_wrong_cells(tmp_path: Path, line: str, message: str) -> None:
 
 def test_wrong_clip_grad_norm(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nclip_grad_norm = 0"))
-    with pytest.raises(RecipeError, match="must be a number above 0"):
+    with pytest.raises(RecipeError, match="must be a positive number"):
         load_recipe(path)
 
 
@@ -115,7 +118,7 @@ def test_data_that_is_nothing(tmp_path: Path) -> None:
 
 def test_data_without_batches(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, ("Shuffled() if", "[] if")))
-    with pytest.raises(RecipeError, match="gives no batch"):
+    with pytest.raises(RecipeError, match="has no batches"):
         TrainingBatches(recipe, seed=0)
 
 

@@ -182,8 +182,7 @@ class Trainer:
                 if not self._options.adaptive or attempt == MAX_ATTEMPTS:
                     raise
             # Outside the handler, so that the tensors that the error refers to are freed.
-            num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
-            self._use_less_memory(step, num_samples, text)
+            self._use_less_memory(step, min(batch_size(x, "inputs") for x, _ in batches), text)
         raise AssertionError("count() does not end")
 
     def _use_less_memory(self, step: int, num_samples: int, text: str) -> None:
@@ -298,5 +297,4 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _named(losses: Mapping[str, float]) -> Mapping[str, float]:
-    """Return the losses if they have names, or a cell added one; otherwise none."""
     return {} if set(losses) == {MAIN_LOSS} else losses
