@@ -1,4 +1,4 @@
-# Every target makes its own environment in .venv first; a second call reuses it.
+# Every target first creates the environment in .venv; later calls reuse it.
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -18,10 +18,10 @@ help:
 	@echo "make test      lint, types and all tests"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict"
-	@echo "make soak      thousands of generated models, new ones each time"
-	@echo "make test-gpu  the tests that need a GPU; skipped where there is none"
-	@echo "make test-models  unmodified models of other libraries: docs/models.md"
-	@echo "make bench     the benchmarks, in their quick form"
+	@echo "make soak      tests with thousands of generated models, new ones each time"
+	@echo "make test-gpu  the tests that need a GPU; skipped if there is none"
+	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
+	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
 setup: $(READY)
@@ -58,7 +58,7 @@ test-gpu: $(READY)
 		echo "no GPU here: the GPU tests are skipped"; \
 	fi
 
-# Other models' libraries want another torch than the project's, so they have their own environment.
+# The model libraries need another version of torch, so they have their own environment.
 test-models: $(MODELS_READY)
 	TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=1 $(MODELS)/bin/python -W ignore \
 		-m benchmarks.models --write docs/models.md
