@@ -1,8 +1,8 @@
-"""What a capture costs at run time: a captured model's forward and backward beside the plain one's.
+"""The run-time cost of a capture: a captured model's forward and backward against the plain one's.
 
-Both run in this process on the same batch with one thread, a round each in turn, so that noise
-hits both alike; the medians are compared. The models are those that need torch alone, of sizes at
-which Python's share shows.
+Both run in this process on the same batch with one thread, alternating, so that noise affects both
+equally; the medians are compared. The models need only torch, and are small enough for Python's
+overhead to be visible.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""GPipe's models on the meta device, estimated for its devices: what table1 and table2 share."""
+"""GPipe's models on the meta device, estimated for its devices: shared by table1 and table2."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

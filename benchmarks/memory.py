@@ -1,9 +1,9 @@
 """How much host memory does a worker need to build its share of a model?
 
 Four worker processes build a Transformer of about 400 million parameters in bfloat16, each row in
-processes of its own: the whole model as usual, on the meta device with new values, and on the meta
-device with values from a checkpoint that four ranks had written. A worker's growth is its peak
-resident memory (VmHWM of /proc/self/status) less what it had before the model.
+new processes: the whole model as usual, on the meta device with new values, and on the meta device
+with values from a checkpoint written by four ranks. A worker's growth is its peak resident memory
+(VmHWM of /proc/self/status) minus what it had before the model.
 """
 
 import gc

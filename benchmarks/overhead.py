@@ -1,10 +1,9 @@
-"""How much slower than its own simulation is a step? Devices are emulated by sleeping cells.
+"""How much slower than its simulation is a step? Devices are emulated by sleeping cells.
 
-Eight worker processes stand for eight devices; 24 cells, equal or unequal; 32 microbatches. The
-simulator is told the sleeping times and free links, so the ratio is the engine's whole overhead:
-Python, autograd, messages, and eight processes sharing this machine's cores, each kept to one.
-What they compute of it, all processes together, is `cpu_seconds`: emulated cells sleep, so that is
-the engine's own work.
+Eight worker processes represent eight devices; 24 cells, equal or unequal; 32 microbatches. The
+simulator gets the sleeping times and free links, so the ratio is the engine's whole overhead:
+Python, autograd, messages, and eight processes sharing this machine's cores, each pinned to one.
+`cpu_seconds` is the CPU time of all processes: emulated cells sleep, so it is the engine's work.
 """
 
 import statistics
@@ -55,7 +54,7 @@ CASES = [
 
 
 def main(
-    quick: bool = typer.Option(False, help="Fewer repetitions; ends within a minute."),
+    quick: bool = typer.Option(False, help="Fewer repetitions; takes less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
     """Measure a step on emulated devices against the simulator."""

@@ -1,9 +1,9 @@
-"""The demo's Transformer on two workers of one thread: stagewise beside its peers, in one run.
+"""The demo's Transformer on two workers with one thread each: stagewise against its peers.
 
 All systems train the same weights on the same batch (dropout off, so that gradients can be
-compared with the plain model's) in the same processes, a step each in turn, so that noise hits
-all alike. torch.distributed.pipelining gets the cut that stagewise measured; checkpointing for
-it is torch.utils.checkpoint around each stage.
+compared with the plain model's) in the same processes, alternating steps, so that noise affects
+all equally. torch.distributed.pipelining uses the cut that stagewise measured; its checkpointing
+is torch.utils.checkpoint around each stage.
 """
 
 import copy
@@ -60,7 +60,7 @@ class Contender:
 
 
 def main(
-    quick: bool = typer.Option(False, help="A smaller model; ends within a minute."),
+    quick: bool = typer.Option(False, help="A smaller model; takes less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
     """Measure a training step of stagewise and of its peers."""

@@ -1,8 +1,8 @@
 """How long does a search take? From 24 cells on 4 devices to 1,000 cells on 256.
 
-The costs are drawn, not measured: unequal cells, of which each has a fixed part per microbatch, and
-links of a machine with fast ones. Every row goes over all schedules, three numbers of microbatches,
-cuts and, under a cap, recomputation; a bar shows how far it has come.
+The costs are random, not measured: unequal cells, each with a fixed part per microbatch, and fast
+links. Every row searches all schedules, three numbers of microbatches, cuts and, under a memory
+cap, recomputation; a bar shows the progress.
 """
 
 import random
@@ -36,7 +36,7 @@ CASES = [Case(24, 4, False), Case(100, 8, False), Case(100, 8, True), Case(1000,
 
 
 def main(
-    quick: bool = typer.Option(False, help="Without the last row; ends within a minute."),
+    quick: bool = typer.Option(False, help="Without the last row; takes less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
     """Time the search for the fastest plan."""

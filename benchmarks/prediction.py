@@ -1,7 +1,7 @@
-"""Do plans keep their word? Step time and peak memory of three plans, predicted and measured.
+"""Are predictions accurate? Step time and peak memory of three plans, predicted and measured.
 
 The demo, examples/shakespeare.py, runs on two workers of one core each. Each plan is made as
-`stagewise train` makes it (cells measured, messages rehearsed), then trained by for some steps.
+`stagewise train` makes it (cells measured, messages rehearsed), then used for some steps.
 """
 
 import statistics
@@ -44,7 +44,7 @@ CASES = [
 
 
 def main(
-    quick: bool = typer.Option(False, help="Fewer steps; ends within a minute."),
+    quick: bool = typer.Option(False, help="Fewer steps; takes less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
 ) -> None:
     """Compare predicted with measured steps of the demo on two workers."""

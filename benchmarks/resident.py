@@ -1,13 +1,13 @@
-"""How much memory does a rank hold beside torch.distributed.pipelining's: resident, from outside.
+"""The resident memory of a rank, against torch.distributed.pipelining's.
 
-Two ranks train a Transformer of 8 blocks by 1f1b, M=8; every configuration runs in processes of
-its own, which build the model and delete their reference to it. Counted is the resident set beyond
-what the imports took (they have a column of their own): between two steps, gradients included, and
-at a step's peak. With recomputation "by block" both systems store each block's input and run one
-block again at a time (`Plan(segments=...)`; `torch.utils.checkpoint`). "By stage" is
-`Plan(recompute="always")`; "planned" what `plan(recompute="always")` makes of it, by the costs that
-it measures. After a step that recomputes stagewise gives free pages back to the system, and torch
-does not: "pages kept" is stagewise without that.
+Two ranks train a Transformer of 8 blocks by 1f1b, M=8; every configuration runs in new processes,
+which build the model and delete their reference to it. Counted is the resident set beyond that of
+the imports (a separate column): between two steps, including gradients, and at a step's peak. With
+recomputation "by block", both systems store each block's input and recompute one block at a time
+(`Plan(segments=...)`; `torch.utils.checkpoint`). "By stage" is `Plan(recompute="always")`;
+"planned" is the plan of `plan(recompute="always")` with the costs that it measures. After a step
+that recomputes, stagewise returns free pages to the system, and torch does not: "pages kept" is
+stagewise without that.
 """
 
 import json as jsons
@@ -40,7 +40,7 @@ Found = dict[str, float]  # of one rank, medians of the repetitions
 
 
 def main(
-    quick: bool = typer.Option(False, help="One small model, once; ends within a minute."),
+    quick: bool = typer.Option(False, help="One small model, once; takes less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
     repeats: int = typer.Option(3, min=1, help="Processes for each configuration; medians count."),
 ) -> None:

@@ -1,6 +1,6 @@
-"""One rank of `benchmarks.resident`, in a process of its own: what it holds, step by step.
+"""One rank of `benchmarks.resident`, in a separate process: its memory, step by step.
 
-Nothing but torch is loaded before the system that is measured, so that what it imports counts.
+Only torch is loaded before the system that is measured, so its own imports are counted.
 """
 
 import gc

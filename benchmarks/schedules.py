@@ -1,10 +1,10 @@
-"""Every schedule on eight emulated devices, beside the best plan, its bound and torch's schedules.
+"""Every schedule on eight emulated devices, against the best plan, its bound and torch's schedules.
 
-Cells sleep, so eight processes, each kept to one core, run side by side on two, and one device's
-time is known. What a message costs on this machine, and what an instruction takes beyond the
-sleeping, is measured first, by rehearsals, as `stagewise.plan` does it; the search, the simulations
-and the bounds reckon with that. Three profiles: 24 equal cells, 24 unequal ones, and the eight
-unequal ones once, where only replicas help.
+Cells sleep, so eight processes, each pinned to one core, can run in parallel on two cores, and one
+device's time is known. The cost of a message on this machine, and the overhead per instruction,
+are measured first, by rehearsals, as in `stagewise.plan`; the search, the simulations and the
+bounds include them. Three profiles: 24 equal cells, 24 unequal ones, and eight unequal ones, for
+which only replicas help.
 """
 
 import statistics
@@ -58,7 +58,7 @@ class Case:
 
 
 def main(
-    quick: bool = typer.Option(False, help="Few rows, one repetition; ends within a minute."),
+    quick: bool = typer.Option(False, help="Few rows, one repetition; takes less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
     schedule: list[str] = typer.Option([], help="Only these named schedules."),
 ) -> None:
@@ -78,8 +78,8 @@ def main(
 def rehearse() -> tuple[LinkCost, InstructionCost]:
     """Run on every rank: what messages and instructions cost between devices that are busy.
 
-    With two stages a device, as the best plans have here: `stagewise.plan` too rehearses what it
-    is about to choose.
+    With two stages per device, as in the best plans here: `stagewise.plan`, too, rehearses the plan
+    that it is about to choose.
     """
     keep_to_core()
     cells, batch = cell_costs("equal"), torch.zeros(NUM_MICROBATCHES, 1024)

@@ -1,8 +1,8 @@
-"""How good are synthesised schedules? Beside every named one, and beside what is possible at all.
+"""How good are synthesised schedules? Compared with every named one, and with the lower bound.
 
-Random cost sets: unequal stages, links that cost something, contiguous, looped, V and replicated
+Random cost sets: unequal stages, links that are not free, contiguous, looped, V and replicated
 placements, memory caps, recomputation, split and whole backwards. Everything is simulated, so the
-figures, times aside, are the same on any machine.
+figures, except run times, are the same on any machine.
 """
 
 import random
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def main(
-    quick: bool = typer.Option(False, help="60 cases; ends within a minute."),
+    quick: bool = typer.Option(False, help="60 cases; takes less than a minute."),
     cases: int = typer.Option(1000, help="How many cost sets."),
     effort: int = typer.Option(EFFORT // 4, help="Operations looked at for each."),
     seed: int = typer.Option(0, help="Of the cost sets."),

@@ -2,7 +2,7 @@
 
 AmoebaNet-D on 8 GB devices and Transformer-L on 16 GB devices (Huang et al., arXiv:1811.06965,
 table 1), on the meta device. Naive-1 is one device that keeps every activation of the batch;
-pipeline-K are K devices with recomputation, each cut such that the fullest device has the least.
+pipeline-K is K devices with recomputation, cut to minimise the largest memory of a device.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""GPipe's table 2, planned: speed-ups over K devices and M microbatches beside the measured ones.
+"""GPipe's table 2, planned: speed-ups on K devices with M microbatches against the measured ones.
 
 AmoebaNet-D (18, 256) and Transformer-48 (Huang et al., arXiv:1811.06965, table 2) are estimated on
 the meta device for the paper's TPUs, cut optimally, and one step is simulated. As in the paper,

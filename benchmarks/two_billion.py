@@ -1,9 +1,9 @@
 """A Transformer of two billion parameters on this machine: planned whole, run one stage at a time.
 
 Transformer-L with 38 layers (2.04 billion parameters, 8 GB in float32) is built on the meta device
-and cut into 16 stages by estimated costs; one stage is then made real, with the values that it has
-in the whole model, and runs forward and backward alone. Each row is a process of its own, so that
-its peak memory (all of the process, PyTorch included) is its own.
+and cut into 16 stages by estimated costs; one stage is then materialised, with the values that it
+has in the whole model, and runs forward and backward alone. Each row is a separate process, whose
+peak memory includes PyTorch.
 """
 
 import itertools
@@ -41,7 +41,7 @@ def main(json: bool = typer.Option(False, "--json", help="One JSON object per ro
 
 
 def measure(what: str, run: Callable[[], int]) -> Row:
-    """Run in a process of its own."""
+    """Run in a separate process."""
     start = time.perf_counter()
     num_parameters = run()
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Running a benchmark's function in worker processes, and printing its rows."""
+"""Run a benchmark's function in worker processes, and print its rows."""
 
 import json
 import logging
@@ -40,9 +40,9 @@ def _worker(function: Callable[..., Result], *arguments: object) -> Result:
 
 
 def keep_to_core() -> None:
-    """Keep this worker to one of the machine's cores, neighbours to different ones.
+    """Pin this worker to one of the machine's cores, neighbours to different ones.
 
-    An emulated device's host would have a core of its own, whose caches nobody else empties.
+    The host of a real device would have its own core, and caches that others do not evict.
     """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

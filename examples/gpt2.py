@@ -3,9 +3,9 @@
     pip install -e '.[huggingface]'    # transformers
     stagewise train examples/gpt2.py --stages 2
 
-`GPT2LMHeadModel` is no chain of layers, so stagewise captures it and cuts it between its blocks;
-embedding and head share one table at any cut. The weights are random. Text, batches and loss are
-those of `shakespeare.py`, one token per byte.
+`GPT2LMHeadModel` is not a sequence of layers, so stagewise captures it and cuts it between its
+blocks; embedding and head share one table at any cut. The weights are random. Text, batches and
+loss are those of `shakespeare.py`, one token per byte.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ NUM_BLOCKS, WIDTH, NUM_HEADS, DROPOUT = 6, 192, 6, 0.1
 
 
 def model() -> nn.Module:
-    """2.7 million parameters, the embedding's counted once."""
+    """2.7 million parameters, counting the tied embedding once."""
     if find_spec("transformers") is None:
         raise ModuleNotFoundError(
             "this recipe trains a model of transformers, which is not installed; run: "
@@ -44,13 +44,13 @@ def model() -> nn.Module:
         attn_pdrop=DROPOUT,
         bos_token_id=0,
         eos_token_id=0,
-        use_cache=False,  # a cache of keys and values is for generating, and no tensor
+        use_cache=False,  # the key-value cache is only for generating, and not a tensor
     )
     return GPT2LMHeadModel(config)
 
 
 def loss(output: "Output", target: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per byte; ln 256 = 5.55 is knowing nothing."""
+    """Mean cross-entropy in nats per byte; ln 256 = 5.55 is a uniform guess."""
     return shakespeare.loss(output.logits, target)
 
 

@@ -1,9 +1,9 @@
-"""A recipe: a narrow ResNet-18 that tells clothes apart.
+"""A recipe: a narrow ResNet-18 that classifies clothes.
 
     stagewise train examples/resnet.py --stages 2 --steps 300
 
-The images, and what to install for them, are in `fashion.py`. Batch normalisation normalises by
-microbatch: 128 images in 8 microbatches are 16 at a time.
+The images, and what to install for them, are in `fashion.py`. Batch normalisation normalises
+each microbatch: 128 images in 8 microbatches are 16 at a time.
 """
 
 from collections.abc import Iterable

@@ -23,7 +23,7 @@ NUM_BATCHES, NUM_VALIDATION_BATCHES = 500, 16
 
 
 class Embedding(nn.Module):
-    """Bytes to vectors: what the byte is, plus where it stands."""
+    """Bytes to vectors: the sum of a token and a position embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,12 +87,12 @@ def model() -> nn.Sequential:
 
 
 def loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per byte; ln 256 = 5.55 is knowing nothing."""
+    """Mean cross-entropy in nats per byte; ln 256 = 5.55 is a uniform guess."""
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Any torch optimizer will do; each worker gives one its own parameters."""
+    """Any torch optimizer works; each worker makes one for its own parameters."""
     return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 

@@ -6,7 +6,7 @@
 
 The verses are in `bible.py`; every fiftieth is kept for validation. Words are cut into pieces by
 a vocabulary that is trained on the others when the recipe starts. The loss is a mean over tokens
-that are no padding, so `weight` counts these. At the end 100 kept verses are translated, and
+that are not padding, so `weight` counts these. At the end 100 kept verses are translated, and
 compared with the Spanish by BLEU.
 """
 
@@ -51,7 +51,7 @@ def model() -> nn.Sequential:
 
 
 def loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of the pieces; ln 2000 = 7.60 is knowing nothing."""
+    """Mean cross-entropy of the pieces; ln 2000 = 7.60 is a uniform guess."""
     return F.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=PADDING)
 
 
