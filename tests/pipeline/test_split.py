@@ -192,6 +192,7 @@ class Cell(nn.Module):
         return self.linear(x).tanh()  # type: ignore[no-any-return]
 
 
+@pytest.mark.filterwarnings("ignore:cell .* changes runs in every forward")
 @pytest.mark.parametrize("recompute", POLICIES)
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_every_cell_runs_forward_at_most_twice(num_stages: int, recompute: str) -> None:
