@@ -130,8 +130,9 @@ class Counter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.count = self.count + 1
+        before = self.mean.to(x.dtype, copy=True)  # of this call, so that no sample sees another
         self.mean.data.mul_(0.9).add_(0.1 * x.detach().mean())
-        return x * (1 + 0.01 * self.count.to(x.dtype)) + self.mean.to(x.dtype)
+        return x * (1 + 0.01 * self.count.to(x.dtype)) + before
 
 
 def token_loss(logits: Tensor, target: Tensor) -> Tensor:

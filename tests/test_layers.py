@@ -25,7 +25,7 @@ LEVELS = [
     ["pipeline/build"],
     ["checkpoints", "profiling"],
     ["engine/step"],
-    ["engine/gradients"],
+    ["engine/gradients", "engine/looks"],
     ["engine/stage"],
     ["engine/transport"],
     ["model/cells_of"],

@@ -118,6 +118,7 @@ def by_microbatch(divides: bool) -> list[Tensor]:
     return [*losses, model[1].mean]
 
 
+@pytest.mark.filterwarnings("ignore:cell '[12]' mixes samples")  # so they do, by the average
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("divides", [False, True])
@@ -131,6 +132,7 @@ def test_a_buffer_that_is_returned_or_saved_keeps_its_value(
         assert all(map(torch.equal, averaged(divides, balance, schedule, policy), whole))
 
 
+@pytest.mark.filterwarnings("ignore:cell '[12]' mixes samples")
 def test_a_returned_buffer_crosses_processes(pools: Pools) -> None:
     expected = averaged(False, (2, 2), "1f1b", "never")[0]
     for _ in range(3):

@@ -1,6 +1,7 @@
 """Join two microbatches of a value, to compare the whole with its parts."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,35 @@ def halves_of_ragged(values: Sequence[object], num_differentiated: int) -> tuple
     leaves = _inputs(one, axes), _inputs(two, axes)
     parts = pytree.tree_unflatten(one, spec), pytree.tree_unflatten(two, spec)
     return Pair(parts, pytree.tree_unflatten(whole, spec), leaves, sizes), found
+
+
+def ways_together(
+    one: torch.Tensor,
+    two: torch.Tensor,
+    shape: torch.Size,
+    sizes: tuple[int, int],
+    batch_dim: int,
+) -> Iterator[torch.Tensor]:
+    """The ways in which outputs of two parts, of `sizes` samples, make one of `shape`.
+
+    Samples may lie along any dimension, and share it with positions, before or behind these.
+    """
+    if not one.dim() == two.dim() == len(shape):
+        return
+    for dim in sorted(range(len(shape)), key=lambda dim: dim != batch_dim):
+        rest = _without(shape, dim)
+        total = one.shape[dim] + two.shape[dim]
+        if rest != _without(one.shape, dim) or rest != _without(two.shape, dim):
+            continue
+        if total != shape[dim]:
+            continue
+        yield torch.cat([one, two], dim)
+        count = one.shape[dim] // sizes[0]
+        if count > 1 and [one.shape[dim], two.shape[dim]] == [count * size for size in sizes]:
+            parts = [
+                torch.split(part, size, dim) for part, size in zip((one, two), sizes, strict=True)
+            ]
+            yield torch.cat([*itertools.chain(*zip(*parts, strict=True))], dim)
 
 
 def _inputs(part: Sequence[object], axes: Sequence[int | None]) -> list[torch.Tensor]:

@@ -17,8 +17,8 @@ from stagewise.checker.references import seeded_as_pipeline, split_both
 from stagewise.checker.run_cells import CellRunner
 from stagewise.checker.subject import Subject
 from stagewise.checker.traits import Traits, Unsplittable, buffers_of, named, uses_batch_statistics
+from stagewise.engine.looks.first_look import FirstLook
 from stagewise.engine.stage.draws import Draws
-from stagewise.engine.step.first_look import FirstLook
 from stagewise.model.added_losses import COLLECTING, LossCollector, collect_losses
 from stagewise.model.cell import Cell
 from stagewise.model.chain import chain_of

@@ -12,9 +12,9 @@ from torch import nn
 from stagewise.batch.markers import Arguments
 from stagewise.batch.values import leaf_of, put_together, take_apart
 from stagewise.engine.stage.flight import CellKeywords, Flight
-from stagewise.engine.stage.work import Work
+from stagewise.engine.stage.work import StageGiven, Work
 from stagewise.errors import BatchError
-from stagewise.model.cell import Chain
+from stagewise.model.cell import Cell, Chain
 
 
 def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torch.device) -> None:
@@ -39,11 +39,25 @@ def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torc
     flight.gradients += [None] * (place - flight.num_received)
 
 
+def given_of(flight: Flight) -> StageGiven:
+    """What the cells of a stage are given, before any of them changes it."""
+    named = {
+        given.cell: put_together(flight.inputs[given.places], given.structure)
+        for given in flight.keywords
+    }
+    return put_together(flight.inputs, flight.structure), named  # type: ignore[return-value]
+
+
 def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> object:
     """Call a cell with the output of the one before it."""
     if isinstance(value, Arguments):
         return module(*value.args, **{**keywords, **value.kwargs})
     return module(value, **keywords) if keywords else module(value)
+
+
+def run_cell(cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
+    """Call a cell with the output of the one before it."""
+    return invoke(cell.module, value, keywords)
 
 
 Leaves = list[tuple[torch.Tensor, torch.Tensor]]  # (the caller's tensor, the leaf in its place)

@@ -97,7 +97,7 @@ class _Visits:
 
     def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
         """Run one cell; the first unpacks the arriving skips, the last packs the leaving ones."""
-        journey = value if cell is not self._cells[0] else self._unpack(value)
+        journey = value if cell.index != self._cells[0].index else self._unpack(value)
         assert isinstance(journey, _Journey)
         before, value = journey.stashed(), journey.value
         with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
@@ -110,7 +110,7 @@ class _Visits:
             frame.popped.clear()
         for skip in cell.skips.stashes:
             _branch(journey.frames[skip.scope], skip.name)
-        return journey if cell is not self._cells[-1] else self._pack(journey)
+        return journey if cell.index != self._cells[-1].index else self._pack(journey)
 
     def _unpack(self, value: object) -> _Journey:
         journey = _Journey(value, {scope.path: Frame(scope.own_names) for scope in self._scopes})
@@ -147,6 +147,7 @@ class SkipStage(Stage):
     ) -> None:
         super().__init__(index, cells, device, is_last=is_last, loss=loss)
         visits = _Visits(cells, arriving, leaving)
+        self._run_cell = visits.run
         self._calls = [(cell, partial(visits.run, cell)) for cell in cells]
         self._calls_modules = False
         self._arrive_apart, self._leave_apart = len(arriving) > 1, len(leaving) > 1

@@ -27,7 +27,7 @@ from stagewise.engine.stage.autograd import (
 )
 from stagewise.engine.stage.buffers import BufferKeeper
 from stagewise.engine.stage.flight import Flight
-from stagewise.engine.stage.keywords import invoke, take_keywords
+from stagewise.engine.stage.keywords import given_of, invoke, run_cell, take_keywords
 from stagewise.engine.stage.loss import (
     Loss,
     add_seeds,
@@ -38,7 +38,7 @@ from stagewise.engine.stage.loss import (
 )
 from stagewise.engine.stage.same_again import sampled
 from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
-from stagewise.engine.stage.work import CellForward, Mode, Work
+from stagewise.engine.stage.work import CellForward, Mode, RunCell, Work
 from stagewise.errors import CellError, UsageError
 from stagewise.model.added_losses import COLLECTING, LossCollector
 from stagewise.model.cell import Cell, Chain
@@ -73,6 +73,7 @@ class Stage:
         self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._known_flags: dict[tuple[bool, ...], int] = {}
         self._flags = 0  # index of the running call's flags
+        self._run_cell: RunCell = run_cell
         self._calls_modules = True  # directly, without wrappers
 
     def begin(self) -> tuple[bool, ...]:
@@ -118,8 +119,9 @@ class Stage:
         flight = Flight(inputs, structure, [None] * len(inputs), len(inputs))
         if work.parts.keywords:
             take_keywords(flight, self.cells, m, work, self.device)
-        recomputed = (self.index, m) in work.recomputed
-        stateful = self.buffers.owners
+        if work.look is not None:
+            work.look.stage_begins(self.cells, self._run_cell, given_of(flight), m)
+        recomputed, stateful = (self.index, m) in work.recomputed, self.buffers.owners
         with self._noting(flight, m, work, remember=recomputed) if stateful else _NOTHING:
             output = self._run_cells(flight, Kind.FORWARD, m, work)
         roots, output_structure = take_apart(output)
@@ -232,13 +234,11 @@ class Stage:
     ) -> object:
         """Run the cells, and on the last stage the loss, on `fed`."""
         value = put_together(fed, flight.structure)
-        named: dict[int, Mapping[str, object]] = {}
+        named: dict[int, Any] = {}
         for given in flight.keywords:
-            value_of = put_together(fed[given.places], given.structure)
-            named[given.cell] = value_of  # type: ignore[assignment]
-        randomness = work.randomness[self.device]
-        collector, calls, running = LossCollector(), self._calls, None
-        directly = self._calls_modules
+            named[given.cell] = put_together(fed[given.places], given.structure)
+        randomness, running = work.randomness[self.device], None
+        collector, calls, directly = LossCollector(), self._calls, self._calls_modules
         if work.look is not None and kind is Kind.FORWARD:
             last, again = self.cells[-1] if self.is_last else None, work.again(self.device)
             directly, calls = False, work.look.cells(calls, collector, m, last, again)

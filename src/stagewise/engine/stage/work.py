@@ -14,7 +14,7 @@ from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.transport.failure import Failure
 from stagewise.model.added_losses import AddedLoss, LossCollector, collect_losses
-from stagewise.model.cell import Cell
+from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction
 
 # (microbatch, -cell) -> the caller's tensors among the cell's keyword arguments, their gradients
@@ -23,6 +23,8 @@ Shares = Mapping[str, tuple[float, ...]]  # name of a loss -> weight per microba
 
 Observer = Callable[[Instruction], None]
 CellForward = Callable[[object, Mapping[str, object]], object]  # (value, keywords) -> value
+RunCell = Callable[[Cell, object, Mapping[str, object]], object]
+StageGiven = tuple[object, Mapping[int, Mapping[str, object]]]  # a value; keywords by cell
 Losses = torch.Tensor | Mapping[str, torch.Tensor]
 # (cell, microbatch) -> a context; what runs inside runs as it did then, and is not noted
 Again = Callable[[int, int], AbstractContextManager[None]]
@@ -30,7 +32,10 @@ OTHERS = ""  # in shares: every loss without an entry
 
 
 class Look(Protocol):
-    """Inspects the calls of cells and the loss function."""
+    """Inspects the calls of stages, cells and the loss function."""
+
+    def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
+        """Call before `cells` run on what they are given of microbatch m."""
 
     def cells(
         self,

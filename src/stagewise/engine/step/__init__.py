@@ -6,9 +6,8 @@
 3. `programs` binds the schedule to this rank's stages; `execute` runs it, instruction by
    instruction.
 4. `results`: every rank knows the loss; `agreement`: or every rank raises the first failure.
-5. `unchanged`: what was built is still what runs. `looks` says in which calls a `first_look` tries
-   what kind of loss it is (`loss_kind`), what of a microbatch counts (`counting`), and whether
-   cells mix samples (`mixing`).
+5. `unchanged`: what was built is still what runs. `looks` says which calls are looked at closely
+   (`engine/looks`).
 
 `step` calls these in order.
 """

@@ -18,19 +18,29 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Microbatches
+from stagewise.engine.looks.counting import extremes, left_out, most_unlike, values_in
+from stagewise.engine.looks.first_look import FirstLook
+from stagewise.engine.looks.mixing import MixingLook
 from stagewise.engine.stage.draws import Source
 from stagewise.engine.stage.loss import Loss, share_of
 from stagewise.engine.stage.randomness import LOSS_CELL
 from stagewise.engine.stage.same_again import compared
-from stagewise.engine.stage.work import Again, CellForward, Losses, Mode, Parts, Work
+from stagewise.engine.stage.work import (
+    Again,
+    CellForward,
+    Losses,
+    Mode,
+    Parts,
+    RunCell,
+    StageGiven,
+    Work,
+)
 from stagewise.engine.step.admission import Admitted
-from stagewise.engine.step.counting import extremes, left_out, most_unlike, values_in
-from stagewise.engine.step.first_look import FirstLook
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.weights import LossCount
 from stagewise.errors import ExactnessWarning
 from stagewise.model.added_losses import LossCollector
-from stagewise.model.cell import Cell
+from stagewise.model.cell import Cell, Chain
 from stagewise.model.forward.carried import Carried, WatchedCode
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
@@ -44,6 +54,10 @@ class CallLook:
 
     first: FirstLook
     carried: Carried
+
+    def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
+        """Call before `cells` run on what they are given of microbatch m."""
+        self.first.stage_begins(cells, run, given, m)
 
     def cells(
         self,
@@ -126,6 +140,9 @@ class Looks:
         seen, batch = self._seen[request.mode], (request.inputs, request.target, request.keywords)
         if not seen.is_new(admitted.signature, _extremes(batch)) or _has_sizes(batch):
             return None
+        mixing = None
+        if seen.num_calls == 1 or seen.num_calls >= _FREE_LOOKS:
+            mixing = MixingLook(sizes, request.batch_dim, request.keywords)
         first = FirstLook(
             sizes,
             request.batch_dim,
@@ -133,7 +150,7 @@ class Looks:
             sums_losses=self._count.sums,
             loss=None if request.mode is Mode.PREDICT else self._loss,
             unlike=most_unlike([*zip(*filter(None, (parts.targets, parts.keywords)), strict=True)]),
-            again=seen.num_calls > 1,
+            mixing=mixing,
         )
         return CallLook(first, Carried(sights=self._sights, is_first=seen.num_calls == 1))
 

@@ -3,10 +3,11 @@
 Problem: microbatches are cut along one dimension and their losses added by weight. A loss that is a
 sum, counts samples unequally, or compares the samples of its batch with each other comes out
 wrong, and so does a batch whose first dimension is time.
-Idea: two microbatches of a call are put together again. The loss function, a cell that adds a
-loss, and one with a layer that takes its samples along another dimension run on both apart and
-together, in eval mode and without a trace; what differs becomes a warning. A look that fails for
-any reason, or whose code draws random numbers, says nothing. `looks` says which calls have one.
+Idea: two microbatches of a call are put together again. The loss function and a cell that adds or
+returns a loss run on both apart and together, in eval mode and without a trace; what differs
+becomes a warning. A look that fails for any reason, or whose code draws random numbers, says
+nothing. Cells without a loss have a look of their own, `mixing`. `step.looks` says which calls are
+looked at.
 """
 
 import contextlib
@@ -20,11 +21,8 @@ from torch import Tensor, nn
 
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
 from stagewise.batch.values import detached, output_leaves
-from stagewise.engine.stage.draws import Draws
-from stagewise.engine.stage.randomness import generators_kept, generators_moved
-from stagewise.engine.stage.work import CellForward
-from stagewise.engine.step.counting import weight_that_fits
-from stagewise.engine.step.loss_kind import (
+from stagewise.engine.looks.counting import weight_that_fits
+from stagewise.engine.looks.loss_kind import (
     SEVERITY,
     Examined,
     Owner,
@@ -33,9 +31,13 @@ from stagewise.engine.step.loss_kind import (
     scalars_of,
     words,
 )
-from stagewise.engine.step.mixing import differ, in_eval_mode, sideways_layer, tensors_of
+from stagewise.engine.looks.mixing import MixingLook, tensors_of
+from stagewise.engine.looks.twins import in_eval_mode
+from stagewise.engine.stage.draws import Draws
+from stagewise.engine.stage.randomness import generators_kept, generators_moved
+from stagewise.engine.stage.work import CellForward, RunCell, StageGiven
 from stagewise.model.added_losses import COLLECTING, MAIN_LOSS, LossCollector
-from stagewise.model.cell import Cell
+from stagewise.model.cell import Cell, Chain
 
 _MOST_PAIRS = 3  # since one may hide what another shows, as where class weights happen to agree
 _MOST_BYTES = 1 << 26  # of what is put together, where several samples are more than that
@@ -54,15 +56,26 @@ class FirstLook:
         sums_losses: bool,
         loss: Callable[..., object] | None,
         unlike: Collection[int] = (),
-        again: bool = False,
+        mixing: MixingLook | None = None,
     ) -> None:
-        """Later pairs are looked at if their second is `unlike`; `again`: code was looked at."""
-        self._sizes, self._batch_dim, self._unlike, self._again = sizes, batch_dim, unlike, again
+        """Later pairs are looked at if their second is `unlike`."""
+        self._sizes, self._batch_dim, self._unlike, self._mixing = sizes, batch_dim, unlike, mixing
         self._weight, self._sums, self._loss = weight, sums_losses, loss
         # By who took it: the microbatch that came last, its value, and its tensors' versions.
         self._kept: dict[object, tuple[int, object, list[int]]] = {}
         self._pairs: Counter[object] = Counter()  # that were begun
-        self.found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
+        self._found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
+
+    @property
+    def found(self) -> dict[str, tuple[int, str]]:
+        """By what is wrong: how badly, and in words."""
+        mixing = self._mixing.found if self._mixing is not None else {}
+        return self._found | {name: (0, text) for name, text in mixing.items()}
+
+    def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
+        """Call before `cells` run on what they are given of microbatch m."""
+        if self._mixing is not None:
+            self._mixing.stage_begins(cells, run, given, m)
 
     def cells(
         self,
@@ -80,18 +93,15 @@ class FirstLook:
     def _watched(
         self, cell: Cell, forward: CellForward, collector: LossCollector, m: int, *, is_last: bool
     ) -> CellForward:
-        sideways = None if self._again else sideways_layer(cell.module, self._batch_dim)
-
         def watched(value: object, keywords: Mapping[str, object]) -> object:
             num_added = len(collector.added)
             before = [(t, t._version) for t in tensors_of((value, keywords))]
             output = forward(value, keywords)
             if all(tensor._version == version for tensor, version in before):
                 is_loss = is_last and bool(scalars_of(output))
-                if sideways or is_loss or len(collector.added) > num_added:
+                if is_loss or len(collector.added) > num_added:
                     with self._quietly(cell.module):
-                        given = value, dict(keywords)
-                        self._cell_ran(cell, forward, m, given, sideways, is_loss=is_loss)
+                        self._cell_ran(cell, forward, m, (value, dict(keywords)), is_loss=is_loss)
             return output
 
         return watched
@@ -135,8 +145,8 @@ class FirstLook:
     ) -> None:
         """One pair may not show all that another one does."""
         badly = SEVERITY.index(found.kind)
-        if badly > self.found.get(what, (-1, ""))[0]:
-            self.found[what] = badly, words(found, what, by=by, owner=owner, fits=fits)
+        if badly > self._found.get(what, (-1, ""))[0]:
+            self._found[what] = badly, words(found, what, by=by, owner=owner, fits=fits)
 
     def _examined(
         self, run: _Run, pair: Pair, targets: Sequence[Sequence[object]]
@@ -166,7 +176,7 @@ class FirstLook:
         for name in run(pair.whole):
             if name not in unlike:
                 what = _name(name, "the loss")
-                self.found[what] = (
+                self._found[what] = (
                     0,
                     f"{what} is a mean along dimension {dim} too, in which "
                     f"microbatches differ, but they count by their samples, {sizes[0]} and "
@@ -176,14 +186,7 @@ class FirstLook:
                 )
 
     def _cell_ran(
-        self,
-        cell: Cell,
-        forward: CellForward,
-        m: int,
-        given: object,
-        sideways: str | None,
-        *,
-        is_loss: bool,
+        self, cell: Cell, forward: CellForward, m: int, given: object, *, is_loss: bool
     ) -> None:
         both = self._both(cell.index, m, given)
         if both is None:
@@ -191,11 +194,6 @@ class FirstLook:
         values, sizes = both
         pair = paired(values, sizes, self._batch_dim, most_bytes=_MOST_BYTES)
         with in_eval_mode(cell.module):
-            if sideways is not None:
-                outputs = [forward(*part) for part in (*pair.parts, pair.whole)]  # type: ignore[misc]
-                if differ(outputs, self._batch_dim):
-                    self.found[cell.name] = 0, _sideways(cell, sideways, self._batch_dim, sizes)
-                return
             run, by_samples = self._losses_of(forward, is_loss=is_loss), _shares(pair.sizes)
 
             def counted(name: str) -> tuple[float, float]:
@@ -249,7 +247,7 @@ class FirstLook:
     @contextlib.contextmanager
     def _quietly(self, code: object) -> Iterator[None]:
         """Look inside: no error, warning, random number or problem found by chance comes out."""
-        so_far, devices = dict(self.found), {t.device for t in _state_of(code)}
+        so_far, devices = dict(self._found), {t.device for t in _state_of(code)}
         with (
             warnings.catch_warnings(),
             generators_kept(devices),
@@ -261,20 +259,12 @@ class FirstLook:
             try:
                 yield
             except Exception:
-                self.found = so_far
+                self._found = so_far
         if moved or late:
-            self.found = so_far
+            self._found = so_far
 
 
 _OWN = "\0"  # before the name of a loss that is a cell's output
-
-
-def _sideways(cell: Cell, layer: str, batch_dim: int, sizes: tuple[int, int]) -> str:
-    return (
-        f"cell {cell.name!r} has a {layer}, and mixes what lies along dimension {batch_dim}, along "
-        f"which the batch was cut into microbatches of {sizes[0]}, {sizes[1]}, ... as its samples; "
-        f"give Pipeline batch_dim={1 - batch_dim}, or bring the samples to dimension {batch_dim}"
-    )
 
 
 def _always(counts: tuple[float, float]) -> Callable[[str], tuple[float, float]]:

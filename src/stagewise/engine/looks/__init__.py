@@ -1,0 +1,7 @@
+"""Looks at a call for what would be silently another number than the plain model's.
+
+1. `first_look` puts two microbatches together again, and asks of each loss what kind it is
+   (`loss_kind`) and what of a microbatch counts (`counting`).
+2. `mixing` runs the cells, as `twins`, on both apart and together, and names one that mixes samples
+   or uses whole what was cut.
+"""

@@ -1,0 +1,137 @@
+"""Cells that run beside themselves, for a look.
+
+A twin shares a cell's parameters; all else is its own. Dropout and BatchNorm are in eval mode in
+it: what samples do to each other there is known, and made exact or warned of elsewhere.
+"""
+
+import copy
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stagewise.engine.stage.autograd import without_weight_cache
+from stagewise.engine.stage.buffers import overwrite
+from stagewise.engine.stage.draws import Draws
+from stagewise.engine.stage.randomness import generators_kept, generators_moved
+from stagewise.model.added_losses import COLLECTING, LossCollector
+from stagewise.model.cell import Cell
+
+# Layers that treat every sample by itself, whatever they are given.
+_BY_SAMPLE = {
+    *(nn.Identity, nn.Linear, nn.Embedding, nn.Dropout, nn.Sequential, nn.LeakyReLU, nn.ELU),
+    *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+}
+_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+
+
+def twin(cell: Cell, *, in_eval: bool) -> Cell:
+    """A copy of `cell`, in eval mode altogether or else in its own.
+
+    Hooks that are functions are left out: what they note stands elsewhere.
+    """
+    module = cell.module
+    memo: dict[int, object] = {id(parameter): parameter for parameter in module.parameters()}
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and "forward" in vars(layer):  # ours, for a call
+            memo[id(vars(layer)["forward"])] = None
+    copied = copy.deepcopy(getattr(module, "_orig_mod", module), memo)
+    for inner in copied.modules():
+        if isinstance(inner, _BatchNorm):
+            vars(inner).pop("forward", None)
+        if in_eval or isinstance(inner, _BatchNorm | _DropoutNd):
+            inner.training = False
+        for hooks in (getattr(inner, name) for name in _HOOKS):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
+                del hooks[key]
+    return replace(cell, module=copied)
+
+
+def treats_samples_alone(module: nn.Module) -> bool:
+    """Whether that is known by the types of its layers."""
+    return all(
+        type(layer) in _BY_SAMPLE
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, name) for name in _HOOKS)
+        for layer in module.modules()
+    )
+
+
+def sideways_layer(module: nn.Module, batch_dim: int) -> str | None:
+    """A layer in `module` that may take its samples along another dimension than `batch_dim`.
+
+    What a recurrent layer is given without a batch is one sequence, whatever it says.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+            expected = 0 if layer.batch_first else 1
+            if isinstance(layer, nn.RNNBase) or expected != batch_dim:
+                return f"{type(layer).__name__} with batch_first={layer.batch_first}"
+    return None
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Run `module` inside in eval mode; its modes and buffers are put back."""
+    modes = [(inner, inner.training) for inner in module.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                overwrite(buffer, value)
+
+
+@contextmanager
+def without_trace(devices: Collection[torch.device]) -> Iterator[None]:
+    """Run something inside that is no part of the call: no warning, no loss, no graph stays."""
+    outer, COLLECTING.active = COLLECTING.active, LossCollector()
+    try:
+        with (
+            warnings.catch_warnings(),
+            generators_kept(devices),
+            Draws([]).kept(guard=True, undo=True),
+            torch.no_grad(),
+            ExitStack() as stack,
+        ):
+            for device in devices:
+                stack.enter_context(without_weight_cache(device.type))
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        COLLECTING.active = outer
+
+
+@contextmanager
+def drawn_from(devices: Collection[torch.device]) -> Iterator[list[object]]:
+    """What of torch's, Python's and NumPy's generators was drawn from inside, at its end."""
+    found: list[object] = []
+    with generators_moved(devices) as moved, Draws([]).kept(guard=True) as late:
+        yield found
+    found += [*moved, *late]
+
+
+class Normalising(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether batches are normalised inside by their own statistics (not instances)."""
+
+    found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> object:
+        name = func.name()
+        if "batch_norm" in name and "backward" not in name and len(args[0]) > 1:
+            self.found |= "update" in name or any(arg is True for arg in args)
+        return func(*args, **(kwargs or {}))

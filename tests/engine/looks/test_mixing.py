@@ -1,0 +1,217 @@
+"""A cell that mixes samples is named, and an argument that was cut though it is needed whole."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stagewise
+from stagewise.errors import ExactnessWarning
+from tests.harness import Pools
+from tests.models import Call
+
+B, WIDTH, LENGTH = 8, 4, 3
+
+
+class Cell(nn.Module):
+    """Some code on one argument or two, in which `table` may be given by name."""
+
+    def __init__(self, code: Callable[..., object]) -> None:
+        super().__init__()
+        self.linear, self.code = nn.Linear(WIDTH, WIDTH), code
+        self.dropout = nn.Dropout()
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> object:
+        if self.code is in_training:
+            return in_training(self.dropout(self.linear(x)), self.training)
+        return self.code(self.linear(x)) if table is None else self.code(self.linear(x), table)
+
+
+def in_training(x: Tensor, training: bool) -> Tensor:
+    return x - x.mean(0) if training else x
+
+
+def normed(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def attended(x: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+
+
+def routed(x: Tensor) -> Tensor:
+    """An expert with room for half of the tokens."""
+    chosen = x[:, 0].topk(len(x) // 2).indices
+    return x.index_copy(0, chosen, x[chosen] * 2)
+
+
+def told(
+    cells: list[nn.Module], *inputs: object, count: int = 4, calls: int = 2, **keywords: Tensor
+) -> tuple[list[str], float]:
+    """Both modes: the same warnings; and the loss."""
+    plan = stagewise.Plan(
+        balance=(1, len(cells) - 1), schedule="1f1b", num_microbatches=count, recompute="always"
+    )
+    texts: list[list[str]] = []
+    loss = float("nan")
+    for call in ("step", "predict"):
+        pipe = stagewise.Pipeline(cells, plan, loss=lambda y: y.square().mean())
+        state = torch.get_rng_state()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(calls):
+                value = getattr(pipe, call)(*inputs, **keywords)
+                loss = float(value) if call == "step" else loss
+        assert torch.equal(state, torch.get_rng_state())
+        texts.append([str(w.message) for w in caught if w.category is ExactnessWarning])
+    if cells[0].__dict__.get("code") is not in_training:
+        assert texts[0] == texts[1]
+    return texts[0], loss
+
+
+def ends() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
+
+
+MIXING: dict[str, Callable[..., object]] = {
+    "centred": lambda x: x - x.mean(0),
+    "centred in place": lambda x: x.sub_(x.mean(0)),
+    "softmax": lambda x: x.softmax(0),
+    "normed": normed,
+    "attended": attended,
+    "pairs": lambda x: (x @ x.T).sum(1, keepdim=True) + x,
+    "cumulative": lambda x: x.cumsum(0),
+    "first": lambda x: x - x[:1],
+    "routed": routed,
+    "shuffled": lambda x: x.roll(1, 0),
+    "in training": in_training,
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_cell_that_mixes_samples(name: str) -> None:
+    """Found silent: 1.176 where the plain model gives 1.562."""
+    torch.manual_seed(1)
+    texts, _ = told([Cell(MIXING[name]), *ends()], torch.randn(B, WIDTH))
+    assert len(texts) == 1
+    assert texts[0].startswith("cell '0' mixes samples") and "num_microbatches=1" in texts[0]
+
+
+def test_it_is_the_cell_that_uses_what_another_took_of_the_batch() -> None:
+    passed = [Cell(lambda x: (x, x.mean(0))), Call(lambda pair: pair[0] - pair[1]), *ends()]
+    assert told(passed, torch.randn(B, WIDTH))[0][0].startswith("cell '1' mixes samples")
+    later = [*ends(), Cell(lambda x: x - x.mean(0)), Cell(lambda x: x), nn.Tanh()]
+    (text,), _ = told(later, torch.randn(B, WIDTH))
+    assert text.startswith("cell '2' mixes samples")
+
+
+ALONE: dict[str, Callable[..., object]] = {
+    "batchnorm": nn.BatchNorm1d(WIDTH, affine=False),
+    "functional batchnorm": lambda x: nn.functional.batch_norm(x, None, None, training=True),
+    "dropout": nn.functional.dropout,
+    "instances": lambda x: nn.functional.instance_norm(x[:, None])[:, 0],
+    "time first": lambda x: x[None].expand(LENGTH, -1, -1).flatten(0, 1).unflatten(0, (3, -1))[0],
+    "sorted": lambda x: x.sort(1).values,
+    "shared mask": lambda x: x * torch.ones(WIDTH).cumsum(0),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_cells_that_treat_samples_alone_say_nothing(name: str) -> None:
+    assert told([Cell(ALONE[name]), *ends()], torch.randn(B, WIDTH), calls=1)[0] == []
+
+
+def test_values_with_samples_elsewhere_say_nothing() -> None:
+    heads = Call(lambda x: x.transpose(0, 1).flatten(0, 1))  # (time samples, width)
+    back = Call(lambda x: x.unflatten(0, (LENGTH, -1)).transpose(0, 1))
+    mask = Call(lambda x: (x, torch.ones(LENGTH, LENGTH).tril(), x.mean()))
+    first = Call(lambda value: value[0])
+    cells = [heads, nn.LayerNorm(WIDTH), back, mask, first, *ends()]
+    assert told(cells, torch.randn(B, LENGTH, WIDTH))[0] == []
+
+
+WHOLE: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "keys": (lambda x, table: (x @ table.T).softmax(1) @ table, 4),
+    "mean": (lambda x, table: x + table.mean(0), 4),
+    "row": (lambda x, table: x * table[0], 4),
+    "similarities": (lambda x, table: x @ table.T, 4),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_argument_that_is_no_sample_though_of_the_batchs_size(name: str) -> None:
+    """Found silent: 1.336 for 1.429."""
+    code, count = WHOLE[name]
+    torch.manual_seed(1)
+    x, table = torch.randn(B, WIDTH), torch.randn(B, WIDTH)
+    cells = [Cell(code), nn.Tanh()]
+    (text,), wrong = told(cells, x, count=count, table=table)
+    assert text.startswith("cell '0' uses the whole of table") and "stagewise.Replicated" in text
+    texts, right = told(cells, x, count=count, table=stagewise.Replicated(table))  # type: ignore[arg-type]
+    plain = nn.Sequential(*cells[1:])(cells[0](x, table)).square().mean().item()
+    assert not texts and right == pytest.approx(plain, rel=1e-6) and abs(wrong - plain) > 1e-3
+    (text,), _ = told(cells, stagewise.Arguments(x, table))
+    assert "uses the whole of input[1]" in text
+
+
+def test_positions_of_microbatches_of_one_sample() -> None:
+    x, table = torch.randn(B, B, WIDTH), torch.randn(B, WIDTH)
+    (text,), _ = told([Cell(torch.add), *ends()], x, count=B, table=table)
+    assert "uses the whole of table" in text
+
+
+def test_arguments_by_sample_say_nothing() -> None:
+    x = torch.randn(B, B, WIDTH)
+    for code, table in (
+        (lambda x, mask: x * mask[..., None], torch.ones(B, B).tril()),
+        (lambda x, mask: x.masked_fill(~mask[..., None], 0), torch.ones(B, B).bool()),
+        (lambda x, scale: x * scale[:, None, None], torch.rand(B)),
+        (torch.add, torch.randn(B, 1, WIDTH)),
+    ):
+        assert told([Cell(code), *ends()], x, table=table)[0] == []
+
+
+def mixed_on_ranks() -> list[str]:
+    torch.manual_seed(0)
+    cells = [*ends(), Cell(lambda x: x - x.mean(0)), nn.Tanh()]
+    return told(cells, torch.randn(B, WIDTH), calls=1)[0]
+
+
+def test_the_rank_of_the_cell_says_it(pools: Pools) -> None:
+    first, second = pools[2].run(mixed_on_ranks)
+    assert first == [] and second[0].startswith("cell '2' mixes samples")
+
+
+class Model(nn.Module):
+    """Captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.one(x))
+        y = self.two(y - y.mean(0))
+        return torch.tanh(y)
+
+
+@pytest.mark.parametrize("cells", [None, ["one", "two"]])
+def test_a_captured_model(cells: list[str] | None) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(B, WIDTH), Model()
+    plan = stagewise.plan(
+        model,
+        x,
+        target=x,
+        loss=nn.functional.mse_loss,
+        num_stages=2,
+        num_microbatches=2,
+        cells=cells,
+        seconds=0,
+    )
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    with pytest.warns(ExactnessWarning, match="mixes samples"):
+        pipe.step(x, target=x)
