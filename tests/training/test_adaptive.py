@@ -222,5 +222,5 @@ def test_a_watch_forgets_what_it_saw_of_a_plan_that_ran_out_of_memory() -> None:
     assert [other.look(plan, slow) for _ in range(2)] == [None, None]
     found = other.look(plan, slow)
     assert found is not None and found.change is not None
-    assert found.words == "microbatches 2 in place of 4"
+    assert found.words == "microbatches 2 instead of 4"
     assert found.change.plan.cells[0].forward_seconds == 0.2, "scaled by what drifted"

@@ -57,7 +57,7 @@ def test_another_model_is_refused_with_the_first_differences(tmp_path: Path) -> 
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(run_folder.find(tmp_path), other, other_optimizer)
-    assert "of another model" in str(caught.value)
+    assert "from another model" in str(caught.value)
     assert "0.weight: (4, 4) in the checkpoint, (5, 4) here" in str(caught.value)
     assert "and 2 more" in str(caught.value)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())

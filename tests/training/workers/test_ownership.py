@@ -15,7 +15,7 @@ def take(run: Path) -> None:
 
 def test_a_second_run_is_refused_while_the_first_lasts(tmp_path: Path) -> None:
     with owned(tmp_path / "run"):
-        with pytest.raises(UsageError, match=r"in use by a run that has not ended \(process \d+"):
+        with pytest.raises(UsageError, match=r"in use by another run \(process \d+"):
             take(tmp_path / "run")
         take(tmp_path / "other")
     with pytest.raises(KeyError), owned(tmp_path / "run"):
