@@ -178,7 +178,7 @@ def test_resume_of_another_model_and_of_a_taken_directory(tmp_path: Path) -> Non
     wider = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 9"), name="wider.py")
     code, _, err = run_command("train", wider, "--resume", "run", "--steps", "4", cwd=tmp_path)
     assert code == 2
-    assert "of another model" in err
+    assert "from another model" in err
     assert "0.0.weight: (8, 8) in the checkpoint, (9, 9) here" in err
     code, _, err = run_command("train", recipe, "--resume", "run", "--seed", "5", cwd=tmp_path)
     assert code == 2
