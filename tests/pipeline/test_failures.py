@@ -5,18 +5,22 @@ all ranks catch the error and go on, and must end with the bits of a run in whic
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.engine.stage.stage import Action
+from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.failure import is_out_of_memory
+from stagewise.engine.transport.message_form import Layout
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 from tests.harness import Pools
@@ -216,6 +220,14 @@ def test_running_out_of_memory_is_recognised() -> None:
     assert is_out_of_memory(no_memory())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
+    for text in (
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "NCCL error: ... Cuda failure 2 'out of memory'",
+        "MPS backend out of memory (MPS allocated: 8 GB)",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     named = CellError("cell failed")
     named.__cause__ = no_memory()
@@ -249,6 +261,46 @@ def test_all_ranks_raise_where_one_has_no_memory(pools: Pools, backward: bool) -
         assert kind == "OutOfMemoryError"
         assert "rank 1 ran out of memory; train with more microbatches" in text
         assert "device cpu" in text and "microbatch 2" in text and "stage 1" in text
+
+
+def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
+    """For each room that rank 1 makes for a message: errors, and whether the next step is right.
+
+    From that room on it has no memory, until it drops what its stages hold.
+    """
+    empty, clear, found = Layout.empty, Stage.clear, []
+    cells = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
+    wanted = MSE(nn.Sequential(*cells)(X), X).item()
+    for num_known, first in itertools.product(range(2), range(4)):
+        pipe, errors, rooms = stagewise.Pipeline(cells, plan_of(3), loss=MSE), [], 0
+        for _ in range(num_known):  # messages' forms are then known, and rooms are made ahead
+            pipe.step(X, target=X)
+
+        def scarce(layout: Layout, device: torch.device) -> Tensor:
+            nonlocal rooms
+            rooms += 1
+            if dist.get_rank() == 1 and rooms > first:  # noqa: B023
+                raise torch.OutOfMemoryError("no room, says the test")
+            return empty(layout, device)
+
+        def cleared(stage: Stage) -> None:
+            nonlocal rooms
+            rooms = -1000
+            clear(stage)
+
+        with mock.patch.multiple(Layout, empty=scarce), mock.patch.object(Stage, "clear", cleared):
+            errors.append(error_of(lambda: pipe.step(X, target=X)))  # noqa: B023
+        after = pipe.step(X, target=X).item()
+        found.append((errors, abs(after - wanted) < 1e-6))
+    return found
+
+
+def test_a_message_without_room_fails_on_all_ranks_and_the_next_call_works(pools: Pools) -> None:
+    for rows in zip(*pools[3].run(no_room), strict=True):
+        for ((kind, text),), next_is_right in rows:
+            assert next_is_right
+            assert kind == "OutOfMemoryError"
+            assert "rank 1 ran out of memory; train with more microbatches" in text
 
 
 class Alarmed(nn.Module):

@@ -6,7 +6,7 @@
    `dualpipe` and `blocks`; `published` holds the bubble and memory formulas of their papers.
 3. `recompute` inserts recomputations; `lowering` adds which tensor is sent where.
 4. `validation` reports the first rule that a schedule breaks; `running_order` visits its
-   instructions in an order in which they can run.
+   instructions in an order in which they can run; `posting` says how early to post a receive.
 5. `text` prints a schedule and parses it again.
 """
 
@@ -14,6 +14,7 @@ from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
 from stagewise.schedule.placement import check_replicas, consecutive, in_flight, on_replicas
+from stagewise.schedule.posting import PostFrom, post_from
 from stagewise.schedule.published import Bubble, EqualStages, InFlight
 from stagewise.schedule.recompute import POLICIES, Segments, refine, with_recompute
 from stagewise.schedule.running_order import Blocked, walk
@@ -40,6 +41,7 @@ __all__ = [
     "LoweredProgram",
     "Message",
     "NamedSchedule",
+    "PostFrom",
     "Program",
     "Schedule",
     "Segments",
@@ -57,6 +59,7 @@ __all__ = [
     "one_f_one_b",
     "parse_programs",
     "parse_schedule",
+    "post_from",
     "refine",
     "schedule_of",
     "schedule_row",

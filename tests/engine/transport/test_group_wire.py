@@ -1,5 +1,6 @@
 """Sent tensors are let go once they have left, also where works do not tell."""
 
+import threading
 import time
 import weakref
 
@@ -49,6 +50,23 @@ def test_a_lost_receiver_is_told_at_the_end() -> None:
         work.done = True
         with pytest.raises(RuntimeError, match="connection closed"):
             outbox.finish()
+
+
+def test_a_gpus_works_are_never_waited_for_on_another_thread() -> None:
+    """There, a wait makes the thread's stream wait: that on which the main thread computes."""
+    threads: list[threading.Thread] = []
+
+    class GpuWork(Work):
+        def wait(self) -> None:
+            threads.append(threading.current_thread())
+
+    outbox, header = Outbox(), Work()
+    for _ in range(3):  # "meta" stands for a GPU: bytes of no memory
+        outbox.add(GpuWork(), torch.empty(KEPT_BYTES, device="meta"))  # type: ignore[arg-type]
+        outbox.add(header, torch.zeros(KEPT_BYTES))  # type: ignore[arg-type]
+    header.done = True
+    outbox.finish()
+    assert threads == [threading.current_thread()] * 3
 
 
 def send_much() -> float:

@@ -19,6 +19,7 @@ from stagewise.engine.transport.connect import wires_for
 from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.group_wire import GroupWire
+from stagewise.engine.transport.link_groups import LinkGroups
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.sockets import Sockets
@@ -48,22 +49,24 @@ def socket_pair() -> list[Wires]:
 def over_group() -> Wires:
     """Without sockets, as between hosts."""
     group, own = whole()
-    wire = GroupWire(own, group, group)
+    wire = GroupWire(own, group)
     return Wires(wire, wire)
 
 
-def over_own_groups() -> Wires:
-    """As on GPUs, one for each direction."""
+def over_links() -> Wires:
+    """As on GPUs: a group of two ranks for each direction."""
     group, own = whole()
-    wire = GroupWire.connect(own, group, ways=2)
-    return Wires(wire, wire)
+    wire = LinkGroups(own, group, CPU)
+    wire.prepare([(0, 1), (1, 0)])
+    return Wires(wire, wire, prepare=wire.prepare)
 
 
 def nccl() -> Wires:
     group, own = whole()
     torch.cuda.set_device(dist.get_rank())
-    data = GroupWire.connect(own, group, ways=2, backend="nccl")
-    return Wires(data, GroupWire(own, group, group))
+    data = LinkGroups(own, group, torch.device("cuda", torch.cuda.current_device()))
+    data.prepare([(0, 1), (1, 0)])
+    return Wires(data, GroupWire(own, group), prepare=data.prepare)
 
 
 def by_sockets() -> Wires:
@@ -100,7 +103,7 @@ HERE: dict[str, Callable[[], list[Wires]]] = {
 }
 BETWEEN: dict[str, Callable[[], Wires]] = {
     "gloo": over_group,
-    "gloo, own groups": over_own_groups,
+    "a group a link": over_links,
     "Unix sockets": by_sockets,
     "TCP": by_tcp,
     "both by size": by_size,

@@ -19,7 +19,7 @@ from stagewise.batch.values import Apart
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import Observer, Work
 from stagewise.engine.step.programs import Bound
-from stagewise.engine.transport.failure import Failure, Lost
+from stagewise.engine.transport.failure import Failure, Lost, is_out_of_memory
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.transport import Mail
 from stagewise.errors import PeerError
@@ -48,7 +48,15 @@ def execute(
         value: Any = None  # to send: a list with one value per message if there are several
         received: list[Apart] = []
         for message in receives:
-            apart = mail.receive(message)
+            try:
+                apart = mail.receive(message)
+            except Exception as error:
+                if record.lost or not is_out_of_memory(error):
+                    raise
+                record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+                received.clear()
+                _clear(stages)
+                apart = mail.receive(message)  # into the memory that is free now
             if isinstance(apart, Lost):
                 record.lost = True
             else:
@@ -61,6 +69,8 @@ def execute(
                 record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
             else:
                 ran.append((device, instruction, start, clock()))
+        if record.lost:
+            _clear(stages)
         for index, message in enumerate(sends):
             if not record.lost:
                 try:
@@ -70,15 +80,19 @@ def execute(
                     raise
                 except Exception as error:
                     record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+                    _clear(stages)
             mail.send_lost(message)
-        if record.lost:
-            for stage in stages.values():  # frees memory, which the placeholders need
-                stage.clear()
         if mail.look_ahead is not None:
             mail.look_ahead()
         for observe in observers:
             observe(instruction)
     return ran
+
+
+def _clear(stages: Mapping[int, Stage]) -> None:
+    """Free the memory of a step that has failed, which messages and placeholders need."""
+    for stage in stages.values():
+        stage.clear()
 
 
 @dataclass

@@ -10,11 +10,13 @@ from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (
     Instruction,
     Message,
+    PostFrom,
     Schedule,
     Step,
     forward_only,
     links,
     lower,
+    post_from,
 )
 
 
@@ -35,6 +37,7 @@ class RankProgram:
     steps: Sequence[Bound]
     instructions: Sequence[Instruction]  # of the steps
     links: Links
+    post_from: PostFrom | None  # None on CPUs, where a posted receive blocks nothing
     recomputed: frozenset[tuple[int, int]]  # (stage, microbatch)
 
 
@@ -50,8 +53,11 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         stages: Mapping[int, Stage],
         rank: int | None,  # None: this process runs all devices
         flows: Sequence[tuple[int, int]] = (),
+        *,
+        receives_block: bool = False,
     ) -> None:
         self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
+        self._receives_block = receives_block
 
     def __missing__(self, key: tuple[bool, int]) -> RankProgram:
         schedule = self._schedule_of(*key)
@@ -65,6 +71,7 @@ class Programs(dict[tuple[bool, int], RankProgram]):
             steps=[self._bound(device, step) for device, step in own],
             instructions=[step.instruction for _, step in own],
             links=links(programs),
+            post_from=post_from(programs) if self._receives_block else None,
             recomputed=schedule.recomputed,
         )
         return made

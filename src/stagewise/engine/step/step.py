@@ -99,7 +99,8 @@ class Runner:
         self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
         self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
         rank = None if self._alone else self.ranks.rank
-        self._programs = Programs(schedule, stages, rank, self.routes.flows)
+        blocks = rank is not None and self._device.type != "cpu"
+        self._programs = Programs(schedule, stages, rank, self.routes.flows, receives_block=blocks)
         self._needs = RankNeeds(
             routes=self.routes,
             inputs=first is not None,
@@ -269,7 +270,8 @@ class Runner:
         key = training, len(work.sizes)
         if step.stand_ins.cells:
             work = replace(work, stand_ins=step.stand_ins)
-        self.mail.begin(0 if self._alone else signature_of(work), program.links)
+        signature = 0 if self._alone else signature_of(work)
+        self.mail.begin(signature, program.links, program.post_from)
         if training and self._keepers:
             self._batchnorms.warn(work.sizes)
         observers = step.observers + ([request.observe] if request.observe else [])

@@ -1,5 +1,6 @@
 """Choose the devices and wires for a plan."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.group_wire import GroupWire
+from stagewise.engine.transport.link_groups import LinkGroups
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
@@ -25,6 +27,8 @@ from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
 Device = torch.device | str
+# With these, a stream that waits holds up the others.
+_BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 T = TypeVar("T")
 
 
@@ -81,7 +85,7 @@ def trial_wire() -> Wire:
     """Return a wire like a pipeline's data wire, but without creating process groups."""
     group = _whole(None)
     wires, rendezvous = _connections(own_device(), group)
-    return wires.data if own_device().type == "cpu" else GroupWire(rendezvous.peers, group, group)
+    return wires.data if own_device().type == "cpu" else GroupWire(rendezvous.peers, group)
 
 
 def values_of_all(value: T, what: str) -> list[T]:
@@ -146,8 +150,11 @@ def _leave() -> None:
 def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
     """On CPUs small tensors go through sockets; GPUs use two groups for data, gloo for control."""
     if device.type != "cpu":
-        data = GroupWire.connect(peers, group, ways=2)
-        return Wires(data, GroupWire.connect(peers, group, ways=1, backend="gloo"))
+        _check_streams(device)
+        data = LinkGroups(peers, group, device)
+        ranks = dist.get_process_group_ranks(group)
+        control = GroupWire(peers, dist.new_group(ranks, backend="gloo"), owned=True)
+        return Wires(data, control, prepare=data.prepare)
 
     def gather(value: object) -> list[object]:
         values = [value] * dist.get_world_size(group)
@@ -157,7 +164,7 @@ def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> W
 
     timeout = group._get_backend(device).options._timeout
     sockets, limits = connect_sockets(peers, gather, timeout)
-    wire = BySize(sockets, GroupWire(peers, group, group), limits)
+    wire = BySize(sockets, GroupWire(peers, group), limits)
     return Wires(wire, wire, sockets)
 
 
@@ -166,3 +173,14 @@ def _device_of(chain: Chain) -> torch.device:
         for tensor in (*cell.module.parameters(), *cell.module.buffers()):
             return torch.device("cpu") if tensor.is_meta else tensor.device
     return torch.device("cpu")
+
+
+def _check_streams(device: torch.device) -> None:
+    """Raise PlanError if the environment makes streams of `device` wait for each other."""
+    for name, value in _BLOCKING.items():
+        if device.type == "cuda" and os.environ.get(name) == value:
+            raise PlanError(
+                f"{name}={value} lets a stream that waits for a message hold up all others of its "
+                "GPU, so that ranks would wait for each other for ever; unset it, or run all "
+                "stages in one process (transport='local')"
+            )

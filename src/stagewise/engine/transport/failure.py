@@ -15,7 +15,15 @@ import torch
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 
-_NO_MEMORY = "can't allocate memory"  # c10's CPU allocator raises a plain RuntimeError
+# In messages of plain RuntimeErrors: c10's CPU allocator, CUDA and its libraries, NCCL, MPS.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
+)
 
 
 class Lost(enum.Enum):
@@ -60,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error`, or its cause, is a device running out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 

@@ -11,7 +11,7 @@ import torch
 from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.schedule import Message
+from stagewise.schedule import Message, PostFrom
 
 
 class LocalMailbox:
@@ -33,7 +33,7 @@ class LocalMailbox:
         if len(set(devices)) > 1:
             self.receive = functools.partial(_popped, self._values, devices)
 
-    def begin(self, signature: int, links: Links) -> None:
+    def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
         self._values.clear()
 
     def send_lost(self, message: Message) -> None:

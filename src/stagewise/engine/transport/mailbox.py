@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import torch
 
 from stagewise.batch.values import Apart
-from stagewise.engine.transport.failure import LOST, Lost
+from stagewise.engine.transport.failure import LOST, Lost, is_out_of_memory
 from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, densified, in_words
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.engine.transport.wire import Arrival, Wire, Wires
 from stagewise.errors import CellError
-from stagewise.schedule import Message
+from stagewise.schedule import Message, PostFrom
 
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 # On CPUs more than that, if small: posting many at once takes a quarter of the time.
@@ -38,7 +38,7 @@ class _Posted:
 
     message: Message
     header: Header
-    tensors: list[torch.Tensor]
+    tensors: list[torch.Tensor] | None  # None: in the stream, since the form changed
     arrival: Arrival
     is_marked: bool
     num_bytes: int
@@ -68,20 +68,27 @@ class Mailbox:
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
         self._incoming: dict[int, _Incoming] = {}
         self._arrived: dict[Message, Apart | Lost] = {}
+        self._unposted: dict[Message, Header] = {}  # whose headers came; there was no room yet
+        self._post_from: PostFrom | None = None
+        self._num_ran = 0  # instructions of this call
 
     def renumber(self, devices: Sequence[torch.device]) -> None:
         self._forms = Forms()
 
-    def begin(self, signature: int, links: Links) -> None:
+    def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
+        if self._wires.prepare is not None:
+            self._wires.prepare(links)
         self._forms.begin(signature)
         self._arrived.clear()
+        self._unposted.clear()
+        self._post_from, self._num_ran = post_from, 0
         self._incoming = {
             source: _Incoming(deque(messages))
             for (source, destination), messages in links.items()
             if destination == self._rank
         }
         for incoming in self._incoming.values():
-            self._post(incoming, 0)
+            self._post_ahead(incoming, 0)
 
     def receive(self, message: Message) -> Apart | Lost:
         if message in self._arrived:
@@ -90,9 +97,10 @@ class Mailbox:
         while True:
             value: Apart | Lost = LOST
             if incoming.posted or self._post_next(incoming):
-                posted = incoming.posted.popleft()
-                incoming.num_bytes -= posted.num_bytes
+                posted = incoming.posted[0]
                 taken, value = posted.message, self._whole(posted)
+                incoming.posted.popleft()
+                incoming.num_bytes -= posted.num_bytes
             else:
                 taken = incoming.expected.popleft()
             if taken == message:
@@ -132,9 +140,10 @@ class Mailbox:
             self._start(rank, self._zeros(known))
 
     def look_ahead(self) -> None:
+        self._num_ran += 1
         for incoming in self._incoming.values():
             if incoming.expected:
-                self._post(incoming, self._posted_bytes)
+                self._post_ahead(incoming, self._posted_bytes)
 
     def waiting(self) -> Iterator[torch.Tensor]:
         for message, value in self._arrived.items():
@@ -142,7 +151,7 @@ class Mailbox:
                 yield from value[0]
         for incoming in self._incoming.values():
             for posted in incoming.posted:
-                yield from posted.tensors if is_skip(posted.message) else ()
+                yield from posted.tensors or () if is_skip(posted.message) else ()
 
     def finish(self) -> None:
         self._wires.finish()
@@ -150,20 +159,33 @@ class Mailbox:
     def clear(self) -> None:
         self._arrived.clear()
 
-    def _post(self, incoming: _Incoming, num_bytes: int) -> None:
-        """Post the next known messages: at least a few, and more up to `num_bytes`."""
-        expected, posted = incoming.expected, incoming.posted
-        while expected and (len(posted) < POSTED_AHEAD or incoming.num_bytes < num_bytes):
-            header = self._forms.known.get(expected[0])
-            if header is None:
-                return
-            self._post_one(incoming, header)
+    def _post_ahead(self, incoming: _Incoming, num_bytes: int) -> None:
+        """Post receives for the next messages: a few, more up to so many bytes, and all skips.
 
-    def _post_one(self, incoming: _Incoming, header: Header) -> None:
-        message, tensors, num_bytes = incoming.expected.popleft(), list[torch.Tensor](), 0
+        Where receives follow a rule, a skip's sender must never wait for its room.
+        """
+        expected, posted, rule = incoming.expected, incoming.posted, self._post_from
+        while expected and (
+            len(posted) < POSTED_AHEAD
+            or incoming.num_bytes < num_bytes
+            or (rule is not None and expected[0].distance > 1)
+        ):
+            header = self._forms.known.get(expected[0])
+            if header is None or (rule is not None and rule[expected[0]] > self._num_ran):
+                return
+            try:
+                self._post(incoming, header)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return  # it will be posted when it is needed
+
+    def _post(self, incoming: _Incoming, header: Header) -> None:
+        tensors, num_bytes = list[torch.Tensor](), 0
         for layout in header.layouts:
             tensors.append(layout.empty(self._device))
             num_bytes += tensors[-1].nbytes
+        message = incoming.expected.popleft()
         is_marked = message.source in self._marked
         awaited = [self._mark, *tensors] if is_marked else tensors
         arrival = self._data.start_receive(awaited, message.source)
@@ -171,35 +193,43 @@ class Mailbox:
         incoming.posted.append(_Posted(message, header, tensors, arrival, is_marked, num_bytes))
 
     def _post_next(self, incoming: _Incoming) -> bool:
-        """Post the next message, first reading its header if unknown; False if it is lost."""
+        """Post the next message, receiving its header first if needed; False if it is lost."""
         message = incoming.expected[0]
-        header = self._forms.known.get(message)
+        header = self._forms.known.get(message) or self._unposted.get(message)
         if header is None:
             payload = _receive_bytes(self._wires.control, message.source)
             header = self._forms.unpickled(payload)
-            if header is None:  # its sender failed; neither end remembers a form
+            if header is None:  # neither end remembers it
                 return False
-            if not self._forms.travelled(message, header, payload):
-                self._post_one(incoming, header)
-                return True
-        self._post(incoming, 0)
+            self._forms.travelled(message, header, payload)
+            self._unposted[message] = header  # comes once, even if there is no room yet
+        self._post(incoming, header)
+        self._unposted.pop(message, None)
+        self._post_ahead(incoming, 0)
         return True
 
     def _whole(self, posted: _Posted) -> Apart:
-        """Wait for the message and return it."""
+        """Wait for a message and return it."""
         posted.arrival()
-        header, tensors = posted.header, posted.tensors
         if posted.is_marked and self._mark.item():
-            message, stream = posted.message, self._wires.stream
-            assert stream is not None
-            payload = _receive_bytes(stream, message.source)
-            changed = self._forms.unpickled(payload)
-            assert changed is not None
-            self._forms.changed(message)
-            self._forms.travelled(message, changed, payload)
-            header, tensors = changed, [layout.empty(self._device) for layout in changed.layouts]
-            stream.start_receive(tensors, message.source)()
-        return header.unpacked(tensors)
+            self._note_changed(posted)
+        if posted.tensors is None:
+            assert self._wires.stream is not None
+            posted.tensors = [layout.empty(self._device) for layout in posted.header.layouts]
+            self._wires.stream.start_receive(posted.tensors, posted.message.source)()
+        return posted.header.unpacked(posted.tensors)
+
+    def _note_changed(self, posted: _Posted) -> None:
+        """Receive the new header of a message whose tensors then follow in the stream."""
+        message, stream = posted.message, self._wires.stream
+        assert stream is not None
+        payload = _receive_bytes(stream, message.source)
+        changed = self._forms.unpickled(payload)
+        assert changed is not None
+        self._forms.changed(message)
+        self._forms.travelled(message, changed, payload)
+        posted.header, posted.tensors, posted.arrival = changed, None, _nothing
+        posted.is_marked = False
 
     def _send_changed(
         self, message: Message, header: Header, dense: Sequence[torch.Tensor], known: Header
@@ -229,6 +259,10 @@ class Mailbox:
 
     def _zeros(self, header: Header) -> list[torch.Tensor]:
         return [layout.empty(self._device).zero_() for layout in header.layouts]
+
+
+def _nothing() -> None:
+    """Wait for nothing: it is here."""
 
 
 def _send_bytes(wire: Wire, payload: bytes, rank: int) -> None:

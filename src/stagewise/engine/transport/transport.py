@@ -9,7 +9,7 @@ import torch
 from stagewise.batch.values import Apart
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.schedule import Kind, Message
+from stagewise.schedule import Kind, Message, PostFrom
 
 Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -> in sending order
 
@@ -17,8 +17,11 @@ Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -
 class Mail(Protocol):
     """Moves the (flattened) messages of one call, between `begin` and `finish`."""
 
-    def begin(self, signature: int, links: Links) -> None:
-        """Prepare for one call; equal signatures promise equal shapes of equal messages."""
+    def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
+        """Prepare for one call; equal signatures promise equal shapes of equal messages.
+
+        `post_from` says when a receive may be posted; None: at any time.
+        """
 
     @property
     def receive(self) -> Callable[[Message], Apart | Lost]:

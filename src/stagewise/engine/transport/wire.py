@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+Link = tuple[int, int]  # ranks: source, destination
 Arrival = Callable[[], object]  # waits until the tensors have arrived
 
 
@@ -54,6 +55,8 @@ class Wires:
     data: Wire
     control: Wire
     stream: Wire | None = None
+    # Connects those of a program's links that are new; collective, before any is used.
+    prepare: Callable[[Collection[Link]], None] | None = None
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
