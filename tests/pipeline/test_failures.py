@@ -20,7 +20,7 @@ import stagewise
 from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.failure import is_out_of_memory
-from stagewise.engine.transport.message_form import Layout
+from stagewise.engine.transport.message_form import TensorLayout
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 from tests.harness import Pools
@@ -268,7 +268,7 @@ def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
 
     From that room on it has no memory, until it drops what its stages hold.
     """
-    empty, clear, found = Layout.empty, Stage.clear, []
+    empty, clear, found = TensorLayout.empty, Stage.clear, []
     cells = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
     wanted = MSE(nn.Sequential(*cells)(X), X).item()
     for num_known, first in itertools.product(range(2), range(4)):
@@ -276,7 +276,7 @@ def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
         for _ in range(num_known):  # messages' forms are then known, and rooms are made ahead
             pipe.step(X, target=X)
 
-        def scarce(layout: Layout, device: torch.device) -> Tensor:
+        def scarce(layout: TensorLayout, device: torch.device) -> Tensor:
             nonlocal rooms
             rooms += 1
             if dist.get_rank() == 1 and rooms > first:  # noqa: B023
@@ -288,7 +288,10 @@ def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
             rooms = -1000
             clear(stage)
 
-        with mock.patch.multiple(Layout, empty=scarce), mock.patch.object(Stage, "clear", cleared):
+        with (
+            mock.patch.multiple(TensorLayout, empty=scarce),
+            mock.patch.object(Stage, "clear", cleared),
+        ):
             errors.append(error_of(lambda: pipe.step(X, target=X)))  # noqa: B023
         after = pipe.step(X, target=X).item()
         found.append((errors, abs(after - wanted) < 1e-6))

@@ -10,8 +10,8 @@ from stagewise.schedule import (
     Message,
     lower,
     named_schedule,
-    post_from,
 )
+from stagewise.schedule.posting import post_from
 
 
 def test_one_f_one_b_with_three_microbatches() -> None:

@@ -14,7 +14,6 @@ from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
 from stagewise.schedule.instruction import Instruction, Kind
 from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
 from stagewise.schedule.placement import check_replicas, consecutive, in_flight, on_replicas
-from stagewise.schedule.posting import PostFrom, post_from
 from stagewise.schedule.published import Bubble, EqualStages, InFlight
 from stagewise.schedule.recompute import POLICIES, Segments, refine, with_recompute
 from stagewise.schedule.running_order import Blocked, walk
@@ -41,7 +40,6 @@ __all__ = [
     "LoweredProgram",
     "Message",
     "NamedSchedule",
-    "PostFrom",
     "Program",
     "Schedule",
     "Segments",
@@ -59,7 +57,6 @@ __all__ = [
     "one_f_one_b",
     "parse_programs",
     "parse_schedule",
-    "post_from",
     "refine",
     "schedule_of",
     "schedule_row",

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from stagewise.engine.transport.mailbox import POSTED_AHEAD
 from stagewise.engine.transport.transport import Links
-from stagewise.schedule import LoweredProgram, Message, PostFrom, links
+from stagewise.schedule import LoweredProgram, Message, links
+from stagewise.schedule.posting import PostFrom
 
 
 @dataclass(eq=False)

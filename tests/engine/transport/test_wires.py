@@ -18,8 +18,7 @@ from stagewise.engine.transport import peers
 from stagewise.engine.transport.connect import wires_for
 from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.failure import Lost
-from stagewise.engine.transport.group_wire import GroupWire
-from stagewise.engine.transport.link_groups import LinkGroups
+from stagewise.engine.transport.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.sockets import Sockets

@@ -17,7 +17,7 @@ from typing import Any
 
 from stagewise.batch.values import Apart
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.stage.work import Observer, Work
+from stagewise.engine.stage.work import Observer, Record, Work
 from stagewise.engine.step.programs import Bound
 from stagewise.engine.transport.failure import Failure, Lost, is_out_of_memory
 from stagewise.engine.transport.ranks import Ranks
@@ -42,8 +42,7 @@ def execute(
 
     A failure is noted in `work.record`, not raised, except PeerError and BaseExceptions.
     """
-    ran: _Times = []
-    record = work.record
+    ran, record = _Times(), work.record
     for device, instruction, action, receives, sends in steps:
         value: Any = None  # to send: a list with one value per message if there are several
         received: list[Apart] = []
@@ -53,40 +52,43 @@ def execute(
             except Exception as error:
                 if record.lost or not is_out_of_memory(error):
                     raise
-                record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
-                received.clear()
-                _clear(stages)
+                _fail(error, instruction, stages, record)
                 apart = mail.receive(message)  # into the memory that is free now
             if isinstance(apart, Lost):
                 record.lost = True
+                _clear(stages)
             else:
                 received.append(apart)
         if not record.lost:
             start = clock()
             try:
                 value = action(received, work)
-            except Exception as error:
-                record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
-            else:
                 ran.append((device, instruction, start, clock()))
-        if record.lost:
-            _clear(stages)
+            except Exception as error:
+                _fail(error, instruction, stages, record)
         for index, message in enumerate(sends):
             if not record.lost:
                 try:
                     mail.send(message, value if len(sends) == 1 else value[index])
                     continue
-                except PeerError:
-                    raise
                 except Exception as error:
-                    record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
-                    _clear(stages)
+                    _fail(error, instruction, stages, record)
             mail.send_lost(message)
         if mail.look_ahead is not None:
             mail.look_ahead()
         for observe in observers:
             observe(instruction)
     return ran
+
+
+def _fail(
+    error: Exception, instruction: Instruction, stages: Mapping[int, Stage], record: Record
+) -> None:
+    """Record what this rank failed by and free its memory; a lost peer is raised at once."""
+    if isinstance(error, PeerError):
+        raise error
+    record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+    _clear(stages)
 
 
 def _clear(stages: Mapping[int, Stage]) -> None:

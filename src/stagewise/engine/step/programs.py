@@ -4,20 +4,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.transport.transport import Links
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (
     Instruction,
     Message,
-    PostFrom,
     Schedule,
     Step,
     forward_only,
     links,
     lower,
-    post_from,
 )
+from stagewise.schedule.posting import PostFrom, post_from
+
+CPU = torch.device("cpu")
 
 
 class Bound(NamedTuple):
@@ -44,7 +47,8 @@ class RankProgram:
 class Programs(dict[tuple[bool, int], RankProgram]):
     """One schedule's programs, by (training, number of microbatches), created on demand.
 
-    `flows` are the pairs of non-adjacent stages between which skips travel.
+    `flows` are the pairs of non-adjacent stages between which skips travel. On a `device` other
+    than the CPU, a posted receive holds up what waits for the device.
     """
 
     def __init__(
@@ -53,11 +57,10 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         stages: Mapping[int, Stage],
         rank: int | None,  # None: this process runs all devices
         flows: Sequence[tuple[int, int]] = (),
-        *,
-        receives_block: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
-        self._receives_block = receives_block
+        self._receives_block = rank is not None and device.type != "cpu"
 
     def __missing__(self, key: tuple[bool, int]) -> RankProgram:
         schedule = self._schedule_of(*key)

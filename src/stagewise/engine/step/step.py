@@ -99,8 +99,7 @@ class Runner:
         self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
         self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
         rank = None if self._alone else self.ranks.rank
-        blocks = rank is not None and self._device.type != "cpu"
-        self._programs = Programs(schedule, stages, rank, self.routes.flows, receives_block=blocks)
+        self._programs = Programs(schedule, stages, rank, self.routes.flows, self._device)
         self._needs = RankNeeds(
             routes=self.routes,
             inputs=first is not None,

@@ -1,8 +1,7 @@
 """How values travel between ranks, and how ranks agree.
 
 1. `connect` chooses devices and wires for a plan, and returns the rank's `transport`: mail, ranks.
-2. A `wire` carries bytes. `group_wire` is torch.distributed's, on GPUs
-   with `link_groups`; `sockets` carry small tensors where
+2. A `wire` carries bytes. `group_wire` is torch.distributed's; `sockets` carry small tensors where
    `connect_sockets` can connect ranks; `peers` names a rank that does not answer.
 3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
    ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.transport.connect_sockets import connect_sockets
-from stagewise.engine.transport.group_wire import GroupWire
-from stagewise.engine.transport.link_groups import LinkGroups
+from stagewise.engine.transport.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers

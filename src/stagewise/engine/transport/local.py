@@ -11,7 +11,8 @@ import torch
 from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.schedule import Message, PostFrom
+from stagewise.schedule import Message
+from stagewise.schedule.posting import PostFrom
 
 
 class LocalMailbox:

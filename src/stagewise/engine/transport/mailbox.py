@@ -23,7 +23,8 @@ from stagewise.engine.transport.message_form import Header, densified, in_words
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.engine.transport.wire import Arrival, Wire, Wires
 from stagewise.errors import CellError
-from stagewise.schedule import Message, PostFrom
+from stagewise.schedule import Message
+from stagewise.schedule.posting import PostFrom
 
 POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 # On CPUs more than that, if small: posting many at once takes a quarter of the time.

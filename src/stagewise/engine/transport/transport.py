@@ -9,7 +9,8 @@ import torch
 from stagewise.batch.values import Apart
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.schedule import Kind, Message, PostFrom
+from stagewise.schedule import Kind, Message
+from stagewise.schedule.posting import PostFrom
 
 Links = Mapping[tuple[int, int], tuple[Message, ...]]  # (source, destination) -> in sending order
 
