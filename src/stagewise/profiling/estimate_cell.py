@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stagewise.batch.layouts import num_bytes
-from stagewise.batch.values import Apart, optionals, take_apart
+from stagewise.batch.values import Apart, leaf_of, optionals, take_apart
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.buffers import BufferKeeper
@@ -151,7 +151,8 @@ class CellTrial:
         work = self._work()
         instruction = Instruction(self._cell.index, Kind.FORWARD, 0)
         with self._batchnorms.one_update(training=False):
-            value, ops = self._run(instruction, list(self._received), work)
+            received = [([*map(leaf_of, tensors)], form) for tensors, form in self._received]
+            value, ops = self._run(instruction, received, work)
         return work, value, ops
 
     def _backward(

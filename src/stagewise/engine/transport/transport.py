@@ -26,7 +26,7 @@ class Mail(Protocol):
 
     @property
     def receive(self) -> Callable[[Message], Apart | Lost]:
-        """Wait for a message; its tensors are on this rank's device and need no copy."""
+        """Wait for a message: leaves on this rank's device, which belong to the receiver alone."""
 
     @property
     def send(self) -> Callable[[Message, Apart], None]:
