@@ -1,7 +1,11 @@
 """The loop, on a transport and stages that only write down what happens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from stagewise.batch.values import put_together, take_apart
@@ -11,13 +15,14 @@ from stagewise.engine.step.execute import Ran, execute
 from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport.connect import in_one_process
 from stagewise.engine.transport.failure import Lost
-from stagewise.schedule import Instruction, Message, lower, one_f_one_b, with_recompute
+from stagewise.schedule import Instruction, Message, gpipe, lower, one_f_one_b, with_recompute
 
 
 class Recorder:
     """Stage and transport at once; `log` holds the order of everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
         self.log: list[str] = []
         self.time = 0.0
 
@@ -63,6 +68,39 @@ def test_one_devices_program_in_order() -> None:
     assert ", ".join(recorder.log) == wanted, "a recomputation precedes the wait for its gradient"
     assert seen == [str(span.instruction) for span in spans]
     assert all(span.device == 1 and span.seconds == 1 for span in spans), "waiting is no work"
+
+
+def test_a_stage_runs_with_its_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels without a guard, and `device="cuda"` in a forward, mean the current one."""
+    current = ["none"]
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    module = SimpleNamespace(device=entered)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+
+    class Told(Recorder):
+        def action(self, instruction: Instruction) -> Action:
+            def run(received: list[object], work: Work) -> object:
+                self.log.append(current[-1])
+                return None
+
+            return run
+
+    for devices, wanted in {
+        ("cuda:0", "cuda:1"): ["cuda:0", "cuda:1", "cuda:1", "cuda:0"],
+        ("cuda:0", "cuda:0"): ["none"] * 4,
+        ("cpu", "cuda:0"): ["none", "cuda:0", "cuda:0", "none"],
+    }.items():
+        stages: Any = {index: Told(device) for index, device in enumerate(devices)}
+        stages[1].log = stages[0].log
+        for step in Programs(gpipe(2, 1), stages, rank=None)[True, 1].steps:
+            step.action([], None)  # type: ignore[arg-type]
+        assert stages[0].log == wanted
 
 
 def test_local_transport_moves_and_forgets() -> None:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
+from stagewise.batch.values import Apart
 from stagewise.engine.stage.stage import Action, Stage
+from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.transport import Links
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (
@@ -60,6 +63,7 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         device: torch.device = CPU,
     ) -> None:
         self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
+        self._num_devices = len({stage.device for stage in stages.values()})
         self._receives_block = rank is not None and device.type != "cpu"
 
     def __missing__(self, key: tuple[bool, int]) -> RankProgram:
@@ -85,13 +89,22 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         return [other for _, other in order].index(instruction)
 
     def _bound(self, device: int, step: Step) -> Bound:
-        action = self._stages[step.instruction.stage].action(step.instruction)
+        stage = self._stages[step.instruction.stage]
+        action = stage.action(step.instruction)
+        if self._num_devices > 1 and stage.device.type != "cpu":
+            action = partial(_on, stage.device, action)
         return Bound(device, step.instruction, action, step.receives, step.sends)
 
     def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
         if training:
             return self._schedule.of_first(num_microbatches)
         return forward_only(self._schedule.placement, num_microbatches)
+
+
+def _on(device: torch.device, action: Action, received: list[Apart], work: Work) -> Any:
+    """Run `action` with `device` as the current one, which kernels without a guard use."""
+    with torch.get_device_module(device).device(device):
+        return action(received, work)
 
 
 def _in_time_order(schedule: Schedule) -> Iterator[tuple[int, Instruction]]:

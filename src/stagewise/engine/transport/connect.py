@@ -1,6 +1,7 @@
 """Choose the devices and wires for a plan."""
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,7 +153,9 @@ def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> W
         _check_streams(device)
         data = LinkGroups(peers, group, device)
         ranks = dist.get_process_group_ranks(group)
-        control = GroupWire(peers, dist.new_group(ranks, backend="gloo"), owned=True)
+        gloo = dist.new_group(ranks, backend="gloo")
+        _check_own(device, gloo)
+        control = GroupWire(peers, gloo, owned=True)
         return Wires(data, control, prepare=data.prepare)
 
     def gather(value: object) -> list[object]:
@@ -172,6 +175,22 @@ def _device_of(chain: Chain) -> torch.device:
         for tensor in (*cell.module.parameters(), *cell.module.buffers()):
             return torch.device("cpu") if tensor.is_meta else tensor.device
     return torch.device("cpu")
+
+
+def _check_own(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Raise PlanError on every rank if two ranks have the same device."""
+    properties = torch.get_device_module(device).get_device_properties(device)
+    own = socket.gethostname(), str(getattr(properties, "uuid", device))
+    everyone = [own] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
+    for rank, place in enumerate(everyone):
+        if (first := everyone.index(place)) < rank:
+            raise PlanError(
+                f"ranks {first} and {rank} are both on {device.type.upper()} {place[1]} of "
+                f"{place[0]}, which cannot send to itself; call "
+                "torch.accelerator.set_device_index(int(os.environ['LOCAL_RANK'])) before "
+                "init_process_group, and start one rank per device"
+            )
 
 
 def _check_streams(device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """The processes of torch.distributed, before they become ranks of a pipeline."""
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -20,7 +22,26 @@ def is_first() -> bool:
 
 
 def own_device() -> torch.device:
-    """Return the device whose tensors torch.distributed sends: with NCCL the GPU, else the CPU."""
-    if are_ready() and "nccl" in str(dist.get_backend()):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """Return the device whose tensors this process exchanges: its accelerator, else the CPU.
+
+    It is an accelerator if the process group has a backend for it, other than gloo, which only
+    takes pointers of its memory. Its index is the one the group is bound to, or the current one;
+    with the first one current, that of LOCAL_RANK.
+    """
+    group = dist.group.WORLD if are_ready() else None
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if group is None or kind is None or not _exchanges(group, kind):
+        return torch.device("cpu")
+    if group.bound_device_id is not None:
+        return group.bound_device_id
+    current, local = torch.accelerator.current_device_index(), os.environ.get("LOCAL_RANK", "")
+    if current == 0 and local.isdigit() and int(local) < torch.accelerator.device_count():
+        current = int(local)
+        torch.accelerator.set_device_index(current)
+    return torch.device(kind.type, current)
+
+
+def _exchanges(group: dist.ProcessGroup, kind: torch.device) -> bool:
+    """Return whether `group` has a backend for tensors of this kind of device."""
+    known = {device.type for device in group._device_types}
+    return kind.type in known and group._get_backend(kind).name() != "gloo"

@@ -25,16 +25,19 @@ RANK_0_SECONDS = 5.0
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the default process group: gloo on CPU, and NCCL too if there is a GPU."""
-    if torch.cuda.is_available():
-        local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    backend = "gloo" if kind is None else dist.get_default_backend_for_device(kind)
+    if kind is not None and backend != "gloo":
+        local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if local_rank >= num_devices:
             raise UsageError(
                 f"there is no GPU for worker {local_rank}: this machine has {num_devices}; "
                 'use fewer stages, or set CUDA_VISIBLE_DEVICES="" to train on the CPU'
             )
-        torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
+        device = torch.device(kind.type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(f"cpu:gloo,{kind.type}:{backend}", device_id=device)
     else:
         dist.init_process_group("gloo")
     try:
