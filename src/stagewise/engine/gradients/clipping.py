@@ -40,10 +40,8 @@ def clip_by_global_norm(
     norms = torch.zeros(len(dtypes), dtype=torch.float64)
     present = torch.zeros(len(dtypes), dtype=torch.int64)
     place = {name: index for index, name in enumerate(dtypes)}
-    for name, parameter in own.items():
-        if parameter.grad is not None and name in place:
-            norms[place[name]] = torch.linalg.vector_norm(_elements(parameter.grad)).double()
-            present[place[name]] = 1
+    for places, together in _norms(own, place):
+        norms[places], present[places] = together, 1
     unknown = [name for name in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
     rows = torch.tensor(
@@ -66,6 +64,20 @@ def clip_by_global_norm(
     total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype))
     torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total)
     return total
+
+
+def _norms(
+    own: Mapping[str, torch.nn.Parameter], place: Mapping[str, int]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield places and norms on the CPU, by device and dtype: one wait for each, not one a norm."""
+    found: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+    for name, parameter in own.items():
+        if parameter.grad is not None and name in place:
+            norm = torch.linalg.vector_norm(_elements(parameter.grad))
+            found.setdefault((norm.device, norm.dtype), []).append((place[name], norm))
+    for column in found.values():
+        places, norms = zip(*column, strict=True)
+        yield [*places], torch.stack(norms).cpu().double()
 
 
 @torch.no_grad()

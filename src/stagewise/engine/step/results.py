@@ -207,7 +207,7 @@ def _packed(number: torch.Tensor) -> list[int]:
 
 def _number(row: Sequence[int], device: torch.device) -> torch.Tensor:
     (value,) = struct.unpack("<d", struct.pack("<q", row[0]))
-    return torch.tensor(value, dtype=torch.float64).to(dtype=_DTYPES[row[1]], device=device)
+    return torch.full((), value, dtype=_DTYPES[row[1]], device=device)  # a copy would wait
 
 
 Merge = Callable[[list[object]], object]  # of the microbatches' outputs, in order
