@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.errors import ExactnessWarning
+from stagewise.model.chain import chain_of
 from tests.harness import Pools
 from tests.models import Call
 
@@ -52,7 +53,10 @@ def told(
 ) -> tuple[list[str], float]:
     """Both modes: the same warnings; and the loss."""
     plan = stagewise.Plan(
-        balance=(1, len(cells) - 1), schedule="1f1b", num_microbatches=count, recompute="always"
+        balance=(1, len(chain_of(nn.Sequential(*cells))) - 1),
+        schedule="1f1b",
+        num_microbatches=count,
+        recompute="always",
     )
     texts: list[list[str]] = []
     loss = float("nan")
@@ -131,6 +135,28 @@ def test_values_with_samples_elsewhere_say_nothing() -> None:
     first = Call(lambda value: value[0])
     cells = [heads, nn.LayerNorm(WIDTH), back, mask, first, *ends()]
     assert told(cells, torch.randn(B, LENGTH, WIDTH))[0] == []
+
+
+@stagewise.skippable(stash=["x"])
+class Stash(Cell):
+    def forward(self, x: Tensor, table: Tensor | None = None) -> object:
+        stagewise.stash("x", x)
+        return super().forward(x)
+
+
+@stagewise.skippable(pop=["x"])
+class Pop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + stagewise.pop("x")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("before", [nn.LayerNorm(WIDTH), Call(nn.functional.dropout)])
+def test_cells_with_skips(before: nn.Module) -> None:
+    x, alone = torch.randn(B, WIDTH), stagewise.SkipScope(Stash(torch.tanh), Pop())
+    assert told([nn.Identity(), before, alone], x)[0] == []
+    mixing = stagewise.SkipScope(Stash(lambda x: x - x.mean(0)), Pop())
+    (text,), _ = told([nn.Identity(), nn.Tanh(), mixing], x)
+    assert text.startswith("cell '2.0' mixes samples")
 
 
 WHOLE: dict[str, tuple[Callable[..., Tensor], int]] = {

@@ -83,20 +83,21 @@ class MixingLook:
             if not _counts_samples(pair):
                 return
         values = [_fresh(value) for value, _ in given]
+        has_skips = any(cell.skips.scopes for cell in cells)
         for cell in cells:
             named = [keywords.get(cell.index, {}) for _, keywords in given]
-            trial = _Trial(cell, run, [*zip(values, named, strict=True)], sizes, self._batch_dim)
+            each = [*zip(values, named, strict=True)]
+            trial = _Trial(cell, run, each, sizes, self._batch_dim, once=has_skips)
             outputs = trial.outputs(devices)
-            if outputs is None or (
-                trial.says and trial.differs(outputs) and trial.repeats(outputs)
-            ):
+            differs = outputs is None or trial.differs(outputs)
+            if differs and (outputs is None or (trial.says and trial.repeats(outputs))):
                 cause = trial.cause(self._keywords, sum(self._sizes))
                 if outputs is not None or cause is not None:
                     self.found[cell.name] = _words(cell, cause, self._batch_dim, self._sizes)
-            if outputs is None:
+            if outputs is None or (differs and has_skips):  # the whole is not the parts' own
                 return
             values = trial.with_whole_of_parts(outputs)
-        if not cells[0].skips.scopes and not self._tells(values, sizes):
+        if not has_skips and not self._tells(values, sizes):
             self._carried[cells[-1].index + 1] = values
 
     def _pair(self, both: Sequence[object], sizes: tuple[int, int]) -> Pair:
@@ -123,11 +124,13 @@ class _Trial:
         given: Sequence[_Given],
         sizes: tuple[int, int],
         batch_dim: int,
+        *,
+        once: bool,
     ) -> None:
         self._cell, self._run, self._given = cell, run, given
         self._sizes, self._batch_dim = sizes, batch_dim
-        self._once = bool(cell.skips.scopes)  # what it is given cannot be copied
-        self._in_eval = self._once or not cell.module.training
+        self._once = once  # what it is given cannot be copied
+        self._in_eval = once or not cell.module.training
         self.says = True  # whether a difference says anything
 
     def outputs(self, devices: Collection[torch.device]) -> list[object] | None:
