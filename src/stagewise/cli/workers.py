@@ -1,6 +1,7 @@
 """Run a command's body once per device: in this process, in our workers, or in torchrun's."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def run_in_workers(
 
     A worker joins the others and runs it. Otherwise `before` checks the request, and workers are
     started with the command line `arguments`, which leads them here; a single one runs in this
-    process.
+    process, and so do several that would have to share accelerators.
     """
     if launched():
         if world_size() != num_workers:
@@ -52,7 +53,8 @@ def run_in_workers(
 
         with joined():
             body()
-    elif num_workers == 1:
+    elif num_workers == 1 or _share_accelerators(num_workers):
+        _say_where(num_workers)
         body()
     else:
         before()
@@ -63,6 +65,21 @@ def run_in_workers(
                 raise SystemExit(INTERRUPTED_EXIT_CODE)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def _share_accelerators(num_workers: int) -> bool:
+    from stagewise.engine.transport.processes import accelerators
+
+    return 0 < len(accelerators()) < num_workers
+
+
+def _say_where(num_devices: int) -> None:
+    """Say on which accelerators this process runs the plan's devices; nothing without any."""
+    from stagewise.engine.transport.processes import devices_here
+
+    if devices := devices_here(num_devices):
+        where = ", ".join(f"{number} on {device}" for number, device in enumerate(devices))
+        print(f"one process runs all devices of the plan: {where}", file=sys.stderr)
 
 
 def end_stopped() -> None:

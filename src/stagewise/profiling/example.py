@@ -51,13 +51,13 @@ class Example:
 
     def measured(self, size: int, *, seconds: float, split: bool) -> tuple[CellCost, ...]:
         """Measure the costs of a microbatch of `size` samples on this rank."""
-        for cell in self.chain:
-            tensors = (*cell.module.parameters(), *cell.module.buffers())
-            if any(tensor.device != self.where for tensor in tensors):
-                cell.module.to(self.where)  # fails for quantised weights, even without a move
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
         what = f"measuring {len(self.chain)} cells on {size} samples, for about {seconds:g} s"
-        with notice_if_slow(what), in_training_mode(self.model, self.chain):
+        with (
+            notice_if_slow(what),
+            in_training_mode(self.model, self.chain),
+            _moved(self.chain, self.where),
+        ):
             return profile(
                 self.chain,
                 move(first, self.where),  # type: ignore[arg-type]
@@ -66,6 +66,23 @@ class Example:
                 seconds=seconds,
                 split=split,
             )
+
+
+@contextmanager
+def _moved(chain: Chain, device: torch.device) -> Iterator[None]:
+    """Put the cells that are elsewhere on `device`, for the body."""
+    homes = {}
+    for cell in chain:
+        found = {tensor.device for tensor in (*cell.module.parameters(), *cell.module.buffers())}
+        if found - {device}:  # `to` fails for quantised weights, even without a move
+            homes[cell.module] = found.pop() if len(found) == 1 else None
+            cell.module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in homes.items():
+            if home is not None:
+                module.to(home)
 
 
 @contextmanager
@@ -115,7 +132,8 @@ def example_of(
         raise BatchError(
             "nothing in the example has samples; pass tensors with samples along dimension 0"
         )
-    devices, _ = connect("local", None, chain, 1)
+    here, _ = connect("local", None, chain, 1)
+    where = device or (own_device() if num_processes() > 1 else here[0])
     first, named = entering(model, inputs, keywords)
     return Example(
         model=model,
@@ -124,7 +142,7 @@ def example_of(
         target=target,
         keywords=named,
         loss=loss,
-        where=torch.device(device) if device is not None else devices[0],
+        where=torch.device(where),
         num_samples=batch.num_samples,
         parts=None if batch.sizes is None else tuple(batch.sizes),
     )

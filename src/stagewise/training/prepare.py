@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stagewise.costs import CellCost
 from stagewise.engine.step.agreement import agreed
+from stagewise.engine.transport.processes import devices_here
 from stagewise.errors import (
     CheckpointError,
     RecipeError,
@@ -156,6 +157,7 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
         loss=recipe.loss,
         weight=recipe.weight,
         seed=options.seed,
+        devices=devices_here(plan.num_devices),
         init=recipe.init,
         accumulate_in_float32=recipe.accumulate_in_float32,
         batch_dim=recipe.batch_dim,

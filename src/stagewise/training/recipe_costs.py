@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import stagewise
 from stagewise.batch.split import extent
 from stagewise.costs import FREE_LINK, CellCost
+from stagewise.engine.transport.processes import devices_here
 from stagewise.errors import BatchError
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
@@ -69,10 +70,11 @@ def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
 
 
 def recipe_example(recipe: Recipe, model: Model, batch: Batch) -> Example:
-    """Return the example with which the model's cells are measured."""
+    """Return the example with which the model's cells are measured, where they will train."""
     inputs, target = batch
     chain_for(model, inputs, {}, recipe.cells)
-    return example_of(model, inputs, target, {}, recipe.loss, None)
+    where = devices_here(1) or [None]
+    return example_of(model, inputs, target, {}, recipe.loss, where[0])
 
 
 def facts_of(

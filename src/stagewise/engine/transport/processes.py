@@ -41,6 +41,25 @@ def own_device() -> torch.device:
     return torch.device(kind.type, current)
 
 
+def accelerators() -> list[torch.device]:
+    """Return this machine's accelerators, in order, if processes could exchange their tensors."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or dist.get_default_backend_for_device(kind) == "gloo":
+        return []
+    return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def devices_here(num_devices: int) -> list[torch.device] | None:
+    """Return where one process runs each of a plan's devices: on the accelerators, in turn.
+
+    None on a machine without any, and if each device has a process of its own.
+    """
+    found = accelerators()
+    if not found or num_processes() > 1:
+        return None
+    return [found[device * len(found) // num_devices] for device in range(num_devices)]
+
+
 def _exchanges(group: dist.ProcessGroup, kind: torch.device) -> bool:
     """Return whether `group` has a backend for tensors of this kind of device."""
     known = {device.type for device in group._device_types}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from stagewise.engine.transport.connect import disconnect
+from stagewise.engine.transport.processes import accelerators
 from stagewise.errors import PeerError, UsageError
 from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
@@ -26,18 +27,19 @@ RANK_0_SECONDS = 5.0
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    backend = "gloo" if kind is None else dist.get_default_backend_for_device(kind)
-    if kind is not None and backend != "gloo":
-        local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
-        if local_rank >= num_devices:
+    if found := accelerators():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= len(found):
             raise UsageError(
-                f"there is no GPU for worker {local_rank}: this machine has {num_devices}; "
-                'use fewer stages, or set CUDA_VISIBLE_DEVICES="" to train on the CPU'
+                f"there is no GPU for worker {local_rank}: this machine has {len(found)}; "
+                "start no more workers, or let stagewise start them: with fewer GPUs than stages, "
+                'one process runs several on each; or set CUDA_VISIBLE_DEVICES="" to train on the '
+                "CPU"
             )
-        device = torch.device(kind.type, local_rank)
+        device = found[local_rank]
+        backend = dist.get_default_backend_for_device(device)
         torch.accelerator.set_device_index(local_rank)
-        dist.init_process_group(f"cpu:gloo,{kind.type}:{backend}", device_id=device)
+        dist.init_process_group(f"cpu:gloo,{device.type}:{backend}", device_id=device)
     else:
         dist.init_process_group("gloo")
     try:

@@ -1,0 +1,62 @@
+"""Where a command runs: a process per device, or one for all that share an accelerator."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stagewise.cli.main import app
+from stagewise.cli.workers import run_in_workers
+from stagewise.engine.transport import processes
+from stagewise.training.workers import launch
+from tests.recipes import log_of, write_recipe
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "workers", "launched", "said"),
+    [
+        (0, 1, False, ""),
+        (0, 2, True, ""),
+        (1, 1, False, "0 on cuda:0"),
+        (1, 2, False, "0 on cuda:0, 1 on cuda:0"),
+        (2, 2, True, ""),
+        (2, 4, False, "0 on cuda:0, 1 on cuda:0, 2 on cuda:1, 3 on cuda:1"),
+        (2, 3, False, "0 on cuda:0, 1 on cuda:0, 2 on cuda:1"),
+        (4, 1, False, "0 on cuda:0"),
+    ],
+)
+def test_workers_that_would_share_an_accelerator_are_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    accelerators: int,
+    workers: int,
+    launched: bool,
+    said: str,
+) -> None:
+    gpu = torch.device("cuda") if accelerators else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: gpu)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: accelerators)
+    monkeypatch.delenv("RANK", raising=False)
+    ran = []
+    monkeypatch.setattr(launch, "launch", lambda number, words: ran.append((number, words)))
+    run_in_workers(workers, ["x"], before=lambda: None, body=lambda: ran.append("here"))  # type: ignore[arg-type]
+    assert ran == [(workers, ["x"]) if launched else "here"]
+    err = capsys.readouterr().err
+    assert err == (f"one process runs all devices of the plan: {said}\n" if said else "")
+
+
+def test_two_stages_train_on_the_only_accelerator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the losses of a machine without any. The CPU stands for the accelerator."""
+    recipe = write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    more = ["--steps", "3", "--microbatches", "4", "--validate-every", "0"]
+    assert CliRunner().invoke(app, ["train", str(recipe), "--stages", "1", *more]).exit_code == 0
+    monkeypatch.setattr(processes, "accelerators", lambda: [torch.device("cpu")])
+    ran = CliRunner().invoke(app, ["train", str(recipe), "--stages", "2", *more])
+    assert (ran.exit_code, ran.exception) == (0, None)
+    assert "all devices of the plan: 0 on cpu, 1 on cpu" in ran.stderr
+    assert "stage 1:" in ran.stdout and "peak activations, all devices" in ran.stdout
+    assert log_of(tmp_path / "runs/tiny-2") == log_of(tmp_path / "runs/tiny")
