@@ -1,7 +1,7 @@
 """The costs of a recipe's model, estimated for a device or measured here, and facts for advice."""
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import stagewise
 from stagewise.batch.split import extent
 from stagewise.costs import FREE_LINK, CellCost
+from stagewise.engine.transport.connect import Device
 from stagewise.engine.transport.processes import devices_here
 from stagewise.errors import BatchError
 from stagewise.model.cell import Chain
@@ -73,7 +74,7 @@ def recipe_example(recipe: Recipe, model: Model, batch: Batch) -> Example:
     """Return the example with which the model's cells are measured, where they will train."""
     inputs, target = batch
     chain_for(model, inputs, {}, recipe.cells)
-    where = devices_here(1) or [None]
+    where: Sequence[Device | None] = devices_here(1) or [None]
     return example_of(model, inputs, target, {}, recipe.loss, where[0])
 
 
