@@ -293,6 +293,7 @@ def test_buffers_that_depend_on_order_are_refused(make: Callable[[], nn.Module],
     assert all(torch.equal(before[name], buffer) for name, buffer in pipe.named_buffers())
 
 
+@pytest.mark.filterwarnings("ignore:cell .1. mixes samples")  # so it does, by their places
 def test_constants_are_no_such_buffers() -> None:
     pipe = stagewise.Pipeline([nn.Linear(3, 3), Cached()], plan_of((2,), (2,)), loss=mse_loss)
     for size in (4, 8):

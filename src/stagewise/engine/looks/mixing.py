@@ -264,10 +264,10 @@ def _words(cell: Cell, cause: list[str] | None, batch_dim: int, sizes: Sequence[
             f"batch_dim={1 - batch_dim}, or bring the samples to dimension {batch_dim}"
         )
     return (
-        f"{name} mixes samples: what it returns for one depends on the others of its microbatch "
-        f"(a mean, a softmax, attention or a selection over the batch), so that {cut} along "
-        f"dimension {batch_dim} give something else than the whole batch; let the cell treat every "
-        "sample by itself, make what compares samples part of the loss, or plan "
+        f"{name} mixes samples: what it returns for one depends on the others of its microbatch, "
+        "or on its place (a mean, softmax, attention, routing or count over the batch), so that "
+        f"{cut} along dimension {batch_dim} give something else than the whole batch; let the cell "
+        "treat every sample by itself, make what compares samples part of the loss, or plan "
         "num_microbatches=1; if samples lie along another dimension, give Pipeline batch_dim, and "
         "mark with stagewise.Replicated what all samples share"
     )
