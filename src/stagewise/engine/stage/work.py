@@ -80,6 +80,7 @@ class Record:
     kept, `outputs`; the first fills `input_gradients`; every stage `added`, in the order of its
     cells, and every cell with keyword arguments `keyword_gradients`. `failure` is what went wrong
     here; a `lost` rank computes nothing more: it failed, or a value it needs will not arrive.
+    `partial` are the microbatches of each loss that others, which count, did not have.
     """
 
     losses: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class Record:
     outputs: dict[int, object] = field(default_factory=dict)
     input_gradients: dict[int, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
     keyword_gradients: KeywordGradients = field(default_factory=dict)
+    partial: dict[str, list[int]] = field(default_factory=dict)
     failure: Failure | None = None
     lost: bool = False
 

@@ -161,6 +161,8 @@ class Looks:
             found = {**work.look.first.found}
             work.look.carried.look_elsewhere(self.elsewhere)
             found |= {what: (0, text) for what, text in work.look.carried.found.items()}
+        for name, own in work.record.partial.items():
+            found[f"partial {name}"] = 0, _partial(name, own, work)
         if text := self._over_nothing(work):
             found["nothing"] = 0, text
         if late:
@@ -204,6 +206,23 @@ class Looks:
                     "at this weight tells)"
                 )
         return None
+
+
+def _partial(name: str, own: Sequence[int], work: Work) -> str:
+    is_added = any(added.name == name for parts in work.record.added.values() for added in parts)
+    remedy = (
+        "let the cell add it in every microbatch, as a mean over all samples at hand in which "
+        "those that it leaves out are 0"
+        if is_added
+        else "return it from every microbatch (0 if it does not apply), and give Pipeline a "
+        f"weight(target) that returns a dict with {name!r}: the number of samples in the loss"
+    )
+    return (
+        f"the loss {name!r} was computed in {len(own)} of {len(work.sizes)} microbatches only "
+        f"({', '.join(map(str, own))}), and counts by their share of the batch, as if it were 0 in "
+        "the others; a plain model that averages it over the samples to which it applies gives "
+        f"another number: {remedy}"
+    )
 
 
 def _has_sizes(batch: object) -> bool:

@@ -67,6 +67,8 @@ def agree_on_losses(ranks: Ranks, work: Work, source: int, device: torch.device)
     if ranks.rank == source and not main:
         main = _nothing(device)
     usual = not added and set(main) <= {MAIN_LOSS} and _are_numbers(main)
+    if not usual:
+        _note_partial(work.record.losses, work.record.added, work)
     only = main.get(MAIN_LOSS)
     if ranks.num_ranks > 1:
         row = [0, 0, int(usual), int(work.record.lost)]
@@ -99,7 +101,27 @@ def agree_on_shared_losses(
     if everyones is None:
         return None
     losses, from_cells = everyones
+    _note_partial(losses, from_cells, work)
     return _total(_main(losses, work) or _nothing(device), _added(from_cells, work), device)
+
+
+def _note_partial(losses: Losses, added: AddedLosses, work: Work) -> None:
+    """Record the losses that only some microbatches have, of those in which they count."""
+    has: dict[str, list[int]] = {}
+    for m, named in sorted(losses.items()):
+        for name in named:
+            has.setdefault(name, []).append(m)
+    for name, own in has.items():
+        if any(m not in own and share_of(work, name, m) for m in losses):
+            work.record.partial[name] = own
+    cells: dict[tuple[int, str], list[int]] = {}
+    for m, parts in sorted(added.items()):
+        for loss in parts:
+            if m not in cells.setdefault((loss.cell, loss.name), []):
+                cells[loss.cell, loss.name].append(m)
+    for (_, name), own in cells.items():
+        if len(own) < len(work.sizes):
+            work.record.partial[name] = own
 
 
 def _total(

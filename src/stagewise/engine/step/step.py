@@ -120,8 +120,7 @@ class Runner:
             )
         if request.batch_dim:
             request = request.marked()
-        # The first calls, then every so often one, are examined closely.
-        count = self._num_calls[request.mode]
+        count = self._num_calls[request.mode]  # the first, then every so often one, are examined
         examines = count < _EXAMINED_FIRST or count % _EXAMINED_EVERY == 0
         admitted = self._agree(request, examines)
         program = self._programs[request.mode is Mode.TRAIN, len(admitted.sizes)]
@@ -130,7 +129,8 @@ class Runner:
         record = work.record
         if record.input_gradients or record.keyword_gradients or work.parts.leaves:
             pass_on_gradients(work)
-        if late or examines or (loss is not None and loss.device.type == "cpu" and loss != loss):
+        is_nan = loss is not None and loss.device.type == "cpu" and loss != loss
+        if late or examines or record.partial or is_nan:
             self.looks.warn(work, late)
         return Result(
             loss=loss,
