@@ -11,7 +11,7 @@ MODELS_READY := $(MODELS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak test-gpu test-models bench clean
+.PHONY: help setup demo test lint types pytest soak test-gpu gpu-check test-models bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -19,7 +19,8 @@ help:
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict"
 	@echo "make soak      tests with thousands of generated models, new ones each time"
-	@echo "make test-gpu  the tests that need a GPU; skipped if there is none"
+	@echo "make test-gpu  the tests that need a GPU, or two or more; skipped if there is none"
+	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
@@ -53,10 +54,13 @@ soak: $(READY)
 
 test-gpu: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/pytest -m gpu; \
+		$(BIN)/pytest -m gpu tests/gpu; \
 	else \
 		echo "no GPU here: the GPU tests are skipped"; \
 	fi
+
+gpu-check: $(READY)
+	$(BIN)/python -m benchmarks.gpu_check
 
 # The model libraries need another version of torch, so they have their own environment.
 test-models: $(MODELS_READY)

@@ -46,9 +46,9 @@ class Raised:
 
 
 class Pool:
-    """K processes that share one gloo process group."""
+    """K processes that share one process group, with NCCL each on a GPU of its own."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, backend: str = "gloo") -> None:
         self.num_ranks = num_ranks
         self._directory = tempfile.TemporaryDirectory(prefix="stagewise-ranks-")
         store = Path(self._directory.name) / "store"
@@ -57,7 +57,7 @@ class Pool:
         for rank in range(num_ranks):
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_serve, args=(rank, num_ranks, str(store), theirs), daemon=True
+                target=_serve, args=(rank, num_ranks, str(store), theirs, backend), daemon=True
             )
             process.start()
             theirs.close()
@@ -113,13 +113,14 @@ class Pool:
 class Pools:
     """One living pool per number of ranks, started when first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
         self._pools: dict[int, Pool] = {}
+        self._backend = backend
 
     def __getitem__(self, num_ranks: int) -> Pool:
         pool = self._pools.get(num_ranks)
         if pool is None or not pool.alive:
-            pool = self._pools[num_ranks] = Pool(num_ranks)
+            pool = self._pools[num_ranks] = Pool(num_ranks, self._backend)
         return pool
 
     def kill(self) -> None:
@@ -129,7 +130,7 @@ class Pools:
                 pool.kill()
 
 
-def _serve(rank: int, num_ranks: int, store: str, link: Connection) -> None:
+def _serve(rank: int, num_ranks: int, store: str, link: Connection, backend: str) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, which ends us
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
@@ -137,7 +138,9 @@ def _serve(rank: int, num_ranks: int, store: str, link: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     while True:
         try:
             case, args = link.recv()
