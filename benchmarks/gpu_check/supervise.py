@@ -100,7 +100,8 @@ def _received(receiver: Connection, process: Process) -> tuple[str, Row]:
             ending, row = receiver.recv()
             return str(ending), dict(row)
     except EOFError:
-        process.join(1)
+        pass
+    process.join(10)
     return f"died: exit code {process.exitcode}", {}
 
 
