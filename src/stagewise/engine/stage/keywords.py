@@ -4,17 +4,21 @@ Every cell gets its own tensors: no other cell sees its in-place changes, and th
 gradients are summed does not depend on where the chain is cut.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from stagewise.batch.markers import Arguments
+from stagewise.batch.split import split_named
 from stagewise.batch.values import leaf_of, put_together, take_apart
 from stagewise.engine.stage.flight import CellKeywords, Flight
 from stagewise.engine.stage.work import StageGiven, Work
+from stagewise.engine.transport.lanes import Arrivals
 from stagewise.errors import BatchError
 from stagewise.model.cell import Cell, Chain
+
+_Parts = Sequence[Mapping[str, object]]  # by microbatch
 
 
 def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torch.device) -> None:
@@ -23,20 +27,41 @@ def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torc
     Their gradients are entered in the record as well.
     """
     given, place, keywords = [], flight.num_received, work.parts.keywords[m]
+    arrived = work.parts.arrived.get(device)
+    there = keywords if arrived is None else arrived[m]
     for cell in cells:
         names = cell.keywords(work.num_args if cell.index == 0 else 1)
         own = {name: keywords[name] for name in names if name in keywords}
         if not own:
             continue
         tensors, structure = take_apart(own)
+        moved = tensors if arrived is None else take_apart({name: there[name] for name in own})[0]
         gradients: list[torch.Tensor | None] = [None] * len(tensors)
         places = slice(place, place + len(tensors))
         place = places.stop
         work.record.keyword_gradients[m, -cell.index] = tensors, gradients
         given.append(CellKeywords(cell.index, structure, tensors, gradients, places))
-        flight.inputs += [leaf_of(tensor.to(device)) for tensor in tensors]
+        flight.inputs += [leaf_of(tensor.to(device)) for tensor in moved]
     flight.keywords = given
     flight.gradients += [None] * (place - flight.num_received)
+
+
+def named_parts(
+    named: Mapping[str, object], sizes: Sequence[int], stages: Iterable[tuple[Chain, torch.device]]
+) -> tuple[_Parts, Mapping[torch.device, _Parts]]:
+    """Return `Parts.keywords` and `Parts.arrived` for cells and devices of `stages`."""
+    if not named:
+        return (), {}
+    keywords = split_named(named, sizes)
+    taken: dict[torch.device, set[str]] = {}
+    for cells, device in stages:
+        if device.type != "cpu":
+            names = (name for cell in cells for name in cell.keywords(cell.index and 1))
+            taken.setdefault(device, set()).update(names)
+    return keywords, {
+        device: Arrivals([{n: m[n] for n in m if n in names} for m in keywords], device)
+        for device, names in taken.items()
+    }
 
 
 def given_of(flight: Flight) -> StageGiven:

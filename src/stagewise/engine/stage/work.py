@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -100,13 +101,15 @@ class Record:
 class Parts(NamedTuple):
     """This rank's part of a batch, by microbatch; empty where it has none.
 
-    `leaves` are (caller's target, the leaf given to the loss in its place) pairs.
+    `leaves` are (caller's target, the leaf given to the loss in its place) pairs. `keywords` are
+    the caller's, `arrived` those on each accelerator that takes some.
     """
 
     inputs: Sequence[object] = ()
     targets: Sequence[object] = ()
     leaves: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     keywords: Sequence[Mapping[str, object]] = ()
+    arrived: Mapping[torch.device, Sequence[Mapping[str, object]]] = MappingProxyType({})
 
 
 NO_PARTS = Parts()

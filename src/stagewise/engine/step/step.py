@@ -17,13 +17,12 @@ from functools import partial
 import torch
 
 from stagewise.batch.markers import Arguments
-from stagewise.batch.split import shares_of_samples, split, split_named
-from stagewise.batch.values import move
+from stagewise.batch.split import shares_of_samples
 from stagewise.engine.gradients.batch import pass_on_gradients, share_gradients
 from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Policies, Settlement
 from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
-from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves
+from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves, named_parts
 from stagewise.engine.stage.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
@@ -43,6 +42,7 @@ from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf, Unchanged
 from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
+from stagewise.engine.transport.lanes import arriving
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import CellError, PeerError, StagewiseError
 from stagewise.mesh import Mesh
@@ -201,13 +201,13 @@ class Runner:
         leaves: Leaves = []
         if self._first is not None:
             whole = Arguments() if request.inputs is None else request.inputs
-            inputs = split(move(whole, self._first.device), sizes)
+            inputs = arriving(whole, self._first.device, sizes)
         if self._last is not None and request.target is not None:
-            targets = split(move(request.target, self._last.device), sizes)
+            targets = arriving(request.target, self._last.device, sizes)
             if not isinstance(request.target, torch.Tensor) or request.target.requires_grad:
                 targets, leaves = as_leaves(targets)
-        keywords = split_named(request.keywords, sizes) if request.keywords else ()
-        return Parts(inputs, targets, leaves, keywords)
+        on = ((stage.cells, stage.device) for stage in self.stages.values())
+        return Parts(inputs, targets, leaves, *named_parts(request.keywords, sizes, on))
 
     def _run(
         self, request: Request, program: RankProgram, work: Work

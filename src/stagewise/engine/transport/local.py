@@ -1,22 +1,24 @@
 """One process that runs every stage: a dictionary in place of messages.
 
-Passing a value between two stages is `dict.__setitem__` and `dict.pop`, with no wrapper.
+Passing a value between two stages is `dict.__setitem__` and `dict.pop`, with no wrapper. If stages
+are on several devices, a value sets out for its destination's when it is sent (see `lanes`).
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
+from stagewise.engine.transport.lanes import Lane, lane
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.schedule import Message
 from stagewise.schedule.posting import PostFrom
 
 
 class LocalMailbox:
-    """Values wait in a dictionary, then move to their destination's device.
+    """Values wait in a dictionary, on their destination's device.
 
     `devices[s]` is stage s's device; in one process a replicated stage exists once.
     """
@@ -25,17 +27,32 @@ class LocalMailbox:
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._values: dict[Message, Apart | Lost] = {}
-        self.send: Callable[[Message, Apart], None] = self._values.__setitem__
+        self._events: dict[Message, Any] = {}  # of copies under way
+        self.send: Callable[[Message, Apart], None]
         self.receive: Callable[[Message], Apart | Lost]
         self.renumber(devices)
 
     def renumber(self, devices: Sequence[torch.device]) -> None:
-        self.receive = self._values.pop
-        if len(set(devices)) > 1:
-            self.receive = functools.partial(_popped, self._values, devices)
+        self._devices = devices
+        several = len(set(devices)) > 1
+        self.send = self._start_copy if several else self._values.__setitem__
+        self.receive = self._await_copy if several else self._values.pop
+
+    def _lane(self, message: Message) -> Lane:
+        return lane(self._devices[message.source_stage], self._devices[message.destination_stage])
+
+    def _start_copy(self, message: Message, value: Apart) -> None:
+        copies, self._events[message] = self._lane(message).start(value[0])
+        self._values[message] = [t if t.is_leaf else leaf_of(t) for t in copies], value[1]
+
+    def _await_copy(self, message: Message) -> Apart | Lost:
+        value, event = self._values.pop(message), self._events.pop(message, None)
+        if not isinstance(value, Lost):
+            self._lane(message).wait(value[0], event)
+        return value
 
     def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
-        self._values.clear()
+        self.clear()
 
     def send_lost(self, message: Message) -> None:
         self._values[message] = LOST
@@ -50,14 +67,4 @@ class LocalMailbox:
 
     def clear(self) -> None:
         self._values.clear()
-
-
-def _popped(
-    values: dict[Message, Apart | Lost], devices: Sequence[torch.device], message: Message
-) -> Apart | Lost:
-    """Return the value, moved to the receiving stage's device."""
-    value, device = values.pop(message), devices[message.destination_stage]
-    if isinstance(value, Lost):
-        return value
-    there = (tensor if tensor.device == device else tensor.to(device) for tensor in value[0])
-    return [tensor if tensor.is_leaf else leaf_of(tensor) for tensor in there], value[1]
+        self._events.clear()
