@@ -5,5 +5,6 @@
    same for objects that a model returns.
 3. `split` cuts a minibatch into microbatches, and `join` joins their outputs; `custom_split` calls
    the user's function instead; `pairing` joins two microbatches again.
-4. `layouts` gives the dense tensors that make up a sparse one.
+4. `lanes` copy values to other devices ahead of their use.
+5. `layouts` gives the dense tensors that make up a sparse one.
 """

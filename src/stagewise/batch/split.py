@@ -6,19 +6,21 @@ without dimensions, or a part marked Replicated, goes to every microbatch whole;
 already split, and the rest of the batch is split into the same sizes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.lanes import Arrivals
 from stagewise.batch.markers import BatchDim, Microbatches, Replicated, is_mark, unmarked
-from stagewise.batch.values import flatten, with_paths
+from stagewise.batch.values import flatten, move, with_paths
 from stagewise.errors import BatchError, CellError
 
 # A leaf's path, its number of samples (per microbatch if already split), and the leaf.
 _Sized = tuple[str, int | tuple[int, ...], torch.Tensor | None]
+_Parts = Sequence[Mapping[str, object]]  # of arguments by name, by microbatch
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,25 @@ def split(value: object, sizes: Sequence[int]) -> list[object]:
     ]
 
 
-def split_named(values: Mapping[str, object], sizes: Sequence[int]) -> list[dict[str, object]]:
-    """Return one dict per microbatch."""
-    columns = {name: split(value, sizes) for name, value in values.items()}
-    return [{name: column[m] for name, column in columns.items()} for m in range(len(sizes))]
+def split_on(device: torch.device, value: object, sizes: Sequence[int]) -> Sequence[object]:
+    """Return the microbatches of `value` on `device`; on an accelerator they arrive in turn."""
+    if device.type == "cpu":
+        return split(move(value, device), sizes)
+    return Arrivals(split(value, sizes), device)
+
+
+def named_parts(
+    named: Mapping[str, object], sizes: Sequence[int], taken: Mapping[torch.device, Set[str]]
+) -> tuple[_Parts, Mapping[torch.device, _Parts]]:
+    """Return a dict per microbatch; and, for each device, one of the names `taken` there."""
+    if not named:
+        return (), {}
+    columns = {name: split(value, sizes) for name, value in named.items()}
+    parts = [{name: column[m] for name, column in columns.items()} for m in range(len(sizes))]
+    return parts, {
+        device: Arrivals([{n: part[n] for n in part if n in names} for part in parts], device)
+        for device, names in taken.items()
+    }
 
 
 def shares_of_samples(sizes: Sequence[int], total: int | None = None) -> tuple[float, ...]:

@@ -10,15 +10,11 @@ import torch
 from torch import nn
 
 from stagewise.batch.markers import Arguments
-from stagewise.batch.split import split_named
 from stagewise.batch.values import leaf_of, put_together, take_apart
 from stagewise.engine.stage.flight import CellKeywords, Flight
 from stagewise.engine.stage.work import StageGiven, Work
-from stagewise.engine.transport.lanes import Arrivals
 from stagewise.errors import BatchError
 from stagewise.model.cell import Cell, Chain
-
-_Parts = Sequence[Mapping[str, object]]  # by microbatch
 
 
 def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torch.device) -> None:
@@ -46,22 +42,14 @@ def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torc
     flight.gradients += [None] * (place - flight.num_received)
 
 
-def named_parts(
-    named: Mapping[str, object], sizes: Sequence[int], stages: Iterable[tuple[Chain, torch.device]]
-) -> tuple[_Parts, Mapping[torch.device, _Parts]]:
-    """Return `Parts.keywords` and `Parts.arrived` for cells and devices of `stages`."""
-    if not named:
-        return (), {}
-    keywords = split_named(named, sizes)
+def names_taken(stages: Iterable[tuple[Chain, torch.device]]) -> dict[torch.device, set[str]]:
+    """Return the names of the arguments that cells on each accelerator take by name."""
     taken: dict[torch.device, set[str]] = {}
     for cells, device in stages:
         if device.type != "cpu":
             names = (name for cell in cells for name in cell.keywords(cell.index and 1))
             taken.setdefault(device, set()).update(names)
-    return keywords, {
-        device: Arrivals([{n: m[n] for n in m if n in names} for m in keywords], device)
-        for device, names in taken.items()
-    }
+    return taken
 
 
 def given_of(flight: Flight) -> StageGiven:

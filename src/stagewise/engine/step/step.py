@@ -17,12 +17,12 @@ from functools import partial
 import torch
 
 from stagewise.batch.markers import Arguments
-from stagewise.batch.split import shares_of_samples
+from stagewise.batch.split import named_parts, shares_of_samples, split_on
 from stagewise.engine.gradients.batch import pass_on_gradients, share_gradients
 from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Policies, Settlement
 from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
-from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves, named_parts
+from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves, names_taken
 from stagewise.engine.stage.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
@@ -42,7 +42,6 @@ from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf, Unchanged
 from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
-from stagewise.engine.transport.lanes import arriving
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import CellError, PeerError, StagewiseError
 from stagewise.mesh import Mesh
@@ -93,6 +92,7 @@ class Runner:
             self.mail.renumber(devices)
         self.stages, self.schedule, self._first, self._last = stages, schedule, first, last
         self._devices = dict.fromkeys(devices)
+        self._taken = names_taken((stage.cells, stage.device) for stage in stages.values())
         self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
         self._mesh = mesh = Mesh(schedule.placement, self.ranks.num_ranks)
         self.last_ranks = mesh.ranks_of(schedule.num_stages - 1)
@@ -201,13 +201,12 @@ class Runner:
         leaves: Leaves = []
         if self._first is not None:
             whole = Arguments() if request.inputs is None else request.inputs
-            inputs = arriving(whole, self._first.device, sizes)
+            inputs = split_on(self._first.device, whole, sizes)
         if self._last is not None and request.target is not None:
-            targets = arriving(request.target, self._last.device, sizes)
+            targets = split_on(self._last.device, request.target, sizes)
             if not isinstance(request.target, torch.Tensor) or request.target.requires_grad:
                 targets, leaves = as_leaves(targets)
-        on = ((stage.cells, stage.device) for stage in self.stages.values())
-        return Parts(inputs, targets, leaves, *named_parts(request.keywords, sizes, on))
+        return Parts(inputs, targets, leaves, *named_parts(request.keywords, sizes, self._taken))
 
     def _run(
         self, request: Request, program: RankProgram, work: Work

@@ -4,8 +4,7 @@
 2. A `wire` carries bytes. `group_wire` is torch.distributed's; `sockets` carry small tensors where
    `connect_sockets` can connect ranks; `peers` names a rank that does not answer.
 3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
-   ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`);
-   between its devices, and from the host, values are copied ahead of their use (`lanes`).
+   ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).
 4. `ranks` is how ranks agree, exchange and sum; `rendezvous`, one for all Pipelines of a process
    group, checks that they make the same call.
 5. `failure`: what a failing rank tells the others. `processes`: those of torch.distributed, before

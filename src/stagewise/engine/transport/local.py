@@ -1,7 +1,7 @@
 """One process that runs every stage: a dictionary in place of messages.
 
 Passing a value between two stages is `dict.__setitem__` and `dict.pop`, with no wrapper. If stages
-are on several devices, a value sets out for its destination's when it is sent (see `lanes`).
+are on several devices, a value sets out for its destination's when it is sent (`batch.lanes`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from stagewise.batch.lanes import Lane, lane
 from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
-from stagewise.engine.transport.lanes import Lane, lane
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.schedule import Message
 from stagewise.schedule.posting import PostFrom

@@ -18,8 +18,7 @@ from typing import Any, overload
 
 import torch
 
-from stagewise.batch.split import split
-from stagewise.batch.values import Apart, move, put_together, take_apart
+from stagewise.batch.values import Apart, put_together, take_apart
 
 _WITHOUT_STREAMS = "cpu", "meta", "mps"
 _WAITING = "cpu", "mps"  # a copy to them must have ended before its value may be read
@@ -119,10 +118,3 @@ class Arrivals(Sequence[Any]):
         self._known.update(zip(map(id, new), copies, strict=True))
         self._event = event or self._event
         return ([self._known[id(tensor)] for tensor in tensors], structure), self._event
-
-
-def arriving(value: object, device: torch.device, sizes: Sequence[int]) -> Sequence[object]:
-    """Return the microbatches of `value` on `device`; on an accelerator they arrive in turn."""
-    if device.type == "cpu":
-        return split(move(value, device), sizes)
-    return Arrivals(split(value, sizes), device)

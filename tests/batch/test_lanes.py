@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from stagewise.batch import lanes
+from stagewise.batch.split import split_on
 from stagewise.batch.values import ONE
-from stagewise.engine.transport import lanes
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import Kind, Message, forward_only, lower, named_schedule
@@ -153,7 +154,7 @@ def test_from_the_host_each_microbatch_is_copied_while_the_one_before_it_runs(
         return There(machine, device)
 
     monkeypatch.setattr(lanes.Lane, "_copied", copied)
-    arriving = lanes.arriving(torch.arange(3.0), device, [1, 1, 1])
+    arriving = split_on(device, torch.arange(3.0), [1, 1, 1])
     assert len(arriving) == 3 and not begun
     for m, so_far in enumerate(([0.0, 1.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0])):
         assert arriving[m] is arriving[m]
