@@ -2,6 +2,8 @@
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,25 @@ def test_a_scaler_is_on_by_itself_under_float16_alone(tmp_path: Path) -> None:
         single = recipe_of(tmp_path, dtype="torch.float32")
         full = run(single, tmp_path / f"not {dtype}", steps=1)[0][1]["loss"]
         assert half != full and half == pytest.approx(full, rel=0.05)
+
+
+def test_autocast_is_that_of_the_machines_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def autocast(kind: str, dtype: torch.dtype) -> Iterator[None]:
+        entered.append(kind)
+        yield
+
+    recipe = recipe_of(tmp_path, "autocast = torch.bfloat16", dtype="torch.float32")
+    monkeypatch.setattr(torch, "autocast", autocast)
+    for here in (None, torch.device("xpu")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda here=here, **_: here)
+        with recipe.precision():
+            pass
+    assert entered == ["cpu", "cpu", "xpu"]
 
 
 def test_sums_in_float32_reach_the_pipeline(tmp_path: Path) -> None:

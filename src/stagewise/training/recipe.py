@@ -112,8 +112,8 @@ class Recipe:
         """Enter autocast, if the recipe asks for it."""
         with ExitStack() as stack:
             if self.autocast is not None:
-                kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-                for kind in kinds:
+                here = torch.accelerator.current_accelerator(check_available=True)
+                for kind in ("cpu",) if here is None else ("cpu", here.type):
                     stack.enter_context(torch.autocast(kind, dtype=self.autocast))
             yield
 

@@ -1,6 +1,7 @@
 """The costs of a recipe's model, estimated for a device or measured here, and facts for advice."""
 
 import os
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ def facts_of(
         num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, size)
     if device is None:
         found = _measured(recipe, num_microbatches)
-        memory, link = _memory_here() // num_devices, FREE_LINK
+        memory, link = _memory_here(num_devices), FREE_LINK
     else:
         found = estimate_recipe(recipe, device, num_microbatches)
         memory, link = device.memory_bytes, device.link(num_devices)
@@ -173,9 +174,16 @@ def num_samples_of(batch: Batch) -> int:
     return size
 
 
-def _memory_here() -> int:
-    """Return the bytes that training may use here: of all GPUs, or else of the machine."""
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return sum(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_here(num_devices: int) -> int:
+    """Return the bytes that each of a plan's devices may use here: of its GPU, or of the machine.
+
+    Devices that share a GPU share its memory; the smallest share counts.
+    """
+    gpus = devices_here(num_devices) if torch.cuda.is_available() else None
+    if gpus is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_devices
+    shares = Counter(gpus)
+    return min(
+        int(torch.cuda.get_device_properties(gpu).total_memory) // count
+        for gpu, count in shares.items()
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
@@ -307,6 +308,17 @@ def collectives() -> list[object]:
         ranks.broadcast(value if rank == 1 else None, 1),
         (ranks.rank, ranks.num_ranks, dist.get_world_size()),
     ]
+
+
+def timeout_of_a_subgroup() -> timedelta:
+    world = dist.new_group([0, 1], timeout=timedelta(seconds=77))
+    group = between_processes(torch.device("cpu"), world).ranks.group([0, 1])
+    assert group is not None
+    return group._group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_groups_of_replicas_wait_as_long_as_the_users_group(pools: Pools) -> None:
+    assert pools[2].run(timeout_of_a_subgroup) == [timedelta(seconds=77)] * 2
 
 
 def test_collectives(pools: Pools) -> None:

@@ -282,6 +282,6 @@ def _in_words(value: object) -> str:
 def _autocast() -> Autocast:
     return tuple(
         (kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
+        for kind in ("cpu", "cuda", "mps", "xpu")
         if torch.is_autocast_enabled(kind)
     )

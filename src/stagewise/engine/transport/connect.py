@@ -153,7 +153,7 @@ def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> W
         _check_streams(device)
         data = LinkGroups(peers, group, device)
         ranks = dist.get_process_group_ranks(group)
-        gloo = dist.new_group(ranks, backend="gloo")
+        gloo = dist.new_group(ranks, backend="gloo", timeout=data.timeout)
         _check_own(device, gloo)
         control = GroupWire(peers, gloo, owned=True)
         return Wires(data, control, prepare=data.prepare)

@@ -86,7 +86,7 @@ class LinkGroups(GroupWire):
         super().__init__(peers, group)
         self._device = device
         self._ranks = dist.get_process_group_ranks(group)
-        self._timeout = group._get_backend(device).options._timeout
+        self.timeout = group._get_backend(device).options._timeout
         self._links: dict[Link, dist.ProcessGroup | None] = {}  # None: between other ranks
 
     def prepare(self, links: Collection[Link]) -> None:
@@ -110,7 +110,7 @@ class LinkGroups(GroupWire):
         return group, int(self.rank == min(source, destination))
 
     def _connected(self, link: Link) -> dist.ProcessGroup | None:
-        group = dist.new_group([self._ranks[rank] for rank in link], timeout=self._timeout)
+        group = dist.new_group([self._ranks[rank] for rank in link], timeout=self.timeout)
         if self.rank not in link:
             return None
         assert isinstance(group, dist.ProcessGroup)

@@ -158,7 +158,8 @@ class Ranks:
         if self._world is None:
             return None
         everyone = dist.get_process_group_ranks(self._world)
-        made = dist.new_group([everyone[rank] for rank in ranks])
+        timeout = self._world._get_backend(self._device).options._timeout
+        made = dist.new_group([everyone[rank] for rank in ranks], timeout=timeout)
         return Group(made, self._device, self._rendezvous.peers) if self.rank in ranks else None
 
     def finish(self) -> None:
