@@ -17,7 +17,8 @@ from stagewise.model.skip import SkipScope
 from stagewise.model.skip_pairs import Scope, between_cells, check_skips, enter, skips_of
 
 V = TypeVar("V")
-Model = nn.Module | Sequence[nn.Module] | Captured  # what chain_of takes
+Held = nn.Module | Sequence[nn.Module]  # what holds cells
+Model = Held | Captured  # what chain_of takes
 
 
 def chain_of(model: Model) -> Chain:
@@ -56,8 +57,7 @@ def _children_of(model: Model) -> tuple[list[tuple[str, nn.Module]], tuple[Scope
     if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
         if not is_chain(model):
             raise _not_a_chain(model)
-        children = [(n, m) for n, m in model._modules.items() if m is not None]
-        return children, enter((), "", model)
+        return children_in(model), enter((), "", model)
     assert not isinstance(model, Captured)
     for index, module in enumerate(model):
         if not isinstance(module, nn.Module):
@@ -65,7 +65,7 @@ def _children_of(model: Model) -> tuple[list[tuple[str, nn.Module]], tuple[Scope
                 f"item {index} of the list of layers is a {type(module).__name__}; "
                 "every item must be an nn.Module"
             )
-    return [(str(index), module) for index, module in enumerate(model)], ()
+    return children_in(model), ()
 
 
 def _not_a_chain(model: nn.Module) -> ModelError:
@@ -83,6 +83,23 @@ def _not_a_chain(model: nn.Module) -> ModelError:
         "model as its cells), or pass an nn.Sequential or a list of modules, each taking the "
         "previous one's output"
     )
+
+
+def sequences_in(model: Model, path: str = "") -> Iterator[tuple[str, Held]]:
+    """Yield the Sequentials and lists whose children `chain_of` takes as cells, by their paths."""
+    if isinstance(model, Captured) or captured_of(model) is not None:
+        return
+    yield path, model
+    for name, child in children_in(model):
+        if _is_plain_sequential(child):
+            yield from sequences_in(child, f"{path}.{name}".lstrip("."))
+
+
+def children_in(sequence: Held) -> list[tuple[str, nn.Module]]:
+    """Return the children of a Sequential or list, by name."""
+    if isinstance(sequence, nn.Module):
+        return [(name, child) for name, child in sequence._modules.items() if child is not None]
+    return [(str(index), child) for index, child in enumerate(sequence)]
 
 
 def is_chain(model: nn.Module) -> bool:

@@ -197,6 +197,7 @@ class Pipeline(Calls):
             policies=policies,
         )
         self._runner.root = ModeOf(self.module, model)
+        self._runner.unchanged.follow(model, all_here=ranks.num_ranks == 1)
         self._runner.looks.elsewhere = not_run_here(chain, stages, loss)
 
     def timeline(self) -> Timeline:

@@ -1,6 +1,8 @@
 """A model that changes after its Pipeline was built is refused in words, on every rank."""
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,73 @@ def test_every_rank_refuses(pools: Pools) -> None:
     assert "ModelError parameters of another rank were added after" in first[1]
     assert "ModelError weight, parametrizations of a" in second[0]
     assert "ModelError 1.1.parametrizations.weight.original0" in second[1]
+
+
+def swap(model: nn.Sequential) -> None:
+    model[0], model[2] = model[2], model[0]
+
+
+SEQUENCES: dict[str, tuple[str, Callable[[nn.Sequential], object]]] = {
+    "replaced": ("0", lambda model: model.__setitem__(0, nn.Linear(4, 4))),
+    "appended": ("3", lambda model: model.append(nn.Tanh())),
+    "inserted": ("0, 1, 2, 3", lambda model: model.insert(0, nn.Tanh())),
+    "deleted": ("2", lambda model: model.__delitem__(2)),
+    "swapped": ("0, 2", swap),
+    "nested": (r"1\.0", lambda model: model[1].__setitem__(0, nn.ReLU())),  # type: ignore[operator]
+}
+
+
+@pytest.mark.parametrize(("names", "change"), SEQUENCES.values(), ids=SEQUENCES)
+@pytest.mark.parametrize("kind", [nn.Sequential, list], ids=["Sequential", "list"])
+def test_the_users_own_sequence_is_watched(
+    names: str, change: Callable[[nn.Sequential], object], kind: Callable[..., Any]
+) -> None:
+    layers = [nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 4)]
+    model = nn.Sequential(*layers) if kind is nn.Sequential else layers
+    plan = planned((2, 2), "1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    x = torch.ones(4, 4)
+    pipe.step(x, target=x)
+    change(model)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=f"^{names} of the model was added, removed, replaced"):
+        pipe.step(x, target=x)
+    with pytest.raises(ModelError, match=names):
+        pipe.evaluate(x, target=x)
+
+
+def test_a_model_that_is_dropped_or_emptied_is_no_more_watched() -> None:
+    x = torch.ones(4, 4)
+    for let_go in (list.clear, lambda layers: None):
+        layers = [nn.Linear(4, 4), nn.Tanh()]
+        plan = planned((1, 1), "1f1b", num_microbatches=2)
+        pipe = stagewise.Pipeline(layers, plan, loss=nn.functional.mse_loss)
+        let_go(layers)
+        del layers
+        assert pipe.step(x, target=x).isfinite()
+    pipe, model = built()
+    kept = weakref.ref(model)
+    del model
+    assert kept() is None
+    assert pipe.step(x, target=x).isfinite()
+
+
+def replaced_on_one_rank() -> str:
+    """Rank 0 notices, which does not run that cell."""
+    pipe, model = built()
+    x = torch.ones(4, 4)
+    if pipe.rank == 0:
+        model[1][1] = nn.Linear(4, 4)  # type: ignore[operator, index]
+    try:
+        pipe.step(x, target=x)
+    except (BatchError, ModelError) as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_refuses_a_replaced_cell(pools: Pools) -> None:
+    first, second = pools[2].run(replaced_on_one_rank)
+    assert first.startswith("1.1 of the model was")
+    assert "rank 0 refused the batch: 1.1 of the model was" in second
 
 
 def without_parameters() -> list[int]:

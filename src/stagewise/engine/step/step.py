@@ -70,7 +70,7 @@ class Runner:
         self._seed, self.routes, self._count = seed, routes, count
         self._alone = self.ranks.num_ranks == 1
         cells = [cell for stage in stages.values() for cell in stage.cells]
-        self._unchanged = Unchanged(cells)
+        self.unchanged = Unchanged(cells)
         self._batchnorms = BatchNorms(cells)
         parameters = (p for cell in cells for p in cell.module.parameters())
         self._policies = Policies([NewGradients(list(dict.fromkeys(parameters))), *policies])
@@ -151,7 +151,7 @@ class Runner:
             shared_flags=[flags.get(index) for index in self._replicated],
             training=self._alone or self.root is None or self.root.training,
             compares_values=examines,
-            check=partial(self._unchanged.check, training=request.mode is Mode.TRAIN),
+            check=partial(self.unchanged.check, training=request.mode is Mode.TRAIN),
         )
         admitted = admit(self.ranks, request, self._needs, state)
         self._num_calls[request.mode] += 1
@@ -289,7 +289,7 @@ class Runner:
         """Return the losses, agreed on by all ranks; None if any rank failed."""
         if work.mode is Mode.TRAIN:
             try:
-                self._unchanged.check_values(len(work.sizes))  # may explain an autograd error
+                self.unchanged.check_values(len(work.sizes))  # may explain an autograd error
                 if not work.record.lost:
                     self._policies.check(step)
             except CellError as error:

@@ -4,17 +4,21 @@ Ties, sums over replicas, float32 sums and running statistics are found when a P
 a parameter added later (by a parametrization or an adapter) would silently be left out. A parameter
 must also keep its values until the end of the step, since all microbatches must see the same. And
 the cells of a captured model have fixed what its forward decided from attributes, hooks and
-submodules of the user's module, which they no longer see (`stagewise.model.forward.watch`).
+submodules of the user's module, which they no longer see (`stagewise.model.forward.watch`). Nor is
+a cell seen that is put into the user's own Sequential or list later. That is watched by weak
+references: what this rank does not run stays the user's to drop.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
 from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell, Piece
+from stagewise.model.chain import Held, Model, children_in, sequences_in
 
 Parts = dict[str, nn.Module | nn.Parameter | None]
 
@@ -39,6 +43,24 @@ class _Made(NamedTuple):
     ids: tuple[int, ...]  # of the parts, which are kept alive so that no id is reused
 
 
+class _Sequence(NamedTuple):
+    """The user's own Sequential or list, and what it held."""
+
+    path: str
+    now: Callable[[], Held | None]
+    held: list[tuple[str, weakref.ref[nn.Module]]]
+
+    def changed(self) -> list[str]:
+        """The paths of children that differ; one that was emptied or dropped was let go."""
+        sequence = self.now()
+        now = [] if sequence is None else children_in(sequence)
+        if not now or [id(child) for _, child in now] == [id(child()) for _, child in self.held]:
+            return []
+        before = {name: child() for name, child in self.held}
+        names = [n for n in {**before, **dict(now)} if dict(now).get(n) is not before.get(n)]
+        return [f"{self.path}.{name}".lstrip(".") for name in names]
+
+
 class Unchanged:
     """Remembers the modules and parameters of `cells`."""
 
@@ -55,6 +77,23 @@ class Unchanged:
         self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions before the step
         pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
         self._watches = {piece.watch for piece in pieces if piece.watch is not None}
+        self._sequences: list[_Sequence] = []
+
+    def follow(self, model: Model, *, all_here: bool) -> None:
+        """Watch the sequences of `model`, the user's own, too.
+
+        A plain list can have no weak reference: it is watched where all cells are here.
+        """
+        for path, sequence in sequences_in(model):
+            now: Callable[[], Held | None]
+            if isinstance(sequence, nn.Module):
+                now = weakref.ref(sequence)
+            elif all_here:
+                now = partial(_itself, sequence)
+            else:
+                continue
+            held = [(name, weakref.ref(child)) for name, child in children_in(sequence)]
+            self._sequences.append(_Sequence(path, now, held))
 
     def check(self, *, training: bool) -> None:
         """Raise ModelError if the captured model, or in training a cell, has changed."""
@@ -66,6 +105,15 @@ class Unchanged:
                     "would not see that; pass what changes to forward as a tensor, or keep it in a "
                     "buffer and change that in place (under pipe.module, on every rank), or "
                     "capture the model and build the Pipeline again"
+                )
+
+        for sequence in self._sequences:
+            if names := sequence.changed():
+                raise ModelError(
+                    f"{', '.join(names[:5])} of the model was added, removed, replaced or moved "
+                    "after the Pipeline was built, which goes on with the cells that it was built "
+                    "from; change the model before building the Pipeline, or build it again (a "
+                    "model no longer needed can be dropped, or emptied)"
                 )
 
         if training:
@@ -93,6 +141,10 @@ class Unchanged:
                     f"the {num_microbatches} microbatches, by a part of the gradient, and that "
                     "cannot be undone here; run the optimizer after the step, or use one microbatch"
                 )
+
+
+def _itself(sequence: Held) -> Held:
+    return sequence
 
 
 def _made_of(module: nn.Module) -> _Made:
