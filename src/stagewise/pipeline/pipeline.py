@@ -5,6 +5,7 @@ its own stages' cells; drop your own reference to the model to free the rest.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -161,7 +162,7 @@ class Pipeline(Calls):
             "loss_reduction": loss_reduction,
             "split": split is not None,
             "merge": merge is not None,
-            "state": None if state is None else where(state),
+            "state": state is not None and Path(where(state)).name,  # hosts may have own folders
             "init": init is not None,
         }
         whole.agree(ranks, plan, options)

@@ -102,7 +102,9 @@ class Carried:
             first.before.put(changed(first.before, now) - own, now)
             follows = first.differs()
             last = self._snapshot(code)
-        again = own & changed(now, last) & changed(first.after, last)
+        # Not a cache, which the first forward of a form fills; the one just now has no graph.
+        again = changed(second.before, second.after) & changed(now, last)
+        again &= changed(first.after, last)
         if own and not follows:
             with self._put_back(code, now), contextlib.suppress(Exception):
                 first.before.put(own, now)
