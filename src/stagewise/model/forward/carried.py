@@ -72,7 +72,7 @@ class Carried:
             output = forward(*given)
             if _versions(given) != taken:  # its input was changed in place
                 return output
-            differs = None if again is None else _try(forward, given, again, compare(output))
+            differs = None if again is None else _try(forward, given, taken, again, compare(output))
             with warnings.catch_warnings(), contextlib.suppress(Exception):
                 warnings.simplefilter("ignore")
                 self._ran(code, _Run(before, self._snapshot(code), differs))
@@ -190,9 +190,15 @@ def _versions(given: object) -> list[int]:
 
 
 def _try(
-    forward: Forward, given: tuple[object, ...], again: Again, differs: Callable[[object], bool]
+    forward: Forward,
+    given: tuple[object, ...],
+    versions: list[int],
+    again: Again,
+    differs: Callable[[object], bool],
 ) -> Differs:
     def run() -> bool:
+        if _versions(given) != versions:  # a later cell has changed the input in place
+            return False
         with again():
             return differs(forward(*given))
 
