@@ -17,6 +17,8 @@ from tests.models import Call
 from tests.pipeline.runs import Run, assert_identical, even, merged, num_cells, train
 from tests.schedules import RUNNABLE
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes count:UserWarning")
+
 MSE = nn.functional.mse_loss
 
 

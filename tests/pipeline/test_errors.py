@@ -21,6 +21,8 @@ from stagewise.errors import (
 from tests.harness import Pools, Raised
 from tests.models import Call
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes calls:UserWarning")
+
 MSE = nn.functional.mse_loss
 SOON_SECONDS = 20  # on a busy machine; a time-out of gloo's would be 30 minutes
 

@@ -23,6 +23,8 @@ from tests.pipeline.runs import (
 )
 from tests.schedules import cuts, layout
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* (changes count|mixes samples):UserWarning")
+
 EXACT = sorted(name for name, example in EXAMPLES.items() if example.exact)
 SIZES = (10, 10, 8)  # ragged over 4 microbatches, and a smaller last batch
 

@@ -27,6 +27,8 @@ from tests.harness import Pools
 from tests.models import batch
 from tests.pipeline.runs import Record, Run, assert_identical, even, merged, num_cells, pipeline
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes count:UserWarning")
+
 MSE = nn.functional.mse_loss
 
 

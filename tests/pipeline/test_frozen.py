@@ -135,6 +135,7 @@ def plain(name: str, needs_grad: bool) -> tuple[Named, Tensor | None]:
     return {n: p.grad for n, p in model.named_parameters()}, inputs.grad
 
 
+@pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_plain_models(pools: Pools, name: str, needs_grad: bool) -> None:

@@ -10,6 +10,8 @@ from tests.harness import Pools
 from tests.models import EXAMPLES, Call, batch, build
 from tests.pipeline.runs import Run, even, num_cells, pipeline
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes count:UserWarning")
+
 SIZES = (1, 2, 3, 10)  # fewer than the 4 microbatches, and more
 PREDICTABLE = sorted(set(EXAMPLES) - {"loss_inside", "odd"})  # `odd` sums over the microbatch
 

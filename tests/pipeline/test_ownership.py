@@ -14,6 +14,8 @@ from stagewise.schedule import POLICIES
 from tests.harness import Pools, Raised
 from tests.models import Call
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes mean:UserWarning")
+
 MSE = nn.functional.mse_loss
 WIDTH = 6
 

@@ -30,6 +30,8 @@ from tests.models import (
 from tests.schedules import planned, stages_on
 from tests.soak import FACTOR, examples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* changes (count|param):UserWarning")
+
 WIDTH, LENGTH = 4, 3  # every cell maps (samples, LENGTH, WIDTH) to the same shape
 
 

@@ -24,6 +24,8 @@ from tests.pipeline.runs import (
     train_plain,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
+
 EXACT = sorted(name for name, example in EXAMPLES.items() if example.exact)
 RANDOM = ["conv_batchnorm", "language_dropout", "mlp_dropout", "noise", "odd", "unet_dropout"]
 LAYOUTS = {2: [(2,)], 3: [(3,), (2, 1)], 4: [(1, 2, 1), (2, 2)]}

@@ -13,6 +13,8 @@ from tests.harness import Pools
 from tests.models import EXAMPLES
 from tests.pipeline.runs import Run, assert_identical, even, merged, num_cells, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes counts:UserWarning")
+
 EVERY = ["conv_batchnorm", "language_dropout", "mlp_dropout", "tied_dropout", "unet_dropout"]
 
 

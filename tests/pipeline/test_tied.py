@@ -414,7 +414,7 @@ def buffers(persistent: bool) -> str:
 
 def test_shared_buffers_are_refused_unless_constant(pools: Pools) -> None:
     for text in [buffers(True), *pools[3].run(buffers, True)]:
-        assert "0.table on stage 0 and 2.table on stage 2 are one buffer" in text
+        assert "0.table on stage 0 and 2.table on stage 2 are the same buffer" in text
         assert "persistent=False" in text
     local = buffers(False)
     first, none, last = pools[3].run(buffers, False)

@@ -66,7 +66,7 @@ def test_a_recipe_may_weigh_its_targets(tmp_path: Path) -> None:
         weight = "" if name == "none" else f"def weight(target):\n    return {body}"
         recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\n{weight}"), name=f"{name}.py")
         # Such weights are not those of the loss, a mean over samples.
-        wrong = pytest.warns(ExactnessWarning, match=r"counted as .* by weight\(target\)")
+        wrong = pytest.warns(ExactnessWarning, match=r"are weighted .* by weight\(target\)")
         with wrong if name == "size" else nullcontext():
             run(recipe, tmp_path / name, stages=2)
         losses.append([r["loss"] for r in log_of(tmp_path / name) if "loss" in r])
@@ -246,7 +246,7 @@ def test_data_of_unknown_length_needs_steps(tmp_path: Path) -> None:
 def test_nothing_left_to_do(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run(recipe, tmp_path / "run", steps=4)
-    with pytest.raises(CheckpointError, match=r"4 steps done.*larger --steps"):
+    with pytest.raises(CheckpointError, match=r"already has 4 of 4 steps.*larger --steps"):
         run(recipe, tmp_path / "run", steps=4, resume=tmp_path / "run")
 
 

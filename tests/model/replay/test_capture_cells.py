@@ -148,6 +148,7 @@ def test_it_is_exact_at_every_cut(cells: list[str]) -> None:
     assert one[2]["calls"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
 @pytest.mark.parametrize("options", [{"schedule": "zb_h1"}, {"recompute": "always"}])
 def test_random_numbers_outside_blocks_are_drawn_once(options: dict[str, str]) -> None:
     """Layers are left out at random, which decides what the later cells do."""
@@ -165,6 +166,7 @@ def distributed_step(cells: list[str], options: dict[str, float]) -> Any:
     return step(cells, 2, transport="distributed", **options)
 
 
+@pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
 def test_between_processes_the_bits_are_the_same(pools: Pools) -> None:
     options = {"p": 0.2, "layerdrop": 0.2}
     ranks = pools[2].run(distributed_step, EVERY, options, seconds=110)
@@ -178,6 +180,7 @@ def test_between_processes_the_bits_are_the_same(pools: Pools) -> None:
     assert ranks[0][1].keys() & ranks[1][1].keys() == {"embed.weight"}, "the tied one alone"
 
 
+@pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
 def test_plan_takes_cells() -> None:
     torch.manual_seed(0)
     model, batch = Decoder().double(), words(6)

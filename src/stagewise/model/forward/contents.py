@@ -92,7 +92,8 @@ def frozen(value: Any) -> object:
     kind: Any = type(value)
     if not _hides(kind):
         return value
-    if getattr(value, "nbytes", 0) > _MOST_BYTES:
+    num_bytes = getattr(value, "nbytes", 0)  # a method of some
+    if isinstance(num_bytes, int) and num_bytes > _MOST_BYTES:
         is_array = isinstance(value, np.ndarray) and not value.dtype.hasobject
         return Frozen(kind, *digest_of_array(value)) if is_array else value
     try:
