@@ -156,9 +156,11 @@ class Stashed:
 class Frame:
     """The stashed values of one scope while its cells run."""
 
-    def __init__(self, own_names: frozenset[str] | None) -> None:
+    def __init__(
+        self, own_names: frozenset[str] | None, stashed: dict[str, Stashed] | None = None
+    ) -> None:
         self.own_names = own_names
-        self.stashed: dict[str, Stashed] = {}
+        self.stashed = stashed if stashed is not None else {}
         self.popped: list[Stashed] = []
 
 

@@ -83,21 +83,20 @@ class MixingLook:
             if not _counts_samples(pair):
                 return
         values = [_fresh(value) for value, _ in given]
-        has_skips = any(cell.skips.scopes for cell in cells)
         for cell in cells:
             named = [keywords.get(cell.index, {}) for _, keywords in given]
             each = [*zip(values, named, strict=True)]
-            trial = _Trial(cell, run, each, sizes, self._batch_dim, once=has_skips)
+            trial = _Trial(cell, run, each, sizes, self._batch_dim)
             outputs = trial.outputs(devices)
             differs = outputs is None or trial.differs(outputs)
             if differs and (outputs is None or (trial.says and trial.repeats(outputs))):
                 cause = trial.cause(self._keywords, sum(self._sizes))
                 if outputs is not None or cause is not None:
                     self.found[cell.name] = _words(cell, cause, self._batch_dim, self._sizes)
-            if outputs is None or (differs and has_skips):  # the whole is not the parts' own
+            if outputs is None:
                 return
             values = trial.with_whole_of_parts(outputs)
-        if not has_skips and not self._tells(values, sizes):
+        if not self._tells(values, sizes):
             self._carried[cells[-1].index + 1] = values
 
     def _pair(self, both: Sequence[object], sizes: tuple[int, int]) -> Pair:
@@ -124,13 +123,10 @@ class _Trial:
         given: Sequence[_Given],
         sizes: tuple[int, int],
         batch_dim: int,
-        *,
-        once: bool,
     ) -> None:
         self._cell, self._run, self._given = cell, run, given
         self._sizes, self._batch_dim = sizes, batch_dim
-        self._once = once  # what it is given cannot be copied
-        self._in_eval = once or not cell.module.training
+        self._in_eval = not cell.module.training
         self.says = True  # whether a difference says anything
 
     def outputs(self, devices: Collection[torch.device]) -> list[object] | None:
@@ -153,8 +149,7 @@ class _Trial:
         return found
 
     def _called(self, value: object, keywords: Mapping[str, object]) -> object:
-        if not self._once:
-            value, keywords = _fresh((value, keywords))  # type: ignore[misc]
+        value, keywords = _fresh((value, keywords))  # type: ignore[misc]
         return self._run(twin(self._cell, in_eval=self._in_eval), value, keywords)
 
     def differs(self, outputs: Sequence[object]) -> bool:
@@ -166,10 +161,9 @@ class _Trial:
         )
 
     def repeats(self, outputs: Sequence[object]) -> bool:
-        """Whether the first part's output comes again: the cell draws and counts nowhere."""
-        if self._once:
-            return True
-        pairs = zip(tensors_of(outputs[0]), tensors_of(self._called(*self._given[0])), strict=True)
+        """Whether the same outputs come again: the cell draws and counts nowhere."""
+        again = [self._called(*given) for given in self._given]
+        pairs = zip(tensors_of([*outputs]), tensors_of(again), strict=True)
         return all(_near(one, other, self._tolerance([one])) for one, other in pairs)
 
     def _differ(self, one: Tensor, two: Tensor, whole: Tensor, tolerance: float) -> bool:
@@ -190,8 +184,6 @@ class _Trial:
 
     def with_whole_of_parts(self, outputs: Sequence[object]) -> list[object]:
         """The outputs, with the parts' own in the whole, as far as they can be put together."""
-        if self._once:
-            return [*outputs]
         one, two = ([*output_leaves(output)] for output in outputs[:2])
         leaves, spec = flatten(opened(outputs[2]))
         tolerance = self._tolerance(tensors_of(outputs[2]))
@@ -205,8 +197,6 @@ class _Trial:
 
     def cause(self, keywords: Mapping[str, object], num_samples: int) -> list[str] | None:
         """The arguments of the batch's size that the cell needs whole, if that is all."""
-        if self._once:
-            return None
         flat = [with_paths((opened(value), dict(named))) for value, named in self._given]
         columns = [*zip(*flat, strict=True)]
         wholes: dict[int, tuple[str, object]] = {}

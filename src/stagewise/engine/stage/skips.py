@@ -6,11 +6,13 @@ returns the same way. To the stage it is one more input, or one more output.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from stagewise.batch.values import Apart, optionals, put_together, shared, take_apart
 from stagewise.engine.stage.keywords import invoke
@@ -79,10 +81,17 @@ class SkipRoutes:
 
 @dataclass
 class _Journey:
-    """A microbatch on its way from cell to cell."""
+    """A microbatch on its way from cell to cell; a pytree, which looks copy and compare."""
 
     value: object
     frames: dict[str, Frame]  # keyed by the scope's path
+
+    def onward(self) -> "_Journey":
+        """Itself for one more cell; that which the cell was given stays, to run it again."""
+        frames = {
+            path: Frame(frame.own_names, dict(frame.stashed)) for path, frame in self.frames.items()
+        }
+        return _Journey(self.value, frames)
 
     def stashed(self) -> set[Skip]:
         return {Skip(path, name) for path, frame in self.frames.items() for name in frame.stashed}
@@ -97,8 +106,11 @@ class _Visits:
 
     def run(self, cell: Cell, value: object, keywords: Mapping[str, object]) -> object:
         """Run one cell; the first unpacks the arriving skips, the last packs the leaving ones."""
-        journey = value if cell.index != self._cells[0].index else self._unpack(value)
-        assert isinstance(journey, _Journey)
+        if cell.index == self._cells[0].index:
+            journey = self._unpack(value)
+        else:
+            assert isinstance(value, _Journey)
+            journey = value.onward()
         before, value = journey.stashed(), journey.value
         with running(tuple(journey.frames[scope.path] for scope in cell.skips.scopes)):
             journey.value = invoke(cell.module, journey.value, keywords)
@@ -181,6 +193,24 @@ class SkipStage(Stage):
     def clear(self) -> None:
         self._num_inputs.clear()
         super().clear()
+
+
+def _parts_of(journey: _Journey) -> tuple[list[object], dict[str, frozenset[str] | None]]:
+    frames = journey.frames.items()
+    stashed = {path: {n: s.value for n, s in frame.stashed.items()} for path, frame in frames}
+    return [journey.value, stashed], {path: frame.own_names for path, frame in frames}
+
+
+def _journey_of(parts: Iterable[Any], own_names: Any) -> _Journey:
+    value, stashed = parts
+    frames = {
+        path: Frame(names, {name: Stashed(name, v) for name, v in stashed[path].items()})
+        for path, names in own_names.items()
+    }
+    return _Journey(value, frames)
+
+
+pytree.register_pytree_node(_Journey, _parts_of, _journey_of)
 
 
 def _several(value: object) -> tuple[object, ...]:

@@ -68,13 +68,13 @@ class CallLook:
         again: Again,
     ) -> Sequence[tuple[Cell, CellForward]]:
         """`calls` of microbatch m, looking; `last` is the whole chain's last cell."""
-        stage, by_skips = calls[0][0].index, any(cell.skips.scopes for cell, _ in calls)
+        stage = calls[0][0].index
         if last is not None:
             self.carried.last_stage = stage
         watched = []
         for cell, forward in calls:
             code = WatchedCode(cell.index, stage, f"cell {cell.name!r}", cell.module)
-            rerun = None if by_skips else partial(again, cell.index, m)
+            rerun = partial(again, cell.index, m)
             watched.append((cell, self.carried.watched(code, forward, rerun, compared)))
         return self.first.cells(watched, collector, m, last)
 
