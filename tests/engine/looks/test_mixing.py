@@ -92,6 +92,7 @@ MIXING: dict[str, Callable[..., object]] = {
     "routed": routed,
     "shuffled": lambda x: x.roll(1, 0),
     "in training": in_training,
+    "functional batchnorm": lambda x: nn.functional.batch_norm(x, None, None, training=True),
 }
 
 
@@ -112,9 +113,48 @@ def test_it_is_the_cell_that_uses_what_another_took_of_the_batch() -> None:
     assert text.startswith("cell '2' mixes samples")
 
 
+class Branching(nn.Module):
+    """The value of a batch, or of a buffer, decides which layers' outputs are added."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.by = by
+        self.register_buffer("adds", torch.tensor([True, False, True, False]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, adds in zip(self.layers, self.adds, strict=True):  # type: ignore[call-overload]
+            x = layer(x) if (x.mean() > 0 if self.by == "mean" else adds) else x - layer(x)
+        return x
+
+
+@pytest.mark.parametrize("by", ["mean", "buffer"])
+def test_a_captured_forward_that_branches_on_the_mean_of_its_batch(by: str) -> None:
+    """Found silent, in README's own example: the parts' ways through the code had other values."""
+    model = Branching(by)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat_interleave(2)
+    x = torch.randn(B, WIDTH, generator=torch.Generator().manual_seed(0)) + 3 * signs[:, None]
+    mse = nn.functional.mse_loss
+    plan = stagewise.plan(
+        model, x, target=x, loss=mse, num_stages=2, num_microbatches=4, cells=["layers.*"]
+    )
+    pipe = stagewise.Pipeline(model, plan, loss=mse)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = pipe.step(x, target=x)
+    texts = [str(w.message) for w in caught if w.category is ExactnessWarning]
+    if by == "mean":
+        assert texts and texts[0].startswith("cell 'layers.0' mixes samples")
+        assert "branch" in texts[0]
+    else:
+        assert not texts
+        torch.testing.assert_close(loss, mse(model(x), x).detach())
+
+
 ALONE: dict[str, Callable[..., object]] = {
     "batchnorm": nn.BatchNorm1d(WIDTH, affine=False),
-    "functional batchnorm": lambda x: nn.functional.batch_norm(x, None, None, training=True),
+    "batchnorm without statistics": nn.BatchNorm1d(WIDTH, track_running_stats=False),
     "dropout": nn.functional.dropout,
     "instances": lambda x: nn.functional.instance_norm(x[:, None])[:, 0],
     "time first": lambda x: x[None].expand(LENGTH, -1, -1).flatten(0, 1).unflatten(0, (3, -1))[0],

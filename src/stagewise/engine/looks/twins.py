@@ -5,11 +5,12 @@ it: what samples do to each other there is known, and made exact or warned of el
 """
 
 import copy
+import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -124,7 +125,10 @@ def drawn_from(devices: Collection[torch.device]) -> Iterator[list[object]]:
 
 
 class Normalising(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether batches are normalised inside by their own statistics (not instances)."""
+    """Notes whether BatchNorms normalise inside by a batch's own statistics.
+
+    What other code normalises so mixes samples like any other: nothing else warns of it.
+    """
 
     found = False
 
@@ -133,5 +137,13 @@ class Normalising(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         name = func.name()
         if "batch_norm" in name and "backward" not in name and len(args[0]) > 1:
-            self.found |= "update" in name or any(arg is True for arg in args)
+            by_batch = "update" in name or any(arg is True for arg in args)
+            self.found |= by_batch and _in_batchnorm(sys._getframe())
         return func(*args, **(kwargs or {}))
+
+
+def _in_batchnorm(frame: FrameType | None) -> bool:
+    """Whether a BatchNorm's own code is running."""
+    while frame is not None and not isinstance(frame.f_locals.get("self"), _BatchNorm):
+        frame = frame.f_back
+    return frame is not None
