@@ -50,32 +50,47 @@ def _seen(dry: bool) -> tuple[str, int]:
 
 def _pipelines(dry: bool, size: int, say: Say) -> None:
     for name in WAYS:
-        what = f"{name} between {size} processes"
         try:
-            results = run_ranks(size, _trained, dry, name, size)
-            alone = run_ranks(1, _trained, dry, name, size)[0]
+            one_device = run_ranks(1, _trained, dry, name, size)[0]
         except NoResult as error:
-            say(what, ok=False, error=str(error))
+            say(f"{name} on one device", ok=False, error=str(error))
             continue
-        gradients = {k: g for _, result in results for k, g in result.gradients.items()}
-        apart = alone[1].difference(Result(results[0][1].loss, gradients))
-        say(what, ok=apart == 0, difference=apart, step_ms=[ms for ms, _ in results])
+        for what, processes, spread in (
+            (f"{name} between {size} processes", size, False),
+            (f"{name} in one process on {size} devices", 1, True),
+        ):
+            try:
+                results = run_ranks(processes, _trained, dry, name, size, spread)
+            except NoResult as error:
+                say(what, ok=False, error=str(error))
+                continue
+            gradients = {k: g for _, result in results for k, g in result.gradients.items()}
+            apart = one_device[1].difference(Result(results[0][1].loss, gradients))
+            times = [milliseconds for milliseconds, _ in results]
+            say(what, ok=apart == 0, difference=apart, step_ms=times, one_ms=one_device[0])
 
 
-def _trained(dry: bool, name: str, size: int) -> tuple[float, Result]:
-    """Train this process's stages, or all where it is alone; the last step's time and result."""
+def _trained(dry: bool, name: str, size: int, spread: bool = False) -> tuple[float, Result]:
+    """Train this process's stages, or all where it is alone; the last step's time and result.
+
+    With `spread`, a process alone trains them on as many devices.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     machine = Machine.here(dry, rank)
     per_process, options = WAYS[name]
     subject = Subject(machine, "Transformer")
     inputs, target = subject.batch()
-    pipe = pipeline(subject.model(), size * per_process, num_microbatches=4, **options)
+    devices = [Machine.here(dry, index).device for index in range(size)] if spread else None
+    pipe = pipeline(
+        subject.model(), size * per_process, devices=devices, num_microbatches=4, **options
+    )
     start = 0.0
     for _ in range(machine.size(12, 1)):
         pipe.zero_grad()
         machine.wait()
         start = time.perf_counter()
         loss = pipe.step(inputs, target=target)
+        float(loss)
         machine.wait()
     return (time.perf_counter() - start) * 1e3, Result.of(loss, pipe)
 

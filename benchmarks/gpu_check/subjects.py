@@ -1,6 +1,6 @@
 """The models and batches of the checks, and how far two runs are apart."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,13 +140,21 @@ class Result:
 
 
 def pipeline(
-    model: nn.Sequential, num_stages: int, *, accumulate_in_float32: bool = False, **options: object
+    model: nn.Sequential,
+    num_stages: int,
+    *,
+    devices: Sequence[torch.device] | None = None,
+    accumulate_in_float32: bool = False,
+    **options: object,
 ) -> "stagewise.Pipeline":
-    """Return a pipeline of equal stages on the model's device."""
+    """Return a pipeline of about equal stages, by default on the model's device."""
     wanted = {"schedule": "1f1b", "num_microbatches": 8, **options}
-    size = len(model) // num_stages
-    plan = stagewise.Plan(balance=(size,) * num_stages, **wanted)
-    return stagewise.Pipeline(model, plan, loss=mse, accumulate_in_float32=accumulate_in_float32)
+    size, longer = divmod(len(model), num_stages)
+    balance = tuple(size + (stage < longer) for stage in range(num_stages))
+    plan = stagewise.Plan(balance=balance, **wanted)
+    return stagewise.Pipeline(
+        model, plan, loss=mse, devices=devices, accumulate_in_float32=accumulate_in_float32
+    )
 
 
 def wide_blocks(machine: Machine, num_cells: int) -> tuple[nn.Sequential, Tensor, int]:

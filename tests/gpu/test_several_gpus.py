@@ -1,4 +1,4 @@
-"""A process per GPU over NCCL: every schedule's bits, and failures that all ranks learn of."""
+"""Several GPUs, with a process each over NCCL or all in one: bits, and failures on all ranks."""
 
 import pytest
 import torch
@@ -46,10 +46,11 @@ def batch_of(length: int = 16) -> Tensor:
     return torch.randn(2 * MICROBATCHES, length, WIDTH).to(device_of_rank())
 
 
-def trained(plan: Plan) -> Result:
-    """Three steps on this rank's stages; all stages where there is no group."""
+def trained(plan: Plan, gpus: list[int] | None = None) -> Result:
+    """Three steps on this rank's stages; without a group on all, on one GPU or on `gpus`."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    pipe, x = stagewise.Pipeline(model_of(plan), plan, loss=mse), batch_of()
+    devices = None if gpus is None else [torch.device("cuda", gpu) for gpu in gpus]
+    pipe, x = stagewise.Pipeline(model_of(plan), plan, loss=mse, devices=devices), batch_of()
     for _ in range(3):
         pipe.zero_grad()
         loss = pipe.step(x, target=x)
@@ -64,6 +65,15 @@ def test_bits_are_those_of_one_process(schedule: str, recompute: str, ranks: Poo
     results = ranks.run(trained, plan, seconds=SECONDS)
     gradients = {name: g for result in results for name, g in result.gradients.items()}
     assert trained(plan).difference(Result(results[0].loss, gradients)) == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bits_of_one_process_on_several_gpus(schedule: str) -> None:
+    count = min(torch.cuda.device_count(), 4)
+    if count < 2:
+        pytest.skip("needs two GPUs")
+    plan = plan_of(schedule, count)
+    assert trained(plan).difference(trained(plan, list(range(count)))) == 0
 
 
 class FailsWhenTold(nn.Module):
