@@ -34,6 +34,17 @@ def test_float32_parts_with_a_mean_far_from_0() -> None:
     torch.testing.assert_close(got.variance, wanted.variance, rtol=1e-6, atol=0)
 
 
+def test_equal_microbatches_copy_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [moments(part) for part in torch.randn(16, 3).double().split(4)]
+    counts = torch.full((4, 1), 4.0, dtype=torch.float64)
+    means, variances = (torch.stack([getattr(p, f) for p in parts]) for f in ("mean", "variance"))
+    mean = means[0] + (counts * (means - means[0])).sum(0) / 16
+    squares = ((counts - 1) * variances).sum(0) + (counts * (means - mean).square()).sum(0)
+    monkeypatch.setattr(torch, "tensor", None)
+    got = combined(parts)
+    assert torch.equal(got.mean, mean) and torch.equal(got.variance, squares / 15)
+
+
 def test_what_runs_outside_a_stages_forward_is_not_noted() -> None:
     layer = nn.BatchNorm1d(3)
     norms, x = BatchNorms(chain_of([layer])), torch.randn(8, 3)

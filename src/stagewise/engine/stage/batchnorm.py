@@ -41,9 +41,11 @@ class Moments:
 
 def combined(parts: Sequence[Moments]) -> Moments:
     """Return the moments of all parts together, in float64."""
-    counts = torch.tensor(
-        [[part.count] for part in parts], dtype=torch.float64, device=parts[0].mean.device
-    )
+    counts: float | torch.Tensor = float(parts[0].count)
+    if any(part.count != counts for part in parts):  # a copy, which a GPU makes the host wait for
+        counts = torch.tensor(
+            [[part.count] for part in parts], dtype=torch.float64, device=parts[0].mean.device
+        )
     total = sum(part.count for part in parts)
     means = torch.stack([part.mean for part in parts]).double()
     variances = torch.stack([part.variance for part in parts]).double()
