@@ -36,7 +36,7 @@ CHECKS: dict[str, tuple[str, float]] = {  # most valuable first: module, seconds
     "host": ("costs", 45),
     "timing": ("planned", 30),
     "memory": ("planned", 40),
-    "two": ("processes", 120),
+    "two": ("processes", 150),
     "model": ("whole_model", 40),
     "scaler": ("training", 20),
     "captured": ("training", 50),

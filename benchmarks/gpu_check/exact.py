@@ -19,14 +19,15 @@ def exact(dry: bool, say: Say) -> None:
     """Bits at any number of stages, then the plain model in float64."""
     machine = Machine.here(dry)
     for deterministic in machine.size((False, True), (True,)):
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        machine.use_repeatable_kernels(deterministic)
         for kind in COMPARED:
             _same_bits(Subject(machine, kind), deterministic, say)
-    torch.use_deterministic_algorithms(False)
     subject = Subject(machine, "Transformer", torch.bfloat16)
-    one = subject.result(1, float32=True)
+    one, again = (subject.result(1, float32=True) for _ in range(2))
     apart = one.difference(subject.result(4, float32=True, recompute="always"))
-    say("bfloat16, summed in float32", ok=apart == 0, difference=apart)
+    ok = apart == 0 if one.difference(again) == 0 else None
+    say("bfloat16, summed in float32, deterministic kernels", ok=ok, difference=apart)
+    machine.use_repeatable_kernels(False)
     _plain_model(machine, say)
 
 

@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu_check.supervise import Skipped
 
 Size = TypeVar("Size")
+SMALL_BYTES = 30 << 30
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Machine:
     def size(self, real: Size, dry: Size) -> Size:
         return dry if self.dry else real
 
+    def samples(self, real: int, dry: int = 1) -> int:
+        """Return how many samples a microbatch has: a quarter of `real` on a small GPU."""
+        if self.device.type != "cuda":
+            return self.size(real, dry)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return real if total > SMALL_BYTES else max(1, real // 4)
+
     def aim(self, reached: bool) -> bool | None:
         """A CPU's times and allocator say nothing about a GPU's."""
         return None if self.dry else reached
@@ -45,6 +53,12 @@ class Machine:
         """Skip the check where there is no CUDA (or ROCm, which has the same names)."""
         if self.device.type != "cuda":
             raise Skipped("needs a GPU" if self.dry else f"needs CUDA, not {self.device.type}")
+
+    @staticmethod
+    def use_repeatable_kernels(wanted: bool) -> None:
+        """Use kernels that give the same bits every time, where there are such."""
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time
 
     def wait(self) -> None:
         """Wait until the device has done all it was given."""

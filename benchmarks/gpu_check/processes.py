@@ -35,7 +35,7 @@ def two(dry: bool, say: Say) -> None:
         raise Skipped("needs CUDA" if kind else "needs a GPU")
     else:
         _on_one_gpu(say)
-    if count >= 2 and not dry:
+    if count >= 2 and kind == "cuda":
         _bandwidth(say)
 
 
@@ -66,8 +66,13 @@ def _pipelines(dry: bool, size: int, say: Say) -> None:
                 continue
             gradients = {k: g for _, result in results for k, g in result.gradients.items()}
             apart = one_device[1].difference(Result(results[0][1].loss, gradients))
-            times = [milliseconds for milliseconds, _ in results]
-            say(what, ok=apart == 0, difference=apart, step_ms=times, one_ms=one_device[0])
+            say(
+                what,
+                ok=apart == 0,
+                difference=apart,
+                step_ms=[milliseconds for milliseconds, _ in results],
+                one_device_ms=one_device[0],
+            )
 
 
 def _trained(dry: bool, name: str, size: int, spread: bool = False) -> tuple[float, Result]:
@@ -77,6 +82,7 @@ def _trained(dry: bool, name: str, size: int, spread: bool = False) -> tuple[flo
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     machine = Machine.here(dry, rank)
+    machine.use_repeatable_kernels(True)
     per_process, options = WAYS[name]
     subject = Subject(machine, "Transformer")
     inputs, target = subject.batch()

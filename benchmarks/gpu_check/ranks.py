@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_check.supervise import first_line
+from benchmarks.gpu_check.supervise import shortened
 
 RUN_SECONDS = 45.0
 GROUP_TIMEOUT = timedelta(seconds=40)
@@ -86,7 +86,7 @@ def _serve(
             _join(rank, size, store)
         link.send_bytes(pickle.dumps(job(*arguments)))
     except BaseException as error:
-        words = f"rank {rank}: {type(error).__name__}: {first_line(error)}"
+        words = f"rank {rank}: {type(error).__name__}: {shortened(error)}"
         link.send_bytes(pickle.dumps(NoResult(words)))
 
 

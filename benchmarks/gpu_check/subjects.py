@@ -159,10 +159,10 @@ def pipeline(
 
 def wide_blocks(machine: Machine, num_cells: int) -> tuple[nn.Sequential, Tensor, int]:
     """Return blocks of about a millisecond each, a batch, and its number of microbatches."""
-    width, length, samples, count = machine.size((1024, 1024, 4, 8), (32, 8, 1, 4))
+    width, length, count = machine.size((1024, 1024, 8), (32, 8, 4))
     dtype = machine.size(torch.bfloat16, torch.float32)
     torch.manual_seed(0)
     heads = max(1, width // 64)
     model = nn.Sequential(*(Block(width, heads) for _ in range(num_cells)))
-    x = torch.randn(samples * count, length, width, device=machine.device, dtype=dtype)
+    x = torch.randn(machine.samples(4) * count, length, width, device=machine.device, dtype=dtype)
     return model.to(machine.device, dtype), x, count

@@ -139,14 +139,15 @@ def _inside(work: Callable[[Say], None], sender: Connection) -> None:
     except Skipped as skipped:
         ending = f"skipped, {skipped}"
     except BaseException as error:
-        ending = f"error: {type(error).__name__}: {first_line(error)}"
+        ending = f"error: {type(error).__name__}: {shortened(error)}"
         say("traceback", lines=traceback.format_exc().strip().splitlines()[-7:])
     sender.send((ending, {}))
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters."""
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+def shortened(error: BaseException) -> str:
+    """Return an error's message; of several lines the first and the last, where NCCL says why."""
+    lines = [line[:200] for line in str(error).strip().splitlines()]
+    return " ... ".join([*lines[:1], *lines[1:][-1:]])
 
 
 def _kill(process: Process) -> None:

@@ -27,7 +27,7 @@ def model(dry: bool, say: Say) -> None:
     """Step time, memory, loss and gradients of both, with the same microbatches."""
     machine = Machine.here(dry)
     vocabulary, length, width, layers = machine.size((50257, 1024, 768, 12), (101, 8, 16, 2))
-    samples, count = machine.size((4, 8), (1, 4))
+    samples, count = machine.samples(4), machine.size(8, 4)
     torch.manual_seed(0)
     blocks = [Block(width, max(1, width // 64)) for _ in range(layers)]
     cells = [Embedding(vocabulary, length, width), *blocks, nn.LayerNorm(width)]

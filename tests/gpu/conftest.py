@@ -1,5 +1,6 @@
 """Where the GPU tests run: the first GPU, or a process per GPU over NCCL."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,14 +9,16 @@ import torch
 from benchmarks.gpu_check.machine import Machine
 from tests.harness import Pool, Pools
 
+# For deterministic kernels: read when cuBLAS is first used, by this process or a pool's.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def machine() -> Iterator[Machine]:
     """The first GPU, with kernels that give the same bits every time."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    Machine.use_repeatable_kernels(True)
     yield Machine.here(dry=False)
-    torch.use_deterministic_algorithms(False)
+    Machine.use_repeatable_kernels(False)
 
 
 @pytest.fixture(scope="session")

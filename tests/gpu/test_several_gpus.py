@@ -48,13 +48,13 @@ def batch_of(length: int = 16) -> Tensor:
 
 def trained(plan: Plan, gpus: list[int] | None = None) -> Result:
     """Three steps on this rank's stages; without a group on all, on one GPU or on `gpus`."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    Machine.use_repeatable_kernels(True)
     devices = None if gpus is None else [torch.device("cuda", gpu) for gpu in gpus]
     pipe, x = stagewise.Pipeline(model_of(plan), plan, loss=mse, devices=devices), batch_of()
     for _ in range(3):
         pipe.zero_grad()
         loss = pipe.step(x, target=x)
-    torch.use_deterministic_algorithms(False)
+    Machine.use_repeatable_kernels(False)
     return Result.of(loss, pipe)
 
 
