@@ -73,7 +73,9 @@ def flatten(value: object) -> tuple[list[object], pytree.TreeSpec]:
     CellError for an object of another class that hides tensors: their gradients would be lost at a
     boundary.
     """
-    leaves, spec = pytree.tree_flatten(value)
+    found, spec = pytree.tree_flatten(value)
+    leaves = [*found]
+    found.clear()  # pytree's recursive function refers to itself, and keeps its list alive
     opaque = {type(leaf): leaf for leaf in leaves if _hides_tensors(leaf)}
     if not opaque:
         return leaves, spec

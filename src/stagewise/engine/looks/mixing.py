@@ -278,7 +278,9 @@ def _counts_samples(pair: Pair) -> bool:
 
 
 def _fresh(value: object) -> object:
-    return pytree.tree_map_only(Tensor, torch.clone, opened(value))
+    leaves, spec = flatten(opened(value))
+    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(copies, spec)
 
 
 def _versions(value: object) -> list[int]:

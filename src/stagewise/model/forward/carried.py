@@ -153,6 +153,7 @@ class Carried:
         """Call at the end: find state left here that another rank's code (by name) can see."""
         with contextlib.suppress(Exception):
             self._look_elsewhere(codes)
+        self._runs.clear()  # they refer to the call, which refers to this
 
     def _look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
         left: dict[Key, tuple[WatchedCode, Slot]] = {}
