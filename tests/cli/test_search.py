@@ -43,7 +43,7 @@ def test_one_screen_says_what_to_decide(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     for expected in (
         "fastest plan: ",
-        "no plan takes less than",
+        "lower bound of any plan",
         "fill and drain",
         "cells per stage: ",
         "of the cap",
