@@ -1,6 +1,7 @@
 """What a cell may change in place, and whose memory is whose: wherever the chain is cut."""
 
 import re
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.errors import BatchError, CellError, ModelError, PlanError
+from stagewise.errors import BatchError, CellError, ExactnessWarning, ModelError, PlanError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools, Raised
 from tests.models import Call
@@ -250,3 +251,54 @@ def test_a_list_of_one_item_per_sample_is_refused(items: object) -> None:
     with pytest.raises(BatchError, match=r"inputs\['n'\] is a \w+ of 10 items, one for each"):
         pipe.step({"x": rows(1), "n": items}, target=rows(2))
     pipe.step({"x": rows(1), "n": stagewise.Replicated(items)}, target=rows(2))
+
+
+class ReadsElsewhere(nn.Module):
+    """Reads a buffer of another cell's module, which it does not hold, or has one of that name."""
+
+    def __init__(self, other: nn.Module, *, own: bool = False) -> None:
+        super().__init__()
+        self.linear, self.other = linear(), [other]
+        if own:
+            self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale if "scale" in self._buffers else self.other[0].scale
+        return self.linear(x) * scale  # type: ignore[no-any-return]
+
+
+class HoldsScale(nn.Module):
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.linear, self.inner = linear(), nn.Module()
+        self.inner.register_buffer("scale", torch.ones(()), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.inner.scale  # type: ignore[operator, no-any-return]
+
+
+def readers_warnings(**how: bool) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        holds = HoldsScale(persistent=how["persistent"])
+        reads = ReadsElsewhere(holds.inner, own=how["own"])
+        pipeline(nn.Sequential(holds, nn.Tanh(), linear(), reads), (2, 2))
+    return [str(w.message) for w in caught if w.category is ExactnessWarning]
+
+
+def test_a_buffer_that_only_a_cell_of_another_rank_holds_is_named(pools: Pools) -> None:
+    """Found silent: the reader's rank kept the value from when the model was built."""
+    first, second = pools[2].run(every_reader)
+    assert first == [[], [], []]
+    assert len(second[0]) == 1 and second[1:] == [[], []]
+    assert second[0][0].startswith("cell '3' can read 0.inner.scale, which none of its modules")
+    assert "a cell of rank 0 does" in second[0][0]
+    assert not readers_warnings(persistent=True, own=False)  # one process
+
+
+def every_reader() -> list[list[str]]:
+    return [
+        readers_warnings(persistent=True, own=False),
+        readers_warnings(persistent=False, own=False),
+        readers_warnings(persistent=True, own=True),
+    ]

@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import stagewise
-from stagewise.errors import CheckpointError
+from stagewise.errors import CheckpointError, StagewiseError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import batch, build
@@ -153,7 +154,9 @@ def test_measuring_memory_leaves_no_trace_and_agrees(pools: Pools, recompute: st
     assert max(peaks) < together <= sum(peaks)
 
 
-def clip_like_torch(dtypes: tuple[torch.dtype, ...], max_norm: float) -> None:
+def clip_like_torch(
+    dtypes: tuple[torch.dtype, ...], max_norm: float, norm_type: float = 2.0
+) -> None:
     torch.manual_seed(0)
     cells = [nn.Linear(3, 3).to(dtype) for dtype in dtypes]
     for index, cell in enumerate(cells):
@@ -169,8 +172,8 @@ def clip_like_torch(dtypes: tuple[torch.dtype, ...], max_norm: float) -> None:
             b.grad = None if a.grad is None else a.grad.clone()
     plan = stagewise.Plan(balance=(1, 2), schedule="1f1b", num_microbatches=1)
     pipe = stagewise.Pipeline(cells, plan)
-    norm = pipe.clip_grad_norm_(max_norm)
-    wanted = torch.nn.utils.clip_grad_norm_(nn.ModuleList(plain).parameters(), max_norm)
+    norm = pipe.clip_grad_norm_(max_norm, norm_type)
+    wanted = torch.nn.utils.clip_grad_norm_(nn.ModuleList(plain).parameters(), max_norm, norm_type)
     assert norm.dtype is wanted.dtype and torch.equal(norm, wanted), (norm, wanted)
     theirs_by_name = dict(nn.ModuleList(plain).named_parameters())
     for name, parameter in pipe.named_parameters():
@@ -186,6 +189,18 @@ def test_clipping_is_torchs_bit_for_bit(pools: Pools, dtype: torch.dtype, max_no
     for dtypes in [(dtype,) * 3, (dtype, torch.float32, dtype)]:
         clip_like_torch(dtypes, max_norm)
         pools[2].run(clip_like_torch, dtypes, max_norm)
+
+
+@pytest.mark.parametrize("norm_type", [float("inf"), "inf", 1, 3.0, 0.5])
+def test_clipping_by_another_norm(norm_type: float) -> None:
+    clip_like_torch((torch.float32,) * 3, 0.1, norm_type)
+
+
+def test_a_pipeline_is_not_copied() -> None:
+    pipe = pipeline(run_on(2))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps, lambda one: copy.deepcopy([one])):
+        with pytest.raises(StagewiseError, match=r"a Pipeline cannot be copied .*save_checkpoint"):
+            copied(pipe)  # type: ignore[operator]
 
 
 def test_clipping_without_any_gradient() -> None:

@@ -8,7 +8,7 @@ model's, at any cut. Operations that span ranks (a norm, a checkpoint) are colle
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_val
 from stagewise.engine.gradients.overflow import Overflow
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.errors import CheckpointError
+from stagewise.errors import CheckpointError, StagewiseError
 from stagewise.model.chain import module_tree
 from stagewise.model.tied_parameters import Tied, with_all_names
 from stagewise.pipeline.build.whole_model import WholeModel
@@ -121,6 +121,14 @@ class Share:
         """
         save_shards(Path(directory), self.state_dict(), self._whole.aliases, self._ranks)
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raise StagewiseError for copy, deepcopy and pickle: ties, ranks and calls are of one."""
+        raise StagewiseError(
+            f"a {type(self).__name__} cannot be copied or pickled, since it belongs to its ranks "
+            "and its model's tensors; keep its values with save_checkpoint, or copy its "
+            "state_dict(), and build another from a model and a plan (with state= for the values)"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear this rank's gradients."""
         self.module.zero_grad(set_to_none)
@@ -134,7 +142,7 @@ class Share:
         """Put this rank's cells in eval mode."""
         return self.train(False)
 
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; return the norm before.
 
         Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model. Collective.
@@ -145,6 +153,7 @@ class Share:
             self._whole.dtypes,
             max_norm,
             self._ranks,
+            float(norm_type),
         )
 
     def clip_grad_value_(self, max_value: float) -> None:

@@ -29,6 +29,7 @@ def clip_by_global_norm(
     dtypes: Mapping[str, torch.dtype],
     max_norm: float,
     ranks: Ranks,
+    norm_type: float = 2.0,
 ) -> torch.Tensor:
     """Scale the gradients of `own` so that the norm over all ranks is at most `max_norm`.
 
@@ -40,12 +41,13 @@ def clip_by_global_norm(
     norms = torch.zeros(len(dtypes), dtype=torch.float64)
     present = torch.zeros(len(dtypes), dtype=torch.int64)
     place = {name: index for index, name in enumerate(dtypes)}
-    for places, together in _norms(own, place):
+    for places, together in _norms(own, place, norm_type):
         norms[places], present[places] = together, 1
     unknown = [name for name in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
+    how = "" if norm_type == 2.0 else f", norm_type={float(norm_type)!r}"
     rows = torch.tensor(
-        ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r})"), dtype=torch.int64
+        ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r}{how})"), dtype=torch.int64
     )
     rows, num_unknown = rows[:, :-1], rows[:, -1]
     if num_unknown.any():
@@ -61,19 +63,19 @@ def clip_by_global_norm(
         return torch.tensor(0.0)
     with_gradient = itertools.compress(dtypes.values(), all_present.tolist())
     dtype = functools.reduce(torch.promote_types, with_gradient)
-    total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype))
+    total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype), norm_type)
     torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total)
     return total
 
 
 def _norms(
-    own: Mapping[str, torch.nn.Parameter], place: Mapping[str, int]
+    own: Mapping[str, torch.nn.Parameter], place: Mapping[str, int], norm_type: float
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield places and norms on the CPU, by device and dtype: one wait for each, not one a norm."""
     found: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for name, parameter in own.items():
         if parameter.grad is not None and name in place:
-            norm = torch.linalg.vector_norm(_elements(parameter.grad))
+            norm = torch.linalg.vector_norm(_elements(parameter.grad), norm_type)
             found.setdefault((norm.device, norm.dtype), []).append((place[name], norm))
     for column in found.values():
         places, norms = zip(*column, strict=True)

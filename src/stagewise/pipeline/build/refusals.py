@@ -1,4 +1,8 @@
-"""Refuse models whose cut would change what they compute: shared buffers, memory and statistics."""
+"""Refuse models whose cut would change what they compute: shared buffers, memory and statistics.
+
+A buffer that a cell reads without holding it cannot be refused: by its name alone the code may mean
+another. It is warned of.
+"""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -8,8 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.batch.layouts import storages
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.errors import ModelError, PlanError
+from stagewise.errors import ExactnessWarning, ModelError, PlanError
 from stagewise.model.cell import Cell, Chain, Holder
+from stagewise.model.forward.users_code import warn_user
+from stagewise.model.forward.visible import Sight
 from stagewise.pipeline.build.places import _stages, first_devices, ranks_of_cells
 from stagewise.planning.plan import Plan
 
@@ -19,6 +25,42 @@ def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ran
     check_batchnorms(chain, ranks_of_cells(plan, ranks))
     check_buffers(chain, plan, memory_of_stages(plan, devices, ranks))
     check_storages(chain, plan, ranks)
+    if ranks.num_ranks > 1:
+        warn_of_buffers_elsewhere(chain, ranks_of_cells(plan, ranks), ranks.rank)
+
+
+def warn_of_buffers_elsewhere(
+    chain: Chain, processes: Sequence[Collection[int]], rank: int
+) -> None:
+    """Warn of buffers that cells of this rank read, but only cells of other ranks hold."""
+    held = {
+        module: (set(runs), path)
+        for cell, runs in zip(chain, processes, strict=True)
+        for path, module in cell.named_modules()
+        if module._buffers and not isinstance(module, _BatchNorm)
+    }
+    own = {module for module, (runs, _) in held.items() if rank in runs}
+    foreign = held.keys() - own
+    for cell, runs in zip(chain, processes, strict=True):
+        if not foreign or rank not in runs or type(cell.module).__module__.startswith("torch.nn."):
+            continue
+        sight = Sight(named_only=True)
+        seen = {id(node.value) for node in sight.walk(cell.module)}
+        own_names = {name for _, inner in cell.named_modules() for name in inner._buffers}
+        for module in [module for module in foreign if id(module) in seen]:
+            names = (module._buffers.keys() & sight.names) - module._non_persistent_buffers_set
+            if not (names := names - own_names):
+                continue
+            where, path = held[module]
+            warn_user(
+                f"cell {cell.name!r} can read {', '.join(f'{path}.{n}' for n in sorted(names))}, "
+                f"which none of its modules holds but a cell of rank {min(where)} does: here it is "
+                "a copy from when the model was built, which sees no change there, neither by "
+                "forward nor by load_state_dict; put both cells on one stage with `balance`, pass "
+                "the value on with the cell's output, or, if it is a constant, register it with "
+                "persistent=False",
+                ExactnessWarning,
+            )
 
 
 def memory_of_stages(plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> list[object]:
