@@ -254,6 +254,35 @@ class Fails(nn.Module):
         return x
 
 
+class Tabled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, table: Tensor, scale: object = None) -> Tensor:
+        return self.linear(x) @ table
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_argument_that_was_cut_is_named_where_its_cell_fails(place: int) -> None:
+    """Only shapes said so: (2x4 and 2x4)."""
+    cells: list[nn.Module] = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)]
+    cells[place] = Tabled()
+    plan = stagewise.Plan(balance=(2, 1), schedule="gpipe", num_microbatches=2)
+    pipe = stagewise.Pipeline(cells, plan, loss=MSE)
+    x, table = torch.ones(4, 4), torch.ones(4, 4)
+    hint = r"cannot be multiplied.*\n\(arguments that were cut .*size: table; .*Replicated"
+    with pytest.raises(CellError, match=hint):
+        pipe.step(x, table=table, scale=1.0, target=x)
+    if place == 0:
+        with pytest.raises(CellError, match=hint):
+            pipe.step(x, table, target=x)
+    with pytest.raises(CellError) as caught:
+        pipe.step(x, table=stagewise.Replicated(torch.ones(3, 4)), target=x)
+    assert "Replicated" not in str(caught.value)
+    assert pipe.step(x, table=stagewise.Replicated(table), target=x).isfinite()
+
+
 def test_a_cells_error_names_its_place_and_leaves_the_pipeline_usable() -> None:
     pipe = local([nn.Linear(3, 3), nn.Tanh(), Fails(3)], 1, 2)
     state = torch.get_rng_state()

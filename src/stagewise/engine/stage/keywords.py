@@ -4,6 +4,8 @@ Every cell gets its own tensors: no other cell sees its in-place changes, and th
 gradients are summed does not depend on where the chain is cut.
 """
 
+import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -73,6 +75,35 @@ def run_cell(cell: Cell, value: object, keywords: Mapping[str, object]) -> objec
     return invoke(cell.module, value, keywords)
 
 
+def cut_arguments(cell: Cell | None, error: Exception, work: Work) -> str:
+    """A sentence on the arguments of a cell that failed which microbatches do not share."""
+    if (
+        cell is None
+        or not isinstance(error, _BY_SHAPE)
+        or isinstance(error, torch.OutOfMemoryError)
+    ):
+        return ""
+    names = cell.keywords(work.num_args if cell.index == 0 else 1)
+    parts = [{name: part[name] for name in names if name in part} for part in work.parts.keywords]
+    if cell.index == 0 and isinstance(work.parts.inputs, list):
+        given = [value.args if isinstance(value, Arguments) else () for value in work.parts.inputs]
+        more = [dict(zip(cell.takes.positional[1:], args[1:], strict=False)) for args in given]
+        none: dict[str, object] = {}
+        parts = [one | two for one, two in itertools.zip_longest(parts, more, fillvalue=none)]
+    if len(parts) < 2:
+        return ""
+    first, second = ([take_apart(value)[0] for value in part.values()] for part in parts[:2])
+    pairs = zip(parts[0], first, second, strict=True)
+    cut = [name for name, one, two in pairs if any(map(operator.is_not, one, two))]
+    if not cut:
+        return ""
+    return (
+        f"\n(arguments that were cut along the batch, by their size: {', '.join(cut)}; mark with "
+        "stagewise.Replicated what every microbatch needs whole, such as a table)"
+    )
+
+
+_BY_SHAPE = RuntimeError, ValueError, IndexError, AssertionError  # what wrong sizes raise
 Leaves = list[tuple[torch.Tensor, torch.Tensor]]  # (the caller's tensor, the leaf in its place)
 
 

@@ -27,7 +27,7 @@ from stagewise.engine.stage.autograd import (
 )
 from stagewise.engine.stage.buffers import BufferKeeper
 from stagewise.engine.stage.flight import Flight
-from stagewise.engine.stage.keywords import given_of, invoke, run_cell, take_keywords
+from stagewise.engine.stage.keywords import cut_arguments, given_of, invoke, run_cell, take_keywords
 from stagewise.engine.stage.loss import (
     Loss,
     add_seeds,
@@ -260,9 +260,10 @@ class Stage:
         except UsageError:
             raise
         except Exception as error:
+            hint = cut_arguments(running, error, work)
             raise CellError(
-                f"{_words(running)} failed on microbatch {m}: {type(error).__name__}: {error}\n"
-                f"(instruction {Instruction(self.index, kind, m)} on stage {self.index}, "
+                f"{_words(running)} failed on microbatch {m}: {type(error).__name__}: {error}"
+                f"{hint}\n(instruction {Instruction(self.index, kind, m)} on stage {self.index}, "
                 f"device {self.device})"
             ) from error
         finally:
