@@ -73,7 +73,7 @@ class Header:
         for tensor, layout in zip(tensors, self.layouts, strict=True):
             if not layout.contiguous:
                 tensor = tensor.expand(layout.shape)
-            whole.append(tensor.requires_grad_(layout.requires_grad))
+            whole.append(tensor.requires_grad_() if layout.requires_grad else tensor)
             if layout.overlaps:
                 mark_shared(whole[-1])
         return whole, self.structure
