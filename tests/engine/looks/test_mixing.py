@@ -1,5 +1,7 @@
 """A cell that mixes samples is named, and an argument that was cut though it is needed whole."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -281,3 +283,23 @@ def test_a_captured_model(cells: list[str] | None) -> None:
     pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
     with pytest.warns(ExactnessWarning, match="mixes samples"):
         pipe.step(x, target=x)
+
+
+def test_no_step_loads_torchs_compiler() -> None:
+    """Found: a dispatch mode imports it, which takes 70 MiB and most of a second on every rank."""
+    code = """
+import sys, torch, stagewise
+class Own(torch.nn.Module):
+    def forward(self, x):
+        return x * 2 + torch.nn.functional.batch_norm(x, None, None, training=True) * 0
+cells = [torch.nn.Linear(3, 3), Own(), torch.nn.BatchNorm1d(3)]
+plan = stagewise.Plan(balance=(1, 2), schedule="gpipe", num_microbatches=2, recompute="always")
+pipe = stagewise.Pipeline(cells, plan, loss=torch.nn.functional.mse_loss)
+x = torch.randn(16, 3)
+pipe.step(x, target=x), pipe.predict(x)
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]", run.stdout

@@ -139,7 +139,7 @@ class _Trial:
 
     def _outputs(self, devices: Collection[torch.device]) -> list[object] | None:
         found: list[object] | None
-        with drawn_from(devices) as moved, Normalising() as normalising:  # type: ignore[no-untyped-call]
+        with drawn_from(devices) as moved, Normalising() as normalising:
             found = [self._called(*part) for part in self._given[:2]]
             try:
                 found.append(self._called(*self._given[2]))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from stagewise.engine.stage.autograd import without_weight_cache
 from stagewise.engine.stage.buffers import overwrite
@@ -124,20 +124,21 @@ def drawn_from(devices: Collection[torch.device]) -> Iterator[list[object]]:
     found += [*moved, *late]
 
 
-class Normalising(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Normalising(TorchFunctionMode):
     """Notes whether BatchNorms normalise inside by a batch's own statistics.
 
-    What other code normalises so mixes samples like any other: nothing else warns of it.
+    What other code normalises so mixes samples like any other: nothing else warns of it. (A
+    dispatch mode would import torch's compiler: 70 MiB in every process.)
     """
 
     found = False
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> object:
-        name = func.name()
-        if "batch_norm" in name and "backward" not in name and len(args[0]) > 1:
-            by_batch = "update" in name or any(arg is True for arg in args)
+        name, given = getattr(func, "__name__", ""), (*args, *(kwargs or {}).values())
+        if "batch_norm" in name and isinstance(given[0], torch.Tensor) and len(given[0]) > 1:
+            by_batch = "update" in name or any(value is True for value in given)
             self.found |= by_batch and _in_batchnorm(sys._getframe())
         return func(*args, **(kwargs or {}))
 
