@@ -1,4 +1,4 @@
-"""Join two microbatches of a value, to compare the whole with its parts."""
+"""Join microbatches of a value, to compare the whole with its parts."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -20,52 +20,54 @@ class RaggedError(UnpairableError):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two parts and their whole; `leaves[i]` are the tensors of part i that require gradients."""
+    """Parts (mostly two) and their whole; `leaves[i]` are the tensors of part i with gradients."""
 
-    parts: tuple[object, object]
+    parts: tuple[object, ...]
     whole: object
-    leaves: tuple[list[torch.Tensor], list[torch.Tensor]]
-    sizes: tuple[int, int]  # samples
+    leaves: tuple[list[torch.Tensor], ...]
+    sizes: tuple[int, ...]  # samples
 
 
 def paired(
     values: Sequence[object],
-    sizes: tuple[int, int],
+    sizes: tuple[int, ...],
     batch_dim: int,
     *,
-    most_bytes: int,
+    most_bytes: int | None,
     num_differentiated: int | None = None,
 ) -> Pair:
-    """Join the values of two microbatches, with as many samples as fit into `most_bytes`.
+    """Join the values of microbatches, each with as many samples as fit into `most_bytes`.
 
     Only the first `num_differentiated` leaves require gradients. Raises UnpairableError.
     """
-    (first, spec), (second, other) = map(flatten, values)
-    if spec != other:
+    flat, specs = zip(*map(flatten, values), strict=True)
+    if any(spec != specs[0] for spec in specs):
         raise UnpairableError
-    axes = [_axis(a, b, sizes, batch_dim) for a, b in zip(first, second, strict=True)]
+    columns: list[Sequence[object]] = [*zip(*flat, strict=True)]
+    axes = [_axis_of(column, sizes, batch_dim) for column in columns]
     if all(axis is None for axis in axes):
         raise UnpairableError
-    cuts, (one, two) = sizes, (first, second)
-    size = min(*sizes, _fitting(first, axes, sizes[0], most_bytes))
-    if all(_is_narrow(a, x, sizes[0]) for a, x in zip(first, axes, strict=True)):
-        one, two = ([_narrow(t, x, size) for t, x in zip(v, axes, strict=True)] for v in (one, two))
-        cuts = (size, size)
-    leaves: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    if most_bytes is not None and all(
+        _is_narrow(leaf, axis, sizes[0]) for leaf, axis in zip(flat[0], axes, strict=True)
+    ):
+        size = min(*sizes, _fitting(flat[0], axes, sizes[0], most_bytes))
+        columns = [[_narrow(t, x, size) for t in c] for c, x in zip(columns, axes, strict=True)]
+        sizes = (size,) * len(sizes)
+    leaves: tuple[list[torch.Tensor], ...] = tuple([] for _ in sizes)
     whole: list[object] = []
     for index, axis in enumerate(axes):
         if axis is None:
-            whole.append(one[index])
+            whole.append(columns[index][0])
             continue
         is_leaf = num_differentiated is None or index < num_differentiated
-        ours = [_leaf(part, is_leaf=is_leaf) for part in (one[index], two[index])]
-        one[index], two[index] = ours
+        ours = [_leaf(part, is_leaf=is_leaf) for part in columns[index]]
+        columns[index] = ours
         for own, leaf in zip(leaves, ours, strict=True):
             if leaf.requires_grad:
                 own.append(leaf)
         whole.append(torch.cat(ours, axis))
-    parts = pytree.tree_unflatten(one, spec), pytree.tree_unflatten(two, spec)
-    return Pair(parts, pytree.tree_unflatten(whole, spec), leaves, cuts)
+    parts = (pytree.tree_unflatten(row, specs[0]) for row in zip(*columns, strict=True))
+    return Pair(tuple(parts), pytree.tree_unflatten(whole, specs[0]), leaves, sizes)
 
 
 def halves_of_ragged(values: Sequence[object], num_differentiated: int) -> tuple[Pair, int]:
@@ -108,38 +110,38 @@ def halves_of_ragged(values: Sequence[object], num_differentiated: int) -> tuple
 
 
 def ways_together(
-    one: torch.Tensor,
-    two: torch.Tensor,
-    shape: torch.Size,
-    sizes: tuple[int, int],
-    batch_dim: int,
+    parts: Sequence[torch.Tensor], shape: torch.Size, sizes: tuple[int, ...], batch_dim: int
 ) -> Iterator[torch.Tensor]:
-    """The ways in which outputs of two parts, of `sizes` samples, make one of `shape`.
+    """The ways in which outputs of parts, of `sizes` samples, make one of `shape`.
 
     Samples may lie along any dimension, and share it with positions, before or behind these.
     """
-    if not one.dim() == two.dim() == len(shape):
+    if any(part.dim() != len(shape) for part in parts):
         return
     for dim in sorted(range(len(shape)), key=lambda dim: dim != batch_dim):
-        rest = _without(shape, dim)
-        total = one.shape[dim] + two.shape[dim]
-        if rest != _without(one.shape, dim) or rest != _without(two.shape, dim):
+        rest, lengths = _without(shape, dim), [part.shape[dim] for part in parts]
+        if sum(lengths) != shape[dim] or any(_without(part.shape, dim) != rest for part in parts):
             continue
-        if total != shape[dim]:
-            continue
-        yield torch.cat([one, two], dim)
-        count = one.shape[dim] // sizes[0]
-        if count > 1 and [one.shape[dim], two.shape[dim]] == [count * size for size in sizes]:
-            parts = [
-                torch.split(part, size, dim) for part, size in zip((one, two), sizes, strict=True)
-            ]
-            yield torch.cat([*itertools.chain(*zip(*parts, strict=True))], dim)
+        yield torch.cat([*parts], dim)
+        count = lengths[0] // sizes[0]
+        if count > 1 and lengths == [count * size for size in sizes]:
+            split = [torch.split(part, size, dim) for part, size in zip(parts, sizes, strict=True)]
+            yield torch.cat([*itertools.chain(*zip(*split, strict=True))], dim)
 
 
 def _inputs(part: Sequence[object], axes: Sequence[int | None]) -> list[torch.Tensor]:
     pairs = zip(part, axes, strict=True)
     split = [leaf for leaf, axis in pairs if axis is not None and isinstance(leaf, torch.Tensor)]
     return [leaf for leaf in split if leaf.requires_grad]
+
+
+def _axis_of(column: Sequence[object], sizes: tuple[int, ...], batch_dim: int) -> int | None:
+    """The dimension along which a leaf of all parts is joined; None if it is the same in all."""
+    pairs = zip(column[1:], sizes[1:], strict=True)
+    found = {_axis(column[0], leaf, (sizes[0], size), batch_dim) for leaf, size in pairs} - {None}
+    if len(found) > 1:
+        raise UnpairableError
+    return found.pop() if found else None
 
 
 def _axis(one: object, two: object, sizes: tuple[int, int], batch_dim: int) -> int | None:

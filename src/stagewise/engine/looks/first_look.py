@@ -31,7 +31,8 @@ from stagewise.engine.looks.loss_kind import (
     scalars_of,
     words,
 )
-from stagewise.engine.looks.mixing import MixingLook, tensors_of
+from stagewise.engine.looks.mixing import MixingLook
+from stagewise.engine.looks.trial import tensors_of
 from stagewise.engine.looks.twins import in_eval_mode
 from stagewise.engine.stage.draws import Draws
 from stagewise.engine.stage.randomness import generators_kept, generators_moved

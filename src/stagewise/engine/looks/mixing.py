@@ -1,241 +1,157 @@
-"""Cells that mix the samples of a batch, tried on two microbatches apart and together.
+"""Cells that mix the samples of a batch, tried on microbatches apart and together.
 
 Problem: what a cell makes of a sample by the samples beside it (a mean over the batch, a softmax
-along dimension 0, attention between samples) is something else in every microbatch, and so is what
-it makes of a table that was split because its first size is that of the batch.
-Idea: at a first look the cells of a stage run on two microbatches and on both as one; a cell whose
-outputs for the parts are not that for the whole mixes. Fresh copies run, which share the parameters
-and have no dropout and no BatchNorm, so that nothing of it stays. From cell to cell the whole is
-made of the parts again: no cell is blamed for another. An argument that makes the parts agree with
-the whole once each of them gets all of it is the cause.
+along dimension 0, attention between samples, an expert's capacity) is something else in every
+microbatch, and so is what it makes of a table that was split because its first size is the batch's.
+Idea: at a first look the cells of a stage run on a call's microbatches and on all as one; a cell
+whose outputs for the parts are not that for the whole mixes, or else one whose gradients are not
+(`trial`). Fresh copies run, which share the parameters and have no dropout and no BatchNorm, so
+that nothing of it stays. From cell to cell the whole is made of the parts again: no cell is blamed
+for another. An argument that makes the parts agree with the whole once each of them gets all of it
+is the cause. Of batches that are large, two microbatches are the whole.
 """
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from stagewise.batch.objects import opened
-from stagewise.batch.pairing import Pair, UnpairableError, paired, ways_together
-from stagewise.batch.values import detached, flatten, output_leaves, with_paths
-from stagewise.engine.looks.twins import (
-    Normalising,
-    drawn_from,
-    sideways_layer,
-    treats_samples_alone,
-    twin,
-    without_trace,
-)
+from stagewise.batch.pairing import Pair, UnpairableError, paired
+from stagewise.batch.values import detached
+from stagewise.engine.looks.trial import Trial, fresh, tensors_of
+from stagewise.engine.looks.twins import sideways_layer, treats_samples_alone, without_trace
 from stagewise.engine.stage.work import RunCell, StageGiven
 from stagewise.model.cell import Cell, Chain
 
-_MOST_BYTES = 1 << 26  # of two microbatches' input to a stage, where several samples are more
-_MOST_ARGUMENTS = 4
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative to the largest; of others:
-_COARSE = 0.1
+_MOST_BYTES = 1 << 26  # of a batch's input to a stage, or else of two microbatches'
 
-_Given = tuple[object, Mapping[str, object]]  # a value and keywords
+
+@dataclass
+class _Kept:
+    """The first microbatches of what a stage is given, until there are `count`."""
+
+    count: int
+    parts: list[tuple[StageGiven, list[int]]] = field(default_factory=list)  # with versions
 
 
 class MixingLook:
-    """Looks at one call: at the first two microbatches on every stage of this rank."""
+    """Looks at one call: at the first microbatches on every stage of this rank."""
 
     def __init__(
-        self, sizes: Sequence[int], batch_dim: int, keywords: Mapping[str, object]
+        self,
+        sizes: Sequence[int],
+        batch_dim: int,
+        keywords: Mapping[str, object],
+        *,
+        with_backward: bool,
     ) -> None:
         """`keywords` are those of the whole batch."""
-        self._sizes, self._batch_dim, self._keywords = sizes, batch_dim, keywords
-        self._kept: dict[int, tuple[StageGiven, list[int]]] = {}  # by a stage's first cell
-        self._carried: dict[int, list[object]] = {}  # what that is given, if no pair tells
+        self._sizes, self._batch_dim, self._keywords = tuple(sizes), batch_dim, keywords
+        self._with_backward = with_backward
+        self._kept: dict[int, _Kept] = {}  # by a stage's first cell
+        # What that is given, if what reaches it does not tell, with the parts' sizes.
+        self._carried: dict[int, tuple[list[object], tuple[int, ...]]] = {}
         self.found: dict[str, str] = {}  # by the cell's name
 
     def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
         """Call before `cells` run on what they are given of microbatch m."""
         first = cells[0].index
-        if m > 1 or all(treats_samples_alone(cell.module) for cell in cells):
+        if m == 0 and not all(treats_samples_alone(cell.module) for cell in cells):
+            self._kept[first] = _Kept(self._num_joined(given))
+        kept = self._kept.get(first)
+        if kept is None or m != len(kept.parts):
             return
+        differentiable = any(tensor.requires_grad for tensor in tensors_of(given))
         given = detached(given)  # type: ignore[assignment]
-        before, versions = self._kept.pop(first, (None, []))
-        if m == 0:
-            self._kept[first] = given, _versions(given)
-        elif before is not None and versions == _versions(before):
-            devices = {t.device for t in tensors_of(given)}
-            with without_trace(devices), suppress(Exception):
-                self._through(cells, run, [before, given], devices)
+        kept.parts.append((given, _versions(given)))
+        if len(kept.parts) == kept.count:
+            del self._kept[first]
+            if all(versions == _versions(part) for part, versions in kept.parts):
+                devices = {t.device for t in tensors_of(given)}
+                with without_trace(devices), suppress(Exception):
+                    parts = [part for part, _ in kept.parts]
+                    self._through(cells, run, parts, devices, differentiable=differentiable)
+
+    def _num_joined(self, given: StageGiven) -> int:
+        """All microbatches where that is little: what a cell does only with many shows then."""
+        taken = sum(tensor.nbytes for tensor in tensors_of(given))
+        return len(self._sizes) if taken * len(self._sizes) <= _MOST_BYTES else 2
 
     def _through(
         self,
         cells: Chain,
         run: RunCell,
-        both: Sequence[StageGiven],
+        parts: Sequence[StageGiven],
         devices: Collection[torch.device],
+        *,
+        differentiable: bool,
     ) -> None:
-        """Run the cells, one after the other, on both parts and on their whole."""
-        first, sizes = cells[0].index, (self._sizes[0], self._sizes[1])
+        """Run the cells, one after the other, on the parts and on their whole."""
+        first = cells[0].index
         if first in self._carried:
-            given: list[StageGiven] = [(value, {}) for value in self._carried.pop(first)]
+            carried, sizes = self._carried.pop(first)
+            given: list[StageGiven] = [(value, {}) for value in carried]
         else:
-            pair = self._pair(both, sizes)
+            pair = self._joined(parts)
             given, sizes = [*pair.parts, pair.whole], pair.sizes  # type: ignore[list-item]
             if not _counts_samples(pair):
                 return
-        values = [_fresh(value) for value, _ in given]
+        values = [fresh(value) for value, _ in given]
         for cell in cells:
             named = [keywords.get(cell.index, {}) for _, keywords in given]
             each = [*zip(values, named, strict=True)]
-            trial = _Trial(cell, run, each, sizes, self._batch_dim)
+            trial = Trial(cell, run, each, sizes, self._batch_dim)
             outputs = trial.outputs(devices)
-            differs = outputs is None or trial.differs(outputs)
-            if differs and (outputs is None or (trial.says and trial.repeats(outputs))):
-                cause = trial.cause(self._keywords, sum(self._sizes))
-                if outputs is not None or cause is not None:
-                    self.found[cell.name] = _words(cell, cause, self._batch_dim, self._sizes)
+            differentiable |= any(p.requires_grad for p in cell.module.parameters())
+            self._judge(cell, trial, outputs, differentiable=differentiable)
             if outputs is None:
                 return
             values = trial.with_whole_of_parts(outputs)
         if not self._tells(values, sizes):
-            self._carried[cells[-1].index + 1] = values
+            self._carried[cells[-1].index + 1] = values, sizes
 
-    def _pair(self, both: Sequence[object], sizes: tuple[int, int]) -> Pair:
-        values, most = [opened(part) for part in both], _MOST_BYTES
+    def _judge(
+        self, cell: Cell, trial: Trial, outputs: list[object] | None, *, differentiable: bool
+    ) -> None:
+        if outputs is None or trial.differs(outputs):
+            if outputs is None or (trial.says and trial.repeats(outputs)):
+                cause = trial.cause(self._keywords, sum(self._sizes))
+                if outputs is not None or cause is not None:
+                    self.found[cell.name] = _words(cell, cause, self._batch_dim, self._sizes)
+        elif self._with_backward and differentiable and trial.backward_differs(outputs):
+            self.found[cell.name] = _of_backward(cell, self._sizes)
+
+    def _joined(self, parts: Sequence[object]) -> Pair:
+        with suppress(UnpairableError):
+            return self._pair(parts, self._sizes[: len(parts)])
+        return self._pair(parts[:2], self._sizes[:2])
+
+    def _pair(self, parts: Sequence[object], sizes: tuple[int, ...]) -> Pair:
+        values = [opened(part) for part in parts]
+        most = _MOST_BYTES if len(parts) == 2 else None
         return paired(values, sizes, self._batch_dim, most_bytes=most, num_differentiated=0)
 
-    def _tells(self, values: Sequence[object], sizes: tuple[int, int]) -> bool:
+    def _tells(self, values: Sequence[object], sizes: tuple[int, ...]) -> bool:
         """Whether the whole can be made of the parts, as they will reach the next stage."""
         try:
-            whole = self._pair(values[:2], sizes).whole
+            whole = self._pair(values[:-1], sizes).whole
         except UnpairableError:
             return False
-        pairs = [*zip(tensors_of(whole), tensors_of(values[2]), strict=True)]
+        pairs = [*zip(tensors_of(whole), tensors_of(values[-1]), strict=True)]
         return all(map(torch.equal, *zip(*pairs, strict=True))) if pairs else True
 
 
-class _Trial:
-    """One cell on the two parts of what it is given, and on their whole."""
-
-    def __init__(
-        self,
-        cell: Cell,
-        run: RunCell,
-        given: Sequence[_Given],
-        sizes: tuple[int, int],
-        batch_dim: int,
-    ) -> None:
-        self._cell, self._run, self._given = cell, run, given
-        self._sizes, self._batch_dim = sizes, batch_dim
-        self._in_eval = not cell.module.training
-        self.says = True  # whether a difference says anything
-
-    def outputs(self, devices: Collection[torch.device]) -> list[object] | None:
-        """Of the parts and the whole; None where that of the whole fails."""
-        found = self._outputs(devices)
-        if self.says or self._in_eval:
-            return found
-        self._in_eval, self.says = True, True
-        return self._outputs(devices)
-
-    def _outputs(self, devices: Collection[torch.device]) -> list[object] | None:
-        found: list[object] | None
-        with drawn_from(devices) as moved, Normalising() as normalising:
-            found = [self._called(*part) for part in self._given[:2]]
-            try:
-                found.append(self._called(*self._given[2]))
-            except Exception:
-                found = None
-        self.says = not moved and not normalising.found
-        return found
-
-    def _called(self, value: object, keywords: Mapping[str, object]) -> object:
-        value, keywords = _fresh((value, keywords))  # type: ignore[misc]
-        return self._run(twin(self._cell, in_eval=self._in_eval), value, keywords)
-
-    def differs(self, outputs: Sequence[object]) -> bool:
-        """Whether the whole's is something else than those of its parts put together."""
-        one, two, whole = every = [*map(tensors_of, outputs)]
-        if len({*map(len, every)}) > 1:  # other ways through the code: what came of each, last
-            one, two, whole = ([t for t in ts if t.is_floating_point()][-1:] for ts in every)
-        rows, tolerance = zip(one, two, whole, strict=True), self._tolerance(every[2])
-        return any(self._differ(*row, tolerance) for row in rows)
-
-    def repeats(self, outputs: Sequence[object]) -> bool:
-        """Whether the same outputs come again: the cell draws and counts nowhere."""
-        again = [self._called(*given) for given in self._given]
-        pairs = zip(tensors_of([*outputs]), tensors_of(again), strict=True)
-        return all(_near(one, other, self._tolerance([one])) for one, other in pairs)
-
-    def _differ(self, one: Tensor, two: Tensor, whole: Tensor, tolerance: float) -> bool:
-        if not whole.is_floating_point() or whole.shape in (one.shape, two.shape):
-            return False
-        ways = [*ways_together(one, two, whole.shape, self._sizes, self._batch_dim)]
-        if ways:
-            return not any(_near(way, whole, tolerance) for way in ways)
-        sizes = [*zip(one.shape, two.shape, whole.shape, strict=False)]
-        grown = [a + b == both for a, b, both in sizes if a != both]
-        return one.dim() == whole.dim() and len(grown) > 1 and all(grown)  # samples by samples
-
-    def _tolerance(self, tensors: Sequence[Tensor]) -> float:
-        if any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors):
-            return _COARSE
-        every = itertools.chain(tensors, self._cell.module.parameters())
-        return max(_TOLERANCES.get(t.dtype, _COARSE) for t in every if t.is_floating_point())
-
-    def with_whole_of_parts(self, outputs: Sequence[object]) -> list[object]:
-        """The outputs, with the parts' own in the whole, as far as they can be put together."""
-        one, two = ([*output_leaves(output)] for output in outputs[:2])
-        leaves, spec = flatten(opened(outputs[2]))
-        tolerance = self._tolerance(tensors_of(outputs[2]))
-        for index, (a, b, both) in enumerate(zip(one, two, leaves, strict=True)):
-            if isinstance(both, Tensor) and both.is_floating_point():
-                assert isinstance(a, Tensor) and isinstance(b, Tensor)
-                ways = [*ways_together(a, b, both.shape, self._sizes, self._batch_dim)]
-                near = [way for way in ways if _near(way, both, tolerance)]
-                leaves[index] = next(iter([*near, *ways]), both)
-        return [*outputs[:2], pytree.tree_unflatten(leaves, spec)]
-
-    def cause(self, keywords: Mapping[str, object], num_samples: int) -> list[str] | None:
-        """The arguments of the batch's size that the cell needs whole, if that is all."""
-        flat = [with_paths((opened(value), dict(named))) for value, named in self._given]
-        columns = [*zip(*flat, strict=True)]
-        wholes: dict[int, tuple[str, object]] = {}
-        for index, ((path, one), _, (_, whole)) in enumerate(columns):
-            if isinstance(one, Tensor) and isinstance(whole, Tensor) and one.shape != whole.shape:
-                name = path.removeprefix("[1]['").removesuffix("']")
-                full = keywords.get(name) if path.startswith("[1]") else whole
-                is_split = isinstance(full, Tensor) and len(full) in (num_samples, len(whole))
-                if is_split:
-                    wholes[index] = name.replace("[0]", "input", 1), full
-        for count in range(1, min(len(wholes), _MOST_ARGUMENTS) + 1):
-            for chosen in itertools.combinations(wholes, count):
-                if self._agrees_with({index: wholes[index][1] for index in chosen}):
-                    return [wholes[index][0] for index in chosen]
-        return None
-
-    def _agrees_with(self, wholes: Mapping[int, object]) -> bool:
-        """Whether the parts agree with the whole once all get `wholes`, by places."""
-        outputs = []
-        with suppress(Exception):
-            for given in self._given:
-                leaves, spec = flatten((opened(given[0]), dict(given[1])))
-                leaves = [wholes.get(index, leaf) for index, leaf in enumerate(leaves)]
-                value, named = pytree.tree_unflatten(leaves, spec)
-                outputs.append(self._called(value, named))
-            one, two, whole = map(tensors_of, outputs)
-            tolerance = self._tolerance(whole)
-            pairs = [
-                (torch.cat([a, b], self._batch_dim), both)
-                for a, b, both in zip(one, two, whole, strict=True)
-                if both.is_floating_point() and both.dim() > self._batch_dim
-            ]
-            return bool(pairs) and all(
-                joined.shape == both.shape
-                and both.shape[self._batch_dim] == sum(self._sizes)
-                and _near(joined, both, tolerance)
-                for joined, both in pairs
-            )
-        return False
+def _of_backward(cell: Cell, sizes: Sequence[int]) -> str:
+    return (
+        f"cell {cell.name!r} mixes samples in backward: its backward depends on the other samples, "
+        "though what it returns does not (a hook or autograd.Function that divides a gradient by "
+        "its norm, a straight-through estimate over the batch), so that gradients in microbatches "
+        f"of {sizes[0]}, {sizes[1]}, ... are others than the whole batch's; let its backward treat "
+        "every sample by itself, clip gradients of parameters after the step, or plan "
+        "num_microbatches=1"
+    )
 
 
 def _words(cell: Cell, cause: list[str] | None, batch_dim: int, sizes: Sequence[int]) -> str:
@@ -263,11 +179,6 @@ def _words(cell: Cell, cause: list[str] | None, batch_dim: int, sizes: Sequence[
     )
 
 
-def tensors_of(value: object) -> list[Tensor]:
-    """The tensors in `value`."""
-    return [leaf for leaf in output_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _counts_samples(pair: Pair) -> bool:
     """Whether what was put together holds one entry per sample, so that its order is known."""
     for one, whole in zip(tensors_of(pair.parts[0]), tensors_of(pair.whole), strict=True):
@@ -277,16 +188,5 @@ def _counts_samples(pair: Pair) -> bool:
     return True
 
 
-def _fresh(value: object) -> object:
-    leaves, spec = flatten(opened(value))
-    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(copies, spec)
-
-
 def _versions(value: object) -> list[int]:
     return [tensor._version for tensor in tensors_of(value)]
-
-
-def _near(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    atol = tolerance * float(other.abs().max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=tolerance, atol=atol, equal_nan=True)

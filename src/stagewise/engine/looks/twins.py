@@ -32,6 +32,7 @@ _BY_SAMPLE = {
     *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
 }
 _HOOKS = "_forward_hooks", "_forward_pre_hooks"
+_ALL_HOOKS = *_HOOKS, "_backward_hooks", "_backward_pre_hooks"
 
 
 def twin(cell: Cell, *, in_eval: bool) -> Cell:
@@ -61,7 +62,7 @@ def treats_samples_alone(module: nn.Module) -> bool:
     return all(
         type(layer) in _BY_SAMPLE
         and "forward" not in vars(layer)
-        and not any(getattr(layer, name) for name in _HOOKS)
+        and not any(getattr(layer, name) for name in _ALL_HOOKS)
         for layer in module.modules()
     )
 

@@ -142,7 +142,12 @@ class Looks:
             return None
         mixing = None
         if seen.num_calls == 1 or seen.num_calls >= _FREE_LOOKS:
-            mixing = MixingLook(sizes, request.batch_dim, request.keywords)
+            mixing = MixingLook(
+                sizes,
+                request.batch_dim,
+                request.keywords,
+                with_backward=request.mode is Mode.TRAIN,
+            )
         first = FirstLook(
             sizes,
             request.batch_dim,
