@@ -1,5 +1,6 @@
 """What code carries from one microbatch to another, or leaves for another cell, is named."""
 
+import functools
 import os
 import random
 import re
@@ -319,3 +320,57 @@ def said_on_ranks() -> list[list[str]]:
 def test_on_two_ranks(pools: Pools) -> None:
     first, _ = pools[2].run(said_on_ranks)
     assert [len(said) for said in first] == [1, 1, 1, 0, 1]
+
+
+class Common:
+    """What cells of several ranks refer to."""
+
+    scale, memo = 1.0, None
+
+    @functools.cached_property
+    def lazy(self) -> float:
+        return 2.0
+
+
+def sets_scale(cell: Any, x: Tensor) -> Tensor:
+    cell.common.scale = 2.0
+    return x
+
+
+def makes_memo(cell: Any, x: Tensor) -> Tensor:
+    if cell.common.memo is None:
+        cell.common.memo = 2.0
+    return x * cell.common.memo  # type: ignore[no-any-return]
+
+
+COMMON: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
+    "set": (sets_scale, lambda cell, x: x * cell.common.scale),
+    "cache": (makes_memo, lambda cell, x: makes_memo(cell, x)),
+    "property": (lambda cell, x: x * cell.common.lazy, lambda cell, x: x + cell.common.lazy),
+}
+
+
+def said_of_constants() -> list[list[str]]:
+    """What one rank writes in every call is the same each time, and another rank has not got it."""
+    found = []
+    for writes, reads in COMMON.values():
+        for count in (1, 2):
+            common = Common()
+            cells = [Does(writes, common=common), Does(reads, common=common)]
+            plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=count)
+            pipe = stagewise.Pipeline(cells, plan, loss=nn.functional.mse_loss)
+            x = torch.ones(4, WIDTH, dtype=torch.float64)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pipe.step(x, target=x)
+                pipe.step(x, target=x)
+            found.append([str(w.message) for w in caught if w.category is ExactnessWarning])
+    return found
+
+
+def test_a_value_that_stays_on_its_rank_is_named_with_one_microbatch_too(pools: Pools) -> None:
+    """Found silent: with one microbatch, and with a value that is the same in all of them."""
+    first, second = pools[2].run(said_of_constants)
+    assert [len(said) for said in first] == [1, 1, 0, 0, 0, 0]
+    assert all("common.scale behind" in text and "may read" in text for [text] in first[:2])
+    assert not any(second)

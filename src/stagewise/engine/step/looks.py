@@ -124,6 +124,7 @@ class Looks:
         self._sights: dict[int, Sight] = {}  # by cell
         # What other ranks run, by its name, for as long as it is alive here.
         self.elsewhere: Mapping[str, weakref.ref[Any]] = {}
+        self._at_ones: set[Mode] = set()  # that had such a call of one microbatch
         self._said: dict[str, int] = {}  # by what is wrong: how badly
         self.unwatched = set(Mode)  # of whose calls it is not known what cells draw from
 
@@ -135,8 +136,10 @@ class Looks:
     ) -> CallLook | None:
         """A look at a call, if it is one to look at."""
         sizes = admitted.sizes
-        if len(sizes) < 2 or request.observe is not None:
+        if request.observe is not None:
             return None
+        if len(sizes) < 2:
+            return self._at_one(request, sizes)
         seen, batch = self._seen[request.mode], (request.inputs, request.target, request.keywords)
         if not seen.is_new(admitted.signature, _extremes(batch)) or _has_sizes(batch):
             return None
@@ -158,6 +161,14 @@ class Looks:
             mixing=mixing,
         )
         return CallLook(first, Carried(sights=self._sights, is_first=seen.num_calls == 1))
+
+    def _at_one(self, request: Request, sizes: Sequence[int]) -> CallLook | None:
+        """A first call of one microbatch shows what its cells leave for those of other ranks."""
+        if not self.elsewhere or request.mode in self._seen or request.mode in self._at_ones:
+            return None
+        self._at_ones.add(request.mode)
+        first = FirstLook(sizes, request.batch_dim, weight=None, sums_losses=False, loss=None)
+        return CallLook(first, Carried(sights=self._sights, is_first=True))
 
     def warn(self, work: Work, late: Sequence[Source]) -> None:
         """Say what is wrong with a call that is over, and what cells began to draw from."""

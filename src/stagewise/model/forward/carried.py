@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, snapshot
+from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, only_read, snapshot
 from stagewise.model.forward.visible import Sight
 
 Forward = Callable[..., object]
@@ -156,21 +156,22 @@ class Carried:
         self._runs.clear()  # they refer to the call, which refers to this
 
     def _look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
-        left: dict[Key, tuple[WatchedCode, Slot]] = {}
+        left, varying = dict[Key, tuple[WatchedCode, Slot]](), set[Key]()
         for index, runs in self._runs.items():
-            if len(runs) == _NUM_RUNS:
-                after = runs[-1].after
-                for key in _written(runs) & changed(runs[0].after, after) & after.slots.keys():
-                    if not after.slots[key].kind:
-                        left[key] = self._codes[index], after.slots[key]
+            after = runs[-1].after
+            varying |= changed(runs[0].after, after)
+            for key in _written(runs) & after.slots.keys():
+                if not after.slots[key].kind:
+                    left[key] = self._codes[index], after.slots[key]
         for name, reference in codes.items() if left else ():
             code, sight = reference(), Sight(named_only=True)
-            seen = {} if code is None else snapshot(sight, code).slots
-            for key in left.keys() & seen.keys():
-                if not isinstance(key[1], str) or key[1] in sight.names:
-                    other, slot = left[key]
-                    text = _leaves(other.name, (slot.name,), f"{name} of another rank", sure=False)
-                    self.found.setdefault(f"{other.name} leaves {slot.name}", text)
+            keys = left.keys() & (() if code is None else snapshot(sight, code).slots.keys())
+            keys = {k for k in keys if not isinstance(k[1], str) or k[1] in sight.names}
+            if (constant := keys - varying) and code is not None:
+                keys -= constant - only_read(sight.walk(code), constant)
+            for other, slot in map(left.__getitem__, keys):
+                text = _leaves(other.name, (slot.name,), f"{name} of another rank", sure=False)
+                self.found.setdefault(f"{other.name} leaves {slot.name}", text)
 
     @contextlib.contextmanager
     def _put_back(self, code: WatchedCode, now: Snapshot) -> Iterator[None]:

@@ -5,6 +5,7 @@ globals of the user's own code. A slot has the same key from every cell's point 
 cell's writes are recognised in what another one sees. Parameters are not slots.
 """
 
+import inspect
 import itertools
 import operator
 from collections import deque
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.model.forward.contents import PLAIN, Frozen, Item, frozen
-from stagewise.model.forward.visible import HOOKS, Node, Sight
+from stagewise.model.forward.visible import HOOKS, Node, Sight, stored_in
 
 Key = tuple[int, object]  # the holder's id, and the name in it
 _ABSENT = object()
@@ -103,6 +104,27 @@ def changed(before: Snapshot, after: Snapshot) -> set[Key]:
         elif key[0] in before.holders and key[0] in after.holders:
             found.add(key)
     return found
+
+
+def only_read(nodes: Iterable[Node], keys: Iterable[Key]) -> set[Key]:
+    """Return which of `keys` are attributes or globals that the code of `nodes` does not fill."""
+    owners, stored = dict[int, object](), set[object]()
+    for value in (node.value for node in nodes):
+        if isinstance(value, FunctionType):
+            stored |= stored_in(value.__code__)
+            owners[id(value.__globals__)] = None
+        owners[id(value if isinstance(value, type) else getattr(value, "__dict__", None))] = value
+    return {
+        (holder, name)
+        for holder, name in keys
+        if holder in owners and name not in stored and not _fills_itself(owners[holder], name)
+    }
+
+
+def _fills_itself(owner: object, name: object) -> bool:
+    """Whether it is an attribute that its class computes when read, as `cached_property` does."""
+    found = inspect.getattr_static(type(owner), str(name), None)
+    return not isinstance(owner, type) and hasattr(found, "__get__")
 
 
 def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:

@@ -40,6 +40,7 @@ _BOOKKEEPING = {
     *("_forward_pre_hooks_with_kwargs", "_backward_pre_hooks_with_kwargs"),
 }
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
+_STORES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME")
 _OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 # Methods that Python calls implicitly; without constructors, which ran before.
 _PROTOCOL = {
@@ -207,6 +208,16 @@ def globals_in(code: CodeType) -> frozenset[str]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             found |= globals_in(inner)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def stored_in(code: CodeType) -> frozenset[str]:
+    """Return the names of attributes and globals that a function and its nested ones write."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in _STORES}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            found |= stored_in(inner)
     return frozenset(found)
 
 
