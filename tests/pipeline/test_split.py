@@ -42,7 +42,7 @@ from tests.pipeline.runs import (
 )
 from tests.soak import examples
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* changes (runs|param):UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* changes (runs|count|param):UserWarning")
 
 CPU = torch.device("cpu")
 SIZES = (10, 8)  # ragged over 4 microbatches, and a smaller last batch
