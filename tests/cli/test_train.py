@@ -96,7 +96,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         command.read_until("asleep")
         command.interrupt()
         assert command.process.stderr is not None
-        while "once more" not in command.process.stderr.readline():
+        while "repeat to stop at once" not in command.process.stderr.readline():
             pass
         command.interrupt()
         code, _, err = command.finish()

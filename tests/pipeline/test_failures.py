@@ -271,6 +271,7 @@ def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
     From that room on it has no memory, until it drops what its stages hold.
     """
     empty, clear, found = TensorLayout.empty, Stage.clear, []
+    torch.manual_seed(0)  # the same cells on every rank
     cells = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
     wanted = MSE(nn.Sequential(*cells)(X), X).item()
     for num_known, first in itertools.product(range(2), range(4)):
@@ -296,7 +297,7 @@ def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
         ):
             errors.append(error_of(lambda: pipe.step(X, target=X)))  # noqa: B023
         after = pipe.step(X, target=X).item()
-        found.append((errors, abs(after - wanted) < 1e-6))
+        found.append((errors, abs(after - wanted) < 1e-5 * wanted))
     return found
 
 

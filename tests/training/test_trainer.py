@@ -119,6 +119,7 @@ def model():""",
 )
 
 
+@pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")  # by such a decision
 def test_cells_of_a_recipe_may_decide_by_the_data(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, *BRANCHES)
     run(recipe, tmp_path / "one", steps=4)
