@@ -29,8 +29,8 @@ class Lane:
 
     def __init__(self, source: torch.device, destination: torch.device) -> None:
         self._source, self._destination = source, destination
-        self._from = torch.Stream(source) if _has_streams(source) else None
-        self._to = torch.Stream(destination) if _has_streams(destination) else None
+        self._from = torch.Stream(source) if has_streams(source) else None
+        self._to = torch.Stream(destination) if has_streams(destination) else None
 
     def start(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
         """Begin to copy those tensors that are on the source; return all, and an event or None."""
@@ -72,7 +72,8 @@ def lane(source: torch.device, destination: torch.device) -> Lane:
     return Lane(source, destination)
 
 
-def _has_streams(device: torch.device) -> bool:
+def has_streams(device: torch.device) -> bool:
+    """Return whether work on `device` is queued on streams that events can mark."""
     return device.type not in _WITHOUT_STREAMS
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
+from stagewise.batch.lanes import has_streams
 from stagewise.batch.markers import along
 from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
 from stagewise.engine.stage.loss import Loss
@@ -251,7 +252,7 @@ def rehearsed(
         latency_seconds=max(link.latency_seconds, latency),
         overhead_seconds=overhead,
     )
-    if example.where.type != "cpu":  # elsewhere instructions return before their kernels end
+    if example.where.type != "cpu" and not has_streams(example.where):  # times of launches
         return better_known, FREE_INSTRUCTION
     return better_known, instruction_cost(chosen.engine_costs, timelines)
 

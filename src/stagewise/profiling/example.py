@@ -178,13 +178,20 @@ def _link_times() -> tuple[float, float]:
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         times = []
         for _ in range(_PROBES if wire.rank < 2 else 0):
-            start = time.perf_counter()
+            start = _time_of(device)
             for sender in (0, 1):
                 if wire.rank == sender:
                     wire.start_send([buffer], 1 - sender)
                     wire.finish()
                 else:
                     wire.start_receive([buffer], sender)()
-            times.append((time.perf_counter() - start) / 2)
+            times.append((_time_of(device) - start) / 2)
         medians.append(sorted(times)[len(times) // 2] if times else 0.0)
     return medians[0], medians[1]
+
+
+def _time_of(device: torch.device) -> float:
+    """Return the time when everything that `device` was given has ended."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

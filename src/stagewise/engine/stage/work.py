@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from stagewise.engine.stage.batchnorm import BatchNorms
+from stagewise.engine.stage.marks import Marks
 from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.transport.failure import Failure
@@ -142,6 +143,7 @@ class Work:
     look: Look | None = None
     compared: int = 0  # without a look, the microbatch whose recomputation is compared
     record: Record = field(default_factory=Record)
+    marks: Marks = field(default_factory=dict)  # of what ran on accelerators
 
     def again(self, device: torch.device) -> Again:
         """What lets cells on `device` run again; it does not keep this alive."""

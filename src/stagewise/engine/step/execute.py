@@ -13,9 +13,11 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from stagewise.batch.values import Apart
+from stagewise.engine.stage.marks import Marks, host_seconds
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import Observer, Record, Work
 from stagewise.engine.step.programs import Bound
@@ -99,14 +101,19 @@ def _clear(stages: Mapping[int, Stage]) -> None:
 
 @dataclass
 class Ran:
-    """What one rank ran when, on its own clock; `origin` is the call's start."""
+    """What one rank ran when, on its own clock; `origin` is the call's start.
+
+    What ran on accelerators has `marks`, since the host's times are of its launch.
+    """
 
     times: _Times = field(default_factory=list)
     origin: float = 0.0
+    marks: Marks = field(default_factory=dict)
 
-    @property
+    @cached_property
     def spans(self) -> list[Span]:
-        """The times as spans relative to the call's start."""
+        """The times as spans relative to the call's start; waits for what has marks to end."""
+        there = host_seconds(self.marks) if self.marks else {}
         return [
             Span(
                 device=device,
@@ -114,7 +121,8 @@ class Ran:
                 start_seconds=start - self.origin,
                 end_seconds=end - self.origin,
             )
-            for device, instruction, start, end in self.times
+            for device, instruction, *launched in self.times
+            for start, end in [there.get(instruction, launched)]
         ]
 
     def timeline(self, ranks: Ranks, num_devices: int) -> Timeline:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stagewise.batch.lanes import has_streams
 from stagewise.batch.values import Apart
+from stagewise.engine.stage.marks import marked
 from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.stage.work import Work
 from stagewise.engine.transport.transport import Links
@@ -93,6 +95,8 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         action = stage.action(step.instruction)
         if self._num_devices > 1 and stage.device.type != "cpu":
             action = partial(_on, stage.device, action)
+        if has_streams(stage.device):
+            action = partial(_timed, stage.device, step.instruction, action)
         return Bound(device, step.instruction, action, step.receives, step.sends)
 
     def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
@@ -104,6 +108,18 @@ class Programs(dict[tuple[bool, int], RankProgram]):
 def _on(device: torch.device, action: Action, received: list[Apart], work: Work) -> Any:
     """Run `action` with `device` as the current one, which kernels without a guard use."""
     with torch.get_device_module(device).device(device):
+        return action(received, work)
+
+
+def _timed(
+    device: torch.device,
+    instruction: Instruction,
+    action: Action,
+    received: list[Apart],
+    work: Work,
+) -> Any:
+    """Run `action`, whose kernels end long after it returns, between two marks on its stream."""
+    with marked(work.marks, instruction, device):
         return action(received, work)
 
 

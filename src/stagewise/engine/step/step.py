@@ -275,7 +275,7 @@ class Runner:
         observers = step.observers + ([request.observe] if request.observe else [])
         origin = time.perf_counter()
         ran = execute(program.steps, self.stages, self.mail, work, observers=observers)
-        self.last_run = Ran(ran, origin)
+        self.last_run = Ran(ran, origin, work.marks)
         agreed = self._agreed_end(work, step)
         if agreed is None:
             step.failed_on_all = True

@@ -1,0 +1,54 @@
+"""When an instruction ran on an accelerator, whose kernels end long after the host has issued them.
+
+Idea: an event on the stage's stream before and after each instruction, as torch's profilers do. The
+host waits for them once, and only if someone asks. Events give differences only, so one more event,
+which the host does wait for, says where they lie on the host's clock.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from stagewise.schedule import Instruction
+
+Marks = dict[Instruction, tuple[torch.device, Any, Any]]  # events before and after it
+
+
+@contextmanager
+def marked(marks: Marks, instruction: Instruction, device: torch.device) -> Iterator[None]:
+    """Enter the events around the body, which runs `instruction` on `device`."""
+    start = _mark(device)
+    yield
+    marks[instruction] = device, start, _mark(device)
+
+
+def host_seconds(marks: Marks) -> Mapping[Instruction, tuple[float, float]]:
+    """Return when instructions began and ended by `time.perf_counter`; waits for them to end."""
+    first: dict[torch.device, Any] = {}
+    for device, start, _ in marks.values():
+        first.setdefault(device, start)
+    begun = {device: _host_time(event, device) for device, event in first.items()}
+
+    def seconds(device: torch.device, event: Any) -> float:
+        return begun[device] + float(first[device].elapsed_time(event)) / 1000
+
+    return {
+        instruction: (seconds(device, start), seconds(device, end))
+        for instruction, (device, start, end) in marks.items()
+    }
+
+
+def _mark(device: torch.device) -> Any:
+    event = torch.Event(device, enable_timing=True)
+    torch.accelerator.current_stream(device).record_event(event)
+    return event
+
+
+def _host_time(event: Any, device: torch.device) -> float:
+    """Return when `event` was, by the host's clock."""
+    now = _mark(device)
+    now.synchronize()
+    return time.perf_counter() - float(event.elapsed_time(now)) / 1000
