@@ -11,6 +11,7 @@ import torch
 from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.stage.stage import Action
 from stagewise.engine.stage.work import Mode, Work
+from stagewise.engine.step import programs
 from stagewise.engine.step.execute import Ran, execute
 from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport.connect import in_one_process
@@ -82,6 +83,7 @@ def test_a_stage_runs_with_its_device_current(monkeypatch: pytest.MonkeyPatch) -
 
     module = SimpleNamespace(device=entered)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(programs, "has_streams", lambda device: False)  # there is no such device
 
     class Told(Recorder):
         def action(self, instruction: Instruction) -> Action:

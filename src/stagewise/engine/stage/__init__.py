@@ -9,6 +9,5 @@
    that it must see, `stand_ins` its tied parameters.
 4. `autograd` separates the stage's graph from the model's, `split_backward` runs it in two parts.
 5. `gradient` gives gradients their form; `batchnorm` combines statistics over the minibatch;
-   `same_again` compares a recomputation with its forward; `activation_meter` counts kept bytes,
-   `marks` time instructions on an accelerator.
+   `same_again` compares a recomputation with its forward; `activation_meter` counts kept bytes.
 """

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from stagewise.engine.stage.batchnorm import BatchNorms
-from stagewise.engine.stage.marks import Marks
 from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.transport.failure import Failure
@@ -23,6 +22,7 @@ from stagewise.schedule import Instruction
 KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
 Shares = Mapping[str, tuple[float, ...]]  # name of a loss -> weight per microbatch
 
+Marks = dict[Instruction, tuple[torch.device, Any, Any]]  # its device, events before and after it
 Observer = Callable[[Instruction], None]
 CellForward = Callable[[object, Mapping[str, object]], object]  # (value, keywords) -> value
 RunCell = Callable[[Cell, object, Mapping[str, object]], object]

@@ -4,7 +4,7 @@
    `vote` and a `digest` of the batch's forms and values, and all raise or none.
 2. `weights`: how much each microbatch's loss counts.
 3. `programs` binds the schedule to this rank's stages; `execute` runs it, instruction by
-   instruction.
+   instruction; on an accelerator `marks` time each.
 4. `results`: every rank knows the loss; `agreement`: or every rank raises the first failure.
 5. `unchanged`: what was built is still what runs. `looks` says which calls are looked at closely
    (`engine/looks`).

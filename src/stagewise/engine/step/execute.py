@@ -17,9 +17,9 @@ from functools import cached_property
 from typing import Any
 
 from stagewise.batch.values import Apart
-from stagewise.engine.stage.marks import Marks, host_seconds
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.stage.work import Observer, Record, Work
+from stagewise.engine.stage.work import Marks, Observer, Record, Work
+from stagewise.engine.step.marks import host_seconds
 from stagewise.engine.step.programs import Bound
 from stagewise.engine.transport.failure import Failure, Lost, is_out_of_memory
 from stagewise.engine.transport.ranks import Ranks

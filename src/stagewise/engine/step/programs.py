@@ -9,9 +9,9 @@ import torch
 
 from stagewise.batch.lanes import has_streams
 from stagewise.batch.values import Apart
-from stagewise.engine.stage.marks import marked
 from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.stage.work import Work
+from stagewise.engine.step.marks import marked
 from stagewise.engine.transport.transport import Links
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
+from stagewise.engine.stage.work import Marks
 from stagewise.schedule import Instruction
-
-Marks = dict[Instruction, tuple[torch.device, Any, Any]]  # events before and after it
 
 
 @contextmanager
