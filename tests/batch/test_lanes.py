@@ -164,6 +164,15 @@ def test_from_the_host_each_microbatch_is_copied_while_the_one_before_it_runs(
     assert machine.log == ["kernels of 0 wait", "memory of 0 in kernels of 0"] * 3
 
 
+def test_what_has_no_record_stream_is_copied_in_order(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, non_blocking: tensor)
+    sparse = torch.eye(2).to_sparse()
+    copies, event = lanes.lane(torch.device("cpu"), *devices(1)).start([sparse])
+    assert copies == [sparse] and event is None
+
+
 def test_the_caller_may_change_a_batch_that_is_still_on_its_way(
     monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:

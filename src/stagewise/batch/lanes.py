@@ -35,7 +35,7 @@ class Lane:
     def start(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
         """Begin to copy those tensors that are on the source; return all, and an event or None."""
         there = [tensor.device == self._destination for tensor in tensors]
-        if self._to is None or all(there):
+        if self._to is None or all(there) or not all(map(_is_strided, tensors)):
             return list(map(self._copied, tensors)), None
         with ExitStack() as streams:
             if self._from is not None:
@@ -77,9 +77,13 @@ def has_streams(device: torch.device) -> bool:
     return device.type not in _WITHOUT_STREAMS
 
 
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided  # another has no `record_stream`
+
+
 def _can_be_pinned(tensor: torch.Tensor) -> bool:
-    strided = type(tensor) is torch.Tensor and tensor.layout is torch.strided
-    return strided and tensor.device.type == "cpu" and not tensor.requires_grad
+    plain = type(tensor) is torch.Tensor and _is_strided(tensor)
+    return plain and tensor.device.type == "cpu" and not tensor.requires_grad
 
 
 class Arrivals(Sequence[Any]):

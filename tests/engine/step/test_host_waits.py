@@ -65,6 +65,17 @@ def test_every_part_of_the_batch_is_copied_once_and_nothing_waits(stand_in: torc
     assert counting.reads == []
 
 
+def test_kept_float32_sums_are_compared_with_grad_at_once() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).bfloat16()
+    plan = stagewise.Plan(balance=(1, 2), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss, accumulate_in_float32=True)
+    batch = torch.ones(4, 4, dtype=torch.bfloat16)
+    pipe.step(batch, target=batch)
+    with Counting() as counting:
+        pipe.step(batch, target=batch)
+    assert "aten.equal.default" not in counting.reads  # it was read for every parameter
+
+
 def test_a_part_that_every_microbatch_needs_whole_is_copied_once(stand_in: torch.device) -> None:
     model = nn.Sequential(Masked(4, 4), Masked(4, 4))
     plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=4)

@@ -7,7 +7,7 @@ steps as long as `.grad` is what the last step wrote; otherwise (cleared, clippe
 the value of `.grad`. It lives as long as that tensor.
 """
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 
 import torch
 from torch import nn
@@ -31,9 +31,9 @@ class Float32Sums(ParameterPolicy):
     def before_step(self, step: Settlement) -> None:
         self._running = WideSums()
         self._before = [(p, p.grad) for p in self._parameters if p.requires_grad]
-        for parameter, gradient in self._before:
-            if gradient is not None:
-                self._running.add(parameter, self._continued(gradient))
+        begun = {p: gradient for p, gradient in self._before if gradient is not None}
+        for parameter, total in zip(begun, self._continued([*begun.values()]), strict=True):
+            self._running.add(parameter, total)
         for parameter, _ in self._before:
             parameter.grad = None
             self._running.follow(parameter, parameter)
@@ -72,17 +72,22 @@ class Float32Sums(ParameterPolicy):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update({**state, "_sums": WeakTensorKeyDictionary()})
 
-    def _continued(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the float32 sum that `gradient` was rounded from, else `gradient` in float32.
+    def _continued(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the float32 sums that `gradients` were rounded from, else these in float32.
 
         Values are compared, since writes through `.data` leave no trace; torch cannot compare
         sparse tensors, so those restart from the rounded value.
         """
-        total = self._sums.pop(gradient, None)
-        if (
-            total is not None
-            and not total.is_sparse
-            and torch.equal(total.to(gradient.dtype), gradient)
-        ):
-            return total
-        return gradient.detach().float()
+        totals = [self._sums.pop(gradient, None) for gradient in gradients]
+        equal: dict[torch.device, dict[int, torch.Tensor]] = {}
+        for index, (total, gradient) in enumerate(zip(totals, gradients, strict=True)):
+            if total is not None and not total.is_sparse and total.shape == gradient.shape:
+                flag = (total.to(gradient.dtype) == gradient).all()
+                equal.setdefault(flag.device, {})[index] = flag
+        kept: dict[int, bool] = {}
+        for flags in equal.values():  # one wait for each device, not one a gradient
+            kept.update(zip(flags, torch.stack([*flags.values()]).tolist(), strict=True))
+        return [
+            total if total is not None and kept.get(index) else gradient.detach().float()
+            for index, (total, gradient) in enumerate(zip(totals, gradients, strict=True))
+        ]
