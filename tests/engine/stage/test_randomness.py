@@ -1,9 +1,15 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stagewise.engine.stage.randomness import CellRandomness, derive_seed, generators_kept
+from stagewise.engine.stage.randomness import (
+    CellRandomness,
+    default_generator,
+    derive_seed,
+    generators_kept,
+)
 
 CPU = torch.device("cpu")
 
@@ -52,3 +58,25 @@ def test_the_callers_generator_is_put_back_even_after_an_error() -> None:
         torch.rand(100)
         raise KeyError
     assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "hpu"])
+def test_a_device_and_the_cpu_are_seeded_for_every_cell(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A cell on a device may draw on the CPU too, as LayerDrop does."""
+    own = [torch.Generator(), torch.Generator()]
+    module = SimpleNamespace(default_generators=own, current_device=lambda: 1)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert default_generator(torch.device(kind)) is own[1]
+    with generators_kept([torch.device(kind, 0)]):
+        CellRandomness(1, 2, torch.device(kind, 0)).enter_cell(3, 4)
+        assert own[0].initial_seed() == torch.initial_seed() == derive_seed(1, 2, 3, 4)
+
+
+def test_mps_has_its_own_and_an_unknown_device_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.Generator()
+    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: own)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert default_generator(torch.device("mps")) is own
+    assert default_generator(torch.device("mtia", 0)) is torch.default_generator

@@ -34,15 +34,20 @@ def _mixed(state: int, number: int) -> int:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Return the generator that dropout and the like draw from on `device`."""
+    """Return the generator that dropout and the like draw from on `device`.
+
+    The CPU's if that of the device is unknown; then recomputed outputs are compared all the same.
+    """
+    if device.type in ("cpu", "meta"):
+        return torch.default_generator
     if device.type == "mps":
         return torch.mps._get_default_mps_generator()
-    if device.type in ("cuda", "xpu"):
-        module = torch.get_device_module(device)
-        index = module.current_device() if device.index is None else device.index
-        generator: torch.Generator = module.default_generators[index]
-        return generator
-    return torch.default_generator
+    module = torch.get_device_module(device)
+    if not hasattr(module, "default_generators"):
+        return torch.default_generator
+    index = module.current_device() if device.index is None else device.index
+    generator: torch.Generator = module.default_generators[index]
+    return generator
 
 
 def seed_initialisation(seed: int, cell_name: str) -> None:
