@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stagewise.errors import PlanError
 from stagewise.model.chain import chain_of
 from stagewise.profiling import example
 
@@ -22,6 +23,8 @@ class Moving(nn.Linear):
 
     def to(self, device: torch.device) -> "Moving":  # type: ignore[override]
         self.moves = [*getattr(self, "moves", []), str(device)]
+        if device.index == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return self
 
 
@@ -32,3 +35,14 @@ def test_cells_are_moved_to_be_measured_and_put_back() -> None:
     assert cell.moves == ["xpu:1", "cpu"]
     with example._moved(chain_of(nn.Sequential(cell)), torch.device("cpu")):
         assert cell.moves == ["xpu:1", "cpu"]
+
+
+def test_a_model_that_does_not_fit_where_it_was_to_be_measured() -> None:
+    first, second = Moving(2, 2), Moving(2, 2)
+    chain, full = chain_of(nn.Sequential(first, second)), torch.device("xpu", 7)
+    with (
+        pytest.raises(PlanError, match=r"does not fit on xpu:7.*--plan"),
+        example._moved(chain, full),
+    ):
+        pytest.fail("it was not moved")
+    assert first.moves == ["xpu:7", "cpu"]

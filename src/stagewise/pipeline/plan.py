@@ -85,7 +85,8 @@ def plan(
         memory_bytes: a device's memory for parameters, their gradients and optimizer state
             (`state_factor` times the parameters: 4 for Adam in the parameters' dtype) and for
             activations.
-        device: where to measure; by default where Pipeline would run.
+        device: where to measure, which holds the whole model meanwhile; by default where Pipeline
+            would run.
         seconds: roughly how long to measure.
         cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,
             to use as its cells, for a model that torch.export cannot trace; needs an example: see

@@ -18,9 +18,10 @@ from stagewise.batch.values import move
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.connect import Device, connect, trial_wire, values_of_all
+from stagewise.engine.transport.failure import is_out_of_memory
 from stagewise.engine.transport.processes import num_processes, own_device
 from stagewise.errors import BatchError, PlanError
-from stagewise.model.cell import Chain
+from stagewise.model.cell import Cell, Chain
 from stagewise.model.cells_of import chain_for, entering
 from stagewise.model.chain import Model
 from stagewise.model.meta_tensors import is_meta
@@ -72,17 +73,30 @@ class Example:
 def _moved(chain: Chain, device: torch.device) -> Iterator[None]:
     """Put the cells that are elsewhere on `device`, for the body."""
     homes = {}
-    for cell in chain:
-        found = {tensor.device for tensor in (*cell.module.parameters(), *cell.module.buffers())}
-        if found - {device}:  # `to` fails for quantised weights, even without a move
-            homes[cell.module] = found.pop() if len(found) == 1 else None
-            cell.module.to(device)
     try:
+        for cell in chain:
+            found = {each.device for each in (*cell.module.parameters(), *cell.module.buffers())}
+            if found - {device}:  # `to` fails for quantised weights, even without a move
+                homes[cell.module] = found.pop() if len(found) == 1 else None
+                _put(cell, device)
         yield
     finally:
         for module, home in homes.items():
             if home is not None:
                 module.to(home)
+
+
+def _put(cell: Cell, device: torch.device) -> None:
+    try:
+        cell.module.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PlanError(
+            f"the whole model does not fit on {device}, where its cells were to be measured; "
+            "measure elsewhere with plan(device='cpu'), or train with --plan and a file that "
+            "stagewise plan --device DEVICE --json wrote, which measures nothing"
+        ) from error
 
 
 @contextmanager

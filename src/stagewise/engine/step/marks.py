@@ -27,8 +27,12 @@ def marked(marks: Marks, instruction: Instruction, device: torch.device) -> Iter
 def host_seconds(marks: Marks) -> Mapping[Instruction, tuple[float, float]]:
     """Return when instructions began and ended by `time.perf_counter`; waits for them to end."""
     first: dict[torch.device, Any] = {}
-    for device, start, _ in marks.values():
+    last: dict[torch.device, Any] = {}
+    for device, start, end in marks.values():
         first.setdefault(device, start)
+        last[device] = end
+    for event in last.values():
+        event.synchronize()  # the stream may no longer be the current one
     begun = {device: _host_time(event, device) for device, event in first.items()}
 
     def seconds(device: torch.device, event: Any) -> float:
