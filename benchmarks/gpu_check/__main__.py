@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no check is named {', '.join(unknown)}; choose from {', '.join(CHECKS)}")
     os.environ.update(ENVIRONMENT)
     warnings.simplefilter("ignore")
-    importlib.import_module("torch._dynamo")  # which a first step imports, here once for all
+    importlib.import_module("torch._dynamo")  # two checks need it, and it takes a second
     checks = [_check(name, options.dry) for name in CHECKS if name in names]
     _choose_start_method()
     ended = run_all(checks, BUDGET_SECONDS, emit)
