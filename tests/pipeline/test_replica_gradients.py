@@ -8,6 +8,8 @@ from torch.nn.functional import mse_loss
 import stagewise
 from tests.harness import Pools
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
+
 Gradients = dict[str, Tensor | None]
 LAYOUTS = [((5,), (2,)), ((2, 3), (1, 2)), ((3, 2), (2, 1))]  # balance, replicas
 

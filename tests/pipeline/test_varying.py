@@ -12,6 +12,8 @@ import stagewise
 from tests.engine.transport.wires import other_hosts
 from tests.harness import Pools
 
+pytestmark = pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning")
+
 Numbers = dict[str, list[list[float]]]
 STEPS, X = 6, torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8)
 

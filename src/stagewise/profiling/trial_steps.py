@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from stagewise.batch.values import Apart, take_apart
 from stagewise.costs import CellCost
-from stagewise.engine.gradients.clipping import gradients_aside
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.buffers import values_put_back
+from stagewise.engine.stage.gradient import gradients_aside
 from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.skips import SkipRoutes

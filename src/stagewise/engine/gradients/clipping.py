@@ -3,25 +3,12 @@
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from stagewise.engine.stage.gradient import taken
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError
-
-
-@contextmanager
-def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Clear `.grad` inside, and restore it afterwards."""
-    before = [(parameter, taken(parameter)) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient
 
 
 def clip_by_global_norm(

@@ -20,6 +20,7 @@ from stagewise.batch.objects import opened
 from stagewise.batch.pairing import ways_together
 from stagewise.batch.values import flatten, output_leaves, with_paths
 from stagewise.engine.looks.twins import Normalising, drawn_from, treats_samples_alone, twin
+from stagewise.engine.stage.gradient import gradients_aside
 from stagewise.engine.stage.work import RunCell
 from stagewise.model.cell import Cell
 from stagewise.model.forward.slots import snapshot
@@ -131,7 +132,9 @@ class Trial:
         """
         if treats_samples_alone(self._cell.module) or not self.says:
             return False
-        with suppress(Exception), _as_it_was(self._cell.module), torch.enable_grad():
+        module = self._cell.module
+        aside = gradients_aside(module.parameters())  # a backward may add to them itself
+        with suppress(Exception), _as_it_was(module), aside, torch.enable_grad():
             seeds = self._seeds(outputs)
             found = self._gradients(seeds)
             *parts, wholes = found

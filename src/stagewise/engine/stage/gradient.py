@@ -1,6 +1,7 @@
 """The form of a gradient: dense, with autograd's strides, float32 where sums are wide."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -90,3 +91,14 @@ class WideSums:
     def pop(self, key: Hashable) -> Gradient:
         """Remove and return the sum of `key`; None if nothing was added."""
         return self._sums.pop(key, None)
+
+
+@contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Clear `.grad` inside, and restore it afterwards."""
+    before = [(parameter, taken(parameter)) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
