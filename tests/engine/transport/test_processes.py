@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.transport import connect, processes
+from stagewise.engine.transport.peers import Peers
 from stagewise.errors import PlanError
 from tests.harness import Pools
 
@@ -79,7 +80,10 @@ def on_one_device(uuids: list[str]) -> str:
         group = dist.group.WORLD
         assert group is not None
         try:
-            connect._check_own(torch.device("cuda", 0), group)
+            connect._check_own(
+                torch.device("cuda", 0),
+                lambda value: connect._gathered(group, Peers(dist.get_rank()), value),
+            )
         except PlanError as error:
             return str(error)
     return ""

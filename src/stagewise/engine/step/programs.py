@@ -25,7 +25,7 @@ from stagewise.schedule import (
 )
 from stagewise.schedule.posting import PostFrom, post_from
 
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 
 
 class Bound(NamedTuple):
@@ -62,7 +62,7 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         stages: Mapping[int, Stage],
         rank: int | None,  # None: this process runs all devices
         flows: Sequence[tuple[int, int]] = (),
-        device: torch.device = CPU,
+        device: torch.device = _CPU,
     ) -> None:
         self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
         self._num_devices = len({stage.device for stage in stages.values()})

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.util import Finalize
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.transport.connect_sockets import connect_sockets
+from stagewise.engine.transport.connect_sockets import Gather, connect_sockets
 from stagewise.engine.transport.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
@@ -148,24 +149,17 @@ def _leave() -> None:
 
 
 def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
-    """On CPUs small tensors go through sockets; GPUs use two groups for data, gloo for control."""
+    """On CPUs small tensors go through sockets; GPUs use a group a link, gloo for control."""
     if device.type != "cpu":
         _check_streams(device)
         data = LinkGroups(peers, group, device)
         ranks = dist.get_process_group_ranks(group)
         gloo = dist.new_group(ranks, backend="gloo", timeout=data.timeout)
-        _check_own(device, gloo)
+        _check_own(device, partial(_gathered, gloo, peers))
         control = GroupWire(peers, gloo, owned=True)
         return Wires(data, control, prepare=data.prepare)
-
-    def gather(value: object) -> list[object]:
-        values = [value] * dist.get_world_size(group)
-        with peers.named():
-            dist.all_gather_object(values, value, group=group)
-        return values
-
     timeout = group._get_backend(device).options._timeout
-    sockets, limits = connect_sockets(peers, gather, timeout)
+    sockets, limits = connect_sockets(peers, partial(_gathered, group, peers), timeout)
     wire = BySize(sockets, GroupWire(peers, group), limits)
     return Wires(wire, wire, sockets)
 
@@ -177,12 +171,18 @@ def _device_of(chain: Chain) -> torch.device:
     return torch.device("cpu")
 
 
-def _check_own(device: torch.device, group: dist.ProcessGroup) -> None:
+def _gathered(group: dist.ProcessGroup, peers: Peers, value: object) -> list[Any]:
+    """Return every rank's value, before there is a rendezvous."""
+    values = [value] * dist.get_world_size(group)
+    with peers.named():
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _check_own(device: torch.device, gather: Gather) -> None:
     """Raise PlanError on every rank if two ranks have the same device."""
     properties = torch.get_device_module(device).get_device_properties(device)
-    own = socket.gethostname(), str(getattr(properties, "uuid", device))
-    everyone = [own] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own, group=group)
+    everyone = gather((socket.gethostname(), str(getattr(properties, "uuid", device))))
     for rank, place in enumerate(everyone):
         if (first := everyone.index(place)) < rank:
             raise PlanError(
