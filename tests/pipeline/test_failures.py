@@ -297,7 +297,7 @@ def no_room() -> list[tuple[list[tuple[str, str]], bool]]:
         ):
             errors.append(error_of(lambda: pipe.step(X, target=X)))  # noqa: B023
         after = pipe.step(X, target=X).item()
-        found.append((errors, abs(after - wanted) < 1e-5 * wanted))
+        found.append((errors, abs(after - wanted) < 1e-6 * wanted))
     return found
 
 
