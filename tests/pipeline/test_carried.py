@@ -153,6 +153,12 @@ def drawn(own: Any, y: Tensor) -> Tensor:
     return nn.functional.dropout(y * scale * random.random(), 0.3)
 
 
+def large_table(own: Any, y: Tensor) -> Tensor:
+    if own.table is None:
+        own.table = torch.ones(1 << 18, WIDTH).double()
+    return y * own.table[0]  # type: ignore[no-any-return]
+
+
 HARMLESS: dict[str, Callable[[], nn.Module]] = {
     "a table": lambda: Does(table, cos=None, longest=0),
     "a cache": lambda: Does(cached, ones={}),
@@ -160,6 +166,7 @@ HARMLESS: dict[str, Callable[[], nn.Module]] = {
     "a hook": hooked,
     "draws": lambda: Does(drawn, generator=torch.Generator(), random=random.Random(3)),
     "frozen": lambda: nn.BatchNorm1d(WIDTH).double(),
+    "a large table": lambda: Does(large_table, table=None),
     "a counting buffer": lambda: Does(
         lambda own, y: y + 0 * own.buffer.add_(1), buffer=torch.zeros(1)
     ),
@@ -374,3 +381,50 @@ def test_a_value_that_stays_on_its_rank_is_named_with_one_microbatch_too(pools: 
     assert [len(said) for said in first] == [1, 1, 0, 0, 0, 0]
     assert all("common.scale behind" in text and "may read" in text for [text] in first[:2])
     assert not any(second)
+
+
+class Large(nn.Module):
+    """Writes to a buffer that is too large to be copied for a look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH).double()
+        self.register_buffer("cache", torch.zeros(1 << 19, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache[0] += 1
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+def test_what_is_too_large_to_be_put_back_is_not_run_again() -> None:
+    cell = Large()
+    _, said = trained([cell, nn.Identity()])
+    assert cell.cache[0] == 8, "two steps of four microbatches"
+    assert len(said) == 1 and "cell '0' changes cache in every forward" in said[0]
+
+
+class Learns(nn.Module):
+    """Its forward runs a backward of its own, as a model that learns at test time does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.inner = (nn.Linear(WIDTH, WIDTH).double() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self.inner(x.detach()).square().sum().backward()
+        return torch.tanh(self.linear(x))
+
+
+def test_a_look_leaves_no_gradients_of_backwards_inside_of_forward() -> None:
+    cell = Learns()
+    plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=4)
+    loss = nn.functional.mse_loss
+    pipe = stagewise.Pipeline([cell, nn.Identity()], plan, loss=loss)
+    x, found = torch.randn(8, WIDTH).double(), []
+    for _ in range(3):  # the first two calls are looked at, the third is not
+        pipe.zero_grad()
+        pipe.step(x, target=x)
+        assert cell.inner.weight.grad is not None
+        found.append(cell.inner.weight.grad.clone())
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])

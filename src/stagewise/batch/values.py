@@ -94,6 +94,16 @@ def output_leaves(output: object) -> list[object]:
     return flatten(opened(output))[0]
 
 
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """Return the tensors among the leaves of `value`, with objects taken apart."""
+    return [leaf for leaf in output_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def versions_of(value: object) -> list[int]:
+    """Return the versions of its tensors, which grow when they are written to."""
+    return [tensor._version for tensor in tensors_of(value) if not tensor.is_inference()]
+
+
 def with_paths(
     value: object, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, object]]:

@@ -370,3 +370,16 @@ print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]", run.stdout
+
+
+@pytest.mark.parametrize(("length", "joined"), [(1, 8), (1 << 14, 4)])
+def test_a_look_runs_no_more_samples_at_once_than_a_step_may_hold(length: int, joined: int) -> None:
+    """Found: all microbatches of a large batch at once doubled a first step's peak."""
+    longest = [0]
+
+    def code(x: Tensor) -> Tensor:
+        longest[0] = max(longest[0], len(x))
+        return x * 2
+
+    told([Cell(code), nn.Tanh()], torch.randn(B, length, WIDTH))
+    assert longest[0] == joined

@@ -12,7 +12,6 @@ looked at.
 
 import contextlib
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
-from stagewise.batch.values import detached, output_leaves
+from stagewise.batch.values import detached, output_leaves, tensors_of, versions_of
 from stagewise.engine.looks.counting import weight_that_fits
 from stagewise.engine.looks.loss_kind import (
     SEVERITY,
@@ -32,10 +31,7 @@ from stagewise.engine.looks.loss_kind import (
     words,
 )
 from stagewise.engine.looks.mixing import MixingLook
-from stagewise.engine.looks.trial import tensors_of
-from stagewise.engine.looks.twins import in_eval_mode
-from stagewise.engine.stage.draws import Draws
-from stagewise.engine.stage.randomness import generators_kept, generators_moved
+from stagewise.engine.looks.twins import drawn_from, in_eval_mode, without_trace
 from stagewise.engine.stage.work import CellForward, RunCell, StageGiven
 from stagewise.model.added_losses import COLLECTING, MAIN_LOSS, LossCollector
 from stagewise.model.cell import Cell, Chain
@@ -236,12 +232,12 @@ class FirstLook:
         pairs were seen, and where there is none."""
         value, before = detached(value), self._kept.pop(who, None)
         if self._pairs[who] < _MOST_PAIRS or m + 1 in self._unlike:
-            self._kept[who] = m, value, _versions(value)
+            self._kept[who] = m, value, versions_of(value)
         self._pairs[who] += 1
         if before is None:
             return None
         first, kept, versions = before
-        if _versions(kept) != versions:  # changed in place since
+        if versions_of(kept) != versions:  # changed in place since
             return None
         return [kept, value], (self._sizes[first], self._sizes[m])
 
@@ -249,19 +245,17 @@ class FirstLook:
     def _quietly(self, code: object) -> Iterator[None]:
         """Look inside: no error, warning, random number or problem found by chance comes out."""
         so_far, devices = dict(self._found), {t.device for t in _state_of(code)}
+        parameters = [t for t in _state_of(code) if isinstance(t, nn.Parameter)]
         with (
-            warnings.catch_warnings(),
-            generators_kept(devices),
-            generators_moved(devices) as moved,
-            Draws([]).kept(guard=True, undo=True) as late,
+            without_trace(devices, parameters),
+            drawn_from(devices) as drawn,
             torch.enable_grad(),
         ):
-            warnings.simplefilter("ignore")
             try:
                 yield
             except Exception:
                 self._found = so_far
-        if moved or late:
+        if drawn:
             self._found = so_far
 
 
@@ -279,10 +273,6 @@ def _shares(numbers: Sequence[float]) -> tuple[float, float]:
 
 def _name(name: str, what: str) -> str:
     return what if name == MAIN_LOSS else f"{what} {name!r}"
-
-
-def _versions(value: object) -> list[int]:
-    return [tensor._version for tensor in tensors_of(value)]
 
 
 def _state_of(code: object) -> list[Tensor]:

@@ -19,13 +19,16 @@ import torch
 
 from stagewise.batch.objects import opened
 from stagewise.batch.pairing import Pair, UnpairableError, paired
-from stagewise.batch.values import detached
-from stagewise.engine.looks.trial import Trial, fresh, tensors_of
+from stagewise.batch.values import detached, tensors_of, versions_of
+from stagewise.engine.looks.trial import Trial, fresh
 from stagewise.engine.looks.twins import sideways_layer, treats_samples_alone, without_trace
 from stagewise.engine.stage.work import RunCell, StageGiven
 from stagewise.model.cell import Cell, Chain
 
-_MOST_BYTES = 1 << 26  # of a batch's input to a stage, or else of two microbatches'
+_MOST_BYTES = 1 << 26  # of two microbatches' input to a stage
+# Of a whole batch's. A cell's activations are many times its input, and those of more than two
+# microbatches may exceed what the step itself needs.
+_MOST_BYTES_OF_ALL = 1 << 20
 
 
 @dataclass
@@ -65,19 +68,20 @@ class MixingLook:
             return
         differentiable = any(tensor.requires_grad for tensor in tensors_of(given))
         given = detached(given)  # type: ignore[assignment]
-        kept.parts.append((given, _versions(given)))
+        kept.parts.append((given, versions_of(given)))
         if len(kept.parts) == kept.count:
             del self._kept[first]
-            if all(versions == _versions(part) for part, versions in kept.parts):
+            if all(versions == versions_of(part) for part, versions in kept.parts):
                 devices = {t.device for t in tensors_of(given)}
-                with without_trace(devices), suppress(Exception):
+                parameters = [p for cell in cells for p in cell.module.parameters()]
+                with without_trace(devices, parameters), suppress(Exception):
                     parts = [part for part, _ in kept.parts]
                     self._through(cells, run, parts, devices, differentiable=differentiable)
 
     def _num_joined(self, given: StageGiven) -> int:
         """All microbatches where that is little: what a cell does only with many shows then."""
         taken = sum(tensor.nbytes for tensor in tensors_of(given))
-        return len(self._sizes) if taken * len(self._sizes) <= _MOST_BYTES else 2
+        return len(self._sizes) if taken * len(self._sizes) <= _MOST_BYTES_OF_ALL else 2
 
     def _through(
         self,
@@ -186,7 +190,3 @@ def _counts_samples(pair: Pair) -> bool:
         if sizes and sizes != [pair.sizes[0]]:
             return False
     return True
-
-
-def _versions(value: object) -> list[int]:
-    return [tensor._version for tensor in tensors_of(value)]

@@ -18,9 +18,8 @@ from torch.utils import _pytree as pytree
 
 from stagewise.batch.objects import opened
 from stagewise.batch.pairing import ways_together
-from stagewise.batch.values import flatten, output_leaves, with_paths
+from stagewise.batch.values import flatten, tensors_of, with_paths
 from stagewise.engine.looks.twins import Normalising, drawn_from, treats_samples_alone, twin
-from stagewise.engine.stage.gradient import gradients_aside
 from stagewise.engine.stage.work import RunCell
 from stagewise.model.cell import Cell
 from stagewise.model.forward.slots import snapshot
@@ -132,9 +131,7 @@ class Trial:
         """
         if treats_samples_alone(self._cell.module) or not self.says:
             return False
-        module = self._cell.module
-        aside = gradients_aside(module.parameters())  # a backward may add to them itself
-        with suppress(Exception), _as_it_was(module), aside, torch.enable_grad():
+        with suppress(Exception), _as_it_was(self._cell.module), torch.enable_grad():
             seeds = self._seeds(outputs)
             found = self._gradients(seeds)
             *parts, wholes = found
@@ -243,11 +240,6 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.put_back(snapshot(sight, module))
-
-
-def tensors_of(value: object) -> list[Tensor]:
-    """The tensors in `value`."""
-    return [leaf for leaf in output_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def fresh(value: object) -> object:

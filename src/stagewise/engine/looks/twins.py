@@ -7,7 +7,7 @@ it: what samples do to each other there is known, and made exact or warned of el
 import copy
 import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType, FunctionType
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from stagewise.engine.stage.autograd import without_weight_cache
 from stagewise.engine.stage.buffers import overwrite
 from stagewise.engine.stage.draws import Draws
+from stagewise.engine.stage.gradient import gradients_aside
 from stagewise.engine.stage.randomness import generators_kept, generators_moved
 from stagewise.model.added_losses import COLLECTING, LossCollector
 from stagewise.model.cell import Cell
@@ -97,14 +98,21 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_trace(devices: Collection[torch.device]) -> Iterator[None]:
-    """Run something inside that is no part of the call: no warning, no loss, no graph stays."""
+def without_trace(
+    devices: Collection[torch.device], parameters: Iterable[nn.Parameter]
+) -> Iterator[None]:
+    """Run something inside that is no part of the call: nothing of it stays.
+
+    That is no warning, loss, graph or random number, and no gradient that code itself adds to
+    `parameters`.
+    """
     outer, COLLECTING.active = COLLECTING.active, LossCollector()
     try:
         with (
             warnings.catch_warnings(),
             generators_kept(devices),
             Draws([]).kept(guard=True, undo=True),
+            gradients_aside(parameters),
             torch.no_grad(),
             ExitStack() as stack,
         ):

@@ -10,11 +10,13 @@ looks grows as the logarithm of that of calls. What was found is a warning, each
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Microbatches
@@ -22,6 +24,7 @@ from stagewise.engine.looks.counting import extremes, left_out, most_unlike, val
 from stagewise.engine.looks.first_look import FirstLook
 from stagewise.engine.looks.mixing import MixingLook
 from stagewise.engine.stage.draws import Source
+from stagewise.engine.stage.gradient import gradients_aside
 from stagewise.engine.stage.loss import Loss, share_of
 from stagewise.engine.stage.randomness import LOSS_CELL
 from stagewise.engine.stage.same_again import compared
@@ -74,14 +77,14 @@ class CallLook:
         watched = []
         for cell, forward in calls:
             code = WatchedCode(cell.index, stage, f"cell {cell.name!r}", cell.module)
-            rerun = partial(again, cell.index, m)
+            rerun = partial(_restored, again, cell.index, m, cell.module)
             watched.append((cell, self.carried.watched(code, forward, rerun, compared)))
         return self.first.cells(watched, collector, m, last)
 
     def loss(self, loss: Loss, m: int, again: Again) -> Loss:
         """`loss`, looking at what it is called with: the output, and perhaps a target."""
         code = WatchedCode(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
-        rerun = partial(again, LOSS_CELL, m)
+        rerun = partial(_restored, again, LOSS_CELL, m, loss)
         run = self.carried.watched(code, loss, rerun, compared)
 
         def watched(output: object, *target: object) -> Losses:
@@ -90,6 +93,14 @@ class CallLook:
             return value  # type: ignore[return-value]
 
         return watched
+
+
+@contextmanager
+def _restored(again: Again, cell: int, m: int, code: object) -> Iterator[None]:
+    """Run `code` inside as it ran on microbatch m; gradients that it adds itself do not stay."""
+    parameters = code.parameters() if isinstance(code, nn.Module) else ()
+    with gradients_aside(parameters), again(cell, m):
+        yield
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ from stagewise.model.forward.visible import Sight
 
 Forward = Callable[..., object]
 Differs = Callable[[], bool]  # reruns one microbatch: whether the output differs
-Again = Callable[[], AbstractContextManager[None]]  # a context in which code runs as it did before
+Restored = Callable[[], AbstractContextManager[None]]  # inside, code runs as it did before
 Compare = Callable[[object], Callable[[object], bool]]  # output -> whether another one differs
 _NUM_RUNS = 2  # microbatches examined per call
 
@@ -61,7 +61,7 @@ class Carried:
     _codes: dict[int, WatchedCode] = field(default_factory=dict)
 
     def watched(
-        self, code: WatchedCode, forward: Forward, again: Again | None, compare: Compare
+        self, code: WatchedCode, forward: Forward, again: Restored | None, compare: Compare
     ) -> Forward:
         """Return `forward` of `code`, wrapped to be examined; `again` allows rerunning it."""
 
@@ -84,8 +84,14 @@ class Carried:
         self._codes[code.index] = code
         runs = self._runs.setdefault(code.index, [])
         runs.append(run)
-        if len(runs) == _NUM_RUNS:
-            self.found.update([*self._kept(code, *runs), *self._left(code, run)])
+        if len(runs) < _NUM_RUNS:
+            return
+        alone = self._runs[code.index] = [replace(run, differs=None) for run in runs]  # no inputs
+        if any(_large_in(own, _written([own])) for own in runs):  # could not be put back
+            runs = alone
+        if large := _large_in(run, _written([run])):
+            self.found[f"{code.name} counts"] = _counts(code.name, _names(large, run.after))
+        self.found.update([*self._kept(code, *runs), *self._left(code, runs[-1])])
 
     def _snapshot(self, code: WatchedCode) -> Snapshot:
         if code.index not in self.sights:
@@ -195,7 +201,7 @@ def _try(
     forward: Forward,
     given: tuple[object, ...],
     versions: list[int],
-    again: Again,
+    again: Restored,
     differs: Callable[[object], bool],
 ) -> Differs:
     def run() -> bool:
@@ -241,6 +247,12 @@ def _leaves(name: str, places: tuple[str, ...], reader: str, *, sure: bool) -> s
 
 def _written(runs: Iterable[_Run]) -> set[Key]:
     return set[Key]().union(*(changed(run.before, run.after) for run in runs))
+
+
+def _large_in(run: _Run, keys: Iterable[Key]) -> list[Key]:
+    """Those of `keys` that were tensors before and after the run, too large to be copied."""
+    both = run.before.slots, run.after.slots
+    return [key for key in keys if all(key in s and s[key].is_shared_tensor for s in both)]
 
 
 def _names(keys: Iterable[Key], *seen: Snapshot, but: Collection[str] = ()) -> tuple[str, ...]:

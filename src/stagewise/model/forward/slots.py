@@ -24,7 +24,7 @@ from stagewise.model.forward.visible import HOOKS, Node, Sight, stored_in
 
 Key = tuple[int, object]  # the holder's id, and the name in it
 _ABSENT = object()
-_MOST_BYTES, _MOST_ITEMS = 1 << 24, 4096  # of a copied tensor, of an inspected dict
+_MOST_BYTES, _MOST_ITEMS = 1 << 20, 4096  # of a copied tensor, of an inspected dict
 _DEPTH = 4  # of compared values
 _SEQUENCES = (list, deque, set)
 _CODE = (ModuleType, FunctionType, type, nn.Module, nn.Parameter)
@@ -44,6 +44,11 @@ class Slot:
     write: Callable[[Any], None]
     kind: str  # "hook" (only a module's hook sees it), "buffer", "statistic" (BatchNorm's) or ""
     mark: object  # changes with values whose change is not visible otherwise
+
+    @property
+    def is_shared_tensor(self) -> bool:
+        """Whether it is a tensor too large to copy, which code that runs again would change."""
+        return self.copy is self.value and isinstance(self.value, torch.Tensor)
 
     def fresh(self) -> object:
         """Return another copy."""
