@@ -96,9 +96,9 @@ class WideSums:
 @contextmanager
 def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Clear `.grad` inside, and restore it afterwards."""
-    before = [(parameter, taken(parameter)) for parameter in parameters]
+    before = {parameter: taken(parameter) for parameter in dict.fromkeys(parameters)}  # tied: once
     try:
         yield
     finally:
-        for parameter, gradient in before:
+        for parameter, gradient in before.items():
             parameter.grad = gradient
