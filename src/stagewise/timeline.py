@@ -168,12 +168,10 @@ def kept_bytes(program: Collection[Instruction], costs: Sequence[StageCost]) -> 
 def _changes(traits: KindTraits, cost: StageCost) -> tuple[int, int, int, bool]:
     """Return the change in bytes kept, the parts that may be shared with the stage before (the
     input, and the input waiting for `W`), and whether the instruction frees the graph."""
-    kept = sum([getattr(cost, field) for field in traits.keeps])
-    freed = sum([getattr(cost, field) for field in traits.frees])
     of_input = ("input_bytes" in traits.keeps) - ("input_bytes" in traits.frees)
     of_waiting = ("deferred_bytes" in traits.keeps) - ("deferred_bytes" in traits.frees)
     return (
-        kept - freed,
+        traits.bytes_kept(cost) - traits.bytes_freed(cost),
         of_input * cost.input_bytes,
         of_waiting * cost.deferred_input_bytes,
         "activation_bytes" in traits.frees,

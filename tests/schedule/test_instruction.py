@@ -1,9 +1,13 @@
+import ast
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import stagewise
 from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.engine.stage.stage import ACTIONS
 from stagewise.errors import ScheduleError
@@ -77,3 +81,42 @@ def test_every_kind_frees_what_it_should_and_can_be_run() -> None:
 )
 def test_what_an_instruction_waits_for(text: str, before: str) -> None:
     assert " ".join(map(str, Instruction.parse(text).awaits())) == before
+
+
+# Where a kind is the subject: elsewhere it is read from KINDS, so that a new row is enough.
+NAMES_KINDS = {
+    "schedule/": "schedules are written in kinds",
+    "timeline.py": "an R and its F share what they keep",
+    "planning/synthesis/problem.py": "names what synthesis orders, for all of the folder",
+    "engine/stage/stage.py": "ACTIONS: what each does",
+    "engine/stage/skips.py": "forward, a skip's value; backward, its gradient",
+    "engine/transport/transport.py": "a long skip is a message of a forward",
+    "profiling/trial_steps.py": "measures each cell by its F, B, I and W",
+    "profiling/estimate_cell.py": "counts each cell's F, B and I",
+}
+
+
+def attributes(where: Path) -> set[str]:
+    tree = ast.parse(where.read_text(encoding="utf-8"))
+    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_a_kind_is_named_only_where_it_is_the_subject() -> None:
+    package = Path(stagewise.__file__).parent
+    named = {f"Kind.{kind.name}" for kind in Kind}
+    files = [path for path in package.rglob("*.py") if attributes(path) & named]
+    found = {path.relative_to(package).as_posix() for path in files}
+    assert not {path for path in found if not path.startswith(tuple(NAMES_KINDS))}
+    assert all(any(path.startswith(owner) for path in found) for owner in NAMES_KINDS)
+
+
+def test_synthesis_asks_the_table_what_a_kind_costs_and_keeps() -> None:
+    """Through `problem`, and for memory `kept_bytes`: no copy of the table loses a field."""
+    of_kinds = {f for t in KINDS.values() for f in (t.seconds, *t.keeps, *t.frees)}
+    folder = Path(stagewise.__file__).parent / "planning/synthesis"
+    reads = {path.name: attributes(path) for path in folder.glob("*.py")}
+    assert not {
+        name for name in reads["problem.py"] if re.sub(r".*costs\[.*\]\.", "", name) in of_kinds
+    }
+    with_costs = {file for file, names in reads.items() if any(n.endswith(".costs") for n in names)}
+    assert with_costs == {"problem.py", "replay.py"}

@@ -8,14 +8,12 @@ Instructions cost more than their cells alone, because of the engine's overhead 
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from stagewise.costs import CellCost, InstructionCost, StageCost
 from stagewise.schedule import Instruction, Kind, LoweredProgram, Message, Schedule, lower
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
-
-_KINDS = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
 
 def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[float, float]:
@@ -64,16 +62,13 @@ def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) 
     for span in (span for timeline in timelines for span in timeline.spans):
         kind, cost = span.instruction.kind, costs[span.instruction.stage]
         beyond[kind].append(span.seconds - KINDS[kind].seconds_on(cost))
-    usual = {kind: statistics.median(seconds) for kind, seconds in beyond.items()}
-    forward, backward, inputs, weights = map(usual.get, _KINDS)
-    if backward is None:
-        backward = (inputs or 0) + (weights or 0)
-    return InstructionCost(
-        forward_seconds=forward or 0,
-        backward_seconds=backward,
-        input_seconds=backward / 2 if inputs is None else inputs,
-        weight_seconds=backward / 2 if weights is None else weights,
-    )
+    usual = {KINDS[kind].seconds: statistics.median(found) for kind, found in beyond.items()}
+    halves = "input_seconds", "weight_seconds"
+    usual.setdefault("backward_seconds", sum(usual.get(half, 0) for half in halves))
+    for half in halves:
+        usual.setdefault(half, usual["backward_seconds"] / 2)
+    known = {field.name for field in fields(InstructionCost)}
+    return InstructionCost(**{name: seconds for name, seconds in usual.items() if name in known})
 
 
 def with_instruction_overhead(

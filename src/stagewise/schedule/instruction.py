@@ -67,6 +67,14 @@ class KindTraits:
         """Return how long it keeps the device of a stage with these costs busy."""
         return getattr(cost, self.seconds)  # type: ignore[no-any-return]
 
+    def bytes_kept(self, cost: StageCost) -> int:
+        """Return what it keeps on a stage with these costs."""
+        return sum([getattr(cost, field) for field in self.keeps])
+
+    def bytes_freed(self, cost: StageCost) -> int:
+        """Return what it frees on a stage with these costs."""
+        return sum([getattr(cost, field) for field in self.frees])
+
     @functools.cached_property
     def in_flight(self) -> int:
         """The change in the number of microbatches in flight."""

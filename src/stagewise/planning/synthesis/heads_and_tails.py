@@ -8,7 +8,14 @@ Invariant: a value bounds the j-th instruction to run, whichever microbatch that
 microbatches is assumed.
 """
 
-from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, Problem
+from stagewise.planning.synthesis.problem import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NEVER,
+    Problem,
+)
 
 
 class HeadsAndTails:
@@ -33,18 +40,19 @@ class HeadsAndTails:
         up = [self._hop(BACKWARD, s) for s in self.stages]
         self.down_seconds, self.up_seconds = [d[1] for d in down], [u[1] for u in up]
         self.up_overhead = [u[0] for u in up]
-        self.forward = [c.forward_seconds + d[0] for c, d in zip(p.costs, down, strict=True)]
+        self.forward = [p.seconds_of(FORWARD, s) + down[s][0] for s in self.stages]
         self.inputs, self.weights = [], []
-        for s, c in enumerate(p.costs):
-            whole = gradient = c.backward_seconds
+        for s in self.stages:
+            whole = gradient = p.seconds_of(BACKWARD, s)
             if p.split:
-                whole = min(whole, c.input_seconds + c.weight_seconds)
-                gradient = min(gradient, c.input_seconds)
+                inputs = p.seconds_of(BACKWARD_INPUT, s)
+                whole = min(whole, inputs + p.seconds_of(BACKWARD_WEIGHT, s))
+                gradient = min(gradient, inputs)
             self.inputs.append(gradient + up[s][0])
             self.weights.append(whole - gradient)
         last = p.num_stages - 1
         self.num_kept = p.recomputes.count(False)  # microbatches that do not recompute
-        self.recompute = [c.recompute_seconds if s != last else 0 for s, c in enumerate(p.costs)]
+        self.recompute = [p.recompute_seconds_of(s) if s != last else 0 for s in self.stages]
         self.round_trips = self._round_trips()
         microbatches = range(p.num_microbatches)
         self.with_graph = [min(p.whole_bytes(s, m) for m in microbatches) for s in self.stages]
@@ -76,7 +84,7 @@ class HeadsAndTails:
         return trips
 
     def _down_overhead(self, stage: int) -> float:
-        return self.forward[stage] - self.problem.costs[stage].forward_seconds
+        return self.forward[stage] - self.problem.seconds_of(FORWARD, stage)
 
     def slots(self, stage: int, device: int) -> int:
         """Bound how many microbatches `device` can hold between F and backward of `stage`.

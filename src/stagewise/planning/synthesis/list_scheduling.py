@@ -148,15 +148,17 @@ class _Run:
         if not slack or not stage:
             return bool(slack)
         device = self.devices[p.device_of[stage - 1][m]]
-        work = sum(len(ready) * p.costs[s].forward_seconds for s, ready in device.forwards.items())
-        work += sum(len(ready) * p.costs[s].input_seconds for s, ready in device.backwards.items())
+        work = sum(len(ready) * p.seconds_of(FORWARD, s) for s, ready in device.forwards.items())
+        work += sum(
+            len(ready) * p.seconds_of(BACKWARD_INPUT, s) for s, ready in device.backwards.items()
+        )
         work += sum(p.seconds[op] for op in device.weights[device.next_weight :])
-        return work >= slack * p.costs[stage].backward_seconds
+        return work >= slack * p.seconds_of(BACKWARD, stage)
 
     def _account(self, device: _Device, kind: int, stage: int, m: int) -> None:
         """Record what `kind` keeps and frees, and remove it from its queue."""
         if kind == BACKWARD_WEIGHT:
-            device.used -= self.problem.costs[stage].deferred_bytes
+            device.used -= self.memory.deferred[stage]
             device.next_weight += 1
             return
         kept = self.memory.keeps[stage][m]
@@ -179,7 +181,7 @@ class _Run:
         held[0] -= kept
         held[1] += 1
         if kind == BACKWARD_INPUT:
-            device.used += self.problem.costs[stage].deferred_bytes
+            device.used += self.memory.deferred[stage]
             device.weights.append(self.problem.op(BACKWARD_WEIGHT, stage, m))
         if held[1] + 1 == len(self.memory.needs(self.problem.device_of[stage][m], m)):
             del device.held[m]

@@ -14,7 +14,15 @@ from itertools import accumulate, product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
-from stagewise.planning.synthesis.problem import NEVER, Problem, problem_of
+from stagewise.planning.synthesis.problem import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NEVER,
+    Problem,
+    problem_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +145,13 @@ def _memory_seconds(bounds: HeadsAndTails, device: int) -> float:
     stays = []
     area: float = 0
     for s in stages:
-        cost, whole = p.costs[s], bounds.with_graph[s]
-        waits = cost.forward_seconds + bounds.round_trips[s]
+        whole = bounds.with_graph[s]
+        waits = p.seconds_of(FORWARD, s) + bounds.round_trips[s]
         stays.append(waits + bounds.inputs[s] - bounds.up_overhead[s])
-        rest = whole * cost.backward_seconds
+        rest = whole * p.seconds_of(BACKWARD, s)
         if p.split:
-            later = p.least_deferred_bytes(s) * cost.weight_seconds
-            rest = min(rest, whole * cost.input_seconds + later)
+            later = p.least_deferred_bytes(s) * p.seconds_of(BACKWARD_WEIGHT, s)
+            rest = min(rest, whole * p.seconds_of(BACKWARD_INPUT, s) + later)
         area += bounds.count(s, device) * (bounds.kept[s] * waits + rest)
     most = area / p.caps[device]
     same = bounds.same_devices[stages[0]] == stages

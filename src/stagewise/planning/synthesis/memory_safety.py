@@ -20,11 +20,12 @@ class Memory:
         # [stage][microbatch]: bytes from F to backward, and what a backward adds temporarily
         self.keeps: list[list[int]] = []
         self.adds: list[list[int]] = []
-        for s, cost in enumerate(problem.costs):
+        self.deferred = [problem.deferred_bytes(s) for s in range(problem.num_stages)]
+        for s in range(problem.num_stages):
             keeps, adds = [], []
             for m, again in enumerate(problem.recomputes):
                 whole = problem.whole_bytes(s, m)
-                most = max(whole, cost.deferred_bytes) if split[s] else whole
+                most = max(whole, self.deferred[s]) if split[s] else whole
                 # On the last stage, a backward directly after its forward still has the graph.
                 keeps.append(problem.input_bytes(s, m) if again and s != last else most)
                 adds.append(most - keeps[-1])

@@ -19,10 +19,13 @@ from stagewise.mesh import device_turns
 from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
 from stagewise.schedule.instruction import GRADIENTS, KINDS, kinds_with
 
-# The kinds that synthesis orders. Its bounds and inner loops treat each by name, not through KINDS,
-# because the bounds differ by kind and the loops are hot; tests hold `replay` equal to `simulate`.
-OPERATIONS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
+# What synthesis orders: the kinds that complete work, named by that work. What each takes, sends,
+# keeps and frees is read from KINDS, here and nowhere else in this folder.
+OPERATIONS = tuple(kind for kind, traits in KINDS.items() if traits.parts)
+FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = (
+    [KINDS[kind].parts for kind in OPERATIONS].index(parts)
+    for parts in (("forward",), ("inputs", "weights"), ("inputs",), ("weights",))
+)
 NEVER = float("inf")
 
 Programs = list[list[int]]  # operations per device, in order
@@ -82,9 +85,20 @@ class Problem(Operations):
         rest, microbatch = divmod(op, self.num_microbatches)
         return rest // self.num_stages, rest % self.num_stages, microbatch
 
+    def seconds_of(self, kind: int, stage: int) -> float:
+        """Return how long an operation of this kind takes on `stage`."""
+        return self.seconds[self.op(kind, stage, 0)]
+
+    def recompute_seconds_of(self, stage: int) -> float:
+        """Return how long a recomputation takes on `stage`."""
+        return KINDS[Kind.RECOMPUTE].seconds_on(self.costs[stage])
+
     def input_bytes(self, stage: int, microbatch: int) -> int:
         """Return what `stage` keeps of its input, not counting what the stage before keeps."""
-        return 0 if self.shares_input(stage, microbatch) else self.costs[stage].input_bytes
+        whole, graph = (
+            KINDS[kind].bytes_kept(self.costs[stage]) for kind in (Kind.FORWARD, Kind.RECOMPUTE)
+        )
+        return 0 if self.shares_input(stage, microbatch) else whole - graph
 
     def shares_input(self, stage: int, microbatch: int) -> bool:
         """Return whether the stage before keeps the input of `stage` on the same device."""
@@ -92,15 +106,20 @@ class Problem(Operations):
             return False
         return self.device_of[stage - 1][microbatch] == self.device_of[stage][microbatch]
 
+    def deferred_bytes(self, stage: int) -> int:
+        """Return the bytes that wait for `W`."""
+        return KINDS[OPERATIONS[BACKWARD_WEIGHT]].bytes_freed(self.costs[stage])
+
     def least_deferred_bytes(self, stage: int) -> int:
         """Return the least bytes that wait for `W`; the stage before may keep the input."""
-        cost = self.costs[stage]
         shared = any(self.shares_input(stage, m) for m in range(self.num_microbatches))
-        return cost.deferred_bytes - (cost.deferred_input_bytes if shared else 0)
+        lent = self.costs[stage].deferred_input_bytes if shared else 0
+        return self.deferred_bytes(stage) - lent
 
     def whole_bytes(self, stage: int, microbatch: int) -> int:
         """Return what a microbatch keeps on `stage` while its graph exists."""
-        return self.input_bytes(stage, microbatch) + self.costs[stage].activation_bytes
+        graph = KINDS[Kind.RECOMPUTE].bytes_kept(self.costs[stage])
+        return self.input_bytes(stage, microbatch) + graph
 
     def follows_forward(self, previous: int, op: int) -> bool:
         """Return whether backward `op` follows its own forward `previous` on the last stage."""
@@ -141,11 +160,7 @@ class Problem(Operations):
         """Return the operations of a schedule, without recomputations."""
         kinds = {kind: index for index, kind in enumerate(OPERATIONS)}
         return [
-            [
-                self.op(kinds[i.kind], i.stage, i.microbatch)
-                for i in program
-                if i.kind is not Kind.RECOMPUTE
-            ]
+            [self.op(kinds[i.kind], i.stage, i.microbatch) for i in program if i.kind in kinds]
             for program in schedule.programs
         ]
 
@@ -222,7 +237,7 @@ def _operations(
         traits, cost = KINDS[kind], costs[stage]
         stream = traits.stream
         seconds += [traits.seconds_on(cost)] * count
-        first = cost.recompute_seconds if "inputs" in traits.parts else 0
+        first = KINDS[Kind.RECOMPUTE].seconds_on(cost) if "inputs" in traits.parts else 0
         recompute += [first if recomputed else 0 for recomputed in recomputes]
         step = stream.step if stream else len(stages)  # past the last stage: sends nothing
         base = len(stages) * count * (stream is GRADIENTS)

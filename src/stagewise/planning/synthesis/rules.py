@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from itertools import product
 
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
-from stagewise.planning.synthesis.problem import NEVER, Problem
+from stagewise.planning.synthesis.problem import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    NEVER,
+    Problem,
+)
 
 UNLIMITED = 1 << 30
 
@@ -44,9 +50,11 @@ class Rule:
 
 def rules(problem: Problem, bounds: HeadsAndTails) -> Iterator[Rule]:
     """Yield the rules to try, the most promising first; they may repeat."""
-    stages, costs = range(problem.num_stages), problem.costs
+    stages, seconds = range(problem.num_stages), problem.seconds_of
     cheaper = tuple(
-        problem.split and c.input_seconds + c.weight_seconds < c.backward_seconds for c in costs
+        problem.split
+        and seconds(BACKWARD_INPUT, s) + seconds(BACKWARD_WEIGHT, s) < seconds(BACKWARD, s)
+        for s in stages
     )
     whole, every = (False,) * problem.num_stages, (True,) * problem.num_stages
     splits = [(whole, 0.0)]
