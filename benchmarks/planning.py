@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import typer
 
 from benchmarks.workers import Row, print_rows
-from stagewise.cli.search import progress_bar
+from stagewise.cli.plan_search import progress_bar
 from stagewise.costs import CellCost, LinkCost
 from stagewise.planning import SearchResult, search
 from stagewise.planning.search.search import CostsAt

@@ -21,7 +21,7 @@ from stagewise.training.batches import TrainingBatches
 from stagewise.training.recipe import build_model
 
 if TYPE_CHECKING:
-    from stagewise.pipeline.plan import Microbatches
+    from stagewise.pipeline.plan_model import Microbatches
 
 RECIPE = Path(__file__).parents[1] / "examples" / "shakespeare.py"
 NUM_WORKERS, WARMUP_STEPS = 2, 3

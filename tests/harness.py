@@ -23,7 +23,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "stagewise.pipeline.pipeline", "stagewise.pipeline.plan"]
+    ["torch", "torch.distributed", "stagewise.pipeline.pipeline", "stagewise.pipeline.plan_model"]
 )
 _PR_SET_PDEATHSIG = 1
 

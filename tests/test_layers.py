@@ -57,7 +57,7 @@ NO_TORCH = [
     "stagewise.planning",
     "stagewise.report",
     "stagewise.cli.main",
-    "stagewise.cli.simulate",
+    "stagewise.cli.simulate_command",
 ]
 
 
@@ -107,7 +107,7 @@ def test_imports_go_down_only(path: Path) -> None:
 
 def test_a_chain_is_planned_and_run_without_sympy() -> None:
     """Capturing takes it, and 37 MiB: nothing that every rank loads may import it at once."""
-    loaded, waiting = set[str](), ["stagewise.pipeline.plan", "stagewise.training.trainer"]
+    loaded, waiting = set[str](), ["stagewise.pipeline.plan_model", "stagewise.training.trainer"]
     while waiting:
         module = waiting.pop()
         path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stagewise.model.skip import SkipScope, pop, skippable, stash
     from stagewise.pipeline.gpipe import GPipe
     from stagewise.pipeline.pipeline import Pipeline
-    from stagewise.pipeline.plan import plan
+    from stagewise.pipeline.plan_model import plan
     from stagewise.pipeline.scaler import GradScaler
     from stagewise.planning.plan import Plan
     from stagewise.planning.simulate import simulate
@@ -45,7 +45,7 @@ _HOMES = {
     "capture_cells": "stagewise.model.replay.capture_cells",
     "collect_losses": "stagewise.model.added_losses",
     "estimate": "stagewise.profiling.estimate",
-    "plan": "stagewise.pipeline.plan",
+    "plan": "stagewise.pipeline.plan_model",
     "pop": "stagewise.model.skip",
     "simulate": "stagewise.planning.simulate",
     "skippable": "stagewise.model.skip",

@@ -28,27 +28,27 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        module="stagewise.cli.train",
+        module="stagewise.cli.train_command",
         function="train",
         help="Train the model of a recipe through a pipeline.",
     ),
     "plan": Command(
-        module="stagewise.cli.plan",
+        module="stagewise.cli.plan_command",
         function="plan_command",
         help="Measure a recipe's model; show how it would be cut and how fast it would run.",
     ),
     "advise": Command(
-        module="stagewise.cli.advise",
+        module="stagewise.cli.advise_command",
         function="advise_command",
         help="Recommend a pipeline or another way to train a recipe's model.",
     ),
     "check": Command(
-        module="stagewise.cli.check",
+        module="stagewise.cli.check_command",
         function="check_command",
         help="Run a recipe's model plain and pipelined, and check that both train alike.",
     ),
     "simulate": Command(
-        module="stagewise.cli.simulate",
+        module="stagewise.cli.simulate_command",
         function="simulate_command",
         help="Draw the timeline of a schedule from costs alone, without model or device.",
     ),

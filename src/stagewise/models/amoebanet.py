@@ -133,7 +133,7 @@ class FactorizedReduction(nn.Module):
         return reduced
 
 
-class Cell(nn.Module):
+class AmoebaCell(nn.Module):
     """One cell of `genotype`: both inputs to `channels` channels and one size, then its nodes."""
 
     def __init__(
@@ -224,7 +224,7 @@ def amoebanet_d(
         is_reduction = genotype is REDUCTION
         channels *= 2 if is_reduction else 1
         cells.append(
-            Cell(
+            AmoebaCell(
                 genotype,
                 channels,
                 last_channels=last,

@@ -38,7 +38,7 @@ class TokenEmbedding(nn.Module):
         return dropped
 
 
-class DecoderLayer(nn.Module):
+class CausalLayer(nn.Module):
     """Causal self-attention and a feed-forward network, each normalised first and added."""
 
     def __init__(
@@ -119,7 +119,7 @@ def decoder_lm(
         )
     embedding = TokenEmbedding(vocabulary, width, context, dropout)
     layers = (
-        DecoderLayer(
+        CausalLayer(
             width,
             hidden or 4 * width,
             num_heads,

@@ -12,7 +12,7 @@ from stagewise.errors import BatchError, PlanError
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of, is_chain
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.pipeline.plan import plan
+from stagewise.pipeline.plan_model import plan
 from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.plan import Plan
 

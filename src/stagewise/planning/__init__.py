@@ -14,7 +14,8 @@ from stagewise.planning.choice import ScheduleChoice, choose_schedule
 from stagewise.planning.devices import DeviceSpec, load_devices
 from stagewise.planning.partition.balance import bottleneck_seconds, check_balance
 from stagewise.planning.partition.place import Partition, place
-from stagewise.planning.partition.replicated import Replicated, replicated_partition
+from stagewise.planning.partition.replicated import ReplicatedCut as Replicated
+from stagewise.planning.partition.replicated import replicated_partition
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.request import ScheduleLike
 from stagewise.planning.search.search import SearchResult, search

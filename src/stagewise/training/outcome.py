@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagewise.planning import Plan
-from stagewise.report.plan import Figures
+from stagewise.report.plan_table import Figures
 
 
 @dataclass(frozen=True, kw_only=True)

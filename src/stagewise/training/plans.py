@@ -7,7 +7,7 @@ from stagewise.batch.split import batch_size
 from stagewise.costs import CellCost
 from stagewise.errors import ModelError, ScheduleError
 from stagewise.model.chain import chain_of
-from stagewise.pipeline.plan import measured_plan, search_plan
+from stagewise.pipeline.plan_model import measured_plan, search_plan
 from stagewise.planning import Plan, SearchResult
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec

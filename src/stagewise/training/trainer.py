@@ -23,7 +23,7 @@ from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.plan import Plan
 from stagewise.planning.search.less_memory import with_less_memory
-from stagewise.report.plan import Figures, plan_in_words
+from stagewise.report.plan_table import Figures, plan_in_words
 from stagewise.timeline import Timeline
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.adaptive import DriftWatch, use

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from stagewise.errors import PlanError
+from stagewise.planning.partition.cut_costs import Layout, MemoryNeeds, Placement, cuts_of, layout
 from stagewise.planning.partition.place import Effort, place
-from stagewise.planning.partition.problem import Layout, MemoryNeeds, Placement, cuts_of, layout
 from stagewise.planning.partition.replicated import replicated_partition
 
 NEVER = float("inf")

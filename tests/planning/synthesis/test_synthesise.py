@@ -10,7 +10,7 @@ from stagewise.costs import CellCost, StageCost, stage_costs
 from stagewise.errors import PlanError
 from stagewise.planning import Plan, lower_bound_seconds, simulate, synthesise, unit_costs
 from stagewise.planning.synthesis.problem import NEVER, Problem
-from stagewise.planning.synthesis.synthesise import named_schedules, search
+from stagewise.planning.synthesis.synthesise import best_solution, named_schedules
 from stagewise.schedule import SCHEDULES, Kind, Schedule, named_schedule, validate
 from tests.planning.problems import least_seconds, tiny_problems
 
@@ -70,7 +70,7 @@ def test_a_named_schedule_takes_part_for_its_placement(name: str) -> None:
 def test_close_to_the_optimum_of_all_schedules(problem: Problem) -> None:
     least = least_seconds(problem)
     assume(least < NEVER)
-    assert least <= search(problem, EFFORT).seconds <= 1.1 * least
+    assert least <= best_solution(problem, EFFORT).seconds <= 1.1 * least
 
 
 def test_reproducible() -> None:

@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 
-from stagewise.planning.partition.problem import Array, Layout
+from stagewise.planning.partition.cut_costs import Array, Layout
 
 _POWER, _SWEEPS = 12, 20
 _WIDTH = 4  # times the mean: the longest stage considered

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagewise.planning.partition.problem import Array, Layout
+from stagewise.planning.partition.cut_costs import Array, Layout
 
 if TYPE_CHECKING:
     from scipy.optimize import LinearConstraint

@@ -9,7 +9,7 @@ Source: the recurrence is that of PipeDream (Narayanan et al., SOSP 2019, sectio
 
 import numpy as np
 
-from stagewise.planning.partition.problem import Layout
+from stagewise.planning.partition.cut_costs import Layout
 
 ScoredCuts = tuple[float, tuple[int, ...]]  # the busiest device's seconds, cuts
 

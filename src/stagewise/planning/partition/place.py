@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from stagewise.planning.partition.any_placement import improve_cuts
+from stagewise.planning.partition.cut_costs import Layout, MemoryNeeds, balance_of, layout
 from stagewise.planning.partition.integer_program import branch_and_bound
 from stagewise.planning.partition.one_per_device import cut_one_per_device
-from stagewise.planning.partition.problem import Layout, MemoryNeeds, balance_of, layout
 from stagewise.planning.partition.two_per_device import (
     TooMuchWork,
     cut_two_per_device,

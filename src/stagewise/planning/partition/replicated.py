@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagewise.errors import PlanError
-from stagewise.planning.partition.problem import Array, MemoryNeeds, balance_of, layout
+from stagewise.planning.partition.cut_costs import Array, MemoryNeeds, balance_of, layout
 
 Ints = NDArray[np.int64]
 
@@ -25,7 +25,7 @@ _PRECISION = 1e-12  # relative, of the bisection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replicated:
+class ReplicatedCut:
     """A cut into replicated stages, and the busiest device's seconds per microbatch."""
 
     balance: Balance
@@ -41,7 +41,7 @@ def replicated_partition(
     memory: MemoryNeeds | None = None,
     num_microbatches: int | None = None,
     recomputed: bool = False,
-) -> Replicated | None:
+) -> ReplicatedCut | None:
     """Return the exact cut and replicas that minimise the busiest device's load.
 
     With n devices from a stage of r devices on, each of these holds ceil(n / r) microbatches, at
@@ -49,7 +49,7 @@ def replicated_partition(
     `memory.inputs` and `memory.graphs` are ignored. Return None if nothing fits the memory.
 
     >>> replicated_partition([1, 4, 1], 3)
-    Replicated(balance=(3,), replicas=(3,), seconds=2.0)
+    ReplicatedCut(balance=(3,), replicas=(3,), seconds=2.0)
     """
     if num_devices < 1:
         raise PlanError(f"num_devices is {num_devices}; it must be at least 1")
@@ -106,7 +106,7 @@ class _Problem:
     num_microbatches: int
     needs: _Needs | None
 
-    def within(self, bound: float) -> Replicated | None:
+    def within(self, bound: float) -> ReplicatedCut | None:
         """Return the cut with the fewest devices whose loads are at most `bound`, or None."""
         num_cells = len(self.prefix) - 1
         never = self.num_devices + 1
@@ -131,7 +131,7 @@ class _Problem:
         seconds = max(
             self._load(a, b) / r for (a, b), r in zip(pairwise(cuts), replicas, strict=True)
         )
-        return Replicated(balance=balance_of(cuts), replicas=tuple(replicas), seconds=seconds)
+        return ReplicatedCut(balance=balance_of(cuts), replicas=tuple(replicas), seconds=seconds)
 
     def _load(self, i: int, end: int) -> float:
         alone = self.prefix[end] - self.prefix[i]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stagewise.planning.partition.problem import Array, Layout
+from stagewise.planning.partition.cut_costs import Array, Layout
 
 Ints = NDArray[np.int64]
 ScoredCuts = tuple[float, tuple[int, ...]]  # the busiest device's seconds, cuts

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagewise.costs import FREE_LINK, CellCost, InstructionCost, LinkCost, StageCost
-from stagewise.planning.partition.problem import layout
+from stagewise.planning.partition.cut_costs import layout
 from stagewise.planning.search.candidates import Option
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule
 

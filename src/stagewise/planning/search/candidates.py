@@ -7,7 +7,7 @@ place stages (`placement_of`) and their instructions (`schedule_for`, `replicate
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from stagewise.planning.partition.problem import Placement
+from stagewise.planning.partition.cut_costs import Placement
 from stagewise.schedule import SCHEDULES, Schedule, named_schedule, schedule_row
 
 _MAX_PER_DEVICE = 4  # stages per device, if a schedule allows any number

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from stagewise.costs import CellCost, LinkCost, boundary_seconds, load_seconds
 from stagewise.errors import ScheduleError
 from stagewise.planning.fast_simulate import held_microbatches
-from stagewise.planning.partition.place import Effort, place
-from stagewise.planning.partition.problem import (
+from stagewise.planning.partition.cut_costs import (
     MemoryNeeds,
     Placement,
     cuts_of,
     layout,
     memory_needs,
 )
+from stagewise.planning.partition.place import Effort, place
 from stagewise.planning.partition.replicated import replicated_partition
 from stagewise.planning.search.candidates import (
     Option,

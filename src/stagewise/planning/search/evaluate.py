@@ -13,7 +13,7 @@ from typing import NamedTuple
 from stagewise.costs import CellCost, LinkCost, StageCost, stage_costs
 from stagewise.errors import PlanError
 from stagewise.planning.fast_simulate import outcome_of
-from stagewise.planning.partition.problem import Placement
+from stagewise.planning.partition.cut_costs import Placement
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.bounds import least_option_seconds, least_step_seconds

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from stagewise.costs import CellCost, stage_costs
 from stagewise.planning.fast_simulate import held_microbatches, peak_bytes
-from stagewise.planning.partition.problem import cuts_of
+from stagewise.planning.partition.cut_costs import cuts_of
 from stagewise.planning.search.segments import Segmentation, best_segments, segments_front
 from stagewise.schedule import Schedule, Segments, refine
 

@@ -59,10 +59,10 @@ def synthesise(
         split=split,
     )
     _check_memory(problem)
-    return problem.schedule("auto", search(problem, effort).programs)
+    return problem.schedule("auto", best_solution(problem, effort).programs)
 
 
-def search(problem: Problem, effort: int = EFFORT) -> Solution:
+def best_solution(problem: Problem, effort: int = EFFORT) -> Solution:
     """Return the best programs found with this effort."""
     bounds = HeadsAndTails(problem)
     enough = bound_of(problem).seconds * (1 + _ROUNDING)

@@ -3,7 +3,7 @@
 from stagewise.costs import CellCost, InstructionCost
 from stagewise.planning import Plan
 from stagewise.planning.calibrate import with_instruction_overhead
-from stagewise.report.plan import cells_table
+from stagewise.report.plan_table import cells_table
 
 CELLS = (CellCost(name="only", forward_seconds=1, backward_seconds=2),)
 

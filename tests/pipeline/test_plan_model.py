@@ -186,7 +186,9 @@ def test_what_recomputes_does_so_in_blocks(monkeypatch: pytest.MonkeyPatch, shar
         unsaved_output_bytes=50,
         output_bytes=50,
     )
-    monkeypatch.setattr("stagewise.pipeline.plan.agreed_costs", lambda _: ((cost,) * 8, FREE_LINK))
+    monkeypatch.setattr(
+        "stagewise.pipeline.plan_model.agreed_costs", lambda _: ((cost,) * 8, FREE_LINK)
+    )
     halves = torch.zeros(4), torch.zeros(4)  # the stages share nothing
     model = nn.Sequential(
         *(Shifted(halves[at // 4] if shares else torch.zeros(4)) for at in range(8))

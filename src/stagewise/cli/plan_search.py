@@ -73,7 +73,7 @@ def progress_bar(visible: bool) -> Iterator[Callable[[int, int, str], None]]:
 
 def show(result: "SearchResult", *, as_json: bool) -> None:
     """Print the result as tables, or as the plan's JSON with a field `search`."""
-    from stagewise.report.search import as_record, explanation
+    from stagewise.report.search_table import as_record, explanation
 
     if as_json:
         plan = json.loads(result.plan.to_json())

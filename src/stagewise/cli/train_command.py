@@ -198,7 +198,7 @@ def _run(recipe: "Recipe", options: "TrainOptions") -> None:
 
 
 def _report(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:
-    from stagewise.report.plan import comparison_table, predicted
+    from stagewise.report.plan_table import comparison_table, predicted
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

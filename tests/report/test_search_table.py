@@ -8,7 +8,7 @@ from rich.console import Console
 
 from stagewise.costs import CellCost
 from stagewise.planning import SearchResult, search
-from stagewise.report.search import as_record, explanation
+from stagewise.report.search_table import as_record, explanation
 
 CELL = CellCost(
     name="cell",

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli.search import Memory, Microbatches, run_search
+from stagewise.cli.plan_search import Memory, Microbatches, run_search
 from stagewise.cli.typed import Typed, command_line, words_of
 from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.planning.choice import requested_schedule
@@ -132,7 +132,7 @@ def _json(plan: "Plan") -> str:
 
 
 def _print(plan: "Plan") -> None:
-    from stagewise.report.plan import cells_table, devices_table, plan_in_words
+    from stagewise.report.plan_table import cells_table, devices_table, plan_in_words
 
     console = Console()
     if plan.cells:
