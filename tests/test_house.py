@@ -5,10 +5,13 @@ is no longer needed fails. A public signature may be long: users write it by key
 """
 
 import ast
+import importlib
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+import torch
 
 import stagewise
 
@@ -176,3 +179,84 @@ def test_no_string_names_a_module_of_ours() -> None:
                 path = PACKAGE.joinpath(*parts)
                 is_module = bool(parts) and (path.is_dir() or path.with_suffix(".py").exists())
                 assert not is_module, f"{where}:{node.lineno} names {node.value}"
+
+
+# Attributes of others' objects that happen to be called like ours.
+OTHERS_ATTRIBUTES = {
+    "failures": "of torch's CheckpointException",
+    "nbytes": "of tensors and arrays",
+}
+
+
+def test_no_room_asks_for_our_attributes_by_a_string() -> None:
+    """`getattr(x, "name", default)` hides who needs what; a class or protocol says it."""
+    ours, asked = set[str](), dict[str, str]()
+    for where, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                own = [n for n in ast.walk(node) if isinstance(n, Function | ast.Name)]
+                ours |= {n.name if isinstance(n, Function) else n.id for n in own if is_made(n)}
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+                ours.add(node.attr)
+            is_getattr = isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"
+            if is_getattr and isinstance(name := node.args[1], ast.Constant):
+                asked[name.value] = where
+    of_ours = {name for name in asked.keys() & ours if not name.startswith("__")}
+    assert of_ours == OTHERS_ATTRIBUTES.keys(), {name: asked[name] for name in of_ours}
+
+
+def is_made(node: ast.AST) -> bool:
+    return isinstance(node, Function) or isinstance(getattr(node, "ctx", None), ast.Store)
+
+
+# Private in torch, but the only name there is, and as stable as what is public.
+SETTLED = (
+    "torch._ops",
+    "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.nn.modules.dropout._DropoutNd",
+    "torch.utils._python_dispatch",
+    "torch.utils._pytree",
+)
+
+
+def torchs(tree: ast.AST) -> Iterator[str]:
+    """The names of torch that a file uses, with the module of each."""
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {a.asname: a.name for a in node.names if a.asname} | {
+                a.name.split(".")[0]: a.name.split(".")[0] for a in node.names if not a.asname
+            }
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", name := ast.unparse(node)):
+            first, _, rest = name.partition(".")
+            yield f"{known.get(first, first)}.{rest}"
+
+
+def test_torchs_private_names_exist_and_stand_in_one_file_a_room() -> None:
+    used: dict[str, set[str]] = defaultdict(set)
+    for where, tree in TREES.items():
+        for name in torchs(tree):
+            if re.match(r"torch\..*\b_[a-zA-Z]", name) or name.startswith("torch._"):
+                used[name].add(where)
+    gone = {name: where for name, where in used.items() if not is_there(name)}
+    assert not gone, f"torch {torch.__version__} no longer has {gone}"
+    for name, files in used.items():
+        rooms = [str(Path(where).parent) for where in files]
+        assert name.startswith(SETTLED) or len(set(rooms)) == len(rooms), (name, files)
+
+
+def is_there(name: str) -> bool:
+    at: object = torch
+    for part in name.split(".")[1:]:
+        if not hasattr(at, part):
+            try:
+                importlib.import_module(f"{at.__name__}.{part}")  # type: ignore[attr-defined]
+            except (ImportError, AttributeError):
+                return False
+        at = getattr(at, part)
+    return True

@@ -23,6 +23,10 @@ from stagewise.errors import CellError
 _SHARED = "_stagewise_shared"  # attribute set on tensors
 
 
+class Varying:
+    """A class of values whose form may differ from step to step."""
+
+
 @dataclass(frozen=True)
 class Structure:
     """A pytree without its tensors.

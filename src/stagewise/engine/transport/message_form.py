@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stagewise.batch.values import Apart, Structure, mark_shared, shared
+from stagewise.batch.values import Apart, Structure, Varying, mark_shared, shared
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Header:
     @property
     def varies(self) -> bool:
         """Whether its class declares that the form may differ from step to step."""
-        return getattr(self.structure.spec.type, "varies", False)
+        kind = self.structure.spec.type
+        return isinstance(kind, type) and issubclass(kind, Varying)
 
     def overlaps(self) -> tuple[bool, ...]:
         """Which tensors shared memory with others in the first message of this form."""

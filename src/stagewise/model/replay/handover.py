@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.values import Varying
 from stagewise.errors import ModelError
 
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -88,19 +89,15 @@ class Ledger:
     ids: tuple[EventId, ...]
 
 
-class Handover:
+class Handover(Varying):
     """What one cell passes to the next."""
-
-    varies = True  # its form may differ from call to call
 
     def __init__(self, ledger: Ledger, tensors: Sequence[torch.Tensor]) -> None:
         self.ledger, self.tensors = ledger, tuple(tensors)
 
 
-class Returned:
+class Returned(Varying):
     """The model's output, returned before the last cell since forward skipped the other blocks."""
-
-    varies = True
 
     def __init__(self, output: object) -> None:
         self.output = output

@@ -52,19 +52,15 @@ def build_stages(
 
     `cells` include all cells of this rank.
     """
-    mesh, last = mesh_of(plan, ranks), len(plan.engine_balance) - 1
-    known = {cell.index: cell for cell in cells}
-    stages, end = {}, 0
-    for index, num_cells in enumerate(plan.engine_balance):
-        start, end = end, end + num_cells
-        device = mesh.device_of(index, ranks.rank)
-        if device is None:
-            continue
-        own = tuple(known[cell] for cell in range(start, end))
+    mesh, ends = mesh_of(plan, ranks), [0, *itertools.accumulate(plan.engine_balance)]
+    known, stages = {cell.index: cell for cell in cells}, {}
+    for index, replica, _ in mesh.places_of(ranks.rank):
+        device = devices[mesh.placement[index][replica]]
+        own = tuple(known[cell] for cell in range(ends[index], ends[index + 1]))
         for cell in own:
-            cell.module.to(devices[device])
-        is_last = index == last
-        stages[index] = routes.stage(index, own, devices[device], is_last=is_last, loss=loss)
+            cell.module.to(device)
+        is_last = index == len(ends) - 2
+        stages[index] = routes.stage(index, own, device, is_last=is_last, loss=loss)
     return stages
 
 
