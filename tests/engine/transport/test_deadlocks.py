@@ -16,12 +16,11 @@ import stagewise
 from stagewise.batch.values import take_apart
 from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport import connect
-from stagewise.engine.transport.group_wire import LinkGroups
+from stagewise.engine.transport.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.message_form import flat
 from stagewise.engine.transport.peers import Peers
 from stagewise.engine.transport.wire import Arrival, Link, Wires
-from stagewise.errors import PlanError
 from stagewise.schedule import (
     SCHEDULES,
     LoweredProgram,
@@ -150,9 +149,15 @@ class InOrderLinks(LinkGroups):
         self._links.clear()
 
 
-def as_on_gpus(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
+def as_on_gpus(
+    seats: object,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    host: dist.ProcessGroup,
+    peers: Peers,
+) -> Wires:
     data = InOrderLinks(peers, group, CPU)
-    return Wires(data, connect.GroupWire(peers, group), prepare=data.prepare)
+    return Wires(data, GroupWire(peers, host), prepare=data.prepare)
 
 
 def steps(name: str, num_devices: int, transport: str) -> list[Tensor]:
@@ -183,7 +188,7 @@ def in_order(names: Sequence[str]) -> list[bool]:
     for name in names:
         with (
             fresh_connections(),
-            mock.patch.object(connect, "wires_for", as_on_gpus),
+            mock.patch.object(connect, "wires_between", as_on_gpus),
             mock.patch("stagewise.engine.step.step.Programs", made),
         ):
             between = steps(name, dist.get_world_size(), "distributed")
@@ -197,15 +202,3 @@ def in_order(names: Sequence[str]) -> list[bool]:
 def test_schedules_end_over_groups_that_run_in_order(pools: Pools) -> None:
     names = ["1f1b", "interleaved", "zb_v", "dualpipe_v"]
     assert pools[4].run(in_order, names) == [[True] * len(names)] * 4
-
-
-@pytest.mark.parametrize("name", ["CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS"])
-def test_streams_that_wait_for_each_other_are_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(name, "8")
-    connect._check_streams(torch.device("cuda"))
-    monkeypatch.setenv(name, "1")
-    connect._check_streams(CPU)
-    with pytest.raises(PlanError, match=f"{name}=1 .* unset it"):
-        connect._check_streams(torch.device("cuda"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport import peers
-from stagewise.engine.transport.connect import wires_for
+from stagewise.engine.transport.choose_wires import Seat, wires_between
 from stagewise.engine.transport.connect_sockets import connect_sockets
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.group_wire import GroupWire, LinkGroups
@@ -25,6 +25,7 @@ from stagewise.engine.transport.sockets import Sockets
 from stagewise.engine.transport.wire import Wire, Wires
 from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message, forward_only, links, lower
+from tests.engine.transport.late_device import late
 from tests.engine.transport.wires import Lines, fake_wires, other_hosts
 from tests.harness import Pools
 
@@ -43,6 +44,11 @@ def socket_pair() -> list[Wires]:
     ends = zip((0, 1), socket.socketpair(), strict=True)
     wires = [Sockets(Peers(rank), 2, {1 - rank: end}, LONG) for rank, end in ends]
     return [Wires(wire, wire, wire) for wire in wires]
+
+
+def staged_here_on_one() -> list[Wires]:
+    one, other = socket_pair()
+    return [late(one), other]
 
 
 def over_group() -> Wires:
@@ -80,7 +86,14 @@ def by_tcp() -> Wires:
 
 def by_size() -> Wires:
     """As `connect` makes them."""
-    return wires_for(CPU, *whole())
+    group, own = whole()
+    return wires_between([Seat.of(CPU, group)] * 2, CPU, group, group, own)
+
+
+def staged_on(ranks: tuple[int, ...]) -> Wires:
+    """The CPU of these ranks stands for a device; on others it is the CPU."""
+    wires = by_size()
+    return late(wires) if dist.get_rank() in ranks else wires
 
 
 def whole() -> tuple[dist.ProcessGroup, Peers]:
@@ -99,6 +112,8 @@ HERE: dict[str, Callable[[], list[Wires]]] = {
     "fake": lambda: fake(stream=False),
     "fake with a stream": lambda: fake(stream=True),
     "socket pair": socket_pair,
+    "staged": lambda: list(map(late, socket_pair())),
+    "staged on one": staged_here_on_one,
 }
 BETWEEN: dict[str, Callable[[], Wires]] = {
     "gloo": over_group,
@@ -106,6 +121,8 @@ BETWEEN: dict[str, Callable[[], Wires]] = {
     "Unix sockets": by_sockets,
     "TCP": by_tcp,
     "both by size": by_size,
+    "staged": lambda: staged_on((0, 1)),
+    "staged on rank 1": lambda: staged_on((1,)),
     "NCCL": nccl,
 }
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")

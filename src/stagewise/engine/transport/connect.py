@@ -1,35 +1,36 @@
 """Choose the devices and wires for a plan."""
 
-import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.transport.connect_sockets import Gather, connect_sockets
+from stagewise.engine.transport.choose_wires import Seat, gathered, wires_between
 from stagewise.engine.transport.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.processes import are_ready, num_processes, own_device
+from stagewise.engine.transport.processes import (
+    are_ready,
+    host_group,
+    num_processes,
+    own_device,
+)
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.sockets import Sockets
 from stagewise.engine.transport.transport import Transport
-from stagewise.engine.transport.wire import BySize, Wire, Wires
+from stagewise.engine.transport.wire import Wire, Wires
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
 Device = torch.device | str
-# With these, a stream that waits holds up the others.
-_BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+_BUILDING = "Pipeline(...)"  # as other ranks hear of it
 T = TypeVar("T")
 
 
@@ -78,22 +79,26 @@ def in_one_process(devices: Sequence[torch.device]) -> Transport:
 def between_processes(device: torch.device, group: dist.ProcessGroup | None = None) -> Transport:
     """Return this rank's transport, its stage on `device`; collective over `group`."""
     group = _whole(group)
-    wires, rendezvous = _connections(device, group)
+    wires, rendezvous = _connections(device, group, _BUILDING)
     return Transport(Mailbox(wires, device), Ranks(wires, rendezvous, device, group))
 
 
 def trial_wire() -> Wire:
     """Return a wire like a pipeline's data wire, but without creating process groups."""
     group = _whole(None)
-    wires, rendezvous = _connections(own_device(), group)
-    return wires.data if own_device().type == "cpu" else GroupWire(rendezvous.peers, group)
+    wires, rendezvous = _connections(own_device(), group, "plan: links")
+    is_direct = isinstance(wires.data, LinkGroups)
+    return GroupWire(rendezvous.peers, group) if is_direct else wires.data
 
 
 def values_of_all(value: T, what: str) -> list[T]:
     """Return every process's (picklable) value, by rank; collective, with the same `what`."""
     if num_processes() == 1:
         return [value]
-    return _connections(own_device(), _whole(None))[1].gather(value, what)
+    group = _whole(None)
+    known = _CONNECTED.get(group)
+    rendezvous = known.rendezvous if known else _connections(own_device(), group, what)[1]
+    return rendezvous.gather(value, what)
 
 
 def _whole(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -106,37 +111,47 @@ def _whole(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 class _Connected:
     """What this process keeps for a process group, whichever Pipelines come and go."""
 
+    host: dist.ProcessGroup  # the same ranks, for the hosts' tensors
     rendezvous: Rendezvous
-    wires: dict[torch.device, Wires]
+    wires: dict[tuple[Seat, ...], Wires]  # by where the ranks compute
 
 
 # Pipelines and `plan` know nothing of each other, yet all calls in a group must be compared.
 _CONNECTED: dict[dist.ProcessGroup, _Connected] = {}
 
 
-def _connections(device: torch.device, group: dist.ProcessGroup) -> tuple[Wires, Rendezvous]:
+def _connections(
+    device: torch.device, group: dist.ProcessGroup, what: str
+) -> tuple[Wires, Rendezvous]:
     """Return the wires and rendezvous of this process, connected on first use; collective."""
-    known = _CONNECTED.get(group)
-    wires = None if known is None else known.wires.get(device)
-    if known is None or wires is None:
+    known, own = _CONNECTED.get(group), Seat.of(device, group)
+    if known is None:
         peers = Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
-        wires = wires_for(device, group, peers)
-        if known is None:
-            for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
-                del _CONNECTED[destroyed]
-            _CONNECTED[group] = known = _Connected(Rendezvous(wires.control, peers), {})
-            # Also runs at the end of a multiprocessing process, which ignores atexit.
-            Finalize(None, _leave, exitpriority=0)
-        known.wires[device] = wires
-    return wires, known.rendezvous
+        host = host_group(group)
+        seats = tuple(gathered(host, peers, own))
+        wires = wires_between(seats, device, group, host, peers)
+        for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
+            del _CONNECTED[destroyed]
+        known = _CONNECTED[group] = _Connected(host, Rendezvous(wires.control, peers), {})
+        known.wires[seats] = wires
+        # Also runs at the end of a multiprocessing process, which ignores atexit.
+        Finalize(None, _leave, exitpriority=0)
+    else:
+        seats = tuple(known.rendezvous.gather(own, what))
+        if seats not in known.wires:
+            peers = known.rendezvous.peers
+            known.wires[seats] = wires_between(seats, device, group, known.host, peers)
+    return known.wires[seats], known.rendezvous
 
 
 def disconnect() -> None:
     """Close all connections of this process; call it before process groups are destroyed."""
-    for connected in _CONNECTED.values():
+    for group, connected in _CONNECTED.items():
         for wires in connected.wires.values():
             for wire in {wires.data, wires.control}:
                 wire.close()
+        if connected.host is not group:
+            dist.destroy_process_group(connected.host)
     _CONNECTED.clear()
 
 
@@ -148,57 +163,8 @@ def _leave() -> None:
     _CONNECTED.clear()
 
 
-def wires_for(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> Wires:
-    """On CPUs small tensors go through sockets; GPUs use a group a link, gloo for control."""
-    if device.type != "cpu":
-        _check_streams(device)
-        data = LinkGroups(peers, group, device)
-        ranks = dist.get_process_group_ranks(group)
-        gloo = dist.new_group(ranks, backend="gloo", timeout=data.timeout)
-        _check_own(device, partial(_gathered, gloo, peers))
-        control = GroupWire(peers, gloo, owned=True)
-        return Wires(data, control, prepare=data.prepare)
-    timeout = group._get_backend(device).options._timeout
-    sockets, limits = connect_sockets(peers, partial(_gathered, group, peers), timeout)
-    wire = BySize(sockets, GroupWire(peers, group), limits)
-    return Wires(wire, wire, sockets)
-
-
 def _device_of(chain: Chain) -> torch.device:
     for cell in chain:
         for tensor in (*cell.module.parameters(), *cell.module.buffers()):
             return torch.device("cpu") if tensor.is_meta else tensor.device
     return torch.device("cpu")
-
-
-def _gathered(group: dist.ProcessGroup, peers: Peers, value: object) -> list[Any]:
-    """Return every rank's value, before there is a rendezvous."""
-    values = [value] * dist.get_world_size(group)
-    with peers.named():
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _check_own(device: torch.device, gather: Gather) -> None:
-    """Raise PlanError on every rank if two ranks have the same device."""
-    properties = torch.get_device_module(device).get_device_properties(device)
-    everyone = gather((socket.gethostname(), str(getattr(properties, "uuid", device))))
-    for rank, place in enumerate(everyone):
-        if (first := everyone.index(place)) < rank:
-            raise PlanError(
-                f"ranks {first} and {rank} are both on {device.type.upper()} {place[1]} of "
-                f"{place[0]}, which cannot send to itself; call "
-                "torch.accelerator.set_device_index(int(os.environ['LOCAL_RANK'])) before "
-                "init_process_group, and start one rank per device"
-            )
-
-
-def _check_streams(device: torch.device) -> None:
-    """Raise PlanError if the environment makes streams of `device` wait for each other."""
-    for name, value in _BLOCKING.items():
-        if device.type == "cuda" and os.environ.get(name) == value:
-            raise PlanError(
-                f"{name}={value} lets a stream that waits for a message hold up all others of its "
-                "GPU, so that ranks would wait for each other for ever; unset it, or run all "
-                "stages in one process (transport='local')"
-            )

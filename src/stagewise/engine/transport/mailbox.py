@@ -186,10 +186,11 @@ class Mailbox:
         for layout in header.layouts:
             tensors.append(layout.empty(self._device))
             num_bytes += tensors[-1].nbytes
-        message = incoming.expected.popleft()
+        message = incoming.expected[0]
         is_marked = message.source in self._marked
         awaited = [self._mark, *tensors] if is_marked else tensors
         arrival = self._data.start_receive(awaited, message.source)
+        incoming.expected.popleft()
         incoming.num_bytes += num_bytes
         incoming.posted.append(_Posted(message, header, tensors, arrival, is_marked, num_bytes))
 

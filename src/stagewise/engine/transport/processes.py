@@ -1,6 +1,7 @@
 """The processes of torch.distributed, before they become ranks of a pipeline."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,19 +25,19 @@ def is_first() -> bool:
 def own_device() -> torch.device:
     """Return the device whose tensors this process exchanges: its accelerator, else the CPU.
 
-    It is an accelerator if the process group has a backend for it, other than gloo, which only
-    takes pointers of its memory. Its index is the one the group is bound to, or the current one;
-    with the first one current, that of LOCAL_RANK.
+    It is an accelerator if the process group has a backend for it, other than gloo. Its index is
+    the one the group is bound to, or the current one; with the first one current, that of
+    LOCAL_RANK, which counts on from the first again where ranks share devices.
     """
     group = dist.group.WORLD if are_ready() else None
     kind = torch.accelerator.current_accelerator(check_available=True)
-    if group is None or kind is None or not _exchanges(group, kind):
+    if group is None or kind is None or not sends_from(group, kind):
         return torch.device("cpu")
     if group.bound_device_id is not None:
         return group.bound_device_id
     current, local = torch.accelerator.current_device_index(), os.environ.get("LOCAL_RANK", "")
-    if current == 0 and local.isdigit() and int(local) < torch.accelerator.device_count():
-        current = int(local)
+    if current == 0 and local.isdigit():
+        current = int(local) % torch.accelerator.device_count()
         torch.accelerator.set_device_index(current)
     return torch.device(kind.type, current)
 
@@ -60,7 +61,26 @@ def devices_here(num_devices: int) -> list[torch.device] | None:
     return [found[device * len(found) // num_devices] for device in range(num_devices)]
 
 
-def _exchanges(group: dist.ProcessGroup, kind: torch.device) -> bool:
-    """Return whether `group` has a backend for tensors of this kind of device."""
-    known = {device.type for device in group._device_types}
-    return kind.type in known and group._get_backend(kind).name() != "gloo"
+def sends_from(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether `group` sends tensors from this kind of device.
+
+    Gloo takes pointers of an accelerator's memory for the host's.
+    """
+    if device.type not in {known.type for known in group._device_types}:
+        return False
+    return device.type == "cpu" or group._get_backend(device).name() != "gloo"
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """Return how long `group` waits for its ranks."""
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
+
+
+def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a group of the same ranks for the hosts' tensors: `group`, or a new one."""
+    if sends_from(group, torch.device("cpu")):
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    made: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", timeout=timeout_of(group))
+    return made

@@ -14,11 +14,13 @@ from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport.local_classes import LocalClasses
 from stagewise.engine.transport.message_form import Header, layout_of
 from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.processes import timeout_of
 from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.wire import Wires
 from stagewise.errors import CellError
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 class Group:
@@ -36,13 +38,16 @@ class Group:
 
         Every rank gets the same bits.
         """
+        there = tensor.to(self._device)  # itself, unless sums go through the host
         with self._peers.named():
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+            work = dist.all_reduce(there, group=self._group, async_op=True)
         assert work is not None
 
         def wait() -> None:
             with self._peers.named():
                 work.wait()
+            if there is not tensor:
+                tensor.copy_(there)
 
         return wait
 
@@ -63,7 +68,8 @@ class Group:
             return [numbers.new_empty(0) for _ in sizes]
         padded = torch.zeros(max(sizes), dtype=numbers.dtype, device=self._device)
         padded[: numbers.numel()] = numbers
-        return [room[:size] for room, size in zip(self._gather(padded), sizes, strict=True)]
+        rooms = [room.to(numbers.device) for room in self._gather(padded)]
+        return [room[:size] for room, size in zip(rooms, sizes, strict=True)]
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """All-gather tensors of one shape and dtype."""
@@ -157,10 +163,12 @@ class Ranks:
         """Create a group of `ranks`; None on other ranks or with a single one. Collective."""
         if self._world is None:
             return None
-        everyone = dist.get_process_group_ranks(self._world)
-        timeout = self._world._get_backend(self._device).options._timeout
-        made = dist.new_group([everyone[rank] for rank in ranks], timeout=timeout)
-        return Group(made, self._device, self._rendezvous.peers) if self.rank in ranks else None
+        everyone, device, backend = dist.get_process_group_ranks(self._world), self._device, None
+        timeout = timeout_of(self._world)
+        if self._wires.is_staged:
+            device, backend = _CPU, "gloo"
+        made = dist.new_group([everyone[rank] for rank in ranks], timeout=timeout, backend=backend)
+        return Group(made, device, self._rendezvous.peers) if self.rank in ranks else None
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
