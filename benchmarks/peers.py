@@ -22,11 +22,13 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils.checkpoint import checkpoint
 
 import stagewise
+from benchmarks.stand_in import cpu_as_device
 from benchmarks.workers import Row, print_rows, run_workers
 
 NUM_STAGES = 2
 MICROBATCHES = (4, 8, 16)
 TORCH, STAGEWISE = "torch.distributed.pipelining", "stagewise"
+STAGED = "stagewise, staged"
 TORCH_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
@@ -68,6 +70,8 @@ def main(
     notes = [
         "ratio: step time over the best torch.distributed.pipelining row of the same number of "
         "microbatches and recomputation",
+        f"{STAGED}: messages are copied as from and to a GPU that both workers share; the CPU "
+        "stands for it, so this shows what the host pays",
         "gradient_error: largest difference from the plain model's gradient over its largest "
         "element, worst parameter",
     ]
@@ -92,6 +96,8 @@ def measure(size: Size) -> list[Row]:
         for recompute in ("never", "always"):
             arguments = (model, inputs, target, loss, num_microbatches, recompute, plan.balance)
             group = [_stagewise(*arguments, schedule) for schedule in TORCH_SCHEDULES]
+            with cpu_as_device():
+                group.append(_stagewise(*arguments, "1f1b", STAGED))
             group += [_torch(*arguments, schedule) for schedule in TORCH_SCHEDULES]
             rows += _race(group, size.num_steps, expected)
         alone = [
@@ -140,6 +146,7 @@ def _stagewise(
     recompute: str,
     balance: tuple[int, ...],
     schedule: str,
+    system: str = STAGEWISE,
 ) -> Contender:
     plan = stagewise.Plan(
         balance=balance,
@@ -149,7 +156,7 @@ def _stagewise(
     )
     pipe = stagewise.Pipeline(copy.deepcopy(model), plan, loss=loss)
     return Contender(
-        STAGEWISE,
+        system,
         schedule,
         recompute,
         num_microbatches,

@@ -37,6 +37,7 @@ CHECKS: dict[str, tuple[str, float]] = {  # most valuable first: module, seconds
     "timing": ("planned", 30),
     "memory": ("planned", 40),
     "two": ("processes", 150),
+    "staged": ("staged", 60),
     "model": ("whole_model", 40),
     "scaler": ("training", 20),
     "captured": ("training", 50),

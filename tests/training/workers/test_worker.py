@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stagewise.engine.transport.connect import between_processes
+from stagewise.training.workers import worker
 from stagewise.training.workers.worker import joined
 
 
@@ -31,6 +32,27 @@ def test_no_thread_of_the_process_group_outlives_it(
     except SystemExit:
         assert leaves
     assert not threads() - before
+
+
+@pytest.mark.parametrize(("workers", "index", "bound"), [("2", 1, True), ("4", 1, False)])
+def test_workers_share_gpus_if_there_are_fewer(
+    monkeypatch: pytest.MonkeyPatch, workers: str, index: int, bound: bool
+) -> None:
+    """Bound to one, they would be connected by NCCL, which refuses two of them on it."""
+    gpus, calls = [torch.device("cuda", number) for number in range(2)], list[object]()
+    monkeypatch.setenv("LOCAL_RANK", str(int(workers) - 1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", workers)
+    monkeypatch.setattr(worker, "accelerators", lambda: gpus)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda *on, device_id: calls.append((*on, device_id)),
+    )
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with joined():
+        pass
+    assert calls == [index, ("cpu:gloo,cuda:nccl", gpus[index] if bound else None)]
 
 
 def compute_together() -> None:

@@ -19,6 +19,7 @@ from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
     USAGE_EXIT_CODE,
     launched_by_us,
+    world_size,
 )
 
 RANK_0_SECONDS = 5.0
@@ -26,20 +27,18 @@ RANK_0_SECONDS = 5.0
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU."""
+    """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU.
+
+    Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
+    """
     if found := accelerators():
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= len(found):
-            raise UsageError(
-                f"there is no GPU for worker {local_rank}: this machine has {len(found)}; "
-                "start no more workers, or let stagewise start them: with fewer GPUs than stages, "
-                'one process runs several on each; or set CUDA_VISIBLE_DEVICES="" to train on the '
-                "CPU"
-            )
-        device = found[local_rank]
+        device = found[int(os.environ["LOCAL_RANK"]) % len(found)]
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) > len(found)
         backend = dist.get_default_backend_for_device(device)
-        torch.accelerator.set_device_index(local_rank)
-        dist.init_process_group(f"cpu:gloo,{device.type}:{backend}", device_id=device)
+        torch.accelerator.set_device_index(device.index)
+        dist.init_process_group(
+            f"cpu:gloo,{device.type}:{backend}", device_id=None if shared else device
+        )
     else:
         dist.init_process_group("gloo")
     try:
