@@ -5,7 +5,7 @@ n-th send fills the n-th receive; both know its size in bytes, and nothing trave
 Sending never blocks. Arrivals are awaited in the order in which they were started. Talking to a
 rank that is gone, or silent for too long, raises a PeerError that names it.
 
-To add one: a file with such a class, its row in that test, and its place in `connect`.
+To add one: a file with such a class, its row in that test, and its place in `choose_wires`.
 """
 
 import functools
