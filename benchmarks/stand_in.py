@@ -7,7 +7,7 @@ from unittest import mock
 
 from stagewise.engine.transport import choose_wires
 from stagewise.engine.transport.choose_wires import Seat
-from stagewise.engine.transport.staged import HostCopies, around
+from stagewise.engine.transport.wires.staged import HostCopies, around
 
 
 @contextmanager

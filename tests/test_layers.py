@@ -28,6 +28,7 @@ LEVELS = [
     ["engine/gradients", "engine/looks"],
     ["engine/stage"],
     ["engine/transport"],
+    ["engine/transport/wires"],
     ["model/cells_of"],
     ["model/export"],  # a refusal says which cells replay takes
     ["model/replay"],

@@ -16,7 +16,7 @@ from benchmarks.gpu_check.subjects import Result, Subject, pipeline
 from benchmarks.gpu_check.supervise import Say, Skipped
 from benchmarks.stand_in import cpu_as_device
 from stagewise.engine.transport.connect import between_processes
-from stagewise.engine.transport.staged import Staged
+from stagewise.engine.transport.wires.staged import Staged
 
 PIPELINES = ("1f1b", 2), ("zb_v", 2), ("interleaved", 2), ("1f1b", 4)
 AIM = 1.1  # a step over that of one process, which is the least the GPU needs

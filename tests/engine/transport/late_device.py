@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagewise.engine.transport import staged
-from stagewise.engine.transport.staged import HostCopies, around
-from stagewise.engine.transport.wire import Wires
+from stagewise.engine.transport.wires import staged
+from stagewise.engine.transport.wires.staged import HostCopies, around
+from stagewise.engine.transport.wires.wire import Wires
 
 CPU = torch.device("cpu")
 

@@ -6,15 +6,15 @@ from contextlib import ExitStack
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from stagewise.engine.transport import connect_sockets
-from stagewise.engine.transport.connect_sockets import (
+from stagewise.engine.transport.wires import connect_sockets
+from stagewise.engine.transport.wires.connect_sockets import (
     _HELLO,
     _accepted,
     _called,
     _own_address,
     _tcp_listener,
 )
-from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.wires.peers import Peers
 
 SECRET, OTHER = b"s" * 16, b"t" * 16
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.transport.group_wire import KEPT_BYTES, Outbox
+from stagewise.engine.transport.wires.group_wire import KEPT_BYTES, Outbox
 from tests.harness import Pools
 
 

@@ -3,8 +3,8 @@
 import pytest
 from torch.distributed import HashStore
 
-from stagewise.engine.transport import peers
-from stagewise.engine.transport.peers import Peers
+from stagewise.engine.transport.wires import peers
+from stagewise.engine.transport.wires.peers import Peers
 from stagewise.errors import PeerError
 
 

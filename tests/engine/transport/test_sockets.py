@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.sockets import Sockets
-from stagewise.engine.transport.wire import Arrival
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.sockets import Sockets
+from stagewise.engine.transport.wires.wire import Arrival
 from stagewise.errors import PeerError
 from tests.engine.transport.test_connect import made, transfer
 from tests.engine.transport.wires import fresh_connections, other_hosts

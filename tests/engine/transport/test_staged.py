@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.engine.transport import choose_wires, connect
 from stagewise.engine.transport.ranks import Group, Ranks
-from stagewise.engine.transport.staged import staged
-from stagewise.engine.transport.wire import Wires
+from stagewise.engine.transport.wires.staged import staged
+from stagewise.engine.transport.wires.wire import Wires
 from stagewise.schedule import SCHEDULES
 from tests.engine.transport.late_device import LateStream, late
 from tests.engine.transport.wires import fresh_connections

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagewise.engine.transport import connect, connect_sockets
-from stagewise.engine.transport.message_form import flat
-from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Arrival, BySize, Wires, in_turn
+from stagewise.engine.transport import connect
+from stagewise.engine.transport.wires import connect_sockets
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.wire import Arrival, BySize, Wires, in_turn, flat
 
 LIMIT = 1 << 10  # bytes of what goes through the stream
 

@@ -1,9 +1,7 @@
 """How values travel between ranks, and how ranks agree.
 
 1. `connect` finds a plan's devices, and returns the rank's `transport`: mail, ranks.
-2. A `wire` carries bytes; `choose_wires` says which. `group_wire` is torch.distributed's; `sockets`
-   carry small tensors where `connect_sockets` can connect ranks; `staged` takes an accelerator's
-   tensors through the host's memory to either. `peers` names a rank that does not answer.
+2. `choose_wires` says which of `wires/` carry bytes.
 3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
    ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).
 4. `ranks` is how ranks agree, exchange and sum; `rendezvous`, one for all Pipelines of a process

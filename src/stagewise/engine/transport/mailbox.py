@@ -21,7 +21,7 @@ from stagewise.engine.transport.failure import LOST, Lost, is_out_of_memory
 from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, densified, in_words
 from stagewise.engine.transport.transport import Links, is_skip
-from stagewise.engine.transport.wire import Arrival, Wire, Wires
+from stagewise.engine.transport.wires.wire import Arrival, Wire, Wires
 from stagewise.errors import CellError
 from stagewise.schedule import Message
 from stagewise.schedule.posting import PostFrom

@@ -118,13 +118,6 @@ def _repeated(tensor: torch.Tensor) -> list[int]:
     return [dim for dim, (stride, size) in enumerate(axes) if stride == 0 and size > 1]
 
 
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """View a dense tensor as bytes in memory order, whatever its strides (e.g. channels_last)."""
-    if not tensor.is_contiguous() or tensor.numel() == 1:  # one element may have any strides
-        tensor = tensor.as_strided((tensor.numel(),), (1,))
-    return tensor.view(-1).view(torch.uint8)
-
-
 def layout_of(tensor: torch.Tensor, dense: torch.Tensor) -> TensorLayout:
     """Return the layout of `tensor`, which travels as `dense`."""
     stride = list(dense.stride())

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import torch
 
-from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Arrival, Wire
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.wire import Arrival, Wire
 from stagewise.errors import BatchError, PeerError
 
 T = TypeVar("T")

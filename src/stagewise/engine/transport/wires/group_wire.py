@@ -21,9 +21,8 @@ from collections.abc import Collection, Sequence
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.transport.message_form import flat
-from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Arrival, Later, Link
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.wire import Arrival, Later, Link, flat
 
 _TAG = 0
 KEPT_BYTES = 1 << 22  # below this, waiting would cost more than keeping

@@ -17,9 +17,8 @@ from datetime import timedelta
 
 import torch
 
-from stagewise.engine.transport.message_form import flat
-from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.wire import Arrival, Later
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.wire import Arrival, Later, flat
 
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel may give less
 _PIECES = 1000  # memory segments per system call; the kernel's limit is 1024

@@ -66,6 +66,13 @@ class Wires:
             self.control.finish()
 
 
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """View a dense tensor as bytes in memory order, whatever its strides (e.g. channels_last)."""
+    if not tensor.is_contiguous() or tensor.numel() == 1:  # one element may have any strides
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.view(-1).view(torch.uint8)
+
+
 class BySize:
     """Sends tensors of at most `limits[rank]` bytes through one wire, the rest through another."""
 

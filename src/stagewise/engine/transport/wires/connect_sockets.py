@@ -20,8 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from stagewise.engine.transport.peers import Peers
-from stagewise.engine.transport.sockets import Sockets, with_room
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.sockets import Sockets, with_room
 
 _SMALL_BYTES = 1 << 20  # of a tensor; beyond that, copying costs more than waking
 _MESSAGES = 4  # that a buffer must hold, so that they travel while both ends compute

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from stagewise.batch.lanes import has_streams
-from stagewise.engine.transport.message_form import flat
-from stagewise.engine.transport.wire import Arrival, Later, Wire, Wires
+from stagewise.engine.transport.wires.wire import Arrival, Later, Wire, Wires, flat
 
 
 def staged(wires: Wires, device: torch.device) -> Wires:
