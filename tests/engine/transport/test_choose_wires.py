@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.transport import choose_wires, connect
-from stagewise.engine.transport.wires import staged
 from stagewise.engine.transport.choose_wires import Seat, why_staged
 from stagewise.engine.transport.connect import between_processes
+from stagewise.engine.transport.wires import staged
 from stagewise.engine.transport.wires.staged import Staged
 from stagewise.errors import PlanError
 from tests.engine.transport.wires import fresh_connections

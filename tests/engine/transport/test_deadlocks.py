@@ -16,8 +16,8 @@ import stagewise
 from stagewise.batch.values import take_apart
 from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport import connect
-from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.mailbox import Mailbox
+from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Arrival, Link, Wires, flat
 from stagewise.schedule import (

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.batch.values import put_together, take_apart
-from stagewise.engine.transport.wires import peers
 from stagewise.engine.transport.choose_wires import Seat, wires_between
-from stagewise.engine.transport.wires.connect_sockets import connect_sockets
 from stagewise.engine.transport.failure import Lost
-from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.mailbox import Mailbox
+from stagewise.engine.transport.wires import peers
+from stagewise.engine.transport.wires.connect_sockets import connect_sockets
+from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Wire, Wires

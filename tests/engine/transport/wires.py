@@ -12,7 +12,7 @@ from torch import Tensor
 from stagewise.engine.transport import connect
 from stagewise.engine.transport.wires import connect_sockets
 from stagewise.engine.transport.wires.peers import Peers
-from stagewise.engine.transport.wires.wire import Arrival, BySize, Wires, in_turn, flat
+from stagewise.engine.transport.wires.wire import Arrival, BySize, Wires, flat, in_turn
 
 LIMIT = 1 << 10  # bytes of what goes through the stream
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from stagewise.engine.transport.processes import sends_from, timeout_of
 from stagewise.engine.transport.wires.connect_sockets import connect_sockets
 from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
-from stagewise.engine.transport.processes import sends_from, timeout_of
 from stagewise.engine.transport.wires.staged import staged
 from stagewise.engine.transport.wires.wire import BySize, Wires
 from stagewise.errors import PlanError

@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.transport.choose_wires import Seat, gathered, wires_between
-from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
-from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.processes import (
     are_ready,
     host_group,
@@ -23,8 +21,10 @@ from stagewise.engine.transport.processes import (
 )
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.rendezvous import Rendezvous
-from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
+from stagewise.engine.transport.wires.peers import Peers
+from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Wire, Wires
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport.local_classes import LocalClasses
 from stagewise.engine.transport.message_form import Header, layout_of
-from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.processes import timeout_of
 from stagewise.engine.transport.rendezvous import Rendezvous
+from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Wires
 from stagewise.errors import CellError
 
