@@ -64,6 +64,7 @@ class Mailbox:
         self._wires, self._data, self._rank = wires, wires.data, wires.data.rank
         self._marked = frozenset(wires.stream.reached if wires.stream is not None else ())
         self._mark = torch.empty_like(PLAIN)  # of the message being read: a stream reads in turn
+        self._mark_byte = self._mark.numpy().data  # read without an operation of torch's
         self._device = device
         self._forms = Forms()
         self._posted_bytes = POSTED_BYTES if device.type == "cpu" else 0
@@ -116,8 +117,8 @@ class Mailbox:
         tensors, structure = value
         known = self._forms.known.get(message)
         if known is not None and known.fits(tensors, structure):
-            bare = map(torch.Tensor.detach, tensors)
-            self._data.start_send([PLAIN, *bare] if rank in self._marked else [*bare], rank)
+            bare = [one.detach() if one.requires_grad else one for one in tensors]
+            self._start(rank, bare)
             return
         dense, header = densified(tensors, structure, known)
         if known is not None and known != header:
@@ -182,7 +183,7 @@ class Mailbox:
                 return  # it will be posted when it is needed
 
     def _post(self, incoming: _Incoming, header: Header) -> None:
-        tensors, num_bytes = list[torch.Tensor](), 0
+        num_bytes, tensors = 0, []  # a call of list[...] would cost more than the rest
         for layout in header.layouts:
             tensors.append(layout.empty(self._device))
             num_bytes += tensors[-1].nbytes
@@ -213,7 +214,7 @@ class Mailbox:
     def _whole(self, posted: _Posted) -> Apart:
         """Wait for a message and return it."""
         posted.arrival()
-        if posted.is_marked and self._mark.item():
+        if posted.is_marked and self._mark_byte[0]:
             self._note_changed(posted)
         if posted.tensors is None:
             assert self._wires.stream is not None

@@ -139,8 +139,15 @@ def _after(data: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """Return a dense tensor's memory."""
-    return _known_memory(tensor) if tensor.nbytes == 1 else _memory_of(tensor)
+    """Return a dense tensor's memory; a mark's, which comes with every message, is remembered."""
+    if tensor.nbytes != 1:
+        return _memory_of(tensor)
+    known = _known.get(id(tensor))
+    if known is None:
+        if len(_known) == _MAX_KNOWN:
+            del _known[next(iter(_known))]
+        known = _known[id(tensor)] = tensor, _memory_of(tensor)
+    return known[1]
 
 
 def _memory_of(tensor: torch.Tensor) -> memoryview:
@@ -149,7 +156,9 @@ def _memory_of(tensor: torch.Tensor) -> memoryview:
     return tensor.numpy().data if usual else flat(tensor).numpy().data
 
 
-_known_memory = functools.lru_cache(maxsize=8)(_memory_of)  # marks come with every message
+_MAX_KNOWN = 8
+# By id, which stays the tensor's own while it is kept here.
+_known: dict[int, tuple[torch.Tensor, memoryview]] = {}
 
 
 def with_room(connection: socket.socket) -> int:
