@@ -48,7 +48,8 @@ def paired(
     if all(axis is None for axis in axes):
         raise UnpairableError
     if most_bytes is not None and all(
-        _is_narrow(leaf, axis, sizes[0]) for leaf, axis in zip(flat[0], axes, strict=True)
+        axis is None or (isinstance(leaf, torch.Tensor) and leaf.shape[axis] == sizes[0])
+        for leaf, axis in zip(flat[0], axes, strict=True)
     ):
         size = min(*sizes, _fitting(flat[0], axes, sizes[0], most_bytes))
         columns = [[_narrow(t, x, size) for t in c] for c, x in zip(columns, axes, strict=True)]
@@ -177,10 +178,6 @@ def _ragged_axis(one: object, two: object) -> int | None:
 
 def _without(shape: torch.Size, dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
-
-
-def _is_narrow(leaf: object, axis: int | None, size: int) -> bool:
-    return axis is None or (isinstance(leaf, torch.Tensor) and leaf.shape[axis] == size)
 
 
 def _narrow(leaf: object, axis: int | None, size: int) -> object:

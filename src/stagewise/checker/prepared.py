@@ -44,7 +44,8 @@ def prepared(
             "check_parity compares with the plain model, but got its capture; pass the module "
             "itself, which remembers its capture"
         )
-    if any(isinstance(leaf, Microbatches) for leaf in _leaves((inputs, target, kwargs))):
+    leaves = pytree.tree_leaves((inputs, target, kwargs), is_leaf=is_mark)
+    if any(isinstance(leaf, Microbatches) for leaf in leaves):
         raise UsageError(
             "check_parity compares with the plain model on the whole batch, but got Microbatches; "
             "give it the batch as the plain model takes it"
@@ -77,10 +78,6 @@ def _converted(model: Model, batch: PlainBatch, dtype: torch.dtype) -> tuple[Mod
         (batch.inputs, batch.target, batch.keywords),
     )
     return model, PlainBatch(inputs=inputs, target=target, keywords=keywords)
-
-
-def _leaves(batch: object) -> list[object]:
-    return pytree.tree_leaves(batch, is_leaf=is_mark)
 
 
 def _named_cells(model: Model) -> tuple[str, ...] | None:

@@ -107,14 +107,9 @@ def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_
         model = build_model(recipe, seed=0, meta=recipe.meta)
         batch = TrainingBatches(recipe, seed=0).first
         plan = make_plan(recipe, model, request, batch=batch)
-    if is_first():
-        _show(plan, as_json=as_json)
-
-
-def _show(plan: "Plan", *, as_json: bool) -> None:
-    if as_json:
+    if is_first() and as_json:
         print(_json(plan))
-    else:
+    elif is_first():
         _print(plan)
 
 

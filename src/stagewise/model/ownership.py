@@ -37,7 +37,7 @@ def owners_of(
                 holder.constant.add(name.rpartition(".")[2])
     for path, module in modules.items():  # other names of held layers
         for cell in cells:
-            if path not in cell and module in cell.values() and not _inside(path, cell):
+            if path not in cell and module in cell.values() and not is_inside(path, cell):
                 cell[path] = module
     everything = [
         *model.named_parameters(remove_duplicate=False),
@@ -94,8 +94,9 @@ def _has(cell: Mapping[str, nn.Module], name: str) -> bool:
     return False
 
 
-def _inside(path: str, cell: Iterable[str]) -> bool:
-    return any(path.startswith(f"{held}.") for held in cell)
+def is_inside(path: str, modules: Iterable[str]) -> bool:
+    """Return whether `path` names something in one of `modules`, given by their paths."""
+    return any(path.startswith(f"{module}.") for module in modules)
 
 
 def _nearest(

@@ -33,10 +33,6 @@ class _Choice:
     reason: Callable[[Facts], str]
 
 
-def _experts_only(facts: Facts) -> bool:
-    return bool(facts.too_big) and set(facts.too_big) <= set(facts.num_experts or {})
-
-
 def _one_cell_is_a_bottleneck(facts: Facts) -> bool:
     """Whether no cut is balanced because one cell takes longer than a mean stage."""
     mean = sum(map(load_seconds, facts.cells)) / facts.num_stages
@@ -48,7 +44,11 @@ def _reason_of(rule: str) -> Callable[[Facts], str]:
 
 
 CHOICES: Sequence[_Choice] = (
-    _Choice("expert parallelism", _experts_only, _reason_of("largest_cell")),
+    _Choice(
+        "expert parallelism",
+        lambda facts: len(facts.too_big) > 0 and {*facts.too_big} <= {*(facts.num_experts or ())},
+        _reason_of("largest_cell"),
+    ),
     _Choice("tensor parallelism", lambda facts: bool(facts.too_big), _reason_of("largest_cell")),
     _Choice(
         "one device",

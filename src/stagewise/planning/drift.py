@@ -128,9 +128,9 @@ def _neighbours(
                 continue  # its instructions were not measured
             with suppress(UsageError):
                 other = replace(same, schedule=name)
-                if other.built_schedule.placement != placement or _needs_more_memory(other, same):
-                    continue
-                yield other
+                needs_more = max(other.peak_activation_bytes) > max(same.peak_activation_bytes)
+                if other.built_schedule.placement == placement and not needs_more:
+                    yield other
                 if may_move:
                     balance = best_balance(
                         other.built_schedule,
@@ -139,10 +139,6 @@ def _neighbours(
                         link=other.link,
                     )
                     yield replace(other, balance=balance)
-
-
-def _needs_more_memory(plan: Plan, than: Plan) -> bool:
-    return max(plan.peak_activation_bytes) > max(than.peak_activation_bytes)
 
 
 def _scaled(

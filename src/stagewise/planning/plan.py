@@ -40,7 +40,7 @@ from stagewise.schedule import (
     validate,
     with_recompute,
 )
-from stagewise.schedule.schedule import IDLE, Program
+from stagewise.schedule.schedule import IDLE
 from stagewise.timeline import Timeline
 
 
@@ -143,8 +143,8 @@ class Plan:
         if self.replicas:
             check_replicas(self.replicas, self.num_stages)
         if self.programs:
-            programs, placement = _programs(self.programs), consecutive(self.replicas)
-            made = schedule_of(self.schedule, programs, placement)
+            programs = parse_programs("\n".join(line or IDLE for line in self.programs))
+            made = schedule_of(self.schedule, programs, consecutive(self.replicas))
             for what, got, need in (
                 ("stages", made.num_stages, self.num_stages),
                 ("microbatches", made.num_microbatches, self.num_microbatches),
@@ -223,10 +223,6 @@ def _cell(fields: Mapping[str, Any]) -> CellCost:
     given = own.pop("around", own["instruction_overhead"])
     own["instruction_overhead"] = InstructionCost(**{k: float(v) for k, v in given.items()})
     return CellCost(**own)
-
-
-def _programs(lines: Sequence[str]) -> tuple[Program, ...]:
-    return parse_programs("\n".join(line or IDLE for line in lines))
 
 
 def with_microbatches(plan: Plan, count: int) -> Plan:

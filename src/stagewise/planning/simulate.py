@@ -7,6 +7,7 @@ numbers (Fraction) stay exact.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
@@ -42,14 +43,12 @@ def simulate(
                 leaves = max(device_free[device], link_free.get(between, zero))
                 arrives = leaves + traits.stream.seconds(message.source_stage, costs, link)
                 arrival[message] = link_free[between] = arrives
-    return Timeline(schedule.num_devices, tuple(sorted(spans, key=_when)))
+    return Timeline(
+        schedule.num_devices, tuple(sorted(spans, key=attrgetter("start_seconds", "device")))
+    )
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:
     """Return the costs of equal stages on which every instruction takes one second."""
     one = StageCost(**{traits.seconds: 1 for traits in KINDS.values()})
     return (one,) * num_stages
-
-
-def _when(span: Span) -> tuple[float, int]:
-    return span.start_seconds, span.device

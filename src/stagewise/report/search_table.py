@@ -50,17 +50,12 @@ def as_record(result: SearchResult) -> dict[str, object]:
         "device_bytes": result.chosen.device_bytes,
         "memory_bytes": result.memory_bytes,
         "state_factor": result.state_factor,
-        "runners_up": [_record(plan) for plan in result.runners_up],
+        "runners_up": [
+            {"what": str(p), "step_seconds": p.seconds, "device_bytes": p.device_bytes}
+            for p in result.runners_up
+        ],
         "rejected": [{"what": each.what, "reason": each.reason} for each in result.rejected],
         "work": asdict(result.work),
-    }
-
-
-def _record(plan: EvaluatedPlan) -> dict[str, object]:
-    return {
-        "what": str(plan),
-        "step_seconds": plan.seconds,
-        "device_bytes": plan.device_bytes,
     }
 
 

@@ -39,7 +39,10 @@ def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
     microbatches in flight, then the step time and the bubble fraction.
     """
     names = [f"device {device}" for device in range(timeline.num_devices)]
-    stages = [_stages(timeline, device) for device in range(timeline.num_devices)]
+    stages = [
+        tuple(sorted({s.instruction.stage for s in timeline.spans if s.device == device}))
+        for device in range(timeline.num_devices)
+    ]
     margin = max(map(len, names), default=0) + 2
     scale = _columns_per_second(timeline, max(_MIN_COLUMNS, width - margin))
     columns = round(timeline.duration_seconds * scale)
@@ -67,10 +70,6 @@ def format_seconds(seconds: float) -> str:
     number = float(seconds * factor)
     digits = f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
     return f"{digits} {unit}" if seconds else "0 s"
-
-
-def _stages(timeline: Timeline, device: int) -> tuple[int, ...]:
-    return tuple(sorted({s.instruction.stage for s in timeline.spans if s.device == device}))
 
 
 def _columns_per_second(timeline: Timeline, room: int) -> float:

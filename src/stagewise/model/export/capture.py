@@ -122,7 +122,8 @@ def _blueprints(
         for training in (True, False):
             with kept(model, training), surroundings(model, Situation(training=training)):
                 trace = traced(model, leaves, (), example)
-            flows[training] = Flow(trace, leaves, _buffers(model))
+            buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+            flows[training] = Flow(trace, leaves, buffers)
     for flow in flows.values():
         flow.memory.check_inputs()
     form.check_batch(flows[True].trace.inputs, type(model).__name__)
@@ -195,10 +196,6 @@ def _doubled(example: Mapping[str, object]) -> Mapping[str, object]:
 def _device(model: nn.Module) -> torch.device:
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-def _buffers(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
 
 def _begins(

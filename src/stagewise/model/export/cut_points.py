@@ -130,7 +130,8 @@ def products_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
     if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
         return 0.0
     kind = node.target._schema.name.removeprefix("aten::")
-    operands = [tensors for source in node.args if (tensors := _tensors(source))]
+    sources = [source for source in node.args if isinstance(source, fx.Node)]
+    operands = [tensors for source in sources if (tensors := tensors_in(source))]
     if kind in _PRODUCTS:
         return results * float(hint(operands[kind in _BIAS_FIRST][0].shape[-1]))
     if kind == "scaled_dot_product_attention":
@@ -138,10 +139,6 @@ def products_of(flow: Flow, node: fx.Node, model: nn.Module) -> float:
     if kind.startswith("conv"):
         return results * numel(operands[1][0]) / operands[1][0].shape[0]
     return 0.0
-
-
-def _tensors(argument: object) -> list[torch.Tensor]:
-    return tensors_in(argument) if isinstance(argument, fx.Node) else []
 
 
 def _places(flow: Flow, main: Sequence[fx.Node]) -> list[int]:

@@ -136,8 +136,7 @@ def _of_object(value: object) -> list[Item]:
             mangled = f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") else name
             if name not in ("__dict__", "__weakref__") and hasattr(value, mangled):
                 found.append((f".{name}", getattr(value, mangled)))
-    found += [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
-    return [*found, (".__class__", type(value))]
+    return [*found, *_extra(value), (".__class__", type(value))]
 
 
 def _extra(value: object) -> list[Item]:
@@ -180,17 +179,9 @@ def _of_partial(value: functools.partial[object]) -> list[Item]:
     ]
 
 
-def _of_method(value: MethodType) -> list[Item]:
-    return [("", value.__func__), (".__self__", value.__self__)]
-
-
 def _of_builtin(value: BuiltinFunctionType) -> list[Item]:
     owner = value.__self__
     return [] if owner is None or isinstance(owner, (ModuleType, type)) else [(".__self__", owner)]
-
-
-def _of_property(value: property) -> list[Item]:
-    return [("", value.fget)]
 
 
 def _of_wrapper(value: Any) -> list[Item]:
@@ -199,27 +190,19 @@ def _of_wrapper(value: Any) -> list[Item]:
     ]
 
 
-def _of_variable(value: ContextVar[object]) -> list[Item]:
-    return [(".get()", value.get(None))]
-
-
-def _of_reference(value: Callable[[], object]) -> list[Item]:
-    return [("()", value())]
-
-
 _READERS: dict[Any, Reader] = {
     dict: _of_mapping,
     (list, tuple, deque): _of_sequence,
     (set, frozenset): _of_set,
     (SimpleNamespace, threading.local): _of_object,
     functools.partial: _of_partial,
-    MethodType: _of_method,
+    MethodType: lambda method: [("", method.__func__), (".__self__", method.__self__)],
     BuiltinFunctionType: _of_builtin,
-    property: _of_property,
+    property: lambda value: [("", value.fget)],
     (staticmethod, classmethod, functools.cached_property): _of_wrapper,
     type(functools.lru_cache(lambda: None)): _of_wrapper,
-    ContextVar: _of_variable,
-    weakref.ref: _of_reference,
+    ContextVar: lambda variable: [(".get()", variable.get(None))],
+    weakref.ref: lambda reference: [("()", reference())],
 }
 
 

@@ -21,7 +21,7 @@ from stagewise.model.cell import Cell
 from stagewise.model.forward.asked import asks_for_flags
 from stagewise.model.forward.users_code import users_place
 from stagewise.model.namespace import CellNamespace
-from stagewise.model.ownership import owners_of
+from stagewise.model.ownership import is_inside, owners_of
 from stagewise.model.replay.handover import Required
 from stagewise.model.replay.patterns import selected
 from stagewise.model.replay.replayed_call import Run
@@ -123,7 +123,7 @@ def _replayed(
         namespace.leaves.add(name)
         namespace.states |= {state for state in used if not state.startswith(f"{name}.")}
         constants = skeleton.constant & states.keys()
-        namespace.states |= {state for state in constants if not _in_block(state, names)}
+        namespace.states |= {state for state in constants if not is_inside(state, names)}
     leaves = {name: blocks[index] for index, name in enumerate(names)}
     owners = owners_of(model, leaves, namespaces)
     modules = [
@@ -263,7 +263,3 @@ class _RecordCall:
 
     def __call__(self, module: nn.Module, args: object) -> None:
         self._order.append(self._path)
-
-
-def _in_block(state: str, names: Sequence[str]) -> bool:
-    return any(state.startswith(f"{name}.") for name in names)

@@ -30,7 +30,7 @@ _COARSEST = max(_ALLOWED.values())  # of dtypes that are not listed
 Tensors = dict[str, torch.Tensor | None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mismatch:
     """A quantity in which cells and model differ, such as `gradient a.weight`, and how."""
 
@@ -64,10 +64,11 @@ def mismatch(
         theirs, ours = wanted.tensors.get(quantity), got.get(quantity)
         if theirs is None or ours is None:
             if theirs is not ours:
-                return _found(quantity, "only one of them has it", situation)
+                return Mismatch(quantity, "only one of them has it", situation)
             continue
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-            return _found(quantity, f"{_form(ours)} instead of {_form(theirs)}", situation)
+            forms = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (ours, theirs)]
+            return Mismatch(quantity, " instead of ".join(forms), situation)
         if theirs.is_meta or ours.is_meta or identical(ours, theirs):
             continue
         error = wanted.difference(quantity, ours)
@@ -77,7 +78,7 @@ def mismatch(
             coarsest = _coarsest(model, named, situation)
         inexact = theirs.is_floating_point() or theirs.is_complex()
         if not (inexact and error <= coarsest):
-            return _found(quantity, f"by {error:.1e} of its largest number", situation)
+            return Mismatch(quantity, f"by {error:.1e} of its largest number", situation)
     return None
 
 
@@ -94,10 +95,6 @@ def _plain(
             raise
     situation = replace(situation, gradients=False)  # some run backward in training mode only
     return numbers(model, named, model, situation, ask_inputs=False), False, situation
-
-
-def _found(quantity: str, how: str, situation: Situation) -> Mismatch:
-    return Mismatch(what=quantity, how=how, situation=situation)
 
 
 def _in_mode(captured: Captured, training: bool, *, apart: bool) -> Callable[..., object]:
@@ -188,10 +185,6 @@ def _seed(root: torch.Tensor) -> torch.Tensor:
     """Return a gradient with distinct elements."""
     steps = torch.arange(root.numel(), device=root.device, dtype=torch.float64)
     return steps.cos().reshape(root.shape).to(root.dtype)
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _coarsest(model: nn.Module, named: Mapping[str, object], situation: Situation) -> float:

@@ -50,7 +50,6 @@ def memory_needs(
     memory_bytes: float,
     inputs: Sequence[int],
     graphs: Sequence[int],
-    input_bytes: int = 0,
     state_factor: float = 4,
 ) -> MemoryNeeds:
     """Return memory needs as `costs.stage_costs` and `Timeline.activation_bytes` count them.
@@ -61,7 +60,7 @@ def memory_needs(
         memory_bytes=memory_bytes,
         state=[state_factor * cell.parameter_bytes for cell in cells],
         kept=[cell.activation_bytes - cell.unsaved_output_bytes for cell in cells],
-        entering=[input_bytes, *(cell.output_bytes for cell in cells)],
+        entering=[0, *(cell.output_bytes for cell in cells)],
         closing=[0, *(cell.unsaved_output_bytes for cell in cells)],
         inputs=inputs,
         graphs=graphs,
