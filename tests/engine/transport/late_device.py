@@ -28,8 +28,11 @@ class LateStream:
     def __init__(self, device: torch.device) -> None:
         self._left = deque[Callable[[], object]]()
         self._started, self._done, self._lock = 0, 0, threading.RLock()
+        self._follows_kernels = False
 
     def __enter__(self) -> None:
+        assert self._follows_kernels, "copied before what makes it, or what used the room, has run"
+        self._follows_kernels = False
         self._mode = _Deferred(self)
         self._mode.__enter__()
 
@@ -48,6 +51,7 @@ class LateStream:
                 self._done += 1
 
     def wait_event(self, event: "LateEvent") -> None:
+        self._follows_kernels |= isinstance(event.stream, Kernels)
         self.add(event.reach)
 
     def wait_stream(self, other: "LateStream | Kernels") -> None:
@@ -61,14 +65,14 @@ class LateEvent:
     """Passed once its stream has come so far."""
 
     def __init__(self, stream: "LateStream | Kernels", number: int) -> None:
-        self._stream, self._number = stream, number
+        self.stream, self._number = stream, number
 
     def synchronize(self) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.reach()
 
     def reach(self) -> None:
-        self._stream.reach(self._number)
+        self.stream.reach(self._number)
 
 
 class Kernels:

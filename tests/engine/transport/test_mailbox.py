@@ -1,5 +1,6 @@
 """Which message comes next, and in what form: the same on every kind of wire."""
 
+import itertools
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.mailbox import Mailbox
+from stagewise.engine.transport.wires.wire import Arrival
 from stagewise.errors import CellError
 from stagewise.schedule import forward_only, links, lower
 from tests.engine.transport.wires import Lines, fake_wires
@@ -90,3 +92,32 @@ def test_without_marks_another_form_is_refused_in_words() -> None:
     sender.begin(1, links(PROGRAMS))
     with pytest.raises(CellError, match=r"\[\(3,\) torch.float32\] before, \[\(4,\).* now"):
         sender.send(MESSAGES[0], take_apart(torch.ones(4)))
+
+
+@pytest.mark.parametrize("turn", [0, 1])  # by header, then by the remembered form
+def test_a_message_whose_receive_found_no_memory_is_received_afterwards(
+    monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    lines, sender, receiver = pair(stream=False)
+    values: list[object] = [torch.full((200,), float(n)) for n in range(NUM_MICROBATCHES)]
+    for _ in range(turn):
+        call(lines, sender, receiver, values)
+    start_receive, num_calls = receiver._data.start_receive, itertools.count()
+
+    def scarce(tensors: list[Tensor], rank: int) -> Arrival:
+        if tensors[0].numel() == 200 and next(num_calls) % 2 == 0:
+            raise MemoryError
+        return start_receive(tensors, rank)
+
+    monkeypatch.setattr(receiver._data, "start_receive", scarce)
+    for mailbox in (sender, receiver):
+        mailbox.begin(1, links(PROGRAMS))
+    for message, value in zip(MESSAGES, values, strict=True):
+        sender.send(message, take_apart(value))
+    for message, value in zip(MESSAGES, values, strict=True):
+        try:
+            apart = receiver.receive(message)
+        except MemoryError:
+            apart = receiver.receive(message)
+        assert not isinstance(apart, Lost) and same(put_together(*apart), value)
+    assert next(num_calls) > NUM_MICROBATCHES

@@ -1,5 +1,6 @@
 """Small messages between processes of one host: in order, whole, and without waiting to send."""
 
+import runpy
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stagewise.engine.transport.wires import sockets
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Arrival
@@ -149,16 +151,23 @@ def sizes_of_transfer(sizes: list[int]) -> list[list[tuple[int, float]]]:
     return [[(t.numel(), float(t[-1])) for t in got] for got in transfer(values, 3)]  # type: ignore
 
 
-@pytest.mark.parametrize("ways", [("_unix_listener",), ("_unix_listener", "_tcp_listener")])
+@pytest.mark.parametrize(
+    "ways", [("_unix_listener",), ("_unix_listener", "_tcp_listener"), ("_is_able",)]
+)
 @pytest.mark.parametrize("without", [None, 0, 1])
 def test_who_cannot_be_reached_gets_them_another_way(
     pools: Pools, without: int | None, ways: tuple[str, ...]
 ) -> None:
-    """As on another host: rank `without` has no Unix socket to connect to, or no socket at all."""
+    """As on another host: rank `without` has no Unix socket to connect to, or no socket at all.
+
+    If its system has none that serve, no rank uses any.
+    """
     for rank, (reached, arrived) in enumerate(pools[3].run(neighbours, without, ways)):
         others = {0, 1, 2} - {rank}
         if without is not None and len(ways) == 2:
             others -= {r for r in others if min(r, rank) == without}
+        if without is not None and ways == ("_is_able",):
+            others = set()
         assert reached == others
         assert arrived == [[0, 1, 2]] * 3  # every rank's row
 
@@ -170,6 +179,15 @@ def neighbours(without: int | None, ways: tuple[str, ...]) -> tuple[set[int], li
     return set(mail._marked), [
         [row[0] for row in ranks.exchange([ranks.rank], "rank")] for _ in range(3)
     ]
+
+
+def test_the_module_loads_where_a_call_cannot_be_told_not_to_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows, whose ranks use gloo alone."""
+    for name in ("MSG_DONTWAIT", "MSG_NOSIGNAL", "AF_UNIX"):
+        monkeypatch.delattr(socket, name)
+    assert runpy.run_path(str(sockets.__file__))["_AT_ONCE"] == 0
 
 
 def test_a_late_rest_does_not_double_the_patience() -> None:

@@ -179,8 +179,8 @@ def exchanged(wire: Wire, other: int, check: Check, device: torch.device = CPU) 
     if check.posted_first:
         works = [wire.start_receive(room, other) for room in rooms]
     yield ""
-    for message in sent:
-        wire.start_send(message, other)
+    while sent:  # the wire keeps what it still needs
+        wire.start_send(sent.pop(0), other)
     yield ""
     for index, room in enumerate(rooms):
         (works[index] if works else wire.start_receive(room, other))()

@@ -25,8 +25,8 @@ def clip_by_global_norm(
     `torch.nn.utils.clip_grad_norm_` on the plain model. Returns the norm before clipping. Raises
     ModelError on every rank if `own` has a name that is not in `dtypes`.
     """
-    norms = torch.zeros(len(dtypes), dtype=torch.float64)
-    present = torch.zeros(len(dtypes), dtype=torch.int64)
+    norms = torch.zeros(len(dtypes), dtype=torch.float64, device="cpu")
+    present = torch.zeros(len(dtypes), dtype=torch.int64, device="cpu")
     place = {name: index for index, name in enumerate(dtypes)}
     for places, together in _norms(own, place, norm_type):
         norms[places], present[places] = together, 1
@@ -34,7 +34,9 @@ def clip_by_global_norm(
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
     how = "" if norm_type == 2.0 else f", norm_type={float(norm_type)!r}"
     rows = torch.tensor(
-        ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r}{how})"), dtype=torch.int64
+        ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r}{how})"),
+        dtype=torch.int64,
+        device="cpu",
     )
     rows, num_unknown = rows[:, :-1], rows[:, -1]
     if num_unknown.any():
@@ -47,7 +49,7 @@ def clip_by_global_norm(
     all_norms = rows[:, : len(dtypes)].view(torch.float64).amax(0)
     all_present = rows[:, len(dtypes) :].sum(0) > 0
     if not all_present.any():
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     with_gradient = itertools.compress(dtypes.values(), all_present.tolist())
     dtype = functools.reduce(torch.promote_types, with_gradient)
     total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype), norm_type)

@@ -156,7 +156,9 @@ class Trial:
             column: list[Tensor | None] = [None] * len(outputs)
             if whole.is_floating_point():
                 tolerance = self._tolerance([whole])
-                own = [torch.randn(p.shape, generator=generator).to(whole) for p in row]
+                own = [
+                    torch.randn(p.shape, generator=generator, device="cpu").to(whole) for p in row
+                ]
                 ways = zip(self._ways(row, whole), self._ways(own, whole), strict=True)
                 for way, seed in ways:
                     if column[0] is None and _near(way, whole, tolerance):

@@ -157,15 +157,16 @@ class BatchNorms:
 
         They travel in float64, in which they are combined.
         """
-        parts = [torch.empty(0, dtype=torch.float64)]
+        parts = [torch.empty(0, dtype=torch.float64, device="cpu")]
         for index, layer in enumerate(layers):
             for (of_stage, call), notes in self._noted.get(layer, {}).items():
                 for m, note in notes.items() if of_stage == stage else ():
                     size = note.mean.numel()
-                    head = torch.tensor([index, call, m, note.count, size], dtype=torch.float64)
+                    numbers = [index, call, m, note.count, size]
+                    head = torch.tensor(numbers, dtype=torch.float64, device="cpu")
                     parts += [head, note.mean.double().cpu(), note.variance.double().cpu()]
-        for numbers in gather(torch.cat(parts)):
-            rest = numbers.cpu()
+        for gathered in gather(torch.cat(parts)):
+            rest = gathered.cpu()
             while rest.numel():
                 index, call, m, count, size = map(int, rest[:5].tolist())
                 layer, all_notes = layers[index], self._noted.setdefault(layers[index], {})

@@ -103,10 +103,10 @@ def backward_weights(products: list[Product]) -> None:
                 present.clear()
 
     edges = [edge for product in products for edge in product.weights.values()]
-    start = torch.zeros((), requires_grad=True)[...]
+    start = torch.zeros((), device="cpu", requires_grad=True)[...]
     assert start.grad_fn is not None
     start.grad_fn.register_prehook(apply)
-    run_backward([start], [torch.ones(())], [get_gradient_edge(start), *edges])
+    run_backward([start], [torch.ones((), device="cpu")], [get_gradient_edge(start), *edges])
 
 
 def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:

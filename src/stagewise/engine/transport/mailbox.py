@@ -30,7 +30,7 @@ POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
 # On CPUs more than that, if small: posting many at once takes a quarter of the time.
 POSTED_BYTES = 1 << 21
 # Sent before each message where there is a stream: whether it has the remembered form.
-PLAIN, CHANGED = (torch.tensor([mark], dtype=torch.uint8) for mark in (0, 1))
+PLAIN, CHANGED = (torch.tensor([mark], dtype=torch.uint8, device="cpu") for mark in (0, 1))
 
 
 @dataclass(slots=True)
@@ -270,12 +270,12 @@ def _nothing() -> None:
 
 def _send_bytes(wire: Wire, payload: bytes, rank: int) -> None:
     data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    wire.start_send([torch.tensor([data.numel()]), data], rank)
+    wire.start_send([torch.tensor([data.numel()], device="cpu"), data], rank)
 
 
 def _receive_bytes(wire: Wire, rank: int) -> bytes:
-    size = torch.empty(1, dtype=torch.int64)
+    size = torch.empty(1, dtype=torch.int64, device="cpu")
     wire.start_receive([size], rank)()
-    payload = torch.empty(int(size), dtype=torch.uint8)
+    payload = torch.empty(int(size), dtype=torch.uint8, device="cpu")
     wire.start_receive([payload], rank)()
     return payload.numpy().tobytes()

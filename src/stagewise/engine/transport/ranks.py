@@ -132,7 +132,7 @@ class Ranks:
                 self._wires.control.start_send(tensors, rank)
             self._wires.control.finish()
         elif self.rank in wanted:
-            tensors = [torch.empty(at.shape, dtype=at.dtype) for at in header.layouts]
+            tensors = [torch.empty(at.shape, dtype=at.dtype, device=_CPU) for at in header.layouts]
             self._wires.control.start_receive(tensors, source)()
         else:
             nothing: T = put_together([None] * len(header.layouts), header.structure)  # type: ignore
@@ -144,13 +144,13 @@ class Ranks:
 
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
         """Start sending to `rank`, which must `take` as many; do not modify until `finish`."""
-        present = torch.tensor([tensor is not None for tensor in tensors])
+        present = torch.tensor([tensor is not None for tensor in tensors], device=_CPU)
         self._wires.control.start_send([present], rank)
         self._wires.data.start_send([t.detach() for t in tensors if t is not None], rank)
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Return what `rank` gives: tensors with the shapes and dtypes of `like`, or None."""
-        present = torch.empty(len(like), dtype=torch.bool)
+        present = torch.empty(len(like), dtype=torch.bool, device=_CPU)
         self._wires.control.start_receive([present], rank)()
         taken = [
             torch.empty_like(tensor, requires_grad=False) if is_there else None

@@ -138,7 +138,7 @@ class Rendezvous:
         """Post receives for the next frame of each of `ranks`."""
         awaited = []
         for rank in ranks:
-            frame = torch.empty(FRAME_BYTES // 8, dtype=torch.int64)
+            frame = torch.empty(FRAME_BYTES // 8, dtype=torch.int64, device="cpu")
             awaited.append((rank, frame, self._wire.start_receive([frame], rank)))
         return awaited
 
@@ -151,7 +151,7 @@ class Rendezvous:
             num_bytes, meaning, by, what = _HEAD.unpack_from(data)
             said = data[_HEAD.size : _HEAD.size + min(num_bytes, _ROOM)]
             if num_bytes > _ROOM:
-                rest = torch.empty(num_bytes - _ROOM, dtype=torch.uint8)
+                rest = torch.empty(num_bytes - _ROOM, dtype=torch.uint8, device="cpu")
                 self._wire.start_receive([rest], rank)()
                 said += rest.numpy().tobytes()
             heard.append((meaning, (what.rstrip(b"\0"), by), said))

@@ -39,13 +39,22 @@ def connect_sockets(
 
     Also returns, by rank, the largest tensor in bytes that should go this way.
     """
-    num_ranks = len(gather(None))  # wait for all, so that sockets' folders exist only briefly
+    # Waits for all, so that sockets' folders exist only briefly.
+    able = gather(_is_able())
+    num_ranks = len(able)
+    if not all(able):
+        return Sockets(peers, num_ranks, {}, timeout), {}
     met, limits = _met(peers.rank, gather, _unix_listener, set(range(num_ranks)))
     if not all(gather(len(met) == num_ranks - 1)):
         listens = functools.partial(_tcp_listener, _own_address(peers.store_host(), gather))
         further = _met(peers.rank, gather, listens, set(range(num_ranks)) - {*met})
         met, limits = met | further[0], limits | further[1]
     return Sockets(peers, num_ranks, met, timeout), limits
+
+
+def _is_able() -> bool:
+    """Return whether sockets take several tensors at once here; those of Windows do not."""
+    return hasattr(socket.socket, "sendmsg")
 
 
 def _met(

@@ -25,7 +25,7 @@ _PIECES = 1000  # memory segments per system call; the kernel's limit is 1024
 # Dtypes that NumPy also has.
 _NUMPY = (torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
 _NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would end a process without a word
-_AT_ONCE = socket.MSG_DONTWAIT | _NO_SIGNAL
+_AT_ONCE: int = getattr(socket, "MSG_DONTWAIT", 0) | _NO_SIGNAL
 
 
 class Sockets:
