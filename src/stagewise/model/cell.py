@@ -1,7 +1,6 @@
 """Cells: those of a plain chain, and the pieces of a captured model."""
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,12 +34,22 @@ class Piece(nn.Module):
     is_first: bool = False
     watch: Watch | None = None  # over the captured module
 
-    @abstractmethod
+    def __init__(self) -> None:
+        super().__init__()
+        self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
+
+    def hold(self, name: str, place: int, path: str, module: nn.Module) -> None:
+        """Hold a module under `name`; see `owned`."""
+        self._owned.append((place, path, name))
+        self.add_module(name, module)
+
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Yield (place in the plain model's order, path, module) of everything it holds.
 
         The module is the plain model's own, or a Holder.
         """
+        for place, path, name in self._owned:
+            yield place, path, self.get_submodule(name)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from rich.table import Table
 from stagewise.costs import FREE_INSTRUCTION
 from stagewise.planning import Plan
 from stagewise.report import format_seconds
+from stagewise.units import size_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +153,4 @@ def _percent(fraction: float | None) -> str:
 
 
 def _size(num_bytes: float | None) -> str:
-    if num_bytes is None:
-        return "-"
-    units = ["TiB", "GiB", "MiB", "KiB", "B"]
-    while num_bytes >= 1000 and len(units) > 1:
-        num_bytes /= 1024
-        units.pop()
-    return f"{num_bytes:.3g} {units[-1]}"
+    return "-" if num_bytes is None else size_in_words(num_bytes)

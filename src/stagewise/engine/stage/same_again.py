@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stagewise.batch.values import output_leaves
+from stagewise.batch.values import tensors_of
 from stagewise.engine.stage.work import Work
 
 _NUMBERS, _PER_DIMENSION = 64, 8
@@ -44,13 +44,8 @@ def sampled(outputs: Sequence[torch.Tensor], m: int, work: Work) -> Sampled | No
 
 def compared(output: object) -> Callable[[object], bool]:
     """What tells whether another output is not this one."""
-    first = Sampled([_some_of(tensor).clone() for tensor in _tensors_in(output)])
-    return lambda again: first.differs(_tensors_in(again))
-
-
-def _tensors_in(output: object) -> list[torch.Tensor]:
-    """The tensors of what a cell returns."""
-    return [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
+    first = Sampled([_some_of(tensor).clone() for tensor in tensors_of(output)])
+    return lambda again: first.differs(tensors_of(again))
 
 
 def _some_of(tensor: torch.Tensor) -> torch.Tensor:

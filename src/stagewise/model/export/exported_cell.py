@@ -4,7 +4,7 @@ A cell holds layers of torch.nn as they are, and parameters and buffers of other
 with the same attribute names, so that all names are the plain model's.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -98,19 +98,13 @@ class CapturedCell(Piece):
         self._programs = dict(programs)
         self.input_names, self.is_first = tuple(input_names), is_first
         self._fulfilled: set[object] = set()  # modes, shapes and dtypes already checked
-        self._owned: list[tuple[int, str, str]] = []  # place, path in the model, name here
         for place, path, module in owners:
             name = namespace.owner(path)
-            self._owned.append((place, path, name))
-            self.add_module(name, module)
+            self.hold(name, place, path, module)
             setattr(self._space, name, module)
         self._space.constants = self._constants = Holder()
         for name, tensor in namespace.constants.items():
             self._constants.register_buffer(name, tensor, persistent=False)
-
-    def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
-        for place, path, name in self._owned:
-            yield place, path, self.get_submodule(name)
 
     def forward(self, value: Any = (), **inputs: Any) -> Any:
         """Run on the previous cell's output and tensors of the batch by name."""

@@ -16,7 +16,7 @@ import re
 import sysconfig
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -201,42 +201,41 @@ class Sight:
         return found
 
 
+def _with_nested(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function and of its nested functions."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _with_nested(inner)
+
+
 @functools.lru_cache(maxsize=4096)
 def globals_in(code: CodeType) -> frozenset[str]:
     """Return the global names, without attributes, of a function and its nested functions."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in _OF_GLOBALS}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            found |= globals_in(inner)
-    return frozenset(found)
+    every = (i for each in _with_nested(code) for i in dis.get_instructions(each))
+    return frozenset(i.argval for i in every if i.opname in _OF_GLOBALS)
 
 
 @functools.lru_cache(maxsize=4096)
 def stored_in(code: CodeType) -> frozenset[str]:
     """Return the names of attributes and globals that a function and its nested ones write."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in _STORES}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            found |= stored_in(inner)
-    return frozenset(found)
+    every = (i for each in _with_nested(code) for i in dis.get_instructions(each))
+    return frozenset(i.argval for i in every if i.opname in _STORES)
 
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> frozenset[str]:
     """Return the names and strings of a function and its nested functions."""
-    found = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            found |= names_in(inner)
-    return frozenset(found)
+    return frozenset(_texts(code)).union(*(each.co_names for each in _with_nested(code)))
 
 
 @functools.lru_cache(maxsize=4096)
 def parts_in(code: CodeType) -> frozenset[str]:
     """Return possible parts of names in the strings of a function and its nested functions."""
-    texts = [text for text in code.co_consts if isinstance(text, str)]
-    found = {part for text in texts for part in re.findall(r"[A-Za-z_]\w*", text)}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            found |= parts_in(inner)
+    found = {part for text in _texts(code) for part in re.findall(r"[A-Za-z_]\w*", text)}
     return frozenset(part for part in found if len(part) >= _LEAST_PART)
+
+
+def _texts(code: CodeType) -> Iterator[str]:
+    constants = (each.co_consts for each in _with_nested(code))
+    return (text for texts in constants for text in texts if isinstance(text, str))

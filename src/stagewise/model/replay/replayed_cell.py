@@ -1,6 +1,6 @@
 """A cell that runs its part of the model's own forward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,8 @@ class ReplayedCell(Piece):
         self._index, self._skeleton, self._names = index, skeleton, tuple(names)
         self._required = required
         self.input_names, self.is_first = tuple(input_names), index == 0
-        self._owned: list[tuple[int, str, str]] = []
         for count, (place, path, module) in enumerate(owners):
-            self._owned.append((place, path, f"m{count}"))
-            self.add_module(f"m{count}", module)
-
-    def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
-        for place, path, name in self._owned:
-            yield place, path, self.get_submodule(name)
+            self.hold(f"m{count}", place, path, module)
 
     def forward(self, value: Any = None, **inputs: Any) -> Any:
         """Continue from the previous cell's output; `inputs` are the model's own, by name."""
