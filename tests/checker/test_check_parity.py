@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.errors import BatchError, CellError, ModelError, ParityError, PlanError, UsageError
+from stagewise.errors import (
+    BatchError,
+    CellError,
+    ExactnessWarning,
+    ModelError,
+    ParityError,
+    PlanError,
+    UsageError,
+)
 from stagewise.parity import ParityReport
 from stagewise.schedule import POLICIES, SCHEDULES, named_schedule
 from stagewise.testing import check_parity
@@ -34,6 +42,7 @@ def verdicts(report: ParityReport) -> dict[str, object]:
     return {str(row["quantity"]): row["verdict"] for row in report.table()}
 
 
+@pytest.mark.filterwarnings("ignore:cell '2' changes count, mean in forward")  # example "buffers"
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("example", sorted(set(EXAMPLES) - {"odd"}))
 def test_every_example_agrees(example: str, dtype: torch.dtype) -> None:
@@ -240,6 +249,53 @@ def test_the_cause_of_a_wrong_added_loss_is_named() -> None:
     """Found unspecific: nothing named the added loss."""
     report = check(_Balance(4, 4).double(), num_stages=[2], schedules=["1f1b"])
     assert "the loss 'balance' that cell '1' adds depends on the other samples" in report.summary()
+
+
+class Late(Remembers):
+    """Computes from its count only in calls that no check of one step makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * max(1, self.calls - 100)
+
+
+FEW: dict[str, object] = {"num_stages": [2], "schedules": ["1f1b"], "recompute": ["never"]}
+
+
+def test_what_a_cell_carries_over_is_said() -> None:
+    """A later step shows it, or this one does; the report names only where it is seen first."""
+    with pytest.warns(ExactnessWarning, match="cell '1' changes calls in every forward"):
+        assert check(Late(), **FEW).ok
+    report = check(Remembers(), **FEW)
+    assert not report.ok and "cell '1' changes calls" in report.summary()
+
+
+def test_hooks_on_parameters_run_in_copies_too() -> None:
+    """copy.deepcopy leaves them out, so plain and pipelined agreed on what neither trains."""
+    linear = nn.Linear(4, 4)
+    linear.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))  # of each part
+    linear.bias.register_hook(lambda gradient: 2 * gradient)
+    report = check(linear, **FEW)
+    assert failed(report) == {"gradient 1.weight", "parameter 1.weight"}
+    taken = nn.Linear(4, 4).double()
+
+    def update(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter -= parameter.grad
+        parameter.grad = None
+
+    taken.weight.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
+    before = taken.weight.detach().clone()
+    with pytest.raises(CellError, match=r"a hook on the parameter 1\.weight changed it"):
+        check(taken, **FEW)
+    assert torch.equal(taken.weight, before)
+
+
+def test_sparse_gradients_are_compared() -> None:
+    embedding, tokens = nn.Embedding(9, 8, sparse=True), torch.arange(8).reshape(4, 2)
+    model, target = nn.Sequential(embedding, nn.Linear(8, 8)), torch.ones(4, 2, 8)
+    mean = nn.functional.mse_loss
+    assert check_parity(model, tokens, target=target, loss=mean, num_microbatches=2, **FEW).ok  # type: ignore[arg-type]
 
 
 def test_dropout_does_not_excuse_another_cell() -> None:

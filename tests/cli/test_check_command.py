@@ -35,6 +35,25 @@ def test_a_loss_that_is_a_sum_fails(tmp_path: Path) -> None:
     assert "it must be a mean over samples" in out
 
 
+COUNTS = """class Counts(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * min(1, self.calls)
+
+def model():"""
+
+
+def test_what_a_cell_carries_over_is_a_warning(tmp_path: Path) -> None:
+    changes = ("def model():", COUNTS), ("nn.Linear(WIDTH, 1)", "Counts(WIDTH, 1)")
+    arguments = ("--stages", "2", "--schedule", "gpipe", "--recompute", "never")
+    recipe = write_recipe(tmp_path, *changes)
+    code, out, err = run_command("check", recipe, *arguments, cwd=tmp_path)
+    assert code == 0 and "ok: 1 pipelined run" in out
+    assert err.startswith("warning: cell '3' changes calls in every") and err.count("\n") == 1
+
+
 def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("0F0 0F1 2F0 2B0 2F1 0B0 2B1 0B1\n1F0 1F1 1B0 1B1\n")
     arguments = ("--schedule", "mine.txt", "--recompute", "never", "--double")

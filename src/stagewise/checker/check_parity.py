@@ -8,6 +8,7 @@ others, run by microbatch. See `references.py` for the three references.
 
 import functools
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -25,7 +26,8 @@ from stagewise.checker.verdicts import PlainModel
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.step.weights import Weight, is_sum
 from stagewise.engine.transport.connect import connect, values_of_all
-from stagewise.errors import UsageError
+from stagewise.errors import ExactnessWarning, UsageError
+from stagewise.model.forward.users_code import warn_user
 from stagewise.parity import Configuration, ParityReport, ParityRow
 from stagewise.planning.choice import ScheduleChoice
 from stagewise.schedule import POLICIES, Schedule
@@ -140,6 +142,7 @@ def check_parity(
     compared = _dtype_of(subject)
     allowed = TOLERANCES[compared] if tolerance is None else tolerance
     rows: list[ParityRow] = []
+    warned: list[str] = []
     predicted: dict[object, Tensors] = {}
     for count in counts:
         plain = PlainModel(subject, count, allowed)
@@ -159,9 +162,14 @@ def check_parity(
                     replicas=_devices_per_stage(choice),
                 )
                 rows += plain.compare(configuration, run, first)
+                warned += run.warnings
     if transport == "distributed":
         rows = _merged(rows)
-    return ParityReport(rows=tuple(rows), tolerance=allowed, dtype=str(compared).split(".")[-1])
+    report = ParityReport(rows=tuple(rows), tolerance=allowed, dtype=str(compared).split(".")[-1])
+    if report.ok:  # in this step: what a cell carries over may tell in later ones
+        for text in {re.sub(r"\d+", "#", text): text for text in warned}.values():
+            warn_user(text, ExactnessWarning)
+    return report
 
 
 def _devices_per_stage(choice: ScheduleChoice) -> tuple[int, ...]:

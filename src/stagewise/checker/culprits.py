@@ -1,7 +1,6 @@
 """Find the first cell, or the loss, that gives a different result by microbatch, and why."""
 
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,19 +8,14 @@ import torch
 from torch import Tensor
 
 from stagewise.batch.markers import unmarked
-from stagewise.batch.split import split
 from stagewise.batch.values import take_apart
 from stagewise.checker.constant_draws import ConstantDraws, TooManyDraws
 from stagewise.checker.proof import Minibatch
-from stagewise.checker.references import seeded_as_pipeline, split_both
-from stagewise.checker.run_cells import CellRunner
 from stagewise.checker.subject import Subject
 from stagewise.checker.traits import Traits, Unsplittable, buffers_of, named, uses_batch_statistics
-from stagewise.engine.looks.first_look import FirstLook
 from stagewise.engine.stage.draws import Draws
-from stagewise.model.added_losses import COLLECTING, LossCollector, collect_losses
+from stagewise.model.added_losses import collect_losses
 from stagewise.model.cell import Cell
-from stagewise.model.chain import chain_of
 
 
 def culprit(
@@ -116,35 +110,6 @@ def _no_mean(batch: Minibatch, output: object, tolerance: float) -> str | None:
         f"the loss{constant} {float(whole):.6g} on the batch but {float(parts):.6g} as the mean "
         f"over microbatches, weighted by {weigher}: it must be a mean over {kind}"
     )
-
-
-def causes(subject: Subject, sizes: Sequence[int]) -> list[str]:
-    """Return what a look at the microbatches finds wrong with losses and cells."""
-    chain = chain_of(subject.fresh_model())
-    inputs, target, keywords = subject.fresh_batch()
-    targets = [()] * len(sizes) if target is None else [(t,) for t in split(target, sizes)]
-    walk = CellRunner(chain, inputs)
-    look = FirstLook(
-        sizes,
-        subject.batch_dim,
-        weight=subject.weight,
-        sums_losses=subject.sums_losses,
-        loss=subject.loss,
-    )
-    calls = [(cell, functools.partial(walk.run, cell)) for cell in chain]
-    with seeded_as_pipeline(subject, chain) as randomness, torch.no_grad():
-        for m, (value, named_parts) in enumerate(split_both(inputs, keywords, sizes)):
-            collector = LossCollector()
-            outer, COLLECTING.active = COLLECTING.active, collector
-            try:
-                for cell, run in look.cells(calls, collector, m, chain[-1]):
-                    randomness.enter_cell(cell.index, m)
-                    value = run(value, named_parts)
-            finally:
-                COLLECTING.active = outer
-            if subject.loss is not None:
-                look.loss_ran(subject.loss, m, value, targets[m])
-    return [text for _, text in look.found.values()]
 
 
 def _near(whole: Tensor, part: Tensor, tolerance: float) -> bool:

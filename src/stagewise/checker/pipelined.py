@@ -20,21 +20,30 @@ from stagewise.planning.plan import plan_of
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinedStep:
-    """The results of a pipelined step on this rank; `given`: the plain update by its gradients."""
+    """The results of a pipelined step on this rank; `given`: the plain update by its gradients.
+
+    `warnings`: what the step itself finds wrong with losses and cells.
+    """
 
     tensors: Tensors
     given: dict[str, Tensor]
+    warnings: tuple[str, ...]
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    """Suppress warnings about what the report will say."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExactnessWarning)
-        yield
+def _heard() -> Iterator[list[str]]:
+    """Collect exactness warnings, which the report will say, instead of showing them."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExactnessWarning)
+        yield texts
+    for one in caught:
+        if issubclass(one.category, ExactnessWarning):
+            texts.append(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
-@_unwarned()
 def pipelined(
     subject: Subject,
     choice: ScheduleChoice,
@@ -59,12 +68,13 @@ def pipelined(
         )
 
     key = (choice.built.placement, plan.num_microbatches, transport)
-    if key not in predicted:  # the same for every schedule and policy
-        args, _, kwargs = _call(subject)
-        predicted[key] = outputs_or_none(lambda: build().predict(*args, **kwargs))
-    pipe = build()
-    args, target, kwargs = _call(subject)
-    loss = pipe.step(*args, target=target, **kwargs)
+    with _heard() as texts:
+        if key not in predicted:  # the same for every schedule and policy
+            args, _, kwargs = _call(subject)
+            predicted[key] = outputs_or_none(lambda: build().predict(*args, **kwargs))
+        pipe = build()
+        args, target, kwargs = _call(subject)
+        loss = pipe.step(*args, target=target, **kwargs)
     inputs = args[0] if args else None
     seen = subject.entering(inputs, kwargs) if pipe.rank == 0 else None
     tensors = references.collected(loss, seen, pipe.named_parameters(), pipe.named_buffers())
@@ -78,7 +88,9 @@ def pipelined(
     new = references.updated(subject, dict(pipe.named_parameters()))
     tensors.update((f"parameter {name}", value) for name, value in new.items())
     return PipelinedStep(
-        tensors=predicted[key] | tensors, given=references.after_optimizer(subject, gradients, norm)
+        tensors=predicted[key] | tensors,
+        given=references.after_optimizer(subject, gradients, norm),
+        warnings=tuple(texts),
     )
 
 

@@ -181,7 +181,8 @@ def collected(
             tensors[f"input gradient {index}"] = tensor.grad
     for name, parameter in named_parameters:
         grad = parameter.grad
-        tensors[f"gradient {name}"] = None if grad is None else grad.detach().clone()
+        dense = grad.to_dense() if grad is not None and grad.is_sparse else grad
+        tensors[f"gradient {name}"] = None if dense is None else dense.detach().clone()
     tensors.update((f"buffer {name}", b.detach().clone()) for name, b in named_buffers)
     return tensors
 

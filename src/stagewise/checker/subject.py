@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -112,14 +112,27 @@ class Subject:
 
 
 def copied(model: T) -> T:
-    """Return a copy; raise ModelError if it cannot be copied."""
+    """Return a copy, with the hooks of its parameters; raise ModelError if it cannot be copied."""
+    memo: dict[int, Any] = {}
     try:
-        return copy.deepcopy(model)
+        twin = copy.deepcopy(model, memo)
+        for held in [*memo.get(id(memo), ())]:  # all that was copied
+            if isinstance(held, nn.Parameter) and held.requires_grad:
+                _copy_hooks(held, memo[id(held)], memo)
+        return twin
     except Exception as error:
         raise ModelError(
             "a parity check runs copies of the model, but copy.deepcopy(model) failed: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _copy_hooks(parameter: nn.Parameter, twin: nn.Parameter, memo: dict[int, Any]) -> None:
+    """Give `twin` the hooks of `parameter`, which copy.deepcopy leaves out."""
+    for hook in (parameter._backward_hooks or {}).values():
+        twin.register_hook(copy.deepcopy(hook, memo))  # type: ignore[no-untyped-call]
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        twin.register_post_accumulate_grad_hook(copy.deepcopy(hook, memo))  # type: ignore[no-untyped-call]
 
 
 def weighted(losses: Mapping[str, Tensor], shares: Shares, m: int) -> list[Tensor]:

@@ -64,16 +64,6 @@ class PlainModel:
         return culprits.mixing(self._subject, self._sizes, self._traits, self._tolerance)
 
     @functools.cached_property
-    def _cause(self) -> str:
-        """What is wrong with losses and cells that cannot be split, with the remedy."""
-        try:
-            return "".join(
-                f"; {problem}" for problem in culprits.causes(self._subject, self._sizes)
-            )
-        except Exception:  # the model may fail here, though not in the pipeline
-            return ""
-
-    @functools.cached_property
     def _unfaithful(self) -> str | None:
         """How a captured model's cells, which the proof runs, differ from it, if they do."""
         return unfaithful(self._subject, self._sizes, self._tolerance)
@@ -89,7 +79,11 @@ class PlainModel:
     def compare(
         self, configuration: Configuration, run: PipelinedStep, first: Tensors
     ) -> list[ParityRow]:
-        """Return a row for every quantity of `run`, which must be bit-identical to `first`."""
+        """Return a row for every quantity of `run`, which must be bit-identical to `first`.
+
+        Failures are followed by what the step itself found wrong, with the remedy.
+        """
+        causes = "".join(f"; {text}" for text in run.warnings)
         rows: dict[str, ParityRow] = {}
         given = Reference({f"parameter {name}": value for name, value in run.given.items()})
         for quantity, tensor in (self._no_outputs | run.tensors).items():
@@ -118,7 +112,7 @@ class PlainModel:
                 microbatched=parts,
                 identical=same,
                 verdict=verdict,
-                reason=reason,
+                reason=reason + causes if verdict == "FAILED" else reason,
             )
         return list(rows.values())
 
@@ -126,13 +120,12 @@ class PlainModel:
         """Return the verdict on a quantity that differs only from the full batch."""
         wrong = self._unfaithful or self._mixing
         if wrong is not None:
-            why = f"differs from the plain model on the full batch: {wrong}{self._cause}"
-            return "FAILED", why
+            return "FAILED", f"differs from the plain model on the full batch: {wrong}"
         proof = self._proof
         if proof is not None and proof.difference(quantity, tensor) <= self._tolerance:
             return "explained", self._traits.reason()
         culprit = self._culprit(training=not quantity.startswith("outputs"))
-        return "FAILED", f"differs from the plain model on the full batch{culprit}{self._cause}"
+        return "FAILED", f"differs from the plain model on the full batch{culprit}"
 
     def _of_parameter(self, gradient: ParityRow, step: float, apart: float) -> tuple[Verdict, str]:
         """Return a parameter's verdict from its gradient's and the plain optimizer's step."""

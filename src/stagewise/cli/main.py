@@ -4,17 +4,18 @@ So `stagewise simulate` and `--help` answer at once, without importing torch.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 import stagewise
-from stagewise.errors import StagewiseError, UsageError
+from stagewise.errors import ExactnessWarning, StagewiseError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,22 @@ app = _build()
 
 def main() -> None:
     """Run the command line; an error becomes one message and exit code 1, or 2 for wrong use."""
+    show = warnings.showwarning
+
+    def show_as_message(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, ExactnessWarning):  # its place is a line of typer
+            _say("warning: ", "bold yellow", message)
+        else:
+            show(message, category, *place)
+
     try:
-        app(prog_name="stagewise")
+        with warnings.catch_warnings():
+            warnings.showwarning = show_as_message
+            app(prog_name="stagewise")
     except StagewiseError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            Text.assemble(("error: ", "bold red"), str(error))
-        )
+        _say("error: ", "bold red", error)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _say(kind: str, style: str, message: object) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text.assemble((kind, style), str(message)))
