@@ -3,6 +3,7 @@
 So `stagewise simulate` and `--help` answer at once, without importing torch.
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -109,21 +110,22 @@ app = _build()
 
 def main() -> None:
     """Run the command line; an error becomes one message and exit code 1, or 2 for wrong use."""
-    show = warnings.showwarning
-
-    def show_as_message(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if issubclass(category, ExactnessWarning):  # its place is a line of typer
-            _say("warning: ", "bold yellow", message)
-        else:
-            show(message, category, *place)
-
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = show_as_message
+            warnings.showwarning = functools.partial(_show, warnings.showwarning)
             app(prog_name="stagewise")
     except StagewiseError as error:
         _say("error: ", "bold red", error)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _show(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any
+) -> None:
+    if issubclass(category, ExactnessWarning):  # its place is a line of typer
+        _say("warning: ", "bold yellow", message)
+    else:
+        otherwise(message, category, *place)
 
 
 def _say(kind: str, style: str, message: object) -> None:
