@@ -187,7 +187,7 @@ def test_what_recomputes_does_so_in_blocks(monkeypatch: pytest.MonkeyPatch, shar
         output_bytes=50,
     )
     monkeypatch.setattr(
-        "stagewise.pipeline.plan_model.agreed_costs", lambda _: ((cost,) * 8, FREE_LINK)
+        "stagewise.pipeline.plan_model.agreed_costs", lambda *_: ((cost,) * 8, FREE_LINK)
     )
     halves = torch.zeros(4), torch.zeros(4)  # the stages share nothing
     model = nn.Sequential(

@@ -165,7 +165,8 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
     splits = choice.built.splits_backward
-    costs, link = agreed_costs(example.measured(size, seconds=seconds, split=splits))
+    measured = example.measured(size, seconds=seconds, split=splits)
+    costs, link = agreed_costs(measured, example.where)
 
     def best(link: LinkCost, overhead: InstructionCost) -> Plan:
         return plan_for(request, with_instruction_overhead(costs, overhead), link=link)
@@ -243,7 +244,8 @@ def rehearsed(
         notice_if_slow("trying the plan for a few steps"),
         in_training_mode(example.model, example.chain),
     ):
-        pipe = Pipeline(example.model, chosen, loss=example.loss)
+        where = [example.where] * chosen.num_devices
+        pipe = Pipeline(example.model, chosen, loss=example.loss, devices=where)
         timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
     overhead, waited = message_seconds(chosen.built_schedule, timelines)
     num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
@@ -265,6 +267,6 @@ def _costs(example: Example, counts: Sequence[int], seconds: float) -> tuple[Cos
     measured: dict[int, tuple[CellCost, ...]] = {}
     for size in sorted({small, large}):
         own = example.measured(size, seconds=seconds, split=True)
-        measured[size], link = agreed_costs(own)
+        measured[size], link = agreed_costs(own, example.where)
     at = interpolated(measured[small], small, measured[large], large)
     return (lambda count: at(sizes[count])), link

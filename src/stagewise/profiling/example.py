@@ -162,11 +162,13 @@ def example_of(
     )
 
 
-def agreed_costs(cells: tuple[CellCost, ...]) -> tuple[tuple[CellCost, ...], LinkCost]:
-    """Return the mean of all ranks' times, and the cost of a message between ranks."""
+def agreed_costs(
+    cells: tuple[CellCost, ...], where: torch.device
+) -> tuple[tuple[CellCost, ...], LinkCost]:
+    """Return the mean of all ranks' times, and the cost of a message between ranks `where`."""
     if num_processes() == 1:
         return cells, FREE_LINK
-    ranks = values_of_all((cells, *_link_times()), "plan: what was measured")
+    ranks = values_of_all((cells, *_link_times(where)), "plan: what was measured")
     all_cells = [cells for cells, _, _ in ranks]
     small = max(seconds for _, seconds, _ in ranks)
     large = max(seconds for _, _, seconds in ranks)
@@ -185,9 +187,9 @@ def _mean(same: Sequence[CellCost]) -> CellCost:
     return replace(same[0], **times)  # type: ignore[arg-type]
 
 
-def _link_times() -> tuple[float, float]:
+def _link_times(device: torch.device) -> tuple[float, float]:
     """Return median one-way seconds of a small and a large message between ranks 0 and 1."""
-    medians, device, wire = [], own_device(), trial_wire()
+    medians, wire = [], trial_wire(device)
     for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         times = []

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+import stagewise
 from stagewise.engine.transport import choose_wires, connect
 from stagewise.engine.transport.choose_wires import Seat, why_staged
 from stagewise.engine.transport.connect import between_processes
@@ -83,6 +85,36 @@ def test_ranks_on_other_devices_than_before_are_connected_anew(pools: Pools) -> 
     assert said[0].startswith("all messages between ranks go through the hosts' memory, since")
     assert "cpu, cuda" in said[0]
     assert first == [[[0], [1]], False] and second == [[[0], [1]], True]
+
+
+def planned() -> list[str]:
+    """Where the wires of a plan's measurements and trial steps, and of its pipeline, lead."""
+    with fresh_connections(), pytest.MonkeyPatch.context() as patch:
+        real, asked = Seat.of, []
+
+        def of(device: torch.device, group: dist.ProcessGroup) -> Seat:
+            asked.append(str(device))
+            return real(device, group)
+
+        patch.setattr(Seat, "of", of)
+        model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(4, 2)
+        stagewise.plan(
+            model,
+            x,
+            target=x,
+            loss=nn.functional.mse_loss,
+            num_stages=2,
+            num_microbatches=2,
+            seconds=0,
+            device="cpu:0",
+        )
+        connect.disconnect()
+    return asked
+
+
+def test_a_plan_tries_messages_where_its_cells_are_measured(pools: Pools) -> None:
+    for asked in pools[2].run(planned):
+        assert len(asked) >= 2 and asked[-2:] == ["cpu:0", "cpu:0"]
 
 
 @pytest.mark.parametrize("name", ["CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS"])

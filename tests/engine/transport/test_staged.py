@@ -18,6 +18,7 @@ from stagewise.schedule import SCHEDULES
 from tests.engine.transport.late_device import LateStream, late
 from tests.engine.transport.wires import fresh_connections
 from tests.harness import Pools
+from tests.pipeline.test_failures import no_room
 
 
 @contextmanager
@@ -116,6 +117,43 @@ def test_every_tensor_is_copied_once_on_either_side(pools: Pools) -> None:
     """No thread but those of the wire waits for a copy: `LateEvent` refuses."""
     for copies, moved in pools[2].run(counted, "1f1b"):
         assert copies == moved >= 8
+
+
+def without_room() -> list[tuple[list[tuple[str, str]], bool]]:
+    with late_on({0, 1}):  # and rank 2 without a device
+        return no_room()
+
+
+def test_a_message_without_room_fails_on_all_ranks(pools: Pools) -> None:
+    for rows in zip(*pools[3].run(without_room), strict=True):
+        for ((kind, text),), next_is_right in rows:
+            assert next_is_right and kind == "OutOfMemoryError" and "rank 1 ran out" in text
+
+
+def replicated(transport: str) -> tuple[float, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 6))
+    plan = stagewise.Plan(balance=(3, 1), schedule="1f1b", num_microbatches=8, replicas=(2, 1))
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss, transport=transport)  # type: ignore[arg-type]
+    batch = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        loss = pipe.step(batch, target=batch)
+    return loss.item(), {n: p.grad for n, p in pipe.named_parameters() if p.grad is not None}
+
+
+def replicas_agree() -> bool:
+    """Their gradients are one process's but for the order of two sums."""
+    with late_on({0, 1}):
+        loss, gradients = replicated("distributed")
+    alone, whole = replicated("local")
+    return abs(loss - alone) < 1e-6 and all(
+        torch.allclose(gradient, whole[name], rtol=1e-4, atol=1e-7)
+        for name, gradient in gradients.items()
+    )
+
+
+def test_replicated_stages_train_beside_a_rank_without_a_device(pools: Pools) -> None:
+    assert pools[3].run(replicas_agree) == [True] * 3
 
 
 def sums() -> list[object]:

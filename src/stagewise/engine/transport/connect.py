@@ -83,10 +83,10 @@ def between_processes(device: torch.device, group: dist.ProcessGroup | None = No
     return Transport(Mailbox(wires, device), Ranks(wires, rendezvous, device, group))
 
 
-def trial_wire() -> Wire:
-    """Return a wire like a pipeline's data wire, but without creating process groups."""
+def trial_wire(device: torch.device) -> Wire:
+    """Return a wire like a pipeline's on `device`, where it need not connect links first."""
     group = _whole(None)
-    wires, rendezvous = _connections(own_device(), group, "plan: links")
+    wires, rendezvous = _connections(device, group, "plan: links")
     is_direct = isinstance(wires.data, LinkGroups)
     return GroupWire(rendezvous.peers, group) if is_direct else wires.data
 
