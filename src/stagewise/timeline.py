@@ -5,13 +5,16 @@ measurements. Times are seconds from the start of the step. Microbatches in flig
 time follow from the order of instructions and the table `KINDS`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
 
 from stagewise.costs import StageCost
 from stagewise.schedule.instruction import KINDS, Instruction, Kind, KindTraits
+
+Change = tuple[int, int, int, bool]  # see `_changes`
+Changes = Mapping[Kind, Sequence[Change]]  # by kind and stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +134,20 @@ class Timeline:
         return tuple(curve)
 
 
-def kept_bytes(program: Collection[Instruction], costs: Sequence[StageCost]) -> Iterator[int]:
+def changes_by_kind(costs: Sequence[StageCost]) -> Changes:
+    """Return what every kind changes on every stage, for several calls of `kept_bytes`."""
+    return {kind: [_changes(traits, cost) for cost in costs] for kind, traits in KINDS.items()}
+
+
+def kept_bytes(
+    program: Collection[Instruction], costs: Sequence[StageCost], changes: Changes | None = None
+) -> Iterator[int]:
     """Yield by how many bytes each instruction of a device changes what is kept for the backward.
 
     If two neighbouring stages share a device, the input of the second is the output of the first:
     it is counted once, until both have released it, unless the first drops it and recomputes.
     """
-    stages = {i.stage for i in program}
-    changes = {kind: {s: _changes(t, costs[s]) for s in stages} for kind, t in KINDS.items()}
+    changes = changes_by_kind(costs) if changes is None else changes
     forward, recompute = Kind.FORWARD, Kind.RECOMPUTE
     recomputed = {(i.stage, i.microbatch) for i in program if i.kind is recompute}
     lend = {(i.stage, i.microbatch) for i in program if i.kind is forward} - recomputed
@@ -165,7 +174,7 @@ def kept_bytes(program: Collection[Instruction], costs: Sequence[StageCost]) -> 
         yield by
 
 
-def _changes(traits: KindTraits, cost: StageCost) -> tuple[int, int, int, bool]:
+def _changes(traits: KindTraits, cost: StageCost) -> Change:
     """Return the change in bytes kept, the parts that may be shared with the stage before (the
     input, and the input waiting for `W`), and whether the instruction frees the graph."""
     of_input = ("input_bytes" in traits.keeps) - ("input_bytes" in traits.frees)

@@ -13,7 +13,7 @@ from stagewise.errors import ScheduleError
 from stagewise.mesh import device_turns
 from stagewise.schedule import Schedule
 from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Stream
-from stagewise.timeline import kept_bytes
+from stagewise.timeline import changes_by_kind, kept_bytes
 
 _NEVER = float("inf")
 
@@ -114,8 +114,10 @@ def _ends_and_busy(
 
 def peak_bytes(schedule: Schedule, costs: Sequence[StageCost]) -> tuple[int, ...]:
     """Return each device's peak of what is kept for the backward pass."""
+    changes = changes_by_kind(costs)
     return tuple(
-        max(accumulate(kept_bytes(program, costs)), default=0) for program in schedule.programs
+        max(accumulate(kept_bytes(program, costs, changes)), default=0)
+        for program in schedule.programs
     )
 
 

@@ -18,6 +18,7 @@ from stagewise.errors import PlanError
 from stagewise.mesh import device_turns
 from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
 from stagewise.schedule.instruction import GRADIENTS, KINDS, kinds_with
+from stagewise.timeline import Changes, changes_by_kind
 
 # What synthesis orders: the kinds that complete work, named by that work. What each takes, sends,
 # keeps and frees is read from KINDS, here and nowhere else in this folder.
@@ -67,7 +68,7 @@ class Problem(Operations):
     stages_of: list[list[int]]  # per device, ascending
     recomputes: list[bool]  # per microbatch
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         return len(self.placement)
 
@@ -75,6 +76,11 @@ class Problem(Operations):
     def cycle(self) -> int:
         """The period, in microbatches, with which the devices that run them repeat."""
         return math.lcm(*(len(devices) for devices in self.placement))
+
+    @cached_property
+    def changes(self) -> Changes:
+        """What every kind changes of the bytes kept on every stage."""
+        return changes_by_kind(self.costs)
 
     def op(self, kind: int, stage: int, microbatch: int) -> int:
         """Return the number of an operation."""

@@ -97,7 +97,7 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
 
 def peak_of(problem: Problem, program: list[int]) -> int:
     """Return the peak of what a device keeps for the backward pass, as `Timeline` counts it."""
-    kept = kept_bytes(problem.instructions(program), problem.costs)
+    kept = kept_bytes(problem.instructions(program), problem.costs, problem.changes)
     return max(accumulate(kept), default=0)
 
 
