@@ -1,4 +1,7 @@
-"""Several GPUs, with a process each over NCCL or all in one: bits, and failures on all ranks."""
+"""Several GPUs, with a process each over NCCL or all in one, and processes that share a GPU.
+
+Bits, and failures on all ranks.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from benchmarks.gpu_check.subjects import Block, Result, mse
 from stagewise.errors import StagewiseError
 from stagewise.planning.plan import Plan
 from stagewise.schedule import SCHEDULES
-from tests.harness import Pool
+from tests.harness import Pool, Pools
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,8 +35,9 @@ def plan_of(schedule: str, num_devices: int, recompute: str = "never") -> Plan:
 
 
 def device_of_rank() -> torch.device:
-    """The rank's GPU; without a group, the first."""
-    return Machine.here(False, dist.get_rank() if dist.is_initialized() else 0).device
+    """The rank's GPU, the first again where there are fewer; without a group, the first."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Machine.here(False, rank % torch.cuda.device_count()).device
 
 
 def model_of(plan: Plan) -> nn.Sequential:
@@ -47,7 +51,7 @@ def batch_of(length: int = 16) -> Tensor:
 
 
 def trained(plan: Plan, gpus: list[int] | None = None) -> Result:
-    """Three steps on this rank's stages; without a group on all, on one GPU or on `gpus`."""
+    """Three steps on this rank's stages; without a group on all. On one GPU, or on `gpus`."""
     Machine.use_repeatable_kernels(True)
     devices = None if gpus is None else [torch.device("cuda", gpu) for gpu in gpus]
     pipe, x = stagewise.Pipeline(model_of(plan), plan, loss=mse, devices=devices), batch_of()
@@ -74,6 +78,18 @@ def test_bits_of_one_process_on_several_gpus(schedule: str) -> None:
         pytest.skip("needs two GPUs")
     plan = plan_of(schedule, count)
     assert trained(plan).difference(trained(plan, list(range(count)))) == 0
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_v"])
+def test_bits_of_processes_that_share_a_gpu(
+    schedule: str, num_processes: int, pools: Pools
+) -> None:
+    """Over gloo, so through the hosts' memory."""
+    plan = plan_of(schedule, num_processes)
+    results = pools[num_processes].run(trained, plan, [0] * num_processes, seconds=SECONDS)
+    gradients = {name: g for result in results for name, g in result.gradients.items()}
+    assert trained(plan).difference(Result(results[0].loss, gradients)) == 0
 
 
 class FailsWhenTold(nn.Module):
