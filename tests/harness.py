@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,12 @@ class Raised:
 
 
 class Pool:
-    """K processes that share one process group, with NCCL each on a GPU of its own."""
+    """K processes that share one process group, with NCCL each on a GPU of its own.
 
-    def __init__(self, num_ranks: int, backend: str = "gloo") -> None:
+    `timeout` is the group's, in seconds; None for torch's.
+    """
+
+    def __init__(self, num_ranks: int, backend: str = "gloo", timeout: float | None = None) -> None:
         self.num_ranks = num_ranks
         self._directory = tempfile.TemporaryDirectory(prefix="stagewise-ranks-")
         store = Path(self._directory.name) / "store"
@@ -57,7 +61,9 @@ class Pool:
         for rank in range(num_ranks):
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_serve, args=(rank, num_ranks, str(store), theirs, backend), daemon=True
+                target=_serve,
+                args=(rank, num_ranks, str(store), theirs, backend, timeout),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -130,7 +136,9 @@ class Pools:
                 pool.kill()
 
 
-def _serve(rank: int, num_ranks: int, store: str, link: Connection, backend: str) -> None:
+def _serve(
+    rank: int, num_ranks: int, store: str, link: Connection, backend: str, timeout: float | None
+) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, which ends us
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
@@ -140,7 +148,13 @@ def _serve(rank: int, num_ranks: int, store: str, link: Connection, backend: str
     torch.set_num_threads(1)
     if "nccl" in backend:
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=None if timeout is None else timedelta(seconds=timeout),
+    )
     while True:
         try:
             case, args = link.recv()

@@ -134,7 +134,7 @@ def test_a_file_name_stands_once() -> None:
 
 
 # torch.distributed.checkpoint is a format of files, as safetensors is; these read or write it.
-USERS_OF_DISTRIBUTED = ("engine/transport/", "training/workers/")
+USERS_OF_DISTRIBUTED = ("engine/transport/", "engine/watch/", "training/workers/")
 CHECKPOINT_FORMAT = {
     "checkpoints/sources.py",
     "checkpoints/untrusted.py",

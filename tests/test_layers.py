@@ -29,6 +29,7 @@ LEVELS = [
     ["engine/stage"],
     ["engine/transport"],
     ["engine/transport/wires"],
+    ["engine/watch"],
     ["model/cells_of"],
     ["model/export"],  # a refusal says which cells replay takes
     ["model/replay"],

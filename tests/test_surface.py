@@ -136,6 +136,7 @@ COMMAND_LINE = {
         "--seed",
         "--stages",
         "--steps",
+        "--timeout",
         "--validate-every",
         "recipe",
     ],

@@ -158,3 +158,15 @@ def chosen_device(name: str | None, file: Path | None, efficiency: str | None) -
     own = own_device_files(file, os.environ, Path.home())
     device = device_named(name, load_devices(own))
     return device if efficiency is None else with_efficiency(device, efficiency)
+
+
+DEFAULT_TIMEOUT = 1800  # torch's for gloo
+Timeout = Annotated[
+    int,
+    typer.Option(
+        min=2,
+        metavar="SECONDS",
+        help="End the run if a worker waits for another for this long. After a minute, or half of "
+        "this, it is printed what each worker does.",
+    ),
+]

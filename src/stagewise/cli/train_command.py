@@ -75,6 +75,7 @@ _DEFAULTS = {
     "--recompute": "never",
     "--validate-every": 100,
     "--checkpoint-every": 100,
+    "--timeout": opt.DEFAULT_TIMEOUT,
 }
 _IN_CHECKPOINT = ("--seed", "--out", "--resume")  # implied by --resume RUN
 
@@ -95,6 +96,7 @@ def train(
     resume: Resume = None,
     validate_every: ValidateEvery = 100,
     checkpoint_every: CheckpointEvery = 100,
+    timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
 ) -> None:
     """Train the model of a recipe through a pipeline.
 
@@ -141,12 +143,14 @@ def train(
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
             resume=checkpoint,
+            timeout=timeout,
         )
         run_in_workers(
             num_devices,
             _arguments(recipe, options),
             before=lambda: check_form(loaded, options.plan, checkpoint),
             body=lambda: _run(loaded, options),
+            timeout=timeout,
         )
 
 
@@ -235,6 +239,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
         "--resume": resume.path if resume else None,
         "--validate-every": options.validate_every,
         "--checkpoint-every": options.checkpoint_every,
+        "--timeout": options.timeout,
     }
     if short:
         values = {

@@ -35,12 +35,14 @@ def run_in_workers(
     *,
     before: Callable[[], None],
     body: Callable[[], None],
+    timeout: float | None = None,
 ) -> None:
     """Run `body` in each of `num_workers` workers.
 
     A worker joins the others and runs it. Otherwise `before` checks the request, and workers are
     started with the command line `arguments`, which leads them here; a single one runs in this
-    process, and so do several that would have to share accelerators.
+    process, and so do several that would have to share accelerators. `timeout` is how many seconds
+    workers wait for each other, None for torch's.
     """
     if launched():
         if world_size() != num_workers:
@@ -51,7 +53,7 @@ def run_in_workers(
             )
         from stagewise.training.workers.worker import joined
 
-        with joined():
+        with joined(timeout):
             body()
     elif num_workers == 1 or _share_accelerators(num_workers):
         _say_where(num_workers)

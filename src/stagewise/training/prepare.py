@@ -55,6 +55,7 @@ class TrainOptions:
     validate_every: int = 100
     checkpoint_every: int = 100
     resume: Checkpoint | None = None
+    timeout: int = 1800  # seconds that workers wait for each other
 
     @property
     def first_step(self) -> int:

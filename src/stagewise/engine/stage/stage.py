@@ -39,6 +39,7 @@ from stagewise.engine.stage.loss import (
 from stagewise.engine.stage.same_again import sampled
 from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
 from stagewise.engine.stage.work import CellForward, Mode, RunCell, Work
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import CellError, UsageError
 from stagewise.model.added_losses import COLLECTING, LossCollector
 from stagewise.model.cell import Cell, Chain
@@ -147,9 +148,8 @@ class Stage:
         """Run microbatch m's backward; return a gradient, or None, per input tensor."""
         flight = self._flights.pop(m)
         roots, seeds = self._start_of(flight, m, received, work)
-        if roots:
-            with without_autocast(self.device.type) if work.is_autocast else _NOTHING:
-                run_backward(roots, seeds)
+        with without_autocast(self.device.type) if work.is_autocast and roots else _NOTHING:
+            run_backward(roots, seeds) if roots else None
         return self._gradients_of(flight, m, work)
 
     def backward_input(self, m: int, received: list[Apart], work: Work) -> Apart | None:
@@ -247,13 +247,14 @@ class Stage:
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
             for running, forward in calls:
-                index = collector.cell = running.index
+                NOW.cell, index = running, running.index
+                collector.cell = index
                 randomness.enter_cell(index, m)
                 if directly and index not in named and type(value) is not Arguments:
                     value = running.module(value)
                 else:
                     value = forward(value, named.get(index, _NO_KEYWORDS))
-            running = None
+            running = NOW.cell = None
             if self.is_last:
                 randomness.enter_loss(m)
                 value = self._end(value, flight, kind, m, work)
@@ -282,8 +283,7 @@ class Stage:
         if not losses:
             return output
         flight.names = tuple(losses)
-        # A tensor returned as two losses is a root twice.
-        roots = tuple(losses.values())
+        roots = tuple(losses.values())  # a tensor returned as two losses is a root twice
         return roots if len(roots) == 1 else tuple(root[...] for root in roots)
 
 

@@ -24,6 +24,7 @@ from stagewise.engine.step.programs import Bound
 from stagewise.engine.transport.failure import Failure, Lost, is_out_of_memory
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.transport import Mail
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import PeerError
 from stagewise.schedule import Instruction
 from stagewise.timeline import Span, Timeline
@@ -46,7 +47,7 @@ def execute(
     """
     ran, record = _Times(), work.record
     for device, instruction, action, receives, sends in steps:
-        value: Any = None  # to send: a list with one value per message if there are several
+        NOW.instruction = instruction
         received: list[Apart] = []
         for message in receives:
             try:
@@ -64,7 +65,7 @@ def execute(
         if not record.lost:
             start = clock()
             try:
-                value = action(received, work)
+                value: Any = action(received, work)  # a list if there are several to send
                 ran.append((device, instruction, start, clock()))
             except Exception as error:
                 _fail(error, instruction, stages, record)

@@ -18,6 +18,7 @@ from stagewise.engine.transport.processes import (
     host_group,
     num_processes,
     own_device,
+    timeout_of,
 )
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.rendezvous import Rendezvous
@@ -26,6 +27,7 @@ from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Wire, Wires
+from stagewise.engine.watch.watchdog import Watchdog
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
@@ -113,6 +115,7 @@ class _Connected:
 
     host: dist.ProcessGroup  # the same ranks, for the hosts' tensors
     rendezvous: Rendezvous
+    watchdog: Watchdog
     wires: dict[tuple[Seat, ...], Wires]  # by where the ranks compute
 
 
@@ -126,13 +129,16 @@ def _connections(
     """Return the wires and rendezvous of this process, connected on first use; collective."""
     known, own = _CONNECTED.get(group), Seat.of(device, group)
     if known is None:
-        peers = Peers(dist.get_rank(group), dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d._get_default_store()
+        peers = Peers(dist.get_rank(group), store)
         host = host_group(group)
         seats = tuple(gathered(host, peers, own))
         wires = wires_between(seats, device, group, host, peers)
         for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
             del _CONNECTED[destroyed]
-        known = _CONNECTED[group] = _Connected(host, Rendezvous(wires.control, peers), {})
+        watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host))
+        rendezvous = Rendezvous(wires.control, peers)
+        known = _CONNECTED[group] = _Connected(host, rendezvous, watchdog, {})
         known.wires[seats] = wires
         # Also runs at the end of a multiprocessing process, which ignores atexit.
         Finalize(None, _leave, exitpriority=0)
@@ -147,6 +153,7 @@ def _connections(
 def disconnect() -> None:
     """Close all connections of this process; call it before process groups are destroyed."""
     for group, connected in _CONNECTED.items():
+        connected.watchdog.stop()
         for wires in connected.wires.values():
             for wire in {wires.data, wires.control}:
                 wire.close()
@@ -159,6 +166,7 @@ def _leave() -> None:
     """Tell ranks that wait for this one that its program ends here."""
     error = getattr(sys, "last_value", None)
     for connected in _CONNECTED.values():
+        connected.watchdog.stop()
         connected.rendezvous.leave("" if error is None else f" ({type(error).__name__}: {error})")
     _CONNECTED.clear()
 

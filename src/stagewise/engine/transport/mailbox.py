@@ -22,6 +22,7 @@ from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, densified, in_words
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.engine.transport.wires.wire import Arrival, Wire, Wires
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import CellError
 from stagewise.schedule import Message
 from stagewise.schedule.posting import PostFrom
@@ -78,6 +79,7 @@ class Mailbox:
         self._forms = Forms()
 
     def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
+        NOW.begin()
         if self._wires.prepare is not None:
             self._wires.prepare(links)
         self._forms.begin(signature)
@@ -95,7 +97,7 @@ class Mailbox:
     def receive(self, message: Message) -> Apart | Lost:
         if message in self._arrived:
             return self._arrived.pop(message)
-        incoming = self._incoming[message.source]
+        incoming, NOW.awaits = self._incoming[message.source], message
         while True:
             value: Apart | Lost = LOST
             if incoming.posted or self._post_next(incoming):
@@ -106,6 +108,7 @@ class Mailbox:
             else:
                 taken = incoming.expected.popleft()
             if taken == message:
+                NOW.awaits = None
                 return value
             self._arrived[taken] = value
 
@@ -157,9 +160,11 @@ class Mailbox:
 
     def finish(self) -> None:
         self._wires.finish()
+        NOW.end()
 
     def clear(self) -> None:
         self._arrived.clear()
+        NOW.end()
 
     def _post_ahead(self, incoming: _Incoming, num_bytes: int) -> None:
         """Post receives for the next messages: a few, more up to so many bytes, and all skips.

@@ -19,6 +19,7 @@ import torch
 
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Arrival, Wire
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import BatchError, PeerError
 
 T = TypeVar("T")
@@ -80,20 +81,14 @@ class Rendezvous:
         if self._is_lost:  # the others are inside a call, and have been told
             return
         text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
-        self.peers.patience = 0  # nobody would read why another rank is gone as well
+        self.peers.store = None  # nobody would read why another rank is gone as well
         for rank in self._others if self._rank == 0 else (0,):
             self._say(rank, _ENDED, (b"", 0), text.encode())
 
     def _said(self, own: bytes, what: str, by: int) -> list[bytes]:
         self._last, call = what.split(":")[0], (_cut(what), by)
-        if self._rank == 0:
-            meaning, answer = self._compared(own, call)
-            for rank in self._others:
-                self._say(rank, meaning, call, answer)
-        else:
-            awaited = self._awaited([0])  # posted first, so that the answer has a buffer
-            self._say(0, _AGREED, call, own)
-            ((meaning, _, answer),) = self._heard(awaited)
+        with NOW.agreeing(self._last):
+            meaning, answer = self._asked(own, call)
         if meaning == _AGREED:
             return _parts(answer)
         if meaning == _DIFFERENT:
@@ -102,6 +97,18 @@ class Rendezvous:
             f"{answer.decode()}, while rank {self._rank} called {what}; every rank must make "
             "the same calls in the same order, with equally many batches"
         )
+
+    def _asked(self, own: bytes, call: _Call) -> tuple[int, bytes]:
+        """Return the meaning and payload of rank 0's answer."""
+        if self._rank == 0:
+            meaning, answer = self._compared(own, call)
+            for rank in self._others:
+                self._say(rank, meaning, call, answer)
+        else:
+            awaited = self._awaited([0])  # posted first, so that the answer has a buffer
+            self._say(0, _AGREED, call, own)
+            ((meaning, _, answer),) = self._heard(awaited)
+        return meaning, answer
 
     def _compared(self, own: bytes, call: _Call) -> tuple[int, bytes]:
         """On rank 0: receive every call, and return the answer's meaning and payload."""
@@ -146,6 +153,7 @@ class Rendezvous:
         """Return (meaning, call, payload) of each awaited frame."""
         heard = []
         for rank, frame, arrival in awaited:
+            NOW.awaits = rank
             arrival()
             data = frame.numpy().tobytes()
             num_bytes, meaning, by, what = _HEAD.unpack_from(data)

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,21 +27,25 @@ RANK_0_SECONDS = 5.0
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(timeout: float | None = None) -> Iterator[None]:
     """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU.
 
     Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
+    `timeout` is in seconds, None for torch's.
     """
+    patience = None if timeout is None else timedelta(seconds=timeout)
     if found := accelerators():
         device = found[int(os.environ["LOCAL_RANK"]) % len(found)]
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) > len(found)
         backend = dist.get_default_backend_for_device(device)
         torch.accelerator.set_device_index(device.index)
         dist.init_process_group(
-            f"cpu:gloo,{device.type}:{backend}", device_id=None if shared else device
+            f"cpu:gloo,{device.type}:{backend}",
+            device_id=None if shared else device,
+            timeout=patience,
         )
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience)
     try:
         yield
     except SystemExit:

@@ -5,15 +5,18 @@ cause into the process group's store, where a rank that loses a connection reads
 """
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from stagewise.engine.watch.now import ANY, NOW
+from stagewise.engine.watch.shared_store import served_by
+from stagewise.engine.watch.watchdog import FAILURE, WAITS
 from stagewise.errors import PeerError
 
-_KEY = "stagewise/failure"
 _PATIENCE_SECONDS, _POLL_SECONDS = 2.0, 0.05
 _LATE = ("timed out", "timeout")  # in the messages of gloo and NCCL
 
@@ -22,55 +25,69 @@ class Peers:
     """The other ranks, which may be lost; `store` holds the first cause."""
 
     def __init__(self, rank: int, store: Store | None = None) -> None:
-        self.rank, self._store = rank, store
+        self.rank, self.store = rank, store
         self.patience = _PATIENCE_SECONDS
 
     def store_host(self) -> str:
         """Return the host that serves the store; this host's name if none does."""
-        store = self._store
-        while isinstance(store, PrefixStore):
-            store = store.underlying_store
-        return store.host if isinstance(store, TCPStore) else socket.gethostname()
+        served = None if self.store is None else served_by(self.store)
+        return served.host if isinstance(served, TCPStore) else socket.gethostname()
 
     def tell(self, cause: str) -> None:
         """Write why this rank stops, unless another rank did first; ignores a lost store."""
-        if self._store is not None:
+        if self.store is not None:
             with suppress(RuntimeError):
-                self._store.compare_set(_KEY, "", f"rank {self.rank}: {cause}")
+                self.store.compare_set(FAILURE, "", f"rank {self.rank}: {cause}")
 
     @contextmanager
     def named(self, other: int | None = None) -> Iterator[None]:
         """Turn errors of talking to rank `other` (None: to all) inside into PeerError."""
+        noted = NOW.awaits is None and threading.get_ident() == NOW.thread
+        if noted:
+            NOW.awaits = ANY if other is None else other
         try:
             yield
         except PeerError:
             raise
         except (RuntimeError, OSError) as error:
             raise self.lost(error, other) from error
+        finally:
+            if noted:
+                NOW.awaits = None
 
     def lost(self, error: RuntimeError | OSError, other: int | None = None) -> PeerError:
         """Return what to raise when `error` shows that rank `other` is lost or silent."""
         name = "another rank" if other is None else f"rank {other}"
         late = isinstance(error, TimeoutError) or any(w in str(error).lower() for w in _LATE)
         unknown = (
-            f"none was reported: {name} is alive but hangs, runs other code than this rank, or "
+            self._read(WAITS)
+            or f"none was reported: {name} is alive but hangs, runs other code than this rank, or "
             "is slower than the timeout of init_process_group"
             if late
             else f"the process of {name} ended without saying why (killed, or out of memory?)"
         )
-        return PeerError(
+        message = (
             f"rank {self.rank} lost {name} while waiting for it"
             + (f" ({error})" if isinstance(error, OSError) or late else "")
             + f". First failure: {self._cause() or unknown}"
         )
+        self.tell(message)
+        return PeerError(message)
+
+    def _read(self, key: str) -> str | None:
+        """Return what the store holds, None if it does not or is gone."""
+        with suppress(RuntimeError):
+            if self.store is not None and self.store.check([key]):
+                return str(self.store.get(key).decode())
+        return None
 
     def _cause(self) -> str | None:
         """Return the first cause, or None; waits for it briefly, but only the first time."""
         deadline = time.monotonic() + self.patience
-        while self._store is not None:
+        while self.store is not None:
             try:
-                if self._store.check([_KEY]):
-                    return str(self._store.get(_KEY).decode())
+                if self.store.check([FAILURE]):
+                    return str(self.store.get(FAILURE).decode())
             except RuntimeError:
                 break  # the store's own process is gone
             if time.monotonic() >= deadline:

@@ -1,0 +1,8 @@
+"""Say which rank holds the others up, while they wait.
+
+1. `now`: what this process is doing, noted by the code that does it.
+2. `watchdog`: a thread that sees no progress, collects all ranks' states through the store, prints
+   them, and ends a rank that hangs on after another has failed.
+   `shared_store` is its way to the store.
+3. `blame` finds who is waited for, in a table and in one sentence.
+"""

@@ -1,0 +1,115 @@
+"""A rank without progress raises an alarm, which every rank's watchdog answers."""
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore
+
+from stagewise.engine.watch.now import Now
+from stagewise.engine.watch.watchdog import FAILURE, WAITS, Watchdog
+from stagewise.schedule import Instruction, Kind, Message
+
+SECONDS = 20
+GRADIENT = Message(Kind.BACKWARD, 0, 1, 0, source=1, destination=0)
+
+
+def waiting_for(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@contextlib.contextmanager
+def watched(nows: list[Now], store: HashStore, timeout: float = 0.4) -> Iterator[None]:
+    """A watchdog on every rank."""
+    every = len(nows)
+    dogs = [
+        Watchdog(rank, every, store, timedelta(seconds=timeout), now)
+        for rank, now in enumerate(nows)
+    ]
+    try:
+        yield
+    finally:
+        for dog in dogs:
+            dog.stop()
+
+
+def test_the_rank_that_computes_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    waits = Now(call="step", instruction=Instruction(0, Kind.BACKWARD, 0), awaits=GRADIENT)
+    hangs = Now(call="step", instruction=Instruction(1, Kind.FORWARD, 0))
+    store = HashStore()
+    with watched([waits, hangs], store):
+        assert waiting_for(lambda: store.check([WAITS]))
+    assert "rank 1" in store.get(WAITS).decode()
+    assert "is in 1F0, in step" in store.get(WAITS).decode()
+    printed = capsys.readouterr().err
+    assert "waits for the gradient of microbatch 0" in printed
+    assert "-> rank 1" in printed
+    assert "-> rank 0" not in printed
+
+
+def test_a_rank_between_calls_answers_and_raises_no_alarm() -> None:
+    store = HashStore()
+    with watched([Now(), Now()], store):
+        assert not waiting_for_no_more_than(0.6, lambda: store.check(["stagewise/alarm/0"]))
+    with watched([Now(call="step", awaits=1), Now()], store):
+        assert waiting_for(lambda: store.check([WAITS]))
+    assert "is between calls" in store.get(WAITS).decode()
+
+
+def test_long_computing_is_no_alarm_while_nobody_waits() -> None:
+    store, busy = HashStore(), Now(call="step", instruction=Instruction(0, Kind.FORWARD, 0))
+    with watched([busy, busy], store):
+        assert not waiting_for_no_more_than(0.6, lambda: store.check(["stagewise/alarm/0"]))
+
+
+def test_progress_keeps_it_quiet() -> None:
+    now, store = Now(call="step", awaits=1), HashStore()
+    with watched([now], store):
+        for _ in range(30):
+            now.count += 1
+            time.sleep(0.02)
+        assert not store.check(["stagewise/alarm/0"])
+
+
+def test_a_silent_rank_is_waited_for_only_briefly() -> None:
+    store = HashStore()
+    dog = Watchdog(0, 2, store, timedelta(seconds=0.4), Now(call="step", awaits=1))
+    try:
+        assert waiting_for(lambda: store.check([WAITS]))
+    finally:
+        dog.stop()
+    assert "rank 1 does not answer" in store.get(WAITS).decode()
+
+
+def test_a_rank_that_hangs_after_a_failure_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("stagewise.engine.watch.watchdog.os._exit", ended.append)
+    store, stderr = HashStore(), io.StringIO()
+    with contextlib.redirect_stderr(stderr), watched([Now(call="step"), Now()], store):
+        store.set(FAILURE, "rank 1: ValueError: no more")
+        assert waiting_for(lambda: bool(ended))
+    assert set(ended) == {1}
+    assert "the run has failed (rank 1: ValueError: no more)" in stderr.getvalue()
+
+
+def test_a_failure_of_an_earlier_run_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("stagewise.engine.watch.watchdog.os._exit", ended.append)
+    store = HashStore()
+    store.set(FAILURE, "rank 1: ValueError: long ago")
+    with watched([Now(call="step", awaits=1), Now()], store):
+        assert waiting_for(lambda: store.check([WAITS]))
+    assert not ended
+
+
+def waiting_for_no_more_than(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
