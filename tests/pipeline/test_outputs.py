@@ -146,23 +146,22 @@ def test_outputs_are_not_kept_unasked() -> None:
     x = torch.randn(8, 3)
     step = partial(pipe.step, x, target=x)
     evaluate = partial(pipe.evaluate, x, target=x)
-    # Times that the cell runs: in the first call of a mode, also for a look.
-    calls: list[tuple[Callable[[], object], int]] = [
-        (step, 9),
-        (partial(step, return_outputs=True), 4),
-        (step, 4),
-        (partial(evaluate, return_outputs=True), 9),
-        (partial(pipe.predict, x), 9),
-        (evaluate, 4),
-        (evaluate, 4),
+    calls: list[Callable[[], object]] = [
+        step,
+        partial(step, return_outputs=True),
+        step,
+        partial(evaluate, return_outputs=True),
+        partial(pipe.predict, x),
+        evaluate,
+        evaluate,
     ]
     gc.disable()  # nothing may need it
     try:
-        for index, (call, number) in enumerate(calls):
+        for index, call in enumerate(calls):
             made.clear()
             alive.clear()
             result = call()
-            assert len(made) == number and not any(ref() for ref in made), index
+            assert len(made) == 4 and not any(ref() for ref in made), index
             assert result is not None
     finally:
         gc.enable()

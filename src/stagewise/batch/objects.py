@@ -24,6 +24,8 @@ class Opened:
 
 def opened(value: object, depth: int = _DEPTH) -> object:
     """Return `value` with objects that hold tensors taken apart; `closed` is the inverse."""
+    if isinstance(value, torch.Tensor):
+        return value
     return pytree.tree_map(lambda leaf: _opened(leaf, depth), value)
 
 

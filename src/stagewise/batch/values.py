@@ -100,12 +100,17 @@ def output_leaves(output: object) -> list[object]:
 
 def tensors_of(value: object) -> list[torch.Tensor]:
     """Return the tensors among the leaves of `value`, with objects taken apart."""
+    if isinstance(value, torch.Tensor):  # without a tree traversal
+        return [value]
+    if type(value) is dict and not value:
+        return []
     return [leaf for leaf in output_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def versions_of(value: object) -> list[int]:
-    """Return the versions of its tensors, which grow when they are written to."""
-    return [tensor._version for tensor in tensors_of(value) if not tensor.is_inference()]
+def versions_of(*values: object) -> list[int]:
+    """Return the versions of their tensors, which grow when they are written to."""
+    tensors = (tensor for value in values for tensor in tensors_of(value))
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def with_paths(

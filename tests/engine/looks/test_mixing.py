@@ -1,5 +1,6 @@
 """A cell that mixes samples is named, and an argument that was cut though it is needed whole."""
 
+import queue
 import subprocess
 import sys
 import warnings
@@ -375,11 +376,11 @@ print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 @pytest.mark.parametrize(("length", "joined"), [(1, 8), (1 << 14, 4)])
 def test_a_look_runs_no_more_samples_at_once_than_a_step_may_hold(length: int, joined: int) -> None:
     """Found: all microbatches of a large batch at once doubled a first step's peak."""
-    longest = [0]
+    seen: queue.SimpleQueue[int] = queue.SimpleQueue()  # not restored, as a list is
 
     def code(x: Tensor) -> Tensor:
-        longest[0] = max(longest[0], len(x))
+        seen.put(len(x))
         return x * 2
 
     told([Cell(code), nn.Tanh()], torch.randn(B, length, WIDTH))
-    assert longest[0] == joined
+    assert max(seen.get_nowait() for _ in range(seen.qsize())) == joined

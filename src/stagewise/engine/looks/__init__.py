@@ -1,7 +1,8 @@
-"""Looks at a call for what would be silently another number than the plain model's.
+"""Looks at a call for what would silently give another number than the plain model.
 
-1. `first_look` puts two microbatches together again, and asks of each loss what kind it is
-   (`loss_kind`) and what of a microbatch counts (`counting`).
-2. `mixing` runs the cells, as `twins`, on microbatches apart and together (`trial`), and names one
-   that mixes samples, in its forward or backward, or uses whole what was cut.
+1. `first_look` joins two microbatches again, and infers what kind of reduction each loss is
+   (`loss_kind`) and which elements of a microbatch count (`counting`).
+2. `mixing` runs the cells on microbatches apart and together (`trial`), as copies (`twins`), and
+   compares what they return (`whole`). It names a cell that mixes samples, in its forward or
+   backward, or that uses whole an argument that was cut.
 """

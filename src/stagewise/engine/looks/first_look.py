@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
-from stagewise.batch.values import detached, output_leaves, tensors_of, versions_of
+from stagewise.batch.values import detached, output_leaves, versions_of
 from stagewise.engine.looks.counting import weight_that_fits
 from stagewise.engine.looks.loss_kind import (
     SEVERITY,
@@ -30,13 +30,12 @@ from stagewise.engine.looks.loss_kind import (
     scalars_of,
     words,
 )
-from stagewise.engine.looks.mixing import MixingLook
 from stagewise.engine.looks.twins import drawn_from, in_eval_mode, without_trace
-from stagewise.engine.stage.work import CellForward, RunCell, StageGiven
+from stagewise.engine.stage.work import CellForward
 from stagewise.model.added_losses import COLLECTING, MAIN_LOSS, LossCollector
-from stagewise.model.cell import Cell, Chain
+from stagewise.model.cell import Cell
 
-_MOST_PAIRS = 3  # since one may hide what another shows, as where class weights happen to agree
+MOST_PAIRS = 3  # since one may hide what another shows, as where class weights happen to agree
 _MOST_BYTES = 1 << 26  # of what is put together, where several samples are more than that
 _Run = Callable[[object], Mapping[str, Tensor]]
 
@@ -53,65 +52,47 @@ class FirstLook:
         sums_losses: bool,
         loss: Callable[..., object] | None,
         unlike: Collection[int] = (),
-        mixing: MixingLook | None = None,
+        num_pairs: int = MOST_PAIRS,
     ) -> None:
-        """Later pairs are looked at if their second is `unlike`."""
-        self._sizes, self._batch_dim, self._unlike, self._mixing = sizes, batch_dim, unlike, mixing
+        """After `num_pairs`, only pairs whose second microbatch is `unlike` are looked at."""
+        self._sizes, self._batch_dim = sizes, batch_dim
+        self._unlike, self._num_pairs = unlike, num_pairs
         self._weight, self._sums, self._loss = weight, sums_losses, loss
         # By who took it: the microbatch that came last, its value, and its tensors' versions.
         self._kept: dict[object, tuple[int, object, list[int]]] = {}
         self._pairs: Counter[object] = Counter()  # that were begun
-        self._found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
+        self.found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
 
-    @property
-    def found(self) -> dict[str, tuple[int, str]]:
-        """By what is wrong: how badly, and in words."""
-        mixing = self._mixing.found if self._mixing is not None else {}
-        return self._found | {name: (0, text) for name, text in mixing.items()}
-
-    def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
-        """Call before `cells` run on what they are given of microbatch m."""
-        if self._mixing is not None:
-            self._mixing.stage_begins(cells, run, given, m)
-
-    def cells(
-        self,
-        calls: Sequence[tuple[Cell, CellForward]],
-        collector: LossCollector,
-        m: int,
-        last: Cell | None,
-    ) -> list[tuple[Cell, CellForward]]:
-        """`calls`, looking at what they are called with; `last` is the whole chain's last cell."""
-        return [
-            (cell, self._watched(cell, forward, collector, m, is_last=cell is last))
-            for cell, forward in calls
-        ]
-
-    def _watched(
+    def watched(
         self, cell: Cell, forward: CellForward, collector: LossCollector, m: int, *, is_last: bool
     ) -> CellForward:
+        """`forward` of microbatch m, looking at what it is called with.
+
+        The last cell of the whole chain may return a loss.
+        """
+
         def watched(value: object, keywords: Mapping[str, object]) -> object:
-            num_added = len(collector.added)
-            before = [(t, t._version) for t in tensors_of((value, keywords))]
+            num_added, before = len(collector.added), versions_of(value, keywords)
             output = forward(value, keywords)
-            if all(tensor._version == version for tensor, version in before):
-                is_loss = is_last and bool(scalars_of(output))
-                if is_loss or len(collector.added) > num_added:
-                    with self._quietly(cell.module):
-                        self._cell_ran(cell, forward, m, (value, dict(keywords)), is_loss=is_loss)
+            is_loss = is_last and bool(scalars_of(output))
+            adds = len(collector.added) > num_added
+            if (is_loss or adds) and versions_of(value, keywords) == before:
+                with self._quietly(cell.module):
+                    self._cell_ran(cell, forward, m, (value, dict(keywords)), is_loss=is_loss)
             return output
 
         return watched
 
     def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
         """Call once the loss function has run on `output`, and on the target in a list."""
+        both = None
+        with contextlib.suppress(Exception):
+            if target or not scalars_of(output):  # else the model computed it
+                both = self._both(loss, m, (output, target))
+        if both is None:
+            return
+        values, sizes = both
         with self._quietly(loss):
-            if scalars_of(output) and not target:
-                return  # the model computed it
-            both = self._both(loss, m, (output, target))
-            if both is None:
-                return
-            values, sizes = both
             if isinstance(loss, nn.Module) and any(True for _ in loss.buffers()):
                 loss = copy.deepcopy(loss)
 
@@ -142,8 +123,8 @@ class FirstLook:
     ) -> None:
         """One pair may not show all that another one does."""
         badly = SEVERITY.index(found.kind)
-        if badly > self._found.get(what, (-1, ""))[0]:
-            self._found[what] = badly, words(found, what, by=by, owner=owner, fits=fits)
+        if badly > self.found.get(what, (-1, ""))[0]:
+            self.found[what] = badly, words(found, what, by=by, owner=owner, fits=fits)
 
     def _examined(
         self, run: _Run, pair: Pair, targets: Sequence[Sequence[object]]
@@ -173,7 +154,7 @@ class FirstLook:
         for name in run(pair.whole):
             if name not in unlike:
                 what = _name(name, "the loss")
-                self._found[what] = (
+                self.found[what] = (
                     0,
                     f"{what} is a mean along dimension {dim} too, in which "
                     f"microbatches differ, but they count by their samples, {sizes[0]} and "
@@ -231,7 +212,7 @@ class FirstLook:
         """The values of the microbatch before and of this one, and their sizes; None once enough
         pairs were seen, and where there is none."""
         value, before = detached(value), self._kept.pop(who, None)
-        if self._pairs[who] < _MOST_PAIRS or m + 1 in self._unlike:
+        if self._pairs[who] < self._num_pairs or m + 1 in self._unlike:
             self._kept[who] = m, value, versions_of(value)
         self._pairs[who] += 1
         if before is None:
@@ -244,7 +225,7 @@ class FirstLook:
     @contextlib.contextmanager
     def _quietly(self, code: object) -> Iterator[None]:
         """Look inside: no error, warning, random number or problem found by chance comes out."""
-        so_far, devices = dict(self._found), {t.device for t in _state_of(code)}
+        so_far, devices = dict(self.found), {t.device for t in _state_of(code)}
         parameters = [t for t in _state_of(code) if isinstance(t, nn.Parameter)]
         with (
             without_trace(devices, parameters),
@@ -254,9 +235,9 @@ class FirstLook:
             try:
                 yield
             except Exception:
-                self._found = so_far
+                self.found = so_far
         if drawn:
-            self._found = so_far
+            self.found = so_far
 
 
 _OWN = "\0"  # before the name of a loss that is a cell's output

@@ -14,6 +14,7 @@ is the cause. Of batches that are large, two microbatches are the whole.
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,8 +23,12 @@ from stagewise.batch.pairing import Pair, UnpairableError, paired
 from stagewise.batch.values import detached, tensors_of, versions_of
 from stagewise.engine.looks.trial import Trial, fresh
 from stagewise.engine.looks.twins import sideways_layer, treats_samples_alone, without_trace
+from stagewise.engine.looks.whole import Division
 from stagewise.engine.stage.work import RunCell, StageGiven
 from stagewise.model.cell import Cell, Chain
+from stagewise.model.forward.slots import snapshot
+from stagewise.model.forward.users_code import is_stock
+from stagewise.model.forward.visible import Sight
 
 _MOST_BYTES = 1 << 26  # of two microbatches' input to a stage
 # Of a whole batch's. A cell's activations are many times its input, and those of more than two
@@ -66,21 +71,25 @@ class MixingLook:
         kept = self._kept.get(first)
         if kept is None or m != len(kept.parts):
             return
-        differentiable = any(tensor.requires_grad for tensor in tensors_of(given))
-        given = detached(given)  # type: ignore[assignment]
-        kept.parts.append((given, versions_of(given)))
+        value, named = given
+        tensors = [*tensors_of(value), *tensors_of(named)]
+        differentiable = any(tensor.requires_grad for tensor in tensors)
+        given = detached(value), named and detached(named)  # type: ignore[assignment]
+        kept.parts.append((given, versions_of(*given)))
         if len(kept.parts) == kept.count:
             del self._kept[first]
-            if all(versions == versions_of(part) for part, versions in kept.parts):
-                devices = {t.device for t in tensors_of(given)}
+            if all(versions == versions_of(*part) for part, versions in kept.parts):
+                devices = {tensor.device for tensor in tensors}
                 parameters = [p for cell in cells for p in cell.module.parameters()]
-                with without_trace(devices, parameters), suppress(Exception):
+                modules = [cell.module for cell in cells if not is_stock(cell.module)]
+                now = partial(snapshot, Sight(named_only=True), *modules)
+                with without_trace(devices, parameters), suppress(Exception), now().kept(now):
                     parts = [part for part, _ in kept.parts]
                     self._through(cells, run, parts, devices, differentiable=differentiable)
 
     def _num_joined(self, given: StageGiven) -> int:
         """All microbatches where that is little: what a cell does only with many shows then."""
-        taken = sum(tensor.nbytes for tensor in tensors_of(given))
+        taken = sum(tensor.nbytes for value in given for tensor in tensors_of(value))
         return len(self._sizes) if taken * len(self._sizes) <= _MOST_BYTES_OF_ALL else 2
 
     def _through(
@@ -102,30 +111,33 @@ class MixingLook:
             given, sizes = [*pair.parts, pair.whole], pair.sizes  # type: ignore[list-item]
             if not _counts_samples(pair):
                 return
+        division = Division(sizes, self._batch_dim)
         values = [fresh(value) for value, _ in given]
         for cell in cells:
             named = [keywords.get(cell.index, {}) for _, keywords in given]
-            each = [*zip(values, named, strict=True)]
-            trial = Trial(cell, run, each, sizes, self._batch_dim)
-            outputs = trial.outputs(devices)
             differentiable |= any(p.requires_grad for p in cell.module.parameters())
-            self._judge(cell, trial, outputs, differentiable=differentiable)
-            if outputs is None:
+            backward = self._with_backward and differentiable
+            each = [*zip(values, named, strict=True)]
+            trial = Trial(cell, run, each, division, with_backward=backward)
+            runs = trial.run(devices)
+            if text := self._wrong(cell, trial, runs=runs):
+                self.found[cell.name] = text
+            if not runs:
                 return
-            values = trial.with_whole_of_parts(outputs)
+            values = trial.values()
         if not self._tells(values, sizes):
             self._carried[cells[-1].index + 1] = values, sizes
 
-    def _judge(
-        self, cell: Cell, trial: Trial, outputs: list[object] | None, *, differentiable: bool
-    ) -> None:
-        if outputs is None or trial.differs(outputs):
-            if outputs is None or (trial.says and trial.repeats(outputs)):
+    def _wrong(self, cell: Cell, trial: Trial, *, runs: bool) -> str | None:
+        if not runs:
+            cause = trial.cause(self._keywords, sum(self._sizes))
+            return _words(cell, cause, self._batch_dim, self._sizes) if cause else None
+        if trial.differs():
+            if trial.repeats():
                 cause = trial.cause(self._keywords, sum(self._sizes))
-                if outputs is not None or cause is not None:
-                    self.found[cell.name] = _words(cell, cause, self._batch_dim, self._sizes)
-        elif self._with_backward and differentiable and trial.backward_differs(outputs):
-            self.found[cell.name] = _of_backward(cell, self._sizes)
+                return _words(cell, cause, self._batch_dim, self._sizes)
+            return None
+        return _of_backward(cell, self._sizes) if trial.backward_differs() else None
 
     def _joined(self, parts: Sequence[object]) -> Pair:
         with suppress(UnpairableError):

@@ -1,34 +1,44 @@
 """One cell, tried on the parts of what it is given and on their whole.
 
-Problem: whether a cell mixes samples shows in what it returns for the whole of several parts, and
-where only its backward does (a hook that divides a gradient by its norm, a straight-through
-estimate), in the gradients of what it is given.
-Idea: twins of the cell run on all of them. A difference says something if the same comes when they
-run again, nothing was drawn, and no batch was normalised. Gradients follow from the same random
-gradients of the outputs; what hooks note meanwhile is put back.
+Problem: whether a cell mixes samples shows in what it returns for several parts and for their
+whole, or only in the gradients of what it is given (a hook that divides a gradient by its norm, a
+straight-through estimate).
+Idea: twins of the cell run on all of them, and backward from random gradients of the outputs, the
+whole's put together from the parts'. A difference counts only if it comes again when they run
+again, nothing was drawn, and no BatchNorm used the batch's statistics. One part's graph is freed
+before the next one runs.
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.objects import opened
-from stagewise.batch.pairing import ways_together
-from stagewise.batch.values import flatten, tensors_of, with_paths
-from stagewise.engine.looks.twins import Normalising, drawn_from, treats_samples_alone, twin
+from stagewise.batch.values import detached, flatten, tensors_of, with_paths
+from stagewise.engine.looks.twins import (
+    Normalising,
+    drawn_from,
+    has_batchnorm,
+    treats_samples_alone,
+    twin,
+)
+from stagewise.engine.looks.whole import (
+    COARSE,
+    OF_GRADIENTS,
+    Column,
+    Division,
+    columns,
+    near,
+    tolerance_of,
+)
 from stagewise.engine.stage.work import RunCell
 from stagewise.model.cell import Cell
-from stagewise.model.forward.slots import snapshot
-from stagewise.model.forward.visible import Sight
 
 _MOST_ARGUMENTS = 4
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative to the largest; of others:
-_COARSE = 0.1
-_OF_GRADIENTS = {1e-8: 1e-6, 1e-3: 1e-2, _COARSE: 0.3}
 
 Given = tuple[object, Mapping[str, object]]  # a value and keywords
 
@@ -41,152 +51,145 @@ class Trial:
         cell: Cell,
         run: RunCell,
         given: Sequence[Given],
-        sizes: tuple[int, ...],
-        batch_dim: int,
+        division: Division,
+        *,
+        with_backward: bool,
     ) -> None:
-        self._cell, self._run, self._given = cell, run, given
-        self._sizes, self._batch_dim = sizes, batch_dim
-        self._in_eval = not cell.module.training
-        self.says = True  # whether a difference says anything
+        self._cell, self._run, self._given, self._division = cell, run, given, division
+        self._is_known, self._in_eval = treats_samples_alone(cell.module), not cell.module.training
+        if self._is_known:
+            self._cell = twin(cell, in_eval=True)  # it keeps nothing
+        self._least = max(map(tolerance_of, cell.module.parameters()), default=0.0)
+        self._with_backward = with_backward and not self._is_known
+        self._says = True  # whether a difference says anything
+        self._generator = torch.Generator()
+        self._outputs: list[object] = []
+        self._columns: list[Column] = []
+        self._seeds: list[list[Tensor | None]] = []  # random gradients of the outputs
+        self._gradients: list[list[Tensor]] = []  # of what the cell is given, from those
 
-    def outputs(self, devices: Collection[torch.device]) -> list[object] | None:
-        """Of the parts and the whole; None where that of the whole fails."""
-        found = self._outputs(devices)
-        if self.says or self._in_eval:
-            return found
-        self._in_eval, self.says = True, True
-        return self._outputs(devices)
+    def run(self, devices: Collection[torch.device]) -> bool:
+        """Run on the parts and the whole; whether the whole did not fail."""
+        self._says, self._outputs, self._seeds, self._gradients = True, [], [], []
+        self._generator.manual_seed(0)
+        for some in (self._given[:1], self._given[1:]):  # the first tells if it draws
+            normalising = Normalising()
+            with ExitStack() as watched:
+                if has_batchnorm(self._cell.module):
+                    watched.enter_context(normalising)
+                moved = [] if self._is_known else watched.enter_context(drawn_from(devices))
+                for given in some:
+                    try:
+                        self._run_on(given)
+                    except Exception:
+                        if given is not self._given[-1]:
+                            raise
+                        return False
+            self._says &= not moved and not normalising.found
+            if not (self._says or self._in_eval):
+                self._in_eval = True
+                return self.run(devices)
+        return True
 
-    def _outputs(self, devices: Collection[torch.device]) -> list[object] | None:
-        found: list[object] | None
-        with drawn_from(devices) as moved, Normalising() as normalising:
-            found = [self._called(*part) for part in self._given[:-1]]
-            try:
-                found.append(self._called(*self._given[-1]))
-            except Exception:
-                found = None
-        self.says = not moved and not normalising.found
-        return found
+    def _run_on(self, given: Given) -> None:
+        if not self._with_backward:
+            output = self._called(*given)
+        else:
+            inputs, given = _differentiable(given)
+            with torch.enable_grad():
+                output = self._called(*given)
+        self._outputs.append(detached(output))
+        if len(self._outputs) == len(self._given):
+            every = [*map(tensors_of, self._outputs)]
+            self._columns = columns(every, self._division, self._tolerance(every[-1]))
+        if self._with_backward and len(self._gradients) == len(self._outputs) - 1:
+            with suppress(Exception):
+                self._seeds.append(self._seeds_of(tensors_of(output)))
+                self._gradients.append(_gradients_of(output, self._seeds[-1], inputs))
 
     def _called(self, value: object, keywords: Mapping[str, object]) -> object:
-        value, keywords = fresh((value, keywords))  # type: ignore[misc]
-        return self._run(twin(self._cell, in_eval=self._in_eval), value, keywords)
+        own = {name: fresh(keyword) for name, keyword in keywords.items()}
+        cell = self._cell if self._is_known else twin(self._cell, in_eval=self._in_eval)
+        return self._run(cell, fresh(value), own)
 
-    def differs(self, outputs: Sequence[object]) -> bool:
-        """Whether the whole's is something else than those of its parts put together."""
-        every = [*map(tensors_of, outputs)]
-        if len({*map(len, every)}) > 1:  # other ways through the code: what came of each, last
-            every = [[t for t in own if t.is_floating_point()][-1:] for own in every]
-        tolerance = self._tolerance(every[-1])
-        return any(
-            self._differ(parts, whole, tolerance) for *parts, whole in zip(*every, strict=True)
-        )
+    def differs(self) -> bool:
+        """Whether the whole's output is something else than those of its parts put together."""
+        return not self._is_known and any(column.differs for column in self._columns)
 
-    def repeats(self, outputs: Sequence[object]) -> bool:
+    def repeats(self) -> bool:
         """Whether the same outputs come again: the cell draws and counts nowhere."""
+        if not self._says:
+            return False
         again = [self._called(*given) for given in self._given]
-        return self._are_near(tensors_of([*outputs]), tensors_of(again))
+        return self._are_near(tensors_of(self._outputs), tensors_of(again))
 
     def _are_near(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
         pairs = zip(ones, others, strict=True)
-        return all(_near(one, other, self._tolerance([one])) for one, other in pairs)
-
-    def _differ(self, parts: Sequence[Tensor], whole: Tensor, tolerance: float) -> bool:
-        if not whole.is_floating_point() or any(whole.shape == part.shape for part in parts):
-            return False
-        ways = [*self._ways(parts, whole)]
-        if ways:
-            return not any(_near(way, whole, tolerance) for way in ways)
-        sizes = [*zip(*(part.shape for part in parts), whole.shape, strict=False)]
-        grown = [sum(size) == both for *size, both in sizes if size[0] != both]
-        same_dims = parts[0].dim() == whole.dim()
-        return same_dims and len(grown) > 1 and all(grown)  # samples by samples
-
-    def _ways(self, parts: Sequence[Tensor], whole: Tensor) -> Iterator[Tensor]:
-        return ways_together(parts, whole.shape, self._sizes, self._batch_dim)
+        return all(near(one, other, self._tolerance([one])) for one, other in pairs)
 
     def _tolerance(self, tensors: Sequence[Tensor]) -> float:
         if any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors):
-            return _COARSE
-        every = itertools.chain(tensors, self._cell.module.parameters())
-        return max(_TOLERANCES.get(t.dtype, _COARSE) for t in every if t.is_floating_point())
+            return COARSE
+        return max([self._least, *map(tolerance_of, tensors)]) or COARSE
 
-    def with_whole_of_parts(self, outputs: Sequence[object]) -> list[object]:
+    def values(self) -> list[object]:
         """The outputs, with the parts' own in the whole, as far as they can be put together."""
-        rows = zip(*map(tensors_of, outputs[:-1]), strict=True)
-        leaves, spec = flatten(opened(outputs[-1]))
-        tolerance = self._tolerance(tensors_of(outputs[-1]))
-        for index, whole in enumerate(leaves):
-            row = next(rows) if isinstance(whole, Tensor) else ()
-            if isinstance(whole, Tensor) and whole.is_floating_point():
-                ways = [*self._ways(row, whole)]
-                near = [way for way in ways if _near(way, whole, tolerance)]
-                leaves[index] = next(iter([*near, *ways]), whole)
-        return [*outputs[:-1], pytree.tree_unflatten(leaves, spec)]
+        leaves, spec = flatten(opened(self._outputs[-1]))
+        places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for index, column in zip(places, self._columns, strict=True):
+            if column.ways:
+                leaves[index] = column.ways[column.nearest or 0]
+        return [*self._outputs[:-1], pytree.tree_unflatten(leaves, spec)]
 
-    def backward_differs(self, outputs: Sequence[object]) -> bool:
+    def backward_differs(self) -> bool:
         """Whether a gradient of the whole is something else than those of its parts.
 
-        `outputs` are those that `outputs` found, with no difference.
+        Ask where the outputs do not differ.
         """
-        if treats_samples_alone(self._cell.module) or not self.says:
+        if not self._says or len(self._gradients) < len(self._given):
             return False
-        with suppress(Exception), _as_it_was(self._cell.module), torch.enable_grad():
-            seeds = self._seeds(outputs)
-            found = self._gradients(seeds)
+        found = self._gradients
+        with suppress(Exception):
+            unmatched = [i for i, c in enumerate(self._columns) if c.nearest is None]
+            if any(self._seeds[0][index] is not None for index in unmatched):
+                for index, own in itertools.product(unmatched, self._seeds):
+                    own[index] = None
+                found = self._gradients_again()
             *parts, wholes = found
             pairs = zip(zip(*parts, strict=True), wholes, strict=True)
             if any(self._is_unlike(row, whole) for row, whole in pairs):
-                flat, again = ([*itertools.chain(*g)] for g in (found, self._gradients(seeds)))
+                flat, again = ([*itertools.chain(*g)] for g in (found, self._gradients_again()))
                 return self._are_near(flat, again)
         return False
 
     def _is_unlike(self, parts: Sequence[Tensor], whole: Tensor) -> bool:
         """By norm: the round-off of another kernel may turn single gradients on or off (ReLU)."""
-        ways, allowed = [*self._ways(parts, whole)], _OF_GRADIENTS[self._tolerance([whole])]
+        ways, allowed = [*self._division.ways(parts, whole)], OF_GRADIENTS[self._tolerance([whole])]
         whole = whole.nan_to_num()
         most = allowed * float(whole.norm())
         return bool(ways) and all(float((way.nan_to_num() - whole).norm()) > most for way in ways)
 
-    def _seeds(self, outputs: Sequence[object]) -> list[list[Tensor | None]]:
-        """Gradients for the outputs: random ones of the parts, put together for the whole."""
-        *parts, wholes = map(tensors_of, outputs)
-        generator, columns = torch.Generator().manual_seed(0), list[list[Tensor | None]]()
-        for row, whole in zip(zip(*parts, strict=True), wholes, strict=True):
-            column: list[Tensor | None] = [None] * len(outputs)
-            if whole.is_floating_point():
-                tolerance = self._tolerance([whole])
-                own = [
-                    torch.randn(p.shape, generator=generator, device="cpu").to(whole) for p in row
-                ]
-                ways = zip(self._ways(row, whole), self._ways(own, whole), strict=True)
-                for way, seed in ways:
-                    if column[0] is None and _near(way, whole, tolerance):
-                        column = [*own, seed]
-            columns.append(column)
-        return [list(row) for row in zip(*columns, strict=True)]
-
-    def _gradients(self, seeds: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
-        """Of what the cell is given, by part, and at last of the whole."""
-        found = []
-        for (value, keywords), own in zip(self._given, seeds, strict=True):
-            leaves, spec = flatten(opened(value))
-            leaves = [
-                leaf.detach().requires_grad_()
-                if isinstance(leaf, Tensor) and leaf.is_floating_point()
-                else leaf
-                for leaf in leaves
+    def _seeds_of(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Random gradients of a part's outputs; those of the whole are the parts' put together."""
+        if not self._columns:
+            return [
+                torch.randn(t.shape, generator=self._generator, device="cpu").to(t)
+                if t.is_floating_point()
+                else None
+                for t in outputs
             ]
-            inputs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-            output = self._called(pytree.tree_unflatten(leaves, spec), keywords)
-            loss = sum(  # a scalar: for others torch imports a part of its compiler
-                (tensor * seed).sum()
-                for tensor, seed in zip(tensors_of(output), own, strict=True)
-                if seed is not None and tensor.requires_grad
-            )
-            gradients = torch.autograd.grad(loss, inputs, allow_unused=True)  # type: ignore[arg-type]
-            filled = zip(gradients, inputs, strict=True)
-            found.append([torch.zeros_like(t) if g is None else g for g, t in filled])
+        found: list[Tensor | None] = []
+        for own, column in zip(zip(*self._seeds, strict=True), self._columns, strict=True):
+            ways = () if column.nearest is None else self._division.ways(own, column.whole)
+            found.append(next(itertools.islice(ways, column.nearest, None), None))
+        return found
+
+    def _gradients_again(self) -> list[list[Tensor]]:
+        found = []
+        for given, seeds in zip(self._given, self._seeds, strict=True):
+            inputs, given = _differentiable(given)
+            with torch.enable_grad():
+                found.append(_gradients_of(self._called(*given), seeds, inputs))
         return found
 
     def cause(self, keywords: Mapping[str, object], num_samples: int) -> list[str] | None:
@@ -219,38 +222,47 @@ class Trial:
             *parts, together = map(tensors_of, outputs)
             tolerance = self._tolerance(together)
             pairs = [
-                (torch.cat([*row], self._batch_dim), whole)
+                (torch.cat([*row], self._division.batch_dim), whole)
                 for row, whole in zip(zip(*parts, strict=True), together, strict=True)
-                if whole.is_floating_point() and whole.dim() > self._batch_dim
+                if whole.is_floating_point() and whole.dim() > self._division.batch_dim
             ]
             return bool(pairs) and all(
                 joined.shape == both.shape
-                and both.shape[self._batch_dim] == sum(self._sizes)
-                and _near(joined, both, tolerance)
+                and both.shape[self._division.batch_dim] == sum(self._division.sizes)
+                and near(joined, both, tolerance)
                 for joined, both in pairs
             )
         return False
 
 
-@contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """What `module` can see is afterwards as it was, such as lists to which hooks append."""
-    sight = Sight(named_only=True)
-    before = snapshot(sight, module)
-    before.lend()
-    try:
-        yield
-    finally:
-        before.put_back(snapshot(sight, module))
+def _differentiable(given: Given) -> tuple[list[Tensor], Given]:
+    """`given` with its value's tensors as leaves that require gradients, and those leaves."""
+    leaves, spec = flatten(opened(given[0]))
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaves[index] = leaf.detach().requires_grad_()
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return inputs, (pytree.tree_unflatten(leaves, spec), given[1])
+
+
+def _gradients_of(
+    output: object, seeds: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    with torch.enable_grad():
+        loss = sum(  # a scalar: for others torch imports a part of its compiler
+            (tensor * seed).sum()
+            for tensor, seed in zip(tensors_of(output), seeds, strict=True)
+            if seed is not None and tensor.requires_grad
+        )
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)  # type: ignore[arg-type]
+    filled = zip(gradients, inputs, strict=True)
+    return [torch.zeros_like(tensor) if g is None else g for g, tensor in filled]
 
 
 def fresh(value: object) -> object:
     """`value` with copies of its tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
     leaves, spec = flatten(opened(value))
     copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(copies, spec)
-
-
-def _near(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    atol = tolerance * float(other.abs().max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=tolerance, atol=atol, equal_nan=True)

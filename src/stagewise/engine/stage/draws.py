@@ -58,6 +58,7 @@ def _numpy_position() -> object:
     return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
 
 
+_Reading = tuple[Source, Callable[[], object], object]  # how a state was read, and the state
 PYTHON = Source("Python's random", random.getstate, random.seed, random.setstate)
 NUMPY = Source(
     "numpy.random",
@@ -86,9 +87,8 @@ class Draws:
         self._codes = [*codes]
         self._sources: tuple[Source, ...] | None = None
         self._drawn: list[Source] = []
-        self._seeded: list[tuple[Source, object]] = []  # with their states, while watching
-        # At the beginning of the call: how each state was read, and the state.
-        self._states: list[tuple[Source, Callable[[], object], object]] = []
+        self._seeded: list[_Reading] = []  # since the last `enter`, while watching
+        self._states: list[_Reading] = []  # at the beginning of the call
         self._watching = False
         self.active = False  # whether `enter` has anything to do
 
@@ -106,11 +106,12 @@ class Draws:
         self.look()
         for source in self._all():
             source.seed(number)
-            self._seeded.append((source, source.read()))
+            read = source.moved or source.read
+            self._seeded.append((source, read, read()))
 
     def look(self) -> list[Source]:
         """Return the sources that moved since `enter`, and record them as drawn from."""
-        moved = [source for source, state in self._seeded if not _same(state, source.read())]
+        moved = [source for source, read, state in self._seeded if not _same(state, read())]
         self._drawn += [source for source in moved if source not in self._drawn]
         self._seeded.clear()
         return moved
@@ -127,7 +128,7 @@ class Draws:
         found: list[Source] = []
         self._watching = watch
         self.active = watch or bool(self._drawn)
-        sources = self._all() if watch or guard else self._drawn
+        sources = self._all() if watch or guard or undo else self._drawn
         whole = undo or watch  # states are put back
         states = self._states = []
         for source in sources:
@@ -137,7 +138,7 @@ class Draws:
         try:
             yield found
             self.look()
-            found += self.late()
+            found += self.late() if guard else ()
         finally:
             self._states = []
             self._watching, self.active = False, bool(self._drawn)
@@ -167,7 +168,7 @@ _BOUND = MethodType, BuiltinFunctionType  # bound methods, whose generator is `_
 
 def _own(codes: Sequence[object]) -> Iterator[Source]:
     modules = [code for code in codes if isinstance(code, nn.Module)]
-    values = [node.value for node in Sight(named_only=True).walk(*modules)]
+    values = [node.value for node in (Sight(named_only=True).walk(*modules) if modules else ())]
     values += [code for code in codes if not isinstance(code, nn.Module)]
     values += [value.__self__ for value in values if isinstance(value, _BOUND)]
     inside = [*itertools.chain.from_iterable(map(_inside, values))]

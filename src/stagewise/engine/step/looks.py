@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Microbatches
 from stagewise.engine.looks.counting import extremes, left_out, most_unlike, values_in
-from stagewise.engine.looks.first_look import FirstLook
+from stagewise.engine.looks.first_look import MOST_PAIRS, FirstLook
 from stagewise.engine.looks.mixing import MixingLook
 from stagewise.engine.stage.draws import Source
 from stagewise.engine.stage.gradient import gradients_aside
@@ -45,22 +45,32 @@ from stagewise.errors import ExactnessWarning
 from stagewise.model.added_losses import LossCollector
 from stagewise.model.cell import Cell, Chain
 from stagewise.model.forward.carried import Carried, WatchedCode
-from stagewise.model.forward.users_code import warn_user
+from stagewise.model.forward.users_code import is_stock, warn_user
 from stagewise.model.forward.visible import Sight
 
 _FREE_LOOKS, _LOOKS_PER_OCTAVE = 8, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CallLook:
-    """Looks at one call: at what its losses are, and at what its code carries over."""
+    """Looks at one call: at its losses, at what its code carries over, at whether cells mix."""
 
-    first: FirstLook
+    losses: FirstLook
     carried: Carried
+    mixing: MixingLook | None = None
+    _stock: dict[int, bool] = field(default_factory=dict)  # by cell: only torch's layers run in it
+
+    @property
+    def found(self) -> dict[str, tuple[int, str]]:
+        """By what is wrong: how badly, and in words."""
+        mixing = {} if self.mixing is None else self.mixing.found
+        others = {what: (0, text) for what, text in (mixing | self.carried.found).items()}
+        return self.losses.found | others
 
     def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
         """Call before `cells` run on what they are given of microbatch m."""
-        self.first.stage_begins(cells, run, given, m)
+        if self.mixing is not None:
+            self.mixing.stage_begins(cells, run, given, m)
 
     def cells(
         self,
@@ -74,22 +84,31 @@ class CallLook:
         stage = calls[0][0].index
         if last is not None:
             self.carried.last_stage = stage
-        watched = []
+        watched: list[tuple[Cell, CellForward]] = []
         for cell, forward in calls:
-            code = WatchedCode(cell.index, stage, f"cell {cell.name!r}", cell.module)
-            rerun = partial(_restored, again, cell.index, m, cell.module)
-            watched.append((cell, self.carried.watched(code, forward, rerun, compared)))
-        return self.first.cells(watched, collector, m, last)
+            if cell.index not in self._stock:
+                self._stock[cell.index] = is_stock(cell.module)
+            run = forward
+            if not self._stock[cell.index]:
+                code = WatchedCode(cell.index, stage, f"cell {cell.name!r}", cell.module)
+                rerun = partial(_restored, again, cell.index, m, cell.module)
+                run = self.carried.watched(code, forward, rerun, compared)
+            if cell is last or not self._stock[cell.index]:
+                run = self.losses.watched(cell, run, collector, m, is_last=cell is last)
+            watched.append((cell, run))
+        return watched
 
     def loss(self, loss: Loss, m: int, again: Again) -> Loss:
         """`loss`, looking at what it is called with: the output, and perhaps a target."""
-        code = WatchedCode(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
-        rerun = partial(_restored, again, LOSS_CELL, m, loss)
-        run = self.carried.watched(code, loss, rerun, compared)
+        run: Callable[..., object] = loss
+        if not is_stock(loss):
+            code = WatchedCode(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
+            rerun = partial(_restored, again, LOSS_CELL, m, loss)
+            run = self.carried.watched(code, loss, rerun, compared)
 
         def watched(output: object, *target: object) -> Losses:
             value = run(output, *target)
-            self.first.loss_ran(loss, m, output, list(target))
+            self.losses.loss_ran(loss, m, output, list(target))
             return value  # type: ignore[return-value]
 
         return watched
@@ -154,40 +173,40 @@ class Looks:
         seen, batch = self._seen[request.mode], (request.inputs, request.target, request.keywords)
         if not seen.is_new(admitted.signature, _extremes(batch)) or _has_sizes(batch):
             return None
-        mixing = None
-        if seen.num_calls == 1 or seen.num_calls >= _FREE_LOOKS:
+        is_first, mixing = seen.num_calls == 1, None
+        if is_first or seen.num_calls >= _FREE_LOOKS:
             mixing = MixingLook(
                 sizes,
                 request.batch_dim,
                 request.keywords,
                 with_backward=request.mode is Mode.TRAIN,
             )
-        first = FirstLook(
+        losses = FirstLook(
             sizes,
             request.batch_dim,
             weight=self._count.weight,
             sums_losses=self._count.sums,
             loss=None if request.mode is Mode.PREDICT else self._loss,
             unlike=most_unlike([*zip(*filter(None, (parts.targets, parts.keywords)), strict=True)]),
-            mixing=mixing,
+            num_pairs=MOST_PAIRS if is_first else 1,
         )
-        return CallLook(first, Carried(sights=self._sights, is_first=seen.num_calls == 1))
+        carried = Carried(sights=self._sights, is_first=is_first)
+        return CallLook(losses=losses, carried=carried, mixing=mixing)
 
     def _at_one(self, request: Request, sizes: Sequence[int]) -> CallLook | None:
         """A first call of one microbatch shows what its cells leave for those of other ranks."""
         if not self.elsewhere or request.mode in self._seen or request.mode in self._at_ones:
             return None
         self._at_ones.add(request.mode)
-        first = FirstLook(sizes, request.batch_dim, weight=None, sums_losses=False, loss=None)
-        return CallLook(first, Carried(sights=self._sights, is_first=True))
+        losses = FirstLook(sizes, request.batch_dim, weight=None, sums_losses=False, loss=None)
+        return CallLook(losses=losses, carried=Carried(sights=self._sights, is_first=True))
 
     def warn(self, work: Work, late: Sequence[Source]) -> None:
         """Say what is wrong with a call that is over, and what cells began to draw from."""
-        found = {}
+        found: dict[str, tuple[int, str]] = {}
         if isinstance(work.look, CallLook):
-            found = {**work.look.first.found}
             work.look.carried.look_elsewhere(self.elsewhere)
-            found |= {what: (0, text) for what, text in work.look.carried.found.items()}
+            found |= work.look.found
         for name, own in work.record.partial.items():
             found[f"partial {name}"] = 0, _partial(name, own, work)
         if text := self._over_nothing(work):

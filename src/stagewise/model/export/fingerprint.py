@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from stagewise.model.forward.contents import PLAIN, Frozen, can_hold
-from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight, is_own, names_in
+from stagewise.model.forward.users_code import HOOKS_FOR_ALL
+from stagewise.model.forward.visible import Node, Sight, is_own, names_in
 
 _OWN = ("stagewise.batch.", "stagewise.model.")  # code that decides the form of an entry
 _SALTED = {"._original_object_hash"}  # differs per process: transformers' GenerationConfig

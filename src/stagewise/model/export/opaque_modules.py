@@ -21,8 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from stagewise.errors import ModelError
+from stagewise.model.forward.users_code import HOOKS
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -128,10 +128,10 @@ def check_hooks(model: nn.Module) -> None:
 def opaque(leaves: dict[str, nn.Module]) -> Iterator[dict[int, LeafCall]]:
     """Trace inside: calls of `leaves` become operators; yields the calls by number."""
     calls: dict[int, LeafCall] = {}
-    kept = {path: {name: getattr(leaf, name) for name in _HOOKS} for path, leaf in leaves.items()}
+    kept = {path: {name: getattr(leaf, name) for name in HOOKS} for path, leaf in leaves.items()}
     forwards = {path: leaf.__dict__.get("forward") for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
-        for name in _HOOKS:  # they run when the module is called
+        for name in HOOKS:  # they run when the module is called
             setattr(leaf, name, type(kept[path][name])())
         leaf.__dict__["forward"] = _marked(path, leaf, calls)
     try:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -101,18 +102,18 @@ class Carried:
     def _kept(self, code: WatchedCode, first: _Run, second: _Run) -> Iterator[tuple[str, str]]:
         """Yield problems with state that the code keeps for itself."""
         own = changed(first.before, first.after) | changed(second.before, second.after)
-        now = second.after
+        now, take = second.after, partial(self._snapshot, code)
         if first.differs is None or second.differs is None or not (own or self.is_first):
             return
-        with self._put_back(code, now):
+        with now.kept(take):
             first.before.put(changed(first.before, now) - own, now)
             follows = first.differs()
-            last = self._snapshot(code)
+            last = take()
         # Not a cache, which the first forward of a form fills; the one just now has no graph.
         again = changed(second.before, second.after) & changed(now, last)
         again &= changed(first.after, last)
         if own and not follows:
-            with self._put_back(code, now), contextlib.suppress(Exception):
+            with now.kept(take), contextlib.suppress(Exception):
                 first.before.put(own, now)
                 follows = second.differs()
         if follows:
@@ -146,7 +147,7 @@ class Carried:
     ) -> bool:
         assert own.differs is not None
         for state in states:
-            with self._put_back(code, own.after):
+            with own.after.kept(partial(self._snapshot, code)):
                 state.put(keys, own.after)
                 try:
                     if own.differs():
@@ -178,15 +179,6 @@ class Carried:
             for other, slot in map(left.__getitem__, keys):
                 text = _leaves(other.name, (slot.name,), f"{name} of another rank", sure=False)
                 self.found.setdefault(f"{other.name} leaves {slot.name}", text)
-
-    @contextlib.contextmanager
-    def _put_back(self, code: WatchedCode, now: Snapshot) -> Iterator[None]:
-        """Experiment inside; restore the visible state `now` afterwards."""
-        now.lend()
-        try:
-            yield
-        finally:
-            now.put_back(self._snapshot(code))
 
 
 def _versions(given: object) -> list[int]:

@@ -10,6 +10,7 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CellType, FunctionType, ModuleType
 from typing import Any
@@ -20,7 +21,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.model.forward.contents import PLAIN, Frozen, Item, frozen
-from stagewise.model.forward.visible import HOOKS, Node, Sight, stored_in
+from stagewise.model.forward.users_code import HOOKS
+from stagewise.model.forward.visible import Node, Sight, stored_in
 
 Key = tuple[int, object]  # the holder's id, and the name in it
 _ABSENT = object()
@@ -72,26 +74,27 @@ class Snapshot:
             elif key in now.slots:
                 now.slots[key].write(_ABSENT)
 
-    def lend(self) -> None:
-        """Write copies into all slots, so that in-place changes affect only those."""
+    @contextmanager
+    def kept(self, now: Callable[[], "Snapshot"]) -> Iterator[None]:
+        """Experiment inside, on copies; restore all slots afterwards. `now` takes a snapshot."""
         for slot in self.slots.values():
             if slot.copy is not slot.value:
                 slot.write(slot.fresh())
+        try:
+            yield
+        finally:
+            after = now()
+            for key in changed(self, after) - self.slots.keys():
+                after.slots[key].write(_ABSENT)
+            for key, slot in self.slots.items():
+                if key not in after.slots or after.slots[key].value is not slot.value:
+                    slot.write(slot.value)
 
-    def put_back(self, now: "Snapshot") -> None:
-        """Restore all slots; `now` is the current snapshot."""
-        for key in changed(self, now):
-            if key not in self.slots:
-                now.slots[key].write(_ABSENT)
-        for key, slot in self.slots.items():
-            if key not in now.slots or now.slots[key].value is not slot.value:
-                slot.write(slot.value)
 
-
-def snapshot(sight: Sight, code: Any) -> Snapshot:
-    """Return the current slots that `code`, a module or a function, can write to."""
+def snapshot(sight: Sight, *codes: Any) -> Snapshot:
+    """Return the current slots that `codes`, modules or functions, can write to."""
     found, holders = dict[Key, Slot](), set[int]()
-    for node in sight.walk(code):
+    for node in sight.walk(*codes):
         holders.update(map(id, _stores(node.value)))
         for key, slot in _in_node(node):
             found.setdefault(key, slot)

@@ -7,11 +7,18 @@ import contextlib
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import BuiltinFunctionType, FrameType, FunctionType, TracebackType
 
 import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
 
 TORCH = Path(torch.__file__).parent
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS_FOR_ALL = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
 _OURS = Path(__file__).parents[2]  # the package
 _ZOO = str(_OURS / "models")
 _OTHERS = (f"{TORCH}/", f"{_OURS}/", "<")  # "<": generated code
@@ -25,6 +32,32 @@ def is_users(file: str) -> bool:
 def is_torchs(file: str) -> bool:
     """Return whether a file is torch's."""
     return file.startswith(_OTHERS[0])
+
+
+def is_stock(code: object) -> bool:
+    """Whether only torch's own layers or functions run in `code`; these keep buffers at most."""
+    if not isinstance(code, nn.Module):
+        return _is_torchs_function(code)
+    anywhere = any(getattr(torch_module, hooks) for hooks in HOOKS_FOR_ALL)
+    return not anywhere and all(map(_is_stock_layer, code.modules()))
+
+
+def _is_stock_layer(layer: nn.Module) -> bool:
+    own, kind = vars(layer), type(layer)
+    return (
+        kind.__module__.startswith("torch.nn.modules.")
+        and kind.forward.__module__.startswith("torch.nn.modules.")  # not replaced
+        and "forward" not in own
+        and not any(own[hooks] for hooks in HOOKS)
+        and all(_is_torchs_function(value) for value in own.values() if callable(value))
+    )
+
+
+def _is_torchs_function(value: object) -> bool:
+    """Such as a loss function, or the activation that a layer was given."""
+    return isinstance(value, FunctionType | BuiltinFunctionType) and (
+        value.__module__ in ("torch", "torch.nn.functional", "torch._C._nn")
+    )
 
 
 def users_frame(frame: FrameType | None) -> FrameType | None:

@@ -24,13 +24,8 @@ from typing import Any
 from torch import nn
 
 from stagewise.model.forward.contents import PLAIN, Item, can_hold, contents, frozen, is_fixed
-from stagewise.model.forward.users_code import is_users
+from stagewise.model.forward.users_code import HOOKS, is_users
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-HOOKS_FOR_ALL = (
-    *("_global_forward_hooks", "_global_forward_pre_hooks"),
-    *("_global_backward_hooks", "_global_backward_pre_hooks"),
-)
 # nn.Module's own bookkeeping, on which no computation of forward depends.
 _BOOKKEEPING = {
     *("_parameters", "_buffers", "_modules", "training", *HOOKS),
@@ -191,14 +186,16 @@ class Sight:
                 value = function.__globals__[name]
                 found.append((f" {name}", value))
                 if isinstance(value, ModuleType):
-                    own = is_own(getattr(value, "__file__", None) or "<")
-                    found += [
-                        (f" {name}.{n}", item)
-                        for n, item in sorted(vars(value).items())
-                        if (n in names or (own and self._may_name(n)))
-                        and (own or isinstance(item, PLAIN))
-                    ]
+                    found += self._of_import(name, value, names)
         return found
+
+    def _of_import(self, name: str, module: ModuleType, names: frozenset[str]) -> list[Item]:
+        held = vars(module)
+        if is_own(getattr(module, "__file__", None) or "<"):
+            used = [n for n in held if n in names or self._may_name(n)]
+        else:
+            used = [n for n in names & held.keys() if isinstance(held[n], PLAIN)]
+        return [(f" {name}.{n}", held[n]) for n in sorted(used)]
 
 
 def _with_nested(code: CodeType) -> Iterator[CodeType]:

@@ -14,7 +14,8 @@ from torch.nn.modules import module as torch_module
 
 from stagewise.model.forward.contents import PLAIN, Frozen
 from stagewise.model.forward.library import Library
-from stagewise.model.forward.visible import HOOKS_FOR_ALL, Node, Sight
+from stagewise.model.forward.users_code import HOOKS_FOR_ALL
+from stagewise.model.forward.visible import Node, Sight
 
 Place = tuple[str, str]  # the holder's path, and the item's label in it
 Tokens = Mapping[Place, object]

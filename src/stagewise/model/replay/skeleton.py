@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from stagewise.errors import CellError, ModelError
+from stagewise.model.forward.users_code import HOOKS
 
 Block = Callable[[int, tuple[object, ...], dict[str, object]], object]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Skeleton:
@@ -55,7 +55,7 @@ class Skeleton:
         self.block: Block | None = None
         for index, path in enumerate(paths):
             module = self.model.get_submodule(path)
-            for hooks in _HOOKS:
+            for hooks in HOOKS:
                 setattr(module, hooks, OrderedDict())
             module.forward = _StandIn(self, index, path)
         modules = list(self.model.modules())
