@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 
 from stagewise.engine.watch.now import Now
-from stagewise.engine.watch.watchdog import FAILURE, WAITS, Watchdog
+from stagewise.engine.watch.watchdog import FAILURE, HANGS_EXIT_CODE, WAITS, Watchdog
 from stagewise.schedule import Instruction, Kind, Message
 
 SECONDS = 20
@@ -94,7 +94,7 @@ def test_a_rank_that_hangs_after_a_failure_is_ended(monkeypatch: pytest.MonkeyPa
     with contextlib.redirect_stderr(stderr), watched([Now(call="step"), Now()], store):
         store.set(FAILURE, "rank 1: ValueError: no more")
         assert waiting_for(lambda: bool(ended))
-    assert set(ended) == {1}
+    assert set(ended) == {HANGS_EXIT_CODE}
     assert "the run has failed (rank 1: ValueError: no more)" in stderr.getvalue()
 
 

@@ -13,7 +13,7 @@ from stagewise.engine.watch.now import ANY, Now
 
 _MOST_ROWS, _FRAMES = 16, 5
 _PACKAGE = str(Path(__file__).parents[2])
-_LIBRARY = (_PACKAGE, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+_LIBRARY = ("<frozen ", _PACKAGE, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
 @dataclass(frozen=True)

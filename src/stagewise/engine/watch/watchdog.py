@@ -27,7 +27,7 @@ FAILURE = "stagewise/failure"  # in the store: why the first rank failed
 WAITS = "stagewise/waits"  # in the store: who was waited for when nothing happened last
 MOST_PATIENCE = 60.0  # seconds without progress before the first alarm
 _ANSWER_SECONDS = 3.0  # for others to answer
-_FAILURE_EXIT_CODE = 1
+HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs after another has failed
 
 
 class Watchdog:
@@ -112,7 +112,7 @@ class Watchdog:
             own = state_in_words(self._rank, Report.of(self._now, seconds))
             _print(f"{own}; the run has failed ({cause}), so this process is ended")
             sys.stdout.flush()
-            os._exit(_FAILURE_EXIT_CODE)
+            os._exit(HANGS_EXIT_CODE)
 
 
 def _print(text: str, title: str = "stagewise: ") -> None:

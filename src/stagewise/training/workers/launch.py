@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from stagewise.engine.watch.watchdog import HANGS_EXIT_CODE
 from stagewise.errors import PeerError, StagewiseError, UsageError
 from stagewise.training.workers.environment import (
     STOP_FILE,
@@ -134,8 +135,8 @@ def _first_cause(failures: Mapping[int, ProcessFailure]) -> StagewiseError:
     def importance(rank: int) -> tuple[bool, bool, int, int]:
         failure, text = failures[rank], _text(failures[rank])
         only_reports = text.startswith(PeerError.__name__) or _CONNECTION_LOST in text
-        was_stopped_by_us = failure.exitcode == -signal.SIGTERM
-        return was_stopped_by_us, only_reports, failure.timestamp, rank
+        was_ended = failure.exitcode in (-signal.SIGTERM, HANGS_EXIT_CODE)  # as others had failed
+        return was_ended, only_reports, failure.timestamp, rank
 
     rank = min(failures, key=importance)
     failure = failures[rank]
