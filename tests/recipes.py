@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 TINY = """
@@ -38,7 +39,9 @@ def optimizer(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2)
 """
 
-SECONDS = 60  # the hard limit of every process here
+RunHere = Callable[..., tuple[int, str, str]]  # the fixture of `tests/cli/conftest.py`
+
+SECONDS = 100  # the hard limit of every process here
 
 
 def write_recipe(directory: Path, *changes: tuple[str, str], name: str = "tiny.py") -> Path:

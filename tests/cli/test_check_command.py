@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stagewise.schedule import POLICIES, SCHEDULES
-from tests.recipes import run_command, write_recipe
+from tests.recipes import RunHere, run_command, write_recipe
 
 
 def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
@@ -22,13 +22,12 @@ def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("runs*")), "a check leaves nothing behind"
 
 
-def test_a_loss_that_is_a_sum_fails(tmp_path: Path) -> None:
+def test_a_loss_that_is_a_sum_fails(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(
         tmp_path, ("mse_loss(output, target)", "mse_loss(output, target, reduction='sum')")
     )
-    code, out, err = run_command(
-        *("check", recipe, "--stages", "2,3", "--schedule", "gpipe", "--recompute", "never"),
-        cwd=tmp_path,
+    code, out, err = run_here(
+        *("check", recipe, "--stages", "2,3", "--schedule", "gpipe", "--recompute", "never")
     )
     assert (code, err) == (1, "")
     assert "FAILED: loss, gradient 0.0.weight" in out
@@ -54,10 +53,10 @@ def test_what_a_cell_carries_over_is_a_warning(tmp_path: Path) -> None:
     assert err.startswith("warning: cell '3' changes calls in every") and err.count("\n") == 1
 
 
-def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
+def test_a_schedule_of_ones_own(tmp_path: Path, run_here: RunHere) -> None:
     (tmp_path / "mine.txt").write_text("0F0 0F1 2F0 2B0 2F1 0B0 2B1 0B1\n1F0 1F1 1B0 1B1\n")
     arguments = ("--schedule", "mine.txt", "--recompute", "never", "--double")
-    code, out, err = run_command("check", write_recipe(tmp_path), *arguments, cwd=tmp_path)
+    code, out, err = run_here("check", write_recipe(tmp_path), *arguments)
     assert (code, err) == (0, "")
     assert "mine.txt, 3, 2, never" in out and "ok: 1 pipelined run " in out
 
@@ -75,16 +74,16 @@ def test_a_schedule_of_ones_own(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_one_line(
-    tmp_path: Path, arguments: tuple[str, str], message: str
+    tmp_path: Path, run_here: RunHere, arguments: tuple[str, str], message: str
 ) -> None:
-    code, out, err = run_command("check", write_recipe(tmp_path), *arguments, cwd=tmp_path)
+    code, out, err = run_here("check", write_recipe(tmp_path), *arguments)
     assert (code, out) == (2, "")
     assert message in err and err.count("\n") == 1
 
 
-def test_an_error_in_the_model_names_the_recipes_line(tmp_path: Path) -> None:
+def test_an_error_in_the_model_names_the_recipes_line(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path, ("nn.Linear(WIDTH, 1)", "nn.Linear(3, 1)"))
-    code, _, err = run_command("check", recipe, cwd=tmp_path)
+    code, _, err = run_here("check", recipe)
     assert code == 2
     assert "a training step failed in" in err and "mat1 and mat2" in err
 
@@ -109,10 +108,10 @@ def model():
 def unused():"""
 
 
-def test_a_recipe_that_names_its_cells(tmp_path: Path) -> None:
+def test_a_recipe_that_names_its_cells(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path, ("def model():", BRANCHING))
     arguments = ("--stages", "1,2", "--schedule", "gpipe,1f1b", "--recompute", "never", "--double")
-    code, out, err = run_command("check", recipe, *arguments, cwd=tmp_path)
+    code, out, err = run_here("check", recipe, *arguments)
     assert (code, err) == (0, "")
     assert "gradient head.bias" in out
     assert "ok: 4 pipelined runs equal the plain model within round-off" in out

@@ -7,7 +7,7 @@ import pytest
 
 import stagewise
 from stagewise.planning import bottleneck_seconds
-from tests.recipes import run_command, write_recipe
+from tests.recipes import RunHere, run_command, write_recipe
 
 
 def test_json_is_a_plan_with_predictions(tmp_path: Path) -> None:
@@ -22,10 +22,10 @@ def test_json_is_a_plan_with_predictions(tmp_path: Path) -> None:
     assert predicted["parameter_bytes"] == [c.parameter_bytes for c in plan.stage_costs]
 
 
-def test_replicas_share_the_load(tmp_path: Path) -> None:
+def test_replicas_share_the_load(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
     arguments = ("--replicas", "1,2", "--microbatches", "4", "--json")
-    code, out, err = run_command("plan", recipe, *arguments, cwd=tmp_path)
+    code, out, err = run_here("plan", recipe, *arguments)
     assert (code, err) == (0, "")
     plan = stagewise.Plan.from_json(out)
     assert plan.replicas == (1, 2) and plan.built_schedule.placement == ((0,), (1, 2))
@@ -43,20 +43,20 @@ def test_replicas_share_the_load(tmp_path: Path) -> None:
     assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 3
 
 
-def test_tables(tmp_path: Path) -> None:
+def test_tables(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
-    code, out, err = run_command(
-        "plan", recipe, "--stages", "1", "--balance", "10", "--schedule", "gpipe", cwd=tmp_path
+    code, out, err = run_here(
+        "plan", recipe, "--stages", "1", "--balance", "10", "--schedule", "gpipe"
     )
     assert (code, err) == (0, "")
     for expected in ("forward", "peak activations", "stage 0: 10 cells (0.0 to 3)", "predicted:"):
         assert expected in out
 
 
-def test_several_stages_on_each_device(tmp_path: Path) -> None:
+def test_several_stages_on_each_device(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
     arguments = ("--schedule", "interleaved_v", "--stages", "6", "--devices", "2")
-    code, out, err = run_command("plan", recipe, *arguments, "--json", cwd=tmp_path)
+    code, out, err = run_here("plan", recipe, *arguments, "--json")
     assert (code, err) == (0, "")
     plan = stagewise.Plan.from_json(out)
     assert (plan.num_stages, plan.num_devices, plan.stages_per_device) == (6, 2, 3)
@@ -64,15 +64,15 @@ def test_several_stages_on_each_device(tmp_path: Path) -> None:
     assert len(json.loads(out)["predicted"]["peak_activation_bytes"]) == 2
 
 
-def test_a_model_on_the_meta_device_is_cut_by_size(tmp_path: Path) -> None:
+def test_a_model_on_the_meta_device_is_cut_by_size(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 8\nmeta = True"))
-    code, out, err = run_command("plan", recipe, "--stages", "1", cwd=tmp_path)
+    code, out, err = run_here("plan", recipe, "--stages", "1")
     assert (code, err) == (0, "")
     assert "stage 0: 10 cells (0 to 9)" in out
     assert "predicted: nothing, because a model on the meta device cannot be measured" in out
 
 
-def test_more_stages_than_cells(tmp_path: Path) -> None:
-    code, _, err = run_command("plan", write_recipe(tmp_path), "--stages", "11", cwd=tmp_path)
+def test_more_stages_than_cells(tmp_path: Path, run_here: RunHere) -> None:
+    code, _, err = run_here("plan", write_recipe(tmp_path), "--stages", "11")
     assert code == 2
     assert "use at most 10 stages" in err

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 import stagewise
-from tests.recipes import run_command, write_recipe
+from tests.recipes import RunHere, write_recipe
 
 AUTO = ("--schedule", "auto", "--microbatches", "auto", "--recompute", "auto")
 
 
-def test_json_is_a_plan_that_trains(tmp_path: Path) -> None:
+def test_json_is_a_plan_that_trains(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
-    code, out, err = run_command("plan", recipe, "--devices", "2", *AUTO, "--json", cwd=tmp_path)
+    code, out, err = run_here("plan", recipe, "--devices", "2", *AUTO, "--json")
     assert (code, err) == (0, "")
     plan, found = stagewise.Plan.from_json(out), json.loads(out)["search"]
     assert plan.num_devices == 2
@@ -25,20 +25,18 @@ def test_json_is_a_plan_that_trains(tmp_path: Path) -> None:
     assert all(each["what"] and each["reason"] for each in found["rejected"])
 
     (tmp_path / "plan.json").write_text(out)
-    code, out, err = run_command(
-        *("train", recipe, "--plan", "plan.json", "--steps", "2", "--validate-every", "0"),
-        cwd=tmp_path,
+    code, out, err = run_here(
+        *("train", recipe, "--plan", "plan.json", "--steps", "2", "--validate-every", "0")
     )
     assert code == 0, err
     assert "continue with: stagewise train" in out and "--plan plan.json" in out
 
 
-def test_one_screen_says_what_to_decide(tmp_path: Path) -> None:
+def test_one_screen_says_what_to_decide(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
-    code, out, err = run_command(
+    code, out, err = run_here(
         *("plan", recipe, "--devices", "2", "--device", "h100", "--memory", "1GB"),
         *("--schedule", "auto", "--microbatches", "2,4"),
-        cwd=tmp_path,
     )
     assert (code, err) == (0, "")
     for expected in (
@@ -52,10 +50,10 @@ def test_one_screen_says_what_to_decide(tmp_path: Path) -> None:
         assert expected in out
 
 
-def test_for_a_device_that_is_not_here(tmp_path: Path) -> None:
+def test_for_a_device_that_is_not_here(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
-    code, out, err = run_command(
-        *("plan", recipe, "--devices", "4", "--device", "h100", *AUTO, "--json"), cwd=tmp_path
+    code, out, err = run_here(
+        *("plan", recipe, "--devices", "4", "--device", "h100", *AUTO, "--json")
     )
     assert (code, err) == (0, "")
     plan, found = stagewise.Plan.from_json(out), json.loads(out)["search"]
@@ -75,13 +73,15 @@ def test_for_a_device_that_is_not_here(tmp_path: Path) -> None:
         (("--schedule", "auto", "--devices", "64", "--device", "h100"), "cannot fill 64 devices"),
     ],
 )
-def test_mistakes(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    code, out, err = run_command("plan", write_recipe(tmp_path), *arguments, cwd=tmp_path)
+def test_mistakes(
+    tmp_path: Path, run_here: RunHere, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run_here("plan", write_recipe(tmp_path), *arguments)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_a_saved_plan_leaves_nothing_else_to_say(tmp_path: Path) -> None:
+def test_a_saved_plan_leaves_nothing_else_to_say(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
     plan = stagewise.Plan(balance=(5, 5), schedule="gpipe", num_microbatches=2)
     (tmp_path / "plan.json").write_text(plan.to_json())
@@ -90,5 +90,5 @@ def test_a_saved_plan_leaves_nothing_else_to_say(tmp_path: Path) -> None:
         (("--plan", "none.json"), "the plan none.json cannot be read"),
         (("--plan", str(recipe)), "this is not a plan"),
     ):
-        code, _, err = run_command("train", recipe, *arguments, cwd=tmp_path)
+        code, _, err = run_here("train", recipe, *arguments)
         assert code == 2 and message in err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes import Command, log_of, run_command, write_recipe
+from tests.recipes import Command, RunHere, log_of, run_command, write_recipe
 
 SMALL = ("--microbatches", "4", "--validate-every", "0")
 
@@ -15,7 +15,7 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [record for record in log_of(run) if "loss" in record]
 
 
-def test_two_workers_train_and_what_they_leave(tmp_path: Path) -> None:
+def test_two_workers_train_and_what_they_leave(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
     code, out, err = run_command("train", recipe, "--steps", "10", *SMALL, cwd=tmp_path)
     assert (code, err) == (0, "")
@@ -27,43 +27,41 @@ def test_two_workers_train_and_what_they_leave(tmp_path: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
 
     # One process gives the same losses, bit for bit; its run gets a directory of its own.
-    code, _, err = run_command(
-        "train", recipe, "--stages", "1", "--steps", "10", *SMALL, cwd=tmp_path
-    )
+    code, _, err = run_here("train", recipe, "--stages", "1", "--steps", "10", *SMALL)
     assert (code, err) == (0, "")
     assert losses(tmp_path / "runs/tiny-2") == losses(run)
 
 
-def test_a_schedule_of_ones_own_trains_alike(tmp_path: Path) -> None:
+def test_a_schedule_of_ones_own_trains_alike(tmp_path: Path, run_here: RunHere) -> None:
     """Four stages on two workers, from a file; and in one process, by name, as 1f1b."""
     recipe = write_recipe(tmp_path)
     arguments = ("--schedule", "interleaved", "--devices", "2", "--microbatches", "4")
-    code, text, _ = run_command("simulate", *arguments, "--text", cwd=tmp_path)
+    code, text, _ = run_here("simulate", *arguments, "--text")
     (tmp_path / "mine.txt").write_text(text)
     own = ("--schedule", "mine.txt", "--steps", "3", "--validate-every", "0")
-    code, out, err = run_command("train", recipe, *own, cwd=tmp_path)
+    code, out, err = run_here("train", recipe, *own)
     assert (code, err) == (0, "")
     assert "stage 3:" in out and "peak activations, device 1" in out
     assert "--schedule mine.txt --steps 6 --validate-every 0 --resume runs/tiny" in out
     one = ("--devices", "1", "--steps", "3", *SMALL)
-    assert run_command("train", recipe, *one, cwd=tmp_path)[0] == 0
+    assert run_here("train", recipe, *one)[0] == 0
     assert losses(tmp_path / "runs/tiny-2") == losses(tmp_path / "runs/tiny")
 
 
-def test_replicas_train_alike(tmp_path: Path) -> None:
+def test_replicas_train_alike(tmp_path: Path, run_here: RunHere) -> None:
     """Two microbatches on two devices: a sum of two has one order, so the very same losses."""
     recipe = write_recipe(tmp_path)
     more = ("--microbatches", "2", "--steps", "3", "--validate-every", "0")
-    code, out, err = run_command("train", recipe, "--replicas", "2", *more, cwd=tmp_path)
+    code, out, err = run_here("train", recipe, "--replicas", "2", *more)
     assert (code, err) == (0, "")
     assert "stage 0: 10 cells" in out and "peak activations, device 1" in out
     assert "--replicas 2 --microbatches 2 --steps 6 --validate-every 0 --resume runs/tiny" in out
     one = ("train", recipe, "--devices", "1", *more)
-    assert run_command(*one, cwd=tmp_path)[0] == 0
+    assert run_here(*one)[0] == 0
     assert losses(tmp_path / "runs/tiny-2") == losses(tmp_path / "runs/tiny")
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
     with Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path) as command:
         command.read_until("step 10/")
@@ -78,12 +76,10 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     assert [record["step"] for record in losses(run)] == list(range(1, stopped_at + 1))
 
     steps = str(stopped_at + 5)
-    code, _, err = run_command(
-        "train", recipe, "--steps", steps, *SMALL, "--resume", "runs/tiny", cwd=tmp_path
-    )
+    code, _, err = run_here("train", recipe, "--steps", steps, *SMALL, "--resume", "runs/tiny")
     assert (code, err) == (0, "")
     whole = ("train", recipe, "--stages", "1", "--steps", steps, "--out", "whole", *SMALL)
-    assert run_command(*whole, cwd=tmp_path)[0] == 0
+    assert run_here(*whole)[0] == 0
     assert losses(tmp_path / "whole") == losses(run)
 
 
@@ -104,23 +100,25 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_a_killed_worker_is_told_and_ends_the_run(tmp_path: Path) -> None:
+def test_a_killed_worker_is_told_and_ends_the_run(tmp_path: Path, run_here: RunHere) -> None:
     kill = "__import__('os').environ.get('RANK') == '1' and __import__('os').kill("
     kill += "__import__('os').getpid(), 9)"
     recipe = write_recipe(
         tmp_path, ("inputs = torch.randn", f"{kill}\n            inputs = torch.randn")
     )
-    code, _, err = run_command("train", recipe, "--steps", "5", *SMALL, cwd=tmp_path)
+    code, _, err = run_here("train", recipe, "--steps", "5", *SMALL)
     assert code == 1
     assert "rank 1" in err and "SIGKILL" in err
 
 
-def test_a_workers_failure_is_told_once_with_its_traceback(tmp_path: Path) -> None:
+def test_a_workers_failure_is_told_once_with_its_traceback(
+    tmp_path: Path, run_here: RunHere
+) -> None:
     fail = "import os\n    if os.environ.get('RANK') == '1':\n        raise KeyError('oh')"
     recipe = write_recipe(
         tmp_path, ("def loss(output, target):", f"def loss(output, target):\n    {fail}")
     )
-    code, _, err = run_command("train", recipe, "--steps", "5", *SMALL, cwd=tmp_path)
+    code, _, err = run_here("train", recipe, "--steps", "5", *SMALL)
     assert code == 1
     assert err.startswith("error: the worker of rank 1 failed: CellError: ")
     assert err.count("Traceback (most recent call last)") == 1
@@ -151,9 +149,11 @@ def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(tmp_path: Path) -> None
         (["--microbatches", "9"], "8 samples cannot fill 9 microbatches"),
     ],
 )
-def test_wrong_use_is_told_once(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_use_is_told_once(
+    tmp_path: Path, run_here: RunHere, arguments: list[str], message: str
+) -> None:
     recipe = write_recipe(tmp_path)
-    code, _, err = run_command("train", recipe, "--steps", "5", *arguments, cwd=tmp_path)
+    code, _, err = run_here("train", recipe, "--steps", "5", *arguments)
     assert code == 2
     assert err.startswith("error: ")
     assert err.count(message) == 1
@@ -161,26 +161,28 @@ def test_wrong_use_is_told_once(tmp_path: Path, arguments: list[str], message: s
     assert not (tmp_path / "runs").exists()
 
 
-def test_recipe_without_loss(tmp_path: Path) -> None:
+def test_recipe_without_loss(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path, ("def loss(", "def lossy("))
-    code, _, err = run_command("train", recipe, cwd=tmp_path)
+    code, _, err = run_here("train", recipe)
     assert code == 2
     assert "has no loss; add it, for example:\n\ndef loss(output, target):" in err
 
 
-def test_resume_of_another_model_and_of_a_taken_directory(tmp_path: Path) -> None:
+def test_resume_of_another_model_and_of_a_taken_directory(
+    tmp_path: Path, run_here: RunHere
+) -> None:
     recipe = write_recipe(tmp_path)
     one = ("--stages", "1", "--steps", "2", "--out", "run")
-    assert run_command("train", recipe, *one, cwd=tmp_path)[0] == 0
-    code, _, err = run_command("train", recipe, *one, cwd=tmp_path)
+    assert run_here("train", recipe, *one)[0] == 0
+    code, _, err = run_here("train", recipe, *one)
     assert code == 2
     assert "run already has the checkpoints of a run of 2 steps; resume it" in err
     wider = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 9"), name="wider.py")
-    code, _, err = run_command("train", wider, "--resume", "run", "--steps", "4", cwd=tmp_path)
+    code, _, err = run_here("train", wider, "--resume", "run", "--steps", "4")
     assert code == 2
     assert "from another model" in err
     assert "0.0.weight: (8, 8) in the checkpoint, (9, 9) here" in err
-    code, _, err = run_command("train", recipe, "--resume", "run", "--seed", "5", cwd=tmp_path)
+    code, _, err = run_here("train", recipe, "--resume", "run", "--seed", "5")
     assert code == 2
     assert "leave --seed out" in err
 
