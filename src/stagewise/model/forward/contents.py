@@ -79,7 +79,7 @@ def can_hold(value: object) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _reader_of(kind: type) -> Reader | None:
     """Return the reader of a class's objects; None if they are leaves, or opaque."""
-    if issubclass(kind, (*PLAIN, *_LEAVES, Frozen)):
+    if issubclass(kind, (*PLAIN, *_LEAVES, Frozen)) or _is_expression(kind):
         return None
     for known, reader in _READERS.items():
         if issubclass(kind, known):
@@ -121,6 +121,13 @@ def _is_python(kind: type) -> bool:
         <= object.__basicsize__ + _WORD * (slots + 2)  # dict, weak references
         and not kind.__itemsize__
     )
+
+
+def _is_expression(kind: type) -> bool:
+    """Return whether objects of a class are sympy's immutable ones: a pickle shows all of them."""
+    basic = ("sympy.core.basic", "Basic")  # not imported, because sympy may not be loaded
+    own = kind.__module__.startswith("sympy.")
+    return own and basic in [(cls.__module__, cls.__name__) for cls in kind.__mro__]
 
 
 def _slots(own: Mapping[str, object]) -> list[str]:
