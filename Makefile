@@ -46,7 +46,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 pytest: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
 soak: $(READY)
 	STAGEWISE_SOAK=20 $(BIN)/pytest --timeout 3600 \

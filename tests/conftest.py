@@ -1,5 +1,6 @@
 """Shared set-up: deterministic hypothesis (but for `make soak`), worker pools, GPU tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: looking through it again took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)  # a step makes tens of thousands of objects
 
 
 @pytest.fixture(autouse=True)
