@@ -196,6 +196,30 @@ def test_clipping_by_another_norm(norm_type: float) -> None:
     clip_like_torch((torch.float32,) * 3, 0.1, norm_type)
 
 
+def clip_what_is_not_finite() -> tuple[str, bool]:
+    """One rank has a gradient that is no number: what all are told, and whether all is as before.
+
+    Found raw: a TypeError about Share for torch's own arguments.
+    """
+    cells = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    for cell in cells:
+        cell.weight.grad = torch.ones(3, 3)
+    cells[1].weight.grad[0] = torch.nan  # type: ignore[index]
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=1)
+    pipe = stagewise.Pipeline(cells, plan)
+    with pytest.raises(RuntimeError) as caught:
+        pipe.clip_grad_norm_(0.1, error_if_nonfinite=True)
+    kept = all(p.grad is None or p.grad[1, 1] == 1 for p in pipe.parameters())
+    assert pipe.clip_grad_norm_(0.1, error_if_nonfinite=False, foreach=False).isnan()
+    pipe.clip_grad_value_(1.0, foreach=False)
+    return str(caught.value), kept
+
+
+def test_a_norm_that_is_not_finite_is_refused_on_all_ranks_if_asked(pools: Pools) -> None:
+    for text, kept in pools[2].run(clip_what_is_not_finite):
+        assert "order 2.0" in text and "is nan" in text and kept
+
+
 def test_a_pipeline_is_not_copied() -> None:
     pipe = pipeline(run_on(2))
     for copied in (copy.copy, copy.deepcopy, pickle.dumps, lambda one: copy.deepcopy([one])):

@@ -142,10 +142,17 @@ class Share:
         """Put this rank's cells in eval mode."""
         return self.train(False)
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
         """Scale gradients so that their global norm is at most `max_norm`; return the norm before.
 
-        Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model. Collective.
+        Bit for bit what `torch.nn.utils.clip_grad_norm_` does to the plain model, with its
+        arguments. Collective.
         """
         self.overflow.before_collective()
         return clip_by_global_norm(
@@ -154,12 +161,14 @@ class Share:
             max_norm,
             self._ranks,
             float(norm_type),
+            error_if_nonfinite=error_if_nonfinite,
+            foreach=foreach,
         )
 
-    def clip_grad_value_(self, max_value: float) -> None:
+    def clip_grad_value_(self, max_value: float, foreach: bool | None = None) -> None:
         """Clamp every gradient's elements to [-max_value, max_value]; collective."""
         self._ranks.exchange((), f"clip_grad_value_({float(max_value)!r})")
-        clip_by_value(self.parameters(), max_value)
+        clip_by_value(self.parameters(), max_value, foreach=foreach)
 
 
 def _shape(entry: object) -> torch.Size | None:

@@ -17,13 +17,17 @@ def clip_by_global_norm(
     max_norm: float,
     ranks: Ranks,
     norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> torch.Tensor:
     """Scale the gradients of `own` so that the norm over all ranks is at most `max_norm`.
 
     `dtypes` holds the whole model's parameter names in the plain model's order, in which the norms
     are summed at any number of stages: the result is bit for bit that of
     `torch.nn.utils.clip_grad_norm_` on the plain model. Returns the norm before clipping. Raises
-    ModelError on every rank if `own` has a name that is not in `dtypes`.
+    ModelError on every rank if `own` has a name that is not in `dtypes`, and torch's RuntimeError,
+    if that is asked for, where the norm is no finite number.
     """
     norms = torch.zeros(len(dtypes), dtype=torch.float64, device="cpu")
     present = torch.zeros(len(dtypes), dtype=torch.int64, device="cpu")
@@ -33,6 +37,7 @@ def clip_by_global_norm(
     unknown = [name for name in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
     how = "" if norm_type == 2.0 else f", norm_type={float(norm_type)!r}"
+    how += ", error_if_nonfinite=True" if error_if_nonfinite else ""
     rows = torch.tensor(
         ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r}{how})"),
         dtype=torch.int64,
@@ -45,15 +50,30 @@ def clip_by_global_norm(
             "was built, so the norm over all ranks is unknown; change the model (parametrize it, "
             "add adapters) before building the Pipeline"
         )
+    total = _total(rows, dtypes, norm_type)
+    if total is None:
+        return torch.tensor(0.0)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients of all ranks is {float(total)}, so it "
+            "cannot be clipped; leave error_if_nonfinite out to scale by it all the same"
+        )
+    torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total, foreach)
+    return total
+
+
+def _total(
+    rows: torch.Tensor, dtypes: Mapping[str, torch.dtype], norm_type: float
+) -> torch.Tensor | None:
+    """Return the norm of all ranks' gradients; None if there are none."""
     # The maximum, not the sum: a tied parameter has the same norm on each of its ranks.
     all_norms = rows[:, : len(dtypes)].view(torch.float64).amax(0)
     all_present = rows[:, len(dtypes) :].sum(0) > 0
     if not all_present.any():
-        return torch.tensor(0.0, device="cpu")
+        return None
     with_gradient = itertools.compress(dtypes.values(), all_present.tolist())
     dtype = functools.reduce(torch.promote_types, with_gradient)
     total: torch.Tensor = torch.linalg.vector_norm(all_norms[all_present].to(dtype), norm_type)
-    torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total)
     return total
 
 
@@ -72,7 +92,9 @@ def _norms(
 
 
 @torch.no_grad()
-def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> None:
+def clip_by_value(
+    parameters: Iterable[nn.Parameter], max_value: float, *, foreach: bool | None = None
+) -> None:
     """Clamp the elements of their gradients to [-max_value, max_value]."""
     dense = []
     for parameter in parameters:
@@ -82,7 +104,7 @@ def clip_by_value(parameters: Iterable[nn.Parameter], max_value: float) -> None:
         elif parameter.grad is not None:
             dense.append(parameter)
     if dense:  # torch raises on an empty list
-        torch.nn.utils.clip_grad_value_(dense, max_value)
+        torch.nn.utils.clip_grad_value_(dense, max_value, foreach)
 
 
 def _elements(gradient: torch.Tensor) -> torch.Tensor:
