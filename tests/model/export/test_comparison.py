@@ -94,9 +94,14 @@ def inference_asked(net: Any, x: Tensor) -> Tensor:
     return x * 2 if torch.is_inference_mode_enabled() else x
 
 
-def test_asking_for_inference_mode_is_refused() -> None:
+def inference_asked_of_tensor(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.is_inference() else x
+
+
+@pytest.mark.parametrize("around", [inference_asked, inference_asked_of_tensor])
+def test_asking_for_inference_mode_is_refused(around: Callable[[Any, Tensor], Tensor]) -> None:
     with pytest.raises(ModelError, match=r"asks whether inference mode is on \(\S+, line \d+\)"):
-        stagewise.capture(Net(inference_asked), torch.randn(8, 4))
+        stagewise.capture(Net(around), torch.randn(8, 4))
 
 
 class Hooked(nn.Sequential):

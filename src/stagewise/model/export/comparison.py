@@ -58,9 +58,9 @@ class Comparison:
         check_effects(model, self._observed, draws=True)
         if (place := self._observed.asked.get(INFERENCE)) is not None:
             raise ModelError(
-                f"{type(model).__name__} {INFERENCE} ({place}), which a trace fixes for all calls; "
-                "decide by self.training, or name the model's blocks with cells=, whose forward "
-                "asks in every call"
+                f"{type(model).__name__} {INFERENCE} ({place}), which it never is in a pipeline, "
+                "whose predict runs under torch.no_grad; decide by self.training, or by whether "
+                "gradients are on in blocks that are named with cells="
             )
         more = (UNDER_AUTOCAST,) if asks_for_autocast(self._observed.asked) else ()
         self._situations = (*SITUATIONS, *more)

@@ -43,6 +43,7 @@ _STDLIB = os.path.dirname(os.__file__)
 _FLAGS = "asks whether a tensor requires gradients"
 _OF_TENSORS = {
     "torch.Tensor.requires_grad.__get__": _FLAGS,
+    "torch.Tensor.is_inference": INFERENCE,
     "torch.Tensor.grad_fn.__get__": "looks at a tensor's grad_fn",
     "torch.Tensor.is_leaf.__get__": "asks whether a tensor is a leaf of its graph",
     "torch.Tensor.register_hook": "registers a hook on a tensor",
