@@ -77,13 +77,15 @@ def stage_memory(model: Estimated, num_microbatches: int) -> np.ndarray:
     unsaved = _sums([cell.unsaved_output_bytes for cell in cells])
     inputs = np.array([model.input_bytes, *(cell.output_bytes for cell in cells)], dtype=float)
     start, end = np.indices((len(cells) + 1, len(cells) + 1))
-    last = np.maximum(end - 1, 0)  # the last cell's output is held, saved or not
+    last = np.maximum(end - 1, 0)
+    made = saved[end] - saved[start] - (unsaved[last] - unsaved[np.minimum(start, last)])
+    released = np.array([cell.released_output_bytes for cell in cells])[last]
     return np.where(
         end > start,
         states[end]
         - states[start]
-        + (saved[end] - saved[start])
-        - (unsaved[last] - unsaved[np.minimum(start, last)])
+        + made
+        - np.minimum(made, released)
         + num_microbatches * inputs[start],
         np.inf,
     )

@@ -192,10 +192,12 @@ def test_kept_bytes_are_those_of_what_lives(size: Sized, policy: str, data: st.D
     def num_bytes(field: str, stage: int, m: int) -> int:
         if not lends(stage, m):
             return getattr(costs[stage], field)  # type: ignore[no-any-return]
+        cost, released = costs[stage], costs[stage - 1].released_output_bytes
         if field == "input_bytes":
-            return 0
+            return min(cost.input_bytes, released)
         lent = field == "deferred_bytes" and ("activation_bytes", stage - 1, m) in alive
-        return getattr(costs[stage], field) - lent * costs[stage].deferred_input_bytes  # type: ignore[no-any-return]
+        lent_bytes = lent * max(0, cost.deferred_input_bytes - released)
+        return getattr(cost, field) - lent_bytes  # type: ignore[no-any-return]
 
     for program in schedule.programs:
         alive: set[tuple[str, int, int]] = set()

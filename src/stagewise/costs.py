@@ -29,8 +29,9 @@ class CellCost:
     """One cell's costs for one microbatch.
 
     `activation_bytes` counts what autograd saves for the backward plus the cell's output, without
-    the cell's input and parameters; `unsaved_output_bytes` is the part of it that is kept only if a
-    stage ends after the cell. `output_bytes` crosses the boundary after the cell, `gradient_bytes`
+    the cell's input and parameters; `unsaved_output_bytes` is the part of it that no cell saves,
+    and `released_output_bytes` the part that is free once the output is sent, if a stage ends after
+    the cell. `output_bytes` crosses the boundary after the cell, `gradient_bytes`
     comes back. A split backward takes `input_seconds` for `I` and `weight_seconds` for `W` and
     keeps `deferred_bytes` between them (None: unknown), of which `deferred_input_bytes` are the
     cell's input. `instruction_overhead` is added to every instruction of a stage that starts with
@@ -43,6 +44,7 @@ class CellCost:
     parameter_bytes: int = 0
     activation_bytes: int = 0
     unsaved_output_bytes: int = 0
+    released_output_bytes: int = 0
     output_bytes: int = 0
     gradient_bytes: int = 0
     input_seconds: float | None = None
@@ -70,7 +72,9 @@ class StageCost:
 
     `input_bytes` is kept from forward to backward under every recompute policy,
     `activation_bytes` in addition while the stage's graph exists. Between `I` and `W`,
-    `deferred_bytes` are kept, of which `deferred_input_bytes` are the input.
+    `deferred_bytes` are kept, of which `deferred_input_bytes` are the input. The stage does not
+    keep `released_output_bytes` of its output: where the next stage is on its device, those are
+    kept as that stage's input only.
     """
 
     forward_seconds: float
@@ -85,6 +89,7 @@ class StageCost:
     weight_seconds: float = 0  # of `W`
     deferred_bytes: int = 0
     deferred_input_bytes: int = 0
+    released_output_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,10 @@ def stage_costs(
         backward = sum(cell.backward_seconds for cell in own)
         inputs = sum(cell.split_seconds[0] for cell in own)
         weights = sum(cell.split_seconds[1] for cell in own)
+        unsaved = sum(cell.unsaved_output_bytes for cell in own[:-1])
+        made = sum(cell.activation_bytes for cell in own) - unsaved
+        # A stage that only passes its input on keeps nothing else, and releases nothing.
+        released = min(made, own[-1].released_output_bytes)
         stages.append(
             StageCost(
                 forward_seconds=forward,
@@ -155,14 +164,14 @@ def stage_costs(
                 recompute_seconds=forward,
                 parameter_bytes=sum(cell.parameter_bytes for cell in own),
                 input_bytes=incoming,
-                activation_bytes=sum(cell.activation_bytes for cell in own)
-                - sum(cell.unsaved_output_bytes for cell in own[:-1]),
+                activation_bytes=made - released,
                 output_bytes=own[-1].output_bytes,
                 gradient_bytes=own[-1].gradient_bytes,
                 input_seconds=max(0, inputs + overhead.input_seconds),
                 weight_seconds=max(0, weights + overhead.weight_seconds),
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
                 deferred_input_bytes=_deferred_input_bytes(own),
+                released_output_bytes=released,
             )
         )
         start, incoming = start + num_cells, own[-1].output_bytes

@@ -136,7 +136,11 @@ class Timeline:
 
 def changes_by_kind(costs: Sequence[StageCost]) -> Changes:
     """Return what every kind changes on every stage, for several calls of `kept_bytes`."""
-    return {kind: [_changes(traits, cost) for cost in costs] for kind, traits in KINDS.items()}
+    released = [0, *(cost.released_output_bytes for cost in costs[:-1])]
+    return {
+        kind: [_changes(traits, *each) for each in zip(costs, released, strict=True)]
+        for kind, traits in KINDS.items()
+    }
 
 
 def kept_bytes(
@@ -145,10 +149,11 @@ def kept_bytes(
     """Yield by how many bytes each instruction of a device changes what is kept for the backward.
 
     If two neighbouring stages share a device, the input of the second is the output of the first:
-    it is counted once, until both have released it, unless the first drops it and recomputes.
+    what the first keeps of it is counted once, until both have released it, unless the first
+    recomputes.
     """
     changes = changes_by_kind(costs) if changes is None else changes
-    forward, recompute = Kind.FORWARD, Kind.RECOMPUTE
+    forward, recompute, weights = Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD_WEIGHT
     recomputed = {(i.stage, i.microbatch) for i in program if i.kind is recompute}
     lend = {(i.stage, i.microbatch) for i in program if i.kind is forward} - recomputed
     gone: set[tuple[int, int]] = set()  # graphs that were freed
@@ -166,7 +171,7 @@ def kept_bytes(
         if frees_graph:
             gone.add(own)
             if own in lend and (stage + 1, m) in waiting:
-                by += costs[stage + 1].deferred_input_bytes
+                by -= changes[weights][stage + 1][2]
         if of_waiting > 0:
             waiting.add(own)
         elif of_waiting:
@@ -174,14 +179,17 @@ def kept_bytes(
         yield by
 
 
-def _changes(traits: KindTraits, cost: StageCost) -> Change:
+def _changes(traits: KindTraits, cost: StageCost, released: int) -> Change:
     """Return the change in bytes kept, the parts that may be shared with the stage before (the
-    input, and the input waiting for `W`), and whether the instruction frees the graph."""
+    input, and the input waiting for `W`), and whether the instruction frees the graph.
+
+    The stage before has `released` bytes of the input, which are not shared.
+    """
     of_input = ("input_bytes" in traits.keeps) - ("input_bytes" in traits.frees)
     of_waiting = ("deferred_bytes" in traits.keeps) - ("deferred_bytes" in traits.frees)
     return (
         traits.bytes_kept(cost) - traits.bytes_freed(cost),
-        of_input * cost.input_bytes,
-        of_waiting * cost.deferred_input_bytes,
+        of_input * max(0, cost.input_bytes - released),
+        of_waiting * max(0, cost.deferred_input_bytes - released),
         "activation_bytes" in traits.frees,
     )

@@ -32,6 +32,7 @@ def model_of(seed: int, num_cells: int) -> Estimated:
             parameter_bytes=int(parameters),
             activation_bytes=int(saved + output),
             unsaved_output_bytes=int(output * (saved % 2)),
+            released_output_bytes=int(output * (saved % 3 > 0)),
             output_bytes=int(output),
             gradient_bytes=int(output),
             deferred_bytes=0,

@@ -372,9 +372,10 @@ def test_what_is_held_for_skips_is_counted(pools: Pools) -> None:
         assert peak("never", balance) == [4 * (8 + 2 + 1)]
     # While stage 1 has its last graph (2 + 1), stage 0 has one too (8).
     assert peak("always", (3, 3)) == [4 * 8 + 2 + 1 + 8]
-    # Between processes each rank has its own, whether it waits in the transport or in a stage.
-    assert pools[3].run(peak, "never", (3, 2, 1))[0] == [4 * 8, 4 * (8 + 2), 4 * (8 + 2 + 1)]
-    assert pools[3].run(peak, "always", (3, 2, 1))[0] == [8, 4 * 8 + 2, 4 * (8 + 2) + 1]
+    # Between processes each rank has its own, whether it waits in the transport or in a stage;
+    # stage 0 saves what it sends (8), stage 1 does not (2).
+    assert pools[3].run(peak, "never", (3, 2, 1))[0] == [4 * 8, 4 * 8, 4 * (8 + 2 + 1)]
+    assert pools[3].run(peak, "always", (3, 2, 1))[0] == [8, 4 * 8, 4 * (8 + 2) + 1]
 
 
 class Part(nn.Module):

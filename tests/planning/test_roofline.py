@@ -30,6 +30,7 @@ def test_a_cell_costs_the_sum_of_its_operators() -> None:
         parameter_bytes=1,
         activation_bytes=2,
         unsaved_output_bytes=3,
+        released_output_bytes=3,
         output_bytes=4,
         gradient_bytes=5,
         deferred_bytes=6,

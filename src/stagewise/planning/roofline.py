@@ -44,6 +44,7 @@ class CellWork:
     parameter_bytes: int
     activation_bytes: int
     unsaved_output_bytes: int
+    released_output_bytes: int
     output_bytes: int
     gradient_bytes: int
     deferred_bytes: int
@@ -68,6 +69,7 @@ class CellWork:
             parameter_bytes=self.parameter_bytes,
             activation_bytes=self.activation_bytes,
             unsaved_output_bytes=self.unsaved_output_bytes,
+            released_output_bytes=self.released_output_bytes,
             output_bytes=self.output_bytes,
             gradient_bytes=self.gradient_bytes,
             input_seconds=of_inputs,

@@ -4,6 +4,7 @@ The cell runs as a separate stage through the engine's code, so the counts inclu
 does: copies of inputs that are changed in place, BatchNorms, skips.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,14 +47,15 @@ class Forward:
     """What a cell's forward does.
 
     `messages` are what it sends; `kept` are the bytes of the storages that it adds (saved by
-    autograd, or held as outputs), `unsaved` those of outputs that the cell does not save itself,
-    and `saved` all that autograd saves.
+    autograd, or outputs), `unsaved` those of outputs that the cell does not save itself,
+    `released` those of them that are free once sent, and `saved` all that autograd saves.
     """
 
     ops: tuple[Op, ...]
     messages: tuple[Apart, ...]
     kept: Mapping[StorageKey, int]
     unsaved: Mapping[StorageKey, int]
+    released: frozenset[StorageKey]
     saved: frozenset[StorageKey]
 
 
@@ -107,13 +109,20 @@ class CellTrial:
             work, value, ops = self._forward()
             given = take_apart((work.parts.inputs, work.parts.keywords))[0]
             arrived = {*map(storage_key, given), *self._arrived()}
-            saved, unsaved = meter.saved, meter.unsaved(self._stage.roots())
-        several = self._num_messages > 1
+            messages = self._messages(value)
+            near, *far = [tensors for tensors, _ in messages] or [[]]
+            outputs = [*near, *itertools.chain.from_iterable(far)]
+            saved, unsaved = meter.saved, meter.unsaved(outputs)
+            held = meter.unsaved([*outputs, *self._stage.held()])
+        kept = {k: size for k, size in {**saved, **held}.items() if k not in arrived}
+        only_near = set(map(storage_key, near)) - set(map(storage_key, outputs[len(near) :]))
         return Forward(
             ops=ops,
-            messages=tuple(value) if several else (value,) * self._num_messages,
-            kept={k: size for k, size in {**saved, **unsaved}.items() if k not in arrived},
+            messages=messages,
+            kept=kept,
             unsaved=unsaved,
+            # What a cell only passes on is free too if it keeps nothing else.
+            released=frozenset(k for k in only_near & unsaved.keys() if k in kept or not kept),
             saved=frozenset(saved),
         )
 
@@ -135,6 +144,9 @@ class CellTrial:
             deferred_bytes=sum(kept.values()),
             deferred_input_bytes=sum(kept[key] for key in kept.keys() & arrived),
         )
+
+    def _messages(self, value: Any) -> tuple[Apart, ...]:
+        return tuple(value) if self._num_messages > 1 else (value,) * self._num_messages
 
     def _arrived(self) -> set[StorageKey]:
         return {storage_key(tensor) for tensors, _ in self._received for tensor in tensors}
@@ -158,13 +170,13 @@ class CellTrial:
     def _backward(
         self, kind: Kind, wanted: Sequence[bool]
     ) -> tuple[tuple[Op, ...], tuple[int | None, ...]]:
-        work, _, _ = self._forward()
+        work, value, _ = self._forward()
         for parameter in self._cell.module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        outputs = self._stage.roots() if self._num_messages else ()
+        outputs = itertools.chain.from_iterable(tensors for tensors, _ in self._messages(value))
         gradients = tuple(
-            torch.empty_like(root) if is_wanted else None
-            for root, is_wanted in zip(outputs, wanted, strict=False)
+            torch.empty_like(output) if is_wanted else None
+            for output, is_wanted in zip(outputs, wanted, strict=False)
         )
         instruction = Instruction(self._cell.index, kind, 0)
         result, ops = self._run(instruction, [take_apart(gradients)], work)

@@ -28,6 +28,7 @@ class Recorded:
     new_bytes: Mapping[int, int]  # of storages that the cell made and that stay alive
     activation_bytes: int
     unsaved: Mapping[int, int]
+    released: frozenset[int]
     saved: frozenset[int]
 
 
@@ -55,7 +56,7 @@ class Walk:
         self._saved: set[int] = set()
         self._known: dict[Hashable, Recorded] = {}
         self._backwards: dict[Hashable, Backward] = {}
-        self._cells: list[tuple[Recorded, dict[int, int]]] = []  # with unsaved outputs
+        self._cells: list[tuple[Recorded, dict[int, int], int]] = []  # unsaved, released outputs
         self._gradients: dict[tuple[int, int], list[int | None]] = {}  # as _mail, going back
         self._finished: list[Backward] = []  # the last cell's first
 
@@ -75,11 +76,13 @@ class Walk:
         for destination, message in zip(self._destinations(cell), recorded.messages, strict=True):
             self._mail[cell.index, destination] = message.renumbered(names)
         self._saved |= {names[local] for local in recorded.saved}
-        self._cells.append((recorded, {names[k]: size for k, size in recorded.unsaved.items()}))
+        unsaved = {names[k]: size for k, size in recorded.unsaved.items()}
+        free = {names[k] for k in recorded.released} - self._saved - self._of_batch
+        self._cells.append((recorded, unsaved, sum(unsaved[k] for k in free)))
 
     def backward(self, cell: Cell) -> None:
         """Run, or look up, the backward of `cell`, after those of all later ones."""
-        recorded, _ = self._cells[cell.index]
+        recorded, *_ = self._cells[cell.index]
         wanted = tuple(
             gradient is not None
             for destination in self._destinations(cell)
@@ -96,11 +99,11 @@ class Walk:
 
     def work(self) -> tuple[CellWork, ...]:
         """Return all cells' work, once every forward and backward is known."""
-        # What several cells pass on is excluded: it is kept wherever the chain is cut.
+        # What several cells pass on is excluded: a stage may begin between them.
         elsewhere = self._saved | self._of_batch
         unsaved = [
             {key: size for key, size in outputs.items() if key not in elsewhere}
-            for _, outputs in self._cells
+            for _, outputs, _ in self._cells
         ]
         holders = Counter(storage for outputs in unsaved for storage in outputs)
         columns = zip(self._chain, self._cells, reversed(self._finished), unsaved, strict=True)
@@ -113,6 +116,7 @@ class Walk:
                 parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
                 activation_bytes=recorded.activation_bytes,
                 unsaved_output_bytes=sum(n for key, n in own.items() if holders[key] == 1),
+                released_output_bytes=released,
                 output_bytes=recorded.messages[0].nbytes if recorded.messages else 0,
                 gradient_bytes=sum(
                     size or 0 for size in self._gradients.get((cell.index, cell.index + 1), ())
@@ -120,7 +124,7 @@ class Walk:
                 deferred_bytes=backward.deferred_bytes,
                 deferred_input_bytes=backward.deferred_input_bytes,
             )
-            for cell, (recorded, _), backward, own in columns
+            for cell, (recorded, _, released), backward, own in columns
         )
 
     def _record(self, cell: Cell, incoming: Sequence[Packed], arrived: Sequence[int]) -> Recorded:
@@ -154,6 +158,7 @@ class Walk:
             ops=made.ops,
             messages=tuple(packed(message, number) for message in made.messages),
             unsaved={number(key, size): size for key, size in made.unsaved.items()},
+            released=frozenset(own[key] for key in made.released),
             saved=frozenset(own[key] for key in made.saved if key in own),
             new_bytes=new,
             activation_bytes=sum(made.kept.values()),

@@ -28,6 +28,7 @@ from stagewise.engine.stage.work import Mode
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.transport.connect import in_one_process
+from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.transport import Transport
 from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction, Kind, Message, Schedule, gpipe
@@ -91,7 +92,7 @@ def profile(
     request = Request(mode=Mode.TRAIN, inputs=inputs, target=target, keywords=keywords)
     with untouched(runners[0].stages):
         times = _times(runners, request, seconds)
-    measured = _activation_bytes(runners[-1], request)
+    measured = _activation_bytes(runners[-1], request, mail)
 
     def seconds_of(cell: Cell, kind: Kind) -> float:
         return statistics.median(times[Instruction(cell.index, kind, 0)])
@@ -104,6 +105,7 @@ def profile(
             parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
             activation_bytes=measured.kept[cell.index],
             unsaved_output_bytes=measured.unsaved[cell.index],
+            released_output_bytes=measured.released[cell.index],
             output_bytes=mail.sizes.get((Kind.FORWARD, cell.index), 0),
             gradient_bytes=mail.sizes.get((Kind.BACKWARD, cell.index + 1), 0),
             input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
@@ -170,13 +172,14 @@ def _in_halves(num_stages: int) -> Schedule:
 
 
 class _SizedMail:
-    """The mail of `transport`, which records the size of messages."""
+    """The mail of `transport`, which records the size of messages, and which are under way."""
 
     def __init__(self, transport: Transport) -> None:
         self._mail = mail = transport.mail
         self.transport = Transport(self, transport.ranks)
         self.sizes: dict[tuple[Kind, int], int] = {}  # bytes that each stage sends its neighbours
-        self.begin, self.receive, self.send_lost = mail.begin, mail.receive, mail.send_lost
+        self.under_way: dict[Message, list[torch.Tensor]] = {}
+        self.begin, self.send_lost = mail.begin, mail.send_lost
         self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
         self.finish, self.clear, self.renumber = mail.finish, mail.clear, mail.renumber
 
@@ -184,34 +187,61 @@ class _SizedMail:
         if message.distance == 1:
             nbytes = sum(tensor.nbytes for tensor in value[0])
             self.sizes[message.kind, message.source_stage] = nbytes
+        self.under_way[message] = value[0]
         self._mail.send(message, value)
+
+    def leaving(self, instruction: Instruction) -> dict[bool, list[torch.Tensor]]:
+        """Return what its forward sends, to the next stage (False) and over others (True)."""
+        found = dict[bool, list[torch.Tensor]]({False: [], True: []})
+        for message, tensors in self.under_way.items():
+            if instruction.kind is Kind.FORWARD and message.source_stage == instruction.stage:
+                found[message.distance > 1] += tensors
+        return found
+
+    def receive(self, message: Message) -> Apart | Lost:
+        self.under_way.pop(message, None)
+        return self._mail.receive(message)
 
 
 @dataclass
 class _Bytes:
-    """The bytes that each one-cell stage keeps, how much of that is unsaved output, what its `W`
-    frees, if there is one, and how much of that is the stage's input."""
+    """The bytes that each one-cell stage keeps or sends, how much of that is output that nothing
+    saves, or that is free once sent; what its `W` frees, if there is one, and how much of that is
+    the stage's input."""
 
     kept: list[int]
     unsaved: list[int]
+    released: list[int]
     deferred: dict[int, int]
     deferred_inputs: dict[int, int]
 
 
-def _activation_bytes(runner: Runner, request: Request) -> _Bytes:
+def _activation_bytes(runner: Runner, request: Request, mail: _SizedMail) -> _Bytes:
     meter = _meter(runner, request)
     live: list[dict[StorageKey, int]] = [{}]  # after every instruction
+    sent: list[set[StorageKey]] = []  # by every forward
     unsaved: list[dict[StorageKey, int]] = []
+    released: list[int] = []
     given: dict[int, set[StorageKey]] = {}
     freed: dict[int, dict[StorageKey, int]] = {}
 
     def observe(instruction: Instruction) -> None:
-        before, now = live[-1], meter.saved | meter.unsaved(_held(runner))
+        leaving = mail.leaving(instruction)
+        held = itertools.chain(_held(runner), *leaving.values())
+        before, now = live[-1], meter.saved | meter.unsaved(held)
         live.append(now)
         stage = runner.stages[instruction.stage]
         if instruction.kind is Kind.FORWARD:
+            keys = {far: set(map(storage_key, tensors)) for far, tensors in leaving.items()}
+            sent.append(keys[False] | keys[True])
+            free = (keys[False] - keys[True] - meter.saved.keys()) & now.keys()
+            made = now.keys() - before.keys()
+            # What a cell only passes on is free too if it keeps nothing else.
+            released.append(sum(now[key] for key in (free & made if made else free)))
             # After the last forward, all cells have saved everything.
-            unsaved[:] = [meter.unsaved(stage.roots()) for stage in runner.stages.values()]
+            unsaved[:] = [
+                {key: now[key] for key in keys & now.keys() - meter.saved.keys()} for keys in sent
+            ]
             given[stage.index] = before.keys() & set(map(storage_key, stage.held()))
         if instruction.kind is Kind.BACKWARD_WEIGHT:
             freed[stage.index] = {k: size for k, size in before.items() if k not in now}
@@ -219,7 +249,7 @@ def _activation_bytes(runner: Runner, request: Request) -> _Bytes:
     with untouched(runner.stages), meter.counting():
         runner.run(replace(request, observe=observe))
     levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
-    # What several cells pass on is excluded: it is kept wherever the chain is cut.
+    # What several cells pass on is excluded: a stage may begin between them.
     holders = Counter(key for storages in unsaved for key in storages)
     return _Bytes(
         kept=[after - before for before, after in itertools.pairwise(levels)],
@@ -227,6 +257,7 @@ def _activation_bytes(runner: Runner, request: Request) -> _Bytes:
             sum(num_bytes for key, num_bytes in storages.items() if holders[key] == 1)
             for storages in unsaved
         ],
+        released=released,
         deferred={index: sum(storages.values()) for index, storages in freed.items()},
         deferred_inputs={
             index: sum(storages[key] for key in storages.keys() & given[index])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F  # noqa: N812 (the name that PyTorch's users know)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -232,7 +233,9 @@ def start(y: Tensor) -> Tensor:
 
 
 def split(y: Tensor, fed: Tensor) -> list[Product]:
-    return backward_inputs([y], [start(y)], [fed.grad_fn] if fed.grad_fn is not None else [])
+    return backward_inputs(
+        [get_gradient_edge(y)], [start(y)], [fed.grad_fn] if fed.grad_fn is not None else []
+    )
 
 
 def gradients(
@@ -452,5 +455,5 @@ def test_what_received_nothing_is_left_out() -> None:
     left = one(fed)
     right = two(left.detach())
     assert left.grad_fn is not None and fed.grad_fn is not None
-    backward_weights(backward_inputs([right], [torch.ones(3, 4)], [fed.grad_fn]))
+    backward_weights(backward_inputs([get_gradient_edge(right)], [torch.ones(3, 4)], [fed.grad_fn]))
     assert one.weight.grad is None and two.weight.grad is not None

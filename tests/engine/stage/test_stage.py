@@ -48,8 +48,7 @@ def test_forward_and_backward(recomputed: bool) -> None:
     x = torch.randn(2, 3).requires_grad_()
     sent = run(stage, "1F0", x, work)
     assert isinstance(sent, Tensor) and sent.grad_fn is None and sent.requires_grad
-    assert len(list(stage.held())) == (1 if recomputed else 2)
-    assert [t.data_ptr() for t in stage.roots()] == ([] if recomputed else [sent.data_ptr()])
+    assert len(list(stage.held())) == 1, "the input; the output is the receiver's"
     if recomputed:
         assert run(stage, "1R0", None, work) is None
     gradient = torch.randn(2, 2)

@@ -27,6 +27,7 @@ def random_cells(rng: random.Random, num_cells: int) -> list[CellCost]:
                 backward_seconds=rng.randint(0, 9),
                 activation_bytes=saved + output,
                 unsaved_output_bytes=unsaved,
+                released_output_bytes=rng.choice([unsaved, output]),
                 output_bytes=output,
                 gradient_bytes=output,
             )

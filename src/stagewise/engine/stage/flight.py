@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from stagewise.batch.values import Structure
 from stagewise.engine.stage.buffers import Saved
@@ -25,16 +25,26 @@ class CellKeywords:
 
 @dataclass(slots=True)
 class Flight:
-    """What a stage keeps of one microbatch: its inputs and, while a graph exists, its two ends."""
+    """What a stage keeps of one microbatch: its inputs and, while a graph exists, its two ends.
+
+    Of an output it keeps only the edge that leads to the graph: once sent, its memory is free,
+    unless the graph itself saved it.
+    """
 
     inputs: list[torch.Tensor]  # detached leaves, keyword arguments last
     structure: Structure
     gradients: list[torch.Tensor | None]  # of the inputs, after backward
     num_received: int  # inputs that are not keyword arguments
     entries: Sequence[Node] = ()  # where the graph begins, at the inputs
-    roots: Sequence[torch.Tensor] = ()  # outputs with graph, or the losses
+    roots: Sequence[GradientEdge | None] = ()  # of the outputs or the losses; None: no gradient
+    ends: Sequence[torch.Tensor] = ()  # on the last stage: the losses, else the outputs
     names: tuple[str, ...] = ()  # of the losses
     added: Sequence[AddedLoss] = ()  # by the cells, with graph
     sampled: Sampled | None = None  # of the outputs, to compare with the recomputation's
     buffers: Saved | None = None
     keywords: Sequence[CellKeywords] = ()
+
+    def end_at(self, outputs: Sequence[torch.Tensor], *, keep: bool) -> None:
+        """Let the backward start at `outputs`; `keep` them too."""
+        self.roots = [get_gradient_edge(o) if o.requires_grad else None for o in outputs]
+        self.ends = outputs if keep else ()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewise.engine.stage.flight import Flight
 from stagewise.engine.stage.work import OTHERS, Work
@@ -57,16 +58,16 @@ def losses_of(
 
 
 def seeds_of(flight: Flight, m: int, work: Work) -> list[torch.Tensor | None]:
-    """Return the gradient of each loss (the flight's roots): its weight, or None if that is 0.
+    """Return the gradient of each loss (the flight's ends): its weight, or None if that is 0.
 
-    A microbatch without losses has its outputs as roots, which get zeros.
+    A microbatch without losses ends at its outputs, which get zeros.
     """
     if not flight.names:
-        return list(map(torch.zeros_like, flight.roots))
+        return list(map(torch.zeros_like, flight.ends))
     seeds: list[torch.Tensor | None] = []
-    for name, root in zip(flight.names, flight.roots, strict=True):
+    for name, loss in zip(flight.names, flight.ends, strict=True):
         share = share_of(work, name, m)
-        seeds.append(torch.full_like(root, share * work.gradient_scale) if share else None)
+        seeds.append(torch.full_like(loss, share * work.gradient_scale) if share else None)
     return seeds
 
 
@@ -74,13 +75,13 @@ def add_seeds(
     added: Sequence[AddedLoss],
     m: int,
     work: Work,
-    roots: list[torch.Tensor],
+    roots: list[GradientEdge],
     seeds: list[torch.Tensor],
 ) -> None:
     """Let the backward of microbatch m also start from the losses that its cells added."""
     for loss in added:
         if loss.value.requires_grad:
-            roots.append(loss.value)
+            roots.append(get_gradient_edge(loss.value))
             seeds.append(torch.full_like(loss.value, work.by_samples[m] * work.gradient_scale))
 
 

@@ -55,7 +55,7 @@ class Product:
 
 
 def backward_inputs(
-    roots: Sequence[torch.Tensor],
+    roots: Sequence[GradientEdge],
     gradients: Sequence[torch.Tensor],
     entries: Iterable[Node],
 ) -> list[Product]:
@@ -64,7 +64,7 @@ def backward_inputs(
     Returns the products left for `backward_weights`: none if the graph cannot be split.
     """
     inputs = frozenset(entries)
-    users = _users([get_gradient_edge(root).node for root in roots], inputs)
+    users = _users([root.node for root in roots], inputs)
     products = list(_products(users, inputs))
     if not products:
         run_backward(roots, gradients)

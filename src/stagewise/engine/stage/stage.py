@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from stagewise.batch.markers import Arguments
 from stagewise.batch.objects import opened
@@ -91,16 +92,11 @@ class Stage:
         """Yield the tensors kept from forward to backward, besides those that autograd saved."""
         for flight in self._flights.values():
             yield from flight.inputs
-        yield from self.roots()
+            yield from flight.ends
+            yield from (loss.value for loss in flight.added)
         for products in self._deferred.values():
             for product in products:
                 yield from (tensor for tensor in product.received if tensor is not None)
-
-    def roots(self) -> Iterator[torch.Tensor]:
-        """Yield the outputs of microbatches in flight, while their graphs exist."""
-        for flight in self._flights.values():
-            yield from flight.roots
-            yield from (loss.value for loss in flight.added)
 
     def clear(self) -> None:
         """End a call, dropping what a failed one left in flight."""
@@ -125,23 +121,25 @@ class Stage:
         recomputed, stateful = (self.index, m) in work.recomputed, self.buffers.owners
         with self._noting(flight, m, work, remember=recomputed) if stateful else _NOTHING:
             output = self._run_cells(flight, Kind.FORWARD, m, work)
-        roots, output_structure = take_apart(output)
+        outputs, output_structure = take_apart(output)
         if flight.added:
             record_added(flight.added, m, work)
         if work.mode is Mode.TRAIN:
             self._flights[m] = flight
-            flight.roots = roots
             if recomputed:
-                flight.roots, flight.added, flight.sampled = (), (), sampled(roots, m, work)
-        return None if self.is_last else (list(map(leaf_of, roots)), output_structure)
+                flight.added, flight.sampled = (), sampled(outputs, m, work)
+            else:
+                flight.end_at(outputs, keep=self.is_last)
+        return None if self.is_last else (list(map(leaf_of, outputs)), output_structure)
 
     def recompute(self, m: int, received: list[Apart], work: Work) -> None:
         """Build the graph of microbatch m again, from its inputs."""
         flight = self._flights[m]
         with self.buffers.recompute(flight.buffers) if flight.buffers else _NOTHING:
             output = self._run_cells(flight, Kind.RECOMPUTE, m, work)
-        flight.roots, _ = take_apart(output)
-        if flight.sampled is not None and flight.sampled.differs(flight.roots):
+        outputs, _ = take_apart(output)
+        flight.end_at(outputs, keep=self.is_last)
+        if flight.sampled is not None and flight.sampled.differs(outputs):
             work.randomness[self.device].check_recomputed(self.index, self.cells, m)
 
     def backward(self, m: int, received: list[Apart], work: Work) -> Apart | None:
@@ -182,12 +180,12 @@ class Stage:
 
     def _start_of(
         self, flight: Flight, m: int, received: list[Apart], work: Work
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[list[GradientEdge], list[torch.Tensor]]:
         """Return the roots of microbatch m's backward and their gradients."""
         gradients = seeds_of(flight, m, work) if self.is_last else optionals(received[0])
         roots, seeds = [], []
         for root, gradient in zip(flight.roots, gradients, strict=True):
-            if root.requires_grad and gradient is not None:
+            if root is not None and gradient is not None:
                 roots.append(root)
                 seeds.append(gradient)
         if flight.added:

@@ -39,7 +39,7 @@ class MemoryNeeds:
     state: Sequence[float]  # parameters, gradients and optimizer state
     kept: Sequence[float]  # per cell, without what only the last cell of a stage keeps
     entering: Sequence[float]  # one more than cells: what crosses the boundary before cell i
-    closing: Sequence[float]  # one more than cells: what cell i - 1 keeps as the last of a stage
+    closing: Sequence[float]  # one more than cells: what cell i - 1 adds as the last of a stage
     inputs: Sequence[int]  # per stage
     graphs: Sequence[int]  # per stage
 
@@ -61,7 +61,7 @@ def memory_needs(
         state=[state_factor * cell.parameter_bytes for cell in cells],
         kept=[cell.activation_bytes - cell.unsaved_output_bytes for cell in cells],
         entering=[0, *(cell.output_bytes for cell in cells)],
-        closing=[0, *(cell.unsaved_output_bytes for cell in cells)],
+        closing=[0, *(cell.unsaved_output_bytes - cell.released_output_bytes for cell in cells)],
         inputs=inputs,
         graphs=graphs,
     )

@@ -7,10 +7,11 @@ a recomputed part rebuilding a, the peak that `Timeline` gives is
 
     n * (sum of all h)  +  max over recomputed parts of (a - sum of h of the parts after it)
 
-because the parts after it have already run backward. A part's input is held by the part before it
-if that one is kept. Idea: dynamic programming from the last cell to the first over labels (sum of
-h, that maximum, seconds); dominated labels are dropped. Cells of equal cost keep the labels few; if
-there are too many, similar ones are merged, and the result bounds the seconds lost.
+because the parts after it have already run backward. What a kept part has not released of its
+output is held by it, not by the part after it. Idea: dynamic programming from the last cell to the
+first over labels (sum of h, that maximum, seconds); dominated labels are dropped. Cells of equal
+cost keep the labels few; if there are too many, similar ones are merged, and the result bounds the
+seconds lost.
 Source: after Beaumont et al., optimal checkpointing for heterogeneous chains, arXiv:1911.13214.
 """
 
@@ -170,17 +171,21 @@ def _front(
     """Return the labels of all cells; `held` includes `input_bytes`."""
     num_cells = len(cells)
     kept = np.cumsum([0, *(c.activation_bytes - c.unsaved_output_bytes for c in cells)])
-    closing = [0, *(cell.unsaved_output_bytes for cell in cells)]
+    closing = [(cell.unsaved_output_bytes, cell.released_output_bytes) for cell in cells]
     seconds = np.cumsum([0.0, *(cell.forward_seconds for cell in cells)])
     labels: list[tuple[_Labels, ...]] = [()] * num_cells + [(_NOTHING,)]
     for first in reversed(range(num_cells)):
         keeping, recomputing = [], []
         for end in range(first + 1, num_cells + 1):
-            graph = int(kept[end] - kept[first]) + closing[end]
+            unsaved, most = closing[end - 1]
+            made = int(kept[end] - kept[first]) + unsaved
+            released = min(made, most)
+            graph = made - released
             entering = cells[end - 1].output_bytes if end < num_cells else 0
             for behind in labels[end]:
                 if behind.recomputed:  # two kept parts in a row are better merged
-                    keeping.append((behind, end, behind.held + graph, behind.rebuilt, 0.0))
+                    held = behind.held + graph + min(entering, released)
+                    keeping.append((behind, end, held, behind.rebuilt, 0.0))
                 held = behind.held + entering
                 rebuilt = np.maximum(behind.rebuilt, graph - held)
                 again = float(seconds[end] - seconds[first])

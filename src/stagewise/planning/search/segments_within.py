@@ -102,7 +102,13 @@ class _Finder:
 
     def _key(self, stage: int) -> tuple[object, ...]:
         cells = tuple(
-            (c.forward_seconds, c.activation_bytes, c.unsaved_output_bytes, c.output_bytes)
+            (
+                c.forward_seconds,
+                c.activation_bytes,
+                c.unsaved_output_bytes,
+                c.released_output_bytes,
+                c.output_bytes,
+            )
             for c in self._cells[stage]
         )
         return cells, self._inputs[stage], self._held[stage]

@@ -104,10 +104,15 @@ class Problem(Operations):
         whole, graph = (
             KINDS[kind].bytes_kept(self.costs[stage]) for kind in (Kind.FORWARD, Kind.RECOMPUTE)
         )
-        return 0 if self.shares_input(stage, microbatch) else whole - graph
+        own = whole - graph
+        return self._unshared(stage, own) if self.shares_input(stage, microbatch) else own
+
+    def _unshared(self, stage: int, num_bytes: int) -> int:
+        """Return how many of `num_bytes` of its input the stage before has released."""
+        return min(num_bytes, self.costs[stage - 1].released_output_bytes)
 
     def shares_input(self, stage: int, microbatch: int) -> bool:
-        """Return whether the stage before keeps the input of `stage` on the same device."""
+        """Return whether the stage before is on the same device, and does not recompute."""
         if not stage or self.recomputes[microbatch]:
             return False
         return self.device_of[stage - 1][microbatch] == self.device_of[stage][microbatch]
@@ -118,9 +123,10 @@ class Problem(Operations):
 
     def least_deferred_bytes(self, stage: int) -> int:
         """Return the least bytes that wait for `W`; the stage before may keep the input."""
-        shared = any(self.shares_input(stage, m) for m in range(self.num_microbatches))
-        lent = self.costs[stage].deferred_input_bytes if shared else 0
-        return self.deferred_bytes(stage) - lent
+        given, waiting = self.costs[stage].deferred_input_bytes, self.deferred_bytes(stage)
+        if not any(self.shares_input(stage, m) for m in range(self.num_microbatches)):
+            return waiting
+        return waiting - given + self._unshared(stage, given)
 
     def whole_bytes(self, stage: int, microbatch: int) -> int:
         """Return what a microbatch keeps on `stage` while its graph exists."""
