@@ -46,10 +46,13 @@ LINKS = filled(LinkCost)
 def stage_costs_drawn(
     seconds: Numbers = _SECONDS, size: Numbers = _BYTES, **given: Numbers
 ) -> st.SearchStrategy[StageCost]:
-    """What `W` keeps of a stage's input is part of the input, and of what `W` keeps."""
+    """What `W` keeps of a stage's input is part of the input, and of what `W` keeps; what a stage
+    releases is a part of its output."""
+    given = {"released_output_bytes": st.just(0), **given}
     return filled(StageCost, seconds, size, **given).map(
         lambda cost: dataclasses.replace(
             cost,
+            released_output_bytes=min(cost.output_bytes, cost.gradient_bytes),
             deferred_input_bytes=min(
                 cost.deferred_input_bytes, cost.deferred_bytes, cost.input_bytes
             ),
