@@ -11,7 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagewise
+from stagewise.engine.stage.work import Mode, Work
 from stagewise.engine.step import step
+from stagewise.engine.step.results import agree_on_losses
+from stagewise.model.added_losses import MAIN_LOSS
 
 WAIT = "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"
 
@@ -86,3 +89,23 @@ def test_a_part_that_every_microbatch_needs_whole_is_copied_once(stand_in: torch
     with Counting() as counting:
         pipe.step(torch.ones(8, 4, device="meta"), target=torch.ones(8, 4), mask=mask)
     assert counting.copies == {True: 4 + 1}
+
+
+def test_a_step_between_ranks_waits_once_for_its_loss() -> None:
+    """On the rank that has it; others make it from numbers."""
+    work = Work(mode=Mode.TRAIN, sizes=(2, 2), by_samples=(0.5, 0.5))
+    exchanged: list[list[int]] = []
+
+    def exchange(row: list[int], what: str) -> list[list[int]]:
+        exchanged.append(row)
+        return [[0, 0, 1, 0], exchanged[0]]
+
+    for rank, num_reads in ((1, 1), (0, 0)):
+        ranks: Any = SimpleNamespace(rank=rank, num_ranks=2, exchange=exchange)
+        losses = {m: {MAIN_LOSS: torch.tensor(1.0 + m)} for m in range(2 * rank)}
+        work.record.losses.clear()
+        work.record.losses.update(losses)
+        with Counting() as counting:
+            agreed = agree_on_losses(ranks, work, 1, torch.device("cpu"))
+        assert agreed is not None and agreed[0] is not None and float(agreed[0]) == 1.5
+        assert len(counting.reads) == num_reads

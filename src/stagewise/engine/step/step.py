@@ -234,8 +234,9 @@ class Runner:
                 self.mail.finish()
             except BaseException as error:
                 self.mail.clear()
-                if self._broken and not isinstance(error, PeerError):
-                    self.ranks.fail(f"{type(error).__name__}: {error}")
+                if self._broken:
+                    lost = isinstance(error, PeerError)
+                    self.ranks.fail(None if lost else f"{type(error).__name__}: {error}")
                 raise
             finally:
                 for stage in self.stages.values():

@@ -68,7 +68,7 @@ def wires_between(
         return _between_hosts(host, peers)
     _check_streams(device)
     data = LinkGroups(peers, group, device)
-    return Wires(data, GroupWire(peers, host), prepare=data.prepare)
+    return Wires(data, GroupWire(peers, host), prepare=data.prepare, abort=data.abort)
 
 
 def why_staged(seats: Sequence[Seat]) -> str | None:

@@ -174,9 +174,12 @@ class Ranks:
         """Wait until everything sent has left."""
         self._wires.finish()
 
-    def fail(self, cause: str) -> None:
-        """Tell the other ranks why this one stops computing."""
-        self._rendezvous.fail(cause)
+    def fail(self, cause: str | None) -> None:
+        """Stop for good: tell the others why (None: another rank is lost), and end all messages."""
+        if cause is not None:
+            self._rendezvous.fail(cause)
+        if self._wires.abort is not None:
+            self._wires.abort()
 
     def _header_of(self, own: Header, source: int) -> Header:
         """Return rank `source`'s header; CellError on every rank if it cannot be pickled."""

@@ -17,6 +17,7 @@ activation it has sent.
 import functools
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -97,10 +98,30 @@ class LinkGroups(GroupWire):
 
     def close(self) -> None:
         super().close()
-        for group in self._links.values():
-            if group is not None:
-                dist.destroy_process_group(group)
+        for group in self._own_groups():
+            dist.destroy_process_group(group)
+
+    def abort(self) -> None:
+        """Give up what is in flight, so that no kernel waits on for a rank that is gone.
+
+        All at once: an abort of one NCCL communicator may wait for others (pytorch issue 119797).
+        """
+        groups = self._own_groups()
+        backends = [group._get_backend(self._device) for group in groups]
+        together = next((each for each in backends if hasattr(each, "_group_start")), None)
+        if together is not None:
+            together._group_start()
+        for group in groups:
+            with suppress(RuntimeError):  # gloo cannot, and has no kernels
+                group.abort()
+        if together is not None:
+            together._group_end()
+
+    def _own_groups(self) -> list[dist.ProcessGroup]:
+        """Return the groups of this rank's links, and forget them."""
+        groups = [group for group in self._links.values() if group is not None]
         self._links.clear()
+        return groups
 
     def _group(self, source: int, destination: int) -> tuple[dist.ProcessGroup, int]:
         group = self._links.get((source, destination))

@@ -57,6 +57,8 @@ class Wires:
     stream: Wire | None = None
     # Connects those of a program's links that are new; collective, before any is used.
     prepare: Callable[[Collection[Link]], None] | None = None
+    # Ends what is in flight on the devices; afterwards no message can be sent.
+    abort: Callable[[], None] | None = None
     is_staged: bool = False  # all that ranks exchange goes through the host's memory
 
     def finish(self) -> None:
