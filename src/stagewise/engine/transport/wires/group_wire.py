@@ -18,6 +18,7 @@ import functools
 from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,7 @@ class LinkGroups(GroupWire):
         All at once: an abort of one NCCL communicator may wait for others (pytorch issue 119797).
         """
         groups = self._own_groups()
-        backends = [group._get_backend(self._device) for group in groups]
+        backends: list[Any] = [group._get_backend(self._device) for group in groups]
         together = next((each for each in backends if hasattr(each, "_group_start")), None)
         if together is not None:
             together._group_start()
