@@ -48,6 +48,7 @@ def execute(
     ran, record = _Times(), work.record
     for device, instruction, action, receives, sends in steps:
         NOW.instruction = instruction
+        value: Any = None  # to send; the one sent before takes no memory any more
         received: list[Apart] = []
         for message in receives:
             try:
@@ -65,7 +66,7 @@ def execute(
         if not record.lost:
             start = clock()
             try:
-                value: Any = action(received, work)  # a list if there are several to send
+                value = action(received, work)  # a list if there are several to send
                 ran.append((device, instruction, start, clock()))
             except Exception as error:
                 _fail(error, instruction, stages, record)
