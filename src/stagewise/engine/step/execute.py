@@ -59,8 +59,7 @@ def execute(
                 _fail(error, instruction, stages, record)
                 apart = mail.receive(message)  # into the memory that is free now
             if isinstance(apart, Lost):
-                record.lost = True
-                _clear(stages)
+                _clear(stages, record)
             else:
                 received.append(apart)
         if not record.lost:
@@ -92,11 +91,12 @@ def _fail(
     if isinstance(error, PeerError):
         raise error
     record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
-    _clear(stages)
+    _clear(stages, record)
 
 
-def _clear(stages: Mapping[int, Stage]) -> None:
-    """Free the memory of a step that has failed, which messages and placeholders need."""
+def _clear(stages: Mapping[int, Stage], record: Record) -> None:
+    """Compute nothing more; free the memory, which messages and placeholders need."""
+    record.lost = True
     for stage in stages.values():
         stage.clear()
 
