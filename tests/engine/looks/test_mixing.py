@@ -175,6 +175,33 @@ def test_backwards_that_treat_samples_alone_say_nothing() -> None:
     assert seen.count(1) == seen.count(2) == 4  # the step's own
 
 
+class Warming(nn.Module):
+    """Begins to mix samples when a flag is set; its counter is no flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.count = nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y - y.mean(0) if getattr(self, "warm", False) else y
+
+
+def test_a_flag_that_is_set_later() -> None:
+    """Found silent: it was set after call 3, and the next look at what cells mix was call 8."""
+    cell, x = Warming(), torch.randn(B, WIDTH)
+    plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=4)
+    pipe = stagewise.Pipeline([cell, nn.Identity()], plan, loss=nn.functional.mse_loss)
+    for call in range(1, 8):
+        cell.count = call  # changes in every call
+        if call == 7:
+            cell.warm = True  # type: ignore[assignment]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe.step(x, target=x)
+        assert [str(w.message)[:22] for w in caught] == ["cell '0' mixes samples"] * (call == 7)
+
+
 def test_it_is_the_cell_that_uses_what_another_took_of_the_batch() -> None:
     passed = [Cell(lambda x: (x, x.mean(0))), Call(lambda pair: pair[0] - pair[1]), *ends()]
     assert told(passed, torch.randn(B, WIDTH))[0][0].startswith("cell '1' mixes samples")

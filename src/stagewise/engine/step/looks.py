@@ -4,7 +4,8 @@ Problem: a look runs the loss several times over, so that not every call may hav
 that begins in the hundredth batch makes a mean count otherwise than it did until then.
 Idea: among the calls that are examined (the first ones, then now and then) look again where
 something is new: another form of the batch, or a value below or above all before it (an index to
-ignore, a padded place, a mask's first zero); and in calls 2, 4, 8, ... of a mode. The number of
+ignore, a padded place, a mask's first zero); in calls 2, 4, 8, ... of a mode; and in any call
+before which an attribute of a cell was set (`unchanged`). The number of
 looks grows as the logarithm of that of calls. What was found is a warning, each once.
 """
 
@@ -159,22 +160,20 @@ class Looks:
         self.unwatched = set(Mode)  # of whose calls it is not known what cells draw from
 
     def at(
-        self,
-        request: Request,
-        admitted: Admitted,
-        parts: Parts,
+        self, request: Request, admitted: Admitted, parts: Parts, *, flags: bool
     ) -> CallLook | None:
-        """A look at a call, if it is one to look at."""
+        """A look at a call, if it is one to look at; `flags`: an attribute of a cell was set."""
         sizes = admitted.sizes
         if request.observe is not None:
             return None
         if len(sizes) < 2:
             return self._at_one(request, sizes)
         seen, batch = self._seen[request.mode], (request.inputs, request.target, request.keywords)
-        if not seen.is_new(admitted.signature, _extremes(batch)) or _has_sizes(batch):
+        is_new = seen.is_new(admitted.signature, _extremes(batch)) or flags
+        if not is_new or _has_sizes(batch):
             return None
         is_first, mixing = seen.num_calls == 1, None
-        if is_first or seen.num_calls >= _FREE_LOOKS:
+        if is_first or flags or seen.num_calls >= _FREE_LOOKS:
             mixing = MixingLook(
                 sizes,
                 request.batch_dim,

@@ -130,7 +130,7 @@ class Runner:
         if record.input_gradients or record.keyword_gradients or work.parts.leaves:
             pass_on_gradients(work)
         is_nan = loss is not None and loss.device.type == "cpu" and loss != loss
-        if late or examines or record.partial or is_nan:
+        if late or work.look is not None or examines or record.partial or is_nan:
             self.looks.warn(work, late)
         return Result(
             loss=loss,
@@ -167,8 +167,8 @@ class Runner:
             # Gradients of the batch's own tensors flow back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
                 parts = self._parts(request, sizes)
-            if examines:
-                look = self.looks.at(request, admitted, parts)
+            if examines or self.unchanged.flags:
+                look = self.looks.at(request, admitted, parts, flags=self.unchanged.flags)
         except Exception as error:
             record.fail(Failure.of(error, None, None))
         shares: Shares = {}

@@ -10,8 +10,10 @@ references: what this rank does not run stays the user's to drop.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import nn
@@ -20,6 +22,8 @@ from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell, Piece
 from stagewise.model.chain import Held, Model, children_in, sequences_in
 
+_KINDS = bool, int, float, str, type(None)  # of flags
+_MOST_CHANGES = 2  # of one flag that are looked at
 Parts = dict[str, nn.Module | nn.Parameter | None]
 
 
@@ -61,6 +65,32 @@ class _Sequence(NamedTuple):
         return [f"{self.path}.{name}".lstrip(".") for name in names]
 
 
+class _Flags:
+    """The flags of one module, and how often each has changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held, self._times = vars(module), Counter[str]()
+        self._remember()
+
+    def _remember(self) -> None:
+        self._names = [name for name, value in self._held.items() if type(value) in _KINDS]
+        self._size, self._read = len(self._held), itemgetter("training", *self._names)
+        self._values = self._read(self._held)
+
+    def changed(self) -> bool:
+        """Whether one that is not ignored has changed since this was last asked."""
+        try:
+            if len(self._held) == self._size and self._read(self._held) == self._values:
+                return False
+        except KeyError:  # one was deleted
+            pass
+        before = {*zip(self._names, self._values[1:], strict=True)}
+        self._remember()
+        names = {name for name, _ in before ^ {*zip(self._names, self._values[1:], strict=True)}}
+        self._times.update(names)
+        return any(self._times[name] <= _MOST_CHANGES for name in names)
+
+
 class Unchanged:
     """Remembers the modules and parameters of `cells`."""
 
@@ -78,6 +108,9 @@ class Unchanged:
         pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
         self._watches = {piece.watch for piece in pieces if piece.watch is not None}
         self._sequences: list[_Sequence] = []
+        own = [m for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        self._flags = {training: [*map(_Flags, own)] for training in (False, True)}
+        self.flags = False  # whether flags have changed before this call
 
     def follow(self, model: Model, *, all_here: bool) -> None:
         """Watch the sequences of `model`, the user's own, too.
@@ -97,6 +130,7 @@ class Unchanged:
 
     def check(self, *, training: bool) -> None:
         """Raise ModelError if the captured model, or in training a cell, has changed."""
+        self.flags = True in [flags.changed() for flags in self._flags[training]]
         for watch in self._watches:
             changed = watch.changed()
             if changed:
