@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from stagewise.batch.values import Structure
 from stagewise.engine.stage.buffers import Saved
@@ -43,8 +43,3 @@ class Flight:
     sampled: Sampled | None = None  # of the outputs, to compare with the recomputation's
     buffers: Saved | None = None
     keywords: Sequence[CellKeywords] = ()
-
-    def end_at(self, outputs: Sequence[torch.Tensor], *, keep: bool) -> None:
-        """Let the backward start at `outputs`; `keep` them too."""
-        self.roots = [get_gradient_edge(o) if o.requires_grad else None for o in outputs]
-        self.ends = outputs if keep else ()

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewise.batch.markers import Arguments
 from stagewise.batch.objects import opened
@@ -129,7 +129,8 @@ class Stage:
             if recomputed:
                 flight.added, flight.sampled = (), sampled(outputs, m, work)
             else:
-                flight.end_at(outputs, keep=self.is_last)
+                flight.roots = [get_gradient_edge(o) if o.requires_grad else None for o in outputs]
+                flight.ends = outputs if self.is_last else ()
         return None if self.is_last else (list(map(leaf_of, outputs)), output_structure)
 
     def recompute(self, m: int, received: list[Apart], work: Work) -> None:
@@ -138,7 +139,8 @@ class Stage:
         with self.buffers.recompute(flight.buffers) if flight.buffers else _NOTHING:
             output = self._run_cells(flight, Kind.RECOMPUTE, m, work)
         outputs, _ = take_apart(output)
-        flight.end_at(outputs, keep=self.is_last)
+        flight.roots = [get_gradient_edge(o) if o.requires_grad else None for o in outputs]
+        flight.ends = outputs if self.is_last else ()
         if flight.sampled is not None and flight.sampled.differs(outputs):
             work.randomness[self.device].check_recomputed(self.index, self.cells, m)
 
