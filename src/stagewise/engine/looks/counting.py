@@ -1,8 +1,8 @@
-"""Which elements of a microbatch count, inferred from the values of targets and keyword arguments.
+"""Infer from targets and keyword arguments which elements of a microbatch count in a mean.
 
-A mean may leave some elements out: an ignored index, padding, the zeros of a mask. Those are the
+A mean may leave some elements out: an ignored index, padding, the zeros of a mask. They have the
 smallest or largest value of their tensor; their fraction in each microbatch shows whether the
-microbatches count unequally, and the number of the other elements is the weight that corrects it.
+microbatches count unequally, and the number of other elements is the weight that corrects it.
 """
 
 import itertools
@@ -36,7 +36,8 @@ def extremes(tensor: Tensor) -> tuple[float, float]:
 def most_unlike(microbatches: Sequence[object]) -> set[int]:
     """Return the microbatches that differ most from the one before.
 
-    Namely in the fraction of a tensor that is its smallest or largest value in the batch.
+    What is compared is the fraction of a tensor that has its smallest or largest value in the
+    batch.
     """
     found: set[int] = set()
     tensors = [[tensor for _, tensor in values_in(part)] for part in microbatches]
@@ -55,7 +56,7 @@ def _part(tensor: Tensor, value: float) -> float:
 
 
 def weight_that_fits(targets: Sequence[object], counts: tuple[float, float] | None) -> str | None:
-    """Return code of a weight by which two targets count as `counts` says; None if none fits."""
+    """Return code of a weight that makes two targets count as in `counts`; None if none does."""
     if counts is None:
         return None
     pairs = zip(*map(values_in, targets), strict=False)
@@ -91,9 +92,9 @@ def _others(place: str, value: float) -> str:
 
 
 def left_out(target: object, given: Mapping[str, object]) -> tuple[str, str] | None:
-    """Return which part of the target or keyword arguments is constant, so may not count at all.
+    """Describe a constant part of the target or keyword arguments, which may not count at all.
 
-    In words, with the code of a weight that is 0 for it; None if all may count.
+    Also returns the code of a weight that is 0 for it. None if all parts may count.
     """
     for name, value in (("target", target), *given.items()):
         for place, tensor in values_in(value):

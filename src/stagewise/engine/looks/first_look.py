@@ -1,13 +1,12 @@
-"""A look, at one call, at what would be silently another number than the plain model's.
+"""Check the losses of one call for values that would silently differ from the plain model's.
 
-Problem: microbatches are cut along one dimension and their losses added by weight. A loss that is a
-sum, counts samples unequally, or compares the samples of its batch with each other comes out
-wrong, and so does a batch whose first dimension is time.
-Idea: two microbatches of a call are put together again. The loss function and a cell that adds or
-returns a loss run on both apart and together, in eval mode and without a trace; what differs
-becomes a warning. A look that fails for any reason, or whose code draws random numbers, says
-nothing. Cells without a loss have a look of their own, `mixing`. `step.looks` says which calls are
-looked at.
+Problem: microbatches are cut along one dimension, and their losses are added by weight. A loss that
+is a sum, counts samples unequally, or compares the samples of its batch with each other comes out
+wrong, and so does that of a batch whose first dimension is time.
+Idea: join two microbatches again, and run the loss function, and each cell that adds or returns a
+loss, on both apart and together, in eval mode and leaving no trace. A difference becomes a warning.
+A look that fails for any reason, or whose code draws random numbers, says nothing. `mixing` looks
+at cells without a loss; `step.looks` decides which calls are looked at.
 """
 
 import contextlib
@@ -35,13 +34,13 @@ from stagewise.engine.stage.work import CellForward
 from stagewise.model.added_losses import COLLECTING, MAIN_LOSS, LossCollector
 from stagewise.model.cell import Cell
 
-MOST_PAIRS = 3  # since one may hide what another shows, as where class weights happen to agree
-_MOST_BYTES = 1 << 26  # of what is put together, where several samples are more than that
+MOST_PAIRS = 3  # one may hide what another shows: class weights may happen to agree
+_MOST_BYTES = 1 << 26  # of what is joined; of larger microbatches, only some samples
 _Run = Callable[[object], Mapping[str, Tensor]]
 
 
 class FirstLook:
-    """Looks at one call of `sizes`: at microbatches in pairs, as they come."""
+    """Looks at one call, at microbatches (of `sizes` samples) in pairs, as they come."""
 
     def __init__(
         self,
@@ -58,17 +57,17 @@ class FirstLook:
         self._sizes, self._batch_dim = sizes, batch_dim
         self._unlike, self._num_pairs = unlike, num_pairs
         self._weight, self._sums, self._loss = weight, sums_losses, loss
-        # By who took it: the microbatch that came last, its value, and its tensors' versions.
+        # By what received it: the last microbatch, its value, and the versions of its tensors.
         self._kept: dict[object, tuple[int, object, list[int]]] = {}
-        self._pairs: Counter[object] = Counter()  # that were begun
-        self.found: dict[str, tuple[int, str]] = {}  # by what is wrong: how badly, in words
+        self._pairs: Counter[object] = Counter()  # pairs begun
+        self.found: dict[str, tuple[int, str]] = {}  # what is wrong -> how badly, in words
 
     def watched(
         self, cell: Cell, forward: CellForward, collector: LossCollector, m: int, *, is_last: bool
     ) -> CellForward:
-        """`forward` of microbatch m, looking at what it is called with.
+        """Return `forward` of microbatch m, wrapped to look at what it is called with.
 
-        The last cell of the whole chain may return a loss.
+        Only the last cell of the whole chain (`is_last`) may return a loss.
         """
 
         def watched(value: object, keywords: Mapping[str, object]) -> object:
@@ -84,7 +83,7 @@ class FirstLook:
         return watched
 
     def loss_ran(self, loss: Callable[..., object], m: int, output: object, target: object) -> None:
-        """Call once the loss function has run on `output`, and on the target in a list."""
+        """Call once the loss function has run on `output` and `target`, a list of at most one."""
         both = None
         with contextlib.suppress(Exception):
             if target or not scalars_of(output):  # else the model computed it
@@ -121,7 +120,7 @@ class FirstLook:
     def _note(
         self, found: Examined, what: str, *, by: str, owner: Owner, fits: str | None = None
     ) -> None:
-        """One pair may not show all that another one does."""
+        """Note what is wrong, unless a pair before has shown something worse."""
         badly = SEVERITY.index(found.kind)
         if badly > self.found.get(what, (-1, ""))[0]:
             self.found[what] = badly, words(found, what, by=by, owner=owner, fits=fits)
@@ -141,7 +140,7 @@ class FirstLook:
         return [*examine(run, pair.parts, pair.whole, pair.leaves, counted)]
 
     def _ragged(self, run: _Run, pair: Pair, dim: int, sizes: tuple[int, int]) -> None:
-        """A mean along a dimension in which microbatches differ counts by that, not by samples."""
+        """Note a loss that averages over a dimension in which microbatches differ in length."""
         shares = _shares(pair.sizes)
         unlike = {
             f.name for f in examine(run, pair.parts, pair.whole, pair.leaves, _always(shares))
@@ -185,7 +184,7 @@ class FirstLook:
                 self._note(found, what, by="samples", owner=owner)  # type: ignore[arg-type]
 
     def _losses_of(self, forward: CellForward, *, is_loss: bool) -> _Run:
-        """The losses that a cell adds, and with `is_loss` those that it returns, of a value."""
+        """Return what computes the losses that a cell adds and, with `is_loss`, returns."""
 
         def run(value: object) -> Mapping[str, Tensor]:
             collector = LossCollector()
@@ -209,8 +208,10 @@ class FirstLook:
     def _both(
         self, who: object, m: int, value: object
     ) -> tuple[list[object], tuple[int, int]] | None:
-        """The values of the microbatch before and of this one, and their sizes; None once enough
-        pairs were seen, and where there is none."""
+        """Return the values and sizes of the microbatch before and of this one.
+
+        None for the first microbatch, once enough pairs were seen, and after an in-place change.
+        """
         value, before = detached(value), self._kept.pop(who, None)
         if self._pairs[who] < self._num_pairs or m + 1 in self._unlike:
             self._kept[who] = m, value, versions_of(value)
@@ -224,7 +225,7 @@ class FirstLook:
 
     @contextlib.contextmanager
     def _quietly(self, code: object) -> Iterator[None]:
-        """Look inside: no error, warning, random number or problem found by chance comes out."""
+        """Look inside; errors, warnings and draws do not get out, nor what a failed look found."""
         so_far, devices = dict(self.found), {t.device for t in _state_of(code)}
         parameters = [t for t in _state_of(code) if isinstance(t, nn.Parameter)]
         with (

@@ -1,14 +1,15 @@
-"""Cells that mix the samples of a batch, tried on microbatches apart and together.
+"""Find cells that mix the samples of a batch, by running them on microbatches apart and together.
 
-Problem: what a cell makes of a sample by the samples beside it (a mean over the batch, a softmax
-along dimension 0, attention between samples, an expert's capacity) is something else in every
-microbatch, and so is what it makes of a table that was split because its first size is the batch's.
-Idea: at a first look the cells of a stage run on a call's microbatches and on all as one; a cell
-whose outputs for the parts are not that for the whole mixes, or else one whose gradients are not
-(`trial`). Fresh copies run, which share the parameters and have no dropout and no BatchNorm, so
-that nothing of it stays. From cell to cell the whole is made of the parts again: no cell is blamed
-for another. An argument that makes the parts agree with the whole once each of them gets all of it
-is the cause. Of batches that are large, two microbatches are the whole.
+Problem: a cell that computes a sample's output from the samples beside it (a mean over the batch, a
+softmax along dimension 0, attention between samples, an expert's capacity) computes something else
+in every microbatch. So does one that gets a part of a table that it needs whole, which was split
+because its first size happens to be the batch's.
+Idea: run the cells of a stage on a call's microbatches and on their whole. If outputs or gradients
+of the parts do not make up the whole's, the cell mixes samples (`trial`). Copies run, with
+dropout and BatchNorm in eval mode, and what they write is put back. The next cell gets the outputs
+of the parts, joined, as its whole, so that no cell is blamed for another. If all agree once every
+part gets some argument whole, that argument is the cause. Of large batches, two microbatches count
+as the whole.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -31,14 +32,14 @@ from stagewise.model.forward.users_code import is_stock
 from stagewise.model.forward.visible import Sight
 
 _MOST_BYTES = 1 << 26  # of two microbatches' input to a stage
-# Of a whole batch's. A cell's activations are many times its input, and those of more than two
+# Of a whole batch's. A cell's activations are many times its input: those of more than two
 # microbatches may exceed what the step itself needs.
 _MOST_BYTES_OF_ALL = 1 << 20
 
 
 @dataclass
 class _Kept:
-    """The first microbatches of what a stage is given, until there are `count`."""
+    """What a stage is given of the first microbatches, until there are `count`."""
 
     count: int
     parts: list[tuple[StageGiven, list[int]]] = field(default_factory=list)  # with versions
@@ -59,7 +60,7 @@ class MixingLook:
         self._sizes, self._batch_dim, self._keywords = tuple(sizes), batch_dim, keywords
         self._with_backward = with_backward
         self._kept: dict[int, _Kept] = {}  # by a stage's first cell
-        # What that is given, if what reaches it does not tell, with the parts' sizes.
+        # What that stage gets from the one before, if messages do not tell, and the parts' sizes.
         self._carried: dict[int, tuple[list[object], tuple[int, ...]]] = {}
         self.found: dict[str, str] = {}  # by the cell's name
 
@@ -88,7 +89,7 @@ class MixingLook:
                     self._through(cells, run, parts, devices, differentiable=differentiable)
 
     def _num_joined(self, given: StageGiven) -> int:
-        """All microbatches where that is little: what a cell does only with many shows then."""
+        """Return how many microbatches to join: all if small, since some cells mix only many."""
         taken = sum(tensor.nbytes for value in given for tensor in tensors_of(value))
         return len(self._sizes) if taken * len(self._sizes) <= _MOST_BYTES_OF_ALL else 2
 
@@ -150,7 +151,7 @@ class MixingLook:
         return paired(values, sizes, self._batch_dim, most_bytes=most, num_differentiated=0)
 
     def _tells(self, values: Sequence[object], sizes: tuple[int, ...]) -> bool:
-        """Whether the whole can be made of the parts, as they will reach the next stage."""
+        """Return whether the next stage can make the whole from the parts that will reach it."""
         try:
             whole = self._pair(values[:-1], sizes).whole
         except UnpairableError:
@@ -162,9 +163,9 @@ class MixingLook:
 def _of_backward(cell: Cell, sizes: Sequence[int]) -> str:
     return (
         f"cell {cell.name!r} mixes samples in backward: its backward depends on the other samples, "
-        "though what it returns does not (a hook or autograd.Function that divides a gradient by "
+        "though its output does not (a hook or autograd.Function that divides a gradient by "
         "its norm, a straight-through estimate over the batch), so that gradients in microbatches "
-        f"of {sizes[0]}, {sizes[1]}, ... are others than the whole batch's; let its backward treat "
+        f"of {sizes[0]}, {sizes[1]}, ... differ from the whole batch's; let its backward treat "
         "every sample by itself, clip gradients of parameters after the step, or plan "
         "num_microbatches=1"
     )
@@ -196,7 +197,7 @@ def _words(cell: Cell, cause: list[str] | None, batch_dim: int, sizes: Sequence[
 
 
 def _counts_samples(pair: Pair) -> bool:
-    """Whether what was put together holds one entry per sample, so that its order is known."""
+    """Return whether what was joined holds one entry per sample, so that its order is known."""
     for one, whole in zip(tensors_of(pair.parts[0]), tensors_of(pair.whole), strict=True):
         sizes = [size for size, both in zip(one.shape, whole.shape, strict=True) if size != both]
         if sizes and sizes != [pair.sizes[0]]:

@@ -1,12 +1,12 @@
-"""One cell, tried on the parts of what it is given and on their whole.
+"""Try one cell on the parts of its input and on their whole.
 
-Problem: whether a cell mixes samples shows in what it returns for several parts and for their
-whole, or only in the gradients of what it is given (a hook that divides a gradient by its norm, a
-straight-through estimate).
-Idea: twins of the cell run on all of them, and backward from random gradients of the outputs, the
-whole's put together from the parts'. A difference counts only if it comes again when they run
-again, nothing was drawn, and no BatchNorm used the batch's statistics. One part's graph is freed
-before the next one runs.
+Problem: that a cell mixes samples shows in its outputs for several parts and for their whole, or
+only in the gradients of its inputs (a hook that divides a gradient by its norm, a straight-through
+estimate).
+Idea: run twins of the cell forward on all of them, and backward from random gradients of the
+outputs; those for the whole are the parts' joined. A difference counts only if it appears again in
+a second run, no random numbers were drawn, and no BatchNorm used the batch's statistics. One part's
+graph is freed before the next part runs.
 """
 
 import itertools
@@ -61,7 +61,7 @@ class Trial:
             self._cell = twin(cell, in_eval=True)  # it keeps nothing
         self._least = max(map(tolerance_of, cell.module.parameters()), default=0.0)
         self._with_backward = with_backward and not self._is_known
-        self._says = True  # whether a difference says anything
+        self._says = True  # whether a difference means anything
         self._generator = torch.Generator()
         self._outputs: list[object] = []
         self._columns: list[Column] = []
@@ -69,10 +69,10 @@ class Trial:
         self._gradients: list[list[Tensor]] = []  # of what the cell is given, from those
 
     def run(self, devices: Collection[torch.device]) -> bool:
-        """Run on the parts and the whole; whether the whole did not fail."""
+        """Run on the parts and the whole; return False if the whole fails."""
         self._says, self._outputs, self._seeds, self._gradients = True, [], [], []
         self._generator.manual_seed(0)
-        for some in (self._given[:1], self._given[1:]):  # the first tells if it draws
+        for some in (self._given[:1], self._given[1:]):  # the first tells whether it draws
             normalising = Normalising()
             with ExitStack() as watched:
                 if has_batchnorm(self._cell.module):
@@ -113,11 +113,11 @@ class Trial:
         return self._run(cell, fresh(value), own)
 
     def differs(self) -> bool:
-        """Whether the whole's output is something else than those of its parts put together."""
+        """Return whether the whole's output differs from those of its parts, joined."""
         return not self._is_known and any(column.differs for column in self._columns)
 
     def repeats(self) -> bool:
-        """Whether the same outputs come again: the cell draws and counts nowhere."""
+        """Return whether a second run gives the same outputs: nothing is drawn or counted."""
         if not self._says:
             return False
         again = [self._called(*given) for given in self._given]
@@ -133,7 +133,7 @@ class Trial:
         return max([self._least, *map(tolerance_of, tensors)]) or COARSE
 
     def values(self) -> list[object]:
-        """The outputs, with the parts' own in the whole, as far as they can be put together."""
+        """Return the outputs, the whole's made of the parts' where these can be joined."""
         leaves, spec = flatten(opened(self._outputs[-1]))
         places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for index, column in zip(places, self._columns, strict=True):
@@ -142,9 +142,9 @@ class Trial:
         return [*self._outputs[:-1], pytree.tree_unflatten(leaves, spec)]
 
     def backward_differs(self) -> bool:
-        """Whether a gradient of the whole is something else than those of its parts.
+        """Return whether a gradient of the whole differs from those of its parts, joined.
 
-        Ask where the outputs do not differ.
+        Only to be asked if the outputs do not differ.
         """
         if not self._says or len(self._gradients) < len(self._given):
             return False
@@ -163,14 +163,14 @@ class Trial:
         return False
 
     def _is_unlike(self, parts: Sequence[Tensor], whole: Tensor) -> bool:
-        """By norm: the round-off of another kernel may turn single gradients on or off (ReLU)."""
+        """Compare by norm: round-off may turn single gradients on or off (ReLU)."""
         ways, allowed = [*self._division.ways(parts, whole)], OF_GRADIENTS[self._tolerance([whole])]
         whole = whole.nan_to_num()
         most = allowed * float(whole.norm())
         return bool(ways) and all(float((way.nan_to_num() - whole).norm()) > most for way in ways)
 
     def _seeds_of(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Random gradients of a part's outputs; those of the whole are the parts' put together."""
+        """Return random gradients of a part's outputs; for the whole, the parts', joined."""
         if not self._columns:
             return [
                 torch.randn(t.shape, generator=self._generator, device="cpu").to(t)
@@ -193,7 +193,7 @@ class Trial:
         return found
 
     def cause(self, keywords: Mapping[str, object], num_samples: int) -> list[str] | None:
-        """The arguments of the batch's size that the cell needs whole, if that is all."""
+        """Return the arguments of the batch's size that the cell needs whole, if that is why."""
         flat = [with_paths((opened(value), dict(named))) for value, named in self._given]
         columns = [*zip(*flat, strict=True)]
         wholes: dict[int, tuple[str, object]] = {}
@@ -211,7 +211,7 @@ class Trial:
         return None
 
     def _agrees_with(self, wholes: Mapping[int, object]) -> bool:
-        """Whether the parts agree with the whole once all get `wholes`, by places."""
+        """Return whether the parts agree with the whole once all get `wholes` (by place)."""
         outputs = []
         with suppress(Exception):
             for given in self._given:
@@ -236,7 +236,7 @@ class Trial:
 
 
 def _differentiable(given: Given) -> tuple[list[Tensor], Given]:
-    """`given` with its value's tensors as leaves that require gradients, and those leaves."""
+    """Return leaves that require gradients, and `given` with them in place of its tensors."""
     leaves, spec = flatten(opened(given[0]))
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -260,7 +260,7 @@ def _gradients_of(
 
 
 def fresh(value: object) -> object:
-    """`value` with copies of its tensors."""
+    """Return `value` with copies of its tensors."""
     if isinstance(value, Tensor):
         return value.clone()
     leaves, spec = flatten(opened(value))

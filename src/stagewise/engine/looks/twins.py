@@ -1,7 +1,7 @@
-"""Cells that run beside themselves, for a look.
+"""Copies of cells, and contexts in which they run and leave no trace, for the looks.
 
-A twin shares a cell's parameters; all else is its own. Dropout and BatchNorm are in eval mode in
-it: what samples do to each other there is known, and made exact or warned of elsewhere.
+A twin shares a cell's parameters; all else is its own. Its dropout and BatchNorm are in eval mode:
+how samples affect each other there is known, and made exact or warned of elsewhere.
 """
 
 import copy
@@ -40,9 +40,9 @@ _MAKE_COPIES = "__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "_
 
 
 def twin(cell: Cell, *, in_eval: bool) -> Cell:
-    """A copy of `cell`, in eval mode altogether or else in its own.
+    """Return a copy of `cell`, wholly in eval mode or in the cell's own.
 
-    Hooks that are functions are left out: what they note lies elsewhere.
+    Forward hooks that are functions are left out: they write to what is not copied.
     """
     module = getattr(cell.module, "_orig_mod", cell.module)
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
@@ -69,25 +69,25 @@ def twin(cell: Cell, *, in_eval: bool) -> Cell:
 
 @functools.cache
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether its objects are copied by their attributes."""
+    """Return whether copying the attributes of its objects copies them."""
     own = [vars(cls) for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]]
     return not any(name in names for names in own for name in _MAKE_COPIES)
 
 
 def treats_samples_alone(module: nn.Module) -> bool:
-    """Whether that is known by the types of its layers."""
+    """Return whether the types of its layers tell that it treats every sample by itself."""
     return all(type(layer) in _BY_SAMPLE for layer in module.modules()) and is_stock(module)
 
 
 def has_batchnorm(module: nn.Module) -> bool:
-    """Whether it may run a BatchNorm: a captured piece may run one of the model's."""
+    """Return whether it may run a BatchNorm, as any piece of a captured model may."""
     return isinstance(module, Piece) or any(isinstance(m, _BatchNorm) for m in module.modules())
 
 
 def sideways_layer(module: nn.Module, batch_dim: int) -> str | None:
-    """A layer in `module` that may take its samples along another dimension than `batch_dim`.
+    """Describe a layer in `module` that may take samples along another dimension than `batch_dim`.
 
-    What a recurrent layer is given without a batch is one sequence, whatever it says.
+    A recurrent layer takes input without a batch dimension as one sequence, whatever `batch_first`.
     """
     for layer in module.modules():
         if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
@@ -117,10 +117,9 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 def without_trace(
     devices: Collection[torch.device], parameters: Iterable[nn.Parameter]
 ) -> Iterator[None]:
-    """Run something inside that is no part of the call: nothing of it stays.
+    """Run something inside that leaves no warning, loss, graph or drawn random number behind.
 
-    That is no warning, loss, graph or random number, and no gradient that code itself adds to
-    `parameters`.
+    Nor gradients that code adds to `parameters` itself.
     """
     outer, COLLECTING.active = COLLECTING.active, LossCollector()
     try:
@@ -142,7 +141,7 @@ def without_trace(
 
 @contextmanager
 def drawn_from(devices: Collection[torch.device]) -> Iterator[list[object]]:
-    """What of torch's, Python's and NumPy's generators was drawn from inside, at its end."""
+    """Yield a list that at the end holds the generators used inside: torch's, Python's, NumPy's."""
     found: list[object] = []
     with generators_moved(devices) as moved, Draws([]).kept(guard=True) as late:
         yield found
@@ -150,10 +149,10 @@ def drawn_from(devices: Collection[torch.device]) -> Iterator[list[object]]:
 
 
 class Normalising(TorchFunctionMode):
-    """Notes whether BatchNorms normalise inside by a batch's own statistics.
+    """Notes whether a BatchNorm inside normalises by a batch's own statistics.
 
-    What other code normalises so mixes samples like any other: nothing else warns of it. (A
-    dispatch mode would import torch's compiler: 70 MiB in every process.)
+    Other code that does so mixes samples, of which nothing else warns. (A dispatch mode would
+    import torch's compiler: 70 MiB in every process.)
     """
 
     found = False
@@ -169,7 +168,7 @@ class Normalising(TorchFunctionMode):
 
 
 def _in_batchnorm(frame: FrameType | None) -> bool:
-    """Whether a BatchNorm's own code is running."""
+    """Return whether a BatchNorm's own code is running."""
     while frame is not None and not isinstance(frame.f_locals.get("self"), _BatchNorm):
         frame = frame.f_back
     return frame is not None

@@ -1,12 +1,12 @@
-"""When to look for what would be another number than the plain model's: at first, and again.
+"""Decide which calls are looked at for silent differences from the plain model.
 
-Problem: a look runs the loss several times over, so that not every call may have one; but padding
-that begins in the hundredth batch makes a mean count otherwise than it did until then.
-Idea: among the calls that are examined (the first ones, then now and then) look again where
+Problem: a look runs the loss several times, so that not every call can have one; but padding that
+begins in the hundredth batch changes how samples count in a mean.
+Idea: among the calls that are examined (the first ones, then now and then), look again where
 something is new: another form of the batch, or a value below or above all before it (an index to
-ignore, a padded place, a mask's first zero); in calls 2, 4, 8, ... of a mode; and in any call
-before which an attribute of a cell was set (`unchanged`). The number of
-looks grows as the logarithm of that of calls. What was found is a warning, each once.
+ignore, a padded place, a mask's first zero). Also look at calls 2, 4, 8, ... of a mode, and at any
+call before which an attribute of a cell was set (`unchanged`). The number of looks grows as the
+logarithm of the number of calls. Each finding is warned of once.
 """
 
 import weakref
@@ -54,16 +54,16 @@ _FREE_LOOKS, _LOOKS_PER_OCTAVE = 8, 2
 
 @dataclass(frozen=True, kw_only=True)
 class CallLook:
-    """Looks at one call: at its losses, at what its code carries over, at whether cells mix."""
+    """Looks at one call: its losses, the state that its code carries over, and cells that mix."""
 
     losses: FirstLook
     carried: Carried
     mixing: MixingLook | None = None
-    _stock: dict[int, bool] = field(default_factory=dict)  # by cell: only torch's layers run in it
+    _stock: dict[int, bool] = field(default_factory=dict)  # cell -> whether it is torch's
 
     @property
     def found(self) -> dict[str, tuple[int, str]]:
-        """By what is wrong: how badly, and in words."""
+        """What is wrong -> how badly, and in words."""
         mixing = {} if self.mixing is None else self.mixing.found
         others = {what: (0, text) for what, text in (mixing | self.carried.found).items()}
         return self.losses.found | others
@@ -81,7 +81,7 @@ class CallLook:
         last: Cell | None,
         again: Again,
     ) -> Sequence[tuple[Cell, CellForward]]:
-        """`calls` of microbatch m, looking; `last` is the whole chain's last cell."""
+        """Return `calls` of microbatch m, wrapped; `last` is the last cell of the whole chain."""
         stage = calls[0][0].index
         if last is not None:
             self.carried.last_stage = stage
@@ -100,7 +100,7 @@ class CallLook:
         return watched
 
     def loss(self, loss: Loss, m: int, again: Again) -> Loss:
-        """`loss`, looking at what it is called with: the output, and perhaps a target."""
+        """Return `loss` for microbatch m, wrapped."""
         run: Callable[..., object] = loss
         if not is_stock(loss):
             code = WatchedCode(LOSS_CELL, self.carried.last_stage, "the loss function", loss)
@@ -117,7 +117,7 @@ class CallLook:
 
 @contextmanager
 def _restored(again: Again, cell: int, m: int, code: object) -> Iterator[None]:
-    """Run `code` inside as it ran on microbatch m; gradients that it adds itself do not stay."""
+    """Run `code` inside as it ran on microbatch m; gradients that it adds itself are dropped."""
     parameters = code.parameters() if isinstance(code, nn.Module) else ()
     with gradients_aside(parameters), again(cell, m):
         yield
@@ -125,7 +125,7 @@ def _restored(again: Again, cell: int, m: int, code: object) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class _Seen:
-    """What calls of one mode had."""
+    """What the calls of one mode have contained."""
 
     num_calls: int = 0
     num_looks: int = 0
@@ -133,7 +133,7 @@ class _Seen:
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def is_new(self, form: int, ends: Mapping[str, tuple[float, float]]) -> bool:
-        """Whether a call is one to look at; it counts as seen."""
+        """Return whether a call is one to look at, and remember it."""
         self.num_calls += 1
         new = form not in self.forms or not self.num_calls & (self.num_calls - 1)
         self.forms.add(form)
@@ -147,22 +147,22 @@ class _Seen:
 
 
 class Looks:
-    """Decides which calls are looked at, and warns of what was found, each once."""
+    """Decides which calls are looked at, and warns once of each finding."""
 
     def __init__(self, count: LossCount, loss: Callable[..., object] | None) -> None:
         self._count, self._loss = count, loss
         self._seen: defaultdict[Mode, _Seen] = defaultdict(_Seen)
         self._sights: dict[int, Sight] = {}  # by cell
-        # What other ranks run, by its name, for as long as it is alive here.
+        # The cells of other ranks, by name, for as long as they are alive here.
         self.elsewhere: Mapping[str, weakref.ref[Any]] = {}
-        self._at_ones: set[Mode] = set()  # that had such a call of one microbatch
-        self._said: dict[str, int] = {}  # by what is wrong: how badly
-        self.unwatched = set(Mode)  # of whose calls it is not known what cells draw from
+        self._at_ones: set[Mode] = set()  # whose first call of one microbatch was looked at
+        self._said: dict[str, int] = {}  # what is wrong -> how badly
+        self.unwatched = set(Mode)  # modes in which it is not known what cells draw from
 
     def at(
         self, request: Request, admitted: Admitted, parts: Parts, *, flags: bool
     ) -> CallLook | None:
-        """A look at a call, if it is one to look at; `flags`: an attribute of a cell was set."""
+        """Return a look at a call, if it needs one; `flags`: an attribute of a cell was set."""
         sizes = admitted.sizes
         if request.observe is not None:
             return None
@@ -193,7 +193,7 @@ class Looks:
         return CallLook(losses=losses, carried=carried, mixing=mixing)
 
     def _at_one(self, request: Request, sizes: Sequence[int]) -> CallLook | None:
-        """A first call of one microbatch shows what its cells leave for those of other ranks."""
+        """Look at a first call of one microbatch for what cells leave for those of other ranks."""
         if not self.elsewhere or request.mode in self._seen or request.mode in self._at_ones:
             return None
         self._at_ones.add(request.mode)
@@ -201,7 +201,7 @@ class Looks:
         return CallLook(losses=losses, carried=Carried(sights=self._sights, is_first=True))
 
     def warn(self, work: Work, late: Sequence[Source]) -> None:
-        """Say what is wrong with a call that is over, and what cells began to draw from."""
+        """Warn of what is wrong with a finished call, and of what cells began to draw from."""
         found: dict[str, tuple[int, str]] = {}
         if isinstance(work.look, CallLook):
             work.look.carried.look_elsewhere(self.elsewhere)
@@ -226,7 +226,7 @@ class Looks:
             warn_user(text, ExactnessWarning)
 
     def _over_nothing(self, work: Work) -> str | None:
-        """A mean over nothing is no number, though that of the whole batch is one."""
+        """Describe a microbatch whose loss is a mean over nothing: NaN, unlike that of others."""
         if len(work.record.losses) < 2:
             return None
         is_nan = {
@@ -271,7 +271,7 @@ def _partial(name: str, own: Sequence[int], work: Work) -> str:
 
 
 def _has_sizes(batch: object) -> bool:
-    """Whether Microbatches in it say their sizes, so that no dimension tells what a sample is."""
+    """Return whether Microbatches in it give sizes: then no dimension is known to hold samples."""
     leaves = pytree.tree_leaves(batch, is_leaf=lambda node: isinstance(node, Microbatches))
     return any(isinstance(leaf, Microbatches) and leaf.sizes is not None for leaf in leaves)
 

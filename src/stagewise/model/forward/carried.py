@@ -1,11 +1,11 @@
 """Find state that a cell's code carries from one microbatch to another, or leaves for another cell.
 
-Problem: a counter, a hidden state or an average that forward updates advances once per microbatch,
-where the plain model's advances once per step; a mask that one cell stores in an object is the last
-microbatch's when a cell of another stage reads it, and missing on another rank.
+Problem: a counter, hidden state or average that forward updates advances once per microbatch, but
+once per step in the plain model; a mask that one cell stores in an object is the last microbatch's
+by the time a cell of another stage reads it, and missing on another rank.
 Idea: run two microbatches of a call again, the first with the state that the second left, the
 second with the state from before the first. A cell whose output differs carries state, visible or
-not; a value that changes in every call is a counter. Caches, such as a mask made once, and values
+not; a value that changes in every run is a counter. Caches, such as a mask made once, and values
 that every forward overwrites are harmless. All visible state is restored.
 """
 
@@ -25,8 +25,8 @@ from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, only_rea
 from stagewise.model.forward.visible import Sight
 
 Forward = Callable[..., object]
-Differs = Callable[[], bool]  # reruns one microbatch: whether the output differs
-Restored = Callable[[], AbstractContextManager[None]]  # inside, code runs as it did before
+Differs = Callable[[], bool]  # runs a microbatch again; whether the output differs
+Restored = Callable[[], AbstractContextManager[None]]  # inside, code runs as it did
 Compare = Callable[[object], Callable[[object], bool]]  # output -> whether another one differs
 _NUM_RUNS = 2  # microbatches examined per call
 
@@ -71,7 +71,7 @@ class Carried:
                 return forward(*given)
             before, taken = self._snapshot(code), _versions(given)
             output = forward(*given)
-            if _versions(given) != taken:  # its input was changed in place
+            if _versions(given) != taken:  # it changed its input in place
                 return output
             differs = None if again is None else _try(forward, given, taken, again, compare(output))
             with warnings.catch_warnings(), contextlib.suppress(Exception):
@@ -88,7 +88,7 @@ class Carried:
         if len(runs) < _NUM_RUNS:
             return
         alone = self._runs[code.index] = [replace(run, differs=None) for run in runs]  # no inputs
-        if any(_large_in(own, _written([own])) for own in runs):  # could not be put back
+        if any(_large_in(own, _written([own])) for own in runs):  # could not be restored
             runs = alone
         if large := _large_in(run, _written([run])):
             self.found[f"{code.name} counts"] = _counts(code.name, _names(large, run.after))
@@ -109,7 +109,7 @@ class Carried:
             first.before.put(changed(first.before, now) - own, now)
             follows = first.differs()
             last = take()
-        # Not a cache, which the first forward of a form fills; the one just now has no graph.
+        # Not a cache that the first forward of a form fills; the rerun just now built no graph.
         again = changed(second.before, second.after) & changed(now, last)
         again &= changed(first.after, last)
         if own and not follows:

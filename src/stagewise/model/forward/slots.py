@@ -1,4 +1,4 @@
-"""Slots: places other than tensors that a forward can write to, and their contents.
+"""List the places other than tensors that a forward can write to (slots), with their contents.
 
 They are attributes of modules, objects and classes, entries of containers, closure variables, and
 globals of the user's own code. A slot has the same key from every cell's point of view, so that one
@@ -45,7 +45,7 @@ class Slot:
     copy: object
     write: Callable[[Any], None]
     kind: str  # "hook" (only a module's hook sees it), "buffer", "statistic" (BatchNorm's) or ""
-    mark: object  # changes with values whose change is not visible otherwise
+    mark: object  # changes where a change of the value is not visible otherwise
 
     @property
     def is_shared_tensor(self) -> bool:
