@@ -57,6 +57,13 @@ def decorrelated(output: Tensor, target: Tensor) -> Tensor:
     )
 
 
+def with_hook(output: Tensor) -> Tensor:
+    y = output * 1
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient / gradient.norm())
+    return y
+
+
 CLASS_WEIGHTS = torch.tensor([1.0, 5.0, 0.5])
 
 WRONG: dict[str, tuple[Callable[..., object], str]] = {
@@ -74,6 +81,14 @@ WRONG: dict[str, tuple[Callable[..., object], str]] = {
     "class weights": (
         nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
         r"a mean in which samples do not count equally.*weighted 0\.5 and 0\.5, by samples",
+    ),
+    "by its own value": (
+        lambda output, target: (loss := rmse(output, target).square()) / loss.detach(),
+        r"divided by its own value, return that loss, and rescale gradients after the step",
+    ),
+    "hooked": (
+        lambda output, target: rmse(with_hook(output), target).square(),
+        r"a hook that rescales its gradient.*rescale gradients after the step",
     ),
     "ignored": (
         lambda output, target: nn.functional.cross_entropy(output, target, ignore_index=0),

@@ -174,6 +174,10 @@ _REMEDIES: dict[tuple[Kind, Owner], str] = {
     ),
     ("weighted", "cell"): "add a mean over the microbatch's samples in the cell",
 }
+_BY_ITSELF = (  # which all three values being equal may mean
+    "or, if it is a loss divided by its own value, return that loss, and rescale gradients after "
+    "the step"
+)
 
 
 def words(found: Examined, what: str, *, by: str, owner: Owner, fits: str | None = None) -> str:
@@ -204,9 +208,11 @@ def words(found: Examined, what: str, *, by: str, owner: Owner, fits: str | None
             f"{found.counts[0]:.4g} and {found.counts[1]:.4g} of the whole, but are weighted "
             f"{found.counted[0]:.4g} and {found.counted[1]:.4g}, by {by}; {remedy}"
             + (f"; here {fits} fits" if fits else "")
+            + (f"; {_BY_ITSELF}" if first == second == found.whole else "")
         )
     return (
         f"{what} depends on the other samples of its batch (negatives, hard pairs, statistics over "
-        f"the batch), so it is a different loss in every microbatch: {shown}, which no weighting "
-        "of the two gives; use num_microbatches=1, or a mean over samples"
+        "the batch, a division by its own value, a hook that rescales its gradient), so it is a "
+        f"different loss in every microbatch: {shown}, which no weighting of the two gives; use "
+        "num_microbatches=1, or a mean over samples, and rescale gradients after the step"
     )
