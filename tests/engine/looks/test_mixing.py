@@ -265,6 +265,13 @@ def test_cells_that_treat_samples_alone_say_nothing(name: str) -> None:
     assert told([Cell(ALONE[name]), *ends()], torch.randn(B, WIDTH), calls=1)[0] == []
 
 
+def test_a_branch_on_strides_says_nothing() -> None:
+    """Found: a false alarm, since the whole was contiguous where the parts were not."""
+    turned = Call(lambda x: x.transpose(1, 2))
+    branches = Call(lambda x: x * 3 if x.is_contiguous() else x * 2)
+    assert told([turned, branches, nn.Tanh()], torch.randn(B, LENGTH, WIDTH), calls=1)[0] == []
+
+
 def test_values_with_samples_elsewhere_say_nothing() -> None:
     heads = Call(lambda x: x.transpose(0, 1).flatten(0, 1))  # (time samples, width)
     back = Call(lambda x: x.unflatten(0, (LENGTH, -1)).transpose(0, 1))

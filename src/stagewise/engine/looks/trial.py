@@ -260,9 +260,10 @@ def _gradients_of(
 
 
 def fresh(value: object) -> object:
-    """Return `value` with copies of its tensors."""
+    """Return `value` with contiguous copies of its tensors, as the joined ones of a whole are."""
     if isinstance(value, Tensor):
-        return value.clone()
+        is_plain = value.layout is torch.strided
+        return value.clone(memory_format=torch.contiguous_format) if is_plain else value.clone()
     leaves, spec = flatten(opened(value))
-    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    copies = [fresh(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(copies, spec)
