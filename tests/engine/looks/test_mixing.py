@@ -162,6 +162,26 @@ def test_a_cell_whose_backward_mixes_samples(name: str) -> None:
         assert all(text.startswith("cell '2' mixes samples in backward") for text in texts)
 
 
+class Embedded(nn.Module):
+    """Takes no numbers that have gradients."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(5, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.hook = hook
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.linear(hooked(self.table(words), self.hook))  # type: ignore[no-any-return]
+
+
+def test_a_first_cell_without_numbers_whose_backward_mixes_samples() -> None:
+    """Found silent: only the gradients of what a cell is given were compared."""
+    words = torch.arange(B).remainder(5)[:, None]
+    for hook, is_said in ((lambda g: g / g.norm(), True), (lambda g: g * 2, False)):
+        texts, _ = told([Embedded(hook), *ends()], words, modes=("step",))
+        assert [text[:34] for text in texts] == ["cell '0' mixes samples in backward"] * is_said
+
+
 def test_backwards_that_treat_samples_alone_say_nothing() -> None:
     seen: list[int] = []
     noting = with_module_hook(lambda *given: seen.append(1))

@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.objects import opened
@@ -254,9 +255,23 @@ def _gradients_of(
             for tensor, seed in zip(tensors_of(output), seeds, strict=True)
             if seed is not None and tensor.requires_grad
         )
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)  # type: ignore[arg-type]
-    filled = zip(gradients, inputs, strict=True)
-    return [torch.zeros_like(tensor) if g is None else g for g, tensor in filled]
+    wanted = inputs or _next_to_leaves(output)
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)  # type: ignore[arg-type]
+    filled = itertools.zip_longest(gradients, inputs)
+    return [loss.new_zeros(t.shape if t is not None else ()) if g is None else g for g, t in filled]  # type: ignore[union-attr]
+
+
+def _next_to_leaves(output: object) -> list[GradientEdge]:
+    """Return the outputs of operations on parameters: of embeddings, where no input is a float."""
+    waiting = [t.grad_fn for t in tensors_of(output) if t.grad_fn is not None]
+    known, found = {*waiting}, []
+    for node in waiting:  # grows meanwhile
+        after = [next_node for next_node, _ in node.next_functions if next_node is not None]
+        if any(next_node.name().endswith("AccumulateGrad") for next_node in after):
+            found.append(GradientEdge(node, 0))
+        waiting += [next_node for next_node in after if next_node not in known]
+        known.update(after)
+    return found
 
 
 def fresh(value: object) -> object:
