@@ -24,6 +24,7 @@ from tests.harness import Pools, Raised
 from tests.models import Call
 from tests.schedules import planned, stages_on
 from tests.skip_models import WHATS, Recall, Remember, Wire, level, wired
+from tests.soak import part_of
 
 MSE = nn.functional.mse_loss
 WIDTH = 4
@@ -98,11 +99,16 @@ def random_case(draw: random.Random, num_devices: int | None = None) -> Case:
     return num_cells, tuple(wires), plan, draw.randint(num_microbatches + 1, 9)
 
 
-@hypothesis.settings(max_examples=300)
-@hypothesis.given(draw=st.randoms(use_true_random=False))
-def test_any_skips_are_bit_identical_however_they_are_cut(draw: random.Random) -> None:
-    case = random_case(draw)
-    assert_identical(outcome(case), outcome(on_one_stage(case)), case)
+@pytest.mark.parametrize("part", range(4))
+def test_any_skips_are_bit_identical_however_they_are_cut(part: int) -> None:
+    @part_of(part)
+    @hypothesis.settings(max_examples=75)
+    @hypothesis.given(draw=st.randoms(use_true_random=False))
+    def check(draw: random.Random) -> None:
+        case = random_case(draw)
+        assert_identical(outcome(case), outcome(on_one_stage(case)), case)
+
+    check()
 
 
 @hypothesis.settings(max_examples=100)
