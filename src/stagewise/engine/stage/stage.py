@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from stagewise.batch.markers import Arguments
 from stagewise.batch.objects import opened
 from stagewise.batch.values import Apart, detached, leaf_of, optionals, put_together, take_apart
 from stagewise.engine.stage.autograd import (
     check_changes,
+    edge_of,
     feed,
     restore_grad_mode,
     run_backward,
@@ -129,7 +130,7 @@ class Stage:
             if recomputed:
                 flight.added, flight.sampled = (), sampled(outputs, m, work)
             else:
-                flight.roots = [get_gradient_edge(o) if o.requires_grad else None for o in outputs]
+                flight.roots = list(map(edge_of, outputs))
                 flight.ends = outputs if self.is_last else ()
         return None if self.is_last else (list(map(leaf_of, outputs)), output_structure)
 
@@ -139,7 +140,7 @@ class Stage:
         with self.buffers.recompute(flight.buffers) if flight.buffers else _NOTHING:
             output = self._run_cells(flight, Kind.RECOMPUTE, m, work)
         outputs, _ = take_apart(output)
-        flight.roots = [get_gradient_edge(o) if o.requires_grad else None for o in outputs]
+        flight.roots = list(map(edge_of, outputs))
         flight.ends = outputs if self.is_last else ()
         if flight.sampled is not None and flight.sampled.differs(outputs):
             work.randomness[self.device].check_recomputed(self.index, self.cells, m)
@@ -208,8 +209,7 @@ class Stage:
     def _run_cells(self, flight: Flight, kind: Kind, m: int, work: Work) -> object:
         """Run the cells, and the loss on the last stage.
 
-        Cells that change their input in place get a copy, since it is needed again; in the first
-        run, all do.
+        Inputs that cells change in place are copied, since they are needed again; at first, all.
         """
         names = work.parts.keywords[0] if work.parts.keywords else ()
         key = (work.mode is Mode.TRAIN, self._flags, *map(_REQUIRES_GRAD, flight.inputs), *names)
