@@ -13,6 +13,7 @@ WRITERS = {
         "engine/stage/gradient.py": "taking one, and adding to one",
         "checker/references.py": "the plain model's, for an optimizer's step",
         "profiling/estimate_cell.py": "of fakes, so that a backward adds to something",
+        "profiling/in_turn.py": "zeros, so that a backward adds to something",
         "model/verify/situation.py": "taken away before a comparison, and put back",
         "training/recipe_costs.py": "of a probe, which weighs the optimizer's state",
     },

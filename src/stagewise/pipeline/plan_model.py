@@ -85,7 +85,7 @@ def plan(
         memory_bytes: a device's memory for parameters, their gradients and optimizer state
             (`state_factor` times the parameters: 4 for Adam in the parameters' dtype) and for
             activations.
-        device: where to measure, which holds the whole model meanwhile; by default where Pipeline
+        device: where to measure, one cell at a time unless on the CPU; by default where Pipeline
             would run.
         seconds: roughly how long to measure.
         cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,

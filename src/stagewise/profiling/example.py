@@ -25,6 +25,7 @@ from stagewise.model.cell import Cell, Chain
 from stagewise.model.cells_of import chain_for, entering
 from stagewise.model.chain import Model
 from stagewise.model.meta_tensors import is_meta
+from stagewise.profiling.in_turn import can_take_turns, takes_turns
 from stagewise.profiling.trial_steps import profile
 from stagewise.slow_notice import notice_if_slow
 
@@ -53,11 +54,13 @@ class Example:
     def measured(self, size: int, *, seconds: float, split: bool) -> tuple[CellCost, ...]:
         """Measure the costs of a microbatch of `size` samples on this rank."""
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
+        taking = takes_turns(self.where)
+        whole = [c for c in self.chain if not (taking and can_take_turns(c.module))]
         what = f"measuring {len(self.chain)} cells on {size} samples, for about {seconds:g} s"
         with (
             notice_if_slow(what),
             in_training_mode(self.model, self.chain),
-            _moved(self.chain, self.where),
+            _moved(whole, self.where),
         ):
             return profile(
                 self.chain,
@@ -70,11 +73,11 @@ class Example:
 
 
 @contextmanager
-def _moved(chain: Chain, device: torch.device) -> Iterator[None]:
+def _moved(cells: Sequence[Cell], device: torch.device) -> Iterator[None]:
     """Put the cells that are elsewhere on `device`, for the body."""
     homes = {}
     try:
-        for cell in chain:
+        for cell in cells:
             found = {each.device for each in (*cell.module.parameters(), *cell.module.buffers())}
             if found - {device}:  # `to` fails for quantised weights, even without a move
                 homes[cell.module] = found.pop() if len(found) == 1 else None
@@ -93,8 +96,8 @@ def _put(cell: Cell, device: torch.device) -> None:
         if not is_out_of_memory(error):
             raise
         raise PlanError(
-            f"the whole model does not fit on {device}, where its cells were to be measured; "
-            "measure elsewhere with plan(device='cpu'), or train with --plan and a file that "
+            f"the cells that must be on {device} together to be measured do not fit there; measure"
+            " elsewhere with plan(device='cpu'), or train with --plan and a file that "
             "stagewise plan --device DEVICE --json wrote, which measures nothing"
         ) from error
 

@@ -31,10 +31,12 @@ from stagewise.engine.transport.connect import in_one_process
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.transport import Transport
 from stagewise.model.cell import Cell, Chain
-from stagewise.schedule import Instruction, Kind, Message, Schedule, gpipe
+from stagewise.profiling.in_turn import InTurn, Together, takes_turns
+from stagewise.schedule import Instruction, Kind, Message, Schedule
 from stagewise.timeline import Timeline
 
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
+_HALVES = Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 Batch = tuple[object, object, Mapping[str, object]]  # inputs, target, keyword arguments
 
 
@@ -49,7 +51,7 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
 
 def measure_memory(runner: Runner, request: Request) -> int:
     """Return the peak activation bytes on this rank in one trial step."""
-    meter, peak = _meter(runner, request), 0
+    meter, peak = ActivationMeter(_excluded(runner.stages, request)), 0
 
     def observe(instruction: Instruction) -> None:
         nonlocal peak
@@ -86,13 +88,18 @@ def profile(
     """
     mail = _SizedMail(in_one_process([device] * len(chain)))
     runners = _runners(chain, mail.transport, loss, device, split=split)
+    stages = runners[0].stages
     inputs, target, keywords = pytree.tree_map_only(
         torch.Tensor, torch.Tensor.detach, (*batch[:2], dict(batch[2]))
     )
     request = Request(mode=Mode.TRAIN, inputs=inputs, target=target, keywords=keywords)
-    with untouched(runners[0].stages):
-        times = _times(runners, request, seconds)
-    measured = _activation_bytes(runners[-1], request, mail)
+    excluded = _excluded(stages, request)
+    trials = Together(excluded)
+    if takes_turns(device):
+        trials = InTurn(excluded, device, mail.under_way)
+    with untouched(stages):
+        times = _times(runners, request, seconds, trials)
+    measured = _activation_bytes(runners[-1], request, mail, trials)
 
     def seconds_of(cell: Cell, kind: Kind) -> float:
         return statistics.median(times[Instruction(cell.index, kind, 0)])
@@ -132,12 +139,15 @@ def _runners(
     routes = Routes(chain, [1] * num_cells, [(0,)] * num_cells, skips.flows)
     return [
         Runner(stages, transport, schedule, seed=0, routes=routes)
-        for schedule in (gpipe(num_cells, 1), *([_in_halves(num_cells)] if split else []))
+        for schedule in (
+            _in_order(num_cells, Kind.BACKWARD),
+            *([_in_order(num_cells, *_HALVES)] if split else []),
+        )
     ]
 
 
 def _times(
-    runners: Sequence[Runner], request: Request, seconds: float
+    runners: Sequence[Runner], request: Request, seconds: float, trials: Together
 ) -> dict[Instruction, list[float]]:
     """Return each instruction's times, from trial steps of all runners in turn."""
     times: dict[Instruction, list[float]] = {}
@@ -146,7 +156,7 @@ def _times(
         time.perf_counter() < deadline and rounds < MAX_ROUNDS
     ):
         for runner in runners:
-            runner.run(request)
+            trials.run(runner, request)
             if rounds >= WARMUP_ROUNDS:
                 for span in runner.last_run.spans:
                     times.setdefault(span.instruction, []).append(span.seconds)
@@ -154,15 +164,15 @@ def _times(
     return times
 
 
-def _in_halves(num_stages: int) -> Schedule:
-    """Return a schedule of one microbatch: all forwards, then all `I`, then all `W`.
+def _in_order(num_stages: int, *backward: Kind) -> Schedule:
+    """Return a schedule of one microbatch: all forwards, then all `B`, or all `I`, then all `W`.
 
     When a `W` runs, nothing else of the step is alive, so it frees what its stage alone kept.
     """
     up, down = range(num_stages), range(num_stages - 1, -1, -1)
-    order = (Kind.FORWARD, up), (Kind.BACKWARD_INPUT, down), (Kind.BACKWARD_WEIGHT, down)
+    order = (Kind.FORWARD, up), *((kind, down) for kind in backward)
     return Schedule(
-        name="in halves",
+        name="in order",
         programs=(
             tuple(Instruction(stage, kind, 0) for kind, stages in order for stage in stages),
         ),
@@ -216,8 +226,10 @@ class _Bytes:
     deferred_inputs: dict[int, int]
 
 
-def _activation_bytes(runner: Runner, request: Request, mail: _SizedMail) -> _Bytes:
-    meter = _meter(runner, request)
+def _activation_bytes(
+    runner: Runner, request: Request, mail: _SizedMail, trials: Together
+) -> _Bytes:
+    meter = trials.meter
     live: list[dict[StorageKey, int]] = [{}]  # after every instruction
     sent: list[set[StorageKey]] = []  # by every forward
     unsaved: list[dict[StorageKey, int]] = []
@@ -247,7 +259,7 @@ def _activation_bytes(runner: Runner, request: Request, mail: _SizedMail) -> _By
             freed[stage.index] = {k: size for k, size in before.items() if k not in now}
 
     with untouched(runner.stages), meter.counting():
-        runner.run(replace(request, observe=observe))
+        trials.run(runner, replace(request, observe=observe))
     levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
     # What several cells pass on is excluded: a stage may begin between them.
     holders = Counter(key for storages in unsaved for key in storages)
@@ -266,11 +278,12 @@ def _activation_bytes(runner: Runner, request: Request, mail: _SizedMail) -> _By
     )
 
 
-def _meter(runner: Runner, request: Request) -> ActivationMeter:
-    modules = [cell.module for stage in runner.stages.values() for cell in stage.cells]
+def _excluded(stages: Mapping[int, Stage], request: Request) -> list[torch.Tensor]:
+    """Return what is no activation: the cells' own tensors, and the batch's."""
+    modules = [cell.module for stage in stages.values() for cell in stage.cells]
     own = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     batch = request.inputs, request.target, dict(request.keywords)
-    return ActivationMeter([*own, *take_apart(batch)[0]])
+    return [*own, *take_apart(batch)[0]]
 
 
 def _held(runner: Runner) -> Iterator[torch.Tensor]:

@@ -243,4 +243,4 @@ def _update(layer: _BatchNorm, moments: Moments) -> None:
         (layer.running_var, moments.variance),
     ):
         assert running is not None
-        running.copy_((1 - factor) * running.double() + factor * new)
+        running.copy_((1 - factor) * running.double() + factor * new.to(running.device))
