@@ -42,7 +42,7 @@ class Typed:
                 replicas=AUTO if self.replicas == AUTO else parsed_replicas(self.replicas),
                 num_microbatches=self._microbatches(schedule),
                 balance=_balance(self.balance),
-                memory_bytes=None if self.memory is None else parse_bytes(self.memory, "--memory"),
+                memory_bytes=None if self.memory is None else _caps(self.memory),
             )
         except PlanError as error:
             raise PlanError(_by_option(str(error))) from None
@@ -82,7 +82,7 @@ def words_of(request: PlanRequest) -> dict[str, object]:
         "--schedule": schedule if isinstance(schedule, str) else schedule.name,
         "--recompute": request.recompute,
         "--balance": None if request.balance is None else _joined(request.balance),
-        "--memory": None if request.memory_bytes is None else f"{request.memory_bytes / 1e6!r}MB",
+        "--memory": ",".join(f"{cap / 1e6!r}MB" for cap in request.caps(1) or ()) or None,
     }
 
 
@@ -118,6 +118,10 @@ def parsed_replicas(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     return numbers_in("--replicas", text, "the number of devices of each stage, such as", "1,2,1")
+
+
+def _caps(text: str) -> list[float]:
+    return [parse_bytes(cap, "--memory") for cap in text.split(",")]
 
 
 def _balance(text: str | None) -> tuple[int, ...] | None:

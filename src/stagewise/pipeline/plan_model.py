@@ -34,6 +34,7 @@ from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_for, plan_of
 from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
+from stagewise.planning.reserve import reserve_of
 from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.profiling.example import Example, agreed_costs, example_of, in_training_mode
@@ -54,7 +55,7 @@ def plan(
     schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
     balance: Sequence[int] | None = None,
-    memory_bytes: float | None = None,
+    memory_bytes: float | Sequence[float] | None = None,
     state_factor: float = 4,
     device: Device | None = None,
     seconds: float = 3.0,
@@ -84,7 +85,8 @@ def plan(
         balance: number of cells on each stage, instead of the optimal cut.
         memory_bytes: a device's memory for parameters, their gradients and optimizer state
             (`state_factor` times the parameters: 4 for Adam in the parameters' dtype) and for
-            activations.
+            activations, or a list with that of each. Receives that ranks post ahead count, and on
+            accelerators estimates of contexts, workspaces and communicators.
         device: where to measure, one cell at a time unless on the CPU; by default where Pipeline
             would run.
         seconds: roughly how long to measure.
@@ -139,16 +141,20 @@ def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
     return plan_of(choice, request.balance, recompute=request.recompute)
 
 
-def _agree(request: PlanRequest, chain: Chain) -> None:
+def _agreed(request: PlanRequest, chain: Chain) -> PlanRequest:
     """Raise PlanError on every rank unless all request the same plan of the same model; collective.
 
-    Ranks may have different memory, and a schedule that is no name is compared in its plan.
+    Return the request with the memory of every rank's device, if they differ. A schedule that is
+    no name is compared in its plan.
     """
-    given = vars(request) | {"memory_bytes": None}
+    given = dict(vars(request))
     if not isinstance(request.schedule, str):
         given["schedule"] = None
     given["model"] = [[tuple(p.shape) for p in cell.module.parameters()] for cell in chain]
     rows = values_of_all(given, "plan")
+    caps = [row.pop("memory_bytes") for row in rows]
+    for row, cap in zip(rows, caps, strict=True):
+        row["memory_bytes"] = cap if cap is None or isinstance(cap, Sequence) else "its own"
     for name in given:
         differing = [rank for rank, row in enumerate(rows) if row[name] != rows[0][name]]
         if differing:
@@ -156,11 +162,15 @@ def _agree(request: PlanRequest, chain: Chain) -> None:
                 f"ranks {differing} called plan with a different {name} than rank 0; call it with "
                 "the same arguments on every rank"
             )
+    if request.memory_bytes is None or len(set(caps)) == 1:
+        return request
+    each = request.num_devices in (None, len(caps))
+    return replace(request, memory_bytes=caps if each else min(caps))
 
 
 def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.0) -> Plan:
     """Return the plan for `request`, cut by costs measured on `example`; collective."""
-    _agree(request, example.chain)
+    request = _agreed(request, example.chain)
     choice = _checked(request, len(example.chain))
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
@@ -205,7 +215,7 @@ def search_plan(
 
     The request's `num_devices` defaults to the number of ranks.
     """
-    _agree(request, example.chain)
+    request = _agreed(request, example.chain)
     if request.num_devices is None:
         if num_processes() == 1:
             raise PlanError("the search needs the number of devices; give num_devices")
@@ -219,6 +229,7 @@ def search_plan(
             lambda count: with_instruction_overhead(costs_at(count), overhead),
             counts,
             link=link,
+            reserve=reserve_of(example.where.type, posts=num_processes() > 1),
             progress=progress,
         )
 

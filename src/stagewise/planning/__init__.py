@@ -1,8 +1,9 @@
 """From costs to a plan, without torch.
 
 1. `simulate` predicts when each instruction of a schedule runs; `fast_simulate` only the duration.
-2. A `request` says what is wanted. `partition` cuts the chain, `choice` builds the requested
-   schedule, `synthesis` makes one, `search` compares them all; `bubble` splits idle time by cause.
+2. A `request` says what is wanted, `reserve` what memory holds besides state and activations.
+   `partition` cuts the chain, `choice` builds the requested schedule, `synthesis` makes one,
+   `search` compares them all; `bubble` splits idle time by cause.
 3. `plan` is the result: frozen, with its predictions.
 4. `devices`, `roofline` and `interpolate` derive costs from published figures or from few
    measurements; `calibrate` corrects costs by trial steps, `drift` detects that they have changed.

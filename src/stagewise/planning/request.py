@@ -33,7 +33,7 @@ class PlanWishes(TypedDict):
     schedule: NotRequired[ScheduleLike]
     recompute: NotRequired[str]
     balance: NotRequired[Sequence[int] | None]
-    memory_bytes: NotRequired[float | None]
+    memory_bytes: NotRequired[float | Sequence[float] | None]
     state_factor: NotRequired[float]
 
 
@@ -53,7 +53,7 @@ class PlanRequest:
     schedule: ScheduleLike = "1f1b"
     recompute: str = "never"
     balance: Sequence[int] | None = None
-    memory_bytes: float | None = None
+    memory_bytes: float | Sequence[float] | None = None  # of every device, or of each
     state_factor: float = 4
 
     def __post_init__(self) -> None:
@@ -61,6 +61,9 @@ class PlanRequest:
         if not isinstance(counts, int | str):  # a single number leaves no choice
             counts = counts[0] if len(set(counts)) == 1 else tuple(counts)
             object.__setattr__(self, "num_microbatches", counts)
+        if self.memory_bytes is not None and not isinstance(self.memory_bytes, int | float):
+            caps = tuple(self.memory_bytes)
+            object.__setattr__(self, "memory_bytes", caps[0] if len(set(caps)) == 1 else caps)
         if not isinstance(self.replicas, str):
             object.__setattr__(self, "replicas", tuple(self.replicas))
         if self.balance is not None:
@@ -102,6 +105,13 @@ class PlanRequest:
         numbers = [n for each in _PER_DEVICE if (n := each * self.num_devices) <= num_samples]
         return tuple(numbers) or (num_samples,)
 
+    def caps(self, num_devices: int) -> tuple[float, ...] | None:
+        """Return every device's memory; None if there is no cap."""
+        given = self.memory_bytes
+        if given is None or isinstance(given, Sequence):
+            return given if given is None else tuple(given)
+        return (given,) * num_devices
+
     def _check_each(self) -> None:
         error = PlanError if self.searched else ScheduleError
         counts = self.num_microbatches
@@ -122,14 +132,21 @@ class PlanRequest:
                 f"recompute is {self.recompute!r}; choose 'auto', {SEGMENTS!r}, or one of "
                 f"{', '.join(sorted(POLICIES))}"
             )
-        if self.memory_bytes is not None and not self.memory_bytes > 0:
+        caps = self.caps(1)
+        if caps is not None and not (caps and min(caps) > 0):
             raise PlanError(
                 f"memory_bytes is {self.memory_bytes}; give the memory of a device in bytes, such "
-                "as 8e9, or leave it out"
+                "as 8e9, or a list with that of each, or leave it out"
             )
 
     def _check_searchable(self) -> None:
         """Raise PlanError if something is given that the search would have to choose."""
+        number = self.num_devices
+        if number is not None and (caps := self.caps(number)) and len(caps) != number:
+            raise PlanError(
+                f"memory_bytes has {len(caps)} numbers for {number} devices; give one for each, "
+                "or one for all"
+            )
         given = {
             "num_stages": self.num_stages is not None,
             "balance": self.balance is not None,

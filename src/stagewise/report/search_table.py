@@ -33,6 +33,8 @@ def explanation(result: SearchResult) -> Iterator[RenderableType]:
     yield _devices(result)
     if result.runners_up:
         yield _runners_up(result)
+    if besides := str(result.reserve):
+        yield f"memory includes {besides}"
     if result.rejected:
         yield _rejected(result)
 
@@ -50,6 +52,7 @@ def as_record(result: SearchResult) -> dict[str, object]:
         "device_bytes": result.chosen.device_bytes,
         "memory_bytes": result.memory_bytes,
         "state_factor": result.state_factor,
+        "reserve": asdict(result.reserve),
         "runners_up": [
             {"what": str(p), "step_seconds": p.seconds, "device_bytes": p.device_bytes}
             for p in result.runners_up
@@ -80,7 +83,7 @@ def _devices(result: SearchResult) -> Table:
     peaks = plan.peak_activation_bytes
     for device, needs in enumerate(chosen.device_bytes):
         stages = [s for s, devices in enumerate(chosen.placement) if device in devices]
-        share = "-" if result.memory_bytes is None else f"{needs / result.memory_bytes:.0%}"
+        share = "-" if result.caps is None else f"{needs / result.caps[device]:.0%}"
         table.add_row(
             str(device),
             ", ".join(map(str, stages)),

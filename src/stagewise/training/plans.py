@@ -14,6 +14,7 @@ from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.plan import plan_for
 from stagewise.planning.request import PlanRequest
+from stagewise.planning.reserve import reserve_of
 from stagewise.planning.search.search import Progress, search_for
 from stagewise.training.batches import TrainingBatches
 from stagewise.training.recipe import Batch, Model, Recipe, build_model
@@ -119,5 +120,6 @@ def estimated_search(
         lambda count: estimated(recipe, model, batch, count, device),
         request.counts(num_samples_of(batch)),
         link=device.link(request.num_devices),
+        reserve=reserve_of("cpu" if device.name == "cpu" else "cuda", posts=True),
         progress=progress,
     )

@@ -2,7 +2,8 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -257,3 +258,41 @@ def test_the_solver_prints_nothing(
     print("after")
     assert found is not None and found.is_optimal
     assert capfd.readouterr().out == "before\nafter\n"
+
+
+@pytest.mark.parametrize("placed", [one_each, loop, two_loops])
+def test_each_device_has_its_own_cap(placed: Callable[..., Placement]) -> None:
+    rng, num_fitting = random.Random(5), 0
+    for _ in range(60):
+        num_cells = rng.randint(2, 7)
+        placement, (seconds, transfers) = placed(rng, num_cells), costs(rng, num_cells)
+        memory = needs(rng, num_cells, len(placement))
+        devices = 1 + max(itertools.chain.from_iterable(placement))
+        caps = [rng.randint(5, 60) for _ in range(devices)]
+        free, own = (
+            layout(
+                placement,
+                seconds,
+                transfer_seconds=transfers,
+                memory=replace(memory, memory_bytes=most),
+            )
+            for most in (1e9, caps)
+        )
+        best = min(
+            (
+                free.busiest_seconds(cuts)
+                for cuts in all_cuts(num_cells, len(placement))
+                if (free.device_bytes(cuts) <= caps).all()
+            ),
+            default=NEVER,
+        )
+        made = place(
+            placement,
+            seconds,
+            transfer_seconds=transfers,
+            memory=replace(memory, memory_bytes=caps),
+        )
+        assert brute_force(own) == best
+        assert (NEVER if made is None else made.seconds) == best
+        num_fitting += best < NEVER
+    assert num_fitting >= 10

@@ -25,11 +25,8 @@ from stagewise.engine.transport.wires.wire import Arrival, Wire, Wires
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import CellError
 from stagewise.schedule import Message
-from stagewise.schedule.posting import PostFrom
+from stagewise.schedule.posting import POSTED_AHEAD, POSTED_BYTES, PostFrom
 
-POSTED_AHEAD = 2  # messages per link: one arriving while one waits to be used
-# On CPUs more than that, if small: posting many at once takes a quarter of the time.
-POSTED_BYTES = 1 << 21
 # Sent before each message where there is a stream: whether it has the remembered form.
 PLAIN, CHANGED = (torch.tensor([mark], dtype=torch.uint8, device="cpu") for mark in (0, 1))
 

@@ -35,7 +35,7 @@ class MemoryNeeds:
     `graphs[s]` times the sum of the `kept` of its cells and `closing[b]`.
     """
 
-    memory_bytes: float
+    memory_bytes: float | Sequence[float]  # of every device, or of each
     state: Sequence[float]  # parameters, gradients and optimizer state
     kept: Sequence[float]  # per cell, without what only the last cell of a stage keeps
     entering: Sequence[float]  # one more than cells: what crosses the boundary before cell i
@@ -47,7 +47,7 @@ class MemoryNeeds:
 def memory_needs(
     cells: Sequence[CellCost],
     *,
-    memory_bytes: float,
+    memory_bytes: float | Sequence[float],
     inputs: Sequence[int],
     graphs: Sequence[int],
     state_factor: float = 4,
@@ -187,16 +187,30 @@ def layout(
         np.asarray(n, dtype=np.float64)[:, None] for n in (memory.inputs, memory.graphs)
     )
     whole = state[None, :] + graphs * kept
+    most, shares_of_cap = _caps(placed, memory.memory_bytes)
     return Layout(
         placement=placed,
         cell_seconds=seconds,
         transfers=transfers,
         starts=starts,
         ends=ends,
-        memory_bytes=memory.memory_bytes,
-        start_bytes=whole - inputs * np.asarray(memory.entering, dtype=np.float64),
-        end_bytes=whole + graphs * np.asarray(memory.closing, dtype=np.float64),
+        memory_bytes=most,
+        start_bytes=shares_of_cap * (whole - inputs * np.asarray(memory.entering)),
+        end_bytes=shares_of_cap * (whole + graphs * np.asarray(memory.closing)),
     )
+
+
+def _caps(placement: Placement, caps: float | Sequence[float]) -> tuple[float, Array]:
+    """Return the largest cap and, per stage, by what its bytes count for more under its own.
+
+    A device's need is a sum over its stages, so a smaller cap is the largest one with larger needs.
+    """
+    if not isinstance(caps, Sequence):
+        return caps, np.ones((len(placement), 1))
+    own = np.array([[min(caps[device] for device in devices)] for devices in placement])
+    most = float(max(caps))
+    exactly = 1 - 1e-12  # a need that is the cap stays within it
+    return most, most / np.maximum(own, 1.0) * exactly if np.isfinite(most) else np.ones_like(own)
 
 
 def _checked(

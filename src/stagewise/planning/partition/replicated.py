@@ -85,7 +85,9 @@ class _Needs:
             for values in (memory.state, memory.kept)
         )
         self._entering, self._closing = memory.entering, np.asarray(memory.closing)
-        self._recomputed, self._most = recomputed, memory.memory_bytes
+        caps = memory.memory_bytes  # which stage a device will hold is not known yet
+        self._most = min(caps) if isinstance(caps, Sequence) else caps
+        self._recomputed = recomputed
 
     def fit(self, i: int, ends: Ints, held: Ints) -> NDArray[np.bool_]:
         """Return whether a device can hold the cells i to end - 1 with `held` microbatches."""

@@ -21,6 +21,7 @@ from stagewise.planning.partition.cut_costs import (
 )
 from stagewise.planning.partition.place import Effort, place
 from stagewise.planning.partition.replicated import replicated_partition
+from stagewise.planning.reserve import NO_RESERVE, Reserve
 from stagewise.planning.search.candidates import (
     Option,
     placement_of,
@@ -39,8 +40,9 @@ class Machine:
 
     num_devices: int
     link: LinkCost
-    memory_bytes: float
+    memory_bytes: tuple[float, ...]  # per device
     state_factor: float
+    reserve: Reserve = NO_RESERVE
 
 
 @dataclass
@@ -89,10 +91,11 @@ class Cutter:
             held = held_microbatches(schedule)
             needs = self._needs(cells, held, (1,) * len(held) if recomputing else held)
             least = sum(needs.state) + min(needs.graphs) * sum(needs.kept)
-            if least > option.num_devices * self._machine.memory_bytes:
+            together = sum(self._machine.memory_bytes)
+            if least > together:
                 return (
                     f"all devices together need at least {size_in_words(least)}, and have "
-                    f"{size_in_words(option.num_devices * self._machine.memory_bytes)}"
+                    f"{size_in_words(together)}"
                 )
         partition = self._partition(option, cells, recomputing, needs)
         if partition is None:

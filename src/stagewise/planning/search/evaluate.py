@@ -148,8 +148,10 @@ class Evaluator:
                 costs,
                 plan.num_microbatches,
                 self.machine.link,
-                memory_bytes=[int(room) for room in self._room(plan.placement, costs)]
-                if isfinite(self.machine.memory_bytes)
+                memory_bytes=[
+                    int(room) for room in self._room(plan.placement, costs, plan.num_microbatches)
+                ]
+                if isfinite(max(self.machine.memory_bytes))
                 else None,
                 recompute=plan.recompute,
                 effort=effort,
@@ -173,7 +175,7 @@ class Evaluator:
         if recompute != SEGMENTS:
             schedule = with_recompute(cut.schedule, recompute)
             return self._outcome(cut, cells, schedule, costs, recompute)
-        room = self._room(cut.schedule.placement, costs)
+        room = self._room(cut.schedule.placement, costs, cut.option.num_microbatches)
         segments = segments_within(cut.schedule, cells, cut.balance, room)
         if segments is None:
             return Rejected(what=what, reason="no segments fit into memory", lacks_memory=True)
@@ -194,14 +196,15 @@ class Evaluator:
         self.work.instructions += sum(map(len, schedule.programs))
         outcome = outcome_of(schedule, costs, self.machine.link)
         reduced = self._reduce_seconds(schedule.placement, costs)
-        state = self._state(schedule.placement, costs)
+        state = self._state(schedule.placement, costs, schedule.num_microbatches)
         needs = [int(s + peak) for s, peak in zip(state, outcome.peak_bytes, strict=True)]
-        worst = max(range(len(needs)), key=needs.__getitem__)
-        if needs[worst] > self.machine.memory_bytes:
+        caps = self.machine.memory_bytes
+        worst = max(range(len(needs)), key=lambda device: needs[device] / caps[device])
+        if needs[worst] > caps[worst]:
             return Rejected(
                 what=_in_words(cut.option, recompute),
                 reason=f"device {worst} needs {size_in_words(needs[worst])} of "
-                f"{size_in_words(self.machine.memory_bytes)}",
+                f"{size_in_words(caps[worst])}",
                 lacks_memory=True,
             )
         return EvaluatedPlan(
@@ -231,13 +234,18 @@ class Evaluator:
                 added[device] += 2 * (r - 1) * each if r > 1 else 0.0
         return added
 
-    def _room(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
+    def _room(
+        self, placement: Placement, costs: Sequence[StageCost], num_microbatches: int
+    ) -> list[float]:
         """Return the memory that each device has left for activations."""
-        return [self.machine.memory_bytes - state for state in self._state(placement, costs)]
+        state = self._state(placement, costs, num_microbatches)
+        return [cap - own for cap, own in zip(self.machine.memory_bytes, state, strict=True)]
 
-    def _state(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:
-        """Return the bytes of parameters, gradients and optimizer state on each device."""
-        state = [0.0] * (1 + max(device for devices in placement for device in devices))
+    def _state(
+        self, placement: Placement, costs: Sequence[StageCost], num_microbatches: int
+    ) -> list[float]:
+        """Return each device's bytes of parameters, gradients, optimizer state, and its reserve."""
+        state: list[float] = [*self.machine.reserve.on(placement, costs, num_microbatches)]
         for devices, cost in zip(placement, costs, strict=True):
             for device in devices:
                 state[device] += self.machine.state_factor * cost.parameter_bytes

@@ -15,6 +15,7 @@ from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.errors import PlanError
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, PlanRequest
+from stagewise.planning.reserve import NO_RESERVE, Reserve
 from stagewise.planning.search.bounds import least_plan_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option, options
 from stagewise.planning.search.cuts import Machine, SearchWork
@@ -43,8 +44,10 @@ class SearchResult:
     rejected: tuple[Rejected, ...]
     bound_seconds: float
     work: SearchWork
-    memory_bytes: float | None
+    memory_bytes: float | Sequence[float] | None  # as asked for
+    caps: tuple[float, ...] | None  # per device
     state_factor: float
+    reserve: Reserve
 
     @cached_property
     def plan(self) -> Plan:
@@ -129,7 +132,8 @@ def search(
     num_devices: int,
     *,
     num_microbatches: Sequence[int],
-    memory_bytes: float | None = None,
+    memory_bytes: float | Sequence[float] | None = None,
+    reserve: Reserve = NO_RESERVE,
     link: LinkCost = FREE_LINK,
     schedules: Sequence[str] | None = None,
     recompute: str = "auto",
@@ -145,7 +149,9 @@ def search(
         costs_at: returns every cell's costs for one microbatch, given the number of microbatches.
         num_microbatches: the numbers to try.
         memory_bytes: a device's memory for parameters, gradients and optimizer state
-            (`state_factor` times the parameters) and activations; None for no cap.
+            (`state_factor` times the parameters) and activations, or a list with that of each
+            device; None for no cap.
+        reserve: what devices need besides.
         schedules: names in SCHEDULES; by default all of them.
         recompute: a policy, "segments", or "auto" for the fastest within the cap.
         replicas: whether stages may have several devices, if the schedule supports that.
@@ -156,18 +162,20 @@ def search(
     Raises:
         PlanError: nothing fits; the message says what each device would need.
     """
-    PlanRequest(  # checks the arguments
+    request = PlanRequest(  # checks the arguments
         num_devices=num_devices,
         num_microbatches=num_microbatches,
         schedule=AUTO,
         recompute=recompute,
         memory_bytes=memory_bytes,
     )
+    caps = request.caps(num_devices)
     machine = Machine(
         num_devices=num_devices,
         link=link,
-        memory_bytes=float("inf") if memory_bytes is None else memory_bytes,
+        memory_bytes=caps or (float("inf"),) * num_devices,
         state_factor=state_factor,
+        reserve=reserve,
     )
     counts = sorted(set(num_microbatches))
     cells = {count: tuple(costs_at(count)) for count in counts}
@@ -211,8 +219,10 @@ def search(
             for count in counts
         ),
         work=evaluator.work,
-        memory_bytes=memory_bytes,
+        memory_bytes=request.memory_bytes,
+        caps=caps,
         state_factor=state_factor,
+        reserve=reserve,
     )
 
 
@@ -222,6 +232,7 @@ def search_for(
     counts: Sequence[int],
     *,
     link: LinkCost = FREE_LINK,
+    reserve: Reserve = NO_RESERVE,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Search for a plan that meets `request`, among `counts` of microbatches.
@@ -234,6 +245,7 @@ def search_for(
         request.num_devices,
         num_microbatches=counts,
         memory_bytes=request.memory_bytes,
+        reserve=reserve,
         link=link,
         schedules=request.schedules,
         recompute=request.recompute,
