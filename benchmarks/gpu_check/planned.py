@@ -95,7 +95,11 @@ def memory(dry: bool, say: Say) -> None:
         say(f"{what}: nothing is left", ok=left < MEBIBYTE, left_mib=left / MEBIBYTE)
     if machine.device.type == "cuda":
         del pipe
-        _too_little(model, x, say)
+        free, total = torch.cuda.mem_get_info()
+        outside = total - free - torch.cuda.memory_reserved()
+        say("outside the allocator (a plan assumes 512 MiB)", context_mib=outside / MEBIBYTE)
+        _one_cell_at_a_time(model, x, count, say)
+        _too_little(model.to(x.device), x, say)
 
 
 def _allocated_by(call: Callable[[], object]) -> tuple[int, int]:
@@ -105,6 +109,18 @@ def _allocated_by(call: Callable[[], object]) -> tuple[int, int]:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+
+
+def _one_cell_at_a_time(model: nn.Sequential, x: torch.Tensor, count: int, say: Say) -> None:
+    """Measure a model that stands in the host's memory."""
+    model.zero_grad()
+    model.cpu()
+    options = {"num_stages": 2, "num_microbatches": count, "device": x.device}
+    peak, left = _allocated_by(lambda: stagewise.plan(model, x, target=x, loss=mse, **options))
+    whole = sum(p.nbytes for p in model.parameters())
+    sizes = {"peak_mib": peak / MEBIBYTE, "model_mib": whole / MEBIBYTE}
+    say("measured one cell at a time", aim=peak < whole, **sizes)
+    say("measuring leaves nothing", ok=left < MEBIBYTE, left_mib=left / MEBIBYTE)
 
 
 def _too_little(model: nn.Sequential, x: torch.Tensor, say: Say) -> None:

@@ -18,6 +18,7 @@ from stagewise.schedule import grid, named_schedule
         Typed(schedule="zb_v", stages=6, devices=3, microbatches="5", balance="1,2,1,1,2,1"),
         Typed(schedule="gpipe", replicas="1,2,1", recompute="except_last"),
         Typed(schedule="auto", recompute="auto", microbatches="auto", memory="8.1GiB"),
+        Typed(schedule="auto", memory="16GB,24.5GB", devices=2),
         Typed(replicas="auto", microbatches="4,8", recompute="segments", devices=4),
     ],
     ids=str,

@@ -31,8 +31,8 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory of each device, such as 8GB, for parameters, gradients, optimizer state and "
-        "activations: search for the fastest plan that fits.",
+        help="Memory of each device, such as 8GB (or 8GB,16GB for two devices), for parameters, "
+        "gradients, optimizer state and activations: search for the fastest plan that fits.",
         show_default=False,
     ),
 ]
