@@ -108,7 +108,9 @@ class Unchanged:
         pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
         self._watches = {piece.watch for piece in pieces if piece.watch is not None}
         self._sequences: list[_Sequence] = []
-        own = [m for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        # A compiled module has no attributes of its own: the one inside it is among them too.
+        named = {m: type(m).__module__ for m in modules if "training" in vars(m)}
+        own = [m for m, of in named.items() if not of.startswith("torch.nn.")]
         self._flags = {training: [*map(_Flags, own)] for training in (False, True)}
         self.flags = False  # whether flags have changed before this call
 
