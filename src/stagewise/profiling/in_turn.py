@@ -25,7 +25,8 @@ from stagewise.engine.step.step_request import Request
 from stagewise.engine.transport.failure import is_out_of_memory
 from stagewise.errors import PlanError
 from stagewise.model.cell import Cell
-from stagewise.schedule import Instruction, Kind, Message
+from stagewise.schedule import Instruction, Message
+from stagewise.schedule.instruction import KINDS
 from stagewise.units import size_in_words
 
 _WHOLE = "cpu", "meta", "mps"  # the host's memory, or none, or storages that cannot be emptied
@@ -116,13 +117,13 @@ class InTurn(Together):
     def _move_on(
         self, stages: Mapping[int, Stage], ran: Instruction, then: Instruction | None
     ) -> None:
-        if ran.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+        if "weights" in KINDS[ran.kind].parts:  # nothing that was saved is used again
             self._saved.pop(ran.stage, None)
         if then is None or then.stage != ran.stage:
             self._leave(stages[ran.stage])
         if then is not None and then.stage != ran.stage:
             self._enter(stages[then.stage])
-        if then is not None and then.kind is not Kind.FORWARD:
+        if then is not None and KINDS[then.kind].frees:
             for parameter in self._homes:
                 if parameter.requires_grad and parameter.is_leaf and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)  # to which a backward adds
