@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import stagewise
+from stagewise.costs import CellCost
 from stagewise.errors import PlanError
+from stagewise.planning import search
 from stagewise.planning.reserve import NO_RESERVE, RESERVES, Reserve, reserve_of, room_bytes
 from tests.harness import Pools
 
@@ -86,6 +88,30 @@ def test_accelerators_have_estimates_and_one_process_posts_nothing() -> None:
     rooms = Reserve(posts=True).on(((0,), (1,)), costs, 4)
     assert both.on(((0,), (1,)), costs, 4) == [fixed + 2 * cuda.link_bytes + r for r in rooms]
     assert "estimated: a context of 512 MiB" in str(both)
+
+
+def test_a_cut_leaves_room_for_what_is_posted() -> None:
+    """The fastest cut receives large gradients, and does not fit with them; another one does."""
+    cells = [
+        CellCost(
+            name=str(at),
+            forward_seconds=1,
+            backward_seconds=2,
+            parameter_bytes=100,
+            output_bytes=10,
+            gradient_bytes=1000 if at == 3 else 10,
+        )
+        for at in range(8)
+    ]
+    options = {"num_microbatches": [2], "schedules": ["1f1b"], "recompute": "never"}
+    reserve = Reserve(posts=True, context_bytes=500)
+    found = {
+        cap: search(lambda count: cells, 2, memory_bytes=cap, reserve=reserve, **options)  # type: ignore[arg-type]
+        for cap in (8000, 2700)
+    }
+    assert found[8000].plan.balance == (4, 4) and found[8000].chosen.device_bytes[0] > 2700
+    assert found[2700].plan.balance in ((3, 5), (5, 3))
+    assert max(found[2700].chosen.device_bytes) <= 2700
 
 
 def test_each_device_has_its_own_memory() -> None:

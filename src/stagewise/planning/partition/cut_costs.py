@@ -42,6 +42,9 @@ class MemoryNeeds:
     closing: Sequence[float]  # one more than cells: what cell i - 1 adds as the last of a stage
     inputs: Sequence[int]  # per stage
     graphs: Sequence[int]  # per stage
+    # One more than cells: rooms of what crosses the boundary before cell i, and of what comes back.
+    arriving: Sequence[float] = (0,)
+    returning: Sequence[float] = (0,)
 
 
 def memory_needs(
@@ -51,10 +54,12 @@ def memory_needs(
     inputs: Sequence[int],
     graphs: Sequence[int],
     state_factor: float = 4,
+    posted: int = 0,
 ) -> MemoryNeeds:
     """Return memory needs as `costs.stage_costs` and `Timeline.activation_bytes` count them.
 
-    `inputs[s]` microbatches of stage s are in flight, `graphs[s]` of them with their graph.
+    `inputs[s]` microbatches of stage s are in flight, `graphs[s]` of them with their graph. On
+    every link `posted` messages have room.
     """
     return MemoryNeeds(
         memory_bytes=memory_bytes,
@@ -64,6 +69,8 @@ def memory_needs(
         closing=[0, *(cell.unsaved_output_bytes - cell.released_output_bytes for cell in cells)],
         inputs=inputs,
         graphs=graphs,
+        arriving=[0, *(posted * cell.output_bytes for cell in cells)],
+        returning=[0, *(posted * cell.gradient_bytes for cell in cells)],
     )
 
 
@@ -188,6 +195,9 @@ def layout(
     )
     whole = state[None, :] + graphs * kept
     most, shares_of_cap = _caps(placed, memory.memory_bytes)
+    crossing = list(pairwise(placed))  # of several boundaries between two devices each has a part
+    parts = [moved / crossing.count(pair) for moved, pair in zip(moves, crossing, strict=True)]
+    before, after = np.array([[0, *parts], [*parts, 0]], dtype=np.float64)[:, :, None]
     return Layout(
         placement=placed,
         cell_seconds=seconds,
@@ -195,8 +205,10 @@ def layout(
         starts=starts,
         ends=ends,
         memory_bytes=most,
-        start_bytes=shares_of_cap * (whole - inputs * np.asarray(memory.entering)),
-        end_bytes=shares_of_cap * (whole + graphs * np.asarray(memory.closing)),
+        start_bytes=shares_of_cap
+        * (whole - inputs * np.asarray(memory.entering) - before * np.asarray(memory.arriving)),
+        end_bytes=shares_of_cap
+        * (whole + graphs * np.asarray(memory.closing) + after * np.asarray(memory.returning)),
     )
 
 

@@ -29,6 +29,7 @@ from stagewise.planning.search.candidates import (
     schedule_for,
 )
 from stagewise.schedule import Schedule, schedule_row
+from stagewise.schedule.posting import POSTED_AHEAD
 from stagewise.units import size_in_words
 
 _EFFORT = Effort(max_nodes=0, max_work=2_000_000, kicks=4, tolerance=0.002)
@@ -43,6 +44,12 @@ class Machine:
     memory_bytes: tuple[float, ...]  # per device
     state_factor: float
     reserve: Reserve = NO_RESERVE
+
+    @property
+    def usable_bytes(self) -> tuple[float, ...]:
+        """The memory of each device without what it needs whatever the cut."""
+        fixed = self.reserve.context_bytes + self.reserve.workspace_bytes
+        return tuple(max(1.0, cap - fixed) for cap in self.memory_bytes)
 
 
 @dataclass
@@ -91,7 +98,7 @@ class Cutter:
             held = held_microbatches(schedule)
             needs = self._needs(cells, held, (1,) * len(held) if recomputing else held)
             least = sum(needs.state) + min(needs.graphs) * sum(needs.kept)
-            together = sum(self._machine.memory_bytes)
+            together = sum(self._machine.usable_bytes)
             if least > together:
                 return (
                     f"all devices together need at least {size_in_words(least)}, and have "
@@ -114,10 +121,11 @@ class Cutter:
     ) -> MemoryNeeds:
         return memory_needs(
             cells,
-            memory_bytes=self._machine.memory_bytes,
+            memory_bytes=self._machine.usable_bytes,
             inputs=inputs,
             graphs=graphs,
             state_factor=self._machine.state_factor,
+            posted=POSTED_AHEAD if self._machine.reserve.posts else 0,
         )
 
     def _partition(
