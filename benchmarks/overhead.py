@@ -3,6 +3,7 @@
 Eight worker processes represent eight devices; 24 cells, equal or unequal; 32 microbatches. The
 simulator gets the sleeping times and free links, so the ratio is the engine's whole overhead:
 Python, autograd, messages, and eight processes sharing this machine's cores, each pinned to one.
+The first steps, in which the engine runs cells again to examine them, are not counted.
 `cpu_seconds` is the CPU time of all processes: emulated cells sleep, so it is the engine's work.
 """
 
@@ -22,6 +23,7 @@ from stagewise.planning import plan_from_costs
 from stagewise.testing import EmulatedDevice, emulated_model
 
 NUM_STAGES, NUM_MICROBATCHES, NUM_CELLS = 8, 32, 24
+WARM_UP = 4  # steps
 WORK_SECONDS = 6.56  # forward and backward of all microbatches on one device: a step of about 1 s
 BACKWARD_OVER_FORWARD = 2
 WEIGHTS = {
@@ -81,14 +83,14 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
     pipe = stagewise.Pipeline(_model(cells), plan, loss=_loss)
     batch = torch.zeros(NUM_MICROBATCHES, 1024)
     times, cpu = [], []
-    for _ in range(1 + num_steps):
+    for _ in range(WARM_UP + num_steps):
         dist.barrier()
         start, busy = time.perf_counter(), time.process_time()
         pipe.step(batch, target=batch)
         end, busy = time.perf_counter(), time.process_time() - busy
         times.append(_together(start, end))
         cpu.append(_in_all(busy))
-    simulated, measured = plan.timeline.duration_seconds, statistics.median(times[1:])
+    simulated, measured = plan.timeline.duration_seconds, statistics.median(times[WARM_UP:])
     return {
         "profile": case.profile,
         "schedule": case.schedule,
@@ -98,7 +100,7 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
         "simulated_seconds": simulated,
         "measured_seconds": measured,
         "ratio": measured / simulated,
-        "cpu_seconds": statistics.median(cpu[1:]),
+        "cpu_seconds": statistics.median(cpu[WARM_UP:]),
         "speedup": alone_seconds / measured,
     }
 
@@ -118,19 +120,19 @@ def _in_all(seconds: float) -> float:
 
 
 def _one_device_seconds() -> float:
-    """One step of the whole chain on one device, without recomputation; measured on rank 0.
+    """A microbatch through the whole chain on one device, on rank 0, times their number.
 
-    Both profiles have the same sum.
+    Without recomputation; both profiles have the same sum.
     """
     seconds = 0.0
     if dist.get_rank() == 0:
         cells = _cell_costs("equal")
-        plan = plan_from_costs(cells, num_stages=1, num_microbatches=NUM_MICROBATCHES)
+        plan = plan_from_costs(cells, num_stages=1, num_microbatches=1)
         pipe = stagewise.Pipeline(_model(cells), plan, loss=_loss, transport="local")
-        batch = torch.zeros(NUM_MICROBATCHES, 1024)
+        batch = torch.zeros(1, 1024)
         start = time.perf_counter()
         pipe.step(batch, target=batch)
-        seconds = time.perf_counter() - start
+        seconds = NUM_MICROBATCHES * (time.perf_counter() - start)
     dist.barrier()
     return seconds
 

@@ -31,6 +31,7 @@ from stagewise.schedule import SCHEDULES
 from stagewise.testing import EmulatedDevice, emulated_model
 
 NUM_DEVICES, NUM_MICROBATCHES = 8, 32
+WARM_UP = 2  # steps, in which the engine examines cells
 WORK_SECONDS = 6.56  # of all microbatches on one device, forward and backward; as in `overhead`
 UNEQUAL = (50.0, 200.0, 80.0, 300.0, 60.0, 150.0, 90.0, 250.0)
 WEIGHTS = {"equal": (1.0,) * 24, "unequal": UNEQUAL * 3, "once": UNEQUAL}
@@ -185,12 +186,12 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
         arguments = (plan.balance, placement, NUM_MICROBATCHES, _loss, batch)
         step = torch_step(case.peer, _model(case.profile), *arguments)  # type: ignore[assignment]
     times = []
-    for _ in range(1 + num_steps):
+    for _ in range(WARM_UP + num_steps):
         dist.barrier()
         start = time.perf_counter()
         step()
         times.append(_together(start, time.perf_counter()))
-    simulated, measured = plan.timeline.duration_seconds, statistics.median(times[1:])
+    simulated, measured = plan.timeline.duration_seconds, statistics.median(times[WARM_UP:])
     return {
         "profile": case.profile,
         "schedule": case.name,
@@ -221,15 +222,18 @@ def _model(profile: str) -> torch.nn.Sequential:
 
 
 def _one_device_seconds() -> float:
-    """One step of the whole chain on one device, measured on rank 0; all profiles sum alike."""
+    """A microbatch through the whole chain on one device, on rank 0, times their number.
+
+    All profiles have the same sum.
+    """
     seconds = 0.0
     if dist.get_rank() == 0:
-        plan = plan_from_costs(cell_costs("equal"), num_stages=1, num_microbatches=NUM_MICROBATCHES)
+        plan = plan_from_costs(cell_costs("equal"), num_stages=1, num_microbatches=1)
         pipe = stagewise.Pipeline(_model("equal"), plan, loss=_loss, transport="local")
-        batch = torch.zeros(NUM_MICROBATCHES, 1024)
+        batch = torch.zeros(1, 1024)
         start = time.perf_counter()
         pipe.step(batch, target=batch)
-        seconds = time.perf_counter() - start
+        seconds = NUM_MICROBATCHES * (time.perf_counter() - start)
     dist.barrier()
     return seconds
 

@@ -66,8 +66,8 @@ def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline
     """Return the timelines of `num_steps` trial steps, after WARMUP_ROUNDS warm-up steps."""
     timelines, num_devices = [], runner.schedule.num_devices
     with untouched(runner.stages):
-        for _ in range(WARMUP_ROUNDS + num_steps):
-            runner.run(request)
+        for number in range(WARMUP_ROUNDS + num_steps):
+            runner.run(replace(request, is_measured=number >= WARMUP_ROUNDS))
             timelines.append(runner.last_run.timeline(runner.ranks, num_devices))
     return tuple(timelines[WARMUP_ROUNDS:])
 

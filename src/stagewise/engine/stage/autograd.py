@@ -7,11 +7,9 @@ import functools
 import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from stagewise.batch.values import shared
 from stagewise.errors import CellError
@@ -53,17 +51,6 @@ def feed(
             entries.append(node)
         fed.append(tensor)
     return fed, entries
-
-
-def edge_of(output: torch.Tensor) -> GradientEdge | None:
-    """Return where the gradient of `output` enters the graph, None if it has none.
-
-    Nodes written in Python need torch's function, which is several times slower.
-    """
-    node: Any = output.grad_fn
-    if node is not None and not isinstance(node, BackwardCFunction):
-        return GradientEdge(node, output.output_nr)
-    return get_gradient_edge(output) if output.requires_grad else None
 
 
 def check_changes(

@@ -15,8 +15,9 @@ from stagewise.batch.markers import Arguments
 from stagewise.batch.values import leaf_of, put_together, take_apart
 from stagewise.engine.stage.flight import CellKeywords, Flight
 from stagewise.engine.stage.work import StageGiven, Work
-from stagewise.errors import BatchError
+from stagewise.errors import BatchError, CellError
 from stagewise.model.cell import Cell, Chain
+from stagewise.schedule import Instruction
 
 
 def take_keywords(flight: Flight, cells: Chain, m: int, work: Work, device: torch.device) -> None:
@@ -75,7 +76,23 @@ def run_cell(cell: Cell, value: object, keywords: Mapping[str, object]) -> objec
     return invoke(cell.module, value, keywords)
 
 
-def cut_arguments(cell: Cell | None, error: Exception, work: Work) -> str:
+def failed(
+    cell: Cell | None,
+    error: Exception,
+    instruction: Instruction,
+    device: torch.device,
+    work: Work,
+) -> CellError:
+    """Return the error to raise for one of a cell, or of the loss (None)."""
+    what = "loss" if cell is None else f"cell {cell.name!r} ({type(cell.module).__name__})"
+    return CellError(
+        f"{what} failed on microbatch {instruction.microbatch}: {type(error).__name__}: {error}"
+        f"{_cut_arguments(cell, error, work)}\n(instruction {instruction} on stage "
+        f"{instruction.stage}, device {device})"
+    )
+
+
+def _cut_arguments(cell: Cell | None, error: Exception, work: Work) -> str:
     """A sentence on the arguments of a cell that failed which microbatches do not share."""
     if (
         cell is None

@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewise.batch.markers import Arguments
 from stagewise.batch.objects import opened
 from stagewise.batch.values import Apart, detached, leaf_of, optionals, put_together, take_apart
 from stagewise.engine.stage.autograd import (
     check_changes,
-    edge_of,
     feed,
     restore_grad_mode,
     run_backward,
@@ -29,7 +29,7 @@ from stagewise.engine.stage.autograd import (
 )
 from stagewise.engine.stage.buffers import BufferKeeper
 from stagewise.engine.stage.flight import Flight
-from stagewise.engine.stage.keywords import cut_arguments, given_of, invoke, run_cell, take_keywords
+from stagewise.engine.stage.keywords import failed, given_of, invoke, run_cell, take_keywords
 from stagewise.engine.stage.loss import (
     Loss,
     add_seeds,
@@ -42,7 +42,7 @@ from stagewise.engine.stage.same_again import sampled
 from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
 from stagewise.engine.stage.work import CellForward, Mode, RunCell, Work
 from stagewise.engine.watch.now import NOW
-from stagewise.errors import CellError, UsageError
+from stagewise.errors import UsageError
 from stagewise.model.added_losses import COLLECTING, LossCollector
 from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction, Kind
@@ -130,7 +130,7 @@ class Stage:
             if recomputed:
                 flight.added, flight.sampled = (), sampled(outputs, m, work)
             else:
-                flight.roots = list(map(edge_of, outputs))
+                flight.roots = list(map(_edge_of, outputs))
                 flight.ends = outputs if self.is_last else ()
         return None if self.is_last else (list(map(leaf_of, outputs)), output_structure)
 
@@ -140,8 +140,7 @@ class Stage:
         with self.buffers.recompute(flight.buffers) if flight.buffers else _NOTHING:
             output = self._run_cells(flight, Kind.RECOMPUTE, m, work)
         outputs, _ = take_apart(output)
-        flight.roots = list(map(edge_of, outputs))
-        flight.ends = outputs if self.is_last else ()
+        flight.roots, flight.ends = [*map(_edge_of, outputs)], outputs if self.is_last else ()
         if flight.sampled is not None and flight.sampled.differs(outputs):
             work.randomness[self.device].check_recomputed(self.index, self.cells, m)
 
@@ -261,12 +260,8 @@ class Stage:
         except UsageError:
             raise
         except Exception as error:
-            hint = cut_arguments(running, error, work)
-            raise CellError(
-                f"{_words(running)} failed on microbatch {m}: {type(error).__name__}: {error}"
-                f"{hint}\n(instruction {Instruction(self.index, kind, m)} on stage {self.index}, "
-                f"device {self.device})"
-            ) from error
+            instruction = Instruction(self.index, kind, m)
+            raise failed(running, error, instruction, self.device, work) from error
         finally:
             COLLECTING.active = outer
         flight.added = collector.added
@@ -296,5 +291,9 @@ ACTIONS: Mapping[Kind, Callable[[Stage, int, list[Apart], Work], Apart | None]] 
 }
 
 
-def _words(cell: Cell | None) -> str:
-    return "loss" if cell is None else f"cell {cell.name!r} ({type(cell.module).__name__})"
+def _edge_of(output: torch.Tensor) -> GradientEdge | None:
+    """Return where the gradient of `output` enters the graph, None if it has none."""
+    node: Any = output.grad_fn  # torch's function, for nodes written in Python, is slower
+    if node is not None and not isinstance(node, BackwardCFunction):
+        return GradientEdge(node, output.output_nr)
+    return get_gradient_edge(output) if output.requires_grad else None

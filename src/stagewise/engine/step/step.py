@@ -47,7 +47,7 @@ from stagewise.errors import CellError, PeerError, StagewiseError
 from stagewise.mesh import Mesh
 from stagewise.schedule import Schedule
 
-_EXAMINED_FIRST, _EXAMINED_EVERY = 8, 16  # calls of each mode
+_FIRST, _EVERY = 8, 16  # calls of each mode that are examined
 _NOTHING: AbstractContextManager[object] = nullcontext()
 _NO_DRAWS: AbstractContextManager[list[Source]] = nullcontext([])
 
@@ -120,8 +120,8 @@ class Runner:
             )
         if request.batch_dim:
             request = request.marked()
-        count = self._num_calls[request.mode]  # the first, then every so often one, are examined
-        examines = count < _EXAMINED_FIRST or count % _EXAMINED_EVERY == 0
+        count = self._num_calls[request.mode]
+        examines = not request.is_measured and (count < _FIRST or count % _EVERY == 0)
         admitted = self._agree(request, examines)
         program = self._programs[request.mode is Mode.TRAIN, len(admitted.sizes)]
         work = self._split(request, admitted, program, examines)

@@ -28,6 +28,7 @@ class Request:
     scaling: Scaling = UNSCALED
     batch_dim: int = 0
     observe: Observer | None = None
+    is_measured: bool = False  # nothing is examined that would take time
     objection: UsageError | None = None
 
     def marked(self) -> "Request":
