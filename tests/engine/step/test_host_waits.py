@@ -52,7 +52,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     current = SimpleNamespace(device=lambda device: nullcontext())
     monkeypatch.setattr(torch, "get_device_module", lambda device: current)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: False)
-    monkeypatch.setattr(step, "_EXAMINED_FIRST", 0)  # a call that is examined waits
+    monkeypatch.setattr(step, "_FIRST", 0)  # a call that is examined waits
     return torch.device("meta")
 
 
@@ -69,7 +69,7 @@ def test_every_part_of_the_batch_is_copied_once_and_nothing_waits(stand_in: torc
 
 
 def test_kept_float32_sums_are_compared_with_grad_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_EXAMINED_FIRST", 0)
+    monkeypatch.setattr(step, "_FIRST", 0)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).bfloat16()
     plan = stagewise.Plan(balance=(1, 2), schedule="1f1b", num_microbatches=2)
     pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss, accumulate_in_float32=True)

@@ -51,7 +51,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     current = SimpleNamespace(device=lambda device: nullcontext())
     monkeypatch.setattr(torch, "get_device_module", lambda device: current)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: False)
-    monkeypatch.setattr(step, "_EXAMINED_FIRST", 0)
+    monkeypatch.setattr(step, "_FIRST", 0)
     return made
 
 
