@@ -3,10 +3,11 @@
 Eight worker processes represent eight devices; 24 cells, equal or unequal; 32 microbatches. The
 simulator gets the sleeping times and free links, so the ratio is the engine's whole overhead:
 Python, autograd, messages, and eight processes sharing this machine's cores, each pinned to one.
-The first steps, in which the engine runs cells again to examine them, are not counted.
+Not counted are the first steps, in which the engine examines cells by running them again.
 `cpu_seconds` is the CPU time of all processes: emulated cells sleep, so it is the engine's work.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from stagewise.planning import plan_from_costs
 from stagewise.testing import EmulatedDevice, emulated_model
 
 NUM_STAGES, NUM_MICROBATCHES, NUM_CELLS = 8, 32, 24
-WARM_UP = 4  # steps
+WARM_UP = 9  # steps
+DEVICE = EmulatedDevice()
 WORK_SECONDS = 6.56  # forward and backward of all microbatches on one device: a step of about 1 s
 BACKWARD_OVER_FORWARD = 2
 WEIGHTS = {
@@ -83,7 +85,8 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
     pipe = stagewise.Pipeline(_model(cells), plan, loss=_loss)
     batch = torch.zeros(NUM_MICROBATCHES, 1024)
     times, cpu = [], []
-    for _ in range(WARM_UP + num_steps):
+    for number in range(WARM_UP + num_steps):
+        DEVICE.speed = math.inf if number < WARM_UP - 1 else 1.0
         dist.barrier()
         start, busy = time.perf_counter(), time.process_time()
         pipe.step(batch, target=batch)
@@ -154,7 +157,7 @@ def _model(cells: Sequence[CellCost]) -> torch.nn.Sequential:
     return emulated_model(
         [cell.forward_seconds for cell in cells],
         [cell.backward_seconds for cell in cells],
-        EmulatedDevice(),
+        DEVICE,
     )
 
 

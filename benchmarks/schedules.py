@@ -7,6 +7,7 @@ bounds include them. Three profiles: 24 equal cells, 24 unequal ones, and eight 
 which only replicas help.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ from stagewise.schedule import SCHEDULES
 from stagewise.testing import EmulatedDevice, emulated_model
 
 NUM_DEVICES, NUM_MICROBATCHES = 8, 32
-WARM_UP = 2  # steps, in which the engine examines cells
+WARM_UP = 9  # steps
+DEVICE = EmulatedDevice()
 WORK_SECONDS = 6.56  # of all microbatches on one device, forward and backward; as in `overhead`
 UNEQUAL = (50.0, 200.0, 80.0, 300.0, 60.0, 150.0, 90.0, 250.0)
 WEIGHTS = {"equal": (1.0,) * 24, "unequal": UNEQUAL * 3, "once": UNEQUAL}
@@ -186,7 +188,8 @@ def _measure_case(case: Case, num_steps: int, alone_seconds: float) -> Row:
         arguments = (plan.balance, placement, NUM_MICROBATCHES, _loss, batch)
         step = torch_step(case.peer, _model(case.profile), *arguments)  # type: ignore[assignment]
     times = []
-    for _ in range(WARM_UP + num_steps):
+    for number in range(WARM_UP + num_steps):
+        DEVICE.speed = math.inf if number < WARM_UP - 1 else 1.0
         dist.barrier()
         start = time.perf_counter()
         step()
@@ -216,7 +219,7 @@ def _model(profile: str) -> torch.nn.Sequential:
     return emulated_model(
         [cell.forward_seconds for cell in cells],
         [cell.backward_seconds for cell in cells],
-        EmulatedDevice(),
+        DEVICE,
         [cell.split_seconds[1] for cell in cells],
     )
 

@@ -21,9 +21,13 @@ _LEARNT_SECONDS = 2e-6  # change of the oversleep estimate per sleep
 
 
 class EmulatedDevice:
-    """A device that is busy by sleeping; the cells of one process share it."""
+    """A device that is busy by sleeping; the cells of one process share it.
+
+    At a `speed` of infinity, as for warm-up steps, cells take no time.
+    """
 
     def __init__(self) -> None:
+        self.speed = 1.0
         self._deadline = self._ended = 0.0
         self._oversleep = 0.0  # estimate of how many seconds too late a sleep ends
         if sys.platform == "linux":  # 50 us of slack by default, on every sleep
@@ -32,7 +36,7 @@ class EmulatedDevice:
     def busy(self, start: float, seconds: float) -> None:
         """Sleep until `seconds` after `start`, minus what the preceding cell took too long."""
         late = self._ended - self._deadline if start - self._ended < _AT_ONCE_SECONDS else 0.0
-        self._deadline = start + max(0.0, seconds - late)
+        self._deadline = start + max(0.0, seconds / self.speed - late)
         aim = self._deadline - self._oversleep
         if (left := aim - time.perf_counter()) > 0:
             time.sleep(left)
