@@ -148,10 +148,9 @@ class _Run:
         if not slack or not stage:
             return bool(slack)
         device = self.devices[p.device_of[stage - 1][m]]
-        work = sum(len(ready) * p.seconds_of(FORWARD, s) for s, ready in device.forwards.items())
-        work += sum(
-            len(ready) * p.seconds_of(BACKWARD_INPUT, s) for s, ready in device.backwards.items()
-        )
+        forward, inputs = p.stage_seconds[FORWARD], p.stage_seconds[BACKWARD_INPUT]
+        work = sum(len(ready) * forward[s] for s, ready in device.forwards.items())
+        work += sum(len(ready) * inputs[s] for s, ready in device.backwards.items())
         work += sum(p.seconds[op] for op in device.weights[device.next_weight :])
         return work >= slack * p.seconds_of(BACKWARD, stage)
 

@@ -82,6 +82,19 @@ class Problem(Operations):
         """What every kind changes of the bytes kept on every stage."""
         return changes_by_kind(self.costs)
 
+    @cached_property
+    def stage_seconds(self) -> list[list[float]]:
+        """How long operations take, by kind and stage."""
+        every = self.num_stages * self.num_microbatches
+        starts = range(0, len(OPERATIONS) * every, every)
+        return [self.seconds[at : at + every : self.num_microbatches] for at in starts]
+
+    @cached_property
+    def kept_bytes(self) -> list[tuple[int, int]]:
+        """What every stage keeps of an input, not shared, and of a graph."""
+        whole, graph = KINDS[Kind.FORWARD].bytes_kept, KINDS[Kind.RECOMPUTE].bytes_kept
+        return [(whole(cost) - graph(cost), graph(cost)) for cost in self.costs]
+
     def op(self, kind: int, stage: int, microbatch: int) -> int:
         """Return the number of an operation."""
         return (kind * self.num_stages + stage) * self.num_microbatches + microbatch
@@ -93,7 +106,7 @@ class Problem(Operations):
 
     def seconds_of(self, kind: int, stage: int) -> float:
         """Return how long an operation of this kind takes on `stage`."""
-        return self.seconds[self.op(kind, stage, 0)]
+        return self.stage_seconds[kind][stage]
 
     def recompute_seconds_of(self, stage: int) -> float:
         """Return how long a recomputation takes on `stage`."""
@@ -101,10 +114,7 @@ class Problem(Operations):
 
     def input_bytes(self, stage: int, microbatch: int) -> int:
         """Return what `stage` keeps of its input, not counting what the stage before keeps."""
-        whole, graph = (
-            KINDS[kind].bytes_kept(self.costs[stage]) for kind in (Kind.FORWARD, Kind.RECOMPUTE)
-        )
-        own = whole - graph
+        own = self.kept_bytes[stage][0]
         return self._unshared(stage, own) if self.shares_input(stage, microbatch) else own
 
     def _unshared(self, stage: int, num_bytes: int) -> int:
@@ -130,8 +140,7 @@ class Problem(Operations):
 
     def whole_bytes(self, stage: int, microbatch: int) -> int:
         """Return what a microbatch keeps on `stage` while its graph exists."""
-        graph = KINDS[Kind.RECOMPUTE].bytes_kept(self.costs[stage])
-        return self.input_bytes(stage, microbatch) + graph
+        return self.input_bytes(stage, microbatch) + self.kept_bytes[stage][1]
 
     def follows_forward(self, previous: int, op: int) -> bool:
         """Return whether backward `op` follows its own forward `previous` on the last stage."""
