@@ -113,3 +113,25 @@ def waiting_for_no_more_than(seconds: float, condition: Callable[[], bool]) -> b
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
+
+
+def test_what_held_a_rank_up_is_forgotten_when_it_goes_on() -> None:
+    """It would be told as the cause of a later time-out."""
+    now, store = Now(call="step", awaits=1), HashStore()
+    with watched([now, Now()], store):
+        assert waiting_for(lambda: store.check([WAITS]))
+        now.count += 1
+        assert waiting_for(lambda: store.get(WAITS) == b"")
+
+
+def test_a_failure_that_was_survived_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("stagewise.engine.watch.watchdog.os._exit", ended.append)
+    now, store = Now(call="step"), HashStore()
+    with watched([now], store):
+        now.call = ""
+        store.set(FAILURE, "rank 1: ValueError: caught by the user")
+        time.sleep(0.2)  # a look
+        now.count, now.call, now.awaits = 1, "step", 0
+        assert waiting_for(lambda: store.check([WAITS]))
+    assert not ended

@@ -136,7 +136,8 @@ def _connections(
         wires = wires_between(seats, device, group, host, peers)
         for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
             del _CONNECTED[destroyed]
-        watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host))
+        with peers.named():
+            watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host))
         rendezvous = Rendezvous(wires.control, peers)
         known = _CONNECTED[group] = _Connected(host, rendezvous, watchdog, {})
         known.wires[seats] = wires

@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 _CONNECT_SECONDS = 10.0
 
 
-class StoreGone(Exception):
+class StoreGone(ConnectionError):
     """The process that serves the store has ended."""
 
 
@@ -60,7 +60,7 @@ class SharedStore:
             except ConnectionError:
                 ended = True
             if ended:
-                raise StoreGone
+                raise StoreGone("its process has ended")
 
 
 def served_by(store: Store) -> Store:

@@ -21,7 +21,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from stagewise.engine.watch.blame import Report, sentence, state_in_words, table
 from stagewise.engine.watch.now import NOW, Now
-from stagewise.engine.watch.shared_store import SharedStore, StoreGone
+from stagewise.engine.watch.shared_store import SharedStore
 
 FAILURE = "stagewise/failure"  # in the store: why the first rank failed
 WAITS = "stagewise/waits"  # in the store: who was waited for when nothing happened last
@@ -45,7 +45,7 @@ class Watchdog:
         self._store = SharedStore(store, self._answering)
         self._failed_before = self._store.get(FAILURE) is not None
         self._stopped = threading.Event()
-        self._num_alarms = 0
+        self._num_alarms, self._has_told = 0, False
         self._thread = threading.Thread(target=self._run, name="stagewise watchdog", daemon=True)
         self._thread.start()
 
@@ -61,6 +61,7 @@ class Watchdog:
             while not self._stopped.wait(self._look_seconds):
                 if (current := self._now.state()) != state:
                     state, since, quiet = current, time.monotonic(), self._patience
+                    self._goes_on()
                 seconds = time.monotonic() - since
                 if self._now.awaits is not None and seconds >= quiet:
                     self._store.set_first(self._key(), str(self._rank))
@@ -69,7 +70,7 @@ class Watchdog:
                     quiet = max(quiet, seconds) + 2 * quiet
                 if self._now.call and seconds >= self._patience and not self._failed_before:
                     self._end_if_failed(seconds)
-        except (RuntimeError, StoreGone) as error:
+        except (RuntimeError, OSError) as error:
             self._alone(state, since, str(error))
 
     def _key(self, rank: int | None = None) -> str:
@@ -82,6 +83,7 @@ class Watchdog:
         if by == self._rank:
             answers = self._answers()
             self._store.set(WAITS, sentence(answers))
+            self._has_told = True
             _print(f"no progress for {seconds:.0f} s; what each rank does (-> is waited for):")
             _print(table(answers), title="")
         self._num_alarms += 1
@@ -97,12 +99,18 @@ class Watchdog:
             self._stopped.wait(self._look_seconds / 4)
         return answers
 
+    def _goes_on(self) -> None:
+        """Forget what held this rank up, and failures that it has survived."""
+        self._failed_before = self._store.get(FAILURE) is not None
+        if self._has_told:
+            self._store.set(WAITS, "")
+            self._has_told = False
+
     def _alone(self, state: tuple[object, ...], since: float, problem: str) -> None:
         """Without a store, say once what this rank does if it makes no progress."""
         self._stopped.wait(max(0.0, since + self._patience - time.monotonic()))
         if not self._stopped.is_set() and self._now.call and self._now.state() == state:
             own = state_in_words(self._rank, Report.of(self._now, time.monotonic() - since))
-            problem = problem or "its process has ended"
             _print(f"{own}; the process group's store does not answer ({problem})")
 
     def _end_if_failed(self, seconds: float) -> None:
