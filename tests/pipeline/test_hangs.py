@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import threading
 import time
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import stagewise
+from stagewise.engine.transport.connect import between_processes
 from stagewise.errors import PeerError
 from tests.harness import Pool, Raised
 
@@ -82,3 +84,22 @@ def test_a_rank_that_does_not_call_is_named() -> None:
     assert "is between calls" in error
     assert "-> rank 1" in printed
     assert "time.sleep(FOR_EVER)" in printed
+
+
+def groups_case() -> int:
+    """How many watchdogs run after a second group has taken the first one's place."""
+    for _ in range(2):
+        group = dist.new_group([0, 1])
+        between_processes(torch.device("cpu"), group)
+        dist.destroy_process_group(group)
+    between_processes(torch.device("cpu"))
+    watchdogs = [one for one in threading.enumerate() if one.name == "stagewise watchdog"]
+    return len(watchdogs)
+
+
+def test_a_destroyed_group_leaves_no_watchdog() -> None:
+    pool = Pool(2)
+    try:
+        assert pool.run(groups_case) == [1, 1]
+    finally:
+        pool.kill()

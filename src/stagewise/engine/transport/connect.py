@@ -129,13 +129,14 @@ def _connections(
     """Return the wires and rendezvous of this process, connected on first use; collective."""
     known, own = _CONNECTED.get(group), Seat.of(device, group)
     if known is None:
-        store = dist.distributed_c10d._get_default_store()
+        default = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore(group.group_name, default)  # type: ignore[attr-defined]
         peers = Peers(dist.get_rank(group), store)
         host = host_group(group)
         seats = tuple(gathered(host, peers, own))
         wires = wires_between(seats, device, group, host, peers)
         for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
-            del _CONNECTED[destroyed]
+            _CONNECTED.pop(destroyed).watchdog.stop()
         with peers.named():
             watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host))
         rendezvous = Rendezvous(wires.control, peers)
