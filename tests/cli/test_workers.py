@@ -7,9 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from stagewise.cli.main import app
-from stagewise.cli.workers import run_in_workers
+from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.engine.transport import processes
-from stagewise.training.workers import launch
+from stagewise.training.workers import launch, lifeline
+from stagewise.training.workers.stop import stop_request
 from tests.recipes import log_of, write_recipe
 
 
@@ -60,3 +61,26 @@ def test_two_stages_train_on_the_only_accelerator(
     assert "all devices of the plan: 0 on cpu, 1 on cpu" in ran.stderr
     assert "stage 1:" in ran.stdout and "peak activations, all devices" in ran.stdout
     assert log_of(tmp_path / "runs/tiny-2") == log_of(tmp_path / "runs/tiny")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_worker_stops_when_its_launcher_has_died(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ours: bool
+) -> None:
+    """Under torchrun too, which tells its workers neither its process nor a file to watch."""
+    folder = tmp_path / "launcher's"
+    folder.mkdir()
+    told = {"RANK": "0", "WORLD_SIZE": "2"}
+    if ours:
+        told |= {"STAGEWISE_STOP_FILE": str(folder / "stop"), "STAGEWISE_LAUNCHER": "17"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(lifeline, "_have_death_signalled", lambda: None)
+    monkeypatch.setattr(lifeline.Lifeline, "_watch", lambda self: None)  # which would end pytest
+    monkeypatch.setattr("os.getppid", lambda: 17)
+    with report_errors_once() as found:
+        stop = stop_request(found)
+        assert not stop.made
+        monkeypatch.setattr("os.getppid", lambda: 1)
+        assert stop.made
+    assert folder.exists() != ours

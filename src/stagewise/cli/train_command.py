@@ -5,12 +5,13 @@ import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
+from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_stopped, report_errors_once, run_in_workers
 from stagewise.errors import CheckpointError, PlanError, UsageError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from stagewise.training.prepare import TrainOptions
     from stagewise.training.recipe import Recipe
     from stagewise.training.run_folder import Checkpoint
+    from stagewise.training.workers.lifeline import Lifeline
 
 Steps = Annotated[
     int | None,
@@ -107,7 +109,7 @@ def train(
 
     Example: stagewise train examples/shakespeare.py --stages 2
     """
-    with report_errors_once():
+    with report_errors_once() as lifeline:
         typed = Typed(
             schedule=schedule,
             recompute=recompute,
@@ -149,7 +151,7 @@ def train(
             num_devices,
             _arguments(recipe, options),
             before=lambda: check_form(loaded, options.plan, checkpoint),
-            body=lambda: _run(loaded, options),
+            body=lambda: _run(loaded, options, lifeline),
             timeout=timeout,
         )
 
@@ -186,13 +188,14 @@ def _saved(path: Path, typed: Typed) -> Plan:
         ) from error
 
 
-def _run(recipe: "Recipe", options: "TrainOptions") -> None:
+def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None") -> None:
     """Train on every worker; rank 0 prints the result."""
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.trainer import run_training
     from stagewise.training.workers.stop import stop_request
 
-    console, stop = Console(), stop_request()
+    console = Console(file=cast("IO[str]", Terminal(sys.stdout)))
+    stop = stop_request(lifeline)
     with stop.listening():
         outcome = run_training(recipe, options, console=console, stop=stop)
     if is_first():

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagewise.errors import UsageError
 from stagewise.training.workers.environment import (
@@ -16,17 +17,27 @@ from stagewise.training.workers.environment import (
     world_size,
 )
 
+if TYPE_CHECKING:
+    from stagewise.training.workers.lifeline import Lifeline
+
 
 @contextmanager
-def report_errors_once() -> Iterator[None]:
-    """In a worker, report an error once for all workers; elsewhere, let it through."""
+def report_errors_once() -> Iterator["Lifeline | None"]:
+    """In a worker, report an error once for all workers; elsewhere, let it through.
+
+    A worker ends with its launcher from here on.
+    """
     if not launched():
-        yield
+        yield None
         return
+    from stagewise.training.workers.lifeline import lifeline_here
+
+    lifeline = lifeline_here()
     from stagewise.training.workers.worker import report_failure_once
 
-    with report_failure_once():
-        yield
+    with report_failure_once(lifeline):
+        yield lifeline
+    lifeline.tidy()
 
 
 def run_in_workers(
@@ -90,6 +101,7 @@ def end_stopped() -> None:
     Our own launcher is notified by a file, because a worker that fails would end the others.
     """
     if launched_by_us():
-        Path(stopped_file(os.environ[STOP_FILE])).touch()
+        with suppress(FileNotFoundError):  # the launcher has died, and so has its folder
+            Path(stopped_file(os.environ[STOP_FILE])).touch()
     elif os.environ.get("RANK", "0") == "0":
         raise SystemExit(INTERRUPTED_EXIT_CODE)

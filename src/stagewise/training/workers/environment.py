@@ -6,7 +6,8 @@ USAGE_EXIT_CODE = 2  # the user's mistake, in a worker and in the command itself
 FAILURE_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130  # what a shell reports after Ctrl-C
 
-STOP_FILE = "STAGEWISE_STOP_FILE"  # environment variable: the file our launcher touches to stop us
+# Environment variables of our launcher's workers: the file it touches to stop them; its process.
+STOP_FILE, LAUNCHER = "STAGEWISE_STOP_FILE", "STAGEWISE_LAUNCHER"
 
 
 def stopped_file(stop_file: str) -> str:

@@ -12,7 +12,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from stagewise.engine.watch.watchdog import HANGS_EXIT_CODE
 from stagewise.errors import PeerError, StagewiseError, UsageError
 from stagewise.training.workers.environment import (
+    LAUNCHER,
     STOP_FILE,
     USAGE_EXIT_CODE,
     num_cores,
@@ -31,6 +32,8 @@ from stagewise.training.workers.environment import (
 )
 from stagewise.training.workers.stop import SIGNALS
 
+PATIENCE_SECONDS = 25  # of the 30 that a cluster usually waits between SIGTERM and SIGKILL
+_HANGUP, _ALARM = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", None)  # not Windows
 _CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
 _KEEP_BYTES = str(1 << 40)  # more than any machine has
 _CONNECTION_LOST = "gloo/transport"  # in gloo's message when another rank has died
@@ -39,15 +42,20 @@ _CONNECTION_LOST = "gloo/transport"  # in gloo's message when another rank has d
 def launch(num_workers: int, arguments: list[str]) -> bool:
     """Run `stagewise ARGUMENTS` in `num_workers` worker processes and wait for them.
 
-    Returns whether they were stopped before their last step. The first SIGINT or SIGTERM lets them
-    finish their step; a second kills them and raises KeyboardInterrupt. Raises UsageError with a
-    worker's message for the user's mistake, PeerError with a worker's traceback for other failures.
+    Returns whether they were stopped before their last step. The first signal lets them finish
+    their step; a second, or the end of patience after one that no terminal's user has sent, kills
+    them and raises KeyboardInterrupt. Raises UsageError with a worker's message for the user's
+    mistake, PeerError with a worker's traceback for other failures.
     """
     _silence_torchelastic()
     with TemporaryDirectory(prefix="stagewise-") as directory:
         stop_file = Path(directory, "stop")
         config = launch_config(num_workers, directory, signals="SIGQUIT")  # we handle the others
-        environment = {STOP_FILE: str(stop_file), **worker_environment(num_workers)}
+        environment = {
+            STOP_FILE: str(stop_file),
+            LAUNCHER: str(os.getpid()),
+            **worker_environment(num_workers),
+        }
         entrypoint = elastic_launch(config, sys.executable)
         try:
             with _environment(environment), _signals_touch(stop_file):
@@ -91,18 +99,27 @@ def worker_environment(num_workers: int) -> dict[str, str]:
 
 @contextmanager
 def _signals_touch(stop_file: Path) -> Iterator[None]:
-    """The first signal touches `stop_file`; the second makes torchelastic kill the workers."""
+    """The first signal touches `stop_file`; the second makes torchelastic kill the workers.
+
+    So does the end of PATIENCE_SECONDS after the first, but for Ctrl-C, which can be repeated.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop_file.exists():
             raise SignalException("stopped at once", sigval=signal.SIGKILL)
         stop_file.touch()
-        print("\nstopping after this step; repeat to stop at once", file=sys.stderr, flush=True)
+        if number != signal.SIGINT and _ALARM is not None:
+            signal.alarm(PATIENCE_SECONDS)
+        with suppress(OSError):  # a closed terminal
+            print("\nstopping after this step; repeat to stop at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    handled = [*SIGNALS, *(each for each in (_HANGUP, _ALARM) if each is not None)]
+    before = {number: signal.signal(number, on_signal) for number in handled}
     try:
         yield
     finally:
+        if _ALARM is not None:
+            signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -3,7 +3,8 @@
 Problem: a signal in the middle of a step leaves other workers waiting and loses the run.
 Idea: a signal only sets a flag; the loop checks it between steps, all ranks agree, write a
 checkpoint and end. Workers run in their own sessions, which the terminal's Ctrl-C does not reach,
-so the launcher touches a file that they watch. A second signal ends at once.
+so the launcher touches a file that they watch. A second signal ends at once. The launcher's death
+(`lifeline`) is a request too.
 """
 
 import os
@@ -15,6 +16,7 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 from stagewise.training.workers.environment import STOP_FILE
+from stagewise.training.workers.lifeline import Lifeline
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -22,19 +24,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Whether this process should end after the current step."""
 
-    def __init__(self, *, stop_file: Path | None = None) -> None:
-        self._stop_file = stop_file
+    def __init__(self, *, stop_file: Path | None = None, lifeline: Lifeline | None = None) -> None:
+        self._stop_file, self._lifeline = stop_file, lifeline
         self._signalled = False
-        self._parent = os.getppid()
 
     @property
     def made(self) -> bool:
         """Whether there was a signal, a touch of the stop file, or the launcher died."""
-        if self._signalled:
+        if self._signalled or (self._lifeline is not None and self._lifeline.is_cut):
             return True
-        if self._stop_file is None:
-            return False
-        return self._stop_file.exists() or os.getppid() != self._parent
+        return self._stop_file is not None and self._stop_file.exists()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -60,7 +59,7 @@ class StopRequest:
             restore()
 
 
-def stop_request() -> StopRequest:
+def stop_request(lifeline: Lifeline | None) -> StopRequest:
     """Return the request that this process watches; a worker's launcher makes it by a file."""
     name = os.environ.get(STOP_FILE)
-    return StopRequest(stop_file=Path(name) if name else None)
+    return StopRequest(stop_file=Path(name) if name else None, lifeline=lifeline)

@@ -22,6 +22,7 @@ from stagewise.training.workers.environment import (
     launched_by_us,
     world_size,
 )
+from stagewise.training.workers.lifeline import Lifeline
 
 RANK_0_SECONDS = 5.0
 
@@ -67,7 +68,7 @@ def _leave() -> None:
 
 
 @contextmanager
-def report_failure_once() -> Iterator[None]:
+def report_failure_once(lifeline: Lifeline) -> Iterator[None]:
     """Report an error of this worker once, then end the process.
 
     Our own launcher prints the first cause from the error files. Under torchrun, rank 0 prints the
@@ -88,5 +89,6 @@ def report_failure_once() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        lifeline.tidy()
         # A plain exit would wait for the process group's threads, and they for other ranks.
         os._exit(USAGE_EXIT_CODE if usage else FAILURE_EXIT_CODE)
