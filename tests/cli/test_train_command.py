@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,22 @@ def test_a_workers_failure_is_told_once_with_its_traceback(
     code, _, err = run_here("train", recipe, "--steps", "5", *SMALL)
     assert code == 1
     assert err.startswith("error: the worker of rank 1 failed: CellError: ")
+    assert err.count("Traceback (most recent call last)") == 1
+    assert err.endswith("KeyError: 'oh'\n")
+
+
+def test_a_failure_outside_the_pipeline_names_rank_and_step(
+    tmp_path: Path, run_here: RunHere
+) -> None:
+    fail = "if index == 2 and __import__('os').environ.get('RANK') == '1':\n"
+    fail += "                raise KeyError('oh')\n            inputs = torch.randn"
+    recipe = write_recipe(
+        tmp_path, ("for _ in range(6)", "for index in range(6)"), ("inputs = torch.randn", fail)
+    )
+    code, _, err = run_here("train", recipe, "--steps", "5", *SMALL)
+    assert code == 2
+    place = f"line 20 (rank 1 on {socket.gethostname()}, stage 1, step 3): KeyError: 'oh'\n"
+    assert place in err and err.startswith("error: data('train') failed in ")
     assert err.count("Traceback (most recent call last)") == 1
     assert err.endswith("KeyError: 'oh'\n")
 

@@ -1,6 +1,7 @@
 """Wrong use gets an error in words, on every rank, before anything moves; nothing hangs."""
 
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -290,7 +291,7 @@ def test_a_cells_error_names_its_place_and_leaves_the_pipeline_usable() -> None:
         pipe.step(X, target=X)
     text = str(caught.value)
     assert "cell '2' (Fails) failed on microbatch 2: RuntimeError: no more" in text
-    assert "instruction 1F2 on stage 1" in text
+    assert "instruction 1F2 on stage 1, device cpu, step 0)" in text
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in pipe.parameters())
@@ -342,6 +343,7 @@ def test_a_failing_rank_stops_the_others_with_its_cause(pools: Pools, failing_ra
         else:
             assert outcome.error.startswith("PeerError"), outcome.text
             assert "(Fails) failed on microbatch 1: RuntimeError: no more" in outcome.error
+        assert f"step 0, rank {failing_rank} on {socket.gethostname()})" in outcome.error
 
 
 def changing_shapes() -> str:

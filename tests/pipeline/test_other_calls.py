@@ -1,6 +1,10 @@
 """Ranks that do not make the same calls hear of it at once, all of them, by name."""
 
+import json
+import os
 import re
+import socket
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +17,7 @@ from torch import nn
 
 import stagewise
 from stagewise.checker.check_parity import check_parity
-from stagewise.engine.transport.connect import _leave
+from stagewise.engine.transport.connect import leave
 from stagewise.errors import BatchError, PeerError, PlanError, StagewiseError
 from tests.engine.transport.wires import fresh_connections
 from tests.harness import Pools
@@ -215,13 +219,41 @@ def one_ends(ending: int) -> tuple[str, float]:
         step(pipe)
         if pipe.rank == ending:
             finalizers = util._finalizer_registry.values()  # type: ignore[attr-defined]
-            [at_its_end, *_] = [one for one in finalizers if one._callback is _leave]
+            [at_its_end, *_] = [one for one in finalizers if one._callback is leave]
             at_its_end()
             return "", 0.0
         start = time.monotonic()
         with pytest.raises(PeerError) as raised:
             step(pipe)
         return str(raised.value), time.monotonic() - start
+
+
+def one_fails(failing: int, error_file: Path) -> tuple[str, float]:
+    """An optimizer raises after the second step, which ends the rank's program."""
+    with fresh_connections():
+        pipe = pipeline()
+        step(pipe), step(pipe)
+        if pipe.rank == failing:
+            os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
+            sys.last_value = ValueError("no more")
+            leave()
+            del sys.last_value, os.environ["TORCHELASTIC_ERROR_FILE"]
+            return json.loads(error_file.read_text())["message"]["message"], 0.0
+        start = time.monotonic()
+        with pytest.raises(PeerError) as raised:
+            step(pipe)
+        return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_outside_a_call_is_told_with_rank_host_stage_and_step(
+    pools: Pools, failing: int, tmp_path: Path
+) -> None:
+    told = pools[2].run(one_fails, failing, tmp_path / "error.json")
+    said = f"rank {failing} on {socket.gethostname()}, stage {failing}, after step 1: "
+    assert told[failing][0] == said + "ValueError: no more"
+    text, seconds = told[1 - failing]
+    assert text.startswith(said + "ValueError: no more") and seconds < SOON_SECONDS
 
 
 @pytest.mark.parametrize("ending", [0, 1])

@@ -5,6 +5,7 @@ So `stagewise simulate` and `--help` answer at once, without importing torch.
 
 import functools
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 import stagewise
-from stagewise.errors import ExactnessWarning, StagewiseError, UsageError
+from stagewise.errors import CellError, ExactnessWarning, RecipeError, StagewiseError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def main() -> None:
             warnings.showwarning = functools.partial(_show, warnings.showwarning)
             app(prog_name="stagewise")
     except StagewiseError as error:
-        _say("error: ", "bold red", error)
+        _say("error: ", "bold red", f"{error}{_trace(error)}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -126,6 +127,14 @@ def _show(
         _say("warning: ", "bold yellow", message)
     else:
         otherwise(message, category, *place)
+
+
+def _trace(error: StagewiseError) -> str:
+    """Return the traceback of what the user's code raised."""
+    is_users = isinstance(error, CellError | RecipeError)
+    if error.__cause__ is None or isinstance(error.__cause__, SyntaxError) or not is_users:
+        return ""
+    return "\n\n" + "".join(traceback.format_exception(error.__cause__)).rstrip()
 
 
 def _say(kind: str, style: str, message: object) -> None:

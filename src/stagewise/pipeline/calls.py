@@ -24,7 +24,8 @@ from stagewise.engine.step.results import (
     ranks_of,
 )
 from stagewise.engine.step.step import Runner
-from stagewise.engine.step.step_request import UNSCALED, Request
+from stagewise.engine.step.step_request import CALLS, UNSCALED, Request
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import BatchError, UsageError
 from stagewise.model.captured import CapturedForm
 from stagewise.pipeline.free_pages import FreePages
@@ -218,6 +219,7 @@ class Calls(Share):
         batch_dim: int | None,
         scaling: Scaling = UNSCALED,
     ) -> Result:
+        NOW.starts(CALLS[mode], self.step_index, tuple(self._runner.stages))
         if self.overflow.is_wanted:
             self.overflow.before_collective()
         dim = self._batch_dim if batch_dim is None else batch_dim

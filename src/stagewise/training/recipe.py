@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stagewise.batch.markers import along
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import RecipeError, StagewiseError
 from stagewise.training.recipe_values import VALUES, checked_value
 from stagewise.training.schedules import is_scheduled
@@ -126,7 +127,8 @@ class Recipe:
             raise
         except Exception as error:
             where = _place(self.path, error)
-            message = f"{what} failed in {where}: {type(error).__name__}: {error}"
+            place = f" ({NOW.outside()})" if NOW.is_numbered else ""
+            message = f"{what} failed in {where}{place}: {type(error).__name__}: {error}"
             raise RecipeError(message) from error
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer | None:
@@ -271,7 +273,7 @@ def _place(path: Path, error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
         return f"{path}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename) == path]
+    own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f"{path}, line {own[-1].lineno}" if own else f"a function of {path}"
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from stagewise.batch.split import batch_size
 from stagewise.engine.transport.processes import is_first
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.plan import Plan
@@ -58,7 +59,7 @@ def run_training(
     if prints:
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
-    with owned(options.run):  # nothing is written before this
+    with owned(options.run), NOW.numbered():  # nothing is written before this
         reporter: Reporter = Silent()
         if prints:
             reporter = Shown(
@@ -100,10 +101,10 @@ class Trainer:
     def run(self) -> RunOutcome:
         """Train, validate and save checkpoints; at the end generate and measure."""
         options, num_steps = self._options, self._prepared.num_steps
-        first = step = options.first_step
+        first = step = NOW.step = options.first_step
         before = after = self._validate(step)
         while step < num_steps and not self._pipe.any(self._stop.made):
-            step += 1
+            NOW.step = step = step + 1
             self._train_step(step)
             if self._next_plan is not None:
                 self._move(step, self._next_plan)
@@ -129,7 +130,6 @@ class Trainer:
         )
 
     def _train_step(self, step: int) -> None:
-        pipe = self._pipe
         batches = [self._prepared.batches.next() for _ in range(self._recipe.accumulate)]
         scale = self._update.scale
         start = time.perf_counter()
@@ -145,7 +145,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         bubble = None
         if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
-            timeline = pipe.timeline()
+            timeline = self._pipe.timeline()
             bubble = float(timeline.bubble_fraction)
             self._bubbles.append(bubble)
             if step < self._prepared.num_steps:

@@ -15,6 +15,7 @@ from stagewise.batch.markers import Arguments
 from stagewise.batch.values import leaf_of, put_together, take_apart
 from stagewise.engine.stage.flight import CellKeywords, Flight
 from stagewise.engine.stage.work import StageGiven, Work
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import BatchError, CellError
 from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction
@@ -88,7 +89,7 @@ def failed(
     return CellError(
         f"{what} failed on microbatch {instruction.microbatch}: {type(error).__name__}: {error}"
         f"{_cut_arguments(cell, error, work)}\n(instruction {instruction} on stage "
-        f"{instruction.stage}, device {device})"
+        f"{instruction.stage}, device {device}{NOW.beside()})"
     )
 
 

@@ -77,8 +77,7 @@ class Runner:
         loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
         self._draws = Draws([*(cell.module for cell in cells), loss])
         self.looks = Looks(count, loss)
-        self.last_run = Ran()
-        self._broken = False
+        self.last_run, self._broken = Ran(), False
         self._num_calls = dict.fromkeys(Mode, 0)
         self.root: ModeOf | None = None  # its mode must agree across ranks
         self.stages = stages

@@ -1,5 +1,6 @@
 """Choose the devices and wires for a plan."""
 
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Wire, Wires
+from stagewise.engine.watch.last_words import last_words, leave_for_launcher
+from stagewise.engine.watch.now import NOW
 from stagewise.engine.watch.watchdog import Watchdog
 from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
@@ -132,6 +135,7 @@ def _connections(
         default = dist.distributed_c10d._get_default_store()
         store = dist.PrefixStore(group.group_name, default)  # type: ignore[attr-defined]
         peers = Peers(dist.get_rank(group), store)
+        NOW.place = f"rank {peers.rank} on {socket.gethostname()}"
         host = host_group(group)
         seats = tuple(gathered(host, peers, own))
         wires = wires_between(seats, device, group, host, peers)
@@ -143,7 +147,7 @@ def _connections(
         known = _CONNECTED[group] = _Connected(host, rendezvous, watchdog, {})
         known.wires[seats] = wires
         # Also runs at the end of a multiprocessing process, which ignores atexit.
-        Finalize(None, _leave, exitpriority=0)
+        Finalize(None, leave, exitpriority=0)
     else:
         seats = tuple(known.rendezvous.gather(own, what))
         if seats not in known.wires:
@@ -164,13 +168,23 @@ def disconnect() -> None:
     _CONNECTED.clear()
 
 
-def _leave() -> None:
-    """Tell ranks that wait for this one that its program ends here."""
-    error = getattr(sys, "last_value", None)
+def leave(error: BaseException | None = None) -> bool | None:
+    """Tell ranks that wait for this one, and its launcher, that its program ends here.
+
+    `error` is what ends it, if not sys.last_value. Returns whether it is the first failure of all
+    ranks; None without connections.
+    """
+    error, is_first = error or getattr(sys, "last_value", None), None
+    said = None if error is None else last_words(error)
+    if error is not None and _CONNECTED:
+        leave_for_launcher(error)
     for connected in _CONNECTED.values():
+        rendezvous = connected.rendezvous
+        is_first = said is not None and rendezvous.peers.tell(said)
         connected.watchdog.stop()
-        connected.rendezvous.leave("" if error is None else f" ({type(error).__name__}: {error})")
+        rendezvous.leave(said)
     _CONNECTED.clear()
+    return is_first
 
 
 def _device_of(chain: Chain) -> torch.device:

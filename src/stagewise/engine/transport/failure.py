@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 
@@ -53,11 +54,11 @@ class Failure:
             _let_go(error)
         if isinstance(error, StagewiseError):
             return Failure(instruction, error, no_memory)
-        where = "the batch could not be prepared"
+        where = f"the batch could not be prepared ({NOW.here(NOW.kind)})"
         if instruction is not None:
             where = (
                 f"stage {instruction.stage} failed on microbatch {instruction.microbatch} "
-                f"(instruction {instruction}, device {device})"
+                f"(instruction {instruction}, device {device}{NOW.beside()})"
             )
         named = CellError(f"{where}: {type(error).__name__}: {error}")
         named.__cause__ = error

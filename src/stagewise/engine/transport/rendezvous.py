@@ -26,7 +26,7 @@ T = TypeVar("T")
 FRAME_BYTES = 1024  # fits a step's row on several ranks
 _NAME_BYTES = 200
 _HEAD = struct.Struct(f"=qqq{_NAME_BYTES}s")  # payload bytes, meaning, Pipeline, call name
-_AGREED, _DIFFERENT, _ENDED = range(3)
+_AGREED, _DIFFERENT, _ENDED, _FAILED = range(4)
 _ROOM = FRAME_BYTES - _HEAD.size
 _NUMBER = struct.Struct("=q")
 _Call = tuple[bytes, int]  # call name and number of the Pipeline, 0 for none
@@ -55,7 +55,7 @@ class Rendezvous:
     def exchange(self, row: Sequence[int], what: str, by: int = 0) -> list[list[int]]:
         """Return every rank's row, by rank; BatchError on all unless all make the call `what`.
 
-        PeerError on all if some rank's program has ended.
+        PeerError on all if some rank's program has ended or failed.
         """
         rows = self._said(struct.pack(f"={len(row)}q", *row), what, by)
         if len(set(map(len, rows))) > 1:
@@ -76,14 +76,15 @@ class Rendezvous:
         self._is_lost = True
         self.peers.tell(cause)
 
-    def leave(self, why: str) -> None:
-        """Tell waiting ranks that this rank's program has ended, and `why`; does not block."""
+    def leave(self, failure: str | None) -> None:
+        """Tell waiting ranks that this rank's program has ended, by `failure`; does not block."""
         if self._is_lost:  # the others are inside a call, and have been told
             return
-        text = f"rank {self._rank}'s program has ended{why} after its last call, {self._last}"
+        ended = f"rank {self._rank}'s program has ended after its last call, {self._last}"
         self.peers.store = None  # nobody would read why another rank is gone as well
         for rank in self._others if self._rank == 0 else (0,):
-            self._say(rank, _ENDED, (b"", 0), text.encode())
+            meaning = _ENDED if failure is None else _FAILED
+            self._say(rank, meaning, (b"", 0), (failure or ended).encode())
 
     def _said(self, own: bytes, what: str, by: int) -> list[bytes]:
         self._last, call = what.split(":")[0], (_cut(what), by)
@@ -93,6 +94,8 @@ class Rendezvous:
             return _parts(answer)
         if meaning == _DIFFERENT:
             raise BatchError(answer.decode())
+        if meaning == _FAILED:
+            raise PeerError(f"{answer.decode()}\n(rank {self._rank} called {what} meanwhile)")
         raise PeerError(
             f"{answer.decode()}, while rank {self._rank} called {what}; every rank must make "
             "the same calls in the same order, with equally many batches"
@@ -113,9 +116,9 @@ class Rendezvous:
     def _compared(self, own: bytes, call: _Call) -> tuple[int, bytes]:
         """On rank 0: receive every call, and return the answer's meaning and payload."""
         heard = [(_AGREED, call, own), *self._heard(self._awaited(self._others))]
-        gone = [said for meaning, _, said in heard if meaning == _ENDED]
-        if gone:
-            return _ENDED, b"; ".join(gone)
+        for how in (_FAILED, _ENDED):
+            if gone := [said for meaning, _, said in heard if meaning == how]:
+                return how, b"; ".join(gone)
         calls = [called for _, called, _ in heard]
         if len(set(calls)) > 1:
             several = len({by for _, by in calls if by}) > 1

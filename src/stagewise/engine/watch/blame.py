@@ -36,7 +36,7 @@ class Report:
             host=socket.gethostname(),
             process=os.getpid(),
             seconds=seconds,
-            call=now.call,
+            call=now.when(now.call) if now.call else "",
             doing=_doing(now),
             awaits=awaits if now.call else None,
             stack=_stack(now.thread),
@@ -45,7 +45,7 @@ class Report:
 
 def _doing(now: Now) -> str:
     if not now.call:
-        return "is between calls"
+        return f"is between calls ({now.when('') or 'it has made no step'})"
     if now.awaits == ANY:
         return "waits for all ranks"
     if isinstance(now.awaits, int):

@@ -18,25 +18,22 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from stagewise.engine.watch.watchdog import HANGS_EXIT_CODE
-from stagewise.errors import PeerError, StagewiseError, UsageError
+from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.training.workers.environment import (
     LAUNCHER,
     STOP_FILE,
-    USAGE_EXIT_CODE,
     num_cores,
     stopped_file,
 )
+from stagewise.training.workers.failures import first_cause
 from stagewise.training.workers.stop import SIGNALS
 
 PATIENCE_SECONDS = 25  # of the 30 that a cluster usually waits between SIGTERM and SIGKILL
 _HANGUP, _ALARM = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", None)  # not Windows
-_CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
 _KEEP_BYTES = str(1 << 40)  # more than any machine has
-_CONNECTION_LOST = "gloo/transport"  # in gloo's message when another rank has died
 
 
 def launch(num_workers: int, arguments: list[str]) -> bool:
@@ -56,12 +53,12 @@ def launch(num_workers: int, arguments: list[str]) -> bool:
             LAUNCHER: str(os.getpid()),
             **worker_environment(num_workers),
         }
-        entrypoint = elastic_launch(config, sys.executable)
+        entrypoint, kills = elastic_launch(config, sys.executable), MemoryKills()
         try:
             with _environment(environment), _signals_touch(stop_file):
                 entrypoint("-m", "stagewise", *arguments)
         except ChildFailedError as error:
-            raise _first_cause(error.failures) from None
+            raise first_cause(error.failures, kills) from None
         except SignalException:
             raise KeyboardInterrupt from None
         return Path(stopped_file(str(stop_file))).exists()
@@ -144,38 +141,3 @@ def _silence_torchelastic() -> None:
         logger = logging.getLogger(name)
         logger.addHandler(logging.NullHandler())
         logger.propagate = False
-
-
-def _first_cause(failures: Mapping[int, ProcessFailure]) -> StagewiseError:
-    """Return the error to report: the earliest one that is not a consequence of another rank's."""
-
-    def importance(rank: int) -> tuple[bool, bool, int, int]:
-        failure, text = failures[rank], _text(failures[rank])
-        only_reports = text.startswith(PeerError.__name__) or _CONNECTION_LOST in text
-        was_ended = failure.exitcode in (-signal.SIGTERM, HANGS_EXIT_CODE)  # as others had failed
-        return was_ended, only_reports, failure.timestamp, rank
-
-    rank = min(failures, key=importance)
-    failure = failures[rank]
-    if failure.exitcode == USAGE_EXIT_CODE:
-        return UsageError(_text(failure).partition(": ")[2])
-    return PeerError(f"the worker of rank {rank} failed: {_text(failure)}{_root(failure)}")
-
-
-def _text(failure: ProcessFailure) -> str:
-    """Return "Type: message" as the worker wrote it, or how it died."""
-    # torch types `message` as str, but it is the dictionary that the worker's handler wrote.
-    message: object = failure.message
-    if isinstance(message, dict):
-        return str(message["message"])
-    if failure.exitcode < 0:
-        return f"{message}; if it was SIGKILL, the machine may be out of memory"
-    return f"exit code {failure.exitcode}, without a message"
-
-
-def _root(failure: ProcessFailure) -> str:
-    """Return the traceback of the root cause of the worker's failure."""
-    message: object = failure.message
-    if not isinstance(message, dict):
-        return ""
-    return "\n\n" + str(message["extraInfo"]["py_callstack"]).split(_CAUSED)[0].rstrip()

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from stagewise.engine.transport.connect import disconnect
+from stagewise.engine.transport.connect import disconnect, leave
 from stagewise.engine.transport.processes import accelerators
+from stagewise.engine.watch.last_words import last_words
 from stagewise.errors import PeerError, UsageError
 from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
@@ -24,7 +25,7 @@ from stagewise.training.workers.environment import (
 )
 from stagewise.training.workers.lifeline import Lifeline
 
-RANK_0_SECONDS = 5.0
+RANK_0_SECONDS = 3.0
 
 
 @contextmanager
@@ -71,8 +72,8 @@ def _leave() -> None:
 def report_failure_once(lifeline: Lifeline) -> Iterator[None]:
     """Report an error of this worker once, then end the process.
 
-    Our own launcher prints the first cause from the error files. Under torchrun, rank 0 prints the
-    user's mistakes, which all ranks find, and every rank prints its own failures.
+    Our own launcher prints the first cause from the error files. Under torchrun, the rank that fails
+    first prints it; before ranks are connected, rank 0 prints the user's mistakes, which all find.
     """
     try:
         yield
@@ -80,13 +81,14 @@ def report_failure_once(lifeline: Lifeline) -> Iterator[None]:
         usage = isinstance(error, UsageError)
         if launched_by_us():
             get_error_handler().record_exception(error)
-        elif usage:
-            if os.environ["RANK"] != "0":
+        is_first = leave(error)
+        if not launched_by_us() and is_first is not False and not isinstance(error, PeerError):
+            if usage and is_first is None and os.environ["RANK"] != "0":
                 # Rank 0 finds the same, tells it and ends, upon which torchrun ends us.
                 time.sleep(RANK_0_SECONDS)
-            print(f"error: {error}", file=sys.stderr)
-        elif not usage and not isinstance(error, PeerError):
-            traceback.print_exc()
+            if not usage or error.__cause__ is not None:
+                traceback.print_exception(error.__cause__ or error)
+            print(f"error: {error if usage else last_words(error)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         lifeline.tidy()

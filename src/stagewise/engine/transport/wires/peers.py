@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.engine.watch.now import ANY, NOW
 from stagewise.engine.watch.shared_store import served_by
 from stagewise.engine.watch.watchdog import FAILURE, WAITS
@@ -27,17 +28,21 @@ class Peers:
     def __init__(self, rank: int, store: Store | None = None) -> None:
         self.rank, self.store = rank, store
         self.patience = _PATIENCE_SECONDS
+        self._kills = MemoryKills()
 
     def store_host(self) -> str:
         """Return the host that serves the store; this host's name if none does."""
         served = None if self.store is None else served_by(self.store)
         return served.host if isinstance(served, TCPStore) else socket.gethostname()
 
-    def tell(self, cause: str) -> None:
-        """Write why this rank stops, unless another rank did first; ignores a lost store."""
+    def tell(self, cause: str) -> bool:
+        """Write why this rank stops; return False if another did first. Ignores a lost store."""
+        said = cause if NOW.place and NOW.place in cause else f"rank {self.rank}: {cause}"
         if self.store is not None:
             with suppress(RuntimeError):
-                self.store.compare_set(FAILURE, "", f"rank {self.rank}: {cause}")
+                kept: bytes = self.store.compare_set(FAILURE, "", said)
+                return kept.decode() == said
+        return True
 
     @contextmanager
     def named(self, other: int | None = None) -> Iterator[None]:
@@ -64,7 +69,7 @@ class Peers:
             or f"none was reported: {name} is alive but hangs, runs other code than this rank, or "
             "is slower than the timeout of init_process_group"
             if late
-            else f"the process of {name} ended without saying why (killed, or out of memory?)"
+            else f"the process of {name} ended without saying why ({self._killed()})"
         )
         message = (
             f"rank {self.rank} lost {name} while waiting for it"
@@ -73,6 +78,11 @@ class Peers:
         )
         self.tell(message)
         return PeerError(message)
+
+    def _killed(self) -> str:
+        number = self._kills.number
+        by_kernel = f"since the start the kernel has killed {number} here because memory ran out"
+        return by_kernel if number else "killed, or out of memory?"
 
     def _read(self, key: str) -> str | None:
         """Return what the store holds, None if it does not or is gone."""

@@ -1,0 +1,38 @@
+"""Of several workers' failures the first cause is reported."""
+
+import signal
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from stagewise.engine.watch.memory_kills import MemoryKills
+from stagewise.engine.watch.watchdog import HANGS_EXIT_CODE
+from stagewise.training.workers.failures import first_cause
+
+
+def failure(rank: int, exit_code: int, text: str, when: int) -> ProcessFailure:
+    found = ProcessFailure(local_rank=rank, pid=rank, exitcode=exit_code, error_file="none")
+    found.timestamp = when
+    if text:
+        found.message = {"message": text, "extraInfo": {"py_callstack": ""}}  # type: ignore[assignment]
+    return found
+
+
+WAITED = "PeerError: rank 0 lost rank 1: rank 1 is in 1F3"
+
+
+@pytest.mark.parametrize(
+    ("others", "reported"),
+    [
+        ((HANGS_EXIT_CODE, "", 1), "rank 0 failed: " + WAITED),
+        ((-signal.SIGTERM, "", 1), "rank 0 failed: " + WAITED),
+        ((1, "ValueError: no more", 9), "rank 1 failed: ValueError: no more"),
+        ((-signal.SIGKILL, "", 9), "rank 1 failed: Signal 9"),
+        ((-signal.SIGKILL, "", 9), ": killed "),
+    ],
+)
+def test_the_cause_is_reported_not_its_consequences(
+    others: tuple[int, str, int], reported: str
+) -> None:
+    failures = {0: failure(0, 1, WAITED, 5), 1: failure(1, *others)}
+    assert reported in str(first_cause(failures, MemoryKills()))
