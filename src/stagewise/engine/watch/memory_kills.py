@@ -18,10 +18,11 @@ class MemoryKills:
     """Kills for memory since this was made, of this process's control group or else the machine."""
 
     def __init__(self, groups: Path = _GROUPS, own: Path = _OWN, machine: Path = _MACHINE) -> None:
-        found = ((path, _count(path)) for path in [*_files(groups, own), machine])
-        self._path, self._before = next(
-            ((path, count) for path, count in found if count is not None), (machine, None)
-        )
+        self._path, self._before = machine, _count(machine)
+        for path in _files(groups, own):
+            if (count := _count(path)) is not None:
+                self._path, self._before = path, count
+                break
 
     @property
     def number(self) -> int | None:

@@ -72,7 +72,7 @@ def _leave() -> None:
 def report_failure_once(lifeline: Lifeline) -> Iterator[None]:
     """Report an error of this worker once, then end the process.
 
-    Our own launcher prints the first cause from the error files. Under torchrun, the rank that fails
+    Our own launcher prints the first cause from the error files. Under torchrun the rank that fails
     first prints it; before ranks are connected, rank 0 prints the user's mistakes, which all find.
     """
     try:
