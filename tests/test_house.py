@@ -129,8 +129,11 @@ CHECKPOINT_FORMAT = {
     "checkpoints/sources.py",
     "checkpoints/untrusted.py",
     "training/checkpoint.py",
-    "training/optimizer_state.py",
-    "training/schedules.py",
+    "training/checkpoint_errors.py",
+    "training/state/optimizer_state.py",
+    "training/state/own_objects.py",
+    "training/state/plain_values.py",
+    "training/state/schedules.py",
 }
 
 

@@ -18,6 +18,7 @@ LEVELS = [
     ["__main__"],
     ["cli"],
     ["training"],
+    ["training/state"],
     ["training/workers", "report", "testing"],
     ["checker", "models"],
     [""],

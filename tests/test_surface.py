@@ -126,6 +126,7 @@ COMMAND_LINE = {
         "--checkpoint-every",
         "--devices",
         "--help",
+        "--keep",
         "--microbatches",
         "--out",
         "--plan",

@@ -5,12 +5,12 @@ import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, cast
+from typing import IO, TYPE_CHECKING, cast
 
-import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
+from stagewise.cli import train_options as run
 from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_stopped, report_errors_once, run_in_workers
@@ -28,55 +28,13 @@ if TYPE_CHECKING:
     from stagewise.training.run_folder import Checkpoint
     from stagewise.training.workers.lifeline import Lifeline
 
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Total number of steps (minibatches), including those before --resume. [default: one "
-        "pass over the recipe's data]",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Directory for log and checkpoints. [default: runs/RECIPE, with a number appended if "
-        "that exists]",
-        show_default=False,
-    ),
-]
-Resume = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH",
-        help="Resume from a run's last checkpoint (give the run's directory) or from a certain "
-        "checkpoint (its directory). The number of stages may change.",
-        show_default=False,
-    ),
-]
-SavedPlan = Annotated[
-    Path | None,
-    typer.Option(
-        "--plan",
-        metavar="FILE",
-        help="Use a plan written by `stagewise plan --json`, instead of measuring and of the "
-        "options above.",
-        show_default=False,
-    ),
-]
-ValidateEvery = Annotated[
-    int, typer.Option(min=0, metavar="STEPS", help="Steps between validations; 0 for none.")
-]
-CheckpointEvery = Annotated[
-    int, typer.Option(min=0, metavar="STEPS", help="Steps between checkpoints; 0 for none.")
-]
-
 _DEFAULTS = {
     "--microbatches": str(DEFAULT_MICROBATCHES),
     "--schedule": "1f1b",
     "--recompute": "never",
     "--validate-every": 100,
     "--checkpoint-every": 100,
+    "--keep": 2,
     "--timeout": opt.DEFAULT_TIMEOUT,
 }
 _IN_CHECKPOINT = ("--seed", "--out", "--resume")  # implied by --resume RUN
@@ -91,13 +49,14 @@ def train(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
-    plan: SavedPlan = None,
-    steps: Steps = None,
+    plan: run.SavedPlan = None,
+    steps: run.Steps = None,
     seed: opt.Seed = None,
-    out: Out = None,
-    resume: Resume = None,
-    validate_every: ValidateEvery = 100,
-    checkpoint_every: CheckpointEvery = 100,
+    out: run.Out = None,
+    resume: run.Resume = None,
+    validate_every: run.ValidateEvery = 100,
+    checkpoint_every: run.CheckpointEvery = 100,
+    keep: run.Keep = 2,
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
 ) -> None:
     """Train the model of a recipe through a pipeline.
@@ -144,6 +103,7 @@ def train(
             seed=_seed(seed, checkpoint),
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
+            keep=keep,
             resume=checkpoint,
             timeout=timeout,
         )
@@ -226,6 +186,8 @@ def _report(console: Console, path: Path, options: "TrainOptions", outcome: "Run
         say("checkpoint: none, because no step was completed")
         return
     say(f"checkpoint: {outcome.checkpoint}")
+    if outcome.best is not None:
+        say(f"best checkpoint: {outcome.best.path} (loss {outcome.best.validation_loss:.4f})")
     steps = outcome.num_steps if outcome.stopped else 2 * outcome.num_steps
     command = ["stagewise", *_arguments(path, replace(options, num_steps=steps), short=True)]
     say(f"continue with: {shlex.join(command)} --resume {shlex.quote(str(options.run))}")
@@ -242,6 +204,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
         "--resume": resume.path if resume else None,
         "--validate-every": options.validate_every,
         "--checkpoint-every": options.checkpoint_every,
+        "--keep": options.keep,
         "--timeout": options.timeout,
     }
     if short:

@@ -37,6 +37,7 @@ class Share:
     ) -> None:
         self.step_index = 0
         self.parameter_shapes = dict(whole.shapes)
+        self.state_names = frozenset(whole.aliases)  # of the plain model's state_dict
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
         self._whole, self._ties, self._ranks = whole, ties, ranks
         self._first_names = {name: one.names[0] for one in ties for name in one.names}

@@ -6,6 +6,7 @@
    and optimizer.
 3. `workers` starts a process per device; each runs the loop of `trainer`, an `update` per step, and
    evaluates validation data by `validating`.
-4. `checkpoint` saves and resumes, with `optimizer_state` and `schedules`, in a `run_folder`;
-   `adaptive` re-plans, `progress` displays, `outcome` is the result.
+4. `background` saves while training goes on, and `checkpoint` writes and reads what `state` holds
+   in a `run_folder`; `checkpoint_errors` say what failed; `adaptive` re-plans, `progress` displays,
+   `outcome` is the result.
 """

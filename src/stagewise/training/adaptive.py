@@ -3,17 +3,24 @@
 All ranks see the same timelines and costs, so each reaches the same decision independently.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
 
 from stagewise.costs import CellCost
-from stagewise.errors import PlanError
+from stagewise.errors import OutOfMemoryError, PlanError
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster_plan
 from stagewise.planning.plan import Plan
+from stagewise.planning.search.less_memory import with_less_memory
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.timeline import Timeline
 
+MAX_ATTEMPTS = 8  # at a step that runs out of memory, each with a plan that needs less
+T = TypeVar("T")
 MAX_CHANGES = 8  # per run; if a machine changes all the time, re-planning does not help
 
 
@@ -50,6 +57,42 @@ def use(pipe: Pipeline, plan: Plan) -> None:
         if not plan.segments:
             raise
         pipe.use(replace(plan, segments=()))
+
+
+def within_memory(
+    pipe: Pipeline, step: Callable[[], T], use_less: Callable[[OutOfMemoryError], None] | None
+) -> T:
+    """Return what `step` does; if it runs out of memory, call `use_less` (if given) and repeat it.
+
+    A failed step leaves no trace, so the result is as if the run had always used that plan.
+    """
+    first = pipe.step_index
+    for attempt in itertools.count(1):
+        pipe.step_index = first
+        try:
+            return step()
+        except OutOfMemoryError as error:
+            if use_less is None or attempt == MAX_ATTEMPTS:
+                raise
+            failed = OutOfMemoryError(str(error))
+        # Outside the handler, so that the tensors that the error refers to are freed.
+        use_less(failed)
+    raise AssertionError("count() does not end")
+
+
+def use_less_memory(pipe: Pipeline, num_samples: int, error: str) -> str:
+    """Change to a plan that needs less memory, and return the change in words."""
+    found = with_less_memory(pipe.plan, num_samples)
+    if found is None:
+        raise OutOfMemoryError(
+            f"{error}\nThis was already with {pipe.num_microbatches} microbatches and "
+            f"recompute={pipe.plan.recompute!r}; use more stages, or a smaller batch or model"
+        )
+    plan, change = found
+    use(pipe, plan)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # frees blocks of the old sizes
+    return change
 
 
 class DriftWatch:

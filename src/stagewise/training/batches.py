@@ -1,13 +1,14 @@
 """The recipe's batches, reproducible from any position.
 
 Problem: after a resume the next batch must be the one that an uninterrupted run would have drawn,
-even if the recipe shuffles with torch's default generator, which other code uses too.
-Idea: the recipe's data has its own generator state, and a resumed run draws and drops the batches
-that are already done.
+even if the recipe shuffles with a default generator (torch's, Python's, NumPy's), which other code
+uses too. Idea: the recipe's data has its own generator states. A loader with a state (torchdata's)
+continues from it; otherwise a resumed run draws and drops the batches that are already done.
 """
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,6 +16,14 @@ from stagewise.batch.split import batch_size
 from stagewise.batch.values import take_apart
 from stagewise.errors import RecipeError
 from stagewise.training.recipe import Batch, Recipe, checked_batch
+from stagewise.training.state.own_objects import Stateful
+from stagewise.training.state.plain_values import to_bytes
+from stagewise.training.state.random_states import (
+    random_states,
+    random_states_kept,
+    restore_random_states,
+    seed_everything,
+)
 
 
 class TrainingBatches:
@@ -22,7 +31,9 @@ class TrainingBatches:
 
     def __init__(self, recipe: Recipe, *, seed: int) -> None:
         self._recipe = recipe
-        self._generator_state = torch.Generator().manual_seed(seed).get_state()
+        with random_states_kept():
+            seed_everything(seed)
+            self._random = random_states()
         with self._own_randomness():
             self._data = _data(recipe, "train")
             self._iterator = iter(self._data)
@@ -46,6 +57,28 @@ class TrainingBatches:
         for _ in range(num_batches):
             self.next()
 
+    def position(self) -> torch.Tensor | None:
+        """Return the position, as bytes, of a loader that has a state; None without a state."""
+        if not isinstance(self._data, Stateful):
+            return None
+        with self._own_randomness():
+            state = self._data.state_dict()
+        kept = {"loader": state, "random": self._random}
+        return to_bytes(kept, f"the position of data('train') in {self._recipe.path}")
+
+    def go_to(self, num_batches: int, position: Mapping[str, Any] | None) -> None:
+        """Continue after `num_batches` batches: at `position`, if that is known, else by drawing.
+
+        Call it before `next`.
+        """
+        if position is None or not isinstance(self._data, Stateful):
+            self.skip(num_batches)
+            return
+        with self._own_randomness():
+            self._data.load_state_dict(position["loader"])
+            self._iterator = iter(self._data)
+        self._random, self._first_is_next = position["random"], False
+
     def _draw(self) -> Batch:
         nothing = object()
         with self._own_randomness():
@@ -63,14 +96,13 @@ class TrainingBatches:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        callers = torch.get_rng_state()
-        torch.set_rng_state(self._generator_state)
-        try:
-            with self._recipe.blame("data('train')"):
-                yield
-        finally:
-            self._generator_state = torch.get_rng_state()
-            torch.set_rng_state(callers)
+        with random_states_kept():
+            restore_random_states(self._random)
+            try:
+                with self._recipe.blame("data('train')"):
+                    yield
+            finally:
+                self._random = random_states()
 
 
 def validation_batches(recipe: Recipe) -> tuple[Batch, ...]:

@@ -1,48 +1,91 @@
-"""Checkpoints that can be resumed with any number of stages.
+"""Checkpoints that can be resumed with any number of stages, written while training goes on.
 
 Problem: a run that dies while writing must not leave a partial checkpoint that looks complete, and
 a checkpoint must fit any partition, but never another model.
-Idea: torch.distributed.checkpoint writes model and optimizer under the plain model's names into
-`step-00000120.tmp`; when all ranks have written, rank 0 adds a description with a digest of every
-file and renames the folder. Reading checks the digests, then compares the description's names and
-shapes with the model's, and trusts nothing else (`checkpoints.untrusted`).
+Idea: `stage` copies what the run holds, `write` may run beside it: torch.distributed.checkpoint
+writes under the plain model's names into `step-00000120.tmp`; when all ranks have written, rank 0
+adds a description with a digest of every file and renames the folder. Reading checks the digests,
+then compares names and shapes with the model's, and trusts nothing else (`checkpoints.untrusted`).
 """
 
-import errno
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
 
 from stagewise.checkpoints.sources import sha256_of
 from stagewise.checkpoints.untrusted import Planner, Reader
 from stagewise.engine.step.agreement import agreed
-from stagewise.errors import CheckpointError
+from stagewise.engine.transport.side_group import Gathering, SideGroup
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.training import optimizer_state, schedules
+from stagewise.training.checkpoint_errors import explain_read_errors, explain_write_errors
 from stagewise.training.run_folder import (
-    DESCRIPTION,
-    DIRECTORY,
+    NUM_KEPT,
+    UNFINISHED,
     Checkpoint,
-    Shapes,
-    drop_old,
-    signed,
-    whole,
+    check_fits,
+    folder_of,
+    publish,
 )
+from stagewise.training.state import optimizer_state, schedules
+from stagewise.training.state.own_objects import (
+    Objects,
+    fill_objects,
+    objects_state,
+    room_for_objects,
+)
+from stagewise.training.state.plain_values import from_bytes, room_for_bytes, to_bytes
+from stagewise.training.state.random_states import random_states
 
 SAVING, RESTORING = "saving a checkpoint", "restoring a checkpoint"  # in error messages
+_DATA = "state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What a checkpoint holds besides model, optimizer and random states, if anything.
+
+    `objects` are the recipe's; `data` is the position (as bytes) of a stateful loader;
+    `validation_loss` that of the same step.
+    """
+
+    scheduler: LRScheduler | None = None
+    scaler: Mapping[str, float] = field(default_factory=dict)
+    objects: Objects = field(default_factory=dict)
+    data: torch.Tensor | None = None
+    validation_loss: float | None = None
+
+
+NOTHING = Extra()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingCheckpoint:
+    """A copy of this rank's part, which training does not change, to be written."""
+
+    run: Path
+    state: Mapping[str, dict[str, Any]]
+    may_be_infinite: frozenset[str]  # entries of the model, such as masks
+    description: Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What restoring leaves to its caller: the loader's position, and this rank's generators."""
+
+    data: Any = None
+    random: Mapping[str, Any] | None = None
 
 
 def save(
@@ -52,111 +95,158 @@ def save(
     *,
     step: int,
     seed: int,
-    scaler: Mapping[str, float] | None = None,
-    scheduler: LRScheduler | None = None,
+    extra: Extra = NOTHING,
 ) -> Checkpoint:
     """Write a checkpoint of `step` finished steps into `run`; every rank calls this.
 
-    The run's state does not change. The last NUM_KEPT checkpoints are kept, and the last one with
-    finite numbers. If writing fails, raises CheckpointError with the cause on every rank, and
-    leaves earlier checkpoints untouched.
+    The run's state does not change. If writing fails, raises CheckpointError with the cause on
+    every rank, and leaves earlier checkpoints untouched.
     """
-    path = run / DIRECTORY / f"step-{step:08d}"
-    unfinished = path.with_suffix(".tmp")
-    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run):
-        schedules.check_saved(optimizer, scheduler)
-        state = _state(pipe, optimizer, scheduler)
-        if pipe.rank == 0:
+    return write(stage(run, pipe, optimizer, step=step, seed=seed, extra=extra), pipe.ranks)
+
+
+def stage(
+    run: Path,
+    pipe: Pipeline,
+    optimizer: Optimizer | None,
+    *,
+    step: int,
+    seed: int,
+    extra: Extra = NOTHING,
+) -> PendingCheckpoint:
+    """Return a copy of what `save` writes; every rank calls this."""
+    with agreed(pipe.ranks, SAVING), torch.no_grad():
+        schedules.check_saved(optimizer, extra.scheduler)
+        state = _state(pipe, optimizer, extra)
+        staged = pytree.tree_map_only(torch.Tensor, _copied, state)
+    needs_values = {name for name, each in pipe.module.named_parameters() if each.requires_grad}
+    return PendingCheckpoint(
+        run=run,
+        state=staged,
+        may_be_infinite=frozenset(staged["model"]) - needs_values,
+        description=Checkpoint(
+            path=folder_of(run, step),
+            step=step,
+            seed=seed,
+            parameter_shapes={n: tuple(shape) for n, shape in pipe.parameter_shapes.items()},
+            scaler=dict(extra.scaler),
+            validation_loss=extra.validation_loss,
+        ),
+    )
+
+
+def write(staged: PendingCheckpoint, ranks: Gathering, num_kept: int = NUM_KEPT) -> Checkpoint:
+    """Write what `stage` returned, and put it in place; every rank calls this."""
+    path, run = staged.description.path, staged.run
+    unfinished = path.with_suffix(UNFINISHED)
+    group = ranks.group if isinstance(ranks, SideGroup) else None
+    with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
+        _check_plain(staged.state["optimizer"])
+        if ranks.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run), _one_process_is_fine():
-        save_distributed(state, checkpoint_id=unfinished)
-    shapes = {name: tuple(shape) for name, shape in pipe.parameter_shapes.items()}
-    finite = _is_finite(pipe, state["optimizer"])
-    checkpoint = Checkpoint(
-        path=path,
-        step=step,
-        seed=seed,
-        parameter_shapes=shapes,
-        scaler=dict(scaler or {}),
-        finite=all(pipe.ranks.gather(finite, SAVING)),
-        files=_digests(pipe, unfinished, run),
+    with agreed(ranks, SAVING), explain_write_errors(unfinished, run), _one_process_is_fine():
+        state = dict(staged.state)
+        save_distributed(state, checkpoint_id=unfinished, process_group=group)
+    checkpoint = replace(
+        staged.description,
+        finite=all(ranks.gather(_is_finite(staged), SAVING)),
+        files=_digests(ranks, unfinished, run),
     )
-    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run):
-        if pipe.rank == 0:
-            fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
-            (unfinished / DESCRIPTION).write_text(json.dumps(signed(fields), indent=2))
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
-            drop_old(run)
+    with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
+        if ranks.rank == 0:
+            publish(checkpoint, unfinished, num_kept)
     return checkpoint
-
-
-def check_fits(checkpoint: Checkpoint, parameter_shapes: Shapes) -> None:
-    """Raise CheckpointError unless the checkpoint's parameters are those of the model."""
-    theirs = {name: tuple(shape) for name, shape in checkpoint.parameter_shapes.items()}
-    ours = {name: tuple(shape) for name, shape in parameter_shapes.items()}
-    differences = [
-        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} here"
-        for name in [*ours, *(name for name in theirs if name not in ours)]
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differences:
-        more = f"\n  and {len(differences) - 3} more" if len(differences) > 3 else ""
-        shown = "".join(f"\n  {line}" for line in differences[:3])
-        raise CheckpointError(
-            f"the checkpoint {checkpoint.path} is from another model; these parameters differ:"
-            f"{shown}{more}\nresume with the recipe that wrote it, or start again without --resume"
-        )
 
 
 def restore(
     checkpoint: Checkpoint,
     pipe: Pipeline,
     optimizer: Optimizer | None,
-    scheduler: LRScheduler | None = None,
-) -> None:
-    """Load model, optimizer, schedule and step; every rank calls this."""
-    names = {parameter: name for name, parameter in pipe.named_parameters()}
-    with agreed(pipe.ranks, RESTORING), _explain_read_errors(checkpoint):
+    extra: Extra = NOTHING,
+) -> Restored:
+    """Load model, optimizer, schedule, the recipe's objects and step; every rank calls this."""
+    with agreed(pipe.ranks, RESTORING), explain_read_errors(checkpoint):
         check_fits(checkpoint, pipe.parameter_shapes)
-        schedules.check_saved(optimizer, scheduler)
+        schedules.check_saved(optimizer, extra.scheduler)
         reader = Reader(checkpoint.path)
-        index = reader.read_metadata()
-        state = {
-            "model": _model_state(pipe),
-            "optimizer": {}
-            if optimizer is None
-            else optimizer_state.room_for(
-                index, "optimizer", names.values(), {*names.values(), *checkpoint.parameter_shapes}
-            ),
-            "schedule": schedules.room_in(index, "schedule", scheduler),
-        }
+        state = _room(reader, checkpoint, pipe, optimizer, extra)
     with (
         agreed(pipe.ranks, RESTORING),
-        _explain_read_errors(checkpoint),
+        explain_read_errors(checkpoint),
         _one_process_is_fine(),
         torch.no_grad(),
     ):
         load_distributed(state, storage_reader=reader, planner=Planner(), no_dist=True)
-    with agreed(pipe.ranks, RESTORING), _explain_read_errors(checkpoint):
+    with agreed(pipe.ranks, RESTORING), explain_read_errors(checkpoint), torch.no_grad():
         if state["model"]:
             set_model_state_dict(pipe.module, state["model"])
         if optimizer is not None:
-            optimizer_state.fill_optimizer(optimizer, state["optimizer"], names)
-        if scheduler is not None:
-            schedules.put_back(scheduler, state["schedule"])
+            optimizer_state.fill_optimizer(optimizer, state["optimizer"], _names(pipe))
+        if extra.scheduler is not None:
+            schedules.put_back(extra.scheduler, state["schedule"])
+        fill_objects(extra.objects, state)
+        data, random = (
+            {key: from_bytes(value) for key, value in state[section].items()}
+            for section in ("data", "random")
+        )
     pipe.step_index = checkpoint.step
+    return Restored(data=data.get(_DATA), random=next(iter(random.values()), None))
 
 
-def _state(
-    pipe: Pipeline, optimizer: Optimizer | None, scheduler: LRScheduler | None
-) -> dict[str, dict[str, Any]]:
+def _state(pipe: Pipeline, optimizer: Optimizer | None, extra: Extra) -> dict[str, dict[str, Any]]:
     """Return this rank's part, under names that do not depend on the partition."""
-    names = {parameter: name for name, parameter in pipe.named_parameters()}
-    kept = {} if optimizer is None else optimizer_state.state_of(optimizer, names)
-    schedule = schedules.saved_state(scheduler)
-    return {"model": _model_state(pipe), "optimizer": kept, "schedule": schedule}
+    optimizer_part = {} if optimizer is None else optimizer_state.state_of(optimizer, _names(pipe))
+    generators = to_bytes(random_states(pipe.device), "the generators' state")
+    return {
+        "model": _model_state(pipe),
+        "optimizer": optimizer_part,
+        "schedule": schedules.saved_state(extra.scheduler),
+        **objects_state(extra.objects, pipe.state_names, pipe.rank),
+        "data": {_DATA: extra.data} if extra.data is not None and pipe.rank == 0 else {},
+        "random": {_random_of(pipe.rank): generators},
+    }
+
+
+def _room(
+    reader: Reader,
+    checkpoint: Checkpoint,
+    pipe: Pipeline,
+    optimizer: Optimizer | None,
+    extra: Extra,
+) -> dict[str, dict[str, Any]]:
+    """Return empty state of the form of `_state` to read into, where the checkpoint has any."""
+    index = reader.read_metadata()
+    own = _names(pipe).values()
+    every = {*own, *checkpoint.parameter_shapes}
+    data = room_for_bytes(index, f"data.{_DATA}")
+    ranks = (_random_of(rank) for rank in (pipe.rank, 0))
+    random = {key: room_for_bytes(index, f"random.{key}") for key in ranks}
+    random = {key: room for key, room in random.items() if room is not None}
+    return {
+        "model": _model_state(pipe),
+        "optimizer": {}
+        if optimizer is None
+        else optimizer_state.room_for(index, "optimizer", own, every),
+        "schedule": schedules.room_in(index, "schedule", extra.scheduler),
+        **room_for_objects(
+            index, extra.objects, pipe.state_dict().keys(), pipe.state_names, pipe.rank
+        ),
+        "data": {} if data is None else {_DATA: data},
+        "random": random,
+    }
+
+
+def _names(pipe: Pipeline) -> dict[torch.nn.Parameter, str]:
+    return {parameter: name for name, parameter in pipe.named_parameters()}
+
+
+def _random_of(rank: int) -> str:
+    return f"rank{rank}"
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _model_state(pipe: Pipeline) -> dict[str, Any]:
@@ -164,84 +254,37 @@ def _model_state(pipe: Pipeline) -> dict[str, Any]:
     return get_model_state_dict(pipe.module) if pipe.module.state_dict() else {}
 
 
-def _is_finite(pipe: Pipeline, optimizer: Mapping[str, Any]) -> bool:
+def _check_plain(optimizer: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if an optimizer has options or state that could not be read safely."""
+    values = {k: v for k, v in optimizer.items() if not isinstance(v, torch.Tensor)}
+    to_bytes(values, "the optimizer's state")
+
+
+def _is_finite(staged: PendingCheckpoint) -> bool:
     """Return whether trained parameters, statistics and optimizer state are finite.
 
     Buffers may contain infinities on purpose, as masks do.
     """
-    trained = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
-    kept = [value for value in optimizer.values() if isinstance(value, torch.Tensor)]
-    dense = [tensor for tensor in (*trained, *kept) if tensor.layout is torch.strided]
-    buffers = [b for _, b in pipe.named_buffers() if b.is_floating_point() or b.is_complex()]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in dense) and not any(
-        bool(torch.isnan(b).any()) for b in buffers if b.layout is torch.strided
+    tensors = {
+        (section, name): value
+        for section in ("model", "optimizer")
+        for name, value in staged.state[section].items()
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided
+    }
+    return all(
+        not torch.isnan(value).any()
+        if section == "model" and name in staged.may_be_infinite
+        else torch.isfinite(value).all()
+        for (section, name), value in tensors.items()
     )
 
 
-def _digests(pipe: Pipeline, unfinished: Path, run: Path) -> dict[str, str]:
+def _digests(ranks: Gathering, unfinished: Path, run: Path) -> dict[str, str]:
     """Return the digest of every file on every rank; each rank hashes its share."""
     files = sorted(path for path in unfinished.iterdir() if path.is_file())
-    with agreed(pipe.ranks, SAVING), _explain_write_errors(unfinished, run):
-        own = {path.name: sha256_of(path) for path in files[pipe.rank :: pipe.num_ranks]}
-    return {
-        name: digest for part in pipe.ranks.gather(own, SAVING) for name, digest in part.items()
-    }
-
-
-@contextmanager
-def _explain_write_errors(unfinished: Path, run: Path) -> Iterator[None]:
-    """Turn errors while writing into a CheckpointError that names the cause."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)  # frees disk space
-        kept = whole(run)
-        last = f"{kept[-1].name} is untouched" if kept else "there is no earlier one"
-        raise CheckpointError(
-            f"the checkpoint {unfinished.with_suffix('')} cannot be written: "
-            f"{_cause(error, unfinished)}; {last}. Free some space, or give another --out, and "
-            "continue with --resume"
-        ) from error
-
-
-def _cause(error: BaseException, where: Path) -> str:
-    """Return the operating system's message, wherever it is in the error that torch raises."""
-    failures = getattr(error, "failures", {})
-    chain = [error, *(each[0] for each in failures.values())]
-    seen: list[BaseException] = []
-    while chain:
-        each = chain.pop(0)
-        if each not in seen:
-            seen.append(each)
-            chain += [e for e in (each.__cause__, each.__context__) if e is not None]
-    for each in seen:
-        if isinstance(each, OSError) and each.errno is not None:
-            name = errno.errorcode.get(each.errno, "")
-            return f"{each.strerror} ({name})"
-    folder = next((each for each in (where, *where.parents) if each.exists()), where)
-    free = shutil.disk_usage(folder).free
-    text = str(seen[-1]).strip().splitlines()[0] if str(seen[-1]).strip() else type(seen[-1])
-    return f"{text} ({free} bytes are free on the disk)"
-
-
-@contextmanager
-def _explain_read_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn errors while reading into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError as error:
-        if str(checkpoint.path) in str(error):
-            raise
-        raise CheckpointError(
-            f"the checkpoint {checkpoint.path} cannot be read: {error}"
-        ) from error
-    except (Exception, CheckpointException) as error:  # a broken file may raise anything
-        raise CheckpointError(
-            f"the checkpoint {checkpoint.path} cannot be read: {_cause(error, checkpoint.path)}; "
-            "if it is damaged, use another one from the same directory"
-        ) from error
+    with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
+        own = {path.name: sha256_of(path) for path in files[ranks.rank :: ranks.num_ranks]}
+    return {name: digest for part in ranks.gather(own, SAVING) for name, digest in part.items()}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stagewise.planning import Plan
 from stagewise.report.plan_table import Figures
+from stagewise.training.run_folder import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class RunOutcome:
     measured: Figures | None
     sample: str | None
     checkpoint: Path | None
+    best: Checkpoint | None  # by validation loss, of those that are kept
 
     @property
     def stopped(self) -> bool:

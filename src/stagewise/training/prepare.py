@@ -1,11 +1,9 @@
 """Build a run from a recipe and options: model, data, plan, pipeline, optimizer."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -29,17 +27,27 @@ from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.plans import make_plan, measured_choice
-from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model, seed_everything
-from stagewise.training.run_folder import Checkpoint
+from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
+from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
+from stagewise.training.state.own_objects import Objects
+from stagewise.training.state.random_states import (
+    random_states_kept,
+    restore_random_states,
+    seed_everything,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A pipeline, its optimizer and schedule; these are None on a rank that updates nothing."""
+    """A pipeline, its optimizer and schedule; these are None on a rank that updates nothing.
+
+    `objects` are the recipe's own, to be saved and restored.
+    """
 
     pipe: Pipeline
     optimizer: Optimizer | None
     scheduler: LRScheduler | None
+    objects: Objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,7 @@ class TrainOptions:
     seed: int = 0
     validate_every: int = 100
     checkpoint_every: int = 100
+    keep: int = NUM_KEPT  # of the last checkpoints
     resume: Checkpoint | None = None
     timeout: int = 1800  # seconds that workers wait for each other
 
@@ -78,7 +87,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     """Build everything in the state from which the run starts; every rank calls this."""
     model = build_model(recipe, seed=options.seed, meta=recipe.meta)
     if options.resume is not None:
-        checkpoints.check_fits(options.resume, parameter_shapes(model))
+        check_fits(options.resume, parameter_shapes(model))
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
     chain_for(model, batches.first[0], {}, recipe.cells)
@@ -88,13 +97,16 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     _agree_on_length(recipe, pipe, num_steps)
     trained = _trained(recipe, pipe)
     if options.resume is not None:
-        _restore(recipe, options.resume, trained)
-        batches.skip(pipe.step_index)
+        restored = _restore(recipe, options.resume, trained)
+        batches.go_to(pipe.step_index, restored.data)
     seed_everything(options.seed)
+    validation = validation_batches(recipe)
+    if options.resume is not None and restored.random is not None:
+        restore_random_states(restored.random, pipe.device)
     return Prepared(
         trained=trained,
         batches=batches,
-        validation=validation_batches(recipe),
+        validation=validation,
         num_steps=num_steps,
         measured=measured,
     )
@@ -118,16 +130,13 @@ def rebuild(
 
     `inputs` are an example of the model's inputs. Random states are left unchanged.
     """
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    model = build_model(recipe, seed=options.seed, meta=recipe.meta)
-    chain_for(model, inputs, {}, recipe.cells)
-    pipe = _pipeline(recipe, options, model, plan)
-    del model
-    trained = _trained(recipe, pipe)
-    _restore(recipe, checkpoint, trained)
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])
+    with random_states_kept():
+        model = build_model(recipe, seed=options.seed, meta=recipe.meta)
+        chain_for(model, inputs, {}, recipe.cells)
+        pipe = _pipeline(recipe, options, model, plan)
+        del model
+        trained = _trained(recipe, pipe)
+        _restore(recipe, checkpoint, trained)
     return trained
 
 
@@ -137,18 +146,21 @@ def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
     with agreed(pipe.ranks, "making the optimizer"):
         optimizer = recipe.make_optimizer(parameters)
         scheduler = recipe.make_scheduler(optimizer)
+        objects = recipe.make_objects(pipe.module)
     if not pipe.any(optimizer is not None) and pipe.any(bool(parameters)):
         raise RecipeError(
             f"optimizer(parameters) in {recipe.path} uses none of the model's parameters on any "
             "rank, so nothing would be trained; make it use some"
         )
-    return Trained(pipe=pipe, optimizer=optimizer, scheduler=scheduler)
+    return Trained(pipe=pipe, optimizer=optimizer, scheduler=scheduler, objects=objects)
 
 
-def _restore(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> None:
+def _restore(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> checkpoints.Restored:
     pipe = trained.pipe
-    checkpoints.restore(checkpoint, pipe, trained.optimizer, trained.scheduler)
+    extra = checkpoints.Extra(scheduler=trained.scheduler, objects=trained.objects)
+    restored = checkpoints.restore(checkpoint, pipe, trained.optimizer, extra)
     pipe.step_index = checkpoint.step * recipe.accumulate  # counts batches
+    return restored
 
 
 def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -> Pipeline:
@@ -185,7 +197,7 @@ def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | No
         if plan.balance is not None:
             check_balance(plan.balance, len(chain), num_stages)
     if resume is not None:
-        checkpoints.check_fits(resume, parameter_shapes(model))
+        check_fits(resume, parameter_shapes(model))
 
 
 def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:

@@ -6,7 +6,6 @@ the file, the line and what is needed.
 """
 
 import inspect
-import random
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,7 +25,9 @@ from stagewise.batch.markers import along
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import RecipeError, StagewiseError
 from stagewise.training.recipe_values import VALUES, checked_value
-from stagewise.training.schedules import is_scheduled
+from stagewise.training.state.own_objects import Objects, Stateful, checked_objects
+from stagewise.training.state.random_states import seed_everything
+from stagewise.training.state.schedules import is_scheduled
 
 # Inputs, target and output are the user's own: any pytree that the model and the loss agree on.
 Tree = Any
@@ -69,6 +69,8 @@ class Recipe:
     names the modules that become the model's cells: see `stagewise.capture_cells`.
 
     `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step.
+    `state(module)` returns objects by name that checkpoints hold too, for this rank's part of the
+    model; one with `update_parameters`, such as AveragedModel, is called with it after every step.
     A step uses `accumulate` batches of `data("train")` as one minibatch. `autocast` is the dtype of
     `torch.autocast`. `grad_scaler` holds options of `stagewise.GradScaler`, which is enabled if
     they are given, and with `autocast = torch.float16`. `accumulate_in_float32`, `batch_dim` and
@@ -81,6 +83,7 @@ class Recipe:
     loss: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    state: Callable[[nn.Module], Mapping[str, Stateful]] | None = None
     generate: Callable[[Callable[[Tree], Tree]], str] | None = None
     metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
     weight: Callable[[Tree], float | Tensor | Mapping[str, float | Tensor]] | None = None
@@ -178,6 +181,13 @@ class Recipe:
             )
         return made
 
+    def make_objects(self, module: nn.Module) -> Objects:
+        """Return the recipe's own objects for this rank's part of the model, by name."""
+        if self.state is None:
+            return {}
+        with self.blame("state(module)"):
+            return checked_objects(self.state(module), self.path)
+
 
 def load_recipe(path: Path) -> Recipe:
     """Run the file at `path` and return its recipe; raise RecipeError if it is not one."""
@@ -191,7 +201,7 @@ def load_recipe(path: Path) -> Recipe:
         _check(path, name, _get(module, name, f"for example:\n\n{example}"))
     optional = {
         name: _check(path, name, getattr(module, name))
-        for name in ("generate", "init", "metrics", "scheduler", "weight")
+        for name in ("generate", "init", "metrics", "scheduler", "state", "weight")
         if hasattr(module, name)
     }
     values = {
@@ -286,10 +296,3 @@ def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:
             return recipe.model()
     with recipe.blame("model()"):
         return recipe.model()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators that a recipe may use: torch, Python's random, NumPy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)

@@ -26,7 +26,8 @@ from stagewise.planning.request import PlanRequest
 from stagewise.profiling.example import Example, example_of
 from stagewise.profiling.fakes import likeness
 from stagewise.training.batches import TrainingBatches
-from stagewise.training.recipe import Batch, Model, Recipe, build_model, seed_everything
+from stagewise.training.recipe import Batch, Model, Recipe, build_model
+from stagewise.training.state.random_states import seed_everything
 
 _PROBE = 64  # parameters with which an optimizer's state is measured
 

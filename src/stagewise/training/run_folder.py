@@ -7,10 +7,12 @@ a digest of every file and of itself, so that a flipped bit is found before anyt
 import hashlib
 import itertools
 import json
+import math
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from stagewise.checkpoints.sources import sha256_of
@@ -20,7 +22,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 DIRECTORY = "checkpoints"
 DESCRIPTION = "stagewise.json"
-NUM_KEPT = 2
+NUM_KEPT = 2  # unless the run asks for another number
+UNFINISHED = ".tmp"  # in place of a suffix, until a checkpoint is written to its end
 _DAMAGED = ".damaged"  # appended to the name of a damaged checkpoint
 
 
@@ -28,8 +31,8 @@ _DAMAGED = ".damaged"  # appended to the name of a damaged checkpoint
 class Checkpoint:
     """A complete checkpoint on disk: its path and the content of its description.
 
-    `finite`: whether parameters, statistics and optimizer state were finite; `files`: the SHA-256
-    of each file.
+    `finite`: whether parameters, statistics and optimizer state were finite; `validation_loss`: if
+    it was known at this step; `files`: the SHA-256 of each file.
     """
 
     path: Path
@@ -38,6 +41,7 @@ class Checkpoint:
     parameter_shapes: Shapes
     scaler: Mapping[str, float] = field(default_factory=dict)  # state of a GradScaler, if any
     finite: bool = True
+    validation_loss: float | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -46,15 +50,64 @@ class Checkpoint:
         return self.path.parent.parent
 
 
-def drop_old(run: Path) -> None:
-    """Remove all checkpoints but the last NUM_KEPT and the last finite one."""
+def folder_of(run: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` is, or will be."""
+    return run / DIRECTORY / f"step-{step:08d}"
+
+
+def publish(checkpoint: Checkpoint, written: Path, num_kept: int = NUM_KEPT) -> None:
+    """Put the folder `written` in the place of `checkpoint`, whole or not at all; drop old ones.
+
+    Everything is on the disk before it can be found.
+    """
+    fields = {key: value for key, value in asdict(checkpoint).items() if key != "path"}
+    with (written / DESCRIPTION).open("w") as file:
+        json.dump(signed(fields), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    replaced = checkpoint.path.with_suffix(".replaced")
+    if checkpoint.path.exists():
+        checkpoint.path.rename(replaced)
+    written.rename(checkpoint.path)
+    _folder_to_disk(checkpoint.path.parent)
+    for path in (replaced, *_unfinished(checkpoint.run)):
+        shutil.rmtree(path, ignore_errors=True)
+    drop_old(checkpoint.run, num_kept)
+
+
+def _folder_to_disk(folder: Path) -> None:
+    with suppress(OSError):  # Windows opens no folders, and some file systems do not sync them
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def drop_old(run: Path, num_kept: int = NUM_KEPT) -> None:
+    """Remove all checkpoints but the last ones, the last finite one and the best."""
     paths = whole(run)
-    kept = paths[-NUM_KEPT:]
+    kept = paths[-num_kept:]
     if not any(_is_finite(path) for path in kept):
         kept += [path for path in paths if _is_finite(path)][-1:]
+    if (found := best(run)) is not None:
+        kept.append(found.path)
     for old in paths:
         if old not in kept:
             shutil.rmtree(old)
+
+
+def best(run: Path) -> Checkpoint | None:
+    """Return the checkpoint with the lowest validation loss, the last of equal ones."""
+    found: Checkpoint | None = None
+    for path in whole(run):
+        with suppress(CheckpointError):
+            one = _read(path)
+            if one.validation_loss is not None and one.finite:
+                lowest = None if found is None else found.validation_loss
+                if lowest is None or one.validation_loss <= lowest:
+                    found = one
+    return found
 
 
 def _is_finite(path: Path) -> bool:
@@ -62,6 +115,24 @@ def _is_finite(path: Path) -> bool:
         return _read(path).finite
     except CheckpointError:
         return False
+
+
+def check_fits(checkpoint: Checkpoint, parameter_shapes: Shapes) -> None:
+    """Raise CheckpointError unless the checkpoint's parameters are those of the model."""
+    theirs = {name: tuple(shape) for name, shape in checkpoint.parameter_shapes.items()}
+    ours = {name: tuple(shape) for name, shape in parameter_shapes.items()}
+    differences = [
+        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} here"
+        for name in [*ours, *(name for name in theirs if name not in ours)]
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        more = f"\n  and {len(differences) - 3} more" if len(differences) > 3 else ""
+        shown = "".join(f"\n  {line}" for line in differences[:3])
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.path} is from another model; these parameters differ:"
+            f"{shown}{more}\nresume with the recipe that wrote it, or start again without --resume"
+        )
 
 
 def latest(run: Path) -> Checkpoint | None:
@@ -101,7 +172,8 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
                 f"{found.path.parent}, or give the run's directory to resume from its last good one"
             )
         return found, []
-    warnings, infinite = [], None
+    warnings = [f"{each.stem} was not written to its end" for each in _unfinished(path)]
+    infinite = None
     for each in reversed(paths):
         try:
             checkpoint = _read(each)
@@ -121,6 +193,10 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
     raise CheckpointError(
         f"all checkpoints in {path / DIRECTORY} are damaged: {'; '.join(warnings)}"
     )
+
+
+def _unfinished(run: Path) -> list[Path]:
+    return sorted((run / DIRECTORY).glob(f"step-????????{UNFINISHED}"))
 
 
 def _set_aside(path: Path) -> Path:
@@ -164,6 +240,7 @@ def _read(path: Path) -> Checkpoint:
             parameter_shapes={n: tuple(s) for n, s in fields["parameter_shapes"].items()},
             scaler=_numbers(fields.get("scaler", {})),
             finite=fields.get("finite", True) is True,
+            validation_loss=_loss(fields.get("validation_loss")),
             files={str(name): str(hashed) for name, hashed in fields.get("files", {}).items()},
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -185,6 +262,11 @@ def _numbers(fields: object) -> dict[str, float]:
     ):
         raise ValueError(f"{fields!r} is not the state of a GradScaler")
     return fields
+
+
+def _loss(number: object) -> float | None:
+    known = isinstance(number, int | float) and math.isfinite(number)
+    return float(number) if known else None  # type: ignore[arg-type]
 
 
 def signed(fields: Mapping[str, object]) -> dict[str, object]:

@@ -6,15 +6,13 @@ dropout (the pipeline's seeds), and the checkpoint. So a resumed run equals the 
 bit for bit. Ranks agree on when to stop by asking each other.
 """
 
-import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from statistics import median
 
-import torch
 from rich.console import Console
 
 from stagewise.batch.split import batch_size
@@ -23,12 +21,12 @@ from stagewise.engine.watch.now import NOW
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.plan import Plan
-from stagewise.planning.search.less_memory import with_less_memory
 from stagewise.report.plan_table import Figures, plan_in_words
 from stagewise.timeline import Timeline
-from stagewise.training import checkpoint as checkpoints
-from stagewise.training.adaptive import DriftWatch, use
+from stagewise.training.adaptive import DriftWatch, use, use_less_memory, within_memory
+from stagewise.training.background import Saver
 from stagewise.training.batches import amount_of
+from stagewise.training.checkpoint import Extra
 from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import Prepared, TrainOptions, prepare, rebuild
 from stagewise.training.progress import (
@@ -39,8 +37,9 @@ from stagewise.training.progress import (
     StepRecord,
     ValidationRecord,
 )
-from stagewise.training.recipe import Batch, Recipe
-from stagewise.training.run_folder import find
+from stagewise.training.recipe import Recipe
+from stagewise.training.run_folder import best
+from stagewise.training.state.random_states import random_states_kept
 from stagewise.training.update import Update
 from stagewise.training.validating import validated
 from stagewise.training.workers.run_owner import owned
@@ -48,7 +47,6 @@ from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between gathering the measured timeline on all ranks
 WARM_UP = 3  # first steps excluded from measured times
-MAX_ATTEMPTS = 8  # at a step that runs out of memory, each with a plan that needs less
 
 
 def run_training(
@@ -70,10 +68,11 @@ def run_training(
                 line_every=LOOK_EVERY,
             )
         reporter.say(plan_in_words(prepared.trained.pipe.plan))
+        trainer = Trainer(recipe, options, prepared, reporter, stop)
         try:
-            return Trainer(recipe, options, prepared, reporter, stop).run()
+            return trainer.run()
         finally:
-            reporter.close()
+            trainer.close()
 
 
 class Trainer:
@@ -96,14 +95,15 @@ class Trainer:
         self._step_seconds: list[float] = []
         self._bubbles: list[float] = []
         self._warned_infinite = False
-        self._checkpoint: Path | None = options.resume.path if options.resume else None
+        self._saver = Saver(options.run, options.resume, options.keep)
+        self._validated: tuple[int, float | None] = -1, None  # the step, and its loss
 
     def run(self) -> RunOutcome:
         """Train, validate and save checkpoints; at the end generate and measure."""
         options, num_steps = self._options, self._prepared.num_steps
         first = step = NOW.step = options.first_step
         before = after = self._validate(step)
-        while step < num_steps and not self._pipe.any(self._stop.made):
+        while step < num_steps and not self._pipe.any(self._stop.made or self._saver.failed):
             NOW.step = step = step + 1
             self._train_step(step)
             if self._next_plan is not None:
@@ -116,6 +116,7 @@ class Trainer:
                 self._save(step)
         if step < num_steps and step > first and not _is_due(step, options.checkpoint_every):
             self._save(step)
+        self._saver.finish()
         ended = step == num_steps
         return RunOutcome(
             plan=self._pipe.plan,
@@ -126,14 +127,25 @@ class Trainer:
             validation_after=after,
             measured=self._measured() if ended else None,
             sample=self._generate() if ended else None,
-            checkpoint=self._checkpoint,
+            checkpoint=None if self._saver.last is None else self._saver.last.path,
+            best=best(options.run),
         )
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self._saver.close()
+        self._reporter.close()
 
     def _train_step(self, step: int) -> None:
         batches = [self._prepared.batches.next() for _ in range(self._recipe.accumulate)]
         scale = self._update.scale
         start = time.perf_counter()
-        loss, losses = self._step_within_memory(step, batches)
+        num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
+        loss, losses = within_memory(
+            self._pipe,
+            lambda: self._update.backward(batches),
+            partial(self._use_less_memory, step, num_samples) if self._options.adaptive else None,
+        )
         if not math.isfinite(loss) and not self._warned_infinite:
             self._warned_infinite = True
             self._reporter.say(
@@ -165,41 +177,11 @@ class Trainer:
             )
         )
 
-    def _step_within_memory(
-        self, step: int, batches: Sequence[Batch]
-    ) -> tuple[float, dict[str, float]]:
-        """Run one step; if it runs out of memory, repeat it with a plan that needs less.
-
-        A failed step leaves no trace, so the result is as if the run had always used that plan.
-        """
-        first = self._pipe.step_index
-        for attempt in itertools.count(1):
-            self._pipe.step_index = first
-            try:
-                return self._update.backward(batches)
-            except OutOfMemoryError as error:
-                text = str(error)
-                if not self._options.adaptive or attempt == MAX_ATTEMPTS:
-                    raise
-            # Outside the handler, so that the tensors that the error refers to are freed.
-            self._use_less_memory(step, min(batch_size(x, "inputs") for x, _ in batches), text)
-        raise AssertionError("count() does not end")
-
-    def _use_less_memory(self, step: int, num_samples: int, text: str) -> None:
+    def _use_less_memory(self, step: int, num_samples: int, error: OutOfMemoryError) -> None:
         """Change to a plan that needs less memory; every rank does this."""
-        found = with_less_memory(self._pipe.plan, num_samples)
-        if found is None:
-            raise OutOfMemoryError(
-                f"{text}\nThis was already with {self._pipe.num_microbatches} microbatches and "
-                f"recompute={self._pipe.plan.recompute!r}; use more stages, or a smaller batch or "
-                "model"
-            )
-        plan, change = found
         self._watch.ran_out_of_memory(self._pipe.num_microbatches)
-        use(self._pipe, plan)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # frees blocks of the old sizes
-        self._reporter.change(ChangeRecord(step=step, change=change, reason=text))
+        change = use_less_memory(self._pipe, num_samples, str(error))
+        self._reporter.change(ChangeRecord(step=step, change=change, reason=str(error)))
 
     def _look(self, step: int, timeline: Timeline) -> None:
         """Change the plan for the steps after `step` if costs have drifted; all ranks do this."""
@@ -232,8 +214,9 @@ class Trainer:
     def _move(self, step: int, plan: Plan) -> None:
         """Change to a plan with another cut through a checkpoint, as a resumed run does."""
         self._save(step)
-        assert self._checkpoint is not None
-        checkpoint = find(self._checkpoint)
+        self._saver.finish()
+        checkpoint = self._saver.last
+        assert checkpoint is not None
         self._pipe.module.to("meta")  # frees the old stages before the new ones are built
         if self._prepared.trained.optimizer is not None:
             self._prepared.trained.optimizer.state.clear()
@@ -248,8 +231,10 @@ class Trainer:
         """Return the loss on the validation data, reduced as the recipe says; None without data."""
         if not self._prepared.validation:
             return None
-        found = validated(self._recipe, self._pipe, self._prepared.validation)
+        with random_states_kept(self._pipe.device):  # a resumed run validates once more
+            found = validated(self._recipe, self._pipe, self._prepared.validation)
         mean = sum(found.losses.values())
+        self._validated = step, mean
         self._reporter.validation(
             ValidationRecord(
                 step=step,
@@ -280,16 +265,16 @@ class Trainer:
         )
 
     def _save(self, step: int) -> None:
-        saved = checkpoints.save(
-            self._options.run,
-            self._pipe,
-            self._prepared.trained.optimizer,
-            step=step,
-            seed=self._options.seed,
+        trained = self._prepared.trained
+        validated_step, loss = self._validated
+        extra = Extra(
+            scheduler=trained.scheduler,
             scaler=self._update.scaler_state,
-            scheduler=self._prepared.trained.scheduler,
+            objects=trained.objects,
+            data=self._prepared.batches.position(),
+            validation_loss=loss if validated_step == step else None,
         )
-        self._checkpoint = saved.path
+        self._saver.save(trained, step=step, seed=self._options.seed, extra=extra)
 
 
 def _is_due(step: int, every: int) -> bool:

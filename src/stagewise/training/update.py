@@ -12,6 +12,7 @@ from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
 from stagewise.pipeline.scaler import GradScaler
 from stagewise.training.prepare import Trained
 from stagewise.training.recipe import Batch, Recipe
+from stagewise.training.state.own_objects import averagers
 
 Weights = dict[str, float]  # by the loss's name; "" if one applies to all
 
@@ -26,6 +27,7 @@ class Update:
         scaler_state: Mapping[str, float] | None = None,
     ) -> None:
         self._recipe, self._pipe, self._scheduler = recipe, trained.pipe, trained.scheduler
+        self._averagers = averagers(trained.objects)
         self._optimizer = trained.optimizer or torch.optim.SGD([{"params": []}])
         self._scaler = GradScaler(trained.pipe, **recipe.scaler_options)
         if scaler_state and self._scaler.is_enabled():
@@ -77,6 +79,10 @@ class Update:
         if self._scheduler is not None:
             with self._recipe.blame("the schedule's step()"):
                 self._scheduler.step()
+        what = "update_parameters(module) of an object of state(module)"
+        with self._recipe.blame(what), torch.no_grad():
+            for each in self._averagers:
+                each.update_parameters(self._pipe.module)
 
     def _total_weight(self, batches: Sequence[Batch]) -> float | Weights:
         sums: Weights = {}

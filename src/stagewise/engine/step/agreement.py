@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from stagewise.engine.step.programs import Programs
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.side_group import Gathering
 from stagewise.errors import OutOfMemoryError, PeerError, StagewiseError, UsageError
 
 LESS_MEMORY = (
@@ -46,7 +47,7 @@ def agreed_failure(
 
 
 @contextmanager
-def agreed(ranks: Ranks, what: str) -> Iterator[None]:
+def agreed(ranks: Gathering, what: str) -> Iterator[None]:
     """Raise on every rank if the block raises a UsageError on any; collective.
 
     `what` names the call in errors.

@@ -4,7 +4,8 @@
 2. `choose_wires` says which of `wires/` carry bytes.
 3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
    ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).
-4. `ranks` is how ranks agree, exchange and sum; `rendezvous`, one for all Pipelines of a process
+4. `ranks` is how ranks agree, exchange and sum (`side_group`: for a thread beside training);
+   `rendezvous`, one for all Pipelines of a process
    group, checks that they make the same call.
 5. `failure`: what a failing rank tells the others. `processes`: those of torch.distributed, before
    they become ranks of a pipeline.

@@ -15,6 +15,7 @@ from stagewise.engine.transport.local_classes import LocalClasses
 from stagewise.engine.transport.message_form import Header, layout_of
 from stagewise.engine.transport.processes import timeout_of
 from stagewise.engine.transport.rendezvous import Rendezvous
+from stagewise.engine.transport.side_group import SideGroup
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Wires
 from stagewise.errors import CellError
@@ -169,6 +170,10 @@ class Ranks:
             device, backend = _CPU, "gloo"
         made = dist.new_group([everyone[rank] for rank in ranks], timeout=timeout, backend=backend)
         return Group(made, device, self._rendezvous.peers) if self.rank in ranks else None
+
+    def beside(self) -> SideGroup:
+        """Return these ranks once more, for a thread beside training; collective."""
+        return SideGroup(self._world)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""

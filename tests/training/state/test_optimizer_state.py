@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 import stagewise
 from stagewise.errors import CheckpointError
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training import run_folder, schedules
+from stagewise.training import run_folder
+from stagewise.training.checkpoint import Extra
+from stagewise.training.state import schedules
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -107,14 +109,14 @@ def test_a_schedule_is_resumed_and_one_that_would_be_lost_is_refused(tmp_path: P
     run(pipe, optimizer, scheduler, range(3))
     with pytest.raises(CheckpointError, match="has a learning-rate schedule"):
         checkpoints.save(tmp_path, pipe, optimizer, step=3, seed=0)
-    checkpoints.save(tmp_path, pipe, optimizer, step=3, seed=0, scheduler=scheduler)
+    checkpoints.save(tmp_path, pipe, optimizer, step=3, seed=0, extra=Extra(scheduler=scheduler))
     run(pipe, optimizer, scheduler, range(3, 6))
 
     other, again = build(MAKERS["groups"], (1, 2))
     resumed = ramp(again)
     with pytest.raises(CheckpointError, match="to save and restore"):
         checkpoints.restore(run_folder.find(tmp_path), other, again)
-    checkpoints.restore(run_folder.find(tmp_path), other, again, resumed)
+    checkpoints.restore(run_folder.find(tmp_path), other, again, Extra(scheduler=resumed))
     run(other, again, resumed, range(3, 6))
     assert resumed.get_last_lr() == scheduler.get_last_lr()
     assert resumed.last_epoch == scheduler.last_epoch == 6
@@ -123,7 +125,9 @@ def test_a_schedule_is_resumed_and_one_that_would_be_lost_is_refused(tmp_path: P
     plain, plain_optimizer = build(MAKERS["groups"], (3,))
     checkpoints.save(tmp_path / "plain", plain, plain_optimizer, step=1, seed=0)
     with pytest.raises(CheckpointError, match="written without a learning-rate schedule"):
-        checkpoints.restore(run_folder.find(tmp_path / "plain"), other, again, resumed)
+        checkpoints.restore(
+            run_folder.find(tmp_path / "plain"), other, again, Extra(scheduler=resumed)
+        )
 
 
 def test_another_ranks_rates_are_not_taken() -> None:

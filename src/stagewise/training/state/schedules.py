@@ -5,16 +5,16 @@ saved as one entry. Lists per parameter group are not restored from it but from 
 because with another number of stages a rank may have other groups.
 """
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stagewise.errors import CheckpointError
+from stagewise.training.state.plain_values import from_bytes, room_for_bytes, to_bytes
 
 _ENTRY = "state"
 
@@ -23,44 +23,36 @@ def saved_state(scheduler: LRScheduler | None) -> dict[str, torch.Tensor]:
     """Return the schedule's state as one tensor of bytes; nothing without a schedule."""
     if scheduler is None:
         return {}
-    file = io.BytesIO()
-    torch.save(scheduler.state_dict(), file)
-    saved = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-    try:
-        _loaded(saved)
-    except Exception as error:
-        raise CheckpointError(
-            f"the state of {type(scheduler).__name__} is more than numbers, so it cannot be saved "
-            f"in a checkpoint that is safe to read ({error}); use a schedule of plain numbers"
-        ) from error
-    return {_ENTRY: saved}
+    what = f"the state of {type(scheduler).__name__}"
+    return {_ENTRY: to_bytes(scheduler.state_dict(), what)}
 
 
 def room_in(
     index: Metadata, section: str, scheduler: LRScheduler | None
 ) -> dict[str, torch.Tensor]:
     """Return an empty tensor to read into; raise CheckpointError if the checkpoint has none."""
-    kind = index.state_dict_metadata.get(f"{section}.{_ENTRY}")
     if scheduler is None:
         return {}
-    if not isinstance(kind, TensorStorageMetadata):
+    room = room_for_bytes(index, f"{section}.{_ENTRY}")
+    if room is None:
         raise CheckpointError(
             "it was written without a learning-rate schedule, but the recipe has scheduler(); "
             "resume with the recipe that wrote it, or start again without --resume"
         )
-    return {_ENTRY: torch.empty(kind.size, dtype=kind.properties.dtype)}
+    return {_ENTRY: room}
 
 
 def put_back(scheduler: LRScheduler, saved: dict[str, torch.Tensor]) -> None:
     """Restore what `saved_state` returned; the optimizer must have been restored before."""
-    read = _loaded(saved[_ENTRY])
+    read = from_bytes(saved[_ENTRY])
     scheduler.load_state_dict(_merged(read, scheduler.state_dict()))
     groups, rates = scheduler.optimizer.param_groups, read.get("_last_lr", [])
     for group, rate in zip(groups, rates, strict=False):
         if not group["params"] and len(rates) == len(groups):  # no parameter restored its options
             group["lr"] = rate
     for each in _parts(scheduler):
-        each.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
+        if "base_lrs" in vars(each):  # a composition has none
+            each.base_lrs = [group.get("initial_lr", group["lr"]) for group in groups]
         each._last_lr = [group["lr"] for group in groups]
 
 
@@ -84,12 +76,6 @@ def check_saved(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> N
 def is_scheduled(optimizer: Optimizer) -> bool:
     """Return whether a torch scheduler is attached to `optimizer`, whose step it wraps."""
     return bool(getattr(optimizer.step, "_wrapped_by_lr_sched", False))
-
-
-def _loaded(saved: torch.Tensor) -> dict[str, Any]:
-    read = torch.load(io.BytesIO(saved.numpy().tobytes()), weights_only=True)
-    assert isinstance(read, dict)
-    return read
 
 
 def _merged(saved: Any, own: Any) -> Any:

@@ -1,0 +1,71 @@
+"""Checkpoints written by a thread while training goes on.
+
+A step waits only for the copy of its state, and for the checkpoint before if that is not written
+yet. An error is kept, and raised on every rank by the next `save` or by `finish`.
+"""
+
+from pathlib import Path
+from threading import Thread
+
+from stagewise.engine.transport.side_group import SideGroup
+from stagewise.errors import CheckpointError, StagewiseError
+from stagewise.training.checkpoint import Extra, PendingCheckpoint, stage, write
+from stagewise.training.prepare import Trained
+from stagewise.training.run_folder import Checkpoint
+
+LAST_SECONDS = 2.0  # that a failing run waits for a checkpoint that is being written
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time; every rank makes the same calls.
+
+    `last` is the one that was written last.
+    """
+
+    def __init__(self, run: Path, last: Checkpoint | None, num_kept: int) -> None:
+        self.last = last
+        self._run, self._num_kept = run, num_kept
+        self._ranks: SideGroup | None = None
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether `finish` will raise an error."""
+        return self._error is not None
+
+    def save(self, trained: Trained, *, step: int, seed: int, extra: Extra) -> None:
+        """Copy the state after `step`, and start to write it."""
+        self.finish()
+        pipe = trained.pipe
+        if self._ranks is None:
+            self._ranks = pipe.ranks.beside()
+        staged = stage(self._run, pipe, trained.optimizer, step=step, seed=seed, extra=extra)
+        # A daemon, so that a failing process ends although its peers do not answer any more.
+        self._thread = Thread(target=self._write, args=(staged, self._ranks), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until everything is written; raise CheckpointError on every rank if it cannot be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, StagewiseError):
+            raise error
+        if error is not None:
+            raise CheckpointError(
+                f"a checkpoint in {self._run} cannot be written: {type(error).__name__}: {error}; "
+                "continue from the one before with --resume"
+            ) from error
+
+    def close(self) -> None:
+        """Give a checkpoint that is being written a moment to be completed; raises nothing."""
+        if self._thread is not None:
+            self._thread.join(LAST_SECONDS)
+
+    def _write(self, staged: PendingCheckpoint, ranks: SideGroup) -> None:
+        try:
+            self.last = write(staged, ranks, self._num_kept)
+        except BaseException as error:  # torch's CheckpointException is one; told by `finish`
+            self._error = error

@@ -1,0 +1,7 @@
+"""What a run keeps besides its model, in forms that a checkpoint can hold.
+
+1. `plain_values` become bytes.
+2. `optimizer_state`: an optimizer's, by parameter name; `schedules`: a learning-rate schedule's;
+   `own_objects`: those that a recipe adds, such as averages of parameters.
+3. `random_states`: the process's generators.
+"""
