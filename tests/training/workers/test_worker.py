@@ -47,8 +47,9 @@ def test_workers_share_gpus_if_there_are_fewer(
     monkeypatch.setattr(
         torch.distributed,
         "init_process_group",
-        lambda *on, device_id, timeout: calls.append((*on, device_id)),
+        lambda *on, device_id, **joining: calls.append((*on, device_id)),
     )
+    monkeypatch.setattr(worker, "store_of_all", lambda timeout: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     with joined():
         pass

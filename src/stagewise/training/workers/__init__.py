@@ -1,7 +1,8 @@
 """Worker processes, one per device.
 
 1. `launch` starts them through torch's elastic launcher; `environment` reads each one's place.
-2. `worker` joins the others, and reports a failure once; `failures` finds the cause among all.
+2. `worker` joins the others, whom it awaits in `meeting`, and reports a failure once; `failures`
+   finds the cause among all.
 3. `run_owner` reserves a run's folder for one run.
 4. `stop` detects a stop request between two steps; `lifeline` ends a worker whose launcher died.
 """

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,11 @@ from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
     USAGE_EXIT_CODE,
     launched_by_us,
+    rank_here,
     world_size,
 )
 from stagewise.training.workers.lifeline import Lifeline
+from stagewise.training.workers.meeting import store_of_all
 
 RANK_0_SECONDS = 3.0
 
@@ -36,18 +39,21 @@ def joined(timeout: float | None = None) -> Iterator[None]:
     `timeout` is in seconds, None for torch's.
     """
     patience = None if timeout is None else timedelta(seconds=timeout)
+    join = partial(
+        dist.init_process_group,
+        store=store_of_all(patience or dist.default_pg_timeout),
+        rank=rank_here(),
+        world_size=world_size(),
+        timeout=patience,
+    )
     if found := accelerators():
         device = found[int(os.environ["LOCAL_RANK"]) % len(found)]
         shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) > len(found)
         backend = dist.get_default_backend_for_device(device)
         torch.accelerator.set_device_index(device.index)
-        dist.init_process_group(
-            f"cpu:gloo,{device.type}:{backend}",
-            device_id=None if shared else device,
-            timeout=patience,
-        )
+        join(f"cpu:gloo,{device.type}:{backend}", device_id=None if shared else device)
     else:
-        dist.init_process_group("gloo", timeout=patience)
+        join("gloo")
     try:
         yield
     except SystemExit:
