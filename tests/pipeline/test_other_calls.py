@@ -228,6 +228,23 @@ def one_ends(ending: int) -> tuple[str, float]:
         return str(raised.value), time.monotonic() - start
 
 
+def drawn_apart() -> str:
+    """Rank 1 skips a batch after the calls that compare values unasked."""
+    pipe = pipeline(compare_batches=True)
+    for number in range(10):
+        step(pipe, X + number)
+    with pytest.raises(BatchError) as caught:
+        step(pipe, X + 10 + pipe.rank)
+    step(pipe)
+    return str(caught.value)
+
+
+def test_batches_are_compared_in_every_call_if_asked(pools: Pools) -> None:
+    for text in pools[2].run(drawn_apart):
+        assert "ranks were given different values of inputs" in text
+        assert "drawn with one seed or sampler" in text
+
+
 def one_fails(failing: int, error_file: Path) -> tuple[str, float]:
     """An optimizer raises after the second step, which ends the rank's program."""
     with fresh_connections():

@@ -87,6 +87,12 @@ class Pipeline(Calls):
             at the end of each step. Over several steps the float32 sum continues while `.grad` is
             unchanged; once it is cleared or clipped, the sum restarts from it. Costs 4 bytes per
             such parameter while `.grad` lives.
+        find_nonfinite: check what every cell returns and passes back, and the gradients of its
+            parameters. The first NaN, or inf where gradients are needed, is a CellError on every
+            rank that names cell, instruction, microbatch, rank and step; the step is undone.
+            Gradients multiplied by a `loss_scale` are left out, since a scaler handles them.
+        compare_batches: compare the values of inputs, target and keyword arguments between the
+            ranks that pass them in every call, not only in the first eight and every 16th.
 
     If the plan gives a stage several devices (`Plan.replicas`), each of their ranks holds the
     stage, with the first one's parameters and buffers, and runs its share of the microbatches;
@@ -140,6 +146,8 @@ class Pipeline(Calls):
         loss_reduction: Literal["mean", "sum"] | None = None,
         split: Split | None = None,
         merge: Merge | None = None,
+        find_nonfinite: bool = False,
+        compare_batches: bool = False,
     ) -> None:
         chain = chain_of(model)
         check_balance(plan.balance, len(chain))
@@ -164,6 +172,8 @@ class Pipeline(Calls):
             "merge": merge is not None,
             "state": state is not None and Path(where(state)).name,  # hosts may have own folders
             "init": init is not None,
+            "find_nonfinite": find_nonfinite,
+            "compare_batches": compare_batches,
         }
         whole.agree(ranks, plan, options)
         refuse(chain, plan, self._devices, ranks)
@@ -197,6 +207,7 @@ class Pipeline(Calls):
             ),
             policies=policies,
         )
+        self._runner.check_more(values=compare_batches, finite=find_nonfinite)
         self._runner.root = ModeOf(self.module, model)
         self._runner.unchanged.follow(model, all_here=ranks.num_ranks == 1)
         self._runner.looks.elsewhere = not_run_here(chain, stages, loss)

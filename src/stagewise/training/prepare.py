@@ -173,6 +173,8 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
         devices=devices_here(plan.num_devices),
         init=recipe.init,
         accumulate_in_float32=recipe.accumulate_in_float32,
+        find_nonfinite=recipe.find_nonfinite,
+        compare_batches=recipe.compare_batches,
         batch_dim=recipe.batch_dim,
         loss_reduction=recipe.loss_reduction,
     )

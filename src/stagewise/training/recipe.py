@@ -73,8 +73,8 @@ class Recipe:
     model; one with `update_parameters`, such as AveragedModel, is called with it after every step.
     A step uses `accumulate` batches of `data("train")` as one minibatch. `autocast` is the dtype of
     `torch.autocast`. `grad_scaler` holds options of `stagewise.GradScaler`, which is enabled if
-    they are given, and with `autocast = torch.float16`. `accumulate_in_float32`, `batch_dim` and
-    `loss_reduction` are those of `stagewise.Pipeline`.
+    they are given, and with `autocast = torch.float16`. `accumulate_in_float32`, `find_nonfinite`,
+    `compare_batches`, `batch_dim` and `loss_reduction` are those of `stagewise.Pipeline`.
     """
 
     path: Path
@@ -93,6 +93,8 @@ class Recipe:
     autocast: torch.dtype | None = None
     grad_scaler: Mapping[str, float | int | bool] | None = None
     accumulate_in_float32: bool = False
+    find_nonfinite: bool = False
+    compare_batches: bool = False
     batch_dim: int = 0
     loss_reduction: Literal["mean", "sum"] | None = None
     meta: bool = False

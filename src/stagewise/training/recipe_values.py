@@ -48,6 +48,14 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda value: isinstance(value, bool),
         "True, to sum gradients of bfloat16 and float16 parameters in float32, or False",
     ),
+    "find_nonfinite": (
+        lambda value: isinstance(value, bool),
+        "True, to find the cell that makes the first NaN or inf, or False",
+    ),
+    "compare_batches": (
+        lambda value: isinstance(value, bool),
+        "True, to compare the batches of all ranks in every step, or False",
+    ),
     "batch_dim": (
         lambda value: type(value) is int,
         "an integer: the dimension of a batch's tensors along which the samples are",

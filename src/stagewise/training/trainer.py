@@ -150,7 +150,7 @@ class Trainer:
             self._warned_infinite = True
             self._reporter.say(
                 f"warning: the loss of step {step} is {loss}. The last checkpoint with finite "
-                "parameters is kept, and --resume continues from it"
+                "parameters is kept; find_nonfinite = True in the recipe names where it begins"
             )
         pipe_seconds = time.perf_counter() - start
         self._update.step()

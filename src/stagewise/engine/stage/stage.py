@@ -241,8 +241,8 @@ class Stage:
         if work.look is not None and kind is Kind.FORWARD:
             last, again = self.cells[-1] if self.is_last else None, work.again(self.device)
             directly, calls = False, work.look.cells(calls, collector, m, last, again)
-        if work.stand_ins.cells:
-            directly, calls = False, work.stand_ins.around(calls)
+        for around in work.around:
+            directly, calls = False, around(calls)
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
             for running, forward in calls:

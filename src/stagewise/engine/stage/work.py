@@ -12,7 +12,6 @@ import torch
 
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.randomness import CellRandomness
-from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.transport.failure import Failure
 from stagewise.model.added_losses import AddedLoss, LossCollector, collect_losses
 from stagewise.model.cell import Cell, Chain
@@ -25,6 +24,7 @@ Shares = Mapping[str, tuple[float, ...]]  # name of a loss -> weight per microba
 Marks = dict[Instruction, tuple[torch.device, Any, Any]]  # its device, events before and after it
 Observer = Callable[[Instruction], None]
 CellForward = Callable[[object, Mapping[str, object]], object]  # (value, keywords) -> value
+Around = Callable[[Sequence[tuple[Cell, CellForward]]], Sequence[tuple[Cell, CellForward]]]
 RunCell = Callable[[Cell, object, Mapping[str, object]], object]
 StageGiven = tuple[object, Mapping[int, Mapping[str, object]]]  # a value; keywords by cell
 Losses = torch.Tensor | Mapping[str, torch.Tensor]
@@ -138,7 +138,7 @@ class Work:
     keeps_outputs: bool = False
     is_autocast: bool = False
     randomness: Mapping[torch.device, CellRandomness] = field(default_factory=dict)
-    stand_ins: StandIns = NO_STAND_INS
+    around: tuple[Around, ...] = ()  # what wraps the cells' calls
     batchnorms: BatchNorms = field(default_factory=lambda: BatchNorms(()))
     look: Look | None = None
     compared: int = 0  # without a look, the microbatch whose recomputation is compared

@@ -12,6 +12,7 @@ from stagewise.batch.values import Apart
 from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.stage.work import Work
 from stagewise.engine.step.marks import marked
+from stagewise.engine.step.nonfinite import Finder
 from stagewise.engine.transport.transport import Links
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (
@@ -63,8 +64,10 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         rank: int | None,  # None: this process runs all devices
         flows: Sequence[tuple[int, int]] = (),
         device: torch.device = _CPU,
+        finder: Finder | None = None,
     ) -> None:
         self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
+        self._finder = finder
         self._num_devices = len({stage.device for stage in stages.values()})
         self._receives_block = rank is not None and device.type != "cpu"
 
@@ -93,6 +96,8 @@ class Programs(dict[tuple[bool, int], RankProgram]):
     def _bound(self, device: int, step: Step) -> Bound:
         stage = self._stages[step.instruction.stage]
         action = stage.action(step.instruction)
+        if self._finder is not None:
+            action = partial(self._finder.run, action, stage.cells, step.instruction.microbatch)
         if self._num_devices > 1 and stage.device.type != "cpu":
             action = partial(_on, stage.device, action)
         if has_streams(stage.device):

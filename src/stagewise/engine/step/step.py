@@ -16,13 +16,12 @@ from functools import partial
 
 import torch
 
-from stagewise.batch.markers import Arguments
-from stagewise.batch.split import named_parts, shares_of_samples, split_on
+from stagewise.batch.split import shares_of_samples
 from stagewise.engine.gradients.batch import pass_on_gradients, share_gradients
 from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Policies, Settlement
 from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
-from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves, names_taken
+from stagewise.engine.stage.keywords import Routes, names_taken
 from stagewise.engine.stage.randomness import CellRandomness, generators_kept
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
@@ -31,6 +30,8 @@ from stagewise.engine.step.agreement import agreed_failure
 from stagewise.engine.step.digest import signature_of
 from stagewise.engine.step.execute import Ran, execute
 from stagewise.engine.step.looks import Looks
+from stagewise.engine.step.nonfinite import Finder
+from stagewise.engine.step.parts import own_parts
 from stagewise.engine.step.programs import Programs, RankProgram
 from stagewise.engine.step.results import (
     Agreed,
@@ -80,6 +81,8 @@ class Runner:
         self.last_run, self._broken = Ran(), False
         self._num_calls = dict.fromkeys(Mode, 0)
         self.root: ModeOf | None = None  # its mode must agree across ranks
+        self._compares_always = False  # the batch's values, in every call
+        self._finder: Finder | None = None
         self.stages = stages
         self.use(schedule, stages)
 
@@ -98,7 +101,9 @@ class Runner:
         self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
         self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
         rank = None if self._alone else self.ranks.rank
-        self._programs = Programs(schedule, stages, rank, self.routes.flows, self._device)
+        self._programs = Programs(
+            schedule, stages, rank, self.routes.flows, self._device, self._finder
+        )
         self._needs = RankNeeds(
             routes=self.routes,
             inputs=first is not None,
@@ -106,6 +111,11 @@ class Runner:
             most_microbatches=schedule.num_microbatches,
             count=self._count,
         )
+
+    def check_more(self, *, values: bool, finite: bool) -> None:
+        """Compare the batch's `values` in every call; find what is not `finite`."""
+        self._compares_always, self._finder = values, Finder() if finite else None
+        self.use(self.schedule, self.stages)
 
     def run(self, request: Request) -> Result:
         """Run one call; `last_run` then holds what this rank ran when.
@@ -149,7 +159,7 @@ class Runner:
             flags=sum(flags.values(), ()),
             shared_flags=[flags.get(index) for index in self._replicated],
             training=self._alone or self.root is None or self.root.training,
-            compares_values=examines,
+            compares_values=examines or self._compares_always,
             check=partial(self.unchanged.check, training=request.mode is Mode.TRAIN),
         )
         admitted = admit(self.ranks, request, self._needs, state)
@@ -165,7 +175,7 @@ class Runner:
         try:
             # Gradients of the batch's own tensors flow back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
-                parts = self._parts(request, sizes)
+                parts = own_parts(request, sizes, self._first, self._last, self._taken)
             if examines or self.unchanged.flags:
                 look = self.looks.at(request, admitted, parts, flags=self.unchanged.flags)
         except Exception as error:
@@ -191,21 +201,9 @@ class Runner:
             batchnorms=self._batchnorms,
             look=look,
             compared=self._num_calls[mode] % len(sizes),
+            around=() if self._finder is None else (self._finder.around,),
             record=record,
         )
-
-    def _parts(self, request: Request, sizes: Sequence[int]) -> Parts:
-        inputs: Sequence[object] = ()
-        targets: Sequence[object] = ()
-        leaves: Leaves = []
-        if self._first is not None:
-            whole = Arguments() if request.inputs is None else request.inputs
-            inputs = split_on(self._first.device, whole, sizes)
-        if self._last is not None and request.target is not None:
-            targets = split_on(self._last.device, request.target, sizes)
-            if not isinstance(request.target, torch.Tensor) or request.target.requires_grad:
-                targets, leaves = as_leaves(targets)
-        return Parts(inputs, targets, leaves, *named_parts(request.keywords, sizes, self._taken))
 
     def _run(
         self, request: Request, program: RankProgram, work: Work
@@ -267,7 +265,7 @@ class Runner:
         training = request.mode is Mode.TRAIN
         key = training, len(work.sizes)
         if step.stand_ins.cells:
-            work = replace(work, stand_ins=step.stand_ins)
+            work = replace(work, around=(*work.around, step.stand_ins.around))
         signature = 0 if self._alone else signature_of(work)
         self.mail.begin(signature, program.links, program.post_from)
         if training and self._keepers:
