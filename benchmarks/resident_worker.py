@@ -89,7 +89,7 @@ def _task(width: int) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 def _stagewise(rank: int, width: int, recompute: str) -> tuple[Step, Step]:
     import stagewise
-    from stagewise.pipeline.free_pages import FreePages
+    from stagewise.free_pages import FreePages
 
     model, x, y = _task(width)
     half = NUM_BLOCKS // NUM_RANKS

@@ -44,7 +44,7 @@ LEVELS = [
     ["planning/partition", "planning/synthesis"],
     ["timeline"],
     ["schedule"],
-    ["costs", "mesh", "units", "parity", "slow_notice"],
+    ["costs", "free_pages", "mesh", "units", "parity", "slow_notice"],
     ["errors"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}

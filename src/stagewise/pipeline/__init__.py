@@ -3,7 +3,6 @@
 1. `plan_model` measures the model's cells and links and passes the costs to the planner.
 2. `pipeline.Pipeline` builds this rank's stages (`build`). Its `calls` (`step`, `evaluate`,
    `predict`) run through `engine.step`; its `share` of the model uses the plain model's names.
-   `free_pages` returns memory to the system after a step that recomputes.
 3. `gpipe` is the same with the arguments of the GPipe paper and torchgpipe; `scaler` is torch's
    GradScaler with decisions shared by all ranks.
 """

@@ -27,8 +27,8 @@ from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import CALLS, UNSCALED, Request
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import BatchError, UsageError
+from stagewise.free_pages import FreePages
 from stagewise.model.captured import CapturedForm
-from stagewise.pipeline.free_pages import FreePages
 from stagewise.pipeline.share import Share
 from stagewise.planning.plan import Plan
 

@@ -24,6 +24,7 @@ from stagewise.engine.step.unchanged import ModeOf
 from stagewise.engine.step.weights import LossCount, Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
 from stagewise.errors import ModelError
+from stagewise.free_pages import FreePages, trim_of_glibc
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of
 from stagewise.model.meta_tensors import Init
@@ -39,7 +40,6 @@ from stagewise.pipeline.build.refusals import refuse
 from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
 from stagewise.pipeline.build.whole_model import WholeModel
 from stagewise.pipeline.calls import Calls
-from stagewise.pipeline.free_pages import FreePages, trim_of_glibc
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
 from stagewise.profiling.trial_steps import measure_memory, rehearse

@@ -17,12 +17,12 @@ from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.connect import Device, values_of_all
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import PlanError
+from stagewise.free_pages import FreePages, trim_of_glibc
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
 from stagewise.pipeline.build.places import first_devices
 from stagewise.pipeline.build.refusals import check_buffers
-from stagewise.pipeline.free_pages import FreePages, trim_of_glibc
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.calibrate import (
     instruction_cost,

@@ -26,6 +26,7 @@ from stagewise.engine.looks.trial import Trial, fresh
 from stagewise.engine.looks.twins import sideways_layer, treats_samples_alone, without_trace
 from stagewise.engine.looks.whole import Division
 from stagewise.engine.stage.work import RunCell, StageGiven
+from stagewise.free_pages import trim_of_glibc
 from stagewise.model.cell import Cell, Chain
 from stagewise.model.forward.slots import snapshot
 from stagewise.model.forward.users_code import is_stock
@@ -63,6 +64,7 @@ class MixingLook:
         # What that stage gets from the one before, if messages do not tell, and the parts' sizes.
         self._carried: dict[int, tuple[list[object], tuple[int, ...]]] = {}
         self.found: dict[str, str] = {}  # by the cell's name
+        self._trim = trim_of_glibc()
 
     def stage_begins(self, cells: Chain, run: RunCell, given: StageGiven, m: int) -> None:
         """Call before `cells` run on what they are given of microbatch m."""
@@ -86,6 +88,8 @@ class MixingLook:
                 now = partial(snapshot, Sight(named_only=True), *modules)
                 with without_trace(devices, parameters), suppress(Exception), now().kept(now):
                     parts = [part for part, _ in kept.parts]
+                    if self._trim is not None:
+                        self._trim()
                     self._through(cells, run, parts, devices, differentiable=differentiable)
 
     def _num_joined(self, given: StageGiven) -> int:

@@ -1,11 +1,13 @@
-"""Return the pages of freed activations to the system after a step that recomputes.
+"""Return the pages of freed activations to the system: after a step that recomputes, before looks.
 
 Problem: gradients are allocated among activations in the C library's heap. Freed activations leave
 holes between them, which stay resident: between steps a rank keeps 20 to 25 % of its peak without a
 tensor living there (measured with `benchmarks.resident`).
 Idea: `malloc_trim` (glibc, man 3) also releases such holes. It takes milliseconds, as does faulting
 the pages in again in the next step: a plan that recomputes prefers memory to time, but trimming is
-skipped where it would take more than a small share of the steps' time.
+skipped where it would take more than a small share of the steps' time. A look at mixing runs a cell
+on more samples than a microbatch has: without trimming just before, its memory would come on top of
+the holes, and set the peak of the whole run. Looks are too rare for the time to count.
 """
 
 import ctypes

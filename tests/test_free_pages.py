@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 import stagewise
-from stagewise.pipeline.free_pages import SHARE, FreePages, trim_of_glibc
+from stagewise.engine.looks import mixing
+from stagewise.free_pages import SHARE, FreePages, trim_of_glibc
+
+
+class Doubled(nn.Module):
+    """No layer that is known to treat samples alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
 
 
 def ticking(*seconds: float) -> Callable[[], float]:
@@ -65,3 +73,16 @@ def test_planning_gives_back_what_its_trial_steps_took(monkeypatch: pytest.Monke
             seconds=0.01,
         )
     assert len(trims) == 2
+
+
+def test_a_look_gives_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory would come on top of the holes between the gradients."""
+    given_back: list[int] = []
+    monkeypatch.setattr(mixing, "trim_of_glibc", lambda: lambda: given_back.append(1))
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), Doubled())
+    plan = stagewise.Plan(balance=(2, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    pipe.step(torch.ones(4, 2), target=torch.ones(4, 2))
+    first_call = len(given_back)
+    pipe.step(torch.ones(4, 2), target=torch.ones(4, 2))  # not looked at
+    assert first_call == len(given_back) == 1
