@@ -42,6 +42,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         ({"RANK": "2"}, "RANK=2, but WORLD_SIZE=2; ranks are 0 to 1"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a number"),
         ({}, "rank 1 of 2 did not come to localhost:"),
+        ({"MASTER_ADDR": "192.0.2.1"}, "has no address 192.0.2.1): start every rank"),
         ({"RANK": "1"}, "the store of rank 0 cannot be reached at MASTER_ADDR=localhost"),
         ({"RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}, "check the address, the port"),
         ({"RANK": "1", "MASTER_ADDR": "192.0.2.1"}, "at MASTER_ADDR=192.0.2.1"),
@@ -72,6 +73,17 @@ def test_a_port_in_use_is_named(place: dict[str, str]) -> None:
         pytest.raises(UsageError, match="is in use on this host"),
     ):
         store_of_all(LONG)
+
+
+def test_what_is_no_store_is_told(monkeypatch: pytest.MonkeyPatch, place: dict[str, str]) -> None:
+    """Such as a proxy, which answers for every address, or another program at the port."""
+    monkeypatch.setenv("RANK", "1")
+    with socket.create_server(("localhost", int(place["MASTER_PORT"]))) as other:
+        thread = threading.Thread(target=lambda: [other.accept()[0].close() for _ in range(2)])
+        thread.start()
+        with pytest.raises(UsageError, match="is not the store of rank 0"):
+            store_of_all(LONG)
+        thread.join()
 
 
 @pytest.mark.parametrize("reachable", [True, False])

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -43,21 +44,50 @@ def store_of_all(timeout: timedelta) -> Store:
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serves:
         _await_store(host, port, ends)
-    try:
-        served = TCPStore(
-            host, port, size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UsageError(_not_served(host, port, error)) from None
+    served = _connected(host, port, serves=serves)
+    served.set_timeout(timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", served)  # type: ignore[attr-defined]
     listener, own = _listener()
     with ExitStack() as until_called:
         until_called.enter_context(listener)
         store.set(f"{_CHECKED_IN}/{rank}", json.dumps(own))
-        addresses = _await_ranks(store, size, f"{host}:{port}", ends)
+        where = f"{host}:{port}"
+        if serves and not _is_here(host):
+            where += f" (this host, where rank 0 serves the store, has no address {host})"
+        addresses = _await_ranks(store, size, where, ends)
         _call(store, rank, addresses)
     return store
+
+
+def _connected(host: str, port: int, *, serves: bool) -> TCPStore:
+    """Serve the store or connect to it, in a thread: torch waits for ever for a first answer."""
+    found = list[TCPStore | Exception]()
+
+    def connect() -> None:
+        try:
+            where = "localhost" if serves else host
+            patience = timedelta(seconds=CALL_SECONDS)
+            found.append(
+                TCPStore(
+                    where,
+                    port,
+                    is_master=serves,
+                    timeout=patience,
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(2 * CALL_SECONDS)
+    told = found[0] if found else TimeoutError("no answer")
+    if isinstance(told, TCPStore):
+        return told
+    raise UsageError(_not_served(host, port, told))
 
 
 def _await_store(host: str, port: int, ends: float) -> None:
@@ -111,6 +141,17 @@ def _awaited(missing: Callable[[], T | None], ends: float, words: Callable[[T], 
             print(f"rank {rank_here()} waits {words(lacks)}, {left}", file=sys.stderr, flush=True)
         time.sleep(_POLL_SECONDS)
     return lacks
+
+
+def _is_here(host: str) -> bool:
+    """Return whether `host` names an address of this host."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def _listener() -> tuple[socket.socket, tuple[str, str, int]]:
@@ -175,7 +216,6 @@ def _not_served(host: str, port: int, error: Exception) -> str:
             "program; set MASTER_PORT (torchrun --master-port) to a free port"
         )
     return (
-        f"the store cannot be served or reached at MASTER_ADDR={host}, MASTER_PORT={port} "
-        f"({text.splitlines()[0]}): MASTER_ADDR must be an address of rank 0's host, which the "
-        "others can reach"
+        f"what listens at MASTER_ADDR={host}, MASTER_PORT={port} is not the store of rank 0 "
+        f"({text.splitlines()[0]}): check both, which must name rank 0's host and a free port there"
     )
