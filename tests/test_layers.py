@@ -17,7 +17,7 @@ PACKAGE = Path(stagewise.__file__).parent
 LEVELS = [
     ["__main__"],
     ["cli"],
-    ["training"],
+    ["training", "doctor"],
     ["training/state"],
     ["training/workers", "report", "testing"],
     ["checker", "models"],

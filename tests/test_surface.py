@@ -179,6 +179,7 @@ COMMAND_LINE = {
         "--stages",
         "recipe",
     ],
+    "doctor": ["--devices", "--help", "--json", "--timeout"],
     "simulate": [
         "--backward",
         "--devices",

@@ -50,6 +50,11 @@ COMMANDS = {
         function="check_command",
         help="Run a recipe's model plain and pipelined, and check that both train alike.",
     ),
+    "doctor": Command(
+        module="stagewise.cli.doctor_command",
+        function="doctor_command",
+        help="Check a machine, or a set of hosts, before a run; say what to do.",
+    ),
     "simulate": Command(
         module="stagewise.cli.simulate_command",
         function="simulate_command",

@@ -13,13 +13,13 @@ from stagewise.cli import options as opt
 from stagewise.cli import train_options as run
 from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
-from stagewise.cli.workers import end_stopped, report_errors_once, run_in_workers
+from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
 from stagewise.errors import CheckpointError, PlanError, UsageError
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.schedule import SCHEDULES
-from stagewise.training.workers.environment import launched_by_us
+from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched_by_us
 
 if TYPE_CHECKING:
     from stagewise.training.outcome import RunOutcome
@@ -161,7 +161,7 @@ def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None")
     if is_first():
         _report(console, recipe.path, options, outcome)
     if outcome.stopped:
-        end_stopped()
+        end_with(INTERRUPTED_EXIT_CODE)
 
 
 def _report(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:

@@ -11,9 +11,9 @@ from stagewise.errors import UsageError
 from stagewise.training.workers.environment import (
     INTERRUPTED_EXIT_CODE,
     STOP_FILE,
+    exit_code_file,
     launched,
     launched_by_us,
-    stopped_file,
     world_size,
 )
 
@@ -74,8 +74,8 @@ def run_in_workers(
         from stagewise.training.workers.launch import launch
 
         try:
-            if launch(num_workers, arguments):
-                raise SystemExit(INTERRUPTED_EXIT_CODE)
+            if code := launch(num_workers, arguments):
+                raise SystemExit(code)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
@@ -95,13 +95,13 @@ def _say_where(num_devices: int) -> None:
         print(f"one process runs all devices of the plan: {where}", file=sys.stderr)
 
 
-def end_stopped() -> None:
-    """End a run that was stopped before its last step in a way that its parent can detect.
+def end_with(code: int) -> None:
+    """Have the whole command end with this exit code, once the workers have ended without failure.
 
-    Our own launcher is notified by a file, because a worker that fails would end the others.
+    Our own launcher is told in a file, because a worker that fails would end the others.
     """
     if launched_by_us():
         with suppress(FileNotFoundError):  # the launcher has died, and so has its folder
-            Path(stopped_file(os.environ[STOP_FILE])).touch()
+            Path(exit_code_file(os.environ[STOP_FILE])).write_text(str(code))
     elif os.environ.get("RANK", "0") == "0":
-        raise SystemExit(INTERRUPTED_EXIT_CODE)
+        raise SystemExit(code)

@@ -5,7 +5,6 @@ training, and use the mean.
 """
 
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,11 +25,11 @@ from stagewise.model.cells_of import chain_for, entering
 from stagewise.model.chain import Model
 from stagewise.model.meta_tensors import is_meta
 from stagewise.profiling.in_turn import can_take_turns, takes_turns
+from stagewise.profiling.links import LARGE_BYTES, SMALL_BYTES, round_trip_seconds
 from stagewise.profiling.trial_steps import profile
 from stagewise.slow_notice import notice_if_slow
 
 _TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
-_SMALL_BYTES, _LARGE_BYTES, _PROBES = 8, 1 << 22, 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +175,7 @@ def agreed_costs(
     small = max(seconds for _, seconds, _ in ranks)
     large = max(seconds for _, _, seconds in ranks)
     mean = tuple(_mean(same) for same in zip(*all_cells, strict=True))
-    per_byte = max(0.0, large - small) / (_LARGE_BYTES - _SMALL_BYTES)
+    per_byte = max(0.0, large - small) / (LARGE_BYTES - SMALL_BYTES)
     return mean, LinkCost(latency_seconds=small, seconds_per_byte=per_byte)
 
 
@@ -192,25 +191,9 @@ def _mean(same: Sequence[CellCost]) -> CellCost:
 
 def _link_times(device: torch.device) -> tuple[float, float]:
     """Return median one-way seconds of a small and a large message between ranks 0 and 1."""
-    medians, wire = [], trial_wire(device)
-    for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
-        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        times = []
-        for _ in range(_PROBES if wire.rank < 2 else 0):
-            start = _time_of(device)
-            for sender in (0, 1):
-                if wire.rank == sender:
-                    wire.start_send([buffer], 1 - sender)
-                    wire.finish()
-                else:
-                    wire.start_receive([buffer], sender)()
-            times.append((_time_of(device) - start) / 2)
-        medians.append(sorted(times)[len(times) // 2] if times else 0.0)
-    return medians[0], medians[1]
-
-
-def _time_of(device: torch.device) -> float:
-    """Return the time when everything that `device` was given has ended."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+    wire = trial_wire(device)
+    small, large = (
+        round_trip_seconds(wire, device, (0, 1), size, size) / 2
+        for size in (SMALL_BYTES, LARGE_BYTES)
+    )
+    return small, large

@@ -12,9 +12,9 @@ INTERRUPTED_EXIT_CODE = 130  # what a shell reports after Ctrl-C
 STOP_FILE, LAUNCHER = "STAGEWISE_STOP_FILE", "STAGEWISE_LAUNCHER"
 
 
-def stopped_file(stop_file: str) -> str:
-    """Return the file that a worker touches if it was stopped before its last step."""
-    return stop_file + "ped"
+def exit_code_file(stop_file: str) -> str:
+    """Return the file in which a worker tells our launcher with which exit code to end."""
+    return stop_file + "-code"
 
 
 def launched() -> bool:

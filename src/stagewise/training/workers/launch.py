@@ -25,8 +25,8 @@ from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.training.workers.environment import (
     LAUNCHER,
     STOP_FILE,
+    exit_code_file,
     num_cores,
-    stopped_file,
 )
 from stagewise.training.workers.failures import first_cause
 from stagewise.training.workers.stop import SIGNALS
@@ -36,13 +36,14 @@ _HANGUP, _ALARM = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", No
 _KEEP_BYTES = str(1 << 40)  # more than any machine has
 
 
-def launch(num_workers: int, arguments: list[str]) -> bool:
+def launch(num_workers: int, arguments: list[str]) -> int:
     """Run `stagewise ARGUMENTS` in `num_workers` worker processes and wait for them.
 
-    Returns whether they were stopped before their last step. The first signal lets them finish
-    their step; a second, or the end of patience after one that no terminal's user has sent, kills
-    them and raises KeyboardInterrupt. Raises UsageError with a worker's message for the user's
-    mistake, PeerError with a worker's traceback for other failures.
+    Returns the exit code that they ask for, such as INTERRUPTED_EXIT_CODE for a run that was
+    stopped before its last step, or 0. The first signal lets them finish their step; a second, or
+    the end of patience after one that no terminal's user has sent, kills them and raises
+    KeyboardInterrupt. Raises UsageError with a worker's message for the user's mistake, PeerError
+    with a worker's traceback for other failures.
     """
     _silence_torchelastic()
     with TemporaryDirectory(prefix="stagewise-") as directory:
@@ -61,7 +62,8 @@ def launch(num_workers: int, arguments: list[str]) -> bool:
             raise first_cause(error.failures, kills) from None
         except SignalException:
             raise KeyboardInterrupt from None
-        return Path(stopped_file(str(stop_file))).exists()
+        told = Path(exit_code_file(str(stop_file)))
+        return int(told.read_text()) if told.exists() else 0
 
 
 def launch_config(num_workers: int, log_directory: str, *, signals: str) -> LaunchConfig:
