@@ -126,6 +126,7 @@ COMMAND_LINE = {
         "--checkpoint-every",
         "--devices",
         "--help",
+        "--init",
         "--keep",
         "--microbatches",
         "--out",
@@ -141,6 +142,7 @@ COMMAND_LINE = {
         "--validate-every",
         "recipe",
     ],
+    "export": ["--help", "out", "run"],
     "plan": [
         "--balance",
         "--device",

@@ -190,7 +190,7 @@ def test_saving_again_replaces_and_leaves_other_files(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 3  # config, one shard, index
 
 
-@pytest.mark.parametrize("at", ["save_file", "_to_disk", "_commit"])
+@pytest.mark.parametrize("at", ["save_file", "to_disk", "_commit"])
 def test_a_crash_while_saving_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

@@ -5,4 +5,5 @@
 3. `sources` open checkpoints of stagewise and others without reading values; `untrusted` keeps
    a folder from running code.
 4. `loading` compares shapes and dtypes on every rank, then reads each rank's own tensors.
+5. `exporting` turns a checkpoint of training into safetensors.
 """

@@ -3,20 +3,18 @@
 from collections.abc import Mapping
 
 import torch
-
-from stagewise.model.cell import Chain
-from stagewise.model.chain import module_tree
+from torch import nn
 
 Aliases = Mapping[str, tuple[str, ...]]
 
 
-def aliases_of(chain: Chain) -> Aliases:
-    """Return every name in the plain model's state_dict with all names of its tensor, in order.
+def aliases_of(model: nn.Module) -> Aliases:
+    """Return every name in the model's state_dict with all names of its tensor, in order.
 
     An entry that is not a tensor (`get_extra_state`) only has its own name.
     """
     same: dict[int, list[str]] = {}
-    state = module_tree(chain).state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     for name, value in state.items():
         same.setdefault(id(value), []).append(name)
     return {

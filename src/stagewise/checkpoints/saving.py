@@ -37,7 +37,7 @@ def save_shards(directory: Path, own: Mapping[str, object], aliases: Aliases, ra
     for rank, names in enumerate(ranks.gather(list(tensors), "save_checkpoint: names")):
         for name in names:
             first_owner.setdefault(name, rank)
-    shards = _shards({n: t for n, t in tensors.items() if first_owner[n] == ranks.rank})
+    shards = shards_of({n: t for n, t in tensors.items() if first_owner[n] == ranks.rank})
     with agreed(ranks, "save_checkpoint: the folder"):
         prepared = _prepare(directory)
     old = ranks.gather(prepared, "save_checkpoint: earlier files")[0]
@@ -46,19 +46,19 @@ def save_shards(directory: Path, own: Mapping[str, object], aliases: Aliases, ra
     total, start = sum(counts), sum(counts[: ranks.rank])
     files: dict[str, str] = {}
     digests: dict[str, str] = {}
-    with agreed(ranks, "save_checkpoint: files"), _told(directory):
+    with agreed(ranks, "save_checkpoint: files"), explain_writing(directory):
         for number, shard in enumerate(shards, start=start + 1):
             file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
             unfinished = directory / f"{file}.tmp"
             ready = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
             save_file(ready, unfinished, metadata={"format": "pt"})
-            _to_disk(unfinished)
+            to_disk(unfinished)
             digests[file] = sha256_of(unfinished)
             os.replace(unfinished, directory / file)
             files |= dict.fromkeys(shard, file)
     num_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     parts = ranks.gather((files, num_bytes, digests), "save_checkpoint: contents")
-    with agreed(ranks, "save_checkpoint: index"), _told(directory):
+    with agreed(ranks, "save_checkpoint: index"), explain_writing(directory):
         if ranks.rank == 0:
             _commit(directory, parts)
             for file in old:
@@ -76,7 +76,8 @@ def _writable(own: Mapping[str, object], aliases: Aliases) -> dict[str, torch.Te
     return {aliases[n][0]: value for n, value in own.items() if isinstance(value, torch.Tensor)}
 
 
-def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+def shards_of(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return `tensors` in files of at most SHARD_BYTES, or of one tensor."""
     shards: list[dict[str, torch.Tensor]] = []
     room = 0
     for name, tensor in tensors.items():
@@ -95,7 +96,7 @@ def _prepare(directory: Path) -> set[str]:
             f"{directory / SINGLE} would be read instead of the new checkpoint; remove it, or "
             "save to another directory"
         )
-    with _told(directory):
+    with explain_writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     return set(weight_map(directory).values()) if (directory / INDEX).is_file() else set()
 
@@ -104,16 +105,22 @@ _Part = tuple[Mapping[str, str], int, Mapping[str, str]]  # a rank's files, byte
 
 
 def _commit(directory: Path, parts: Sequence[_Part]) -> None:
-    index = {
-        "metadata": {
-            "total_size": sum(num_bytes for _, num_bytes, _ in parts),
-            DIGESTS: {file: own for _, _, digests in parts for file, own in digests.items()},
-        },
-        "weight_map": {name: file for files, _, _ in parts for name, file in files.items()},
-    }
+    write_index(
+        directory,
+        {name: file for files, _, _ in parts for name, file in files.items()},
+        sum(num_bytes for _, num_bytes, _ in parts),
+        {file: own for _, _, digests in parts for file, own in digests.items()},
+    )
+
+
+def write_index(
+    directory: Path, files: Mapping[str, str], num_bytes: int, digests: Mapping[str, str]
+) -> None:
+    """Put the index in place: the file of every tensor, and the digest of every file."""
+    index = {"metadata": {"total_size": num_bytes, DIGESTS: digests}, "weight_map": files}
     unfinished = directory / f"{INDEX}.tmp"
     unfinished.write_text(json.dumps(index, indent=2) + "\n")
-    _to_disk(unfinished)
+    to_disk(unfinished)
     os.replace(unfinished, directory / INDEX)
 
 
@@ -121,13 +128,14 @@ def _has_stem(file: str, stem: str) -> bool:
     return file.removeprefix(f"{stem}-")[:1].isdigit()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Return when the file is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
-def _told(directory: Path) -> Iterator[None]:
+def explain_writing(directory: Path) -> Iterator[None]:
     """Turn errors while writing into CheckpointError."""
     try:
         yield

@@ -98,6 +98,11 @@ def open_source(state: State, model_names: Collection[str]) -> TensorSource:
     )
 
 
+def open_model(checkpoint: Path) -> TensorSource:
+    """Open the model of a checkpoint that `stagewise train` wrote, whatever its names."""
+    return _Distributed(checkpoint, None)
+
+
 def where(state: State) -> str:
     """Return a short text by which ranks check that they mean the same checkpoint."""
     if isinstance(state, Mapping):
@@ -194,17 +199,21 @@ class _Safetensors:
 
 
 class _Distributed:
-    """A torch.distributed.checkpoint, as `stagewise train` writes it."""
+    """A torch.distributed.checkpoint; the model is nested where `stagewise train` wrote it.
 
-    def __init__(self, path: Path, model_names: Collection[str]) -> None:
+    If `model_names` are known, it may also be alone.
+    """
+
+    def __init__(self, path: Path, model_names: Collection[str] | None) -> None:
         from stagewise.checkpoints.untrusted import Reader
 
         self.description = str(path)
         with _blame(path):
             self._reader = Reader(path)
             entries = self._reader.read_metadata().state_dict_metadata
-        is_nested = not any(name in entries for name in model_names) and any(
-            _PREFIX + name in entries for name in model_names
+        is_nested = model_names is None or (
+            not any(name in entries for name in model_names)
+            and any(_PREFIX + name in entries for name in model_names)
         )
         self._prefix = _PREFIX if is_nested else ""
         self._entries = {

@@ -35,6 +35,11 @@ COMMANDS = {
         function="train",
         help="Train the model of a recipe through a pipeline.",
     ),
+    "export": Command(
+        module="stagewise.cli.export_command",
+        function="export",
+        help="Write the model of a run's checkpoint as safetensors.",
+    ),
     "plan": Command(
         module="stagewise.cli.plan_command",
         function="plan_command",

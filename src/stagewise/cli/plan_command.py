@@ -86,7 +86,7 @@ def plan_command(
         run_in_workers(
             num_devices,
             ["plan", str(recipe), *command_line(words_of(request)), *json_too],
-            before=lambda: None if request.searched else check_form(loaded, request, None),
+            before=lambda: None if request.searched else check_form(loaded, request),
             body=lambda: _run(loaded, request, None, as_json=as_json),
         )
 

@@ -37,7 +37,7 @@ _DEFAULTS = {
     "--keep": 2,
     "--timeout": opt.DEFAULT_TIMEOUT,
 }
-_IN_CHECKPOINT = ("--seed", "--out", "--resume")  # implied by --resume RUN
+_IN_CHECKPOINT = ("--seed", "--out", "--init", "--resume")  # implied by --resume RUN
 
 
 def train(
@@ -53,6 +53,7 @@ def train(
     steps: run.Steps = None,
     seed: opt.Seed = None,
     out: run.Out = None,
+    init: run.Init = None,
     resume: run.Resume = None,
     validate_every: run.ValidateEvery = 100,
     checkpoint_every: run.CheckpointEvery = 100,
@@ -84,16 +85,9 @@ def train(
         ).num_devices
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
-        from stagewise.training.run_folder import find, find_undamaged
 
         loaded = load_recipe(recipe)
-        checkpoint = None
-        if resume is not None and launched_by_us():
-            checkpoint = find(resume)  # the parent has checked its files
-        elif resume is not None:
-            checkpoint, warnings = find_undamaged(resume)
-            for line in warnings:
-                print(f"warning: {line}", file=sys.stderr)
+        checkpoint, values = _start(resume, init)
         options = TrainOptions(
             plan=wanted,
             plan_file=plan,
@@ -104,16 +98,39 @@ def train(
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
             keep=keep,
+            init=values,
             resume=checkpoint,
             timeout=timeout,
         )
         run_in_workers(
             num_devices,
             _arguments(recipe, options),
-            before=lambda: check_form(loaded, options.plan, checkpoint),
+            before=lambda: check_form(loaded, wanted, checkpoint, options.init),
             body=lambda: _run(loaded, options, lifeline),
             timeout=timeout,
         )
+
+
+def _start(resume: Path | None, init: Path | None) -> "tuple[Checkpoint | None, Path | None]":
+    """Return the checkpoint to continue from, or else the path of the initial values."""
+    from stagewise.checkpoints.sources import open_source
+    from stagewise.training.run_folder import find, find_undamaged, holds_checkpoints
+
+    if resume is not None and init is not None:
+        raise UsageError(
+            f"--resume {resume} continues a run with its values, and --init {init} starts another "
+            "from those; leave one of them out"
+        )
+    given = resume or init
+    if given is None or launched_by_us():  # the parent has checked the files
+        return None if resume is None else find(resume), init
+    if resume is None and not holds_checkpoints(given):
+        open_source(given, ())
+        return None, init
+    checkpoint, warnings = find_undamaged(given)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    return (None, checkpoint.path) if resume is None else (checkpoint, None)
 
 
 def _request(typed: Typed) -> PlanRequest:
@@ -201,6 +218,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
         "--steps": options.num_steps,
         "--seed": options.seed,
         "--out": options.run,
+        "--init": options.init,
         "--resume": resume.path if resume else None,
         "--validate-every": options.validate_every,
         "--checkpoint-every": options.checkpoint_every,

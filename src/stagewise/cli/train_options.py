@@ -31,6 +31,16 @@ Resume = Annotated[
         show_default=False,
     ),
 ]
+Init = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Start from these values: a .safetensors file, a directory with model.safetensors or "
+        "its shards and index (as Hugging Face's are), or a run or checkpoint of stagewise, "
+        "without its optimizer.",
+        show_default=False,
+    ),
+]
 SavedPlan = Annotated[
     Path | None,
     typer.Option(

@@ -9,6 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stagewise.checkpoints.loading import check
+from stagewise.checkpoints.names import aliases_of
+from stagewise.checkpoints.sources import open_source
 from stagewise.costs import CellCost
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.processes import devices_here
@@ -30,6 +33,7 @@ from stagewise.training.plans import make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
 from stagewise.training.state.own_objects import Objects
+from stagewise.training.state.pretrained import Pretrained, pretrained_of
 from stagewise.training.state.random_states import (
     random_states_kept,
     restore_random_states,
@@ -63,6 +67,7 @@ class TrainOptions:
     validate_every: int = 100
     checkpoint_every: int = 100
     keep: int = NUM_KEPT  # of the last checkpoints
+    init: Path | None = None  # a checkpoint of a model, for the initial values
     resume: Checkpoint | None = None
     timeout: int = 1800  # seconds that workers wait for each other
 
@@ -81,18 +86,19 @@ class Prepared:
     validation: tuple[Batch, ...]
     num_steps: int
     measured: Mapping[int, tuple[CellCost, ...]]  # by number of microbatches, if adaptive
+    pretrained: Pretrained | None  # of a model of transformers
 
 
 def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     """Build everything in the state from which the run starts; every rank calls this."""
     model = build_model(recipe, seed=options.seed, meta=recipe.meta)
-    if options.resume is not None:
-        check_fits(options.resume, parameter_shapes(model))
+    pretrained = pretrained_of(model, recipe.tokenizer)
+    _check_values(recipe, model, options.resume, options.init)
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
     chain_for(model, batches.first[0], {}, recipe.cells)
     plan, measured = _planned(recipe, options, model, batches.first)
-    pipe = _pipeline(recipe, options, model, plan)
+    pipe = _pipeline(recipe, options, model, plan, None if options.resume else options.init)
     del model  # frees the stages of other ranks
     _agree_on_length(recipe, pipe, num_steps)
     trained = _trained(recipe, pipe)
@@ -109,6 +115,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         validation=validation,
         num_steps=num_steps,
         measured=measured,
+        pretrained=pretrained,
     )
 
 
@@ -163,8 +170,11 @@ def _restore(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> checkp
     return restored
 
 
-def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -> Pipeline:
-    return Pipeline(
+def _pipeline(
+    recipe: Recipe, options: TrainOptions, model: Model, plan: Plan, init: Path | None = None
+) -> Pipeline:
+    """Build the pipeline; from `init` if given, with the dtypes of a model on the meta device."""
+    pipe = Pipeline(
         model,
         plan,
         loss=recipe.loss,
@@ -177,10 +187,19 @@ def _pipeline(recipe: Recipe, options: TrainOptions, model: Model, plan: Plan) -
         compare_batches=recipe.compare_batches,
         batch_dim=recipe.batch_dim,
         loss_reduction=recipe.loss_reduction,
+        state=init if recipe.meta else None,
     )
+    if init is not None and not recipe.meta:
+        pipe.load_checkpoint(init, convert=True)
+    return pipe
 
 
-def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | None) -> None:
+def check_form(
+    recipe: Recipe,
+    plan: PlanRequest | Plan,
+    resume: Checkpoint | None = None,
+    init: Path | None = None,
+) -> None:
     """Find mistakes that the model's structure alone shows, before workers start.
 
     The model is built on the meta device, without memory; if that fails, the workers find the same
@@ -198,8 +217,20 @@ def check_form(recipe: Recipe, plan: PlanRequest | Plan, resume: Checkpoint | No
         check_counts(len(chain), num_stages)
         if plan.balance is not None:
             check_balance(plan.balance, len(chain), num_stages)
+    _check_values(recipe, model, resume, init)
+
+
+def _check_values(
+    recipe: Recipe, model: Model, resume: Checkpoint | None, init: Path | None
+) -> None:
+    """Raise CheckpointError unless the values to start from are those of such a model."""
+    whole = model if isinstance(model, nn.Module) else module_tree(chain_of(model))
     if resume is not None:
-        check_fits(resume, parameter_shapes(model))
+        check_fits(resume, {n: tuple(p.shape) for n, p in whole.named_parameters()})
+    elif init is not None:
+        names = aliases_of(whole)
+        tensors = {n: t for n, t in whole.state_dict().items() if isinstance(t, torch.Tensor)}
+        check(open_source(init, names), tensors, names, convert=not recipe.meta)
 
 
 def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:
@@ -211,13 +242,6 @@ def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:
             f"data('train') in {recipe.path} gives different numbers of steps on different ranks "
             f"({listed}), so some would wait forever; give all ranks the same data, or --steps"
         )
-
-
-def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters of the model, by name."""
-    whole = model if isinstance(model, nn.Module) else module_tree(chain_of(model))
-    named = whole.named_parameters()
-    return {name: tuple(parameter.shape) for name, parameter in named}
 
 
 def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) -> int:

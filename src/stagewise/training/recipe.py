@@ -24,8 +24,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from stagewise.batch.markers import along
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import RecipeError, StagewiseError
-from stagewise.training.recipe_values import VALUES, checked_value
+from stagewise.training.recipe_values import REQUIRED, SCHEDULER, VALUES, checked_value
 from stagewise.training.state.own_objects import Objects, Stateful, checked_objects
+from stagewise.training.state.pretrained import Savable
 from stagewise.training.state.random_states import seed_everything
 from stagewise.training.state.schedules import is_scheduled
 
@@ -33,24 +34,6 @@ from stagewise.training.state.schedules import is_scheduled
 Tree = Any
 Batch = tuple[Tree, Tree]
 Model = nn.Module | Sequence[nn.Module]
-
-REQUIRED = {
-    "model": (
-        "def model():\n    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))"
-    ),
-    "data": (
-        "def data(split):  # 'train' or 'validation'\n"
-        "    return [(torch.randn(32, 8), torch.randn(32, 1)) for _ in range(100)]"
-    ),
-    "loss": ("def loss(output, target):\n    return torch.nn.functional.mse_loss(output, target)"),
-    "optimizer": ("def optimizer(parameters):\n    return torch.optim.AdamW(parameters, lr=1e-3)"),
-}
-
-
-_SCHEDULER = (
-    "def scheduler(optimizer):\n"
-    "    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
-)
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:
@@ -66,7 +49,8 @@ class Recipe:
     With `meta = True` in the file, `model()` is called under `torch.device("meta")`, so that a
     worker never holds more than its own stage; initial values come from the modules'
     `reset_parameters()` and the recipe's `init(module)`, if any: see `stagewise.Pipeline`. `cells`
-    names the modules that become the model's cells: see `stagewise.capture_cells`.
+    names the modules that become the model's cells: see `stagewise.capture_cells`. `tokenizer` is
+    exported with a model of transformers.
 
     `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step.
     `state(module)` returns objects by name that checkpoints hold too, for this rank's part of the
@@ -100,6 +84,7 @@ class Recipe:
     meta: bool = False
     init: Callable[[nn.Module], object] | None = None
     cells: Sequence[str] | None = None
+    tokenizer: Savable | None = None
 
     @property
     def name(self) -> str:
@@ -165,7 +150,7 @@ class Recipe:
             raise RecipeError(
                 f"optimizer(parameters) in {self.path} also made a learning-rate schedule, which "
                 "checkpoints would not include; return it from scheduler(optimizer) instead, for "
-                f"example:\n\n{_SCHEDULER}"
+                f"example:\n\n{SCHEDULER}"
             )
         return made
 
@@ -179,7 +164,7 @@ class Recipe:
             raise RecipeError(
                 f"scheduler(optimizer) in {self.path} returned a {type(made).__name__}; it must "
                 "return a schedule of torch.optim.lr_scheduler that is stepped once per training "
-                f"step, without a metric, for example:\n\n{_SCHEDULER}"
+                f"step, without a metric, for example:\n\n{SCHEDULER}"
             )
         return made
 

@@ -1,4 +1,4 @@
-"""The values that a recipe may set besides functions: a check and a description of each."""
+"""What a recipe may hold: its functions, by example, and a check and a description of values."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stagewise.errors import RecipeError
+from stagewise.training.state.pretrained import Savable
 
 
 def _is_positive(value: object) -> bool:
@@ -22,6 +23,24 @@ def _is_scaler_options(value: object) -> bool:
         return False
     return True
 
+
+# The functions that every recipe has.
+REQUIRED = {
+    "model": (
+        "def model():\n    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))"
+    ),
+    "data": (
+        "def data(split):  # 'train' or 'validation'\n"
+        "    return [(torch.randn(32, 8), torch.randn(32, 1)) for _ in range(100)]"
+    ),
+    "loss": ("def loss(output, target):\n    return torch.nn.functional.mse_loss(output, target)"),
+    "optimizer": ("def optimizer(parameters):\n    return torch.optim.AdamW(parameters, lr=1e-3)"),
+}
+
+SCHEDULER = (
+    "def scheduler(optimizer):\n"
+    "    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
+)
 
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "clip_grad_norm": (
@@ -67,6 +86,10 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "meta": (
         lambda value: isinstance(value, bool),
         "True, to build the model on the meta device, or False",
+    ),
+    "tokenizer": (
+        lambda value: isinstance(value, Savable),
+        "a tokenizer or processor of transformers, or another object with save_pretrained(folder)",
     ),
     "cells": (
         lambda value: (

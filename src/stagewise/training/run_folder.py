@@ -135,6 +135,11 @@ def check_fits(checkpoint: Checkpoint, parameter_shapes: Shapes) -> None:
         )
 
 
+def holds_checkpoints(path: Path) -> bool:
+    """Return whether `path` is a run's folder, or a checkpoint's."""
+    return (path / DIRECTORY).is_dir() or (path / DESCRIPTION).is_file()
+
+
 def latest(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint in `run`, if possible one with finite numbers."""
     paths = whole(run)
@@ -151,7 +156,7 @@ def find(path: Path) -> Checkpoint:
         what = "has no complete checkpoint" if path.is_dir() else "does not exist"
         raise CheckpointError(
             f"{path} {what}; give the directory of a run (which contains {DIRECTORY}/) or of a "
-            "checkpoint, or leave --resume out to start again"
+            "checkpoint"
         )
     return found
 

@@ -68,6 +68,8 @@ def run_training(
                 line_every=LOOK_EVERY,
             )
         reporter.say(plan_in_words(prepared.trained.pipe.plan))
+        if prints and prepared.pretrained is not None:
+            prepared.pretrained.save(options.run)
         trainer = Trainer(recipe, options, prepared, reporter, stop)
         try:
             return trainer.run()

@@ -45,7 +45,7 @@ class WholeModel:
                 for path, module in cell.named_modules()
                 if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
             ],
-            aliases=aliases_of(chain),
+            aliases=aliases_of(whole),
         )
 
     def agree(self, ranks: Ranks, plan: Plan, options: Mapping[str, object] | None = None) -> None:
