@@ -66,6 +66,8 @@ class OutOfMemoryError(CellError):
 class PeerError(StagewiseError, RuntimeError):
     """Another rank failed; the message carries its cause."""
 
+    is_first = False  # no other rank reports it, since it hangs
+
 
 class ParityError(StagewiseError, AssertionError):
     """A pipelined model differs from the plain one, and mathematics does not explain it."""

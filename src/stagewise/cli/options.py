@@ -160,7 +160,7 @@ def chosen_device(name: str | None, file: Path | None, efficiency: str | None) -
     return device if efficiency is None else with_efficiency(device, efficiency)
 
 
-DEFAULT_TIMEOUT = 1800  # torch's for gloo
+DEFAULT_TIMEOUT = 600  # torch's for NCCL
 Timeout = Annotated[
     int,
     typer.Option(

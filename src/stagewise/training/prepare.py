@@ -69,7 +69,7 @@ class TrainOptions:
     keep: int = NUM_KEPT  # of the last checkpoints
     init: Path | None = None  # a checkpoint of a model, for the initial values
     resume: Checkpoint | None = None
-    timeout: int = 1800  # seconds that workers wait for each other
+    timeout: int = 600  # seconds that workers wait for each other
 
     @property
     def first_step(self) -> int:

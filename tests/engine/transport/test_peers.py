@@ -1,5 +1,7 @@
 """Why another rank does not answer: who it is, and no cause that is not known."""
 
+import threading
+
 import pytest
 from torch.distributed import HashStore
 
@@ -38,3 +40,21 @@ def test_what_a_rank_wrote_is_the_cause() -> None:
     lost = pytest.raises(PeerError, match="First failure: rank 3: ValueError: no more")
     with lost, Peers(1, store).named():
         raise TimeoutError("nothing came")
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped, or the link to its host is cut."""
+    monkeypatch.setattr(peers, "_STORE_SECONDS", 0.1)
+    asked: list[str] = []
+
+    class Stopped:
+        def check(self, keys: list[str]) -> bool:
+            asked.extend(keys)
+            threading.Event().wait()
+            return False
+
+    found = Peers(1, Stopped())  # type: ignore[arg-type]
+    with pytest.raises(PeerError, match="rank 1 lost rank 0"), found.named(0):
+        raise ConnectionError("closed")
+    assert len(asked) == 1
+    assert found.tell("ValueError: no more")

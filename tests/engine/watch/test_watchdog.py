@@ -2,15 +2,23 @@
 
 import contextlib
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, default_pg_timeout
 
 from stagewise.engine.watch.now import Now
-from stagewise.engine.watch.watchdog import FAILURE, HANGS_EXIT_CODE, WAITS, Watchdog
+from stagewise.engine.watch.watchdog import (
+    FAILURE,
+    HANGS_EXIT_CODE,
+    WAITS,
+    Watchdog,
+    limit_of,
+)
 from stagewise.schedule import Instruction, Kind, Message
 
 SECONDS = 20
@@ -106,6 +114,77 @@ def test_a_failure_of_an_earlier_run_is_ignored(monkeypatch: pytest.MonkeyPatch)
     with watched([Now(call="step", awaits=1), Now()], store):
         assert waiting_for(lambda: store.check([WAITS]))
     assert not ended
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Exit codes of processes that would have been ended, after 0.2 s more than the timeout."""
+    codes: list[int] = []
+    monkeypatch.setattr("stagewise.engine.watch.watchdog.os._exit", codes.append)
+    monkeypatch.setattr("stagewise.engine.watch.watchdog._GRACE_SECONDS", 0.2)
+    return codes
+
+
+def test_ranks_that_nothing_ends_end_themselves(
+    ended: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Also the one that is waited for, although it is in no call; torchrun hears who it was."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    aborted, store, stderr = threading.Event(), HashStore(), io.StringIO()
+    now = Now(call="step", kind="step", step=7, awaits=1)
+    dog = Watchdog(0, 2, store, timedelta(seconds=0.4), now, abort=aborted.set)
+    other = Watchdog(1, 2, store, timedelta(seconds=0.4), Now(step=6))
+    with contextlib.redirect_stderr(stderr):
+        try:
+            assert waiting_for(lambda: "so this process is ended" in stderr.getvalue())
+        finally:
+            dog.stop(), other.stop()
+    assert set(ended) == {HANGS_EXIT_CODE} and aborted.is_set()
+    printed = stderr.getvalue()
+    assert "waits for rank 1, in step 7, for " in printed
+    assert "the run is ended: rank 1 (" in printed
+    assert "is between calls (after step 6)" in printed
+    assert "rank 1 (" in (tmp_path / "error.json").read_text()
+
+
+class StoppedStore:
+    """A store whose process is stopped, after the first question."""
+
+    def __init__(self) -> None:
+        self._num_asked, self._never = 0, threading.Event()
+
+    def clone(self) -> "StoppedStore":
+        return self
+
+    def set_timeout(self, timeout: timedelta) -> None: ...
+
+    def check(self, keys: list[str]) -> bool:
+        self._num_asked += 1
+        return self._num_asked > 1 and self._never.wait()
+
+    def compare_set(self, *_: str) -> None:
+        self._never.wait()
+
+
+def test_a_rank_without_a_store_tells_and_ends_too(
+    ended: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = Now(call="step", kind="step", step=7, awaits=0)
+    dog = Watchdog(1, 2, StoppedStore(), timedelta(seconds=0.4), now)  # type: ignore[arg-type]
+    try:
+        assert waiting_for(lambda: bool(ended))
+    finally:
+        dog.stop()
+    assert "rank 1 (" in (printed := capsys.readouterr().err)
+    assert "waits for rank 0, in step 7" in printed
+    assert "store does not answer (no answer within 0.1 s)" in printed
+
+
+def test_torchs_default_timeout_is_nobodys_choice() -> None:
+    assert limit_of(default_pg_timeout) == 600
+    assert limit_of(timedelta(hours=2)) == 7205
 
 
 def waiting_for_no_more_than(seconds: float, condition: Callable[[], bool]) -> bool:

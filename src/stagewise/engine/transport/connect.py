@@ -141,11 +141,17 @@ def _connections(
         wires = wires_between(seats, device, group, host, peers)
         for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
             _CONNECTED.pop(destroyed).watchdog.stop()
+        made = {seats: wires}
+
+        def abort() -> None:
+            for each in [*made.values()]:
+                if each.abort is not None:
+                    each.abort()
+
         with peers.named():
-            watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host))
+            watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host), abort=abort)
         rendezvous = Rendezvous(wires.control, peers)
-        known = _CONNECTED[group] = _Connected(host, rendezvous, watchdog, {})
-        known.wires[seats] = wires
+        known = _CONNECTED[group] = _Connected(host, rendezvous, watchdog, made)
         # Also runs at the end of a multiprocessing process, which ignores atexit.
         Finalize(None, leave, exitpriority=0)
     else:

@@ -33,7 +33,8 @@ def leave_for_launcher(error: BaseException) -> None:
     path = os.environ.get(_ERROR_FILE)
     if not path or Path(path).exists():
         return
-    when = int(time.time()) + (_LATER_SECONDS if isinstance(error, PeerError) else 0)
+    is_later = isinstance(error, PeerError) and not error.is_first
+    when = int(time.time()) + is_later * _LATER_SECONDS
     said = {"message": last_words(error), "extraInfo": {"timestamp": str(when)}}
     with suppress(OSError):
         Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")

@@ -4,9 +4,10 @@ Problem: when one rank hangs, all others wait; each sees only that nothing comes
 then names whoever it waited for, which is rarely who hangs.
 Idea: a rank that waits without progress raises an alarm in the process group's store. The thread of
 every rank answers with what its main thread does, even while that is blocked; the rank that raised
-the alarm prints all answers, and marks whom the others wait for. That aborts nothing: the wait ends
-with the process group's timeout. Only a rank that still hangs after another has failed is ended,
-since nothing else would end it.
+the alarm prints all answers, and marks whom the others wait for. Nothing is aborted yet: a wait
+ends with the process group's timeout, by an error that the caller sees. Where that does not end it,
+the thread ends the process: a rank that waits on for longer than the limit, and one that makes no
+progress after another rank has failed.
 """
 
 import json
@@ -14,38 +15,67 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from stagewise.engine.watch.blame import Report, sentence, state_in_words, table
+from stagewise.engine.watch.last_words import leave_for_launcher
 from stagewise.engine.watch.now import NOW, Now
-from stagewise.engine.watch.shared_store import SharedStore
+from stagewise.engine.watch.shared_store import SharedStore, StoreGone, in_time
+from stagewise.errors import PeerError
 
 FAILURE = "stagewise/failure"  # in the store: why the first rank failed
 WAITS = "stagewise/waits"  # in the store: who was waited for when nothing happened last
 MOST_PATIENCE = 60.0  # seconds without progress before the first alarm
 _ANSWER_SECONDS = 3.0  # for others to answer
-HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs after another has failed
+# Seconds without progress before a waiting rank is ended where nobody has set a timeout: that of
+# torch's NCCL groups.
+USUAL_LIMIT = 600.0
+_GRACE_SECONDS = 5.0  # for errors that the timeout raises, and after another rank's failure
+_ABORT_SECONDS = 2.0  # an abort may wait for others
+HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs
+
+
+def limit_of(timeout: timedelta) -> float:
+    """Return after how many seconds without progress a rank that waits is ended."""
+    usual = timeout == dist.default_pg_timeout
+    return USUAL_LIMIT if usual else timeout.total_seconds() + _GRACE_SECONDS
 
 
 class Watchdog:
-    """Watches `now` on this rank; ranks wait for each other for at most `timeout`."""
+    """Watches `now` on this rank; ranks wait for each other for at most `timeout`.
+
+    `abort` ends this rank's transfers, before the process is ended.
+    """
 
     def __init__(
-        self, rank: int, num_ranks: int, store: Store, timeout: timedelta, now: Now = NOW
+        self,
+        rank: int,
+        num_ranks: int,
+        store: Store,
+        timeout: timedelta,
+        now: Now = NOW,
+        abort: Callable[[], None] = lambda: None,
     ) -> None:
-        self._now = now
+        self._now, self._abort = now, abort
         self._rank, self._num_ranks = rank, num_ranks
+        self._limit = limit_of(timeout)
         self._patience = min(MOST_PATIENCE, timeout.total_seconds() / 2)
+        self._grace = min(_GRACE_SECONDS, self._patience)
         self._look_seconds = min(1.0, self._patience / 4)
         answering = max(self._look_seconds, min(_ANSWER_SECONDS, self._patience / 2))
         self._answering = timedelta(seconds=answering)
         self._store = SharedStore(store, self._answering)
         self._failed_before = self._store.get(FAILURE) is not None
         self._stopped = threading.Event()
-        self._num_alarms, self._has_told = 0, False
+        self._num_alarms, self._has_told, self._was_asked = 0, False, False
+        self._quiet, self._failed_at = self._patience, 0.0
+        self._goes_on(self._now.state())
         self._thread = threading.Thread(target=self._run, name="stagewise watchdog", daemon=True)
         self._thread.start()
 
@@ -56,22 +86,37 @@ class Watchdog:
         self._store.close()
 
     def _run(self) -> None:
-        state, since, quiet = self._now.state(), time.monotonic(), self._patience
         try:
             while not self._stopped.wait(self._look_seconds):
-                if (current := self._now.state()) != state:
-                    state, since, quiet = current, time.monotonic(), self._patience
-                    self._goes_on()
-                seconds = time.monotonic() - since
-                if self._now.awaits is not None and seconds >= quiet:
-                    self._store.set_first(self._key(), str(self._rank))
-                if (by := self._store.get(self._key())) is not None:
-                    self._answer(int(by), seconds)
-                    quiet = max(quiet, seconds) + 2 * quiet
-                if self._now.call and seconds >= self._patience and not self._failed_before:
-                    self._end_if_failed(seconds)
+                self._look()
         except (RuntimeError, OSError) as error:
-            self._alone(state, since, str(error))
+            self._alone(str(error))
+
+    def _look(self) -> None:
+        by, cause = self._store.get_each(self._key(), FAILURE)
+        if (current := self._now.state()) != self._state:
+            self._goes_on(current)
+            self._failed_before = cause is not None  # and this rank has survived it
+            if self._has_told:
+                self._store.set(WAITS, "")
+                self._has_told = False
+        seconds = time.monotonic() - self._since
+        if by is None and self._now.awaits is not None and seconds >= self._quiet:
+            self._store.set_first(self._key(), str(self._rank))
+            by = self._store.get(self._key())
+        if by is not None:
+            self._answer(int(by), seconds)
+            self._quiet = max(self._quiet, seconds) + 2 * self._quiet
+        if self._now.awaits is not None and seconds >= self._limit:
+            self._end(f"the run is ended: {self._store.get(WAITS) or 'nobody was reported'}")
+        if cause is not None and not self._failed_before:
+            self._failed_at = self._failed_at or time.monotonic()
+            self._end_if_it_hangs(cause, seconds)
+
+    def _goes_on(self, state: tuple[object, ...]) -> None:
+        """Forget what held this rank up."""
+        self._state, self._since, self._quiet = state, time.monotonic(), self._patience
+        self._was_asked, self._failed_at = False, 0.0
 
     def _key(self, rank: int | None = None) -> str:
         alarm = f"stagewise/alarm/{self._num_alarms}"
@@ -79,6 +124,7 @@ class Watchdog:
 
     def _answer(self, by: int, seconds: float) -> None:
         """Answer the alarm of rank `by`; if that is this rank, print all answers."""
+        self._was_asked = True
         self._store.set(self._key(self._rank), json.dumps(asdict(Report.of(self._now, seconds))))
         if by == self._rank:
             answers = self._answers()
@@ -99,28 +145,46 @@ class Watchdog:
             self._stopped.wait(self._look_seconds / 4)
         return answers
 
-    def _goes_on(self) -> None:
-        """Forget what held this rank up, and failures that it has survived."""
-        self._failed_before = self._store.get(FAILURE) is not None
-        if self._has_told:
-            self._store.set(WAITS, "")
-            self._has_told = False
+    def _end_if_it_hangs(self, cause: str, seconds: float) -> None:
+        """End this process if it makes no progress after another rank's failure, of `cause`.
 
-    def _alone(self, state: tuple[object, ...], since: float, problem: str) -> None:
-        """Without a store, say once what this rank does if it makes no progress."""
-        self._stopped.wait(max(0.0, since + self._patience - time.monotonic()))
-        if not self._stopped.is_set() and self._now.call and self._now.state() == state:
-            own = state_in_words(self._rank, Report.of(self._now, time.monotonic() - since))
-            _print(f"{own}; the process group's store does not answer ({problem})")
+        Between calls the user's code may go on, unless it was waited for, or is our loop's.
+        """
+        is_in_run = self._now.call or self._was_asked or self._now.is_numbered
+        if is_in_run and time.monotonic() - max(self._failed_at, self._since) >= self._grace:
+            self._end(f"the run has failed ({cause}), so this process is ended")
 
-    def _end_if_failed(self, seconds: float) -> None:
-        """End this process if another rank has failed: the run is lost, and this one hangs."""
-        cause = self._store.get(FAILURE)
-        if cause is not None:
-            own = state_in_words(self._rank, Report.of(self._now, seconds))
-            _print(f"{own}; the run has failed ({cause}), so this process is ended")
-            sys.stdout.flush()
-            os._exit(HANGS_EXIT_CODE)
+    def _alone(self, problem: str) -> None:
+        """Without a store, tell what this rank does if it makes no progress, and end it at last."""
+        has_told = False
+        while not self._stopped.wait(self._look_seconds):
+            if (current := self._now.state()) != self._state:
+                self._goes_on(current)
+                has_told = False
+            seconds = time.monotonic() - self._since
+            if self._now.call and seconds >= self._limit:
+                self._end(f"the process group's store does not answer ({problem})")
+            if self._now.call and seconds >= self._patience and not has_told:
+                has_told = True
+                store = f"the process group's store does not answer ({problem})"
+                _print(f"{self._own(seconds)}; {store}")
+
+    def _own(self, seconds: float) -> str:
+        return state_in_words(self._rank, Report.of(self._now, seconds))
+
+    def _end(self, why: str) -> None:
+        """Tell what this rank does, and end its process."""
+        text = f"{self._own(time.monotonic() - self._since)}; {why}"
+        _print(text)
+        with suppress(RuntimeError, OSError):
+            self._store.set_first(FAILURE, f"rank {self._rank}: {text}")
+        failure = PeerError(text)
+        failure.is_first = True
+        leave_for_launcher(failure)
+        with suppress(StoreGone):
+            in_time(self._abort, _ABORT_SECONDS)
+        sys.stdout.flush()
+        os._exit(HANGS_EXIT_CODE)
 
 
 def _print(text: str, title: str = "stagewise: ") -> None:

@@ -57,7 +57,7 @@ def _root(failure: ProcessFailure) -> str:
     message: object = failure.message
     if not isinstance(message, dict):
         return ""
-    stack = str(message["extraInfo"]["py_callstack"])
-    if failure.exitcode == USAGE_EXIT_CODE and _CAUSED not in stack:
+    stack = str(message["extraInfo"].get("py_callstack", ""))
+    if not stack or (failure.exitcode == USAGE_EXIT_CODE and _CAUSED not in stack):
         return ""
     return "\n\n" + stack.split(_CAUSED)[0].rstrip()

@@ -38,7 +38,8 @@ def joined(timeout: float | None = None) -> Iterator[None]:
     Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
     `timeout` is in seconds, None for torch's.
     """
-    patience = None if timeout is None else timedelta(seconds=timeout)
+    # Not equal to torch's default, which would be taken for nobody's choice.
+    patience = None if timeout is None else timedelta(seconds=timeout, microseconds=1)
     join = partial(
         dist.init_process_group,
         store=store_of_all(patience or dist.default_pg_timeout),

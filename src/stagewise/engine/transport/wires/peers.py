@@ -7,18 +7,18 @@ cause into the process group's store, where a rank that loses a connection reads
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.engine.watch.now import ANY, NOW
-from stagewise.engine.watch.shared_store import served_by
+from stagewise.engine.watch.shared_store import in_time, served_by
 from stagewise.engine.watch.watchdog import FAILURE, WAITS
 from stagewise.errors import PeerError
 
-_PATIENCE_SECONDS, _POLL_SECONDS = 2.0, 0.05
+_PATIENCE_SECONDS, _POLL_SECONDS, _STORE_SECONDS = 2.0, 0.05, 3.0
 _LATE = ("timed out", "timeout")  # in the messages of gloo and NCCL
 
 
@@ -38,11 +38,8 @@ class Peers:
     def tell(self, cause: str) -> bool:
         """Write why this rank stops; return False if another did first. Ignores a lost store."""
         said = cause if NOW.place and NOW.place in cause else f"rank {self.rank}: {cause}"
-        if self.store is not None:
-            with suppress(RuntimeError):
-                kept: bytes = self.store.compare_set(FAILURE, "", said)
-                return kept.decode() == said
-        return True
+        kept = self._asked(lambda store: store.compare_set(FAILURE, "", said))
+        return kept is None or kept.decode() == said
 
     @contextmanager
     def named(self, other: int | None = None) -> Iterator[None]:
@@ -77,7 +74,9 @@ class Peers:
             + f". First failure: {self._cause() or unknown}"
         )
         self.tell(message)
-        return PeerError(message)
+        raised = PeerError(message)
+        raised.is_first = late
+        return raised
 
     def _killed(self) -> str:
         number = self._kills.number
@@ -86,22 +85,25 @@ class Peers:
 
     def _read(self, key: str) -> str | None:
         """Return what the store holds, None if it does not or is gone."""
-        with suppress(RuntimeError):
-            if self.store is not None and self.store.check([key]):
-                return str(self.store.get(key).decode())
+        found = self._asked(lambda store: store.get(key) if store.check([key]) else b"")
+        return found.decode() if found else None
+
+    def _asked(self, ask: Callable[[Store], bytes]) -> bytes | None:
+        """Return the store's answer, None if it is gone; then it is not asked again."""
+        store = self.store
+        if store is not None:
+            try:
+                return in_time(lambda: ask(store), _STORE_SECONDS)
+            except (RuntimeError, OSError):
+                self.store = None  # its process is gone or stopped, or the link is cut
         return None
 
     def _cause(self) -> str | None:
         """Return the first cause, or None; waits for it briefly, but only the first time."""
         deadline = time.monotonic() + self.patience
-        while self.store is not None:
-            try:
-                if self.store.check([FAILURE]):
-                    return str(self.store.get(FAILURE).decode())
-            except RuntimeError:
-                break  # the store's own process is gone
-            if time.monotonic() >= deadline:
+        while (cause := self._read(FAILURE)) is None and time.monotonic() < deadline:
+            if self.store is None:
                 break
             time.sleep(_POLL_SECONDS)
         self.patience = 0
-        return None
+        return cause
