@@ -4,15 +4,14 @@ A plan's placement says which devices hold which stage; the replicas of a stage 
 microbatches in turn. Either one process runs all devices, or rank r of the pipeline's process
 group runs device r. Only this module maps devices to ranks.
 
-A mesh with other axes (such as torch's DeviceMesh with "dp", "pp" and "tp") would enter here: every
-slice along "pp" is a pipeline with its own Mesh, wires and ranks (`between_processes(device,
-mesh.get_group("pp"))`), numbered within the slice, so neither messages nor the engine know of other
-slices. A rank's part of a stage along "tp" is the `shard` of its place, used to name, seed and save
-parameters; sums over slices along "dp" belong to gradients.
+On a device mesh with other axes, pipelines run side by side: ranks that differ along those axes
+only run the same stages. `Slices` says which ranks are one pipeline, and which give the same part
+of the batch; messages and the engine number ranks within their own pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 Placement = tuple[tuple[int, ...], ...]  # per stage: its devices
@@ -76,3 +75,84 @@ class Mesh:
             for stage, devices in enumerate(self.placement)
             if (device := self.device_of(stage, rank)) is not None
         )
+
+
+class Seating(NamedTuple):
+    """Where a rank of a device mesh sits."""
+
+    stage: int  # its rank in its pipeline
+    data: tuple[int, ...] = ()  # along the axes whose ranks have parts of the batch of their own
+    other: tuple[int, ...] = ()  # along the others, whose ranks have the same part
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The pipelines that run side by side on a mesh, with `seatings` by rank, as `rank` sees them.
+
+    >>> slices = Slices(2, tuple(Seating(s, (d,)) for d in range(2) for s in range(2)), ("dp",))
+    >>> slices.own, slices.beside(("dp",), [0]), slices.cohorts
+    ((2, 3), [0, 2], ((0, 1), (2, 3)))
+    """
+
+    rank: int
+    seatings: tuple[Seating, ...]
+    data_axes: tuple[str, ...] = ()
+
+    @staticmethod
+    def one(rank: int, num_ranks: int) -> "Slices":
+        """Return those of a single pipeline."""
+        return Slices(rank, tuple(map(Seating, range(num_ranks))))
+
+    @property
+    def seat(self) -> Seating:
+        return self.seatings[self.rank]
+
+    @cached_property
+    def own(self) -> tuple[int, ...]:
+        """The ranks of this rank's pipeline, in order."""
+        return self.of_data(self.data_index)
+
+    @cached_property
+    def parts(self) -> list[tuple[int, ...]]:
+        """The places along the data axes, in order: each has a part of the batch."""
+        return sorted({seating.data for seating in self.seatings})
+
+    @cached_property
+    def data_index(self) -> int:
+        """Which part of the batch this rank has."""
+        return self.parts.index(self.seat.data)
+
+    def of_data(self, index: int) -> tuple[int, ...]:
+        """Return the ranks of the pipeline that has part `index`, beside this rank's."""
+        data, other = self.parts[index], self.seat.other
+        found = [(s.stage, r) for r, s in enumerate(self.seatings) if s[1:] == (data, other)]
+        return tuple(rank for _, rank in sorted(found))
+
+    @cached_property
+    def pipelines(self) -> list[tuple[int, ...]]:
+        """The pipelines that have the parts of the batch, in order, beside this rank's."""
+        return [self.of_data(index) for index in range(len(self.parts))]
+
+    @cached_property
+    def cohorts(self) -> tuple[tuple[int, ...], ...]:
+        """For each part of the batch, the ranks that have it."""
+        ranks: dict[tuple[int, ...], list[int]] = {data: [] for data in self.parts}
+        for rank, seating in enumerate(self.seatings):
+            ranks[seating.data].append(rank)
+        return tuple(map(tuple, ranks.values()))
+
+    def beside(self, axes: Collection[str] | None, stages: Sequence[int]) -> list[int]:
+        """Return the ranks at `stages` of the pipelines that differ from ours along `axes` only.
+
+        Those of all pipelines if that is None.
+        """
+        if axes is None:
+            return [rank for rank, seating in enumerate(self.seatings) if seating.stage in stages]
+        fixed = [i for i, name in enumerate(self.data_axes) if name not in axes]
+        return [
+            rank
+            for rank, (stage, data, other) in enumerate(self.seatings)
+            if stage in stages
+            and other == self.seat.other
+            and all(data[i] == self.seat.data[i] for i in fixed)
+        ]

@@ -4,6 +4,7 @@ A sparse tensor has no strides, storage or `nbytes`, and `torch.equal` refuses i
 values support all of these. So do the inner tensors of a wrapper subclass.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,8 @@ def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     wrapper: object = tensor
     if is_traceable_wrapper_subclass(wrapper):
         names, _ = wrapper.__tensor_flatten__()
-        return tuple(part for name in names for part in parts(getattr(wrapper, name)))
+        inner = (getattr(wrapper, name) for name in names)  # a DTensor's has its mesh, too
+        return tuple(p for one in inner if isinstance(one, torch.Tensor) for p in parts(one))
     if tensor.layout is torch.strided:
         return (tensor,)
     if tensor.layout is torch.sparse_coo:
@@ -27,6 +29,12 @@ def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if tensor.layout in _BY_COLUMN:
         return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
     return (tensor.to_dense(),)
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether `tensor` is a DTensor; importing its class would take a second."""
+    known = sys.modules.get("torch.distributed.tensor")
+    return known is not None and isinstance(tensor, known.DTensor)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:

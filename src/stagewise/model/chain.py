@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from stagewise.batch.layouts import is_sharded
 from stagewise.errors import ModelError
 from stagewise.model.captured import Captured, captured_of, changed_of
 from stagewise.model.cell import Cell, Chain, Holder, Piece
@@ -31,6 +32,7 @@ def chain_of(model: Model) -> Chain:
     captured = captured_of(model)
     if captured is not None:
         return captured.chain
+    _refuse_sharded(model)
     children, scopes = _children_of(model)
     named = [found for name, child in children for found in _flatten(name, child, scopes)]
     if not named:
@@ -50,6 +52,20 @@ def chain_of(model: Model) -> Chain:
     )
     check_skips((cell.name, cell.skips) for cell in chain)
     return chain
+
+
+def _refuse_sharded(model: Model) -> None:
+    """Raise ModelError for a model whose parameters are already spread over ranks."""
+    assert not isinstance(model, Captured)
+    roots = [("", model)] if isinstance(model, nn.Module) else children_in(model)
+    named = ((f"{at}.{n}".lstrip("."), p) for at, m in roots for n, p in m.named_parameters())
+    if found := [name for name, parameter in named if is_sharded(parameter)]:
+        raise ModelError(
+            f"{', '.join(found[:3])} ({len(found)} parameters) are DTensors already: the model was "
+            "sharded or parallelised before it was cut into stages; give the plain model, and do "
+            "that to each stage: Pipeline(..., mesh=mesh, parallelize=fn) calls "
+            "fn(stage, mesh, index)"
+        )
 
 
 def _children_of(model: Model) -> tuple[list[tuple[str, nn.Module]], tuple[Scope, ...]]:

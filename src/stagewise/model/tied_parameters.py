@@ -23,6 +23,7 @@ class Tied:
     parameter: nn.Parameter
     names: tuple[str, ...]
     cells: tuple[int, ...]
+    copies: tuple[nn.Parameter, ...] = ()  # others on this rank, sharded with another stage
 
 
 def find_tied(chain: Chain) -> tuple[Tied, ...]:

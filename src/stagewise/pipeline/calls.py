@@ -14,15 +14,8 @@ import torch
 from stagewise.batch.custom_split import Split, split_by
 from stagewise.batch.markers import as_one_value
 from stagewise.engine.stage.work import Mode, Scaling
-from stagewise.engine.step.results import (
-    Losses,
-    Merge,
-    OnRanks,
-    Result,
-    losses_by_microbatch,
-    outputs_of,
-    ranks_of,
-)
+from stagewise.engine.step.outputs import Merge, OnRanks, outputs_of, ranks_of
+from stagewise.engine.step.results import Losses, Result, losses_by_microbatch
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import CALLS, UNSCALED, Request
 from stagewise.engine.watch.now import NOW

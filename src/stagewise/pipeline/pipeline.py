@@ -5,6 +5,7 @@ its own stages' cells; drop your own reference to the model to free the rest.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,18 +18,22 @@ from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.loss import Loss, takes_target
 from stagewise.engine.stage.skips import SkipRoutes
 from stagewise.engine.stage.work import Mode
-from stagewise.engine.step.results import Losses, Merge
+from stagewise.engine.step.outputs import Merge
+from stagewise.engine.step.results import Losses
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf
 from stagewise.engine.step.weights import LossCount, Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
+from stagewise.engine.transport.device_mesh import DeviceMesh, OnMesh
 from stagewise.errors import ModelError
 from stagewise.free_pages import FreePages, trim_of_glibc
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of
 from stagewise.model.meta_tensors import Init
+from stagewise.pipeline.build.assemble import Wishes, assemble
 from stagewise.pipeline.build.initial import Given, initialise
+from stagewise.pipeline.build.parallelise import Parallelize
 from stagewise.pipeline.build.places import (
     build_stages,
     first_devices,
@@ -37,7 +42,6 @@ from stagewise.pipeline.build.places import (
 )
 from stagewise.pipeline.build.recut import check_cells_stay, recut
 from stagewise.pipeline.build.refusals import refuse
-from stagewise.pipeline.build.ties import forbid_changing_buffers, tie
 from stagewise.pipeline.build.whole_model import WholeModel
 from stagewise.pipeline.calls import Calls
 from stagewise.planning.partition.balance import check_balance
@@ -94,6 +98,16 @@ class Pipeline(Calls):
         compare_batches: compare the values of inputs, target and keyword arguments between the
             ranks that pass them in every call, not only in the first eight and every 16th.
 
+        mesh: a torch DeviceMesh with named axes: a pipeline along `pipeline_axis`, others side by
+            side along the rest. Every rank along the *data axes* gives its own part of the batch;
+            losses, their weights, totals and running statistics are those of the whole, and
+            microbatch m of part d draws as microbatch d*M + m of it.
+        parallelize: `parallelize(stage, mesh, index)` is called for each own stage, a module with
+            the model's names, and may change it in place: `fully_shard` over data axes (reduced
+            once a step), `parallelize_module`, `compile()`.
+        pipeline_axis, data_axes: names of axes; data axes are by default those called dp..., data,
+            fsdp, hsdp, replicate or shard.
+
     If the plan gives a stage several devices (`Plan.replicas`), each of their ranks holds the
     stage, with the first one's parameters and buffers, and runs its share of the microbatches;
     gradients, dense there, are summed once per step, and hooks on parameters see that sum. In one
@@ -148,6 +162,10 @@ class Pipeline(Calls):
         merge: Merge | None = None,
         find_nonfinite: bool = False,
         compare_batches: bool = False,
+        mesh: DeviceMesh | None = None,
+        parallelize: Parallelize | None = None,
+        pipeline_axis: str = "pp",
+        data_axes: Sequence[str] | None = None,
     ) -> None:
         chain = chain_of(model)
         check_balance(plan.balance, len(chain))
@@ -158,7 +176,12 @@ class Pipeline(Calls):
             )
         schedule = plan.built_schedule
         self._devices, wired = connect(
-            transport, devices, chain, schedule.num_devices, first_devices(plan)
+            transport,
+            devices,
+            chain,
+            schedule.num_devices,
+            first_devices(plan),
+            None if mesh is None else OnMesh(mesh, pipeline_axis, data_axes),
         )
         ranks = wired.ranks
         whole = WholeModel.of(chain)
@@ -180,12 +203,13 @@ class Pipeline(Calls):
         given = Given(init=init, state=state, seed=seed)
         initialise(model, chain, plan, ranks, whole.aliases, given)
         self._skips = SkipRoutes(chain, plan.engine_balance)
-        stages = build_stages(chain, plan, ranks, self._devices, self._skips, loss)
+        build = partial(build_stages, chain, plan, ranks, self._devices, self._skips, loss)
+        wishes = Wishes(mesh=mesh, parallelize=parallelize, in_float32=accumulate_in_float32)
+        made = assemble(build, chain, plan, ranks, wishes)
+        stages = made.stages
         own_devices = [stage.device for stage in stages.values()]
         self._device = own_devices[-1] if own_devices else self._devices[ranks.rank]
-        forbid_changing_buffers(stages, plan)
-        ties, policies = tie(chain, plan, stages, ranks, in_float32=accumulate_in_float32)
-        super().__init__(whole, stages, ties, ranks)
+        super().__init__(whole, stages, made.ties, ranks)
         self.plan = plan
         self._batch_dim, self._split, self._merge = batch_dim, split, merge
         captured = captured_of(model)
@@ -205,11 +229,12 @@ class Pipeline(Calls):
             count=LossCount(
                 weight, sums=is_sum(loss, loss_reduction, has_weight=weight is not None)
             ),
-            policies=policies,
+            policies=made.policies,
         )
         self._runner.check_more(values=compare_batches, finite=find_nonfinite)
         self._runner.root = ModeOf(self.module, model)
         self._runner.unchanged.follow(model, all_here=ranks.num_ranks == 1)
+        self._runner.looks.are_off = parallelize is not None
         self._runner.looks.elsewhere = not_run_here(chain, stages, loss)
 
     def timeline(self) -> Timeline:
@@ -268,4 +293,4 @@ class Pipeline(Calls):
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank: how ranks agree on stopping, for example."""
         self.overflow.before_collective()
-        return any(row[0] for row in self._ranks.exchange([int(flag)], "any"))
+        return any(row[0] for row in self._ranks.exchange_all([int(flag)], "any"))

@@ -157,7 +157,7 @@ class Share:
         """
         self.overflow.before_collective()
         return clip_by_global_norm(
-            dict(self.named_parameters()),
+            [*self.named_parameters()],
             self._whole.dtypes,
             max_norm,
             self._ranks,

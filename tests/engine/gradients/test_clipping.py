@@ -40,7 +40,7 @@ def test_waits_do_not_grow_with_the_number_of_parameters(max_norm: float) -> Non
             other.grad = one.grad.clone()
         with Waits() as waits:
             norm = clip_by_global_norm(
-                parameters, dict.fromkeys(parameters, torch.float32), max_norm, ranks
+                [*parameters.items()], dict.fromkeys(parameters, torch.float32), max_norm, ranks
             )
         counts.append(sum(waits.counts.values()))
         assert torch.equal(norm, nn.utils.clip_grad_norm_(plain, max_norm))

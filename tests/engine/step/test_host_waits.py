@@ -14,6 +14,7 @@ import stagewise
 from stagewise.engine.stage.work import Mode, Work
 from stagewise.engine.step import step
 from stagewise.engine.step.results import agree_on_losses
+from stagewise.mesh import Slices
 from stagewise.model.added_losses import MAIN_LOSS
 
 WAIT = "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"
@@ -101,7 +102,9 @@ def test_a_step_between_ranks_waits_once_for_its_loss() -> None:
         return [[0, 0, 1, 0], exchanged[0]]
 
     for rank, num_reads in ((1, 1), (0, 0)):
-        ranks: Any = SimpleNamespace(rank=rank, num_ranks=2, exchange=exchange)
+        ranks: Any = SimpleNamespace(
+            rank=rank, is_alone=False, slices=Slices.one(rank, 2), exchange_all=exchange
+        )
         losses = {m: {MAIN_LOSS: torch.tensor(1.0 + m)} for m in range(2 * rank)}
         work.record.losses.clear()
         work.record.losses.update(losses)

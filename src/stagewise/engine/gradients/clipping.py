@@ -2,17 +2,20 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from stagewise.batch.layouts import is_sharded
+from stagewise.engine.gradients.shards import local_of, whole_norms
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError
 
 
 def clip_by_global_norm(
-    own: Mapping[str, torch.nn.Parameter],
+    own: Sequence[tuple[str, torch.nn.Parameter]],
     dtypes: Mapping[str, torch.dtype],
     max_norm: float,
     ranks: Ranks,
@@ -34,12 +37,12 @@ def clip_by_global_norm(
     place = {name: index for index, name in enumerate(dtypes)}
     for places, together in _norms(own, place, norm_type):
         norms[places], present[places] = together, 1
-    unknown = [name for name in own if name not in place]
+    unknown = [name for name, _ in own if name not in place]
     row = [*norms.view(torch.int64).tolist(), *present.tolist(), len(unknown)]
     how = "" if norm_type == 2.0 else f", norm_type={float(norm_type)!r}"
     how += ", error_if_nonfinite=True" if error_if_nonfinite else ""
     rows = torch.tensor(
-        ranks.exchange(row, f"clip_grad_norm_({float(max_norm)!r}{how})"),
+        ranks.exchange_all(row, f"clip_grad_norm_({float(max_norm)!r}{how})"),
         dtype=torch.int64,
         device="cpu",
     )
@@ -58,7 +61,8 @@ def clip_by_global_norm(
             f"the norm of order {norm_type} of the gradients of all ranks is {float(total)}, so it "
             "cannot be clipped; leave error_if_nonfinite out to scale by it all the same"
         )
-    torch.nn.utils.clip_grads_with_norm_(own.values(), max_norm, total, foreach)
+    parts: Any = [_part(parameter) for _, parameter in own]
+    torch.nn.utils.clip_grads_with_norm_(parts, max_norm, total, foreach)
     return total
 
 
@@ -78,14 +82,21 @@ def _total(
 
 
 def _norms(
-    own: Mapping[str, torch.nn.Parameter], place: Mapping[str, int], norm_type: float
+    own: Sequence[tuple[str, torch.nn.Parameter]], place: Mapping[str, int], norm_type: float
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield places and norms on the CPU, by device and dtype: one wait for each, not one a norm."""
     found: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
-    for name, parameter in own.items():
-        if parameter.grad is not None and name in place:
+    spread: list[tuple[int, torch.Tensor]] = []
+    for name, parameter in own:
+        if parameter.grad is None or name not in place:
+            continue
+        if is_sharded(parameter.grad):
+            spread.append((place[name], parameter.grad))
+        else:
             norm = torch.linalg.vector_norm(_elements(parameter.grad), norm_type)
             found.setdefault((norm.device, norm.dtype), []).append((place[name], norm))
+    if spread:
+        yield [at for at, _ in spread], whole_norms([g for _, g in spread], norm_type)
     for column in found.values():
         places, norms = zip(*column, strict=True)
         yield [*places], torch.stack(norms).cpu().double()
@@ -97,7 +108,7 @@ def clip_by_value(
 ) -> None:
     """Clamp the elements of their gradients to [-max_value, max_value]."""
     dense = []
-    for parameter in parameters:
+    for parameter in map(_part, parameters):
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
             _elements(parameter.grad).clamp_(-max_value, max_value)
@@ -105,6 +116,18 @@ def clip_by_value(
             dense.append(parameter)
     if dense:  # torch raises on an empty list
         torch.nn.utils.clip_grad_value_(dense, max_value, foreach)
+
+
+class _Part(NamedTuple):
+    """What torch's functions need of a parameter: this rank's part of the gradient."""
+
+    grad: torch.Tensor
+
+
+def _part(parameter: Any) -> Any:
+    """Return a sharded parameter's part here, or the parameter itself."""
+    gradient = parameter.grad
+    return _Part(local_of(gradient)) if is_sharded(gradient) else parameter
 
 
 def _elements(gradient: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from stagewise.engine.gradients.shards import local_of
 from stagewise.engine.transport.ranks import Ranks
 
 
@@ -46,7 +47,7 @@ class Overflow:
             seen = {id(parameter) for parameter in known}
             rest = [p.grad for p in self._parameters() if id(p) not in seen and p.grad is not None]
             row = [int(found or not all(map(_is_finite, rest)))]
-            rows = self._ranks.exchange(row, "GradScaler: whether gradients are finite")
+            rows = self._ranks.exchange_all(row, "GradScaler: whether gradients are finite")
             self._answer, self._asked_in = any(bad for (bad,) in rows), now
             self.found |= self._answer
         return self._answer
@@ -58,6 +59,7 @@ class Overflow:
 
 
 def _is_finite(gradient: torch.Tensor) -> bool:
+    gradient = local_of(gradient)
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
     return bool(torch.isfinite(gradient).all())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stagewise.engine.stage.batchnorm import BatchNorms
-from stagewise.engine.stage.gradient import accumulate
+from stagewise.engine.stage.gradient import Gradient, accumulate
 from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.stage.work import Observer
 from stagewise.engine.transport.ranks import Ranks
@@ -33,6 +33,8 @@ class Settlement:
     batchnorms: BatchNorms
     stand_ins: StandIns = NO_STAND_INS
     observers: list[Observer] = field(default_factory=list)  # called after every instruction
+    # This rank's sums over data axes of sharded parameters that other stages also use.
+    parts: dict[nn.Parameter, Gradient] = field(default_factory=dict)
     in_float32: bool = False  # low-precision gradients are summed in float32
     # Adds a complete gradient to `.grad`, or to its float32 sum.
     add: Callable[[nn.Parameter, torch.Tensor], None] = accumulate
@@ -47,6 +49,9 @@ class ParameterPolicy:
 
     def before_inference(self, call: Settlement) -> None:
         """Prepare for a call that does not train."""
+
+    def after_inference(self) -> None:
+        """Clean up after it, also if it failed."""
 
     def check(self, step: Settlement) -> None:
         """Raise CellError if this rank did something wrong; the step is then undone on all."""
@@ -78,10 +83,16 @@ class Policies:
                 policy.undo(step, error)
             raise
 
-    def before_inference(self, call: Settlement) -> None:
-        """Call each policy's, in order."""
+    @contextmanager
+    def around_inference(self, call: Settlement) -> Iterator[None]:
+        """Run a call inside that does not train."""
         for policy in self._policies:
             policy.before_inference(call)
+        try:
+            yield
+        finally:
+            for policy in reversed(self._policies):
+                policy.after_inference()
 
     def check(self, step: Settlement) -> None:
         """Call each policy's, in order."""

@@ -15,7 +15,10 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
+from stagewise.batch.layouts import is_sharded
+from stagewise.engine.gradients.part_sum import sums_over
 from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
+from stagewise.engine.gradients.shards import like, local_of
 from stagewise.engine.stage.gradient import (
     Gradient,
     dense_like,
@@ -24,7 +27,7 @@ from stagewise.engine.stage.gradient import (
     wide,
 )
 from stagewise.engine.stage.stand_ins import StandIns, _places
-from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.ranks import Group, Ranks
 from stagewise.errors import CellError
 from stagewise.model.tied_parameters import Tied
 
@@ -34,7 +37,9 @@ class TiedParameters(ParameterPolicy):
 
     `cells` are this rank's cells with their devices, `ranks[c]` the ranks that run cell c of the
     chain (several if its stage is replicated), `others` the parameters that no cell of this rank
-    has. Those in `within` are only used in one replicated stage: `Replicas` sums them.
+    has. Those in `within` are only used in one replicated stage: `Replicas` sums them. Of sharded
+    ones it sums this rank's parts over data axes, before the parts are summed over stages here; any
+    others' sums are summed `over_data` by the last rank.
     """
 
     def __init__(
@@ -44,8 +49,9 @@ class TiedParameters(ParameterPolicy):
         ranks: Sequence[Sequence[int]] = (),
         others: Mapping[str, nn.Parameter] | None = None,
         within: Collection[nn.Parameter] = (),
+        over_data: Group | None = None,
     ) -> None:
-        cells = cells or {}
+        cells, self._over_data = cells or {}, over_data
         self.ties = tuple(tied for tied in ties if not cells.keys().isdisjoint(tied.cells))
         self._ranks = ranks
         self._devices = {index: device for index, (_, device) in cells.items()}
@@ -53,13 +59,14 @@ class TiedParameters(ParameterPolicy):
         for tied in self.ties:
             if tied.parameter not in within:
                 self._groups.setdefault(tied.cells, []).append(tied.parameter)
+        self._copies = {tied.parameter: tied.copies for tied in self.ties}
         self._others = {
             name: weakref.ref(parameter)
             for name, parameter in (others or {}).items()
             if parameter.grad is None
         }
         self._given_outside: set[str] = set()  # of `others`, with a gradient before the first step
-        known = {tied.parameter for tied in self.ties}
+        known = {tied.parameter for tied in self.ties if not is_sharded(tied.parameter)}
         self._places = {
             index: places
             for index, (root, _) in cells.items()
@@ -88,7 +95,8 @@ class TiedParameters(ParameterPolicy):
         """Let stand-ins collect the gradients, low-precision ones in float32 if asked for."""
         others = ((name, reference()) for name, reference in self._others.items())
         self._given_outside = {n for n, p in others if p is not None and p.grad is not None}
-        before = {tied.parameter: taken(tied.parameter) for tied in self.ties}
+        plain = [tied.parameter for tied in self.ties if not is_sharded(tied.parameter)]
+        before = {parameter: taken(parameter) for parameter in plain}
         step.stand_ins = StandIns(self._places, self._leaves(training=True), before)
         if step.in_float32:
             step.stand_ins.sum_in_float32()
@@ -135,12 +143,16 @@ class TiedParameters(ParameterPolicy):
     def settle(self, step: Settlement) -> None:
         """Sum the gradients of all users, and add the sum to the earlier gradient."""
         for cells, parameters in self._groups.items():
-            like = [*map(wide, parameters)] if step.in_float32 else parameters
-            totals = self._sum(cells, parameters, like, step)
+            forms = [*map(wide if step.in_float32 else local_of, parameters)]
+            totals = self._sum(cells, parameters, forms, step)
             for parameter, total in zip(parameters, totals, strict=True):
-                parameter.grad = step.stand_ins.before[parameter]
-                if total is not None:
-                    step.add(parameter, total)
+                if parameter in step.stand_ins.before:
+                    parameter.grad = step.stand_ins.before[parameter]
+                if total is None:
+                    continue
+                step.add(parameter, like(parameter, total))
+                for copy in self._copies[parameter]:
+                    step.add(copy, like(copy, total.clone()))
 
     def undo(self, step: Settlement, error: BaseException) -> None:
         for parameter, gradient in step.stand_ins.before.items():
@@ -150,7 +162,7 @@ class TiedParameters(ParameterPolicy):
         self,
         cells: tuple[int, ...],
         parameters: Sequence[nn.Parameter],
-        like: Sequence[torch.Tensor],
+        forms: Sequence[torch.Tensor],
         step: Settlement,
     ) -> list[Gradient]:
         """Return each parameter's gradient summed over `cells`, left to right, on every user."""
@@ -160,8 +172,12 @@ class TiedParameters(ParameterPolicy):
             if rank != ranks.rank:
                 continue
             if index > 0:
-                sums = ranks.take(legs[index - 1][0], like)
+                sums = ranks.take(legs[index - 1][0], forms)
             for number, parameter in enumerate(parameters):
+                if is_sharded(parameter):
+                    for copy in (parameter, *self._copies[parameter]):
+                        sums[number] = plus(sums[number], step.parts.pop(copy, None))
+                    continue
                 for cell in own:
                     gradient = step.stand_ins.take_gradient(cell, parameter)
                     sums[number] = plus(sums[number], gradient)
@@ -169,7 +185,10 @@ class TiedParameters(ParameterPolicy):
                 sums[number] = plus(sums[number], dense_like(parameter, taken(parameter)))
             if index + 1 < len(legs):
                 ranks.give(legs[index + 1][0], sums)
-        return self._spread(cells, legs[-1][0], sums, like, ranks)
+            elif self._over_data is not None:
+                own_parts = {n for n, p in enumerate(parameters) if is_sharded(p)}
+                sums = sums_over(self._over_data, forms, sums, without=own_parts)
+        return self._spread(cells, legs[-1][0], sums, forms, ranks)
 
     def _legs(self, cells: tuple[int, ...]) -> list[tuple[int, list[int]]]:
         """Return the route of the partial sums: in cell order, then from replica to replica."""

@@ -75,6 +75,7 @@ class BatchNorms:
         self._names = layers_of(cells)
         self._own_forward: list[str] = []  # layers that override `forward`
         self._warned: set[str] = set()
+        self.first = 0  # the first microbatch's number among those of all data ranks
         self._microbatch: tuple[int, int] | None = None  # the running (stage, microbatch)
         self._num_calls: dict[_BatchNorm, int] = {}  # in that forward
         # layer -> (stage, index of the call within its forward) -> microbatch
@@ -130,7 +131,7 @@ class BatchNorms:
 
     @contextmanager
     def _noting(self, stage: int, m: int) -> Iterator[None]:
-        self._microbatch = (stage, m)
+        self._microbatch = (stage, self.first + m)
         self._num_calls.clear()
         try:
             yield

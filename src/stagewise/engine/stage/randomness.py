@@ -64,12 +64,18 @@ class CellRandomness:
     """Seeds the generators that cells of one device draw from, before each cell of one step.
 
     These are the device's default generator, the CPU's (which any cell may use), and those found
-    by `draws`.
+    by `draws`. Microbatches are counted over all data ranks: the `first` here has that number.
     """
 
     def __init__(
-        self, seed: int, step: int, device: torch.device, draws: Draws | None = None
+        self,
+        seed: int,
+        step: int,
+        device: torch.device,
+        draws: Draws | None = None,
+        first: int = 0,
     ) -> None:
+        self._first = first
         self._step = _mixed(_mixed(0, seed), step)
         self._cells: dict[int, int] = {}  # the state after mixing in the cell, by cell
         self._generator, self.draws = default_generator(device), draws
@@ -80,7 +86,7 @@ class CellRandomness:
         state = self._cells.get(cell)
         if state is None:
             state = self._cells[cell] = _mixed(self._step, cell)
-        number = _mixed(state, microbatch)
+        number = _mixed(state, microbatch + self._first)
         self._generator.manual_seed(number)
         if self._has_other:
             torch.default_generator.manual_seed(number)
@@ -105,6 +111,13 @@ class CellRandomness:
                 "iterator, counts its calls or reads the clock; draw from torch's default "
                 "generator, pass in what changes, or plan with recompute='never'"
             )
+
+
+def randomness_on(
+    devices: Iterable[torch.device], seed: int, step: int, draws: Draws, first: int
+) -> dict[torch.device, CellRandomness]:
+    """Return that of one step, by device."""
+    return {device: CellRandomness(seed, step, device, draws, first) for device in devices}
 
 
 @contextmanager

@@ -128,6 +128,7 @@ class Work:
     mode: Mode
     sizes: tuple[int, ...]
     by_samples: tuple[float, ...]
+    first: int = 0  # the first microbatch's number among those of all data ranks
     signature: int = 0  # equal for batches of the same form
     recomputed: frozenset[tuple[int, int]] = frozenset()  # (stage, microbatch)
     parts: Parts = NO_PARTS

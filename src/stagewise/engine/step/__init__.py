@@ -5,7 +5,8 @@
 2. `parts`: this rank's microbatches; `weights`: how much each one's loss counts.
 3. `programs` binds the schedule to this rank's stages; `execute` runs it, instruction by
    instruction; on an accelerator `marks` time each; `nonfinite` finds where a NaN began.
-4. `results`: every rank knows the loss; `agreement`: or every rank raises the first failure.
+4. `results`: every rank knows the loss, `outputs`: and what the model returned; `agreement`: or
+   every rank raises the first failure.
 5. `unchanged`: what was built is still what runs. `looks` says which calls are looked at closely
    (`engine/looks`).
 

@@ -5,7 +5,7 @@ mode, with matching batches. If any rank objects, all raise.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -57,6 +57,8 @@ class Admitted:
     sizes: tuple[int, ...]  # samples per microbatch
     is_split: bool = False  # the caller gave Microbatches
     num_args: int = 1  # positional arguments of the model's first cell
+    first: int = 0  # this rank's first microbatch among those of all data ranks
+    num_samples: int | None = None  # of all data ranks, if there are several
 
 
 def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Admitted:
@@ -70,35 +72,46 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
             batch = _examined(request, needs, state, ranks.num_ranks)
     except StagewiseError as error:
         objection = error if isinstance(error, UsageError) else BatchError(str(error))
-    if ranks.num_ranks == 1:
+    if ranks.is_alone:
         if objection is not None:
             raise objection
         return _alone(request, needs, batch)
     autocast = _autocast()
     own = _vote(request, needs, state, batch, autocast, objection)
-    votes = [own.same_kind(row) for row in ranks.exchange(own.row(), request.call)]
+    votes = [own.same_kind(row) for row in ranks.exchange_all(own.row(), request.call)]
     if any(vote.objects for vote in votes):
         _refuse(ranks, objection)
-    routes = needs.routes
-    if (differs := difference(votes, routes.names)) is not None:
+    routes, cohorts = needs.routes, ranks.slices.cohorts
+    if (differs := difference(votes, routes.names, cohorts)) is not None:
         _raise(ranks, request, needs, batch, autocast, differs)
+    totals = [_total([votes[rank].num_samples for rank in group]) for group in cohorts]
+    _check_scaling(request, needs, sum(totals))
+    asked: list[tuple[int, ...] | None] = [None] * len(cohorts)
+    if any(vote.sizes != NOT_GIVEN for vote in votes):  # some ranks may have no Microbatches
+        every = ranks.gather_all(batch.sizes, f"{request.call}: sizes")
+        asked = [next((s for r in group if (s := every[r]) is not None), None) for group in cohorts]
+    cuts = [_cut(request, needs, *part) for part in zip(totals, asked, strict=True)]
+    shared = [_shared([votes[rank] for rank in group], routes) for group in cohorts]
+    part = ranks.slices.data_index
+    sizes, is_split, (num_args, forms) = cuts[part], asked[part] is not None, shared[part]
+    flags = [votes[rank].flags for rank in cohorts[part]]
+    form = (forms[0], forms[1:], sizes if is_split else None)
+    return Admitted(
+        fingerprint((int(request.mode), form, flags)),
+        sizes,
+        is_split,
+        num_args,
+        first=sum(map(len, cuts[:part])),
+        num_samples=sum(totals) if len(cohorts) > 1 else None,
+    )
+
+
+def _shared(votes: Sequence[Vote], routes: Routes) -> tuple[int, list[int]]:
+    """Return the number of positional arguments, and the forms of inputs and keywords."""
     num_args = max(vote.num_args for vote in votes)
     named = list(zip(*(vote.keywords for vote in votes), strict=True))
     routes.check_given(named, num_args)
-    total = _total([vote.num_samples for vote in votes])
-    _check_scaling(request, needs, total)
-    is_split = any(vote.sizes != NOT_GIVEN for vote in votes)
-    if is_split:  # some ranks may have none of the Microbatches
-        every = ranks.gather(batch.sizes, f"{request.call}: sizes")
-        batch = replace(batch, sizes=next(sizes for sizes in every if sizes is not None))
-    sizes = _cut(request, needs, total, batch.sizes)
-    shared = (
-        max(vote.inputs for vote in votes),
-        [max(form) for form in named],
-        sizes if is_split else None,
-    )
-    signature = fingerprint((int(request.mode), shared, [vote.flags for vote in votes]))
-    return Admitted(signature, sizes, is_split, num_args)
+    return num_args, [max(vote.inputs for vote in votes), *map(max, named)]
 
 
 def _examined(request: Request, needs: RankNeeds, state: State, num_ranks: int) -> Extent:
@@ -202,7 +215,7 @@ def _raise(
         **{by_name(name): _in_words(keywords.get(name)) for name in needs.routes.names},
     }
     own = str(words[differs.part]) if differs.part in words else None
-    raise differs.error(ranks.gather(own, "step: differences"))
+    raise differs.error(ranks.gather_all(own, "step: differences"))
 
 
 def _check_scaling(request: Request, needs: RankNeeds, total: int) -> None:
@@ -216,7 +229,7 @@ def _options(request: Request, needs: RankNeeds) -> object:
 
 def _refuse(ranks: Ranks, objection: UsageError | None) -> NoReturn:
     """Raise this rank's objection, or else the first other rank's."""
-    texts = ranks.gather(str(objection) if objection else None, "step: objections")
+    texts = ranks.gather_all(str(objection) if objection else None, "step: objections")
     if objection:
         raise objection
     rank, text = next((r, t) for r, t in enumerate(texts) if t is not None)

@@ -29,16 +29,16 @@ def agreed_failure(
     """
     own = None
     if failure is not None:
-        error, place = failure.error, -1
+        error, place, here = failure.error, -1, ranks.slices.rank
         if failure.instruction is not None:
             place = programs.place(failure.instruction, key)
-        own = (place, ranks.rank, f"{type(error).__name__}: {error}", failure.out_of_memory)
-    first = min(other for other in ranks.gather(own, "step: what failed") if other is not None)
+        own = (place, here, f"{type(error).__name__}: {error}", failure.out_of_memory)
+    first = min(x for x in ranks.gather_all(own, "step: what failed") if x is not None)
     _, rank, text, out_of_memory = first
     raised: StagewiseError
     if out_of_memory:
         raised = OutOfMemoryError(f"rank {rank} ran out of memory; {LESS_MEMORY}: {text}")
-    elif failure is not None and rank == ranks.rank:
+    elif failure is not None and rank == ranks.slices.rank:
         return failure.error
     else:
         raised = PeerError(f"rank {rank} failed, so this call is undone on all ranks: {text}")
@@ -57,7 +57,7 @@ def agreed(ranks: Gathering, what: str) -> Iterator[None]:
         yield
     except UsageError as error:
         objection = error
-    told = ranks.gather(None if objection is None else (type(objection), str(objection)), what)
+    told = ranks.gather_all(None if objection is None else (type(objection), str(objection)), what)
     if objection is not None:
         raise objection
     for rank, one in enumerate(told):

@@ -157,6 +157,7 @@ class Looks:
         self.elsewhere: Mapping[str, weakref.ref[Any]] = {}
         self._at_ones: set[Mode] = set()  # whose first call of one microbatch was looked at
         self._said: dict[str, int] = {}  # what is wrong -> how badly
+        self.are_off = False  # cells may not run again on copies
         self.unwatched = set(Mode)  # modes in which it is not known what cells draw from
 
     def at(
@@ -164,7 +165,7 @@ class Looks:
     ) -> CallLook | None:
         """Return a look at a call, if it needs one; `flags`: an attribute of a cell was set."""
         sizes = admitted.sizes
-        if request.observe is not None:
+        if request.observe is not None or self.are_off:
             return None
         if len(sizes) < 2:
             return self._at_one(request, sizes)

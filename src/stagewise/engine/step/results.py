@@ -7,21 +7,15 @@ of stages.
 import functools
 import operator
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
-from stagewise.batch.join import join
-from stagewise.batch.markers import Microbatches
-from stagewise.batch.objects import closed, opened
-from stagewise.batch.values import detached
 from stagewise.engine.stage.loss import share_of
 from stagewise.engine.stage.work import Mode, Work
 from stagewise.engine.step.step_request import CALLS
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.errors import BatchError
 from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +51,7 @@ def agree_on_losses(ranks: Ranks, work: Work, source: int, device: torch.device)
     """
     if work.mode is Mode.PREDICT:
         return _agree_on_end(ranks, work)
-    if work.record.lost and ranks.num_ranks == 1:
+    if work.record.lost and ranks.is_alone:
         return None
     main: dict[str, torch.Tensor] = {}
     added: Added = {}
@@ -70,22 +64,26 @@ def agree_on_losses(ranks: Ranks, work: Work, source: int, device: torch.device)
     if not usual:
         _note_partial(work.record.losses, work.record.added, work)
     only = main.get(MAIN_LOSS)
-    if ranks.num_ranks > 1:
+    if not ranks.is_alone:
         row = [0, 0, int(usual), int(work.record.lost)]
         if usual and only is not None:
             row[:2] = _packed(only)
-        rows = ranks.exchange(row, f"{CALLS[work.mode]}: the loss")
+        rows = ranks.exchange_all(row, f"{CALLS[work.mode]}: the loss")
         if any(other[3] for other in rows):
             return None
         usual = all(other[2] for other in rows)
-        only = _number(rows[source], device)
+        parts = [_number(rows[own[source]], device) for own in ranks.slices.pipelines]
+        only = functools.reduce(operator.add, parts)
     if usual and only is not None:
         return only, {MAIN_LOSS: only}
-    rank_parts = ranks.gather(
+    rank_parts = ranks.gather_all(
         ({n: t.cpu() for n, t in main.items()}, _on_cpu(added)), f"{CALLS[work.mode]}: losses"
     )
-    every = {key: value for _, others in rank_parts for key, value in others.items()}
-    return _total(rank_parts[source][0], every, device)
+    totals = []
+    for own in ranks.slices.pipelines:
+        every = {key: value for rank in own for key, value in rank_parts[rank][1].items()}
+        totals.append(_total(rank_parts[own[source]][0], every, device))
+    return added_up(totals)
 
 
 def agree_on_shared_losses(
@@ -102,7 +100,25 @@ def agree_on_shared_losses(
         return None
     losses, from_cells = everyones
     _note_partial(losses, from_cells, work)
-    return _total(_main(losses, work) or _nothing(device), _added(from_cells, work), device)
+    agreed = _total(_main(losses, work) or _nothing(device), _added(from_cells, work), device)
+    if len(ranks.slices.pipelines) == 1:
+        return agreed
+    on_cpu = {name: loss.cpu() for name, loss in agreed[1].items()}
+    told = ranks.gather_all((agreed[0].cpu(), on_cpu), f"{CALLS[work.mode]}: of all parts")
+    loss, named = added_up([told[own[source]] for own in ranks.slices.pipelines])
+    return loss.to(device), {name: one.to(device) for name, one in named.items()}
+
+
+def added_up(
+    parts: Sequence[tuple[torch.Tensor, Mapping[str, torch.Tensor]]],
+) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    """Return the losses of the whole batch from those of its parts, on all data ranks in order."""
+    loss, named = parts[0]
+    for other, losses in parts[1:]:
+        loss = loss + other
+        both = {**named, **losses}
+        named = {n: named[n] + losses[n] if n in named and n in losses else both[n] for n in both}
+    return loss, named
 
 
 def _note_partial(losses: Losses, added: AddedLosses, work: Work) -> None:
@@ -139,17 +155,22 @@ def _total(
 def losses_by_microbatch(
     ranks: Ranks, losses: Losses, num_microbatches: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Return every microbatch's losses by name, unweighted, on every rank; collective."""
-    found: Losses = {}
+    """Return every microbatch's losses by name, unweighted, on every rank; collective.
+
+    Those of all data ranks, in order.
+    """
     cpu = {m: {name: loss.cpu() for name, loss in own.items()} for m, own in losses.items()}
-    for own in ranks.gather(cpu, "microbatch_losses"):
-        found.update(own)
-    return [found.get(m, {}) for m in range(num_microbatches)]
+    told = ranks.gather_all((num_microbatches, cpu), "microbatch_losses")
+    every: list[dict[str, torch.Tensor]] = []
+    for own in ranks.slices.pipelines:
+        found = {m: named for rank in own for m, named in told[rank][1].items()}
+        every += [found.get(m, {}) for m in range(told[own[0]][0])]
+    return every
 
 
 def _agree_on_end(ranks: Ranks, work: Work) -> Agreed | None:
     row = [int(work.record.lost)]
-    rows = ranks.exchange(row, f"{CALLS[work.mode]}: the end")
+    rows = ranks.exchange_all(row, f"{CALLS[work.mode]}: the end")
     return None if any(other[0] for other in rows) else (None, {})
 
 
@@ -162,11 +183,12 @@ def _everyones(ranks: Ranks, work: Work, device: torch.device) -> tuple[Losses, 
     for m in range(len(work.sizes)):
         loss = work.record.losses.get(m, {}).get(MAIN_LOSS) if usual else None
         row += [0, -1] if loss is None else _packed(loss)
-    rows = ranks.exchange(row, f"{CALLS[work.mode]}: every loss")
+    rows = ranks.exchange_all(row, f"{CALLS[work.mode]}: every loss")
     if any(row[1] for row in rows):
         return None
     losses: Losses = {}
     if all(row[0] for row in rows):
+        rows = [rows[rank] for rank in ranks.slices.own]
         for m in range(len(work.sizes)):
             pairs = [row[2 + 2 * m : 4 + 2 * m] for row in rows]
             for pair in pairs:
@@ -230,54 +252,3 @@ def _packed(number: torch.Tensor) -> list[int]:
 def _number(row: Sequence[int], device: torch.device) -> torch.Tensor:
     (value,) = struct.unpack("<d", struct.pack("<q", row[0]))
     return torch.full((), value, dtype=_DTYPES[row[1]], device=device)  # a copy would wait
-
-
-Merge = Callable[[list[object]], object]  # of the microbatches' outputs, in order
-OnRanks = Sequence[int] | Literal["all"] | None  # None: all
-
-
-def ranks_of(ranks: OnRanks, num_ranks: int) -> list[int]:
-    """Return the ranks that `ranks` names, each once, in order; BatchError for other values."""
-    if ranks is None or ranks == "all":
-        return list(range(num_ranks))
-    if not all(isinstance(rank, int) for rank in ranks):
-        raise BatchError(f"ranks is {ranks!r}; give a list of rank numbers, or 'all'")
-    return sorted(set(ranks))
-
-
-def outputs_of(
-    result: Result,
-    ranks: Ranks,
-    sources: Sequence[int],
-    wanted_on: Sequence[int],
-    merge: Merge | None = None,
-) -> object:
-    """Return the joined outputs of ranks `sources` on the ranks `wanted_on`; elsewhere None.
-
-    The caller's `merge` joins them if given. BatchError on every rank if they cannot be joined.
-    """
-    outputs, problem = None, None
-    source, every = sources[0], dict(result.outputs)
-    for other in sources[1:]:  # replicas: the first one joins the outputs of all
-        theirs = ranks.broadcast(result.outputs, other, [source])
-        if ranks.rank == source:
-            every.update(theirs)
-    if every and ranks.rank == source:
-        parts = [detached(every[m]) for m in sorted(every)]
-        try:
-            if merge is not None:
-                outputs = merge(parts)
-            else:
-                outputs = (
-                    Microbatches(parts)
-                    if result.is_split
-                    else join(parts, result.sizes, result.batch_dim, result.shares)
-                )
-        except BatchError as error:
-            problem = str(error)
-        except Exception as error:
-            problem = f"merge(outputs) failed: {type(error).__name__}: {error}"
-    outputs, problem = ranks.broadcast((opened(outputs), problem), source, wanted_on)
-    if problem is not None:
-        raise BatchError(problem)
-    return closed(outputs) if ranks.rank in wanted_on else None

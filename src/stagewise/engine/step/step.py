@@ -22,7 +22,7 @@ from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Pol
 from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
 from stagewise.engine.stage.keywords import Routes, names_taken
-from stagewise.engine.stage.randomness import CellRandomness, generators_kept
+from stagewise.engine.stage.randomness import generators_kept, randomness_on
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
 from stagewise.engine.step.admission import Admitted, RankNeeds, State, admit
@@ -171,7 +171,8 @@ class Runner:
     ) -> Work:
         """Return this rank's microbatches and their weights, as its Work."""
         mode, scaling, sizes = request.mode, request.scaling, admitted.sizes
-        step, record, parts, look = request.step_index, Record(), Parts(), None
+        step, draws, first = request.step_index, self._draws, admitted.first
+        record, parts, look = Record(), Parts(), None
         try:
             # Gradients of the batch's own tensors flow back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
@@ -187,8 +188,9 @@ class Runner:
         return Work(
             mode=mode,
             sizes=sizes,
+            first=first,
             signature=admitted.signature,
-            by_samples=shares_of_samples(sizes, scaling.total_samples),
+            by_samples=shares_of_samples(sizes, scaling.total_samples or admitted.num_samples),
             recomputed=program.recomputed,
             parts=parts,
             num_args=admitted.num_args,
@@ -197,7 +199,7 @@ class Runner:
             can_add_losses=scaling.total_weight is None or scaling.total_samples is not None,
             keeps_outputs=bool(request.outputs_on),
             is_autocast=any(torch.is_autocast_enabled(d.type) for d in self._devices),
-            randomness={d: CellRandomness(self._seed, step, d, self._draws) for d in self._devices},
+            randomness=randomness_on(self._devices, self._seed, step, draws, first),
             batchnorms=self._batchnorms,
             look=look,
             compared=self._num_calls[mode] % len(sizes),
@@ -249,8 +251,8 @@ class Runner:
             batchnorms=self._batchnorms,
         )
         if request.mode is not Mode.TRAIN:
-            self._policies.before_inference(step)
-            return self._executed(request, program, work, step)
+            with self._policies.around_inference(step):
+                return self._executed(request, program, work, step)
         with self._policies.around(step):
             agreed = self._executed(request, program, work, step)
             self._policies.settle(step)
@@ -267,6 +269,7 @@ class Runner:
         if step.stand_ins.cells:
             work = replace(work, around=(*work.around, step.stand_ins.around))
         signature = 0 if self._alone else signature_of(work)
+        self._batchnorms.first = work.first
         self.mail.begin(signature, program.links, program.post_from)
         if training and self._keepers:
             self._batchnorms.warn(work.sizes)

@@ -1,7 +1,7 @@
 """One rank's view of a call before it runs, as a row of numbers, and what must agree."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from stagewise.engine.stage.keywords import NOT_GIVEN
@@ -43,6 +43,10 @@ class Vote:
         """Return the vote as numbers only, to exchange."""
         return [number for value in vars(self).values() for number in _numbers(value)]
 
+    def of_call(self) -> "Vote":
+        """Return only what must agree between ranks with different parts of the batch."""
+        return Vote(**{name: getattr(self, name) for name in _OF_CALL})
+
     def same_kind(self, row: Sequence[int]) -> "Vote":
         """Return another rank's vote from its row."""
         taken: dict[str, Any] = dict(zip(_NUMBERS, row, strict=False))
@@ -55,6 +59,9 @@ class Vote:
 
 _TUPLES = tuple(f.name for f in fields(Vote) if f.default == ())  # after all numbers
 _NUMBERS = tuple(f.name for f in fields(Vote))[: -len(_TUPLES)]
+
+
+_OF_CALL = ("step_index", "training", "autocast", "scaling", "outputs_on")
 
 
 def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -113,9 +120,19 @@ class Difference:
         return BatchError(f"ranks {self.what}: {listing}{self.remedy}")
 
 
-def difference(votes: Sequence[Vote], keywords: Sequence[str]) -> Difference | None:
-    """Return the first difference in what must agree, the same on every rank."""
-    return next(_differences(votes, keywords), None) if len(votes) > 1 else None
+def difference(
+    votes: Sequence[Vote], keywords: Sequence[str], cohorts: Sequence[Sequence[int]] = ()
+) -> Difference | None:
+    """Return the first difference in what must agree, the same on every rank.
+
+    The ranks of a cohort (default: all) have the same part of the batch.
+    """
+    for ranks in cohorts or [range(len(votes))] if len(votes) > 1 else ():
+        for found in _differences([votes[rank] for rank in ranks], keywords):
+            return replace(found, said={ranks[i]: number for i, number in found.said.items()})
+    if len(cohorts) > 1:
+        return next(_differences([vote.of_call() for vote in votes], ()), None)
+    return None
 
 
 def _differences(votes: Sequence[Vote], keywords: Sequence[str]) -> Iterator[Difference]:

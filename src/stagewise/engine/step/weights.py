@@ -94,23 +94,30 @@ def agree_on_shares(
     if ranks.rank == source:
         try:
             columns = _columns([_numbers(count.weight(target)) for target in targets])
-            _check_names(columns, total)
-            columns = {name: _shares(name, column, total) for name, column in columns.items()}
         except BatchError as error:
             problem = str(error)
         except Exception as error:
             problem = f"weight(target) failed: {type(error).__name__}: {error}"
-    columns, problem = ranks.broadcast((columns, problem), source)
-    if problem is not None:
-        raise BatchError(problem)
-    return columns
+    told = ranks.gather_all((columns, problem), "step: weights")
+    parts, problems = zip(*(told[own[source]] for own in ranks.slices.pipelines), strict=True)
+    if said := [problem for problem in problems if problem is not None]:
+        raise BatchError(said[0])
+    columns = parts[ranks.slices.data_index]
+    for other in parts:
+        _check_names(columns, other, "on another data rank")
+    if isinstance(total, Mapping):
+        _check_names(columns, total, "in total_weight")
+    return {
+        name: _shares(name, column, [w for part in parts for w in part[name]], total)
+        for name, column in columns.items()
+    }
 
 
-def _check_names(columns: Mapping[str, object], totals: float | Mapping[str, float] | None) -> None:
-    if isinstance(totals, Mapping) and set(totals) != set(columns):
+def _check_names(columns: Mapping[str, object], others: Mapping[str, object], where: str) -> None:
+    if set(others) != set(columns):
         raise BatchError(
-            f"total_weight names {sorted(totals)} but weight(target) names {sorted(columns)}; give "
-            "one total for each of the weights"
+            f"weight(target) names {sorted(columns)}, but the names {where} are {sorted(others)}; "
+            "give one for each of the weights"
         )
 
 
@@ -130,15 +137,19 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]
 
 
 def _shares(
-    name: str, column: tuple[float, ...], totals: float | Mapping[str, float] | None
+    name: str,
+    column: tuple[float, ...],
+    every: Sequence[float],
+    totals: float | Mapping[str, float] | None,
 ) -> tuple[float, ...]:
+    """Return the shares of `column`; `every` has the weights of all data ranks, also these."""
     of = f" of {name!r}" if name else ""
-    if not all(math.isfinite(weight) and weight >= 0 for weight in column):
+    if not all(math.isfinite(weight) and weight >= 0 for weight in every):
         raise BatchError(
-            f"the microbatches' weights{of} are {column}; weight(target) must return a finite "
-            "number of at least 0"
+            f"the microbatches' weights{of} are {tuple(every)}; weight(target) must return a "
+            "finite number of at least 0"
         )
-    own = math.fsum(column)
+    own = math.fsum(every)
     total = totals[name] if isinstance(totals, Mapping) else totals
     if total is None:
         total = own

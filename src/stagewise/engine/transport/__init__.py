@@ -1,6 +1,7 @@
 """How values travel between ranks, and how ranks agree.
 
-1. `connect` finds a plan's devices, and returns the rank's `transport`: mail, ranks.
+1. `connect` finds a plan's devices, and returns the rank's `transport`: mail, ranks. On a
+   `device_mesh` pipelines run side by side.
 2. `choose_wires` says which of `wires/` carry bytes.
 3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
    ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from stagewise.engine.transport.processes import sends_from, timeout_of
+from stagewise.engine.transport.processes import part_of, sends_from, timeout_of
 from stagewise.engine.transport.wires.connect_sockets import connect_sockets
 from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
@@ -59,7 +59,7 @@ def wires_between(
     """
     if why := why_staged(seats):
         ranks = dist.get_process_group_ranks(group)
-        own = dist.new_group(ranks, backend="gloo", timeout=timeout_of(host))
+        own = part_of(group, ranks, timeout_of(host), backend="gloo")
         wires = staged(_between_hosts(own, peers, owned=True), device)
         if peers.rank == 0:
             warn_user(f"all messages between ranks go through the hosts' memory, since {why}")

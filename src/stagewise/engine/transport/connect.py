@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.util import Finalize
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.transport.choose_wires import Seat, gathered, wires_between
+from stagewise.engine.transport.device_mesh import HereOnMesh, OnMesh
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.processes import (
@@ -45,10 +47,12 @@ def connect(
     chain: Chain,
     num_devices: int,
     stage_devices: Sequence[int] = (0,),
+    on: OnMesh | None = None,
 ) -> tuple[list[torch.device], Transport]:
     """Return the plan's devices and this rank's transport; PlanError if they do not fit.
 
-    In one process, stage s is on device `stage_devices[s]`.
+    In one process, stage s is on device `stage_devices[s]`. `on` a mesh, every pipeline has
+    `num_devices` ranks.
     """
     if transport not in ("auto", "local", "distributed"):
         raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
@@ -61,6 +65,10 @@ def connect(
             "transport 'distributed' needs torch.distributed: start the script with torchrun and "
             "call torch.distributed.init_process_group() first"
         )
+    if on is not None:
+        here = on.checked(transport, num_devices)
+        own = [torch.device(d) for d in devices or [own_device()] * num_devices]
+        return own, _side_by_side(own, stage_devices, here)
     if transport == "local" or num_processes() == 1:
         own = [torch.device(d) for d in devices or [_device_of(chain)] * num_devices]
         return own, in_one_process([own[device] for device in stage_devices])
@@ -68,7 +76,8 @@ def connect(
         raise PlanError(
             f"the plan needs {num_devices} ranks, one per device, but {num_processes()} are "
             f"running; start torchrun with --nproc-per-node {num_devices}, or plan "
-            f"for {num_processes()} devices"
+            f"for {num_processes()} devices; to run several such pipelines side by side, give "
+            "mesh="
         )
     own = [torch.device(d) for d in devices or [own_device()] * num_devices]
     return own, between_processes(own[dist.get_rank()])
@@ -88,6 +97,28 @@ def between_processes(device: torch.device, group: dist.ProcessGroup | None = No
     return Transport(Mailbox(wires, device), Ranks(wires, rendezvous, device, group))
 
 
+def _side_by_side(
+    devices: Sequence[torch.device], stage_devices: Sequence[int], here: HereOnMesh
+) -> Transport:
+    """Return this rank's transport on a mesh; collective over its ranks."""
+    slices = here.slices
+    if len(slices.seatings) == 1:
+        return in_one_process([devices[d] for d in stage_devices])
+    device = devices[slices.seat.stage]
+    wires, rendezvous = _connections(device, here.everyone, _BUILDING)
+    if len(slices.seatings) == len(slices.own):  # a single pipeline
+        return Transport(Mailbox(wires, device), Ranks(wires, rendezvous, device, here.everyone))
+    rendezvous.finishes = True
+    NOW.numbers = slices.own
+    if len(slices.own) == 1:
+        alone = Sockets(Peers(0), 1, {}, timedelta())
+        ranks = Ranks(Wires(alone, alone), rendezvous, device, here.everyone, slices)
+        return Transport(LocalMailbox([devices[d] for d in stage_devices]), ranks)
+    within = wires_within(device, here.pipeline, rendezvous.peers, slices.own)
+    ranks = Ranks(within, rendezvous, device, here.everyone, slices)
+    return Transport(Mailbox(within, device), ranks)
+
+
 def trial_wire(device: torch.device) -> Wire:
     """Return a wire like a pipeline's on `device`, where it need not connect links first."""
     group = _whole(None)
@@ -102,7 +133,9 @@ def values_of_all(value: T, what: str) -> list[T]:
         return [value]
     group = _whole(None)
     known = _CONNECTED.get(group)
-    rendezvous = known.rendezvous if known else _connections(own_device(), group, what)[1]
+    rendezvous = known.rendezvous if known else None
+    if rendezvous is None:
+        rendezvous = _connections(own_device(), group, what)[1]
     return rendezvous.gather(value, what)
 
 
@@ -117,9 +150,17 @@ class _Connected:
     """What this process keeps for a process group, whichever Pipelines come and go."""
 
     host: dist.ProcessGroup  # the same ranks, for the hosts' tensors
-    rendezvous: Rendezvous
-    watchdog: Watchdog
+    peers: Peers
     wires: dict[tuple[Seat, ...], Wires]  # by where the ranks compute
+    rendezvous: Rendezvous | None = None
+    watchdog: Watchdog | None = None
+
+    def leave(self, why: str | None) -> None:
+        """End the watchdog's thread, and tell ranks that wait for this one."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        if self.rendezvous is not None:
+            self.rendezvous.leave(why)
 
 
 # Pipelines and `plan` know nothing of each other, yet all calls in a group must be compared.
@@ -134,38 +175,67 @@ def _connections(
     if known is None:
         default = dist.distributed_c10d._get_default_store()
         store = dist.PrefixStore(group.group_name, default)  # type: ignore[attr-defined]
-        peers = Peers(dist.get_rank(group), store)
-        NOW.place = f"rank {peers.rank} on {socket.gethostname()}"
-        host = host_group(group)
-        seats = tuple(gathered(host, peers, own))
-        wires = wires_between(seats, device, group, host, peers)
-        for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
-            _CONNECTED.pop(destroyed).watchdog.stop()
-        made = {seats: wires}
-
-        def abort() -> None:
-            for each in [*made.values()]:
-                if each.abort is not None:
-                    each.abort()
-
-        with peers.named():
-            watchdog = Watchdog(peers.rank, len(seats), store, timeout_of(host), abort=abort)
-        rendezvous = Rendezvous(wires.control, peers)
-        known = _CONNECTED[group] = _Connected(host, rendezvous, watchdog, made)
+        NOW.place = f"rank {dist.get_rank(group)} on {socket.gethostname()}"
+        known, wires = _met(device, group, Peers(dist.get_rank(group), store))
+        with known.peers.named():
+            watched = known.peers.rank, dist.get_world_size(group), store, timeout_of(known.host)
+            known.watchdog = Watchdog(*watched, abort=partial(_abort, known))
+        known.rendezvous = Rendezvous(wires.control, known.peers)
         # Also runs at the end of a multiprocessing process, which ignores atexit.
         Finalize(None, leave, exitpriority=0)
-    else:
-        seats = tuple(known.rendezvous.gather(own, what))
-        if seats not in known.wires:
-            peers = known.rendezvous.peers
-            known.wires[seats] = wires_between(seats, device, group, known.host, peers)
-    return known.wires[seats], known.rendezvous
+        return wires, known.rendezvous
+    assert known.rendezvous is not None, "a part of a mesh has none of its own"
+    seats = tuple(known.rendezvous.gather(own, what))
+    return _wires(known, seats, device, group), known.rendezvous
+
+
+def _abort(known: _Connected) -> None:
+    """Give up what is in flight between the ranks of a group, also in parts of it."""
+    parts = [other for other in [*_CONNECTED.values()] if other.watchdog is None]
+    for wires in [wires for each in (known, *parts) for wires in [*each.wires.values()]]:
+        if wires.abort is not None:
+            wires.abort()
+
+
+def wires_within(
+    device: torch.device, group: dist.ProcessGroup, all_ranks: Peers, numbers: Sequence[int]
+) -> Wires:
+    """Return the wires of one of the pipelines on a mesh, among whose ranks it has `numbers`.
+
+    It has no rendezvous and no watchdog of its own. Collective over `group`.
+    """
+    known = _CONNECTED.get(group)
+    if known is None:
+        return _met(device, group, Peers(dist.get_rank(group), all_ranks.store, numbers))[1]
+    seats = tuple(gathered(known.host, known.peers, Seat.of(device, group)))
+    return _wires(known, seats, device, group)
+
+
+def _met(device: torch.device, group: dist.ProcessGroup, peers: Peers) -> tuple[_Connected, Wires]:
+    """Connect with the others of `group` for the first time."""
+    host = host_group(group)
+    seats = tuple(gathered(host, peers, Seat.of(device, group)))
+    wires = wires_between(seats, device, group, host, peers)
+    for destroyed in _CONNECTED.keys() - dist.distributed_c10d._world.pg_map.keys():
+        if (watchdog := _CONNECTED.pop(destroyed).watchdog) is not None:
+            watchdog.stop()
+    known = _CONNECTED[group] = _Connected(host, peers, {seats: wires})
+    return known, wires
+
+
+def _wires(
+    known: _Connected, seats: tuple[Seat, ...], device: torch.device, group: dist.ProcessGroup
+) -> Wires:
+    if seats not in known.wires:
+        known.wires[seats] = wires_between(seats, device, group, known.host, known.peers)
+    return known.wires[seats]
 
 
 def disconnect() -> None:
     """Close all connections of this process; call it before process groups are destroyed."""
     for group, connected in _CONNECTED.items():
-        connected.watchdog.stop()
+        if connected.watchdog is not None:
+            connected.watchdog.stop()
         for wires in connected.wires.values():
             for wire in {wires.data, wires.control}:
                 wire.close()
@@ -185,10 +255,9 @@ def leave(error: BaseException | None = None) -> bool | None:
     if error is not None and _CONNECTED:
         leave_for_launcher(error)
     for connected in _CONNECTED.values():
-        rendezvous = connected.rendezvous
-        is_first = said is not None and rendezvous.peers.tell(said)
-        connected.watchdog.stop()
-        rendezvous.leave(said)
+        if (rendezvous := connected.rendezvous) is not None:
+            is_first = said is not None and rendezvous.peers.tell(said)
+        connected.leave(said)
     _CONNECTED.clear()
     return is_first
 

@@ -1,6 +1,7 @@
 """The processes of torch.distributed, before they become ranks of a pipeline."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -82,5 +83,20 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if sends_from(group, torch.device("cpu")):
         return group
     ranks = dist.get_process_group_ranks(group)
-    made: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", timeout=timeout_of(group))
+    return part_of(group, ranks, timeout_of(group), backend="gloo")
+
+
+def part_of(
+    group: dist.ProcessGroup, ranks: Sequence[int], timeout: timedelta, backend: str | None = None
+) -> dist.ProcessGroup:
+    """Return a new group of some of the `ranks` of the world; collective over `group`.
+
+    Beside a group that is itself a part of the world, others may make groups of their own.
+    """
+    made: dist.ProcessGroup = dist.new_group(
+        [*ranks],
+        timeout=timeout,
+        backend=backend,
+        use_local_synchronization=group is not dist.group.WORLD,
+    )
     return made

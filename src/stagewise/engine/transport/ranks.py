@@ -4,7 +4,7 @@ All ranks make the same calls in the same order (`rendezvous` checks this), exce
 `take`, which pair two ranks. A single rank only hears itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from stagewise.engine.transport.side_group import SideGroup
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Wires
 from stagewise.errors import CellError
+from stagewise.mesh import Slices
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -81,9 +82,11 @@ class Group:
 
 
 class Ranks:
-    """This rank among those of one Pipeline, with its `device`.
+    """This rank among those of one pipeline, with its `device`.
 
-    `world` is their process group, None for a rank alone.
+    `world` is the process group of all ranks that agree, None for a rank alone. On a mesh these are
+    the ranks of all pipelines side by side (`slices`), which agree on everything together, while
+    values are those of this rank's own pipeline, in which ranks are numbered.
     """
 
     def __init__(
@@ -92,32 +95,46 @@ class Ranks:
         rendezvous: Rendezvous,
         device: torch.device,
         world: dist.ProcessGroup | None = None,
+        slices: Slices | None = None,
     ) -> None:
         self.rank, self.num_ranks = wires.control.rank, wires.control.num_ranks
+        self.slices = slices or Slices.one(self.rank, self.num_ranks)
+        self.is_alone, self.is_on_mesh = len(self.slices.seatings) == 1, slices is not None
         self._wires, self._rendezvous, self._device, self._world = wires, rendezvous, device, world
         self._classes = LocalClasses()
         self._number = 0  # of the Pipeline
 
     def agree_on_pipeline(self, row: Sequence[int]) -> list[list[int]]:
         """Exchange rows for building a Pipeline, which later calls of this object then name."""
-        rows = self.exchange(row, "Pipeline(...)")
+        rows = self.exchange_all(row, "Pipeline(...)")
         self._number = self._rendezvous.built()
         return rows
 
     def exchange(self, row: Sequence[int], what: str) -> list[list[int]]:
-        """Return every rank's row, by rank: how ranks agree before anything moves.
+        """Return the row of every rank of this pipeline, by rank: how ranks agree.
 
         `what` names the call in errors; BatchError on every rank if the calls differ.
         """
-        if self.num_ranks == 1:
+        return self._own(self.exchange_all(row, what))
+
+    def exchange_all(self, row: Sequence[int], what: str) -> list[list[int]]:
+        """Return the rows of the ranks of all pipelines of the mesh, else like `exchange`."""
+        if self.is_alone:
             return [list(row)]
         return self._rendezvous.exchange(row, what, self._number)
 
     def gather(self, value: T, what: str) -> list[T]:
-        """Return every rank's (picklable) value, by rank; `what` as for `exchange`."""
-        if self.num_ranks == 1:
+        """Return the (picklable) value of every rank of this pipeline; `what` as for `exchange`."""
+        return self._own(self.gather_all(value, what))
+
+    def gather_all(self, value: T, what: str) -> list[T]:
+        """Return the values of the ranks of all pipelines of the mesh."""
+        if self.is_alone:
             return [value]
         return self._rendezvous.gather(value, what, self._number)
+
+    def _own(self, of_all: list[T]) -> list[T]:
+        return [of_all[rank] for rank in self.slices.own] if self.is_on_mesh else of_all
 
     def broadcast(self, value: T, source: int, ranks: Sequence[int] | None = None) -> T:
         """Return rank `source`'s pytree of tensors on `ranks` (all), with None leaves elsewhere."""
@@ -160,16 +177,28 @@ class Ranks:
         self._wires.data.start_receive([t for t in taken if t is not None], rank)()
         return taken
 
-    def group(self, ranks: Sequence[int]) -> Group | None:
-        """Create a group of `ranks`; None on other ranks or with a single one. Collective."""
+    def group(self, ranks: Sequence[int], axes: Collection[str] | None = ()) -> Group | None:
+        """Create a group of `ranks`; None on other ranks or with a single one. Collective.
+
+        On a mesh it spans those of the pipelines beside this one along the data `axes`; None: all.
+        """
+        members = self.slices.beside(axes, ranks)
         if self._world is None:
             return None
         everyone, device, backend = dist.get_process_group_ranks(self._world), self._device, None
         timeout = timeout_of(self._world)
         if self._wires.is_staged:
             device, backend = _CPU, "gloo"
-        made = dist.new_group([everyone[rank] for rank in ranks], timeout=timeout, backend=backend)
-        return Group(made, device, self._rendezvous.peers) if self.rank in ranks else None
+        if self.is_on_mesh and (self.slices.rank not in members or len(members) < 2):
+            return None
+        made = dist.new_group(
+            [everyone[rank] for rank in members],
+            timeout=timeout,
+            backend=backend,
+            use_local_synchronization=self.is_on_mesh,  # pipelines make different groups
+        )
+        is_member = self.slices.rank in members
+        return Group(made, device, self._rendezvous.peers) if is_member else None
 
     def beside(self) -> SideGroup:
         """Return these ranks once more, for a thread beside training; collective."""

@@ -41,6 +41,7 @@ class Rendezvous:
     """
 
     def __init__(self, wire: Wire, peers: Peers) -> None:
+        self.finishes = False  # whether nothing else finishes what is sent through the wire
         self.num_ranks, self.peers = wire.num_ranks, peers
         self._rank, self._others = wire.rank, range(1, wire.num_ranks)
         self._wire = wire
@@ -103,6 +104,8 @@ class Rendezvous:
 
     def _asked(self, own: bytes, call: _Call) -> tuple[int, bytes]:
         """Return the meaning and payload of rank 0's answer."""
+        if self.finishes:
+            self._wire.finish()
         if self._rank == 0:
             meaning, answer = self._compared(own, call)
             for rank in self._others:

@@ -27,6 +27,9 @@ class Gathering(Protocol):
     def gather(self, value: T, what: str) -> list[T]:
         """Return every rank's (picklable) value, by rank; `what` names the call in errors."""
 
+    def gather_all(self, value: T, what: str) -> list[T]:
+        """Return also those of pipelines beside this one."""
+
 
 class SideGroup:
     """The ranks of `world` (None: a rank alone) in a group of their own; making it is collective.
@@ -49,3 +52,5 @@ class SideGroup:
         values: list[T] = [value] * self.num_ranks
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    gather_all = gather

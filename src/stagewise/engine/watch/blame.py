@@ -31,7 +31,9 @@ class Report:
     @staticmethod
     def of(now: Now, seconds: float) -> "Report":
         """Describe `now`, which has not changed for `seconds`."""
-        awaits = now.awaits if isinstance(now.awaits, int | None) else now.awaits.source
+        awaits = now.awaits
+        if not isinstance(awaits, int | None):
+            awaits = awaits.source if now.numbers is None else now.numbers[awaits.source]
         return Report(
             host=socket.gethostname(),
             process=os.getpid(),

@@ -4,7 +4,7 @@ Noting it must cost nothing: plain attributes, set where it is known.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,6 +38,7 @@ class Now:
     is_numbered: bool = False  # by a loop around the pipeline, in place of `pipe.step_index`
     kind: str = ""  # of the call begun last
     stages: tuple[int, ...] = ()  # this rank's, in that call
+    numbers: Sequence[int] | None = None  # what the ranks of a pipeline on a mesh are called
 
     def state(self) -> tuple[object, ...]:
         """Return what differs after any progress."""

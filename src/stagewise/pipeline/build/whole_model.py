@@ -57,7 +57,7 @@ class WholeModel:
         words = [*self.shapes.items()], [*self.dtypes.items()], self.modules
         marks = [fingerprint(text) for text in (plan.to_json(), words, *options.values())]
         built = ranks.agree_on_pipeline
-        rows = built(marks) if options else ranks.exchange(marks, "use(plan)")
+        rows = built(marks) if options else ranks.exchange_all(marks, "use(plan)")
         for column, what in enumerate(["plans", "models", *(f"{name}=" for name in options)]):
             differing = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
             if differing:

@@ -131,7 +131,11 @@ class LinkGroups(GroupWire):
         return group, int(self.rank == min(source, destination))
 
     def _connected(self, link: Link) -> dist.ProcessGroup | None:
-        group = dist.new_group([self._ranks[rank] for rank in link], timeout=self.timeout)
+        group = dist.new_group(
+            [self._ranks[rank] for rank in link],
+            timeout=self.timeout,
+            use_local_synchronization=self._whole is not dist.group.WORLD,  # of other pipelines
+        )
         if self.rank not in link:
             return None
         assert isinstance(group, dist.ProcessGroup)

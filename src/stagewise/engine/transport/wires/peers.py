@@ -7,7 +7,7 @@ cause into the process group's store, where a rank that loses a connection reads
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -23,10 +23,15 @@ _LATE = ("timed out", "timeout")  # in the messages of gloo and NCCL
 
 
 class Peers:
-    """The other ranks, which may be lost; `store` holds the first cause."""
+    """The other ranks, which may be lost; `store` holds the first cause.
 
-    def __init__(self, rank: int, store: Store | None = None) -> None:
-        self.rank, self.store = rank, store
+    `numbers` are what ranks are called there, if the group is a part of a mesh.
+    """
+
+    def __init__(
+        self, rank: int, store: Store | None = None, numbers: Sequence[int] | None = None
+    ) -> None:
+        self.rank, self.store, self._numbers = rank, store, numbers
         self.patience = _PATIENCE_SECONDS
         self._kills = MemoryKills()
 
@@ -37,16 +42,21 @@ class Peers:
 
     def tell(self, cause: str) -> bool:
         """Write why this rank stops; return False if another did first. Ignores a lost store."""
-        said = cause if NOW.place and NOW.place in cause else f"rank {self.rank}: {cause}"
+        here = self.number(self.rank)
+        said = cause if NOW.place and NOW.place in cause else f"rank {here}: {cause}"
         kept = self._asked(lambda store: store.compare_set(FAILURE, "", said))
         return kept is None or kept.decode() == said
+
+    def number(self, rank: int) -> int:
+        """Return what a rank is called in messages."""
+        return rank if self._numbers is None else self._numbers[rank]
 
     @contextmanager
     def named(self, other: int | None = None) -> Iterator[None]:
         """Turn errors of talking to rank `other` (None: to all) inside into PeerError."""
         noted = NOW.awaits is None and threading.get_ident() == NOW.thread
         if noted:
-            NOW.awaits = ANY if other is None else other
+            NOW.awaits = ANY if other is None else self.number(other)
         try:
             yield
         except PeerError:
@@ -59,7 +69,7 @@ class Peers:
 
     def lost(self, error: RuntimeError | OSError, other: int | None = None) -> PeerError:
         """Return what to raise when `error` shows that rank `other` is lost or silent."""
-        name = "another rank" if other is None else f"rank {other}"
+        name = "another rank" if other is None else f"rank {self.number(other)}"
         late = isinstance(error, TimeoutError) or any(w in str(error).lower() for w in _LATE)
         unknown = (
             self._read(WAITS)
@@ -69,7 +79,7 @@ class Peers:
             else f"the process of {name} ended without saying why ({self._killed()})"
         )
         message = (
-            f"rank {self.rank} lost {name} while waiting for it"
+            f"rank {self.number(self.rank)} lost {name} while waiting for it"
             + (f" ({error})" if isinstance(error, OSError) or late else "")
             + f". First failure: {self._cause() or unknown}"
         )

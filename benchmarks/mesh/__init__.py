@@ -1,0 +1,7 @@
+"""Whether pipelines on a mesh compute what the plain model does, in float64 on gloo processes.
+
+1. `subjects`: the models, in cells that any of the others can shard.
+2. `inner`: what is done to each stage beside the pipeline, and the mesh that it needs.
+3. `compare`: three AdamW steps on the ranks of a mesh, and of the plain model; the differences.
+4. `__main__`: the table.
+"""

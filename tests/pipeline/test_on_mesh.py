@@ -1,0 +1,340 @@
+"""Pipelines side by side on a mesh, on real processes, in float64: the plain model's steps.
+
+The cells of `benchmarks.mesh` are a table of their own (`make test-mesh`); some of them run here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stagewise
+from benchmarks.mesh.__main__ import TOLERANCE, plan_of
+from benchmarks.mesh.compare import Cell, Outcome, differences, on_mesh, plain
+from benchmarks.mesh.inner import INNER, sharded
+from tests.harness import Pools
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:BatchNorm layers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:cell .* mixes samples:UserWarning"),
+]
+
+CELLS = {
+    4: [
+        Cell(2, "DDP", "gpipe", "tied"),
+        Cell(2, "FSDP2", "zb_v", "tied"),
+        Cell(2, "FSDP2", "interleaved", "encoder-decoder"),
+        Cell(2, "TP", "zb_v", "lora"),
+        Cell(2, "TP", "1f1b", "moe"),
+        Cell(1, "HSDP", "1f1b", "tied"),
+        Cell(1, "FSDP2+TP", "gpipe", "decoder"),
+    ],
+    8: [Cell(2, "HSDP", "zb_v", "tied"), Cell(2, "FSDP2+TP", "1f1b", "tied")],
+}
+OPTIONS = {"schedule": "1f1b", "num_microbatches": 2}
+
+
+def several(cells: list[Cell], plans: list[stagewise.Plan]) -> list[Outcome]:
+    return [on_mesh(cell, plan) for cell, plan in zip(cells, plans, strict=True)]
+
+
+@pytest.mark.parametrize("num_ranks", CELLS)
+def test_three_steps_are_the_plain_models(num_ranks: int, pools: Pools) -> None:
+    cells = CELLS[num_ranks]
+    ranks = pools[num_ranks].run(several, cells, [plan_of(cell) for cell in cells], seconds=120)
+    for cell, outcomes in zip(cells, zip(*ranks, strict=True), strict=True):
+        found = differences(outcomes, plain(cell))
+        assert max(found.loss, found.gradient, found.parameter) <= TOLERANCE, (cell, found)
+
+
+class Noisy(nn.Module):
+    """With dropout, an added loss, and a parameter that only some samples use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(6, 6), nn.Dropout(0.3)
+        self.rare = nn.Parameter(torch.ones(6))
+        self.never = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stagewise.add_loss(x.square().mean() / 10, "size")
+        x = self.drop(self.linear(x).tanh())
+        return x * self.rare if x[0, 0] > 0 else x
+
+
+def noisy() -> nn.Sequential:
+    torch.manual_seed(0)
+    cells = [nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), Noisy(), Noisy(), nn.Linear(6, 2)]
+    return nn.Sequential(*cells).double()
+
+
+def samples() -> tuple[list[Tensor], list[Tensor]]:
+    """Four batches, of which two are one step."""
+    torch.manual_seed(1)
+    inputs = [torch.randn(number, 6, dtype=torch.float64) for number in (20, 12, 20, 16)]
+    return inputs, [torch.randn(len(x), 2, dtype=torch.float64) for x in inputs]
+
+
+def heavy(target: Tensor) -> Tensor:
+    return target.square().sum()
+
+
+def mean_by_weight(output: Tensor, target: Tensor) -> Tensor:
+    return ((output - target).square().sum(1) * target.square().sum(1)).sum() / heavy(target)
+
+
+def accumulated(pipe: stagewise.Pipeline, part: int, num_parts: int) -> dict[str, Any]:
+    """Two AdamW steps of two calls each, scaled as for half precision, then an evaluation."""
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.01, foreach=False)
+    found: dict[str, Any] = {}
+    inputs, targets = samples()
+    for start in (0, 2):
+        totals = {
+            "total_samples": sum(map(len, inputs[start : start + 2])),
+            "total_weight": float(sum(map(heavy, targets[start : start + 2]))),
+        }
+        for index in (start, start + 1):
+            x, y = (every[index].tensor_split(num_parts)[part] for every in (inputs, targets))
+            found[f"loss {index}"] = pipe.step(x, target=y, loss_scale=4.0, **totals)
+            found |= {f"{name} {index}": loss for name, loss in pipe.losses.items()}
+        for parameter in pipe.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 4.0
+        found[f"norm {start}"] = pipe.clip_grad_norm_(0.2, norm_type=3.0)
+        optimizer.step()
+        gradients = {name: parameter.grad for name, parameter in pipe.named_parameters()}
+        optimizer.zero_grad()
+    found["microbatches"] = [len(pipe.microbatch_losses())]
+    x, y = (every[0].tensor_split(num_parts)[part] for every in (inputs, targets))
+    found["evaluated"] = pipe.evaluate(x, target=y)
+    for kind in (pipe.named_parameters(), pipe.named_buffers(), gradients.items()):
+        for name, value in kind:
+            key = f"{'gradient ' * (kind is not None and name in found)}{name}"
+            found[key] = None if value is None else whole(value.detach())
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return tensor.clone() if full is None else full()
+
+
+def pipe_on(mesh: DeviceMesh | None, **options: Any) -> stagewise.Pipeline:
+    plan = stagewise.Plan(balance=(3, 2), schedule="1f1b", num_microbatches=2)
+    if mesh is None:
+        plan = stagewise.Plan(balance=(5,), schedule="1f1b", num_microbatches=4)
+    return stagewise.Pipeline(
+        noisy(), plan, loss=mean_by_weight, weight=heavy, seed=3, mesh=mesh, **options
+    )
+
+
+def noise_on_data_ranks(parallelize: Callable[..., object] | None) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "pp"))
+    pipe = pipe_on(mesh, parallelize=parallelize)
+    return accumulated(pipe, mesh.get_local_rank("dp_shard"), 2)
+
+
+@pytest.mark.parametrize("parallelize", [None, sharded], ids=["replicas", "fully sharded"])
+def test_data_ranks_draw_weigh_and_normalise_as_one(
+    parallelize: Callable[..., object] | None, pools: Pools
+) -> None:
+    """Dropout, weights, added losses, BatchNorm, accumulation, clipping; gradients some lack."""
+    ranks = pools[4].run(noise_on_data_ranks, parallelize)
+    expected = accumulated(pipe_on(None), 0, 1)
+    assert expected["microbatches"] == [4]
+    seen = set[str]()
+    for found in ranks:
+        for key, value in found.items():
+            if isinstance(value, Tensor):
+                assert torch.allclose(value, expected[key], rtol=1e-11, atol=1e-13), key
+            else:
+                assert value == expected[key], key
+        seen |= found.keys()
+    assert seen == expected.keys()
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **kwargs or {})
+
+
+def reductions(names: tuple[str, ...]) -> dict[str, int]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp_shard"))
+    plan = stagewise.Plan(balance=(2, 2), schedule="zb_h1", num_microbatches=8)
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+
+    def each(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+        for cell in stage.children():
+            fully_shard(cell, mesh=mesh["dp_shard"], mp_policy=MixedPrecisionPolicy())
+
+    loss = nn.functional.mse_loss
+    pipe = stagewise.Pipeline(model, plan, loss=loss, mesh=mesh, parallelize=each)
+    kept = sum(p.to_local().numel() for p in pipe.parameters())  # type: ignore[attr-defined]
+    with Counting() as counting:
+        pipe.step(torch.ones(16, 4), target=torch.zeros(16, 4))
+    return {name: counting.calls[name] for name in names} | {"parameters": kept}
+
+
+def test_a_step_gathers_and_reduces_once(pools: Pools) -> None:
+    """Two layers a stage: two of each, whatever the number of microbatches; half of each layer."""
+    names = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
+    for found in pools[4].run(reductions, names):
+        assert [found[name] for name in names] == [2, 2, 1]  # one: which gradients there are
+        assert found["parameters"] == 20
+
+
+class Failing(nn.Module):
+    """Fails where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.fails = nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails and x[0, 0] > 1:
+            raise ValueError("too much")
+        return self.linear(x)
+
+
+def a_failure(inner: str) -> Mapping[str, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp_shard"))
+    plan = stagewise.Plan(balance=(1, 1), **OPTIONS)
+    torch.manual_seed(0)
+    model = nn.Sequential(Failing(), Failing())
+    parallelize = INNER[inner].parallelize
+    loss = nn.functional.mse_loss
+    pipe = stagewise.Pipeline(model, plan, loss=loss, mesh=mesh, parallelize=parallelize)
+    x, target = torch.full((4, 4), 2.0 * mesh.get_local_rank("dp_shard")), torch.zeros(4, 4)
+    first = float(pipe.step(x, target=target))
+    before = [whole(p.grad) for p in pipe.parameters() if p.grad is not None]
+    for module in pipe.module.modules():
+        if isinstance(module, Failing):
+            module.fails = True
+    try:
+        pipe.step(x, target=target)
+        said = ""
+    except stagewise.StagewiseError as error:
+        said = str(error)
+    after = [whole(p.grad) for p in pipe.parameters() if p.grad is not None]
+    for module in pipe.module.modules():
+        if isinstance(module, Failing):
+            module.fails = False
+    equal = len(before) == 2 and all(map(torch.equal, before, after))
+    pipe.zero_grad()
+    return {"said": said, "kept": equal, "again": float(pipe.step(x, target=target)) == first}
+
+
+@pytest.mark.parametrize("inner", ["DDP", "FSDP2"])
+def test_a_failure_of_one_data_rank_is_undone_on_all(inner: str, pools: Pools) -> None:
+    for found in pools[4].run(a_failure, inner):
+        assert "too much" in found["said"]
+        assert found["kept"] and found["again"]
+
+
+def refused(what: str) -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    options: dict[str, Any] = {"mesh": mesh}
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plan = stagewise.Plan(balance=(1, 1), **OPTIONS)
+    batch = torch.ones(4, 4)
+    match what:
+        case "axis":
+            options["pipeline_axis"] = "stage"
+        case "data axis":
+            options["data_axes"] = ("data",)
+        case "no names":
+            options["mesh"] = init_device_mesh("cpu", (2, 2))
+        case "unclear":
+            options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "x"))
+        case "no mesh":
+            options["mesh"] = (2, 2)
+        case "size":
+            plan = stagewise.Plan(balance=(1,), **OPTIONS)
+            model = nn.Sequential(nn.Linear(4, 4))
+        case "sharded before":
+            fully_shard(model, mesh=mesh["dp"])
+        case "differently":
+            options["parallelize"] = differently
+        case "renamed":
+            options["parallelize"] = renamed
+        case "fails":
+            options["parallelize"] = fails
+        case "float32":
+            options |= {"parallelize": sharded, "accumulate_in_float32": True}
+        case "without mesh":
+            del options["mesh"]
+        case "local":
+            options["transport"] = "local"
+        case "tied apart":
+            model[1].weight = model[0].weight
+            options["parallelize"] = differently_by_stage
+        case "empty part":
+            batch = torch.ones(4 * mesh.get_local_rank("dp"), 4)
+    try:
+        pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss, **options)
+        pipe.step(batch, target=batch)
+    except (stagewise.StagewiseError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def differently(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    if mesh.get_local_rank("dp") == 1:
+        fully_shard(stage, mesh=mesh["dp"])
+
+
+def differently_by_stage(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    if index == 1:
+        fully_shard(stage, mesh=mesh["dp"])
+
+
+def renamed(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    for name, cell in [*stage.named_children()]:
+        setattr(stage, name, nn.Sequential(cell))
+
+
+def fails(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    if index == 1:
+        fully_shard(nn.ModuleList(stage.children()), mesh=mesh["dp"])
+
+
+REFUSALS = {
+    "axis": "PlanError: the mesh has the axes ('pp', 'dp'), none of which is 'stage'",
+    "data axis": "PlanError: data_axes names ['data']",
+    "no names": "PlanError: the mesh has the axes (), none of which is 'pp'",
+    "unclear": "PlanError: the mesh's axes ['x'] may have ranks with a part of the batch each",
+    "no mesh": "PlanError: mesh is a tuple; give a DeviceMesh",
+    "size": "PlanError: the plan needs 1 ranks, one per device, but the mesh has 2 along 'pp'",
+    "sharded before": "ModelError: 0.weight, 0.bias, 1.weight (4 parameters) are DTensors already",
+    "differently": "PlanError: ranks [1, 3] parallelise their stages differently",
+    "renamed": "parallelize renamed parameters of stage ",
+    "fails": "parallelize failed for stage 1: ValueError: fully_shard does not support",
+    "float32": "PlanError: accumulate_in_float32=True was given, but parallelize has sharded",
+    "without mesh": "PlanError: the plan needs 2 ranks, one per device, but 4 are running",
+    "local": "PlanError: transport is 'local' and a mesh was given",
+    "tied apart": "ModelError: 0.weight, 1.weight are one parameter, but parallelize has sharded",
+    "empty part": "",
+}
+
+
+def every_refusal(names: list[str]) -> list[str]:
+    return [refused(name) for name in names]
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(pools: Pools) -> None:
+    for said in pools[4].run(every_refusal, [*REFUSALS]):
+        for one, (name, expected) in zip(said, REFUSALS.items(), strict=True):
+            assert one and expected in one, (name, one)
