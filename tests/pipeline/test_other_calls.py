@@ -111,6 +111,16 @@ ACTS: dict[str, tuple[Act, Act, str]] = {
         lambda p: p.load_checkpoint("two"),
         "/one), rank 1: load_checkpoint(",
     ),
+    "load, strictly": (
+        lambda p: p.load_checkpoint("one"),
+        lambda p: p.load_checkpoint("one", strict=False),
+        "/one), rank 1: load_checkpoint(",
+    ),
+    "rehearse, longer": (
+        lambda p: p.rehearse(X, target=X, num_steps=1),
+        lambda p: p.rehearse(X, target=X, num_steps=2),
+        "rank 0: rehearse(num_steps=1), rank 1: rehearse(num_steps=2)",
+    ),
     "autocast": (
         step,
         partial(cast, enabled=True),

@@ -32,7 +32,8 @@ def load(
     `convert`) a dtype differs, or with `strict` if the names are not those of the model; BatchError
     if ranks name different checkpoints.
     """
-    with agreed(ranks, f"load_checkpoint({where(state)})"):
+    how = "" if strict and not convert else f", strict={strict}, convert={convert}"
+    with agreed(ranks, f"load_checkpoint({where(state)}{how})"):
         source = open_source(state, aliases)
         found = check(source, own, aliases, strict=strict, convert=convert)
     with agreed(ranks, "load_checkpoint: values"):

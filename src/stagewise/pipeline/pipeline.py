@@ -257,7 +257,7 @@ class Pipeline(Calls):
         self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
     ) -> tuple[Timeline, ...]:
         """Return timelines of `num_steps` trial steps, which leave no trace, after a warm-up."""
-        self._ranks.exchange((), "rehearse")
+        self._ranks.exchange((), f"rehearse(num_steps={num_steps})")
         return rehearse(self._runner, self._trial(inputs, target, kwargs), num_steps)
 
     def _trial(

@@ -405,6 +405,30 @@ def test_the_last_rank_says_it(pools: Pools) -> None:
     assert all(len(texts) == 1 for texts in last.values())
 
 
+def supcon(output: Tensor, target: Tensor) -> Tensor:
+    """0 on one sample, and on two of different classes."""
+    likeness = output @ output.T
+    others = likeness.masked_fill(torch.eye(len(output), dtype=torch.bool), -1e9)
+    same = (target[:, None] == target).float().fill_diagonal_(0)
+    return (same * (others.logsumexp(1, keepdim=True) - likeness)).sum() / same.sum().clamp(min=1)
+
+
+def mean_over_the_active(output: Tensor, target: Tensor) -> Tensor:
+    """As of triplets whose hinge is reached; there are none in the first microbatch."""
+    hinge = (output.square().mean(1) * target).relu()
+    return hinge.sum() / (hinge > 0).sum().clamp(min=1)
+
+
+def test_losses_that_tell_nothing_on_some_microbatches() -> None:
+    """Found silent: 0 in place of 2.19, half of the loss."""
+    torch.manual_seed(0)
+    with pytest.warns(ExactnessWarning, match="depends on the other samples of its batch"):
+        pipeline(linears(), supcon).step(torch.randn(4, WIDTH), target=labels(4))
+    active = torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1])
+    with pytest.warns(ExactnessWarning, match="samples do not count equally.*0 and 1 of the whole"):
+        pipeline(linears(), mean_over_the_active).step(torch.randn(8, WIDTH), target=active)
+
+
 def some_have(output: Tensor, target: Tensor) -> Mapping[str, Tensor]:
     """The mean over the samples of class 0, in microbatches that have such samples."""
     chosen = target == 0

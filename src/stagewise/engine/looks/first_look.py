@@ -5,6 +5,7 @@ is a sum, counts samples unequally, or compares the samples of its batch with ea
 wrong, and so does that of a batch whose first dimension is time.
 Idea: join two microbatches again, and run the loss function, and each cell that adds or returns a
 loss, on both apart and together, in eval mode and leaving no trace. A difference becomes a warning.
+Of microbatches of one sample, those before count as one: a contrastive loss needs several samples.
 A look that fails for any reason, or whose code draws random numbers, says nothing. `mixing` looks
 at cells without a loss; `step.looks` decides which calls are looked at.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stagewise.batch.pairing import Pair, RaggedError, halves_of_ragged, paired
-from stagewise.batch.values import detached, output_leaves, versions_of
+from stagewise.batch.values import detached, output_leaves, tensors_of, versions_of
 from stagewise.engine.looks.counting import weight_that_fits
 from stagewise.engine.looks.loss_kind import (
     SEVERITY,
@@ -36,6 +37,7 @@ from stagewise.model.cell import Cell
 
 MOST_PAIRS = 3  # one may hide what another shows: class weights may happen to agree
 _MOST_BYTES = 1 << 26  # of what is joined; of larger microbatches, only some samples
+_FEW_SAMPLES = 4  # on two, many losses that compare samples are 0
 _Run = Callable[[object], Mapping[str, Tensor]]
 
 
@@ -57,7 +59,8 @@ class FirstLook:
         self._sizes, self._batch_dim = sizes, batch_dim
         self._unlike, self._num_pairs = unlike, num_pairs
         self._weight, self._sums, self._loss = weight, sums_losses, loss
-        # By what received it: the last microbatch, its value, and the versions of its tensors.
+        # By what received it: the samples of the last microbatch, or of the joined ones up to it,
+        # their value, and the versions of its tensors.
         self._kept: dict[object, tuple[int, object, list[int]]] = {}
         self._pairs: Counter[object] = Counter()  # pairs begun
         self.found: dict[str, tuple[int, str]] = {}  # what is wrong -> how badly, in words
@@ -92,21 +95,19 @@ class FirstLook:
             return
         values, sizes = both
         with self._quietly(loss):
+            loss_of = loss
             if isinstance(loss, nn.Module) and any(True for _ in loss.buffers()):
                 loss = copy.deepcopy(loss)
 
             def run(value: object) -> Mapping[str, Tensor]:
-                return losses_by_name(loss(value[0], *value[1]))  # type: ignore[index]
+                named = losses_by_name(loss(value[0], *value[1]))  # type: ignore[index]
+                if not all(bool(number.isfinite()) for number in named.values()):
+                    self._kept.pop(loss_of, None)  # a mean over nothing, which is told by itself
+                return named
 
             count = len(output_leaves(output))
             try:
-                pair = paired(
-                    values,
-                    sizes,
-                    self._batch_dim,
-                    most_bytes=_MOST_BYTES,
-                    num_differentiated=count,
-                )
+                pair = self._pair(loss_of, values, sizes, num_differentiated=count)
             except RaggedError:
                 if self._weight is None and not self._sums:
                     self._ragged(run, *halves_of_ragged(values, count), sizes)
@@ -169,7 +170,7 @@ class FirstLook:
         if both is None:
             return
         values, sizes = both
-        pair = paired(values, sizes, self._batch_dim, most_bytes=_MOST_BYTES)
+        pair = self._pair(cell.index, values, sizes)
         with in_eval_mode(cell.module):
             run, by_samples = self._losses_of(forward, is_loss=is_loss), _shares(pair.sizes)
 
@@ -212,16 +213,38 @@ class FirstLook:
 
         None for the first microbatch, once enough pairs were seen, and after an in-place change.
         """
-        value, before = detached(value), self._kept.pop(who, None)
+        value, before, size = detached(value), self._kept.pop(who, None), self._sizes[m]
         if self._pairs[who] < self._num_pairs or m + 1 in self._unlike:
-            self._kept[who] = m, value, versions_of(value)
+            self._kept[who] = size, value, versions_of(value)
         self._pairs[who] += 1
         if before is None:
             return None
         first, kept, versions = before
         if versions_of(kept) != versions:  # changed in place since
             return None
-        return [kept, value], (self._sizes[first], self._sizes[m])
+        return [kept, value], (first, size)
+
+    def _pair(
+        self,
+        who: object,
+        values: Sequence[object],
+        sizes: tuple[int, int],
+        *,
+        num_differentiated: int | None = None,
+    ) -> Pair:
+        """Join two values; if they hold few samples, both are the first of the next pair."""
+        few = sum(sizes) <= _FEW_SAMPLES and 2 * _bytes(values) <= _MOST_BYTES
+        pair = paired(
+            values,
+            sizes,
+            self._batch_dim,
+            most_bytes=None if few else _MOST_BYTES,
+            num_differentiated=num_differentiated,
+        )
+        if few and sum(sizes) < _FEW_SAMPLES:
+            whole = detached(pair.whole)
+            self._kept[who] = sum(sizes), whole, versions_of(whole)
+        return pair
 
     @contextlib.contextmanager
     def _quietly(self, code: object) -> Iterator[None]:
@@ -242,6 +265,10 @@ class FirstLook:
 
 
 _OWN = "\0"  # before the name of a loss that is a cell's output
+
+
+def _bytes(values: Sequence[object]) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(values))
 
 
 def _always(counts: tuple[float, float]) -> Callable[[str], tuple[float, float]]:

@@ -92,22 +92,29 @@ def scalars_of(output: object) -> dict[str, Tensor]:
 def _counts(
     own: Sequence[Tensor], total: Tensor, leaves: Sequence[Sequence[Tensor]], tolerance: float
 ) -> tuple[float, float] | Literal["mixed"] | None:
-    """Return (c_0, c_1), "mixed" if there are none, or None if the gradients do not tell."""
+    """Return (c_0, c_1), "mixed" if there are none, or None if the gradients do not tell.
+
+    Of a part without gradients (a hinge that is not reached), c is what a mean leaves for it.
+    """
     if not (total.requires_grad and all(loss.requires_grad for loss in own)):
         return None
-    found = []
+    found: list[float | None] = []
     for loss, inputs in zip(own, leaves, strict=True):
         alone, within = _gradient(loss, inputs), _gradient(total, inputs)
         square, size = float(alone @ alone), float(within.norm())
         if square == 0:
             if size > 0:
                 return "mixed"
-            return None
+            found.append(None)
+            continue
         count = float(alone @ within) / square
         if float((within - count * alone).norm()) > tolerance * max(size, abs(count) * square**0.5):
             return "mixed"
         found.append(count)
-    return found[0], found[1]
+    first, second = found
+    if first is None:
+        return None if second is None else (1 - second, second)
+    return first, 1 - first if second is None else second
 
 
 def _gradient(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
