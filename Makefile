@@ -84,6 +84,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.table2 --quick
 	$(BIN)/python -m benchmarks.memory --quick
 	$(BIN)/python -m benchmarks.resident --quick
+	$(BIN)/python -m benchmarks.checkpoints --quick
 	$(BIN)/python -m benchmarks.two_billion
 	$(BIN)/python -m benchmarks.capture --quick
 

@@ -220,18 +220,25 @@ def test_resumed_at_any_step(tmp_path: Path, case: str) -> None:
         assert differing(whole, out) == [], step
 
 
-def on_ranks(recipe: Path, whole: Path, out: Path) -> None:
-    run(recipe, whole, (3, 4))
-    run(recipe, out, (3, 4), resume=run_folder.folder_of(whole, 3))
+def on_ranks(recipe: Path, whole: Path, out: Path, balance: tuple[int, ...]) -> None:
+    run(recipe, whole, balance)
+    run(recipe, out, balance, resume=run_folder.folder_of(whole, 3))
 
 
-@pytest.mark.parametrize("case", ["a stateful loader, accumulated", "schedule and averages"])
+@pytest.mark.parametrize(
+    "case, balance",
+    [
+        ("a stateful loader, accumulated", (3, 4)),
+        ("schedule and averages", (3, 4)),
+        ("schedule and averages", (1, 1, 5)),  # no parameters in the middle
+    ],
+)
 def test_resumed_on_ranks_and_at_another_number_of_them(
-    tmp_path: Path, pools: Pools, case: str
+    tmp_path: Path, pools: Pools, case: str, balance: tuple[int, ...]
 ) -> None:
     """Every rank draws its own noise, so another number of them has other numbers only then."""
     recipe, whole = recipe_of(tmp_path, case), tmp_path / "whole"
-    pools[2].run(on_ranks, recipe, whole, tmp_path / "again")
+    pools[len(balance)].run(on_ranks, recipe, whole, tmp_path / "again", balance)
     assert losses(tmp_path / "again", 3) == losses(whole, 3)
     assert differing(whole, tmp_path / "again") == []
     if CASES[case][2] == "0":

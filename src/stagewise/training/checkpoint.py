@@ -50,6 +50,7 @@ from stagewise.training.state.random_states import random_states
 
 SAVING, RESTORING = "saving a checkpoint", "restoring a checkpoint"  # in error messages
 _DATA = "state"
+_ONE_PROCESS = "torch.distributed is disabled"  # torch's warning, where that is fine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,8 @@ def stage(
     extra: Extra = NOTHING,
 ) -> PendingCheckpoint:
     """Return a copy of what `save` writes; every rank calls this."""
+    # Not within `write`: Python's filters are the process's, and a thread may not change them.
+    warnings.filterwarnings("ignore", message=_ONE_PROCESS)
     with agreed(pipe.ranks, SAVING), torch.no_grad():
         schedules.check_saved(optimizer, extra.scheduler)
         state = _state(pipe, optimizer, extra)
@@ -145,7 +148,7 @@ def write(staged: PendingCheckpoint, ranks: Gathering, num_kept: int = NUM_KEPT)
         if ranks.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-    with agreed(ranks, SAVING), explain_write_errors(unfinished, run), _one_process_is_fine():
+    with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
         state = dict(staged.state)
         save_distributed(state, checkpoint_id=unfinished, process_group=group)
     checkpoint = replace(
@@ -291,5 +294,5 @@ def _digests(ranks: Gathering, unfinished: Path, run: Path) -> dict[str, str]:
 def _one_process_is_fine() -> Iterator[None]:
     """Ignore torch's warning that torch.distributed is not initialised, which is fine here."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
         yield

@@ -169,8 +169,11 @@ class Recipe:
         return made
 
     def make_objects(self, module: nn.Module) -> Objects:
-        """Return the recipe's own objects for this rank's part of the model, by name."""
-        if self.state is None:
+        """Return the recipe's own objects for this rank's part of the model, by name.
+
+        None for a part without parameters, which torch's averages do not take.
+        """
+        if self.state is None or not any(True for _ in module.parameters()):
             return {}
         with self.blame("state(module)"):
             return checked_objects(self.state(module), self.path)

@@ -24,6 +24,7 @@ DIRECTORY = "checkpoints"
 DESCRIPTION = "stagewise.json"
 NUM_KEPT = 2  # unless the run asks for another number
 UNFINISHED = ".tmp"  # in place of a suffix, until a checkpoint is written to its end
+_REPLACED = ".replaced"  # while another of the same step takes its place
 _DAMAGED = ".damaged"  # appended to the name of a damaged checkpoint
 
 
@@ -65,12 +66,11 @@ def publish(checkpoint: Checkpoint, written: Path, num_kept: int = NUM_KEPT) -> 
         json.dump(signed(fields), file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    replaced = checkpoint.path.with_suffix(".replaced")
     if checkpoint.path.exists():
-        checkpoint.path.rename(replaced)
+        checkpoint.path.rename(checkpoint.path.with_suffix(_REPLACED))
     written.rename(checkpoint.path)
     _folder_to_disk(checkpoint.path.parent)
-    for path in (replaced, *_unfinished(checkpoint.run)):
+    for path in _unfinished(checkpoint.run, UNFINISHED, _REPLACED):
         shutil.rmtree(path, ignore_errors=True)
     drop_old(checkpoint.run, num_kept)
 
@@ -177,7 +177,7 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
                 f"{found.path.parent}, or give the run's directory to resume from its last good one"
             )
         return found, []
-    warnings = [f"{each.stem} was not written to its end" for each in _unfinished(path)]
+    warnings = [f"{each.stem} was not written to its end" for each in _unfinished(path, UNFINISHED)]
     infinite = None
     for each in reversed(paths):
         try:
@@ -200,8 +200,9 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
     )
 
 
-def _unfinished(run: Path) -> list[Path]:
-    return sorted((run / DIRECTORY).glob(f"step-????????{UNFINISHED}"))
+def _unfinished(run: Path, *suffixes: str) -> list[Path]:
+    folder = run / DIRECTORY
+    return [path for suffix in suffixes for path in sorted(folder.glob(f"step-????????{suffix}"))]
 
 
 def _set_aside(path: Path) -> Path:

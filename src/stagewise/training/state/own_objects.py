@@ -53,16 +53,21 @@ def room_for_objects(
 ) -> dict[str, dict[str, Any]]:
     """Return empty state to read into; CheckpointError if it was written without one of these."""
     rest: dict[str, Any] = {}
+    ranks: dict[_Key, list[int]] = {}
+    for entry in index.state_dict_metadata:
+        name, *ends = _path(entry.removeprefix(f"{REST}.")) or [""]
+        if entry.startswith(REST) and len(ends) == 1 and isinstance(ends[0], int):
+            ranks.setdefault(name, []).append(ends[0])
     for name in objects:
-        mine, first = _entry(name, rank), _entry(name, 0)
-        there = mine if f"{REST}.{mine}" in index.state_dict_metadata else first
-        room = room_for_bytes(index, f"{REST}.{there}")
+        there = ranks.get(name, [rank])
+        entry = _entry(name, rank if rank in there else min(there))
+        room = room_for_bytes(index, f"{REST}.{entry}")
         if room is None:
             raise CheckpointError(
                 f"it was written without {name!r}, which state() in the recipe returns; resume "
                 "with the recipe that wrote it, or start again without --resume"
             )
-        rest[there] = room
+        rest[entry] = room
     named: dict[str, Any] = {}
     for entry, kind in index.state_dict_metadata.items():
         path = _path(entry.removeprefix(f"{NAMED}."))
