@@ -212,7 +212,9 @@ class Calls(Share):
         batch_dim: int | None,
         scaling: Scaling = UNSCALED,
     ) -> Result:
-        NOW.starts(CALLS[mode], self.step_index, tuple(self._runner.stages))
+        NOW.kind, NOW.stages = CALLS[mode], tuple(self._runner.stages)
+        if mode is Mode.TRAIN and not NOW.is_numbered:
+            NOW.step = self.step_index
         if self.overflow.is_wanted:
             self.overflow.before_collective()
         dim = self._batch_dim if batch_dim is None else batch_dim

@@ -32,6 +32,8 @@ _INDIVISIBLE = (
 
 
 TOGETHER_BYTES = 1 << 20  # of weight gradients that are accumulated in one backward call
+# The number of the next node of a graph that this thread makes.
+next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 @dataclass(frozen=True, kw_only=True)

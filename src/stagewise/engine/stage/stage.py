@@ -2,8 +2,8 @@
 
 A stage's graph is an island: detached tensors in, outputs out. Its state per microbatch is a
 `Flight`: the inputs and, while a graph exists, its roots. `F` builds the graph, but keeps only the
-inputs if the microbatch is recomputed; `R` builds it again with the same seeds, buffers and
-autocast; `B` uses and drops it; `I` uses it and keeps what `W` needs.
+inputs to be recomputed; `R` builds it again with the same seeds, buffers and autocast; `B` uses and
+drops it; `I` uses it and keeps what `W` needs.
 """
 
 import operator
@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from stagewise.batch.markers import Arguments
 from stagewise.batch.objects import opened
 from stagewise.batch.values import Apart, detached, leaf_of, optionals, put_together, take_apart
+from stagewise.engine.stage import split_backward
 from stagewise.engine.stage.autograd import (
     check_changes,
     feed,
@@ -39,7 +40,7 @@ from stagewise.engine.stage.loss import (
     takes_target,
 )
 from stagewise.engine.stage.same_again import sampled
-from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
+from stagewise.engine.stage.split_backward import Product, next_number
 from stagewise.engine.stage.work import CellForward, Mode, RunCell, Work
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import UsageError
@@ -161,7 +162,7 @@ class Stage:
         roots, seeds = self._start_of(flight, m, received, work)
         if roots:
             with without_autocast(self.device.type) if work.is_autocast else _NOTHING:
-                self._deferred[m] = backward_inputs(roots, seeds, flight.entries)
+                self._deferred[m] = split_backward.backward_inputs(roots, seeds, flight.entries)
             for leaf in flight.inputs:  # the rest of the graph still refers to them
                 leaf.data = leaf.new_empty(0)
         return self._gradients_of(flight, m, work)
@@ -169,7 +170,7 @@ class Stage:
     def backward_weight(self, m: int, received: list[Apart], work: Work) -> None:
         """Accumulate the weight gradients that `backward_input` deferred."""
         with without_autocast(self.device.type) if work.is_autocast else _NOTHING:
-            backward_weights(self._deferred.pop(m, []))
+            split_backward.backward_weights(self._deferred.pop(m, []))
 
     @contextmanager
     def _noting(self, flight: Flight, m: int, work: Work, *, remember: bool) -> Iterator[None]:
@@ -214,8 +215,7 @@ class Stage:
         key = (work.mode is Mode.TRAIN, self._flags, *map(_REQUIRES_GRAD, flight.inputs), *names)
         mutates = self._mutates.get(key)
         dropped = kind is Kind.FORWARD and (self.index, m) in work.recomputed
-        gradients = None if dropped else flight.gradients
-        fed, flight.entries = feed(flight.inputs, mutates, gradients)
+        fed, flight.entries = feed(flight.inputs, mutates, None if dropped else flight.gradients)
         versions = list(map(_VERSION, fed))
         with without_weight_cache(self.device.type) if work.is_autocast else _NOTHING:
             value = self._through(fed, flight, kind, m, work)
@@ -246,14 +246,15 @@ class Stage:
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
             for running, forward in calls:
-                NOW.cell, index = running, running.index
-                collector.cell = index
+                NOW.cell, collector.cell, index = running, running.index, running.index
+                flight.starts.append(next_number())
                 randomness.enter_cell(index, m)
                 if directly and index not in named and type(value) is not Arguments:
                     value = running.module(value)
                 else:
                     value = forward(value, named.get(index, _NO_KEYWORDS))
             running = NOW.cell = None
+            flight.starts.append(next_number())
             if self.is_last:
                 randomness.enter_loss(m)
                 value = self._end(value, flight, kind, m, work)

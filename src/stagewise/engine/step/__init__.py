@@ -2,7 +2,7 @@
 
 1. A `step_request` is what was asked for; `admission`: all ranks compare what they were given, by a
    `vote` and a `digest` of the batch's forms and values, and all raise or none.
-2. `parts`: this rank's microbatches; `weights`: how much each one's loss counts.
+2. `weights`: how much each microbatch's loss counts.
 3. `programs` binds the schedule to this rank's stages; `execute` runs it, instruction by
    instruction; on an accelerator `marks` time each; `nonfinite` finds where a NaN began.
 4. `results`: every rank knows the loss, `outputs`: and what the model returned; `agreement`: or

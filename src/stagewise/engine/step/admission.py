@@ -4,7 +4,7 @@ Every rank casts one `Vote`; the votes show each rank that all are at the same s
 mode, with matching batches. If any rank objects, all raise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -15,38 +15,19 @@ from stagewise.batch.split import Extent, extent, microbatch_sizes
 from stagewise.batch.values import take_apart
 from stagewise.engine.stage.keywords import NOT_GIVEN, Routes
 from stagewise.engine.stage.work import Mode
-from stagewise.engine.step.digest import Autocast, digest, fingerprint, mark_of, mark_of_flags
+from stagewise.engine.step.digest import (
+    Autocast,
+    autocast_here,
+    digest,
+    fingerprint,
+    mark_of,
+    mark_of_flags,
+)
 from stagewise.engine.step.step_request import UNSCALED, Request
-from stagewise.engine.step.vote import Difference, Vote, by_name, difference
-from stagewise.engine.step.weights import BY_SAMPLES, LossCount, check_scaling
+from stagewise.engine.step.vote import Difference, RankNeeds, State, Vote, by_name, difference
+from stagewise.engine.step.weights import check_scaling
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankNeeds:
-    """What this rank's stages need in any call; `target` only if it computes a loss."""
-
-    routes: Routes
-    inputs: bool
-    target: bool
-    most_microbatches: int
-    count: LossCount = BY_SAMPLES
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What else must match across ranks in a call.
-
-    `flags` decide what this rank's messages hold (`Stage.begin`); `shared_flags` are those of every
-    replicated stage, None if this rank does not hold it.
-    """
-
-    flags: tuple[bool, ...] = ()
-    shared_flags: Sequence[tuple[bool, ...] | None] = ()
-    training: bool = True  # as after pipe.train()
-    compares_values: bool = False
-    check: Callable[[], None] = lambda: None  # raises any other objection to the call
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
         if objection is not None:
             raise objection
         return _alone(request, needs, batch)
-    autocast = _autocast()
+    autocast = autocast_here()
     own = _vote(request, needs, state, batch, autocast, objection)
     votes = [own.same_kind(row) for row in ranks.exchange_all(own.row(), request.call)]
     if any(vote.objects for vote in votes):
@@ -290,11 +271,3 @@ def _in_words(value: object) -> str:
     constants = [constant for constant in structure.constants if constant is not None]
     said = [*(f"{tuple(t.shape)} {t.dtype}" for t in tensors), *map(repr, constants)]
     return ", ".join(said)
-
-
-def _autocast() -> Autocast:
-    return tuple(
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda", "mps", "xpu")
-        if torch.is_autocast_enabled(kind)
-    )

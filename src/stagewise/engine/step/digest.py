@@ -45,6 +45,15 @@ def _add(flat: torch.Tensor, hashed: "hashlib.blake2b") -> None:
     hashed.update(words[::step].cpu().numpy().tobytes())
 
 
+def autocast_here() -> Autocast:
+    """Return under which autocast this thread runs."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "mps", "xpu")
+        if torch.is_autocast_enabled(kind)
+    )
+
+
 def signature_of(work: Work) -> int:
     """Return a number that is equal for calls whose messages have equal forms."""
     # Where a loss has weight 0, gradients are missing from the messages.

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from stagewise.batch.values import Apart
+from stagewise.engine.stage.flight import failed_in_backward
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import Marks, Observer, Record, Work
 from stagewise.engine.step.marks import host_seconds
@@ -90,7 +91,9 @@ def _fail(
     """Record what this rank failed by and free its memory; a lost peer is raised at once."""
     if isinstance(error, PeerError):
         raise error
-    record.fail(Failure.of(error, instruction, stages[instruction.stage].device))
+    stage = stages[instruction.stage]
+    within = failed_in_backward(error, stage.cells)
+    record.fail(Failure.of(error, instruction, stage.device, within))
     _clear(stages, record)
 
 

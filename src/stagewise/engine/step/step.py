@@ -16,31 +16,27 @@ from functools import partial
 
 import torch
 
-from stagewise.batch.split import shares_of_samples
+from stagewise.batch.markers import Arguments
+from stagewise.batch.split import named_parts, shares_of_samples, split_on
 from stagewise.engine.gradients.batch import pass_on_gradients, share_gradients
 from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Policies, Settlement
 from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
-from stagewise.engine.stage.keywords import Routes, names_taken
+from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves, names_taken
 from stagewise.engine.stage.randomness import generators_kept, randomness_on
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
-from stagewise.engine.step.admission import Admitted, RankNeeds, State, admit
+from stagewise.engine.step.admission import Admitted, admit
 from stagewise.engine.step.agreement import agreed_failure
 from stagewise.engine.step.digest import signature_of
 from stagewise.engine.step.execute import Ran, execute
 from stagewise.engine.step.looks import Looks
 from stagewise.engine.step.nonfinite import Finder
-from stagewise.engine.step.parts import own_parts
 from stagewise.engine.step.programs import Programs, RankProgram
-from stagewise.engine.step.results import (
-    Agreed,
-    Result,
-    agree_on_losses,
-    agree_on_shared_losses,
-)
+from stagewise.engine.step.results import Agreed, Result, agree_on_losses, agree_on_shared_losses
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf, Unchanged
+from stagewise.engine.step.vote import RankNeeds, State
 from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Transport
@@ -81,10 +77,8 @@ class Runner:
         self.last_run, self._broken = Ran(), False
         self._num_calls = dict.fromkeys(Mode, 0)
         self.root: ModeOf | None = None  # its mode must agree across ranks
-        self._compares_always = False  # the batch's values, in every call
-        self._finder: Finder | None = None
-        self.stages = stages
-        self.use(schedule, stages)
+        self.stages, self.schedule = stages, schedule
+        self.check_more(values=False, finite=False)
 
     def use(self, schedule: Schedule, stages: Mapping[int, Stage]) -> None:
         """Use `schedule` from the next call on; `stages` have the same cells on this rank."""
@@ -102,19 +96,13 @@ class Runner:
         self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
         rank = None if self._alone else self.ranks.rank
         self._programs = Programs(
-            schedule, stages, rank, self.routes.flows, self._device, self._finder
+            schedule, stages, rank, self.routes.flows, self._device, self.finder
         )
-        self._needs = RankNeeds(
-            routes=self.routes,
-            inputs=first is not None,
-            target=last is not None and (last.needs_target or self._count.weight is not None),
-            most_microbatches=schedule.num_microbatches,
-            count=self._count,
-        )
+        self._needs = RankNeeds.of(first, last, self.routes, schedule, self._count)
 
     def check_more(self, *, values: bool, finite: bool) -> None:
         """Compare the batch's `values` in every call; find what is not `finite`."""
-        self._compares_always, self._finder = values, Finder() if finite else None
+        self._compares_always, self.finder = values, (Finder() if finite else None)
         self.use(self.schedule, self.stages)
 
     def run(self, request: Request) -> Result:
@@ -176,7 +164,7 @@ class Runner:
         try:
             # Gradients of the batch's own tensors flow back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
-                parts = own_parts(request, sizes, self._first, self._last, self._taken)
+                parts = self._parts(request, sizes)
             if examines or self.unchanged.flags:
                 look = self.looks.at(request, admitted, parts, flags=self.unchanged.flags)
         except Exception as error:
@@ -203,9 +191,22 @@ class Runner:
             batchnorms=self._batchnorms,
             look=look,
             compared=self._num_calls[mode] % len(sizes),
-            around=() if self._finder is None else (self._finder.around,),
+            around=() if self.finder is None else (self.finder.around,),
             record=record,
         )
+
+    def _parts(self, request: Request, sizes: Sequence[int]) -> Parts:
+        inputs: Sequence[object] = ()
+        targets: Sequence[object] = ()
+        leaves: Leaves = []
+        if self._first is not None:
+            whole = Arguments() if request.inputs is None else request.inputs
+            inputs = split_on(self._first.device, whole, sizes)
+        if self._last is not None and request.target is not None:
+            targets = split_on(self._last.device, request.target, sizes)
+            if not isinstance(request.target, torch.Tensor) or request.target.requires_grad:
+                targets, leaves = as_leaves(targets)
+        return Parts(inputs, targets, leaves, *named_parts(request.keywords, sizes, self._taken))
 
     def _run(
         self, request: Request, program: RankProgram, work: Work
@@ -295,6 +296,5 @@ class Runner:
                     self._policies.check(step)
             except CellError as error:
                 work.record.fail(Failure.of(error, None, None))
-        replicated = bool(self._replicated) and not self._alone
-        agree = agree_on_shared_losses if replicated else agree_on_losses
+        agree = agree_on_losses if self._alone or not self._replicated else agree_on_shared_losses
         return agree(self.ranks, work, self.last_ranks[0], self._device)

@@ -4,14 +4,60 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from stagewise.engine.stage.keywords import NOT_GIVEN
+from stagewise.engine.stage.keywords import NOT_GIVEN, Routes
+from stagewise.engine.stage.stage import Stage
+from stagewise.engine.step.weights import BY_SAMPLES, LossCount
 from stagewise.errors import BatchError
+from stagewise.schedule import Schedule
 
 _LATER = "; every rank must make the same calls in order"
 _BATCH = (
     "; give every rank the same batch (drawn with one seed or sampler), or None if a rank needs "
     "none of it"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankNeeds:
+    """What this rank's stages need in any call; `target` only if it computes a loss."""
+
+    routes: Routes
+    inputs: bool
+    target: bool
+    most_microbatches: int
+    count: LossCount = BY_SAMPLES
+
+    @staticmethod
+    def of(
+        first: Stage | None,
+        last: Stage | None,
+        routes: Routes,
+        schedule: Schedule,
+        count: LossCount,
+    ) -> "RankNeeds":
+        """Return what a rank needs that has the `first` or the `last` stage, or neither."""
+        return RankNeeds(
+            routes=routes,
+            inputs=first is not None,
+            target=last is not None and (last.needs_target or count.weight is not None),
+            most_microbatches=schedule.num_microbatches,
+            count=count,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What else must match across ranks in a call.
+
+    `flags` decide what this rank's messages hold (`Stage.begin`); `shared_flags` are those of every
+    replicated stage, None if this rank does not hold it.
+    """
+
+    flags: tuple[bool, ...] = ()
+    shared_flags: Sequence[tuple[bool, ...] | None] = ()
+    training: bool = True  # as after pipe.train()
+    compares_values: bool = False
+    check: Callable[[], None] = lambda: None  # raises any other objection to the call
 
 
 @dataclass(frozen=True, kw_only=True)

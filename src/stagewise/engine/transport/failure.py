@@ -46,9 +46,14 @@ class Failure:
 
     @staticmethod
     def of(
-        error: Exception, instruction: Instruction | None, device: torch.device | None
+        error: Exception,
+        instruction: Instruction | None,
+        device: torch.device | None,
+        within: str = "",
     ) -> "Failure":
-        """Wrap `error` with its place; if memory ran out, drop the tensors it keeps alive."""
+        """Wrap `error` with its place, `within` a stage; drop the tensors that a lack of memory
+        keeps alive.
+        """
         no_memory = is_out_of_memory(error)
         if no_memory:
             _let_go(error)
@@ -56,8 +61,9 @@ class Failure:
             return Failure(instruction, error, no_memory)
         where = f"the batch could not be prepared ({NOW.here(NOW.kind)})"
         if instruction is not None:
+            of = f"{within} of " if within else ""
             where = (
-                f"stage {instruction.stage} failed on microbatch {instruction.microbatch} "
+                f"{of}stage {instruction.stage} failed on microbatch {instruction.microbatch} "
                 f"(instruction {instruction}, device {device}{NOW.beside()})"
             )
         named = CellError(f"{where}: {type(error).__name__}: {error}")

@@ -44,12 +44,6 @@ class Now:
         """Return what differs after any progress."""
         return self.count, self.call, self.instruction, self.cell, self.awaits
 
-    def starts(self, call: str, step: int, stages: tuple[int, ...]) -> None:
-        """Note which `call` of a pipeline starts; `step` is the number of its next step."""
-        self.kind, self.stages = call, stages
-        if call == STEP and not self.is_numbered:
-            self.step = step
-
     def when(self, call: str) -> str:
         """Say which step `call` belongs to ("": no call runs)."""
         if self.step is None:
