@@ -160,3 +160,17 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_is_as_it_was(
         checkpoints.save(tmp_path, pipe, None, step=2, seed=0)
     assert "step-00000001 is untouched" in str(caught.value)
     assert {p: p.read_bytes() for p in (tmp_path / DIRECTORY).rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_one_in_a_folder_that_may_only_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(tmp_path, 1, 2)
+    next((tmp_path / DIRECTORY / "step-00000002").glob("*.distcp")).write_bytes(b"")
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", forbidden)
+    checkpoint, told = find_undamaged(tmp_path)
+    assert checkpoint.step == 1 and told[0].startswith("step-00000002 is damaged: ")

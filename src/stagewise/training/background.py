@@ -13,7 +13,8 @@ from stagewise.training.checkpoint import Extra, PendingCheckpoint, stage, write
 from stagewise.training.prepare import Trained
 from stagewise.training.run_folder import Checkpoint
 
-LAST_SECONDS = 2.0  # that a failing run waits for a checkpoint that is being written
+# That a failing run waits for a checkpoint that is being written: alone, and where peers may hang.
+ALONE_SECONDS, AMONG_PEERS_SECONDS = 30.0, 1.0
 
 
 class Saver:
@@ -62,7 +63,8 @@ class Saver:
     def close(self) -> None:
         """Give a checkpoint that is being written a moment to be completed; raises nothing."""
         if self._thread is not None:
-            self._thread.join(LAST_SECONDS)
+            alone = self._ranks is None or self._ranks.group is None
+            self._thread.join(ALONE_SECONDS if alone else AMONG_PEERS_SECONDS)
 
     def _write(self, staged: PendingCheckpoint, ranks: SideGroup) -> None:
         try:

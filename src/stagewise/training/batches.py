@@ -14,7 +14,7 @@ import torch
 
 from stagewise.batch.split import batch_size
 from stagewise.batch.values import take_apart
-from stagewise.errors import RecipeError
+from stagewise.errors import CheckpointError, RecipeError
 from stagewise.training.recipe import Batch, Recipe, checked_batch
 from stagewise.training.state.own_objects import Stateful
 from stagewise.training.state.plain_values import to_bytes
@@ -74,10 +74,19 @@ class TrainingBatches:
         if position is None or not isinstance(self._data, Stateful):
             self.skip(num_batches)
             return
+        try:
+            loader, generators = position["loader"], position["random"]
+            with random_states_kept():
+                restore_random_states(generators)
+        except Exception as error:  # untrusted values may raise anything
+            raise CheckpointError(
+                f"the position of data('train') in the checkpoint is not one ({error!r}); it is "
+                "damaged, use another one from the same directory"
+            ) from error
         with self._own_randomness():
-            self._data.load_state_dict(position["loader"])
+            self._data.load_state_dict(loader)
             self._iterator = iter(self._data)
-        self._random, self._first_is_next = position["random"], False
+        self._random, self._first_is_next = generators, False
 
     def _draw(self) -> Batch:
         nothing = object()

@@ -30,8 +30,11 @@ def explain_write_errors(unfinished: Path, run: Path) -> Iterator[None]:
         ) from error
 
 
-def _cause(error: BaseException, where: Path) -> str:
-    """Return the operating system's message, wherever it is in the error that torch raises."""
+def _cause(error: BaseException, where: Path | None = None) -> str:
+    """Return the operating system's message, wherever it is in the error that torch raises.
+
+    Without one, the first error's, and how full the disk of `where` is, if given.
+    """
     failures = getattr(error, "failures", {})
     chain = [error, *(each[0] for each in failures.values())]
     seen: list[BaseException] = []
@@ -44,10 +47,12 @@ def _cause(error: BaseException, where: Path) -> str:
         if isinstance(each, OSError) and each.errno is not None:
             name = errno.errorcode.get(each.errno, "")
             return f"{each.strerror} ({name})"
+    lines = str(seen[-1]).strip().splitlines()
+    text = f"{type(seen[-1]).__name__}: {lines[0]}" if lines else type(seen[-1]).__name__
+    if where is None:
+        return text
     folder = next((each for each in (where, *where.parents) if each.exists()), where)
-    free = shutil.disk_usage(folder).free
-    text = str(seen[-1]).strip().splitlines()[0] if str(seen[-1]).strip() else type(seen[-1])
-    return f"{text} ({free} bytes are free on the disk)"
+    return f"{text} ({shutil.disk_usage(folder).free} bytes are free on the disk)"
 
 
 @contextmanager
@@ -63,6 +68,6 @@ def explain_read_errors(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
     except (Exception, CheckpointException) as error:  # a broken file may raise anything
         raise CheckpointError(
-            f"the checkpoint {checkpoint.path} cannot be read: {_cause(error, checkpoint.path)}; "
+            f"the checkpoint {checkpoint.path} cannot be read: {_cause(error)}; "
             "if it is damaged, use another one from the same directory"
         ) from error

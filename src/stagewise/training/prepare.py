@@ -29,6 +29,7 @@ from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
+from stagewise.training.checkpoint_errors import explain_read_errors
 from stagewise.training.plans import make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
@@ -108,7 +109,8 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     seed_everything(options.seed)
     validation = validation_batches(recipe)
     if options.resume is not None and restored.random is not None:
-        restore_random_states(restored.random, pipe.device)
+        with explain_read_errors(options.resume):
+            restore_random_states(restored.random, pipe.device)
     return Prepared(
         trained=trained,
         batches=batches,

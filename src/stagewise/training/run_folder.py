@@ -187,7 +187,8 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
             damage = str(error)
         if damage is not None:
             renamed = _set_aside(each)
-            warnings.append(f"{each.name} is damaged and was renamed to {renamed.name}: {damage}")
+            so = "" if renamed is None else f" and was renamed to {renamed.name}"
+            warnings.append(f"{each.name} is damaged{so}: {damage}")
         elif checkpoint.finite:
             return checkpoint, warnings
         else:
@@ -205,12 +206,16 @@ def _unfinished(run: Path, *suffixes: str) -> list[Path]:
     return [path for suffix in suffixes for path in sorted(folder.glob(f"step-????????{suffix}"))]
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, without overwriting those renamed earlier."""
+def _set_aside(path: Path) -> Path | None:
+    """Rename a damaged checkpoint, without overwriting those renamed earlier; None if forbidden."""
     names = (f"{path.name}{_DAMAGED}{f'-{n}' if n else ''}" for n in itertools.count())
     aside = next(each for each in map(path.with_name, names) if not each.exists())
-    with suppress(FileNotFoundError):  # another rank was first
+    try:
         path.rename(aside)
+    except FileNotFoundError:  # another rank was first
+        return aside
+    except OSError:  # a folder that may only be read
+        return None
     return aside
 
 
