@@ -79,18 +79,22 @@ class ValidationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeRecord:
-    """Re-planning after `step`: what changes, why, and the predicted fraction of time saved."""
+    """Re-planning after `step`: what changes, why, and the predicted fraction of time saved.
+
+    Or, of the `kind` "pace", which rank's pace has changed, and how.
+    """
 
     step: int
     change: str
     reason: str
     predicted_gain: float | None = None
+    kind: str = "change"  # its name in the log
 
     def to_log(self) -> dict[str, object]:
         """Return the record for the log."""
         fields: dict[str, object] = {
             "step": self.step,
-            "change": self.change,
+            self.kind: self.change,
             "reason": self.reason,
         }
         if self.predicted_gain is not None:

@@ -23,7 +23,13 @@ from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.plan import Plan
 from stagewise.report.plan_table import Figures, plan_in_words
 from stagewise.timeline import Timeline
-from stagewise.training.adaptive import DriftWatch, use, use_less_memory, within_memory
+from stagewise.training.adaptive import (
+    DriftWatch,
+    PaceWatch,
+    use,
+    use_less_memory,
+    within_memory,
+)
 from stagewise.training.background import Saver
 from stagewise.training.batches import amount_of
 from stagewise.training.checkpoint import Extra
@@ -94,6 +100,7 @@ class Trainer:
         self._update = Update(recipe, prepared.trained, resumed)
         self._next_plan: Plan | None = None  # with another cut, used from the next step on
         self._watch = DriftWatch(prepared.measured)
+        self._paces = PaceWatch(self._pipe.ranks.gather(NOW.place, "places"))
         self._step_seconds: list[float] = []
         self._bubbles: list[float] = []
         self._warned_infinite = False
@@ -188,6 +195,8 @@ class Trainer:
     def _look(self, step: int, timeline: Timeline) -> None:
         """Change the plan for the steps after `step` if costs have drifted; all ranks do this."""
         pipe = self._pipe
+        for told in self._paces.look(step, timeline):
+            self._reporter.change(told)
         if not self._options.adaptive or pipe.num_ranks != pipe.plan.num_devices:
             return  # in one process devices take turns, so no plan is faster
         ran = len({span.instruction.microbatch for span in timeline.spans})
@@ -202,6 +211,7 @@ class Trainer:
             self._next_plan = plan
         else:
             use(pipe, plan)
+        self._paces.forget()
         self._step_seconds.clear()
         self._bubbles.clear()
         self._reporter.change(
