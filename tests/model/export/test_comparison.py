@@ -104,6 +104,16 @@ def test_asking_for_inference_mode_is_refused(around: Callable[[Any, Tensor], Te
         stagewise.capture(Net(around), torch.randn(8, 4))
 
 
+def gradient_asked(net: Any, x: Tensor) -> Tensor:
+    return x * 2 if net.blocks[0][0].weight.grad is None else x
+
+
+def test_looking_at_gradients_is_refused() -> None:
+    """Found silent: the path of the first step, for ever."""
+    with pytest.raises(ModelError, match=r"looks at a tensor's gradient \(\S+, line \d+\)"):
+        stagewise.capture(Net(gradient_asked), torch.randn(8, 4))
+
+
 class Hooked(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return hook_on_a_tensor(self, super().forward(x))

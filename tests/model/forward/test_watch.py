@@ -194,6 +194,38 @@ def test_frozen_parts_stay_so() -> None:
     assert watch.changed() == ["blocks.1.training"]
 
 
+class AsksMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x).tanh() * (2 if self.one.training else 1))
+        return x * 3 if self.training else x
+
+
+@pytest.mark.parametrize("captured_in", ["train", "eval"])
+def test_a_mode_that_the_cells_do_not_have_is_refused_in_a_step(captured_in: str) -> None:
+    """Found silent: a step in the mode of before, with its dropout or without."""
+    model, x = AsksMode().train(captured_in == "train"), torch.randn(4, 4)
+    stagewise.capture(model, x)
+    plan = stagewise.Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    pipe.step(x, target=x)
+    model.train(captured_in == "eval")
+    now = "eval" if captured_in == "train" else "train"
+    pipe.evaluate(x, target=x)
+    with pytest.raises(ModelError, match=rf"training \(model\.{now}\(\); call pipe\.{now}\(\) as"):
+        pipe.step(x, target=x)
+    pipe.train(captured_in == "eval")
+    expected = float(nn.functional.mse_loss(model(x), x).detach())
+    assert float(pipe.step(x, target=x)) == pytest.approx(expected, rel=1e-6)
+    pipe.train(), model.train()
+    model.one.eval()  # a layer that cells run themselves, but of which forward asks
+    with pytest.raises(ModelError, match=r"one\.training changed"):
+        pipe.step(x, target=x)
+
+
 def test_hooks_of_all_modules_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     class Reading(Block):
         def forward(self, x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Unchanged:
         }
         self._hooked: list[tuple[nn.Parameter, int]] = []  # with their versions before the step
         pieces = (cell.module for cell in cells if isinstance(cell.module, Piece))
-        self._watches = {piece.watch for piece in pieces if piece.watch is not None}
+        self._watched = {piece.watch: piece for piece in pieces if piece.watch is not None}
         self._sequences: list[_Sequence] = []
         # A compiled module has no attributes of its own: the one inside it is among them too.
         named = {m: type(m).__module__ for m in modules if "training" in vars(m)}
@@ -133,8 +133,8 @@ class Unchanged:
     def check(self, *, training: bool) -> None:
         """Raise ModelError if the captured model, or in training a cell, has changed."""
         self.flags = True in [flags.changed() for flags in self._flags[training]]
-        for watch in self._watches:
-            changed = watch.changed()
+        for watch, piece in self._watched.items():
+            changed = watch.changed(piece.training if training else None)
             if changed:
                 raise ModelError(
                     f"{', '.join(changed[:3])} changed after the model was captured, and its cells "

@@ -20,7 +20,7 @@ from stagewise.model.captured import Captured
 from stagewise.model.export.disk_cache import CellBlueprint
 from stagewise.model.export.exported_cell import Program
 from stagewise.model.export.refusal import differs, differs_at_sizes
-from stagewise.model.forward.asked import INFERENCE, asks_for_autocast, asks_for_flags
+from stagewise.model.forward.asked import GRADIENTS, INFERENCE, asks_for_autocast, asks_for_flags
 from stagewise.model.promised_sizes import Condition
 from stagewise.model.verify.compare import Mismatch, mismatch
 from stagewise.model.verify.observed import check_effects, observed
@@ -61,6 +61,12 @@ class Comparison:
                 f"{type(model).__name__} {INFERENCE} ({place}), which it never is in a pipeline, "
                 "whose predict runs under torch.no_grad; decide by self.training, or by whether "
                 "gradients are on in blocks that are named with cells="
+            )
+        if (place := self._observed.asked.get(GRADIENTS)) is not None:
+            raise ModelError(
+                f"{type(model).__name__} {GRADIENTS} ({place}), which its cells would fix to that "
+                "of now, and which in a pipeline grows from microbatch to microbatch; decide by a "
+                "buffer that you change between steps"
             )
         more = (UNDER_AUTOCAST,) if asks_for_autocast(self._observed.asked) else ()
         self._situations = (*SITUATIONS, *more)

@@ -25,6 +25,7 @@ _AUTOCAST = {
     )
 }
 INFERENCE = "asks whether inference mode is on"
+GRADIENTS = "looks at a tensor's gradient"
 FRESH = "creates random numbers without a seed"
 VARIED = "draws random numbers, few of which were tried"
 _FUNCTIONS = {
@@ -44,6 +45,7 @@ _FLAGS = "asks whether a tensor requires gradients"
 _OF_TENSORS = {
     "torch.Tensor.requires_grad.__get__": _FLAGS,
     "torch.Tensor.is_inference": INFERENCE,
+    "torch.Tensor.grad.__get__": GRADIENTS,
     "torch.Tensor.grad_fn.__get__": "looks at a tensor's grad_fn",
     "torch.Tensor.is_leaf.__get__": "asks whether a tensor is a leaf of its graph",
     "torch.Tensor.register_hook": "registers a hook on a tensor",

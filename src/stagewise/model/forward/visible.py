@@ -85,6 +85,7 @@ class Sight:
         self.names: set[str] = {"forward", *_PROTOCOL}
         self._parts: set[str] = set()  # of names that code builds from strings
         self.is_whole = True  # whether the last walk was complete
+        self.asks_modes = False  # whether code reads `training` of other modules than its own
 
     def walk(self, *models: nn.Module) -> list[Node]:
         """Return everything the forwards of `models` can see, each object once, nearest first."""
@@ -177,6 +178,7 @@ class Sight:
             except ValueError:  # not assigned yet
                 continue
         if is_own(code.co_filename):
+            self.asks_modes |= "training" in names and modes_asked_in(code)
             if names & _NAME_BY_TEXT:
                 self._parts |= parts_in(code)
             if names & {"environ", "getenv"}:
@@ -211,6 +213,20 @@ def globals_in(code: CodeType) -> frozenset[str]:
     """Return the global names, without attributes, of a function and its nested functions."""
     every = (i for each in _with_nested(code) for i in dis.get_instructions(each))
     return frozenset(i.argval for i in every if i.opname in _OF_GLOBALS)
+
+
+@functools.lru_cache(maxsize=4096)
+def modes_asked_in(code: CodeType) -> bool:
+    """Return whether it reads `training` of anything but its first argument, mostly `self`."""
+    first = code.co_varnames[0] if code.co_argcount else ""
+    for each in _with_nested(code):
+        read: object = None  # the variable that was read last
+        for i in dis.get_instructions(each):
+            if (i.opname, i.argval) == ("LOAD_ATTR", "training") and read != first:
+                return True
+            names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+            read = names[-1] if i.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) else None
+    return False
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ from stagewise.model.forward.visible import Node, Sight
 
 Place = tuple[str, str]  # the holder's path, and the item's label in it
 Tokens = Mapping[Place, object]
+_Mode = tuple[str, "weakref.ref[nn.Module]", bool]  # path, module, whether its mode is another
 _CONTAINERS = (list, tuple, dict, set, frozenset)  # compared by contents, not identity
 
 
@@ -115,6 +116,7 @@ class Watch:
         asks_flags: bool = False,
     ) -> None:
         self._model, self._ignored = weakref.ref(model), frozenset(ignored)
+        self._was_training = model.training
         self._sight = Sight(runs_itself, named_only=True)
         nodes = self._sight.walk(model)
         self._tokens = tokens_of(model, nodes)
@@ -122,21 +124,34 @@ class Watch:
         asked = list(model.named_parameters()) if asks_flags else []
         self._flags = [(name, weakref.ref(p), p.requires_grad) for name, p in asked]
         asked_modes = list(model.named_modules()) if "training" in self._sight.names else []
-        self._modes = [
-            (path, weakref.ref(module), module.training is not model.training)
-            for path, module in asked_modes
-            if not self._sight.skips(module)
-        ]
+        # Modules that cells run themselves follow the cells' mode, others the model's.
+        self._modes, self._run_modes = (
+            [
+                (path, weakref.ref(module), module.training is not model.training)
+                for path, module in asked_modes
+                if self._sight.skips(module) is runs_itself
+            ]
+            for runs_itself in (False, True)
+        )
         self._for_all = _hooks_for_all()
         modules = [module for module in model.modules() if not self._sight.skips(module)]
         self._library = Library([node.value for node in nodes], modules)
 
-    def changed(self) -> list[str]:
-        """Return the names of what has changed; none if the model is gone."""
+    def changed(self, cells_train: bool | None = None) -> list[str]:
+        """Return the names of what has changed; none if the model is gone.
+
+        `cells_train` is the mode of the cells in a step, which that of the model must not leave.
+        """
         model = self._model()
         if model is None:
             return []
-        return [*self._seen(model), *self._flagged(model), *self._library.changed()]
+        if cells_train is self._was_training is not model.training:
+            now, before = ("train", "eval") if model.training else ("eval", "train")
+            return [f"training (model.{now}(); call pipe.{now}() as well, or model.{before}())"]
+        found = [*self._seen(model), *self._flagged(model), *self._library.changed()]
+        if cells_train is not None and self._sight.asks_modes:
+            found += _unlike(self._run_modes, cells_train)
+        return found
 
     def _flagged(self, model: nn.Module) -> list[str]:
         """Return changed flags: of parameters, of frozen modules, of all modules."""
@@ -144,11 +159,7 @@ class Watch:
         for name, parameter, flag in self._flags:
             if (tensor := parameter()) is not None and tensor.requires_grad is not flag:
                 found.append(f"{name}.requires_grad")
-        for path, reference, apart in self._modes if model.training else ():
-            module = reference()
-            if module is not None and (module.training is not True) is not apart:
-                found.append(f"{path}.training")
-        return found
+        return [*found, *(_unlike(self._modes, True) if model.training else ())]
 
     def _seen(self, model: nn.Module) -> list[str]:
         if self._is_same(model):
@@ -199,6 +210,15 @@ class Watch:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Watch":
         return self  # it watches the original model
+
+
+def _unlike(modes: Iterable[_Mode], training: bool) -> list[str]:
+    """Return the modules that differ from `training`, or do so no longer."""
+    return [
+        f"{path}.training"
+        for path, module, apart in modes
+        if (found := module()) is not None and (found.training is not training) is not apart
+    ]
 
 
 def _mark(value: object) -> object:
