@@ -122,7 +122,7 @@ def accumulated(pipe: stagewise.Pipeline, part: int, num_parts: int) -> dict[str
 
 def whole(tensor: Tensor) -> Tensor:
     full = getattr(tensor, "full_tensor", None)
-    return tensor.clone() if full is None else full()
+    return (tensor if full is None else full()).clone()
 
 
 def pipe_on(mesh: DeviceMesh | None, **options: Any) -> stagewise.Pipeline:

@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from stagewise.batch.layouts import is_sharded
 from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import State, TensorSource, open_source, where
+from stagewise.engine.gradients.shards import part_of_whole
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 
 _NUM_SHOWN = 5
+_ROOM_BYTES = 1 << 28  # of whole tensors, of which this rank keeps its parts
 
 
 def load(
@@ -43,7 +46,17 @@ def load(
 def fill(source: TensorSource, own: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
     """Copy the values that `check` found into `own`."""
     with torch.no_grad():
-        source.read({saved: own[name].detach() for name, saved in found.items()})
+        source.read({s: own[n].detach() for n, s in found.items() if not is_sharded(own[n])})
+        spread = [name for name in found if is_sharded(own[name])]
+        while spread:  # read whole, some at a time
+            room, wholes = _ROOM_BYTES, dict[str, torch.Tensor]()
+            while spread and (room > 0 or not wholes):
+                name = spread.pop()
+                whole = torch.empty(own[name].shape, dtype=own[name].dtype, device="cpu")
+                wholes[name], room = whole, room - whole.nbytes
+            source.read({found[name]: whole for name, whole in wholes.items()})
+            for name, whole in wholes.items():
+                own[name].copy_(part_of_whole(own[name], whole))
 
 
 def check(

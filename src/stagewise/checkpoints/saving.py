@@ -17,53 +17,74 @@ from safetensors.torch import save_file
 
 from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map, where
+from stagewise.engine.gradients.shards import whole_of
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
 
 SHARD_BYTES = 2 << 30  # of the largest file, unless a single tensor is larger
+_NOT_WRITTEN = (OSError, SafetensorError, ValueError)
 _STEMS = ("model", "model-next")  # of shards; the earlier checkpoint uses at most one
 
 
 def save_shards(directory: Path, own: Mapping[str, object], aliases: Aliases, ranks: Ranks) -> None:
     """Write `own`, this rank's state by name, as its part of a checkpoint; collective.
 
-    A tensor with several names is written once, under its first. Raises CheckpointError on every
-    rank if something cannot be written, and BatchError if their directories differ.
+    A tensor with several names is written once, under its first; of the ranks of a mesh that hold a
+    stage the first one writes it, with sharded tensors whole. Raises CheckpointError on every rank
+    if something cannot be written, and BatchError if their directories differ.
     """
+    seatings, here = ranks.slices.seatings, ranks.slices.rank
     with agreed(ranks, f"save_checkpoint({where(directory)})"):
         tensors = _writable(own, aliases)
     first_owner: dict[str, int] = {}
-    for rank, names in enumerate(ranks.gather(list(tensors), "save_checkpoint: names")):
+    for rank, names in enumerate(ranks.gather_all(list(tensors), "save_checkpoint: names")):
         for name in names:
             first_owner.setdefault(name, rank)
-    shards = shards_of({n: t for n, t in tensors.items() if first_owner[n] == ranks.rank})
+    at = seatings[here].stage
+    own_here = {n: t for n, t in tensors.items() if seatings[first_owner[n]].stage == at}
+    gathered, writes = shards_of(own_here), here in map(first_owner.get, own_here)
+    shards = gathered if writes else []
     with agreed(ranks, "save_checkpoint: the folder"):
         prepared = _prepare(directory)
-    old = ranks.gather(prepared, "save_checkpoint: earlier files")[0]
+    old = ranks.gather_all(prepared, "save_checkpoint: earlier files")[0]
     stem = next(s for s in _STEMS if not any(_has_stem(file, s) for file in old))
-    counts = ranks.gather(len(shards), "save_checkpoint: shards")
-    total, start = sum(counts), sum(counts[: ranks.rank])
+    counts = ranks.gather_all(len(shards), "save_checkpoint: shards")
+    total, start = sum(counts), sum(counts[:here])
     files: dict[str, str] = {}
     digests: dict[str, str] = {}
+    failure: Exception | None = None
     with agreed(ranks, "save_checkpoint: files"), explain_writing(directory):
-        for number, shard in enumerate(shards, start=start + 1):
-            file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
-            unfinished = directory / f"{file}.tmp"
-            ready = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
-            save_file(ready, unfinished, metadata={"format": "pt"})
-            to_disk(unfinished)
-            digests[file] = sha256_of(unfinished)
-            os.replace(unfinished, directory / file)
-            files |= dict.fromkeys(shard, file)
+        for number, parts in enumerate(gathered, start=start + 1):
+            shard = {name: whole_of(tensor) for name, tensor in parts.items()}
+            if writes and failure is None:
+                file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
+                try:
+                    digests[file] = _write(directory / file, shard)
+                except _NOT_WRITTEN as error:  # the other ranks still gather with this one
+                    failure = error
+                files |= dict.fromkeys(shard, file)
+        if failure is not None:
+            raise failure
     num_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    parts = ranks.gather((files, num_bytes, digests), "save_checkpoint: contents")
+    every = ranks.gather_all((files, num_bytes, digests), "save_checkpoint: contents")
     with agreed(ranks, "save_checkpoint: index"), explain_writing(directory):
-        if ranks.rank == 0:
-            _commit(directory, parts)
+        if here == 0:
+            _commit(directory, every)
             for file in old:
                 if file.endswith(".safetensors"):
                     (directory / file).unlink(missing_ok=True)
+
+
+def _write(path: Path, shard: Mapping[str, torch.Tensor]) -> str:
+    """Write a file, which is there once it is complete; return its digest."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+    save_file(ready, unfinished, metadata={"format": "pt"})
+    to_disk(unfinished)
+    digest = sha256_of(unfinished)
+    os.replace(unfinished, path)
+    return digest
 
 
 def _writable(own: Mapping[str, object], aliases: Aliases) -> dict[str, torch.Tensor]:
@@ -139,7 +160,7 @@ def explain_writing(directory: Path) -> Iterator[None]:
     """Turn errors while writing into CheckpointError."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except _NOT_WRITTEN as error:
         raise CheckpointError(
             f"the checkpoint {directory} cannot be written: {type(error).__name__}: {error}; an "
             "earlier one there is unchanged"

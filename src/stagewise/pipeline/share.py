@@ -17,6 +17,7 @@ from stagewise.checkpoints.loading import load
 from stagewise.checkpoints.saving import save_shards
 from stagewise.engine.gradients.clipping import clip_by_global_norm, clip_by_value
 from stagewise.engine.gradients.overflow import Overflow
+from stagewise.engine.gradients.shards import part_of_whole
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError, StagewiseError
@@ -77,12 +78,16 @@ class Share:
         return self.module.named_buffers()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the state of this rank's stages; all ranks' together are the plain model's."""
+        """Return the state of this rank's stages; all ranks' together are the plain model's.
+
+        Sharded parameters are DTensors, as torch.distributed.checkpoint takes them.
+        """
         return self.module.state_dict()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load this rank's share of the plain model's `state`; other ranks' entries are ignored.
 
+        A whole tensor is sharded where this rank holds a part.
         Raises CheckpointError if one of this rank's entries is missing or has another shape.
         """
         state = with_all_names(state, self._ties)
@@ -93,7 +98,9 @@ class Share:
                 f"the state lacks {len(wrong)} entries of this rank, or has them with another "
                 f"shape: {', '.join(wrong[:5])}; load a state_dict of the same model"
             )
-        self.module.load_state_dict({name: state[name] for name in own})
+        self.module.load_state_dict(
+            {name: _fitted(held, state[name]) for name, held in own.items()}
+        )
 
     def load_checkpoint(
         self, path: str | PathLike[str], *, strict: bool = True, convert: bool = False
@@ -170,6 +177,13 @@ class Share:
         """Clamp every gradient's elements to [-max_value, max_value]; collective."""
         self._ranks.exchange((), f"clip_grad_value_({float(max_value)!r})")
         clip_by_value(self.parameters(), max_value, foreach=foreach)
+
+
+def _fitted(held: object, entry: object) -> object:
+    """Return this rank's part of an entry of which it holds a part."""
+    if isinstance(held, torch.Tensor) and isinstance(entry, torch.Tensor):
+        return part_of_whole(held, entry)
+    return entry
 
 
 def _shape(entry: object) -> torch.Size | None:

@@ -52,6 +52,22 @@ def like(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
     )
 
 
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of `tensor`, on every rank that has a part of it; collective on its mesh."""
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_of_whole(held: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return `whole` sharded as `held` is, of which this rank keeps its part; nothing is sent."""
+    if not is_sharded(held) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    form = cast(DTensor, held)
+    there = whole.to(device=form.to_local().device, dtype=held.dtype)
+    return distribute_tensor(there, form.device_mesh, form.placements, src_data_rank=None)
+
+
 def whole_norms(gradients: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
     """Return the norms of sharded gradients, in order, on the CPU; collective on their meshes.
 
