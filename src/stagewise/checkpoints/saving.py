@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map, where
-from stagewise.engine.gradients.shards import whole_of
+from stagewise.engine.gradients.shards import gathered_whole
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError
@@ -56,7 +56,7 @@ def save_shards(directory: Path, own: Mapping[str, object], aliases: Aliases, ra
     failure: Exception | None = None
     with agreed(ranks, "save_checkpoint: files"), explain_writing(directory):
         for number, parts in enumerate(gathered, start=start + 1):
-            shard = {name: whole_of(tensor) for name, tensor in parts.items()}
+            shard = {name: gathered_whole(tensor) for name, tensor in parts.items()}
             if writes and failure is None:
                 file = f"{stem}-{number:05d}-of-{total:05d}.safetensors"
                 try:

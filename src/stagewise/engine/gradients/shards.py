@@ -52,7 +52,7 @@ def like(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
     )
 
 
-def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+def gathered_whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of `tensor`, on every rank that has a part of it; collective on its mesh."""
     return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
