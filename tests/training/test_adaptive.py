@@ -24,7 +24,7 @@ from stagewise.training.recipe import Batch, Recipe, load_recipe
 from stagewise.training.trainer import run_training
 from stagewise.training.workers.stop import StopRequest
 from tests.harness import Pools
-from tests.recipes import write_recipe
+from tests.recipes import log_of, write_recipe
 
 GREEDY = '''WIDTH = 8
 
@@ -273,3 +273,17 @@ def test_a_slow_step_or_longer_sequences_are_nobodys_fault() -> None:
     assert not told_by(USUAL, USUAL, USUAL, SLOW, USUAL, SLOW, SLOW, USUAL)
     assert not told_by(USUAL, USUAL, USUAL, longer, longer, longer, longer)
     assert not told_by(SLOW, SLOW, SLOW, SLOW, SLOW)  # from the first step on
+
+
+def test_a_resumed_run_keeps_its_number_of_microbatches(tmp_path: Path) -> None:
+    """Dropout depends on it, so measuring anew would make it another run."""
+    recipe = write_recipe(tmp_path)
+    few = {"balance": (4, 6), "num_microbatches": 3}
+    run(recipe, tmp_path / "whole", **few)
+    run(recipe, tmp_path / "parts", steps=2, **few)
+    assert run_folder.find(tmp_path / "parts").num_microbatches == 3
+    run(recipe, tmp_path / "parts", resume=tmp_path / "parts", adaptive=True, balance=(4, 6))
+    losses = [
+        [r["loss"] for r in log_of(tmp_path / name) if "loss" in r] for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]

@@ -134,6 +134,8 @@ def stage(
             parameter_shapes={n: tuple(shape) for n, shape in pipe.parameter_shapes.items()},
             scaler=dict(extra.scaler),
             validation_loss=extra.validation_loss,
+            num_devices=pipe.plan.num_devices,
+            num_microbatches=pipe.num_microbatches,
         ),
     )
 

@@ -33,18 +33,20 @@ MEASURING_SECONDS = 6.0  # in total
 
 
 def measured_choice(
-    recipe: Recipe, model: Model, request: PlanRequest, batch: Batch
+    recipe: Recipe, model: Model, request: PlanRequest, batch: Batch, kept: int | None = None
 ) -> tuple[Plan, dict[int, tuple[CellCost, ...]]]:
     """Return the fastest plan of several numbers of microbatches, and the costs of each.
 
-    If the schedule allows none of them, the plan has the request's number.
+    A resumed run goes on with the number that it has `kept`, on which dropout depends. If the
+    schedule allows none of them, the plan has the request's number.
     """
     num_samples, num_devices = (
         batch_size(batch[0], "inputs"),
         requested_schedule(request).num_devices,
     )
     counts = [n for each in ADAPTIVE_COUNTS if (n := each * num_devices) <= num_samples]
-    counts = counts or [num_samples]
+    kept = None if kept is None or kept > num_samples else kept
+    counts = sorted({*(counts or [num_samples]), *([] if kept is None else [kept])})
     plans = {}
     for count in counts:
         with suppress(ScheduleError):  # not every schedule allows every number
@@ -57,8 +59,10 @@ def measured_choice(
             )
     if not plans:
         return make_plan(recipe, model, request, batch=batch), {}
-    fastest = min(plans.values(), key=lambda plan: plan.timeline.duration_seconds)
-    return fastest, {count: plan.cells for count, plan in plans.items()}
+    chosen = min(plans.values(), key=lambda plan: plan.timeline.duration_seconds)
+    if kept is not None:
+        chosen = plans.get(kept, chosen)
+    return chosen, {count: plan.cells for count, plan in plans.items()}
 
 
 def make_plan(

@@ -128,7 +128,10 @@ def _planned(
     if isinstance(options.plan, Plan):
         return options.plan, {}
     if options.adaptive and not recipe.meta:
-        return measured_choice(recipe, model, options.plan, batch)
+        kept, num_devices = options.resume, requested_schedule(options.plan).num_devices
+        same = kept is not None and kept.num_devices == num_devices
+        number = kept.num_microbatches if kept is not None and same else None
+        return measured_choice(recipe, model, options.plan, batch, number)
     return make_plan(recipe, model, options.plan, batch=batch), {}
 
 

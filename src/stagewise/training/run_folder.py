@@ -33,7 +33,7 @@ class Checkpoint:
     """A complete checkpoint on disk: its path and the content of its description.
 
     `finite`: whether parameters, statistics and optimizer state were finite; `validation_loss`: if
-    it was known at this step; `files`: the SHA-256 of each file.
+    it was known at this step; the numbers are those of the plan; `files`: the SHA-256 of each file.
     """
 
     path: Path
@@ -43,6 +43,8 @@ class Checkpoint:
     scaler: Mapping[str, float] = field(default_factory=dict)  # state of a GradScaler, if any
     finite: bool = True
     validation_loss: float | None = None
+    num_devices: int | None = None
+    num_microbatches: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -252,6 +254,8 @@ def _read(path: Path) -> Checkpoint:
             scaler=_numbers(fields.get("scaler", {})),
             finite=fields.get("finite", True) is True,
             validation_loss=_loss(fields.get("validation_loss")),
+            num_devices=_counted(fields.get("num_devices") or 0) or None,
+            num_microbatches=_counted(fields.get("num_microbatches") or 0) or None,
             files={str(name): str(hashed) for name, hashed in fields.get("files", {}).items()},
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -263,7 +267,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _counted(number: object) -> int:
     if type(number) is not int or not 0 <= number < 1 << 63:
-        raise ValueError(f"{number!r} is not a number of steps or a seed")
+        raise ValueError(f"{number!r} is not a number of steps, a seed or a count")
     return number
 
 
