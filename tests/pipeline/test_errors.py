@@ -324,6 +324,17 @@ def test_losses_that_are_no_number() -> None:
         pipe.step(X)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_losses_without_a_gradient_are_refused_in_training(dtype: torch.dtype) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean().to(dtype)
+
+    pipe = stagewise.Pipeline(linears(1), plan_of(1), loss=loss)
+    with pytest.raises(BatchError, match=f"must be a real number .* its dtype is {dtype}"):
+        pipe.step(X, target=X)
+    pipe.evaluate(X, target=X)
+
+
 def failing_step(failing_rank: int) -> None:
     cells = [
         nn.Sequential(nn.Linear(3, 3), Fails(2) if rank == failing_rank else nn.Identity())

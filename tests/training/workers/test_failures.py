@@ -29,6 +29,7 @@ WAITED = "PeerError: rank 0 lost rank 1: rank 1 is in 1F3"
         ((1, "ValueError: no more", 9), "rank 1 failed: ValueError: no more"),
         ((-signal.SIGKILL, "", 9), "rank 1 failed: Signal 9"),
         ((-signal.SIGKILL, "", 9), ": killed "),
+        ((-signal.SIGKILL, "", 9), "\nrank 0 lost rank 1"),
     ],
 )
 def test_the_cause_is_reported_not_its_consequences(

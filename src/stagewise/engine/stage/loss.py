@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewise.engine.stage.flight import Flight
-from stagewise.engine.stage.work import OTHERS, Work
+from stagewise.engine.stage.work import OTHERS, Mode, Work
 from stagewise.errors import BatchError
 from stagewise.model.added_losses import MAIN_LOSS, AddedLoss
 
@@ -52,6 +52,10 @@ def losses_of(
     for name, one in by_name.items():
         if not isinstance(one, torch.Tensor) or one.numel() != 1:
             raise _not_a_number(name, one, has_loss=loss is not None)
+        if work.mode is Mode.TRAIN and not one.is_floating_point():
+            raise BatchError(
+                f"the {name} must be a real number to have a gradient, but its dtype is {one.dtype}"
+            )
     losses = dict(by_name)
     work.record.losses[m] = {name: one.detach() for name, one in losses.items()}
     return losses

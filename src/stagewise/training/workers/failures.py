@@ -36,6 +36,10 @@ def first_cause(failures: Mapping[int, ProcessFailure], kills: MemoryKills) -> S
     if failure.exitcode == USAGE_EXIT_CODE:
         kind, _, words = text.partition(": ")
         return UsageError(words + (root if kind == RecipeError.__name__ else ""))
+    if failure.exitcode < 0:  # it could not say where it was
+        others = [_text(failures[other], kills) for other in sorted(failures) if other != rank]
+        seen = [said for said in others if said.startswith(PeerError.__name__)]
+        text += f"\n{seen[0].partition(': ')[2]}" if seen else ""
     return PeerError(f"the worker of rank {rank} failed: {text}{root}")
 
 

@@ -80,6 +80,7 @@ class Peers:
         )
         message = (
             f"rank {self.number(self.rank)} lost {name} while waiting for it"
+            + (f" in {NOW.when(NOW.call)}" if NOW.call else "")
             + (f" ({error})" if isinstance(error, OSError) or late else "")
             + f". First failure: {self._cause() or unknown}"
         )
