@@ -133,6 +133,7 @@ COMMAND_LINE = {
         "--plan",
         "--recompute",
         "--replicas",
+        "--restarts",
         "--resume",
         "--schedule",
         "--seed",

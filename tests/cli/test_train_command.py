@@ -204,15 +204,31 @@ def test_resume_of_another_model_and_of_a_taken_directory(
     assert "leave --seed out" in err
 
 
-def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "stagewise")
-    arguments = (*torchrun, "train", recipe, "--steps", "3", *SMALL)
+def test_torchrun_starts_the_workers_again_when_one_has_died(
+    tmp_path: Path, run_here: RunHere
+) -> None:
+    """The run goes on from its newest checkpoint, in its own folder, with the same losses."""
+    once = "import os\n    if os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':\n"
+    once += "        if os.path.exists('runs/tiny/checkpoints/step-00000002/stagewise.json'):\n"
+    once += "            os.kill(os.getpid(), 9)"
+    change = ("def loss(output, target):", f"def loss(output, target):\n    {once}")
+    recipe, more = write_recipe(tmp_path, change), ("--steps", "5", "--checkpoint-every", "1")
+    torchrun = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "stagewise")
+    arguments = (*torchrun, "train", recipe, *more, *SMALL)
     with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
         code, out, err = command.finish()
     assert code == 0, err
     assert out.count("continue with") == 1
-    arguments = (*arguments, "--stages", "3")
+    assert out.count("going on with 2 worker(s) after step ") == 1
+    assert out.count("the interruption took ") == 1 and "steps repeated" in out
+    assert run_here("train", recipe, "--stages", "1", *more, *SMALL)[0] == 0
+    assert losses(tmp_path / "runs/tiny") == losses(tmp_path / "runs/tiny-2")
+
+
+def test_torchrun_starts_as_many_workers_as_asked_for(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "stagewise")
+    arguments = (*torchrun, "train", recipe, "--steps", "3", *SMALL, "--stages", "3")
     with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
         code, _, err = command.finish()
     assert code != 0

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from dataclasses import replace
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -12,14 +12,17 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.cli import train_options as run
 from stagewise.cli.closed_terminal import Terminal
+from stagewise.cli.run_place import Place, agreed_place, asked_place
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
-from stagewise.errors import CheckpointError, PlanError, UsageError
+from stagewise.errors import PlanError, UsageError
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
+from stagewise.planning.refit import refitted
 from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.schedule import SCHEDULES
-from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched_by_us
+from stagewise.training.workers.elastic import num_restarts
+from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched, world_size
 
 if TYPE_CHECKING:
     from stagewise.training.outcome import RunOutcome
@@ -58,6 +61,7 @@ def train(
     validate_every: run.ValidateEvery = 100,
     checkpoint_every: run.CheckpointEvery = 100,
     keep: run.Keep = 2,
+    restarts: run.Restarts = 0,
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
 ) -> None:
     """Train the model of a recipe through a pipeline.
@@ -65,7 +69,9 @@ def train(
     Starts one worker process per device, or joins the workers that `torchrun` has started. The
     model's cells are measured first and cut so that the stages are equally busy. Progress goes to
     the screen and to OUT/log.jsonl, checkpoints to OUT/checkpoints. Ctrl-C ends the run after the
-    current step, with a checkpoint and exit code 130; continue with --resume.
+    current step, with a checkpoint and exit code 130; continue with --resume. With --restarts, or
+    under `torchrun --max-restarts`, a run goes on from its newest checkpoint when a worker dies;
+    torchrun may then start fewer workers or more (--nnodes 1:4), and the model is cut anew.
 
     Example: stagewise train examples/shakespeare.py --stages 2
     """
@@ -79,7 +85,7 @@ def train(
             microbatches=microbatches,
             balance=balance,
         )
-        wanted = _request(typed) if plan is None else _saved(plan, typed)
+        wanted = _wanted(typed, plan)
         num_devices = (
             wanted if isinstance(wanted, Plan) else requested_schedule(wanted)
         ).num_devices
@@ -87,50 +93,56 @@ def train(
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        checkpoint, values = _start(resume, init)
-        options = TrainOptions(
-            plan=wanted,
-            plan_file=plan,
-            adaptive=microbatches == AUTO,
-            run=_run_directory(loaded.name, out, checkpoint),
-            num_steps=steps,
-            seed=_seed(seed, checkpoint),
-            validate_every=validate_every,
-            checkpoint_every=checkpoint_every,
-            keep=keep,
-            init=values,
-            resume=checkpoint,
-            timeout=timeout,
-        )
+        asked = partial(asked_place, loaded.name, out, resume, init)
+        place = None if launched() else asked()  # workers agree on it once they have met
+
+        def options_at(place: Place) -> TrainOptions:
+            return TrainOptions(
+                plan=wanted,
+                plan_file=plan,
+                adaptive=microbatches == AUTO,
+                run=place.run,
+                num_steps=steps,
+                seed=_seed(seed, place.checkpoint),
+                validate_every=validate_every,
+                checkpoint_every=checkpoint_every,
+                keep=keep,
+                init=place.init,
+                resume=place.checkpoint,
+                interrupted=place.interrupted,
+                agents=tuple(place.agents),
+                timeout=timeout,
+            )
+
         run_in_workers(
             num_devices,
-            _arguments(recipe, options),
-            before=lambda: check_form(loaded, wanted, checkpoint, options.init),
-            body=lambda: _run(loaded, options, lifeline),
+            [] if place is None else _arguments(recipe, options_at(place)),
+            before=lambda: check_form(
+                loaded, wanted, place.checkpoint if place else None, place.init if place else None
+            ),
+            body=lambda: _run(
+                loaded, options_at(place or agreed_place(loaded.name, out, asked)), lifeline
+            ),
             timeout=timeout,
+            restarts=restarts,
         )
 
 
-def _start(resume: Path | None, init: Path | None) -> "tuple[Checkpoint | None, Path | None]":
-    """Return the checkpoint to continue from, or else the path of the initial values."""
-    from stagewise.checkpoints.sources import open_source
-    from stagewise.training.run_folder import find, find_undamaged, holds_checkpoints
+def _wanted(typed: Typed, plan: Path | None) -> PlanRequest | Plan:
+    """Return the request or plan, for as many devices as torchrun has started workers.
 
-    if resume is not None and init is not None:
-        raise UsageError(
-            f"--resume {resume} continues a run with its values, and --init {init} starts another "
-            "from those; leave one of them out"
-        )
-    given = resume or init
-    if given is None or launched_by_us():  # the parent has checked the files
-        return None if resume is None else find(resume), init
-    if resume is None and not holds_checkpoints(given):
-        open_source(given, ())
-        return None, init
-    checkpoint, warnings = find_undamaged(given)
-    for line in warnings:
-        print(f"warning: {line}", file=sys.stderr)
-    return (None, checkpoint.path) if resume is None else (checkpoint, None)
+    Without a number of devices it is theirs. If torchrun starts workers again, those that are left
+    go on with a plan that is like the wanted one.
+    """
+    here = world_size() if launched() else None
+    unsized = typed.stages is None and typed.devices is None and typed.replicas is None
+    if here is not None and plan is None and unsized and typed.schedule in SCHEDULES:
+        typed = replace(typed, devices=here)
+    wanted = _request(typed) if plan is None else _saved(plan, typed)
+    number = (wanted if isinstance(wanted, Plan) else requested_schedule(wanted)).num_devices
+    if here is None or here == number or not num_restarts()[1]:
+        return wanted
+    return refitted(wanted, here)
 
 
 def _request(typed: Typed) -> PlanRequest:
@@ -250,28 +262,3 @@ def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:
             "leave --seed out to resume that run"
         )
     return checkpoint.seed
-
-
-def _run_directory(name: str, out: Path | None, checkpoint: "Checkpoint | None") -> Path:
-    """Return the directory of log and checkpoints, never one that holds those of another run."""
-    from stagewise.training.run_folder import latest
-
-    if launched_by_us() and out is not None:
-        return out  # the parent has chosen it
-    if checkpoint is not None and (out is None or out.resolve() == checkpoint.run.resolve()):
-        newest = latest(checkpoint.run)
-        if newest is not None and newest.step > checkpoint.step:
-            raise CheckpointError(
-                f"{checkpoint.run} has a later checkpoint, step {newest.step}; resume from that "
-                f"one with --resume {checkpoint.run}, or write to another directory with --out"
-            )
-        return checkpoint.run
-    if out is not None:
-        if (taken := latest(out)) is not None:
-            raise CheckpointError(
-                f"{out} already has the checkpoints of a run of {taken.step} steps; resume it "
-                f"with --resume {out}, or give another --out"
-            )
-        return out
-    candidates = (Path("runs", name if number == 1 else f"{name}-{number}") for number in count(1))
-    return next(path for path in candidates if not path.exists())

@@ -63,6 +63,15 @@ Keep = Annotated[
         "kept as well.",
     ),
 ]
+Restarts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="How often to start the workers again, from the newest checkpoint, when one fails. "
+        "Under torchrun give its --max-restarts.",
+    ),
+]
 CheckpointEvery = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps between checkpoints; 0 for none.")
 ]

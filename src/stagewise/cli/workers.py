@@ -47,13 +47,15 @@ def run_in_workers(
     before: Callable[[], None],
     body: Callable[[], None],
     timeout: float | None = None,
+    restarts: int = 0,
 ) -> None:
     """Run `body` in each of `num_workers` workers.
 
     A worker joins the others and runs it. Otherwise `before` checks the request, and workers are
     started with the command line `arguments`, which leads them here; a single one runs in this
     process, and so do several that would have to share accelerators. `timeout` is how many seconds
-    workers wait for each other, None for torch's.
+    workers wait for each other, None for torch's. When one fails, all are started again, up to
+    `restarts` times.
     """
     if launched():
         if world_size() != num_workers:
@@ -74,7 +76,7 @@ def run_in_workers(
         from stagewise.training.workers.launch import launch
 
         try:
-            if code := launch(num_workers, arguments):
+            if code := launch(num_workers, arguments, restarts):
                 raise SystemExit(code)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED_EXIT_CODE) from None

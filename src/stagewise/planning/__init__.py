@@ -2,7 +2,8 @@
 
 1. `simulate` predicts when each instruction of a schedule runs; `fast_simulate` only the duration.
 2. A `request` says what is wanted, `reserve` what memory holds besides state and activations.
-   `partition` cuts the chain, `choice` builds the requested schedule, `synthesis` makes one,
+   `refit` changes it for a run that goes on with other devices. `partition` cuts the chain,
+   `choice` builds the requested schedule, `synthesis` makes one,
    `search` compares them all; `bubble` splits idle time by cause.
 3. `plan` is the result: frozen, with its predictions.
 4. `devices`, `roofline` and `interpolate` derive costs from published figures or from few

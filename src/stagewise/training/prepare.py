@@ -30,6 +30,7 @@ from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint_errors import explain_read_errors
+from stagewise.training.continuing import Interrupted
 from stagewise.training.plans import make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
@@ -70,6 +71,8 @@ class TrainOptions:
     keep: int = NUM_KEPT  # of the last checkpoints
     init: Path | None = None  # a checkpoint of a model, for the initial values
     resume: Checkpoint | None = None
+    interrupted: Interrupted | None = None  # of an earlier start of this launch
+    agents: tuple[str, ...] = ()  # that have started the workers
     timeout: int = 600  # seconds that workers wait for each other
 
     @property

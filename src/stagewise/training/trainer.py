@@ -16,7 +16,7 @@ from statistics import median
 from rich.console import Console
 
 from stagewise.batch.split import batch_size
-from stagewise.engine.transport.processes import is_first
+from stagewise.engine.transport.processes import is_first, num_processes
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
@@ -33,6 +33,7 @@ from stagewise.training.adaptive import (
 from stagewise.training.background import Saver
 from stagewise.training.batches import amount_of
 from stagewise.training.checkpoint import Extra
+from stagewise.training.continuing import Recovering
 from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import Prepared, TrainOptions, prepare, rebuild
 from stagewise.training.progress import (
@@ -63,7 +64,7 @@ def run_training(
     if prints:
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
-    with owned(options.run), NOW.numbered():  # nothing is written before this
+    with owned(options.run, options.agents), NOW.numbered():  # nothing is written before this
         reporter: Reporter = Silent()
         if prints:
             reporter = Shown(
@@ -73,6 +74,10 @@ def run_training(
                 num_steps=prepared.num_steps,
                 line_every=LOOK_EVERY,
             )
+            if options.interrupted is not None:
+                reporter = Recovering(
+                    reporter, options.interrupted, options.first_step, num_processes()
+                )
         reporter.say(plan_in_words(prepared.trained.pipe.plan))
         if prints and prepared.pretrained is not None:
             prepared.pretrained.save(options.run)

@@ -99,9 +99,9 @@ def test_a_host_that_cannot_be_called_is_named_on_every_rank(
 
     def rank_1() -> None:
         client = dist.TCPStore("localhost", int(place["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore("attempt 0", client)  # type: ignore[attr-defined]
-        store.set("stagewise/checked in/1", json.dumps(other))
-        store.set("stagewise/called/1", "{}")
+        store = dist.PrefixStore("stagewise", client)  # type: ignore[attr-defined]
+        store.set("checked in/1", json.dumps(other))
+        store.set("called/1", "{}")
 
     thread = threading.Thread(target=rank_1)
     thread.start()

@@ -4,5 +4,6 @@
 2. `worker` joins the others, whom it awaits in `meeting`, and reports a failure once; `failures`
    finds the cause among all.
 3. `run_owner` reserves a run's folder for one run.
+   `elastic` says whether this is its first start.
 4. `stop` detects a stop request between two steps; `lifeline` ends a worker whose launcher died.
 """

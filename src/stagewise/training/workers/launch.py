@@ -36,7 +36,7 @@ _HANGUP, _ALARM = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", No
 _KEEP_BYTES = str(1 << 40)  # more than any machine has
 
 
-def launch(num_workers: int, arguments: list[str]) -> int:
+def launch(num_workers: int, arguments: list[str], restarts: int = 0) -> int:
     """Run `stagewise ARGUMENTS` in `num_workers` worker processes and wait for them.
 
     Returns the exit code that they ask for, such as INTERRUPTED_EXIT_CODE for a run that was
@@ -48,7 +48,7 @@ def launch(num_workers: int, arguments: list[str]) -> int:
     _silence_torchelastic()
     with TemporaryDirectory(prefix="stagewise-") as directory:
         stop_file = Path(directory, "stop")
-        config = launch_config(num_workers, directory, signals="SIGQUIT")  # we handle the others
+        config = launch_config(num_workers, directory, signals="SIGQUIT", restarts=restarts)
         environment = {
             STOP_FILE: str(stop_file),
             LAUNCHER: str(os.getpid()),
@@ -66,8 +66,10 @@ def launch(num_workers: int, arguments: list[str]) -> int:
         return int(told.read_text()) if told.exists() else 0
 
 
-def launch_config(num_workers: int, log_directory: str, *, signals: str) -> LaunchConfig:
-    """Configure one node, `num_workers` processes, no restarts, and torchelastic's `signals`."""
+def launch_config(
+    num_workers: int, log_directory: str, *, signals: str, restarts: int = 0
+) -> LaunchConfig:
+    """Configure one node with `num_workers` processes; torchelastic handles the `signals`."""
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -76,7 +78,7 @@ def launch_config(num_workers: int, log_directory: str, *, signals: str) -> Laun
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=restarts,
         logs_specs=DefaultLogsSpecs(log_dir=log_directory),
         signals_to_handle=signals,
     )

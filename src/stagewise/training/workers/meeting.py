@@ -27,7 +27,7 @@ TOLD_SECONDS = 5.0  # before it is printed who is waited for
 CALL_SECONDS = 10.0  # for a connection to another host
 _POLL_SECONDS = 0.1
 T = TypeVar("T")
-_CHECKED_IN, _CALLED = "stagewise/checked in", "stagewise/called"
+_CHECKED_IN, _CALLED = "checked in", "called"
 
 
 def store_of_all(timeout: timedelta) -> Store:
@@ -45,9 +45,8 @@ def store_of_all(timeout: timedelta) -> Store:
     if not serves:
         _await_store(host, port, ends)
     served = _connected(host, port, serves=serves)
-    served.set_timeout(timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", served)  # type: ignore[attr-defined]
+    served.set_timeout(timeout)  # each start has a store of its own, also under torchrun
+    store = dist.PrefixStore("stagewise", served)  # type: ignore[attr-defined]
     listener, own = _listener()
     with ExitStack() as until_called:
         until_called.enter_context(listener)

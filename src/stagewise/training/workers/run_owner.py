@@ -2,11 +2,13 @@
 
 Problem: two runs with the same `--out` remove each other's unfinished checkpoints. Idea: rank 0
 holds an advisory lock on a file in the folder; the operating system releases it however it ends.
+The file also names the agents that have started the run's workers.
 """
 
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,17 +17,18 @@ import torch.distributed as dist
 from stagewise.errors import UsageError
 
 LOCK = ".lock"
+_PATIENCE_SECONDS, _POLL_SECONDS = 10.0, 0.1
 
 
 @contextmanager
-def owned(run: Path) -> Iterator[None]:
-    """Lock the folder `run`; raise UsageError on every rank if another run holds it."""
+def owned(run: Path, agents: Sequence[str] = ()) -> Iterator[None]:
+    """Lock the folder `run` for the launch of `agents`; UsageError on every rank if it is taken."""
     together = dist.is_initialized() and dist.get_world_size() > 1
     refusal: list[str | None] = [None]
     handle: int | None = None
     if not together or dist.get_rank() == 0:
         try:
-            handle = _locked(run)
+            handle = _locked(run, agents)
         except UsageError as error:
             refusal = [str(error)]
     if together:
@@ -39,7 +42,7 @@ def owned(run: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _locked(run: Path) -> int | None:
+def _locked(run: Path, agents: Sequence[str]) -> int | None:
     """Return the open lock file; None if the system has no such locks."""
     try:
         import fcntl
@@ -53,9 +56,9 @@ def _locked(run: Path) -> int | None:
             f"the run's folder {run} cannot be written: {error.strerror}; give another --out"
         ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _await_own(run, agents, lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
-        holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+        holder = next(iter(_lines(run)), "another process")
         os.close(handle)
         raise UsageError(
             f"{run} is in use by another run ({holder}); give another --out, or wait for it to end"
@@ -63,5 +66,30 @@ def _locked(run: Path) -> int | None:
     except OSError:  # a file system without locks
         return handle
     os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    lines = [f"process {os.getpid()} on {socket.gethostname()}", *agents]
+    os.write(handle, "\n".join(lines).encode())
     return handle
+
+
+def _await_own(run: Path, agents: Sequence[str], lock: Callable[[], None]) -> None:
+    """Lock; if an earlier start of this launch holds the lock, wait a while for its end."""
+    ends = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return lock()
+        except BlockingIOError:
+            if time.monotonic() > ends or not {*agents} & {*agents_of(run)}:
+                raise
+        time.sleep(_POLL_SECONDS)
+
+
+def agents_of(run: Path) -> list[str]:
+    """Return the agents that have started the workers of the last run in this folder."""
+    return _lines(run)[1:]
+
+
+def _lines(run: Path) -> list[str]:
+    try:
+        return (run / LOCK).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -18,6 +18,7 @@ from stagewise.engine.transport.connect import disconnect, leave
 from stagewise.engine.transport.processes import accelerators
 from stagewise.engine.watch.last_words import last_words
 from stagewise.errors import PeerError, UsageError
+from stagewise.training.workers.elastic import num_restarts
 from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
     USAGE_EXIT_CODE,
@@ -89,6 +90,8 @@ def report_failure_once(lifeline: Lifeline) -> Iterator[None]:
         if launched_by_us():
             get_error_handler().record_exception(error)
         is_first = leave(error)
+        if launched_by_us() and is_first is not False and len({*num_restarts()}) > 1:
+            print(f"{last_words(error)}\nstarting the workers again", file=sys.stderr)
         if not launched_by_us() and is_first is not False and not isinstance(error, PeerError):
             if usage and is_first is None and os.environ["RANK"] != "0":
                 # Rank 0 finds the same, tells it and ends, upon which torchrun ends us.
