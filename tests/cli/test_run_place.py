@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.run_place import Place, agreed_place
+from stagewise.cli.run_place import RunPlace, agreed_place
 from stagewise.errors import CheckpointError
 from stagewise.training.workers import elastic
 from stagewise.training.workers.run_owner import agents_of, owned
@@ -18,8 +18,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def asked() -> Place:
-    return Place(run=Path("asked"))
+def asked() -> RunPlace:
+    return RunPlace(run=Path("asked"))
 
 
 def taken(run: str, agents: list[str]) -> None:
@@ -46,7 +46,7 @@ def test_another_launch_goes_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_mistake_of_the_user_is_raised_on_every_rank() -> None:
-    def mistaken() -> Place:
+    def mistaken() -> RunPlace:
         raise CheckpointError("taken")
 
     with pytest.raises(CheckpointError, match="taken"):

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stagewise.training.progress import LOG_FILE, Shown, StepRecord, ValidationRecord
+from stagewise.training.progress import (
+    LOG_FILE,
+    ChangeRecord,
+    Recovering,
+    Shown,
+    Silent,
+    StepRecord,
+    ValidationRecord,
+)
+from stagewise.training.workers.elastic import Interrupted
 
 
 def record(step: int, **fields: float) -> StepRecord:
@@ -69,3 +78,38 @@ def test_a_resumed_runs_log_goes_on_from_its_step(tmp_path: Path) -> None:
     resumed.close()
     steps = [json.loads(line)["step"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+class Kept(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: object) -> None:
+        self.said.append(str(text))
+
+    def change(self, record: ChangeRecord) -> None:
+        self.said.append(f"{record.change}: {record.reason}")
+
+
+def step(number: int) -> StepRecord:
+    return StepRecord(step=number, loss=1.0, seconds=2.0, rate=1.0, rate_unit="samples")
+
+
+def test_lost_time_and_repeated_steps_are_told_once_all_is_regained() -> None:
+    kept = Kept()
+    lost = Interrupted(last_step=7, when=0.0, restart=1)
+    reporter = Recovering(kept, lost, first_step=5, num_workers=3)
+    for number in (6, 7, 8):
+        reporter.step(step(number))
+    assert len(kept.said) == 2
+    assert kept.said[0].startswith("going on with 3 worker(s) after step 5: restart 1, after a")
+    assert kept.said[1].endswith(" s, with 2 steps repeated in 4.0 s")
+
+
+def test_without_a_failure_nothing_is_repeated() -> None:
+    kept = Kept()
+    lost = Interrupted(last_step=7, when=0.0, restart=0)
+    reporter = Recovering(kept, lost, first_step=7, num_workers=4)
+    reporter.step(step(8))
+    assert "workers came or left; the last step was 7" in kept.said[0]
+    assert kept.said[1].endswith("with 0 steps repeated in 0.0 s")

@@ -15,12 +15,12 @@ from stagewise.errors import CheckpointError, UsageError
 from stagewise.training.workers.environment import launched_by_us
 
 if TYPE_CHECKING:
-    from stagewise.training.continuing import Interrupted
     from stagewise.training.run_folder import Checkpoint
+    from stagewise.training.workers.elastic import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RunPlace:
     """A run's folder and its checkpoint; `interrupted` if an earlier start of it got there."""
 
     run: Path
@@ -32,23 +32,23 @@ class Place:
 
 def asked_place(
     name: str, out: Path | None, resume: Path | None, init: Path | None = None
-) -> Place:
+) -> RunPlace:
     """Return the place that the options ask for; raise CheckpointError if it is another run's."""
     checkpoint, values = _start(resume, init)
     if launched_by_us() and out is not None:  # the parent has chosen
-        return Place(run=out, checkpoint=checkpoint, init=values)
+        return RunPlace(run=out, checkpoint=checkpoint, init=values)
     run = _run_directory(name, out, checkpoint)
-    return Place(run=run, checkpoint=checkpoint, init=values)
+    return RunPlace(run=run, checkpoint=checkpoint, init=values)
 
 
-def agreed_place(name: str, out: Path | None, asked: Callable[[], Place]) -> Place:
+def agreed_place(name: str, out: Path | None, asked: Callable[[], RunPlace]) -> RunPlace:
     """Return the place where all workers run; every worker calls this."""
     from stagewise.engine.transport.connect import values_of_all
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.workers.elastic import agent_here
 
     agents = list(dict.fromkeys(values_of_all(agent_here(), "the run's launch")))
-    found: Place | UsageError | None = None
+    found: RunPlace | UsageError | None = None
     if is_first():
         try:
             found = _continued(name, out, agents, asked) or asked()
@@ -62,21 +62,21 @@ def agreed_place(name: str, out: Path | None, asked: Callable[[], Place]) -> Pla
 
 
 def _continued(
-    name: str, out: Path | None, agents: Sequence[str], asked: Callable[[], Place]
-) -> Place | None:
+    name: str, out: Path | None, agents: Sequence[str], asked: Callable[[], RunPlace]
+) -> RunPlace | None:
     """Return the place of this launch's earlier start, if there was one."""
-    from stagewise.training.continuing import Interrupted
+    from stagewise.training.progress import LOG_FILE
     from stagewise.training.run_folder import whole
-    from stagewise.training.workers.elastic import num_restarts
+    from stagewise.training.workers.elastic import Interrupted, num_restarts
     from stagewise.training.workers.run_owner import agents_of
 
     folders = [out] if out is not None else takewhile(Path.exists, _folders(name))
     for run in folders:
         if {*agents_of(run)} & {*agents}:
-            interrupted = Interrupted.of(run, num_restarts()[0])
+            interrupted = Interrupted.of(run / LOG_FILE, num_restarts()[0])
             if not whole(run):
                 return replace(asked(), run=run, interrupted=interrupted)
-            return Place(run=run, checkpoint=_undamaged(run), interrupted=interrupted)
+            return RunPlace(run=run, checkpoint=_undamaged(run), interrupted=interrupted)
     return None
 
 

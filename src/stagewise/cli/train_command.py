@@ -12,7 +12,7 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.cli import train_options as run
 from stagewise.cli.closed_terminal import Terminal
-from stagewise.cli.run_place import Place, agreed_place, asked_place
+from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
 from stagewise.errors import PlanError, UsageError
@@ -96,7 +96,7 @@ def train(
         asked = partial(asked_place, loaded.name, out, resume, init)
         place = None if launched() else asked()  # workers agree on it once they have met
 
-        def options_at(place: Place) -> TrainOptions:
+        def options_at(place: RunPlace) -> TrainOptions:
             return TrainOptions(
                 plan=wanted,
                 plan_file=plan,

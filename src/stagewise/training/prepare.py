@@ -30,7 +30,6 @@ from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint_errors import explain_read_errors
-from stagewise.training.continuing import Interrupted
 from stagewise.training.plans import make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
@@ -41,6 +40,7 @@ from stagewise.training.state.random_states import (
     restore_random_states,
     seed_everything,
 )
+from stagewise.training.workers.elastic import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,11 +33,11 @@ from stagewise.training.adaptive import (
 from stagewise.training.background import Saver
 from stagewise.training.batches import amount_of
 from stagewise.training.checkpoint import Extra
-from stagewise.training.continuing import Recovering
 from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import Prepared, TrainOptions, prepare, rebuild
 from stagewise.training.progress import (
     ChangeRecord,
+    Recovering,
     Reporter,
     Shown,
     Silent,

@@ -99,8 +99,9 @@ def test_a_host_that_cannot_be_called_is_named_on_every_rank(
 
     def rank_1() -> None:
         client = dist.TCPStore("localhost", int(place["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore("stagewise", client)  # type: ignore[attr-defined]
-        store.set("checked in/1", json.dumps(other))
+        start = client.get("stagewise/start").decode()
+        store = dist.PrefixStore(start, client)  # type: ignore[attr-defined]
+        client.set(f"{start}/1", json.dumps(["answer", *other]))
         store.set("called/1", "{}")
 
     thread = threading.Thread(target=rank_1)
@@ -114,3 +115,31 @@ def test_a_host_that_cannot_be_called_is_named_on_every_rank(
     finally:
         thread.join()
         listener.close()
+
+
+def test_what_an_earlier_start_has_left_in_the_store_is_not_taken_for_this_one(
+    monkeypatch: pytest.MonkeyPatch, place: dict[str, str]
+) -> None:
+    """A launcher serves one store for all starts; then rank 1 hears of rank 0's from before."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(meeting, "PATIENCE_SECONDS", 20)
+    served = dist.TCPStore("localhost", int(place["MASTER_PORT"]), is_master=True)
+    here = [socket.gethostname(), "", 0]
+    stale = [["old", *here], ["older", *here]]
+    for key, value in {"0": stale[0], "1": stale[1], "all": stale}.items():
+        served.set(f"before/{key}", json.dumps(value))
+    served.set("stagewise/start", "before")
+
+    def rank_0() -> None:
+        while json.loads(served.get("before/1"))[0] == "older":
+            time.sleep(0.01)  # until rank 1 has answered the wrong call
+        served.set("now/0", json.dumps(stale[0]))
+        served.set("stagewise/start", "now")
+        served.set("now/all", json.dumps([stale[0], json.loads(served.get("now/1"))]))
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    store = store_of_all(LONG)
+    thread.join()
+    store.set("key", "value")
+    assert served.check(["now/key"])

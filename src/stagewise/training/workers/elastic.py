@@ -5,9 +5,12 @@ nor where the run was. Idea: a run's folder names the agents (torchrun's or our 
 on each host) that it was started by. Of these at least one is left after any restart.
 """
 
+import json
 import os
 import socket
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -26,3 +29,23 @@ def num_restarts() -> tuple[int, int]:
     names = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
     done, most = (int(os.environ.get(name, "0")) for name in names)
     return done, most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    """Where a run was when it was interrupted: its last step, and when that ended."""
+
+    last_step: int
+    when: float  # seconds since the epoch
+    restart: int  # its number, 0 if workers came or went without a failure
+
+    @staticmethod
+    def of(log: Path, restart: int) -> "Interrupted":
+        """Read the log of the run."""
+        last, when = 0, time.time()
+        with suppress(OSError):
+            when = log.stat().st_mtime
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    last = max(last, int(json.loads(line)["step"]))
+        return Interrupted(last_step=last, when=when, restart=restart)

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -27,7 +28,7 @@ TOLD_SECONDS = 5.0  # before it is printed who is waited for
 CALL_SECONDS = 10.0  # for a connection to another host
 _POLL_SECONDS = 0.1
 T = TypeVar("T")
-_CHECKED_IN, _CALLED = "checked in", "called"
+_START, _ALL, _CALLED = "stagewise/start", "all", "called"
 
 
 def store_of_all(timeout: timedelta) -> Store:
@@ -40,21 +41,20 @@ def store_of_all(timeout: timedelta) -> Store:
         patience = min(patience, PATIENCE_SECONDS)
     ends = time.monotonic() + patience
     host, port = meeting_place()
-    rank, size = rank_here(), world_size()
+    rank = rank_here()
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serves:
         _await_store(host, port, ends)
     served = _connected(host, port, serves=serves)
-    served.set_timeout(timeout)  # each start has a store of its own, also under torchrun
-    store = dist.PrefixStore("stagewise", served)  # type: ignore[attr-defined]
+    served.set_timeout(timeout)
     listener, own = _listener()
     with ExitStack() as until_called:
         until_called.enter_context(listener)
-        store.set(f"{_CHECKED_IN}/{rank}", json.dumps(own))
         where = f"{host}:{port}"
         if serves and not _is_here(host):
             where += f" (this host, where rank 0 serves the store, has no address {host})"
-        addresses = _await_ranks(store, size, where, ends)
+        start, addresses = _await_ranks(served, own, where, ends)
+        store = dist.PrefixStore(start, served)  # type: ignore[attr-defined]
         _call(store, rank, addresses)
     return store
 
@@ -109,12 +109,36 @@ def _await_store(host: str, port: int, ends: float) -> None:
 
 
 def _await_ranks(
-    store: Store, size: int, where: str, ends: float
-) -> dict[int, tuple[str, str, int]]:
-    """Return each rank's host, address and port, once all have checked in."""
+    store: Store, own: tuple[str, str, int], where: str, ends: float
+) -> tuple[str, dict[int, tuple[str, str, int]]]:
+    """Return a name of this start, and each rank's host, address and port, once all are here.
+
+    A launcher that starts workers again may serve the same store, with what those before have left,
+    and the numbers of its restarts differ from host to host. So rank 0 names the start, all answer,
+    and a start counts only for ranks whose own answers are in its list.
+    """
+    rank, size, answer = rank_here(), world_size(), uuid.uuid4().hex
+    if rank == 0:
+        store.set(_START, answer)
+    met: list[tuple[str, dict[int, tuple[str, str, int]]]] = []
 
     def missing() -> list[int] | None:
-        return [r for r in range(size) if not store.check([f"{_CHECKED_IN}/{r}"])] or None
+        if not store.check([_START]):
+            return [0]
+        start = store.get(_START).decode()
+        store.set(f"{start}/{rank}", json.dumps([answer, *own]))
+        if absent := [each for each in range(size) if not store.check([f"{start}/{each}"])]:
+            return absent
+        if rank == 0:
+            answers = [json.loads(store.get(f"{start}/{each}")) for each in range(size)]
+            store.set(f"{start}/{_ALL}", json.dumps(answers))
+        if not store.check([f"{start}/{_ALL}"]):
+            return [0]
+        answers = json.loads(store.get(f"{start}/{_ALL}"))
+        if len(answers) != size or answers[rank][0] != answer:
+            return [0]  # that of a start before
+        met.append((start, {each: tuple(told[1:]) for each, told in enumerate(answers)}))
+        return None
 
     def named(ranks: list[int]) -> str:
         shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
@@ -126,8 +150,7 @@ def _await_ranks(
             f"{named(absent)} did not come to {where}: start every rank with the same MASTER_ADDR, "
             "MASTER_PORT and WORLD_SIZE, or set WORLD_SIZE to the number of ranks that are started"
         )
-    keys = [f"{_CHECKED_IN}/{rank}" for rank in range(size)]
-    return {rank: tuple(json.loads(store.get(key))) for rank, key in enumerate(keys)}
+    return met[0]
 
 
 def _awaited(missing: Callable[[], T | None], ends: float, words: Callable[[T], str]) -> T | None:
