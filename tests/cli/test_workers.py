@@ -40,7 +40,7 @@ def test_workers_that_would_share_an_accelerator_are_one_process(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: accelerators)
     monkeypatch.delenv("RANK", raising=False)
     ran = []
-    monkeypatch.setattr(launch, "launch", lambda number, words: ran.append((number, words)))
+    monkeypatch.setattr(launch, "launch", lambda number, words, _: ran.append((number, words)))
     run_in_workers(workers, ["x"], before=lambda: None, body=lambda: ran.append("here"))  # type: ignore[arg-type]
     assert ran == [(workers, ["x"]) if launched else "here"]
     err = capsys.readouterr().err

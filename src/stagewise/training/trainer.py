@@ -74,10 +74,8 @@ def run_training(
                 num_steps=prepared.num_steps,
                 line_every=LOOK_EVERY,
             )
-            if options.interrupted is not None:
-                reporter = Recovering(
-                    reporter, options.interrupted, options.first_step, num_processes()
-                )
+            if lost := options.interrupted:
+                reporter = Recovering(reporter, lost, options.first_step, num_processes())
         reporter.say(plan_in_words(prepared.trained.pipe.plan))
         if prints and prepared.pretrained is not None:
             prepared.pretrained.save(options.run)
