@@ -10,8 +10,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import stagewise
 from stagewise.errors import CheckpointError
@@ -203,3 +206,51 @@ def test_ranks_write_together(tmp_path: Path, pools: Pools) -> None:
     checkpoint, warnings = find_undamaged(tmp_path)
     assert not warnings and checkpoint.step == 3
     checkpoints.restore(checkpoint, trained.pipe, trained.optimizer)
+
+
+def on_mesh() -> Trained:
+    """Two stages, each sharded over two ranks; alone, both stages in one process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    more: dict[str, Any] = {}
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp_shard"))
+        data = mesh["dp_shard"]
+        more = {"mesh": mesh, "parallelize": lambda stage, *_: fully_shard(stage, mesh=data)}
+    plan = Plan(balance=(1, 1), schedule="1f1b", num_microbatches=2)
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss, **more)
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.1)
+    return Trained(pipe=pipe, optimizer=optimizer, scheduler=None, objects={})
+
+
+def trained_on_mesh(trained: Trained) -> float:
+    parts = 2 if dist.is_initialized() else 1
+    inputs = torch.linspace(-1, 1, 32).view(8, 4)
+    inputs = inputs.tensor_split(parts)[dist.get_rank() % 2 if parts == 2 else 0]
+    trained.pipe.zero_grad()
+    loss = trained.pipe.step(inputs, target=torch.zeros_like(inputs))
+    assert trained.optimizer is not None
+    trained.optimizer.step()
+    return float(loss)
+
+
+def saved_on_mesh(run: Path) -> list[float]:
+    """The losses after a checkpoint, of the run that went on and of the one that resumed."""
+    trained, saver = on_mesh(), Saver(run, None, 2)
+    trained_on_mesh(trained)
+    saver.save(trained, step=1, seed=0, extra=NOTHING)
+    losses = [trained_on_mesh(trained) for _ in range(2)]
+    saver.finish()
+    again = on_mesh()
+    checkpoints.restore(find(run), again.pipe, again.optimizer)
+    return losses + [trained_on_mesh(again) for _ in range(2)]
+
+
+def test_a_sharded_optimizer_is_resumed_on_the_mesh_and_without_it(
+    tmp_path: Path, pools: Pools
+) -> None:
+    for losses in pools[4].run(saved_on_mesh, tmp_path):
+        assert losses[:2] == losses[2:]
+    alone = on_mesh()
+    checkpoints.restore(find(tmp_path), alone.pipe, alone.optimizer)
+    assert [trained_on_mesh(alone) for _ in range(2)] == pytest.approx(losses[:2], rel=1e-5)

@@ -26,7 +26,9 @@ from torch.utils import _pytree as pytree
 
 from stagewise.checkpoints.sources import sha256_of
 from stagewise.checkpoints.untrusted import Planner, Reader
+from stagewise.engine.gradients.shards import local_of
 from stagewise.engine.step.agreement import agreed
+from stagewise.engine.transport.processes import is_first, own_rank
 from stagewise.engine.transport.side_group import Gathering, SideGroup
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.training.checkpoint_errors import explain_read_errors, explain_write_errors
@@ -207,9 +209,9 @@ def _state(pipe: Pipeline, optimizer: Optimizer | None, extra: Extra) -> dict[st
         "model": _model_state(pipe),
         "optimizer": optimizer_part,
         "schedule": schedules.saved_state(extra.scheduler),
-        **objects_state(extra.objects, pipe.state_names, pipe.rank),
-        "data": {_DATA: extra.data} if extra.data is not None and pipe.rank == 0 else {},
-        "random": {_random_of(pipe.rank): generators},
+        **objects_state(extra.objects, pipe.state_names, own_rank()),
+        "data": {_DATA: extra.data} if extra.data is not None and is_first() else {},
+        "random": {_random_of(own_rank()): generators},
     }
 
 
@@ -222,10 +224,10 @@ def _room(
 ) -> dict[str, dict[str, Any]]:
     """Return empty state of the form of `_state` to read into, where the checkpoint has any."""
     index = reader.read_metadata()
-    own = _names(pipe).values()
+    own = {name: parameter for parameter, name in _names(pipe).items()}
     every = {*own, *checkpoint.parameter_shapes}
     data = room_for_bytes(index, f"data.{_DATA}")
-    ranks = (_random_of(rank) for rank in (pipe.rank, 0))
+    ranks = (_random_of(rank) for rank in (own_rank(), 0))
     random = {key: room_for_bytes(index, f"random.{key}") for key in ranks}
     random = {key: room for key, room in random.items() if room is not None}
     return {
@@ -234,9 +236,7 @@ def _room(
         if optimizer is None
         else optimizer_state.room_for(index, "optimizer", own, every),
         "schedule": schedules.room_in(index, "schedule", extra.scheduler),
-        **room_for_objects(
-            index, extra.objects, pipe.state_dict().keys(), pipe.state_names, pipe.rank
-        ),
+        **room_for_objects(index, extra.objects, pipe.state_dict(), pipe.state_names, own_rank()),
         "data": {} if data is None else {_DATA: data},
         "random": random,
     }
@@ -271,7 +271,7 @@ def _is_finite(staged: PendingCheckpoint) -> bool:
     Buffers may contain infinities on purpose, as masks do.
     """
     tensors = {
-        (section, name): value
+        (section, name): local_of(value)  # only: a thread may not join the mesh's collectives
         for section in ("model", "optimizer")
         for name, value in staged.state[section].items()
         if isinstance(value, torch.Tensor) and value.layout is torch.strided

@@ -35,8 +35,8 @@ def local_gradient(parameter: nn.Parameter, gradient: Gradient) -> Gradient:
     return found.to_local()
 
 
-def like(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of `parameter` of which this rank has `part`."""
+def like(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return what is placed as `parameter` is, and of which this rank has `part`."""
     if not is_sharded(parameter):
         return part
     from torch.distributed.tensor import DTensor

@@ -18,9 +18,14 @@ def num_processes() -> int:
     return dist.get_world_size() if are_ready() else 1
 
 
+def own_rank() -> int:
+    """Return the rank of this process; 0 if torch.distributed is not initialised."""
+    return dist.get_rank() if are_ready() else 0
+
+
 def is_first() -> bool:
     """Return whether this process speaks for all."""
-    return not are_ready() or dist.get_rank() == 0
+    return own_rank() == 0
 
 
 def own_device() -> torch.device:

@@ -201,8 +201,11 @@ class Ranks:
         return Group(made, device, self._rendezvous.peers) if is_member else None
 
     def beside(self) -> SideGroup:
-        """Return these ranks once more, for a thread beside training; collective."""
-        return SideGroup(self._world)
+        """Return all processes that train with this one, for a thread beside training; collective.
+
+        On a mesh these are the ranks of all pipelines.
+        """
+        return SideGroup(None if self._world is None else dist.group.WORLD)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from stagewise.errors import CheckpointError
+from stagewise.training.state.plain_values import room_for_tensor
 
 Names = Mapping[nn.Parameter, str]
 Flat = dict[str, Any]
@@ -48,19 +49,24 @@ def state_of(optimizer: Optimizer, names: Names) -> Flat:
     return flat
 
 
-def room_for(index: Metadata, section: str, own: Collection[str], every: Collection[str]) -> Flat:
+def room_for(
+    index: Metadata, section: str, own: Mapping[str, nn.Parameter], every: Collection[str]
+) -> Flat:
     """Return empty state to read into: what `index` has for the parameters `own` of `every`.
 
     Entries of `section` that a checkpoint has split into parts (lists, dictionaries) are joined.
     """
     room: Flat = {}
     for entry, path in (index.planner_data or {}).items():
-        if path[0] != section or len(path) < 2 or not _is_wanted(path[1], own, every):
+        if path[0] != section or len(path) < 2:
             continue
-        kind = index.state_dict_metadata[entry]
-        value = None
-        if isinstance(kind, TensorStorageMetadata):
-            value = torch.empty(kind.size, dtype=kind.properties.dtype)
+        kind, _, rest = path[1].partition(".")
+        split = _split(rest, every)
+        if kind != SHARED and (split is None or split[0] not in own):
+            continue
+        form, value = index.state_dict_metadata[entry], None
+        if isinstance(form, TensorStorageMetadata):
+            value = room_for_tensor(form, own.get(split[0]) if split is not None else None)
         _put(room, path[1:], value)
     return room
 
@@ -126,14 +132,6 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
     return bool(one == other)
-
-
-def _is_wanted(flat: str, own: Collection[str], every: Collection[str]) -> bool:
-    kind, _, rest = flat.partition(".")
-    if kind == SHARED:
-        return True
-    split = _split(rest, every)
-    return split is not None and split[0] in own
 
 
 def _split(rest: str, names: Collection[str]) -> tuple[str, str] | None:

@@ -16,7 +16,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.stateful import Stateful as Stateful
 
 from stagewise.errors import CheckpointError, RecipeError
-from stagewise.training.state.plain_values import from_bytes, room_for_bytes, to_bytes
+from stagewise.training.state.plain_values import (
+    from_bytes,
+    room_for_bytes,
+    room_for_tensor,
+    to_bytes,
+)
 
 Objects = Mapping[str, Stateful]
 NAMED, REST = "objects", "objects_by_rank"  # sections of a checkpoint
@@ -49,7 +54,11 @@ def objects_state(objects: Objects, names: Collection[str], rank: int) -> dict[s
 
 
 def room_for_objects(
-    index: Metadata, objects: Objects, own: Collection[str], names: Collection[str], rank: int
+    index: Metadata,
+    objects: Objects,
+    own: Mapping[str, torch.Tensor],
+    names: Collection[str],
+    rank: int,
 ) -> dict[str, dict[str, Any]]:
     """Return empty state to read into; CheckpointError if it was written without one of these."""
     rest: dict[str, Any] = {}
@@ -71,12 +80,11 @@ def room_for_objects(
     named: dict[str, Any] = {}
     for entry, kind in index.state_dict_metadata.items():
         path = _path(entry.removeprefix(f"{NAMED}."))
-        if not path or path[0] not in objects or _owner(path[1:], names) not in own:
+        owner = _owner(path[1:], names)
+        if not path or path[0] not in objects or owner is None or owner not in own:
             continue
         named[_entry(*path)] = (
-            torch.empty(kind.size, dtype=kind.properties.dtype)
-            if isinstance(kind, TensorStorageMetadata)
-            else None
+            room_for_tensor(kind, own[owner]) if isinstance(kind, TensorStorageMetadata) else None
         )
     return {NAMED: named, REST: rest}
 

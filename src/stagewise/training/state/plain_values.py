@@ -12,6 +12,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.layouts import is_sharded
+from stagewise.engine.gradients.shards import like, local_of
 from stagewise.errors import CheckpointError
 
 _ARRAY = "numpy.ndarray"
@@ -49,6 +51,14 @@ def room_for_bytes(index: Metadata, entry: str) -> torch.Tensor | None:
     if not isinstance(kind, TensorStorageMetadata) or kind.properties.dtype != torch.uint8:
         return None
     return torch.empty(kind.size, dtype=torch.uint8)
+
+
+def room_for_tensor(kind: TensorStorageMetadata, whose: torch.Tensor | None) -> torch.Tensor:
+    """Return an empty tensor to read into: in parts as `whose` tensor is, if it has its shape."""
+    dtype = kind.properties.dtype
+    if whose is None or not is_sharded(whose) or whose.shape != kind.size:
+        return torch.empty(kind.size, dtype=dtype)
+    return like(whose, torch.empty_like(local_of(whose), dtype=dtype, requires_grad=False))
 
 
 def _without_arrays(leaf: Any) -> Any:
