@@ -11,7 +11,7 @@ MODELS_READY := $(MODELS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak test-gpu gpu-check test-models bench clean
+.PHONY: help setup demo test lint types pytest soak test-gpu gpu-check test-models test-mesh bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-gpu  the tests that need a GPU, or two or more; skipped if there is none"
 	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
+	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
@@ -72,6 +73,9 @@ $(MODELS_READY): pyproject.toml constraints-models.txt
 	$(MODELS)/bin/pip install --disable-pip-version-check -c constraints-models.txt \
 		-e . torch torchvision transformers peft diffusers timm
 	touch $@
+
+test-mesh: $(READY)
+	$(BIN)/python -W ignore -m benchmarks.mesh
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick

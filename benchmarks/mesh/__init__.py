@@ -3,5 +3,5 @@
 1. `subjects`: the models, in cells that any of the others can shard.
 2. `inner`: what is done to each stage beside the pipeline, and the mesh that it needs.
 3. `compare`: three AdamW steps on the ranks of a mesh, and of the plain model; the differences.
-4. `__main__`: the table.
+4. `table`: which combinations, and their rows; `__main__` prints them.
 """

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagewise
-from benchmarks.mesh.__main__ import TOLERANCE, plan_of
 from benchmarks.mesh.compare import Cell, Outcome, differences, on_mesh, plain
 from benchmarks.mesh.inner import INNER, sharded
+from benchmarks.mesh.table import TOLERANCE, plan_of
 from tests.harness import Pools
 
 pytestmark = [
@@ -272,6 +273,10 @@ def refused(what: str) -> str:
             options["parallelize"] = renamed
         case "fails":
             options["parallelize"] = fails
+        case "averages":
+            options["parallelize"] = averages
+        case "no mesh for it":
+            options = {"parallelize": fails, "transport": "local"}
         case "float32":
             options |= {"parallelize": sharded, "accumulate_in_float32": True}
         case "without mesh":
@@ -311,6 +316,11 @@ def fails(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
         fully_shard(nn.ModuleList(stage.children()), mesh=mesh["dp"])
 
 
+def averages(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    for cell in stage.children():
+        replicate(cell)
+
+
 REFUSALS = {
     "axis": "PlanError: the mesh has the axes ('pp', 'dp'), none of which is 'stage'",
     "data axis": "PlanError: data_axes names ['data']",
@@ -322,6 +332,8 @@ REFUSALS = {
     "differently": "PlanError: ranks [1, 3] parallelise their stages differently",
     "renamed": "parallelize renamed parameters of stage ",
     "fails": "parallelize failed for stage 1: ValueError: fully_shard does not support",
+    "averages": "ModelError: a DDPLinear averages its gradients over ranks",
+    "no mesh for it": "PlanError: parallelize was given without a mesh",
     "float32": "PlanError: accumulate_in_float32=True was given, but parallelize has sharded",
     "without mesh": "PlanError: the plan needs 2 ranks, one per device, but 4 are running",
     "local": "PlanError: transport is 'local' and a mesh was given",

@@ -15,12 +15,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._composable.contract import _get_registry
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.nn.parallel import DistributedDataParallel
 
 from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
 from stagewise.engine.transport.ranks import Group
+from stagewise.errors import ModelError
+
+
+def refuse_own_sums(stages: Iterable[nn.Module]) -> None:
+    """Raise ModelError for a module that sums its gradients over ranks in every backward."""
+    for module in dict.fromkeys(m for stage in stages for m in stage.modules()):
+        by_hooks = "replicate" in (_get_registry(module) or {}) and not _is_replicated(module)
+        if by_hooks or isinstance(module, DistributedDataParallel):
+            raise ModelError(
+                f"a {type(module).__name__} averages its gradients over ranks after every "
+                "backward, but a pipeline runs one for each microbatch; leave replicate and "
+                "DistributedDataParallel out: what no data axis shards is summed over all of them "
+                "once a step"
+            )
 
 
 def _state_of(module: FSDPModule) -> Any:

@@ -18,7 +18,7 @@ from stagewise.engine.step.agreement import agreed
 from stagewise.engine.step.digest import fingerprint
 from stagewise.engine.transport.device_mesh import DeviceMesh
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.errors import ModelError, PlanError
+from stagewise.errors import ModelError, PlanError, UsageError
 from stagewise.model.cell import Cell
 from stagewise.model.chain import module_tree
 
@@ -73,9 +73,10 @@ def sharding_of(
     reduced: Mapping[nn.Parameter, frozenset[int]] = {}
     policies: list[ParameterPolicy] = []
     with agreed(ranks, _WHAT), _told(None):
-        if any(is_sharded(p) for tree in trees for p in tree.parameters()):
-            from stagewise.engine.gradients.fully_sharded import FullySharded
+        from stagewise.engine.gradients.fully_sharded import FullySharded, refuse_own_sums
 
+        refuse_own_sums(trees)
+        if any(is_sharded(p) for tree in trees for p in tree.parameters()):
             whole = FullySharded(trees, ranks.group([ranks.rank], slices.data_axes))
             reduced = whole.parameters
             policies = [whole] if reduced else []
@@ -140,6 +141,8 @@ def _roots(cells: Iterable[Cell], whole: nn.Module) -> list[nn.Module]:
 def _told(stage: int | None) -> Iterator[None]:
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
         where = "the stages after parallelize" if stage is None else f"stage {stage}"
         raise ModelError(
