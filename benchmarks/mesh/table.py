@@ -102,7 +102,12 @@ def cells_of(*, quick: bool) -> Iterator[Cell]:
     """Yield the cells of the table."""
     for pp, inner, schedule, model in itertools.product((1, 2, 4), INNER, SCHEDULES, MODELS):
         cell = Cell(pp, inner, schedule, model)
-        is_small = pp < 4 and schedule != "auto" and (model == "decoder" or schedule == "1f1b")
+        is_small = (
+            pp < 4
+            and cell.world <= 8
+            and schedule != "auto"
+            and (model == "decoder" or schedule == "1f1b")
+        )
         if not quick or is_small:
             yield cell
 
