@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._composable.contract import _get_registry
+from torch.distributed._composable import replicate as replicate_by_hooks  # type: ignore[attr-defined]
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
@@ -29,8 +29,8 @@ from stagewise.errors import ModelError
 def refuse_own_sums(stages: Iterable[nn.Module]) -> None:
     """Raise ModelError for a module that sums its gradients over ranks in every backward."""
     for module in dict.fromkeys(m for stage in stages for m in stage.modules()):
-        by_hooks = "replicate" in (_get_registry(module) or {}) and not _is_replicated(module)
-        if by_hooks or isinstance(module, DistributedDataParallel):
+        by_hooks: Any = replicate_by_hooks
+        if by_hooks.state(module) is not None or isinstance(module, DistributedDataParallel):
             raise ModelError(
                 f"a {type(module).__name__} averages its gradients over ranks after every "
                 "backward, but a pipeline runs one for each microbatch; leave replicate and "
