@@ -14,7 +14,7 @@ def failure(rank: int, exit_code: int, text: str, when: int) -> ProcessFailure:
     found = ProcessFailure(local_rank=rank, pid=rank, exitcode=exit_code, error_file="none")
     found.timestamp = when
     if text:
-        found.message = {"message": text, "extraInfo": {"py_callstack": ""}}  # type: ignore[assignment]
+        found.message = {"message": text, "extraInfo": {"py_callstack": "Traceback"}}  # type: ignore[assignment]
     return found
 
 
@@ -37,3 +37,10 @@ def test_the_cause_is_reported_not_its_consequences(
 ) -> None:
     failures = {0: failure(0, 1, WAITED, 5), 1: failure(1, *others)}
     assert reported in str(first_cause(failures, MemoryKills()))
+
+
+def test_a_traceback_is_the_users_not_that_of_waiting() -> None:
+    hangs = {0: failure(0, 1, WAITED, 5), 1: failure(1, HANGS_EXIT_CODE, "", 9)}
+    assert "Traceback" not in str(first_cause(hangs, MemoryKills()))
+    fails = {0: failure(0, 1, WAITED, 5), 1: failure(1, 1, "ValueError: no more", 9)}
+    assert str(first_cause(fails, MemoryKills())).endswith("Traceback")

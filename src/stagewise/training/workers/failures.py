@@ -57,9 +57,9 @@ def _text(failure: ProcessFailure, kills: MemoryKills) -> str:
 
 
 def _root(failure: ProcessFailure) -> str:
-    """Return the traceback of the root cause; none of a recipe's mistake found without one."""
+    """Return the traceback of the root cause; none of a mistake, or of ours while waiting."""
     message: object = failure.message
-    if not isinstance(message, dict):
+    if not isinstance(message, dict) or str(message["message"]).startswith(PeerError.__name__):
         return ""
     stack = str(message["extraInfo"].get("py_callstack", ""))
     if not stack or (failure.exitcode == USAGE_EXIT_CODE and _CAUSED not in stack):
