@@ -3,6 +3,7 @@
 import queue
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -283,6 +284,47 @@ ALONE: dict[str, Callable[..., object]] = {
 @pytest.mark.parametrize("name", ALONE)
 def test_cells_that_treat_samples_alone_say_nothing(name: str) -> None:
     assert told([Cell(ALONE[name]), *ends()], torch.randn(B, WIDTH), calls=1)[0] == []
+
+
+class Noisy(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=self.generator)
+
+
+def test_a_cell_with_a_generator_of_its_own_says_nothing() -> None:
+    """Found: a false alarm, since only its draws differed."""
+    assert told([Noisy(), *ends()], torch.randn(B, WIDTH), calls=1)[0] == []
+
+
+class Uncopied(nn.Module):
+    """No deepcopy, neither of it nor of the lock in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo: object) -> "Uncopied":
+        raise TypeError("it holds a connection")
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            x = self.norm(self.linear(x))
+        return x - x.mean(0)
+
+
+def test_a_cell_that_cannot_be_copied_is_looked_at() -> None:
+    """Found silent. The cell keeps its modes and buffers."""
+    cell = Uncopied()
+    texts, _ = told([cell, *ends()], torch.randn(B, WIDTH), calls=1)
+    assert texts[0].startswith("cell '0' mixes samples")
+    assert cell.norm.training and int(cell.norm.num_batches_tracked) == 1
 
 
 def test_a_branch_on_strides_says_nothing() -> None:

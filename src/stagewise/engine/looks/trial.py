@@ -36,6 +36,7 @@ from stagewise.engine.looks.whole import (
     near,
     tolerance_of,
 )
+from stagewise.engine.stage.draws import same_states, states_in
 from stagewise.engine.stage.work import RunCell
 from stagewise.model.cell import Cell
 
@@ -111,7 +112,10 @@ class Trial:
     def _called(self, value: object, keywords: Mapping[str, object]) -> object:
         own = {name: fresh(keyword) for name, keyword in keywords.items()}
         cell = self._cell if self._is_known else twin(self._cell, in_eval=self._in_eval)
-        return self._run(cell, fresh(value), own)
+        states = states_in(cell.module)
+        output = self._run(cell, fresh(value), own)
+        self._says &= same_states(states, states_in(cell.module))
+        return output
 
     def differs(self) -> bool:
         """Return whether the whole's output differs from those of its parts, joined."""

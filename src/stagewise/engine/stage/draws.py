@@ -181,6 +181,17 @@ def _own(codes: Sequence[object]) -> Iterator[Source]:
             yield _KINDS[kind](value)
 
 
+def states_in(module: nn.Module) -> list[object]:
+    """Return the states of the generators that `module` and those inside hold as attributes."""
+    held = [value for inner in module.modules() for value in vars(inner).values()]
+    return [_KINDS[type(value)](value).read() for value in held if type(value) in _KINDS]
+
+
+def same_states(ones: Sequence[object], others: Sequence[object]) -> bool:
+    """Return whether nothing was drawn between the two."""
+    return all(map(_same, ones, others))
+
+
 def _inside(value: object) -> Iterable[object]:
     if isinstance(value, FunctionType):
         known = value.__globals__
