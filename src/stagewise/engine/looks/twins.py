@@ -7,12 +7,13 @@ how samples affect each other there is known, and made exact or warned of elsewh
 import copy
 import functools
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import FrameType, FunctionType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ _BY_SAMPLE = {
     *(nn.Identity, nn.Linear, nn.Embedding, nn.Dropout, nn.Sequential, nn.LayerNorm, nn.RMSNorm),
     *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid),
 }
+# What deepcopy refuses, but may be used by a copy, too. (An iterator or a file would move on.)
+_STATELESS = type(threading.Lock()), type(threading.RLock()), ModuleType
 _MAKE_COPIES = "__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__slots__"
 
 
@@ -47,8 +50,8 @@ def twin(cell: Cell, *, in_eval: bool) -> Cell:
     module = getattr(cell.module, "_orig_mod", cell.module)
     try:
         copied = _copied(module, [m for m in module.modules() if _is_plain(type(m))])  # type: ignore
-    except Exception:  # a lock, an open file, a class that forbids it
-        copied = _copied(module, [*module.modules()], shares=True)
+    except Exception:  # a lock, a class that forbids it
+        copied = _copied(module, [*module.modules()], shared=_STATELESS)
     for inner in copied.modules():
         if in_eval or isinstance(inner, _BatchNorm | _DropoutNd):
             inner.training = False
@@ -58,10 +61,12 @@ def twin(cell: Cell, *, in_eval: bool) -> Cell:
     return replace(cell, module=copied)
 
 
-def _copied(module: nn.Module, plain: Sequence[nn.Module], *, shares: bool = False) -> nn.Module:
+def _copied(
+    module: nn.Module, plain: Sequence[nn.Module], *, shared: tuple[type, ...] = ()
+) -> nn.Module:
     """Copy `module`, its `plain` layers by attributes: as deepcopy would, in a fifth of the time.
 
-    With `shares`, what deepcopy refuses is the original's.
+    Attributes of the types `shared` stay the original's.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     memo |= {id(layer): object.__new__(type(layer)) for layer in plain}
@@ -73,12 +78,8 @@ def _copied(module: nn.Module, plain: Sequence[nn.Module], *, shares: bool = Fal
             if type(value) in (dict, OrderedDict, set) and not value:
                 own[name] = memo.setdefault(id(value), type(value)())
             elif name != "_compiled_call_impl":
-                try:
-                    own[name] = value if isinstance(value, PLAIN) else copy.deepcopy(value, memo)
-                except Exception:
-                    if not shares:
-                        raise
-                    own[name] = value
+                stays = isinstance(value, PLAIN) or isinstance(value, shared)
+                own[name] = value if stays else copy.deepcopy(value, memo)
     return copy.deepcopy(module, memo)
 
 
