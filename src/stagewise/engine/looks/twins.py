@@ -78,7 +78,7 @@ def _copied(
             if type(value) in (dict, OrderedDict, set) and not value:
                 own[name] = memo.setdefault(id(value), type(value)())
             elif name != "_compiled_call_impl":
-                stays = isinstance(value, PLAIN) or isinstance(value, shared)
+                stays = isinstance(value, (*PLAIN, *shared))
                 own[name] = value if stays else copy.deepcopy(value, memo)
     return copy.deepcopy(module, memo)
 
