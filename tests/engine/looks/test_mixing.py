@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,6 +222,38 @@ def test_a_flag_that_is_set_later() -> None:
             warnings.simplefilter("always")
             pipe.step(x, target=x)
         assert [str(w.message)[:22] for w in caught] == ["cell '0' mixes samples"] * (call == 7)
+
+
+SETTINGS = {"warm": False}
+
+
+class Asks(nn.Module):
+    warm = False
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.options, self.config = where, {"warm": False}, SimpleNamespace(warm=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flags = {"class": type(self).warm, "dict": self.options["warm"], "object": self.config.warm}
+        return x - x.mean(0) if (flags | {"global": SETTINGS["warm"]})[self.where] else x * 1
+
+
+@pytest.mark.parametrize("where", ["class", "dict", "object", "global"])
+def test_a_flag_outside_of_the_module_that_is_set_later(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found silent until call 8, 16, ..."""
+    cell, x = Asks(where), torch.randn(B, WIDTH)
+    plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=4)
+    pipe = stagewise.Pipeline([cell, nn.Identity()], plan, loss=nn.functional.mse_loss)
+    for _ in range(4):
+        pipe.step(x, target=x)
+    monkeypatch.setattr(Asks, "warm", True)
+    monkeypatch.setitem(SETTINGS, "warm", True)
+    cell.options["warm"] = cell.config.warm = True
+    with pytest.warns(ExactnessWarning, match="cell '0' mixes samples"):
+        pipe.step(x, target=x)
 
 
 def test_it_is_the_cell_that_uses_what_another_took_of_the_batch() -> None:

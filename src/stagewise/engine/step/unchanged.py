@@ -9,20 +9,27 @@ a cell seen that is put into the user's own Sequential or list later. That is wa
 references: what this rank does not run stays the user's to drop.
 """
 
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
+from types import FunctionType, ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from stagewise.errors import CellError, ModelError
 from stagewise.model.cell import Cell, Piece
 from stagewise.model.chain import Held, Model, children_in, sequences_in
+from stagewise.model.forward.users_code import is_users
+from stagewise.model.forward.visible import globals_in
 
 _KINDS = bool, int, float, str, type(None)  # of flags
+_OF_MODULES = frozenset(vars(nn.Module()))
+_MOST_ENTRIES = 64  # of a namespace within a module
 _MOST_CHANGES = 2  # of one flag that are looked at
 Parts = dict[str, nn.Module | nn.Parameter | None]
 
@@ -66,29 +73,67 @@ class _Sequence(NamedTuple):
 
 
 class _Flags:
-    """The flags of one module, and how often each has changed."""
+    """The flags in one namespace, or those of `names` there, and how often each has changed."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._held, self._times = vars(module), Counter[str]()
+    def __init__(self, held: Mapping[str, object], names: Collection[str] | None = None) -> None:
+        self._held, self._only, self._times = held, names, Counter[str]()
         self._remember()
 
     def _remember(self) -> None:
-        self._names = [name for name, value in self._held.items() if type(value) in _KINDS]
-        self._size, self._read = len(self._held), itemgetter("training", *self._names)
+        some = self._held if self._only is None else self._only
+        self._names = [name for name in some if type(self._held.get(name)) in _KINDS]
+        self._size = len(self._held) if self._only is None else 0
+        self._read = itemgetter(*self._names, *self._names[:1]) if self._names else _nothing
         self._values = self._read(self._held)
 
     def changed(self) -> bool:
         """Whether one that is not ignored has changed since this was last asked."""
         try:
-            if len(self._held) == self._size and self._read(self._held) == self._values:
+            same_size = self._only is not None or len(self._held) == self._size
+            if same_size and self._read(self._held) == self._values:
                 return False
         except KeyError:  # one was deleted
             pass
-        before = {*zip(self._names, self._values[1:], strict=True)}
+        before = {*zip(self._names, self._values, strict=False)}
         self._remember()
-        names = {name for name, _ in before ^ {*zip(self._names, self._values[1:], strict=True)}}
+        names = {name for name, _ in before ^ {*zip(self._names, self._values, strict=False)}}
         self._times.update(names)
         return any(self._times[name] <= _MOST_CHANGES for name in names)
+
+
+def _nothing(held: Mapping[str, object]) -> tuple[object, ...]:
+    return ()
+
+
+def _namespaces(modules: Sequence[nn.Module]) -> list[_Flags]:
+    """Where forwards may find flags: in modules, their classes, what they hold, and globals."""
+    found: dict[int, _Flags] = {}
+    for module in modules:
+        own = vars(module)
+        held = [value for name, value in own.items() if name not in _OF_MODULES]
+        classes = [vars(cls) for cls in type(module).__mro__ if is_users(_file_of(cls))]
+        forward = type(module).forward
+        if isinstance(forward, FunctionType) and is_users(forward.__code__.co_filename):
+            known = forward.__globals__
+            names = globals_in(forward.__code__) & known.keys()
+            found.setdefault(id(forward), _Flags(known, names))
+            held += [known[name] for name in names]
+        for namespace in (own, *filter(None, map(_namespace_of, held)), *classes):
+            found.setdefault(id(namespace), _Flags(namespace))
+    return [*found.values()]
+
+
+def _file_of(cls: type) -> str:
+    return getattr(sys.modules.get(cls.__module__), "__file__", None) or "<"
+
+
+def _namespace_of(value: object) -> dict[str, object] | None:
+    """Return a small dict with names, or that of an object's attributes."""
+    if isinstance(value, nn.Module | type | FunctionType | ModuleType | torch.Tensor):
+        return None
+    found = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    is_small = isinstance(found, dict) and 0 < len(found) <= _MOST_ENTRIES
+    return found if is_small and all(type(key) is str for key in found) else None
 
 
 class Unchanged:
@@ -111,7 +156,7 @@ class Unchanged:
         # A compiled module has no attributes of its own: the one inside it is among them too.
         named = {m: type(m).__module__ for m in modules if "training" in vars(m)}
         own = [m for m, of in named.items() if not of.startswith("torch.nn.")]
-        self._flags = {training: [*map(_Flags, own)] for training in (False, True)}
+        self._flags = {training: _namespaces(own) for training in (False, True)}
         self.flags = False  # whether flags have changed before this call
 
     def follow(self, model: Model, *, all_here: bool) -> None:
