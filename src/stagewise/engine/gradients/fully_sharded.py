@@ -7,7 +7,7 @@ Idea: the step gathers all parameters before its first instruction and leaves th
 still cast (mixed precision), but neither gather, reshard nor reduce: the end of the step does, as
 in torch's own pipelines, once all ranks know that the step succeeded. Gradients are sums, not
 means, since losses carry their share of the whole batch.
-Only this file uses torch's private names of FSDP2; a test names those that are gone.
+Only this file uses torch's private names of FSDP2.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,6 +44,12 @@ def _state_of(module: FSDPModule) -> Any:
     return kind.state(module)
 
 
+def _groups_of(state: Any) -> Sequence[Any]:
+    """Return a state's groups of parameters, of which torch before 2.12 has at most one."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    return [g for g in [state._fsdp_param_group] if g is not None] if several is None else several
+
+
 def _is_replicated(module: object) -> bool:
     return isinstance(module, ReplicateModule)
 
@@ -62,7 +68,7 @@ class FullySharded(ParameterPolicy):
         self._over_data = over_data
         for state in self._states:
             state._lazy_init()  # the outermost of a stage comes first, so it becomes the root
-        self._groups = [g for state in self._states for g in state._fsdp_param_groups]
+        self._groups = [g for state in self._states for g in _groups_of(state)]
         self._members = [member for group in self._groups for member in group.fsdp_params]
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)
@@ -75,7 +81,7 @@ class FullySharded(ParameterPolicy):
         for state in self._states:
             if state._mp_policy.reduce_dtype is None:  # else it sums in that, after each backward
                 state._register_pre_backward_hook = _same
-            for group in state._fsdp_param_groups:
+            for group in _groups_of(state):
                 group._register_post_backward_hook = _both  # it would make graphs indivisible
 
     @property
