@@ -4,8 +4,9 @@ All costs are for *one microbatch*. They are plain numbers, so the simulator als
 ones (`fractions.Fraction`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,3 +190,27 @@ def _deferred_input_bytes(own: Sequence[CellCost]) -> int:
         if cell.activation_bytes:
             break
     return total
+
+
+# What reading JSON of wrong types, or thousands of lists in each other, raises.
+NOT_AS_WRITTEN = AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError
+
+
+def cell_of(written: Mapping[str, Any]) -> CellCost:
+    """Read a cell from JSON; older plans call the instruction overhead `around`, or have none."""
+    own = {"instruction_overhead": {}, **written}
+    given = own.pop("around", own["instruction_overhead"])
+    own["instruction_overhead"] = InstructionCost(**{k: float(v) for k, v in given.items()})
+    optional = {field.name for field in fields(CellCost) if field.default is None}
+    for name, value in own.items():
+        if name == "name":
+            str.encode(value)  # a TypeError for what is no text
+        elif name != "instruction_overhead" and (value is not None or name not in optional):
+            check_amount(name, value)
+    return CellCost(**own)
+
+
+def check_amount(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a time or a size."""
+    if not isinstance(value, int | float) or not 0 <= value < 1e300:
+        raise ValueError(f"{name} is {str(value)[:40]}, which is not an amount")

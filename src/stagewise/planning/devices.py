@@ -243,7 +243,7 @@ def _read(path: Path) -> tuple[str, str]:
 def _parsed(text: str, where: str) -> dict[str, object]:
     try:
         parsed = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise DeviceError(
             f"{where} is not valid TOML ({error}); write it as in\n\n{_EXAMPLE}"
         ) from error

@@ -5,18 +5,20 @@ recomputed anywhere, without the model.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack
 
 from stagewise.costs import (
     FREE_LINK,
+    NOT_AS_WRITTEN,
     CellCost,
-    InstructionCost,
     LinkCost,
     StageCost,
     boundary_seconds,
+    cell_of,
+    check_amount,
     load_seconds,
     scaled,
     stage_costs,
@@ -194,6 +196,8 @@ class Plan:
         """Read what `to_json` wrote; raise PlanError if `text` is not a plan."""
         try:
             fields = json.loads(text)
+            for name, value in {"input_bytes": fields["input_bytes"], **fields["link"]}.items():
+                check_amount(name, value)
             return Plan(
                 balance=tuple(fields["balance"]),
                 schedule=fields["schedule"],
@@ -206,23 +210,15 @@ class Plan:
                     tuple((int(size), bool(recomputed)) for size, recomputed in parts)
                     for parts in fields.get("segments", ())
                 ),
-                cells=tuple(map(_cell, fields["cells"])),
+                cells=tuple(map(cell_of, fields["cells"])),
                 input_bytes=fields["input_bytes"],
                 link=LinkCost(**fields["link"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except NOT_AS_WRITTEN as error:
             raise PlanError(
                 f"this is not a plan ({type(error).__name__}: {error}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
             ) from error
-
-
-def _cell(fields: Mapping[str, Any]) -> CellCost:
-    """Read a cell; older plans call the instruction overhead `around`, or have none."""
-    own = {"instruction_overhead": {}, **fields}
-    given = own.pop("around", own["instruction_overhead"])
-    own["instruction_overhead"] = InstructionCost(**{k: float(v) for k, v in given.items()})
-    return CellCost(**own)
 
 
 def with_microbatches(plan: Plan, count: int) -> Plan:

@@ -91,6 +91,13 @@ def schedule_of(
     one has none, as with fewer microbatches than replicas. Raises ScheduleError if a stage has no
     instruction; all other rules are left to `validate`.
     """
+    count = sum(map(len, programs))
+    for i in (i for program in programs for i in program):
+        if max(i.stage, i.microbatch) >= count:
+            raise ScheduleError(
+                f"{i} in schedule {name!r} has a number that {count} instructions cannot reach; "
+                "number stages and microbatches from 0 without gaps"
+            )
     first: dict[int, dict[int, int]] = {}  # stage -> device -> its first microbatch
     for device, program in enumerate(programs):
         for i in program:

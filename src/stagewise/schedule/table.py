@@ -151,6 +151,9 @@ SCHEDULES: dict[str, NamedSchedule] = {
 }
 
 
+MOST_FORWARDS = 1 << 22  # of a schedule; 1,024 stages and 4,096 microbatches
+
+
 def schedule_row(name: str) -> NamedSchedule:
     """Return the row called `name`; raise ScheduleError listing the names if there is none."""
     if name not in SCHEDULES:
@@ -187,6 +190,12 @@ def named_schedule(
     for what, number in (("num_devices", num_devices), ("num_microbatches", num_microbatches)):
         if number < 1:
             raise ScheduleError(f"{what} is {number}; a schedule needs at least 1")
+    for what, number in (("stages", num_devices * wanted), ("devices", sum(replicas))):
+        if number * num_microbatches > MOST_FORWARDS:
+            raise ScheduleError(
+                f"{number} {what} and {num_microbatches} microbatches are more than can be "
+                f"scheduled: their product is at most {MOST_FORWARDS}"
+            )
     if not replicas:
         return SCHEDULES[name].build(num_devices, num_microbatches, wanted)
     check_replicas(replicas, num_devices)

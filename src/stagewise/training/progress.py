@@ -160,7 +160,7 @@ class Shown(Reporter):
         self._bubble: float | None = None
         run.mkdir(parents=True, exist_ok=True)
         log = run / LOG_FILE
-        kept = _lines_until(log, first_step) if log.exists() else []
+        kept = lines_until(log, first_step) if log.exists() else []
         log.write_text("".join(kept))
         self._log = log.open("a", buffering=1)
 
@@ -272,15 +272,15 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _lines_until(log: Path, step: int) -> list[str]:
+def lines_until(log: Path, step: int) -> list[str]:
     """Return the log's lines up to `step`; a resumed run writes later ones again."""
     kept = []
-    for line in log.read_text().splitlines(keepends=True):
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             fields = json.loads(line)
             # The resumed run starts with a validation at `step`, which it logs itself.
             if fields["step"] < step or (fields["step"] == step and "loss" in fields):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line truncated by a crash
     return kept

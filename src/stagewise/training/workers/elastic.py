@@ -46,6 +46,6 @@ class Interrupted:
         with suppress(OSError):
             when = log.stat().st_mtime
             for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
+                with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     last = max(last, int(json.loads(line)["step"]))
         return Interrupted(last_step=last, when=when, restart=restart)
