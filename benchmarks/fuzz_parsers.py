@@ -121,7 +121,7 @@ def _config(text: bytes, folder: Path) -> object:
         given = json.loads(text)
         words = {name: given[name] for name in (_OPTIONS.keys() | {"memory"}) & given.keys()}
         efficiency = str(words.pop("efficiency", "0.5"))
-        typed = {name: None if value is None else str(value) for name, value in words.items()}
+        typed = {name: str(value) for name, value in words.items() if value is not None}
         numbers = {name: int(typed.pop(name) or 1) for name in ("stages", "devices") & typed.keys()}
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return None  # what typer refuses before

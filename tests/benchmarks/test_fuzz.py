@@ -31,6 +31,8 @@ def changed_plan(**changes: object) -> bytes:
         ("schedule", b"999999999F0 999999999B0"),
         ("schedule", b"0F999999999 0B999999999"),
         ("schedule", b"0F" + b"9" * 4000),
+        ("options", json.dumps({"schedule": "[" * 1000, "devices": 2}).encode()),
+        ("options", json.dumps({"schedule": "a\0.txt", "devices": 2}).encode()),
         ("plan", changed_plan(num_microbatches=10**9)),
         ("plan", changed_plan(cells=[], balance=[1, 1], replicas=[1, 10**9])),
         ("plan", changed_plan(forward_seconds="1")),

@@ -1,5 +1,6 @@
 """From typed options to a PlanRequest, and back to a worker's command line, without torch."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -99,14 +100,15 @@ def named_or_read(text: str) -> str | Schedule:
     if text in SCHEDULES:
         return text
     names, path = ", ".join(sorted(SCHEDULES)), Path(text)
-    if path.suffix or path.parent != Path(".") or path.exists():
+    if path.suffix or path.parent != Path(".") or os.path.exists(text):  # False if too long
         try:
-            return parse_schedule(text, path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
+            content = path.read_text()
+        except (OSError, ValueError) as error:
             raise ScheduleError(
                 f"the schedule {text} cannot be read ({error}); give one of {names}, or write "
                 f"a file to start from: stagewise simulate --text > {text}"
             ) from None
+        return parse_schedule(text, content)
     raise ScheduleError(
         f"there is no schedule {text!r}; choose one of {names}, or give a file that contains one, "
         f"such as {text}.txt"
