@@ -22,9 +22,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "stagewise.pipeline.pipeline", "stagewise.pipeline.plan_model"]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "stagewise.pipeline.pipeline",
+        "stagewise.pipeline.plan_model",
+        "stagewise.training.trainer",
+    ]
 )
 _PR_SET_PDEATHSIG = 1
 
@@ -59,8 +65,8 @@ class Pool:
         self._links: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_serve,
                 args=(rank, num_ranks, str(store), theirs, backend, timeout),
                 daemon=True,

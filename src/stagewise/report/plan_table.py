@@ -61,7 +61,10 @@ def plan_in_words(plan: Plan) -> str:
         f"{plan.recompute}{_segments(plan)}\n"
     )
     if not plan.cells:
-        return f"{head}predicted: nothing, because a model on the meta device cannot be measured"
+        return (
+            f"{head}predicted: nothing, because a model on the meta device cannot be measured, or "
+            "the plan was written without costs"
+        )
     return (
         f"{head}predicted: step {_time(figures.step_seconds)}, bubble "
         f"{_percent(figures.bubble_fraction)}, activations {memory}"

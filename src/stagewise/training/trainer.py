@@ -61,7 +61,7 @@ def run_training(
 ) -> RunOutcome:
     """Train until the last step or a stop request; every rank calls this."""
     prints = is_first()
-    if prints:
+    if prints and not isinstance(options.plan, Plan):
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
     with owned(options.run, options.agents), NOW.numbered():  # nothing is written before this

@@ -1,0 +1,253 @@
+"""One fault: the run that it strikes, the run that goes on from there, and what they left."""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.processes import Ended, run
+from benchmarks.chaos.strike import CHAOS
+from stagewise import Plan
+from stagewise.checkpoints.exporting import export_model
+from stagewise.training.run_folder import find_undamaged
+
+RECIPE = Path(__file__).parent / "recipe.py"
+NUM_STEPS, CHECKPOINT_EVERY, NUM_MICROBATCHES = 8, 2, 4
+LIMIT_SECONDS = 150.0
+WATCHDOG_SECONDS = 10
+Weights = Mapping[str, torch.Tensor]
+# Runs `stagewise WORDS` on so many ranks, in a folder, with more environment variables.
+Start = Callable[[list[str], int, Path, Mapping[str, str]], Ended]
+
+
+def by_command(
+    words: list[str], num_ranks: int, folder: Path, environment: Mapping[str, str]
+) -> Ended:
+    """Start the command line as a user does; it starts the workers."""
+    command = [sys.executable, "-m", "stagewise", *words]
+    return run(command, folder, environment, LIMIT_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the model is spread over ranks."""
+
+    name: str
+    balance: tuple[int, ...]
+    replicas: tuple[int, ...] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(self.replicas or (1,) * len(self.balance))
+
+    @property
+    def plan(self) -> str:
+        return Plan(
+            balance=self.balance,
+            replicas=self.replicas,
+            schedule="1f1b",
+            num_microbatches=NUM_MICROBATCHES,
+        ).to_json()
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(name="2 stages", balance=(4, 4)),
+        Layout(name="4 stages", balance=(2, 2, 2, 2)),
+        Layout(name="replicas 1,2", balance=(3, 5), replicas=(1, 2)),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and when a fault strikes."""
+
+    rank: int
+    step: int
+    passed: int  # at which pass in that step
+    after: float  # seconds, of faults that strike a little later
+
+    @staticmethod
+    def drawn(fault: Fault, layout: Layout, draw: random.Random) -> "Place":
+        """Draw a place of `fault`."""
+        once = fault.place in ("data", "optimizer", "scheduler")
+        ranks = layout.num_ranks
+        return Place(
+            rank=ranks - 1 if fault.last_rank_only else draw.randrange(ranks),
+            step=NUM_STEPS - 1 if fault.later else draw.randrange(3, NUM_STEPS),
+            passed=1 if once else draw.randrange(1, NUM_MICROBATCHES // 2 + 1),
+            after=draw.uniform(0, 0.05),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One row of the table."""
+
+    fault: str
+    layout: str
+    ranks: int
+    struck: str
+    named: bool
+    seconds: float  # from the fault to the end of the last process
+    resumed: bool
+    difference: float  # largest, of any parameter, to the undisturbed run's
+    left_behind: int  # processes and temporary files
+    text: str = ""  # the output, where something is not as it must be
+
+
+def undisturbed(layout: Layout, start: Start = by_command) -> Weights:
+    """Return the parameters at the end of a run without faults."""
+    with TemporaryDirectory() as directory:
+        folder = Path(directory)
+        ended = _train(start, layout, folder, {})
+        if ended.code != 0:
+            raise RuntimeError(f"the undisturbed run of {layout.name} failed:\n{ended.text}")
+        return _weights(folder)
+
+
+def try_fault(
+    fault: Fault, layout: Layout, place: Place, expected: Weights, start: Start = by_command
+) -> Outcome:
+    """Train with the fault, then go on from the last checkpoint."""
+    with TemporaryDirectory() as directory:
+        folder, mark = Path(directory), Path(directory, "mark")
+        struck = _train(start, layout, folder, {CHAOS: told(fault, place, mark)})
+        left = struck.left + _files_left(folder)
+        words = [word.format(rank=place.rank, step=place.step) for word in fault.words]
+        named = mark.exists() and all(word in struck.text for word in words)
+        named &= struck.code is not None and (struck.code == 0) is not fault.ends
+        after = _later(fault.later, folder)
+        going_on = _train(start, layout, folder, {}, resume=True) if fault.ends else struck
+        far = difference(_weights(folder), expected) if going_on.code == 0 else float("inf")
+        left += (going_on.left + _files_left(folder)) if fault.ends else 0
+        is_said = not after or after in going_on.text
+        seconds = struck.gone_at - float(mark.read_text()) if mark.exists() else float("nan")
+        is_well = named and is_said and going_on.code == 0 and not far and not left
+        return Outcome(
+            fault=fault.name,
+            layout=layout.name,
+            ranks=layout.num_ranks,
+            struck=f"rank {place.rank}, step {place.step}",
+            named=named and is_said,
+            seconds=seconds if fault.ends else 0.0,
+            resumed=going_on.code == 0,
+            difference=far,
+            left_behind=left,
+            text="" if is_well else "\n".join(_account(folder, struck, going_on)),
+        )
+
+
+def _account(folder: Path, struck: Ended, going_on: Ended) -> Iterator[str]:
+    """Yield what is needed to find out why something is not as it must be."""
+    yield f"{struck.text}\n--- exit code {struck.code}; resumed: {going_on.code} ---"
+    yield going_on.text
+    yield f"--- left: {[str(path.relative_to(folder)) for path in (folder / 'tmp').rglob('*')]}"
+
+
+def told(fault: Fault, place: Place, mark: Path) -> str:
+    """Return what `strike` must know."""
+    told = {
+        "place": fault.place,
+        "how": fault.how,
+        "rank": place.rank,
+        "step": place.step,
+        "pass": place.passed,
+        "after": place.after,
+        "mark": str(mark),
+    }
+    return json.dumps(told)
+
+
+def _train(
+    start: Start,
+    layout: Layout,
+    folder: Path,
+    environment: Mapping[str, str],
+    *,
+    resume: bool = False,
+) -> Ended:
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    plan = folder / "plan.json"
+    plan.write_text(layout.plan)
+    words = ["train", str(RECIPE), "--plan", str(plan), "--steps", str(NUM_STEPS)]
+    words += ["--validate-every", "0", "--timeout", str(WATCHDOG_SECONDS)]
+    words += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
+    words += ["--resume", "run"] if resume else ["--out", "run"]
+    return start(words, layout.num_ranks, folder, {"TMPDIR": str(temporary), **environment})
+
+
+def _files_left(folder: Path) -> int:
+    """Count temporary files, but for the empty cache of torch's compiler."""
+    return sum(not path.name.startswith("torchinductor_") for path in (folder / "tmp").iterdir())
+
+
+def _weights(folder: Path) -> Weights:
+    checkpoint, _ = find_undamaged(folder / "run")
+    if checkpoint.step != NUM_STEPS:
+        raise RuntimeError(f"the last checkpoint is that of step {checkpoint.step}")
+    out = folder / "weights.safetensors"
+    export_model(checkpoint.path, out)
+    return load_file(out)
+
+
+def difference(found: Weights, expected: Weights) -> float:
+    """Return the largest of any parameter."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    return max(float((found[name] - one).abs().max()) for name, one in expected.items())
+
+
+def _later(how: str, folder: Path) -> str:
+    """Damage the last checkpoint; return its name, which the run that goes on must say.
+
+    An only one is left as it is: the one before it may not have been written to its end.
+    """
+    found = sorted((folder / "run/checkpoints").glob("step-*[0-9]"))
+    if not how or len(found) < 2:
+        return ""
+    last = found[-1]
+    DAMAGE[how](last)
+    return last.name
+
+
+def _largest(checkpoint: Path) -> Path:
+    return max(checkpoint.iterdir(), key=lambda file: file.stat().st_size)
+
+
+def _truncate(checkpoint: Path) -> None:
+    file = _largest(checkpoint)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(checkpoint: Path) -> None:
+    file = _largest(checkpoint)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _remove(checkpoint: Path) -> None:
+    _largest(checkpoint).unlink()
+
+
+def _garbage(checkpoint: Path) -> None:
+    (checkpoint / "stagewise.json").write_bytes(bytes(range(256)))
+
+
+DAMAGE: Mapping[str, Callable[[Path], None]] = {
+    "truncate": _truncate,
+    "flip": _flip,
+    "remove": _remove,
+    "garbage": _garbage,
+}

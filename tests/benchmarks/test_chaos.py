@@ -1,0 +1,93 @@
+"""Twenty faults of `make chaos`; workers are forked, which spares their imports.
+
+What the launcher does is left to `make chaos` and tests/training/workers.
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.faults import FAULTS
+from benchmarks.chaos.processes import Ended
+from benchmarks.chaos.trial import LAYOUTS, Place, Weights, try_fault, undisturbed
+from tests.harness import CONTEXT
+
+_LIMIT_SECONDS, _GRACE_SECONDS = 120.0, 30.0
+_OF_LAUNCHER = ("kill_parent", "end_parent")
+# Those that only the watchdog ends take longer than all others together.
+QUICK = [fault for fault in FAULTS if not fault.hangs and fault.how not in _OF_LAUNCHER]
+
+
+def forked(words: list[str], num_ranks: int, folder: Path, environment: Mapping[str, str]) -> Ended:
+    """Run `stagewise WORDS` as torchrun does; whoever outlives a failed rank is ended."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {**environment, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    outputs = [folder / f"output-{rank}" for rank in range(num_ranks)]
+    processes = [
+        CONTEXT.Process(target=_stagewise, args=(words, rank, folder, common, outputs[rank]))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline, left = time.monotonic() + _LIMIT_SECONDS, 0
+    running = {process.sentinel: process for process in processes}
+    while running and (ended := wait(running, max(0.0, deadline - time.monotonic()))):
+        for sentinel in ended:
+            if running.pop(sentinel).exitcode:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    gone_at, left = time.time(), len(running)
+    for process in processes:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    code = None if left else next((code for code in codes if code), 0)
+    text = "\n".join(output.read_text(errors="replace") for output in outputs)
+    return Ended(code, "\n".join([text, *map(_in_words, range(num_ranks), codes)]), gone_at, left)
+
+
+def _in_words(rank: int, code: int | None) -> str:
+    return f"rank {rank}: {signal.Signals(-code).name}" if code is not None and code < 0 else ""
+
+
+def _stagewise(
+    words: list[str], rank: int, folder: Path, environment: Mapping[str, str], output: Path
+) -> None:
+    """What a worker of torchrun runs."""
+    to = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(to, 1)
+    os.dup2(to, 2)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.chdir(folder)
+    sys.argv = ["stagewise", *words]
+    multiprocessing.process._children.clear()  # type: ignore[attr-defined]
+    from stagewise.cli.main import main
+
+    main()
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Weights]:
+    return {name: undisturbed(layout, forked) for name, layout in LAYOUTS.items()}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("number", range(20))
+def test_a_fault_is_named_and_nothing_is_lost(number: int, expected: dict[str, Weights]) -> None:
+    fault = QUICK[number % len(QUICK)]
+    layout = next(itertools.islice(itertools.cycle(LAYOUTS.values()), number, None))
+    place = Place.drawn(fault, layout, random.Random(number))
+    outcome = try_fault(fault, layout, place, expected[layout.name], forked)
+    found = outcome.named, outcome.resumed, outcome.difference, outcome.left_behind
+    assert found == (True, True, 0.0, 0), outcome.text
