@@ -83,7 +83,9 @@ def _cut_links(fault: dict[str, Any]) -> None:
     for name in os.listdir("/proc/self/fd"):
         try:
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                socket.socket(fileno=os.dup(int(name))).shutdown(socket.SHUT_RDWR)
+                connection = socket.socket(fileno=os.dup(int(name)))
+                connection.getpeername()  # an OSError, of those that only listen
+                connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
 

@@ -21,7 +21,7 @@ from stagewise.training.run_folder import find_undamaged
 RECIPE = Path(__file__).parent / "recipe.py"
 NUM_STEPS, CHECKPOINT_EVERY, NUM_MICROBATCHES = 8, 2, 4
 LIMIT_SECONDS = 150.0
-WATCHDOG_SECONDS = 10
+WATCHDOG_SECONDS, PATIENT_SECONDS = 10, 60  # for faults that only the watchdog tells; for others
 Weights = Mapping[str, torch.Tensor]
 # Runs `stagewise WORDS` on so many ranks, in a folder, with more environment variables.
 Start = Callable[[list[str], int, Path, Mapping[str, str]], Ended]
@@ -121,7 +121,8 @@ def try_fault(
     """Train with the fault, then go on from the last checkpoint."""
     with TemporaryDirectory() as directory:
         folder, mark = Path(directory), Path(directory, "mark")
-        struck = _train(start, layout, folder, {CHAOS: told(fault, place, mark)})
+        seconds = WATCHDOG_SECONDS if fault.hangs else PATIENT_SECONDS
+        struck = _train(start, layout, folder, {CHAOS: told(fault, place, mark)}, seconds)
         left = struck.left + _files_left(folder)
         words = [word.format(rank=place.rank, step=place.step) for word in fault.words]
         named = mark.exists() and all(word in struck.text for word in words)
@@ -173,6 +174,7 @@ def _train(
     layout: Layout,
     folder: Path,
     environment: Mapping[str, str],
+    seconds: int = PATIENT_SECONDS,
     *,
     resume: bool = False,
 ) -> Ended:
@@ -181,7 +183,7 @@ def _train(
     plan = folder / "plan.json"
     plan.write_text(layout.plan)
     words = ["train", str(RECIPE), "--plan", str(plan), "--steps", str(NUM_STEPS)]
-    words += ["--validate-every", "0", "--timeout", str(WATCHDOG_SECONDS)]
+    words += ["--validate-every", "0", "--timeout", str(seconds)]
     words += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
     words += ["--resume", "run"] if resume else ["--out", "run"]
     return start(words, layout.num_ranks, folder, {"TMPDIR": str(temporary), **environment})

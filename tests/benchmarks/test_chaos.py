@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from benchmarks.chaos.faults import FAULTS
 from benchmarks.chaos.processes import Ended
@@ -30,10 +30,10 @@ QUICK = [fault for fault in FAULTS if not fault.hangs and fault.how not in _OF_L
 
 def forked(words: list[str], num_ranks: int, folder: Path, environment: Mapping[str, str]) -> Ended:
     """Run `stagewise WORDS` as torchrun does; whoever outlives a failed rank is ended."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     common = {**environment, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     outputs = [folder / f"output-{rank}" for rank in range(num_ranks)]
     processes = [
         CONTEXT.Process(target=_stagewise, args=(words, rank, folder, common, outputs[rank]))

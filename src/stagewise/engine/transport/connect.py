@@ -30,7 +30,7 @@ from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Wire, Wires
-from stagewise.engine.watch.last_words import last_words, leave_for_launcher
+from stagewise.engine.watch.last_words import is_another_s, last_words, leave_for_launcher
 from stagewise.engine.watch.now import NOW
 from stagewise.engine.watch.watchdog import Watchdog
 from stagewise.errors import PlanError
@@ -248,7 +248,7 @@ def leave(error: BaseException | None = None) -> bool | None:
     """Tell ranks that wait for this one, and its launcher, that its program ends here.
 
     `error` is what ends it, if not sys.last_value. Returns whether it is the first failure of all
-    ranks; None without connections.
+    ranks, which one that reports another's never is; None without connections.
     """
     error, is_first = error or getattr(sys, "last_value", None), None
     said = None if error is None else last_words(error)
@@ -256,7 +256,9 @@ def leave(error: BaseException | None = None) -> bool | None:
         leave_for_launcher(error)
     for connected in _CONNECTED.values():
         if (rendezvous := connected.rendezvous) is not None:
-            is_first = said is not None and rendezvous.peers.tell(said)
+            is_first = False
+            if said is not None and not is_another_s(error):
+                is_first = rendezvous.peers.tell(said)
         connected.leave(said)
     _CONNECTED.clear()
     return is_first

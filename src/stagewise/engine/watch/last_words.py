@@ -28,13 +28,17 @@ def last_words(error: BaseException) -> str:
     return f"{NOW.outside()}: {what}"
 
 
+def is_another_s(error: BaseException | None) -> bool:
+    """Return whether another rank's failure ended this one, which that rank itself reports."""
+    return isinstance(error, PeerError) and not error.is_first
+
+
 def leave_for_launcher(error: BaseException) -> None:
     """Write the sentence where torch's elastic launcher looks for it, unless something is there."""
     path = os.environ.get(_ERROR_FILE)
     if not path or Path(path).exists():
         return
-    is_later = isinstance(error, PeerError) and not error.is_first
-    when = int(time.time()) + is_later * _LATER_SECONDS
+    when = int(time.time()) + is_another_s(error) * _LATER_SECONDS
     said = {"message": last_words(error), "extraInfo": {"timestamp": str(when)}}
     with suppress(OSError):
         Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")
