@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from stagewise.training.run_folder import find_undamaged
 RECIPE = Path(__file__).parent / "recipe.py"
 NUM_STEPS, CHECKPOINT_EVERY, NUM_MICROBATCHES = 8, 2, 4
 LIMIT_SECONDS = 150.0
+WHOLE = "step-*[0-9]"  # the folders of checkpoints that were written to their end
 WATCHDOG_SECONDS, PATIENT_SECONDS = 10, 60  # for faults that only the watchdog tells; for others
 Weights = Mapping[str, torch.Tensor]
 # Runs `stagewise WORDS` on so many ranks, in a folder, with more environment variables.
@@ -185,6 +187,9 @@ def _train(
     words = ["train", str(RECIPE), "--plan", str(plan), "--steps", str(NUM_STEPS)]
     words += ["--validate-every", "0", "--timeout", str(seconds)]
     words += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
+    if resume and not list((folder / "run/checkpoints").glob(WHOLE)):  # struck before the first
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        resume = False
     words += ["--resume", "run"] if resume else ["--out", "run"]
     return start(words, layout.num_ranks, folder, {"TMPDIR": str(temporary), **environment})
 
@@ -215,7 +220,7 @@ def _later(how: str, folder: Path) -> str:
 
     An only one is left as it is: the one before it may not have been written to its end.
     """
-    found = sorted((folder / "run/checkpoints").glob("step-*[0-9]"))
+    found = sorted((folder / "run/checkpoints").glob(WHOLE))
     if not how or len(found) < 2:
         return ""
     last = found[-1]

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore, default_pg_timeout
+from torch.distributed import HashStore
 
 from stagewise.engine.watch.now import Now
 from stagewise.engine.watch.watchdog import (
@@ -17,7 +17,6 @@ from stagewise.engine.watch.watchdog import (
     HANGS_EXIT_CODE,
     WAITS,
     Watchdog,
-    limit_of,
 )
 from stagewise.schedule import Instruction, Kind, Message
 
@@ -180,11 +179,6 @@ def test_a_rank_without_a_store_tells_and_ends_too(
     assert "rank 1 (" in (printed := capsys.readouterr().err)
     assert "waits for rank 0, in step 7" in printed
     assert "store does not answer (no answer within 0.1 s)" in printed
-
-
-def test_torchs_default_timeout_is_nobodys_choice() -> None:
-    assert limit_of(default_pg_timeout) == 600
-    assert limit_of(timedelta(hours=2)) == 7205
 
 
 def waiting_for_no_more_than(seconds: float, condition: Callable[[], bool]) -> bool:

@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 
-import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from stagewise.engine.watch.blame import Report, sentence, state_in_words, table
@@ -33,18 +32,9 @@ FAILURE = "stagewise/failure"  # in the store: why the first rank failed
 WAITS = "stagewise/waits"  # in the store: who was waited for when nothing happened last
 MOST_PATIENCE = 60.0  # seconds without progress before the first alarm
 _ANSWER_SECONDS = 3.0  # for others to answer
-# Seconds without progress before a waiting rank is ended where nobody has set a timeout: that of
-# torch's NCCL groups.
-USUAL_LIMIT = 600.0
 _GRACE_SECONDS = 5.0  # for errors that the timeout raises, and after another rank's failure
 _ABORT_SECONDS = 2.0  # an abort may wait for others
 HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs
-
-
-def limit_of(timeout: timedelta) -> float:
-    """Return after how many seconds without progress a rank that waits is ended."""
-    usual = timeout == dist.default_pg_timeout
-    return USUAL_LIMIT if usual else timeout.total_seconds() + _GRACE_SECONDS
 
 
 class Watchdog:
@@ -64,7 +54,7 @@ class Watchdog:
     ) -> None:
         self._now, self._abort = now, abort
         self._rank, self._num_ranks = rank, num_ranks
-        self._limit = limit_of(timeout)
+        self._limit = timeout.total_seconds() + _GRACE_SECONDS  # then a rank that waits is ended
         self._patience = min(MOST_PATIENCE, timeout.total_seconds() / 2)
         self._grace = min(_GRACE_SECONDS, self._patience)
         self._look_seconds = min(1.0, self._patience / 4)
