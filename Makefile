@@ -11,7 +11,7 @@ MODELS_READY := $(MODELS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak test-gpu gpu-check test-models test-mesh bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict"
 	@echo "make soak      tests with thousands of generated models, new ones each time"
+	@echo "make chaos     200 faults at random places of small runs, resumed and compared"
 	@echo "make test-gpu  the tests that need a GPU, or two or more; skipped if there is none"
 	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
@@ -52,6 +53,9 @@ pytest: $(READY)
 soak: $(READY)
 	STAGEWISE_SOAK=20 $(BIN)/pytest --timeout 3600 \
 		tests/pipeline/test_generated.py tests/pipeline/test_random_chains.py
+
+chaos: $(READY)
+	$(BIN)/python -m benchmarks.chaos
 
 test-gpu: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
