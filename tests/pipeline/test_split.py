@@ -240,7 +240,7 @@ def test_a_stage_that_cannot_be_split_runs_whole(
         deferred.append(len(products))
         backward_weights(products)
 
-    monkeypatch.setattr("stagewise.engine.stage.stage.backward_weights", counting)
+    monkeypatch.setattr("stagewise.engine.stage.split_backward.backward_weights", counting)
     hooked: list[list[Tensor]] = []
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     whole = stagewise.Plan(balance=(3,), schedule="1f1b", num_microbatches=4)

@@ -32,7 +32,6 @@ def chain_of(model: Model) -> Chain:
     captured = captured_of(model)
     if captured is not None:
         return captured.chain
-    _refuse_sharded(model)
     children, scopes = _children_of(model)
     named = [found for name, child in children for found in _flatten(name, child, scopes)]
     if not named:
@@ -54,11 +53,14 @@ def chain_of(model: Model) -> Chain:
     return chain
 
 
-def _refuse_sharded(model: Model) -> None:
+def refuse_sharded(model: Model) -> None:
     """Raise ModelError for a model whose parameters are already spread over ranks."""
-    assert not isinstance(model, Captured)
-    roots = [("", model)] if isinstance(model, nn.Module) else children_in(model)
-    named = ((f"{at}.{n}".lstrip("."), p) for at, m in roots for n, p in m.named_parameters())
+    if isinstance(model, nn.Module):
+        roots = [("", model)]
+    else:
+        roots = [] if isinstance(model, Captured) else children_in(model)
+    modules = [(at, root) for at, root in roots if isinstance(root, nn.Module)]
+    named = ((f"{at}.{n}".lstrip("."), p) for at, m in modules for n, p in m.named_parameters())
     if found := [name for name, parameter in named if is_sharded(parameter)]:
         raise ModelError(
             f"{', '.join(found[:3])} ({len(found)} parameters) are DTensors already: the model was "

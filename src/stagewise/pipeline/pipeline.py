@@ -29,7 +29,7 @@ from stagewise.engine.transport.device_mesh import DeviceMesh, OnMesh
 from stagewise.errors import ModelError
 from stagewise.free_pages import FreePages, trim_of_glibc
 from stagewise.model.captured import captured_of
-from stagewise.model.chain import Model, chain_of
+from stagewise.model.chain import Model, chain_of, refuse_sharded
 from stagewise.model.meta_tensors import Init
 from stagewise.pipeline.build.assemble import Wishes, assemble
 from stagewise.pipeline.build.initial import Given, initialise
@@ -167,6 +167,8 @@ class Pipeline(Calls):
         pipeline_axis: str = "pp",
         data_axes: Sequence[str] | None = None,
     ) -> None:
+        if transport != "local":  # whose ranks each run the whole, as they run a sharded model
+            refuse_sharded(model)
         chain = chain_of(model)
         check_balance(plan.balance, len(chain))
         if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
