@@ -49,6 +49,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def own_pools() -> Iterator[Pools]:
+    """For tests that make groups: torch numbers them, and a rank that made fewer waits for ever."""
+    pools = Pools()
+    yield pools
+    pools.kill()
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     """`pools[K].run(case, *args)` runs `case` on K ranks."""

@@ -26,6 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "torch",
+        "torch._dynamo",  # which the first optimizer of a process imports
         "torch.distributed",
         "stagewise.pipeline.pipeline",
         "stagewise.pipeline.plan_model",

@@ -110,9 +110,9 @@ def loaded(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_any_mesh_loads_what_any_other_has_saved(tmp_path: Path, pools: Pools) -> None:
+def test_any_mesh_loads_what_any_other_has_saved(tmp_path: Path, own_pools: Pools) -> None:
     """Bit for bit; the optimizer's state goes with it, so the next step is the same."""
-    ranks = pools[4].run(saved, str(tmp_path), seconds=100)
+    ranks = own_pools[4].run(saved, str(tmp_path), seconds=100)
     expected: dict[str, dict[str, dict[str, Any]]] = {
         name: {
             key: {k: value for rank in ranks for k, value in rank[name][key].items()}
@@ -120,7 +120,7 @@ def test_any_mesh_loads_what_any_other_has_saved(tmp_path: Path, pools: Pools) -
         }
         for name in MESHES
     }
-    for rank in pools[4].run(loaded, str(tmp_path), seconds=100):
+    for rank in own_pools[4].run(loaded, str(tmp_path), seconds=100):
         for other, found in rank.items():
             for name, value in (found["before"] | found["alone"]).items():
                 assert (value == expected[other]["before"][name]).all(), (other, name)

@@ -46,9 +46,9 @@ def several(cells: list[Cell], plans: list[stagewise.Plan]) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("num_ranks", CELLS)
-def test_three_steps_are_the_plain_models(num_ranks: int, pools: Pools) -> None:
+def test_three_steps_are_the_plain_models(num_ranks: int, own_pools: Pools) -> None:
     cells = CELLS[num_ranks]
-    ranks = pools[num_ranks].run(several, cells, [plan_of(cell) for cell in cells], seconds=120)
+    ranks = own_pools[num_ranks].run(several, cells, [plan_of(cell) for cell in cells], seconds=120)
     for cell, outcomes in zip(cells, zip(*ranks, strict=True), strict=True):
         found = differences(outcomes, plain(cell))
         assert max(found.loss, found.gradient, found.parameter) <= TOLERANCE, (cell, found)
@@ -143,10 +143,10 @@ def noise_on_data_ranks(parallelize: Callable[..., object] | None) -> dict[str, 
 
 @pytest.mark.parametrize("parallelize", [None, sharded], ids=["replicas", "fully sharded"])
 def test_data_ranks_draw_weigh_and_normalise_as_one(
-    parallelize: Callable[..., object] | None, pools: Pools
+    parallelize: Callable[..., object] | None, own_pools: Pools
 ) -> None:
     """Dropout, weights, added losses, BatchNorm, accumulation, clipping; gradients some lack."""
-    ranks = pools[4].run(noise_on_data_ranks, parallelize)
+    ranks = own_pools[4].run(noise_on_data_ranks, parallelize)
     expected = accumulated(pipe_on(None), 0, 1)
     assert expected["microbatches"] == [4]
     seen = set[str]()
@@ -189,10 +189,10 @@ def reductions(names: tuple[str, ...]) -> dict[str, int]:
     return {name: counting.calls[name] for name in names} | {"parameters": kept}
 
 
-def test_a_step_gathers_and_reduces_once(pools: Pools) -> None:
+def test_a_step_gathers_and_reduces_once(own_pools: Pools) -> None:
     """Two layers a stage: two of each, whatever the number of microbatches; half of each layer."""
     names = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
-    for found in pools[4].run(reductions, names):
+    for found in own_pools[4].run(reductions, names):
         assert [found[name] for name in names] == [2, 2, 1]  # one: which gradients there are
         assert found["parameters"] == 20
 
@@ -239,8 +239,8 @@ def a_failure(inner: str) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("inner", ["DDP", "FSDP2"])
-def test_a_failure_of_one_data_rank_is_undone_on_all(inner: str, pools: Pools) -> None:
-    for found in pools[4].run(a_failure, inner):
+def test_a_failure_of_one_data_rank_is_undone_on_all(inner: str, own_pools: Pools) -> None:
+    for found in own_pools[4].run(a_failure, inner):
         assert "too much" in found["said"]
         assert found["kept"] and found["again"]
 
@@ -346,7 +346,7 @@ def every_refusal(names: list[str]) -> list[str]:
     return [refused(name) for name in names]
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(pools: Pools) -> None:
-    for said in pools[4].run(every_refusal, [*REFUSALS]):
+def test_what_does_not_fit_is_refused_on_every_rank(own_pools: Pools) -> None:
+    for said in own_pools[4].run(every_refusal, [*REFUSALS]):
         for one, (name, expected) in zip(said, REFUSALS.items(), strict=True):
             assert one and expected in one, (name, one)
