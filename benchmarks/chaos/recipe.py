@@ -1,4 +1,4 @@
-"""What chaos strikes: eight small cells with dropout, AdamW, and a schedule of learning rates."""
+"""What chaos strikes: four small cells with dropout, AdamW, and a schedule of learning rates."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.chaos.strike import next_step, strike
 
-WIDTH, BATCH, NUM_CELLS, NUM_BATCHES = 16, 8, 8, 4
+WIDTH, BATCH, NUM_CELLS, NUM_BATCHES = 16, 8, 4, 4
 find_nonfinite = True
 
 

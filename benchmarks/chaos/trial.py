@@ -62,9 +62,9 @@ class Layout:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout(name="2 stages", balance=(4, 4)),
-        Layout(name="4 stages", balance=(2, 2, 2, 2)),
-        Layout(name="replicas 1,2", balance=(3, 5), replicas=(1, 2)),
+        Layout(name="2 stages", balance=(2, 2)),
+        Layout(name="4 stages", balance=(1, 1, 1, 1)),
+        Layout(name="replicas 1,2", balance=(1, 3), replicas=(1, 2)),
     )
 }
 
