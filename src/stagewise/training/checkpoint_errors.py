@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from stagewise.engine.watch.now import NOW
 from stagewise.errors import CheckpointError
 from stagewise.training.run_folder import Checkpoint, whole
 
@@ -24,10 +25,17 @@ def explain_write_errors(unfinished: Path, run: Path) -> Iterator[None]:
         kept = whole(run)
         last = f"{kept[-1].name} is untouched" if kept else "there is no earlier one"
         raise CheckpointError(
-            f"the checkpoint {unfinished.with_suffix('')} cannot be written: "
+            f"the checkpoint {unfinished.with_suffix('')} cannot be written{_by(error)}: "
             f"{_cause(error, unfinished)}; {last}. Free some space, or give another --out, and "
             "continue with --resume"
         ) from error
+
+
+def _by(error: BaseException) -> str:
+    """Name the ranks that could not write: on several hosts each has a disk of its own."""
+    ranks = ", ".join(map(str, sorted(getattr(error, "failures", {}))))
+    by = f"rank {ranks}" if ranks else NOW.place
+    return f" by {by}" if by else ""
 
 
 def _cause(error: BaseException, where: Path | None = None) -> str:
