@@ -77,6 +77,11 @@ class Cell:
         """Return the names `forward` takes besides `num_args` positional arguments."""
         return self.takes.beside(num_args)
 
+    @property
+    def in_words(self) -> str:
+        """What errors call it."""
+        return f"cell {self.name!r} ({type(self.module).__name__})"
+
     @cached_property
     def takes(self) -> "ForwardNames":
         """The names of its `forward`'s parameters."""

@@ -84,7 +84,7 @@ def _failed_in_backward(error: BaseException, cells: Chain) -> str:
     ran, failed = (set(), set()) if ran_on else _around_failure(flight.roots)
     hooked = list(_with_hook(cells, {frame.f_code for frame in inside}))
     if hooked:  # of a parameter, whose node runs right after the one that needs it
-        return _named(hooked[0]) if len(hooked) == 1 else _name(flight, cells, ran)
+        return hooked[0].in_words if len(hooked) == 1 else _name(flight, cells, ran)
     return _name(flight, cells, failed)
 
 
@@ -94,11 +94,7 @@ def _name(flight: Flight, cells: Chain, numbers: set[int]) -> str:
     if len(found) != 1 or (place := found.pop()) < 0:
         return ""
     place %= len(cells) + 1
-    return "the loss" if place == len(cells) else _named(cells[place])
-
-
-def _named(cell: Cell) -> str:
-    return f"cell {cell.name!r} ({type(cell.module).__name__})"
+    return "the loss" if place == len(cells) else cells[place].in_words
 
 
 def _around_failure(roots: Sequence[GradientEdge | None]) -> tuple[set[int], set[int]]:

@@ -85,7 +85,7 @@ def failed(
     work: Work,
 ) -> CellError:
     """Return the error to raise for one of a cell, or of the loss (None)."""
-    what = "loss" if cell is None else f"cell {cell.name!r} ({type(cell.module).__name__})"
+    what = "loss" if cell is None else cell.in_words
     return CellError(
         f"{what} failed on microbatch {instruction.microbatch}: {type(error).__name__}: {error}"
         f"{_cut_arguments(cell, error, work)}\n(instruction {instruction} on stage "

@@ -255,6 +255,4 @@ def _check(cell: Cell, before: set[Skip], after: set[Skip]) -> None:
         if skips:
             names = ", ".join(sorted(map(str, skips)))
             but = "but did not" if what.startswith("declares") else "without declaring it"
-            raise CellError(
-                f"cell {cell.name!r} ({type(cell.module).__name__}) {what} {names} {but}; {remedy}"
-            )
+            raise CellError(f"{cell.in_words} {what} {names} {but}; {remedy}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stagewise.batch.values import Apart, tensors_of
-from stagewise.engine.stage.work import CellForward, Mode, Work
+from stagewise.engine.stage.work import CellForward, Work
 from stagewise.model.cell import Cell, Chain
 
 
@@ -29,18 +29,22 @@ class Finder:
         return [(cell, partial(self._forward, cell, forward)) for cell, forward in calls]
 
     def run(self, action: Any, cells: Chain, m: int, received: list[Apart], work: Work) -> Any:
-        """Run an instruction on microbatch m; check its loss, and the gradients of `cells`."""
+        """Run an instruction on microbatch m; check its loss, and the gradients of `cells`.
+
+        These are the cells whose weight gradients it accumulates.
+        """
         self._is_scaled = work.gradient_scale != 1.0
         value = action(received, work)
         for name, loss in work.record.losses.get(m, {}).items():
             if found := _found(loss, infinite=True):
                 raise FloatingPointError(f"{name} is {found}, though every cell's output is finite")
-        if work.mode is Mode.TRAIN and not self._is_scaled:
+        if not self._is_scaled:
             for cell in reversed(cells):
                 for name, parameter in cell.module.named_parameters():
                     if found := _found(parameter.grad, infinite=True):
                         raise FloatingPointError(
-                            f"{_name(cell)} made {found} in the gradient of its parameter {name!r}"
+                            f"{cell.in_words} made {found} in the gradient of its parameter "
+                            f"{name!r}"
                         )
         return value
 
@@ -60,11 +64,7 @@ class Finder:
 
     def _check_gradient(self, cell: Cell, gradient: torch.Tensor) -> None:
         if not self._is_scaled and (found := _found(gradient, infinite=True)):
-            raise FloatingPointError(f"{_name(cell)} passed back a gradient that holds {found}")
-
-
-def _name(cell: Cell) -> str:
-    return f"cell {cell.name!r} ({type(cell.module).__name__})"
+            raise FloatingPointError(f"{cell.in_words} passed back a gradient that holds {found}")
 
 
 def _first(tensors: Sequence[torch.Tensor]) -> str:
@@ -78,6 +78,6 @@ def _found(tensor: torch.Tensor | None, *, infinite: bool) -> str:
         return ""
     values = tensor.detach()
     values = values.coalesce().values() if values.is_sparse else values
-    if values.isnan().any():
-        return "nan"
-    return "inf" if infinite and values.isinf().any() else ""
+    if values.isfinite().all() if infinite else not values.isnan().any():
+        return ""
+    return "nan" if values.isnan().any() else "inf"

@@ -24,6 +24,7 @@ from stagewise.schedule import (
     links,
     lower,
 )
+from stagewise.schedule.instruction import KINDS
 from stagewise.schedule.posting import PostFrom, post_from
 
 _CPU = torch.device("cpu")
@@ -97,7 +98,8 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         stage = self._stages[step.instruction.stage]
         action = stage.action(step.instruction)
         if self._finder is not None:
-            action = partial(self._finder.run, action, stage.cells, step.instruction.microbatch)
+            accumulate = stage.cells if KINDS[step.instruction.kind].is_backward else ()
+            action = partial(self._finder.run, action, accumulate, step.instruction.microbatch)
         if self._num_devices > 1 and stage.device.type != "cpu":
             action = partial(_on, stage.device, action)
         if has_streams(stage.device):
