@@ -4,7 +4,8 @@
 2. `strike` makes them happen, inside the workers that train `recipe`.
 3. `trial` runs one fault and its resumption, and looks at what is left; `processes` finds and ends
    all processes of a trial.
-4. `calls` tries a `loop` of one's own, of which one rank makes another call than the rest.
+4. `damage` spoils the last checkpoint. `calls` tries a `loop` of one's own, of which one rank makes
+   another call than the rest.
 5. `torch_side` lets the same faults strike `torch_loop`, with torch.distributed.pipelining.
 6. `__main__` draws the faults from a seed, and prints the table.
 """

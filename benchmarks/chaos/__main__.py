@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from benchmarks.chaos.calls import try_call
+from benchmarks.chaos.damage import try_damage
 from benchmarks.chaos.faults import FAULTS, Fault
 from benchmarks.chaos.torch_side import under_torch
 from benchmarks.chaos.trial import LAYOUTS, Layout, Outcome, Place, try_fault, undisturbed
@@ -39,7 +40,10 @@ def main(
         else:
             if layout.name not in expected:
                 expected[layout.name] = undisturbed(layout)
-            outcome = try_fault(fault, layout, place, expected[layout.name])
+            if fault.damage:
+                outcome = try_damage(fault, layout, expected[layout.name])
+            else:
+                outcome = try_fault(fault, layout, place, expected[layout.name])
         rows.append(row_of(outcome))
         print(rows[-1] if json else _line(outcome), file=sys.stderr, flush=True)
         if outcome.text and outputs is not None:
@@ -73,7 +77,7 @@ def print_torch(seed: int, only: str, *, as_json: bool) -> None:
     rows: list[Row] = []
     kinds = sum(only in fault.name for fault in FAULTS)
     for fault, _, place in drawn(kinds, seed, only):
-        if not (fault.in_loop or fault.later):
+        if not (fault.in_loop or fault.damage):
             found = under_torch(fault, place)
             rows.append(asdict(found))
             print(rows[-1], file=sys.stderr, flush=True)

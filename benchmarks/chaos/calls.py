@@ -57,7 +57,5 @@ def _train(layout: Layout, folder: Path, environment: Mapping[str, str]) -> Ende
 
 
 def _weights(folder: str) -> Weights:
-    found: dict[str, object] = {}
-    for shard in Path(folder, WEIGHTS).glob("*.safetensors"):
-        found |= load_file(shard)
-    return found  # type: ignore[return-value]
+    shards = map(load_file, Path(folder, WEIGHTS).glob("*.safetensors"))
+    return {name: tensor for shard in shards for name, tensor in shard.items()}

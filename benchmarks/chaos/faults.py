@@ -15,13 +15,13 @@ class Fault:
     """One kind of fault."""
 
     name: str
-    place: str  # where it strikes: see `recipe`
-    how: str  # what happens there: see `strike`
+    place: str = ""  # where it strikes: see `recipe`
+    how: str = ""  # what happens there: see `strike`
     words: tuple[str, ...] = ()  # all must be in what the user sees
     ends: bool = True  # whether the run ends by it
     hangs: bool = False  # only the watchdog can tell
     last_rank_only: bool = False
-    later: str = ""  # what happens to the last checkpoint afterwards: see `trial`
+    damage: str = ""  # instead, what is done to the last checkpoint of a run: see `damage`
     in_loop: bool = False  # in a loop of one's own, of one rank: see `loop`
 
 
@@ -59,34 +59,10 @@ FAULTS = (
     Fault(name="slow rank", place="forward", how="slow", ends=False),
     Fault(name="launcher killed", place="forward", how="kill_parent"),
     Fault(name="SIGTERM to the launcher", place="backward", how="end_parent"),
-    Fault(
-        name="SIGKILL, last checkpoint truncated",
-        place="forward",
-        how="kill",
-        words=_KILLED,
-        later="truncate",
-    ),
-    Fault(
-        name="SIGKILL, a bit of the last checkpoint flipped",
-        place="forward",
-        how="kill",
-        words=_KILLED,
-        later="flip",
-    ),
-    Fault(
-        name="SIGKILL, a file of the last checkpoint missing",
-        place="forward",
-        how="kill",
-        words=_KILLED,
-        later="remove",
-    ),
-    Fault(
-        name="SIGKILL, garbage in the last checkpoint's description",
-        place="forward",
-        how="kill",
-        words=_KILLED,
-        later="garbage",
-    ),
+    Fault(name="last checkpoint truncated", damage="truncate"),
+    Fault(name="a bit of the last checkpoint flipped", damage="flip"),
+    Fault(name="a file of the last checkpoint missing", damage="remove"),
+    Fault(name="garbage in the last checkpoint's description", damage="garbage"),
     *(
         Fault(name=f"{call}, others step", place="call", how=call, words=words, in_loop=True)
         for call, words in (

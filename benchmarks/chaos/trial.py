@@ -85,7 +85,7 @@ class Place:
         ranks = layout.num_ranks
         return Place(
             rank=ranks - 1 if fault.last_rank_only else draw.randrange(ranks),
-            step=NUM_STEPS - 1 if fault.later else draw.randrange(3, NUM_STEPS),
+            step=draw.randrange(3, NUM_STEPS),
             passed=1 if once else draw.randrange(1, NUM_MICROBATCHES // 2 + 1),
             after=draw.uniform(0, 0.05),
         )
@@ -111,10 +111,10 @@ def undisturbed(layout: Layout, start: Start = by_command) -> Weights:
     """Return the parameters at the end of a run without faults."""
     with TemporaryDirectory() as directory:
         folder = Path(directory)
-        ended = _train(start, layout, folder, {})
+        ended = train(start, layout, folder, {})
         if ended.code != 0:
             raise RuntimeError(f"the undisturbed run of {layout.name} failed:\n{ended.text}")
-        return _weights(folder)
+        return weights(folder)
 
 
 def try_fault(
@@ -124,33 +124,31 @@ def try_fault(
     with TemporaryDirectory() as directory:
         folder, mark = Path(directory), Path(directory, "mark")
         seconds = WATCHDOG_SECONDS if fault.hangs else PATIENT_SECONDS
-        struck = _train(start, layout, folder, {CHAOS: told(fault, place, mark)}, seconds)
-        left = struck.left + _files_left(folder)
+        struck = train(start, layout, folder, {CHAOS: told(fault, place, mark)}, seconds)
+        left = struck.left + files_left(folder)
         words = [word.format(rank=place.rank, step=place.step) for word in fault.words]
         named = mark.exists() and all(word in struck.text for word in words)
         named &= struck.code is not None and (struck.code == 0) is not fault.ends
-        after = _later(fault.later, folder)
-        going_on = _train(start, layout, folder, {}, resume=True) if fault.ends else struck
-        far = difference(_weights(folder), expected) if going_on.code == 0 else float("inf")
-        left += (going_on.left + _files_left(folder)) if fault.ends else 0
-        is_said = not after or after in going_on.text
+        going_on = train(start, layout, folder, {}, resume=True) if fault.ends else struck
+        far = difference(weights(folder), expected) if going_on.code == 0 else float("inf")
+        left += (going_on.left + files_left(folder)) if fault.ends else 0
         seconds = struck.gone_at - float(mark.read_text()) if mark.exists() else float("nan")
-        is_well = named and is_said and going_on.code == 0 and not far and not left
+        is_well = named and going_on.code == 0 and not far and not left
         return Outcome(
             fault=fault.name,
             layout=layout.name,
             ranks=layout.num_ranks,
             struck=f"rank {place.rank}, step {place.step}",
-            named=named and is_said,
+            named=named,
             seconds=seconds if fault.ends else 0.0,
             resumed=going_on.code == 0,
             difference=far,
             left_behind=left,
-            text="" if is_well else "\n".join(_account(folder, struck, going_on)),
+            text="" if is_well else "\n".join(account(folder, struck, going_on)),
         )
 
 
-def _account(folder: Path, struck: Ended, going_on: Ended) -> Iterator[str]:
+def account(folder: Path, struck: Ended, going_on: Ended) -> Iterator[str]:
     """Yield what is needed to find out why something is not as it must be."""
     yield f"{struck.text}\n--- exit code {struck.code}; resumed: {going_on.code} ---"
     yield going_on.text
@@ -171,7 +169,7 @@ def told(fault: Fault, place: Place, mark: Path) -> str:
     return json.dumps(told)
 
 
-def _train(
+def train(
     start: Start,
     layout: Layout,
     folder: Path,
@@ -179,12 +177,14 @@ def _train(
     seconds: int = PATIENT_SECONDS,
     *,
     resume: bool = False,
+    num_steps: int = NUM_STEPS,
 ) -> Ended:
+    """Train to the end, or go on; from the start if there is no checkpoint yet."""
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     plan = folder / "plan.json"
     plan.write_text(layout.plan)
-    words = ["train", str(RECIPE), "--plan", str(plan), "--steps", str(NUM_STEPS)]
+    words = ["train", str(RECIPE), "--plan", str(plan), "--steps", str(num_steps)]
     words += ["--validate-every", "0", "--timeout", str(seconds)]
     words += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
     if resume and not list((folder / "run/checkpoints").glob(WHOLE)):  # struck before the first
@@ -194,12 +194,13 @@ def _train(
     return start(words, layout.num_ranks, folder, {"TMPDIR": str(temporary), **environment})
 
 
-def _files_left(folder: Path) -> int:
+def files_left(folder: Path) -> int:
     """Count temporary files, but for the empty cache of torch's compiler."""
     return sum(not path.name.startswith("torchinductor_") for path in (folder / "tmp").iterdir())
 
 
-def _weights(folder: Path) -> Weights:
+def weights(folder: Path) -> Weights:
+    """Return the parameters after the last step."""
     checkpoint, _ = find_undamaged(folder / "run")
     if checkpoint.step != NUM_STEPS:
         raise RuntimeError(f"the last checkpoint is that of step {checkpoint.step}")
@@ -213,48 +214,3 @@ def difference(found: Weights, expected: Weights) -> float:
     if found.keys() != expected.keys():
         return float("inf")
     return max(float((found[name] - one).abs().max()) for name, one in expected.items())
-
-
-def _later(how: str, folder: Path) -> str:
-    """Damage the last checkpoint; return its name, which the run that goes on must say.
-
-    An only one is left as it is: the one before it may not have been written to its end.
-    """
-    found = sorted((folder / "run/checkpoints").glob(WHOLE))
-    if not how or len(found) < 2:
-        return ""
-    last = found[-1]
-    DAMAGE[how](last)
-    return last.name
-
-
-def _largest(checkpoint: Path) -> Path:
-    return max(checkpoint.iterdir(), key=lambda file: file.stat().st_size)
-
-
-def _truncate(checkpoint: Path) -> None:
-    file = _largest(checkpoint)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def _flip(checkpoint: Path) -> None:
-    file = _largest(checkpoint)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def _remove(checkpoint: Path) -> None:
-    _largest(checkpoint).unlink()
-
-
-def _garbage(checkpoint: Path) -> None:
-    (checkpoint / "stagewise.json").write_bytes(bytes(range(256)))
-
-
-DAMAGE: Mapping[str, Callable[[Path], None]] = {
-    "truncate": _truncate,
-    "flip": _flip,
-    "remove": _remove,
-    "garbage": _garbage,
-}

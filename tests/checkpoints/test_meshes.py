@@ -130,7 +130,7 @@ def test_any_mesh_loads_what_any_other_has_saved(tmp_path: Path, own_pools: Pool
                 )
             for name, value in found["after"].items():
                 assert abs(value - expected[other]["after"][name]).max() < 1e-13
-            assert found["loss"] == pytest.approx(ranks[0][other]["loss"], rel=1e-12)
+            assert found["loss"] == pytest.approx(ranks[0][other]["loss"], rel=1e-14)
     for name in MESHES:
         plan = stagewise.Plan(balance=(8,), schedule="gpipe", num_microbatches=1)
         alone = stagewise.Pipeline(built("tied"), plan, state=str(tmp_path / f"{name}, plain"))

@@ -253,4 +253,4 @@ def test_a_sharded_optimizer_is_resumed_on_the_mesh_and_without_it(
         assert losses[:2] == losses[2:]
     alone = on_mesh()
     checkpoints.restore(find(tmp_path), alone.pipe, alone.optimizer)
-    assert [trained_on_mesh(alone) for _ in range(2)] == pytest.approx(losses[:2], rel=1e-5)
+    assert [trained_on_mesh(alone) for _ in range(2)] == pytest.approx(losses[:2], rel=2e-7)

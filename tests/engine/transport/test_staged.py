@@ -147,7 +147,7 @@ def replicas_agree() -> bool:
         loss, gradients = replicated("distributed")
     alone, whole = replicated("local")
     return abs(loss - alone) < 1e-6 and all(
-        torch.allclose(gradient, whole[name], rtol=1e-5, atol=1e-7)
+        torch.allclose(gradient, whole[name], rtol=1e-6, atol=1e-7)
         for name, gradient in gradients.items()
     )
 
