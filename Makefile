@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODELS := .venv-models
 MODELS_READY := $(MODELS)/.ready
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh docs bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -24,6 +26,7 @@ help:
 	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
+	@echo "make docs      build the documentation in site/; a broken link is an error"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
@@ -81,6 +84,18 @@ $(MODELS_READY): pyproject.toml constraints-models.txt
 test-mesh: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.mesh
 
+# mkdocs reads the source without importing it, so its environment needs no torch.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+$(DOCS_READY): pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --disable-pip-version-check -c constraints.txt \
+		$$($(DOCS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')) \
+			['project']['optional-dependencies']['docs'])")
+	touch $@
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
 	$(BIN)/python -m benchmarks.peers --quick
@@ -97,5 +112,5 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.capture --quick
 
 clean:
-	rm -rf $(VENV) $(MODELS) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MODELS) $(DOCS) site runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
