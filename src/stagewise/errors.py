@@ -8,7 +8,8 @@
     │   ├── DeviceError                a device is unknown, or its description is invalid
     │   ├── BatchError                 a batch cannot be split, or ranks disagree about it
     │   ├── RecipeError                a recipe file is incomplete or invalid
-    │   └── CheckpointError            a checkpoint is missing, incomplete or another model's
+    │   ├── CheckpointError            a checkpoint is missing, incomplete or another model's
+    │   └── RunError                   a run's folder, or its recording, cannot be read
     ├── CellError                      the user's code failed inside a cell, while training
     │   └── OutOfMemoryError           ... by running out of memory; every rank raises it
     ├── PeerError                      another rank failed; carries that rank's cause
@@ -53,6 +54,10 @@ class RecipeError(UsageError):
 
 class CheckpointError(UsageError):
     """A checkpoint is missing, incomplete, or belongs to another model."""
+
+
+class RunError(UsageError):
+    """What a run wrote is missing, or cannot be read."""
 
 
 class CellError(StagewiseError, RuntimeError):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from stagewise.recording import LOG_FILE
 from stagewise.training.progress import (
-    LOG_FILE,
     ChangeRecord,
     Recovering,
     Shown,

@@ -65,7 +65,7 @@ def _continued(
     name: str, out: Path | None, agents: Sequence[str], asked: Callable[[], RunPlace]
 ) -> RunPlace | None:
     """Return the place of this launch's earlier start, if there was one."""
-    from stagewise.training.progress import LOG_FILE
+    from stagewise.recording import LOG_FILE
     from stagewise.training.run_folder import whole
     from stagewise.training.workers.elastic import Interrupted, num_restarts
     from stagewise.training.workers.run_owner import agents_of

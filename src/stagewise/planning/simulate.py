@@ -11,15 +11,22 @@ from operator import attrgetter
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
+from stagewise.recording.recorder import Recorder
 from stagewise.schedule import Message, Schedule, lower, walk
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
 
 def simulate(
-    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
+    schedule: Schedule,
+    costs: Sequence[StageCost],
+    link: LinkCost = FREE_LINK,
+    recorder: Recorder | None = None,
 ) -> Timeline:
-    """Predict one step of a valid `schedule`; `costs` per stage, one `link` for all pairs."""
+    """Predict one step of a valid `schedule`; `costs` per stage, one `link` for all pairs.
+
+    A `recorder` also notes the messages.
+    """
     if len(costs) != schedule.num_stages:
         raise PlanError(f"got costs of {len(costs)} stages for a schedule of {schedule.num_stages}")
     zero = 0 * costs[0].forward_seconds
@@ -28,7 +35,8 @@ def simulate(
     arrival: dict[Message, float] = {}
     spans = []
     for device, step in walk(lower(schedule)):
-        start = max([device_free[device], *(arrival[message] for message in step.receives)])
+        free = device_free[device]
+        start = max([free, *(arrival[message] for message in step.receives)])
         instruction, traits = step.instruction, KINDS[step.instruction.kind]
         end = start + traits.seconds_on(costs[instruction.stage])
         device_free[device] = end
@@ -43,6 +51,16 @@ def simulate(
                 leaves = max(device_free[device], link_free.get(between, zero))
                 arrives = leaves + traits.stream.seconds(message.source_stage, costs, link)
                 arrival[message] = link_free[between] = arrives
+                if recorder is not None:
+                    num_bytes = traits.stream.size(message.source_stage, costs)
+                    recorder.sent.append((message, num_bytes, end, device_free[device]))
+        if recorder is not None:
+            recorder.ran.append((device, instruction, start, end, None))
+            recorder.received += [
+                (message, None, free, arrival[message])
+                for message in step.receives
+                if message.source != message.destination
+            ]
     return Timeline(
         schedule.num_devices, tuple(sorted(spans, key=attrgetter("start_seconds", "device")))
     )

@@ -39,10 +39,14 @@ class Stream:
     step: int
     num_bytes: str
 
+    def size(self, source_stage: int, costs: Sequence[StageCost]) -> int:
+        """Return the bytes of a message from `source_stage` to the next stage."""
+        boundary = min(source_stage, source_stage + self.step)
+        return getattr(costs[boundary], self.num_bytes)  # type: ignore[no-any-return]
+
     def seconds(self, source_stage: int, costs: Sequence[StageCost], link: LinkCost) -> float:
         """Return the transfer time of a message from `source_stage` to the next stage."""
-        boundary = min(source_stage, source_stage + self.step)
-        return link.transfer_seconds(getattr(costs[boundary], self.num_bytes))
+        return link.transfer_seconds(self.size(source_stage, costs))
 
 
 @dataclass(frozen=True, kw_only=True)

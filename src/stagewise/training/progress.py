@@ -21,9 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from stagewise.recording import LOG_FILE
 from stagewise.training.workers.elastic import Interrupted
-
-LOG_FILE = "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
