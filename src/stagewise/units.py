@@ -1,4 +1,4 @@
-"""Sizes as text."""
+"""Sizes and times as text."""
 
 
 def size_in_words(num_bytes: float) -> str:
@@ -8,3 +8,13 @@ def size_in_words(num_bytes: float) -> str:
         num_bytes /= 1024
         units.pop()
     return f"{num_bytes:.3g} {units[-1]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time with three significant digits and a unit, such as `1.25 s` or `12.5 ms`."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if abs(float(f"{seconds * factor:.3g}")) >= 1 or unit == "us":
+            break
+    number = float(seconds * factor)
+    digits = f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
+    return f"{digits} {unit}" if seconds else "0 s"

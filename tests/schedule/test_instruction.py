@@ -86,7 +86,7 @@ def test_what_an_instruction_waits_for(text: str, before: str) -> None:
 # Where a kind is the subject: elsewhere it is read from KINDS, so that a new row is enough.
 NAMES_KINDS = {
     "schedule/": "schedules are written in kinds",
-    "timeline.py": "an R and its F share what they keep",
+    "timeline/timeline.py": "an R and its F share what they keep",
     "planning/synthesis/problem.py": "names what synthesis orders, for all of the folder",
     "engine/stage/stage.py": "ACTIONS: what each does",
     "engine/stage/skips.py": "forward, a skip's value; backward, its gradient",

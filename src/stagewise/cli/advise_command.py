@@ -14,8 +14,8 @@ from stagewise.planning.devices import parse_bytes
 from stagewise.training.workers.environment import launched
 
 if TYPE_CHECKING:
-    from stagewise.planning.advise import Advice
-    from stagewise.planning.advise_facts import Facts
+    from stagewise.planning.advice.advise import Advice
+    from stagewise.planning.advice.advise_facts import Facts
 
 Devices = Annotated[int, typer.Option(min=1, help="How many devices there are.")]
 DeviceMemory = Annotated[
@@ -61,7 +61,7 @@ def advise_command(
         raise UsageError("stagewise advise runs in one process; start it without torchrun")
     spec = opt.chosen_device(device, device_file, efficiency)
     memory = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
-    from stagewise.planning.advise import advise
+    from stagewise.planning.advice.advise import advise
     from stagewise.training.recipe import load_recipe
     from stagewise.training.recipe_costs import facts_of
 

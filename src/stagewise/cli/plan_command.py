@@ -127,10 +127,10 @@ def _json(plan: "Plan") -> str:
 
 
 def _print(plan: "Plan") -> None:
-    from stagewise.report.plan_table import cells_table, devices_table, plan_in_words
+    from stagewise.report.plan_table import cells_table, devices_table
 
     console = Console()
     if plan.cells:
         console.print(cells_table(plan))
         console.print(devices_table(plan))
-    console.print(plan_in_words(plan), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(plan), markup=False, highlight=False, soft_wrap=True)

@@ -194,7 +194,8 @@ def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None")
 
 
 def _report(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:
-    from stagewise.report.plan_table import comparison_table, predicted
+    from stagewise.planning.plan_words import predicted
+    from stagewise.report.plan_table import comparison_table
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,11 +5,10 @@
    `refit` changes it for a run that goes on with other devices. `partition` cuts the chain,
    `choice` builds the requested schedule, `synthesis` makes one,
    `search` compares them all; `bubble` splits idle time by cause.
-3. `plan` is the result: frozen, with its predictions.
+3. `plan` is the result: frozen, with its predictions, which `plan_words` tells.
 4. `devices`, `roofline` and `interpolate` derive costs from published figures or from few
    measurements; `calibrate` corrects costs by trial steps, `drift` detects that they have changed.
-5. `advise` answers whether a pipeline is the right tool at all: `advise_rules` over
-   `advise_facts`.
+5. `advice` answers whether a pipeline is the right tool at all.
 """
 
 from stagewise.planning.choice import ScheduleChoice, choose_schedule

@@ -6,7 +6,7 @@ recomputed anywhere, without the model.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -20,7 +20,6 @@ from stagewise.costs import (
     cell_of,
     check_amount,
     load_seconds,
-    scaled,
     stage_costs,
 )
 from stagewise.errors import PlanError
@@ -61,8 +60,8 @@ class Plan:
     """
 
     balance: tuple[int, ...]
-    schedule: str
     num_microbatches: int
+    schedule: str = "1f1b"
     recompute: str = "never"
     stages_per_device: int | None = None
     replicas: tuple[int, ...] = ()
@@ -76,6 +75,23 @@ class Plan:
         check_balance(self.balance, len(self.cells) or sum(self.balance))
         self._check_segments()
         _ = self.built_schedule
+
+    def __repr__(self) -> str:
+        from stagewise.planning.plan_words import plan_in_short
+
+        return plan_in_short(self)
+
+    def __str__(self) -> str:
+        from stagewise.planning.plan_words import plan_in_words
+
+        return plan_in_words(self)
+
+    def show(self) -> None:
+        """Print the cut, the predictions and, if the cells were measured, the predicted step."""
+        print(self)
+        if self.cells:
+            print()
+            self.timeline.show()
 
     @property
     def num_stages(self) -> int:
@@ -219,17 +235,6 @@ class Plan:
                 f"this is not a plan ({type(error).__name__}: {error}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
             ) from error
-
-
-def with_microbatches(plan: Plan, count: int) -> Plan:
-    """Return `plan` with `count` microbatches; measured costs are scaled by their size."""
-    ratio = plan.num_microbatches / count
-    return replace(
-        plan,
-        num_microbatches=count,
-        cells=tuple(scaled(cell, seconds=ratio, size=ratio) for cell in plan.cells),
-        input_bytes=round(plan.input_bytes * ratio),
-    )
 
 
 def best_balance(

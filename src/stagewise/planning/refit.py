@@ -2,12 +2,13 @@
 
 What can stay, stays: the number of microbatches (and so the gradients, to rounding), the policy of
 recomputation, the schedule if it exists for that many devices, stages with replicas if there are
-enough devices. The cut is made anew.
+enough devices. The cut is made anew. `with_microbatches` changes only their number.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 
+from stagewise.costs import scaled
 from stagewise.errors import PlanError, StagewiseError
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
@@ -47,3 +48,14 @@ def _candidates(wanted: PlanRequest | Plan, num_devices: int) -> Iterator[PlanRe
             yield replace(named, num_stages=wanted.num_stages)
         yield named
     yield plain
+
+
+def with_microbatches(plan: Plan, count: int) -> Plan:
+    """Return `plan` with `count` microbatches; measured costs are scaled by their size."""
+    ratio = plan.num_microbatches / count
+    return replace(
+        plan,
+        num_microbatches=count,
+        cells=tuple(scaled(cell, seconds=ratio, size=ratio) for cell in plan.cells),
+        input_bytes=round(plan.input_bytes * ratio),
+    )

@@ -1,11 +1,13 @@
 """Reports for the terminal, without torch.
 
-1. `timeline_picture`: a Timeline, predicted or measured.
-2. `plan_table`: a plan's predictions and measurements; `search_table`: the result of a search.
-3. `parity_table`: the result of a parity check.
+1. `plan_table`: a plan's predictions and measurements; `search_table`: the result of a search.
+2. `parity_table`: the result of a parity check.
+
+A Timeline is drawn by `timeline.timeline_picture`.
 """
 
 from stagewise.report.parity_table import render_parity
-from stagewise.report.timeline_picture import format_seconds, render_timeline
+from stagewise.timeline.timeline_picture import render_timeline
+from stagewise.units import format_seconds
 
 __all__ = ["format_seconds", "render_parity", "render_timeline"]

@@ -1,74 +1,14 @@
 """Plans and results as tables: predictions beside measurements."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from rich.table import Table
 
 from stagewise.costs import FREE_INSTRUCTION
 from stagewise.planning import Plan
+from stagewise.planning.plan_words import Figures, predicted
 from stagewise.report import format_seconds
 from stagewise.units import size_in_words
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """Predicted or measured figures of one step; None if unknown."""
-
-    step_seconds: float | None
-    bubble_fraction: float | None
-    peak_activation_bytes: tuple[int, ...]
-
-
-def predicted(plan: Plan) -> Figures:
-    """Return a plan's predictions; none if its cells were not measured."""
-    if not plan.cells:
-        return Figures(step_seconds=None, bubble_fraction=None, peak_activation_bytes=())
-    return Figures(
-        step_seconds=plan.timeline.duration_seconds,
-        bubble_fraction=plan.timeline.bubble_fraction,
-        peak_activation_bytes=plan.peak_activation_bytes,
-    )
-
-
-def cut_in_words(plan: Plan, names: Sequence[str]) -> str:
-    """Return one line per stage with its cells."""
-    lines, start = [], 0
-    for stage, size in enumerate(plan.balance):
-        own = names[start : start + size]
-        cells = own[0] if size == 1 else f"{own[0]} to {own[-1]}"
-        lines.append(f"stage {stage}: {size} cell{'s' if size > 1 else ''} ({cells})")
-        start += size
-    return "\n".join(lines)
-
-
-def _segments(plan: Plan) -> str:
-    """Return how many cells are recomputed, and in how many segments, if there are any."""
-    parts = [part for own in plan.segments for part in own]
-    again = sum(size for size, recomputed in parts if recomputed)
-    cells = sum(plan.balance)
-    return f" ({again} of {cells} cells, in {len(parts)} segments)" if parts else ""
-
-
-def plan_in_words(plan: Plan) -> str:
-    """Return the cut and the predictions of a plan as text."""
-    figures = predicted(plan)
-    memory = ", ".join(_size(number) for number in figures.peak_activation_bytes)
-    names = [cell.name for cell in plan.cells] or [*map(str, range(sum(plan.balance)))]
-    head = (
-        f"{cut_in_words(plan, names)}\n"
-        f"schedule {plan.schedule}, {plan.num_microbatches} microbatches, recompute "
-        f"{plan.recompute}{_segments(plan)}\n"
-    )
-    if not plan.cells:
-        return (
-            f"{head}predicted: nothing, because a model on the meta device cannot be measured, or "
-            "the plan was written without costs"
-        )
-    return (
-        f"{head}predicted: step {_time(figures.step_seconds)}, bubble "
-        f"{_percent(figures.bubble_fraction)}, activations {memory}"
-    )
 
 
 def cells_table(plan: Plan) -> Table:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagewise.planning import Plan
-from stagewise.report.plan_table import Figures
+from stagewise.planning.plan_words import Figures
 from stagewise.training.run_folder import Checkpoint
 
 

@@ -19,8 +19,8 @@ from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of
 from stagewise.pipeline.plan_model import measured_plan
-from stagewise.planning.advise_facts import Facts
-from stagewise.planning.advise_rules import MICROBATCHES_PER_STAGE
+from stagewise.planning.advice.advise_facts import Facts
+from stagewise.planning.advice.advise_rules import MICROBATCHES_PER_STAGE
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.request import PlanRequest
 from stagewise.profiling.example import Example, example_of

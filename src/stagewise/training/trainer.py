@@ -21,7 +21,7 @@ from stagewise.engine.watch.now import NOW
 from stagewise.errors import OutOfMemoryError
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.planning.plan import Plan
-from stagewise.report.plan_table import Figures, plan_in_words
+from stagewise.planning.plan_words import Figures
 from stagewise.timeline import Timeline
 from stagewise.training.adaptive import (
     DriftWatch,
@@ -76,7 +76,7 @@ def run_training(
             )
             if lost := options.interrupted:
                 reporter = Recovering(reporter, lost, options.first_step, num_processes())
-        reporter.say(plan_in_words(prepared.trained.pipe.plan))
+        reporter.say(str(prepared.trained.pipe.plan))
         if prints and prepared.pretrained is not None:
             prepared.pretrained.save(options.run)
         trainer = Trainer(recipe, options, prepared, reporter, stop)

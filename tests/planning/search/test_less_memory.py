@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from stagewise.costs import CellCost
-from stagewise.planning.plan import Plan, with_microbatches
+from stagewise.planning.plan import Plan
+from stagewise.planning.refit import with_microbatches
 from stagewise.planning.search.less_memory import larger_counts, share_in_flight, with_less_memory
 
 CELL = CellCost(

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from stagewise.errors import ScheduleError
-from stagewise.planning.plan import Plan, with_microbatches
+from stagewise.planning.plan import Plan
+from stagewise.planning.refit import with_microbatches
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.planning.simulate import simulate, unit_costs
 

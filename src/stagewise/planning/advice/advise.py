@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagewise.costs import load_seconds
-from stagewise.planning.advise_facts import Facts
-from stagewise.planning.advise_rules import RULES, Verdict, size_of
+from stagewise.planning.advice.advise_facts import Facts
+from stagewise.planning.advice.advise_rules import RULES, Verdict, size_of
 
 
 @dataclass(frozen=True, kw_only=True)

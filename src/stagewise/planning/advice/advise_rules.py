@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost, load_seconds, stage_costs
-from stagewise.planning.advise_facts import Facts
+from stagewise.planning.advice.advise_facts import Facts
 
 MICROBATCHES_PER_STAGE = 4  # bubble (K-1)/(M+K-1) below 1/5 from here on; GPipe, section 2.3
 SAMPLES_FOR_BATCHNORM = 8

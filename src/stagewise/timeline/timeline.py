@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from stagewise.costs import StageCost
 from stagewise.schedule.instruction import KINDS, Instruction, Kind, KindTraits
+from stagewise.units import format_seconds
 
 Change = tuple[int, int, int, bool]  # see `_changes`
 Changes = Mapping[Kind, Sequence[Change]]  # by kind and stage
@@ -49,6 +50,24 @@ class Timeline:
 
     num_devices: int
     spans: tuple[Span, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Timeline of {len(self.spans)} instructions on {self.num_devices} devices: "
+            f"{format_seconds(float(self.duration_seconds))}, bubble {self.bubble_fraction:.1%}>"
+        )
+
+    def show(self, width: int | None = None) -> None:
+        """Print the timeline as a picture: a row per device, time to the right.
+
+        It is as wide as the terminal, unless `width` is given in characters.
+        """
+        from rich.console import Console
+
+        from stagewise.timeline.timeline_picture import render_timeline
+
+        console = Console(width=width)
+        console.print(render_timeline(self, width=console.width))
 
     @cached_property
     def duration_seconds(self) -> float:

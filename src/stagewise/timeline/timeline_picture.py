@@ -14,7 +14,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from stagewise.schedule.instruction import KINDS
-from stagewise.timeline import Span, Timeline
+from stagewise.timeline.timeline import Span, Timeline
+from stagewise.units import format_seconds
 
 # Fill character and style of each kind in turn; the last two are spare.
 _PALETTE = (
@@ -60,16 +61,6 @@ def render_timeline(timeline: Timeline, *, width: int = 100) -> RenderableType:
     for line in lines:
         line.no_wrap, line.overflow = True, "crop"
     return Group(*lines)
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a time with three significant digits and a unit, such as `1.25 s` or `12.5 ms`."""
-    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if abs(float(f"{seconds * factor:.3g}")) >= 1 or unit == "us":
-            break
-    number = float(seconds * factor)
-    digits = f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
-    return f"{digits} {unit}" if seconds else "0 s"
 
 
 def _columns_per_second(timeline: Timeline, room: int) -> float:

@@ -7,9 +7,9 @@ import pytest
 from stagewise.costs import CellCost, LinkCost
 from stagewise.errors import UsageError
 from stagewise.planning import plan_from_costs
-from stagewise.planning.advise import advise
-from stagewise.planning.advise_facts import Facts
-from stagewise.planning.advise_rules import RULES, Verdict
+from stagewise.planning.advice.advise import advise
+from stagewise.planning.advice.advise_facts import Facts
+from stagewise.planning.advice.advise_rules import RULES, Verdict
 
 GB = 10**9
 CELL = CellCost(

@@ -1,0 +1,6 @@
+"""Is a pipeline the right tool at all?
+
+1. `advise_facts` are the costs, the devices and the batch, and what follows from them.
+2. `advise_rules` judge them, one sentence each.
+3. `advise` makes the choice.
+"""
