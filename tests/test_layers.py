@@ -19,6 +19,7 @@ LEVELS = [
     ["cli"],
     ["training", "doctor"],
     ["training/state"],
+    ["page"],
     ["training/workers", "report", "testing"],
     ["checker", "models"],
     [""],
@@ -61,6 +62,8 @@ NO_TORCH = [
     "stagewise.planning",
     "stagewise.recording",
     "stagewise.report",
+    "stagewise.page.plan_page",
+    "stagewise.page.document",
     "stagewise.cli.main",
     "stagewise.cli.simulate_command",
 ]

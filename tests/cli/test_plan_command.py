@@ -76,3 +76,16 @@ def test_more_stages_than_cells(tmp_path: Path, run_here: RunHere) -> None:
     code, _, err = run_here("plan", write_recipe(tmp_path), "--stages", "11")
     assert code == 2
     assert "use at most 10 stages" in err
+
+
+def test_html_holds_the_numbers_of_json(tmp_path: Path, run_here: RunHere) -> None:
+    pytest.importorskip("plotly")
+    recipe, html = write_recipe(tmp_path), tmp_path / "plan.html"
+    code, out, err = run_here("plan", recipe, "--stages", "1", "--json", "--html", html)
+    assert (code, err) == (0, f"wrote {html}: open it in a browser\n")
+    numbers = html.read_text().partition('id="numbers">')[2].partition("</script>")[0]
+    steps = json.loads(numbers).pop("steps")
+    assert {**json.loads(out), "steps": steps} == json.loads(numbers)
+    assert steps[0]["step_seconds"] == json.loads(out)["predicted"]["step_seconds"]
+    code, _, err = run_here("plan", recipe, "--html", tmp_path)
+    assert code == 2 and "is a folder" in err

@@ -234,3 +234,14 @@ def test_help_explains_and_gives_an_example() -> None:
     assert result.exit_code == 0
     assert "from costs alone" in result.stdout
     assert "stagewise simulate --devices 4 --microbatches 8" in result.stdout
+
+
+def test_html_holds_the_numbers_of_json(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    html = tmp_path / "page.html"
+    result = run("--schedule", "gpipe", "--json", "--html", str(html))
+    assert (result.exit_code, result.stderr) == (0, f"wrote {html}: open it in a browser\n")
+    numbers = html.read_text().partition('id="numbers">')[2].partition("</script>")[0]
+    step = json.loads(numbers).pop("steps")[0]
+    assert {**json.loads(result.stdout), "steps": [step]} == json.loads(numbers)
+    assert step["spans"] == json.loads(result.stdout)["spans"]

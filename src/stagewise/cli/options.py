@@ -44,6 +44,16 @@ Devices = Annotated[
         show_default=False,
     ),
 ]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a page with the timeline, memory and other schedules beside it: one file, "
+        "to open in a browser. Needs plotly: pip install 'stagewise[page]'.",
+        show_default=False,
+    ),
+]
 Microbatches = Annotated[
     int | None,
     typer.Option(

@@ -1,13 +1,14 @@
 """`stagewise plan`: measure a recipe's model, cut it, and predict a step."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli.plan_search import Memory, Microbatches, run_search
+from stagewise.cli.plan_search import Memory, Microbatches, run_search, save_page
 from stagewise.cli.typed import Typed, command_line, words_of
 from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.planning.choice import requested_schedule
@@ -42,6 +43,7 @@ def plan_command(
     device_file: opt.DeviceFile = None,
     efficiency: opt.EfficiencyText = None,
     as_json: AsJson = False,
+    html: opt.HtmlFile = None,
 ) -> None:
     """Show how a recipe's model would be cut, and how long a step would take, without training.
 
@@ -58,8 +60,14 @@ def plan_command(
     Example: stagewise plan examples/shakespeare.py --stages 3
 
     Example: stagewise plan examples/shakespeare.py --devices 4 --schedule auto --memory 2GB
+
+    Example: stagewise plan examples/shakespeare.py --stages 3 --html plan.html
     """
     with report_errors_once():
+        if html is not None:
+            from stagewise.page.document import check_html
+
+            check_html(html)
         spec = opt.chosen_device(device, device_file, efficiency)
         request = Typed(
             schedule=schedule,
@@ -80,18 +88,25 @@ def plan_command(
 
         loaded = load_recipe(recipe)
         if spec is not None:
-            _run(loaded, request, spec, as_json=as_json)
+            _run(loaded, request, spec, as_json=as_json, html=html)
             return
-        json_too = ["--json"] if as_json else []
+        too = [*["--json"] * as_json, *([] if html is None else ["--html", str(html)])]
         run_in_workers(
             num_devices,
-            ["plan", str(recipe), *command_line(words_of(request)), *json_too],
+            ["plan", str(recipe), *command_line(words_of(request)), *too],
             before=lambda: None if request.searched else check_form(loaded, request),
-            body=lambda: _run(loaded, request, None, as_json=as_json),
+            body=lambda: _run(loaded, request, None, as_json=as_json, html=html),
         )
 
 
-def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool) -> None:
+def _run(
+    recipe: "Recipe",
+    request: PlanRequest,
+    spec: DeviceSpec | None,
+    *,
+    as_json: bool,
+    html: Path | None,
+) -> None:
     """Plan on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.batches import TrainingBatches
@@ -99,7 +114,7 @@ def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_
     from stagewise.training.recipe import build_model
 
     if request.searched:
-        run_search(recipe, request, spec, as_json=as_json)
+        run_search(recipe, request, spec, as_json=as_json, html=html)
         return
     if spec is not None:
         plan = estimated_plan(recipe, request, spec)
@@ -107,15 +122,22 @@ def _run(recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_
         model = build_model(recipe, seed=0, meta=recipe.meta)
         batch = TrainingBatches(recipe, seed=0).first
         plan = make_plan(recipe, model, request, batch=batch)
-    if is_first() and as_json:
-        print(_json(plan))
-    elif is_first():
+    if not is_first():
+        return
+    record = _record(plan)
+    if html is not None:
+        save_page(html, recipe.path, plan, record)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
         _print(plan)
 
 
-def _json(plan: "Plan") -> str:
+def _record(plan: "Plan") -> dict[str, object]:
+    """Return the plan's fields and its predictions, as JSON-ready values."""
+    fields = json.loads(plan.to_json())
     if not plan.cells:
-        return plan.to_json()
+        return fields  # type: ignore[no-any-return]
     predictions = {
         "step_seconds": plan.timeline.duration_seconds,
         "bubble_fraction": plan.timeline.bubble_fraction,
@@ -123,7 +145,7 @@ def _json(plan: "Plan") -> str:
         "peak_activation_bytes": plan.peak_activation_bytes,
         "parameter_bytes": [cost.parameter_bytes for cost in plan.stage_costs],
     }
-    return json.dumps({**json.loads(plan.to_json()), "predicted": predictions}, indent=2)
+    return {**fields, "predicted": predictions}
 
 
 def _print(plan: "Plan") -> None:

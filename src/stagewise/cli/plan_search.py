@@ -1,8 +1,10 @@
 """`stagewise plan` with a search: its options, progress bar and output."""
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stagewise.cli.typed import DEFAULT_MICROBATCHES
+from stagewise.errors import UsageError
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.request import PlanRequest
 
 if TYPE_CHECKING:
-    from stagewise.planning import SearchResult
+    from stagewise.planning import Plan, SearchResult
     from stagewise.training.recipe import Recipe
 
 Microbatches = Annotated[
@@ -39,7 +42,12 @@ Memory = Annotated[
 
 
 def run_search(
-    recipe: "Recipe", request: PlanRequest, spec: DeviceSpec | None, *, as_json: bool
+    recipe: "Recipe",
+    request: PlanRequest,
+    spec: DeviceSpec | None,
+    *,
+    as_json: bool,
+    html: Path | None,
 ) -> None:
     """Search on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
@@ -51,8 +59,14 @@ def run_search(
             result = estimated_search(recipe, request, spec, progress)
         else:
             result = measured_search(recipe, request, progress)
-    if prints:
-        show(result, as_json=as_json)
+    if not prints:
+        return
+    from stagewise.report.search_table import as_record
+
+    record = {**json.loads(result.plan.to_json()), "search": as_record(result)}
+    if html is not None:
+        save_page(html, recipe.path, result.plan, record, result)
+    show(result, record if as_json else None)
 
 
 @contextmanager
@@ -71,14 +85,35 @@ def progress_bar(visible: bool) -> Iterator[Callable[[int, int, str], None]]:
         yield advance
 
 
-def show(result: "SearchResult", *, as_json: bool) -> None:
-    """Print the result as tables, or as the plan's JSON with a field `search`."""
-    from stagewise.report.search_table import as_record, explanation
+def show(result: "SearchResult", record: Mapping[str, object] | None) -> None:
+    """Print the result as tables, or its `record` as JSON."""
+    from stagewise.report.search_table import explanation
 
-    if as_json:
-        plan = json.loads(result.plan.to_json())
-        print(json.dumps({**plan, "search": as_record(result)}, indent=2))
+    if record is not None:
+        print(json.dumps(record, indent=2))
         return
     console = Console()
     for part in explanation(result):
         console.print(part, markup=False, highlight=False, soft_wrap=True)
+
+
+def save_page(
+    html: Path,
+    recipe: Path,
+    plan: "Plan",
+    record: Mapping[str, object],
+    found: "SearchResult | None" = None,
+) -> None:
+    """Write the page of a plan, and of the search for it; say where it is."""
+    from stagewise.page.document import environment_here, write_html
+    from stagewise.page.plan_page import plan_page
+
+    if not plan.cells:
+        raise UsageError(
+            "--html shows predictions, but a model on the meta device cannot be measured; give "
+            "--device, so that its costs are estimated"
+        )
+    title = f"stagewise plan: {recipe.name}"
+    environment = environment_here(recipe=str(recipe))
+    write_html(plan_page(plan, record, title=title, environment=environment, found=found), html)
+    print(f"wrote {html}: open it in a browser", file=sys.stderr)

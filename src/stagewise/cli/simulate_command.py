@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -88,6 +91,7 @@ def simulate_command(
             "an idle slot. Edit it in a file, and pass that as --schedule.",
         ),
     ] = False,
+    html: opt.HtmlFile = None,
     as_list: Annotated[
         bool, typer.Option("--list", help="Explain the available schedules, and exit.")
     ] = False,
@@ -112,6 +116,10 @@ def simulate_command(
         return
     if as_json and as_text:
         raise UsageError("--json and --text were both given; choose one of them")
+    if html is not None:
+        from stagewise.page.document import check_html
+
+        check_html(html)
     stages, devices = _numbers(schedule, stages, devices, stages_per_device)
     request = Typed(
         schedule=schedule,
@@ -126,8 +134,11 @@ def simulate_command(
     costs = _stage_costs(forward, backward, weight, built.num_stages)
     link = LinkCost(latency_seconds=_checked("--latency", latency))
     timeline = simulate(built, costs, link)
+    record = _as_json(built, recompute, timeline)
+    if html is not None:
+        _save_page(html, record, timeline)
     if as_json:
-        typer.echo(json.dumps(_as_json(built, recompute, timeline)))
+        typer.echo(json.dumps(record))
     elif as_text:
         typer.echo(_as_text(built, recompute))
     else:
@@ -217,6 +228,26 @@ def _as_json(schedule: Schedule, recompute: str, timeline: Timeline) -> dict[str
         "peak_in_flight": [timeline.peak_in_flight(d) for d in range(timeline.num_devices)],
         "spans": timeline.to_records(),
     }
+
+
+def _save_page(html: Path, record: Mapping[str, object], timeline: Timeline) -> None:
+    from stagewise.page.document import environment_here, write_html
+    from stagewise.page.page_contents import Page, ShownStep
+
+    page = Page(
+        title=f"stagewise simulate: {record['schedule']}",
+        summary={
+            "step": format_seconds(timeline.duration_seconds),
+            "bubble": f"{timeline.bubble_fraction:.1%}",
+            "devices": str(record["num_devices"]),
+            "microbatches": str(record["num_microbatches"]),
+        },
+        record=record,
+        steps=[ShownStep(str(record["schedule"]), timeline)],
+        environment=environment_here(),
+    )
+    write_html(page, html)
+    print(f"wrote {html}: open it in a browser", file=sys.stderr)
 
 
 def _as_text(schedule: Schedule, recompute: str) -> str:

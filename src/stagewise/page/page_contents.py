@@ -1,0 +1,72 @@
+"""What a page holds, as data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rich.console import RenderableType
+
+from stagewise.costs import StageCost
+from stagewise.timeline import Curve, Timeline
+
+
+@dataclass(frozen=True)
+class ShownStep:
+    """A step under its name; memory follows from the `costs` of its stages, or was `measured`."""
+
+    name: str
+    timeline: Timeline
+    costs: Sequence[StageCost] = ()
+    measured: Sequence[Curve] = ()
+
+    @cached_property
+    def memory(self) -> tuple[Curve, ...]:
+        """Each device's activation bytes over time; empty if unknown."""
+        if self.measured or not self.costs:
+            return tuple(self.measured)
+        devices = range(self.timeline.num_devices)
+        return tuple(self.timeline.activation_bytes(device, self.costs) for device in devices)
+
+    def to_record(self) -> dict[str, object]:
+        """Return the step as JSON-ready values."""
+        return {
+            "name": self.name,
+            "num_devices": self.timeline.num_devices,
+            "step_seconds": float(self.timeline.duration_seconds),
+            "bubble_fraction": float(self.timeline.bubble_fraction),
+            "spans": self.timeline.to_records(),
+            "memory_bytes": self.memory,
+        }
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A run's losses and validation losses, as (step, loss)."""
+
+    run: str
+    training: Sequence[tuple[int, float]]
+    validation: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with the tables and sentences that a terminal would show."""
+
+    title: str
+    parts: Sequence[RenderableType]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page. The first two `steps` are shown one above the other; readers may choose others.
+
+    `record` is the same as JSON, as the command with `--json` prints it.
+    """
+
+    title: str
+    summary: Mapping[str, str]
+    record: Mapping[str, object]
+    steps: Sequence[ShownStep] = ()
+    sections: Sequence[Section] = ()
+    losses: Sequence[Losses] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
