@@ -24,7 +24,7 @@ LEVELS = [
     ["checker", "models"],
     [""],
     ["pipeline"],
-    ["pipeline/build"],
+    ["pipeline/build", "pipeline/record"],
     ["checkpoints", "profiling"],
     ["engine/step"],
     ["engine/gradients", "engine/looks"],

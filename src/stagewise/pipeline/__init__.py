@@ -2,7 +2,8 @@
 
 1. `plan_model` measures the model's cells and links and passes the costs to the planner.
 2. `pipeline.Pipeline` builds this rank's stages (`build`). Its `calls` (`step`, `evaluate`,
-   `predict`) run through `engine.step`; its `share` of the model uses the plain model's names.
+   `predict`) run through `engine.step`; `measuring` says where their time and memory went
+   (`record`); its `share` of the model uses the plain model's names.
 3. `gpipe` is the same with the arguments of the GPipe paper and torchgpipe; `scaler` is torch's
    GradScaler with decisions shared by all ranks.
 """

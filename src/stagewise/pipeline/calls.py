@@ -5,7 +5,7 @@ is told to the other ranks rather than raised at once) and returns its loss and 
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -33,6 +33,7 @@ class Calls(Share):
 
     plan: Plan
     _runner: Runner
+    run_request: Callable[[Request], Result]  # by default that of the runner
     _device: torch.device
     _batch_dim: int
     _split: Split | None
@@ -230,7 +231,7 @@ class Calls(Share):
         except UsageError as error:  # the other ranks must hear of it
             objection = error
         bound, target, named = batch
-        result = self._runner.run(
+        result = self.run_request(
             Request(
                 mode=mode,
                 step_index=self.step_index,

@@ -4,7 +4,7 @@ Every rank builds the same Pipeline and makes the same calls in the same order. 
 its own stages' cells; drop your own reference to the model to free the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,9 @@ from stagewise.checkpoints.sources import State, where
 from stagewise.engine.stage.keywords import Routes
 from stagewise.engine.stage.loss import Loss, takes_target
 from stagewise.engine.stage.skips import SkipRoutes
-from stagewise.engine.stage.work import Mode
 from stagewise.engine.step.outputs import Merge
 from stagewise.engine.step.results import Losses
 from stagewise.engine.step.step import Runner
-from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf
 from stagewise.engine.step.weights import LossCount, Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
@@ -43,14 +41,12 @@ from stagewise.pipeline.build.places import (
 from stagewise.pipeline.build.recut import check_cells_stay, recut
 from stagewise.pipeline.build.refusals import refuse
 from stagewise.pipeline.build.whole_model import WholeModel
-from stagewise.pipeline.calls import Calls
+from stagewise.pipeline.measuring import Measuring
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
-from stagewise.profiling.trial_steps import measure_memory, rehearse
-from stagewise.timeline import Timeline
 
 
-class Pipeline(Calls):
+class Pipeline(Measuring):
     """Trains `model` by `plan`, with the plain model's losses and gradients.
 
     Args:
@@ -233,47 +229,12 @@ class Pipeline(Calls):
             ),
             policies=made.policies,
         )
+        self.run_request = self._runner.run
         self._runner.check_more(values=compare_batches, finite=find_nonfinite)
         self._runner.root = ModeOf(self.module, model)
         self._runner.unchanged.follow(model, all_here=ranks.num_ranks == 1)
         self._runner.looks.are_off = parallelize is not None
         self._runner.looks.elsewhere = not_run_here(chain, stages, loss)
-
-    def timeline(self) -> Timeline:
-        """Return the last call's measured timeline of all ranks, in seconds from its start."""
-        num_devices = self.plan.built_schedule.num_devices
-        return self._runner.last_run.timeline(self._ranks, num_devices)
-
-    def measure_memory(
-        self, *inputs: object, target: object = None, **kwargs: object
-    ) -> tuple[int, ...]:
-        """Return the peak activation bytes per rank in one trial step, which leaves no trace.
-
-        Counts what is kept from forward to backward, not parameters, gradients or workspace.
-        """
-        self._ranks.exchange((), "measure_memory")
-        peak = measure_memory(self._runner, self._trial(inputs, target, kwargs))
-        return tuple(row[0] for row in self._ranks.exchange([peak], "measure_memory: peaks"))
-
-    def rehearse(
-        self, *inputs: object, target: object = None, num_steps: int = 4, **kwargs: object
-    ) -> tuple[Timeline, ...]:
-        """Return timelines of `num_steps` trial steps, which leave no trace, after a warm-up."""
-        self._ranks.exchange((), f"rehearse(num_steps={num_steps})")
-        return rehearse(self._runner, self._trial(inputs, target, kwargs), num_steps)
-
-    def _trial(
-        self, inputs: tuple[object, ...], target: object, kwargs: Mapping[str, object]
-    ) -> Request:
-        """Return the request of a trial step."""
-        bound, target, named = self._batch(inputs, target, kwargs, self._batch_dim)
-        return Request(
-            mode=Mode.TRAIN,
-            inputs=bound,
-            target=target,
-            keywords=named,
-            batch_dim=self._batch_dim,
-        )
 
     def use(self, plan: Plan) -> None:
         """Use `plan` from the next call on; every rank calls this with the same plan.

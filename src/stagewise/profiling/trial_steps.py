@@ -32,6 +32,7 @@ from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.transport import Transport
 from stagewise.model.cell import Cell, Chain
 from stagewise.profiling.in_turn import InTurn, Together, takes_turns
+from stagewise.profiling.live_memory import LiveMemory
 from stagewise.schedule import Instruction, Kind, Message, Schedule
 from stagewise.timeline import Timeline
 
@@ -49,17 +50,13 @@ def untouched(stages: Mapping[int, Stage]) -> Iterator[None]:
         yield
 
 
-def measure_memory(runner: Runner, request: Request) -> int:
-    """Return the peak activation bytes on this rank in one trial step."""
-    meter, peak = ActivationMeter(_excluded(runner.stages, request)), 0
-
-    def observe(instruction: Instruction) -> None:
-        nonlocal peak
-        peak = max(peak, meter.live_bytes(_held(runner)))
-
+def measure_memory(runner: Runner, request: Request) -> LiveMemory:
+    """Return this rank's activation bytes through one trial step."""
+    meter = ActivationMeter(_excluded(runner.stages, request))
+    live = LiveMemory(meter, lambda: _held(runner))
     with untouched(runner.stages), meter.counting():
-        runner.run(replace(request, observe=observe))
-    return peak
+        runner.run(replace(request, observe=live.observe))
+    return live
 
 
 def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline, ...]:

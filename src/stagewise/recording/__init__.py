@@ -20,6 +20,7 @@ from stagewise.recording.recording_file import (
     RECORDING_FILE,
     recording_from_json,
     recording_to_json,
+    save_recording,
 )
 from stagewise.recording.run_folder_files import LOG_FILE, RunFiles, read_run
 
@@ -38,5 +39,6 @@ __all__ = [
     "read_run",
     "recording_from_json",
     "recording_to_json",
+    "save_recording",
     "step_of",
 ]

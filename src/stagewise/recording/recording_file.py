@@ -6,6 +6,7 @@ written here is refused in one sentence, and no number in it makes the reader wo
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from stagewise.costs import NOT_AS_WRITTEN
@@ -50,6 +51,16 @@ def recording_to_json(recording: Recording) -> str:
         ],
     }
     return json.dumps(fields, separators=(",", ":"))
+
+
+def save_recording(run: Path, recording: Recording) -> Path:
+    """Write the recording into the folder of a run, in place of an earlier one."""
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / RECORDING_FILE
+    written = path.with_suffix(".tmp")
+    written.write_text(recording_to_json(recording), encoding="utf-8")
+    written.replace(path)  # a reader sees the old one or the new one
+    return path
 
 
 def recording_from_json(text: str) -> Recording:

@@ -102,14 +102,14 @@ def test_a_message_whose_receive_found_no_memory_is_received_afterwards(
     values: list[object] = [torch.full((200,), float(n)) for n in range(NUM_MICROBATCHES)]
     for _ in range(turn):
         call(lines, sender, receiver, values)
-    start_receive, num_calls = receiver._data.start_receive, itertools.count()
+    start_receive, num_calls = receiver.data.start_receive, itertools.count()
 
     def scarce(tensors: list[Tensor], rank: int) -> Arrival:
         if tensors[0].numel() == 200 and next(num_calls) % 2 == 0:
             raise MemoryError
         return start_receive(tensors, rank)
 
-    monkeypatch.setattr(receiver._data, "start_receive", scarce)
+    monkeypatch.setattr(receiver.data, "start_receive", scarce)
     for mailbox in (sender, receiver):
         mailbox.begin(1, links(PROGRAMS))
     for message, value in zip(MESSAGES, values, strict=True):

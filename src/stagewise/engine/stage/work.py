@@ -21,7 +21,8 @@ from stagewise.schedule import Instruction
 KeywordGradients = dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor | None]]]
 Shares = Mapping[str, tuple[float, ...]]  # name of a loss -> weight per microbatch
 
-Marks = dict[Instruction, tuple[torch.device, Any, Any]]  # its device, events before and after it
+Mark = tuple[torch.device, Any, Any]  # a device, events before and after
+Marks = dict[Instruction, Mark]
 Observer = Callable[[Instruction], None]
 CellForward = Callable[[object, Mapping[str, object]], object]  # (value, keywords) -> value
 Around = Callable[[Sequence[tuple[Cell, CellForward]]], Sequence[tuple[Cell, CellForward]]]

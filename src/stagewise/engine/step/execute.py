@@ -38,7 +38,6 @@ def execute(
     stages: Mapping[int, Stage],
     mail: Mail,
     work: Work,
-    *,
     clock: Callable[[], float] = time.perf_counter,
     observers: Sequence[Observer] = (),
 ) -> _Times:

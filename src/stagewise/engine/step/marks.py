@@ -8,24 +8,26 @@ which the host does wait for, says where they lie on the host's clock.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from stagewise.engine.stage.work import Marks
+from stagewise.engine.stage.work import Mark, Marks
 from stagewise.schedule import Instruction
+
+T = TypeVar("T")
 
 
 @contextmanager
 def marked(marks: Marks, instruction: Instruction, device: torch.device) -> Iterator[None]:
     """Enter the events around the body, which runs `instruction` on `device`."""
-    start = _mark(device)
+    start = mark(device)
     yield
-    marks[instruction] = device, start, _mark(device)
+    marks[instruction] = device, start, mark(device)
 
 
-def host_seconds(marks: Marks) -> Mapping[Instruction, tuple[float, float]]:
-    """Return when instructions began and ended by `time.perf_counter`; waits for them to end."""
+def host_seconds(marks: Mapping[T, Mark]) -> Mapping[T, tuple[float, float]]:
+    """Return when what is marked began and ended by `time.perf_counter`; waits for them to end."""
     first: dict[torch.device, Any] = {}
     last: dict[torch.device, Any] = {}
     for device, start, end in marks.values():
@@ -44,7 +46,8 @@ def host_seconds(marks: Marks) -> Mapping[Instruction, tuple[float, float]]:
     }
 
 
-def _mark(device: torch.device) -> Any:
+def mark(device: torch.device) -> Any:
+    """Return an event on the current stream of `device`."""
     event = torch.Event(device, enable_timing=True)
     torch.accelerator.current_stream(device).record_event(event)
     return event
@@ -52,6 +55,6 @@ def _mark(device: torch.device) -> Any:
 
 def _host_time(event: Any, device: torch.device) -> float:
     """Return when `event` was, by the host's clock."""
-    now = _mark(device)
+    now = mark(device)
     now.synchronize()
     return time.perf_counter() - float(event.elapsed_time(now)) / 1000

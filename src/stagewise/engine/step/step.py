@@ -74,7 +74,7 @@ class Runner:
         loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
         self._draws = Draws([*(cell.module for cell in cells), loss])
         self.looks = Looks(count, loss)
-        self.last_run, self._broken = Ran(), False
+        self.last_run, self._broken, self.clock = Ran(), False, time.perf_counter
         self._num_calls = dict.fromkeys(Mode, 0)
         self.root: ModeOf | None = None  # its mode must agree across ranks
         self.stages, self.schedule = stages, schedule
@@ -87,16 +87,16 @@ class Runner:
         if stages is not self.stages:
             self.mail.renumber(devices)
         self.stages, self.schedule, self._first, self._last = stages, schedule, first, last
-        self._devices = dict.fromkeys(devices)
+        self.devices = dict.fromkeys(devices)
         self._taken = names_taken((stage.cells, stage.device) for stage in stages.values())
-        self._device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
+        self.device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
         self._mesh = mesh = Mesh(schedule.placement, self.ranks.num_ranks)
         self.last_ranks = mesh.ranks_of(schedule.num_stages - 1)
         self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
         self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
         rank = None if self._alone else self.ranks.rank
         self._programs = Programs(
-            schedule, stages, rank, self.routes.flows, self._device, self.finder
+            schedule, stages, rank, self.routes.flows, self.device, self.finder
         )
         self._needs = RankNeeds.of(first, last, self.routes, schedule, self._count)
 
@@ -186,8 +186,8 @@ class Runner:
             gradient_scale=scaling.gradient_scale,
             can_add_losses=scaling.total_weight is None or scaling.total_samples is not None,
             keeps_outputs=bool(request.outputs_on),
-            is_autocast=any(torch.is_autocast_enabled(d.type) for d in self._devices),
-            randomness=randomness_on(self._devices, self._seed, step, draws, first),
+            is_autocast=any(torch.is_autocast_enabled(d.type) for d in self.devices),
+            randomness=randomness_on(self.devices, self._seed, step, draws, first),
             batchnorms=self._batchnorms,
             look=look,
             compared=self._num_calls[mode] % len(sizes),
@@ -223,7 +223,7 @@ class Runner:
         self._broken = True
         # The engine decides where gradients are enabled, even inside torch.inference_mode().
         with (
-            generators_kept(self._devices),
+            generators_kept(self.devices),
             draws as late,
             torch.inference_mode(False),
             torch.set_grad_enabled(training),
@@ -258,7 +258,7 @@ class Runner:
             agreed = self._executed(request, program, work, step)
             self._policies.settle(step)
             if self.stages and not self._alone:
-                share_gradients(work, self._mesh, self.routes, self.ranks, self._device)
+                share_gradients(work, self._mesh, self.routes, self.ranks, self.device)
         return agreed
 
     def _executed(
@@ -275,8 +275,8 @@ class Runner:
         if training and self._keepers:
             self._batchnorms.warn(work.sizes)
         observers = step.observers + ([request.observe] if request.observe else [])
-        origin = time.perf_counter()
-        ran = execute(program.steps, self.stages, self.mail, work, observers=observers)
+        origin = self.clock()
+        ran = execute(program.steps, self.stages, self.mail, work, self.clock, observers)
         self.last_run = Ran(ran, origin, work.marks)
         agreed = self._agreed_end(work, step)
         if agreed is None:
@@ -297,4 +297,4 @@ class Runner:
             except CellError as error:
                 work.record.fail(Failure.of(error, None, None))
         agree = agree_on_losses if self._alone or not self._replicated else agree_on_shared_losses
-        return agree(self.ranks, work, self.last_ranks[0], self._device)
+        return agree(self.ranks, work, self.last_ranks[0], self.device)

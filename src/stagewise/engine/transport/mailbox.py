@@ -59,7 +59,7 @@ class Mailbox:
     """
 
     def __init__(self, wires: Wires, device: torch.device) -> None:
-        self._wires, self._data, self._rank = wires, wires.data, wires.data.rank
+        self._wires, self.data, self._rank = wires, wires.data, wires.data.rank
         self._marked = frozenset(wires.stream.reached if wires.stream is not None else ())
         self._mark = torch.empty_like(PLAIN)  # of the message being read: a stream reads in turn
         self._mark_byte = self._mark.numpy().data  # read without an operation of torch's
@@ -192,7 +192,7 @@ class Mailbox:
         message = incoming.expected[0]
         is_marked = message.source in self._marked
         awaited = [self._mark, *tensors] if is_marked else tensors
-        arrival = self._data.start_receive(awaited, message.source)
+        arrival = self.data.start_receive(awaited, message.source)
         incoming.expected.popleft()
         incoming.num_bytes += num_bytes
         incoming.posted.append(_Posted(message, header, tensors, arrival, is_marked, num_bytes))
@@ -260,7 +260,7 @@ class Mailbox:
 
     def _start(self, rank: int, dense: Sequence[torch.Tensor], mark: torch.Tensor = PLAIN) -> None:
         """Start sending the tensors that `rank` has posted, or will post, a receive for."""
-        self._data.start_send([mark, *dense] if rank in self._marked else dense, rank)
+        self.data.start_send([mark, *dense] if rank in self._marked else dense, rank)
 
     def _zeros(self, header: Header) -> list[torch.Tensor]:
         return [layout.empty(self._device).zero_() for layout in header.layouts]

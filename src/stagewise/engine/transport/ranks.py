@@ -160,6 +160,17 @@ class Ranks:
         )
         return received
 
+    def tell(self, rank: int, number: torch.Tensor) -> None:
+        """Send a tensor of the host to `rank`, which must `hear` it; returns when it has left."""
+        self._wires.control.start_send([number], rank)
+        self._wires.control.finish()
+
+    def hear(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """Return what `rank` tells: a tensor with the shape and dtype of `like`."""
+        heard = torch.empty_like(like)
+        self._wires.control.start_receive([heard], rank)()
+        return heard
+
     def give(self, rank: int, tensors: Sequence[torch.Tensor | None]) -> None:
         """Start sending to `rank`, which must `take` as many; do not modify until `finish`."""
         present = torch.tensor([tensor is not None for tensor in tensors], device=_CPU)

@@ -1,0 +1,159 @@
+"""From what every rank noted of its steps to one recording, on every rank; collective.
+
+On an accelerator the host only issues work: events on its stream say when instructions and updates
+ran, and a message is there when the instruction that takes it starts.
+"""
+
+import json
+import os
+import platform
+import socket
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from stagewise.batch.lanes import has_streams
+from stagewise.engine.stage.work import Mark
+from stagewise.engine.step.execute import Ran
+from stagewise.engine.step.marks import host_seconds
+from stagewise.engine.step.step import Runner
+from stagewise.pipeline.record.clock_offsets import Offset
+from stagewise.planning.plan import Plan
+from stagewise.recording import Clock, Phase, Recorder, Recording, StageMemory, step_of
+from stagewise.recording.recorded import SECOND
+from stagewise.recording.recorder import Noted as NotedEvent
+from stagewise.schedule import Kind
+from stagewise.schedule.instruction import KINDS
+
+Moment = tuple[float, float]  # by the wall clock, and by the thread's
+_Place = tuple[Kind, int, int]  # of a stream, stage, microbatch
+
+
+@dataclass(kw_only=True)
+class Noted:
+    """What this rank saw of one step.
+
+    `cpu` is the thread's clock whenever the executor read its own: at the begin, and before and
+    after each instruction. `updates` are events around the optimizer's kernels.
+    """
+
+    step: int
+    plan: int
+    mail: Recorder
+    ran: Ran
+    cpu: Sequence[float]
+    phases: list[tuple[Phase, Moment, Moment]]
+    updates: list[Mark] = field(default_factory=list)
+
+
+def recording_of(
+    runner: Runner,
+    steps: Collection[Noted],
+    plans: Sequence[Plan],
+    offsets: Sequence[Offset],
+    memory: Sequence[StageMemory],
+) -> Recording:
+    """Return the recording of all ranks' `steps`, whose clocks are apart by `offsets`."""
+    ranks, device = runner.ranks, runner.device
+    recorders = [_recorder(noted, ranks.rank) for noted in steps]
+    here = socket.gethostname(), _named(device)
+    every = ranks.gather((recorders, memory, here), "record")
+    added = [offset for offset, _ in offsets]
+    by_step = [[own[index] for own, *_ in every] for index in range(len(recorders))]
+    starts = [
+        start + offset
+        for own in by_step
+        for recorder, offset in zip(own, added, strict=True)
+        for _, _, start, *_ in recorder.ran
+    ]
+    made = (
+        step_of(
+            own,
+            added,
+            step=noted.step,
+            num_devices=runner.schedule.num_devices,
+            plan=noted.plan,
+            origin=min(starts),
+        )
+        for own, noted in zip(by_step, steps, strict=True)
+    )
+    return Recording(
+        num_devices=runner.schedule.num_devices,
+        clocks=tuple(map(_clock, range(len(every)), [place for *_, place in every], offsets)),
+        plans=tuple(json.loads(plan.to_json()) for plan in plans),
+        steps=tuple(made),
+        memory=tuple(each for _, memory, _ in every for each in memory),
+        environment=_environment(),
+    )
+
+
+def _clock(rank: int, place: tuple[str, str], offset: Offset) -> Clock:
+    seconds, error = offset
+    return Clock(
+        rank=rank,
+        host=place[0],
+        device=place[1],
+        offset_ns=round(seconds * SECOND),
+        error_ns=round(error * SECOND),
+    )
+
+
+def _recorder(noted: Noted, rank: int) -> Recorder:
+    """Return what was noted, with the devices' times where the host only issued work."""
+    ran, is_marked = noted.ran, bool(noted.ran.marks)
+    result = Recorder(sent=noted.mail.sent, received=noted.mail.received)
+    for index, span in enumerate(ran.spans):
+        start, end = (ran.origin + s for s in (span.start_seconds, span.end_seconds))
+        cpu = None if is_marked else noted.cpu[2 * index + 2] - noted.cpu[2 * index + 1]
+        result.ran.append((span.device, span.instruction, start, end, cpu))
+    if is_marked:
+        _move_to_device(result)
+    updates = iter(host_seconds(dict(enumerate(noted.updates))).values() if noted.updates else ())
+    for phase, (start, begun), (end, ended) in noted.phases:
+        cpu = None if is_marked else ended - begun
+        if phase is Phase.OPTIMIZER and noted.updates:
+            start, end = next(updates)
+        result.ran.append((rank, phase, start, max(start, end), cpu))
+    return result
+
+
+def _move_to_device(recorder: Recorder) -> None:
+    """Replace the host's times of messages by those of the instructions that send and take them."""
+    begins, ends = dict(_by_place(recorder.ran, 2)), dict(_by_place(recorder.ran, 3))
+    recorder.sent = [
+        (message, size, end, end)
+        for message, size, _, issued in recorder.sent
+        for end in [ends.get((message.kind, message.source_stage, message.microbatch), issued)]
+    ]
+    recorder.received = [
+        (message, posted, start, start)
+        for message, posted, _, issued in recorder.received
+        for place in [(message.kind, message.destination_stage, message.microbatch)]
+        for start in [begins.get(place, issued)]
+    ]
+
+
+def _by_place(ran: Sequence[NotedEvent], column: int) -> Iterator[tuple[_Place, float]]:
+    for row in ran:
+        what = row[1]
+        if not isinstance(what, Phase) and (stream := KINDS[what.kind].stream) is not None:
+            yield (stream.kind, what.stage, what.microbatch), row[column]  # type: ignore[misc]
+
+
+def _named(device: torch.device) -> str:
+    if not has_streams(device):
+        return str(device)
+    return f"{device} {torch.get_device_module(device).get_device_name(device)}"
+
+
+def _environment() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package in ("stagewise", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {**found, "cores": str(cores), "threads": str(torch.get_num_threads())}

@@ -1,0 +1,146 @@
+"""`pipe.record()`: notes training steps on every rank while they run.
+
+The executor notes its instructions anyway. A recorder adds the messages, what a rank does between
+instructions, and the CPU time of each; it stands around the calls of the pipeline, so without one a
+step is not touched. What is kept of a step are lists of numbers; ranks talk before and after only.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from stagewise.batch.lanes import has_streams
+from stagewise.engine.stage.work import Mode
+from stagewise.engine.step.marks import mark
+from stagewise.engine.step.results import Result
+from stagewise.engine.step.step import Runner
+from stagewise.engine.step.step_request import Request
+from stagewise.engine.watch.now import NOW
+from stagewise.pipeline.record.clock_offsets import between, clock_offsets
+from stagewise.pipeline.record.gathered import Moment, Noted, recording_of
+from stagewise.pipeline.record.recorded_mail import RecordedMail
+from stagewise.pipeline.record.stage_memory import stage_memory
+from stagewise.planning.plan import Plan
+from stagewise.recording import Phase, Recording, save_recording
+
+_MOST_STEPS = 100
+
+
+class Recordable(Protocol):
+    """A pipeline: `run_request` runs its calls."""
+
+    plan: Plan
+    run_request: Callable[[Request], Result]
+
+
+class StepRecorder:
+    """Records the training steps inside a `with`; `recording` is there afterwards, on every rank.
+
+    All ranks enter and leave together. After an error nothing is recorded. A long recording keeps
+    its last hundred steps.
+    """
+
+    recording: Recording
+
+    def __init__(self, pipe: Recordable, runner: Runner, run: Path | None, *, memory: bool) -> None:
+        self._pipe, self._runner, self._run_folder, self._memory = pipe, runner, run, memory
+        self._steps = deque[Noted](maxlen=_MOST_STEPS)
+        self._plans: list[Plan] = []
+        self._cpu: list[float] = []
+        self._request: Request | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+
+    def __enter__(self) -> Self:
+        self._before = clock_offsets(self._runner.ranks)
+        self._mail = RecordedMail(self._runner.mail)
+        self._runner.mail, self._runner.clock = self._mail, self._clock
+        self._pipe.run_request = self._run
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._optimizer_begins),
+            register_optimizer_step_post_hook(self._optimizer_ends),
+        ]
+        self._free = _now()  # the end of what was noted last
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._runner.mail, self._runner.clock = self._mail.detached(), time.perf_counter
+        self._pipe.run_request = self._runner.run
+        request, self._request = self._request, None
+        if error is not None:
+            return
+        offsets = list(map(between, self._before, clock_offsets(self._runner.ranks)))
+        memory = []
+        if self._memory and request is not None:
+            memory = stage_memory(self._runner, request, self._optimizers)
+        self.recording = recording_of(self._runner, self._steps, self._plans, offsets, memory)
+        if self._run_folder is not None and self._runner.ranks.slices.rank == 0:
+            save_recording(self._run_folder, self.recording)
+
+    def _clock(self) -> float:
+        now, cpu = _now()
+        self._cpu.append(cpu)
+        return now
+
+    def _run(self, request: Request) -> Result:
+        """Run a call; a training step is noted."""
+        begun, self._cpu = _now(), []
+        result = self._runner.run(request)
+        ended = _now()
+        if request.mode is Mode.TRAIN:
+            self._request, ran, cpu = request, self._runner.last_run, self._cpu
+            last = ran.times[-1][-1] if ran.times else ran.origin
+            noted = Noted(
+                step=request.step_index if NOW.step is None else NOW.step,
+                plan=self._plan_index(),
+                mail=self._mail.recorder,
+                ran=ran,
+                cpu=cpu,
+                phases=[
+                    (Phase.DATA, self._free, begun),
+                    (Phase.AGREE, begun, (ran.origin, cpu[0])),
+                    (Phase.REDUCE, (last, cpu[-1]), ended),
+                ],
+            )
+            self._steps.append(noted)
+        self._free = _now()
+        return result
+
+    def _plan_index(self) -> int:
+        if not self._plans or self._plans[-1] is not self._pipe.plan:
+            self._plans.append(self._pipe.plan)
+        return len(self._plans) - 1
+
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if not any(known is optimizer for known in self._optimizers):
+            self._optimizers.append(optimizer)
+        device = self._runner.device
+        self._mark: Any = mark(device) if has_streams(device) else None
+        self._begun = _now()
+
+    def _optimizer_ends(self, *_: object) -> None:
+        self._free = _now()
+        if self._steps:
+            noted, device = self._steps[-1], self._runner.device
+            noted.phases.append((Phase.OPTIMIZER, self._begun, self._free))
+            if self._mark is not None:
+                noted.updates.append((device, self._mark, mark(device)))
+
+
+def _now() -> Moment:
+    return time.perf_counter(), time.thread_time()
