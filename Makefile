@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh docs bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh docs test-page screenshots bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -27,6 +27,8 @@ help:
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make docs      build the documentation in site/; a broken link is an error"
+	@echo "make test-page  the page in headless Chromium, skipped if there is none"
+	@echo "make screenshots  write docs/pictures from pages in headless Chromium"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
@@ -95,6 +97,14 @@ $(DOCS_READY): pyproject.toml constraints.txt
 		$$($(DOCS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')) \
 			['project']['optional-dependencies']['docs'])")
 	touch $@
+
+test-page: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check selenium
+	$(BIN)/pytest tests/page
+
+screenshots: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check selenium
+	$(BIN)/python -m benchmarks.screenshots
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick
