@@ -47,7 +47,7 @@ LEVELS = [
     ["timeline"],
     ["schedule"],
     ["costs", "free_pages", "mesh", "units", "parity", "slow_notice"],
-    ["errors"],
+    ["errors", "html_parts"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
 APART = ["model/cells_of", "planning/__init__"]  # files with a line of their own
@@ -141,6 +141,7 @@ def test_timeline_sees_instructions_only() -> None:
     assert seen == {
         "stagewise.costs",
         "stagewise.schedule.instruction",
+        "stagewise.timeline.notebook_picture",
         "stagewise.timeline.timeline_picture",
         "stagewise.units",
     }

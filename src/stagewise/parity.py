@@ -6,13 +6,22 @@ largest absolute one, relative to the largest absolute value of the plain model'
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 from stagewise.errors import ParityError
+from stagewise.html_parts import table_of
 
 Verdict = Literal["ok", "explained", "FAILED"]
 
 _SHOWN_FAILURES = 5
+_SHOWN = {  # columns in a notebook
+    "quantity": "quantity",
+    "full_batch": "to the full batch",
+    "microbatched": "by microbatch",
+    "identical": "identical across stages",
+    "verdict": "verdict",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +151,20 @@ class ParityReport:
             f"differs, which is explained by {'; '.join(reasons)}"
         )
 
+    def __repr__(self) -> str:
+        return f"<ParityReport {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        rows = [[_in_words(row[name]) for name in _SHOWN] for row in self.table()]
+        return f"<div><b>{escape(self.summary())}</b></div>{table_of('', [*_SHOWN.values()], rows)}"
+
     def raise_for_failure(self) -> None:
         """Raise ParityError with the summary unless `ok`."""
         if not self.ok:
             raise ParityError(self.summary())
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.0e}" if isinstance(value, float) and value else str(value)

@@ -1,12 +1,12 @@
 """Pictures as figures of plotly: plain dictionaries, which plotly.js draws in the browser.
 
-Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers can
-tell apart; kinds of instructions also differ by pattern, and devices by dashes.
+For colour-blind readers, kinds of instructions also differ by pattern, and devices by dashes.
 """
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from stagewise.html_parts import BLACK, LOOKS
 from stagewise.page.page_contents import Losses, ShownStep
 from stagewise.page.waiting import waits
 from stagewise.report import format_seconds
@@ -21,14 +21,6 @@ _LABELLED = 2_000
 
 _LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_BLACK, _WHITE = "#111111", "#FFFFFF"
-_LOOKS = {  # colour, pattern, text
-    Kind.FORWARD: ("#0072B2", "", _WHITE),
-    Kind.BACKWARD: ("#E69F00", "", _BLACK),
-    Kind.BACKWARD_INPUT: ("#56B4E9", "/", _BLACK),
-    Kind.BACKWARD_WEIGHT: ("#009E73", ".", _BLACK),
-    Kind.RECOMPUTE: ("#CC79A7", "x", _BLACK),
-}
 _IDLE = "rgba(128, 128, 128, 0.16)"
 
 
@@ -124,7 +116,7 @@ def losses_figure(runs: Sequence[Losses]) -> Figure:
 
 
 def _bars(spans: Sequence[Span], kind: Kind, before: Mapping[int, str]) -> Figure:
-    colour, pattern, text = _LOOKS[kind]
+    colour, pattern, text = LOOKS[kind]
     trace = _row_of_bars(
         [(span.device, float(span.start_seconds), float(span.seconds)) for span in spans],
         name=KINDS[kind].title,
@@ -139,7 +131,7 @@ def _bars(spans: Sequence[Span], kind: Kind, before: Mapping[int, str]) -> Figur
             for span in spans
         ],
     )
-    marker = {"color": colour, "line": {"width": 0.5, "color": _BLACK}}
+    marker = {"color": colour, "line": {"width": 0.5, "color": BLACK}}
     if pattern:
         marker["pattern"] = {"shape": pattern, "fgopacity": 0.35, "size": 6, "solidity": 0.3}
     trace["marker"] = marker

@@ -1,12 +1,13 @@
 """The reports of the terminal as HTML: the same tables, with every text escaped."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from stagewise.html_parts import table_of
 from stagewise.page.page_contents import ShownStep
 from stagewise.page.waiting import waits
 from stagewise.report import format_seconds
@@ -25,21 +26,6 @@ def html_of(part: RenderableType) -> str:
         below = f'<p class="note">{escape(caption)}</p>' if caption else ""
         return table_of(_plain(part.title or ""), headings, rows) + below
     return f'<p class="text">{escape(_plain(part))}</p>'
-
-
-def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table that scrolls sideways, by keyboard too; the first column names the row."""
-    head = "".join(f'<th scope="col">{escape(each)}</th>' for each in headings)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        f"{''.join(f'<td>{escape(each)}</td>' for each in rest)}</tr>"
-        for first, *rest in rows
-    )
-    caption = f"<caption>{escape(title)}</caption>" if title else ""
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(title or "table")}">'
-        f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 def pairs(entries: Mapping[str, str], style: str) -> str:

@@ -86,6 +86,11 @@ class Plan:
 
         return plan_in_words(self)
 
+    def _repr_html_(self) -> str:
+        from stagewise.planning.plan_words import plan_in_html
+
+        return plan_in_html(self)
+
     def show(self) -> None:
         """Print the cut, the predictions and, if the cells were measured, the predicted step."""
         print(self)

@@ -3,8 +3,11 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from html import escape
 
 from stagewise.planning.plan import Plan
+from stagewise.schedule.text import schedule_in_html
+from stagewise.timeline.notebook_picture import timeline_in_html
 from stagewise.units import format_seconds, size_in_words
 
 MANY_STAGES = 12  # more are shown in groups
@@ -72,6 +75,14 @@ def plan_in_words(plan: Plan) -> str:
         f"{head}predicted: step {format_seconds(plan.timeline.duration_seconds)}, bubble "
         f"{plan.timeline.bubble_fraction:.1%}, activations {_memory(plan.peak_activation_bytes)}"
     )
+
+
+def plan_in_html(plan: Plan) -> str:
+    """Return the same with a picture: of the predicted step, or else of the schedule."""
+    words = f"<pre>{escape(plan_in_words(plan))}</pre>"
+    if not plan.cells:
+        return words + schedule_in_html(plan.built_schedule)
+    return words + timeline_in_html(plan.timeline)
 
 
 def _memory(peaks: Sequence[float]) -> str:

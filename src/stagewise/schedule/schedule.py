@@ -77,6 +77,17 @@ class Schedule:
         ]
         return replace(self, programs=tuple(programs), num_microbatches=num_microbatches)
 
+    def __repr__(self) -> str:
+        return (
+            f"<Schedule {self.name}: {self.num_stages} stages on {self.num_devices} devices, "
+            f"{self.num_microbatches} microbatches>"
+        )
+
+    def _repr_html_(self) -> str:
+        from stagewise.schedule.text import schedule_in_html
+
+        return schedule_in_html(self)
+
     def __str__(self) -> str:
         """Return one line per device, in program order, as `parse_programs` reads it."""
         return "\n".join(" ".join(map(str, program)) or IDLE for program in self.programs)

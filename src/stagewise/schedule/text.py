@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 
 from stagewise.errors import ScheduleError
+from stagewise.html_parts import Bar, bars_of
 from stagewise.schedule.instruction import Instruction
 from stagewise.schedule.running_order import Blocked, slots
 from stagewise.schedule.schedule import IDLE, Program, Schedule
@@ -52,10 +53,7 @@ def grid(schedule: Schedule, marked: Collection[Place] = ()) -> str:
     If there are no times, because the programs deadlock or name a stage that has no device, columns
     are positions in the program. `marked` instructions are printed between > and <.
     """
-    try:
-        starts = slots(schedule)
-    except (Blocked, LookupError, ZeroDivisionError):
-        starts = [list(range(len(program))) for program in schedule.programs]
+    starts = _starts(schedule)
     width = max((starts_of[-1] + 1 for starts_of in starts if starts_of), default=1)
     rows = []
     for device, (program, at) in enumerate(zip(schedule.programs, starts, strict=True)):
@@ -70,3 +68,20 @@ def grid(schedule: Schedule, marked: Collection[Place] = ()) -> str:
         f"device {device:>{label}}  {' '.join(text.center(cell) for text in row)}".rstrip()
         for device, row in enumerate(rows)
     )
+
+
+def schedule_in_html(schedule: Schedule) -> str:
+    """Return the same grid as a picture for notebooks."""
+    rows = [
+        [Bar(slot, slot + 1, i.kind, str(i), str(i)) for i, slot in zip(program, at, strict=True)]
+        for program, at in zip(schedule.programs, _starts(schedule), strict=True)
+    ]
+    return bars_of(f"{schedule!r}"[1:-1], rows)
+
+
+def _starts(schedule: Schedule) -> list[list[int]]:
+    """Return the time slot of every instruction, or else its position in the program."""
+    try:
+        return slots(schedule)
+    except (Blocked, LookupError, ZeroDivisionError):
+        return [list(range(len(program))) for program in schedule.programs]

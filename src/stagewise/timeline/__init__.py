@@ -1,7 +1,7 @@
 """What ran when on every device, predicted or measured, without torch.
 
 1. `timeline`: the type that simulator and executor return, and what follows from it.
-2. `timeline_picture` draws it in the terminal.
+2. `timeline_picture` draws it in the terminal, `notebook_picture` in a notebook.
 """
 
 from stagewise.timeline.timeline import (

@@ -57,6 +57,11 @@ class Timeline:
             f"{format_seconds(float(self.duration_seconds))}, bubble {self.bubble_fraction:.1%}>"
         )
 
+    def _repr_html_(self) -> str:
+        from stagewise.timeline.notebook_picture import timeline_in_html
+
+        return timeline_in_html(self)
+
     def show(self, width: int | None = None) -> None:
         """Print the timeline as a picture: a row per device, time to the right.
 
