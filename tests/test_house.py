@@ -124,7 +124,8 @@ def test_a_file_name_stands_once() -> None:
 
 
 # torch.distributed.checkpoint is a format of files, as safetensors is; these read or write it.
-USERS_OF_DISTRIBUTED = ("engine/transport/", "engine/watch/", "training/workers/")
+# `parallel` holds what a user could write in a `parallelize`.
+USERS_OF_DISTRIBUTED = ("engine/transport/", "engine/watch/", "training/workers/", "parallel/")
 CHECKPOINT_FORMAT = {
     "checkpoints/sources.py",
     "checkpoints/untrusted.py",

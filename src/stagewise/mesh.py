@@ -9,10 +9,13 @@ only run the same stages. `Slices` says which ranks are one pipeline, and which 
 of the batch; messages and the engine number ranks within their own pipeline.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import NamedTuple
+
+from stagewise.errors import UsageError
 
 Placement = tuple[tuple[int, ...], ...]  # per stage: its devices
 
@@ -156,3 +159,76 @@ class Slices:
             and other == self.seat.other
             and all(data[i] == self.seat.data[i] for i in fixed)
         ]
+
+
+PIPELINE_AXIS = "pp"
+# What the names of data axes begin with, and what those of axes begin with that share a batch.
+_DATA = ("dp", "ddp", "data", "fsdp", "hsdp", "replicate", "shard")
+_SHARED = ("tp", "tensor", "cp", "context", "sp", "sequence", "ep", "expert", "model")
+
+
+def is_data_axis(name: str) -> bool | None:
+    """Return whether ranks along an axis have a part of the batch each; None: its name is unclear.
+
+    >>> is_data_axis("dp_shard"), is_data_axis("tp"), is_data_axis("x")
+    (True, False, None)
+    """
+    if name.startswith(_DATA):
+        return True
+    return False if name.startswith(_SHARED) else None
+
+
+def shards_parameters(name: str) -> bool:
+    """Return whether an axis is a data axis over which parameters are sharded too."""
+    return is_data_axis(name) is True and ("shard" in name or "fsdp" in name)
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """The axes of a mesh by name, with their lengths, the pipeline's among them.
+
+    >>> shape = MeshShape.of("dp_shard=2,tp=2")
+    >>> str(shape), shape.num_ranks, shape.num_devices, shape.beside
+    ('pp=1,dp_shard=2,tp=2', 4, 1, {'dp_shard': 2, 'tp': 2})
+    """
+
+    axes: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(text: str) -> "MeshShape":
+        """Return the shape that is written so; UsageError if it is none."""
+        axes: dict[str, int] = {}
+        for word in text.split(","):
+            name, _, length = (part.strip() for part in word.partition("="))
+            if not name.isidentifier() or not length.isdecimal() or not 0 < int(length) < 1 << 31:
+                raise UsageError(
+                    f"--mesh {text!r} has {word!r}, which is no axis with its length; write axes "
+                    "such as --mesh pp=2,dp_shard=2"
+                )
+            if name in axes:
+                raise UsageError(f"--mesh {text!r} has the axis {name} twice; name every axis once")
+            axes[name] = int(length)
+        return MeshShape.with_pipeline(axes)
+
+    @staticmethod
+    def with_pipeline(axes: Mapping[str, int], num_devices: int = 1) -> "MeshShape":
+        """Return the shape of `axes`, and of a pipeline of `num_devices` unless it is there."""
+        before = {} if PIPELINE_AXIS in axes else {PIPELINE_AXIS: num_devices}
+        return MeshShape((*before.items(), *axes.items()))
+
+    @property
+    def num_ranks(self) -> int:
+        return prod(length for _, length in self.axes)
+
+    @property
+    def num_devices(self) -> int:
+        """Those of the plan: the pipeline's length."""
+        return dict(self.axes)[PIPELINE_AXIS]
+
+    @property
+    def beside(self) -> dict[str, int]:
+        """The axes beside the pipeline's."""
+        return {name: length for name, length in self.axes if name != PIPELINE_AXIS}
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={length}" for name, length in self.axes)

@@ -16,6 +16,7 @@ from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
 from stagewise.errors import PlanError, UsageError
+from stagewise.mesh import PIPELINE_AXIS, MeshShape
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
 from stagewise.planning.refit import refitted
@@ -52,6 +53,10 @@ def train(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    mesh: run.Mesh = None,
+    pipeline: run.Pipeline = None,
+    shard: run.Shard = None,
+    tensor: run.Tensor = None,
     plan: run.SavedPlan = None,
     steps: run.Steps = None,
     seed: opt.Seed = None,
@@ -85,10 +90,13 @@ def train(
             microbatches=microbatches,
             balance=balance,
         )
-        wanted = _wanted(typed, plan)
-        num_devices = (
-            wanted if isinstance(wanted, Plan) else requested_schedule(wanted)
-        ).num_devices
+        asked_mesh = run.AskedMesh(mesh=mesh, pipeline=pipeline, shard=shard, tensor=tensor)
+        wanted, shape = _wanted(typed, plan, asked_mesh)
+        if shape is not None and microbatches == AUTO:
+            raise UsageError(
+                "--microbatches auto measures one pipeline while it trains, but on the mesh "
+                f"{shape} several run side by side; give a number"
+            )
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
 
@@ -112,37 +120,55 @@ def train(
                 interrupted=place.interrupted,
                 agents=tuple(place.agents),
                 timeout=timeout,
+                mesh=shape,
             )
 
         run_in_workers(
-            num_devices,
+            _num_devices(wanted) if shape is None else shape.num_ranks,
             [] if place is None else _arguments(recipe, options_at(place)),
             before=lambda: check_form(
-                loaded, wanted, place.checkpoint if place else None, place.init if place else None
+                loaded,
+                wanted,
+                place.checkpoint if place else None,
+                place.init if place else None,
+                shape,
             ),
             body=lambda: _run(
                 loaded, options_at(place or agreed_place(loaded.name, out, asked)), lifeline
             ),
             timeout=timeout,
             restarts=restarts,
+            may_share=shape is None,
         )
 
 
-def _wanted(typed: Typed, plan: Path | None) -> PlanRequest | Plan:
-    """Return the request or plan, for as many devices as torchrun has started workers.
+def _wanted(
+    typed: Typed, plan: Path | None, asked: run.AskedMesh
+) -> tuple[PlanRequest | Plan, MeshShape | None]:
+    """Return the request or plan, and the mesh, for as many devices as torchrun's workers.
 
     Without a number of devices it is theirs. If torchrun starts workers again, those that are left
-    go on with a plan that is like the wanted one.
+    go on with a plan that is like the wanted one; a mesh must stay as it is.
     """
     here = world_size() if launched() else None
+    if axes := replace(asked, num_ranks=typed.devices or here).axes():
+        asked = replace(asked, num_ranks=typed.devices or here)
+        sized = plan is not None or typed.replicas is not None
+        typed = replace(typed, devices=None if sized else axes.get(PIPELINE_AXIS))
+        wanted = _request(typed) if plan is None else _saved(plan, typed)
+        return wanted, asked.shape(_num_devices(wanted))
     unsized = typed.stages is None and typed.devices is None and typed.replicas is None
     if here is not None and plan is None and unsized and typed.schedule in SCHEDULES:
         typed = replace(typed, devices=here)
     wanted = _request(typed) if plan is None else _saved(plan, typed)
-    number = (wanted if isinstance(wanted, Plan) else requested_schedule(wanted)).num_devices
+    number = _num_devices(wanted)
     if here is None or here == number or not num_restarts()[1]:
-        return wanted
-    return refitted(wanted, here)
+        return wanted, None
+    return refitted(wanted, here), None
+
+
+def _num_devices(wanted: PlanRequest | Plan) -> int:
+    return (wanted if isinstance(wanted, Plan) else requested_schedule(wanted)).num_devices
 
 
 def _request(typed: Typed) -> PlanRequest:
@@ -184,6 +210,8 @@ def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None")
     from stagewise.training.workers.stop import stop_request
 
     console = Console(file=cast("IO[str]", Terminal(sys.stdout)))
+    for line in recipe.mesh.in_words(options.mesh) if is_first() else ():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     stop = stop_request(lifeline)
     with stop.listening():
         outcome = run_training(recipe, options, console=console, stop=stop)
@@ -248,10 +276,11 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
 
 
 def _plan_words(options: "TrainOptions") -> dict[str, object]:
+    mesh = {} if options.mesh is None else {"--devices": None, "--mesh": options.mesh}
     if isinstance(options.plan, Plan):
-        return {"--plan": options.plan_file}
+        return {"--plan": options.plan_file, **mesh}
     more = {"--microbatches": AUTO} if options.adaptive else {}
-    return {**words_of(options.plan), **more}
+    return {**words_of(options.plan), **mesh, **more}
 
 
 def _seed(given: int | None, checkpoint: "Checkpoint | None") -> int:

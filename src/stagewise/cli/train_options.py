@@ -1,10 +1,51 @@
 """The options of `stagewise train` alone, with their help."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stagewise.errors import UsageError
+from stagewise.mesh import PIPELINE_AXIS, MeshShape
+
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=N,...",
+        help="Run pipelines side by side: the axes of a torch DeviceMesh with their lengths, such "
+        "as pp=2,dp_shard=2. pp is the pipeline's; dp... divide each batch; over dp_shard "
+        "parameters are sharded. The recipe's parallelize(module, mesh, stage_index) uses others.",
+        show_default=False,
+    ),
+]
+Pipeline = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Devices of each pipeline: the axis pp of a mesh. [default: --devices divided by the "
+        "others]",
+        show_default=False,
+    ),
+]
+Shard = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Divide each batch, and shard each stage, over this many ranks: the axis dp_shard.",
+        show_default=False,
+    ),
+]
+Tensor = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Ranks along the axis tp, over which the recipe's parallelize splits matrices.",
+        show_default=False,
+    ),
+]
 Steps = Annotated[
     int | None,
     typer.Option(
@@ -75,3 +116,62 @@ Restarts = Annotated[
 CheckpointEvery = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps between checkpoints; 0 for none.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedMesh:
+    """The options that ask for a mesh, and the number of all its ranks if that is given."""
+
+    mesh: str | None = None
+    pipeline: int | None = None
+    shard: int | None = None
+    tensor: int | None = None
+    num_ranks: int | None = None
+
+    def axes(self) -> dict[str, int]:
+        """Return the axes, with that of the pipeline if it is known; none if no option is given."""
+        short = {"pp": self.pipeline, "dp_shard": self.shard, "tp": self.tensor}
+        axes = {name: length for name, length in short.items() if length is not None}
+        if self.mesh is not None:
+            if axes:
+                raise UsageError(
+                    f"--mesh {self.mesh} names all axes, but --pipeline, --shard or --tensor was "
+                    "given too; leave those out"
+                )
+            axes = dict(MeshShape.of(self.mesh).axes)
+        if self.num_ranks is not None and axes and PIPELINE_AXIS not in axes:
+            length, rest = divmod(self.num_ranks, prod(axes.values()))
+            if rest or not length:
+                raise UsageError(
+                    f"{self.num_ranks} devices cannot be divided into {prod(axes.values())} equal "
+                    f"parts ({_words(axes)}); give a multiple of {prod(axes.values())} --devices"
+                )
+            axes = {PIPELINE_AXIS: length, **axes}
+        return axes
+
+    def shape(self, num_devices: int) -> MeshShape | None:
+        """Return the mesh for a plan of so many devices; None if none is asked for, or of one rank.
+
+        Raises UsageError if it does not fit the plan, or the number of all ranks.
+        """
+        axes = self.axes()
+        if not axes:
+            return None
+        found = MeshShape.with_pipeline(axes, num_devices)
+        if found.num_devices != num_devices:
+            raise UsageError(
+                f"the mesh {found} has {found.num_devices} devices along the pipeline, but the "
+                f"plan needs {num_devices}; make {PIPELINE_AXIS} {num_devices} long, or change "
+                "--stages, --replicas or --plan"
+            )
+        if self.num_ranks not in (None, found.num_ranks):
+            raise UsageError(
+                f"the mesh {found} needs {found.num_ranks} devices, but there are "
+                f"{self.num_ranks}: make the product of its axes {self.num_ranks}, or give "
+                f"--devices {found.num_ranks} (under torchrun: as many processes)"
+            )
+        return found if found.num_ranks > 1 else None
+
+
+def _words(axes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={length}" for name, length in axes.items())

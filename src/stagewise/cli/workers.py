@@ -48,14 +48,15 @@ def run_in_workers(
     body: Callable[[], None],
     timeout: float | None = None,
     restarts: int = 0,
+    may_share: bool = True,
 ) -> None:
     """Run `body` in each of `num_workers` workers.
 
     A worker joins the others and runs it. Otherwise `before` checks the request, and workers are
     started with the command line `arguments`, which leads them here; a single one runs in this
-    process, and so do several that would have to share accelerators. `timeout` is how many seconds
-    workers wait for each other, None for torch's. When one fails, all are started again, up to
-    `restarts` times.
+    process, and so do several that would have to share accelerators, if they `may_share` one.
+    `timeout` is how many seconds workers wait for each other, None for torch's. When one fails, all
+    are started again, up to `restarts` times.
     """
     if launched():
         if world_size() != num_workers:
@@ -68,6 +69,11 @@ def run_in_workers(
 
         with joined(timeout):
             body()
+    elif not may_share and _share_accelerators(num_workers):
+        raise UsageError(
+            f"the mesh needs {num_workers} devices, each with a process of its own, but this "
+            "machine has fewer accelerators; make the mesh smaller, or start it with torchrun"
+        )
     elif num_workers == 1 or _share_accelerators(num_workers):
         _say_where(num_workers)
         body()

@@ -3,7 +3,7 @@
 1. `recipe` loads the user's file and checks its `recipe_values`; `batches` yields its data from a
    given position.
 2. `recipe_costs` estimates or measures its model, `plans` makes a plan; `prepare` builds pipeline
-   and optimizer.
+   and optimizer, `mesh` says which part of a batch a rank of a mesh gets.
 3. `workers` starts a process per device; each runs the loop of `trainer`, an `update` per step, and
    evaluates validation data by `validating`.
 4. `background` saves while training goes on, and `checkpoint` writes and reads what `state` holds

@@ -14,12 +14,13 @@ from stagewise.checkpoints.names import aliases_of
 from stagewise.checkpoints.sources import open_source
 from stagewise.costs import CellCost
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.processes import devices_here
+from stagewise.engine.transport.processes import devices_here, own_rank
 from stagewise.errors import (
     CheckpointError,
     RecipeError,
     UsageError,
 )
+from stagewise.mesh import MeshShape
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
@@ -30,6 +31,7 @@ from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint_errors import explain_read_errors
+from stagewise.training.mesh.data_parts import DataParts
 from stagewise.training.plans import make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
@@ -74,6 +76,7 @@ class TrainOptions:
     interrupted: Interrupted | None = None  # of an earlier start of this launch
     agents: tuple[str, ...] = ()  # that have started the workers
     timeout: int = 600  # seconds that workers wait for each other
+    mesh: MeshShape | None = None  # pipelines side by side
 
     @property
     def first_step(self) -> int:
@@ -91,6 +94,7 @@ class Prepared:
     num_steps: int
     measured: Mapping[int, tuple[CellCost, ...]]  # by number of microbatches, if adaptive
     pretrained: Pretrained | None  # of a model of transformers
+    parts: DataParts  # of every batch, on a mesh
 
 
 def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
@@ -100,8 +104,10 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     _check_values(recipe, model, options.resume, options.init)
     batches = TrainingBatches(recipe, seed=options.seed)
     num_steps = _num_steps(recipe, options, batches)
-    chain_for(model, batches.first[0], {}, recipe.cells)
-    plan, measured = _planned(recipe, options, model, batches.first)
+    parts = DataParts.of(recipe.mesh, options.mesh, own_rank())
+    part = parts.every(batches.first)[0]  # the largest
+    chain_for(model, part[0], {}, recipe.cells)
+    plan, measured = _planned(recipe, options, model, part)
     pipe = _pipeline(recipe, options, model, plan, None if options.resume else options.init)
     del model  # frees the stages of other ranks
     _agree_on_length(recipe, pipe, num_steps)
@@ -121,6 +127,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         num_steps=num_steps,
         measured=measured,
         pretrained=pretrained,
+        parts=parts,
     )
 
 
@@ -196,6 +203,7 @@ def _pipeline(
         batch_dim=recipe.batch_dim,
         loss_reduction=recipe.loss_reduction,
         state=init if recipe.meta else None,
+        **recipe.mesh.options(options.mesh),
     )
     if init is not None and not recipe.meta:
         pipe.load_checkpoint(init, convert=True)
@@ -207,12 +215,15 @@ def check_form(
     plan: PlanRequest | Plan,
     resume: Checkpoint | None = None,
     init: Path | None = None,
+    mesh: MeshShape | None = None,
 ) -> None:
     """Find mistakes that the model's structure alone shows, before workers start.
 
     The model is built on the meta device, without memory; if that fails, the workers find the same
     mistakes later.
     """
+    if mesh is not None:
+        recipe.mesh.check(mesh)
     try:
         with torch.device("meta"):
             model = recipe.model()
@@ -243,7 +254,7 @@ def _check_values(
 
 def _agree_on_length(recipe: Recipe, pipe: Pipeline, num_steps: int) -> None:
     """Raise RecipeError on every rank if the ranks' data have different lengths."""
-    numbers = pipe.ranks.gather(num_steps, "the number of steps")
+    numbers = pipe.ranks.gather_all(num_steps, "the number of steps")
     if len(set(numbers)) > 1:
         listed = ", ".join(f"rank {rank}: {number}" for rank, number in enumerate(numbers))
         raise RecipeError(

@@ -5,12 +5,11 @@ Idea: the user's code runs under `Recipe.blame`, which turns an error into a Rec
 the file, the line and what is needed.
 """
 
-import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,15 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from stagewise.batch.markers import along
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import RecipeError, StagewiseError
-from stagewise.training.recipe_values import REQUIRED, SCHEDULER, VALUES, checked_value
+from stagewise.training.mesh.recipe_mesh import Parallelize, RecipeMesh
+from stagewise.training.recipe_values import (
+    OPTIONAL,
+    REQUIRED,
+    SCHEDULER,
+    VALUES,
+    checked_value,
+    needs_closure,
+)
 from stagewise.training.state.own_objects import Objects, Stateful, checked_objects
 from stagewise.training.state.pretrained import Savable
 from stagewise.training.state.random_states import seed_everything
@@ -34,12 +41,6 @@ from stagewise.training.state.schedules import is_scheduled
 Tree = Any
 Batch = tuple[Tree, Tree]
 Model = nn.Module | Sequence[nn.Module]
-
-
-def _needs_closure(optimizer: Optimizer) -> bool:
-    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    by_position = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return any(each.default is each.empty and each.kind in by_position for each in parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,10 @@ class Recipe:
     `torch.autocast`. `grad_scaler` holds options of `stagewise.GradScaler`, which is enabled if
     they are given, and with `autocast = torch.float16`. `accumulate_in_float32`, `find_nonfinite`,
     `compare_batches`, `batch_dim` and `loss_reduction` are those of `stagewise.Pipeline`.
+
+    On a mesh `parallelize(module, mesh, stage_index)` is called for each stage, see
+    `stagewise.Pipeline`; `data_axes` names axes besides those called dp... along which batches are
+    divided, with the dimension that is: {"ep": 0, "sp": 1} (0: the samples).
     """
 
     path: Path
@@ -85,11 +90,18 @@ class Recipe:
     init: Callable[[nn.Module], object] | None = None
     cells: Sequence[str] | None = None
     tokenizer: Savable | None = None
+    parallelize: Parallelize | None = None
+    data_axes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The file's name without its suffix."""
         return self.path.stem
+
+    @property
+    def mesh(self) -> RecipeMesh:
+        """What it does with the axes of a mesh."""
+        return RecipeMesh(self.path, self.parallelize, self.data_axes, self.accumulate_in_float32)
 
     @property
     def scaler_options(self) -> Mapping[str, float | int | bool]:
@@ -140,7 +152,7 @@ class Recipe:
                 f"optimizer(parameters) in {self.path} returned a {type(made).__name__}; it must "
                 f"return a torch.optim.Optimizer, for example:\n\n{REQUIRED['optimizer']}"
             )
-        if _needs_closure(made):
+        if needs_closure(made):
             raise RecipeError(
                 f"optimizer(parameters) in {self.path} returned a {type(made).__name__}, whose "
                 "step() needs a closure that recomputes the loss; choose one that uses existing "
@@ -191,7 +203,7 @@ def load_recipe(path: Path) -> Recipe:
         _check(path, name, _get(module, name, f"for example:\n\n{example}"))
     optional = {
         name: _check(path, name, getattr(module, name))
-        for name in ("generate", "init", "metrics", "scheduler", "state", "weight")
+        for name in OPTIONAL
         if hasattr(module, name)
     }
     values = {

@@ -1,5 +1,6 @@
 """What a recipe may hold: its functions, by example, and a check and a description of values."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ REQUIRED = {
     "loss": ("def loss(output, target):\n    return torch.nn.functional.mse_loss(output, target)"),
     "optimizer": ("def optimizer(parameters):\n    return torch.optim.AdamW(parameters, lr=1e-3)"),
 }
+
+# Those that it may have.
+OPTIONAL = ("generate", "init", "metrics", "parallelize", "scheduler", "state", "weight")
 
 SCHEDULER = (
     "def scheduler(optimizer):\n"
@@ -83,6 +87,15 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda value: value in ("mean", "sum"),
         "'mean' or 'sum': how loss(output, target) reduces over the samples",
     ),
+    "data_axes": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(isinstance(name, str) for name in value)
+            and all(type(dim) is int and dim >= 0 for dim in value.values())
+        ),
+        "a dict from axes of the mesh to the dimension of a batch's tensors that is divided along "
+        "them, such as {'ep': 0, 'sp': 1}",
+    ),
     "meta": (
         lambda value: isinstance(value, bool),
         "True, to build the model on the meta device, or False",
@@ -98,6 +111,13 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
         "a list of module names or patterns, for example ['embed', 'layers.*', 'head']",
     ),
 }
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `step` takes a function that computes the loss again."""
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    by_position = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return any(each.default is each.empty and each.kind in by_position for each in parameters)
 
 
 def checked_value(path: Path, name: str, value: Any) -> Any:

@@ -100,7 +100,7 @@ class Trainer:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._reporter, self._stop = prepared.trained.pipe, reporter, stop
         resumed = options.resume.scaler if options.resume else None
-        self._update = Update(recipe, prepared.trained, resumed)
+        self._update = Update(recipe, prepared.trained, resumed, prepared.parts)
         self._next_plan: Plan | None = None  # with another cut, used from the next step on
         self._watch = DriftWatch(prepared.measured)
         self._paces = PaceWatch(self._pipe.ranks.gather(NOW.place, "places"))
@@ -244,10 +244,11 @@ class Trainer:
 
     def _validate(self, step: int) -> float | None:
         """Return the loss on the validation data, reduced as the recipe says; None without data."""
-        if not self._prepared.validation:
+        prepared = self._prepared
+        if not prepared.validation:
             return None
         with random_states_kept(self._pipe.device):  # a resumed run validates once more
-            found = validated(self._recipe, self._pipe, self._prepared.validation)
+            found = validated(self._recipe, self._pipe, prepared.validation, prepared.parts)
         mean = sum(found.losses.values())
         self._validated = step, mean
         self._reporter.validation(
@@ -269,12 +270,11 @@ class Trainer:
 
     def _measured(self) -> Figures:
         """Return the time of the steps after the warm-up, and the memory of one more step."""
-        inputs, target = self._prepared.batches.first
-        seconds = self._step_seconds[WARM_UP:] or self._step_seconds
+        inputs, target = self._prepared.parts.own(self._prepared.batches.first)
         with self._recipe.precision():
             peaks = self._pipe.measure_memory(inputs, target=target)
         return Figures(
-            step_seconds=median(seconds),
+            step_seconds=median(self._step_seconds[WARM_UP:] or self._step_seconds),
             bubble_fraction=median(self._bubbles),
             peak_activation_bytes=peaks,
         )

@@ -10,6 +10,7 @@ import torch
 
 from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
 from stagewise.pipeline.scaler import GradScaler
+from stagewise.training.mesh.data_parts import WHOLE, DataParts
 from stagewise.training.prepare import Trained
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.state.own_objects import averagers
@@ -25,8 +26,10 @@ class Update:
         recipe: Recipe,
         trained: Trained,
         scaler_state: Mapping[str, float] | None = None,
+        parts: DataParts = WHOLE,
     ) -> None:
         self._recipe, self._pipe, self._scheduler = recipe, trained.pipe, trained.scheduler
+        self._parts = parts
         self._averagers = averagers(trained.objects)
         self._optimizer = trained.optimizer or torch.optim.SGD([{"params": []}])
         self._scaler = GradScaler(trained.pipe, **recipe.scaler_options)
@@ -47,12 +50,13 @@ class Update:
         """Compute gradients of the minibatch of `batches`; return its loss, total and by name."""
         total_samples, total_weight = None, None
         if len(batches) > 1:
-            total_samples = sum(batch_size(inputs, "inputs") for inputs, _ in batches)
+            every = [part for batch in batches for part in self._parts.every(batch)]
+            total_samples = sum(batch_size(inputs, "inputs") for inputs, _ in every)
             if self._recipe.weight is not None:
-                total_weight = self._total_weight(batches)
+                total_weight = self._total_weight(every)
         self._pipe.zero_grad()
         loss, losses = 0.0, dict[str, float]()
-        for inputs, target in batches:
+        for inputs, target in map(self._parts.own, batches):
             with self._recipe.precision():
                 part = self._pipe.step(
                     inputs,
@@ -85,13 +89,17 @@ class Update:
                 each.update_parameters(self._pipe.module)
 
     def _total_weight(self, batches: Sequence[Batch]) -> float | Weights:
-        sums: Weights = {}
-        for batch in batches:
-            for name, weight in weights_of(
-                self._recipe, batch, self._pipe.num_microbatches
-            ).items():
-                sums[name] = sums.get(name, 0.0) + weight
+        sums = weights_of_all(self._recipe, batches, self._pipe.num_microbatches)
         return sums[""] if set(sums) == {""} else sums
+
+
+def weights_of_all(recipe: Recipe, batches: Sequence[Batch], num_microbatches: int) -> Weights:
+    """Return the weights of the losses of all `batches` together."""
+    sums: Weights = {}
+    for batch in batches:
+        for name, weight in weights_of(recipe, batch, num_microbatches).items():
+            sums[name] = sums.get(name, 0.0) + weight
+    return sums
 
 
 def weights_of(recipe: Recipe, batch: Batch, num_microbatches: int) -> Weights:

@@ -8,8 +8,9 @@ from stagewise.batch.split import batch_size
 from stagewise.batch.values import move, take_apart
 from stagewise.engine.step.weights import is_sum
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.training.mesh.data_parts import WHOLE, DataParts
 from stagewise.training.recipe import Batch, Recipe, Tree
-from stagewise.training.update import weights_of
+from stagewise.training.update import weights_of_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +21,24 @@ class Validated:
     metrics: dict[str, float]
 
 
-def validated(recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch]) -> Validated:
-    """Evaluate all `batches`, each weighted by its samples or weights; every rank calls this."""
+def validated(
+    recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch], parts: DataParts = WHOLE
+) -> Validated:
+    """Evaluate all `batches`, each weighted by its samples or weights; every rank calls this.
+
+    Metrics are of whole batches, also where every rank evaluates a part.
+    """
     summed = is_sum(recipe.loss, recipe.loss_reduction, has_weight=recipe.weight is not None)
     metrics: dict[str, float] = {}
     sums: dict[str, list[float]] = {}  # by the loss's name: of weighted losses, of weights
     num_samples = 0
     for inputs, target in batches:
         size = batch_size(inputs, "inputs")
-        weights = weights_of(recipe, (inputs, target), pipe.num_microbatches)
+        weights = weights_of_all(recipe, parts.every((inputs, target)), pipe.num_microbatches)
         num_samples += size
+        own, own_target = parts.own((inputs, target))
         with recipe.precision():
-            pipe.evaluate(inputs, target=target)
+            pipe.evaluate(own, target=own_target)
         for name, loss in pipe.losses.items():
             weight = 1.0 if summed else weights.get(name, weights.get("", float(size)))
             pair = sums.setdefault(name, [0.0, 0.0])

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 
+from stagewise.engine.transport.processes import own_device
 from stagewise.errors import PlanError
-from stagewise.mesh import Seating, Slices
+from stagewise.mesh import PIPELINE_AXIS, MeshShape, Seating, Slices, is_data_axis
 
-# What the names of data axes begin with, and what those of axes begin with that share a batch.
-_DATA = ("dp", "ddp", "data", "fsdp", "hsdp", "replicate", "shard")
-_SHARED = ("tp", "tensor", "cp", "context", "sp", "sequence", "ep", "expert", "model")
+
+def mesh_here(shape: MeshShape) -> DeviceMesh:
+    """Return the mesh of all processes; collective."""
+    names, lengths = zip(*shape.axes, strict=True)
+    return init_device_mesh(own_device().type, lengths, mesh_dim_names=names)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class OnMesh:
     """A mesh as the caller gave it; None for data axes: those that are called so."""
 
     mesh: DeviceMesh
-    pipeline_axis: str = "pp"
+    pipeline_axis: str = PIPELINE_AXIS
     data_axes: Sequence[str] | None = None
 
     def checked(self, transport: str, num_devices: int) -> HereOnMesh:
@@ -84,12 +88,12 @@ class OnMesh:
                     f"the axes {rest}; name some of those"
                 )
             return tuple(name for name in rest if name in self.data_axes)
-        if unclear := [name for name in rest if not name.startswith((*_DATA, *_SHARED))]:
+        if unclear := [name for name in rest if is_data_axis(name) is None]:
             raise PlanError(
                 f"the mesh's axes {unclear} may have ranks with a part of the batch each, or with "
                 "the same; name the axes along which the batch is split in data_axes="
             )
-        return tuple(name for name in rest if name.startswith(_DATA))
+        return tuple(name for name in rest if is_data_axis(name))
 
     def _everyone(self) -> dist.ProcessGroup:
         ranks, world = sorted(self.mesh.mesh.flatten().tolist()), dist.group.WORLD
