@@ -46,7 +46,7 @@ LEVELS = [
     ["recording"],
     ["timeline"],
     ["schedule"],
-    ["costs", "free_pages", "mesh", "units", "parity", "slow_notice"],
+    ["costs", "free_pages", "habits", "mesh", "units", "parity", "slow_notice"],
     ["errors", "html_parts"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}

@@ -10,6 +10,7 @@ from stagewise.errors import PlanError, ScheduleError, UsageError
 from stagewise.planning.devices import parse_bytes
 from stagewise.planning.request import AUTO, Microbatches, PlanRequest
 from stagewise.schedule import SCHEDULES, Schedule, parse_schedule
+from stagewise.schedule.table import unknown_schedule
 
 DEFAULT_MICROBATCHES, DEFAULT_DEVICES = 8, 2
 
@@ -110,8 +111,7 @@ def named_or_read(text: str) -> str | Schedule:
             ) from None
         return parse_schedule(text, content)
     raise ScheduleError(
-        f"there is no schedule {text!r}; choose one of {names}, or give a file that contains one, "
-        f"such as {text}.txt"
+        f"{unknown_schedule(text)}; or give a file that contains one, such as {text}.txt"
     )
 
 

@@ -53,6 +53,11 @@ class CallForm:
         whole = args[0] if len(args) == 1 else None
         if isinstance(whole, Arguments):  # several positional ones, as for `stagewise.plan`
             args, kwargs = whole.args, {**whole.kwargs, **kwargs}
+        elif isinstance(whole, Mapping) and self._are_arguments(whole):
+            raise BatchError(
+                f"the batch is a dict of {self._what}'s own arguments ({', '.join(whole)}); pass "
+                "them by name: stagewise.plan(model, **batch, ...), pipe.step(**batch)"
+            )
         try:
             bound = self._signature.bind_partial(*args, **kwargs)
         except TypeError as error:
@@ -71,6 +76,11 @@ class CallForm:
             else:
                 named[name] = value
         return named
+
+    def _are_arguments(self, batch: Mapping[object, object]) -> bool:
+        """Return whether a dict holds the model's arguments by name, its first one included."""
+        names = self._signature.parameters
+        return next(iter(names), None) in batch and batch.keys() <= names.keys()
 
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, object]:
         """Return the arguments that cells take, by name.

@@ -189,6 +189,10 @@ class Calls(Share):
         """
         return losses_by_microbatch(self._ranks, self._microbatch_losses, self._num_microbatches)
 
+    def __repr__(self) -> str:
+        here = ", ".join(map(str, self._runner.stages))
+        return f"<Pipeline, stages {here} on rank {self.rank} of {self.num_ranks}: {self.plan!r}>"
+
     @property
     def num_microbatches(self) -> int:
         return self.plan.num_microbatches

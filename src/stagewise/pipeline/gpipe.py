@@ -9,6 +9,7 @@ from torch import nn
 
 from stagewise.engine.stage.loss import Loss
 from stagewise.errors import BatchError, PlanError
+from stagewise.habits import in_our_words
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of, is_chain
 from stagewise.pipeline.pipeline import Pipeline
@@ -41,6 +42,7 @@ class GPipe:
         True
     """
 
+    @in_our_words
     def __init__(
         self,
         layers: Model,
@@ -69,6 +71,10 @@ class GPipe:
         )
         self.optimizer: torch.optim.Optimizer | None = None
         self._pipeline = self._build() if balance is not None else None
+
+    def __repr__(self) -> str:
+        built = self._pipeline or "cut on the first minibatch"
+        return f"<GPipe: {built!r}>"
 
     @property
     def pipeline(self) -> Pipeline:

@@ -55,8 +55,8 @@ class Pipeline(Measuring):
             `step` takes the arguments of the model's own `forward`.
         plan: from `stagewise.plan` or `Plan(...)`; the same on every rank.
         loss: `loss(output, target)`, the mean over samples of a microbatch; if None, the model's
-            output is that mean itself. It may return several losses by name, in a dict; their sum
-            is minimised. Cells can add their own losses with `stagewise.add_loss`.
+            output is that mean, or holds it as `loss` (transformers', given labels). It may return
+            several by name, in a dict, to be summed; cells can add more with `stagewise.add_loss`.
         weight: `weight(target)` of a microbatch, the weight of its mean loss (say, the number of
             non-padding tokens), or one weight per named loss in a dict; by default the number of
             samples. A microbatch of weight 0 does not count.

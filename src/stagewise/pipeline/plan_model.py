@@ -4,6 +4,7 @@ If something is "auto", or memory is limited, it searches for the fastest plan t
 torch.distributed every rank must call it.
 """
 
+import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from stagewise.model.chain import Model
 from stagewise.pipeline.build.places import first_devices
 from stagewise.pipeline.build.refusals import check_buffers
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.pipeline.plan_keywords import check_keywords
 from stagewise.planning.calibrate import (
     instruction_cost,
     message_seconds,
@@ -51,7 +53,7 @@ def plan(
     num_stages: int | None = None,
     num_devices: int | None = None,
     replicas: Sequence[int] | Literal["auto"] = (),
-    num_microbatches: Microbatches,
+    num_microbatches: Microbatches | None = None,
     schedule: ScheduleLike = "1f1b",
     recompute: str = "never",
     balance: Sequence[int] | None = None,
@@ -61,6 +63,7 @@ def plan(
     seconds: float = 3.0,
     cells: Sequence[str] | None = None,
     batch_dim: int = 0,
+    **keywords: object,
 ) -> Plan:
     """Choose the cut of `model` that minimises the load of the busiest device.
 
@@ -70,7 +73,8 @@ def plan(
             mode).
         inputs, target: an example minibatch; its first microbatch is measured. They may be None
             if `balance` is given; then nothing is measured and the plan predicts nothing.
-        kwargs: the example's keyword arguments, as for `Pipeline.step`.
+        keywords: the example's keyword arguments, as for `Pipeline.step`: `plan(model, **batch,
+            num_stages=2, ...)`. One that is called as an argument of `plan` is given in `kwargs`.
         loss: as for Pipeline; its cost is added to the last cell's.
         num_stages, num_devices: the number of stages, or of devices; the schedule derives one from
             the other.
@@ -107,6 +111,12 @@ def plan(
         ScheduleError: unknown schedule or policy, or an invalid schedule.
         BatchError: the example has fewer samples than microbatches.
     """
+    check_keywords(model, keywords, inspect.signature(plan).parameters)
+    if num_microbatches is None:
+        raise PlanError(
+            "plan() needs num_microbatches, into how many parts a batch is split: a number such as "
+            "8, several to choose from, or 'auto'"
+        )
     request = PlanRequest(
         num_stages=num_stages,
         num_devices=num_devices,
@@ -119,7 +129,8 @@ def plan(
         state_factor=state_factor,
     )
     inputs, target = along(inputs, batch_dim), along(target, batch_dim)
-    kwargs = {name: along(value, batch_dim) for name, value in (kwargs or {}).items()}
+    keywords.update(kwargs or {})
+    kwargs = {name: along(value, batch_dim) for name, value in keywords.items()}
     chain = chain_for(model, inputs, kwargs, cells)
     if inputs is None and not kwargs and not request.searched:
         return _unmeasured(request, len(chain))

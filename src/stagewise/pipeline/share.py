@@ -21,12 +21,13 @@ from stagewise.engine.gradients.shards import part_of_whole
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import CheckpointError, StagewiseError
+from stagewise.habits import Answers
 from stagewise.model.chain import module_tree
 from stagewise.model.tied_parameters import Tied, with_all_names
 from stagewise.pipeline.build.whole_model import WholeModel
 
 
-class Share:
+class Share(Answers):
     """The cells of this rank's stages, as one module."""
 
     def __init__(

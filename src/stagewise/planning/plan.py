@@ -23,6 +23,7 @@ from stagewise.costs import (
     stage_costs,
 )
 from stagewise.errors import PlanError
+from stagewise.habits import in_our_words
 from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.partition.place import place
@@ -45,6 +46,7 @@ from stagewise.schedule.schedule import IDLE
 from stagewise.timeline import Timeline
 
 
+@in_our_words
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Partition, schedule, microbatches and recomputation for one model.

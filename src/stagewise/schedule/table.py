@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagewise.errors import ScheduleError
+from stagewise.habits import meant_schedule
 from stagewise.schedule import published as forms
 from stagewise.schedule.dualpipe import dualpipe_v
 from stagewise.schedule.fill_drain import gpipe, one_f_one_b
@@ -157,10 +158,15 @@ MOST_FORWARDS = 1 << 22  # of a schedule; 1,024 stages and 4,096 microbatches
 def schedule_row(name: str) -> NamedSchedule:
     """Return the row called `name`; raise ScheduleError listing the names if there is none."""
     if name not in SCHEDULES:
-        raise ScheduleError(
-            f"there is no schedule {name!r}; choose one of {', '.join(sorted(SCHEDULES))}"
-        )
+        raise ScheduleError(unknown_schedule(name))
     return SCHEDULES[name]
+
+
+def unknown_schedule(name: str) -> str:
+    """Return the message that there is no such schedule, with the one that is meant and all."""
+    meant, names = meant_schedule(str(name), SCHEDULES), ", ".join(sorted(SCHEDULES))
+    here = f"here it is {meant!r}, one of" if meant else "choose one of"
+    return f"there is no schedule {name!r}; {here} {names}"
 
 
 def stages_per_device(name: str, wanted: int | None = None) -> int:

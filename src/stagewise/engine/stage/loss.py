@@ -37,15 +37,15 @@ def losses_of(
 ) -> dict[str, torch.Tensor]:
     """Compute microbatch m's losses by name, and record them detached.
 
-    Without a loss function the output is the loss. Returns {} if every loss has weight 0 (a mean
-    over nothing would be NaN).
+    Without a loss function the output has the loss (`own_loss`). Returns {} if every loss has
+    weight 0 (a mean over nothing would be NaN).
     """
     shares = work.shares
     if OTHERS in shares and not any([column[m] for column in shares.values()]):
         return {}
     if work.look is not None and loss is not None and m not in work.record.losses:
         loss = work.look.loss(loss, m, work.again(device))
-    value = output if loss is None else loss(output, *work.parts.targets[m : m + 1])
+    value = own_loss(output) if loss is None else loss(output, *work.parts.targets[m : m + 1])
     by_name = value if isinstance(value, Mapping) else {MAIN_LOSS: value}
     if not by_name:
         raise BatchError("the loss function returned an empty dict; return at least one loss")
@@ -59,6 +59,16 @@ def losses_of(
     losses = dict(by_name)
     work.record.losses[m] = {name: one.detach() for name, one in losses.items()}
     return losses
+
+
+def own_loss(output: object) -> object:
+    """Return the loss of a model that computes it: its output, or the entry `loss` among others.
+
+    transformers' models return the latter if they are given labels.
+    """
+    if isinstance(output, Mapping) and isinstance(output.get(MAIN_LOSS), torch.Tensor):
+        return output[MAIN_LOSS]
+    return output
 
 
 def seeds_of(flight: Flight, m: int, work: Work) -> list[torch.Tensor | None]:

@@ -242,8 +242,9 @@ def _check_present(what: str, value: object, needed: bool) -> None:
     if value is None:
         if needed:
             raise BatchError(
-                f"this rank needs {what} but got none; pass the whole batch's {what} "
-                "(only ranks in the middle of the pipeline may leave it out)"
+                f"this rank needs {what} but got none; pass the whole batch's {what}"
+                f"{', target=...' * (what == 'target')} (only ranks in the middle of the pipeline "
+                "may leave it out)"
             )
     elif not isinstance(value, torch.Tensor) and not _tensors(value, what):
         raise BatchError(f"{what} holds no tensor; pass a batch with samples along dimension 0")
