@@ -165,8 +165,8 @@ def schedule_row(name: str) -> NamedSchedule:
 def unknown_schedule(name: str) -> str:
     """Return the message that there is no such schedule, with the one that is meant and all."""
     meant, names = meant_schedule(str(name), SCHEDULES), ", ".join(sorted(SCHEDULES))
-    here = f"here it is {meant!r}, one of" if meant else "choose one of"
-    return f"there is no schedule {name!r}; {here} {names}"
+    here = f": here it is {meant!r}" if meant else ""
+    return f"there is no schedule {name!r}; choose one of {names}{here}"
 
 
 def stages_per_device(name: str, wanted: int | None = None) -> int:
