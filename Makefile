@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh docs test-page screenshots bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh docs test-page test-notebook screenshots bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make docs      build the documentation in site/; a broken link is an error"
 	@echo "make test-page  the page in headless Chromium, skipped if there is none"
+	@echo "make test-notebook  run examples/tutorial.ipynb"
 	@echo "make screenshots  write docs/pictures from pages in headless Chromium"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
@@ -101,6 +102,10 @@ $(DOCS_READY): pyproject.toml constraints.txt
 test-page: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check selenium
 	$(BIN)/pytest tests/page
+
+test-notebook: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check nbclient nbformat ipykernel
+	$(BIN)/pytest tests/examples/test_tutorial.py
 
 screenshots: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check selenium
