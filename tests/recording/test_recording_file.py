@@ -34,7 +34,7 @@ def recording(schedule: str = "1f1b", devices: int = 2, microbatches: int = 4) -
     ] * built.num_stages
     recorder = Recorder()
     simulate(built, costs, LinkCost(latency_seconds=1, overhead_seconds=1), recorder)
-    recorder.ran.append((0, Phase.DATA, -2, 0, 1.5))
+    recorder.ran.append((0, Phase.DATA, -2, 0, (1.5, 0.5)))
     step = step_of([recorder], [0.0], step=7, num_devices=built.num_devices, origin=-2)
     return Recording(
         num_devices=built.num_devices,

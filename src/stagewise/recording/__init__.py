@@ -2,10 +2,12 @@
 
 1. `recorded` is the data: steps with their events, in nanoseconds of rank 0's clock.
 2. A `recorder` notes the events of one process, or of a simulation; all ranks' make a step.
-3. `recording_file` writes steps to a run's folder and reads them back, trusting nothing.
-4. `run_folder_files` reads all that a run wrote: its recording and the lines of its log.
+3. `causes` says why devices were idle, to the nanosecond.
+4. `recording_file` writes steps to a run's folder and reads them back, trusting nothing.
+5. `run_folder_files` reads all that a run wrote: its recording and the lines of its log.
 """
 
+from stagewise.recording.causes import Cause, IdleTime, Wait, idle_time
 from stagewise.recording.recorded import (
     Clock,
     Phase,
@@ -27,7 +29,9 @@ from stagewise.recording.run_folder_files import LOG_FILE, RunFiles, read_run
 __all__ = [
     "LOG_FILE",
     "RECORDING_FILE",
+    "Cause",
     "Clock",
+    "IdleTime",
     "Phase",
     "RecordedEvent",
     "RecordedMessage",
@@ -36,6 +40,8 @@ __all__ = [
     "Recording",
     "RunFiles",
     "StageMemory",
+    "Wait",
+    "idle_time",
     "read_run",
     "recording_from_json",
     "recording_to_json",

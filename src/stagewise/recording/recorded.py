@@ -28,7 +28,8 @@ class Phase(enum.StrEnum):
 class RecordedEvent:
     """An instruction, or a phase, as it ran on a device.
 
-    `cpu_ns` is how long the thread that ran it had a core; None if that is not known.
+    `cpu_ns` is how long the thread that ran it had a core, `cpu_before_ns` how long since the event
+    before; None if that is not known.
     """
 
     device: int
@@ -36,6 +37,7 @@ class RecordedEvent:
     start_ns: int
     end_ns: int
     cpu_ns: int | None = None
+    cpu_before_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

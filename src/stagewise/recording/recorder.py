@@ -13,7 +13,8 @@ from stagewise.schedule import Instruction, Kind, Message
 from stagewise.schedule.instruction import KINDS
 
 _Use = tuple[Kind, int, int]  # of a stream, stage, microbatch
-Noted = tuple[int, Instruction | Phase, float, float, float | None]
+Cpu = tuple[float, float]  # CPU seconds of an event, and since the one before
+Noted = tuple[int, Instruction | Phase, float, float, Cpu | None]
 Sent = tuple[Message, int, float, float]  # its bytes, begin and end of sending
 Received = tuple[Message, float | None, float, float]  # posted, awaited, arrived
 
@@ -22,7 +23,7 @@ Received = tuple[Message, float | None, float, float]  # posted, awaited, arrive
 class Recorder:
     """What one process saw of one step.
 
-    `ran` are (device, instruction or phase, start, end, CPU seconds if known).
+    `ran` are (device, instruction or phase, start, end, CPU times if known).
     """
 
     ran: list[Noted] = field(default_factory=list)
@@ -81,7 +82,8 @@ def _events(
             what=what,
             start_ns=clock(start),
             end_ns=clock(end),
-            cpu_ns=None if cpu is None else round(cpu * SECOND),
+            cpu_ns=None if cpu is None else round(cpu[0] * SECOND),
+            cpu_before_ns=None if cpu is None else round(cpu[1] * SECOND),
         )
         if isinstance(what, Phase) and devices is not None:
             yield from (replace(event, device=each) for each in devices)

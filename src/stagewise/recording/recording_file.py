@@ -125,6 +125,7 @@ def _event(fields: Mapping[str, Any], num_devices: int) -> RecordedEvent:
         start_ns=start,
         end_ns=end,
         cpu_ns=_perhaps(fields, "cpu_ns"),
+        cpu_before_ns=_perhaps(fields, "cpu_before_ns"),
     )
 
 

@@ -106,13 +106,14 @@ def _recorder(noted: Noted, rank: int) -> Recorder:
     result = Recorder(sent=noted.mail.sent, received=noted.mail.received)
     for index, span in enumerate(ran.spans):
         start, end = (ran.origin + s for s in (span.start_seconds, span.end_seconds))
-        cpu = None if is_marked else noted.cpu[2 * index + 2] - noted.cpu[2 * index + 1]
+        before, begun, ended = noted.cpu[2 * index : 2 * index + 3]
+        cpu = None if is_marked else (ended - begun, begun - before)
         result.ran.append((span.device, span.instruction, start, end, cpu))
     if is_marked:
         _move_to_device(result)
     updates = iter(host_seconds(dict(enumerate(noted.updates))).values() if noted.updates else ())
     for phase, (start, begun), (end, ended) in noted.phases:
-        cpu = None if is_marked else ended - begun
+        cpu = None if is_marked else (ended - begun, 0.0)
         if phase is Phase.OPTIMIZER and noted.updates:
             start, end = next(updates)
         result.ran.append((rank, phase, start, max(start, end), cpu))
