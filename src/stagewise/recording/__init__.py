@@ -2,12 +2,13 @@
 
 1. `recorded` is the data: steps with their events, in nanoseconds of rank 0's clock.
 2. A `recorder` notes the events of one process, or of a simulation; all ranks' make a step.
-3. `causes` says why devices were idle, to the nanosecond.
+3. `causes` says why devices were idle, to the nanosecond, from a `chart` of who waits for whom.
 4. `recording_file` writes steps to a run's folder and reads them back, trusting nothing.
 5. `run_folder_files` reads all that a run wrote: its recording and the lines of its log.
 """
 
-from stagewise.recording.causes import Cause, IdleTime, Wait, idle_time
+from stagewise.recording.causes import IdleTime, idle_time
+from stagewise.recording.chart import Cause, IdleSpan
 from stagewise.recording.recorded import (
     Clock,
     Phase,
@@ -31,6 +32,7 @@ __all__ = [
     "RECORDING_FILE",
     "Cause",
     "Clock",
+    "IdleSpan",
     "IdleTime",
     "Phase",
     "RecordedEvent",
@@ -40,7 +42,6 @@ __all__ = [
     "Recording",
     "RunFiles",
     "StageMemory",
-    "Wait",
     "idle_time",
     "read_run",
     "recording_from_json",
