@@ -63,6 +63,7 @@ NO_TORCH = [
     "stagewise.recording",
     "stagewise.report",
     "stagewise.page.plan_page",
+    "stagewise.page.run_page",
     "stagewise.page.document",
     "stagewise.cli.main",
     "stagewise.cli.simulate_command",

@@ -28,6 +28,12 @@ _MISSING = (
 )
 
 
+_LOSSES = (
+    '<div class="plot" data-plot="losses" role="img" aria-label="Loss over steps, a line per run">'
+    "</div>"
+)
+
+
 def check_html(path: Path) -> None:
     """Raise UsageError if a page cannot be written to `path`."""
     _plotly()
@@ -96,7 +102,7 @@ def _body(page: Page) -> str:
     for section in page.sections:
         parts.append(_section(section.title, "".join(map(write.html_of, section.parts))))
     if page.losses:
-        parts.insert(2, _section("Loss", '<div class="plot" data-plot="losses"></div>'))
+        parts.insert(2, _section("Loss", _LOSSES + write.losses(page.losses)))
     if page.environment:
         parts.append(_section("Environment", write.pairs(page.environment, "environment")))
     saved = '<p><button type="button" id="save" hidden>Save the numbers as JSON</button></p>'

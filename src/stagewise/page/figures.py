@@ -18,9 +18,11 @@ Figure = dict[str, object]
 
 DRAWN = 20_000  # instructions in one picture; browsers become slow beyond
 _LABELLED = 2_000
+_POINTS = 4_000  # of a curve of losses; of more, every n-th
 
 _LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 _DASHES = ("solid", "dash", "dot", "dashdot")
+_PHASES = {"data": ".", "agree": "|", "reduce": "-", "optimizer": "\\"}
 _IDLE = "rgba(128, 128, 128, 0.16)"
 
 
@@ -33,13 +35,14 @@ def timeline_figure(step: ShownStep) -> Figure:
         for kind in KINDS
     ]
     data = [trace for trace in traces if trace["x"]] + [_idle(step.timeline)]
+    data += [_phase(step, what) for what in dict.fromkeys(each.what for each in step.around)]
     devices = step.timeline.num_devices
     layout = {
         "barmode": "overlay",
         "bargap": 0.18,
         "height": 110 + min(30 * devices + 20, 620),
         "uniformtext": {"mode": "hide", "minsize": 8},
-        "xaxis": _time_axis(step.timeline),
+        "xaxis": _time_axis(step),
         "yaxis": {
             "autorange": "reversed",
             "fixedrange": True,
@@ -79,7 +82,7 @@ def memory_figure(step: ShownStep) -> Figure:
         )
     layout = {
         "height": 300,
-        "xaxis": _time_axis(step.timeline),
+        "xaxis": _time_axis(step),
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero", "fixedrange": True},
     }
     return {"data": data, "layout": layout}
@@ -95,13 +98,14 @@ def losses_figure(runs: Sequence[Losses]) -> Figure:
             (", validation", run.validation, "lines+markers"),
         ):
             if points:
+                shown = points[:: 1 + len(points) // _POINTS]
                 data.append(
                     {
                         "type": "scatter",
                         "mode": mode,
                         "name": f"{name}{what}",
-                        "x": [step for step, _ in points],
-                        "y": [loss for _, loss in points],
+                        "x": [step for step, _ in shown],
+                        "y": [loss for _, loss in shown],
                         "hovertemplate": "step %{x}: %{y:.4f}",
                         "line": _line(index),
                         "marker": {"size": 8, "symbol": "diamond"},
@@ -164,6 +168,18 @@ def _idle(timeline: Timeline) -> Figure:
     return trace | {"marker": {"color": _IDLE}}
 
 
+def _phase(step: ShownStep, what: str) -> Figure:
+    own = [each for each in step.around if each.what == what]
+    lengths = [each.end_seconds - each.start_seconds for each in own]
+    trace = _row_of_bars(
+        [(e.device, e.start_seconds, length) for e, length in zip(own, lengths, strict=True)],
+        name=escape(what),
+        hovers=[[f"<b>{escape(what)}</b>", format_seconds(each), "", ""] for each in lengths],
+    )
+    look = {"color": "#8C8C8C", "pattern": {"shape": _PHASES.get(what, "+"), "size": 5}}
+    return trace | {"marker": look}
+
+
 def _row_of_bars(
     bars: Sequence[tuple[int, float, float]], *, name: str, hovers: list[list[str]]
 ) -> Figure:
@@ -185,9 +201,11 @@ def _device(device: int) -> str:
     return f"device {device}"
 
 
-def _time_axis(timeline: Timeline) -> Figure:
+def _time_axis(step: ShownStep) -> Figure:
+    starts = [each.start_seconds for each in step.around]
+    ends = [each.end_seconds for each in step.around]
     return {
-        "range": [0, float(timeline.duration_seconds)],
+        "range": [min([0.0, *starts]), max([float(step.timeline.duration_seconds), *ends])],
         "ticksuffix": "s",
         "exponentformat": "SI",
         "minexponent": 0,

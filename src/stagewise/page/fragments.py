@@ -1,5 +1,6 @@
 """The reports of the terminal as HTML: the same tables, with every text escaped."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -8,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stagewise.html_parts import table_of
-from stagewise.page.page_contents import ShownStep
+from stagewise.page.page_contents import Losses, ShownStep
 from stagewise.page.waiting import waits
 from stagewise.report import format_seconds
 from stagewise.schedule.instruction import KINDS
@@ -71,6 +72,17 @@ def where_time_goes(step: ShownStep) -> str:
         rows.append([f"device {device}", *map(format_seconds, spent), format_seconds(idle), share])
     headings = ["device", *(KINDS[kind].title for kind in kinds), "idle", "idle share"]
     return table_of(f"Where the time goes: {step.name}", headings, rows)
+
+
+def losses(runs: Sequence[Losses]) -> str:
+    """Return the runs side by side: how far, and how low."""
+    rows = []
+    for run in runs:
+        steps, last = run.training[-1] if run.training else ("-", math.nan)
+        least = min((loss for _, loss in run.validation), default=math.nan)
+        shown = ("-" if math.isnan(loss) else f"{loss:.4f}" for loss in (last, least))
+        rows.append([run.run, str(steps), *shown])
+    return table_of("Runs", ["run", "steps", "last loss", "least validation loss"], rows)
 
 
 def instructions(step: ShownStep) -> str:

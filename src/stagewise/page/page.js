@@ -7,7 +7,7 @@
   const memories = [...document.querySelectorAll('[data-plot="memory"]')];
   const touch = matchMedia("(pointer: coarse)").matches;
   const system = matchMedia("(prefers-color-scheme: dark)");
-  let range = null; // of all time axes; null: the longest step
+  let range = null; // of all time axes; null: all of them
 
   const isDark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
@@ -15,8 +15,11 @@
     const select = document.querySelector(`select[data-pane="${node.dataset.pane}"]`);
     return figures.steps[Number(select.value)];
   };
-  const longest = () =>
-    Math.max(...timelines.map((node) => chosen(node).timeline.layout.xaxis.range[1]));
+  // The time that holds all steps shown: phases around a step may begin before 0.
+  const whole = () => {
+    const all = timelines.map((node) => chosen(node).timeline.layout.xaxis.range);
+    return [Math.min(...all.map((one) => one[0])), Math.max(...all.map((one) => one[1]))];
+  };
 
   function layoutOf(figure, onTime) {
     const axis = { gridcolor: colour("--rule"), linecolor: colour("--rule") };
@@ -33,7 +36,7 @@
       xaxis: { ...own.xaxis, ...axis },
       yaxis: { ...own.yaxis, ...axis },
     };
-    if (onTime) layout.xaxis.range = range || [0, longest()];
+    if (onTime) layout.xaxis.range = range || whole();
     return layout;
   }
 
@@ -61,14 +64,14 @@
 
   // All time axes show the same range.
   function show(wanted) {
-    const end = longest();
+    const [begin, end] = whole();
     if (wanted) {
-      const width = Math.min(end, Math.max(wanted[1] - wanted[0], end / 5000));
-      const start = Math.min(Math.max(0, wanted[0]), end - width);
+      const width = Math.min(end - begin, Math.max(wanted[1] - wanted[0], (end - begin) / 5000));
+      const start = Math.min(Math.max(begin, wanted[0]), end - width);
       wanted = [start, start + width];
     }
-    range = wanted && wanted[1] - wanted[0] < end ? wanted : null;
-    const now = range || [0, end];
+    range = wanted && wanted[1] - wanted[0] < end - begin ? wanted : null;
+    const now = range || [begin, end];
     for (const node of [...timelines, ...memories]) {
       if (node.hidden) continue;
       const shown = node.layout.xaxis.range;
@@ -83,7 +86,7 @@
     right: ([a, b]) => [a + (b - a) / 3, b + (b - a) / 3],
     all: () => null,
   };
-  const zoom = (how) => show(zooms[how](range || [0, longest()]));
+  const zoom = (how) => show(zooms[how](range || whole()));
 
   // The instruction that the arrow keys have reached, on each timeline.
   const at = new WeakMap();

@@ -3,11 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from rich.console import RenderableType
 
 from stagewise.costs import StageCost
 from stagewise.timeline import Curve, Timeline
+
+
+class Around(NamedTuple):
+    """What a device did besides instructions, such as loading data."""
+
+    device: int
+    what: str
+    start_seconds: float
+    end_seconds: float
 
 
 @dataclass(frozen=True)
@@ -18,6 +28,7 @@ class ShownStep:
     timeline: Timeline
     costs: Sequence[StageCost] = ()
     measured: Sequence[Curve] = ()
+    around: Sequence[Around] = ()
 
     @cached_property
     def memory(self) -> tuple[Curve, ...]:
@@ -36,6 +47,7 @@ class ShownStep:
             "bubble_fraction": float(self.timeline.bubble_fraction),
             "spans": self.timeline.to_records(),
             "memory_bytes": self.memory,
+            "around": [each._asdict() for each in self.around],
         }
 
 

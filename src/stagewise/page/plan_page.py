@@ -33,8 +33,8 @@ def plan_page(
     found: SearchResult | None = None,
 ) -> Page:
     """Return the page of a plan with measured or estimated costs, and of the search for it."""
-    own = ShownStep(f"{plan_name(plan)} (this plan)", plan.timeline, plan.engine_costs)
-    others = _runners_up(found) if found is not None else _other_schedules(plan)
+    own = ShownStep(f"{short_name(plan)} (this plan)", plan.timeline, plan.engine_costs)
+    others = _runners_up(found) if found is not None else rival_steps(plan)
     sections = [Section("Devices", [_causes(plan), devices_table(plan)])]
     if found is not None:
         sections.append(Section("The search", [*explanation(found)]))
@@ -56,7 +56,7 @@ def plan_page(
     )
 
 
-def plan_name(plan: Plan) -> str:
+def short_name(plan: Plan) -> str:
     """Return a plan in a few words."""
     again = "" if not plan.recomputes else f", recompute {plan.recompute}"
     return f"{plan.schedule}, {plan.num_microbatches} microbatches{again}"
@@ -69,7 +69,7 @@ def _runners_up(found: SearchResult) -> Iterator[ShownStep]:
             yield ShownStep(f"{rank}. {rival}", plan.timeline, plan.engine_costs)
 
 
-def _other_schedules(plan: Plan) -> Iterator[ShownStep]:
+def rival_steps(plan: Plan) -> Iterator[ShownStep]:
     """Yield the steps of the named schedules that these cells, devices and microbatches allow."""
     if len(plan.cells) > _MOST_CELLS:
         return
@@ -87,7 +87,7 @@ def _other_schedules(plan: Plan) -> Iterator[ShownStep]:
                 link=plan.link,
                 input_bytes=plan.input_bytes,
             )
-            yield ShownStep(plan_name(rival), rival.timeline, rival.engine_costs)
+            yield ShownStep(short_name(rival), rival.timeline, rival.engine_costs)
 
 
 def _causes(plan: Plan) -> Table:
