@@ -18,7 +18,7 @@ LEVELS = [
     ["__main__"],
     ["cli"],
     ["training", "doctor"],
-    ["training/state", "training/mesh"],
+    ["training/state", "training/mesh", "training/metrics"],
     ["page"],
     ["training/workers", "report", "testing"],
     ["checker", "models", "parallel"],

@@ -135,6 +135,7 @@ COMMAND_LINE = {
         "--pipeline",
         "--plan",
         "--recompute",
+        "--record",
         "--replicas",
         "--restarts",
         "--resume",

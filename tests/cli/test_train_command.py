@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stagewise.recording import read_run
 from tests.recipes import Command, RunHere, log_of, run_command, write_recipe
 
 SMALL = ("--microbatches", "4", "--validate-every", "0")
@@ -26,6 +27,11 @@ def test_two_workers_train_and_what_they_leave(tmp_path: Path, run_here: RunHere
     assert "--steps 20 --validate-every 0 --resume runs/tiny" in out
     run = tmp_path / "runs/tiny"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+    assert "where the time went: stagewise report runs/tiny" in out
+    recording = read_run(run).recording
+    assert recording is not None and [step.step for step in recording.steps] == [8, 9, 10]
+    assert recording.environment["command"].startswith("stagewise train ")
+    assert len(recording.clocks) == 2 and all(memory.live for memory in recording.memory)
 
     # One process gives the same losses, bit for bit; its run gets a directory of its own.
     code, _, err = run_here("train", recipe, "--stages", "1", "--steps", "10", *SMALL)

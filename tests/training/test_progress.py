@@ -35,14 +35,14 @@ def shown(run: Path, *, terminal: bool, first_step: int = 0) -> tuple[Shown, io.
 def test_lines_without_a_terminal(tmp_path: Path) -> None:
     reporter, file = shown(tmp_path, terminal=False)
     reporter.step(record(9))
-    reporter.step(record(10, bubble_fraction=0.25))
+    reporter.step(record(10, bubble_fraction=0.25, slowest=(1, 1.26)))
     reporter.validation(ValidationRecord(step=10, validation_loss=2.0, metrics={"accuracy": 0.5}))
     reporter.step(record(20))
     reporter.close()
     assert file.getvalue().splitlines() == [
-        "step 10/20  loss 2.5000  1,235 tokens/s  bubble 25%  5 s left",
+        "step 10/20  loss 2.5000  1,235 tokens/s  bubble 25%  slowest stage 1 (1.3x)  5 s left",
         "step 10: validation loss 2.0000  accuracy 0.5000",
-        "step 20/20  loss 2.5000  1,235 tokens/s  bubble 25%  0 s left",
+        "step 20/20  loss 2.5000  1,235 tokens/s  bubble 25%  slowest stage 1 (1.3x)  0 s left",
     ]
 
 

@@ -26,7 +26,6 @@ from stagewise.training.workers.elastic import num_restarts
 from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched, world_size
 
 if TYPE_CHECKING:
-    from stagewise.training.outcome import RunOutcome
     from stagewise.training.prepare import TrainOptions
     from stagewise.training.recipe import Recipe
     from stagewise.training.run_folder import Checkpoint
@@ -39,6 +38,7 @@ _DEFAULTS = {
     "--validate-every": 100,
     "--checkpoint-every": 100,
     "--keep": 2,
+    "--record": 3,
     "--timeout": opt.DEFAULT_TIMEOUT,
 }
 _IN_CHECKPOINT = ("--seed", "--out", "--init", "--resume")  # implied by --resume RUN
@@ -67,6 +67,7 @@ def train(
     checkpoint_every: run.CheckpointEvery = 100,
     keep: run.Keep = 2,
     restarts: run.Restarts = 0,
+    record: run.Record = 3,
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
 ) -> None:
     """Train the model of a recipe through a pipeline.
@@ -120,6 +121,7 @@ def train(
                 interrupted=place.interrupted,
                 agents=tuple(place.agents),
                 timeout=timeout,
+                record=record,
                 mesh=shape,
             )
 
@@ -206,9 +208,12 @@ def _saved(path: Path, typed: Typed) -> Plan:
 def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None") -> None:
     """Train on every worker; rank 0 prints the result."""
     from stagewise.engine.transport.processes import is_first
+    from stagewise.training.outcome import print_result
     from stagewise.training.trainer import run_training
     from stagewise.training.workers.stop import stop_request
 
+    command = shlex.join(["stagewise", *_arguments(recipe.path, options, short=True)])
+    options = replace(options, command=command)
     console = Console(file=cast("IO[str]", Terminal(sys.stdout)))
     for line in recipe.mesh.in_words(options.mesh) if is_first() else ():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -216,39 +221,13 @@ def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None")
     with stop.listening():
         outcome = run_training(recipe, options, console=console, stop=stop)
     if is_first():
-        _report(console, recipe.path, options, outcome)
+
+        def again(num_steps: int) -> list[str]:
+            return _arguments(recipe.path, replace(options, num_steps=num_steps), short=True)
+
+        print_result(console, options.run, outcome, again)
     if outcome.stopped:
         end_with(INTERRUPTED_EXIT_CODE)
-
-
-def _report(console: Console, path: Path, options: "TrainOptions", outcome: "RunOutcome") -> None:
-    from stagewise.planning.plan_words import predicted
-    from stagewise.report.plan_table import comparison_table
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    if outcome.stopped:
-        say(f"stopped after step {outcome.last_step} of {outcome.num_steps}")
-    if outcome.sample is not None:
-        say(f"\n--- sample ---\n{outcome.sample}\n--- end of sample ---\n")
-    if outcome.measured is not None:
-        console.print(comparison_table(predicted(outcome.plan), outcome.measured))
-    if outcome.validation_before is not None and outcome.validation_after is not None:
-        say(
-            f"validation loss: {outcome.validation_before:.4f} after step {outcome.first_step}, "
-            f"{outcome.validation_after:.4f} now"
-        )
-    say(f"log: {options.run / 'log.jsonl'}")
-    if outcome.checkpoint is None:
-        say("checkpoint: none, because no step was completed")
-        return
-    say(f"checkpoint: {outcome.checkpoint}")
-    if outcome.best is not None:
-        say(f"best checkpoint: {outcome.best.path} (loss {outcome.best.validation_loss:.4f})")
-    steps = outcome.num_steps if outcome.stopped else 2 * outcome.num_steps
-    command = ["stagewise", *_arguments(path, replace(options, num_steps=steps), short=True)]
-    say(f"continue with: {shlex.join(command)} --resume {shlex.quote(str(options.run))}")
 
 
 def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
@@ -264,6 +243,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
         "--validate-every": options.validate_every,
         "--checkpoint-every": options.checkpoint_every,
         "--keep": options.keep,
+        "--record": options.record,
         "--timeout": options.timeout,
     }
     if short:

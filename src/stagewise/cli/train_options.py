@@ -104,6 +104,16 @@ Keep = Annotated[
         "kept as well.",
     ),
 ]
+Record = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=100,
+        metavar="N",
+        help="Record N steps with all that happens in them, after 8 steps and again every 100, in "
+        "OUT/recording.json, for stagewise report; 0 for none.",
+    ),
+]
 Restarts = Annotated[
     int,
     typer.Option(

@@ -8,5 +8,5 @@
    evaluates validation data by `validating`.
 4. `background` saves while training goes on, and `checkpoint` writes and reads what `state` holds
    in a `run_folder`; `checkpoint_errors` say what failed; `adaptive` re-plans, `progress` displays,
-   `outcome` is the result.
+   `metrics` records steps, `outcome` is the result.
 """

@@ -8,7 +8,7 @@ All ranks see the same timelines and costs, so each reaches the same decision in
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 from typing import TypeVar
 
 import torch
@@ -201,6 +201,19 @@ class PaceWatch:
         who = self._places[pace.device] if is_rank else f"device {pace.device}"
         what = "has become slow" if pace.is_slow else "is no longer slow"
         return ChangeRecord(step=step, change=f"{who} {what}", reason=str(pace), kind="pace")
+
+
+def slowest_stage(timeline: Timeline) -> tuple[int, float] | None:
+    """Return the stage whose microbatches take longest, and its seconds over the others' mean."""
+    by_stage: dict[int, list[float]] = {}
+    for (_, stage), seconds in _seconds(timeline).items():
+        by_stage.setdefault(stage, []).append(seconds)
+    means = {stage: fmean(seconds) for stage, seconds in by_stage.items()}
+    if len(means) < 2:
+        return None
+    stage = max(means, key=means.__getitem__)
+    others = fmean(seconds for other, seconds in means.items() if other != stage)
+    return (stage, means[stage] / others) if others else None
 
 
 def _paces(

@@ -1,10 +1,16 @@
 """The result of a training run."""
 
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from stagewise.planning import Plan
-from stagewise.planning.plan_words import Figures
+from stagewise.planning.plan_words import Figures, predicted
+from stagewise.recording import LOG_FILE, RECORDING_FILE
+from stagewise.report.plan_table import comparison_table
 from stagewise.training.run_folder import Checkpoint
 
 
@@ -27,3 +33,47 @@ class RunOutcome:
     def stopped(self) -> bool:
         """Whether the run ended before its last step."""
         return self.last_step < self.num_steps
+
+
+def nonfinite_warning(step: int, loss: float) -> str:
+    """Return what to say of the first step whose loss is not finite."""
+    return (
+        f"warning: the loss of step {step} is {loss}. The last checkpoint with finite parameters "
+        "is kept; find_nonfinite = True in the recipe names where it begins"
+    )
+
+
+def print_result(
+    console: Console, run: Path, outcome: RunOutcome, command: Callable[[int], Sequence[str]]
+) -> None:
+    """Print the outcome of the run in the folder `run`.
+
+    `command(num_steps)` is the command line that would train so for so many steps.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if outcome.stopped:
+        say(f"stopped after step {outcome.last_step} of {outcome.num_steps}")
+    if outcome.sample is not None:
+        say(f"\n--- sample ---\n{outcome.sample}\n--- end of sample ---\n")
+    if outcome.measured is not None:
+        console.print(comparison_table(predicted(outcome.plan), outcome.measured))
+    if outcome.validation_before is not None and outcome.validation_after is not None:
+        say(
+            f"validation loss: {outcome.validation_before:.4f} after step {outcome.first_step}, "
+            f"{outcome.validation_after:.4f} now"
+        )
+    say(f"log: {run / LOG_FILE}")
+    where = shlex.quote(str(run))
+    if (run / RECORDING_FILE).is_file():
+        say(f"where the time went: stagewise report {where}")
+    if outcome.checkpoint is None:
+        say("checkpoint: none, because no step was completed")
+        return
+    say(f"checkpoint: {outcome.checkpoint}")
+    if outcome.best is not None:
+        say(f"best checkpoint: {outcome.best.path} (loss {outcome.best.validation_loss:.4f})")
+    steps = outcome.num_steps if outcome.stopped else 2 * outcome.num_steps
+    say(f"continue with: {shlex.join(['stagewise', *command(steps)])} --resume {where}")

@@ -76,6 +76,8 @@ class TrainOptions:
     interrupted: Interrupted | None = None  # of an earlier start of this launch
     agents: tuple[str, ...] = ()  # that have started the workers
     timeout: int = 600  # seconds that workers wait for each other
+    record: int = 3  # steps at a time
+    command: str = ""  # that would train so again
     mesh: MeshShape | None = None  # pipelines side by side
 
     @property

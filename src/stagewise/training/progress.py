@@ -27,7 +27,9 @@ from stagewise.training.workers.elastic import Interrupted
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One finished step; `bubble_fraction` is None unless it was measured.
+    """One finished step; `bubble_fraction` and `slowest` are None unless they were measured.
+
+    `slowest` is the stage that takes longest, and its seconds over the mean of the others'.
 
     `losses` are the parts of the loss by name, if named; `loss_scale` is that of a GradScaler.
     """
@@ -38,6 +40,7 @@ class StepRecord:
     rate: float
     rate_unit: str
     bubble_fraction: float | None = None
+    slowest: tuple[int, float] | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
 
@@ -51,6 +54,11 @@ class StepRecord:
         }
         if self.bubble_fraction is not None:
             fields["bubble_fraction"] = round(self.bubble_fraction, 4)
+        if self.slowest is not None:
+            fields["slowest_stage"], fields["times_the_others"] = (
+                self.slowest[0],
+                round(self.slowest[1], 3),
+            )
         if self.losses:
             fields["losses"] = {name: _finite(value) for name, value in self.losses.items()}
         if self.loss_scale is not None:
@@ -157,6 +165,7 @@ class Shown(Reporter):
         self._bar = _bar(console)
         self._task = self._bar.add_task("training", total=num_steps, completed=first_step, shown="")
         self._bubble: float | None = None
+        self._slowest: tuple[int, float] | None = None
         run.mkdir(parents=True, exist_ok=True)
         log = run / LOG_FILE
         kept = lines_until(log, first_step) if log.exists() else []
@@ -166,11 +175,13 @@ class Shown(Reporter):
     def step(self, record: StepRecord) -> None:
         self._write(record.to_log())
         if record.bubble_fraction is not None:
-            self._bubble = record.bubble_fraction
+            self._bubble, self._slowest = record.bubble_fraction, record.slowest
         rate = f"{record.rate:,.0f} {record.rate_unit}/s"
         shown = f"loss {record.loss:.4f}{_parts(record.losses)}  {rate}"
         if self._bubble is not None:
             shown += f"  bubble {self._bubble:.0%}"
+        if self._slowest is not None:
+            shown += f"  slowest stage {self._slowest[0]} ({self._slowest[1]:.1f}x)"
         if self._console.is_terminal:
             self._bar.start()  # has no effect if it is running
             self._bar.update(self._task, completed=record.step, shown=shown)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 from rich.console import Console
 
@@ -26,6 +25,7 @@ from stagewise.timeline import Timeline
 from stagewise.training.adaptive import (
     DriftWatch,
     PaceWatch,
+    slowest_stage,
     use,
     use_less_memory,
     within_memory,
@@ -33,7 +33,9 @@ from stagewise.training.adaptive import (
 from stagewise.training.background import Saver
 from stagewise.training.batches import amount_of
 from stagewise.training.checkpoint import Extra
-from stagewise.training.outcome import RunOutcome
+from stagewise.training.metrics.run_recorder import RunRecorder
+from stagewise.training.metrics.step_times import StepTimes
+from stagewise.training.outcome import RunOutcome, nonfinite_warning
 from stagewise.training.prepare import Prepared, TrainOptions, prepare, rebuild
 from stagewise.training.progress import (
     ChangeRecord,
@@ -53,7 +55,6 @@ from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between gathering the measured timeline on all ranks
-WARM_UP = 3  # first steps excluded from measured times
 
 
 def run_training(
@@ -104,9 +105,10 @@ class Trainer:
         self._next_plan: Plan | None = None  # with another cut, used from the next step on
         self._watch = DriftWatch(prepared.measured)
         self._paces = PaceWatch(self._pipe.ranks.gather(NOW.place, "places"))
-        self._step_seconds: list[float] = []
-        self._bubbles: list[float] = []
+        self._times = StepTimes()
         self._warned_infinite = False
+        window = options.record, options.first_step, prepared.num_steps
+        self._recorder = RunRecorder(options.run, *window, options.command)
         self._saver = Saver(options.run, options.resume, options.keep)
         self._validated: tuple[int, float | None] = -1, None  # the step, and its loss
 
@@ -145,10 +147,12 @@ class Trainer:
 
     def close(self) -> None:
         """End what runs beside the loop."""
+        self._recorder.abandon()
         self._saver.close()
         self._reporter.close()
 
     def _train_step(self, step: int) -> None:
+        self._recorder.before(step, self._pipe)
         batches = [self._prepared.batches.next() for _ in range(self._recipe.accumulate)]
         scale = self._update.scale
         start = time.perf_counter()
@@ -160,21 +164,18 @@ class Trainer:
         )
         if not math.isfinite(loss) and not self._warned_infinite:
             self._warned_infinite = True
-            self._reporter.say(
-                f"warning: the loss of step {step} is {loss}. The last checkpoint with finite "
-                "parameters is kept; find_nonfinite = True in the recipe names where it begins"
-            )
+            self._reporter.say(nonfinite_warning(step, loss))
         pipe_seconds = time.perf_counter() - start
         self._update.step()
         seconds = time.perf_counter() - start
-        bubble = None
+        self._recorder.after(step)
+        bubble, slowest = None, None
         if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
             timeline = self._pipe.timeline()
-            bubble = float(timeline.bubble_fraction)
-            self._bubbles.append(bubble)
+            bubble, slowest = self._times.bubble(timeline), slowest_stage(timeline)
             if step < self._prepared.num_steps:
                 self._look(step, timeline)
-        self._step_seconds.append(pipe_seconds / len(batches))
+        self._times.note(pipe_seconds / len(batches))
         amounts = [amount_of(batch) for batch in batches]
         self._reporter.step(
             StepRecord(
@@ -186,6 +187,7 @@ class Trainer:
                 rate=sum(amount for amount, _ in amounts) / seconds,
                 rate_unit=amounts[0][1],
                 bubble_fraction=bubble,
+                slowest=slowest,
             )
         )
 
@@ -215,8 +217,7 @@ class Trainer:
         else:
             use(pipe, plan)
         self._paces.forget()
-        self._step_seconds.clear()
-        self._bubbles.clear()
+        self._times.forget()
         self._reporter.change(
             ChangeRecord(
                 step=step,
@@ -228,6 +229,7 @@ class Trainer:
 
     def _move(self, step: int, plan: Plan) -> None:
         """Change to a plan with another cut through a checkpoint, as a resumed run does."""
+        self._recorder.abandon()
         self._save(step)
         self._saver.finish()
         checkpoint = self._saver.last
@@ -270,14 +272,10 @@ class Trainer:
 
     def _measured(self) -> Figures:
         """Return the time of the steps after the warm-up, and the memory of one more step."""
-        inputs, target = self._prepared.parts.own(self._prepared.batches.first)
+        inputs, target = self._prepared.batches.first
         with self._recipe.precision():
             peaks = self._pipe.measure_memory(inputs, target=target)
-        return Figures(
-            step_seconds=median(self._step_seconds[WARM_UP:] or self._step_seconds),
-            bubble_fraction=median(self._bubbles),
-            peak_activation_bytes=peaks,
-        )
+        return self._times.figures(peaks)
 
     def _save(self, step: int) -> None:
         trained = self._prepared.trained

@@ -18,7 +18,9 @@ def stage_memory(
 
     Parameters that several stages share count at the first.
     """
+    last_run = runner.last_run
     curves = measure_memory(runner, request).curves
+    runner.last_run = last_run
     seen, found = set[torch.Tensor](), []
     for index, stage in runner.stages.items():
         parameters = [p for cell in stage.cells for p in cell.module.parameters()]

@@ -8,6 +8,8 @@ step is not touched. What is kept of a step are lists of numbers; ranks talk bef
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -77,20 +79,34 @@ class StepRecorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._runner.mail, self._runner.clock = self._mail.detached(), time.perf_counter
-        self._pipe.run_request = self._runner.run
-        request, self._request = self._request, None
+        request = self._request
+        self.detach()
         if error is not None:
             return
         offsets = list(map(between, self._before, clock_offsets(self._runner.ranks)))
         memory = []
         if self._memory and request is not None:
-            memory = stage_memory(self._runner, request, self._optimizers)
+            with self._autocast():
+                memory = stage_memory(self._runner, request, self._optimizers)
         self.recording = recording_of(self._runner, self._steps, self._plans, offsets, memory)
-        if self._run_folder is not None and self._runner.ranks.slices.rank == 0:
+        if self._run_folder is not None and self.is_first:
             save_recording(self._run_folder, self.recording)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0 of all, which writes."""
+        return self._runner.ranks.slices.rank == 0
+
+    def resume(self) -> None:
+        """Leave out the time since the last call: it was not spent on loading a batch."""
+        self._free = _now()
+
+    def detach(self) -> None:
+        """Record nothing more; the pipeline is as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._runner.mail, self._runner.clock = self._mail.detached(), time.perf_counter
+        self._pipe.run_request, self._request = self._runner.run, None
 
     def _clock(self) -> float:
         now, cpu = _now()
@@ -103,7 +119,8 @@ class StepRecorder:
         result = self._runner.run(request)
         ended = _now()
         if request.mode is Mode.TRAIN:
-            self._request, ran, cpu = request, self._runner.last_run, self._cpu
+            self._request, self._autocast = request, autocast_as_here(self._runner.device)
+            ran, cpu = self._runner.last_run, self._cpu
             last = ran.times[-1][-1] if ran.times else ran.origin
             noted = Noted(
                 step=request.step_index if NOW.step is None else NOW.step,
@@ -140,6 +157,14 @@ class StepRecorder:
             noted.phases.append((Phase.OPTIMIZER, self._begun, self._free))
             if self._mark is not None:
                 noted.updates.append((device, self._mark, mark(device)))
+
+
+def autocast_as_here(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return what enters autocast as it is now."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext
+    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind))
 
 
 def _now() -> Moment:
