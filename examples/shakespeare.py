@@ -63,8 +63,11 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         attended = attended.transpose(1, 2).reshape(batch, length, WIDTH)
         x = x + self.dropout(self.attention_out(attended))
-        hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(x)))
-        return x + self.dropout(self.feed_forward_out(hidden))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.feed_forward_out(F.gelu(self.feed_forward_in(x)))
+        return hidden
 
 
 class Head(nn.Module):

@@ -35,6 +35,7 @@ PUBLIC = {
     "models/amoebanet.py:amoebanet_d",
     "models/language.py:decoder_lm",
     "models/transformer.py:transformer",
+    "parallel/split_sequences.py:_attend",  # torch's own signature
     "pipeline/gpipe.py:__init__",
     "pipeline/pipeline.py:__init__",
     "pipeline/plan_model.py:plan",

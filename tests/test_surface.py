@@ -43,7 +43,7 @@ PACKAGES = {
         "transformer_l",
         "unet",
     ],
-    "stagewise.parallel": ["shard_cells"],
+    "stagewise.parallel": ["Experts", "shard_cells", "split_experts", "split_sequences"],
     "stagewise.planning": [
         "DeviceSpec",
         "LowerBound",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import stagewise
-from benchmarks.mesh.inner import INNER
+from benchmarks.mesh.inner import INNER, SAMPLES
 from benchmarks.mesh.subjects import Batch, batches, built
 
 NUM_STEPS, NUM_SAMPLES, NUM_MICROBATCHES, MAX_NORM = 3, 19, 4, 0.5
@@ -58,17 +58,21 @@ def on_mesh(cell: Cell, plan: stagewise.Plan) -> Outcome:
         loss=nn.functional.cross_entropy,
         mesh=mesh,
         parallelize=inner.parallelize,
+        data_axes=inner.data_axes,
     )
-    sizes, place = [*inner.axes.items()], mesh.get_coordinate()
+    place = mesh.get_coordinate()
     assert place is not None
-    part = 0
-    for (name, length), at in zip(sizes, place[1:], strict=True):
-        part = part * length + at if name.startswith("dp") else part
+    part, piece, num_pieces = 0, 0, 1
+    for (name, length), at in zip(inner.axes.items(), place[1:], strict=True):
+        part = part * length + at if name.startswith(SAMPLES) else part
+        if name in inner.sequence:
+            piece, num_pieces = piece * length + at, num_pieces * length
     outcome = Outcome()
     own = [p for p in pipe.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": own}], lr=0.01, foreach=False)
     for batch in batches(NUM_SAMPLES, NUM_STEPS):
         mine = part_of(batch, part, inner.num_parts)
+        mine = Batch(*(t.chunk(num_pieces, 1)[piece] for t in (mine.tokens, mine.target)))
         optimizer.zero_grad()
         outcome.losses.append(float(pipe.step(mine.tokens, target=mine.target)))
         outcome.norms.append(float(pipe.clip_grad_norm_(MAX_NORM)))

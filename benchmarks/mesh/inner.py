@@ -1,7 +1,7 @@
 """What is done to each stage beside the pipeline: the axes it needs, and the function."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,18 +13,29 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from benchmarks.mesh.subjects import Adapted, Attention, Embedding, Head, Wide
+from benchmarks.mesh.subjects import LENGTH, Adapted, Attention, Embedding, Head, Wide
+from stagewise.parallel import split_experts, split_sequences
 
 Parallelize = Callable[[nn.Module, DeviceMesh, int], object]
 
 
 @dataclass(frozen=True)
 class Inner:
-    """`axes` by name with their lengths; `why_not` says why a row cannot be run."""
+    """`axes` by name with their lengths; `why_not` says by model why a cell cannot be run.
+
+    Along dp... samples are divided; along `sequence` axes each sequence.
+    """
 
     axes: Mapping[str, int]
     parallelize: Parallelize | None = None
-    why_not: str | None = None
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    sequence: tuple[str, ...] = ()
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        return tuple(
+            name for name in self.axes if name.startswith(SAMPLES) or name in self.sequence
+        )
 
     @property
     def num_ranks(self) -> int:
@@ -39,7 +50,7 @@ class Inner:
         """Of the batch."""
         product = 1
         for name, length in self.axes.items():
-            product *= length if name.startswith("dp") else 1
+            product *= length if name.startswith(SAMPLES) else 1
         return product
 
 
@@ -77,7 +88,27 @@ def split_and_sharded(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
     sharded(stage, mesh, index)
 
 
-_SEQUENCE = "stagewise.parallel, which splits attention along the sequence, is not written yet"
+def in_sequence(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    """Let attention see whole sequences, and embeddings know where their part begins."""
+    names = mesh.mesh_dim_names or ()
+    axes = {name: mesh[name] for name in ("ring", "heads") if name in names}
+    part = number = 0
+    for axis in axes.values():
+        part, number = part * axis.size() + axis.get_local_rank(), max(number, 1) * axis.size()
+    for module in stage.modules():
+        if isinstance(module, Embedding):
+            module.first = part * LENGTH // number
+    split_sequences(stage, heads=axes.get("heads"), ring=axes.get("ring"))
+
+
+def shared_experts(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    """Divide experts over ranks; other layers are replicated."""
+    split_experts(stage, mesh["ep"])
+
+
+_BALANCE = "the balance loss of a microbatch is not the mean of those of its parts"
+_SEQUENCE: dict[str, str] = {"moe": _BALANCE}
+SAMPLES = ("dp", "ep")  # what axes that divide samples begin with
 INNER: Mapping[str, Inner] = {
     "DDP": Inner({"dp": 2}),
     "FSDP2": Inner({"dp_shard": 2}, sharded),
@@ -85,8 +116,8 @@ INNER: Mapping[str, Inner] = {
     "TP": Inner({"tp": 2}, split),
     "FSDP2+TP": Inner({"dp_shard": 2, "tp": 2}, split_and_sharded),
     "HSDP+TP": Inner({"dp_replicate": 2, "dp_shard": 2, "tp": 2}, split_and_sharded),
-    "Ulysses": Inner({"cp": 2}, why_not=_SEQUENCE),
-    "ring": Inner({"cp": 2}, why_not=_SEQUENCE),
-    "USP": Inner({"cp": 4}, why_not=_SEQUENCE),
-    "EP": Inner({"ep": 2}, why_not="no layer here sends words to experts of other ranks yet"),
+    "Ulysses": Inner({"heads": 2}, in_sequence, _SEQUENCE, ("heads",)),
+    "ring": Inner({"ring": 2}, in_sequence, _SEQUENCE, ("ring",)),
+    "USP": Inner({"ring": 2, "heads": 2}, in_sequence, _SEQUENCE, ("ring", "heads")),
+    "EP": Inner({"ep": 2}, shared_experts),
 }

@@ -6,21 +6,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import stagewise
+from stagewise.parallel import Experts
 
-WIDTH, HEAD_WIDTH, WORDS, LENGTH, NUM_BLOCKS = 16, 4, 12, 6, 6
+WIDTH, HEAD_WIDTH, WORDS, LENGTH, NUM_BLOCKS = 16, 4, 12, 8, 6
 
 
 class Embedding(nn.Module):
-    """Words and places."""
+    """Words and places, of which the first is `first`."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = 0
         self.words = nn.Embedding(WORDS, WIDTH)
         self.places = nn.Parameter(torch.randn(LENGTH, WIDTH) / 4)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.words(tokens) + self.places
+        return self.words(tokens) + self.places[self.first : self.first + tokens.shape[1]]
 
 
 class Attention(nn.Module):
@@ -51,28 +52,10 @@ class Wide(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
-class Experts(nn.Module):
-    """A switch: every word goes through one of four experts; with the usual balance loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(WIDTH, 4)
-        self.experts = nn.ModuleList([Wide() for _ in range(4)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        odds = self.router(x).softmax(-1)
-        best, choice = odds.max(-1)
-        share = nn.functional.one_hot(choice, 4).to(odds.dtype).mean((0, 1))
-        stagewise.add_loss(0.01 * 4 * (share * odds.mean((0, 1))).sum(), "balance")
-        outputs = torch.stack([expert(x) for expert in self.experts], -1)
-        chosen = outputs.gather(-1, choice[..., None, None].expand(*x.shape, 1)).squeeze(-1)
-        return best[..., None] * chosen
-
-
 class Block(nn.Module):
     """Self-attention and a wide layer, after norms."""
 
-    def __init__(self, *, is_causal: bool = True, wide: type[nn.Module] = Wide) -> None:
+    def __init__(self, *, is_causal: bool = True, wide: Callable[[], nn.Module] = Wide) -> None:
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(WIDTH), Attention(is_causal=is_causal)
         self.second_norm, self.wide = nn.LayerNorm(WIDTH), wide()
@@ -115,7 +98,7 @@ class BothEmbeddings(nn.Module):
         self.embedding = Embedding()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.embedding(tokens), self.embedding(tokens.flip(1))
+        return self.embedding(tokens), self.embedding((tokens + 1) % WORDS)
 
 
 class Head(nn.Module):
@@ -163,9 +146,19 @@ def encoder_decoder() -> nn.Sequential:
 
 
 def moe() -> nn.Sequential:
-    """One with experts in every other block."""
-    kinds = [Wide, Experts] * (NUM_BLOCKS // 2)
+    """One with experts in two of three blocks: a switch with a capacity, and the best two."""
+    kinds = [Wide, switch, best_two] * (NUM_BLOCKS // 3)
     return nn.Sequential(Embedding(), *[Block(wide=kind) for kind in kinds], Head())
+
+
+def switch() -> nn.Module:
+    """One expert of four for each word, of which some are too many."""
+    return Experts(WIDTH, 2 * WIDTH, 4, capacity_factor=1.25)
+
+
+def best_two() -> nn.Module:
+    """Two of four."""
+    return Experts(WIDTH, 2 * WIDTH, 4, top_k=2)
 
 
 def lora() -> nn.Sequential:

@@ -47,7 +47,7 @@ def plan_of(cell: Cell) -> stagewise.Plan:
 
 def why_not(cell: Cell) -> str | None:
     """Say why a cell is not run, if it is not."""
-    if (reason := INNER[cell.inner].why_not) is not None:
+    if (reason := INNER[cell.inner].why_not.get(cell.model)) is not None:
         return reason
     if cell.world > MOST_RANKS:
         return f"needs {cell.world} processes, and this table runs at most {MOST_RANKS}"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import stagewise
+from stagewise.mesh import MeshShape
 from stagewise.model.chain import chain_of
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.recipe import RecipeError, load_recipe
@@ -20,6 +22,18 @@ def test_shakespeare_is_a_transformer_of_the_promised_size() -> None:
     chain = chain_of(model)
     assert [type(cell.module).__name__ for cell in chain].count("Block") >= 8
     assert len(chain) >= 4
+
+
+def test_shakespeare_with_experts_trains_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    recipe = load_recipe(EXAMPLES / "shakespeare_experts.py")
+    model = recipe.model()
+    assert isinstance(model, torch.nn.Module) and len(chain_of(model)) == 6
+    assert recipe.mesh.data_axes_of(MeshShape.of("pp=2,ep=2")) == ("ep",)
+    with stagewise.collect_losses() as added:
+        loss = recipe.loss(model(torch.arange(64)[None]), torch.arange(64)[None])
+    (loss + added["balance"]).backward()  # type: ignore[operator]
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_shakespeare_data_is_the_same_every_time() -> None:

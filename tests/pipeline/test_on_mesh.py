@@ -35,6 +35,9 @@ CELLS = {
         Cell(2, "TP", "1f1b", "moe"),
         Cell(1, "HSDP", "1f1b", "tied"),
         Cell(1, "FSDP2+TP", "gpipe", "decoder"),
+        Cell(1, "USP", "1f1b", "encoder-decoder"),
+        Cell(2, "ring", "zb_v", "tied"),
+        Cell(2, "EP", "zb_v", "moe"),
     ],
 }  # those of eight ranks take `make test-mesh`
 OPTIONS = {"schedule": "1f1b", "num_microbatches": 2}

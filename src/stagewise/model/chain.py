@@ -147,6 +147,11 @@ def module_tree(cells: Sequence[Cell]) -> nn.Module:
     return root
 
 
+def cells_in(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Return what runs as the cells of a `module_tree`; nothing for other modules."""
+    return module._cells if isinstance(module, _Root) else ()
+
+
 class _Root(nn.Module):
     def __init__(self, cells: Sequence[Cell]) -> None:
         super().__init__()

@@ -1,10 +1,14 @@
 """What is done to a stage beside the pipeline, as a Pipeline's `parallelize` or within it.
 
 1. `shard_cells` shards every cell over a mesh's sharding axis; `stagewise train --shard` uses it.
-2. It is a function like any of the caller's: `parallelize(stage, mesh, index)`, changing modules in
-   place.
+2. `split_sequences` lets attention see whole sequences of which ranks have parts: by heads
+   (Ulysses), by a ring (`ring_attention`), or both.
+3. `experts` are a layer of which every position uses a few, and which ranks can share.
+4. `exchange` is how ranks of an axis swap tensors, with gradients.
 """
 
+from stagewise.parallel.experts import Experts, split_experts
 from stagewise.parallel.shard_cells import shard_cells
+from stagewise.parallel.split_sequences import split_sequences
 
-__all__ = ["shard_cells"]
+__all__ = ["Experts", "shard_cells", "split_experts", "split_sequences"]

@@ -264,7 +264,7 @@ class Trainer:
         return mean
 
     def _generate(self) -> str | None:
-        if self._recipe.generate is None:
+        if self._recipe.generate is None or self._prepared.parts.dims:
             return None
         self._reporter.say("generating a sample ...")
         with self._recipe.blame("generate(predict)"), self._recipe.precision():

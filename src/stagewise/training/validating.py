@@ -26,7 +26,8 @@ def validated(
 ) -> Validated:
     """Evaluate all `batches`, each weighted by its samples or weights; every rank calls this.
 
-    Metrics are of whole batches, also where every rank evaluates a part.
+    Metrics are of whole batches, also where every rank evaluates a part; there are none where
+    ranks only ever see parts of sequences.
     """
     summed = is_sum(recipe.loss, recipe.loss_reduction, has_weight=recipe.weight is not None)
     metrics: dict[str, float] = {}
@@ -44,7 +45,8 @@ def validated(
             pair = sums.setdefault(name, [0.0, 0.0])
             pair[0] += weight * float(loss)
             pair[1] = 1.0 if summed else pair[1] + weight
-        for name, value in _metrics(recipe, pipe, inputs, target).items():
+        found = {} if parts.dims else _metrics(recipe, pipe, inputs, target)
+        for name, value in found.items():
             metrics[name] = metrics.get(name, 0.0) + size * value
     return Validated(
         losses={name: total / weight for name, (total, weight) in sums.items() if weight},

@@ -134,3 +134,9 @@ def test_a_mesh_is_told(tmp_path: Path) -> None:
     assert load_recipe(recipe).mesh.in_words(None) == []
     recipe.write_text(f"{RECIPE}\ndef parallelize(module, mesh, stage_index):\n    pass\n")
     assert "parallelize in " in load_recipe(recipe).mesh.in_words(None)[0]
+    recipe.write_text(f"{RECIPE}\ndata_axes = {{'sp': 1}}\n")
+    told = load_recipe(recipe).mesh.in_words(MeshShape.of("sp=2"))
+    assert told[1:] == [
+        "  sp (2): divides dimension 1 of every batch",
+        "  metrics and generate are left out: they take whole sequences",
+    ]

@@ -85,4 +85,6 @@ class RecipeMesh:
             uses.append(f"{name} ({length}): {f'divides {what}' if name in data_axes else shared}")
             if self.parallelize is None and shards_parameters(name):
                 uses[-1] += ", and shards parameters, gradients and optimizer state"
+        if any(self.data_axes.get(name) for name in data_axes):
+            uses.append("metrics and generate are left out: they take whole sequences")
         return [f"mesh {shape}, {shape.num_ranks} processes", *(f"  {use}" for use in uses)]
