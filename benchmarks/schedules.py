@@ -20,12 +20,13 @@ import typer
 import stagewise
 from benchmarks.torch_schedules import TORCH_SCHEDULES, TorchSchedule, torch_step
 from benchmarks.workers import Row, keep_to_core, print_rows, run_workers
-from stagewise.costs import CellCost, InstructionCost, LinkCost
+from stagewise.costs import CellCost, LinkCost
 from stagewise.planning import Plan, lower_bound_seconds, plan_from_costs
 from stagewise.planning.calibrate import (
-    instruction_cost,
+    EngineOverhead,
+    engine_overhead,
     message_seconds,
-    with_instruction_overhead,
+    with_engine_overhead,
 )
 from stagewise.planning.search.search import search
 from stagewise.schedule import SCHEDULES
@@ -73,12 +74,14 @@ def main(
     rows = run_workers(NUM_DEVICES, measure, cases, 1 if quick else 5)
     message = f"a message: {link.overhead_seconds * 1e6:.0f} us of its sender's time, then "
     message += f"{link.latency_seconds * 1e6:.0f} us on its way"
-    words = ", ".join(f"{kind} {cost * 1e6:.0f} us" for kind, cost in asdict(overhead).items())
+    words = ", ".join(
+        f"{kind} {cost * 1e6:.0f} us" for kind, cost in asdict(overhead.per_stage).items()
+    )
     notes = (*NOTES, message, f"overhead per instruction: {words}")
     print_rows("schedules on 8 emulated devices", rows, as_json=json, notes=notes)
 
 
-def rehearse() -> tuple[LinkCost, InstructionCost]:
+def rehearse() -> tuple[LinkCost, EngineOverhead]:
     """Run on every rank: what messages and instructions cost between devices that are busy.
 
     With two stages per device, as in the best plans here: `stagewise.plan`, too, rehearses the plan
@@ -86,7 +89,7 @@ def rehearse() -> tuple[LinkCost, InstructionCost]:
     """
     keep_to_core()
     cells, batch = cell_costs("equal"), torch.zeros(NUM_MICROBATCHES, 1024)
-    timelines, messages = [], []
+    tried, messages = [], []
     for schedule in ("interleaved_v", "zb_v"):  # all kinds of instructions
         plan = plan_from_costs(
             cells,
@@ -98,10 +101,10 @@ def rehearse() -> tuple[LinkCost, InstructionCost]:
         )
         trials = _pipeline("equal", plan).rehearse(batch, target=batch)
         messages.append(message_seconds(plan.built_schedule, trials))
-        timelines += trials
+        tried.append((cells, plan.balance, trials))
     overhead, waited = map(statistics.fmean, zip(*messages, strict=True))
     link = LinkCost(latency_seconds=max(0.0, waited - overhead), overhead_seconds=overhead)
-    return link, instruction_cost(plan.stage_costs, timelines)
+    return link, engine_overhead(tried)
 
 
 def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:
@@ -129,9 +132,9 @@ def cell_costs(profile: str) -> list[CellCost]:
 
 
 def _cases(
-    profile: str, names: Sequence[str], link: LinkCost, overhead: InstructionCost
+    profile: str, names: Sequence[str], link: LinkCost, overhead: EngineOverhead
 ) -> list[Case]:
-    cells = with_instruction_overhead(cell_costs(profile), overhead)
+    cells = with_engine_overhead(cell_costs(profile), overhead)
 
     def best(name: str, **options: object) -> Case:
         found = search(

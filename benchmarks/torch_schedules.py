@@ -39,8 +39,9 @@ def torch_step(
     num_microbatches: int,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     batch: torch.Tensor,
+    target: torch.Tensor | None = None,
 ) -> Callable[[], object]:
-    """What runs one step of `row` on this rank."""
+    """What runs one step of `row` on this rank; the batch is its own target if there is none."""
     rank, cells = dist.get_rank(), list(model)
     stages, start = [], 0
     for stage, (size, (device,)) in enumerate(zip(balance, placement, strict=True)):
@@ -52,5 +53,9 @@ def torch_step(
     several = row.name not in ("ScheduleGPipe", "Schedule1F1B")
     runner = build(stages if several else stages[0], num_microbatches, loss_fn=loss)
     inputs = (batch,) if placement[0] == (rank,) else ()
-    ends = {"target": batch, "losses": []} if placement[-1] == (rank,) else {}
+    ends = (
+        {"target": batch if target is None else target, "losses": []}
+        if placement[-1] == (rank,)
+        else {}
+    )
     return lambda: runner.step(*inputs, **ends)

@@ -56,9 +56,9 @@ def test_the_c_library_is_asked_where_it_can() -> None:
 
 def test_planning_gives_back_what_its_trial_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[None] = []
-    monkeypatch.setattr(
-        "stagewise.pipeline.plan_model.trim_of_glibc", lambda: lambda: trims.append(None)
-    )
+    for where in ("plan_model", "searched_plan"):
+        name = f"stagewise.pipeline.{where}.trim_of_glibc"
+        monkeypatch.setattr(name, lambda: lambda: trims.append(None))
     model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(4, 2)
     loss = nn.functional.mse_loss
     for count in (2, [2, 4]):  # measured, and searched for

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 import stagewise
+from stagewise.engine.step.step import Runner
 from stagewise.errors import PlanError
+from stagewise.pipeline.searched_plan import search_plan
+from stagewise.planning.request import PlanRequest
+from stagewise.profiling.example import example_of
+from stagewise.profiling.trial_steps import trial_step
 from tests.harness import Pools
 
 MSE = nn.functional.mse_loss
@@ -112,3 +117,102 @@ def test_what_leaves_the_search_nothing(arguments: dict[str, object], message: s
             schedule="auto",
             **arguments,  # type: ignore[arg-type]
         )
+
+
+def planned(**options: object) -> stagewise.Plan:
+    arguments = {"num_microbatches": 4, "schedule": "auto", "seconds": 0, **options}
+    return stagewise.plan(model(), X, target=X, loss=MSE, **arguments)  # type: ignore[arg-type]
+
+
+def told(**options: object) -> tuple[stagewise.Plan, list[str]]:
+    """Also what was tried."""
+    request = PlanRequest(num_microbatches=4, schedule="auto", **options)  # type: ignore[arg-type]
+    example, said = example_of(model(), X, X, {}, MSE, None), list[str]()
+    found = search_plan(
+        request, example, seconds=0, progress=lambda done, total, what: said.append(what)
+    )
+    assert [tried.what for tried in found.tried] == [*dict.fromkeys(t.what for t in found.tried)]
+    assert all(tried.measured_seconds > 0 and tried.num_steps for tried in found.tried)
+    words = [what for what in said if what.startswith("trying ")]
+    assert {what.rsplit(", step", 1)[0] for what in words} == {
+        f"trying {tried.what}" for tried in found.tried if said
+    }
+    return found.plan, [tried.what for tried in found.tried]
+
+
+def tried_on_ranks() -> object:
+    plan, tried = told()
+    kept = stagewise.Plan.from_json(plan.to_json())
+    assert kept == plan and plan.measured_seconds and plan.machine.startswith("2 x cpu")
+    assert any("stages per device" not in what for what in tried)  # coarse ones, too
+    left_out, none = told(trial=False)
+    assert not none and left_out.measured_seconds is None and left_out.machine == ""
+    torch.manual_seed(3)
+    changed, before = Worn(), Worn()
+    changed.train()
+    torch.nn.functional.dropout(torch.ones(9))  # the generator is somewhere
+    optimizer = torch.optim.Adam(changed.parameters())
+    changed.load_state_dict(before.state_dict())
+    for parameter in changed.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    random, state = torch.get_rng_state(), {**optimizer.state_dict()}
+    stagewise.plan(changed, X, target=X, loss=MSE, num_microbatches=4, schedule="auto", seconds=0)
+    assert torch.equal(torch.get_rng_state(), random) and optimizer.state_dict() == state
+    for name, value in changed.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]), name
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in changed.parameters())  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"trying .* failed: .*the fourth time is too often"):
+        stagewise.plan(
+            nn.Sequential(Fragile(), *model()[1:]),
+            X,
+            target=X,
+            loss=MSE,
+            num_microbatches=4,
+            schedule="auto",
+            seconds=0,
+        )
+    return plan, tried
+
+
+class Worn(nn.Sequential):
+    """With buffers that every forward changes, and dropout."""
+
+    def __init__(self) -> None:
+        layers = [nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 32)]
+        super().__init__(*layers)
+
+
+class Fragile(nn.Linear):
+    """Fails when it is run in a pipeline, but not when it is measured."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 12 and torch.distributed.get_rank() == 0:
+            raise ValueError("the fourth time is too often")
+        return super().forward(x)
+
+
+def test_the_best_plans_are_tried_and_leave_no_trace(pools: Pools) -> None:
+    first, second = pools[2].run(tried_on_ranks)
+    assert first == second
+
+
+def test_plans_are_tried_in_one_process_if_asked_for() -> None:
+    assert planned(num_devices=2).measured_seconds is None  # devices are not real here
+    plan = planned(num_devices=2, trial=True)
+    assert plan.measured_seconds and plan.machine.startswith("1 x cpu")
+    assert_trains(plan)
+
+
+def test_a_plan_that_memory_is_too_small_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(runner: Runner, request: object, *, is_measured: bool) -> object:
+        if runner.schedule.num_stages > 2:
+            raise torch.OutOfMemoryError("no")
+        return trial_step(runner, request, is_measured=is_measured)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("stagewise.pipeline.trials.trial_step", step)
+    assert planned(num_devices=2, trial=True).num_stages == 2

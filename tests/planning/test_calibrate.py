@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 
 from stagewise.costs import CellCost, InstructionCost, LinkCost, StageCost, stage_costs
 from stagewise.planning import simulate
 from stagewise.planning.calibrate import (
-    instruction_cost,
+    EngineOverhead,
+    engine_overhead,
     message_seconds,
-    with_instruction_overhead,
+    with_engine_overhead,
 )
 from stagewise.schedule import SCHEDULES, Kind, named_schedule
 from stagewise.timeline import Span, Timeline
@@ -13,6 +16,10 @@ from stagewise.timeline import Span, Timeline
 STAGE = StageCost(
     forward_seconds=2, backward_seconds=4, recompute_seconds=2, input_seconds=2, weight_seconds=2
 )
+
+
+def surrounded(cells: list[CellCost], overhead: InstructionCost) -> tuple[CellCost, ...]:
+    return with_engine_overhead(cells, EngineOverhead(per_stage=overhead))
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -70,25 +77,97 @@ def test_what_instructions_take_beyond_their_cells_is_read_back(name: str, sign:
         input_seconds=sign * 0.25,
         weight_seconds=sign * 0.5,
     )
-    timeline = simulate(schedule, stage_costs(with_instruction_overhead(cells, truth), each))
-    read = instruction_cost(stage_costs(cells, each), [timeline])
+    timeline = simulate(schedule, stage_costs(surrounded(cells, truth), each))
+    read = engine_overhead([(cells, each, [timeline])]).per_stage
     kinds = {instruction.kind for _, instruction in schedule.instructions()}
     assert read.forward_seconds == pytest.approx(truth.forward_seconds)
     assert read.backward_seconds == pytest.approx(truth.backward_seconds)
     if Kind.BACKWARD_INPUT in kinds:
         assert read == InstructionCost(**{k: pytest.approx(v) for k, v in vars(truth).items()})
-    again = simulate(schedule, stage_costs(with_instruction_overhead(cells, read), each))
+    again = simulate(schedule, stage_costs(surrounded(cells, read), each))
     assert again.duration_seconds == pytest.approx(timeline.duration_seconds)
 
 
 def test_a_stage_is_surrounded_once_whatever_its_cells() -> None:
     cell = CellCost(name="cell", forward_seconds=2, backward_seconds=4)
     overhead = InstructionCost(forward_seconds=0.5, backward_seconds=-5)
-    one, two = stage_costs(with_instruction_overhead([cell] * 3, overhead), [1, 2])
+    one, two = stage_costs(surrounded([cell] * 3, overhead), [1, 2])
     assert (one.forward_seconds, two.forward_seconds) == (2.5, 4.5)
     assert (one.recompute_seconds, two.recompute_seconds) == (2.5, 4.5)
     assert (one.backward_seconds, two.backward_seconds) == (0, 3)  # never below 0
 
 
 def test_where_nothing_ran_nothing_is_known() -> None:
-    assert instruction_cost([STAGE], []) == InstructionCost()
+    cell = CellCost(name="cell", forward_seconds=2, backward_seconds=4)
+    assert engine_overhead([]) == engine_overhead([([cell], [1], [])]) == EngineOverhead()
+
+
+SPLIT = "input_seconds", "weight_seconds"
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (3, 3), (1, 5)])
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
+def test_the_engines_work_for_a_cell_alone_is_not_counted_for_every_cell(
+    sizes: tuple[int, ...], name: str
+) -> None:
+    """A cell's cost contains it; a stage has it once. It was priced at what that plan's had."""
+    engine, work = 0.5, (1.0, 2.0, 3.0)
+    cells = [
+        CellCost(
+            name="cell",
+            forward_seconds=work[0] + engine,
+            backward_seconds=work[1] + work[2] + engine,
+            input_seconds=work[1] + engine,
+            weight_seconds=work[2] + engine,
+        )
+    ] * 6
+
+    def truth(sizes: tuple[int, ...]) -> float:
+        costs = [
+            StageCost(
+                forward_seconds=n * work[0] + engine,
+                backward_seconds=n * (work[1] + work[2]) + engine,
+                recompute_seconds=0,
+                input_seconds=n * work[1] + engine,
+                weight_seconds=n * work[2] + engine,
+            )
+            for n in sizes
+        ]
+        return simulate(named_schedule(name, len(sizes), 4), costs).duration_seconds
+
+    costs = stage_costs(cells, sizes)
+    ran = simulate(
+        named_schedule(name, len(sizes), 4),
+        [
+            replace(cost, **{n: seconds - engine * (size - 1) for n, seconds in times(cost)})
+            for cost, size in zip(costs, sizes, strict=True)
+        ],
+    )
+    assert ran.duration_seconds == pytest.approx(truth(sizes))
+    known = engine_overhead([(cells, sizes, [ran, ran])])
+    for other in [(6,), (2, 2, 2), (1, 1, 1, 1, 1, 1)]:
+        if sizes != (1,) * 6 or other == sizes:  # of cells that ran alone only, nothing is known
+            again = stage_costs(with_engine_overhead(cells, known), other)
+            predicted = simulate(named_schedule(name, len(other), 4), again)
+            assert predicted.duration_seconds == pytest.approx(truth(other))
+
+
+def times(cost: StageCost) -> list[tuple[str, float]]:
+    names = "forward_seconds", "backward_seconds", *SPLIT
+    return [(name, getattr(cost, name)) for name in names]
+
+
+def test_a_cell_never_takes_less_than_nothing() -> None:
+    """The engine's work is less than the cheapest cell took, whatever noisy steps show."""
+    cheap, dear = (
+        CellCost(name=str(t), forward_seconds=t, backward_seconds=2 * t) for t in (0.1, 9.0)
+    )
+    sizes = (1, 2)
+    faster = [
+        replace(cost, forward_seconds=0.0) for cost in stage_costs([cheap, dear, dear], sizes)
+    ]
+    ran = simulate(named_schedule("1f1b", 2, 4), faster)
+    known = engine_overhead([([cheap, dear, dear], sizes, [ran])])
+    assert known.per_cell.forward_seconds == pytest.approx(-0.09)
+    found = with_engine_overhead([cheap, dear], known)
+    assert [cell.forward_seconds for cell in found] == pytest.approx([0.01, 8.91])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stagewise.costs import CellCost, InstructionCost
-from stagewise.planning.calibrate import with_instruction_overhead
+from stagewise.planning.calibrate import EngineOverhead, with_engine_overhead
 from stagewise.planning.drift import drift_of, faster_plan, stage_factors
 from stagewise.planning.plan import Plan
 from stagewise.planning.simulate import simulate
@@ -60,7 +60,7 @@ def test_several_looks_must_agree() -> None:
 
 def test_what_instructions_take_beyond_their_cells_drifts_with_them() -> None:
     overhead = InstructionCost(forward_seconds=0.5, backward_seconds=0.25)
-    plan = replace(PLAN, cells=with_instruction_overhead(PLAN.cells, overhead))
+    plan = replace(PLAN, cells=with_engine_overhead(PLAN.cells, EngineOverhead(per_stage=overhead)))
     drift = drift_of(plan, [measured(plan, 1, 2)] * 3)
     assert drift is not None and drift.factors == (1, 2)
     assert stage_factors(drift.plan, measured(plan, 1, 2)) == (1, 1)

@@ -8,7 +8,7 @@ import pytest
 from stagewise.costs import CellCost, InstructionCost, LinkCost, stage_costs
 from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning import Plan, bottleneck_seconds, plan_from_costs, simulate
-from stagewise.planning.calibrate import with_instruction_overhead
+from stagewise.planning.calibrate import EngineOverhead, with_engine_overhead
 from stagewise.schedule import POLICIES, SCHEDULES, Kind
 
 CELLS = tuple(
@@ -127,7 +127,9 @@ def test_json_round_trips(name: str, policy: str) -> None:
 def test_an_older_plans_name_of_the_overhead_is_read() -> None:
     overhead = InstructionCost(forward_seconds=0.5, backward_seconds=-0.25)
     plan = make()
-    plan = dataclasses.replace(plan, cells=with_instruction_overhead(plan.cells, overhead))
+    plan = dataclasses.replace(
+        plan, cells=with_engine_overhead(plan.cells, EngineOverhead(per_stage=overhead))
+    )
     text = plan.to_json()
     assert Plan.from_json(text.replace('"instruction_overhead"', '"around"')) == plan
     cells = [{**cell} for cell in json.loads(text)["cells"]]

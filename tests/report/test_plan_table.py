@@ -2,7 +2,7 @@
 
 from stagewise.costs import CellCost, InstructionCost
 from stagewise.planning import Plan
-from stagewise.planning.calibrate import with_instruction_overhead
+from stagewise.planning.calibrate import EngineOverhead, with_engine_overhead
 from stagewise.report.plan_table import cells_table
 
 CELLS = (CellCost(name="only", forward_seconds=1, backward_seconds=2),)
@@ -16,6 +16,6 @@ def test_what_instructions_take_beyond_their_cells_is_said_where_it_is_known() -
         balance=(1,),
         schedule="gpipe",
         num_microbatches=1,
-        cells=with_instruction_overhead(CELLS, overhead),
+        cells=with_engine_overhead(CELLS, EngineOverhead(per_stage=overhead)),
     )
     assert cells_table(known).caption == ("overhead per instruction: forward 2 ms, backward -80 us")

@@ -1,6 +1,7 @@
 """The screen after a search: the decision, why it takes as long, and what else there was."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from stagewise.costs import CellCost
 from stagewise.planning import SearchResult, search
+from stagewise.planning.search.finalists import Tried
 from stagewise.report.search_table import as_record, explanation
 
 CELL = CellCost(
@@ -74,3 +76,19 @@ def test_the_record_has_all_as_json() -> None:
     assert sum(record["bubble"].values()) == pytest.approx(result.plan.timeline.bubble_fraction)
     assert len(record["rejected"]) == len(result.rejected) > 0
     assert record["work"]["simulations"] == result.work.simulations
+
+
+def test_what_was_tried_stands_beside_what_was_predicted() -> None:
+    tried = Tried(
+        what="1f1b, 4 microbatches",
+        predicted_seconds=60,
+        measured_seconds=66,
+        corrected_seconds=65,
+        num_steps=3,
+    )
+    result = replace(found(), tried=(tried,), machine="2 x cpu")
+    assert "Tried, on 2 x cpu" in text(result)
+    row = next(line for line in text(result).splitlines() if "60 s" in line and "66 s" in line)
+    assert "1f1b, 4 microbatches" in row and "3" in row and "65 s" in row
+    assert as_record(result)["tried"] == [vars(tried)]
+    assert (result.plan.measured_seconds, result.plan.machine) == (66, "2 x cpu")

@@ -8,7 +8,14 @@ import typer
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli.plan_search import Memory, Microbatches, run_search, save_page
+from stagewise.cli.plan_search import (
+    Memory,
+    Microbatches,
+    NoTrial,
+    Seconds,
+    run_search,
+    save_page,
+)
 from stagewise.cli.typed import Typed, command_line, words_of
 from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.planning.choice import requested_schedule
@@ -42,6 +49,8 @@ def plan_command(
     device: opt.DeviceName = None,
     device_file: opt.DeviceFile = None,
     efficiency: opt.EfficiencyText = None,
+    no_trial: NoTrial = False,
+    seconds: Seconds = None,
     as_json: AsJson = False,
     html: opt.HtmlFile = None,
 ) -> None:
@@ -55,7 +64,9 @@ def plan_command(
     plan for 64 of them can be made on a laptop.
 
     If --schedule, --microbatches, --recompute or --replicas is auto, or with --memory, the fastest
-    plan that fits is searched for; the output says what was rejected and why.
+    plan that fits is searched for; the output says what was rejected and why. The best plans of
+    different kinds are then tried for a few steps, and the fastest of them is kept: the output says
+    what was predicted and what was measured, and the JSON names the machine.
 
     Example: stagewise plan examples/shakespeare.py --stages 3
 
@@ -78,6 +89,7 @@ def plan_command(
             microbatches=microbatches,
             balance=balance,
             memory=memory,
+            trial=False if no_trial else None,
         ).request()
         num_devices = (
             request.num_devices if request.searched else requested_schedule(request).num_devices
@@ -90,12 +102,13 @@ def plan_command(
         if spec is not None:
             _run(loaded, request, spec, as_json=as_json, html=html)
             return
-        too = [*["--json"] * as_json, *([] if html is None else ["--html", str(html)])]
+        too = [*["--json"] * as_json, *["--no-trial"] * no_trial]
+        too += command_line({"--html": html, "--seconds": seconds})
         run_in_workers(
             num_devices,
             ["plan", str(recipe), *command_line(words_of(request)), *too],
             before=lambda: None if request.searched else check_form(loaded, request),
-            body=lambda: _run(loaded, request, None, as_json=as_json, html=html),
+            body=lambda: _run(loaded, request, None, as_json=as_json, html=html, seconds=seconds),
         )
 
 
@@ -106,6 +119,7 @@ def _run(
     *,
     as_json: bool,
     html: Path | None,
+    seconds: float | None = None,
 ) -> None:
     """Plan on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
@@ -114,7 +128,7 @@ def _run(
     from stagewise.training.recipe import build_model
 
     if request.searched:
-        run_search(recipe, request, spec, as_json=as_json, html=html)
+        run_search(recipe, request, spec, as_json=as_json, html=html, seconds=seconds)
         return
     if spec is not None:
         plan = estimated_plan(recipe, request, spec)

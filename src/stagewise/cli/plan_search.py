@@ -39,6 +39,23 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
+NoTrial = Annotated[
+    bool,
+    typer.Option(
+        "--no-trial",
+        help="Keep the plan that is fastest as predicted. By default the few best, of different "
+        "kinds, are run for some steps each, and the fastest is kept.",
+    ),
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="S",
+        help="How long a search may measure and try plans. [default: ten steps' worth, at least 2]",
+        show_default=False,
+    ),
+]
 
 
 def run_search(
@@ -48,6 +65,7 @@ def run_search(
     *,
     as_json: bool,
     html: Path | None,
+    seconds: float | None = None,
 ) -> None:
     """Search on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
@@ -58,7 +76,7 @@ def run_search(
         if spec is not None:
             result = estimated_search(recipe, request, spec, progress)
         else:
-            result = measured_search(recipe, request, progress)
+            result = measured_search(recipe, request, progress, seconds=seconds)
     if not prints:
         return
     from stagewise.report.search_table import as_record

@@ -29,6 +29,7 @@ class Typed:
     microbatches: str | None = None
     balance: str | None = None
     memory: str | None = None
+    trial: bool | None = None
 
     def request(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
         """Return the request; raise UsageError naming the option that is wrong."""
@@ -45,6 +46,7 @@ class Typed:
                 num_microbatches=self._microbatches(schedule),
                 balance=_balance(self.balance),
                 memory_bytes=None if self.memory is None else _caps(self.memory),
+                trial=self.trial,
             )
         except PlanError as error:
             raise PlanError(_by_option(str(error))) from None

@@ -5,18 +5,13 @@ torch.distributed every rank must call it.
 """
 
 import inspect
-import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Literal
 
-from stagewise.batch.lanes import has_streams
 from stagewise.batch.markers import along
-from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, LinkCost
 from stagewise.engine.stage.loss import Loss
-from stagewise.engine.transport.connect import Device, values_of_all
-from stagewise.engine.transport.processes import num_processes
+from stagewise.engine.transport.connect import Device
 from stagewise.errors import PlanError
 from stagewise.free_pages import FreePages, trim_of_glibc
 from stagewise.model.cell import Chain
@@ -24,23 +19,18 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
 from stagewise.pipeline.build.places import first_devices
 from stagewise.pipeline.build.refusals import check_buffers
-from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.plan_keywords import check_keywords
-from stagewise.planning.calibrate import (
-    instruction_cost,
-    message_seconds,
-    with_instruction_overhead,
-)
+from stagewise.pipeline.searched_plan import MEASURING_CELLS, agreed_request, search_plan
+from stagewise.pipeline.trials import corrected_costs, devices_are_real, try_plans
+from stagewise.planning.calibrate import with_engine_overhead
 from stagewise.planning.choice import ScheduleChoice, requested_schedule
-from stagewise.planning.interpolate import interpolated
 from stagewise.planning.partition.balance import check_balance, check_counts
 from stagewise.planning.plan import Plan, plan_for, plan_of
 from stagewise.planning.request import Microbatches, PlanRequest, ScheduleLike
-from stagewise.planning.reserve import reserve_of
-from stagewise.planning.search.search import CostsAt, Progress, SearchResult, search_for
 from stagewise.planning.search.stage_blocks import in_blocks
-from stagewise.profiling.example import Example, agreed_costs, example_of, in_training_mode
-from stagewise.slow_notice import notice_if_slow
+from stagewise.profiling.example import Example, agreed_costs, example_of
+
+_REHEARSED = 4  # steps of a plan that nothing is compared with
 
 
 def plan(
@@ -60,9 +50,10 @@ def plan(
     memory_bytes: float | Sequence[float] | None = None,
     state_factor: float = 4,
     device: Device | None = None,
-    seconds: float = 3.0,
+    seconds: float | None = None,
     cells: Sequence[str] | None = None,
     batch_dim: int = 0,
+    trial: bool | None = None,
     **keywords: object,
 ) -> Plan:
     """Choose the cut of `model` that minimises the load of the busiest device.
@@ -93,11 +84,16 @@ def plan(
             accelerators estimates of contexts, workspaces and communicators.
         device: where to measure, one cell at a time unless on the CPU; by default where Pipeline
             would run.
-        seconds: roughly how long to measure.
+        seconds: roughly how long to measure; where plans are tried, for how long in all. By
+            default 3 seconds, or ten steps' worth and at least 2 seconds where plans are tried.
         cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,
             to use as its cells, for a model that torch.export cannot trace; needs an example: see
             `stagewise.capture_cells`.
         batch_dim: the dimension of the example's samples, as for Pipeline.
+        trial: whether the few best plans that a search finds, of different kinds, are run for some
+            steps, which leave no trace, and the fastest is kept; by default where every device is
+            real: one process each, or an accelerator each. The costs are then corrected, the plan
+            has `measured_seconds`, and names the `machine`.
 
     With "auto" for `num_microbatches` (or several numbers), `schedule`, `recompute` or `replicas`,
     with segments or with `memory_bytes`, a search finds the fastest plan on `num_devices` that
@@ -127,6 +123,7 @@ def plan(
         balance=balance,
         memory_bytes=memory_bytes,
         state_factor=state_factor,
+        trial=trial,
     )
     inputs, target = along(inputs, batch_dim), along(target, batch_dim)
     keywords.update(kwargs or {})
@@ -138,7 +135,7 @@ def plan(
     if request.searched:
         found = search_plan(request, example, seconds=seconds).plan
         return found if found.segments else _in_blocks(found, chain)
-    return measured_plan(request, example, seconds=seconds)
+    return measured_plan(request, example, seconds=MEASURING_CELLS if seconds is None else seconds)
 
 
 def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
@@ -152,36 +149,11 @@ def _unmeasured(request: PlanRequest, num_cells: int) -> Plan:
     return plan_of(choice, request.balance, recompute=request.recompute)
 
 
-def _agreed(request: PlanRequest, chain: Chain) -> PlanRequest:
-    """Raise PlanError on every rank unless all request the same plan of the same model; collective.
-
-    Return the request with the memory of every rank's device, if they differ. A schedule that is
-    no name is compared in its plan.
-    """
-    given = dict(vars(request))
-    if not isinstance(request.schedule, str):
-        given["schedule"] = None
-    given["model"] = [[tuple(p.shape) for p in cell.module.parameters()] for cell in chain]
-    rows = values_of_all(given, "plan")
-    caps = [row.pop("memory_bytes") for row in rows]
-    for row, cap in zip(rows, caps, strict=True):
-        row["memory_bytes"] = cap if cap is None or isinstance(cap, Sequence) else "its own"
-    for name in given:
-        differing = [rank for rank, row in enumerate(rows) if row[name] != rows[0][name]]
-        if differing:
-            raise PlanError(
-                f"ranks {differing} called plan with a different {name} than rank 0; call it with "
-                "the same arguments on every rank"
-            )
-    if request.memory_bytes is None or len(set(caps)) == 1:
-        return request
-    each = request.num_devices in (None, len(caps))
-    return replace(request, memory_bytes=caps if each else min(caps))
-
-
-def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.0) -> Plan:
+def measured_plan(
+    request: PlanRequest, example: Example, *, seconds: float = MEASURING_CELLS
+) -> Plan:
     """Return the plan for `request`, cut by costs measured on `example`; collective."""
-    request = _agreed(request, example.chain)
+    request = agreed_request(request, example.chain)
     choice = _checked(request, len(example.chain))
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
@@ -189,10 +161,11 @@ def measured_plan(request: PlanRequest, example: Example, *, seconds: float = 3.
     measured = example.measured(size, seconds=seconds, split=splits)
     costs, link = agreed_costs(measured, example.where)
 
-    def best(link: LinkCost, overhead: InstructionCost) -> Plan:
-        return plan_for(request, with_instruction_overhead(costs, overhead), link=link)
-
-    plan = best(*rehearsed(link, best(link, FREE_INSTRUCTION), example))
+    plan = plan_for(request, costs, link=link)
+    if devices_are_real(request, plan.num_devices):
+        found = try_plans({plan.schedule: plan}, example, seconds=0, least=_REHEARSED)
+        link, engine = corrected_costs(link, lambda _: costs, [*found.values()], example.where)
+        plan = plan_for(request, with_engine_overhead(costs, engine), link=link)
     FreePages(trim_of_glibc()).give_back(seconds)
     return _in_blocks(plan, example.chain)
 
@@ -213,82 +186,3 @@ def _checked(request: PlanRequest, num_cells: int) -> ScheduleChoice:
     if request.balance is not None:
         check_balance(request.balance, num_cells, choice.num_stages)
     return choice
-
-
-def search_plan(
-    request: PlanRequest,
-    example: Example,
-    *,
-    seconds: float = 3.0,
-    progress: Progress | None = None,
-) -> SearchResult:
-    """Search for the fastest plan by costs measured on `example`; collective.
-
-    The request's `num_devices` defaults to the number of ranks.
-    """
-    request = _agreed(request, example.chain)
-    if request.num_devices is None:
-        if num_processes() == 1:
-            raise PlanError("the search needs the number of devices; give num_devices")
-        request = replace(request, num_devices=num_processes())
-    counts = request.counts(example.num_samples, example.parts)
-    costs_at, link = _costs(example, counts, seconds)
-
-    def best(link: LinkCost, overhead: InstructionCost) -> SearchResult:
-        return search_for(
-            request,
-            lambda count: with_instruction_overhead(costs_at(count), overhead),
-            counts,
-            link=link,
-            reserve=reserve_of(example.where.type, posts=num_processes() > 1),
-            progress=progress,
-        )
-
-    found = best(link, FREE_INSTRUCTION)
-    better_known = rehearsed(link, found.plan, example)
-    FreePages(trim_of_glibc()).give_back(seconds)
-    return found if better_known == (link, FREE_INSTRUCTION) else best(*better_known)
-
-
-def rehearsed(
-    link: LinkCost,
-    chosen: Plan,
-    example: Example,
-) -> tuple[LinkCost, InstructionCost]:
-    """Run trial steps of the chosen plan, and refine `link` by what busy devices showed.
-
-    Also returns the time that instructions took beyond their cells.
-    """
-    if num_processes() == 1 or num_processes() != chosen.num_devices:
-        return link, FREE_INSTRUCTION
-    args = () if example.inputs is None else (example.inputs,)
-    with (
-        notice_if_slow("trying the plan for a few steps"),
-        in_training_mode(example.model, example.chain),
-    ):
-        where = [example.where] * chosen.num_devices
-        pipe = Pipeline(example.model, chosen, loss=example.loss, devices=where)
-        timelines = pipe.rehearse(*args, target=example.target, **example.keywords)  # type: ignore[arg-type]
-    overhead, waited = message_seconds(chosen.built_schedule, timelines)
-    num_bytes = [size for cell in chosen.cells for size in (cell.output_bytes, cell.gradient_bytes)]
-    latency = waited - overhead - statistics.fmean(num_bytes) * link.seconds_per_byte
-    better_known = replace(
-        link,
-        latency_seconds=max(link.latency_seconds, latency),
-        overhead_seconds=overhead,
-    )
-    if example.where.type != "cpu" and not has_streams(example.where):  # times of launches
-        return better_known, FREE_INSTRUCTION
-    return better_known, instruction_cost(chosen.engine_costs, timelines)
-
-
-def _costs(example: Example, counts: Sequence[int], seconds: float) -> tuple[CostsAt, LinkCost]:
-    """Return the cells' costs for each number of microbatches, the same on every rank."""
-    sizes = {count: example.size_of(count) for count in counts}
-    small, large = min(sizes.values()), max(sizes.values())
-    measured: dict[int, tuple[CellCost, ...]] = {}
-    for size in sorted({small, large}):
-        own = example.measured(size, seconds=seconds, split=True)
-        measured[size], link = agreed_costs(own, example.where)
-    at = interpolated(measured[small], small, measured[large], large)
-    return (lambda count: at(sizes[count])), link

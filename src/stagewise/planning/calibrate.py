@@ -7,10 +7,10 @@ Instructions cost more than their cells alone, because of the engine's overhead 
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
-from stagewise.costs import CellCost, InstructionCost, StageCost
+from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, stage_costs
 from stagewise.schedule import Instruction, Kind, LoweredProgram, Message, Schedule, lower
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
@@ -53,29 +53,88 @@ def message_seconds(schedule: Schedule, timelines: Sequence[Timeline]) -> tuple[
     )
 
 
-def instruction_cost(costs: Sequence[StageCost], timelines: Sequence[Timeline]) -> InstructionCost:
-    """Return the median time that instructions took beyond their stage's `costs`; 0 if unknown.
+@dataclass(frozen=True, kw_only=True)
+class EngineOverhead:
+    """What instructions take beyond the costs of their cells.
 
-    If only `B` ran, its overhead is split between `I` and `W`; if only these ran, `B` gets the sum.
+    A cell is measured as a stage of its own, so its cost contains the engine's own work for one
+    instruction. A stage of n cells does that work once, not n times: `per_cell`, which is not
+    positive and takes less than the cheapest cell does, is added to every cell, and `per_stage` to
+    every instruction.
     """
-    beyond: dict[Kind, list[float]] = defaultdict(list)
-    for span in (span for timeline in timelines for span in timeline.spans):
-        kind, cost = span.instruction.kind, costs[span.instruction.stage]
-        beyond[kind].append(span.seconds - KINDS[kind].seconds_on(cost))
-    usual = {KINDS[kind].seconds: statistics.median(found) for kind, found in beyond.items()}
+
+    per_stage: InstructionCost = FREE_INSTRUCTION
+    per_cell: InstructionCost = FREE_INSTRUCTION
+
+
+FREE_ENGINE = EngineOverhead()
+_MOST_OF_CELL = 0.9  # even the cheapest cell does something of its own
+Trial = tuple[Sequence[CellCost], Sequence[int], Sequence[Timeline]]  # with the cells per stage
+
+
+def engine_overhead(trials: Iterable[Trial]) -> EngineOverhead:
+    """Return what instructions took in `trials` beyond their stages' costs; 0 if unknown.
+
+    A least-squares line over the number of cells per stage, for every kind. If all stages have the
+    same number, what is missing counts per cell, and what is too much per instruction. If only `B`
+    ran, its overhead is split between `I` and `W`; if only these ran, `B` gets the sum.
+    """
+    beyond: dict[Kind, list[tuple[int, float]]] = defaultdict(list)  # (cells - 1, seconds)
+    cheapest: dict[Kind, float] = {}
+    for cells, sizes, timelines in trials:
+        alone, costs = stage_costs(cells, [1] * len(cells)), stage_costs(cells, sizes)
+        for kind, traits in KINDS.items():
+            cheapest[kind] = min(map(traits.seconds_on, alone), default=0)
+        times: dict[Instruction, list[float]] = defaultdict(list)
+        for span in (span for timeline in timelines for span in timeline.spans):
+            times[span.instruction].append(span.seconds)
+        for i, seconds in times.items():  # a median over the steps, a mean over microbatches
+            expected = KINDS[i.kind].seconds_on(costs[i.stage])
+            beyond[i.kind].append((sizes[i.stage] - 1, statistics.median(seconds) - expected))
+    lines = {
+        KINDS[kind].seconds: _line(points, _MOST_OF_CELL * cheapest[kind])
+        for kind, points in beyond.items()
+    }
+    per_stage, per_cell = (
+        _cost_of({name: line[part] for name, line in lines.items()}) for part in (0, 1)
+    )
+    return EngineOverhead(per_stage=per_stage, per_cell=per_cell)
+
+
+def _line(points: Sequence[tuple[int, float]], most: float) -> tuple[float, float]:
+    """Return (seconds per instruction, seconds per cell), the latter between -`most` and 0."""
+    mean = statistics.fmean(seconds for _, seconds in points)
+    sizes = [size for size, _ in points]
+    middle = statistics.fmean(sizes)
+    spread = sum((size - middle) ** 2 for size in sizes)
+    if spread:
+        slope = sum((size - middle) * seconds for size, seconds in points) / spread
+    else:
+        slope = min(0.0, mean) / middle if middle else 0.0
+    slope = max(-most, min(0.0, slope))
+    return mean - slope * (middle + 1), slope
+
+
+def _cost_of(known: dict[str, float]) -> InstructionCost:
     halves = "input_seconds", "weight_seconds"
-    usual.setdefault("backward_seconds", sum(usual.get(half, 0) for half in halves))
+    known.setdefault("backward_seconds", sum(known.get(half, 0) for half in halves))
     for half in halves:
-        usual.setdefault(half, usual["backward_seconds"] / 2)
-    known = {field.name for field in fields(InstructionCost)}
-    return InstructionCost(**{name: seconds for name, seconds in usual.items() if name in known})
+        known.setdefault(half, known["backward_seconds"] / 2)
+    names = {field.name for field in fields(InstructionCost)}
+    return InstructionCost(**{name: seconds for name, seconds in known.items() if name in names})
 
 
-def with_instruction_overhead(
-    cells: Sequence[CellCost], overhead: InstructionCost
-) -> tuple[CellCost, ...]:
-    """Return `cells` with the same instruction overhead on every stage."""
-    return tuple(replace(cell, instruction_overhead=overhead) for cell in cells)
+def with_engine_overhead(cells: Sequence[CellCost], engine: EngineOverhead) -> tuple[CellCost, ...]:
+    """Return `cells` with the same overhead per cell, and per instruction of every stage."""
+    found = []
+    for cell in cells:
+        changes = {
+            name: max(0, seconds + more)
+            for name, more in vars(engine.per_cell).items()
+            if more and (seconds := getattr(cell, name)) is not None
+        }
+        found.append(replace(cell, **changes, instruction_overhead=engine.per_stage))
+    return tuple(found)
 
 
 def _on_one_clock(

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from stagewise.costs import CellCost, InstructionCost, scaled
 from stagewise.errors import UsageError
-from stagewise.planning.plan import Plan, best_balance
+from stagewise.planning.partition.place import best_balance
+from stagewise.planning.plan import Plan
 from stagewise.planning.refit import with_microbatches
 from stagewise.schedule import SCHEDULES, Kind
 from stagewise.schedule.instruction import KINDS

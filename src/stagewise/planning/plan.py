@@ -16,17 +16,15 @@ from stagewise.costs import (
     CellCost,
     LinkCost,
     StageCost,
-    boundary_seconds,
     cell_of,
     check_amount,
-    load_seconds,
     stage_costs,
 )
 from stagewise.errors import PlanError
 from stagewise.habits import in_our_words
 from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
 from stagewise.planning.partition.balance import check_balance
-from stagewise.planning.partition.place import place
+from stagewise.planning.partition.place import best_balance
 from stagewise.planning.request import PlanRequest, PlanWishes
 from stagewise.planning.simulate import simulate
 from stagewise.schedule import (
@@ -58,7 +56,8 @@ class Plan:
     s as (number of cells, recomputed); the engine runs every part as a separate stage
     (`engine_balance`), and recomputes the marked parts for the microbatches of the policy
     `recompute`, or for all if that is "never". `cells` holds the costs of one microbatch that the
-    plan was made from; it is empty if a `balance` was given and nothing was measured.
+    plan was made from; it is empty if a `balance` was given and nothing was measured. If the plan
+    was tried, its steps took `measured_seconds` on the `machine`.
     """
 
     balance: tuple[int, ...]
@@ -72,6 +71,8 @@ class Plan:
     cells: tuple[CellCost, ...] = ()
     input_bytes: int = 0
     link: LinkCost = FREE_LINK
+    measured_seconds: float | None = None
+    machine: str = ""
 
     def __post_init__(self) -> None:
         check_balance(self.balance, len(self.cells) or sum(self.balance))
@@ -206,8 +207,8 @@ class Plan:
         link: LinkCost = FREE_LINK,
     ) -> "Plan":
         """Return a plan that runs a custom schedule; raise ScheduleError if it is invalid."""
-        choice = choose_schedule(schedule, schedule.num_microbatches)
         measured = {"cells": tuple(cells), "input_bytes": input_bytes, "link": link}
+        choice = choose_schedule(schedule, schedule.num_microbatches)
         return plan_of(choice, balance, recompute=recompute, **measured)
 
     def to_json(self) -> str:
@@ -219,13 +220,15 @@ class Plan:
         """Read what `to_json` wrote; raise PlanError if `text` is not a plan."""
         try:
             fields = json.loads(text)
-            for name, value in {"input_bytes": fields["input_bytes"], **fields["link"]}.items():
+            amounts = {"input_bytes": fields["input_bytes"], **fields["link"]}
+            if fields.get("measured_seconds") is not None:
+                amounts["measured_seconds"] = fields["measured_seconds"]
+            for name, value in amounts.items():
                 check_amount(name, value)
+            plain = "schedule", "num_microbatches", "recompute", "input_bytes"
             return Plan(
+                **{name: fields[name] for name in plain},
                 balance=tuple(fields["balance"]),
-                schedule=fields["schedule"],
-                num_microbatches=fields["num_microbatches"],
-                recompute=fields["recompute"],
                 stages_per_device=fields.get("stages_per_device"),
                 replicas=tuple(fields.get("replicas", ())),
                 programs=tuple(fields.get("programs", ())),
@@ -234,28 +237,15 @@ class Plan:
                     for parts in fields.get("segments", ())
                 ),
                 cells=tuple(map(cell_of, fields["cells"])),
-                input_bytes=fields["input_bytes"],
                 link=LinkCost(**fields["link"]),
+                measured_seconds=amounts.get("measured_seconds"),
+                machine=str(fields.get("machine", "")),
             )
         except NOT_AS_WRITTEN as error:
             raise PlanError(
                 f"this is not a plan ({type(error).__name__}: {error}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
             ) from error
-
-
-def best_balance(
-    schedule: Schedule, cells: Sequence[CellCost], *, recompute: str, link: LinkCost
-) -> tuple[int, ...]:
-    """Return the cut that minimises the load of the busiest device of `schedule`."""
-    forwards, split = 1 if recompute == "never" else 2, schedule.splits_backward
-    found = place(
-        schedule.placement,
-        [load_seconds(cell, forwards=forwards, split=split) for cell in cells],
-        transfer_seconds=boundary_seconds(cells, link),
-    )
-    assert found is not None  # only a memory cap could leave none
-    return found.balance
 
 
 def plan_of(choice: ScheduleChoice, balance: Sequence[int], **rest: Any) -> Plan:

@@ -35,6 +35,7 @@ class PlanWishes(TypedDict):
     balance: NotRequired[Sequence[int] | None]
     memory_bytes: NotRequired[float | Sequence[float] | None]
     state_factor: NotRequired[float]
+    trial: NotRequired[bool | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class PlanRequest:
     balance: Sequence[int] | None = None
     memory_bytes: float | Sequence[float] | None = None  # of every device, or of each
     state_factor: float = 4
+    trial: bool | None = None  # None: where every device is real
 
     def __post_init__(self) -> None:
         counts = self.num_microbatches

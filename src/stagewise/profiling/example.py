@@ -26,7 +26,7 @@ from stagewise.model.chain import Model
 from stagewise.model.meta_tensors import is_meta
 from stagewise.profiling.in_turn import can_take_turns, takes_turns
 from stagewise.profiling.links import LARGE_BYTES, SMALL_BYTES, round_trip_seconds
-from stagewise.profiling.trial_steps import profile
+from stagewise.profiling.trial_steps import MIN_ROUNDS, profile
 from stagewise.slow_notice import notice_if_slow
 
 _TIMES = "forward_seconds", "backward_seconds", "input_seconds", "weight_seconds"
@@ -50,8 +50,13 @@ class Example:
         """Return the number of samples in the first microbatch."""
         return (self.parts or microbatch_sizes(self.num_samples, num_microbatches))[0]
 
-    def measured(self, size: int, *, seconds: float, split: bool) -> tuple[CellCost, ...]:
-        """Measure the costs of a microbatch of `size` samples on this rank."""
+    def measured(
+        self, size: int, *, seconds: float, split: bool, least: int | None = None
+    ) -> tuple[CellCost, ...]:
+        """Measure the costs of a microbatch of `size` samples on this rank.
+
+        In about `seconds`, but in `least` rounds (by default MIN_ROUNDS) at least.
+        """
         first = first_microbatch((self.inputs, self.target, self.keywords), size)
         taking = takes_turns(self.where)
         whole = [c for c in self.chain if not (taking and can_take_turns(c.module))]
@@ -68,6 +73,7 @@ class Example:
                 device=self.where,
                 seconds=seconds,
                 split=split,
+                least=MIN_ROUNDS if least is None else least,
             )
 
 

@@ -61,12 +61,20 @@ def measure_memory(runner: Runner, request: Request) -> LiveMemory:
 
 def rehearse(runner: Runner, request: Request, num_steps: int) -> tuple[Timeline, ...]:
     """Return the timelines of `num_steps` trial steps, after WARMUP_ROUNDS warm-up steps."""
-    timelines, num_devices = [], runner.schedule.num_devices
     with untouched(runner.stages):
-        for number in range(WARMUP_ROUNDS + num_steps):
-            runner.run(replace(request, is_measured=number >= WARMUP_ROUNDS))
-            timelines.append(runner.last_run.timeline(runner.ranks, num_devices))
-    return tuple(timelines[WARMUP_ROUNDS:])
+        for _ in range(WARMUP_ROUNDS):
+            trial_step(runner, request, is_measured=False)
+        return tuple(trial_step(runner, request)[0] for _ in range(num_steps))
+
+
+def trial_step(
+    runner: Runner, request: Request, *, is_measured: bool = True
+) -> tuple[Timeline, float]:
+    """Run a step, inside `untouched`; return its timeline and its seconds on this rank."""
+    start = time.perf_counter()
+    runner.run(replace(request, is_measured=is_measured))
+    seconds = time.perf_counter() - start
+    return runner.last_run.timeline(runner.ranks, runner.schedule.num_devices), seconds
 
 
 def profile(
@@ -77,25 +85,24 @@ def profile(
     device: torch.device,
     seconds: float = 3.0,
     split: bool = False,
+    least: int = MIN_ROUNDS,
 ) -> tuple[CellCost, ...]:
     """Measure every cell on one microbatch; the loss is part of the last cell.
 
-    Takes about `seconds`, at least MIN_ROUNDS trial steps, and returns the median times. With
+    Takes about `seconds`, at least `least` trial steps, and returns the median times. With
     `split`, also measures `I` and `W`, by steps that alternate with the others, in the same time.
     """
     mail = _SizedMail(in_one_process([device] * len(chain)))
     runners = _runners(chain, mail.transport, loss, device, split=split)
     stages = runners[0].stages
-    inputs, target, keywords = pytree.tree_map_only(
-        torch.Tensor, torch.Tensor.detach, (*batch[:2], dict(batch[2]))
-    )
+    plain = (*batch[:2], dict(batch[2]))
+    inputs, target, keywords = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, plain)
     request = Request(mode=Mode.TRAIN, inputs=inputs, target=target, keywords=keywords)
     excluded = _excluded(stages, request)
-    trials = Together(excluded)
-    if takes_turns(device):
-        trials = InTurn(excluded, device, mail.under_way)
+    alone = takes_turns(device)
+    trials = InTurn(excluded, device, mail.under_way) if alone else Together(excluded)
     with untouched(stages):
-        times = _times(runners, request, seconds, trials)
+        times = _times(runners, request, trials, seconds=seconds, least=least)
     measured = _activation_bytes(runners[-1], request, mail, trials)
 
     def seconds_of(cell: Cell, kind: Kind) -> float:
@@ -144,12 +151,12 @@ def _runners(
 
 
 def _times(
-    runners: Sequence[Runner], request: Request, seconds: float, trials: Together
+    runners: Sequence[Runner], request: Request, trials: Together, *, seconds: float, least: int
 ) -> dict[Instruction, list[float]]:
     """Return each instruction's times, from trial steps of all runners in turn."""
     times: dict[Instruction, list[float]] = {}
     deadline, rounds = time.perf_counter() + seconds, 0
-    while rounds < MIN_ROUNDS + WARMUP_ROUNDS or (
+    while rounds < least + WARMUP_ROUNDS or (
         time.perf_counter() < deadline and rounds < MAX_ROUNDS
     ):
         for runner in runners:

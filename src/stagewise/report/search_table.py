@@ -25,6 +25,8 @@ def explanation(result: SearchResult) -> Iterator[RenderableType]:
         f"bound of any plan, {format_seconds(result.bound_seconds)}; the bound of this cut is "
         f"{format_seconds(result.schedule_bound_seconds)}"
     )
+    if result.tried:
+        yield _tried(result)
     yield (
         f"bubble {causes.total:.1%}: fill and drain {causes.fill_and_drain:.1%}, imbalance "
         f"{causes.imbalance:.1%}, communication {causes.communication:.1%}"
@@ -59,6 +61,7 @@ def as_record(result: SearchResult) -> dict[str, object]:
         ],
         "rejected": [{"what": each.what, "reason": each.reason} for each in result.rejected],
         "work": asdict(result.work),
+        "tried": [asdict(each) for each in result.tried],
     }
 
 
@@ -92,6 +95,22 @@ def _devices(result: SearchResult) -> Table:
             size_in_words(needs),
             share,
             size_in_words(peaks[device]),
+        )
+    return table
+
+
+def _tried(result: SearchResult) -> Table:
+    table = Table(title=f"Tried, on {result.machine}", title_justify="left")
+    headings = "plan", "predicted", "measured", "steps", "with corrected costs"
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading != "plan" else "left")
+    for each in result.tried:
+        table.add_row(
+            each.what,
+            format_seconds(each.predicted_seconds),
+            format_seconds(each.measured_seconds),
+            str(each.num_steps),
+            format_seconds(each.corrected_seconds),
         )
     return table
 

@@ -7,7 +7,8 @@ from stagewise.batch.split import batch_size
 from stagewise.costs import CellCost
 from stagewise.errors import ModelError, ScheduleError
 from stagewise.model.chain import chain_of
-from stagewise.pipeline.plan_model import measured_plan, search_plan
+from stagewise.pipeline.plan_model import measured_plan
+from stagewise.pipeline.searched_plan import search_plan
 from stagewise.planning import Plan, SearchResult
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
@@ -100,13 +101,15 @@ def estimated_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec) -> 
     return plan_for(request, found.cells, link=device.link(choice.num_devices))
 
 
-def measured_search(recipe: Recipe, request: PlanRequest, progress: Progress) -> SearchResult:
-    """Search with costs measured here; every rank calls this."""
+def measured_search(
+    recipe: Recipe, request: PlanRequest, progress: Progress, *, seconds: float | None = None
+) -> SearchResult:
+    """Search with costs measured here, and try the best plans; every rank calls this."""
     model, batch = build_model(recipe, seed=0), TrainingBatches(recipe, seed=0).first
     with recipe.precision():
         example = recipe_example(recipe, model, batch)
         request = replace(request, state_factor=state_factor(recipe, example.chain))
-        return search_plan(request, example, progress=progress)
+        return search_plan(request, example, seconds=seconds, progress=progress)
 
 
 def estimated_search(

@@ -14,7 +14,7 @@ from stagewise.checkpoints.names import aliases_of
 from stagewise.checkpoints.sources import open_source
 from stagewise.costs import CellCost
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.processes import devices_here, own_rank
+from stagewise.engine.transport.processes import devices_here, own_device, own_rank
 from stagewise.errors import (
     CheckpointError,
     RecipeError,
@@ -24,6 +24,7 @@ from stagewise.mesh import MeshShape
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.pipeline.trials import warn_elsewhere
 from stagewise.planning import Plan, check_balance
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.partition.balance import check_counts
@@ -138,6 +139,7 @@ def _planned(
 ) -> tuple[Plan, Mapping[int, tuple[CellCost, ...]]]:
     """Return the plan, and the measured costs if microbatches are adaptive."""
     if isinstance(options.plan, Plan):
+        warn_elsewhere(options.plan, own_device())
         return options.plan, {}
     if options.adaptive and not recipe.meta:
         kept, num_devices = options.resume, requested_schedule(options.plan).num_devices

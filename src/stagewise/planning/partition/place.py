@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from stagewise.costs import CellCost, LinkCost, boundary_seconds, load_seconds
 from stagewise.planning.partition.any_placement import improve_cuts
 from stagewise.planning.partition.cut_costs import Layout, MemoryNeeds, balance_of, layout
 from stagewise.planning.partition.integer_program import branch_and_bound
@@ -18,6 +19,7 @@ from stagewise.planning.partition.two_per_device import (
     cut_two_per_device,
     has_two_per_device,
 )
+from stagewise.schedule import Schedule
 
 _ROUNDING = 1e-9  # relative, HiGHS's tolerance
 _MAX_CHOICES = 4_000  # boundaries times stages of a mixed-integer program
@@ -128,3 +130,17 @@ def _partition(
     if seconds == float("inf"):
         return None
     return Partition(balance=balance_of(cuts), seconds=seconds, bound_seconds=min(bound, seconds))
+
+
+def best_balance(
+    schedule: Schedule, cells: Sequence[CellCost], *, recompute: str, link: LinkCost
+) -> tuple[int, ...]:
+    """Return the cut that minimises the load of the busiest device of `schedule`."""
+    forwards, split = 1 if recompute == "never" else 2, schedule.splits_backward
+    found = place(
+        schedule.placement,
+        [load_seconds(cell, forwards=forwards, split=split) for cell in cells],
+        transfer_seconds=boundary_seconds(cells, link),
+    )
+    assert found is not None  # only a memory cap could leave none
+    return found.balance

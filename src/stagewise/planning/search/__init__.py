@@ -6,5 +6,6 @@
    `stage_blocks`: recomputation in blocks of a stage, where that costs no time.
 4. `evaluate`: one candidate, cut, simulated and compared with the memory cap.
 5. `search` evaluates candidates, the most promising first, and reports what it rejected and why.
-6. `less_memory`: what to change in a plan that ran out of memory.
+6. `finalists`: those that are worth trying on the real devices.
+7. `less_memory`: what to change in a plan that ran out of memory.
 """

@@ -7,8 +7,8 @@ schedules are synthesised for the best cuts. Work is counted in simulated instru
 seconds, so that every rank and every machine finds the same plan.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost
@@ -20,6 +20,7 @@ from stagewise.planning.search.bounds import least_plan_seconds, least_step_seco
 from stagewise.planning.search.candidates import Option, options
 from stagewise.planning.search.cuts import Machine, SearchWork
 from stagewise.planning.search.evaluate import EvaluatedPlan, Evaluator, Rejected
+from stagewise.planning.search.finalists import Tried, finalists
 from stagewise.planning.synthesis.lower_bound import lower_bound_seconds
 from stagewise.schedule import POLICIES
 
@@ -48,11 +49,17 @@ class SearchResult:
     caps: tuple[float, ...] | None  # per device
     state_factor: float
     reserve: Reserve
+    finalists: tuple[EvaluatedPlan, ...]  # worth trying
+    tried: tuple[Tried, ...] = ()  # the chosen one first
+    machine: str = ""  # where they were tried
 
     @cached_property
     def plan(self) -> Plan:
         """The chosen plan."""
-        return self.chosen.plan()
+        if not self.tried:
+            return self.chosen.plan()
+        measured = self.tried[0].measured_seconds
+        return replace(self.chosen.plan(), measured_seconds=measured, machine=self.machine)
 
     @property
     def distance(self) -> float:
@@ -114,6 +121,23 @@ class _Search:
             self.record(found)
             return isinstance(found, EvaluatedPlan) or not found.lacks_memory
         return True
+
+    def whole_stages(
+        self, all_options: Sequence[Option], cells: Mapping[int, Sequence[CellCost]]
+    ) -> list[EvaluatedPlan]:
+        """Return plans with one stage per device, which the bounds may have left out.
+
+        With as many microbatches as the fastest plan has.
+        """
+        count = min(self.evaluated, key=_rank).num_microbatches
+        found = [
+            self.evaluator.plain(option, cells[count], float("inf"))
+            for option in all_options
+            if (option.stages_per_device, option.num_microbatches) == (1, count)
+            and not option.replicated
+            and option.num_instructions <= _MAX_SYNTHESIS
+        ]
+        return [plan for plan in found if isinstance(plan, EvaluatedPlan)]
 
     def synthesise(self) -> None:
         """Synthesise schedules for the best cuts that are small enough."""
@@ -193,6 +217,7 @@ def search(
             f"{len(cells[counts[0]])} cells cannot fill {num_devices} devices; use fewer devices, "
             "give stages several devices (replicas), or split the model into more layers"
         )
+    every_option = all_options
     for less_memory in (False, True):  # plans that fit at once prune most that need less memory
         again = []
         for index, option in enumerate(all_options):
@@ -209,7 +234,9 @@ def search(
         running.synthesise()
     if not running.evaluated:
         raise PlanError(_nothing_fits(running.rejected, num_devices, len(cells[counts[0]])))
-    chosen, *others = sorted(running.evaluated, key=_rank)
+    ranked = sorted(running.evaluated, key=_rank)
+    whole = running.whole_stages(every_option, cells)
+    chosen, *others = ranked
     return SearchResult(
         chosen=chosen,
         runners_up=tuple(others[:_RUNNERS_UP]),
@@ -223,6 +250,7 @@ def search(
         caps=caps,
         state_factor=state_factor,
         reserve=reserve,
+        finalists=tuple(finalists(ranked, sorted(whole, key=_rank))),
     )
 
 

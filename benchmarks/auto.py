@@ -1,0 +1,166 @@
+"""Is the plan that `auto` chooses the fastest one measured?
+
+`auto` beside every named schedule with its best cut, and beside the schedules of
+torch.distributed.pipelining on the same cuts, in the same processes, alternating steps.
+"""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import typer
+
+import stagewise
+from benchmarks.auto_workloads import DEVICE, WORKLOADS, Task, Workload
+from benchmarks.torch_schedules import TORCH_SCHEDULES, torch_step
+from benchmarks.workers import Row, keep_to_core, print_rows, run_workers
+from stagewise.errors import PlanError, ScheduleError
+from stagewise.planning import Plan, search
+from stagewise.schedule import SCHEDULES
+
+WARM_UP = 9  # steps: in the first eight, stagewise looks at what cells do
+QUICK = "demo", "24 unequal emulated cells"
+NOTES = (
+    "ratio: over the fastest row of the workload; predicted_seconds: before any row was measured, "
+    "with costs that auto's trials corrected",
+    "planning_seconds: of auto, with measuring and trials",
+)
+
+
+@dataclass
+class Contender:
+    """A row, and what runs its step on this rank."""
+
+    system: str
+    schedule: str
+    step: Callable[[], object]
+    predicted_seconds: float | None
+    planning_seconds: float | None = None
+
+
+def main(
+    quick: bool = typer.Option(False, help="Two workloads, few rows; less than a minute."),
+    json: bool = typer.Option(False, "--json", help="One JSON object per row."),
+    workload: list[str] = typer.Option([], help="Only these: a part of the name is enough."),
+    steps: int = typer.Option(5, help="Measured steps of every row; their median is shown."),
+) -> None:
+    """Compare auto with every named schedule and with torch's."""
+    chosen = [
+        at
+        for at, each in enumerate(WORKLOADS)
+        if any(part in each.name for part in workload or (QUICK if quick else ("",)))
+    ]
+    if quick:
+        chosen = [at for at in chosen if WORKLOADS[at].num_devices <= 4]
+    rows: list[Row] = []
+    for at in chosen:
+        rows += run_workers(WORKLOADS[at].num_devices, measure, at, quick, 2 if quick else steps)
+    print_rows("auto beside named schedules", rows, as_json=json, notes=NOTES)
+
+
+def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
+    """Run on every rank: all contenders of one workload, in turn."""
+    workload = WORKLOADS[at]
+    if workload.is_emulated:
+        keep_to_core()
+    contenders = [*_contenders(workload, quick)]
+    times: list[list[float]] = [[] for _ in contenders]
+    for number in range(WARM_UP + num_steps):
+        DEVICE.speed = math.inf if number < WARM_UP - 1 else 1.0
+        for contender, own in zip(contenders, times, strict=True):
+            dist.barrier()
+            start = time.perf_counter()
+            contender.step()
+            own.append(_together(start, time.perf_counter()))
+    medians = [statistics.median(own[WARM_UP:]) for own in times]
+    return [
+        {
+            "workload": f"{workload.name}, K={workload.num_devices}",
+            "system": contender.system,
+            "schedule": contender.schedule,
+            "step_seconds": seconds,
+            "ratio": seconds / min(medians),
+            "predicted_seconds": contender.predicted_seconds,
+            "planning_seconds": contender.planning_seconds,
+        }
+        for contender, seconds in zip(contenders, medians, strict=True)
+    ]
+
+
+def _contenders(workload: Workload, quick: bool) -> Iterator[Contender]:
+    task = workload.task(quick)
+    start = time.perf_counter()
+    auto = stagewise.plan(
+        task.model,
+        task.inputs,
+        target=task.target,
+        loss=task.loss,
+        num_devices=workload.num_devices,
+        num_microbatches=workload.num_microbatches,
+        schedule="auto",
+    )
+    planning_seconds = time.perf_counter() - start
+    yield _ours("auto", auto, workload.task(quick), planning_seconds)
+    named = {name: plan for name in SCHEDULES if (plan := _best_named(name, auto)) is not None}
+    kept = [*named] if not quick else ["1f1b", "zb_v"]
+    for name in kept:
+        yield _ours("stagewise", named[name], workload.task(quick))
+    for row in TORCH_SCHEDULES if workload.chain else ():
+        if row.ours in kept and row.ours in named:
+            task, plan = workload.task(quick), named[row.ours]
+            # Its zero-bubble backward wants gradients of the stage's inputs and weights alone.
+            step = torch_step(
+                row,
+                copy.deepcopy(task.model) if not workload.is_emulated else task.model,
+                plan.balance,
+                plan.built_schedule.placement,
+                plan.num_microbatches,
+                task.loss,
+                task.inputs,
+                task.target,
+            )
+            yield Contender("torch.distributed.pipelining", row.name, step, None)
+
+
+def _best_named(name: str, auto: Plan) -> Plan | None:
+    """Return the named schedule with its best cut, by the costs that `auto` was made from."""
+    try:
+        return search(
+            lambda _: auto.cells,
+            auto.num_devices,
+            num_microbatches=[auto.num_microbatches],
+            recompute="never",
+            link=auto.link,
+            schedules=[name],
+            synthesis=False,
+        ).plan
+    except (PlanError, ScheduleError):  # not for these numbers
+        return None
+
+
+def _ours(system: str, plan: Plan, task: Task, planning_seconds: float | None = None) -> Contender:
+    pipe = stagewise.Pipeline(task.model, plan, loss=task.loss)
+    each = plan.num_stages // plan.num_devices
+    return Contender(
+        system,
+        f"{plan.schedule}, {each} stages per device" if each > 1 else plan.schedule,
+        lambda: pipe.step(task.inputs, target=task.target),
+        plan.timeline.duration_seconds,
+        planning_seconds,
+    )
+
+
+def _together(start: float, end: float) -> float:
+    """From when the last rank began to when the last one ended, on the clock they share."""
+    stamps = torch.tensor([start, end], dtype=torch.float64)
+    dist.all_reduce(stamps, dist.ReduceOp.MAX)
+    return float(stamps[1] - stamps[0])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,72 @@
+"""The plans worth trying: the fastest few of different kinds, as predicted.
+
+Problem: predictions leave something out, and what they leave out is alike for similar plans, so the
+first few of the ranking are wrong together.
+Idea: take the fastest of every kind (named or synthesised, stages per device, microbatches), and
+always the fastest named schedule and the fastest with one stage per device.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from stagewise.costs import CellCost, LinkCost
+from stagewise.planning.fast_simulate import outcome_of
+from stagewise.planning.search.evaluate import EvaluatedPlan
+
+FINALISTS = 3
+_HOPELESS = 1.3  # times the fastest prediction: more than predictions are wrong by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A plan that was run: what its step took, what was predicted before and with costs after."""
+
+    what: str
+    predicted_seconds: float
+    measured_seconds: float  # median of the steps
+    corrected_seconds: float
+    num_steps: int
+
+
+def finalists(
+    evaluated: Sequence[EvaluatedPlan],
+    whole: Sequence[EvaluatedPlan] = (),
+    number: int = FINALISTS,
+) -> list[EvaluatedPlan]:
+    """Return at most `number` of the plans that are worth trying, the fastest first.
+
+    Both lists are sorted by predicted time; the plans of `whole` have one stage per device.
+    """
+    most = _HOPELESS * evaluated[0].seconds
+    hopeful = [plan for plan in evaluated if plan.seconds <= most]
+    kinds = {_kind(plan): plan for plan in reversed(hopeful)}
+    picked = [
+        *hopeful[:1],
+        *[plan for plan in evaluated if not plan.programs][:1],
+        *[plan for plan in whole if plan.seconds <= most][:1],
+        *sorted(kinds.values(), key=lambda plan: plan.seconds),
+    ]
+    return [plan for at, plan in enumerate(picked) if not is_among(plan, picked[:at])][:number]
+
+
+def is_among(plan: EvaluatedPlan, others: Iterable[EvaluatedPlan]) -> bool:
+    """Return whether one of `others` is the same plan, at whatever costs."""
+    same = "option", "recompute", "balance", "segments", "programs"
+    return any(all(getattr(plan, n) == getattr(other, n) for n in same) for other in others)
+
+
+def _kind(plan: EvaluatedPlan) -> tuple[bool, int, int]:
+    return bool(plan.programs), plan.option.stages_per_device, plan.num_microbatches
+
+
+def repriced(plan: EvaluatedPlan, cells: Sequence[CellCost], link: LinkCost) -> EvaluatedPlan:
+    """Return `plan` with other costs of the same cells."""
+    before, after = plan.plan(), replace(plan, cells=tuple(cells), link=link).plan()
+    old, new = (outcome_of(p.built_schedule, p.engine_costs, p.link) for p in (before, after))
+    return replace(
+        plan,
+        cells=tuple(cells),
+        link=link,
+        seconds=plan.seconds - old.seconds + new.seconds,
+        busy_seconds=new.busy_seconds,
+    )
