@@ -125,6 +125,7 @@ COMMAND_LINE = {
     "train": [
         "--balance",
         "--checkpoint-every",
+        "--dashboard",
         "--devices",
         "--help",
         "--init",

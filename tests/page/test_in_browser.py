@@ -5,15 +5,18 @@ numbers are those of the JSON. `make test-page` runs this where Chromium is inst
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from benchmarks import screenshots
 from benchmarks.screenshots import DESKTOP, PHONE, Driver, opened
 from stagewise.costs import CellCost
+from stagewise.page.dashboard import PageServer
 from stagewise.page.document import write_html
 from stagewise.page.plan_page import plan_page
 from stagewise.planning.plan import plan_from_costs
+from stagewise.recording import LOG_FILE
 from stagewise.timeline import Timeline
 
 if not screenshots.browser_is_here():
@@ -185,3 +188,31 @@ def test_without_scripts_the_tables_are_there(page: Path) -> None:
         assert "the tables hold the same numbers" in text
         assert "Where the time goes" in text and "zb_h1, 4 microbatches" in text
         assert not driver.find_element("id", "theme").is_displayed()
+
+
+def test_a_live_page_follows_its_run(tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    run = tmp_path / "run"
+    run.mkdir()
+    with PageServer(run) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with opened(f"http://{server.authority}/") as driver:
+            wait = WebDriverWait(driver, 60, poll_frequency=0.1)
+
+            def shows(text: str) -> None:
+                wait.until(lambda _: text in driver.find_element("tag name", "main").text)
+
+            shows("the run has written nothing yet")
+            (run / LOG_FILE).write_text('{"step": 1, "loss": 2.5}\n')
+            shows("2.5000")
+            driver.execute_script("window.same = true")
+            (run / LOG_FILE).write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.25}\n')
+            shows("1.2500")
+            assert driver.execute_script("return window.same")  # it was not loaded anew
+            drawn = "return document.querySelector('[data-plot=losses]').data[0].y"
+            assert driver.execute_script(drawn) == [2.5, 1.25]
+            server.shutdown()
+            server.server_close()
+            shows("The run has ended; this page shows its last state.")
+            assert driver.execute_script(drawn) == [2.5, 1.25]

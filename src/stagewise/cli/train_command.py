@@ -13,10 +13,11 @@ from stagewise.cli import options as opt
 from stagewise.cli import train_options as run
 from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
-from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
+from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, saved_plan, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
 from stagewise.errors import PlanError, UsageError
 from stagewise.mesh import PIPELINE_AXIS, MeshShape
+from stagewise.page.dashboard import live_page
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
 from stagewise.planning.refit import refitted
@@ -69,6 +70,7 @@ def train(
     restarts: run.Restarts = 0,
     record: run.Record = 3,
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
+    dashboard: run.Dashboard = False,
 ) -> None:
     """Train the model of a recipe through a pipeline.
 
@@ -125,23 +127,27 @@ def train(
                 mesh=shape,
             )
 
-        run_in_workers(
-            _num_devices(wanted) if shape is None else shape.num_ranks,
-            [] if place is None else _arguments(recipe, options_at(place)),
-            before=lambda: check_form(
-                loaded,
-                wanted,
-                place.checkpoint if place else None,
-                place.init if place else None,
-                shape,
-            ),
-            body=lambda: _run(
-                loaded, options_at(place or agreed_place(loaded.name, out, asked)), lifeline
-            ),
-            timeout=timeout,
-            restarts=restarts,
-            may_share=shape is None,
-        )
+        with live_page(place.run if dashboard and place else None):
+            run_in_workers(
+                _num_devices(wanted) if shape is None else shape.num_ranks,
+                [] if place is None else _arguments(recipe, options_at(place)),
+                before=lambda: check_form(
+                    loaded,
+                    wanted,
+                    place.checkpoint if place else None,
+                    place.init if place else None,
+                    shape,
+                ),
+                body=lambda: _run(
+                    loaded,
+                    options_at(place or agreed_place(loaded.name, out, asked)),
+                    lifeline,
+                    shown=dashboard and place is None,
+                ),
+                timeout=timeout,
+                restarts=restarts,
+                may_share=shape is None,
+            )
 
 
 def _wanted(
@@ -157,12 +163,12 @@ def _wanted(
         asked = replace(asked, num_ranks=typed.devices or here)
         sized = plan is not None or typed.replicas is not None
         typed = replace(typed, devices=None if sized else axes.get(PIPELINE_AXIS))
-        wanted = _request(typed) if plan is None else _saved(plan, typed)
+        wanted = _request(typed) if plan is None else saved_plan(plan, typed)
         return wanted, asked.shape(_num_devices(wanted))
     unsized = typed.stages is None and typed.devices is None and typed.replicas is None
     if here is not None and plan is None and unsized and typed.schedule in SCHEDULES:
         typed = replace(typed, devices=here)
-    wanted = _request(typed) if plan is None else _saved(plan, typed)
+    wanted = _request(typed) if plan is None else saved_plan(plan, typed)
     number = _num_devices(wanted)
     if here is None or here == number or not num_restarts()[1]:
         return wanted, None
@@ -185,28 +191,10 @@ def _request(typed: Typed) -> PlanRequest:
     return replace(typed, microbatches=None).fixed()
 
 
-def _saved(path: Path, typed: Typed) -> Plan:
-    """Return the plan in a file written by `stagewise plan --json`.
-
-    Raises PlanError if it is not a plan, UsageError if other options contradict it.
-    """
-    defaults = vars(Typed())
-    if others := [f"--{name}" for name, given in vars(typed).items() if given != defaults[name]]:
-        raise UsageError(
-            f"--plan {path} determines how the model is cut and run, but {', '.join(others)} was "
-            "given too; leave it out, or leave --plan out"
-        )
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"the plan {path} cannot be read ({error}); write one with stagewise plan RECIPE "
-            f"--json > {path}"
-        ) from error
-
-
-def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None") -> None:
-    """Train on every worker; rank 0 prints the result."""
+def _run(
+    recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None", *, shown: bool
+) -> None:
+    """Train on every worker; rank 0 prints the result, and serves the page if it is `shown`."""
     from stagewise.engine.transport.processes import is_first
     from stagewise.training.outcome import print_result
     from stagewise.training.trainer import run_training
@@ -218,7 +206,7 @@ def _run(recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None")
     for line in recipe.mesh.in_words(options.mesh) if is_first() else ():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     stop = stop_request(lifeline)
-    with stop.listening():
+    with stop.listening(), live_page(options.run if shown and is_first() else None):
         outcome = run_training(recipe, options, console=console, stop=stop)
     if is_first():
 

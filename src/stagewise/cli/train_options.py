@@ -11,6 +11,14 @@ import typer
 from stagewise.errors import UsageError
 from stagewise.mesh import PIPELINE_AXIS, MeshShape
 
+Dashboard = Annotated[
+    bool,
+    typer.Option(
+        "--dashboard",
+        help="Serve a page that follows the run, to browsers on this machine only, and print its "
+        "address. Needs plotly: pip install 'stagewise[page]'.",
+    ),
+]
 Mesh = Annotated[
     str | None,
     typer.Option(

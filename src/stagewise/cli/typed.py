@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stagewise.errors import PlanError, ScheduleError, UsageError
 from stagewise.planning.devices import parse_bytes
+from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, Microbatches, PlanRequest
 from stagewise.schedule import SCHEDULES, Schedule, parse_schedule
 from stagewise.schedule.table import unknown_schedule
@@ -72,6 +73,26 @@ class Typed:
         return numbers_in(
             "--microbatches", self.microbatches, "one, such as", example, what="positive integer"
         )
+
+
+def saved_plan(path: Path, typed: Typed) -> Plan:
+    """Return the plan in a file written by `stagewise plan --json`.
+
+    Raises PlanError if it is not a plan, UsageError if other options contradict it.
+    """
+    defaults = vars(Typed())
+    if others := [f"--{name}" for name, given in vars(typed).items() if given != defaults[name]]:
+        raise UsageError(
+            f"--plan {path} determines how the model is cut and run, but {', '.join(others)} was "
+            "given too; leave it out, or leave --plan out"
+        )
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"the plan {path} cannot be read ({error}); write one with stagewise plan RECIPE "
+            f"--json > {path}"
+        ) from error
 
 
 def words_of(request: PlanRequest) -> dict[str, object]:

@@ -4,4 +4,5 @@
 2. `plan_page` fills it from a plan and its rivals, `run_page` from what runs have recorded.
 3. `waiting` finds who waited for whom; `figures` describes the pictures for plotly.
 4. `fragments` writes tables as HTML; `document` joins everything, with plotly inside, in one file.
+5. `dashboard` serves the page of a run while it trains.
 """

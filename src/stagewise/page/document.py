@@ -23,11 +23,12 @@ from stagewise.page import fragments as write
 from stagewise.page.page_contents import Page, ShownStep
 
 _MISSING = (
-    "--html needs plotly, which draws the page's pictures, but it is not installed; install it "
-    "with: pip install 'stagewise[page]'"
+    "pages need plotly, which draws their pictures, but it is not installed; install it with: "
+    "pip install 'stagewise[page]'"
 )
 
 
+_FROM = {False: "'none'", True: "'self'"}  # where a page may ask for more, if it is live
 _LOSSES = (
     '<div class="plot" data-plot="losses" role="img" aria-label="Loss over steps, a line per run">'
     "</div>"
@@ -36,7 +37,7 @@ _LOSSES = (
 
 def check_html(path: Path) -> None:
     """Raise UsageError if a page cannot be written to `path`."""
-    _plotly()
+    plotly_script()
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise UsageError(f"--html {path} {what}; give a file to write, such as --html page.html")
@@ -56,25 +57,16 @@ def write_html(page: Page, path: Path) -> None:
         ) from error
 
 
-def document(page: Page) -> str:
-    """Return the page as HTML."""
-    plotly, script, style = _plotly(), _asset("page.js"), _asset("page.css")
-    numbers = {**page.record, "steps": [step.to_record() for step in page.steps]}
-    pictures = {
-        "steps": [
-            {
-                "name": step.name,
-                "timeline": draw.timeline_figure(step),
-                "memory": draw.memory_figure(step) if step.memory else None,
-            }
-            for step in page.steps
-        ],
-        "losses": draw.losses_figure(page.losses) if page.losses else None,
-    }
+def document(page: Page, version: str = "") -> str:
+    """Return the page as HTML; one with a `version` asks its server for the next."""
+    plotly, script, style = plotly_script(), _asset("page.js"), _asset("page.css")
+    parts = html_parts_of(page)
     policy = (
         f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)}; "
-        "style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
+        f"style-src 'unsafe-inline'; img-src data: blob:; connect-src {_FROM[bool(version)]}"
     )
+    timelines = _section("Timeline", _panes(page.steps)) if page.steps else ""
+    losses = _section("Loss", _LOSSES) if page.losses else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
@@ -82,31 +74,48 @@ def document(page: Page) -> str:
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <title>{escape(page.title)}</title>
-<style>{style}</style></head><body>
+<style>{style}</style></head><body data-version="{escape(version)}">
 <header><h1>{escape(page.title)}</h1>
 <button type="button" id="theme" hidden>Dark mode</button></header>
-<main>{write.pairs(page.summary, "summary")}
+<main><p id="live" role="status">{"This page follows the run." if version else ""}</p>
+<div data-part="summary">{parts["summary"]}</div>
 <noscript><p class="note">Pictures need JavaScript; the tables hold the same numbers.</p></noscript>
-{_body(page)}</main>
-<script type="application/json" id="numbers">{_embedded(numbers)}</script>
-<script type="application/json" id="figures">{_embedded(pictures)}</script>
+{timelines}{losses}<div data-part="tables">{parts["tables"]}</div>
+<p><button type="button" id="save" hidden>Save the numbers as JSON</button></p></main>
+<script type="application/json" id="numbers">{_embedded(numbers_of(page))}</script>
+<script type="application/json" id="figures">{_embedded(figures_of(page))}</script>
 <script>{plotly}</script><script>{script}</script></body></html>
 """
 
 
-def _body(page: Page) -> str:
-    parts = []
-    if page.steps:
-        parts.append(_section("Timeline", _panes(page.steps)))
-        parts.append(_section("Where the time goes", _times(page.steps)))
+def numbers_of(page: Page) -> dict[str, object]:
+    """Return all that the page shows as JSON-ready values."""
+    return {**page.record, "steps": [step.to_record() for step in page.steps]}
+
+
+def figures_of(page: Page) -> dict[str, object]:
+    """Return the page's pictures for plotly."""
+    steps = [
+        {
+            "name": step.name,
+            "timeline": draw.timeline_figure(step),
+            "memory": draw.memory_figure(step) if step.memory else None,
+        }
+        for step in page.steps
+    ]
+    return {"steps": steps, "losses": draw.losses_figure(page.losses) if page.losses else None}
+
+
+def html_parts_of(page: Page) -> dict[str, str]:
+    """Return the page's tables, by the part of the page that they fill."""
+    parts = [_section("Where the time goes", _times(page.steps))] if page.steps else []
     for section in page.sections:
         parts.append(_section(section.title, "".join(map(write.html_of, section.parts))))
     if page.losses:
-        parts.insert(2, _section("Loss", _LOSSES + write.losses(page.losses)))
+        parts.append(_section("Losses", write.losses(page.losses)))
     if page.environment:
         parts.append(_section("Environment", write.pairs(page.environment, "environment")))
-    saved = '<p><button type="button" id="save" hidden>Save the numbers as JSON</button></p>'
-    return "".join(parts) + saved
+    return {"summary": write.pairs(page.summary, "summary"), "tables": "".join(parts)}
 
 
 def _times(steps: Sequence[ShownStep]) -> str:
@@ -171,7 +180,8 @@ def _asset(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
+def plotly_script() -> str:
+    """Return plotly.js; raise UsageError if plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

@@ -2,7 +2,7 @@
 (() => {
   "use strict";
   const root = document.documentElement;
-  const figures = JSON.parse(document.getElementById("figures").textContent);
+  let figures = JSON.parse(document.getElementById("figures").textContent);
   const timelines = [...document.querySelectorAll('[data-plot="timeline"]')];
   const memories = [...document.querySelectorAll('[data-plot="memory"]')];
   const touch = matchMedia("(pointer: coarse)").matches;
@@ -161,4 +161,47 @@
     URL.revokeObjectURL(link.href);
   });
   drawAll();
+
+  // A live page asks its server for what is new, until the run has ended.
+  const shape = () => [Math.min(2, figures.steps.length), !figures.losses].join();
+
+  function update(news) {
+    const before = shape();
+    figures = news.figures;
+    document.getElementById("numbers").textContent = JSON.stringify(news.numbers);
+    if (shape() !== before) { location.reload(); return; } // other pictures than before
+    for (const [name, html] of Object.entries(news.parts)) {
+      const part = document.querySelector(`[data-part="${name}"]`);
+      const open = [...part.querySelectorAll("details")].map((node) => node.open);
+      part.innerHTML = html;
+      part.querySelectorAll("details").forEach((node, index) => { node.open = Boolean(open[index]); });
+    }
+    for (const select of document.querySelectorAll("select[data-pane]")) {
+      const old = [...select.options].map((option) => option.text);
+      const names = figures.steps.map((step) => step.name);
+      if (names.join("\n") === old.join("\n")) continue;
+      const kept = names.indexOf(old[select.selectedIndex]);
+      select.replaceChildren(...names.map((name, index) => new Option(name, index)));
+      select.selectedIndex = kept < 0 ? Number(select.dataset.pane) : kept;
+    }
+    drawAll();
+  }
+
+  async function follow(version) {
+    const said = document.getElementById("live");
+    try {
+      const answer = await fetch(`news?seen=${encodeURIComponent(version)}`);
+      if (!answer.ok) throw new Error(answer.statusText);
+      if (answer.status === 200) {
+        const news = await answer.json();
+        version = news.version;
+        update(news);
+      }
+    } catch {
+      said.textContent = "The run has ended; this page shows its last state.";
+      return;
+    }
+    setTimeout(follow, 2000, version);
+  }
+  if (document.body.dataset.version) follow(document.body.dataset.version);
 })();
