@@ -89,7 +89,7 @@ def _task(width: int) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 def _stagewise(rank: int, width: int, recompute: str) -> tuple[Step, Step]:
     import stagewise
-    from stagewise.free_pages import FreePages
+    from stagewise import free_pages
 
     model, x, y = _task(width)
     half = NUM_BLOCKS // NUM_RANKS
@@ -109,7 +109,7 @@ def _stagewise(rank: int, width: int, recompute: str) -> tuple[Step, Step]:
         plan = stagewise.Plan(schedule="1f1b", **cut, **how)
     pipe = stagewise.Pipeline(model, plan, loss=loss)
     if recompute.endswith("pages kept"):
-        pipe._free_pages = FreePages(None)
+        free_pages.HEAP.trim = None
     return lambda: pipe.step(x, target=y), pipe.zero_grad
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import stagewise
 from stagewise.engine.looks import mixing
-from stagewise.free_pages import SHARE, FreePages, trim_of_glibc
+from stagewise.free_pages import ADVANCE, HEAP, SHARE, FreePages, trim_of_glibc
 
 
 class Doubled(nn.Module):
@@ -26,24 +26,29 @@ def ticking(*seconds: float) -> Callable[[], float]:
 
 def test_it_takes_its_share_of_the_steps_at_most() -> None:
     given_back: list[int] = []
-    pages = FreePages(lambda: given_back.append(step), clock=ticking(*[4 * SHARE] * 5))
-    for step in range(13):  # noqa: B007  (what `given_back` notes)
+    pages = FreePages(lambda: given_back.append(step), clock=ticking(*[3.3 * SHARE] * 8))
+    for step in range(15):  # noqa: B007  (what `given_back` notes)
         pages.give_back(1.0)
-    # Each takes the share of four steps.
-    assert given_back == [0, 3, 7, 11]
+    # Each takes the share of 3.3 steps; ten count before the first.
+    assert ADVANCE == 10 and given_back == [0, 1, 2, 3, 4, 6, 9, 13]
 
 
 def test_a_c_library_without_it() -> None:
     FreePages(None).give_back(1.0)
 
 
-@pytest.mark.parametrize(("recompute", "calls"), [("never", 0), ("always", 1)])
-def test_only_steps_that_recompute_give_back(recompute: str, calls: int) -> None:
+@pytest.mark.parametrize(("recompute", "calls"), [("never", 0), ("always", 3)])
+def test_only_steps_that_recompute_give_back(
+    recompute: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each stage's first backward, and at the end."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     plan = stagewise.Plan(balance=(1, 1), schedule="gpipe", num_microbatches=2, recompute=recompute)
     pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
     given_back: list[int] = []
-    pipe._free_pages = FreePages(lambda: given_back.append(1), clock=ticking(1.0))
+    monkeypatch.setattr(HEAP, "trim", lambda: given_back.append(1))
+    monkeypatch.setattr(HEAP, "_clock", ticking(0.0, 0.0, 1000.0))
+    monkeypatch.setattr(HEAP, "_spent_seconds", 0.0)
     for _ in range(2):  # the second has no time for it
         pipe.step(torch.ones(4, 2), target=torch.ones(4, 2))
     assert len(given_back) == calls
@@ -56,9 +61,9 @@ def test_the_c_library_is_asked_where_it_can() -> None:
 
 def test_planning_gives_back_what_its_trial_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[None] = []
-    for where in ("plan_model", "searched_plan"):
-        name = f"stagewise.pipeline.{where}.trim_of_glibc"
-        monkeypatch.setattr(name, lambda: lambda: trims.append(None))
+    monkeypatch.setattr(HEAP, "trim", lambda: trims.append(None))
+    monkeypatch.setattr(HEAP, "_clock", lambda: 0.0)
+    monkeypatch.setattr(HEAP, "_spent_seconds", 0.0)
     model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(4, 2)
     loss = nn.functional.mse_loss
     for count in (2, [2, 4]):  # measured, and searched for

@@ -20,7 +20,7 @@ from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import CALLS, UNSCALED, Request
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import BatchError, UsageError
-from stagewise.free_pages import FreePages
+from stagewise.free_pages import HEAP
 from stagewise.model.captured import CapturedForm
 from stagewise.pipeline.share import Share
 from stagewise.planning.plan import Plan
@@ -44,7 +44,6 @@ class Calls(Share):
     _losses: dict[str, torch.Tensor]
     _num_microbatches: int
     _microbatch_losses: Losses
-    _free_pages: FreePages
 
     @overload
     def step(
@@ -119,7 +118,7 @@ class Calls(Share):
         result = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
         self.step_index += 1
         if self.plan.recomputes:
-            self._free_pages.give_back(time.perf_counter() - start)
+            HEAP.give_back(time.perf_counter() - start)
         loss = self._loss_of(result)
         return (loss, self._outputs_of(result, outputs_on)) if return_outputs else loss
 

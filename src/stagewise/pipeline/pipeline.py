@@ -25,7 +25,6 @@ from stagewise.engine.step.weights import LossCount, Weight, is_sum
 from stagewise.engine.transport.connect import Device, connect
 from stagewise.engine.transport.device_mesh import DeviceMesh, OnMesh
 from stagewise.errors import ModelError
-from stagewise.free_pages import FreePages, trim_of_glibc
 from stagewise.model.captured import captured_of
 from stagewise.model.chain import Model, chain_of, refuse_sharded
 from stagewise.model.meta_tensors import Init
@@ -215,7 +214,6 @@ class Pipeline(Measuring):
         self._returns_loss = loss is None
         self._takes_target = loss is not None and takes_target(loss)
         self._losses: dict[str, torch.Tensor] = {}
-        self._free_pages = FreePages(trim_of_glibc())
         self._num_microbatches, self._microbatch_losses = 0, Losses()
         on = ranks_of_stages(plan, ranks)
         self._runner = Runner(

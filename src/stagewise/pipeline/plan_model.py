@@ -13,7 +13,7 @@ from stagewise.batch.markers import along
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.connect import Device
 from stagewise.errors import PlanError
-from stagewise.free_pages import FreePages, trim_of_glibc
+from stagewise.free_pages import HEAP
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
@@ -166,7 +166,7 @@ def measured_plan(
         found = try_plans({plan.schedule: plan}, example, seconds=0, least=_REHEARSED)
         link, engine = corrected_costs(link, lambda _: costs, [*found.values()], example.where)
         plan = plan_for(request, with_engine_overhead(costs, engine), link=link)
-    FreePages(trim_of_glibc()).give_back(seconds)
+    HEAP.give_back(seconds)
     return _in_blocks(plan, example.chain)
 
 

@@ -15,7 +15,7 @@ from stagewise.costs import CellCost, LinkCost
 from stagewise.engine.transport.connect import values_of_all
 from stagewise.engine.transport.processes import is_first, num_processes
 from stagewise.errors import PlanError
-from stagewise.free_pages import FreePages, trim_of_glibc
+from stagewise.free_pages import HEAP
 from stagewise.model.cell import Chain
 from stagewise.pipeline.trials import (
     Measured,
@@ -109,7 +109,7 @@ def search_plan(
         limit = max(LEAST_SECONDS, MOST_STEPS * found.chosen.seconds)
         ends = start + (limit if seconds is None else seconds)
         found = _Contest(example, counts, costs_at, link, ends, progress).decide(found, best)
-    FreePages(trim_of_glibc()).give_back(cells)
+    HEAP.give_back(cells)
     return found
 
 

@@ -14,6 +14,7 @@ from stagewise.engine.stage.work import Work
 from stagewise.engine.step.marks import marked
 from stagewise.engine.step.nonfinite import Finder
 from stagewise.engine.transport.transport import Links
+from stagewise.free_pages import HEAP
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (
     Instruction,
@@ -80,8 +81,11 @@ class Programs(dict[tuple[bool, int], RankProgram]):
             own = [(device, steps[i]) for device, i in _in_time_order(schedule)]
         else:
             own = [(self._rank, step) for step in programs[self._rank]]
+        bound = [self._bound(device, step) for device, step in own]
+        if key[0] and schedule.recomputed:
+            _give_back_around(bound)
         made = self[key] = RankProgram(
-            steps=[self._bound(device, step) for device, step in own],
+            steps=bound,
             instructions=[step.instruction for _, step in own],
             links=links(programs),
             post_from=post_from(programs) if self._receives_block else None,
@@ -110,6 +114,21 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         if training:
             return self._schedule.of_first(num_microbatches)
         return forward_only(self._schedule.placement, num_microbatches)
+
+
+def _give_back_around(steps: list[Bound]) -> None:
+    """Let the first weight gradients of each stage, allocated among activations, leave no holes."""
+    stages = set()
+    for index, (_, instruction, action, *_) in enumerate(steps):
+        if "weights" in KINDS[instruction.kind].parts and instruction.stage not in stages:
+            stages.add(instruction.stage)
+            steps[index] = steps[index]._replace(action=partial(_trimmed, action))
+
+
+def _trimmed(action: Action, received: list[Apart], work: Work) -> Any:
+    done = action(received, work)
+    HEAP.give_back()
+    return done
 
 
 def _on(device: torch.device, action: Action, received: list[Apart], work: Work) -> Any:
