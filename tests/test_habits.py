@@ -32,7 +32,10 @@ X, Y = torch.ones(4, 4), torch.ones(4, 1)
             lambda: stagewise.Pipeline(chain(), PLAN, chunks=8),
             r"here it is num_microbatches, which stagewise\.plan\(\.\.\.\) and Plan",
         ),
-        (lambda: stagewise.Pipeline(chain(), balance=[1, 1]), r"balance, which stagewise\.plan"),
+        (
+            lambda: stagewise.Pipeline(chain(), balance=[1, 1]),
+            r"stagewise\.plan\(\.\.\.\) and Plan\(\.\.\.\) take it",
+        ),
         (lambda: stagewise.Plan(balance=(1, 1), chunks=2), "write num_microbatches="),
         (lambda: stagewise.GPipe(chain(), chunks=2), "write num_microbatches="),
     ],

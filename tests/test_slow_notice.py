@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from stagewise.slow_notice import notice_if_slow
+from stagewise.slow_notice import notice_if_slow, told
 
 
 class Terminal(io.StringIO):
@@ -47,3 +47,10 @@ def test_nothing_is_said_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> 
     with notice_if_slow("measuring", stream=terminal, after_seconds=0):
         pass
     assert out.getvalue() == terminal.getvalue() == ""
+
+
+def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with told("measuring", every_seconds=0.01):
+        while "so far" not in (said := capsys.readouterr().err):
+            threading.Event().wait(0.01)
+    assert "measuring ... 0 s so far\n" in said

@@ -19,6 +19,8 @@ A message says what was found, what is needed, and what to do next. ExactnessWar
 error: the step runs, but with numbers that differ from the plain model's.
 """
 
+from pathlib import Path
+
 
 class StagewiseError(Exception):
     """Base of every error raised by stagewise."""
@@ -50,6 +52,15 @@ class BatchError(UsageError):
 
 class RecipeError(UsageError):
     """A recipe file is incomplete or invalid."""
+
+    @classmethod
+    def unless_file(cls, path: Path) -> None:
+        """Raise the error that there is no recipe at `path`, if so; torch is not needed for it."""
+        if not path.is_file():
+            raise cls(
+                f"there is no recipe file {path}; give the path of a Python file that defines "
+                "model, data, loss, optimizer"
+            )
 
 
 class CheckpointError(UsageError):

@@ -101,7 +101,8 @@ def refuse_argument(callee: str, unknown: str, known: Iterable[str]) -> NoReturn
     if meant is not None and meant in known:
         remedy = f"; write {meant}=" if meant != unknown else ""
     elif meant is not None:
-        remedy = f"; here it is {meant}, which stagewise.plan(...) and Plan(...) take"
+        which = "" if meant == unknown else f"here it is {meant}, which "
+        remedy = f"; {which}stagewise.plan(...) and Plan(...) take{' it' * (meant == unknown)}"
     raise TypeError(f"{callee}() got an unexpected keyword argument {unknown!r}{remedy}")
 
 

@@ -1,4 +1,4 @@
-"""A notice on a terminal for work that takes more than two seconds, and how long it took."""
+"""Work that takes long is told: as it begins, or on a terminal once it took two seconds."""
 
 import os
 import sys
@@ -9,6 +9,28 @@ from contextlib import contextmanager
 from typing import TextIO
 
 AFTER_SECONDS = 2.0
+
+
+@contextmanager
+def told(what: str, *, every_seconds: float = 30.0) -> Iterator[None]:
+    """Print on stderr that `what` goes on now and then, and on a terminal that it begins."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    if sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
+    start, done = time.perf_counter(), threading.Event()
+
+    def go_on() -> None:
+        while not done.wait(every_seconds):
+            seconds = time.perf_counter() - start
+            print(f"{what} ... {seconds:.0f} s so far", file=sys.stderr, flush=True)
+
+    threading.Thread(target=go_on, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager

@@ -18,3 +18,11 @@ def format_seconds(seconds: float) -> str:
     number = float(seconds * factor)
     digits = f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
     return f"{digits} {unit}" if seconds else "0 s"
+
+
+def duration_in_words(seconds: float) -> str:
+    """Return a long time in the largest unit of which there is one, such as `1.5 days`."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return format_seconds(seconds)

@@ -358,3 +358,12 @@ def _broken_index(path: Path) -> None:
 
 def _cut_short_distributed(path: Path) -> None:
     (write_distributed(path, trained()) / ".metadata").write_bytes(b"\x80")
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    plan = stagewise.Plan(balance=(1, 1), num_microbatches=2)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss).save_checkpoint(tmp_path / "ck")
+    (tmp_path / "usual").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "usual", *(tmp_path / "ck").iterdir()]}
+    assert len(modes) == 1 and len(list((tmp_path / "ck").iterdir())) == 2

@@ -124,7 +124,7 @@ def test_a_plan_for_devices_that_one_does_not_have(tmp_path: Path, capsys: Captu
     recipe.write_text(HUGE)
     own = tmp_path / "mine.toml"
     own.write_text(
-        '[devices.mine]\nmemory = "80 GB"\nmemory_bandwidth = "3 TB/s"\n'
+        '[devices.mine]\nmemory = "800 GB"\nmemory_bandwidth = "3 TB/s"\n'
         'flops = { float32 = "100 TFLOP/s" }\ndevices_per_node = 8\n'
         'intra_node = { bandwidth = "400 GB/s", latency = "10 us" }\n'
         'inter_node = { bandwidth = "50 GB/s", latency = "10 us" }\n'
@@ -143,3 +143,22 @@ def test_a_plan_for_devices_that_one_does_not_have(tmp_path: Path, capsys: Captu
     product = 2 * 32 * 65536**2
     assert product / 50e12 < 4 * 65536**2 / (0.9 * 3e12)
     assert predicted["1"] == predicted["0.5"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "devices", "words"),
+    [
+        (None, "8", "train RECIPE --replicas 8"),
+        ("1 MB", "8", "train RECIPE --devices 8 --pipeline"),
+    ],
+)
+def test_advice_ends_in_a_command(
+    tmp_path: Path, capsys: Capture, memory: str | None, devices: str, words: str
+) -> None:
+    recipe = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 512"))
+    given = [] if memory is None else ["--device-memory", memory]
+    arguments = ("advise", recipe, "--device", "h100", "--devices", devices, *given)
+    said = output_of(capsys, *arguments).splitlines()  # type: ignore[arg-type]
+    assert said[-1].startswith("next: stagewise " + words.replace("RECIPE", str(recipe)))
+    assert said[-2].startswith("to compare: FSDP (ZeRO-3) over 8 devices")
+    assert said[0].split(":")[0] in ("data parallelism", "tensor parallelism")

@@ -1,6 +1,8 @@
 """`stagewise plan` measures in workers, and prints a table or JSON that is a plan."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,27 @@ def test_html_holds_the_numbers_of_json(tmp_path: Path, run_here: RunHere) -> No
     assert steps[0]["step_seconds"] == json.loads(out)["predicted"]["step_seconds"]
     code, _, err = run_here("plan", recipe, "--html", tmp_path)
     assert code == 2 and "is a folder" in err
+
+
+def test_a_plan_that_does_not_fit_says_so_and_fails(tmp_path: Path, run_here: RunHere) -> None:
+    wide = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 60000"))
+    code, out, _ = run_here("plan", wide, "--device", "h100", "--microbatches", "2")
+    assert code == 1 and " DOES NOT FIT " in out and "of 2 devices are too small" in out
+    assert "instead, one device: step" in out and "instead, data parallelism on 2 devices" in out
+    assert "samples/s; one pass over the data, 6 steps: " in out
+    code, out, _ = run_here(
+        "plan", wide, "--device", "h100", "--devices", "4", "--microbatches", "2", "--json"
+    )
+    predicted = json.loads(out)["predicted"]
+    assert code == 0 and predicted["fits"] and len(predicted["device_bytes"]) == 4
+
+
+def test_a_missing_recipe_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys; from stagewise.cli.main import main; sys.argv[1:] = ['COMMAND', 'absent.py']\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    for command in ("plan", "train", "check", "advise"):
+        text = script.replace("COMMAND", command)
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert done.returncode == 2 and "there is no recipe file absent.py" in done.stderr, command

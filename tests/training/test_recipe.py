@@ -125,3 +125,26 @@ def test_data_without_batches(tmp_path: Path) -> None:
 def test_no_validation(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("[(torch.ones(5, WIDTH), torch.ones(5, 1))]", "None"))
     assert validation_batches(load_recipe(path)) == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("acumulate = 4", "accumulate"),
+        ("autocst = torch.bfloat16", "autocast"),
+        ("clip_gradnorm = 1.0", "clip_grad_norm"),
+        ("def schedular(optimizer): ...", "scheduler"),
+    ],
+)
+def test_a_misspelt_name_is_not_passed_over(tmp_path: Path, line: str, meant: str) -> None:
+    path = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\n{line}"))
+    with pytest.raises(RecipeError, match=rf"does not read: is it {meant}\? .* underscore: _"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["weights = [1.0]", "cell = 3", "my_weight = 2", "_acumulate = 4", "BATCH_DIM = 0", "x = 1"],
+)
+def test_own_names_are_left_alone(tmp_path: Path, line: str) -> None:
+    load_recipe(write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\n{line}")))

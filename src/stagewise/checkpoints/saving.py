@@ -150,7 +150,11 @@ def _has_stem(file: str, stem: str) -> bool:
 
 
 def to_disk(path: Path) -> None:
-    """Return when the file is on the disk."""
+    """Return when the file is on the disk, with a new file's permissions (safetensors' is 0600)."""
+    usual = path.with_name(f"{path.name}.mode")
+    usual.touch()
+    path.chmod(usual.stat().st_mode)
+    usual.unlink()
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -1,16 +1,19 @@
 """`stagewise advise`: decide whether a pipeline is the right tool for a model and its devices."""
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stagewise.cli import options as opt
-from stagewise.errors import UsageError
+from stagewise.errors import RecipeError, UsageError
 from stagewise.planning.devices import parse_bytes
+from stagewise.slow_notice import told
 from stagewise.training.workers.environment import launched
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ def advise_command(
 
     Example: stagewise advise examples/shakespeare.py --devices 8 --device h100
     """
+    RecipeError.unless_file(recipe)
     if launched():
         raise UsageError("stagewise advise runs in one process; start it without torchrun")
     spec = opt.chosen_device(device, device_file, efficiency)
@@ -65,32 +69,45 @@ def advise_command(
     from stagewise.training.recipe import load_recipe
     from stagewise.training.recipe_costs import facts_of
 
-    facts = facts_of(
-        load_recipe(recipe),
-        spec,
-        num_devices=devices,
-        device_memory_bytes=memory,
-        num_microbatches=microbatches,
-    )
+    doing = "measuring" if spec is None else "estimating"
+    with told(f"{doing} the model's cells{'' if spec is None else f' for {spec.name}'}"):
+        facts = facts_of(
+            load_recipe(recipe),
+            spec,
+            num_devices=devices,
+            device_memory_bytes=memory,
+            num_microbatches=microbatches,
+        )
     advice = advise(facts)
+    where = [] if device is None else ["--device", device]
+    more = where if advice.command != "train" else []
+    command = shlex.join(["stagewise", advice.command, str(recipe), *advice.options, *more])
     if as_json:
-        print(json.dumps({**asdict(advice), "device": device or "measured here"}, indent=2))
+        record = {**asdict(advice), "command": command, "device": device or "measured here"}
+        print(json.dumps(record, indent=2))
     else:
-        _print(advice, facts, device)
+        _print(advice, facts, device, command)
 
 
-def _print(advice: "Advice", facts: "Facts", device: str | None) -> None:
+def _print(advice: "Advice", facts: "Facts", device: str | None, command: str) -> None:
     source = f"estimated for {device}" if device else "measured here"
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False)
+
+    say(f"[bold]{advice.choice}[/]: {escape(advice.reason)}\n")
     table = Table(
         title=f"{facts.num_devices} devices, {facts.num_microbatches} microbatches of "
         f"{facts.microbatch_size} samples; costs {source}",
         title_justify="left",
     )
-    for heading in ("", "rule", "reason", "what to do"):
+    for heading in ("", "question", "answer", "what to do"):
         table.add_column(heading)
     for verdict in advice.verdicts:
-        mark = "[green]yes[/]" if verdict.ok else "[yellow]no[/]"
+        mark = "[green]ok[/]" if verdict.ok else "[yellow]![/]"
         table.add_row(mark, verdict.rule, verdict.reason, "" if verdict.ok else verdict.advice)
-    console = Console()
     console.print(table)
-    console.print(f"[bold]{advice.choice}[/]: {advice.reason}", soft_wrap=True, highlight=False)
+    if advice.besides:
+        say(f"to compare: {escape(advice.besides)}")
+    say(f"next: {escape(command)}")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from stagewise.cli import options as opt
 from stagewise.cli.typed import named_or_read, numbers_in, parsed_replicas
-from stagewise.errors import UsageError
+from stagewise.errors import RecipeError, UsageError
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule
 from stagewise.training.workers.environment import launched
 
@@ -95,6 +95,7 @@ def check_command(
 
     Example: stagewise check examples/shakespeare.py --double
     """
+    RecipeError.unless_file(recipe)
     if launched():
         raise UsageError("stagewise check runs in one process; start it without torchrun")
     if stages is not None and devices is not None:

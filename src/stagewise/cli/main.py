@@ -7,9 +7,10 @@ import functools
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -140,11 +141,25 @@ def _show(
 
 
 def _trace(error: StagewiseError) -> str:
-    """Return the traceback of what the user's code raised."""
+    """Return the traceback of what the user's code raised, without our and torch's own lines."""
     is_users = isinstance(error, CellError | RecipeError)
     if error.__cause__ is None or isinstance(error.__cause__, SyntaxError) or not is_users:
         return ""
-    return "\n\n" + "".join(traceback.format_exception(error.__cause__)).rstrip()
+    told = traceback.TracebackException.from_exception(error.__cause__)
+    named = (sys.modules[name].__file__ for name in ("stagewise", "torch") if name in sys.modules)
+    libraries = tuple(str(Path(file).parent) for file in named if file is not None)
+    for one in _chain(told):
+        users = [frame for frame in one.stack if not frame.filename.startswith(libraries)]
+        one.stack = traceback.StackSummary.from_list(users or one.stack[-1:])
+    return "\n\n" + "".join(told.format()).rstrip()
+
+
+def _chain(told: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
+    """Yield an exception and those that led to it."""
+    one: traceback.TracebackException | None = told
+    while one is not None:
+        yield one
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
 
 
 def _say(kind: str, style: str, message: object) -> None:

@@ -1,6 +1,7 @@
 """`stagewise plan`: measure a recipe's model, cut it, and predict a step."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +18,15 @@ from stagewise.cli.plan_search import (
     save_page,
 )
 from stagewise.cli.typed import Typed, command_line, words_of
-from stagewise.cli.workers import report_errors_once, run_in_workers
+from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
+from stagewise.errors import RecipeError
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.request import PlanRequest
+from stagewise.training.workers.environment import FAILURE_EXIT_CODE
 
 if TYPE_CHECKING:
-    from stagewise.planning import Plan
+    from stagewise.training.plans import Foreseen
     from stagewise.training.recipe import Recipe
 
 AsJson = Annotated[
@@ -63,6 +66,9 @@ def plan_command(
     With --device nothing is measured or allocated: the costs are estimated for that device, so a
     plan for 64 of them can be made on a laptop.
 
+    What one device and data parallelism would take is said beside it. The exit code is 1 if the
+    plan does not fit the devices' memory.
+
     If --schedule, --microbatches, --recompute or --replicas is auto, or with --memory, the fastest
     plan that fits is searched for; the output says what was rejected and why. The best plans of
     different kinds are then tried for a few steps, and the fastest of them is kept: the output says
@@ -75,6 +81,7 @@ def plan_command(
     Example: stagewise plan examples/shakespeare.py --stages 3 --html plan.html
     """
     with report_errors_once():
+        RecipeError.unless_file(recipe)
         if html is not None:
             from stagewise.page.document import check_html
 
@@ -123,50 +130,54 @@ def _run(
 ) -> None:
     """Plan on every worker; rank 0 prints."""
     from stagewise.engine.transport.processes import is_first
-    from stagewise.training.batches import TrainingBatches
-    from stagewise.training.plans import estimated_plan, make_plan
-    from stagewise.training.recipe import build_model
+    from stagewise.training.plans import foreseen_plan
 
     if request.searched:
         run_search(recipe, request, spec, as_json=as_json, html=html, seconds=seconds)
         return
-    if spec is not None:
-        plan = estimated_plan(recipe, request, spec)
-    else:
-        model = build_model(recipe, seed=0, meta=recipe.meta)
-        batch = TrainingBatches(recipe, seed=0).first
-        plan = make_plan(recipe, model, request, batch=batch)
-    if not is_first():
-        return
-    record = _record(plan)
-    if html is not None:
-        save_page(html, recipe.path, plan, record)
-    if as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        _print(plan)
+    found = foreseen_plan(recipe, request, spec)
+    if is_first():
+        record = _record(found)
+        if html is not None:
+            save_page(html, recipe.path, found.plan, record)
+        if as_json:
+            print(json.dumps(record, indent=2))
+        else:
+            _print(found)
+    if found.outlook is not None and not found.outlook.fits:
+        end_with(FAILURE_EXIT_CODE)
 
 
-def _record(plan: "Plan") -> dict[str, object]:
+def _record(found: "Foreseen") -> dict[str, object]:
     """Return the plan's fields and its predictions, as JSON-ready values."""
-    fields = json.loads(plan.to_json())
-    if not plan.cells:
-        return fields  # type: ignore[no-any-return]
+    plan = found.plan
+    fields: dict[str, object] = json.loads(plan.to_json())
+    if found.outlook is None:
+        return fields
     predictions = {
         "step_seconds": plan.timeline.duration_seconds,
         "bubble_fraction": plan.timeline.bubble_fraction,
         "busy_seconds": plan.timeline.busy_seconds,
         "peak_activation_bytes": plan.peak_activation_bytes,
         "parameter_bytes": [cost.parameter_bytes for cost in plan.stage_costs],
+        "device_bytes": found.outlook.device_bytes,
+        "memory_bytes": found.outlook.room.memory_bytes,
+        "fits": found.outlook.fits,
+        "alternatives": [asdict(each) for each in found.outlook.alternatives],
     }
     return {**fields, "predicted": predictions}
 
 
-def _print(plan: "Plan") -> None:
+def _print(found: "Foreseen") -> None:
+    from stagewise.report.outlook_words import outlook_in_words
     from stagewise.report.plan_table import cells_table, devices_table
 
-    console = Console()
+    console, plan = Console(), found.plan
     if plan.cells:
         console.print(cells_table(plan))
         console.print(devices_table(plan))
     console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
+    if found.outlook is not None:
+        console.print(found.pace, markup=False, highlight=False, soft_wrap=True)
+        for line in outlook_in_words(found.outlook, plan):
+            console.print(line, soft_wrap=True, highlight=False)

@@ -15,7 +15,7 @@ from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, saved_plan, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
-from stagewise.errors import PlanError, UsageError
+from stagewise.errors import PlanError, RecipeError, UsageError
 from stagewise.mesh import PIPELINE_AXIS, MeshShape
 from stagewise.page.dashboard import live_page
 from stagewise.planning.choice import requested_schedule
@@ -84,6 +84,7 @@ def train(
     Example: stagewise train examples/shakespeare.py --stages 2
     """
     with report_errors_once() as lifeline:
+        RecipeError.unless_file(recipe)
         typed = Typed(
             schedule=schedule,
             recompute=recompute,

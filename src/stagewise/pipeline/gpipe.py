@@ -73,8 +73,7 @@ class GPipe:
         self._pipeline = self._build() if balance is not None else None
 
     def __repr__(self) -> str:
-        built = self._pipeline or "cut on the first minibatch"
-        return f"<GPipe: {built!r}>"
+        return f"<GPipe, {self._pipeline or 'cut on its first minibatch'}>"
 
     @property
     def pipeline(self) -> Pipeline:

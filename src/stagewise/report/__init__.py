@@ -1,6 +1,7 @@
 """Reports for the terminal, without torch.
 
-1. `plan_table`: a plan's predictions and measurements; `search_table`: the result of a search.
+1. `plan_table`: a plan's predictions and measurements; `search_table`: the result of a search;
+   `outlook_words`: whether a plan fits, and what else would do.
 2. `parity_table`: the result of a parity check.
 
 A Timeline is drawn by `timeline.timeline_picture`.

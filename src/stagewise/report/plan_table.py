@@ -1,39 +1,74 @@
 """Plans and results as tables: predictions beside measurements."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from rich.table import Table
 
-from stagewise.costs import FREE_INSTRUCTION
+from stagewise.costs import FREE_INSTRUCTION, CellCost
 from stagewise.planning import Plan
 from stagewise.planning.plan_words import Figures, predicted
 from stagewise.report import format_seconds
 from stagewise.units import size_in_words
 
+MANY_CELLS = 24  # more are shown by kind
+
 
 def cells_table(plan: Plan) -> Table:
-    """Each cell's costs for one microbatch, and the stage it is on."""
-    table = _table("Cells (one microbatch)", "cell", "stage", "forward", "backward")
-    for heading in ("parameters", "activations", "output"):
-        table.add_column(heading, justify="right")
+    """Each cell's costs for one microbatch, and the stage it is on; of many, one row per kind."""
     stages = [stage for stage, size in enumerate(plan.balance) for _ in range(size)]
-    for stage, cell in zip(stages, plan.cells, strict=True):
+    placed = list(zip(stages, plan.cells, strict=True))
+    grouped = len(placed) > MANY_CELLS
+    kinds = _kinds(placed) if grouped else [[each] for each in placed]
+    table = Table(title="Cells (one microbatch)", title_justify="left")
+    table.add_column("cell", overflow="fold")
+    for heading in ("stage", "forward", "backward", "parameters", "activations", "output"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for kind in kinds:
+        (first, cell), (last, _) = kind[0], kind[-1]
         table.add_row(
-            cell.name,
-            str(stage),
-            _time(cell.forward_seconds),
-            _time(cell.backward_seconds),
+            cell.name if len(kind) == 1 else f"{_pattern(cell.name)}: {len(kind)} alike",
+            str(first) if first == last else f"{first} to {last}",
+            _time(fmean(each.forward_seconds for _, each in kind)),
+            _time(fmean(each.backward_seconds for _, each in kind)),
             _size(cell.parameter_bytes),
             _size(cell.activation_bytes),
             _size(cell.output_bytes),
         )
-    overhead = plan.cells[0].instruction_overhead if plan.cells else FREE_INSTRUCTION
-    if overhead != FREE_INSTRUCTION:
-        table.caption = (
-            f"overhead per instruction: forward {_time(overhead.forward_seconds)}, backward "
-            f"{_time(overhead.backward_seconds)}"
-        )
+    notes = ["mean times of cells alike"] * grouped + _overhead(plan)
+    table.caption = "; ".join(notes) or None
     return table
+
+
+def _kinds(placed: Sequence[tuple[int, CellCost]]) -> list[list[tuple[int, CellCost]]]:
+    """Return the cells in groups with one name but for numbers, and equal sizes."""
+    kinds: dict[object, list[tuple[int, CellCost]]] = {}
+    for stage, cell in placed:
+        sizes = cell.parameter_bytes, cell.activation_bytes, cell.output_bytes
+        kinds.setdefault((_pattern(cell.name), sizes), []).append((stage, cell))
+    return list(kinds.values())
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _overhead(plan: Plan) -> list[str]:
+    """Return what an instruction takes beyond its cells, or how far it stays below them."""
+    cost = plan.cells[0].instruction_overhead if plan.cells else FREE_INSTRUCTION
+    both = {"forward": cost.forward_seconds, "backward": cost.backward_seconds}
+    said = {
+        "overhead per instruction": {k: s for k, s in both.items() if s > 0},
+        "trial steps were faster than the cells alone, per instruction": {
+            k: -s for k, s in both.items() if s < 0
+        },
+    }
+    return [
+        f"{what}: {', '.join(f'{kind} {_time(seconds)}' for kind, seconds in each.items())}"
+        for what, each in said.items()
+        if each
+    ]
 
 
 def devices_table(plan: Plan) -> Table:

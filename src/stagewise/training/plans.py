@@ -1,7 +1,7 @@
 """The plan of a recipe: measured here, estimated for a device, or searched for."""
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from stagewise.batch.split import batch_size
 from stagewise.costs import CellCost
@@ -10,6 +10,7 @@ from stagewise.model.chain import chain_of
 from stagewise.pipeline.plan_model import measured_plan
 from stagewise.pipeline.searched_plan import search_plan
 from stagewise.planning import Plan, SearchResult
+from stagewise.planning.alternatives import Outlook, outlook_of
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.partition.balance import check_counts
@@ -17,7 +18,9 @@ from stagewise.planning.plan import plan_for
 from stagewise.planning.request import PlanRequest
 from stagewise.planning.reserve import reserve_of
 from stagewise.planning.search.search import Progress, search_for
-from stagewise.training.batches import TrainingBatches
+from stagewise.report.outlook_words import pace_in_words
+from stagewise.slow_notice import told
+from stagewise.training.batches import TrainingBatches, amount_of
 from stagewise.training.recipe import Batch, Model, Recipe, build_model
 from stagewise.training.recipe_costs import (
     estimate_recipe,
@@ -25,6 +28,7 @@ from stagewise.training.recipe_costs import (
     meta_model,
     num_samples_of,
     recipe_example,
+    room_of,
     sizes_as_costs,
     state_factor,
 )
@@ -93,12 +97,42 @@ def plan_on_meta(recipe: Recipe, model: Model, request: PlanRequest, *, batch: B
     return replace(plan_for(request, cells), cells=())
 
 
-def estimated_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec) -> Plan:
-    """Return the plan for `device`, from estimated costs."""
-    choice = requested_schedule(request)
-    found = estimate_recipe(recipe, device, choice.built.num_microbatches)
-    check_counts(len(found.cells), choice.num_stages)
-    return plan_for(request, found.cells, link=device.link(choice.num_devices))
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """A plan with, if its cells have costs, what becomes of it on its devices."""
+
+    plan: Plan
+    outlook: Outlook | None
+    pace: str | None  # in words
+
+
+def foreseen_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec | None) -> Foreseen:
+    """Return the plan estimated for `device`, or measured here; every rank calls this."""
+    batches = TrainingBatches(recipe, seed=0)
+    if device is None:
+        with told("measuring the model's cells"):
+            model = build_model(recipe, seed=0, meta=recipe.meta)
+            plan = make_plan(recipe, model, request, batch=batches.first)
+    else:
+        choice = requested_schedule(request)
+        with told(f"estimating the model's cells for {device.name}"):
+            found = estimate_recipe(recipe, device, choice.built.num_microbatches)
+        check_counts(len(found.cells), choice.num_stages)
+        with told(f"cutting {len(found.cells)} cells into {choice.num_stages} stages"):
+            plan = plan_for(request, found.cells, link=device.link(choice.num_devices))
+        model = found.model
+    if not plan.cells:
+        return Foreseen(plan=plan, outlook=None, pace=None)
+    room = room_of(recipe, chain_of(model), device, plan.num_devices)
+    number, steps = recipe.accumulate, batches.num_batches
+    amount, unit = amount_of(batches.first)
+    seconds = plan.timeline.duration_seconds * number
+    passes = None if steps is None else max(1, steps // number)
+    return Foreseen(
+        plan=plan,
+        outlook=outlook_of(plan, room),
+        pace=pace_in_words(seconds, amount * number, unit, passes),
+    )
 
 
 def measured_search(

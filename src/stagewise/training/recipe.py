@@ -29,6 +29,7 @@ from stagewise.training.recipe_values import (
     REQUIRED,
     SCHEDULER,
     VALUES,
+    check_spelling,
     checked_value,
     needs_closure,
 )
@@ -193,14 +194,11 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """Run the file at `path` and return its recipe; raise RecipeError if it is not one."""
-    if not path.is_file():
-        raise RecipeError(
-            f"there is no recipe file {path}; give the path of a Python file that defines "
-            f"{', '.join(REQUIRED)}"
-        )
+    RecipeError.unless_file(path)
     module = _run(path)
     for name, example in REQUIRED.items():
         _check(path, name, _get(module, name, f"for example:\n\n{example}"))
+    check_spelling(path, vars(module))
     optional = {
         name: _check(path, name, getattr(module, name))
         for name in OPTIONAL

@@ -21,8 +21,10 @@ from stagewise.model.chain import chain_of
 from stagewise.pipeline.plan_model import measured_plan
 from stagewise.planning.advice.advise_facts import Facts
 from stagewise.planning.advice.advise_rules import MICROBATCHES_PER_STAGE
+from stagewise.planning.alternatives import Room
 from stagewise.planning.devices import DeviceSpec
 from stagewise.planning.request import PlanRequest
+from stagewise.planning.reserve import reserve_of
 from stagewise.profiling.example import Example, example_of
 from stagewise.profiling.fakes import likeness
 from stagewise.training.batches import TrainingBatches
@@ -34,10 +36,10 @@ _PROBE = 64  # parameters with which an optimizer's state is measured
 
 @dataclass(frozen=True, kw_only=True)
 class Estimated:
-    """A recipe's cell costs, its model's cells, and the size of its batches."""
+    """A recipe's cell costs, its model, and the size of its batches."""
 
     cells: tuple[CellCost, ...]
-    chain: Chain
+    model: Model
     batch_size: int
 
 
@@ -45,7 +47,7 @@ def estimate_recipe(recipe: Recipe, device: DeviceSpec, num_microbatches: int) -
     """Estimate a recipe's cells; the model is built on the meta device."""
     model, batch = meta_model(recipe), TrainingBatches(recipe, seed=0).first
     cells = estimated(recipe, model, batch, num_microbatches, device)
-    return Estimated(cells=cells, chain=chain_of(model), batch_size=num_samples_of(batch))
+    return Estimated(cells=cells, model=model, batch_size=num_samples_of(batch))
 
 
 def estimated(
@@ -69,7 +71,7 @@ def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
     request = PlanRequest(num_stages=1, num_microbatches=num_microbatches)
     with recipe.precision():
         plan = measured_plan(request, recipe_example(recipe, model, batch))
-    return Estimated(cells=plan.cells, chain=chain_of(model), batch_size=num_samples_of(batch))
+    return Estimated(cells=plan.cells, model=model, batch_size=num_samples_of(batch))
 
 
 def recipe_example(recipe: Recipe, model: Model, batch: Batch) -> Example:
@@ -94,24 +96,25 @@ def facts_of(
         num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, size)
     if device is None:
         found = _measured(recipe, num_microbatches)
-        memory, link = _memory_here(num_devices), FREE_LINK
+        memory, link = memory_here(num_devices), FREE_LINK
     else:
         found = estimate_recipe(recipe, device, num_microbatches)
         memory, link = device.memory_bytes, device.link(num_devices)
+    chain = chain_of(found.model)
     return Facts(
         cells=found.cells,
         num_devices=num_devices,
         device_memory_bytes=device_memory_bytes or memory,
         batch_size=found.batch_size,
         num_microbatches=num_microbatches,
-        state_factor=state_factor(recipe, found.chain),
+        state_factor=state_factor(recipe, chain),
         link=link,
         has_batchnorm=any(
             isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-            for cell in found.chain
+            for cell in chain
             for module in cell.module.modules()
         ),
-        num_experts=num_experts(found.chain),
+        num_experts=num_experts(chain),
     )
 
 
@@ -175,7 +178,21 @@ def num_samples_of(batch: Batch) -> int:
     return size
 
 
-def _memory_here(num_devices: int) -> int:
+def room_of(recipe: Recipe, chain: Chain, device: DeviceSpec | None, num_devices: int) -> Room:
+    """Return the memory of a plan's devices: of `device`, or of this machine's if it is None."""
+    kept = state_factor(recipe, chain)
+    if device is None:
+        memory = memory_here(num_devices)
+        return Room(device="this machine's device", memory_bytes=memory, state_factor=kept)
+    return Room(
+        device=device.name,
+        memory_bytes=device.memory_bytes,
+        state_factor=kept,
+        reserve=reserve_of("cpu" if device.name == "cpu" else "cuda", posts=True),
+    )
+
+
+def memory_here(num_devices: int) -> int:
     """Return the bytes that each of a plan's devices may use here: of its GPU, or of the machine.
 
     Devices that share a GPU share its memory; the smallest share counts.

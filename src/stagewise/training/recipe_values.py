@@ -1,8 +1,10 @@
 """What a recipe may hold: its functions, by example, and a check and a description of values."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ SCHEDULER = (
     "def scheduler(optimizer):\n"
     "    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
 )
+
+_NEARLY = 0.8  # the likeness, of at most 1, from which a name is taken for a typo
 
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "clip_grad_norm": (
@@ -118,6 +122,30 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     by_position = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return any(each.default is each.empty and each.kind in by_position for each in parameters)
+
+
+def check_spelling(path: Path, module: Mapping[str, object]) -> None:
+    """Raise RecipeError for a name of the file that is nearly one which stagewise reads.
+
+    Modules, classes, constants in capitals and names with an underscore first are the user's own.
+    """
+    defined = {
+        name
+        for name, value in module.items()
+        if name.islower() and name[0] != "_" and not isinstance(value, ModuleType | type)
+    }
+    absent = {*VALUES, *OPTIONAL} - defined
+    for name in defined - {*REQUIRED, *VALUES, *OPTIONAL}:
+        near = difflib.get_close_matches(name, absent, n=1, cutoff=_NEARLY)
+        if near and near[0] not in (f"{name}s", *_singulars(name), *name.split("_")):
+            raise RecipeError(
+                f"{path} defines {name}, which stagewise does not read: is it {near[0]}? If it is "
+                f"your own, begin its name with an underscore: _{name}"
+            )
+
+
+def _singulars(name: str) -> tuple[str, str]:
+    return name.removesuffix("s"), name.removesuffix("es")
 
 
 def checked_value(path: Path, name: str, value: Any) -> Any:

@@ -178,3 +178,22 @@ def test_facts_must_make_sense() -> None:
     for changes in ({"num_devices": 0}, {"batch_size": 0}, {"cells": ()}):
         with pytest.raises(UsageError):
             replace(FACTS, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_devices": 1}, "train --devices 1"),
+        ({}, "train --replicas 8"),
+        ({"device_memory_bytes": 38 * GB}, "train --replicas 4,4 --microbatches 32"),
+        (
+            {"device_memory_bytes": 11 * GB, "num_microbatches": 8},
+            "train --stages 8 --microbatches 32 --recompute always",
+        ),
+        ({"device_memory_bytes": 3 * GB}, "train --devices 8 --pipeline 2 --tensor 4"),
+        ({"num_devices": 2, "device_memory_bytes": 13 * GB}, "advise --devices 4"),
+    ],
+)
+def test_every_choice_has_a_command(changes: dict[str, int], words: str) -> None:
+    found = advise(replace(FACTS, **changes))  # type: ignore[arg-type]
+    assert [found.command, *found.options] == words.split(), found.choice

@@ -66,6 +66,7 @@ def _largest_cell(facts: Facts) -> Verdict:
             "needed_bytes": round(needs[worst]),
             "device_memory_bytes": facts.device_memory_bytes,
             "num_too_big": len(facts.too_big),
+            "num_parts": parts,
             "num_experts": experts,
         },
     )
@@ -241,4 +242,7 @@ RULES: dict[str, Callable[[Facts], Verdict]] = {
 
 def size_of(num_bytes: float) -> str:
     """Return a number of bytes as text, such as `1.5 GB`."""
-    return f"{num_bytes / 1e12:.3g} TB" if num_bytes >= 1e12 else f"{num_bytes / 1e9:.3g} GB"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
