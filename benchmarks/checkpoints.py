@@ -22,8 +22,8 @@ from torch import nn
 import stagewise
 from benchmarks.workers import Row, print_rows, run_workers
 from stagewise.training.background import Saver
-from stagewise.training.checkpoint import NOTHING
 from stagewise.training.prepare import Trained
+from stagewise.training.state.run_state import NOTHING
 
 NUM_STAGES, NUM_MICROBATCHES, NUM_BLOCKS, WIDTH, BATCH_SIZE = 2, 4, 8, 512, 512
 WARM_UP = 10  # steps

@@ -21,7 +21,7 @@ from stagewise.planning import plan_from_costs
 from stagewise.planning.devices import load_devices, with_efficiency
 from stagewise.planning.plan import Plan
 from stagewise.schedule import named_schedule
-from stagewise.training.progress import LOG_FILE, lines_until
+from stagewise.training.metrics.progress import LOG_FILE, lines_until
 from stagewise.training.recipe import load_recipe
 from stagewise.training.run_folder import DESCRIPTION, find_undamaged, folder_of, signed
 from stagewise.training.workers.elastic import Interrupted

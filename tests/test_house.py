@@ -135,6 +135,7 @@ CHECKPOINT_FORMAT = {
     "training/state/optimizer_state.py",
     "training/state/own_objects.py",
     "training/state/plain_values.py",
+    "training/state/run_state.py",
     "training/state/schedules.py",
 }
 

@@ -5,7 +5,7 @@ import pytest
 from stagewise.errors import PlanError
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
-from stagewise.planning.refit import refitted
+from stagewise.planning.refit import refitted, without
 from stagewise.planning.request import PlanRequest
 from stagewise.schedule import named_schedule
 
@@ -51,3 +51,25 @@ def test_a_saved_plan_is_refitted_too() -> None:
 def test_no_devices_are_refused() -> None:
     with pytest.raises(PlanError, match="num_devices is 0"):
         refitted(PlanRequest(num_microbatches=8, num_stages=2), 0)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "lost", "left"),
+    [
+        ((1, 2), {2}, (1, 1)),
+        ((1, 2), {0}, None),
+        ((2, 3), {0, 3, 4}, (1, 1)),
+        ((2, 2), {2, 3}, None),
+        ((), {0}, None),
+        ((2, 1), set(), (2, 1)),
+    ],
+)
+def test_stages_that_have_other_replicas_stay_where_they_are(
+    replicas: tuple[int, ...], lost: set[int], left: tuple[int, ...] | None
+) -> None:
+    plan = Plan(balance=(1, 3), replicas=replicas, schedule="1f1b", num_microbatches=4)
+    found = without(plan, lost)
+    assert (None if found is None else found.replicas) == left
+    if found is not None:
+        assert found.balance == plan.balance
+        assert found.num_devices == sum(replicas) - len(lost)

@@ -22,11 +22,12 @@ from stagewise.planning import Plan
 from stagewise.training import background
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.background import Saver
-from stagewise.training.checkpoint import NOTHING, Extra, write
+from stagewise.training.checkpoint import write
 from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import Trained, TrainOptions
 from stagewise.training.recipe import load_recipe
 from stagewise.training.run_folder import DIRECTORY, best, find, find_undamaged
+from stagewise.training.state.run_state import NOTHING, Extra
 from stagewise.training.trainer import run_training
 from stagewise.training.workers.stop import StopRequest
 from tests.harness import Pools

@@ -1,12 +1,13 @@
-"""The request of a run that goes on with another number of devices.
+"""The plan or request of a run that goes on with another number of devices.
 
 What can stay, stays: the number of microbatches (and so the gradients, to rounding), the policy of
 recomputation, the schedule if it exists for that many devices, stages with replicas if there are
 enough devices. The cut is made anew. `with_microbatches` changes only their number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 from stagewise.costs import scaled
 from stagewise.errors import PlanError, StagewiseError
@@ -14,6 +15,18 @@ from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import PlanRequest
 from stagewise.schedule import SCHEDULES
+
+
+def without(plan: Plan, devices: Collection[int]) -> Plan | None:
+    """Return `plan` without `devices`, the others renumbered; None if a stage would have none.
+
+    Every stage stays where it is, and its other replicas run all of its microbatches.
+    """
+    if not plan.replicas or plan.programs:
+        return None
+    ends = [0, *accumulate(plan.replicas)]
+    left = [sum(d not in devices for d in range(*span)) for span in pairwise(ends)]
+    return replace(plan, replicas=tuple(left)) if min(left) else None
 
 
 def refitted(wanted: PlanRequest | Plan, num_devices: int) -> PlanRequest:

@@ -7,6 +7,6 @@
 3. `workers` starts a process per device; each runs the loop of `trainer`, an `update` per step, and
    evaluates validation data by `validating`.
 4. `background` saves while training goes on, and `checkpoint` writes and reads what `state` holds
-   in a `run_folder`; `checkpoint_errors` say what failed; `adaptive` re-plans, `progress` displays,
-   `metrics` records steps, `outcome` is the result.
+   in a `run_folder`; `checkpoint_errors` say what failed; `adaptive` re-plans, `survival` goes on
+   without lost ranks, `metrics` shows and records steps, `outcome` is the result.
 """

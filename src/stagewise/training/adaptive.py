@@ -22,7 +22,7 @@ from stagewise.planning.search.less_memory import with_less_memory
 from stagewise.planning.search.stage_blocks import in_blocks
 from stagewise.schedule import Kind
 from stagewise.timeline import Timeline
-from stagewise.training.progress import ChangeRecord
+from stagewise.training.metrics.progress import ChangeRecord
 
 MAX_ATTEMPTS = 8  # at a step that runs out of memory, each with a plan that needs less
 T = TypeVar("T")
@@ -36,6 +36,23 @@ class Decision:
 
     drift: Drift
     change: Change | None
+
+    @property
+    def moves(self) -> bool:
+        """Whether cells move to other devices."""
+        return self.change is not None and self.change.moves
+
+    @property
+    def plan(self) -> Plan:
+        """What to go on with."""
+        return self.drift.plan if self.change is None else self.change.plan
+
+    def record(self, step: int) -> ChangeRecord:
+        """Return what is shown and logged of it."""
+        gain = None if self.change is None else self.change.gain
+        return ChangeRecord(
+            step=step, change=self.words, reason=str(self.drift), predicted_gain=gain
+        )
 
     @property
     def words(self) -> str:

@@ -9,9 +9,10 @@ from threading import Thread
 
 from stagewise.engine.transport.side_group import SideGroup
 from stagewise.errors import CheckpointError, StagewiseError
-from stagewise.training.checkpoint import Extra, PendingCheckpoint, stage, write
+from stagewise.training.checkpoint import PendingCheckpoint, stage, write
 from stagewise.training.prepare import Trained
 from stagewise.training.run_folder import Checkpoint
+from stagewise.training.state.run_state import Extra
 
 # That a failing run waits for a checkpoint that is being written: alone, and where peers may hang.
 ALONE_SECONDS, AMONG_PEERS_SECONDS = 30.0, 1.0
@@ -20,11 +21,12 @@ ALONE_SECONDS, AMONG_PEERS_SECONDS = 30.0, 1.0
 class Saver:
     """Writes a run's checkpoints, one at a time; every rank makes the same calls.
 
-    `last` is the one that was written last.
+    `last` is the one that was written last, `step` that of the one begun last.
     """
 
     def __init__(self, run: Path, last: Checkpoint | None, num_kept: int) -> None:
-        self.last = last
+        self.last: Checkpoint | None = last
+        self.step: int | None = None
         self._run, self._num_kept = run, num_kept
         self._ranks: SideGroup | None = None
         self._thread: Thread | None = None
@@ -38,7 +40,7 @@ class Saver:
     def save(self, trained: Trained, *, step: int, seed: int, extra: Extra) -> None:
         """Copy the state after `step`, and start to write it."""
         self.finish()
-        pipe = trained.pipe
+        self.step, pipe = step, trained.pipe
         if self._ranks is None:
             self._ranks = pipe.ranks.beside()
         staged = stage(self._run, pipe, trained.optimizer, step=step, seed=seed, extra=extra)

@@ -12,23 +12,21 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from stagewise.checkpoints.sources import sha256_of
 from stagewise.checkpoints.untrusted import Planner, Reader
 from stagewise.engine.gradients.shards import local_of
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.processes import is_first, own_rank
+from stagewise.engine.transport.processes import own_rank
 from stagewise.engine.transport.side_group import Gathering, SideGroup
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.training.checkpoint_errors import explain_read_errors, explain_write_errors
@@ -41,36 +39,21 @@ from stagewise.training.run_folder import (
     publish,
 )
 from stagewise.training.state import optimizer_state, schedules
-from stagewise.training.state.own_objects import (
-    Objects,
-    fill_objects,
-    objects_state,
-    room_for_objects,
-)
+from stagewise.training.state.own_objects import room_for_objects
 from stagewise.training.state.plain_values import from_bytes, room_for_bytes, to_bytes
-from stagewise.training.state.random_states import random_states
+from stagewise.training.state.run_state import (
+    DATA,
+    NOTHING,
+    Extra,
+    model_state,
+    put_state_back,
+    random_of,
+    saved_names,
+    state_of_run,
+)
 
 SAVING, RESTORING = "saving a checkpoint", "restoring a checkpoint"  # in error messages
-_DATA = "state"
 _ONE_PROCESS = "torch.distributed is disabled"  # torch's warning, where that is fine
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extra:
-    """What a checkpoint holds besides model, optimizer and random states, if anything.
-
-    `objects` are the recipe's; `data` is the position (as bytes) of a stateful loader;
-    `validation_loss` that of the same step.
-    """
-
-    scheduler: LRScheduler | None = None
-    scaler: Mapping[str, float] = field(default_factory=dict)
-    objects: Objects = field(default_factory=dict)
-    data: torch.Tensor | None = None
-    validation_loss: float | None = None
-
-
-NOTHING = Extra()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +105,7 @@ def stage(
     warnings.filterwarnings("ignore", message=_ONE_PROCESS)
     with agreed(pipe.ranks, SAVING), torch.no_grad():
         schedules.check_saved(optimizer, extra.scheduler)
-        state = _state(pipe, optimizer, extra)
+        state = state_of_run(pipe, optimizer, extra)
         staged = pytree.tree_map_only(torch.Tensor, _copied, state)
     needs_values = {name for name, each in pipe.module.named_parameters() if each.requires_grad}
     return PendingCheckpoint(
@@ -186,33 +169,13 @@ def restore(
     ):
         load_distributed(state, storage_reader=reader, planner=Planner(), no_dist=True)
     with agreed(pipe.ranks, RESTORING), explain_read_errors(checkpoint), torch.no_grad():
-        if state["model"]:
-            set_model_state_dict(pipe.module, state["model"])
-        if optimizer is not None:
-            optimizer_state.fill_optimizer(optimizer, state["optimizer"], _names(pipe))
-        if extra.scheduler is not None:
-            schedules.put_back(extra.scheduler, state["schedule"])
-        fill_objects(extra.objects, state)
+        put_state_back(state, pipe, optimizer, extra)
         data, random = (
             {key: from_bytes(value) for key, value in state[section].items()}
             for section in ("data", "random")
         )
     pipe.step_index = checkpoint.step
-    return Restored(data=data.get(_DATA), random=next(iter(random.values()), None))
-
-
-def _state(pipe: Pipeline, optimizer: Optimizer | None, extra: Extra) -> dict[str, dict[str, Any]]:
-    """Return this rank's part, under names that do not depend on the partition."""
-    optimizer_part = {} if optimizer is None else optimizer_state.state_of(optimizer, _names(pipe))
-    generators = to_bytes(random_states(pipe.device), "the generators' state")
-    return {
-        "model": _model_state(pipe),
-        "optimizer": optimizer_part,
-        "schedule": schedules.saved_state(extra.scheduler),
-        **objects_state(extra.objects, pipe.state_names, own_rank()),
-        "data": {_DATA: extra.data} if extra.data is not None and is_first() else {},
-        "random": {_random_of(own_rank()): generators},
-    }
+    return Restored(data=data.get(DATA), random=next(iter(random.values()), None))
 
 
 def _room(
@@ -224,39 +187,26 @@ def _room(
 ) -> dict[str, dict[str, Any]]:
     """Return empty state of the form of `_state` to read into, where the checkpoint has any."""
     index = reader.read_metadata()
-    own = {name: parameter for parameter, name in _names(pipe).items()}
+    own = {name: parameter for parameter, name in saved_names(pipe).items()}
     every = {*own, *checkpoint.parameter_shapes}
-    data = room_for_bytes(index, f"data.{_DATA}")
-    ranks = (_random_of(rank) for rank in (own_rank(), 0))
+    data = room_for_bytes(index, f"data.{DATA}")
+    ranks = (random_of(rank) for rank in (own_rank(), 0))
     random = {key: room_for_bytes(index, f"random.{key}") for key in ranks}
     random = {key: room for key, room in random.items() if room is not None}
     return {
-        "model": _model_state(pipe),
+        "model": model_state(pipe),
         "optimizer": {}
         if optimizer is None
         else optimizer_state.room_for(index, "optimizer", own, every),
         "schedule": schedules.room_in(index, "schedule", extra.scheduler),
         **room_for_objects(index, extra.objects, pipe.state_dict(), pipe.state_names, own_rank()),
-        "data": {} if data is None else {_DATA: data},
+        "data": {} if data is None else {DATA: data},
         "random": random,
     }
 
 
-def _names(pipe: Pipeline) -> dict[torch.nn.Parameter, str]:
-    return {parameter: name for name, parameter in pipe.named_parameters()}
-
-
-def _random_of(rank: int) -> str:
-    return f"rank{rank}"
-
-
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _model_state(pipe: Pipeline) -> dict[str, Any]:
-    """Return the module's state; torch does not accept an empty one."""
-    return get_model_state_dict(pipe.module) if pipe.module.state_dict() else {}
 
 
 def _check_plain(optimizer: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Build a run from a recipe and options: model, data, plan, pipeline, optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from stagewise.training.state.random_states import (
     restore_random_states,
     seed_everything,
 )
+from stagewise.training.state.run_state import Extra
 from stagewise.training.workers.elastic import Interrupted
 
 
@@ -116,7 +117,7 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
     _agree_on_length(recipe, pipe, num_steps)
     trained = _trained(recipe, pipe)
     if options.resume is not None:
-        restored = _restore(recipe, options.resume, trained)
+        restored = restore_from(recipe, options.resume, trained)
         batches.go_to(pipe.step_index, restored.data)
     seed_everything(options.seed)
     validation = validation_batches(recipe)
@@ -150,9 +151,13 @@ def _planned(
 
 
 def rebuild(
-    recipe: Recipe, options: TrainOptions, plan: Plan, checkpoint: Checkpoint, inputs: Tree
+    recipe: Recipe,
+    options: TrainOptions,
+    plan: Plan,
+    inputs: Tree,
+    fill: Callable[[Trained], object],
 ) -> Trained:
-    """Build pipeline and optimizer for another plan from `checkpoint`; every rank calls this.
+    """Build pipeline and optimizer for another plan, which `fill` restores; every rank calls this.
 
     `inputs` are an example of the model's inputs. Random states are left unchanged.
     """
@@ -162,7 +167,7 @@ def rebuild(
         pipe = _pipeline(recipe, options, model, plan)
         del model
         trained = _trained(recipe, pipe)
-        _restore(recipe, checkpoint, trained)
+        fill(trained)
     return trained
 
 
@@ -181,9 +186,10 @@ def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
     return Trained(pipe=pipe, optimizer=optimizer, scheduler=scheduler, objects=objects)
 
 
-def _restore(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> checkpoints.Restored:
+def restore_from(recipe: Recipe, checkpoint: Checkpoint, trained: Trained) -> checkpoints.Restored:
+    """Give a pipeline and what belongs to it the state in `checkpoint`; every rank calls this."""
     pipe = trained.pipe
-    extra = checkpoints.Extra(scheduler=trained.scheduler, objects=trained.objects)
+    extra = Extra(scheduler=trained.scheduler, objects=trained.objects)
     restored = checkpoints.restore(checkpoint, pipe, trained.optimizer, extra)
     pipe.step_index = checkpoint.step * recipe.accumulate  # counts batches
     return restored

@@ -7,18 +7,16 @@ bit for bit. Ranks agree on when to stop by asking each other.
 """
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from rich.console import Console
 
 from stagewise.batch.split import batch_size
-from stagewise.engine.transport.processes import is_first, num_processes
+from stagewise.engine.transport.processes import is_first
 from stagewise.engine.watch.now import NOW
-from stagewise.errors import OutOfMemoryError
-from stagewise.model.added_losses import MAIN_LOSS
+from stagewise.errors import OutOfMemoryError, StagewiseError
 from stagewise.planning.plan import Plan
 from stagewise.planning.plan_words import Figures
 from stagewise.timeline import Timeline
@@ -31,56 +29,44 @@ from stagewise.training.adaptive import (
     within_memory,
 )
 from stagewise.training.background import Saver
-from stagewise.training.batches import amount_of
-from stagewise.training.checkpoint import Extra
+from stagewise.training.metrics.progress import ChangeRecord, ValidationRecord
+from stagewise.training.metrics.recovering import reporter_here
 from stagewise.training.metrics.run_recorder import RunRecorder
 from stagewise.training.metrics.step_times import StepTimes
 from stagewise.training.outcome import RunOutcome, nonfinite_warning
-from stagewise.training.prepare import Prepared, TrainOptions, prepare, rebuild
-from stagewise.training.progress import (
-    ChangeRecord,
-    Recovering,
-    Reporter,
-    Shown,
-    Silent,
-    StepRecord,
-    ValidationRecord,
+from stagewise.training.prepare import (
+    Prepared,
+    Trained,
+    TrainOptions,
+    prepare,
+    rebuild,
+    restore_from,
 )
-from stagewise.training.recipe import Recipe
+from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.run_folder import best
 from stagewise.training.state.random_states import random_states_kept
-from stagewise.training.update import Update
-from stagewise.training.validating import validated
+from stagewise.training.state.run_state import Extra
+from stagewise.training.survival import Survival
+from stagewise.training.update import Losses, Stepper, parts_of_loss
+from stagewise.training.validating import sample_of, validated
 from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between gathering the measured timeline on all ranks
+WARM_UP = 3  # first steps excluded from measured times
 
 
 def run_training(
     recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest
 ) -> RunOutcome:
     """Train until the last step or a stop request; every rank calls this."""
-    prints = is_first()
-    if prints and not isinstance(options.plan, Plan):
+    if is_first() and not isinstance(options.plan, Plan):
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
     with owned(options.run, options.agents), NOW.numbered():  # nothing is written before this
-        reporter: Reporter = Silent()
-        if prints:
-            reporter = Shown(
-                console=console,
-                run=options.run,
-                first_step=options.first_step,
-                num_steps=prepared.num_steps,
-                line_every=LOOK_EVERY,
-            )
-            if lost := options.interrupted:
-                reporter = Recovering(reporter, lost, options.first_step, num_processes())
-        reporter.say(str(prepared.trained.pipe.plan))
-        if prints and prepared.pretrained is not None:
+        trainer = Trainer(recipe, options, prepared, console, stop)
+        if is_first() and prepared.pretrained is not None:
             prepared.pretrained.save(options.run)
-        trainer = Trainer(recipe, options, prepared, reporter, stop)
         try:
             return trainer.run()
         finally:
@@ -95,52 +81,47 @@ class Trainer:
         recipe: Recipe,
         options: TrainOptions,
         prepared: Prepared,
-        reporter: Reporter,
+        console: Console,
         stop: StopRequest,
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
-        self._pipe, self._reporter, self._stop = prepared.trained.pipe, reporter, stop
-        resumed = options.resume.scaler if options.resume else None
-        self._update = Update(recipe, prepared.trained, resumed, prepared.parts)
+        self._pipe, self._stop = prepared.trained.pipe, stop
+        self._report_on = partial(reporter_here, console, options.run, line_every=LOOK_EVERY)
+        steps = options.first_step, prepared.num_steps
+        self._reporter = self._report_on(steps, interrupted=options.interrupted)
+        self._reporter.say(str(self._pipe.plan))
+        self._stepper = Stepper(recipe, options, prepared)
+        self._survival = Survival(recipe, options, prepared, self._stepper)
+        # Whether what is due after the last step is done; whether to save what only survivors hold.
+        self._is_followed, self._saves_next = True, False
         self._next_plan: Plan | None = None  # with another cut, used from the next step on
-        self._watch = DriftWatch(prepared.measured)
-        self._paces = PaceWatch(self._pipe.ranks.gather(NOW.place, "places"))
+        self._drifts = DriftWatch(prepared.measured)
         self._times = StepTimes()
         self._warned_infinite = False
         window = options.record, options.first_step, prepared.num_steps
         self._recorder = RunRecorder(options.run, *window, options.command)
         self._saver = Saver(options.run, options.resume, options.keep)
+        self._before: list[float | None] = []  # the loss before the first step, once known
         self._validated: tuple[int, float | None] = -1, None  # the step, and its loss
+        self._use(prepared.trained)
 
     def run(self) -> RunOutcome:
         """Train, validate and save checkpoints; at the end generate and measure."""
         options, num_steps = self._options, self._prepared.num_steps
-        first = step = NOW.step = options.first_step
-        before = after = self._validate(step)
-        while step < num_steps and not self._pipe.any(self._stop.made or self._saver.failed):
-            NOW.step = step = step + 1
-            self._train_step(step)
-            if self._next_plan is not None:
-                self._move(step, self._next_plan)
-                self._next_plan = None
-            is_last = step == num_steps
-            if is_last or _is_due(step, options.validate_every):
-                after = self._validate(step)
-            if is_last or _is_due(step, options.checkpoint_every):
-                self._save(step)
-        if step < num_steps and step > first and not _is_due(step, options.checkpoint_every):
-            self._save(step)
-        self._saver.finish()
-        ended = step == num_steps
+        while (lost := self._survival.lost_during(self._train)) is not None:
+            self._go_on(lost)
+        ended = self._stepper.applied == num_steps
+        generates = ended and not self._prepared.parts.dims
+        say = self._reporter.say
         return RunOutcome(
             plan=self._pipe.plan,
-            first_step=first,
-            last_step=step,
+            first_step=options.first_step,
+            last_step=self._stepper.applied,
             num_steps=num_steps,
-            validation_before=before,
-            validation_after=after,
+            validation_before=self._before[0],
+            validation_after=self._validated[1] if self._validated[0] >= 0 else None,
             measured=self._measured() if ended else None,
-            sample=self._generate() if ended else None,
+            sample=sample_of(self._recipe, self._pipe, say) if generates else None,
             checkpoint=None if self._saver.last is None else self._saver.last.path,
             best=best(options.run),
         )
@@ -150,24 +131,60 @@ class Trainer:
         self._recorder.abandon()
         self._saver.close()
         self._reporter.close()
+        self._survival.close()
+
+    def _train(self) -> None:
+        """Train to the last step, or until the run is to stop, and save."""
+        stepper, num_steps = self._stepper, self._prepared.num_steps
+        NOW.step = stepper.applied
+        if not self._before:
+            self._before.append(self._validate(stepper.applied))
+        while True:
+            if not self._is_followed:
+                self._follow(stepper.applied)
+            ends = self._stop.made or self._saver.failed
+            if stepper.applied == num_steps or self._pipe.any(ends):
+                break
+            NOW.step = stepper.applied + 1
+            self._train_step(stepper.applied + 1)
+        if stepper.applied not in (self._options.first_step, self._saver.step):
+            self._save(stepper.applied)
+        self._saver.finish()
+
+    def _go_on(self, error: StagewiseError) -> None:
+        """Go on without the ranks that were lost; raise `error` if none was, or it cannot be."""
+        stepper = self._stepper
+        self._recorder.abandon()
+        went = self._survival.go_on(error, self._prepared.trained, stepper)
+        self._use(went.trained)
+        self._saver = Saver(self._options.run, self._saver.last, self._options.keep)
+        if went.first_was_lost:
+            self._reporter = self._report_on((stepper.applied + 1, self._prepared.num_steps))
+        self._reporter.change(went.record)
+        if went.unshown is not None:
+            self._reporter.step(went.unshown.record(stepper.applied_at, None))
+        self._next_plan, self._is_followed = None, False
+        self._saves_next = stepper.applied > self._options.first_step
+
+    def _follow(self, step: int) -> None:
+        """Do what is due after a step."""
+        options, is_last = self._options, step == self._prepared.num_steps
+        if self._next_plan is not None:
+            self._move(step, self._next_plan)
+            self._next_plan = None
+        if is_last or _is_due(step, options.validate_every):
+            self._validate(step)
+        saves = self._saves_next or is_last or _is_due(step, options.checkpoint_every)
+        if saves and self._saver.step != step:
+            self._save(step)
+        self._saves_next, self._is_followed = False, True
 
     def _train_step(self, step: int) -> None:
         self._recorder.before(step, self._pipe)
-        batches = [self._prepared.batches.next() for _ in range(self._recipe.accumulate)]
-        scale = self._update.scale
-        start = time.perf_counter()
-        num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
-        loss, losses = within_memory(
-            self._pipe,
-            lambda: self._update.backward(batches),
-            partial(self._use_less_memory, step, num_samples) if self._options.adaptive else None,
-        )
-        if not math.isfinite(loss) and not self._warned_infinite:
+        ran, self._is_followed = self._stepper.run(partial(self._within_memory, step)), False
+        if not math.isfinite(ran.loss) and not self._warned_infinite:
             self._warned_infinite = True
-            self._reporter.say(nonfinite_warning(step, loss))
-        pipe_seconds = time.perf_counter() - start
-        self._update.step()
-        seconds = time.perf_counter() - start
+            self._reporter.say(nonfinite_warning(step, ran.loss))
         self._recorder.after(step)
         bubble, slowest = None, None
         if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
@@ -175,25 +192,21 @@ class Trainer:
             bubble, slowest = self._times.bubble(timeline), slowest_stage(timeline)
             if step < self._prepared.num_steps:
                 self._look(step, timeline)
-        self._times.note(pipe_seconds / len(batches))
-        amounts = [amount_of(batch) for batch in batches]
-        self._reporter.step(
-            StepRecord(
-                step=step,
-                loss=loss,
-                losses=_named(losses),
-                loss_scale=scale,
-                seconds=pipe_seconds,
-                rate=sum(amount for amount, _ in amounts) / seconds,
-                rate_unit=amounts[0][1],
-                bubble_fraction=bubble,
-                slowest=slowest,
-            )
-        )
+        self._times.note(ran.pipe_seconds / len(ran.batches))
+        self._reporter.step(ran.record(self._stepper.applied_at, bubble, slowest))
+        if told := self._survival.told(ran):
+            self._reporter.say(told)
+
+    def _within_memory(
+        self, step: int, batches: Sequence[Batch], backward: Callable[[], Losses]
+    ) -> Losses:
+        num_samples = min(batch_size(inputs, "inputs") for inputs, _ in batches)
+        use_less = partial(self._use_less_memory, step, num_samples)
+        return within_memory(self._pipe, backward, use_less if self._options.adaptive else None)
 
     def _use_less_memory(self, step: int, num_samples: int, error: OutOfMemoryError) -> None:
         """Change to a plan that needs less memory; every rank does this."""
-        self._watch.ran_out_of_memory(self._pipe.num_microbatches)
+        self._drifts.ran_out_of_memory(self._pipe.num_microbatches)
         change = use_less_memory(self._pipe, num_samples, str(error))
         self._reporter.change(ChangeRecord(step=step, change=change, reason=str(error)))
 
@@ -207,25 +220,16 @@ class Trainer:
         ran = len({span.instruction.microbatch for span in timeline.spans})
         if ran < pipe.num_microbatches:
             return  # fewer samples than microbatches, as at the end of an epoch
-        decision = self._watch.look(pipe.plan, timeline)
+        decision = self._drifts.look(pipe.plan, timeline)
         if decision is None:
             return
-        change = decision.change
-        plan = decision.drift.plan if change is None else change.plan
-        if change is not None and change.moves:
-            self._next_plan = plan
+        if decision.moves:
+            self._next_plan = decision.plan
         else:
-            use(pipe, plan)
+            use(pipe, decision.plan)
         self._paces.forget()
         self._times.forget()
-        self._reporter.change(
-            ChangeRecord(
-                step=step,
-                change=decision.words,
-                reason=str(decision.drift),
-                predicted_gain=None if change is None else change.gain,
-            )
-        )
+        self._reporter.change(decision.record(step))
 
     def _move(self, step: int, plan: Plan) -> None:
         """Change to a plan with another cut through a checkpoint, as a resumed run does."""
@@ -237,12 +241,19 @@ class Trainer:
         self._pipe.module.to("meta")  # frees the old stages before the new ones are built
         if self._prepared.trained.optimizer is not None:
             self._prepared.trained.optimizer.state.clear()
-        trained = rebuild(
-            self._recipe, self._options, plan, checkpoint, self._prepared.batches.first[0]
+        inputs, fill = (
+            self._prepared.batches.first[0],
+            partial(restore_from, self._recipe, checkpoint),
         )
+        self._use(rebuild(self._recipe, self._options, plan, inputs, fill))
+
+    def _use(self, trained: Trained) -> None:
+        """Go on with another pipeline."""
         self._pipe = trained.pipe
+        self._paces = PaceWatch(self._pipe.ranks.gather(NOW.place, "places"))
+        self._times.forget()
         self._prepared = replace(self._prepared, trained=trained)
-        self._update = Update(self._recipe, trained, checkpoint.scaler)
+        self._stepper.use(trained)
 
     def _validate(self, step: int) -> float | None:
         """Return the loss on the validation data, reduced as the recipe says; None without data."""
@@ -258,17 +269,10 @@ class Trainer:
                 step=step,
                 validation_loss=mean,
                 metrics=found.metrics,
-                losses=_named(found.losses),
+                losses=parts_of_loss(found.losses),
             )
         )
         return mean
-
-    def _generate(self) -> str | None:
-        if self._recipe.generate is None or self._prepared.parts.dims:
-            return None
-        self._reporter.say("generating a sample ...")
-        with self._recipe.blame("generate(predict)"), self._recipe.precision():
-            return str(self._recipe.generate(self._pipe.predict))
 
     def _measured(self) -> Figures:
         """Return the time of the steps after the warm-up, and the memory of one more step."""
@@ -282,7 +286,7 @@ class Trainer:
         validated_step, loss = self._validated
         extra = Extra(
             scheduler=trained.scheduler,
-            scaler=self._update.scaler_state,
+            scaler=self._stepper.update.scaler_state,
             objects=trained.objects,
             data=self._prepared.batches.position(),
             validation_loss=loss if validated_step == step else None,
@@ -292,7 +296,3 @@ class Trainer:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _named(losses: Mapping[str, float]) -> Mapping[str, float]:
-    return {} if set(losses) == {MAIN_LOSS} else losses

@@ -2,20 +2,31 @@
 
 Every rank makes the same calls, even without parameters, because the ranks determine together
 whether gradients are finite, and their norm.
+
+Where a run may go on without a rank, a step is made everywhere or nowhere: the ranks agree that all
+gradients are complete, and only then does each update its parameters, for which it needs no other.
+So if one rank has updated, all could, and those that had not yet heard of it do (`settle`).
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
+from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.pipeline.scaler import GradScaler
+from stagewise.training.batches import amount_of
 from stagewise.training.mesh.data_parts import WHOLE, DataParts
-from stagewise.training.prepare import Trained
+from stagewise.training.metrics.progress import StepRecord
+from stagewise.training.prepare import Prepared, Trained, TrainOptions
 from stagewise.training.recipe import Batch, Recipe
+from stagewise.training.state.kept_buffers import KeptBuffers
 from stagewise.training.state.own_objects import averagers
 
 Weights = dict[str, float]  # by the loss's name; "" if one applies to all
+Losses = tuple[float, dict[str, float]]  # the loss, total and by name
 
 
 class Update:
@@ -46,7 +57,7 @@ class Update:
         """The state to save in a checkpoint; empty without a scaler."""
         return dict(self._scaler.state_dict())
 
-    def backward(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+    def backward(self, batches: Sequence[Batch]) -> Losses:
         """Compute gradients of the minibatch of `batches`; return its loss, total and by name."""
         total_samples, total_weight = None, None
         if len(batches) > 1:
@@ -70,13 +81,16 @@ class Update:
                 losses[name] = losses.get(name, 0.0) + float(value)
         return loss, losses
 
-    def step(self) -> None:
-        """Clip gradients and step the optimizer; skip it on all ranks if gradients overflowed."""
+    def complete(self) -> None:
+        """Unscale and clip the gradients, on all ranks together."""
         self._scaler.unscale_(self._optimizer)
         if self._recipe.clip_grad_value is not None:
             self._pipe.clip_grad_value_(self._recipe.clip_grad_value)
         if self._recipe.clip_grad_norm is not None:
             self._pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
+
+    def apply(self) -> None:
+        """Step the optimizer, unless gradients overflowed on some rank; needs no other rank."""
         with self._recipe.blame("the optimizer's step()"):
             self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -91,6 +105,100 @@ class Update:
     def _total_weight(self, batches: Sequence[Batch]) -> float | Weights:
         sums = weights_of_all(self._recipe, batches, self._pipe.num_microbatches)
         return sums[""] if set(sums) == {""} else sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRan:
+    """A step whose gradients are complete; `begun` is a time of `perf_counter`."""
+
+    step: int
+    batches: Sequence[Batch]
+    loss: float
+    losses: Mapping[str, float]
+    scale: float | None
+    begun: float
+    pipe_seconds: float
+
+    def record(
+        self, applied_at: float, bubble: float | None, slowest: tuple[int, float] | None = None
+    ) -> StepRecord:
+        """Return what is shown and logged of it."""
+        amounts = [amount_of(batch) for batch in self.batches]
+        return StepRecord(
+            step=self.step,
+            loss=self.loss,
+            losses=parts_of_loss(self.losses),
+            loss_scale=self.scale,
+            seconds=self.pipe_seconds,
+            rate=sum(amount for amount, _ in amounts) / (applied_at - self.begun),
+            rate_unit=amounts[0][1],
+            bubble_fraction=bubble,
+            slowest=slowest,
+        )
+
+
+class Stepper:
+    """Makes one step after the other; `applied` is the last one.
+
+    `is_atomic`: a step is made on every rank or on none, at the price of one more exchange. `begun`
+    is the step begun last, `ran` the last one that was computed here.
+    """
+
+    def __init__(self, recipe: Recipe, options: TrainOptions, prepared: Prepared) -> None:
+        self._recipe, self._data, self.applied = recipe, prepared.batches, options.first_step
+        self.applied_at, self.is_atomic = time.perf_counter(), False
+        self.begun = self.applied
+        self.ran: StepRan | None = None
+        self._batches: Sequence[Batch] = ()  # of a step that was begun
+        self._before = KeptBuffers()
+        resumed = options.resume.scaler if options.resume else None
+        self._pipe = prepared.trained.pipe
+        self._parts = prepared.parts
+        self.update = Update(recipe, prepared.trained, resumed, self._parts)
+
+    def use(self, trained: Trained) -> None:
+        """Use another pipeline of the same run from the next step on."""
+        scaler_state = self.update.scaler_state
+        self._pipe = trained.pipe
+        self.update = Update(self._recipe, trained, scaler_state, self._parts)
+
+    def run(self, around: Callable[[Sequence[Batch], Callable[[], Losses]], Losses]) -> StepRan:
+        """Make the next step; `around` is given its batches, and calls what makes gradients."""
+        self.begun, number = self.applied + 1, self._recipe.accumulate
+        self._batches = batches = self._batches or [self._data.next() for _ in range(number)]
+        if self.is_atomic:
+            self._before.keep(self._pipe.module)
+        scale, begun = self.update.scale, time.perf_counter()
+        loss, losses = around(batches, lambda: self.update.backward(batches))
+        pipe_seconds = time.perf_counter() - begun
+        self.update.complete()
+        self.ran = ran = StepRan(
+            step=self.applied + 1,
+            batches=batches,
+            loss=loss,
+            losses=losses,
+            scale=scale,
+            begun=begun,
+            pipe_seconds=pipe_seconds,
+        )
+        if self.is_atomic:
+            self._pipe.ranks.exchange_all((), "the update of a step")
+        self._apply()
+        return ran
+
+    def settle(self, furthest: int) -> None:
+        """After a rank was lost: apply the step that another rank has applied, or undo this one."""
+        if furthest > self.applied:
+            assert self.ran is not None and self.ran.step == furthest
+            self._apply()
+        else:
+            self._before.put_back()
+
+    def _apply(self) -> None:
+        self.update.apply()
+        self.applied, self._batches = self.applied + 1, ()
+        self._before.settle()
+        self.applied_at = time.perf_counter()
 
 
 def weights_of_all(recipe: Recipe, batches: Sequence[Batch], num_microbatches: int) -> Weights:
@@ -117,3 +225,8 @@ def weights_of(recipe: Recipe, batch: Batch, num_microbatches: int) -> Weights:
             for name, value in (weight if isinstance(weight, Mapping) else {"": weight}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
     return sums
+
+
+def parts_of_loss(losses: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the parts of a loss to show: none of a loss without names."""
+    return {} if set(losses) == {MAIN_LOSS} else losses

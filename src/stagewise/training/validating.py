@@ -1,6 +1,6 @@
-"""Losses and metrics on a recipe's validation data, as if it were one batch."""
+"""Losses and metrics on a recipe's validation data, as if it were one batch; a sample."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagewise.batch.markers import unmarked
@@ -52,6 +52,15 @@ def validated(
         losses={name: total / weight for name, (total, weight) in sums.items() if weight},
         metrics={name: total / num_samples for name, total in metrics.items()},
     )
+
+
+def sample_of(recipe: Recipe, pipe: Pipeline, say: Callable[[str], None]) -> str | None:
+    """Return what the recipe generates, if it does; every rank calls this."""
+    if recipe.generate is None:
+        return None
+    say("generating a sample ...")
+    with recipe.blame("generate(predict)"), recipe.precision():
+        return str(recipe.generate(pipe.predict))
 
 
 def _metrics(recipe: Recipe, pipe: Pipeline, inputs: Tree, target: Tree) -> dict[str, float]:

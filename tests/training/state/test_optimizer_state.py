@@ -12,8 +12,8 @@ import stagewise
 from stagewise.errors import CheckpointError
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training import run_folder
-from stagewise.training.checkpoint import Extra
 from stagewise.training.state import schedules
+from stagewise.training.state.run_state import Extra
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 

@@ -16,6 +16,7 @@ from stagewise.training.recipe import load_recipe
 from stagewise.training.run_folder import find
 from stagewise.training.state.own_objects import checked_objects, objects_state
 from stagewise.training.state.plain_values import from_bytes, to_bytes
+from stagewise.training.state.run_state import Extra
 from tests.recipes import write_recipe
 from tests.training.test_background import build
 from tests.training.test_checkpoint import checkpoints
@@ -50,7 +51,7 @@ def test_values_come_back_as_they_were() -> None:
 def test_what_could_not_be_read_safely_is_refused_when_it_is_saved(
     tmp_path: Path, value: Any
 ) -> None:
-    trained, extra = build(), checkpoints.Extra(objects={"mine": Holds({"it": value})})
+    trained, extra = build(), Extra(objects={"mine": Holds({"it": value})})
     with pytest.raises(CheckpointError, match=r"the state of 'mine' is more than tensors"):
         checkpoints.save(tmp_path, trained.pipe, None, step=1, seed=0, extra=extra)
     assert trained.optimizer is not None
@@ -78,7 +79,7 @@ def test_the_longest_name_counts() -> None:
 
 def test_what_does_not_fit_or_is_not_there_is_told(tmp_path: Path) -> None:
     trained = build()
-    extra = checkpoints.Extra(objects={"mine": Holds({"n": 1})})
+    extra = Extra(objects={"mine": Holds({"n": 1})})
     checkpoints.save(tmp_path, trained.pipe, None, step=1, seed=0, extra=extra)
 
     class Picky(Holds):
@@ -90,7 +91,7 @@ def test_what_does_not_fit_or_is_not_there_is_told(tmp_path: Path) -> None:
         ({"other": Holds({})}, r"written without 'other', which state\(\) in the recipe returns"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            checkpoints.restore(find(tmp_path), trained.pipe, None, checkpoints.Extra(objects=one))
+            checkpoints.restore(find(tmp_path), trained.pipe, None, Extra(objects=one))
 
 
 @pytest.mark.parametrize("made", [3, {"ema": 3}, {3: Holds({})}, Holds({})])

@@ -1,5 +1,6 @@
 """Choose the devices and wires for a plan."""
 
+import gc
 import socket
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from stagewise.engine.transport.choose_wires import Seat, gathered, wires_between
 from stagewise.engine.transport.device_mesh import HereOnMesh, OnMesh
+from stagewise.engine.transport.failure import let_go
 from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.processes import (
@@ -23,8 +25,9 @@ from stagewise.engine.transport.processes import (
     own_device,
     timeout_of,
 )
-from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.ranks import Group, Ranks
 from stagewise.engine.transport.rendezvous import Rendezvous
+from stagewise.engine.transport.side_group import SideGroup
 from stagewise.engine.transport.transport import Transport
 from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
@@ -242,6 +245,19 @@ def disconnect() -> None:
         if connected.host is not group:
             dist.destroy_process_group(connected.host)
     _CONNECTED.clear()
+
+
+def give_up(error: BaseException) -> None:
+    """Close all connections of this process in the middle of a call, which has raised `error`.
+
+    Ranks that wait for this one then fail as well. Process groups of torch are given up, too.
+    """
+    let_go(error)
+    Group.give_up()
+    SideGroup.give_up()
+    disconnect()
+    dist.distributed_c10d._abort_process_group()
+    gc.collect()
 
 
 def leave(error: BaseException | None = None) -> bool | None:

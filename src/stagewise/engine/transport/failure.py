@@ -56,7 +56,7 @@ class Failure:
         """
         no_memory = is_out_of_memory(error)
         if no_memory:
-            _let_go(error)
+            let_go(error)
         if isinstance(error, StagewiseError):
             return Failure(instruction, error, no_memory)
         where = f"the batch could not be prepared ({NOW.here(NOW.kind)})"
@@ -80,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
-def _let_go(error: BaseException | None) -> None:
+def let_go(error: BaseException | None) -> None:
     """Clear the local variables of the frames in the traceback of `error`."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

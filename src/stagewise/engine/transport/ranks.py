@@ -4,8 +4,9 @@ All ranks make the same calls in the same order (`rendezvous` checks this), exce
 `take`, which pair two ranks. A single rank only hears itself.
 """
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from stagewise.mesh import Slices
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
+_WORDS_SECONDS = 0.3
 
 
 class Group:
@@ -32,8 +34,18 @@ class Group:
     for each other.
     """
 
+    _made: ClassVar["weakref.WeakSet[Group]"] = weakref.WeakSet()
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device, peers: Peers) -> None:
-        self._group, self._device, self._peers = group, device, peers
+        self._group: dist.ProcessGroup | None = group
+        self._device, self._peers = device, peers
+        self._made.add(self)
+
+    @classmethod
+    def give_up(cls) -> None:
+        """Let all groups end: gloo closes its connections only once nobody refers to them."""
+        for made in cls._made:
+            made._group = None
 
     def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Start an in-place all-reduce of `tensor`; return a callable that waits for it.
@@ -103,6 +115,10 @@ class Ranks:
         self._wires, self._rendezvous, self._device, self._world = wires, rendezvous, device, world
         self._classes = LocalClasses()
         self._number = 0  # of the Pipeline
+
+    def expect_losses(self) -> None:
+        """A lost rank's words are hardly waited for: the launcher tells what became of it."""
+        self._rendezvous.peers.patience = _WORDS_SECONDS
 
     def agree_on_pipeline(self, row: Sequence[int]) -> list[list[int]]:
         """Exchange rows for building a Pipeline, which later calls of this object then name."""

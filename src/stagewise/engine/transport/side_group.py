@@ -4,11 +4,13 @@ Collective calls of two threads in one process group would be mixed up, so the t
 of its own, over gloo, which leaves the accelerators alone.
 """
 
-from typing import Protocol, TypeVar
+import weakref
+from typing import ClassVar, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from stagewise.engine.transport.processes import timeout_of
+from stagewise.errors import PeerError
 
 T = TypeVar("T")
 
@@ -37,8 +39,12 @@ class SideGroup:
     `group` is what torch's own collective functions need.
     """
 
+    _made: ClassVar["weakref.WeakSet[SideGroup]"] = weakref.WeakSet()
+
     def __init__(self, world: dist.ProcessGroup | None) -> None:
         self.group: dist.ProcessGroup | None = None
+        self._is_given_up = False
+        self._made.add(self)
         self.rank, self.num_ranks = 0, 1
         if world is not None:
             ranks = dist.get_process_group_ranks(world)
@@ -47,10 +53,18 @@ class SideGroup:
 
     def gather(self, value: T, what: str) -> list[T]:
         """Return every rank's (picklable) value, by rank; ranks make the same calls in order."""
+        if self._is_given_up:
+            raise PeerError("a rank was lost, and with it this group")
         if self.group is None:
             return [value]
         values: list[T] = [value] * self.num_ranks
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    @classmethod
+    def give_up(cls) -> None:
+        """Let all groups end: gloo closes its connections only once nobody refers to them."""
+        for made in cls._made:
+            made.group, made._is_given_up = None, True
 
     gather_all = gather

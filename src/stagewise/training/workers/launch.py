@@ -29,6 +29,7 @@ from stagewise.training.workers.environment import (
     num_cores,
 )
 from stagewise.training.workers.failures import first_cause
+from stagewise.training.workers.lost import held_back
 from stagewise.training.workers.stop import SIGNALS
 
 PATIENCE_SECONDS = 25  # of the 30 that a cluster usually waits between SIGTERM and SIGKILL
@@ -56,7 +57,8 @@ def launch(num_workers: int, arguments: list[str], restarts: int = 0) -> int:
         }
         entrypoint, kills = elastic_launch(config, sys.executable), MemoryKills()
         try:
-            with _environment(environment), _signals_touch(stop_file):
+            held = held_back(stop_file, kills)
+            with _environment(environment), _signals_touch(stop_file), held:
                 entrypoint("-m", "stagewise", *arguments)
         except ChildFailedError as error:
             raise first_cause(error.failures, kills) from None

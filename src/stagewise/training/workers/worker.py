@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from stagewise.engine.transport.connect import disconnect, leave
@@ -39,23 +40,9 @@ def joined(timeout: float | None = None) -> Iterator[None]:
     Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
     `timeout` is in seconds, None for torch's.
     """
-    # Not equal to torch's default, which would be taken for nobody's choice.
-    patience = None if timeout is None else timedelta(seconds=timeout, microseconds=1)
-    join = partial(
-        dist.init_process_group,
-        store=store_of_all(patience or dist.default_pg_timeout),
-        rank=rank_here(),
-        world_size=world_size(),
-        timeout=patience,
-    )
-    if found := accelerators():
-        device = found[int(os.environ["LOCAL_RANK"]) % len(found)]
-        shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) > len(found)
-        backend = dist.get_default_backend_for_device(device)
-        torch.accelerator.set_device_index(device.index)
-        join(f"cpu:gloo,{device.type}:{backend}", device_id=None if shared else device)
-    else:
-        join("gloo")
+    patience = timedelta_of(timeout)
+    store = store_of_all(patience or dist.default_pg_timeout)
+    form_group(store, rank_here(), world_size(), patience)
     try:
         yield
     except SystemExit:
@@ -63,6 +50,26 @@ def joined(timeout: float | None = None) -> Iterator[None]:
         raise
     # Not after a failure: other ranks may not get here, and waiting for them would hide its cause.
     _leave()
+
+
+def timedelta_of(timeout: float | None) -> timedelta | None:
+    """Return it a little longer: torch's default would be taken for nobody's choice."""
+    return None if timeout is None else timedelta(seconds=timeout, microseconds=1)
+
+
+def form_group(store: Store, rank: int, size: int, timeout: timedelta | None) -> None:
+    """Form the default process group with the others that come to `store`."""
+    form = partial(
+        dist.init_process_group, store=store, rank=rank, world_size=size, timeout=timeout
+    )
+    if found := accelerators():
+        device = found[int(os.environ["LOCAL_RANK"]) % len(found)]
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) > len(found)
+        backend = dist.get_default_backend_for_device(device)
+        torch.accelerator.set_device_index(device.index)
+        form(f"cpu:gloo,{device.type}:{backend}", device_id=None if shared else device)
+    else:
+        form("gloo")
 
 
 def _leave() -> None:

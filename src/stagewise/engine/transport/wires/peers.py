@@ -19,6 +19,7 @@ from stagewise.engine.watch.watchdog import FAILURE, WAITS
 from stagewise.errors import PeerError
 
 _PATIENCE_SECONDS, _POLL_SECONDS, _STORE_SECONDS = 2.0, 0.05, 3.0
+SILENT = "without saying why"  # in the message if a rank has left no words
 _LATE = ("timed out", "timeout")  # in the messages of gloo and NCCL
 
 
@@ -76,7 +77,7 @@ class Peers:
             or f"none was reported: {name} is alive but hangs, runs other code than this rank, or "
             "is slower than the timeout of init_process_group"
             if late
-            else f"the process of {name} ended without saying why ({self._killed()})"
+            else f"the process of {name} ended {SILENT} ({self._killed()})"
         )
         message = (
             f"rank {self.number(self.rank)} lost {name} while waiting for it"

@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from stagewise.recording import LOG_FILE
-from stagewise.training.progress import (
+from stagewise.training.metrics.progress import (
     ChangeRecord,
-    Recovering,
     Shown,
     Silent,
     StepRecord,
     ValidationRecord,
 )
+from stagewise.training.metrics.recovering import Recovering
 from stagewise.training.workers.elastic import Interrupted
 
 

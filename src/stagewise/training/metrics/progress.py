@@ -1,12 +1,10 @@
 """Progress of a run: a bar on a terminal, lines elsewhere, and a log file.
 
-Only rank 0 shows anything; the other ranks have a `Silent` reporter. Every line of the log is a
-JSON object: a step, a validation or a change of plan.
+Only rank 0 shows anything, the others' reporter is `Silent`. A line of the log is a JSON object.
 """
 
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +20,6 @@ from rich.progress import (
 )
 
 from stagewise.recording import LOG_FILE
-from stagewise.training.workers.elastic import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,49 +211,6 @@ class Shown(Reporter):
 
     def _write(self, fields: Mapping[str, object]) -> None:
         self._log.write(json.dumps(fields) + "\n")
-
-
-class Recovering(Reporter):
-    """Passes everything to `reporter`, and tells when the run has regained its last step."""
-
-    def __init__(
-        self, reporter: Reporter, lost: Interrupted, first_step: int, num_workers: int
-    ) -> None:
-        self._reporter, self._lost = reporter, lost
-        self._first_step, self._is_regained = first_step, False
-        self._repeated_seconds = 0.0
-        why = f"restart {lost.restart}, after a failure" if lost.restart else "workers came or left"
-        self.change(
-            ChangeRecord(
-                step=first_step,
-                change=f"going on with {num_workers} worker(s) after step {first_step}",
-                reason=f"{why}; the last step was {lost.last_step}",
-            )
-        )
-
-    def step(self, record: StepRecord) -> None:
-        self._reporter.step(record)
-        repeats = record.step <= self._lost.last_step
-        self._repeated_seconds += record.seconds if repeats else 0
-        if not self._is_regained and record.step >= self._lost.last_step:
-            self._is_regained = True
-            lost, repeated = time.time() - self._lost.when, self._lost.last_step - self._first_step
-            self.say(
-                f"the interruption took {lost:.1f} s, with {max(repeated, 0)} steps repeated in "
-                f"{self._repeated_seconds:.1f} s"
-            )
-
-    def validation(self, record: ValidationRecord) -> None:
-        self._reporter.validation(record)
-
-    def change(self, record: ChangeRecord) -> None:
-        self._reporter.change(record)
-
-    def say(self, text: object) -> None:
-        self._reporter.say(text)
-
-    def close(self) -> None:
-        self._reporter.close()
 
 
 def _finite(value: float) -> float | None:

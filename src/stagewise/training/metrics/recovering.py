@@ -1,0 +1,75 @@
+"""The reporter of a rank; of a run that was interrupted, it also tells what that has cost."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from stagewise.engine.transport.processes import is_first, num_processes
+from stagewise.training.metrics.progress import (
+    ChangeRecord,
+    Reporter,
+    Shown,
+    Silent,
+    StepRecord,
+    ValidationRecord,
+)
+from stagewise.training.workers.elastic import Interrupted
+
+
+def reporter_here(
+    console: Console,
+    run: Path,
+    steps: tuple[int, int],
+    line_every: int,
+    interrupted: Interrupted | None = None,
+) -> Reporter:
+    """Return this rank's reporter; `steps` are the number done and that of all."""
+    if not is_first():
+        return Silent()
+    done, every = steps
+    shown = Shown(console=console, run=run, first_step=done, num_steps=every, line_every=line_every)
+    return Recovering(shown, interrupted, done, num_processes()) if interrupted else shown
+
+
+class Recovering(Reporter):
+    """Passes everything to `reporter`, and tells when the run has regained its last step."""
+
+    def __init__(
+        self, reporter: Reporter, lost: Interrupted, first_step: int, num_workers: int
+    ) -> None:
+        self._reporter, self._lost = reporter, lost
+        self._first_step, self._is_regained = first_step, False
+        self._repeated_seconds = 0.0
+        why = f"restart {lost.restart}, after a failure" if lost.restart else "workers came or left"
+        self.change(
+            ChangeRecord(
+                step=first_step,
+                change=f"going on with {num_workers} worker(s) after step {first_step}",
+                reason=f"{why}; the last step was {lost.last_step}",
+            )
+        )
+
+    def step(self, record: StepRecord) -> None:
+        self._reporter.step(record)
+        repeats = record.step <= self._lost.last_step
+        self._repeated_seconds += record.seconds if repeats else 0
+        if not self._is_regained and record.step >= self._lost.last_step:
+            self._is_regained = True
+            lost, repeated = time.time() - self._lost.when, self._lost.last_step - self._first_step
+            self.say(
+                f"the interruption took {lost:.1f} s, with {max(repeated, 0)} steps repeated in "
+                f"{self._repeated_seconds:.1f} s"
+            )
+
+    def validation(self, record: ValidationRecord) -> None:
+        self._reporter.validation(record)
+
+    def change(self, record: ChangeRecord) -> None:
+        self._reporter.change(record)
+
+    def say(self, text: object) -> None:
+        self._reporter.say(text)
+
+    def close(self) -> None:
+        self._reporter.close()

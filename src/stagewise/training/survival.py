@@ -1,0 +1,135 @@
+"""A run goes on when a rank is killed whose stages have replicas.
+
+What the others hold is everything: each stage's parameters and optimizer state live on its other
+replicas too, and every rank draws the same batches. So the survivors form a process group anew,
+make the interrupted step on all or on none, and build their pipeline for the same plan without the
+lost devices. Nothing is read from the disk, at most the interrupted step is repeated, and since
+losses, gradients and draws do not depend on who runs a microbatch, the run stays what it was.
+"""
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from stagewise.engine.transport.connect import values_of_all
+from stagewise.engine.transport.processes import num_processes
+from stagewise.errors import CheckpointError, PeerError, StagewiseError
+from stagewise.planning.plan import Plan
+from stagewise.planning.refit import without
+from stagewise.recording import LOG_FILE
+from stagewise.training.metrics.progress import ChangeRecord
+from stagewise.training.prepare import Prepared, Trained, TrainOptions, rebuild
+from stagewise.training.recipe import Recipe
+from stagewise.training.state.run_state import Extra, put_state_back, state_of_run
+from stagewise.training.update import Stepper, StepRan
+from stagewise.training.workers.elastic import Interrupted
+from stagewise.training.workers.lost import LostWorkers
+from stagewise.training.workers.run_owner import owned
+from stagewise.training.workers.survivors import Survivors
+
+
+@dataclass(frozen=True, kw_only=True)
+class WentOn:
+    """What a loss has changed: the pipeline, and whether another rank now speaks for all.
+
+    `unshown` is the last step if the rank that spoke before has not logged it.
+    """
+
+    trained: Trained
+    first_was_lost: bool
+    record: ChangeRecord
+    unshown: StepRan | None
+
+
+class Survival:
+    """Lets a run go on without lost ranks, if its launcher and its plan allow that."""
+
+    def __init__(
+        self, recipe: Recipe, options: TrainOptions, prepared: Prepared, stepper: Stepper
+    ) -> None:
+        self._recipe, self._options, self._locks = recipe, options, ExitStack()
+        self._inputs = prepared.batches.first[0]
+        plan, lost = prepared.trained.pipe.plan, LostWorkers.here()
+        alone = options.mesh is None and plan.num_devices == num_processes()
+        can = alone and any(without(plan, {device}) for device in range(plan.num_devices))
+        self._survivors = Survivors(lost, options.timeout) if lost is not None and can else None
+        self._halted: tuple[float, int] | None = None  # since when, and in which step
+        if self._survivors is not None:
+            prepared.trained.pipe.ranks.expect_losses()
+            stepper.is_atomic = True
+
+    def lost_during(self, work: Callable[[], None]) -> StagewiseError | None:
+        """Do `work`; return what it raises if a lost rank may be the reason."""
+        try:
+            work()
+        except (PeerError, CheckpointError) as error:  # a checkpoint needs all ranks as well
+            if self._survivors is None:
+                raise
+            return error
+        return None
+
+    def told(self, ran: StepRan) -> str | None:
+        """Return what the last loss has cost, after the first step since."""
+        if self._halted is None:
+            return None
+        (since, begun), self._halted = self._halted, None
+        again = f"step {begun} was begun again" if begun == ran.step else "no step was repeated"
+        return f"{ran.begun - since:.1f} s passed without progress; {again}"
+
+    def go_on(self, error: StagewiseError, trained: Trained, stepper: Stepper) -> WentOn:
+        """Build what the survivors go on with; raise `error` if they cannot. Each calls this."""
+        plan, survivors, ran = trained.pipe.plan, self._survivors, stepper.ran
+        if survivors is None or without(plan, survivors.newly_lost(error)) is None:
+            raise error
+        self._halted = stepper.applied_at, stepper.begun
+        dead = survivors.meet(error)
+        left = without(plan, dead)
+        if left is None:
+            raise error
+        stepper.settle(max(values_of_all(stepper.applied, "the last step of each")))
+        fill = partial(_carry_over, trained, stepper.applied * self._recipe.accumulate)
+        made = rebuild(self._recipe, self._options, left, self._inputs, fill)
+        if 0 in dead:
+            self._locks.enter_context(owned(self._options.run, self._options.agents))
+        record = ChangeRecord(
+            step=stepper.applied,
+            change=f"going on without {_named(dead)}: {_in_words(plan, left)}",
+            reason="; ".join(f"rank {rank} was lost ({how})" for rank, how in dead.items()),
+            kind="loss_of_ranks",
+        )
+        error.__cause__ = error.__context__ = error.__traceback__ = None  # they keep the old stages
+        is_logged = Interrupted.of(self._options.run / LOG_FILE, 0).last_step >= stepper.applied
+        unshown = None if is_logged or ran is None or ran.step > stepper.applied else ran
+        return WentOn(trained=made, first_was_lost=0 in dead, record=record, unshown=unshown)
+
+    def close(self) -> None:
+        """Release the run's folder, if this rank has taken it over."""
+        self._locks.close()
+
+
+def _carry_over(old: Trained, num_batches: int, new: Trained) -> None:
+    """Give `new` the state of `old`, whose stages it has."""
+    state = state_of_run(
+        old.pipe, old.optimizer, Extra(scheduler=old.scheduler, objects=old.objects)
+    )
+    with torch.no_grad():
+        extra = Extra(scheduler=new.scheduler, objects=new.objects)
+        put_state_back(state, new.pipe, new.optimizer, extra)
+    new.pipe.step_index = num_batches
+
+
+def _named(ranks: Collection[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _in_words(plan: Plan, left: Plan) -> str:
+    """Say which stages have fewer replicas."""
+    pairs = enumerate(zip(plan.replicas, left.replicas, strict=True))
+    return ", ".join(
+        f"stage {stage} runs on {now} rank{'s' * (now > 1)} instead of {before}"
+        for stage, (before, now) in pairs
+        if now < before
+    )

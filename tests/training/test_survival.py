@@ -1,0 +1,173 @@
+"""Killed ranks whose stages have replicas: the run goes on, and nothing differs."""
+
+import io
+import json
+import os
+import signal
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.distributed import TCPStore
+
+from stagewise.checkpoints.exporting import export_model
+from stagewise.engine.watch.memory_kills import MemoryKills
+from stagewise.planning import Plan
+from stagewise.training.prepare import TrainOptions
+from stagewise.training.recipe import load_recipe
+from stagewise.training.run_folder import find
+from stagewise.training.trainer import run_training
+from stagewise.training.workers.lost import LostWorkers
+from stagewise.training.workers.stop import StopRequest
+from tests.harness import CONTEXT
+from tests.recipes import log_of
+
+RECIPE = """
+import json, os, signal
+import torch
+from torch import nn
+
+accumulate, clip_grad_norm = 2, 0.1
+KILLS = json.loads(os.environ.get("KILLS", "{}"))
+DRAWN = 0
+
+def strike(place):
+    if KILLS.get(os.environ.get("RANK")) == [place, (DRAWN + 1) // 2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        strike("forward")
+        return x + self.dropout(torch.tanh(self.norm(self.linear(x))))
+
+def model():
+    return nn.Sequential(*(Cell() for _ in range(4))).double()
+
+def data(split):
+    if split != "train":
+        return [(torch.ones(8, 6).double(), torch.zeros(8, 6).double())]
+    return Batches()
+
+class Batches:
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        global DRAWN
+        for _ in range(40):
+            DRAWN += 1
+            x = torch.randn(32, 6).double()
+            yield x, x.roll(1, 1)
+
+loss = nn.functional.mse_loss
+
+class Optimizer(torch.optim.AdamW):
+    def step(self, closure=None):
+        strike("optimizer")
+        return super().step(closure)
+
+def optimizer(parameters):
+    return Optimizer(parameters, lr=1e-2)
+
+def scheduler(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+def state(module):
+    return {"ema": torch.optim.swa_utils.AveragedModel(module, use_buffers=True)}
+"""
+PLAN = Plan(balance=(2, 2), replicas=(2, 2), schedule="1f1b", num_microbatches=4)
+
+
+def launched(folder: Path, out: str, kills: dict[str, list[object]]) -> list[int | None]:
+    """Train as our launcher does, which tells the others who was killed; return exit codes."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    stop = folder / f"{out}-launcher" / "stop"
+    stop.parent.mkdir()
+    environment = {
+        "KILLS": json.dumps(kills),
+        "STAGEWISE_STOP_FILE": str(stop),
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "survival",
+    }
+    processes = [
+        CONTEXT.Process(target=worker, args=(folder, out, rank, environment)) for rank in range(4)
+    ]
+    for process in processes:
+        process.start()
+    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    lost, deadline = LostWorkers.of({}, str(stop)), time.monotonic() + 90
+    try:
+        while running:
+            ended = wait(running, deadline - time.monotonic())
+            assert ended, f"ranks {[*running.values()]} hang"
+            for sentinel in ended:
+                rank = running.pop(sentinel)  # type: ignore[call-overload]
+                if processes[rank].exitcode == -signal.SIGKILL and lost.are_expected:
+                    lost.add(rank, MemoryKills().in_words())
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def worker(folder: Path, out: str, rank: int, environment: dict[str, str]) -> None:
+    output = os.open(folder / f"{out}-output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "STAGEWISE_LAUNCHER": str(os.getppid())}
+    os.environ.update(environment, **here)
+    os.chdir(folder)
+    words = "train recipe.py --plan plan.json --steps 7 --validate-every 3 --checkpoint-every 3"
+    from stagewise.cli.main import app
+
+    app([*words.split(), "--timeout", "60", "--out", out])
+
+
+def test_losses_and_parameters_are_those_of_the_run_without_losses(tmp_path: Path) -> None:
+    """One rank is killed in a forward of step 3, another when step 5 is being applied."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "plan.json").write_text(PLAN.to_json())
+    options = TrainOptions(
+        plan=PLAN, run=tmp_path / "whole", num_steps=7, validate_every=3, checkpoint_every=3
+    )
+    recipe, console = load_recipe(tmp_path / "recipe.py"), Console(file=io.StringIO())
+    run_training(recipe, options, console=console, stop=StopRequest())
+    kills: dict[str, list[object]] = {"0": ["forward", 3], "3": ["optimizer", 5]}
+    assert launched(tmp_path, "struck", kills) == [-signal.SIGKILL, 0, 0, -signal.SIGKILL]
+
+    whole, struck = (log_of(tmp_path / name) for name in ("whole", "struck"))
+    losses = [{e["step"]: e["loss"] for e in log if "loss" in e} for log in (whole, struck)]
+    assert [*losses[1]] == [*range(1, 8)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=1e-12)
+    told = [(e["step"], e["loss_of_ranks"]) for e in struck if "loss_of_ranks" in e]
+    assert told == [
+        (2, "going on without rank 0: stage 0 runs on 1 rank instead of 2"),
+        (5, "going on without rank 2: stage 1 runs on 1 rank instead of 2"),
+    ]
+    output = (tmp_path / "struck-output").read_text()
+    assert "passed without progress; step 3 was begun again" in output
+    assert "passed without progress; no step was repeated" in output
+
+    states = [export_of(tmp_path / name) for name in ("whole", "struck")]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=1e-12)
+
+
+def export_of(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    checkpoint = find(run)
+    assert checkpoint.step == 7
+    export_model(checkpoint.path, run / "weights.safetensors")
+    return load_file(run / "weights.safetensors")
