@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh docs test-page test-notebook screenshots bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh test-hosts docs test-page test-notebook screenshots bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-page  the page in headless Chromium, skipped if there is none"
 	@echo "make test-notebook  run examples/tutorial.ipynb"
 	@echo "make screenshots  write docs/pictures from pages in headless Chromium"
+	@echo "make test-hosts  two hosts as network namespaces, started by torchrun (Linux, root)"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
 
@@ -110,6 +111,9 @@ test-notebook: $(READY)
 screenshots: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check selenium
 	$(BIN)/python -m benchmarks.screenshots
+
+test-hosts: $(READY)
+	$(BIN)/python -m benchmarks.two_hosts
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagewise.engine.transport.wires import sockets
+from stagewise.engine.transport.wires import connect_sockets, sockets
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Arrival
@@ -179,6 +179,32 @@ def neighbours(without: int | None, ways: tuple[str, ...]) -> tuple[set[int], li
     return set(mail._marked), [
         [row[0] for row in ranks.exchange([ranks.rank], "rank")] for _ in range(3)
     ]
+
+
+def families(rank_elsewhere: int) -> dict[int, socket.AddressFamily]:
+    """By rank, how this rank is connected to it; one is in a network of its own."""
+    rank = torch.distributed.get_rank()
+
+    def gather(value: object) -> list[object]:
+        values: list[object] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == rank_elsewhere:
+            patch.setattr(connect_sockets, "network_here", lambda: 1)
+        met, _ = connect_sockets.connect_sockets(Peers(rank), gather, LONG)
+    return {other: socket.AddressFamily(met._links[other].socket.family) for other in met.reached}
+
+
+@pytest.mark.parametrize("elsewhere", [0, 2])
+def test_unix_sockets_stay_within_a_network(pools: Pools, elsewhere: int) -> None:
+    """Containers that share a folder could connect by them, but are not one host."""
+    unix, internet = socket.AF_UNIX, socket.AF_INET
+    for rank, found in enumerate(pools[3].run(families, elsewhere)):
+        for other, family in found.items():
+            assert family == (internet if elsewhere in (rank, other) else unix)
+        assert found.keys() == {0, 1, 2} - {rank}
 
 
 def test_the_module_loads_where_a_call_cannot_be_told_not_to_wait(

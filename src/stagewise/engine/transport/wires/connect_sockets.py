@@ -4,6 +4,7 @@ Each rank listens and tells the others its address; of two ranks the higher one 
 its rank and the secret that the listener shared through the process group, and a connection counts
 once both ends have it. So a stranger's bytes are never read as a message (headers are unpickled).
 
+Containers may share a folder, but not the network: Unix sockets stay within one network namespace.
 A host's address is the local end of its route to the process group's store. On the store's own
 host that is loopback; there, it is the local end of its route to another host.
 """
@@ -57,6 +58,14 @@ def _is_able() -> bool:
     return hasattr(socket.socket, "sendmsg")
 
 
+def network_here() -> int | None:
+    """Return what tells this process's network from those of other containers; None if unknown."""
+    try:
+        return Path("/proc/self/ns/net").stat().st_ino
+    except OSError:  # not Linux
+        return None
+
+
 def _met(
     rank: int, gather: Gather, listens: _Listener, wanted: Collection[int]
 ) -> tuple[dict[int, socket.socket], dict[int, int]]:
@@ -65,8 +74,12 @@ def _met(
     with ExitStack() as until_connected:
         listener = listens(until_connected)
         where = listener and (int(listener.family), listener.getsockname())
-        for other, (place, known) in enumerate(gather((where, secret))[:rank]):
-            if other in wanted and (called := _called(place, known, rank)) is not None:
+        network = network_here()
+        told = gather((where, secret, network))[:rank]
+        for other, (place, known, there) in enumerate(told):
+            if other not in wanted or (listens is _unix_listener and there != network):
+                continue
+            if (called := _called(place, known, rank)) is not None:
                 met[other] = called
         callers = {other for other, called in enumerate(gather({*met})) if rank in called}
         if listener is not None:
