@@ -39,6 +39,7 @@ LEVELS = [
     ["model"],
     ["model/forward"],
     ["batch"],
+    ["diagnosis"],
     ["planning/__init__"],
     ["planning/advice", "planning/search"],
     ["planning"],
@@ -51,7 +52,7 @@ LEVELS = [
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
 APART = ["model/cells_of", "planning/__init__"]  # files with a line of their own
-PURE = set().union(*LEVELS[DEPTH["planning/__init__"] :])
+PURE = set().union(*LEVELS[DEPTH["diagnosis"] :])
 NO_TORCH = [
     "stagewise",
     "stagewise.errors",
@@ -59,6 +60,7 @@ NO_TORCH = [
     "stagewise.parity",
     "stagewise.timeline",
     "stagewise.schedule",
+    "stagewise.diagnosis",
     "stagewise.planning",
     "stagewise.recording",
     "stagewise.report",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.batch.lanes import has_streams
 from stagewise.engine.stage.work import Mark
@@ -41,6 +42,7 @@ class Noted:
 
     step: int
     plan: int
+    samples: int
     mail: Recorder
     ran: Ran
     cpu: Sequence[float]
@@ -59,7 +61,9 @@ def recording_of(
     ranks, device = runner.ranks, runner.device
     recorders = [_recorder(noted, ranks.rank) for noted in steps]
     here = socket.gethostname(), _named(device)
-    every = ranks.gather((recorders, memory, here), "record")
+    own = [cell.module for stage in runner.stages.values() for cell in stage.cells]
+    num_norms = sum(isinstance(m, _BatchNorm) for module in own for m in module.modules())
+    every = ranks.gather((recorders, memory, here, num_norms), "record")
     added = [offset for offset, _ in offsets]
     by_step = [[own[index] for own, *_ in every] for index in range(len(recorders))]
     starts = [
@@ -81,11 +85,15 @@ def recording_of(
     )
     return Recording(
         num_devices=runner.schedule.num_devices,
-        clocks=tuple(map(_clock, range(len(every)), [place for *_, place in every], offsets)),
+        clocks=tuple(map(_clock, range(len(every)), [place for _, _, place, _ in every], offsets)),
         plans=tuple(json.loads(plan.to_json()) for plan in plans),
         steps=tuple(made),
-        memory=tuple(each for _, memory, _ in every for each in memory),
-        environment=_environment(),
+        memory=tuple(each for _, memory, *_ in every for each in memory),
+        environment={
+            **_environment(),
+            "batchnorm_layers": str(sum(norms for *_, norms in every)),
+            **({"samples": str(max(noted.samples for noted in steps))} if steps else {}),
+        },
     )
 
 

@@ -125,6 +125,7 @@ class StepRecorder:
             noted = Noted(
                 step=request.step_index if NOW.step is None else NOW.step,
                 plan=self._plan_index(),
+                samples=sum(result.sizes),
                 mail=self._mail.recorder,
                 ran=ran,
                 cpu=cpu,
