@@ -10,4 +10,4 @@ from stagewise.diagnosis.measured_plan import Measured, as_measured
 from stagewise.diagnosis.step_advice import Hint, advice_for
 from stagewise.diagnosis.what_if import Help, what_would_help
 
-__all__ = ["Hint", "Help", "Measured", "advice_for", "as_measured", "what_would_help"]
+__all__ = ["Help", "Hint", "Measured", "advice_for", "as_measured", "what_would_help"]
