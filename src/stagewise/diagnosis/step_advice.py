@@ -16,7 +16,7 @@ from stagewise.planning.advice.advise_rules import (
     SAMPLES_FOR_BATCHNORM,
     TRANSFER_SHARE,
 )
-from stagewise.planning.plan import best_balance
+from stagewise.planning.partition.place import best_balance
 from stagewise.planning.refit import with_microbatches
 from stagewise.recording import Cause
 from stagewise.units import format_seconds, size_in_words

@@ -13,7 +13,7 @@ from stagewise.costs import FREE_LINK, scaled
 from stagewise.diagnosis.measured_plan import Measured
 from stagewise.errors import StagewiseError
 from stagewise.planning import Plan, plan_from_costs
-from stagewise.planning.plan import best_balance
+from stagewise.planning.partition.place import best_balance
 from stagewise.planning.refit import with_microbatches
 from stagewise.schedule import SCHEDULES
 
