@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stagewise.costs import FREE_LINK, CellCost, LinkCost, scaled
-from stagewise.diagnosis import Measured, advice_for, as_measured, what_would_help
+from stagewise.diagnosis import MeasuredSteps, advice_for, as_measured, what_would_help
 from stagewise.diagnosis.again import command_for
 from stagewise.planning import Plan, plan_from_costs, simulate
 from stagewise.recording import Clock, Phase, Recorder, Recording, step_of
@@ -34,7 +34,7 @@ def recorded(
     true: Plan | None = None,
     data_seconds: float = 0.0,
     environment: Mapping[str, str] | None = None,
-) -> Measured:
+) -> MeasuredSteps:
     """Steps that ran as `true` says, of a plan that had other costs."""
     true, devices = true or planned, range(planned.num_devices)
     recorder = Recorder()
@@ -156,7 +156,7 @@ def test_twice_the_microbatches_needs_as_many_samples() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
-def test_advice_has_its_number(about: str, measured: Measured, words: str) -> None:
+def test_advice_has_its_number(about: str, measured: MeasuredSteps, words: str) -> None:
     told = {advice.about: advice.sentence for advice in advice_for(measured)}
     assert words in told[about]
 

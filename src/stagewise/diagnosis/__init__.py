@@ -6,8 +6,8 @@
 4. `again` is the command line that trains with another plan.
 """
 
-from stagewise.diagnosis.measured_plan import Measured, as_measured
+from stagewise.diagnosis.measured_plan import MeasuredSteps, as_measured
 from stagewise.diagnosis.step_advice import Hint, advice_for
 from stagewise.diagnosis.what_if import Help, what_would_help
 
-__all__ = ["Help", "Hint", "Measured", "advice_for", "as_measured", "what_would_help"]
+__all__ = ["Help", "Hint", "MeasuredSteps", "advice_for", "as_measured", "what_would_help"]

@@ -28,7 +28,7 @@ Usual = Mapping[tuple[int, Kind], float]  # mean seconds by stage and kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredSteps:
     """What recorded steps of one plan show.
 
     `plan` has the measured costs, `planned` those from before the run. `step_seconds` is the mean
@@ -64,7 +64,7 @@ class Measured:
         return command_for(self.recording.environment.get("command", ""), plan, cut=cut)
 
 
-def as_measured(recording: Recording) -> Measured | None:
+def as_measured(recording: Recording) -> MeasuredSteps | None:
     """Return what the steps of the usual one's plan show; None without steps, or if they are not
     those of the plan.
 
@@ -82,7 +82,7 @@ def as_measured(recording: Recording) -> Measured | None:
     whole = fmean((step.end_ns - step.start_ns) / SECOND for step in steps)
     inside = fmean(step.timeline.duration_seconds for step in steps)
     plan = _with_messages(replace(planned, cells=cells), steps, inside)
-    return Measured(
+    return MeasuredSteps(
         recording=recording,
         planned=planned,
         plan=plan,

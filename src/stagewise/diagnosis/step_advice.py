@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from stagewise.diagnosis.measured_plan import Measured
+from stagewise.diagnosis.measured_plan import MeasuredSteps
 from stagewise.errors import StagewiseError
 from stagewise.planning import plan_from_costs
 from stagewise.planning.advice.advise_rules import (
@@ -35,7 +35,7 @@ class Hint:
     sentence: str
 
 
-def advice_for(measured: Measured) -> list[Hint]:
+def advice_for(measured: MeasuredSteps) -> list[Hint]:
     """Return the advice that applies, in a fixed order."""
     found = []
     for about, rule in _RULES.items():
@@ -44,7 +44,7 @@ def advice_for(measured: Measured) -> list[Hint]:
     return found
 
 
-def _transfers(measured: Measured) -> Iterator[str]:
+def _transfers(measured: MeasuredSteps) -> Iterator[str]:
     idle = measured.idle
     share = idle.total[Cause.TRANSFERS] / max(1, sum(idle.busy_ns))
     if share > TRANSFER_SHARE:
@@ -55,7 +55,7 @@ def _transfers(measured: Measured) -> Iterator[str]:
         )
 
 
-def _microbatches(measured: Measured) -> Iterator[str]:
+def _microbatches(measured: MeasuredSteps) -> Iterator[str]:
     plan, idle = measured.plan, measured.idle
     wanted = MICROBATCHES_PER_STAGE * plan.num_devices
     if plan.num_devices > 1 and plan.num_microbatches < wanted:
@@ -67,7 +67,7 @@ def _microbatches(measured: Measured) -> Iterator[str]:
         )
 
 
-def _slow_stage(measured: Measured) -> Iterator[str]:
+def _slow_stage(measured: MeasuredSteps) -> Iterator[str]:
     plan = measured.plan
     if plan.num_stages < 2 or plan.segments:
         return
@@ -88,7 +88,7 @@ def _slow_stage(measured: Measured) -> Iterator[str]:
         )
 
 
-def _recomputation(measured: Measured) -> Iterator[str]:
+def _recomputation(measured: MeasuredSteps) -> Iterator[str]:
     plan = measured.plan
     if not plan.recomputes or plan.segments or not measured.planned.cells:
         return
@@ -106,7 +106,7 @@ def _recomputation(measured: Measured) -> Iterator[str]:
             return
 
 
-def _batchnorm(measured: Measured) -> Iterator[str]:
+def _batchnorm(measured: MeasuredSteps) -> Iterator[str]:
     facts = measured.recording.environment
     layers, samples = (facts.get(name, "")[:9] for name in ("batchnorm_layers", "samples"))
     if not (layers.isdecimal() and samples.isdecimal() and int(layers)):
@@ -119,7 +119,7 @@ def _batchnorm(measured: Measured) -> Iterator[str]:
         )
 
 
-def _devices(measured: Measured) -> Iterator[str]:
+def _devices(measured: MeasuredSteps) -> Iterator[str]:
     plan = measured.plan
     now = plan.timeline.duration_seconds
     if plan.replicas or plan.programs or plan.segments or measured.takes_turns:
@@ -145,7 +145,7 @@ def _devices(measured: Measured) -> Iterator[str]:
             return
 
 
-def _data(measured: Measured) -> Iterator[str]:
+def _data(measured: MeasuredSteps) -> Iterator[str]:
     share = measured.idle.total[Cause.DATA] / max(1, sum(measured.idle.window_ns))
     if share > _DATA:
         yield (
@@ -154,7 +154,7 @@ def _data(measured: Measured) -> Iterator[str]:
         )
 
 
-def _launch(measured: Measured) -> Iterator[str]:
+def _launch(measured: MeasuredSteps) -> Iterator[str]:
     share = measured.idle.total[Cause.OVERHEAD] / max(1, sum(measured.idle.window_ns))
     if share > _LAUNCH:
         number = max(1, measured.plan.num_microbatches // 2)
@@ -162,7 +162,7 @@ def _launch(measured: Measured) -> Iterator[str]:
         yield f"getting instructions going takes {share:.0%} of the time: use {fewer}"
 
 
-def _host(measured: Measured) -> Iterator[str]:
+def _host(measured: MeasuredSteps) -> Iterator[str]:
     idle = measured.idle
     lost = [
         (own + by[Cause.HOST]) / max(1, window)
@@ -176,7 +176,7 @@ def _host(measured: Measured) -> Iterator[str]:
         )
 
 
-_RULES: dict[str, Callable[[Measured], Iterator[str]]] = {
+_RULES: dict[str, Callable[[MeasuredSteps], Iterator[str]]] = {
     "transfers": _transfers,
     "microbatches": _microbatches,
     "slow stage": _slow_stage,

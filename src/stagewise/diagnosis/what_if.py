@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from stagewise.costs import FREE_LINK, scaled
-from stagewise.diagnosis.measured_plan import Measured
+from stagewise.diagnosis.measured_plan import MeasuredSteps
 from stagewise.errors import StagewiseError
 from stagewise.planning import Plan, plan_from_costs
 from stagewise.planning.partition.place import best_balance
@@ -41,7 +41,7 @@ class _Changed:
     remark: str = ""
 
 
-def what_would_help(measured: Measured) -> list[Help]:
+def what_would_help(measured: MeasuredSteps) -> list[Help]:
     """Return the changes that apply, the most useful first."""
     if measured.planned.programs or measured.planned.segments:
         return []  # a schedule of one's own, or blocks chosen for it, have no neighbours
@@ -64,7 +64,7 @@ def what_would_help(measured: Measured) -> list[Help]:
     return sorted(found, key=lambda one: -one.seconds)
 
 
-def _twice_the_microbatches(measured: Measured) -> Iterator[_Changed]:
+def _twice_the_microbatches(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan = measured.plan
     samples = measured.recording.environment.get("samples", "")
     number = 2 * plan.num_microbatches
@@ -78,7 +78,7 @@ def _twice_the_microbatches(measured: Measured) -> Iterator[_Changed]:
     )
 
 
-def _another_cut(measured: Measured) -> Iterator[_Changed]:
+def _another_cut(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan = measured.plan
     balance = best_balance(
         plan.built_schedule, plan.cells, recompute=plan.recompute, link=plan.link
@@ -93,7 +93,7 @@ def _another_cut(measured: Measured) -> Iterator[_Changed]:
         )
 
 
-def _free_messages(measured: Measured) -> Iterator[_Changed]:
+def _free_messages(measured: MeasuredSteps) -> Iterator[_Changed]:
     if measured.plan.num_devices > 1:
         yield _Changed(
             change="messages that take no time",
@@ -103,7 +103,7 @@ def _free_messages(measured: Measured) -> Iterator[_Changed]:
         )
 
 
-def _slow_device(measured: Measured) -> Iterator[_Changed]:
+def _slow_device(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan, schedule = measured.plan, measured.plan.built_schedule
     if not measured.planned.cells or plan.num_devices < 2:
         return
@@ -128,7 +128,7 @@ def _slow_device(measured: Measured) -> Iterator[_Changed]:
     )
 
 
-def _no_recomputation(measured: Measured) -> Iterator[_Changed]:
+def _no_recomputation(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan = measured.plan
     if plan.recomputes:
         other = replace(plan, recompute="never")
@@ -146,7 +146,7 @@ def _no_recomputation(measured: Measured) -> Iterator[_Changed]:
         )
 
 
-def _other_schedules(measured: Measured) -> Iterator[_Changed]:
+def _other_schedules(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan = measured.plan
     for name, row in SCHEDULES.items():
         if name == plan.schedule or plan.replicas or _is_large(plan, row.stages_per_device):
@@ -170,7 +170,7 @@ def _other_schedules(measured: Measured) -> Iterator[_Changed]:
             )
 
 
-def _if_equal(measured: Measured) -> str:
+def _if_equal(measured: MeasuredSteps) -> str:
     return "" if measured.planned.cells else "if a stage's cells take equally long"
 
 
@@ -183,7 +183,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-_CHANGES: tuple[Callable[[Measured], Iterator[_Changed]], ...] = (
+_CHANGES: tuple[Callable[[MeasuredSteps], Iterator[_Changed]], ...] = (
     _twice_the_microbatches,
     _another_cut,
     _free_messages,
