@@ -55,6 +55,13 @@ def test_memory_is_in_the_unit_that_fits() -> None:
         assert trace["x"][-1] == step.timeline.duration_seconds
 
 
+def test_a_trial_steps_memory_has_a_time_of_its_own() -> None:
+    step = ShownStep("", shown().timeline, measured=(((0.0, 1024), (99.0, 0)), ()))
+    layout = memory_figure(step)["layout"]
+    assert layout["meta"] == {"own_time": True} and layout["xaxis"]["range"] == [0, 99]
+    assert memory_figure(shown())["layout"]["meta"] == {"own_time": False}
+
+
 def test_plotly_accepts_them() -> None:
     Figure = pytest.importorskip("plotly.graph_objects").Figure  # noqa: N806
     runs = [Losses("a <b>", [(1, 2.0), (2, 1.5)], [(2, 1.6)]), Losses("b", [(1, 2.1)])]

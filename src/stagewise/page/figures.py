@@ -55,11 +55,16 @@ def timeline_figure(step: ShownStep) -> Figure:
 
 
 def memory_figure(step: ShownStep) -> Figure:
-    """Return a line per device: the bytes kept for the backward over the step."""
+    """Return a line per device: the bytes kept for the backward over the step.
+
+    Measured ones are of a trial step, whose time is not that of the step shown.
+    """
     largest = max((level for curve in step.memory for _, level in curve), default=0)
     unit = size_in_words(largest or 1).split()[1]
     scale = 1024.0 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit)
-    end = float(step.timeline.duration_seconds)
+    duration = 0 if step.measured else step.timeline.duration_seconds
+    end = float(max([duration, *(time for curve in step.memory for time, _ in curve)]))
+    axis: Figure = {"range": [0, end], "title": {"text": "time in a trial step"}}
     data = []
     for device, curve in enumerate(step.memory):
         times = [0.0, *(float(time) for time, _ in curve), end]
@@ -82,7 +87,8 @@ def memory_figure(step: ShownStep) -> Figure:
         )
     layout = {
         "height": 300,
-        "xaxis": _time_axis(step),
+        "meta": {"own_time": bool(step.measured)},
+        "xaxis": _time_axis(step) | (axis if step.measured else {}),
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero", "fixedrange": True},
     }
     return {"data": data, "layout": layout}
@@ -93,9 +99,9 @@ def losses_figure(runs: Sequence[Losses]) -> Figure:
     data: list[Figure] = []
     for index, run in enumerate(runs):
         name = escape(run.run)
-        for what, points, mode in (
-            ("", run.training, "lines"),
-            (", validation", run.validation, "lines+markers"),
+        for what, points, mode, line in (
+            ("", run.training, "lines", _line(index)),
+            (", validation", run.validation, "lines+markers", _line(index, dash="dot")),
         ):
             if points:
                 shown = points[:: 1 + len(points) // _POINTS]
@@ -107,14 +113,14 @@ def losses_figure(runs: Sequence[Losses]) -> Figure:
                         "x": [step for step, _ in shown],
                         "y": [loss for _, loss in shown],
                         "hovertemplate": "step %{x}: %{y:.4f}",
-                        "line": _line(index),
+                        "line": line,
                         "marker": {"size": 8, "symbol": "diamond"},
                     }
                 )
     layout = {
         "height": 340,
-        "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": "loss"}},
+        "xaxis": {"title": {"text": "step"}, "zeroline": False},
+        "yaxis": {"title": {"text": "loss"}, "zeroline": False},
     }
     return {"data": data, "layout": layout}
 

@@ -3,6 +3,7 @@
   "use strict";
   const root = document.documentElement;
   let figures = JSON.parse(document.getElementById("figures").textContent);
+  const ownTime = (figure) => Boolean(figure && figure.layout.meta && figure.layout.meta.own_time);
   const timelines = [...document.querySelectorAll('[data-plot="timeline"]')];
   const memories = [...document.querySelectorAll('[data-plot="memory"]')];
   const touch = matchMedia("(pointer: coarse)").matches;
@@ -48,6 +49,7 @@
       if (!onTime || node.dataset.ready) return;
       node.dataset.ready = "yes";
       node.on("plotly_relayout", (change) => {
+        if (ownTime(node)) return;
         if (change["xaxis.autorange"]) show(null);
         else if ("xaxis.range[0]" in change)
           show([change["xaxis.range[0]"], change["xaxis.range[1]"]]);
@@ -57,7 +59,7 @@
 
   function drawAll() {
     for (const node of timelines) draw(node, chosen(node).timeline, true);
-    for (const node of memories) draw(node, chosen(node).memory, true);
+    for (const node of memories) draw(node, chosen(node).memory, !ownTime(chosen(node).memory));
     for (const node of document.querySelectorAll('[data-plot="losses"]')) draw(node, figures.losses, false);
     document.getElementById("theme").textContent = isDark() ? "Light mode" : "Dark mode";
   }
@@ -73,7 +75,7 @@
     range = wanted && wanted[1] - wanted[0] < end - begin ? wanted : null;
     const now = range || [begin, end];
     for (const node of [...timelines, ...memories]) {
-      if (node.hidden) continue;
+      if (node.hidden || ownTime(node)) continue;
       const shown = node.layout.xaxis.range;
       if (shown[0] !== now[0] || shown[1] !== now[1]) Plotly.relayout(node, { "xaxis.range": now });
     }
