@@ -94,6 +94,8 @@ PACKAGES = {
         "links",
         "lower",
         "named_schedule",
+        "needed",
+        "needed_for",
         "on_replicas",
         "one_f_one_b",
         "parse_programs",

@@ -4,7 +4,7 @@ All costs are for *one microbatch*. They are plain numbers, so the simulator als
 ones (`fractions.Fraction`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -35,8 +35,9 @@ class CellCost:
     the cell. `output_bytes` crosses the boundary after the cell, `gradient_bytes`
     comes back. A split backward takes `input_seconds` for `I` and `weight_seconds` for `W` and
     keeps `deferred_bytes` between them (None: unknown), of which `deferred_input_bytes` are the
-    cell's input. `instruction_overhead` is added to every instruction of a stage that starts with
-    the cell.
+    cell's input. Of the parameters `trainable_bytes` are trained (None: all; 0: the cell trains
+    nothing). `instruction_overhead` is added to every instruction of a stage that starts with the
+    cell.
     """
 
     name: str
@@ -52,6 +53,7 @@ class CellCost:
     weight_seconds: float | None = None
     deferred_bytes: int | None = None
     deferred_input_bytes: int = 0
+    trainable_bytes: int | None = None
     instruction_overhead: InstructionCost = FREE_INSTRUCTION
 
     @property
@@ -91,6 +93,7 @@ class StageCost:
     deferred_bytes: int = 0
     deferred_input_bytes: int = 0
     released_output_bytes: int = 0
+    trainable_bytes: int | None = None  # of the parameters, as in CellCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,54 @@ class LinkCost:
 FREE_LINK = LinkCost()
 
 
+# Of a cell's costs, what does not depend on the samples.
+UNSCALED = "name", "parameter_bytes", "trainable_bytes", "instruction_overhead"
+
+
+def state_bytes(cost: CellCost | StageCost, state_factor: float) -> float:
+    """Return what parameters take in training: `state_factor` times their bytes, for themselves,
+    their gradients and the optimizer's state; the frozen ones only for themselves.
+    """
+    trained = trained_bytes(cost)
+    return state_factor * trained + (cost.parameter_bytes - trained)
+
+
+def num_untrained(costs: Sequence[CellCost | StageCost]) -> int:
+    """Return how many cells, or stages, come before the first that trains anything."""
+    return next((i for i, cost in enumerate(costs) if cost.trainable_bytes != 0), len(costs))
+
+
+def without_gradients(costs: Iterable[CellCost]) -> tuple[CellCost, ...]:
+    """Return costs of cells whose first `num_untrained` have no backward, nor keep anything for it.
+
+    Only the last of them keeps its output, which the next cell may save.
+    """
+    cells = tuple(costs)
+    first = num_untrained(cells)
+    free = [replace(cell, **_NOTHING) for cell in cells[:first]]
+    if free and first < len(cells):
+        kept = {name: getattr(cells[first - 1], name) for name in _ACTIVATIONS}
+        free[-1] = replace(free[-1], **kept)
+    return (*free, *cells[first:]) if free else cells
+
+
+_ACTIVATIONS = "activation_bytes", "unsaved_output_bytes", "released_output_bytes"
+_GRADIENTS = (
+    "backward_seconds",
+    "input_seconds",
+    "weight_seconds",
+    "gradient_bytes",
+    "deferred_bytes",
+    "deferred_input_bytes",
+)
+_NOTHING: dict[str, Any] = dict.fromkeys((*_GRADIENTS, *_ACTIVATIONS), 0)
+
+
+def trained_bytes(cost: CellCost | StageCost) -> int:
+    """Return the bytes of its parameters that are trained."""
+    return cost.parameter_bytes if cost.trainable_bytes is None else cost.trainable_bytes
+
+
 def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
     """Return `cell` with its seconds, and the bytes that depend on the samples, multiplied.
 
@@ -121,7 +172,7 @@ def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
     changes: dict[str, float | int] = {}
     for field in fields(cell):
         value = getattr(cell, field.name)
-        if value is None or field.name in ("name", "parameter_bytes", "instruction_overhead"):
+        if value is None or field.name in UNSCALED:
             continue
         is_size = field.name.endswith("_bytes")
         changes[field.name] = round(value * size) if is_size else value * seconds
@@ -136,17 +187,22 @@ def load_seconds(cell: CellCost, *, forwards: int = 1, split: bool = False) -> f
 
 def boundary_seconds(cells: Sequence[CellCost], link: LinkCost) -> list[float]:
     """Return the transfer time, both ways, across the boundary after each cell but the last."""
+    untrained = num_untrained(cells)
     return [
-        link.transfer_seconds(cell.output_bytes) + link.transfer_seconds(cell.gradient_bytes)
-        for cell in cells[:-1]
+        link.transfer_seconds(cell.output_bytes)
+        + (link.transfer_seconds(cell.gradient_bytes) if index >= untrained else 0)
+        for index, cell in enumerate(cells[:-1])
     ]
 
 
 def stage_costs(
     cells: Sequence[CellCost], balance: Sequence[int], *, input_bytes: int = 0
 ) -> tuple[StageCost, ...]:
-    """Sum cell costs into stage costs; `balance` is the number of cells on each stage."""
-    stages, start, incoming = [], 0, input_bytes
+    """Sum cell costs into stage costs; `balance` is the number of cells on each stage.
+
+    A stage before the first that trains anything keeps nothing, and gets no gradients.
+    """
+    stages, start, incoming, untrained = list[StageCost](), 0, input_bytes, num_untrained(cells)
     for num_cells in balance:
         own = cells[start : start + num_cells]
         overhead = own[0].instruction_overhead
@@ -173,10 +229,26 @@ def stage_costs(
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
                 deferred_input_bytes=_deferred_input_bytes(own),
                 released_output_bytes=released,
+                trainable_bytes=_sum_of_trainable(own),
             )
         )
         start, incoming = start + num_cells, own[-1].output_bytes
+        if start <= untrained:
+            stages[-1] = _without_backward(stages[-1])
     return tuple(stages)
+
+
+def _without_backward(stage: StageCost) -> StageCost:
+    """Return the costs of a stage that has no backward: the next one has its input to itself."""
+    nothing: dict[str, Any] = dict.fromkeys((*_GRADIENTS, "activation_bytes", "input_bytes"), 0)
+    return replace(stage, **nothing, released_output_bytes=stage.output_bytes)
+
+
+def _sum_of_trainable(own: Sequence[CellCost]) -> int | None:
+    """Return the stage's `trainable_bytes`: None if those of any cell are not known."""
+    if any(cell.trainable_bytes is None for cell in own):
+        return None
+    return sum(map(trained_bytes, own))
 
 
 def _deferred_input_bytes(own: Sequence[CellCost]) -> int:

@@ -39,7 +39,7 @@ INSTRUCTIONS = st.builds(
     InstructionCost,
     **{field.name: st.integers(-2, 3) for field in dataclasses.fields(InstructionCost)},
 )
-CELLS = filled(CellCost)
+CELLS = filled(CellCost, trainable_bytes=st.none())  # frozen ones: tests/pipeline/test_frozen_plans
 LINKS = filled(LinkCost)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, without_gradients
 from stagewise.errors import BatchError, DeviceError, ModelError
 from stagewise.model.chain import chain_of
 from stagewise.planning import load_devices, plan_from_costs
@@ -21,6 +21,7 @@ from tests.models import EXAMPLES, Call
 
 BYTES = [field.name for field in fields(CellCost) if field.name.endswith("_bytes")]
 # oneDNN's LSTM keeps a workspace whose size only its kernel knows.
+CPU = load_devices()["cpu"]
 COMPARED = sorted(set(EXAMPLES) - {"shared_modules"})
 
 
@@ -60,7 +61,7 @@ def test_bytes_are_those_that_the_profiler_measures(name: str) -> None:
     measured = measured_bytes(model, inputs, target, loss)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     work = cell_work(model, inputs, target=target, loss=loss, num_microbatches=1)
-    assert by_name(cell.cost(load_devices()["cpu"]) for cell in work) == measured
+    assert by_name(without_gradients(cell.cost(CPU) for cell in work)) == measured
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
 
@@ -78,7 +79,7 @@ def test_keyword_arguments_and_the_first_microbatch_count_as_measured() -> None:
         model, inputs, target=target, kwargs={"mask": mask}, loss=loss, num_microbatches=2
     )
     measured = measured_bytes(model, inputs[:3], target[:3], loss, mask=mask[:3])
-    assert by_name(cell.cost(load_devices()["cpu"]) for cell in work) == measured
+    assert by_name(without_gradients(cell.cost(CPU) for cell in work)) == measured
 
 
 class TwoProducts(nn.Module):

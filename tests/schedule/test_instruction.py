@@ -55,7 +55,7 @@ def test_every_cost_of_a_stage_belongs_to_a_kind_or_a_stream() -> None:
         for field in (traits.seconds, *traits.keeps, *traits.frees)
     } | {stream.num_bytes for stream in (ACTIVATIONS, GRADIENTS)}
     # Kept with or without instructions; a part of what waits for `W`; what is not kept.
-    apart = {"parameter_bytes", "deferred_input_bytes", "released_output_bytes"}
+    apart = {"parameter_bytes", "trainable_bytes", "deferred_input_bytes", "released_output_bytes"}
     assert {field.name for field in fields(StageCost)} == named | apart
     of_instructions = {field.name for field in fields(InstructionCost)}
     assert of_instructions == {traits.seconds for traits in KINDS.values()} - {"recompute_seconds"}

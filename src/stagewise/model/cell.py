@@ -82,6 +82,11 @@ class Cell:
         """What errors call it."""
         return f"cell {self.name!r} ({type(self.module).__name__})"
 
+    @property
+    def trainable_bytes(self) -> int:
+        """The bytes of its parameters that require gradients."""
+        return sum(p.nbytes for p in self.module.parameters() if p.requires_grad)
+
     @cached_property
     def takes(self) -> "ForwardNames":
         """The names of its `forward`'s parameters."""

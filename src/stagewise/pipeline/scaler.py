@@ -48,7 +48,7 @@ class GradScaler(torch.amp.GradScaler):
         if self.is_enabled():
             overflow.before_collective()
             states: dict[int, dict[str, Any]] = self._per_optimizer_states
-            if states or not any(p.requires_grad for p in self._pipe.parameters()):
+            if states or not any(p.requires_grad for p in self._pipe.module.parameters()):
                 found = torch.full((), float(overflow.found), device=self._pipe.device)
                 states[id(overflow)]["found_inf_per_device"] = {self._pipe.device: found}
             overflow.end_round()

@@ -43,7 +43,9 @@ class Share(Answers):
         self.module = module_tree([cell for stage in stages.values() for cell in stage.cells])
         self._whole, self._ties, self._ranks = whole, ties, ranks
         self._first_names = {name: one.names[0] for one in ties for name in one.names}
-        self.overflow = Overflow(ranks, self.parameters, lambda: self.step_index)
+        devices = [stage.device for stage in stages.values()]
+        self._none = nn.Parameter(torch.empty(0, 0, device=devices[-1] if devices else "cpu"))
+        self.overflow = Overflow(ranks, self.module.parameters, lambda: self.step_index)
 
     @property
     def rank(self) -> int:
@@ -58,12 +60,18 @@ class Share(Answers):
         return self._ranks
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return the parameters of this rank's stages.
+        """Yield the parameters of this rank's stages.
 
-        There may be none, which torch's optimizers refuse as a list, but not as a group:
-        `AdamW([{"params": [*pipe.parameters()]}])` works on all ranks.
+        If none of them requires a gradient, one without elements follows, since torch's optimizers
+        refuse an empty list: `AdamW(p for p in pipe.parameters() if p.requires_grad)` works on
+        every rank, whatever it holds.
         """
-        return self.module.parameters()
+        trained = False
+        for parameter in self.module.parameters():
+            trained |= parameter.requires_grad
+            yield parameter
+        if not trained:
+            yield self._none
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank's stages, by the plain model's names.

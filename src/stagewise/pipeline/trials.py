@@ -152,7 +152,7 @@ def corrected_costs(
 
     `link` and `costs_at` are what messages and cells cost alone.
     """
-    messages = [message_seconds(m.plan.built_schedule, m.timelines) for m in measured]
+    messages = [message_seconds(m.plan.needed_schedule, m.timelines) for m in measured]
     overhead, waited = map(statistics.fmean, zip(*messages, strict=True))
     latency = (
         waited

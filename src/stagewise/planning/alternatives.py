@@ -6,7 +6,7 @@ is, from the costs that the plan was made from.
 
 from dataclasses import dataclass
 
-from stagewise.costs import FREE_LINK, load_seconds
+from stagewise.costs import FREE_LINK, load_seconds, state_bytes, trained_bytes
 from stagewise.planning.plan import Plan
 from stagewise.planning.reserve import NO_RESERVE, Reserve
 
@@ -54,7 +54,7 @@ def outlook_of(plan: Plan, room: Room) -> Outlook:
     besides = room.reserve.on(schedule.placement, plan.engine_costs, plan.num_microbatches)
     stages, peaks = plan.engine_costs, plan.peak_activation_bytes
     device_bytes = tuple(
-        room.state_factor * sum(stages[s].parameter_bytes for s in schedule.stages_of(device))
+        sum(state_bytes(stages[s], room.state_factor) for s in schedule.stages_of(device))
         + peaks[device]
         + besides[device]
         for device in range(plan.num_devices)
@@ -67,10 +67,10 @@ def _alternatives(plan: Plan, room: Room) -> tuple[Alternative, ...]:
     computes its part of the minibatch and gradients are summed by a ring (Patarasuk and Yuan 2009).
     """
     number, link = plan.num_devices, plan.link
-    parameters = sum(cell.parameter_bytes for cell in plan.cells)
+    trained = sum(map(trained_bytes, plan.cells))
     alone = plan.num_microbatches * sum(map(load_seconds, plan.cells))
     needs = (
-        room.state_factor * parameters
+        sum(state_bytes(cell, room.state_factor) for cell in plan.cells)
         + sum(cell.activation_bytes for cell in plan.cells)
         + room.reserve.context_bytes
         + room.reserve.workspace_bytes
@@ -79,7 +79,7 @@ def _alternatives(plan: Plan, room: Room) -> tuple[Alternative, ...]:
     if number == 1:
         return (one,)
     turns = 2 * (number - 1)
-    reduction = turns * link.transfer_seconds(round(parameters / number))
+    reduction = turns * link.transfer_seconds(round(trained / number))
     parallel = Alternative(
         name=f"data parallelism on {number} devices",
         step_seconds=alone / number + reduction,

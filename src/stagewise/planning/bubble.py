@@ -33,7 +33,7 @@ def bubble_causes(plan: Plan) -> BubbleCauses:
     """Return why the devices of a plan with measured costs are idle."""
     busy = plan.timeline.busy_seconds
     step, most = plan.timeline.duration_seconds, max(busy)
-    alone = outcome_of(plan.built_schedule, plan.engine_costs).seconds
+    alone = outcome_of(plan.needed_schedule, plan.engine_costs).seconds
     if not step:
         return BubbleCauses(fill_and_drain=0.0, imbalance=0.0, communication=0.0)
     return BubbleCauses(

@@ -13,6 +13,7 @@ from stagewise.errors import ScheduleError
 from stagewise.mesh import device_turns
 from stagewise.schedule import Schedule
 from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Stream
+from stagewise.schedule.lowering import lowest_target
 from stagewise.timeline import changes_by_kind, kept_bytes
 
 _NEVER = float("inf")
@@ -58,12 +59,13 @@ class _StreamState:
             for _ in range(schedule.num_microbatches)
         ]
         self.waiting: dict[int, int] = {}
+        self.targets = range(lowest_target(stream, schedule), schedule.num_stages)
 
 
 def _ends_and_busy(
     schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
 ) -> tuple[list[float], list[float]]:
-    num_stages, num_microbatches = schedule.num_stages, schedule.num_microbatches
+    num_microbatches = schedule.num_microbatches
     streams: dict[Stream | None, _StreamState] = {
         stream: _StreamState(stream, schedule, costs, link) for stream in (ACTIVATIONS, GRADIENTS)
     }
@@ -96,7 +98,7 @@ def _ends_and_busy(
             busy[device] += seconds
             last[device] = now
             i += 1
-            if stream is None or not 0 <= (target := stage + stream.step) < num_stages:
+            if stream is None or (target := stage + stream.step) not in stream.targets:
                 continue
             where = target * num_microbatches + m
             stream.arrived[where] = now

@@ -9,9 +9,7 @@ is linear between two measured sizes. An operator that is faster per sample at a
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
-from stagewise.costs import CellCost
-
-_FIXED = ("name", "parameter_bytes", "instruction_overhead")
+from stagewise.costs import UNSCALED, CellCost
 
 
 def interpolated(
@@ -32,7 +30,7 @@ def _between(small: CellCost, large: CellCost, share: float) -> CellCost:
     changes: dict[str, float | int | None] = {}
     for each in fields(CellCost):
         low, high = getattr(small, each.name), getattr(large, each.name)
-        if each.name in _FIXED or low is None or high is None:
+        if each.name in UNSCALED or low is None or high is None:
             continue
         value = max(0.0, low + share * (high - low))
         changes[each.name] = round(value) if each.name.endswith("_bytes") else value

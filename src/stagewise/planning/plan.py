@@ -33,6 +33,7 @@ from stagewise.schedule import (
     check_replicas,
     consecutive,
     named_schedule,
+    needed_for,
     parse_programs,
     refine,
     schedule_of,
@@ -115,6 +116,12 @@ class Plan:
         return validate(refine(plain, self.segments, policy))
 
     @cached_property
+    def needed_schedule(self) -> Schedule:
+        """`built_schedule` without what the cells that train nothing do not need."""
+        schedule = self.built_schedule
+        return needed_for(schedule, self.engine_costs) if self.cells else schedule
+
+    @cached_property
     def recomputes(self) -> bool:
         """Whether any microbatch is recomputed on any stage."""
         return bool(self.built_schedule.recomputed)
@@ -143,7 +150,7 @@ class Plan:
     @cached_property
     def timeline(self) -> Timeline:
         """The predicted step."""
-        return simulate(self.built_schedule, self.engine_costs, self.link)
+        return simulate(self.needed_schedule, self.engine_costs, self.link)
 
     def _costs(self, balance: Sequence[int]) -> tuple[StageCost, ...]:
         if not self.cells:

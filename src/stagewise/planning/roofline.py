@@ -49,6 +49,7 @@ class CellWork:
     gradient_bytes: int
     deferred_bytes: int
     deferred_input_bytes: int = 0
+    trainable_bytes: int | None = None
 
     @property
     def forward_flops(self) -> int:
@@ -76,6 +77,7 @@ class CellWork:
             weight_seconds=backward - of_inputs,
             deferred_bytes=self.deferred_bytes,
             deferred_input_bytes=self.deferred_input_bytes,
+            trainable_bytes=self.trainable_bytes,
         )
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stagewise.batch.markers import Arguments
 from stagewise.batch.split import extent, first_microbatch, microbatch_sizes, split
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, without_gradients
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.randomness import generators_kept
 from stagewise.engine.step.admission import positional
@@ -75,7 +75,7 @@ def estimate(
         loss=loss,
         num_microbatches=num_microbatches,
     )
-    return tuple(cell.cost(spec) for cell in work)
+    return without_gradients([cell.cost(spec) for cell in work])
 
 
 def cell_work(

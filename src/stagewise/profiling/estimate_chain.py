@@ -106,6 +106,7 @@ class Walk:
             for _, outputs, _ in self._cells
         ]
         holders = Counter(storage for outputs in unsaved for storage in outputs)
+        untrained = next((c.index for c in self._chain if c.trainable_bytes), 0)
         columns = zip(self._chain, self._cells, reversed(self._finished), unsaved, strict=True)
         return tuple(
             CellWork(
@@ -114,7 +115,9 @@ class Walk:
                 backward=backward.ops,
                 input_backward=backward.input_ops,
                 parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
-                activation_bytes=recorded.activation_bytes,
+                activation_bytes=recorded.activation_bytes
+                if cell.index + 1 != untrained
+                else self._sent_bytes(cell),
                 unsaved_output_bytes=sum(n for key, n in own.items() if holders[key] == 1),
                 released_output_bytes=released,
                 output_bytes=recorded.messages[0].nbytes if recorded.messages else 0,
@@ -123,9 +126,15 @@ class Walk:
                 ),
                 deferred_bytes=backward.deferred_bytes,
                 deferred_input_bytes=backward.deferred_input_bytes,
+                trainable_bytes=cell.trainable_bytes,
             )
             for cell, (recorded, _, released), backward, own in columns
         )
+
+    def _sent_bytes(self, cell: Cell) -> int:
+        """Return the bytes of what `cell` sends to the next, but for what is the caller's."""
+        leaves = self._mail[cell.index, cell.index + 1].leaves
+        return sum(self._storages[s] for s in {leaf.storage for leaf in leaves} - self._of_batch)
 
     def _record(self, cell: Cell, incoming: Sequence[Packed], arrived: Sequence[int]) -> Recorded:
         bases = {

@@ -78,12 +78,14 @@ class InTurn(Together):
 
     def run(self, runner: Runner, request: Request) -> None:
         """Run one trial step; PlanError if a cell does not fit by itself."""
-        order = runner.schedule.programs[0]
-        following, observe = dict(itertools.pairwise(order)), request.observe
+        order, observe = runner.schedule.programs[0], request.observe
+        following: dict[Instruction, Instruction] = {}
 
         def observed(instruction: Instruction) -> None:
             if observe is not None:
                 observe(instruction)
+            if not following:
+                following.update(itertools.pairwise(runner.running))
             self._move_on(runner.stages, instruction, following.get(instruction))
 
         try:

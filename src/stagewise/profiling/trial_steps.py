@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.utils import _pytree as pytree
 
 from stagewise.batch.values import Apart, take_apart
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, without_gradients
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.buffers import values_put_back
 from stagewise.engine.stage.gradient import gradients_aside
@@ -99,16 +100,12 @@ def profile(
     inputs, target, keywords = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, plain)
     request = Request(mode=Mode.TRAIN, inputs=inputs, target=target, keywords=keywords)
     excluded = _excluded(stages, request)
-    alone = takes_turns(device)
-    trials = InTurn(excluded, device, mail.under_way) if alone else Together(excluded)
+    trials = InTurn(excluded, device, mail.under_way) if takes_turns(device) else Together(excluded)
     with untouched(stages):
         times = _times(runners, request, trials, seconds=seconds, least=least)
     measured = _activation_bytes(runners[-1], request, mail, trials)
-
-    def seconds_of(cell: Cell, kind: Kind) -> float:
-        return statistics.median(times[Instruction(cell.index, kind, 0)])
-
-    return tuple(
+    seconds_of = partial(_median, times)
+    return without_gradients(
         CellCost(
             name=cell.name,
             forward_seconds=seconds_of(cell, Kind.FORWARD),
@@ -121,11 +118,19 @@ def profile(
             gradient_bytes=mail.sizes.get((Kind.BACKWARD, cell.index + 1), 0),
             input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
             weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
-            deferred_bytes=measured.deferred.get(cell.index),
+            deferred_bytes=measured.deferred.get(cell.index, 0 if split else None),
             deferred_input_bytes=measured.deferred_inputs.get(cell.index, 0),
+            trainable_bytes=cell.trainable_bytes,
         )
         for cell in chain
     )
+
+
+def _median(times: Mapping[Instruction, list[float]], cell: Cell, kind: Kind) -> float:
+    """Return what `cell` takes: 0 if it is not needed, as a `W` whose `I` is a whole `B`."""
+    kinds = (kind, Kind.BACKWARD) if kind is Kind.BACKWARD_INPUT else (kind,)
+    ran = [own for one in kinds if (own := times.get(Instruction(cell.index, one, 0)))]
+    return statistics.median(ran[0]) if ran else 0.0
 
 
 def _runners(
@@ -193,9 +198,9 @@ class _SizedMail:
         self.transport = Transport(self, transport.ranks)
         self.sizes: dict[tuple[Kind, int], int] = {}  # bytes that each stage sends its neighbours
         self.under_way: dict[Message, list[torch.Tensor]] = {}
-        self.begin, self.send_lost = mail.begin, mail.send_lost
+        self.begin, self.send_lost, self.renumber = mail.begin, mail.send_lost, mail.renumber
         self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
-        self.finish, self.clear, self.renumber = mail.finish, mail.clear, mail.renumber
+        self.finish, self.clear = mail.finish, mail.clear
 
     def send(self, message: Message, value: Apart) -> None:
         if message.distance == 1:
@@ -219,9 +224,8 @@ class _SizedMail:
 
 @dataclass
 class _Bytes:
-    """The bytes that each one-cell stage keeps or sends, how much of that is output that nothing
-    saves, or that is free once sent; what its `W` frees, if there is one, and how much of that is
-    the stage's input."""
+    """What each one-cell stage keeps or sends, how much of that is output that nothing saves, or
+    that is free once sent; what its `W` frees, and how much of that is the stage's input."""
 
     kept: list[int]
     unsaved: list[int]
@@ -235,10 +239,8 @@ def _activation_bytes(
 ) -> _Bytes:
     meter = trials.meter
     live: list[dict[StorageKey, int]] = [{}]  # after every instruction
-    sent: list[set[StorageKey]] = []  # by every forward
-    unsaved: list[dict[StorageKey, int]] = []
-    released: list[int] = []
-    given: dict[int, set[StorageKey]] = {}
+    sent, unsaved = list[set[StorageKey]](), list[dict[StorageKey, int]]()  # by every forward
+    released, given = list[int](), dict[int, set[StorageKey]]()
     freed: dict[int, dict[StorageKey, int]] = {}
 
     def observe(instruction: Instruction) -> None:
@@ -265,6 +267,8 @@ def _activation_bytes(
     with untouched(runner.stages), meter.counting():
         trials.run(runner, replace(request, observe=observe))
     levels = [sum(storages.values()) for storages in live[: len(runner.stages) + 1]]
+    first = next((s for s, stage in sorted(runner.stages.items()) if stage.trains), 0)
+    levels[:first] = [0] * first  # what is sent there is not kept
     # What several cells pass on is excluded: a stage may begin between them.
     holders = Counter(key for storages in unsaved for key in storages)
     return _Bytes(

@@ -4,7 +4,8 @@
    costs. A `schedule` is one program of instructions per device and a `placement` of stages.
 2. `table` lists the published schedules, built by `fill_drain`, `interleaved`, `zero_bubble`,
    `dualpipe` and `blocks`; `published` holds the bubble and memory formulas of their papers.
-3. `recompute` inserts recomputations; `lowering` adds which tensor is sent where.
+3. `recompute` inserts recomputations; `lowering` leaves out what frozen parts do not need, and adds
+   which tensor is sent where.
 4. `validation` reports the first rule that a schedule breaks; `running_order` visits its
    instructions in an order in which they can run; `posting` says how early to post a receive.
 5. `text` prints a schedule and parses it again.
@@ -12,7 +13,15 @@
 
 from stagewise.schedule.fill_drain import forward_only, gpipe, one_f_one_b
 from stagewise.schedule.instruction import Instruction, Kind
-from stagewise.schedule.lowering import LoweredProgram, Message, Step, links, lower
+from stagewise.schedule.lowering import (
+    LoweredProgram,
+    Message,
+    Step,
+    links,
+    lower,
+    needed,
+    needed_for,
+)
 from stagewise.schedule.placement import check_replicas, consecutive, in_flight, on_replicas
 from stagewise.schedule.published import Bubble, EqualStages, InFlight
 from stagewise.schedule.recompute import POLICIES, Segments, refine, with_recompute
@@ -53,6 +62,8 @@ __all__ = [
     "links",
     "lower",
     "named_schedule",
+    "needed",
+    "needed_for",
     "on_replicas",
     "one_f_one_b",
     "parse_programs",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stagewise.costs import LinkCost, StageCost
+from stagewise.costs import LinkCost, StageCost, num_untrained
 from stagewise.errors import ScheduleError
 
 Part = Literal["forward", "inputs", "weights"]  # of a microbatch's work on a stage
@@ -46,6 +46,8 @@ class Stream:
 
     def seconds(self, source_stage: int, costs: Sequence[StageCost], link: LinkCost) -> float:
         """Return the transfer time of a message from `source_stage` to the next stage."""
+        if self.step < 0 and source_stage + self.step < num_untrained(costs):
+            return 0  # it is not sent
         return link.transfer_seconds(self.size(source_stage, costs))
 
 

@@ -1,4 +1,8 @@
-"""Lowering: which tensor is sent where, and in which order on each link.
+"""Lowering: what is needed at all, which tensor is sent where, and in which order on each link.
+
+A published schedule has a backward on every stage, though nothing is trained before the first
+adapter of a fine-tuned model, and a frozen stage has no gradients of weights. What is `needed`
+alone is in the programs, so that executor, simulator, memory forecast and pictures follow.
 
 Every instruction gets the messages it waits for and the messages it sends. Messages between two
 devices travel on their link in the order in which the source device's program sends them, so the
@@ -6,12 +10,20 @@ receiver can post its receives ahead of time, without tags.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Instruction, Kind
-from stagewise.schedule.schedule import Schedule
+from stagewise.costs import StageCost, num_untrained
+from stagewise.schedule.instruction import (
+    ACTIVATIONS,
+    GRADIENTS,
+    KINDS,
+    Instruction,
+    Kind,
+    Stream,
+)
+from stagewise.schedule.schedule import Program, Schedule
 
 
 class Message(NamedTuple):  # a tuple, because it is hashed often
@@ -51,6 +63,42 @@ class Step:
 
 
 LoweredProgram = tuple[Step, ...]
+_NOT_FORWARD = frozenset(Kind) - {Kind.FORWARD}
+_HALVES = Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+
+
+def needed(schedule: Schedule, first_trained: int, untrained: Collection[int] = ()) -> Schedule:
+    """Return `schedule` without what is not needed if nothing before stage `first_trained` is
+    trained, nor anything on the `untrained` stages.
+
+    The former only run forwards; the latter's `I` is a whole backward, `B`, without a `W`.
+
+    >>> from stagewise.schedule import parse_schedule
+    >>> print(needed(parse_schedule("0F0 0I0 0W0 | 1F0 1I0 1W0"), 1, {1}))
+    0F0
+    1F0 1B0
+    """
+    if not first_trained and not untrained:
+        return schedule
+    frozen = frozenset(untrained)
+
+    def kept(program: Program) -> Iterator[Instruction]:
+        for i in program:
+            if i.stage < first_trained and i.kind in _NOT_FORWARD:
+                continue
+            if i.stage not in frozen or i.kind not in _HALVES:
+                yield i
+            elif i.kind is Kind.BACKWARD_INPUT:
+                yield replace(i, kind=Kind.BACKWARD)
+
+    programs = tuple(tuple(kept(program)) for program in schedule.programs)
+    return replace(schedule, programs=programs, first_trained=first_trained)
+
+
+def needed_for(schedule: Schedule, costs: Sequence[StageCost]) -> Schedule:
+    """Return `schedule` without what stages of these costs do not need."""
+    untrained = {stage for stage, cost in enumerate(costs) if cost.trainable_bytes == 0}
+    return needed(schedule, num_untrained(costs), untrained)
 
 
 def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[LoweredProgram, ...]:
@@ -70,10 +118,11 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
         stream, stage, m = KINDS[instruction.kind].stream, instruction.stage, instruction.microbatch
         if stream is None or not 0 <= stage + stream.step < schedule.num_stages:
             continue
-        source = schedule.device_of(stage, m)
+        source, lowest = schedule.device_of(stage, m), lowest_target(stream, schedule)
         sent[instruction] = tuple(
             Message(stream.kind, m, stage, target, source, schedule.device_of(target, m))
             for target in (stage + stream.step, *targets.get((stream.kind, stage), ()))
+            if target >= lowest
         )
         for message in sent[instruction]:
             awaited[stream.kind, message.destination_stage, m].append(message)
@@ -89,6 +138,11 @@ def lower(schedule: Schedule, flows: Iterable[tuple[int, int]] = ()) -> tuple[Lo
         )
 
     return tuple(tuple(map(step, program)) for program in schedule.programs)
+
+
+def lowest_target(stream: Stream, schedule: Schedule) -> int:
+    """Return the first stage that messages of `stream` are sent to."""
+    return schedule.first_trained if stream is GRADIENTS else 0
 
 
 def links(programs: tuple[LoweredProgram, ...]) -> dict[tuple[int, int], tuple[Message, ...]]:

@@ -16,13 +16,15 @@ class Schedule:
     """What every device does in one step, in order.
 
     `programs[d]` is device d's program; `placement[s]` are the devices that hold stage s. Several
-    are replicas, among which `mesh.replica_of` distributes its microbatches.
+    are replicas, among which `mesh.replica_of` distributes its microbatches. Stages before
+    `first_trained` have no backward: nothing there, nor before, is trained.
     """
 
     name: str
     programs: tuple[Program, ...]
     placement: Placement
     num_microbatches: int
+    first_trained: int = 0
 
     @property
     def num_devices(self) -> int:

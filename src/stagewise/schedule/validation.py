@@ -97,16 +97,17 @@ def _complete(schedule: Schedule) -> Iterator[Finding]:
     kinds: dict[tuple[int, int], list[Kind]] = defaultdict(list)
     for i in present:
         kinds[i.stage, i.microbatch].append(i.kind)
-    parts: tuple[Part, ...] = ("inputs", "weights") if schedule.has_backward else ()
+    backward: tuple[Part, ...] = ("inputs", "weights") if schedule.has_backward else ()
     for stage, m in product(range(schedule.num_stages), range(schedule.num_microbatches)):
         done = Counter(part for kind in kinds[stage, m] for part in KINDS[kind].parts)
         forward = Instruction(stage, Kind.FORWARD, m)
+        parts = backward if stage >= schedule.first_trained else ()
         if not done["forward"]:
             waits = [place for i, place in present.items() if forward in i.awaits()]
             never = f", and other instructions wait for its microbatch {m}" if waits else ""
             yield f"{forward} is missing{never}", waits
         elif any(done[part] != 1 for part in parts):
-            backward = [kind for kind in kinds[stage, m] if KINDS[kind].is_backward]
+            own = [kind for kind in kinds[stage, m] if KINDS[kind].is_backward]
             gradient = {Instruction(stage, kind, m) for kind in kinds_with("inputs")}
             waits = [
                 place
@@ -115,7 +116,7 @@ def _complete(schedule: Schedule) -> Iterator[Finding]:
             ]
             yield (
                 f"the backward of stage {stage}, microbatch {m} is missing or incomplete: "
-                f"found {''.join(sorted(backward)) or 'none'}, need {stage}B{m}, "
+                f"found {''.join(sorted(own)) or 'none'}, need {stage}B{m}, "
                 f"or {stage}I{m} and {stage}W{m}",
                 waits or [present[forward]],
             )

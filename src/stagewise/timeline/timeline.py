@@ -95,7 +95,14 @@ class Timeline:
 
     def in_flight(self, device: int) -> Curve:
         """Return the microbatches between start of forward and end of backward, over time."""
-        return self._curve(device, lambda program: (KINDS[i.kind].in_flight for i in program))
+        kinds = {(span.instruction.stage, span.instruction.kind) for span in self.spans}
+        backward = {stage for stage, kind in kinds if KINDS[kind].is_backward}
+
+        def changes(program: list[Instruction]) -> Iterator[int]:
+            for i in program:  # a stage without backward among others with one keeps nothing
+                yield KINDS[i.kind].in_flight if i.stage in backward or not backward else 0
+
+        return self._curve(device, changes)
 
     def peak_in_flight(self, device: int) -> int:
         """Return the largest number of microbatches in flight on `device`."""

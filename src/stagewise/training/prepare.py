@@ -173,7 +173,7 @@ def rebuild(
 
 def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
     """Build this rank's optimizer and schedule; raise RecipeError if no rank updates anything."""
-    parameters = list(pipe.parameters())
+    parameters = list(pipe.module.parameters())
     with agreed(pipe.ranks, "making the optimizer"):
         optimizer = recipe.make_optimizer(parameters)
         scheduler = recipe.make_scheduler(optimizer)

@@ -13,7 +13,7 @@ from stagewise.engine.stage.stage import Action
 from stagewise.engine.stage.work import Mode, Work
 from stagewise.engine.step import programs
 from stagewise.engine.step.execute import Ran, execute
-from stagewise.engine.step.programs import Programs
+from stagewise.engine.step.programs import ProgramKey, Programs
 from stagewise.engine.transport.connect import in_one_process
 from stagewise.engine.transport.failure import Lost
 from stagewise.schedule import Instruction, Message, gpipe, lower, one_f_one_b, with_recompute
@@ -51,7 +51,7 @@ class Recorder:
 def test_one_devices_program_in_order() -> None:
     recorder: Any = Recorder()
     schedule = with_recompute(one_f_one_b(3, 3), "always")
-    program = Programs(schedule, {1: recorder}, rank=1)[True, 3]
+    program = Programs(schedule, {1: recorder}, rank=1)[ProgramKey(True, 3)]
     seen: list[str] = []
     ran = execute(
         program.steps,
@@ -100,7 +100,7 @@ def test_a_stage_runs_with_its_device_current(monkeypatch: pytest.MonkeyPatch) -
     }.items():
         stages: Any = {index: Told(device) for index, device in enumerate(devices)}
         stages[1].log = stages[0].log
-        for step in Programs(gpipe(2, 1), stages, rank=None)[True, 1].steps:
+        for step in Programs(gpipe(2, 1), stages, rank=None)[ProgramKey(True, 1)].steps:
             step.action([], None)  # type: ignore[arg-type]
         assert stages[0].log == wanted
 

@@ -74,7 +74,7 @@ def test_costs_of_a_smaller_microbatch() -> None:
 
 def test_every_cost_of_a_smaller_microbatch_is_scaled() -> None:
     """All fields but what does not depend on its size: a new one is scaled, or said not to be."""
-    fixed = {"name", "parameter_bytes", "instruction_overhead"}
+    fixed = {"name", "parameter_bytes", "trainable_bytes", "instruction_overhead"}
     scaled = [field.name for field in fields(CellCost) if field.name not in fixed]
     cell = CellCost(name="cell", parameter_bytes=8, **dict.fromkeys(scaled, 8))  # type: ignore[arg-type]
     (smaller,) = with_microbatches(plan_of(1, cells=(cell,)), 8).cells

@@ -10,6 +10,7 @@ afterwards. A node written in Python is in the traceback.
 import bisect
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -20,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from stagewise.batch.values import Structure
 from stagewise.engine.stage.autograd import run_backward
-from stagewise.engine.stage.buffers import Saved
+from stagewise.engine.stage.buffers import BufferKeeper, Saved
 from stagewise.engine.stage.same_again import Sampled
 from stagewise.model.added_losses import AddedLoss
 from stagewise.model.cell import Cell, Chain
@@ -59,6 +60,24 @@ class Flight:
     keywords: Sequence[CellKeywords] = ()
     # The next node's number as each cell began, and at the last one's end; again if recomputed.
     starts: list[int] = field(default_factory=list)
+
+
+def starts_gradients(flight: Flight, outputs: Sequence[torch.Tensor]) -> bool:
+    """Return whether gradients would flow back into the stage, if it had a backward."""
+    return any(t.requires_grad for t in (*outputs, *(added.value for added in flight.added)))
+
+
+@contextmanager
+def noting(
+    keeper: BufferKeeper,
+    flight: Flight,
+    batchnorms: AbstractContextManager[object],
+    *,
+    remember: bool,
+) -> Iterator[None]:
+    """Run a forward inside: buffers change by microbatch, BatchNorm's by minibatch."""
+    with keeper.forward(remember=remember) as flight.buffers, batchnorms:
+        yield
 
 
 def failed_in_backward(error: BaseException, cells: Chain) -> str:

@@ -8,7 +8,7 @@ drops it; `I` uses it and keeps what `W` needs.
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from stagewise.engine.stage.autograd import (
     without_weight_cache,
 )
 from stagewise.engine.stage.buffers import BufferKeeper
-from stagewise.engine.stage.flight import Flight
+from stagewise.engine.stage.flight import Flight, noting, starts_gradients
 from stagewise.engine.stage.keywords import failed, given_of, invoke, run_cell, take_keywords
 from stagewise.engine.stage.loss import (
     Loss,
@@ -41,7 +41,7 @@ from stagewise.engine.stage.loss import (
 )
 from stagewise.engine.stage.same_again import sampled
 from stagewise.engine.stage.split_backward import Product, next_number
-from stagewise.engine.stage.work import CellForward, Mode, RunCell, Work
+from stagewise.engine.stage.work import CellForward, LateGradients, Mode, RunCell, Work
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import UsageError
 from stagewise.model.added_losses import COLLECTING, LossCollector
@@ -77,6 +77,7 @@ class Stage:
         self._mutates: dict[tuple[object, ...], tuple[bool, ...]] = {}
         self._known_flags: dict[tuple[bool, ...], int] = {}
         self._flags = 0  # index of the running call's flags
+        self.trains = self.has_own_gradients = False  # by a parameter; by anything else
         self._run_cell: RunCell = run_cell
         self._calls_modules = True  # directly, without wrappers
 
@@ -84,6 +85,7 @@ class Stage:
         """Begin a call; return the flags that, with the inputs, decide which gradients exist."""
         flags = (*map(_TRAINING, self._modules), *map(_REQUIRES_GRAD, self._parameters))
         self._flags = self._known_flags.setdefault(flags, len(self._known_flags))
+        self.trains = self.has_own_gradients or True in flags[len(self._modules) :]
         return flags
 
     def action(self, instruction: Instruction) -> Action:
@@ -121,18 +123,24 @@ class Stage:
         if work.look is not None:
             work.look.stage_begins(self.cells, self._run_cell, given_of(flight), m)
         recomputed, stateful = (self.index, m) in work.recomputed, self.buffers.owners
-        with self._noting(flight, m, work, remember=recomputed) if stateful else _NOTHING:
+        noted = work.batchnorms.noting(self.index, m) if stateful else _NOTHING
+        with noting(self.buffers, flight, noted, remember=recomputed) if stateful else _NOTHING:
             output = self._run_cells(flight, Kind.FORWARD, m, work)
         outputs, output_structure = take_apart(output)
         if flight.added:
             record_added(flight.added, m, work)
-        if work.mode is Mode.TRAIN:
+        if self.index < work.first_trained and starts_gradients(flight, outputs):
+            self.has_own_gradients = True
+            raise LateGradients(f"stage {self.index} needs a backward")
+        if work.mode is Mode.TRAIN and self.index >= work.first_trained:
             self._flights[m] = flight
             if recomputed:
                 flight.added, flight.sampled = (), sampled(outputs, m, work)
             else:
-                flight.roots = list(map(_edge_of, outputs))
-                flight.ends = outputs if self.is_last else ()
+                flight.roots, flight.ends = (
+                    [*map(_edge_of, outputs)],
+                    outputs if self.is_last else (),
+                )
         return None if self.is_last else (list(map(leaf_of, outputs)), output_structure)
 
     def recompute(self, m: int, received: list[Apart], work: Work) -> None:
@@ -171,15 +179,6 @@ class Stage:
         """Accumulate the weight gradients that `backward_input` deferred."""
         with without_autocast(self.device.type) if work.is_autocast else _NOTHING:
             split_backward.backward_weights(self._deferred.pop(m, []))
-
-    @contextmanager
-    def _noting(self, flight: Flight, m: int, work: Work, *, remember: bool) -> Iterator[None]:
-        """Run a forward inside: buffers change by microbatch, BatchNorm's by minibatch."""
-        with (
-            self.buffers.forward(remember=remember) as flight.buffers,
-            work.batchnorms.noting(self.index, m),
-        ):
-            yield
 
     def _start_of(
         self, flight: Flight, m: int, received: list[Apart], work: Work
@@ -261,8 +260,8 @@ class Stage:
         except UsageError:
             raise
         except Exception as error:
-            instruction = Instruction(self.index, kind, m)
-            raise failed(running, error, instruction, self.device, work) from error
+            at = Instruction(self.index, kind, m)
+            raise failed(running, error, at, self.device, work) from error
         finally:
             COLLECTING.active = outer
         flight.added = collector.added
@@ -278,8 +277,7 @@ class Stage:
         losses = losses_of(self.loss, output, m, work, self.device)
         if not losses:
             return output
-        flight.names = tuple(losses)
-        roots = tuple(losses.values())  # a tensor returned as two losses is a root twice
+        flight.names, roots = tuple(losses), tuple(losses.values())  # one may be a root twice
         return roots if len(roots) == 1 else tuple(root[...] for root in roots)
 
 

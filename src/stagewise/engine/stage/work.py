@@ -13,6 +13,7 @@ import torch
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.transport.failure import Failure
+from stagewise.errors import CellError
 from stagewise.model.added_losses import AddedLoss, LossCollector, collect_losses
 from stagewise.model.cell import Cell, Chain
 from stagewise.schedule import Instruction
@@ -52,6 +53,13 @@ class Look(Protocol):
 
     def loss(self, loss: Callable[..., Losses], m: int, again: Again) -> Callable[..., Losses]:
         """Return the loss function for microbatch m, wrapped."""
+
+
+class LateGradients(CellError):
+    """A stage that trains nothing made a gradient's start all the same, so it needs a backward.
+
+    Such as a tensor that no module has registered. Never raised to users: the call runs again.
+    """
 
 
 class Mode(enum.IntEnum):
@@ -132,6 +140,7 @@ class Work:
     first: int = 0  # the first microbatch's number among those of all data ranks
     signature: int = 0  # equal for batches of the same form
     recomputed: frozenset[tuple[int, int]] = frozenset()  # (stage, microbatch)
+    first_trained: int = 0  # stages before it have no backward
     parts: Parts = NO_PARTS
     num_args: int = 1  # positional arguments of the model's first cell
     shares: Shares = field(default_factory=dict)

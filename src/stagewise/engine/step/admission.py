@@ -38,6 +38,7 @@ class Admitted:
     sizes: tuple[int, ...]  # samples per microbatch
     is_split: bool = False  # the caller gave Microbatches
     num_args: int = 1  # positional arguments of the model's first cell
+    first_trained: int = 0  # stages before it have no backward
     first: int = 0  # this rank's first microbatch among those of all data ranks
     num_samples: int | None = None  # of all data ranks, if there are several
 
@@ -56,7 +57,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
     if ranks.is_alone:
         if objection is not None:
             raise objection
-        return _alone(request, needs, batch)
+        return _alone(request, needs, state, batch)
     autocast = autocast_here()
     own = _vote(request, needs, state, batch, autocast, objection)
     votes = [own.same_kind(row) for row in ranks.exchange_all(own.row(), request.call)]
@@ -77,11 +78,13 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
     sizes, is_split, (num_args, forms) = cuts[part], asked[part] is not None, shared[part]
     flags = [votes[rank].flags for rank in cohorts[part]]
     form = (forms[0], forms[1:], sizes if is_split else None)
+    trained = min([vote.trained for vote in votes])
     return Admitted(
-        fingerprint((int(request.mode), form, flags)),
+        fingerprint((int(request.mode), form, flags, trained)),
         sizes,
         is_split,
         num_args,
+        trained,
         first=sum(map(len, cuts[:part])),
         num_samples=sum(totals) if len(cohorts) > 1 else None,
     )
@@ -110,7 +113,7 @@ def _examined(request: Request, needs: RankNeeds, state: State, num_ranks: int) 
     return extent(named)
 
 
-def _alone(request: Request, needs: RankNeeds, batch: Extent) -> Admitted:
+def _alone(request: Request, needs: RankNeeds, state: State, batch: Extent) -> Admitted:
     """Admit a call of a single rank, which needs no agreement."""
     num_args = positional(request.inputs) if needs.inputs else NOT_GIVEN
     if request.keywords:
@@ -120,7 +123,8 @@ def _alone(request: Request, needs: RankNeeds, batch: Extent) -> Admitted:
     total = _total([NOT_GIVEN if batch.num_samples is None else batch.num_samples])
     _check_scaling(request, needs, total)
     sizes = _cut(request, needs, total, batch.sizes)
-    return Admitted(0, sizes, batch.sizes is not None, num_args)
+    first = _first_trained(request, needs, state, num_args)
+    return Admitted(0, sizes, batch.sizes is not None, num_args, first)
 
 
 def _vote(
@@ -133,17 +137,19 @@ def _vote(
 ) -> Vote:
     names, keywords = needs.routes.names, request.keywords
     parts = [request.inputs, request.target, *(keywords.get(name) for name in names)]
+    needs_target = needs.target and request.mode is not Mode.PREDICT
     forms = values = [NOT_GIVEN] * len(parts)
     if objection is None:
         forms = list(map(mark_of, parts))
         if state.compares_values:
             values = [NOT_GIVEN if part is None else digest(part) for part in parts]
-    needs_target = needs.target and request.mode is not Mode.PREDICT
+    num_args = positional(request.inputs) if needs.inputs else NOT_GIVEN
     return Vote(
         step_index=request.step_index,
         num_samples=NOT_GIVEN if batch.num_samples is None else batch.num_samples,
         objects=int(objection is not None),
-        num_args=positional(request.inputs) if needs.inputs else NOT_GIVEN,
+        num_args=num_args,
+        trained=_first_trained(request, needs, state, num_args) if objection is None else 0,
         flags=mark_of_flags(state.flags, autocast),
         sizes=NOT_GIVEN if batch.sizes is None else fingerprint(batch.sizes),
         inputs=forms[0],
@@ -160,6 +166,28 @@ def _vote(
             NOT_GIVEN if flags is None else mark_of_flags(flags, ()) for flags in state.shared_flags
         ),
     )
+
+
+def _first_trained(request: Request, needs: RankNeeds, state: State, num_args: int) -> int:
+    """Return the first stage here with a gradient to compute: its own, or the batch's there."""
+    if request.mode is not Mode.TRAIN:
+        return 0
+    found = state.trained
+    if needs.inputs and request.inputs is not None and _has_gradient(request.inputs):
+        return 0
+    if request.target is not None and _has_gradient(request.target):
+        found = min(found, needs.num_stages - 1)
+    for name, part in request.keywords.items():
+        if _has_gradient(part):
+            found = min(
+                [found, *(stage for _, stage in needs.routes.cells(name, max(0, num_args)))]
+            )
+    return found
+
+
+def _has_gradient(part: object) -> bool:
+    own = [part] if isinstance(part, torch.Tensor) else take_apart(part)[0]
+    return any([tensor.requires_grad for tensor in own])
 
 
 def _cut(
@@ -185,7 +213,6 @@ def _raise(
     differs: Difference,
 ) -> NoReturn:
     """Exchange what each rank has of the part that differs, and raise the error."""
-    keywords = request.keywords
     words: dict[str, object] = {
         "autocast": list(autocast) or "none",
         "scaling": _options(request, needs),
@@ -193,7 +220,7 @@ def _raise(
         "sizes": batch.sizes,
         "inputs": _in_words(request.inputs),
         "target": _in_words(request.target),
-        **{by_name(name): _in_words(keywords.get(name)) for name in needs.routes.names},
+        **{by_name(name): _in_words(request.keywords.get(name)) for name in needs.routes.names},
     }
     own = str(words[differs.part]) if differs.part in words else None
     raise differs.error(ranks.gather_all(own, "step: differences"))
@@ -270,5 +297,4 @@ def _in_words(value: object) -> str:
     """Describe the shapes, dtypes and constants of a part of the batch."""
     tensors, structure = take_apart(value)
     constants = [constant for constant in structure.constants if constant is not None]
-    said = [*(f"{tuple(t.shape)} {t.dtype}" for t in tensors), *map(repr, constants)]
-    return ", ".join(said)
+    return ", ".join([*(f"{tuple(t.shape)} {t.dtype}" for t in tensors), *map(repr, constants)])

@@ -7,7 +7,8 @@ messages may have made others fail, but only later ones.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stagewise.engine.step.programs import Programs
+from stagewise.engine.stage.work import LateGradients
+from stagewise.engine.step.programs import ProgramKey, Programs
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.side_group import Gathering
@@ -20,22 +21,27 @@ LESS_MEMORY = (
 
 
 def agreed_failure(
-    ranks: Ranks, failure: Failure | None, programs: Programs, key: tuple[bool, int]
+    ranks: Ranks, failure: Failure | None, programs: Programs, key: ProgramKey
 ) -> StagewiseError:
     """Return the error to raise on this rank; collective, with a `failure` on some.
 
     `key` says which of the `programs` ran. The rank that failed first gets its own error, the
-    others a PeerError with that cause. If it ran out of memory, all get OutOfMemoryError.
+    others a PeerError with that cause. If it ran out of memory, all get OutOfMemoryError; if it
+    found LateGradients, so do all.
     """
     own = None
     if failure is not None:
         error, place, here = failure.error, -1, ranks.slices.rank
         if failure.instruction is not None:
             place = programs.place(failure.instruction, key)
-        own = (place, here, f"{type(error).__name__}: {error}", failure.out_of_memory)
+        is_late = isinstance(error, LateGradients)
+        text = f"{type(error).__name__}: {error}"
+        own = (place, here, text, failure.out_of_memory, is_late)
     first = min(x for x in ranks.gather_all(own, "step: what failed") if x is not None)
-    _, rank, text, out_of_memory = first
+    _, rank, text, out_of_memory, is_late = first
     raised: StagewiseError
+    if is_late:
+        return LateGradients(text)
     if out_of_memory:
         raised = OutOfMemoryError(f"rank {rank} ran out of memory; {LESS_MEMORY}: {text}")
     elif failure is not None and rank == ranks.slices.rank:

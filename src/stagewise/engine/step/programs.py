@@ -1,4 +1,4 @@
-"""The programs this rank runs in each kind of call, bound to its stages once."""
+"""What this rank has of a schedule: its stages, and the programs it runs, bound to them once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ import torch
 
 from stagewise.batch.lanes import has_streams
 from stagewise.batch.values import Apart
+from stagewise.engine.stage.buffers import BufferKeeper
+from stagewise.engine.stage.keywords import names_taken
 from stagewise.engine.stage.stage import Action, Stage
 from stagewise.engine.stage.work import Work
 from stagewise.engine.step.marks import marked
 from stagewise.engine.step.nonfinite import Finder
 from stagewise.engine.transport.transport import Links
 from stagewise.free_pages import HEAP
+from stagewise.mesh import Mesh
 from stagewise.planning.simulate import simulate, unit_costs
 from stagewise.schedule import (
     Instruction,
@@ -24,6 +27,7 @@ from stagewise.schedule import (
     forward_only,
     links,
     lower,
+    needed,
 )
 from stagewise.schedule.instruction import KINDS
 from stagewise.schedule.posting import PostFrom, post_from
@@ -42,9 +46,55 @@ class Bound(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankShare:
+    """A rank's stages under a schedule, and what is asked of them in every call."""
+
+    first: Stage | None  # the schedule's first stage, if it is here
+    last: Stage | None
+    devices: Mapping[torch.device, None]
+    device: torch.device  # where the loss goes
+    taken: Mapping[torch.device, set[str]]  # names of keyword arguments, on each accelerator
+    mesh: Mesh
+    last_ranks: Sequence[int]
+    replicated: Sequence[int]  # the schedule's stages that are
+    keepers: Sequence[BufferKeeper]  # of stages with buffers
+
+    @staticmethod
+    def of(stages: Mapping[int, Stage], schedule: Schedule, num_ranks: int) -> "RankShare":
+        """Return the share of the rank that has `stages`."""
+        devices = [stage.device for stage in stages.values()]
+        mesh, last = Mesh(schedule.placement, num_ranks), schedule.num_stages - 1
+        return RankShare(
+            first=stages.get(0),
+            last=stages.get(last),
+            devices=dict.fromkeys(devices),
+            device=devices[-1] if devices else _CPU,
+            taken=names_taken((stage.cells, stage.device) for stage in stages.values()),
+            mesh=mesh,
+            last_ranks=mesh.ranks_of(last),
+            replicated=[s for s, on in enumerate(schedule.placement) if len(on) > 1],
+            keepers=[stage.buffers for stage in stages.values() if stage.buffers.owners],
+        )
+
+
+class ProgramKey(NamedTuple):
+    """What a rank's program depends on, besides the schedule.
+
+    In training no stage before `first_trained` has a backward, and the `untrained` ones of this
+    rank have no gradients of weights.
+    """
+
+    training: bool
+    num_microbatches: int
+    first_trained: int = 0
+    untrained: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankProgram:
     """This rank's instructions in order, and the order of messages on its links."""
 
+    key: ProgramKey
     steps: Sequence[Bound]
     instructions: Sequence[Instruction]  # of the steps
     links: Links
@@ -52,8 +102,8 @@ class RankProgram:
     recomputed: frozenset[tuple[int, int]]  # (stage, microbatch)
 
 
-class Programs(dict[tuple[bool, int], RankProgram]):
-    """One schedule's programs, by (training, number of microbatches), created on demand.
+class Programs(dict[ProgramKey, RankProgram]):
+    """One schedule's programs, created on demand.
 
     `flows` are the pairs of non-adjacent stages between which skips travel. On a `device` other
     than the CPU, a posted receive holds up what waits for the device.
@@ -73,8 +123,8 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         self._num_devices = len({stage.device for stage in stages.values()})
         self._receives_block = rank is not None and device.type != "cpu"
 
-    def __missing__(self, key: tuple[bool, int]) -> RankProgram:
-        schedule = self._schedule_of(*key)
+    def __missing__(self, key: ProgramKey) -> RankProgram:
+        schedule = self._schedule_of(key)
         programs = lower(schedule, self._flows)
         if self._rank is None:
             steps = {step.instruction: step for program in programs for step in program}
@@ -82,9 +132,10 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         else:
             own = [(self._rank, step) for step in programs[self._rank]]
         bound = [self._bound(device, step) for device, step in own]
-        if key[0] and schedule.recomputed:
+        if key.training and schedule.recomputed:
             _give_back_around(bound)
         made = self[key] = RankProgram(
+            key=key,
             steps=bound,
             instructions=[step.instruction for _, step in own],
             links=links(programs),
@@ -93,9 +144,9 @@ class Programs(dict[tuple[bool, int], RankProgram]):
         )
         return made
 
-    def place(self, instruction: Instruction, key: tuple[bool, int]) -> int:
+    def place(self, instruction: Instruction, key: ProgramKey) -> int:
         """Return its position in simulated time, among all devices' instructions."""
-        order = _in_time_order(self._schedule_of(*key))
+        order = _in_time_order(self._schedule_of(key))
         return [other for _, other in order].index(instruction)
 
     def _bound(self, device: int, step: Step) -> Bound:
@@ -110,10 +161,11 @@ class Programs(dict[tuple[bool, int], RankProgram]):
             action = partial(_timed, stage.device, step.instruction, action)
         return Bound(device, step.instruction, action, step.receives, step.sends)
 
-    def _schedule_of(self, training: bool, num_microbatches: int) -> Schedule:
-        if training:
-            return self._schedule.of_first(num_microbatches)
-        return forward_only(self._schedule.placement, num_microbatches)
+    def _schedule_of(self, key: ProgramKey) -> Schedule:
+        if key.training:
+            schedule = self._schedule.of_first(key.num_microbatches)
+            return needed(schedule, key.first_trained, key.untrained)
+        return forward_only(self._schedule.placement, key.num_microbatches)
 
 
 def _give_back_around(steps: list[Bound]) -> None:

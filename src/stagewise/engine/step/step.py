@@ -10,7 +10,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -22,17 +22,17 @@ from stagewise.engine.gradients.batch import pass_on_gradients, share_gradients
 from stagewise.engine.gradients.policy import NewGradients, ParameterPolicy, Policies, Settlement
 from stagewise.engine.stage.batchnorm import BatchNorms, buffers_kept
 from stagewise.engine.stage.draws import Draws, Source
-from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves, names_taken
+from stagewise.engine.stage.keywords import Leaves, Routes, as_leaves
 from stagewise.engine.stage.randomness import generators_kept, randomness_on
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.stage.work import OTHERS, Mode, Parts, Record, Shares, Work
+from stagewise.engine.stage.work import OTHERS, LateGradients, Mode, Parts, Record, Shares, Work
 from stagewise.engine.step.admission import Admitted, admit
 from stagewise.engine.step.agreement import agreed_failure
 from stagewise.engine.step.digest import signature_of
 from stagewise.engine.step.execute import Ran, execute
 from stagewise.engine.step.looks import Looks
 from stagewise.engine.step.nonfinite import Finder
-from stagewise.engine.step.programs import Programs, RankProgram
+from stagewise.engine.step.programs import ProgramKey, Programs, RankProgram, RankShare
 from stagewise.engine.step.results import Agreed, Result, agree_on_losses, agree_on_shared_losses
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.step.unchanged import ModeOf, Unchanged
@@ -41,7 +41,6 @@ from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Transport
 from stagewise.errors import CellError, PeerError, StagewiseError
-from stagewise.mesh import Mesh
 from stagewise.schedule import Schedule
 
 _FIRST, _EVERY = 8, 16  # calls of each mode that are examined
@@ -82,23 +81,16 @@ class Runner:
 
     def use(self, schedule: Schedule, stages: Mapping[int, Stage]) -> None:
         """Use `schedule` from the next call on; `stages` have the same cells on this rank."""
-        devices = [stage.device for stage in stages.values()]
-        first, last = stages.get(0), stages.get(schedule.num_stages - 1)
         if stages is not self.stages:
-            self.mail.renumber(devices)
-        self.stages, self.schedule, self._first, self._last = stages, schedule, first, last
-        self.devices = dict.fromkeys(devices)
-        self._taken = names_taken((stage.cells, stage.device) for stage in stages.values())
-        self.device = devices[-1] if devices else torch.device("cpu")  # where the loss goes
-        self._mesh = mesh = Mesh(schedule.placement, self.ranks.num_ranks)
-        self.last_ranks = mesh.ranks_of(schedule.num_stages - 1)
-        self._replicated = [s for s, on in enumerate(schedule.placement) if len(on) > 1]
-        self._keepers = [stage.buffers for stage in stages.values() if stage.buffers.owners]
+            self.mail.renumber([stage.device for stage in stages.values()])
+        self.stages, self.schedule = stages, schedule
+        self._here = own = RankShare.of(stages, schedule, self.ranks.num_ranks)
+        self.device, self.last_ranks = own.device, own.last_ranks
         rank = None if self._alone else self.ranks.rank
         self._programs = Programs(
-            schedule, stages, rank, self.routes.flows, self.device, self.finder
+            schedule, stages, rank, self.routes.flows, own.device, self.finder
         )
-        self._needs = RankNeeds.of(first, last, self.routes, schedule, self._count)
+        self._needs = RankNeeds.of(own.first, own.last, self.routes, schedule, self._count)
 
     def check_more(self, *, values: bool, finite: bool) -> None:
         """Compare the batch's `values` in every call; find what is not `finite`."""
@@ -112,15 +104,23 @@ class Runner:
         """
         if self._broken:
             raise StagewiseError(
-                "an earlier call failed half-way and the ranks no longer agree; "
-                "rebuild the Pipeline, or restart from a checkpoint"
+                "an earlier call failed half-way and the ranks no longer agree; rebuild the "
+                "Pipeline, or restart from a checkpoint"
             )
         if request.batch_dim:
             request = request.marked()
+        while True:
+            with suppress(LateGradients):  # the stage is known now, on all ranks
+                return self._call(request)
+
+    def _call(self, request: Request) -> Result:
         count = self._num_calls[request.mode]
         examines = not request.is_measured and (count < _FIRST or count % _EVERY == 0)
         admitted = self._agree(request, examines)
-        program = self._programs[request.mode is Mode.TRAIN, len(admitted.sizes)]
+        training, number = request.mode is Mode.TRAIN, len(admitted.sizes)
+        frozen = tuple([s for s, stage in self.stages.items() if training and not stage.trains])
+        program = self._programs[ProgramKey(training, number, admitted.first_trained, frozen)]
+        self.running = program.instructions
         work = self._split(request, admitted, program, examines)
         (loss, losses), late = self._run(request, program, work)
         record = work.record
@@ -145,7 +145,10 @@ class Runner:
         flags = {index: stage.begin() for index, stage in self.stages.items()}
         state = State(
             flags=sum(flags.values(), ()),
-            shared_flags=[flags.get(index) for index in self._replicated],
+            shared_flags=[flags.get(index) for index in self._here.replicated],
+            trained=min(
+                [s for s in flags if self.stages[s].trains], default=self._needs.num_stages
+            ),
             training=self._alone or self.root is None or self.root.training,
             compares_values=examines or self._compares_always,
             check=partial(self.unchanged.check, training=request.mode is Mode.TRAIN),
@@ -171,8 +174,8 @@ class Runner:
             record.fail(Failure.of(error, None, None))
         shares: Shares = {}
         if self._count.sums or (self._count.weight is not None and mode is not Mode.PREDICT):
-            total, source = scaling.total_weight, self.last_ranks[0]
-            shares = agree_on_shares(self.ranks, self._count, parts.targets, total, source, sizes)
+            own = parts.targets, scaling.total_weight, self.last_ranks[0]
+            shares = agree_on_shares(self.ranks, self._count, *own, sizes)
         return Work(
             mode=mode,
             sizes=sizes,
@@ -180,14 +183,15 @@ class Runner:
             signature=admitted.signature,
             by_samples=shares_of_samples(sizes, scaling.total_samples or admitted.num_samples),
             recomputed=program.recomputed,
+            first_trained=program.key.first_trained,
             parts=parts,
             num_args=admitted.num_args,
             shares=shares,
             gradient_scale=scaling.gradient_scale,
             can_add_losses=scaling.total_weight is None or scaling.total_samples is not None,
             keeps_outputs=bool(request.outputs_on),
-            is_autocast=any(torch.is_autocast_enabled(d.type) for d in self.devices),
-            randomness=randomness_on(self.devices, self._seed, step, draws, first),
+            is_autocast=any(torch.is_autocast_enabled(d.type) for d in self._here.devices),
+            randomness=randomness_on(self._here.devices, self._seed, step, draws, first),
             batchnorms=self._batchnorms,
             look=look,
             compared=self._num_calls[mode] % len(sizes),
@@ -199,14 +203,15 @@ class Runner:
         inputs: Sequence[object] = ()
         targets: Sequence[object] = ()
         leaves: Leaves = []
-        if self._first is not None:
+        if (first := self._here.first) is not None:
             whole = Arguments() if request.inputs is None else request.inputs
-            inputs = split_on(self._first.device, whole, sizes)
-        if self._last is not None and request.target is not None:
-            targets = split_on(self._last.device, request.target, sizes)
+            inputs = split_on(first.device, whole, sizes)
+        if (last := self._here.last) is not None and request.target is not None:
+            targets = split_on(last.device, request.target, sizes)
             if not isinstance(request.target, torch.Tensor) or request.target.requires_grad:
                 targets, leaves = as_leaves(targets)
-        return Parts(inputs, targets, leaves, *named_parts(request.keywords, sizes, self._taken))
+        named = named_parts(request.keywords, sizes, self._here.taken)
+        return Parts(inputs, targets, leaves, *named)
 
     def _run(
         self, request: Request, program: RankProgram, work: Work
@@ -218,12 +223,12 @@ class Runner:
         draws, buffers, guard = _NO_DRAWS, _NOTHING, bool(program.recomputed)
         if watch or guard or self._draws.active:
             draws = self._draws.kept(watch=watch, guard=guard)
-        if self._keepers:
-            buffers = buffers_kept(self._keepers, self._batchnorms, training=training)
+        if self._here.keepers:
+            buffers = buffers_kept(self._here.keepers, self._batchnorms, training=training)
         self._broken = True
         # The engine decides where gradients are enabled, even inside torch.inference_mode().
         with (
-            generators_kept(self.devices),
+            generators_kept(self._here.devices),
             draws as late,
             torch.inference_mode(False),
             torch.set_grad_enabled(training),
@@ -247,9 +252,7 @@ class Runner:
     def _settled(self, request: Request, program: RankProgram, work: Work) -> Agreed:
         """Run the program, and complete gradients to which several cells or ranks contribute."""
         step = Settlement(
-            ranks=self.ranks,
-            program=program.instructions,
-            batchnorms=self._batchnorms,
+            ranks=self.ranks, program=program.instructions, batchnorms=self._batchnorms
         )
         if request.mode is not Mode.TRAIN:
             with self._policies.around_inference(step):
@@ -258,30 +261,26 @@ class Runner:
             agreed = self._executed(request, program, work, step)
             self._policies.settle(step)
             if self.stages and not self._alone:
-                share_gradients(work, self._mesh, self.routes, self.ranks, self.device)
+                share_gradients(work, self._here.mesh, self.routes, self.ranks, self._here.device)
         return agreed
 
     def _executed(
         self, request: Request, program: RankProgram, work: Work, step: Settlement
     ) -> Agreed:
         """Run the program; every rank then knows the loss, or raises."""
-        training = request.mode is Mode.TRAIN
-        key = training, len(work.sizes)
         if step.stand_ins.cells:
             work = replace(work, around=(*work.around, step.stand_ins.around))
-        signature = 0 if self._alone else signature_of(work)
         self._batchnorms.first = work.first
-        self.mail.begin(signature, program.links, program.post_from)
-        if training and self._keepers:
+        self.mail.begin(0 if self._alone else signature_of(work), program.links, program.post_from)
+        if request.mode is Mode.TRAIN and self._here.keepers:
             self._batchnorms.warn(work.sizes)
         observers = step.observers + ([request.observe] if request.observe else [])
         origin = self.clock()
         ran = execute(program.steps, self.stages, self.mail, work, self.clock, observers)
         self.last_run = Ran(ran, origin, work.marks)
-        agreed = self._agreed_end(work, step)
-        if agreed is None:
+        if (agreed := self._agreed_end(work, step)) is None:
             step.failed_on_all = True
-            failure = agreed_failure(self.ranks, work.record.failure, self._programs, key)
+            failure = agreed_failure(self.ranks, work.record.failure, self._programs, program.key)
             self.mail.finish()
             self._broken = False
             raise failure
@@ -296,5 +295,6 @@ class Runner:
                     self._policies.check(step)
             except CellError as error:
                 work.record.fail(Failure.of(error, None, None))
-        agree = agree_on_losses if self._alone or not self._replicated else agree_on_shared_losses
-        return agree(self.ranks, work, self.last_ranks[0], self.device)
+        shared = not self._alone and self._here.replicated
+        agree = agree_on_shared_losses if shared else agree_on_losses
+        return agree(self.ranks, work, self.last_ranks[0], self._here.device)

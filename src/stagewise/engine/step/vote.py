@@ -25,6 +25,7 @@ class RankNeeds:
     inputs: bool
     target: bool
     most_microbatches: int
+    num_stages: int = 0
     count: LossCount = BY_SAMPLES
 
     @staticmethod
@@ -41,6 +42,7 @@ class RankNeeds:
             inputs=first is not None,
             target=last is not None and (last.needs_target or count.weight is not None),
             most_microbatches=schedule.num_microbatches,
+            num_stages=schedule.num_stages,
             count=count,
         )
 
@@ -50,11 +52,12 @@ class State:
     """What else must match across ranks in a call.
 
     `flags` decide what this rank's messages hold (`Stage.begin`); `shared_flags` are those of every
-    replicated stage, None if this rank does not hold it.
+    replicated stage, None if this rank does not hold it. `trained` is its first stage that trains.
     """
 
     flags: tuple[bool, ...] = ()
     shared_flags: Sequence[tuple[bool, ...] | None] = ()
+    trained: int = 0
     training: bool = True  # as after pipe.train()
     compares_values: bool = False
     check: Callable[[], None] = lambda: None  # raises any other objection to the call
@@ -71,6 +74,7 @@ class Vote:
     num_samples: int = NOT_GIVEN  # a number
     objects: int = 0  # 1: this rank refuses the call
     num_args: int = NOT_GIVEN  # a number: the first cell's positional arguments
+    trained: int = 0  # a number: the first stage that trains, of those here
     flags: int = NOT_GIVEN  # whatever else decides what messages hold
     sizes: int = NOT_GIVEN  # of Microbatches
     inputs: int = NOT_GIVEN  # forms

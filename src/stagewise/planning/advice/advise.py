@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from stagewise.costs import load_seconds
+from stagewise.costs import load_seconds, state_bytes
 from stagewise.planning.advice.advise_facts import Facts
 from stagewise.planning.advice.advise_rules import (
     MICROBATCHES_PER_STAGE,
@@ -100,7 +100,7 @@ def _besides(facts: Facts) -> str:
     """Return what sharded data parallelism would keep on each device."""
     if facts.num_devices == 1:
         return ""
-    state = facts.state_factor * sum(cell.parameter_bytes for cell in facts.cells)
+    state = sum(state_bytes(cell, facts.state_factor) for cell in facts.cells)
     kept = sum(cell.activation_bytes for cell in facts.cells)
     number = facts.num_devices
     return (

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost, StageCost, load_seconds, stage_costs
+from stagewise.costs import (
+    FREE_LINK,
+    CellCost,
+    LinkCost,
+    StageCost,
+    load_seconds,
+    stage_costs,
+    state_bytes,
+)
 from stagewise.errors import UsageError
 from stagewise.planning.partition.place import place
 
@@ -44,7 +52,7 @@ class Facts:
         """Return the peak bytes of a stage that keeps `in_flight` microbatches."""
         kept = stage.input_bytes if recompute else stage.input_bytes + stage.activation_bytes
         extra = stage.activation_bytes if recompute else 0
-        return self.state_factor * stage.parameter_bytes + in_flight * kept + extra
+        return state_bytes(stage, self.state_factor) + in_flight * kept + extra
 
     def stages(self, num_stages: int, *, recompute: bool = False) -> tuple[StageCost, ...]:
         """Return the stage costs of the cut that minimises the busiest stage's load."""

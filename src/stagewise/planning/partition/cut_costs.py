@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, state_bytes
 from stagewise.errors import PlanError
 from stagewise.planning.partition.balance import check_counts
 
@@ -63,7 +63,7 @@ def memory_needs(
     """
     return MemoryNeeds(
         memory_bytes=memory_bytes,
-        state=[state_factor * cell.parameter_bytes for cell in cells],
+        state=[state_bytes(cell, state_factor) for cell in cells],
         kept=[cell.activation_bytes - cell.unsaved_output_bytes for cell in cells],
         entering=[0, *(cell.output_bytes for cell in cells)],
         closing=[0, *(cell.unsaved_output_bytes - cell.released_output_bytes for cell in cells)],

@@ -12,7 +12,14 @@ by terms that every plan has, however it cuts, splits or recomputes:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import FREE_LINK, CellCost, InstructionCost, LinkCost, StageCost
+from stagewise.costs import (
+    FREE_LINK,
+    CellCost,
+    InstructionCost,
+    LinkCost,
+    StageCost,
+    num_untrained,
+)
 from stagewise.planning.partition.cut_costs import layout
 from stagewise.planning.search.candidates import Option
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule
@@ -137,12 +144,13 @@ def least_step_seconds(
     split = schedule.splits_backward
     backward = _EITHER if split else _WHOLE
     placement, head = schedule.placement, [0.0] * len(costs)
-    tail = [0.0] * len(costs)
+    tail, untrained = [0.0] * len(costs), num_untrained(costs)
     for stage in range(1, len(costs)):
         moves = placement[stage] != placement[stage - 1]
         before = costs[stage - 1]
         forth = link.transfer_seconds(before.output_bytes) if moves else 0.0
-        back = link.transfer_seconds(before.gradient_bytes) if moves else 0.0
+        returns = moves and stage > untrained
+        back = link.transfer_seconds(before.gradient_bytes) if returns else 0.0
         head[stage] = head[stage - 1] + before.forward_seconds + forth
         tail[stage] = tail[stage - 1] + back + (0.0 if split else before.backward_seconds)
     least = 0.0

@@ -10,7 +10,14 @@ from itertools import groupby
 from math import isfinite
 from typing import NamedTuple
 
-from stagewise.costs import CellCost, LinkCost, StageCost, stage_costs
+from stagewise.costs import (
+    CellCost,
+    LinkCost,
+    StageCost,
+    stage_costs,
+    state_bytes,
+    trained_bytes,
+)
 from stagewise.errors import PlanError
 from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.partition.cut_costs import Placement
@@ -21,7 +28,7 @@ from stagewise.planning.search.candidates import Option
 from stagewise.planning.search.cuts import Cut, Cutter, Machine, SearchWork
 from stagewise.planning.search.segments_within import segments_within
 from stagewise.planning.synthesis.synthesise import synthesise
-from stagewise.schedule import Schedule, Segments, refine, with_recompute
+from stagewise.schedule import Schedule, Segments, needed_for, refine, with_recompute
 from stagewise.units import size_in_words
 
 
@@ -194,7 +201,7 @@ class Evaluator:
     ) -> EvaluatedPlan | Rejected:
         self.work.simulations += 1
         self.work.instructions += sum(map(len, schedule.programs))
-        outcome = outcome_of(schedule, costs, self.machine.link)
+        outcome = outcome_of(needed_for(schedule, costs), costs, self.machine.link)
         reduced = self._reduce_seconds(schedule.placement, costs)
         state = self._state(schedule.placement, costs, schedule.num_microbatches)
         needs = [int(s + peak) for s, peak in zip(state, outcome.peak_bytes, strict=True)]
@@ -229,7 +236,7 @@ class Evaluator:
         added = [0.0] * (1 + max(device for devices in placement for device in devices))
         for devices, cost in zip(placement, costs, strict=True):
             r = len(devices)
-            each = self.machine.link.transfer_seconds(-(-cost.parameter_bytes // r))
+            each = self.machine.link.transfer_seconds(-(-trained_bytes(cost) // r))
             for device in devices:
                 added[device] += 2 * (r - 1) * each if r > 1 else 0.0
         return added
@@ -248,7 +255,7 @@ class Evaluator:
         state: list[float] = [*self.machine.reserve.on(placement, costs, num_microbatches)]
         for devices, cost in zip(placement, costs, strict=True):
             for device in devices:
-                state[device] += self.machine.state_factor * cost.parameter_bytes
+                state[device] += state_bytes(cost, self.machine.state_factor)
         return state
 
 

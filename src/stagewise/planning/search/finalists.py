@@ -62,7 +62,7 @@ def _kind(plan: EvaluatedPlan) -> tuple[bool, int, int]:
 def repriced(plan: EvaluatedPlan, cells: Sequence[CellCost], link: LinkCost) -> EvaluatedPlan:
     """Return `plan` with other costs of the same cells."""
     before, after = plan.plan(), replace(plan, cells=tuple(cells), link=link).plan()
-    old, new = (outcome_of(p.built_schedule, p.engine_costs, p.link) for p in (before, after))
+    old, new = (outcome_of(p.needed_schedule, p.engine_costs, p.link) for p in (before, after))
     return replace(
         plan,
         cells=tuple(cells),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from stagewise.costs import FREE_LINK, CellCost, LinkCost
+from stagewise.costs import FREE_LINK, CellCost, LinkCost, num_untrained
 from stagewise.errors import PlanError
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, PlanRequest
@@ -69,12 +69,12 @@ class SearchResult:
     @cached_property
     def schedule_bound_seconds(self) -> float:
         """A lower bound for all schedules of the chosen cut, placement and recomputation."""
-        if self.chosen.option.num_instructions > _MAX_BOUND:
-            schedule, costs = self.plan.built_schedule, self.plan.engine_costs
+        schedule, costs = self.plan.built_schedule, self.plan.engine_costs
+        if self.chosen.option.num_instructions > _MAX_BOUND or num_untrained(costs):
             return least_step_seconds(schedule, costs, self.chosen.link)
         return lower_bound_seconds(
-            self.plan.built_schedule.placement,
-            self.plan.engine_costs,
+            schedule.placement,
+            costs,
             self.chosen.num_microbatches,
             self.chosen.link,
         ).seconds

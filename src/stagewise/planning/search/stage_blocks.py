@@ -16,7 +16,7 @@ from stagewise.costs import stage_costs
 from stagewise.planning.fast_simulate import held_microbatches, outcome_of
 from stagewise.planning.plan import Plan
 from stagewise.planning.search.segments import segments_front
-from stagewise.schedule import Segments, refine
+from stagewise.schedule import Segments, needed_for, refine
 
 INSTRUCTION_SECONDS = 1e-4  # the engine's overhead per instruction, if not measured
 WORTH = 0.05  # smallest share of a device's activations that segments must save
@@ -87,6 +87,6 @@ class _Candidate:
         schedule = refine(plan.plain_schedule, segments, plan.recompute)
         sizes = [size for parts in segments for size, _ in parts]
         costs = stage_costs(plan.cells, sizes, input_bytes=plan.input_bytes)
-        outcome = outcome_of(schedule, costs, plan.link)
+        outcome = outcome_of(needed_for(schedule, costs), costs, plan.link)
         seconds = outcome.seconds + INSTRUCTION_SECONDS * max(map(len, schedule.programs))
         return _Candidate(segments, seconds, outcome.peak_bytes)

@@ -29,7 +29,7 @@ def state_of(optimizer: Optimizer, names: Names) -> Flat:
     """Return everything that `optimizer` keeps for this rank's parameters."""
     flat: Flat = {}
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in _own(group, names):
             name = names.get(parameter)
             if name is None:
                 raise CheckpointError(
@@ -82,14 +82,20 @@ def fill_optimizer(optimizer: Optimizer, flat: Mapping[str, Any], names: Names) 
         elif (split := _split(rest, every)) is not None:
             saved.setdefault((kind, split[0]), {})[split[1]] = value
     for number, group in enumerate(optimizer.param_groups):
-        theirs = [saved.get((OPTIONS, names[p]), {}) for p in group["params"]]
+        own = _own(group, names)
+        theirs = [saved.get((OPTIONS, names[p]), {}) for p in own]
         _restore_options(group, [options for options in theirs if options], number)
-        for parameter in group["params"]:
+        for parameter in own:
             kept = saved.get((STATE, names[parameter]))
             if kept is not None:
                 optimizer.state[parameter] = {
                     key: _placed(value, key, parameter, group) for key, value in kept.items()
                 }
+
+
+def _own(group: Flat, names: Names) -> list[nn.Parameter]:
+    """Return the group's parameters, but for the empty one of a rank that trains nothing."""
+    return [p for p in group["params"] if p.numel() or p in names]
 
 
 def _restore_options(group: Flat, saved: list[Flat], number: int) -> None:
