@@ -41,3 +41,14 @@ def test_a_search_beside_its_runners_up() -> None:
     page = plan_page(found.plan, {}, title="", environment={}, found=found)
     assert len(page.steps) == 1 + len(found.runners_up)
     assert page.steps[1].timeline == found.runners_up[0].plan().timeline
+
+
+def test_what_is_too_much_to_draw_stays_in_the_tables() -> None:
+    plan = planned(num_microbatches=500)
+    page = plan_page(plan, {}, title="", environment={})
+    assert len(page.steps) > page.num_drawn >= 2
+    records = [step.to_record(drawn=n < page.num_drawn) for n, step in enumerate(page.steps)]
+    assert ["spans" in record for record in records] == [
+        n < page.num_drawn for n in range(len(records))
+    ]
+    assert all("step_seconds" in record for record in records)

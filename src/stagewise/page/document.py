@@ -65,7 +65,7 @@ def document(page: Page, version: str = "") -> str:
         f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)}; "
         f"style-src 'unsafe-inline'; img-src data: blob:; connect-src {_FROM[bool(version)]}"
     )
-    timelines = _section("Timeline", _panes(page.steps)) if page.steps else ""
+    timelines = _section("Timeline", _panes(page.steps[: page.num_drawn])) if page.steps else ""
     losses = _section("Loss", _LOSSES) if page.losses else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -90,7 +90,10 @@ def document(page: Page, version: str = "") -> str:
 
 def numbers_of(page: Page) -> dict[str, object]:
     """Return all that the page shows as JSON-ready values."""
-    return {**page.record, "steps": [step.to_record() for step in page.steps]}
+    return {
+        **page.record,
+        "steps": [step.to_record(drawn=n < page.num_drawn) for n, step in enumerate(page.steps)],
+    }
 
 
 def figures_of(page: Page) -> dict[str, object]:
@@ -101,7 +104,7 @@ def figures_of(page: Page) -> dict[str, object]:
             "timeline": draw.timeline_figure(step),
             "memory": draw.memory_figure(step) if step.memory else None,
         }
-        for step in page.steps
+        for step in page.steps[: page.num_drawn]
     ]
     return {"steps": steps, "losses": draw.losses_figure(page.losses) if page.losses else None}
 

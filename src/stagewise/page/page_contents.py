@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from rich.console import RenderableType
 
 from stagewise.costs import StageCost
 from stagewise.timeline import Curve, Timeline
+
+_MOST_DRAWN = 12_000  # instructions of a page: some 10 MB
 
 
 class Around(NamedTuple):
@@ -38,13 +41,18 @@ class ShownStep:
         devices = range(self.timeline.num_devices)
         return tuple(self.timeline.activation_bytes(device, self.costs) for device in devices)
 
-    def to_record(self) -> dict[str, object]:
-        """Return the step as JSON-ready values."""
-        return {
+    def to_record(self, *, drawn: bool) -> dict[str, object]:
+        """Return the step as JSON-ready values, with its instructions if it is `drawn`."""
+        main = {
             "name": self.name,
             "num_devices": self.timeline.num_devices,
             "step_seconds": float(self.timeline.duration_seconds),
             "bubble_fraction": float(self.timeline.bubble_fraction),
+        }
+        if not drawn:
+            return main
+        return {
+            **main,
             "spans": self.timeline.to_records(),
             "memory_bytes": self.memory,
             "around": [each._asdict() for each in self.around],
@@ -82,3 +90,10 @@ class Page:
     sections: Sequence[Section] = ()
     losses: Sequence[Losses] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_drawn(self) -> int:
+        """How many steps have a picture: the first two, and those for which there is room."""
+        sizes = [len(step.timeline.spans) for step in self.steps]
+        within = sum(total <= _MOST_DRAWN for total in accumulate(sizes))
+        return min(len(self.steps), max(2, within))
