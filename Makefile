@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh test-hosts docs test-page test-notebook screenshots bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh test-hosts docs test-docs test-page test-notebook screenshots bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make docs      build the documentation in site/; a broken link is an error"
+	@echo "make test-docs  run every code block of README and documentation, the slow ones too"
 	@echo "make test-page  the page in headless Chromium, skipped if there is none"
 	@echo "make test-notebook  run examples/tutorial.ipynb"
 	@echo "make screenshots  write docs/pictures from pages in headless Chromium"
@@ -92,6 +93,9 @@ test-mesh: $(READY)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "open site/index.html"
+
+test-docs: $(READY)
+	STAGEWISE_ALL_DOCS=1 $(BIN)/pytest -q tests/docs
 
 $(DOCS_READY): pyproject.toml constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
