@@ -16,7 +16,7 @@ from stagewise.errors import BatchError, StagewiseError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
-from tests.pipeline.runs import even
+from tests.pipeline.runs import even, unexamined
 from tests.schedules import RUNNABLE, cuts, layout, planned
 
 MSE = nn.functional.mse_loss
@@ -225,8 +225,9 @@ def pipe_of(run: Run, cells: Sequence[nn.Module], transport: str = "auto") -> st
     return stagewise.Pipeline(cells, plan, loss=MSE, transport=transport)  # type: ignore[arg-type]
 
 
-def train(run: Run) -> Record:
+def train(run: Run, *, examined: bool = True) -> Record:
     pipe = pipe_of(run, cells_of(run))
+    pipe = pipe if examined else unexamined(pipe)
     record = Record([], [], {}, [])
     for index, size in enumerate(run.sizes):
         inputs, target, keywords = batch_of(run, index, size)
@@ -247,7 +248,7 @@ def train(run: Run) -> Record:
 
 
 def train_each(runs: Sequence[Run]) -> list[Record]:
-    return [train(run) for run in runs]
+    return [train(run, examined=index == 0) for index, run in enumerate(runs)]
 
 
 def train_plain(run: Run) -> Record:
@@ -346,8 +347,8 @@ def test_any_cut_schedule_policy_and_transport_is_bit_identical(pools: Pools, fo
                 Run(form=form, num_stages=num_stages, schedule=schedule, recompute=policy)
                 for policy in POLICIES
             ]
-            for run in runs:
-                assert_same(train(run), wanted)
+            for record in train_each(runs):
+                assert_same(record, wanted)
             num_devices, _ = layout(schedule, num_stages)
             if num_devices == 1:
                 continue

@@ -11,7 +11,7 @@ import stagewise
 from stagewise.batch.values import Apart
 from stagewise.schedule import POLICIES, Kind, Message
 from tests.harness import Pools
-from tests.pipeline.runs import even
+from tests.pipeline.runs import even, unexamined
 from tests.schedules import RUNNABLE, cuts, layout, planned
 
 Named = dict[str, Tensor | None]
@@ -98,13 +98,14 @@ def gradients(
 ) -> list[tuple[Named, Tensor | None]]:
     """Per policy: this rank's gradients after two steps, and that of the inputs."""
     results = []
-    for policy in POLICIES:
+    for index, policy in enumerate(POLICIES):
         plan = planned(even(4, num_stages), schedule, num_microbatches=4, recompute=policy)
         pipe = stagewise.Pipeline(
             [Whole(cell) for cell in build(name)],
             plan,
             loss=nn.functional.mse_loss,
         )
+        pipe = unexamined(pipe) if index else pipe
         inputs, target = data(needs_grad=needs_grad)
         for _ in range(2):
             pipe.step(inputs, target=target)

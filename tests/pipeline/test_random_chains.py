@@ -27,6 +27,7 @@ from tests.models import (
     Spread,
     frozen,
 )
+from tests.pipeline.runs import unexamined
 from tests.schedules import planned, stages_on
 from tests.soak import FACTOR, examples
 
@@ -165,11 +166,14 @@ def outcome(
     sizes: list[int],
     dtype: torch.dtype,
     transport: Literal["auto", "local"] = "local",
+    *,
+    examined: bool = False,
 ) -> dict[str, Tensor | None]:
     """Losses, gradients and buffers after a step on each batch, with an update in between."""
     pipe = stagewise.Pipeline(
         model_of(names, dtype), plan, loss=nn.functional.mse_loss, transport=transport
     )
+    pipe = pipe if examined else unexamined(pipe)
     seen: dict[str, Tensor | None] = {}
     for step, size in enumerate(sizes):
         with torch.no_grad():
@@ -299,7 +303,7 @@ def random_cases(num_devices: int, number: int, *, seed: int) -> list[Case]:
 
 
 def outcomes(cases: list[Case]) -> list[dict[str, Tensor | None]]:
-    return [outcome(*case, torch.float32, "auto") for case in cases]
+    return [outcome(*case, torch.float32, "auto", examined=True) for case in cases]
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])
