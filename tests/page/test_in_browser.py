@@ -4,6 +4,7 @@ numbers are those of the JSON. `make test-page` runs this where Chromium is inst
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -15,9 +16,11 @@ from stagewise.costs import CellCost
 from stagewise.page.dashboard import PageServer
 from stagewise.page.document import write_html
 from stagewise.page.plan_page import plan_page
+from stagewise.page.run_page import run_page
 from stagewise.planning.plan import plan_from_costs
 from stagewise.recording import LOG_FILE
 from stagewise.timeline import Timeline
+from tests.page.test_run_page import RUN
 
 if not screenshots.browser_is_here():
     pytest.skip(f"this {screenshots.MISSING}", allow_module_level=True)
@@ -216,3 +219,27 @@ def test_a_live_page_follows_its_run(tmp_path: Path) -> None:
             server.server_close()
             shows("The run has ended; this page shows its last state.")
             assert driver.execute_script(drawn) == [2.5, 1.25]
+
+
+def test_a_report_shows_predicted_above_measured(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report = run_page([RUN, replace(RUN, path=Path("runs/b"))])
+    write_html(report, path)
+    with opened(path.as_uri(), PHONE, dark=True) as driver:
+        drawn(driver)
+        assert driver.get_log("browser") == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") == PHONE[0]
+        numbers = json.loads(
+            driver.execute_script("return document.getElementById('numbers').textContent")
+        )
+        assert numbers["runs"] == json.loads(json.dumps(report.record["runs"]))
+        shown = driver.execute_script(
+            "return [...document.querySelectorAll('select')].map(s => s.selectedOptions[0].text)"
+        )
+        assert [each.partition(":")[0] for each in shown] == ["predicted", "measured"]
+        names = driver.execute_script(f"return {TIMELINE}[1].data.map(trace => trace.name)")
+        assert names == ["forward", "backward", "idle", "optimizer"]
+        end = report.steps[1].around[0].end_seconds
+        assert ranges(driver)[0] == ranges(driver)[2] == [0, pytest.approx(end)]
+        losses = "return document.querySelector('[data-plot=losses]').data.map(trace => trace.name)"
+        assert driver.execute_script(losses) == ["a", "a, validation", "b", "b, validation"]
