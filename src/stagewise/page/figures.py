@@ -143,7 +143,13 @@ def _bars(spans: Sequence[Span], kind: Kind, before: Mapping[int, str]) -> Figur
     )
     marker = {"color": colour, "line": {"width": 0.5, "color": BLACK}}
     if pattern:
-        marker["pattern"] = {"shape": pattern, "fgopacity": 0.35, "size": 6, "solidity": 0.3}
+        marker["pattern"] = {
+            "shape": pattern,
+            "fillmode": "overlay",
+            "fgopacity": 0.35,
+            "size": 6,
+            "solidity": 0.3,
+        }
     trace["marker"] = marker
     if len(spans) <= _LABELLED:
         trace |= {
