@@ -4,9 +4,9 @@ All costs are for *one microbatch*. They are plain numbers, so the simulator als
 ones (`fractions.Fraction`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,14 @@ class InstructionCost:
 FREE_INSTRUCTION = InstructionCost()
 
 
+class FarOutput(NamedTuple):
+    """A value that skips others: what receives it, so many further, and its bytes both ways."""
+
+    distance: int
+    output_bytes: int
+    gradient_bytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellCost:
     """One cell's costs for one microbatch.
@@ -35,9 +43,10 @@ class CellCost:
     the cell. `output_bytes` crosses the boundary after the cell, `gradient_bytes`
     comes back. A split backward takes `input_seconds` for `I` and `weight_seconds` for `W` and
     keeps `deferred_bytes` between them (None: unknown), of which `deferred_input_bytes` are the
-    cell's input. Of the parameters `trainable_bytes` are trained (None: all; 0: the cell trains
-    nothing). `instruction_overhead` is added to every instruction of a stage that starts with the
-    cell.
+    cell's input. `far_outputs` go to cells beyond the next one, with the boundary's value where
+    that cell is on the next stage. Of the parameters `trainable_bytes` are trained (None: all; 0:
+    the cell trains nothing). `instruction_overhead` is added to every instruction of a stage that
+    starts with the cell.
     """
 
     name: str
@@ -54,6 +63,7 @@ class CellCost:
     deferred_bytes: int | None = None
     deferred_input_bytes: int = 0
     trainable_bytes: int | None = None
+    far_outputs: tuple[FarOutput, ...] = ()
     instruction_overhead: InstructionCost = FREE_INSTRUCTION
 
     @property
@@ -77,7 +87,7 @@ class StageCost:
     `activation_bytes` in addition while the stage's graph exists. Between `I` and `W`,
     `deferred_bytes` are kept, of which `deferred_input_bytes` are the input. The stage does not
     keep `released_output_bytes` of its output: where the next stage is on its device, those are
-    kept as that stage's input only.
+    kept as that stage's input only. `far_outputs` are the messages to stages beyond the next one.
     """
 
     forward_seconds: float
@@ -94,6 +104,7 @@ class StageCost:
     deferred_input_bytes: int = 0
     released_output_bytes: int = 0
     trainable_bytes: int | None = None  # of the parameters, as in CellCost
+    far_outputs: tuple[FarOutput, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +127,8 @@ class LinkCost:
 FREE_LINK = LinkCost()
 
 
-# Of a cell's costs, what does not depend on the samples.
-UNSCALED = "name", "parameter_bytes", "trainable_bytes", "instruction_overhead"
+# Of a cell's costs, what does not depend on the samples, or is a list of what does.
+UNSCALED = "name", "parameter_bytes", "trainable_bytes", "instruction_overhead", "far_outputs"
 
 
 def state_bytes(cost: CellCost | StageCost, state_factor: float) -> float:
@@ -176,7 +187,8 @@ def scaled(cell: CellCost, *, seconds: float = 1, size: float = 1) -> CellCost:
             continue
         is_size = field.name.endswith("_bytes")
         changes[field.name] = round(value * size) if is_size else value * seconds
-    return replace(cell, **changes)  # type: ignore[arg-type]
+    far = tuple(FarOutput(d, round(o * size), round(g * size)) for d, o, g in cell.far_outputs)
+    return replace(cell, far_outputs=far, **changes)  # type: ignore[arg-type]
 
 
 def load_seconds(cell: CellCost, *, forwards: int = 1, split: bool = False) -> float:
@@ -203,6 +215,7 @@ def stage_costs(
     A stage before the first that trains anything keeps nothing, and gets no gradients.
     """
     stages, start, incoming, untrained = list[StageCost](), 0, input_bytes, num_untrained(cells)
+    far = _far_outputs(cells, balance)
     for num_cells in balance:
         own = cells[start : start + num_cells]
         overhead = own[0].instruction_overhead
@@ -214,6 +227,8 @@ def stage_costs(
         made = sum(cell.activation_bytes for cell in own) - unsaved
         # A stage that only passes its input on keeps nothing else, and releases nothing.
         released = min(made, own[-1].released_output_bytes)
+        near = far[len(stages)].get(1, FarOutput(1, 0, 0))
+        skips = [skip for distance, skip in sorted(far[len(stages)].items()) if distance > 1]
         stages.append(
             StageCost(
                 forward_seconds=forward,
@@ -222,14 +237,15 @@ def stage_costs(
                 parameter_bytes=sum(cell.parameter_bytes for cell in own),
                 input_bytes=incoming,
                 activation_bytes=made - released,
-                output_bytes=own[-1].output_bytes,
-                gradient_bytes=own[-1].gradient_bytes,
+                output_bytes=own[-1].output_bytes + near.output_bytes,
+                gradient_bytes=own[-1].gradient_bytes + near.gradient_bytes,
                 input_seconds=max(0, inputs + overhead.input_seconds),
                 weight_seconds=max(0, weights + overhead.weight_seconds),
                 deferred_bytes=sum(cell.kept_for_weights for cell in own),
                 deferred_input_bytes=_deferred_input_bytes(own),
                 released_output_bytes=released,
                 trainable_bytes=_sum_of_trainable(own),
+                far_outputs=tuple(skips),
             )
         )
         start, incoming = start + num_cells, own[-1].output_bytes
@@ -241,7 +257,9 @@ def stage_costs(
 def _without_backward(stage: StageCost) -> StageCost:
     """Return the costs of a stage that has no backward: the next one has its input to itself."""
     nothing: dict[str, Any] = dict.fromkeys((*_GRADIENTS, "activation_bytes", "input_bytes"), 0)
-    return replace(stage, **nothing, released_output_bytes=stage.output_bytes)
+    far = tuple(skip._replace(gradient_bytes=0) for skip in stage.far_outputs)
+    released = stage.output_bytes
+    return replace(stage, **nothing, released_output_bytes=released, far_outputs=far)
 
 
 def _sum_of_trainable(own: Sequence[CellCost]) -> int | None:
@@ -249,6 +267,20 @@ def _sum_of_trainable(own: Sequence[CellCost]) -> int | None:
     if any(cell.trainable_bytes is None for cell in own):
         return None
     return sum(map(trained_bytes, own))
+
+
+def _far_outputs(cells: Sequence[CellCost], balance: Sequence[int]) -> list[dict[int, FarOutput]]:
+    """Return, per stage, what it sends to the stage so many further, by that distance."""
+    found = [dict[int, FarOutput]() for _ in balance]
+    if any(cell.far_outputs for cell in cells):
+        stage_of = [stage for stage, size in enumerate(balance) for _ in range(size)]
+        for index, cell in enumerate(cells):
+            for skip in cell.far_outputs:
+                distance = stage_of[index + skip.distance] - stage_of[index]
+                before = found[stage_of[index]].get(distance, FarOutput(distance, 0, 0))
+                total = (a + b for a, b in zip(before[1:], skip[1:], strict=True))
+                found[stage_of[index]][distance] = FarOutput(distance, *total)
+    return found
 
 
 def _deferred_input_bytes(own: Sequence[CellCost]) -> int:
@@ -266,23 +298,3 @@ def _deferred_input_bytes(own: Sequence[CellCost]) -> int:
 
 # What reading JSON of wrong types, or thousands of lists in each other, raises.
 NOT_AS_WRITTEN = AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError
-
-
-def cell_of(written: Mapping[str, Any]) -> CellCost:
-    """Read a cell from JSON; older plans call the instruction overhead `around`, or have none."""
-    own = {"instruction_overhead": {}, **written}
-    given = own.pop("around", own["instruction_overhead"])
-    own["instruction_overhead"] = InstructionCost(**{k: float(v) for k, v in given.items()})
-    optional = {field.name for field in fields(CellCost) if field.default is None}
-    for name, value in own.items():
-        if name == "name":
-            str.encode(value)  # a TypeError for what is no text
-        elif name != "instruction_overhead" and (value is not None or name not in optional):
-            check_amount(name, value)
-    return CellCost(**own)
-
-
-def check_amount(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a time or a size."""
-    if not isinstance(value, int | float) or not 0 <= value < 1e300:
-        raise ValueError(f"{name} is {str(value)[:40]}, which is not an amount")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from hypothesis import strategies as st
 
-from stagewise.costs import FREE_LINK, CellCost, InstructionCost, LinkCost, StageCost
+from stagewise.costs import FREE_LINK, CellCost, FarOutput, InstructionCost, LinkCost, StageCost
 
 T = TypeVar("T")
 Numbers = st.SearchStrategy[int]
@@ -25,6 +25,7 @@ def filled(
         "float | None": st.none() | seconds,
         "int | None": st.none() | size,
         "InstructionCost": INSTRUCTIONS,
+        "tuple[stagewise.costs.FarOutput, ...]": st.just(()),
     }
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return st.builds(kind, **{f.name: given.get(f.name, by_type[name_of(f.type)]) for f in fields})
@@ -66,8 +67,17 @@ def random_costs(rng: random.Random, num_stages: int) -> list[StageCost]:
     def drawn(name: str) -> float:
         return rng.random() if name.endswith("_seconds") else rng.randint(0, 99)
 
-    names = [field.name for field in dataclasses.fields(StageCost)]
-    return [StageCost(**{name: drawn(name) for name in names}) for _ in range(num_stages)]  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(StageCost)} - {"far_outputs"}
+    return [
+        StageCost(**{name: drawn(name) for name in names}, far_outputs=far_drawn(rng, left))  # type: ignore[arg-type]
+        for left in reversed(range(num_stages))
+    ]
+
+
+def far_drawn(rng: random.Random, left: int) -> tuple[FarOutput, ...]:
+    """To some of the stages beyond the next one, of those that are `left`."""
+    chosen = [distance for distance in range(2, left + 1) if rng.random() < 0.3]
+    return tuple(FarOutput(distance, rng.randint(0, 99), rng.randint(0, 99)) for distance in chosen)
 
 
 def random_link(rng: random.Random) -> LinkCost:

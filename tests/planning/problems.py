@@ -6,16 +6,13 @@ from itertools import product
 from hypothesis import strategies as st
 
 from stagewise.costs import LinkCost, StageCost
-from stagewise.planning.synthesis.problem import (
+from stagewise.planning.synthesis.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
-    NEVER,
-    Problem,
-    Programs,
-    problem_of,
 )
+from stagewise.planning.synthesis.problem import NEVER, Problem, Programs, problem_of
 from stagewise.planning.synthesis.replay import duration, peak_of
 from stagewise.schedule import POLICIES
 from tests.planning.costs import filled, stage_costs_drawn

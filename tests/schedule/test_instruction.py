@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stagewise
-from stagewise.costs import CellCost, InstructionCost, StageCost
+from stagewise.costs import CellCost, FarOutput, InstructionCost, StageCost
 from stagewise.engine.stage.stage import ACTIONS
 from stagewise.errors import ScheduleError
 from stagewise.schedule import Instruction, Kind
@@ -56,6 +56,9 @@ def test_every_cost_of_a_stage_belongs_to_a_kind_or_a_stream() -> None:
     } | {stream.num_bytes for stream in (ACTIVATIONS, GRADIENTS)}
     # Kept with or without instructions; a part of what waits for `W`; what is not kept.
     apart = {"parameter_bytes", "trainable_bytes", "deferred_input_bytes", "released_output_bytes"}
+    # The far outputs are streams' messages to other stages than the next, with the same names.
+    apart.add("far_outputs")
+    assert {stream.num_bytes for stream in (ACTIVATIONS, GRADIENTS)} <= {*FarOutput._fields}
     assert {field.name for field in fields(StageCost)} == named | apart
     of_instructions = {field.name for field in fields(InstructionCost)}
     assert of_instructions == {traits.seconds for traits in KINDS.values()} - {"recompute_seconds"}
@@ -88,6 +91,7 @@ NAMES_KINDS = {
     "schedule/": "schedules are written in kinds",
     "timeline/timeline.py": "an R and its F share what they keep",
     "planning/synthesis/problem.py": "names what synthesis orders, for all of the folder",
+    "planning/synthesis/operations.py": "tabulates them; a recomputation is part of its backward",
     "engine/stage/stage.py": "ACTIONS: what each does",
     "engine/stage/skips.py": "forward, a skip's value; backward, its gradient",
     "engine/transport/transport.py": "a long skip is a message of a forward",
@@ -116,7 +120,9 @@ def test_synthesis_asks_the_table_what_a_kind_costs_and_keeps() -> None:
     folder = Path(stagewise.__file__).parent / "planning/synthesis"
     reads = {path.name: attributes(path) for path in folder.glob("*.py")}
     assert not {
-        name for name in reads["problem.py"] if re.sub(r".*costs\[.*\]\.", "", name) in of_kinds
+        name
+        for name in reads["problem.py"] | reads["operations.py"]
+        if re.sub(r".*costs\[.*\]\.", "", name) in of_kinds
     }
     with_costs = {file for file, names in reads.items() if any(n.endswith(".costs") for n in names)}
     assert with_costs == {"problem.py", "replay.py"}

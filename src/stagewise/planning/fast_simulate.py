@@ -60,6 +60,33 @@ class _StreamState:
         ]
         self.waiting: dict[int, int] = {}
         self.targets = range(lowest_target(stream, schedule), schedule.num_stages)
+        self.far = [
+            [(d * stream.step, stream.seconds(stage, costs, link, d)) for d in distances]
+            for stage, distances in enumerate(stream.far(costs))
+        ]
+        self.far_arrived: dict[int, float] = {}
+        self._count, self._overhead = schedule.num_microbatches, link.overhead_seconds
+
+    def send_far(
+        self,
+        sender: tuple[int, int, int],
+        now: float,
+        runs_on: Sequence[int],
+        link_free: dict[tuple[int, int], float],
+    ) -> float:
+        """Send past the next stage what `sender` (device, stage, microbatch) made.
+
+        Return when its device is free.
+        """
+        device, stage, m = sender
+        for distance, seconds in self.far[stage]:
+            goal = (stage + distance) * self._count + m
+            if stage + distance in self.targets and (there := runs_on[goal]) != device:
+                now += self._overhead
+                leaves = max(now, link_free.get((device, there), 0))
+                link_free[device, there] = arrives = leaves + seconds
+                self.far_arrived[goal] = max(arrives, self.far_arrived.get(goal, 0))
+        return now
 
 
 def _ends_and_busy(
@@ -74,10 +101,8 @@ def _ends_and_busy(
         for kind, traits in KINDS.items()
     }
     overhead = link.overhead_seconds
-    placement = schedule.placement
-    runs_on = [d for devices in placement for d in device_turns(devices, num_microbatches)]
-    nothing: list[float] = [0] * schedule.num_devices
-    free, last, busy = [*nothing], [*nothing], [*nothing]
+    runs_on = [d for devices in schedule.placement for d in device_turns(devices, num_microbatches)]
+    free, last, busy = (list[float]([0] * schedule.num_devices) for _ in range(3))
     link_free: dict[tuple[int, int], float] = {}
     at, ready = [0] * schedule.num_devices, list(range(schedule.num_devices))
     while ready:
@@ -88,11 +113,11 @@ def _ends_and_busy(
             stage, m = instruction.stage, instruction.microbatch
             took, stream = kinds[instruction.kind]
             if stream is not None:
-                arrival = stream.arrived[stage * num_microbatches + m]
-                if arrival == _NEVER:
-                    stream.waiting[stage * num_microbatches + m] = device
+                own = stage * num_microbatches + m
+                if (arrival := stream.arrived[own]) == _NEVER:
+                    stream.waiting[own] = device
                     break
-                now = max(now, arrival)
+                now = max(now, arrival, stream.far_arrived.get(own, 0))
             seconds = took[stage]
             now += seconds
             busy[device] += seconds
@@ -106,8 +131,10 @@ def _ends_and_busy(
                 now += overhead
                 leaves = max(now, link_free.get((device, there), 0))
                 stream.arrived[where] = link_free[device, there] = leaves + stream.seconds[stage]
-                if where in stream.waiting:
-                    ready.append(stream.waiting.pop(where))
+            if stream.far[stage]:
+                now = stream.send_far((device, stage, m), now, runs_on, link_free)
+            if where in stream.waiting and runs_on[where] != device:
+                ready.append(stream.waiting.pop(where))
         at[device], free[device] = i, now
     if any(i < len(program) for i, program in zip(at, schedule.programs, strict=True)):
         raise ScheduleError(f"schedule {schedule.name!r} deadlocks; validate() shows where")

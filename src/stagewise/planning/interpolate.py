@@ -9,7 +9,7 @@ is linear between two measured sizes. An operator that is faster per sample at a
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
-from stagewise.costs import UNSCALED, CellCost
+from stagewise.costs import UNSCALED, CellCost, FarOutput
 
 
 def interpolated(
@@ -32,6 +32,14 @@ def _between(small: CellCost, large: CellCost, share: float) -> CellCost:
         low, high = getattr(small, each.name), getattr(large, each.name)
         if each.name in UNSCALED or low is None or high is None:
             continue
-        value = max(0.0, low + share * (high - low))
+        value = _number(share, low, high)
         changes[each.name] = round(value) if each.name.endswith("_bytes") else value
-    return replace(small, **changes)  # type: ignore[arg-type]
+    far = tuple(
+        FarOutput(a[0], *(round(_number(share, x, y)) for x, y in zip(a[1:], b[1:], strict=True)))
+        for a, b in zip(small.far_outputs, large.far_outputs, strict=True)
+    )
+    return replace(small, far_outputs=far, **changes)  # type: ignore[arg-type]
+
+
+def _number(share: float, low: float, high: float) -> float:
+    return max(0.0, low + share * (high - low))

@@ -16,8 +16,6 @@ from stagewise.costs import (
     CellCost,
     LinkCost,
     StageCost,
-    cell_of,
-    check_amount,
     stage_costs,
 )
 from stagewise.errors import PlanError
@@ -27,6 +25,7 @@ from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.partition.place import best_balance
 from stagewise.planning.request import PlanRequest, PlanWishes
 from stagewise.planning.simulate import simulate
+from stagewise.planning.written_costs import check_amount, read_cells
 from stagewise.schedule import (
     Schedule,
     Segments,
@@ -243,7 +242,7 @@ class Plan:
                     tuple((int(size), bool(recomputed)) for size, recomputed in parts)
                     for parts in fields.get("segments", ())
                 ),
-                cells=tuple(map(cell_of, fields["cells"])),
+                cells=read_cells(fields["cells"]),
                 link=LinkCost(**fields["link"]),
                 measured_seconds=amounts.get("measured_seconds"),
                 machine=str(fields.get("machine", "")),

@@ -34,7 +34,8 @@ def simulate(
     link_free: dict[tuple[int, int], float] = {}
     arrival: dict[Message, float] = {}
     spans = []
-    for device, step in walk(lower(schedule)):
+    flows = [(s, s + far.distance) for s, cost in enumerate(costs) for far in cost.far_outputs]
+    for device, step in walk(lower(schedule, flows)):
         free = device_free[device]
         start = max([free, *(arrival[message] for message in step.receives)])
         instruction, traits = step.instruction, KINDS[step.instruction.kind]
@@ -49,10 +50,11 @@ def simulate(
                 between = (message.source, message.destination)
                 device_free[device] += link.overhead_seconds
                 leaves = max(device_free[device], link_free.get(between, zero))
-                arrives = leaves + traits.stream.seconds(message.source_stage, costs, link)
+                sent = message.source_stage, costs, link, message.distance
+                arrives = leaves + traits.stream.seconds(*sent)
                 arrival[message] = link_free[between] = arrives
                 if recorder is not None:
-                    num_bytes = traits.stream.size(message.source_stage, costs)
+                    num_bytes = traits.stream.size(message.source_stage, costs, message.distance)
                     recorder.sent.append((message, num_bytes, end, device_free[device]))
         if recorder is not None:
             recorder.ran.append((device, instruction, start, end, None))
@@ -68,5 +70,5 @@ def simulate(
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:
     """Return the costs of equal stages on which every instruction takes one second."""
-    one = StageCost(**{traits.seconds: 1 for traits in KINDS.values()})
+    one = StageCost(**{traits.seconds: 1 for traits in KINDS.values()})  # type: ignore[arg-type]
     return (one,) * num_stages

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch.utils import _pytree as pytree
 
-from stagewise.batch.values import Apart, take_apart
+from stagewise.batch.values import take_apart
 from stagewise.costs import CellCost, without_gradients
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
 from stagewise.engine.stage.buffers import values_put_back
@@ -29,12 +29,12 @@ from stagewise.engine.stage.work import Mode
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.transport.connect import in_one_process
-from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.transport import Transport
 from stagewise.model.cell import Cell, Chain
 from stagewise.profiling.in_turn import InTurn, Together, takes_turns
 from stagewise.profiling.live_memory import LiveMemory
-from stagewise.schedule import Instruction, Kind, Message, Schedule
+from stagewise.profiling.sized_mail import SizedMail
+from stagewise.schedule import Instruction, Kind, Schedule
 from stagewise.timeline import Timeline
 
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 3, 20, 1
@@ -93,7 +93,7 @@ def profile(
     Takes about `seconds`, at least `least` trial steps, and returns the median times. With
     `split`, also measures `I` and `W`, by steps that alternate with the others, in the same time.
     """
-    mail = _SizedMail(in_one_process([device] * len(chain)))
+    mail = SizedMail(in_one_process([device] * len(chain)))
     runners = _runners(chain, mail.transport, loss, device, split=split)
     stages = runners[0].stages
     plain = (*batch[:2], dict(batch[2]))
@@ -114,8 +114,9 @@ def profile(
             activation_bytes=measured.kept[cell.index],
             unsaved_output_bytes=measured.unsaved[cell.index],
             released_output_bytes=measured.released[cell.index],
-            output_bytes=mail.sizes.get((Kind.FORWARD, cell.index), 0),
-            gradient_bytes=mail.sizes.get((Kind.BACKWARD, cell.index + 1), 0),
+            output_bytes=mail.size_between(cell.index, cell.index + 1)[0],
+            gradient_bytes=mail.size_between(cell.index, cell.index + 1)[1],
+            far_outputs=mail.far_outputs(cell.index),
             input_seconds=seconds_of(cell, Kind.BACKWARD_INPUT) if split else None,
             weight_seconds=seconds_of(cell, Kind.BACKWARD_WEIGHT) if split else None,
             deferred_bytes=measured.deferred.get(cell.index, 0 if split else None),
@@ -190,38 +191,6 @@ def _in_order(num_stages: int, *backward: Kind) -> Schedule:
     )
 
 
-class _SizedMail:
-    """The mail of `transport`, which records the size of messages, and which are under way."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._mail = mail = transport.mail
-        self.transport = Transport(self, transport.ranks)
-        self.sizes: dict[tuple[Kind, int], int] = {}  # bytes that each stage sends its neighbours
-        self.under_way: dict[Message, list[torch.Tensor]] = {}
-        self.begin, self.send_lost, self.renumber = mail.begin, mail.send_lost, mail.renumber
-        self.look_ahead, self.waiting = mail.look_ahead, mail.waiting
-        self.finish, self.clear = mail.finish, mail.clear
-
-    def send(self, message: Message, value: Apart) -> None:
-        if message.distance == 1:
-            nbytes = sum(tensor.nbytes for tensor in value[0])
-            self.sizes[message.kind, message.source_stage] = nbytes
-        self.under_way[message] = value[0]
-        self._mail.send(message, value)
-
-    def leaving(self, instruction: Instruction) -> dict[bool, list[torch.Tensor]]:
-        """Return what its forward sends, to the next stage (False) and over others (True)."""
-        found = dict[bool, list[torch.Tensor]]({False: [], True: []})
-        for message, tensors in self.under_way.items():
-            if instruction.kind is Kind.FORWARD and message.source_stage == instruction.stage:
-                found[message.distance > 1] += tensors
-        return found
-
-    def receive(self, message: Message) -> Apart | Lost:
-        self.under_way.pop(message, None)
-        return self._mail.receive(message)
-
-
 @dataclass
 class _Bytes:
     """What each one-cell stage keeps or sends, how much of that is output that nothing saves, or
@@ -235,7 +204,7 @@ class _Bytes:
 
 
 def _activation_bytes(
-    runner: Runner, request: Request, mail: _SizedMail, trials: Together
+    runner: Runner, request: Request, mail: SizedMail, trials: Together
 ) -> _Bytes:
     meter = trials.meter
     live: list[dict[StorageKey, int]] = [{}]  # after every instruction

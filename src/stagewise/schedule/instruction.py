@@ -31,7 +31,8 @@ class Kind(enum.StrEnum):
 class Stream:
     """What every stage sends to the stage `step` further, in messages identified by `kind`.
 
-    `num_bytes` names the field of StageCost, of the earlier of the two stages, that is its size.
+    `num_bytes` names the field of StageCost, of the earlier of the two stages, that is its size;
+    the same field of its FarOutput is that of a message that passes other stages.
     """
 
     name: str
@@ -39,16 +40,29 @@ class Stream:
     step: int
     num_bytes: str
 
-    def size(self, source_stage: int, costs: Sequence[StageCost]) -> int:
-        """Return the bytes of a message from `source_stage` to the next stage."""
-        boundary = min(source_stage, source_stage + self.step)
-        return getattr(costs[boundary], self.num_bytes)  # type: ignore[no-any-return]
+    def size(self, source_stage: int, costs: Sequence[StageCost], distance: int = 1) -> int:
+        """Return the bytes of a message from `source_stage` to the stage so many further."""
+        earlier = costs[min(source_stage, source_stage + distance * self.step)]
+        sent: object = earlier
+        if distance > 1:
+            sent = next(far for far in earlier.far_outputs if far.distance == distance)
+        return getattr(sent, self.num_bytes)  # type: ignore[no-any-return]
 
-    def seconds(self, source_stage: int, costs: Sequence[StageCost], link: LinkCost) -> float:
-        """Return the transfer time of a message from `source_stage` to the next stage."""
-        if self.step < 0 and source_stage + self.step < num_untrained(costs):
+    def seconds(
+        self, source_stage: int, costs: Sequence[StageCost], link: LinkCost, distance: int = 1
+    ) -> float:
+        """Return the transfer time of a message from `source_stage` to the stage so far away."""
+        if self.step < 0 and source_stage + distance * self.step < num_untrained(costs):
             return 0  # it is not sent
-        return link.transfer_seconds(self.size(source_stage, costs))
+        return link.transfer_seconds(self.size(source_stage, costs, distance))
+
+    def far(self, costs: Sequence[StageCost]) -> list[list[int]]:
+        """Return, per stage, the distances of its messages beyond the next stage, in order."""
+        found: list[list[int]] = [[] for _ in costs]
+        for stage, cost in enumerate(costs):
+            for skip in cost.far_outputs:
+                found[stage if self.step > 0 else stage + skip.distance].append(skip.distance)
+        return [sorted(distances) for distances in found]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, FarOutput
 from stagewise.planning.plan import Plan
 from stagewise.planning.refit import with_microbatches
 from stagewise.planning.search.less_memory import larger_counts, share_in_flight, with_less_memory
@@ -74,10 +74,18 @@ def test_costs_of_a_smaller_microbatch() -> None:
 
 def test_every_cost_of_a_smaller_microbatch_is_scaled() -> None:
     """All fields but what does not depend on its size: a new one is scaled, or said not to be."""
-    fixed = {"name", "parameter_bytes", "trainable_bytes", "instruction_overhead"}
+    fixed = {
+        "name",
+        "parameter_bytes",
+        "trainable_bytes",
+        "instruction_overhead",
+        "far_outputs",
+    }
     scaled = [field.name for field in fields(CellCost) if field.name not in fixed]
-    cell = CellCost(name="cell", parameter_bytes=8, **dict.fromkeys(scaled, 8))  # type: ignore[arg-type]
+    far = (FarOutput(0, 8, 8),)  # to a cell so many further, whatever its size
+    cell = CellCost(name="cell", parameter_bytes=8, far_outputs=far, **dict.fromkeys(scaled, 8))  # type: ignore[arg-type]
     (smaller,) = with_microbatches(plan_of(1, cells=(cell,)), 8).cells
+    assert smaller.far_outputs == ((0, 4, 4),)
     assert {name: getattr(smaller, name) for name in scaled} == dict.fromkeys(scaled, 4)
     assert (smaller.name, smaller.parameter_bytes, smaller.instruction_overhead) == (
         "cell",

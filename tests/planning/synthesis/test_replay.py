@@ -8,7 +8,8 @@ from stagewise.planning import simulate
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Solution, improve
-from stagewise.planning.synthesis.problem import BACKWARD, FORWARD, NEVER, problem_of
+from stagewise.planning.synthesis.operations import BACKWARD, FORWARD
+from stagewise.planning.synthesis.problem import NEVER, problem_of
 from stagewise.planning.synthesis.replay import duration, peak_of, replay
 from stagewise.planning.synthesis.rules import rules
 from stagewise.schedule import Kind, validate

@@ -1,7 +1,8 @@
 """The fastest plan that fits into memory.
 
 1. `candidates`: the schedules, stages per device, replicas and microbatches to try.
-2. `bounds`: lower bounds on their step time; `cuts`: the partitions worth trying for each.
+2. `bounds`: lower bounds on their step time; `cuts`: the partitions worth trying for each,
+   `skip_cuts`: better ones for cells that send past others.
 3. `segments`, `segments_within`: what to recompute, for a stage and within a device's memory;
    `stage_blocks`: recomputation in blocks of a stage, where that costs no time.
 4. `evaluate`: one candidate, cut, simulated and compared with the memory cap.

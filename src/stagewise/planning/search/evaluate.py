@@ -27,6 +27,7 @@ from stagewise.planning.search.bounds import least_option_seconds, least_step_se
 from stagewise.planning.search.candidates import Option
 from stagewise.planning.search.cuts import Cut, Cutter, Machine, SearchWork
 from stagewise.planning.search.segments_within import segments_within
+from stagewise.planning.search.skip_cuts import improved_for_skips
 from stagewise.planning.synthesis.synthesise import synthesise
 from stagewise.schedule import Schedule, Segments, needed_for, refine, with_recompute
 from stagewise.units import size_in_words
@@ -96,6 +97,7 @@ class Evaluator:
     def __init__(self, machine: Machine, recompute: str) -> None:
         self.machine, self.work = machine, SearchWork()
         self._recompute = recompute
+        self.without_skips: dict[tuple[Placement, int], tuple[int, ...]] = {}  # cuts
         self._cuts = Cutter(machine, self.work)
 
     def bound_seconds(self, option: Option, cells: Sequence[CellCost]) -> float:
@@ -142,6 +144,12 @@ class Evaluator:
     ) -> EvaluatedPlan | Rejected:
         cut = self._cuts.cut(option, cells, recomputing=way.recomputing, capped=way.capped)
         if isinstance(cut, Cut):
+            if not (way.capped or option.replicated):
+                link = self.machine.link
+                where = cut.schedule.placement, option.num_microbatches
+                self.without_skips[where] = cut.balance
+                balance = improved_for_skips(cut.schedule, cells, cut.balance, link)
+                cut = replace(cut, balance=balance)
             return self._evaluate(cut, cells, way.recompute, better_than)
         return Rejected(what=_in_words(option, way.recompute), reason=cut, lacks_memory=True)
 

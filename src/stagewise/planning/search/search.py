@@ -125,10 +125,7 @@ class _Search:
     def whole_stages(
         self, all_options: Sequence[Option], cells: Mapping[int, Sequence[CellCost]]
     ) -> list[EvaluatedPlan]:
-        """Return plans with one stage per device, which the bounds may have left out.
-
-        With as many microbatches as the fastest plan has.
-        """
+        """Return plans with one stage per device, for the best M, that bounds may have left out."""
         count = min(self.evaluated, key=_rank).num_microbatches
         found = [
             self.evaluator.plain(option, cells[count], float("inf"))
@@ -148,7 +145,10 @@ class _Search:
             if not fits or made_for in seen or len(seen) == _SYNTHESISED:
                 continue
             seen.add(made_for)
-            self.record(self.evaluator.synthesised(plan, _SYNTHESIS_EFFORT))
+            plain = self.evaluator.without_skips.get(made_for[:2], plan.balance)
+            for balance in dict.fromkeys((plan.balance, plain)):
+                cut = replace(plan, balance=balance)
+                self.record(self.evaluator.synthesised(cut, _SYNTHESIS_EFFORT))
 
 
 def search(

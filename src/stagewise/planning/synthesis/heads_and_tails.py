@@ -8,14 +8,13 @@ Invariant: a value bounds the j-th instruction to run, whichever microbatch that
 microbatches is assumed.
 """
 
-from stagewise.planning.synthesis.problem import (
+from stagewise.planning.synthesis.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
-    NEVER,
-    Problem,
 )
+from stagewise.planning.synthesis.problem import NEVER, Problem
 
 
 class HeadsAndTails:

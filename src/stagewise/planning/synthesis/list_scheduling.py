@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
 from stagewise.planning.synthesis.memory_safety import Memory
-from stagewise.planning.synthesis.problem import (
+from stagewise.planning.synthesis.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
-    NEVER,
-    Problem,
-    Programs,
 )
+from stagewise.planning.synthesis.problem import NEVER, Problem, Programs
 from stagewise.planning.synthesis.rules import Rule
 
 
@@ -61,6 +59,7 @@ class _Run:
         self.problem, self.rule, self.memory, self.bounds = problem, rule, memory, bounds
         self.last = problem.num_stages - 1
         self.link_free: list[float] = [0] * problem.num_links
+        self.far: dict[int, float] = {}  # when what passes other stages arrives
         self.left = [problem.num_microbatches] * problem.num_stages  # forwards not begun
         self.backwards_left = list(self.left)
         self.devices = []
@@ -127,6 +126,11 @@ class _Run:
             device.free = now + p.link.overhead_seconds
             leaves = max(device.free, self.link_free[link])
             arrival = self.link_free[link] = leaves + p.transfer_seconds[op]
+        for goal, link, took in p.far.get(op, ()):
+            device.free += p.link.overhead_seconds
+            self.link_free[link] = max(device.free, self.link_free[link]) + took
+            self.far[goal] = max(self.link_free[link], self.far.get(goal, 0))
+        arrival = max(arrival, self.far.get(fill, arrival))
         if kind == FORWARD:
             follow = (stage + 1) * p.num_microbatches + m
         else:

@@ -11,15 +11,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stagewise.planning.synthesis.problem import (
+from stagewise.planning.synthesis.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
-    NEVER,
-    Problem,
-    Programs,
 )
+from stagewise.planning.synthesis.problem import NEVER, Problem, Programs
 from stagewise.planning.synthesis.replay import Replay, duration, peak_of, replay
 
 HISTORY = 12  # length of late acceptance

@@ -14,15 +14,13 @@ from itertools import accumulate, product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
-from stagewise.planning.synthesis.problem import (
+from stagewise.planning.synthesis.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
-    NEVER,
-    Problem,
-    problem_of,
 )
+from stagewise.planning.synthesis.problem import NEVER, Problem, problem_of
 
 
 @dataclass(frozen=True, kw_only=True)

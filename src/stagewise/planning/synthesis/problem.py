@@ -11,45 +11,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
 from stagewise.mesh import device_turns
+from stagewise.planning.synthesis.operations import (
+    BACKWARD_WEIGHT,
+    FORWARD,
+    OPERATIONS,
+    Operations,
+    operations_of,
+)
 from stagewise.schedule import POLICIES, Instruction, Kind, Schedule, with_recompute
-from stagewise.schedule.instruction import GRADIENTS, KINDS, kinds_with
+from stagewise.schedule.instruction import KINDS, kinds_with
 from stagewise.timeline import Changes, changes_by_kind
 
-# What synthesis orders: the kinds that complete work, named by that work. What each takes, sends,
-# keeps and frees is read from KINDS, here and nowhere else in this folder.
-OPERATIONS = tuple(kind for kind, traits in KINDS.items() if traits.parts)
-FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = (
-    [KINDS[kind].parts for kind in OPERATIONS].index(parts)
-    for parts in (("forward",), ("inputs", "weights"), ("inputs",), ("weights",))
-)
 NEVER = float("inf")
 
 Programs = list[list[int]]  # operations per device, in order
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operations:
-    """Arrays indexed by operation.
-
-    `needs[op]` is the arrival that op waits for and `fills[op]` the one that it causes, -1 for
-    none; `link_of[op]` numbers the pair of devices that its message crosses, -1 if it stays.
-    `recompute_seconds[op]` precedes a backward that recomputes, unless it directly follows its own
-    forward on the last stage (`follows_forward`).
-    """
-
-    seconds: list[float]
-    recompute_seconds: list[float]
-    needs: list[int]
-    fills: list[int]
-    reaches: list[int]  # the device where its message arrives
-    link_of: list[int]
-    transfer_seconds: list[float]
-    num_links: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,47 +219,7 @@ def problem_of(
         device_of=device_of,
         stages_of=[[s for s in range(num_stages) if d in placed[s]] for d in range(num_devices)],
         recomputes=recomputes,
-        **vars(_operations(device_of, costs, link, recomputes)),
-    )
-
-
-def _operations(
-    device_of: Sequence[Sequence[int]],
-    costs: Sequence[StageCost],
-    link: LinkCost,
-    recomputes: Sequence[bool],
-) -> Operations:
-    stages, count = range(len(costs)), len(recomputes)
-    seconds, recompute, transfers = list[float](), list[float](), list[float]()
-    needs, fills, reaches, link_of = list[int](), list[int](), list[int](), list[int]()
-    links: dict[tuple[int, int], int] = {}
-    for kind, stage in product(OPERATIONS, stages):
-        traits, cost = KINDS[kind], costs[stage]
-        stream = traits.stream
-        seconds += [traits.seconds_on(cost)] * count
-        first = KINDS[Kind.RECOMPUTE].seconds_on(cost) if "inputs" in traits.parts else 0
-        recompute += [first if recomputed else 0 for recomputed in recomputes]
-        step = stream.step if stream else len(stages)  # past the last stage: sends nothing
-        base = len(stages) * count * (stream is GRADIENTS)
-        sends, waits = stage + step in stages, stage - step in stages
-        transfers += [stream.seconds(stage, costs, link) if stream and sends else 0] * count
-        own, there = base + stage * count, base + (stage + step) * count
-        needs += range(own, own + count) if waits else [-1] * count
-        fills += range(there, there + count) if sends else [-1] * count
-        for m, source in enumerate(device_of[stage]):
-            reached = device_of[stage + step][m] if sends else -1
-            far = sends and reached != source
-            reaches.append(reached)
-            link_of.append(links.setdefault((source, reached), len(links)) if far else -1)
-    return Operations(
-        seconds=seconds,
-        recompute_seconds=recompute,
-        needs=needs,
-        fills=fills,
-        reaches=reaches,
-        link_of=link_of,
-        transfer_seconds=transfers,
-        num_links=len(links),
+        **vars(operations_of(device_of, costs, link, recomputes)),
     )
 
 

@@ -37,33 +37,61 @@ def replay(problem: Problem, programs: Programs) -> Replay:
     """Return all times of programs that do not deadlock."""
     size = 2 * problem.num_stages * problem.num_microbatches
     times = Replay(
-        frees=[NEVER] * (2 * size), ends=[NEVER] * (2 * size), arrivals=[], senders=[-1] * size
+        frees=[NEVER] * (2 * size),
+        ends=[NEVER] * (2 * size),
+        arrivals=[NEVER] * size,
+        senders=[-1] * size,
     )
     _replay(problem, programs, times)
     return times
+
+
+class _Far:
+    """Messages past other stages: the last that arrived for each arrival, and who sent it."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._sent, self._overhead = problem.far, problem.link.overhead_seconds
+        self.arrived: dict[int, float] = {}
+        self._senders: dict[int, int] = {}
+
+    def send(self, op: int, now: float, link_free: list[float]) -> float:
+        """Send what `op` sends past others; return when its device is free."""
+        for goal, link, seconds in self._sent[op]:
+            now += self._overhead
+            link_free[link] = max(link_free[link], now) + seconds
+            if self.arrived.get(goal, -1) < link_free[link]:
+                self.arrived[goal], self._senders[goal] = link_free[link], op
+        return now
+
+    def complete(self, need: int, times: Replay | None) -> float:
+        """Return when `need` is complete; note in `times` who completed it."""
+        if times is not None:
+            times.senders[need] = self._senders[need]
+        return self.arrived[need]
 
 
 def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float:
     p, overhead = problem, problem.link.overhead_seconds
     seconds, again, transfers = p.seconds, p.recompute_seconds, p.transfer_seconds
     needs, fills, reaches, link_of = p.needs, p.fills, p.reaches, p.link_of
+    far, waiting = _Far(p), dict[int, int]()
     recomputing, follows_forward = any(problem.recomputes), problem.follows_forward
-    arrivals: list[float] = [NEVER] * (2 * problem.num_stages * problem.num_microbatches)
-    waiting: dict[int, int] = {}
+    size = 2 * problem.num_stages * problem.num_microbatches
+    arrivals = [NEVER] * size if times is None else times.arrivals
     link_free: list[float] = [0] * problem.num_links
-    free: list[float] = [0] * problem.num_devices
-    last: list[float] = [0] * problem.num_devices
+    free, last = (list[float]([0] * problem.num_devices) for _ in range(2))
     at, ready = [0] * problem.num_devices, list(range(problem.num_devices))
     while ready:
         device = ready.pop()
         program, i, t, end = programs[device], at[device], free[device], last[device]
-        size = len(program)
-        while i < size:
+        while i < len(program):
             op = program[i]
             need = needs[op]
             if (arrival := arrivals[need] if need >= 0 else 0) == NEVER:
                 waiting[need] = device
                 break
+            if far.arrived and far.arrived.get(need, 0) > arrival:
+                arrival = arrivals[need] = far.complete(need, times)
             if recomputing and again[op] and not (i and follows_forward(program[i - 1], op)):
                 t += again[op]
             if times is not None:
@@ -82,17 +110,16 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
                     t += overhead
                     leaves = link_free[link] if link_free[link] > t else t
                     arrivals[fill] = link_free[link] = leaves + transfers[op]
-                    if fill in waiting:
-                        del waiting[fill]
-                        ready.append(reaches[op])
+                if op in p.far:
+                    t = far.send(op, t, link_free)
+                if fill in waiting and reaches[op] != device:
+                    del waiting[fill]
+                    ready.append(reaches[op])
                 if times is not None:
                     times.senders[fill] = op
             i += 1
         at[device], free[device], last[device] = i, t, end
-    if times is not None:
-        times.arrivals[:] = arrivals
-    blocked = any(i < len(program) for i, program in zip(at, programs, strict=True))
-    return NEVER if blocked else max(last)
+    return NEVER if any(map(int.__lt__, at, map(len, programs))) else max(last)
 
 
 def peak_of(problem: Problem, program: list[int]) -> int:

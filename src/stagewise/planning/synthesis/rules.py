@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from stagewise.planning.synthesis.heads_and_tails import HeadsAndTails
-from stagewise.planning.synthesis.problem import (
-    BACKWARD,
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    NEVER,
-    Problem,
-)
+from stagewise.planning.synthesis.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT
+from stagewise.planning.synthesis.problem import NEVER, Problem
 
 UNLIMITED = 1 << 30
 

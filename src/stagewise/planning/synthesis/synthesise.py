@@ -18,7 +18,8 @@ from stagewise.planning.synthesis.list_scheduling import list_schedule
 from stagewise.planning.synthesis.local_search import Solution, improve, merge_backwards
 from stagewise.planning.synthesis.lower_bound import bound_of
 from stagewise.planning.synthesis.memory_safety import Memory
-from stagewise.planning.synthesis.problem import NEVER, OPERATIONS, Problem, problem_of
+from stagewise.planning.synthesis.operations import OPERATIONS
+from stagewise.planning.synthesis.problem import NEVER, Problem, problem_of
 from stagewise.planning.synthesis.replay import duration, fits
 from stagewise.planning.synthesis.rules import rules
 from stagewise.schedule import SCHEDULES, Schedule, named_schedule
