@@ -16,6 +16,7 @@ PACKAGE = Path(stagewise.__file__).parent
 # its own; "" is stagewise/__init__.py. What a package's `__init__` gathers stands above its parts.
 LEVELS = [
     ["__main__"],
+    ["cli/shown"],
     ["cli"],
     ["training", "doctor"],
     ["training/state", "training/mesh", "training/metrics"],
@@ -69,6 +70,8 @@ NO_TORCH = [
     "stagewise.page.document",
     "stagewise.cli.main",
     "stagewise.cli.simulate_command",
+    "stagewise.cli.shown.report_command",
+    "stagewise.cli.shown.schedules_command",
 ]
 
 

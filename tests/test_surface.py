@@ -152,6 +152,7 @@ COMMAND_LINE = {
         "--validate-every",
         "recipe",
     ],
+    "report": ["--help", "--json", "run"],
     "export": ["--help", "out", "run"],
     "plan": [
         "--balance",
@@ -195,6 +196,7 @@ COMMAND_LINE = {
         "recipe",
     ],
     "doctor": ["--devices", "--help", "--json", "--timeout"],
+    "schedules": ["--devices", "--help", "--json", "--microbatches", "-K", "-M"],
     "simulate": [
         "--backward",
         "--devices",

@@ -4,6 +4,6 @@
 2. `options` defines shared options; `typed` turns them into one request. Neither needs torch.
 3. `train_command` (with `train_options` and `run_place`), `plan_command` (with `plan_search`),
    `check_command`, `advise_command`, `simulate_command`, `doctor_command` and `export_command` are
-   the commands; `workers` runs one on every rank.
+   the commands, as those `shown`; `workers` runs one on every rank.
    `closed_terminal` lets a run outlive its window until its checkpoint is written.
 """

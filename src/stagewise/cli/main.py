@@ -36,6 +36,11 @@ COMMANDS = {
         function="train",
         help="Train the model of a recipe through a pipeline.",
     ),
+    "report": Command(
+        module="stagewise.cli.shown.report_command",
+        function="report_command",
+        help="Show where the time and the memory of a run went, and what would help.",
+    ),
     "export": Command(
         module="stagewise.cli.export_command",
         function="export",
@@ -60,6 +65,11 @@ COMMANDS = {
         module="stagewise.cli.doctor_command",
         function="doctor_command",
         help="Check a machine, or a set of hosts, before a run; say what to do.",
+    ),
+    "schedules": Command(
+        module="stagewise.cli.shown.schedules_command",
+        function="schedules_command",
+        help="Draw all schedules beside each other, for some devices and microbatches.",
     ),
     "simulate": Command(
         module="stagewise.cli.simulate_command",

@@ -185,7 +185,7 @@ class Trainer:
         if not math.isfinite(ran.loss) and not self._warned_infinite:
             self._warned_infinite = True
             self._reporter.say(nonfinite_warning(step, ran.loss))
-        self._recorder.after(step)
+        self._recorder.after(step, self._reporter.say)
         bubble, slowest = None, None
         if _is_due(step, LOOK_EVERY) or step == self._prepared.num_steps:
             timeline = self._pipe.timeline()

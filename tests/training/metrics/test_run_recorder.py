@@ -35,18 +35,20 @@ def test_windows_come_after_the_warm_up_and_again(
 ) -> None:
     pipe, x = small(), torch.ones(2, 2)
     recorder = RunRecorder(tmp_path, num_steps, first, last, "stagewise train x.py")
-    found = []
+    found, told = [], list[str]()
     for step in range(first + 1, last + 1):
         recorder.before(step, pipe)
         if step % 100 < 13:
             pipe.step_index = step
             pipe.step(x, target=x)
-        if (made := recorder.after(step)) is not None:
+        if (made := recorder.after(step, told.append)) is not None:
             found.append([step.step for step in made.steps])
             assert read_run(tmp_path).recording == made
             assert made.environment["command"] == "stagewise train x.py"
             assert [memory.stage for memory in made.memory] == [0, 1]  # once measured, kept
     assert found == windows
+    # Two microbatches on two devices are few, in every window.
+    assert len([line for line in told if "filling and draining" in line]) == (len(windows) > 0)
 
 
 def test_an_abandoned_window_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_an_abandoned_window_leaves_the_pipeline_as_it_was(tmp_path: Path) -> No
     recorder.abandon()
     recorder.abandon()
     assert pipe._runner.mail is cast(object, before)
-    assert recorder.after(9) is None and not list(tmp_path.iterdir())
+    assert recorder.after(9, print) is None and not list(tmp_path.iterdir())
 
 
 def test_the_time_before_a_resume_is_not_loading() -> None:

@@ -5,9 +5,11 @@ Idea: windows of a few steps. The last one is what the run's folder has; all its
 the first calls, which the engine examines.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from stagewise.diagnosis import advice_for, as_measured
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.pipeline.record.step_recorder import StepRecorder
 from stagewise.recording import Recording, StageMemory, save_recording
@@ -27,6 +29,7 @@ class RunRecorder:
         self._last = last
         self._recorder: StepRecorder | None = None
         self._memory: tuple[StageMemory, ...] = ()
+        self._told: set[str] = set()  # the conditions
 
     def before(self, step: int, pipe: Pipeline) -> None:
         """Call before step `step` loads its batches."""
@@ -37,8 +40,11 @@ class RunRecorder:
             self._recorder = pipe.record(memory=not self._memory)
             self._recorder.__enter__()
 
-    def after(self, step: int) -> Recording | None:
-        """Call after step `step`; where a window ends, return it, saved in the run's folder."""
+    def after(self, step: int, say: Callable[[str], None]) -> Recording | None:
+        """Call after step `step`; where a window ends, return it, saved in the run's folder.
+
+        What stands out in it is said, once in a run for every condition.
+        """
         recorder = self._recorder
         if recorder is None or (step - self._begin) % _EVERY != self._num_steps - 1:
             return None
@@ -50,6 +56,11 @@ class RunRecorder:
         made = replace(made, memory=self._memory, environment=environment)
         if recorder.is_first:
             save_recording(self._run, made)
+            measured = as_measured(made)
+            for hint in () if measured is None else advice_for(measured):
+                if hint.about not in self._told:
+                    self._told.add(hint.about)
+                    say(f"advice: {hint.sentence}")
         return made
 
     def abandon(self) -> None:

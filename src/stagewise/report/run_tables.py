@@ -1,0 +1,120 @@
+"""What a run recorded, as tables: why devices were idle, what would help, memory, clocks."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from stagewise.diagnosis import Help
+from stagewise.planning import Plan
+from stagewise.recording import Cause, Clock, IdleTime, StageMemory
+from stagewise.recording.recorded import SECOND
+from stagewise.units import format_seconds, size_in_words
+
+
+def idle_table(idle: IdleTime) -> Table:
+    """Return the idle time of a step by device and cause; each column adds up to its idle time."""
+    table = _table("Where the time of a step went", "")
+    for device in range(len(idle.window_ns)):
+        table.add_column(f"device {device}", justify="right")
+    table.add_column("share", justify="right")
+
+    def row(what: str, numbers: Sequence[int], style: str = "") -> None:
+        share = sum(numbers) / max(1, sum(idle.window_ns))
+        shown = (format_seconds(number / SECOND) for number in numbers)
+        table.add_row(what, *shown, f"{share:.1%}", style=style)
+
+    row("instructions", idle.busy_ns)
+    if any(idle.update_ns):
+        row("optimizer", idle.update_ns)
+    for cause, total in idle.total.items():
+        if total:
+            row(f"idle: {cause}", [own[cause] for own in idle.by_cause])
+    row("idle", idle.idle_ns, "bold")
+    row("step", idle.window_ns)
+    if any(idle.lost_ns):
+        row("without a core, in instructions", idle.lost_ns, "dim")
+    return table
+
+
+def help_table(found: Sequence[Help]) -> Table:
+    """Return the changes, in their order."""
+    table = _table("What would help (the measured step replayed with one thing changed)", "change")
+    for heading in ("saves", "of a step"):
+        table.add_column(heading, justify="right")
+    table.add_column("command", overflow="fold")
+    for one in found:
+        remark = Text(f"\n{one.remark}" if one.remark else "", style="dim")
+        saved, share = format_seconds(one.seconds), f"{one.share:.1%}"
+        table.add_row(Text(one.change) + remark, saved, share, Text(one.command))
+    return table
+
+
+def memory_table(memory: Sequence[StageMemory], plan: Plan | None) -> Table:
+    """Return what every stage holds, and the peak of its activations beside the prediction."""
+    table = _table("Memory", "stage", "device", "parameters", "gradients", "optimizer")
+    for heading in ("peak activations", "predicted"):
+        table.add_column(heading, justify="right")
+    expected = _peaks(plan) if plan is not None and plan.cells else {}
+    for one in memory:
+        peak = expected.get(one.stage)
+        table.add_row(
+            str(one.stage),
+            str(one.device),
+            size_in_words(one.parameter_bytes),
+            size_in_words(one.gradient_bytes),
+            size_in_words(one.optimizer_bytes),
+            size_in_words(one.peak_bytes),
+            "-" if peak is None else size_in_words(peak),
+        )
+    return table
+
+
+def _peaks(plan: Plan) -> Mapping[int, int]:
+    """Return the predicted peak of stages that have a device for themselves."""
+    placement = plan.built_schedule.placement
+    alone = {on[0]: stage for stage, on in enumerate(placement) if len(on) == 1}
+    several = [on[0] for on in placement]
+    peaks = plan.peak_activation_bytes
+    return {stage: peaks[device] for device, stage in alone.items() if several.count(device) == 1}
+
+
+def clocks_in_words(clocks: Sequence[Clock]) -> str:
+    """Return how far the ranks' clocks are apart, "" for one rank."""
+    return ", ".join(
+        f"rank {clock.rank} on {clock.host} {clock.offset_ns / 1000:+.0f} us (within "
+        f"{clock.error_ns / 1000:.0f} us)"
+        for clock in clocks[1:]
+    )
+
+
+def idle_record(idle: IdleTime) -> dict[str, object]:
+    """Return the same as JSON-ready values, in nanoseconds."""
+    return {
+        "window_ns": idle.window_ns,
+        "busy_ns": idle.busy_ns,
+        "optimizer_ns": idle.update_ns,
+        "idle_ns": idle.idle_ns,
+        "without_a_core_ns": idle.lost_ns,
+        "idle_by_cause_ns": [
+            {str(cause): own[cause] for cause in Cause if own[cause]} for own in idle.by_cause
+        ],
+    }
+
+
+def help_record(one: Help) -> dict[str, object]:
+    """Return one change as JSON-ready values."""
+    return {
+        "change": one.change,
+        "seconds": one.seconds,
+        "share": one.share,
+        "command": one.command,
+        "remark": one.remark,
+    }
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
