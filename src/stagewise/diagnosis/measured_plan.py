@@ -75,8 +75,10 @@ def as_measured(recording: Recording) -> MeasuredSteps | None:
         return None
     planned = Plan.from_json(json.dumps(dict(recording.plans[usual.plan])))
     ran = {event.what for event in usual.events if isinstance(event.what, Instruction)}
-    if ran != {instruction for _, instruction in planned.built_schedule.instructions()}:
-        return None  # fewer samples than microbatches
+    planned_ones = {instruction for _, instruction in planned.built_schedule.instructions()}
+    # Frozen stages run fewer instructions; a small batch has fewer microbatches.
+    if not ran <= planned_ones or len({i.microbatch for i in ran}) < planned.num_microbatches:
+        return None
     steps = tuple(step for step in recording.steps if step.plan == usual.plan)
     cells = _measured_cells(planned, _usual(steps), _launches(recording, steps))
     whole = fmean((step.end_ns - step.start_ns) / SECOND for step in steps)
