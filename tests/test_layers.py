@@ -42,7 +42,7 @@ LEVELS = [
     ["batch"],
     ["diagnosis"],
     ["planning/__init__"],
-    ["planning/advice", "planning/search"],
+    ["planning/advice", "planning/meshes", "planning/search"],
     ["planning"],
     ["planning/partition", "planning/synthesis"],
     ["recording"],

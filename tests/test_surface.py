@@ -164,6 +164,7 @@ COMMAND_LINE = {
         "--html",
         "--json",
         "--memory",
+        "--mesh",
         "--microbatches",
         "--no-trial",
         "--recompute",

@@ -115,3 +115,30 @@ def test_a_missing_recipe_is_told_before_torch_is_imported(tmp_path: Path) -> No
         text = script.replace("COMMAND", command)
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
         assert done.returncode == 2 and "there is no recipe file absent.py" in done.stderr, command
+
+
+def test_meshes_are_priced_and_searched(tmp_path: Path, run_here: RunHere) -> None:
+    recipe = write_recipe(tmp_path)
+    on = ("plan", recipe, "--device", "h100")
+    code, out, err = run_here(*on, "--mesh", "auto", "--devices", "4", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    plan = stagewise.Plan.from_json(out)
+    seconds = [each["step_seconds"] for each in (found["predicted"], *found["others"])]
+    assert seconds[0] == min(seconds) and len(seconds) == 6
+    assert found["mesh"].startswith(f"pp={plan.num_devices}")
+    code, out, err = run_here(*on, "--mesh", "pp=2,dp_shard=2", "--microbatches", "2")
+    assert (code, err) == (0, "")
+    assert "mesh pp=2,dp_shard=2: 4 devices, step" in out and "1/2 of its stages" in out
+    code, _, err = run_here(*on, "--mesh", "auto", "--devices", "4", "--memory", "1MB")
+    assert code == 2 and "no mesh of 4 devices fits: pp=" in err
+    for words, told in {
+        "--mesh auto": "needs --devices, the number of all of them",
+        "--mesh pp=2,tp=2": "whose costs depend on what parallelize does there",
+        "--mesh pp=2 --devices 4": "the mesh pp=2 needs 2 devices, but --devices is 4",
+        "--mesh pp=2 --stages 2": "leave --stages out",
+    }.items():
+        code, out, err = run_here(*on, *words.split())
+        assert (code, out) == (2, "") and told in err
+    code, _, err = run_here("plan", recipe, "--mesh", "pp=2")
+    assert code == 2 and "--mesh pp=2 needs --device" in err

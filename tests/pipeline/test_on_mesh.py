@@ -19,6 +19,11 @@ import stagewise
 from benchmarks.mesh.compare import Cell, Outcome, differences, on_mesh, plain
 from benchmarks.mesh.inner import INNER, sharded
 from benchmarks.mesh.table import TOLERANCE, plan_of
+from stagewise.costs import FREE_LINK, CellCost
+from stagewise.mesh import MeshShape
+from stagewise.parallel import shard_cells
+from stagewise.planning.alternatives import Room
+from stagewise.planning.meshes.mesh_cost import MeshCost
 from tests.harness import Pools
 
 pytestmark = [
@@ -197,6 +202,38 @@ def test_a_step_gathers_and_reduces_once(own_pools: Pools) -> None:
     for found in own_pools[4].run(reductions, names):
         assert [found[name] for name in names] == [2, 2, 1]  # one: which gradients there are
         assert found["parameters"] == 20
+
+
+def kept() -> int:
+    """The bytes that this rank keeps after a step: parameters, gradients and AdamW's state."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp_shard"))
+    plan = stagewise.Plan(balance=(2, 2), schedule="1f1b", num_microbatches=2)
+    model, loss = nn.Sequential(*[nn.Linear(30, 30) for _ in range(4)]), nn.functional.mse_loss
+    pipe = stagewise.Pipeline(model, plan, loss=loss, mesh=mesh, parallelize=shard_cells)
+    optimizer = torch.optim.AdamW(pipe.parameters())
+    pipe.step(torch.ones(4, 30), target=torch.zeros(4, 30))
+    optimizer.step()
+    tensors = [*pipe.parameters(), *(p.grad for p in pipe.parameters())]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    storages = [t.to_local().untyped_storage() for t in tensors]  # type: ignore[union-attr]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def test_a_rank_keeps_the_quarter_that_is_predicted(own_pools: Pools) -> None:
+    """Two stages, sharded over two: a quarter of four times the parameters."""
+    costs = [
+        CellCost(name=str(i), forward_seconds=1, backward_seconds=2, parameter_bytes=930 * 4)
+        for i in range(4)
+    ]
+    predicted = MeshCost(
+        shape=MeshShape.of("pp=2,dp_shard=2"),
+        plan=stagewise.Plan(balance=(2, 2), num_microbatches=2, cells=tuple(costs)),
+        room=Room(device="cpu", memory_bytes=1 << 30, state_factor=4.0),
+        link_over=lambda _: FREE_LINK,
+    )
+    assert predicted.kept_bytes == (4 * 930 * 4,) * 2  # of 16 times as much in all
+    for rank, found in enumerate(own_pools[4].run(kept)):
+        assert found == pytest.approx(predicted.kept_bytes[rank // 2], rel=0.1)
 
 
 class Failing(nn.Module):

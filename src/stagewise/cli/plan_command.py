@@ -11,9 +11,11 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.cli.plan_search import (
     Memory,
+    MeshText,
     Microbatches,
     NoTrial,
     Seconds,
+    run_mesh,
     run_search,
     save_page,
 )
@@ -48,6 +50,7 @@ def plan_command(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    mesh: MeshText = None,
     memory: Memory = None,
     device: opt.DeviceName = None,
     device_file: opt.DeviceFile = None,
@@ -78,6 +81,8 @@ def plan_command(
 
     Example: stagewise plan examples/shakespeare.py --devices 4 --schedule auto --memory 2GB
 
+    Example: stagewise plan examples/shakespeare.py --device h100 --devices 16 --mesh auto
+
     Example: stagewise plan examples/shakespeare.py --stages 3 --html plan.html
     """
     with report_errors_once():
@@ -87,7 +92,7 @@ def plan_command(
 
             check_html(html)
         spec = opt.chosen_device(device, device_file, efficiency)
-        request = Typed(
+        typed = Typed(
             schedule=schedule,
             recompute=recompute,
             stages=stages,
@@ -97,13 +102,19 @@ def plan_command(
             balance=balance,
             memory=memory,
             trial=False if no_trial else None,
-        ).request()
+        )
+        from stagewise.training.recipe import load_recipe
+
+        if mesh is not None:
+            if not run_mesh(load_recipe(recipe), typed, spec, mesh, as_json=as_json):
+                end_with(FAILURE_EXIT_CODE)
+            return
+        request = typed.request()
         num_devices = (
             request.num_devices if request.searched else requested_schedule(request).num_devices
         )
         assert num_devices is not None
         from stagewise.training.prepare import check_form
-        from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
         if spec is not None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,13 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from stagewise.cli.typed import DEFAULT_MICROBATCHES
+from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed
 from stagewise.errors import UsageError
+from stagewise.mesh import MeshShape
 from stagewise.planning.devices import DeviceSpec
-from stagewise.planning.request import PlanRequest
+from stagewise.planning.request import AUTO, PlanRequest
 
 if TYPE_CHECKING:
     from stagewise.planning import Plan, SearchResult
+    from stagewise.planning.meshes.mesh_cost import MeshCost
     from stagewise.training.recipe import Recipe
 
 Microbatches = Annotated[
@@ -56,6 +59,70 @@ Seconds = Annotated[
         show_default=False,
     ),
 ]
+
+
+MeshText = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXIS=N,...|auto",
+        help="With --device: what pipelines side by side on a mesh cost and save, such as "
+        "pp=2,dp_shard=4; auto searches over all meshes of --devices.",
+        show_default=False,
+    ),
+]
+
+
+def run_mesh(
+    recipe: "Recipe", typed: Typed, spec: DeviceSpec | None, mesh: str, *, as_json: bool
+) -> bool:
+    """Print what a mesh costs, or the fastest that fits; return whether it fits."""
+    if spec is None:
+        raise UsageError(
+            f"--mesh {mesh} needs --device, the name of the devices to plan for: one machine's "
+            "measurements say nothing of the links between those of a mesh"
+        )
+    for option, given in (("--stages", typed.stages), ("--replicas", typed.replicas)):
+        if given is not None:
+            raise UsageError(f"--mesh {mesh} says how long pipelines are; leave {option} out")
+    shape = None if mesh == AUTO else MeshShape.of(mesh)
+    if shape is None and typed.devices is None:
+        raise UsageError("--mesh auto needs --devices, the number of all of them")
+    if shape is not None and typed.devices not in (None, shape.num_ranks):
+        raise UsageError(
+            f"the mesh {shape} needs {shape.num_ranks} devices, but --devices is {typed.devices}"
+        )
+    number = typed.devices if shape is None else shape.num_devices
+    microbatches = typed.microbatches or AUTO
+    request = replace(typed, devices=number, microbatches=microbatches).request()
+    from stagewise.training.plans import priced_mesh
+
+    found = priced_mesh(recipe, request, spec, shape)
+    chosen = found.chosen
+    if as_json:
+        fields = {
+            **json.loads(chosen.plan.to_json()),
+            "mesh": str(chosen.shape),
+            "predicted": _figures(chosen),
+            "others": [_figures(other) for other in found.others],
+        }
+        print(json.dumps(fields, indent=2))
+    else:
+        console = Console()
+        for part in (str(found), "", str(chosen.plan)):
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+    return chosen.fits
+
+
+def _figures(cost: "MeshCost") -> dict[str, object]:
+    return {
+        "mesh": str(cost.shape),
+        "step_seconds": cost.step_seconds,
+        "exchange_seconds": cost.exchange_seconds,
+        "kept_bytes": cost.kept_bytes,
+        "device_bytes": cost.device_bytes,
+        "fits": cost.fits,
+    }
 
 
 def run_search(

@@ -6,7 +6,8 @@
    `choice` builds the requested schedule, `synthesis` makes one,
    `search` compares them all; `bubble` splits idle time by cause.
 3. `plan` is the result: frozen, with its predictions, which `plan_words` tells and
-   `alternatives` compares with one device and data parallelism; `written_costs` reads its file.
+   `alternatives` compares with one device and data parallelism, `meshes` runs side by side;
+   `written_costs` reads its file.
 4. `devices`, `roofline` and `interpolate` derive costs from published figures or from few
    measurements; `calibrate` corrects costs by trial steps, `drift` detects that they have changed.
 5. `advice` answers whether a pipeline is the right tool at all.

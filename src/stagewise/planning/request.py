@@ -6,8 +6,9 @@ Idea: one frozen request that checks its fields on creation, each alone and all 
 contradictory requests never reach the planner.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NotRequired, TypedDict
 
 from stagewise.errors import PlanError, ScheduleError
@@ -21,6 +22,7 @@ ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and
 Microbatches = int | Sequence[int] | Literal["auto"]
 
 _PER_DEVICE = (1, 2, 4, 8)  # microbatches that the search tries
+_CLOSED_FORM = ("1f1b", "interleaved", "zb_h1", "zb_v")  # schedules of which it tries several plans
 
 
 class PlanWishes(TypedDict):
@@ -106,6 +108,13 @@ class PlanRequest:
         assert self.num_devices is not None
         numbers = [n for each in _PER_DEVICE if (n := each * self.num_devices) <= num_samples]
         return tuple(numbers) or (num_samples,)
+
+    def fixed_with(self, count: int) -> "Iterator[PlanRequest]":
+        """Yield requests that leave nothing to the search, with `count` microbatches."""
+        schedules = _CLOSED_FORM if self.schedule == AUTO else (self.schedule,)
+        policies = ("never", "always") if self.recompute in (AUTO, SEGMENTS) else (self.recompute,)
+        for schedule, recompute in itertools.product(schedules, policies):
+            yield replace(self, num_microbatches=count, schedule=schedule, recompute=recompute)
 
     def caps(self, num_devices: int) -> tuple[float, ...] | None:
         """Return every device's memory; None if there is no cap."""
