@@ -3,8 +3,10 @@
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
+from json import dumps
 from pathlib import Path
 
 import typer
@@ -12,11 +14,25 @@ import typer
 from benchmarks.chaos.calls import try_call
 from benchmarks.chaos.damage import try_damage
 from benchmarks.chaos.faults import FAULTS, Fault
-from benchmarks.chaos.torch_side import under_torch
-from benchmarks.chaos.trial import LAYOUTS, Layout, Outcome, Place, try_fault, undisturbed
+from benchmarks.chaos.forked import CONTEXT, PRELOADED
+from benchmarks.chaos.summary import as_markdown, failed, rows_in
+from benchmarks.chaos.torch_side import Seen, under_torch
+from benchmarks.chaos.trial import (
+    LAYOUTS,
+    Layout,
+    Outcome,
+    Place,
+    Weights,
+    try_fault,
+    undisturbed,
+)
 from benchmarks.workers import Row, print_rows
 
 _NUM, _NUM_QUICK = 200, 20
+_UNDER_TORCH = (
+    "torch.distributed.pipelining under torchrun; said: the last line that is not torchrun's"
+)
+Trial = tuple[str, Callable[[], Outcome | Seen]]  # in words, and how it is tried
 
 
 def main(
@@ -27,39 +43,77 @@ def main(
     only: str = typer.Option("", help="Only faults whose name contains this."),
     outputs: Path | None = typer.Option(None, help="A file for the outputs of what went wrong."),
     torch: bool = typer.Option(False, "--torch", help="Torch's own pipelining, on 2 ranks."),
+    kept: Path | None = typer.Option(
+        None, "--continue", help="A file that gets a JSON line after each; those in it are done."
+    ),
+    table: list[Path] = typer.Option([], help="Print files of --continue as Markdown; run none."),
 ) -> None:
     """Strike small training runs, resume them, and compare with the runs that nothing struck."""
-    if torch:
-        print_torch(seed, only, as_json=json)
+    if table:
+        print(as_markdown([row for path in table for row in rows_in(path)]))
         return
-    rows: list[Row] = []
-    expected = {}
-    for fault, layout, place in drawn(faults or (_NUM_QUICK if quick else _NUM), seed, only):
-        if fault.in_loop:
-            outcome = try_call(fault, layout, place)
-        else:
-            if layout.name not in expected:
-                expected[layout.name] = undisturbed(layout)
-            if fault.damage:
-                outcome = try_damage(fault, layout, expected[layout.name])
-            else:
-                outcome = try_fault(fault, layout, place, expected[layout.name])
-        rows.append(row_of(outcome))
-        print(rows[-1] if json else _line(outcome), file=sys.stderr, flush=True)
-        if outcome.text and outputs is not None:
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    number = faults or (_NUM_QUICK if quick else _NUM)
+    rows = rows_in(kept) if kept is not None and kept.exists() else []
+    done = {(row["number"], row["seed"]) for row in rows}
+    trials = torch_trials(seed, only) if torch else our_trials(number, seed, only)
+    for index, (what, trial) in enumerate(trials):
+        if (index, seed) in done:
+            continue
+        found = trial()
+        row = {**asdict(found), "number": index, "seed": seed}
+        text = row.pop("text", "")
+        rows.append(row)
+        print(row if json else _line(what, row, bool(text)), file=sys.stderr, flush=True)
+        if kept is not None:
+            with kept.open("a") as file:
+                file.write(dumps(row) + "\n")
+        if text and outputs is not None:
             with outputs.open("a") as file:
-                file.write(f"=== {outcome.fault}, {outcome.layout}, {outcome.struck}\n")
-                file.write(f"{outcome.text}\n")
-    lost = sum(not row["resumed"] or bool(row["difference"]) for row in rows)
-    unnamed = sum(not row["named"] for row in rows)
-    left = sum(int(str(row["left_behind"])) for row in rows)
+                file.write(f"=== {what}\n{text}\n")
+    if torch:
+        print_rows("faults under torch", rows, as_json=json, notes=[_UNDER_TORCH])
+        return
+    lost, unnamed, left = map(len, failed(rows))
     notes = [
-        f"{len(rows)} faults: {lost} runs lost, {unnamed} causes not named, {left} processes or "
-        "temporary files left behind; seconds: from the fault to the end of the last process; "
-        "difference: of the parameters after the last step, to those of the run without faults",
+        f"{len(rows)} faults: {lost} runs lost, {unnamed} causes not named, {left} left processes "
+        "or temporary files behind; seconds: from the fault to the end of the last process, or "
+        "without progress where the run went on; difference: of the parameters after the last "
+        "step, to those of the run without faults",
     ]
     print_rows("faults", rows, as_json=json, notes=notes)
     sys.exit(bool(lost or unnamed or left))
+
+
+def our_trials(number: int, seed: int, only: str) -> Iterator[Trial]:
+    """Yield faults in words, and what tries them."""
+    for fault, layout, place in drawn(number, seed, only):
+        what = f"{fault.name}, {layout.name}, rank {place.rank}, step {place.step}"
+        if fault.in_loop:
+            yield what, partial(try_call, fault, layout, place)
+        elif fault.damage:
+            yield what, partial(_with_expected, try_damage, fault, layout)
+        else:
+            yield what, partial(_with_expected, try_fault, fault, layout, place)
+
+
+def torch_trials(seed: int, only: str) -> Iterator[Trial]:
+    """Yield one fault of every kind under torch.distributed.pipelining."""
+    kinds = sum(only in fault.name for fault in FAULTS)
+    for fault, _, place in drawn(kinds, seed, only):
+        if not (fault.in_loop or fault.damage or fault.how == "drop"):
+            yield f"{fault.name}, under torch", partial(under_torch, fault, place)
+
+
+@cache
+def _expected(layout: str) -> Weights:
+    return undisturbed(LAYOUTS[layout])
+
+
+def _with_expected(
+    trial: Callable[..., Outcome], fault: Fault, layout: Layout, *place: Place
+) -> Outcome:
+    return trial(fault, layout, *place, _expected(layout.name))
 
 
 def drawn(number: int, seed: int, only: str = "") -> Iterator[tuple[Fault, Layout, Place]]:
@@ -67,38 +121,22 @@ def drawn(number: int, seed: int, only: str = "") -> Iterator[tuple[Fault, Layou
     draw = random.Random(seed)
     wanted = [fault for fault in FAULTS if only in fault.name]
     layouts = itertools.cycle(LAYOUTS.values())
-    for fault in itertools.islice(itertools.cycle(wanted), number):
+    for index, fault in enumerate(itertools.islice(itertools.cycle(wanted), number)):
+        if wanted and index and index % len(wanted) == 0 and len(wanted) % len(LAYOUTS) == 0:
+            next(layouts)  # so that every kind comes to every layout
         layout = next(layouts)
+        if fault.in_loop and layout.num_shards > 1:  # the loop has plain pipelines
+            layout = LAYOUTS["2 stages"]
         yield fault, layout, Place.drawn(fault, layout, draw)
 
 
-def print_torch(seed: int, only: str, *, as_json: bool) -> None:
-    """Print what torch.distributed.pipelining makes of one fault of every kind."""
-    rows: list[Row] = []
-    kinds = sum(only in fault.name for fault in FAULTS)
-    for fault, _, place in drawn(kinds, seed, only):
-        if not (fault.in_loop or fault.damage):
-            found = under_torch(fault, place)
-            rows.append(asdict(found))
-            print(rows[-1], file=sys.stderr, flush=True)
-    notes = [
-        "torch.distributed.pipelining under torchrun; said: the last line that is not torchrun's"
-    ]
-    print_rows("faults under torch", rows, as_json=as_json, notes=notes)
-
-
-def row_of(outcome: Outcome) -> Row:
-    """Without the output."""
-    return {name: value for name, value in asdict(outcome).items() if name != "text"}
-
-
-def _line(outcome: Outcome) -> str:
-    how = "well" if not outcome.text else "NOT WELL"
-    return (
-        f"{outcome.fault}, {outcome.layout}, {outcome.struck}: {how}, {outcome.seconds:.1f} s, "
-        f"named {outcome.named}, resumed {outcome.resumed}, difference {outcome.difference:g}, "
-        f"left {outcome.left_behind}"
+def _line(what: str, row: Row, is_bad: bool) -> str:
+    found = ", ".join(
+        f"{key} {row[key]}" for key in ("named", "resumed", "difference") if key in row
     )
+    seconds = row["seconds"]
+    took = "no end" if seconds is None else f"{float(str(seconds)):.1f} s"
+    return f"{what}: {'NOT WELL, ' if is_bad else ''}{took}, {found}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.forked import forked
 from benchmarks.chaos.trial import (
     CHECKPOINT_EVERY,
     NUM_STEPS,
@@ -28,7 +29,7 @@ def try_damage(
     """Train with some steps left, damage the last checkpoint, and go on."""
     with TemporaryDirectory() as directory:
         folder = Path(directory)
-        ended = train(start, layout, folder, {}, num_steps=NUM_STEPS - CHECKPOINT_EVERY)
+        ended = train(forked, layout, folder, {}, num_steps=NUM_STEPS - CHECKPOINT_EVERY)
         *_, last = sorted((folder / "run/checkpoints").glob(WHOLE))
         DAMAGE[fault.damage](last)
         going_on = train(start, layout, folder, {}, resume=True)

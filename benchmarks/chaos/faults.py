@@ -24,6 +24,11 @@ class Fault:
     damage: str = ""  # instead, what is done to the last checkpoint of a run: see `damage`
     in_loop: bool = False  # in a loop of one's own, of one rank: see `loop`
 
+    @property
+    def kills(self) -> bool:
+        """Whether a worker is killed, without whom replicas go on."""
+        return self.how in ("kill", "kill_soon")
+
 
 FAULTS = (
     Fault(name="exception in forward", place="forward", how="raise", words=(*_NAMED, "cell")),
@@ -52,6 +57,7 @@ FAULTS = (
         last_rank_only=True,
     ),
     Fault(name="disk full", place="data", how="few_bytes", words=("rank {rank}", "File too large")),
+    Fault(name="lost message", place="forward", how="drop", words=("rank {rank}",), hangs=True),
     Fault(name="connections cut", place="forward", how="cut_links", words=("rank {rank}",)),
     Fault(name="SIGSTOP", place="forward", how="stop", words=("rank {rank}",), hangs=True),
     Fault(name="hang in forward", place="forward", how="hang", words=("rank {rank}",), hangs=True),

@@ -40,7 +40,8 @@ def main() -> None:
     pipe = Pipeline(recipe.model(), plan, loss=recipe.loss)
     optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
     for step in range(1, int(os.environ["CHAOS_STEPS"]) + 1):
-        x = torch.randn(recipe.BATCH, recipe.WIDTH, generator=torch.Generator().manual_seed(step))
+        random = torch.Generator().manual_seed(step)
+        x = torch.randn(recipe.BATCH, recipe.WIDTH, generator=random, dtype=torch.float64)
         if fault and fault["step"] == step:
             try:
                 if fault["rank"] == dist.get_rank():

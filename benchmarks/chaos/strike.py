@@ -90,6 +90,18 @@ def _cut_links(fault: dict[str, Any]) -> None:
             pass
 
 
+def _drop(fault: dict[str, Any]) -> None:
+    """Lose the next message that this process sends to another."""
+    from stagewise.engine.transport.wires.sockets import Sockets
+
+    sends = Sockets.start_send
+
+    def lose(wire: Sockets, tensors: Any, rank: int) -> None:
+        Sockets.start_send = sends  # type: ignore[method-assign]
+
+    Sockets.start_send = lose  # type: ignore[method-assign]
+
+
 HOW: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "raise": _raise,
     "kill": _signal(signal.SIGKILL),
@@ -104,5 +116,6 @@ HOW: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "no_memory": _no_memory,
     "few_bytes": _few_bytes,
     "cut_links": _cut_links,
+    "drop": _drop,
     "nan": lambda fault: math.nan,
 }

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.forked import forked
 from benchmarks.chaos.processes import Ended, run
 from benchmarks.chaos.strike import CHAOS
 from stagewise import Plan
@@ -24,6 +26,7 @@ NUM_STEPS, CHECKPOINT_EVERY, NUM_MICROBATCHES = 8, 2, 4
 LIMIT_SECONDS = 150.0
 WHOLE = "step-*[0-9]"  # the folders of checkpoints that were written to their end
 WATCHDOG_SECONDS, PATIENT_SECONDS = 10, 60  # for faults that only the watchdog tells; for others
+ROUNDING = 1e-12  # of parameters, where other ranks have added up gradients
 Weights = Mapping[str, torch.Tensor]
 # Runs `stagewise WORDS` on so many ranks, in a folder, with more environment variables.
 Start = Callable[[list[str], int, Path, Mapping[str, str]], Ended]
@@ -44,10 +47,16 @@ class Layout:
     name: str
     balance: tuple[int, ...]
     replicas: tuple[int, ...] = ()
+    num_shards: int = 1  # of every stage, over ranks side by side
 
     @property
     def num_ranks(self) -> int:
-        return sum(self.replicas or (1,) * len(self.balance))
+        return sum(self.replicas or (1,) * len(self.balance)) * self.num_shards
+
+    def goes_on_without(self, rank: int) -> bool:
+        """Whether the stage of `rank` has other replicas."""
+        stages = [number for number in self.replicas for _ in range(number)]
+        return bool(stages) and stages[rank] > 1
 
     @property
     def plan(self) -> str:
@@ -65,6 +74,8 @@ LAYOUTS = {
         Layout(name="2 stages", balance=(2, 2)),
         Layout(name="4 stages", balance=(1, 1, 1, 1)),
         Layout(name="replicas 1,2", balance=(1, 3), replicas=(1, 2)),
+        Layout(name="replicas 2,2", balance=(2, 2), replicas=(2, 2)),
+        Layout(name="2 stages, each in 2 shards", balance=(2, 2), num_shards=2),
     )
 }
 
@@ -104,10 +115,11 @@ class Outcome:
     resumed: bool
     difference: float  # largest, of any parameter, to the undisturbed run's
     left_behind: int  # processes and temporary files
+    went_on: bool = False  # without the lost rank, in the same run
     text: str = ""  # the output, where something is not as it must be
 
 
-def undisturbed(layout: Layout, start: Start = by_command) -> Weights:
+def undisturbed(layout: Layout, start: Start = forked) -> Weights:
     """Return the parameters at the end of a run without faults."""
     with TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -120,32 +132,46 @@ def undisturbed(layout: Layout, start: Start = by_command) -> Weights:
 def try_fault(
     fault: Fault, layout: Layout, place: Place, expected: Weights, start: Start = by_command
 ) -> Outcome:
-    """Train with the fault, then go on from the last checkpoint."""
+    """Train with the fault, then go on from the last checkpoint if it has ended the run.
+
+    What goes on has no other launcher than `forked`: that is faster, and bits must be the same.
+    """
+    goes_on = start is by_command and fault.kills and layout.goes_on_without(place.rank)
+    ends = fault.ends and not goes_on
     with TemporaryDirectory() as directory:
         folder, mark = Path(directory), Path(directory, "mark")
         seconds = WATCHDOG_SECONDS if fault.hangs else PATIENT_SECONDS
         struck = train(start, layout, folder, {CHAOS: told(fault, place, mark)}, seconds)
         left = struck.left + files_left(folder)
         words = [word.format(rank=place.rank, step=place.step) for word in fault.words]
+        words += [f"going on without rank {place.rank}"] if goes_on else []
         named = mark.exists() and all(word in struck.text for word in words)
-        named &= struck.code is not None and (struck.code == 0) is not fault.ends
-        going_on = train(start, layout, folder, {}, resume=True) if fault.ends else struck
+        named &= struck.code is not None and (struck.code == 0) is not ends
+        going_on = train(forked, layout, folder, {}, resume=True) if ends else struck
         far = difference(weights(folder), expected) if going_on.code == 0 else float("inf")
-        left += (going_on.left + files_left(folder)) if fault.ends else 0
-        seconds = struck.gone_at - float(mark.read_text()) if mark.exists() else float("nan")
-        is_well = named and going_on.code == 0 and not far and not left
+        left += (going_on.left + files_left(folder)) if ends else 0
+        is_well = named and going_on.code == 0 and far <= ROUNDING * goes_on and not left
         return Outcome(
             fault=fault.name,
             layout=layout.name,
             ranks=layout.num_ranks,
             struck=f"rank {place.rank}, step {place.step}",
             named=named,
-            seconds=seconds if fault.ends else 0.0,
+            seconds=_seconds(struck, mark, ends=ends, goes_on=goes_on),
             resumed=going_on.code == 0,
             difference=far,
             left_behind=left,
+            went_on=goes_on,
             text="" if is_well else "\n".join(account(folder, struck, going_on)),
         )
+
+
+def _seconds(struck: Ended, mark: Path, *, ends: bool, goes_on: bool) -> float:
+    """Return how long it took until all processes had ended, or until the others went on."""
+    if goes_on:
+        told = re.search(r"([\d.]+) s passed without progress", struck.text)
+        return float(told[1]) if told else float("nan")
+    return struck.gone_at - float(mark.read_text()) if mark.exists() and ends else 0.0
 
 
 def account(folder: Path, struck: Ended, going_on: Ended) -> Iterator[str]:
@@ -186,7 +212,8 @@ def train(
     plan.write_text(layout.plan)
     words = ["train", str(RECIPE), "--plan", str(plan), "--steps", str(num_steps)]
     words += ["--validate-every", "0", "--timeout", str(seconds)]
-    words += ["--checkpoint-every", str(CHECKPOINT_EVERY)]
+    words += ["--checkpoint-every", str(CHECKPOINT_EVERY), "--record", "0"]
+    words += ["--shard", str(layout.num_shards)] if layout.num_shards > 1 else []
     if resume and not list((folder / "run/checkpoints").glob(WHOLE)):  # struck before the first
         shutil.rmtree(folder / "run", ignore_errors=True)
         resume = False
