@@ -11,7 +11,7 @@ from stagewise.batch.values import put_together, take_apart
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.wires.wire import Arrival
-from stagewise.errors import CellError
+from stagewise.errors import CellError, PeerError
 from stagewise.schedule import forward_only, links, lower
 from tests.engine.transport.wires import Lines, fake_wires
 
@@ -92,6 +92,23 @@ def test_without_marks_another_form_is_refused_in_words() -> None:
     sender.begin(1, links(PROGRAMS))
     with pytest.raises(CellError, match=r"\[\(3,\) torch.float32\] before, \[\(4,\).* now"):
         sender.send(MESSAGES[0], take_apart(torch.ones(4)))
+
+
+def test_bytes_that_are_no_message_are_told_as_a_lost_one() -> None:
+    """A stream from which a message is missing gives the bytes of later ones in its place."""
+    lines, sender, receiver = pair(stream=True)
+    values: list[object] = [torch.ones(3)] * NUM_MICROBATCHES
+    for _ in range(4):  # until the form is remembered
+        call(lines, sender, receiver, values)
+    for mailbox in (sender, receiver):
+        mailbox.begin(1, links(PROGRAMS))
+    sender.data.start_send([torch.full((1,), 7, dtype=torch.uint8), torch.ones(3)], 1)
+    sender._wires.control.start_send([torch.tensor([2]), torch.tensor([1, 2]).byte()], 1)
+    assert sender._wires.stream is not None
+    sender._wires.stream.start_send([torch.tensor([2]), torch.tensor([1, 2]).byte()], 1)
+    with pytest.raises(PeerError, match=r"rank 1 receives from rank 0 .* lost or damaged") as told:
+        receiver.receive(MESSAGES[0])
+    assert told.value.is_first
 
 
 @pytest.mark.parametrize("turn", [0, 1])  # by header, then by the remembered form

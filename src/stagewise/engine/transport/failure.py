@@ -13,8 +13,8 @@ from typing import Final
 import torch
 
 from stagewise.engine.watch.now import NOW
-from stagewise.errors import CellError, StagewiseError
-from stagewise.schedule import Instruction
+from stagewise.errors import CellError, PeerError, StagewiseError
+from stagewise.schedule import Instruction, Message
 
 # In messages of plain RuntimeErrors: c10's CPU allocator, CUDA and its libraries, NCCL, MPS.
 _NO_MEMORY = (
@@ -69,6 +69,17 @@ class Failure:
         named = CellError(f"{where}: {type(error).__name__}: {error}")
         named.__cause__ = error
         return Failure(instruction, named, no_memory)
+
+
+def unreadable(message: Message, why: str) -> PeerError:
+    """Return what to raise if other bytes come than the sender of `message` has sent before it."""
+    error = PeerError(
+        f"what rank {message.destination} receives from rank {message.source} as {message} cannot "
+        f"be read ({why}): an earlier message between them was lost or damaged; resume from the "
+        "last checkpoint, and check the network if it happens again"
+    )
+    error.is_first = True
+    return error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import torch
 
 from stagewise.batch.values import Apart
-from stagewise.engine.transport.failure import LOST, Lost, is_out_of_memory
+from stagewise.engine.transport.failure import LOST, Lost, is_out_of_memory, unreadable
 from stagewise.engine.transport.forms import Forms
 from stagewise.engine.transport.message_form import Header, densified, in_words
 from stagewise.engine.transport.transport import Links, is_skip
 from stagewise.engine.transport.wires.wire import Arrival, Wire, Wires
 from stagewise.engine.watch.now import NOW
-from stagewise.errors import CellError
+from stagewise.errors import CellError, PeerError
 from stagewise.schedule import Message
 from stagewise.schedule.posting import POSTED_AHEAD, POSTED_BYTES, PostFrom
 
@@ -202,8 +202,7 @@ class Mailbox:
         message = incoming.expected[0]
         header = self._forms.known.get(message) or self._unposted.get(message)
         if header is None:
-            payload = _receive_bytes(self._wires.control, message.source)
-            header = self._forms.unpickled(payload)
+            payload, header = self._header(self._wires.control, message)
             if header is None:  # neither end remembers it
                 return False
             self._forms.travelled(message, header, payload)
@@ -228,13 +227,23 @@ class Mailbox:
         """Receive the new header of a message whose tensors then follow in the stream."""
         message, stream = posted.message, self._wires.stream
         assert stream is not None
-        payload = _receive_bytes(stream, message.source)
-        changed = self._forms.unpickled(payload)
-        assert changed is not None
+        payload, changed = self._header(stream, message)
+        if changed is None or self._mark_byte[0] != CHANGED[0]:
+            raise unreadable(message, "it is marked as no message is")
         self._forms.changed(message)
         self._forms.travelled(message, changed, payload)
         posted.header, posted.tensors, posted.arrival = changed, None, _nothing
         posted.is_marked = False
+
+    def _header(self, wire: Wire, message: Message) -> tuple[bytes, Header | None]:
+        """Receive a header; PeerError if it cannot be one."""
+        try:
+            payload = _receive_bytes(wire, message.source)
+            return payload, self._forms.unpickled(payload)
+        except PeerError:
+            raise
+        except Exception as error:
+            raise unreadable(message, f"{type(error).__name__}: {error}") from error
 
     def _send_changed(
         self, message: Message, header: Header, dense: Sequence[torch.Tensor], known: Header
