@@ -93,10 +93,10 @@ class Place:
     def drawn(fault: Fault, layout: Layout, draw: random.Random) -> "Place":
         """Draw a place of `fault`."""
         once = fault.place in ("data", "optimizer", "scheduler")
-        ranks = layout.num_ranks
+        ranks, last = layout.num_ranks, NUM_STEPS - 2 * (fault.how == "kill_soon")
         return Place(
             rank=ranks - 1 if fault.last_rank_only else draw.randrange(ranks),
-            step=draw.randrange(3, NUM_STEPS),
+            step=draw.randrange(3, last),
             passed=1 if once else draw.randrange(1, NUM_MICROBATCHES // 2 + 1),
             after=draw.uniform(0, 0.05),
         )
