@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-mesh test-hosts docs test-docs test-page test-notebook screenshots bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-hf test-mesh test-hosts docs test-docs test-page test-notebook screenshots bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-gpu  the tests that need a GPU, or two or more; skipped if there is none"
 	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
+	@echo "make test-hf   trainers of other libraries (transformers, PEFT) against themselves"
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make docs      build the documentation in site/; a broken link is an error"
 	@echo "make test-docs  run every code block of README and documentation, the slow ones too"
@@ -86,6 +87,18 @@ $(MODELS_READY): pyproject.toml constraints-models.txt
 		-e . torch torchvision transformers peft diffusers timm
 	touch $@
 
+# Also with an environment of its own, since accelerate and PEFT are large.
+HF := .venv-hf
+HF_READY := $(HF)/.ready
+
+test-hf: $(HF_READY)
+	OMP_NUM_THREADS=1 $(HF)/bin/pytest -W ignore --timeout 600 tests/integrations
+
+$(HF_READY): pyproject.toml $(CONSTRAINTS)
+	test -x $(HF)/bin/python || $(PYTHON) -m venv $(HF)
+	$(HF)/bin/pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,trainer]' peft
+	touch $@
+
 test-mesh: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.mesh
 
@@ -135,5 +148,5 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.capture --quick
 
 clean:
-	rm -rf $(VENV) $(MODELS) $(DOCS) site runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MODELS) $(HF) $(DOCS) site runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

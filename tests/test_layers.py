@@ -18,7 +18,7 @@ LEVELS = [
     ["__main__"],
     ["cli/shown"],
     ["cli"],
-    ["training", "doctor"],
+    ["integrations", "training", "doctor"],
     ["training/state", "training/mesh", "training/metrics"],
     ["page"],
     ["training/workers", "report", "testing"],

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import stagewise
+from stagewise.model.forward.contents import contents
 from stagewise.model.forward.slots import changed, snapshot
 from stagewise.model.forward.visible import Sight
 
@@ -50,3 +51,16 @@ def test_a_captured_cell_is_seen_without_the_insides_of_its_sizes() -> None:
     cells = stagewise.capture(Keeps(True), torch.randn(2, 3)).chain
     nodes = Sight(named_only=True).walk(*[cell.module for cell in cells])
     assert not [n.path for n in nodes if type(n.value).__module__.startswith("sympy")]
+
+
+def test_a_mapping_that_computes_what_it_names_is_not_asked() -> None:
+    """Found in transformers' table of models, which imports all of them when it is iterated."""
+
+    class Lazy(dict[str, str]):
+        def items(self) -> Any:
+            raise ValueError("imported")
+
+        def __iter__(self) -> Any:
+            raise ValueError("imported")
+
+    assert contents(Lazy(one="a")) == [("['one']", "a")]

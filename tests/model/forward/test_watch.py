@@ -309,6 +309,30 @@ def test_a_global_of_an_attributes_name_may_change(monkeypatch: pytest.MonkeyPat
         pipe.step(x, target=x)
 
 
+def test_parameters_that_cells_hold_may_be_let_go() -> None:
+    """As of stages that other ranks run: the model keeps its names, on the meta device."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.one, self.two = (
+                nn.Parameter(torch.ones(4)),
+                *[nn.Linear(4, 4) for _ in range(2)],
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.tanh(self.one(x))) * self.scale
+
+    model, x = Scaled(), torch.ones(2, 4)
+    plan = stagewise.plan(
+        model, x, target=x, loss=nn.functional.mse_loss, num_stages=1, num_microbatches=1
+    )
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    first = pipe.step(x, target=x)
+    model.scale = nn.Parameter(model.scale.to("meta"))
+    assert torch.equal(pipe.step(x, target=x), first)
+
+
 def test_a_copy_has_a_watch_of_its_own() -> None:
     _, model, _ = built()
     other, captured = copy.deepcopy((model, captured_of(model)))

@@ -155,13 +155,15 @@ def _of_large(value: Collection[object]) -> list[Item]:
     return [(" (large)", Frozen(type(value), digest_of_items(value))), *_extra(value)]
 
 
-def _of_mapping(value: dict[object, object]) -> list[Item]:
+def _of_mapping(value: Mapping[object, object]) -> list[Item]:
     if len(value) > _MOST_ITEMS:
         return _of_large(value)
-    items = value.items()
-    labels = [f"[{key!r}]" if isinstance(key, PLAIN) else f"[{i}]" for i, key in enumerate(value)]
+    # What it holds: a subclass's own items() may compute them, or import what they name.
+    items = dict.items(value) if isinstance(value, dict) else value.items()
+    keys = [key for key, _ in items]
+    labels = [f"[{key!r}]" if isinstance(key, PLAIN) else f"[{i}]" for i, key in enumerate(keys)]
     found = [(label, item) for label, (_, item) in zip(labels, items, strict=True)]
-    others = [(f"(key {i})", k) for i, k in enumerate(value) if not isinstance(k, PLAIN)]
+    others = [(f"(key {i})", k) for i, k in enumerate(keys) if not isinstance(k, PLAIN)]
     return [*found, *others, *_extra(value)]
 
 

@@ -34,7 +34,7 @@ class _Same:
             self._reference = None
 
     def __eq__(self, other: object) -> bool:
-        return (
+        return isinstance(other, _Unmade) or (
             isinstance(other, _Same)
             and (self._id, self._version) == (other._id, other._version)
             and (self._reference is None or self._reference() is not None)
@@ -44,7 +44,7 @@ class _Same:
 
 
 class _Unmade:
-    """Represents a tensor on the meta device, which a Pipeline materialises."""
+    """Represents a tensor on the meta device, which a Pipeline materialises, or its user let go."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, (_Same, _Unmade))

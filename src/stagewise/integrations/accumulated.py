@@ -1,0 +1,57 @@
+"""The batches of an update as the microbatches of one step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stagewise.batch.markers import Microbatches
+from stagewise.batch.split import batch_size, microbatch_sizes, split
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Arguments and target of a step, already split, and the number of its microbatches."""
+
+    keywords: dict[str, Any]
+    target: Microbatches
+    count: int
+
+
+def as_microbatches(
+    calls: Sequence[Inputs], targets: Sequence[Inputs], counts: Sequence[int], smallest: int = 1
+) -> Accumulated:
+    """Split the batches, given as arguments `calls` and their `targets`, into `counts` parts each.
+
+    Parts have at least `smallest` samples, if the batch has. What is no tensor with samples is the
+    same in all batches.
+    """
+    parts: list[Inputs] = []
+    ends: list[Inputs] = []
+    for call, target, count in zip(calls, targets, counts, strict=True):
+        samples = _with_samples(call)
+        size = batch_size(samples, "the batch")
+        sizes = microbatch_sizes(size, max(1, min(size // smallest, count)))
+        parts += _split(samples, sizes)
+        shares = [each / size / len(calls) for each in sizes]
+        rows = zip(_split(_with_samples(target), sizes), shares, strict=True)
+        others = {name: value for name, value in target.items() if name not in _names(target)}
+        ends += [{"inputs": {**others, **row}, "share": share} for row, share in rows]
+    whole = {name: value for name, value in calls[0].items() if name not in parts[0]}
+    split_up = {name: Microbatches([part[name] for part in parts]) for name in parts[0]}
+    return Accumulated({**whole, **split_up}, Microbatches(ends), len(parts))
+
+
+def _names(batch: Inputs) -> set[str]:
+    return {n for n, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+
+
+def _with_samples(batch: Inputs) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in batch if name in _names(batch)}
+
+
+def _split(samples: dict[str, torch.Tensor], sizes: Sequence[int]) -> list[Inputs]:
+    return split(samples, sizes)  # type: ignore[return-value]

@@ -1,0 +1,95 @@
+"""What of a TrainingArguments a pipeline cannot do, in words."""
+
+from collections.abc import Callable
+from typing import Any
+
+from stagewise.errors import UsageError
+
+_Row = tuple[str, Callable[[Any], object], str]
+
+# What is given, whether it is, and what to do instead.
+_REFUSED: list[_Row] = [
+    (
+        "fp16",
+        lambda a: a.fp16 or a.fp16_full_eval,
+        "losses would have to be scaled across stages; use bf16=True, or stagewise.GradScaler in a "
+        "loop of your own",
+    ),
+    (
+        "bf16_full_eval",
+        lambda a: a.bf16_full_eval,
+        "the stages' parameters keep their dtype; use bf16=True, which evaluates in bfloat16, too",
+    ),
+    (
+        "fsdp",
+        lambda a: a.fsdp,
+        "a process holds only its own stages; leave it out (for stages that are sharded, see "
+        "docs/mesh.md)",
+    ),
+    (
+        "deepspeed",
+        lambda a: a.deepspeed,
+        "a process holds only its own stages and its own optimizer state; leave it out",
+    ),
+    (
+        "parallelism_config",
+        lambda a: getattr(a, "parallelism_config", None),
+        "all processes are stages of one pipeline; leave it out",
+    ),
+    ("torch_compile", lambda a: a.torch_compile, "compile the model's blocks before you pass it"),
+    (
+        "auto_find_batch_size",
+        lambda a: a.auto_find_batch_size,
+        "raise num_microbatches, which makes microbatches smaller and changes nothing else",
+    ),
+    (
+        "neftune_noise_alpha",
+        lambda a: a.neftune_noise_alpha is not None,
+        "its hook draws outside the stages; add the noise in the model's own embedding",
+    ),
+    (
+        "debug",
+        lambda a: a.debug,
+        "its hooks do not see the stages; use stagewise.Pipeline(..., find_nonfinite=True)",
+    ),
+    (
+        "gradient_checkpointing",
+        lambda a: getattr(a, "activation_checkpointing", None) or a.gradient_checkpointing,
+        'stages recompute by themselves: give PipelineArguments(recompute="always")',
+    ),
+    (
+        "dispatch_batches",
+        lambda a: a.accelerator_config.dispatch_batches,
+        "every process reads the same data; leave it out",
+    ),
+    (
+        "split_batches",
+        lambda a: a.accelerator_config.split_batches,
+        "every process gets the whole batch; leave it out",
+    ),
+    (
+        "train_sampling_strategy",
+        lambda a: getattr(a, "train_sampling_strategy", "") == "batch_rebalance",
+        "it deals batches out to replicas; use 'random' or 'group_by_length'",
+    ),
+    (
+        "optim",
+        lambda a: any(word in str(a.optim).lower() for word in ("lomo", "layerwise")),
+        "it updates parameters within the backward; use another optimizer",
+    ),
+    (
+        "predict_with_generate",
+        lambda a: getattr(a, "predict_with_generate", False),
+        "generate from the saved model",
+    ),
+]
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Raise UsageError, with all of it, if `args` ask for what a pipeline cannot do."""
+    found = [f"{name}: {why}" for name, asked, why in _REFUSED if asked(args)]
+    if found:
+        raise UsageError(
+            "PipelineTrainer cannot do what these TrainingArguments ask for:\n  "
+            + "\n  ".join(found)
+        )
