@@ -152,7 +152,7 @@ COMMAND_LINE = {
         "--validate-every",
         "recipe",
     ],
-    "report": ["--help", "--json", "run"],
+    "report": ["--help", "--json", "--trace", "run"],
     "export": ["--help", "out", "run"],
     "plan": [
         "--balance",

@@ -2,7 +2,7 @@
 
 1. `plan_table`: a plan's predictions and measurements; `search_table`: the result of a search;
    `outlook_words`: whether a plan fits, and what else would do.
-2. `run_report`: what a run wrote, with its `run_tables`.
+2. `run_report`: what a run wrote, with its `run_tables`; `chrome_trace` is for Perfetto.
 3. `parity_table`: the result of a parity check.
 
 A Timeline is drawn by `timeline.timeline_picture`.

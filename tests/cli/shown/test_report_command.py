@@ -36,7 +36,8 @@ def test_a_run_is_reported(
         "advice: 4 microbatches on 2 devices",
     ):
         assert expected in out
-    code, out, _ = run_here("report", str(tmp_path), "--json")
+    code, out, _ = run_here("report", str(tmp_path), "--json", "--trace", "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     found = json.loads(out)
     assert code == 0 and found["step"] == 10
     step = recording.usual_step

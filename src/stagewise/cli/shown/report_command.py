@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from stagewise.recording import read_run
+from stagewise.errors import RunError
+from stagewise.recording import RunFiles, read_run
+from stagewise.report.chrome_trace import chrome_trace
 from stagewise.report.run_report import RunReport
 
 _WIDEST = 160
@@ -25,6 +27,14 @@ def report_command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the report.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the recorded steps as a Chrome trace, for ui.perfetto.dev.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show where the time and the memory of a run went, and what would help.
 
@@ -34,7 +44,10 @@ def report_command(
 
     Example: stagewise report runs/shakespeare
     """
-    report = RunReport(read_run(run))
+    files = read_run(run)
+    report = RunReport(files)
+    if trace is not None:
+        _write_trace(trace, files)
     if as_json:
         typer.echo(json.dumps(report.record(), indent=2))
         return
@@ -43,3 +56,15 @@ def report_command(
     for part in report.shown(width):
         is_text = isinstance(part, str)
         console.print(part, markup=False, highlight=False, soft_wrap=is_text)
+
+
+def _write_trace(path: Path, run: RunFiles) -> None:
+    if run.recording is None:
+        raise RunError(
+            f"{run.path} has no recorded steps to trace; train with --record N, or use "
+            "pipe.record()"
+        )
+    try:
+        path.write_text(chrome_trace(run.recording), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"the trace {path} cannot be written: {error.strerror}") from error
