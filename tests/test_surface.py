@@ -152,7 +152,7 @@ COMMAND_LINE = {
         "--validate-every",
         "recipe",
     ],
-    "report": ["--help", "--json", "--trace", "run"],
+    "report": ["--help", "--html", "--json", "--trace", "runs"],
     "export": ["--help", "out", "run"],
     "plan": [
         "--balance",

@@ -18,6 +18,7 @@ LOOKS = {  # of every kind of instruction, by its letter: colour, plotly's patte
 }
 
 _MOST_BARS = 5_000
+_LONG = 40  # characters of a cell that may be broken
 _WIDTH, _MARGIN, _ROW, _LETTER = 900, 64, 26, 7.0  # in pixels
 _IDLE = "rgba(128,128,128,0.16)"
 
@@ -36,8 +37,7 @@ def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]])
     """Return a table that scrolls sideways, by keyboard too; the first column names the row."""
     head = "".join(f'<th scope="col">{escape(each)}</th>' for each in headings)
     body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        f"{''.join(f'<td>{escape(each)}</td>' for each in rest)}</tr>"
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(map(_cell, rest))}</tr>'
         for first, *rest in rows
     )
     caption = f"<caption>{escape(title)}</caption>" if title else ""
@@ -45,6 +45,11 @@ def table_of(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]])
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(title or "table")}">'
         f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    style = ' class="long"' if len(text) > _LONG else ""
+    return f"<td{style}>{escape(text)}</td>"
 
 
 def bars_of(title: str, rows: Sequence[Sequence[Bar]]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from stagewise.errors import PlanError
 from stagewise.page.page_contents import Around, Losses, Page, Section, ShownStep
@@ -10,13 +11,14 @@ from stagewise.page.plan_page import rival_steps, short_name
 from stagewise.planning import Plan
 from stagewise.recording import Phase, RecordedStep, Recording, RunFiles, recording_to_json
 from stagewise.recording.recorded import SECOND
+from stagewise.report.run_report import RunReport
 from stagewise.timeline import Curve
 from stagewise.units import format_seconds
 
 _MOST_STEPS = 6  # measured ones of a run
 
 
-def run_page(runs: Sequence[RunFiles], sections: Sequence[Section] = ()) -> Page:
+def run_page(runs: Sequence[RunFiles]) -> Page:
     """Return the page of the first run, with the measured steps and losses of all."""
     names = _names(runs)
     marks = [f" ({name})" * (len(runs) > 1) for name in names]
@@ -27,7 +29,7 @@ def run_page(runs: Sequence[RunFiles], sections: Sequence[Section] = ()) -> Page
         summary=_summary(runs[0], steps),
         record={"runs": [_record(run, name) for run, name in zip(runs, names, strict=True)]},
         steps=_in_order(steps, None if first is None else _plan_of(first)),
-        sections=sections,
+        sections=[*chain.from_iterable(map(_sections, runs, marks))],
         losses=[_losses(run, name) for run, name in zip(runs, names, strict=True)],
         environment={} if first is None else _environment(first),
     )
@@ -64,6 +66,12 @@ def _steps(run: RunFiles, mark: str) -> Iterator[ShownStep]:
             measured=memory,
             around=tuple(_around(step)),
         )
+
+
+def _sections(run: RunFiles, mark: str) -> Iterator[Section]:
+    """Yield what the terminal shows of a run besides its timelines."""
+    if found := [*RunReport(run).tables()]:
+        yield Section(f"Why devices were idle, and what would help{mark}", found)
 
 
 def _in_order(steps: Sequence[ShownStep], plan: Plan | None) -> list[ShownStep]:
@@ -148,7 +156,8 @@ def _summary(run: RunFiles, steps: Sequence[ShownStep]) -> dict[str, str]:
 
 def _record(run: RunFiles, name: str) -> dict[str, object]:
     recorded = None if run.recording is None else json.loads(recording_to_json(run.recording))
-    return {"name": name, "log": list(run.rows), "recording": recorded}
+    report = RunReport(run).record()
+    return {"name": name, "report": report, "log": list(run.rows), "recording": recorded}
 
 
 def _environment(recording: Recording) -> dict[str, str]:

@@ -42,6 +42,13 @@ class RunReport:
         yield render_timeline(step.timeline, width=width)
         if clocks := clocks_in_words(self._recording.clocks):
             yield f"clocks: {clocks}"
+        yield from self.tables()
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield why devices were idle, what would help, advice and memory; nothing unrecorded."""
+        step, measured = self._step, self._measured
+        if self._recording is None or step is None:
+            return
         yield idle_table(self._idle(step))
         if measured is not None:
             helps = [one for one in what_would_help(measured) if one.seconds > 0]

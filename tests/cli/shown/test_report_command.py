@@ -76,3 +76,22 @@ def test_a_step_is_shown_without_a_plan_that_cannot_be_read(
     path.write_text(json.dumps(fields))
     code, out, err = run_here("report", str(tmp_path))
     assert (code, err) == (0, "") and "measured: step" in out
+
+
+def test_runs_on_a_page(tmp_path: Path, run_here: RunHere) -> None:
+    pytest.importorskip("plotly")
+    html, first, second = (tmp_path / name for name in ("page.html", "a", "b"))
+    for run in (first, second):
+        run.mkdir()
+        written(run)
+    code, out, err = run_here("report", first, second, "--json", "--html", html)
+    assert (code, err) == (0, f"wrote {html}: open it in a browser\n")
+    numbers = html.read_text().partition('id="numbers">')[2].partition("</script>")[0]
+    runs = json.loads(numbers)["runs"]
+    assert [run["name"] for run in runs] == ["a", "b"]
+    assert [run["report"] for run in runs] == json.loads(out)
+    text = html.read_text()
+    for expected in ("idle: fill and drain", "8 microbatches in place of 4", "advice: 4 micro"):
+        assert text.count(expected) >= 2
+    code, _, err = run_here("report", first, second)
+    assert code == 2 and "add --html FILE, or give one run" in err

@@ -1,13 +1,17 @@
 """`stagewise report`: where the time and the memory of a run went, and what would help."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from stagewise.errors import RunError
+from stagewise.cli import options as opt
+from stagewise.errors import RunError, UsageError
+from stagewise.page.document import check_html, write_html
+from stagewise.page.run_page import run_page
 from stagewise.recording import RunFiles, read_run
 from stagewise.report.chrome_trace import chrome_trace
 from stagewise.report.run_report import RunReport
@@ -16,11 +20,12 @@ _WIDEST = 160
 
 
 def report_command(
-    run: Annotated[
-        Path,
+    runs: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="RUN",
-            help="The folder of a run (--out of stagewise train), or a recording.json.",
+            metavar="RUN...",
+            help="The folder of a run (--out of stagewise train), or a recording.json; with --html "
+            "several, to compare them.",
             show_default=False,
         ),
     ],
@@ -35,6 +40,7 @@ def report_command(
             show_default=False,
         ),
     ] = None,
+    html: opt.HtmlFile = None,
 ) -> None:
     """Show where the time and the memory of a run went, and what would help.
 
@@ -43,17 +49,31 @@ def report_command(
     `stagewise train` records a few steps (--record), as does `pipe.record(folder)`.
 
     Example: stagewise report runs/shakespeare
+
+    Example: stagewise report runs/first runs/second --html page.html
     """
-    files = read_run(run)
-    report = RunReport(files)
+    if html is None and len(runs) > 1:
+        raise UsageError(
+            f"{len(runs)} runs were given, but they are compared on a page only; add --html FILE, "
+            "or give one run"
+        )
+    if html is not None:
+        check_html(html)
+    found = [read_run(run) for run in runs]
     if trace is not None:
-        _write_trace(trace, files)
+        _write_trace(trace, found[0])
+    if html is not None:
+        write_html(run_page(found), html)
+        print(f"wrote {html}: open it in a browser", file=sys.stderr)
+    reports = [RunReport(run) for run in found]
     if as_json:
-        typer.echo(json.dumps(report.record(), indent=2))
+        records = [report.record() for report in reports]
+        typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=2))
+    if as_json or len(reports) > 1:
         return
     console = Console()
     width = min(console.width, _WIDEST)
-    for part in report.shown(width):
+    for part in reports[0].shown(width):
         is_text = isinstance(part, str)
         console.print(part, markup=False, highlight=False, soft_wrap=is_text)
 
