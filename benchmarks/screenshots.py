@@ -1,12 +1,11 @@
 """Pictures of stagewise's pages, as a browser shows them: docs/pictures/*.png.
 
-    python -m benchmarks.screenshots [--run RUN]
+    python -m benchmarks.screenshots
 
-Plans the demo's model for three workers, opens the page in headless Chromium, and writes one
-picture per theme and width. With the folder of a run, its report too.
+Plans the demo's model for three workers, and trains it with two for a few steps; opens the pages of
+both in headless Chromium, and writes one picture per theme and width.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -23,7 +22,10 @@ MISSING = (
 )
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 DESKTOP, PHONE = (1000, 760), (390, 760)
-PLAN = ["examples/shakespeare.py", "--stages", "3", "--microbatches", "6"]
+TALL = 800  # shows the predicted and the measured step
+DEMO = "examples/shakespeare.py"
+PLAN = ["plan", DEMO, "--stages", "3", "--microbatches", "6"]
+TRAIN = ["train", DEMO, "--stages", "2", "--steps", "14", "--validate-every", "7"]
 
 Driver = Any  # selenium's, which may be missing
 
@@ -73,32 +75,32 @@ def _chromium() -> str:
     return shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 
-def _take(page: Path, name: str) -> None:
-    for theme, size in (("light", DESKTOP), ("dark", DESKTOP), ("phone", PHONE)):
-        with opened(page.as_uri(), size, dark=theme == "dark") as driver:
+def _take(page: Path, name: str, height: int) -> None:
+    for theme, (width, _) in (("light", DESKTOP), ("dark", DESKTOP), ("phone", PHONE)):
+        with opened(page.as_uri(), (width, height), dark=theme == "dark") as driver:
             target = PICTURES / f"{name}-{theme}.png"
             driver.save_screenshot(str(target))
             print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB")
 
 
+def _stagewise(*words: str) -> None:
+    command = [sys.executable, "-m", "stagewise", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def main() -> None:
     """Write the pictures, or say what to install."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, help="the folder of a run to report")
-    given = parser.parse_args()
     if not browser_is_here():
         print(f"skipped: {MISSING}")
         return
     PICTURES.mkdir(parents=True, exist_ok=True)
-    commands = {"plan": ["plan", *PLAN]}
-    if given.run is not None:
-        commands["report"] = ["report", str(given.run)]
     with tempfile.TemporaryDirectory() as folder:
-        for name, words in commands.items():
-            page = Path(folder, f"{name}.html")
-            command = [sys.executable, "-m", "stagewise", *words, "--html", str(page)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            _take(page, name)
+        plan, report, run = (Path(folder, name) for name in ("plan.html", "report.html", "demo"))
+        _stagewise(*PLAN, "--html", str(plan))
+        _take(plan, "plan", DESKTOP[1])
+        _stagewise(*TRAIN, "--out", str(run))
+        _stagewise("report", str(run), "--html", str(report))
+        _take(report, "report", TALL)
 
 
 if __name__ == "__main__":

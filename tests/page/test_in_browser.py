@@ -240,6 +240,6 @@ def test_a_report_shows_predicted_above_measured(tmp_path: Path) -> None:
         names = driver.execute_script(f"return {TIMELINE}[1].data.map(trace => trace.name)")
         assert names == ["forward", "backward", "idle", "optimizer"]
         end = report.steps[1].around[0].end_seconds
-        assert ranges(driver)[0] == ranges(driver)[2] == [0, pytest.approx(end)]
+        assert ranges(driver)[0] == ranges(driver)[1] == [0, pytest.approx(end)]
         losses = "return document.querySelector('[data-plot=losses]').data.map(trace => trace.name)"
         assert driver.execute_script(losses) == ["a", "a, validation", "b", "b, validation"]

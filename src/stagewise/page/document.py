@@ -127,8 +127,8 @@ def _times(steps: Sequence[ShownStep]) -> str:
 
 
 def _panes(steps: Sequence[ShownStep]) -> str:
-    """Return one or two timelines above each other, each with its memory below."""
-    panes = []
+    """Return one or two timelines above each other, and below them their memory."""
+    panes, memories = [], []
     for pane in range(min(2, len(steps))):
         choices = "".join(
             f'<option value="{index}"{" selected" * (index == pane)}>{escape(step.name)}</option>'
@@ -142,9 +142,10 @@ def _panes(steps: Sequence[ShownStep]) -> str:
             f'data-plot="timeline" data-pane="{pane}"></div></div>'
         )
         if any(step.memory for step in steps):
-            panes.append(
+            memories.append(
+                f'<div class="pane"><div>Memory of {label.lower()}</div>'
                 f'<div class="plot" data-plot="memory" data-pane="{pane}" role="img" '
-                f'aria-label="Activation memory of {label}, a line per device"></div>'
+                f'aria-label="Activation memory of {label}, a line per device"></div></div>'
             )
     buttons = "".join(
         f'<button type="button" data-zoom="{name}">{text}</button>'
@@ -158,7 +159,7 @@ def _panes(steps: Sequence[ShownStep]) -> str:
     )
     return (
         f'<div class="buttons" hidden>{buttons}</div><p id="said" role="status" '
-        f'aria-live="polite"></p>{"".join(panes)}'
+        f'aria-live="polite"></p>{"".join([*panes, *memories])}'
         '<p class="note">Drag sideways to zoom, point at a bar to read it. By keyboard: focus a '
         "timeline, then arrow keys, plus, minus and 0 (the lines of memory need a mouse). The "
         "tables below hold the same numbers.</p>"

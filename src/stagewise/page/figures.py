@@ -86,7 +86,7 @@ def memory_figure(step: ShownStep) -> Figure:
             }
         )
     layout = {
-        "height": 300,
+        "height": 260,
         "meta": {"own_time": bool(step.measured)},
         "xaxis": _time_axis(step) | (axis if step.measured else {}),
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero", "fixedrange": True},
