@@ -19,16 +19,19 @@ from stagewise.report.run_report import RunReport
 _WIDEST = 160
 
 
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN...",
+        help="The folder of a run (--out of stagewise train), or a recording.json; with --html "
+        "several, to compare them.",
+        show_default=False,
+    ),
+]
+
+
 def report_command(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN...",
-            help="The folder of a run (--out of stagewise train), or a recording.json; with --html "
-            "several, to compare them.",
-            show_default=False,
-        ),
-    ],
+    runs: Runs,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the report.")
     ] = False,
@@ -52,14 +55,7 @@ def report_command(
 
     Example: stagewise report runs/first runs/second --html page.html
     """
-    if html is None and len(runs) > 1:
-        raise UsageError(
-            f"{len(runs)} runs were given, but they are compared on a page only; add --html FILE, "
-            "or give one run"
-        )
-    if html is not None:
-        check_html(html)
-    found = [read_run(run) for run in runs]
+    found = _read(runs, html)
     if trace is not None:
         _write_trace(trace, found[0])
     if html is not None:
@@ -76,6 +72,17 @@ def report_command(
     for part in reports[0].shown(width):
         is_text = isinstance(part, str)
         console.print(part, markup=False, highlight=False, soft_wrap=is_text)
+
+
+def _read(runs: list[Path], html: Path | None) -> list[RunFiles]:
+    if html is None and len(runs) > 1:
+        raise UsageError(
+            f"{len(runs)} runs were given, but they are compared on a page only; add --html FILE, "
+            "or give one run"
+        )
+    if html is not None:
+        check_html(html)
+    return [read_run(run) for run in runs]
 
 
 def _write_trace(path: Path, run: RunFiles) -> None:
