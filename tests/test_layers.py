@@ -18,7 +18,7 @@ LEVELS = [
     ["__main__"],
     ["cli/shown"],
     ["cli"],
-    ["integrations", "training", "doctor"],
+    ["starters", "integrations", "training", "doctor"],
     ["training/state", "training/mesh", "training/metrics"],
     ["page"],
     ["training/workers", "report", "testing"],

@@ -124,6 +124,7 @@ PACKAGES = {
 
 # command -> its arguments and options
 COMMAND_LINE = {
+    "init": ["--help", "--out", "what"],
     "train": [
         "--balance",
         "--checkpoint-every",

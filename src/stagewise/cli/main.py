@@ -31,6 +31,11 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        module="stagewise.starters.command",
+        function="init",
+        help="Write a recipe to start from, which trains as it is.",
+    ),
     "train": Command(
         module="stagewise.cli.train_command",
         function="train",
