@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagewise
@@ -234,6 +240,47 @@ def test_a_rank_keeps_the_quarter_that_is_predicted(own_pools: Pools) -> None:
     assert predicted.kept_bytes == (4 * 930 * 4,) * 2  # of 16 times as much in all
     for rank, found in enumerate(own_pools[4].run(kept)):
         assert found == pytest.approx(predicted.kept_bytes[rank // 2], rel=0.1)
+
+
+def between_stages() -> nn.Sequential:
+    torch.manual_seed(0)
+    cells = [nn.Linear(6, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 4)]
+    return nn.Sequential(*cells).double()
+
+
+def spread(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
+    """The value between the stages is divided by samples, of which there may be an odd number."""
+    first = {
+        "0": ColwiseParallel(use_local_output=False),
+        "1": RowwiseParallel(output_layouts=Shard(0), use_local_output=False),
+    }
+    second = {"3": ColwiseParallel(input_layouts=Shard(0)), "4": RowwiseParallel()}
+    parallelize_module(stage, mesh["tp"], second if index else first)
+
+
+def across_stages(num_samples: int) -> float:
+    """The largest difference of losses and gradients to the plain model's."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    plan = stagewise.Plan(balance=(3, 2), schedule="zb_h1", num_microbatches=4)
+    loss = nn.functional.mse_loss
+    pipe = stagewise.Pipeline(between_stages(), plan, loss=loss, mesh=mesh, parallelize=spread)
+    torch.manual_seed(1)
+    x, target = (torch.randn(num_samples, n, dtype=torch.float64) for n in (6, 4))
+    reference = between_stages()
+    expected = loss(reference(x), target)
+    expected.backward()
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    worst = abs(float(pipe.step(x, target=target)) - float(expected.detach()))
+    for name, parameter in pipe.named_parameters():
+        assert parameter.grad is not None
+        difference = whole(parameter.grad) - gradients[name]  # type: ignore[operator]
+        worst = max(worst, float(difference.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("num_samples", [13, 16])
+def test_values_between_stages_may_be_spread_over_ranks(num_samples: int, own_pools: Pools) -> None:
+    assert max(own_pools[4].run(across_stages, num_samples)) < 1e-14
 
 
 class Failing(nn.Module):

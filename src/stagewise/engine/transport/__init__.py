@@ -4,7 +4,8 @@
    `device_mesh` pipelines run side by side.
 2. `choose_wires` says which of `wires/` carry bytes.
 3. `mailbox` knows which message comes next and its form (`message_form`; `forms` are those both
-   ends remember; `local_classes` occur in them). In one process a dictionary suffices (`local`).
+   ends remember; `local_classes` occur in them, `spread_values` are DTensors). In one process a
+   dictionary suffices (`local`).
 4. `ranks` is how ranks agree, exchange and sum (`side_group`: for a thread beside training);
    `rendezvous`, one for all Pipelines of a process
    group, checks that they make the same call.

@@ -56,6 +56,12 @@ def assemble(
     copies.broadcast_initial_values(ranks)
     if mesh is not None and parallelize is not None:
         trees = parallelised(stages, mesh, parallelize, ranks)
+        if ranks.slices.seat.other:
+            from stagewise.engine.transport.spread_values import let_through
+
+            for stage in stages.values():
+                modules, is_last = [c.module for c in stage.cells], stage.cells[-1] is chain[-1]
+                let_through(modules, mesh, is_last=is_last)
         stages = build()
         sharding, reducing = sharding_of(trees, mesh, ranks)
         refuse_float32(sharding, wishes.in_float32, ranks)
