@@ -23,6 +23,7 @@ from stagewise.training import background
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training.background import Saver
 from stagewise.training.checkpoint import write
+from stagewise.training.checkpoint_errors import explain_write_errors
 from stagewise.training.outcome import RunOutcome
 from stagewise.training.prepare import Trained, TrainOptions
 from stagewise.training.recipe import load_recipe
@@ -196,6 +197,15 @@ def saving_on_ranks(run: Path) -> str:
         with pytest.raises(CheckpointError) as caught:
             saver.finish()
     return str(caught.value)
+
+
+def test_a_rank_that_cannot_write_leaves_the_others_what_they_read(tmp_path: Path) -> None:
+    """It was removed at once, and sometimes another rank then failed first, for want of a file."""
+    unfinished = tmp_path / DIRECTORY / "step-00000001.tmp"
+    unfinished.mkdir(parents=True)
+    with pytest.raises(CheckpointError), explain_write_errors(unfinished, tmp_path):
+        raise OSError(28, "No space left on device")
+    assert unfinished.exists()
 
 
 def test_ranks_write_together(tmp_path: Path, pools: Pools) -> None:

@@ -28,6 +28,7 @@ from stagewise.engine.gradients.shards import local_of
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.processes import own_rank
 from stagewise.engine.transport.side_group import Gathering, SideGroup
+from stagewise.errors import CheckpointError
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.training.checkpoint_errors import explain_read_errors, explain_write_errors
 from stagewise.training.run_folder import (
@@ -127,9 +128,18 @@ def stage(
 
 def write(staged: PendingCheckpoint, ranks: Gathering, num_kept: int = NUM_KEPT) -> Checkpoint:
     """Write what `stage` returned, and put it in place; every rank calls this."""
-    path, run = staged.description.path, staged.run
-    unfinished = path.with_suffix(UNFINISHED)
-    group = ranks.group if isinstance(ranks, SideGroup) else None
+    unfinished = staged.description.path.with_suffix(UNFINISHED)
+    try:
+        return _written(staged, unfinished, ranks, num_kept)
+    except CheckpointError:  # on all ranks, so that none still reads what it has written
+        shutil.rmtree(unfinished, ignore_errors=True)  # frees disk space
+        raise
+
+
+def _written(
+    staged: PendingCheckpoint, unfinished: Path, ranks: Gathering, num_kept: int
+) -> Checkpoint:
+    run, group = staged.run, ranks.group if isinstance(ranks, SideGroup) else None
     with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
         _check_plain(staged.state["optimizer"])
         if ranks.rank == 0:
@@ -236,8 +246,8 @@ def _is_finite(staged: PendingCheckpoint) -> bool:
 
 def _digests(ranks: Gathering, unfinished: Path, run: Path) -> dict[str, str]:
     """Return the digest of every file on every rank; each rank hashes its share."""
-    files = sorted(path for path in unfinished.iterdir() if path.is_file())
     with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
+        files = sorted(path for path in unfinished.iterdir() if path.is_file())
         own = {path.name: sha256_of(path) for path in files[ranks.rank :: ranks.num_ranks]}
     return {name: digest for part in ranks.gather(own, SAVING) for name, digest in part.items()}
 

@@ -21,7 +21,6 @@ def explain_write_errors(unfinished: Path, run: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)  # frees disk space
         kept = whole(run)
         last = f"{kept[-1].name} is untouched" if kept else "there is no earlier one"
         raise CheckpointError(
