@@ -104,7 +104,7 @@ test-mesh: $(READY)
 
 # mkdocs reads the source without importing it, so its environment needs no torch.
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict # --quiet would hide warnings from --strict
 	@echo "open site/index.html"
 
 test-docs: $(READY)

@@ -84,3 +84,21 @@ def test_a_pipeline_is_not_called() -> None:
     assert repr(pipe) == f"<Pipeline, stages 0, 1 on rank 0 of 1: {PLAN!r}>"
     with pytest.raises(stagewise.StagewiseError, match="cop"):
         copy.copy(pipe)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: stagewise.plan(nn.Linear, X, num_microbatches=2), r"write Linear\(\.\.\.\)"),
+        (lambda: stagewise.plan(None, X, num_microbatches=2), "no nn.Module or list of them"),
+        (lambda: stagewise.Plan(balance=2, num_microbatches=2), "balance is 2"),
+        (lambda: stagewise.Plan(balance=(1, 1), num_microbatches="2"), "num_microbatches is '2'"),
+        (lambda: stagewise.Pipeline(chain(), "plan"), "Pipeline needs a plan, but got 'plan'"),
+        (lambda: stagewise.Pipeline(chain(), PLAN).use(None), "needs a plan, but got None"),
+        (lambda: stagewise.GradScaler(chain()), "GradScaler takes the Pipeline"),
+        (lambda: stagewise.simulate("gpipe", 4, 4), "stagewise.StageCost"),
+    ],
+)
+def test_what_is_no_plan_model_or_number_is_told(call, said: str) -> None:
+    with pytest.raises(stagewise.UsageError, match=said):
+        call()

@@ -19,6 +19,7 @@ EXPORTS = [
     "Replicated",
     "Schedule",
     "SkipScope",
+    "StageCost",
     "StagewiseError",
     "Timeline",
     "UsageError",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stagewise.batch.markers import Arguments, BatchDim, Microbatches, Replicated
+    from stagewise.costs import StageCost
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.model.added_losses import add_loss, collect_losses
     from stagewise.model.export.capture import capture
@@ -37,6 +38,7 @@ _HOMES = {
     "Replicated": "stagewise.batch.markers",
     "Schedule": "stagewise.schedule",
     "SkipScope": "stagewise.model.skip",
+    "StageCost": "stagewise.costs",
     "StagewiseError": "stagewise.errors",
     "Timeline": "stagewise.timeline",
     "UsageError": "stagewise.errors",
@@ -63,6 +65,7 @@ __all__ = [
     "Replicated",
     "Schedule",
     "SkipScope",
+    "StageCost",
     "StagewiseError",
     "Timeline",
     "UsageError",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.run_place import RunPlace, agreed_place
-from stagewise.errors import CheckpointError
+from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
+from stagewise.errors import CheckpointError, UsageError
 from stagewise.training.workers import elastic
 from stagewise.training.workers.run_owner import agents_of, owned
 
@@ -51,3 +51,12 @@ def test_a_mistake_of_the_user_is_raised_on_every_rank() -> None:
 
     with pytest.raises(CheckpointError, match="taken"):
         agreed_place("tiny", None, mistaken)
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    for out in (tmp_path / "afile", tmp_path / "afile" / "run"):
+        with pytest.raises(UsageError, match=f"folder {out} cannot be written: .*another --out"):
+            asked_place("tiny", out, None)
+    assert asked_place("tiny", tmp_path / "new", None).run == tmp_path / "new"
+    assert not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """Every code block of README and documentation runs; `make test-docs` runs the slow ones, too."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,19 @@ def test_what_is_not_run_has_a_reason() -> None:
         if "not run" in block.notes and len(block.notes["not run"]) < 10
     ]
     assert not left
+
+
+LINK = re.compile(r"(?<!`)\[[^\]]+\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    """On the site, too, which holds what is under docs/ alone."""
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        where = (page.parent / target).resolve()
+        assert where.is_file(), f"{target} of {page}"
+        assert page.name == "README.md" or ROOT / "docs" in where.parents, f"{target} of {page}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", where.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor[1:] in slugs, f"{target}{anchor} of {page}"

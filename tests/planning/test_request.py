@@ -96,3 +96,21 @@ def test_a_wish_that_makes_no_sense(
 def test_wishes_that_contradict_each_other(wishes: dict[str, object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         asked(**wishes)
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"num_microbatches": "8"}, "num_microbatches is '8'; .* num_microbatches=4"),
+        ({"num_microbatches": 4.5}, "num_microbatches is 4.5"),
+        ({"num_stages": 2.0}, "num_stages is 2.0"),
+        ({"num_stages": True}, "num_stages is True"),
+        ({"balance": 2}, r"balance is 2; .* balance=\(2, 3\)"),
+        ({"replicas": 2}, "replicas is 2"),
+        ({"memory_bytes": "8GB"}, "memory_bytes has '8GB'; .* 8e9 for 8 GB"),
+        ({"schedule": 3}, "schedule is 3; give a name"),
+    ],
+)
+def test_a_value_of_another_type_is_answered(wish: dict[str, object], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        PlanRequest(**{"num_microbatches": 4, **wish})  # type: ignore[arg-type]

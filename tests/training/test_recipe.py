@@ -7,7 +7,7 @@ import torch
 
 from stagewise.errors import RecipeError
 from stagewise.training.batches import TrainingBatches, validation_batches
-from stagewise.training.recipe import checked_batch, load_recipe
+from stagewise.training.recipe import build_model, checked_batch, load_recipe
 from tests.recipes import write_recipe
 
 
@@ -148,3 +148,12 @@ def test_a_misspelt_name_is_not_passed_over(tmp_path: Path, line: str, meant: st
 )
 def test_own_names_are_left_alone(tmp_path: Path, line: str) -> None:
     load_recipe(write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = 8\n{line}")))
+
+
+def test_a_recipe_that_exits_is_told(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, ("def model():\n", "def model():\n    raise SystemExit(3)\n"))
+    with pytest.raises(RecipeError, match=rf"model\(\) failed in {path}, line 8: SystemExit: 3"):
+        build_model(load_recipe(path), seed=0)
+    path = write_recipe(tmp_path, ("WIDTH = 8", "raise SystemExit(3)"))
+    with pytest.raises(RecipeError, match="cannot be loaded: SystemExit: 3"):
+        load_recipe(path)

@@ -127,8 +127,22 @@ def _run_directory(name: str, out: Path | None, checkpoint: "Checkpoint | None")
                 f"{out} already has the checkpoints of a run of {taken.step} steps; resume it "
                 f"with --resume {out}, or give another --out"
             )
+        _check_can_be_made(out)
         return out
     return next(path for path in _folders(name) if not path.exists())
+
+
+def _check_can_be_made(run: Path) -> None:
+    """Raise UsageError, before anything is measured, if `run` cannot be a folder."""
+    existed = run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the run's folder {run} cannot be written: {error.strerror}; give another --out"
+        ) from None
+    if not existed:
+        run.rmdir()
 
 
 def _folders(name: str) -> Iterator[Path]:

@@ -77,6 +77,13 @@ def _children_of(model: Model) -> tuple[list[tuple[str, nn.Module]], tuple[Scope
             raise _not_a_chain(model)
         return children_in(model), enter((), "", model)
     assert not isinstance(model, Captured)
+    given: object = model  # whatever a user passes
+    if isinstance(given, str) or not isinstance(given, Sequence | nn.ModuleList):
+        call = f"; write {given.__name__}(...)" if isinstance(given, type) else ""
+        raise ModelError(
+            f"the model is {given!r}, and no nn.Module or list of them{call}; functions can be "
+            "wrapped in a module"
+        )
     for index, module in enumerate(model):
         if not isinstance(module, nn.Module):
             raise ModelError(

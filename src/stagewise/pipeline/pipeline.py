@@ -38,7 +38,7 @@ from stagewise.pipeline.build.places import (
     ranks_of_stages,
 )
 from stagewise.pipeline.build.recut import check_cells_stay, recut
-from stagewise.pipeline.build.refusals import refuse
+from stagewise.pipeline.build.refusals import check_plan, refuse
 from stagewise.pipeline.build.whole_model import WholeModel
 from stagewise.pipeline.measuring import Measuring
 from stagewise.planning.partition.balance import check_balance
@@ -162,6 +162,7 @@ class Pipeline(Measuring):
         pipeline_axis: str = "pp",
         data_axes: Sequence[str] | None = None,
     ) -> None:
+        check_plan(plan)
         if transport != "local":  # whose ranks each run the whole, as they run a sharded model
             refuse_sharded(model)
         chain = chain_of(model)
@@ -240,6 +241,7 @@ class Pipeline(Measuring):
         Microbatches, schedule, recompute policy and segments may change, since no parameter moves.
         Raises PlanError, and changes nothing, if cells would move to other devices.
         """
+        check_plan(plan)
         self._whole.agree(self._ranks, plan)
         check_cells_stay(self.plan, plan)
         schedule, stages = plan.built_schedule, self._runner.stages

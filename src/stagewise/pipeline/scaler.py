@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from stagewise.errors import UsageError
 from stagewise.pipeline.pipeline import Pipeline
 
 
@@ -36,6 +37,11 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def __init__(self, pipe: Pipeline, **options: float | int | bool) -> None:
+        if not isinstance(pipe, Pipeline):
+            raise UsageError(
+                f"GradScaler takes the Pipeline, so that all stages skip a step together, but got "
+                f"a {type(pipe).__name__}; write stagewise.GradScaler(pipe)"
+            )
         super().__init__(pipe.device.type, **options)  # type: ignore[arg-type]
         self._pipe = pipe
         if self.is_enabled():

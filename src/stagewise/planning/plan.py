@@ -23,7 +23,7 @@ from stagewise.habits import in_our_words
 from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.partition.place import best_balance
-from stagewise.planning.request import PlanRequest, PlanWishes
+from stagewise.planning.request import PlanRequest, PlanWishes, check_numbers
 from stagewise.planning.simulate import simulate
 from stagewise.planning.written_costs import check_amount, read_cells
 from stagewise.schedule import (
@@ -75,6 +75,8 @@ class Plan:
     machine: str = ""
 
     def __post_init__(self) -> None:
+        check_numbers("balance", self.balance, several=True)
+        check_numbers("num_microbatches", self.num_microbatches)
         check_balance(self.balance, len(self.cells) or sum(self.balance))
         self._check_segments()
         _ = self.built_schedule

@@ -7,8 +7,10 @@ contradictory requests never reach the planner.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from types import NoneType
 from typing import Literal, NotRequired, TypedDict
 
 from stagewise.errors import PlanError, ScheduleError
@@ -23,6 +25,26 @@ Microbatches = int | Sequence[int] | Literal["auto"]
 
 _PER_DEVICE = (1, 2, 4, 8)  # microbatches that the search tries
 _CLOSED_FORM = ("1f1b", "interleaved", "zb_h1", "zb_v")  # schedules of which it tries several plans
+
+
+def check_numbers(what: str, given: object, *, several: bool = False) -> None:
+    """Raise PlanError unless `given` is a whole number, or a sequence of such; of `several` only
+    a sequence will do.
+    """
+    is_sequence = isinstance(given, Iterable) and not isinstance(given, str)
+    numbers = tuple(given) if is_sequence else (given,)  # type: ignore[arg-type]
+    if (several and not is_sequence) or any(
+        not isinstance(number, Integral) or isinstance(number, bool) for number in numbers
+    ):
+        example = "(2, 3)" if several else "4"
+        raise PlanError(
+            f"{what} is {given!r}; it must be made of whole numbers, such as {what}={example}"
+        )
+
+
+def _check_bytes(given: object) -> None:
+    if type(given) is bool or not isinstance(given, Real):
+        raise PlanError(f"memory_bytes has {given!r}; give a number of bytes, such as 8e9 for 8 GB")
 
 
 class PlanWishes(TypedDict):
@@ -62,6 +84,20 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         counts = self.num_microbatches
+        check_numbers("num_microbatches", () if counts == AUTO else counts)
+        check_numbers("num_stages", () if self.num_stages is None else self.num_stages)
+        check_numbers("num_devices", () if self.num_devices is None else self.num_devices)
+        check_numbers("balance", () if self.balance is None else self.balance, several=True)
+        check_numbers("replicas", () if self.replicas == AUTO else self.replicas, several=True)
+        for cap in self.memory_bytes if isinstance(self.memory_bytes, list | tuple) else ():
+            _check_bytes(cap)
+        if not isinstance(self.memory_bytes, list | tuple | NoneType):
+            _check_bytes(self.memory_bytes)
+        if not (isinstance(self.schedule, str | Schedule) or callable(self.schedule)):
+            raise PlanError(
+                f"schedule is {self.schedule!r}; give a name, such as '1f1b', a Schedule, or a "
+                "function (num_devices, num_microbatches) -> Schedule"
+            )
         if not isinstance(counts, int | str):  # a single number leaves no choice
             counts = counts[0] if len(set(counts)) == 1 else tuple(counts)
             object.__setattr__(self, "num_microbatches", counts)

@@ -27,6 +27,7 @@ def simulate(
 
     A `recorder` also notes the messages.
     """
+    _check_schedule(schedule)
     if len(costs) != schedule.num_stages:
         raise PlanError(f"got costs of {len(costs)} stages for a schedule of {schedule.num_stages}")
     zero = 0 * costs[0].forward_seconds
@@ -66,6 +67,15 @@ def simulate(
     return Timeline(
         schedule.num_devices, tuple(sorted(spans, key=attrgetter("start_seconds", "device")))
     )
+
+
+def _check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, Schedule):
+        raise PlanError(
+            f"simulate() takes a Schedule and a StageCost per stage, but got {schedule!r}; write "
+            "simulate(stagewise.schedule.named_schedule('gpipe', 4, 8), [stagewise.StageCost("
+            "forward_seconds=1, backward_seconds=2)] * 4), or give plan.timeline"
+        )
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:

@@ -128,7 +128,7 @@ class Recipe:
             yield
         except StagewiseError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = _place(self.path, error)
             place = f" ({NOW.outside()})" if NOW.is_numbered else ""
             message = f"{what} failed in {where}{place}: {type(error).__name__}: {error}"
@@ -270,7 +270,7 @@ def _run(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except StagewiseError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(
             f"the recipe cannot be loaded: {type(error).__name__}: {error}, at "
             f"{_place(path, error)}"
@@ -278,7 +278,7 @@ def _run(path: Path) -> ModuleType:
     return module
 
 
-def _place(path: Path, error: Exception) -> str:
+def _place(path: Path, error: Exception | SystemExit) -> str:
     """Return the recipe's line that led to `error`."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
         return f"{path}, line {error.lineno}"

@@ -20,6 +20,16 @@ from stagewise.pipeline.build.places import _stages, first_devices, ranks_of_cel
 from stagewise.planning.plan import Plan
 
 
+def check_plan(plan: object) -> None:
+    """Raise PlanError for anything but a Plan, such as its JSON or the name of a schedule."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"Pipeline needs a plan, but got {plan!r}; make one with stagewise.plan(model, inputs, "
+            "...) or stagewise.Plan(balance=..., num_microbatches=...), or read one with "
+            "stagewise.Plan.from_json(text)"
+        )
+
+
 def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
     """Raise ModelError or PlanError if cells of different stages share what they must not."""
     check_batchnorms(chain, ranks_of_cells(plan, ranks))
