@@ -134,6 +134,7 @@ COMMAND_LINE = {
         "--help",
         "--init",
         "--keep",
+        "--log",
         "--mesh",
         "--microbatches",
         "--out",

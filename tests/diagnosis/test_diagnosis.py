@@ -119,6 +119,22 @@ def test_a_slow_device_is_found_by_its_pace() -> None:
     assert not any("pace" in h.change for h in what_would_help(recorded(planned)))
 
 
+def test_a_slow_device_stays_slow_when_cells_move() -> None:
+    planned = plan(1, 1, 1, 1, link=FREE_LINK)
+    first, second = planned.cells[:2], planned.cells[2:]
+    slow = tuple(scaled(cell, seconds=2) for cell in second)
+    true = replace(planned, cells=(*first, *slow))
+    by_change = {help.change: help for help in what_would_help(recorded(planned, true))}
+    other = by_change["schedule interleaved, 2 stages on a device"]
+    moved = [
+        scaled(cell, seconds=factor)
+        for cell, factor in zip(cells(1, 1, 1, 1), (1, 2) * 2, strict=True)
+    ]
+    gain = true.timeline.duration_seconds
+    gain -= replace(other.plan, cells=tuple(moved), link=FREE_LINK).timeline.duration_seconds
+    assert other.seconds == pytest.approx(gain, rel=0.02)
+
+
 def test_twice_the_microbatches_needs_as_many_samples() -> None:
     changes = [
         h.change for h in what_would_help(recorded(plan(1, 1), environment={"samples": "7"}))

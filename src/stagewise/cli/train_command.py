@@ -69,6 +69,7 @@ def train(
     keep: run.Keep = 2,
     restarts: run.Restarts = 0,
     record: run.Record = 3,
+    log: run.Log = "",
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
     dashboard: run.Dashboard = False,
 ) -> None:
@@ -101,10 +102,12 @@ def train(
                 "--microbatches auto measures one pipeline while it trains, but on the mesh "
                 f"{shape} several run side by side; give a number"
             )
+        from stagewise.training.metrics.metric_loggers import loggers_named
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
 
         loaded = load_recipe(recipe)
+        loggers = loggers_named(log)
         asked = partial(asked_place, loaded.name, out, resume, init)
         place = None if launched() else asked()  # workers agree on it once they have met
 
@@ -125,6 +128,7 @@ def train(
                 agents=tuple(place.agents),
                 timeout=timeout,
                 record=record,
+                loggers=loggers,
                 mesh=shape,
             )
 
@@ -233,6 +237,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
         "--checkpoint-every": options.checkpoint_every,
         "--keep": options.keep,
         "--record": options.record,
+        "--log": ",".join(options.loggers) or None,
         "--timeout": options.timeout,
     }
     if short:

@@ -122,6 +122,15 @@ Record = Annotated[
         "OUT/recording.json, for stagewise report; 0 for none.",
     ),
 ]
+Log = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Pass the log's numbers on, as well: tensorboard (in OUT/tensorboard), wandb, mlflow, "
+        "prometheus (in OUT/metrics.prom), or several with commas.",
+        show_default=False,
+    ),
+]
 Restarts = Annotated[
     int,
     typer.Option(

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
-from stagewise.costs import FREE_LINK, scaled
+from stagewise.costs import FREE_LINK, CellCost, scaled
 from stagewise.diagnosis.measured_plan import MeasuredSteps
 from stagewise.errors import StagewiseError
 from stagewise.planning import Plan, plan_from_costs
@@ -80,11 +80,10 @@ def _twice_the_microbatches(measured: MeasuredSteps) -> Iterator[_Changed]:
 
 def _another_cut(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan = measured.plan
-    balance = best_balance(
-        plan.built_schedule, plan.cells, recompute=plan.recompute, link=plan.link
-    )
+    cells = _without_paces(measured)
+    balance = best_balance(plan.built_schedule, cells, recompute=plan.recompute, link=plan.link)
     if balance != plan.balance:
-        other = replace(plan, balance=balance)
+        other = _on_its_devices(measured, replace(plan, balance=balance, cells=cells))
         yield _Changed(
             change=f"cells per stage {_listed(balance)} in place of {_listed(plan.balance)}",
             plan=other,
@@ -104,28 +103,58 @@ def _free_messages(measured: MeasuredSteps) -> Iterator[_Changed]:
 
 
 def _slow_device(measured: MeasuredSteps) -> Iterator[_Changed]:
-    plan, schedule = measured.plan, measured.plan.built_schedule
-    if not measured.planned.cells or plan.num_devices < 2:
-        return
-    planned, busy = measured.planned.timeline.busy_seconds, plan.timeline.busy_seconds
-    paces = [now / then if then else 1.0 for now, then in zip(busy, planned, strict=True)]
+    plan, paces = measured.plan, _paces(measured)
     slow = max(range(len(paces)), key=paces.__getitem__)
-    usual = median(pace for device, pace in enumerate(paces) if device != slow)
-    if paces[slow] <= _SLOW * usual:
-        return
-    cells, start = list(plan.cells), 0
-    for stage, size in enumerate(plan.balance):
-        if schedule.placement[stage] == (slow,):
-            for index in range(start, start + size):
-                cells[index] = scaled(cells[index], seconds=usual / paces[slow])
-        start += size
-    yield _Changed(
-        change=f"device {slow} at the pace of the others (it takes {paces[slow] / usual:.2f} times "
-        "as long, compared with the plan)",
-        plan=replace(plan, cells=tuple(cells)),
-        command=f"stagewise doctor --devices {plan.num_devices}",
-        remark="what else runs there?",
+    if paces[slow] > 1:
+        yield _Changed(
+            change=f"device {slow} at the pace of the others (it takes {paces[slow]:.2f} times as "
+            "long, compared with the plan)",
+            plan=replace(plan, cells=_without_paces(measured)),
+            command=f"stagewise doctor --devices {plan.num_devices}",
+            remark="what else runs there?",
+        )
+
+
+def _paces(measured: MeasuredSteps) -> list[float]:
+    """Return how many times as long each device takes as the others; 1 but for a slow one.
+
+    A device is slow if it takes longer than planned, and the others do not.
+    """
+    plan, paces = measured.plan, [1.0] * measured.plan.num_devices
+    if not measured.planned.cells or plan.num_devices < 2:
+        return paces
+    planned, busy = measured.planned.timeline.busy_seconds, plan.timeline.busy_seconds
+    found = [now / then if then else 1.0 for now, then in zip(busy, planned, strict=True)]
+    slow = max(range(len(found)), key=found.__getitem__)
+    usual = median(pace for device, pace in enumerate(found) if device != slow)
+    if found[slow] > _SLOW * usual:
+        paces[slow] = found[slow] / usual
+    return paces
+
+
+def _devices(plan: Plan) -> Iterator[int]:
+    """Yield the (first) device of every cell."""
+    for size, on in zip(plan.balance, plan.built_schedule.placement, strict=True):
+        yield from (on[0] for _ in range(size))
+
+
+def _without_paces(measured: MeasuredSteps) -> tuple[CellCost, ...]:
+    """Return the cells as they would be on a usual device."""
+    paces, plan = _paces(measured), measured.plan
+    return tuple(
+        scaled(cell, seconds=1 / paces[device])
+        for cell, device in zip(plan.cells, _devices(plan), strict=True)
     )
+
+
+def _on_its_devices(measured: MeasuredSteps, plan: Plan) -> Plan:
+    """Return `plan`, of cells without paces, as its devices would run it: a slow one stays slow."""
+    paces = _paces(measured)
+    cells = (
+        scaled(cell, seconds=paces[device])
+        for cell, device in zip(plan.cells, _devices(plan), strict=True)
+    )
+    return replace(plan, cells=tuple(cells))
 
 
 def _no_recomputation(measured: MeasuredSteps) -> Iterator[_Changed]:
@@ -152,8 +181,8 @@ def _other_schedules(measured: MeasuredSteps) -> Iterator[_Changed]:
         if name == plan.schedule or plan.replicas or _is_large(plan, row.stages_per_device):
             continue
         with suppress(StagewiseError):
-            other = plan_from_costs(
-                plan.cells,
+            found = plan_from_costs(
+                _without_paces(measured),
                 link=plan.link,
                 input_bytes=plan.input_bytes,
                 num_devices=plan.num_devices,
@@ -161,7 +190,7 @@ def _other_schedules(measured: MeasuredSteps) -> Iterator[_Changed]:
                 schedule=name,
                 recompute=plan.recompute,
             )
-            each = row.stages_per_device
+            each, other = row.stages_per_device, _on_its_devices(measured, found)
             yield _Changed(
                 change=f"schedule {name}" + (f", {each} stages on a device" if each > 1 else ""),
                 plan=other,

@@ -79,6 +79,7 @@ class TrainOptions:
     agents: tuple[str, ...] = ()  # that have started the workers
     timeout: int = 600  # seconds that workers wait for each other
     record: int = 3  # steps at a time
+    loggers: tuple[str, ...] = ()
     command: str = ""  # that would train so again
     mesh: MeshShape | None = None  # pipelines side by side
 

@@ -86,7 +86,8 @@ class Trainer:
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._stop = prepared.trained.pipe, stop
-        self._report_on = partial(reporter_here, console, options.run, line_every=LOOK_EVERY)
+        told = partial(reporter_here, console, options.run, loggers=options.loggers)
+        self._report_on = partial(told, line_every=LOOK_EVERY)
         steps = options.first_step, prepared.num_steps
         self._reporter = self._report_on(steps, interrupted=options.interrupted)
         self._reporter.say(str(self._pipe.plan))

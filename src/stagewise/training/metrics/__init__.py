@@ -2,5 +2,6 @@
 
 1. `progress` shows and logs them; `recovering` tells what an interruption has cost.
 2. `run_recorder` records a few of them, for `recording.json` and advice.
-3. `step_times` are the usual step's.
+3. `metric_loggers` pass the log's numbers on to other tools.
+4. `step_times` are the usual step's.
 """

@@ -6,7 +6,7 @@ Only rank 0 shows anything, the others' reporter is `Silent`. A line of the log 
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from stagewise.recording import LOG_FILE
+from stagewise.training.metrics.metric_loggers import Loggers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,14 @@ class Shown(Reporter):
     """The reporter of rank 0: a log file, and a bar or, without a terminal, regular lines."""
 
     def __init__(
-        self, *, console: Console, run: Path, first_step: int, num_steps: int, line_every: int
+        self,
+        *,
+        console: Console,
+        run: Path,
+        first_step: int,
+        num_steps: int,
+        line_every: int,
+        loggers: Sequence[str] = (),
     ) -> None:
         self._console, self._line_every, self._num_steps = console, line_every, num_steps
         self._bar = _bar(console)
@@ -167,7 +175,7 @@ class Shown(Reporter):
         log = run / LOG_FILE
         kept = lines_until(log, first_step) if log.exists() else []
         log.write_text("".join(kept))
-        self._log = log.open("a", buffering=1)
+        self._log, self._loggers = log.open("a", buffering=1), Loggers(run, loggers)
 
     def step(self, record: StepRecord) -> None:
         self._write(record.to_log())
@@ -205,12 +213,14 @@ class Shown(Reporter):
         if self._console.is_terminal:
             self._bar.stop()
         self._log.close()
+        self._loggers.close()
 
     def _print(self, text: object) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
 
     def _write(self, fields: Mapping[str, object]) -> None:
         self._log.write(json.dumps(fields) + "\n")
+        self._loggers.log(fields)
 
 
 def _finite(value: float) -> float | None:

@@ -1,6 +1,7 @@
 """The reporter of a rank; of a run that was interrupted, it also tells what that has cost."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,12 +24,20 @@ def reporter_here(
     steps: tuple[int, int],
     line_every: int,
     interrupted: Interrupted | None = None,
+    loggers: Sequence[str] = (),
 ) -> Reporter:
     """Return this rank's reporter; `steps` are the number done and that of all."""
     if not is_first():
         return Silent()
     done, every = steps
-    shown = Shown(console=console, run=run, first_step=done, num_steps=every, line_every=line_every)
+    shown = Shown(
+        console=console,
+        run=run,
+        first_step=done,
+        num_steps=every,
+        line_every=line_every,
+        loggers=loggers,
+    )
     return Recovering(shown, interrupted, done, num_processes()) if interrupted else shown
 
 
