@@ -25,7 +25,7 @@ help:
 	@echo "make test-gpu  the tests that need a GPU, or two or more; skipped if there is none"
 	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
 	@echo "make test-models  test unmodified models of other libraries; writes docs/models.md"
-	@echo "make test-hf   trainers of other libraries (transformers, PEFT) against themselves"
+	@echo "make test-hf   transformers and PEFT: their Trainer, their folders, against themselves"
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make docs      build the documentation in site/; a broken link is an error"
 	@echo "make test-docs  run every code block of README and documentation, the slow ones too"
@@ -92,7 +92,7 @@ HF := .venv-hf
 HF_READY := $(HF)/.ready
 
 test-hf: $(HF_READY)
-	OMP_NUM_THREADS=1 $(HF)/bin/pytest -W ignore --timeout 600 tests/integrations tests/starters
+	OMP_NUM_THREADS=1 $(HF)/bin/pytest -W ignore --timeout 600 tests/integrations tests/starters tests/pretrained
 
 $(HF_READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(HF)/bin/python || $(PYTHON) -m venv $(HF)

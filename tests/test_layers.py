@@ -24,6 +24,7 @@ LEVELS = [
     ["training/workers", "report", "testing"],
     ["checker", "models", "parallel"],
     [""],
+    ["pretrained"],
     ["pipeline"],
     ["pipeline/build", "pipeline/record"],
     ["checkpoints", "profiling"],

@@ -28,6 +28,7 @@ EXPORTS = [
     "capture_cells",
     "collect_losses",
     "estimate",
+    "from_pretrained",
     "plan",
     "pop",
     "simulate",

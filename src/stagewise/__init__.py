@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stagewise.pipeline.scaler import GradScaler
     from stagewise.planning.plan import Plan
     from stagewise.planning.simulate import simulate
+    from stagewise.pretrained.building import from_pretrained
     from stagewise.profiling.estimate import estimate
     from stagewise.schedule import Schedule
     from stagewise.timeline import Timeline
@@ -47,6 +48,7 @@ _HOMES = {
     "capture_cells": "stagewise.model.replay.capture_cells",
     "collect_losses": "stagewise.model.added_losses",
     "estimate": "stagewise.profiling.estimate",
+    "from_pretrained": "stagewise.pretrained.building",
     "plan": "stagewise.pipeline.plan_model",
     "pop": "stagewise.model.skip",
     "simulate": "stagewise.planning.simulate",
@@ -74,6 +76,7 @@ __all__ = [
     "capture_cells",
     "collect_losses",
     "estimate",
+    "from_pretrained",
     "plan",
     "pop",
     "simulate",

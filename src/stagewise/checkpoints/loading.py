@@ -4,7 +4,7 @@ Names, shapes and dtypes are compared on every rank before a value is changed on
 failure can leave some tensors loaded and others not, and raises.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -66,12 +66,16 @@ def check(
     *,
     strict: bool = True,
     convert: bool = False,
+    is_new: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, str]:
-    """Return the saved name of each of this rank's tensors; raises CheckpointError like `load`."""
+    """Return the saved name of each of this rank's tensors; raises CheckpointError like `load`.
+
+    Tensors that are new may be missing.
+    """
     saved = set(source.names)
     # Of several names the last one counts, as in the plain model's load_state_dict.
     found = {n: max(k, key=aliases[n].index) for n in own if (k := saved.intersection(aliases[n]))}
-    missing = [name for name in own if name not in found]
+    missing = [name for name in own if name not in found and not is_new(name)]
     unexpected = [name for name in source.names if name not in aliases]
     forms = source.forms(set(found.values()))
     problems = []

@@ -9,18 +9,18 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Protocol
+from typing import Any, Protocol, Union
 
 import torch
 from safetensors import safe_open
 
 from stagewise.errors import CheckpointError
 
-State = str | os.PathLike[str] | Mapping[str, torch.Tensor]
+State = Union[str, os.PathLike[str], Mapping[str, torch.Tensor], "Renamed"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = ".metadata"
@@ -79,6 +79,8 @@ def open_source(state: State, model_names: Collection[str]) -> TensorSource:
     """
     if isinstance(state, Mapping):
         return _Dictionary(state)
+    if isinstance(state, Renamed):
+        return state.over(open_source(state.path, model_names), model_names)
     path = Path(state)
     if path.suffix == ".safetensors" and path.is_file():
         with _blame(path), _opened(path) as handle:
@@ -107,6 +109,8 @@ def where(state: State) -> str:
     """Return a short text by which ranks check that they mean the same checkpoint."""
     if isinstance(state, Mapping):
         return "a state_dict"
+    if isinstance(state, Renamed):
+        return where(state.path)
     path = os.path.abspath(state)
     if len(path) <= _LONG:
         return path
@@ -139,6 +143,39 @@ def weight_map(directory: Path) -> dict[str, str]:
                 "folder; do not trust this checkpoint"
             )
     return files
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The checkpoint at `path`, where an entry of the model has the name `saved_name(entry)`.
+
+    None: the entry is new, so it is initialised.
+    """
+
+    path: Path
+    saved_name: Callable[[str], str | None]
+
+    def over(self, source: TensorSource, model_names: Collection[str]) -> TensorSource:
+        """Return `source` under the model's names; what it has besides is left out."""
+        there = set(source.names)
+        own = {name: saved for name in model_names if (saved := self.saved_name(name)) in there}
+        return _UnderOtherNames(source, own)
+
+
+class _UnderOtherNames:
+    def __init__(self, source: TensorSource, saved: Mapping[str, str]) -> None:
+        self.description, self._source, self._saved = source.description, source, saved
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._saved.keys()
+
+    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
+        forms = self._source.forms({self._saved[name] for name in names})
+        return {name: forms[self._saved[name]] for name in names}
+
+    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
+        self._source.read({self._saved[name]: target for name, target in targets.items()})
 
 
 class _Dictionary:

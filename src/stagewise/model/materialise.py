@@ -148,6 +148,7 @@ def _room(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         room = nn.Parameter(room, tensor.requires_grad)
     vars(room).update(vars(tensor))
+    vars(room).pop("_is_hf_initialized", None)  # by transformers, on the meta device
     return room
 
 

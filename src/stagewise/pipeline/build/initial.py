@@ -5,13 +5,14 @@ Every rank creates and fills only its own cells; the values do not depend on the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from stagewise.checkpoints.loading import check, fill
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import State, open_source
+from stagewise.checkpoints.sources import Renamed, State, open_source
 from stagewise.engine.stage.randomness import generators_kept, seed_initialisation
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
@@ -51,7 +52,11 @@ def initialise(
         on_meta = is_meta(chain)
         if given.state is not None:
             source = open_source(given.state, aliases)
-            found = check(source, _tensors(chain, own), aliases)
+            tensors, new = _tensors(chain, own), dict[str, Any]()
+            if isinstance(given.state, Renamed):  # of a folder for a model of any dtype
+                named = given.state.saved_name
+                new = {"is_new": lambda name: named(name) is None, "convert": True}
+            found = check(source, tensors, aliases, **new)
     with (
         agreed(ranks, "Pipeline: initial values"),
         generators_kept([]),

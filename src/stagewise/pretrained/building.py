@@ -1,0 +1,158 @@
+"""A pipeline of a pretrained model whose whole no process ever holds.
+
+Problem: `AutoModel.from_pretrained` in every process reads the whole model everywhere, where each
+needs only its stages. Idea: build it on the meta device, capture and cut it there, by costs that
+are estimated, and let every process read its own tensors from the safetensors files.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stagewise.checkpoints.loading import load
+from stagewise.checkpoints.sources import Renamed
+from stagewise.engine.transport.processes import num_processes
+from stagewise.errors import ModelError
+from stagewise.model.export.capture import capture
+from stagewise.pipeline.pipeline import Pipeline
+from stagewise.planning.plan import Plan, plan_from_costs
+from stagewise.pretrained.folders import ADAPTERS, save_adapters, save_model
+from stagewise.pretrained.names import ADAPTER, adapter_name, base_name
+from stagewise.profiling.estimate import estimate
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
+
+class PretrainedPipeline(Pipeline):
+    """A Pipeline of a model of transformers, with PEFT's adapters if `adapters` is not None."""
+
+    config: Any = None  # of transformers
+    adapters: Any = None  # PEFT's configuration
+
+    def load_adapters(self, folder: str | Path) -> None:
+        """Load the values of adapters that PEFT saved; collective."""
+        state = Renamed(Path(folder) / ADAPTERS, adapter_name)
+        own = {name: t for name, t in self.state_dict().items() if adapter_name(name)}
+        load(state, own, self._whole.aliases, self.ranks, convert=True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` of transformers reads, or of PEFT if the model has
+        adapters, which alone are then saved; collective.
+        """
+        if self.adapters is None:
+            save_model(self, self.config, Path(folder))
+        else:
+            save_adapters(self, self.adapters, Path(folder))
+
+
+def from_pretrained(
+    folder: str | Path,
+    example: Mapping[str, Any],
+    *,
+    plan: Plan | None = None,
+    num_microbatches: int = 8,
+    adapters: Any = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> PretrainedPipeline:
+    """Return a Pipeline of the model in a Hugging Face folder; every rank calls this.
+
+    Every process reads only its own tensors of the safetensors files.
+
+    Args:
+        folder: what `save_pretrained` of transformers wrote: `config.json` and safetensors.
+        example: keyword arguments of the model's forward, as every batch will have them, such as
+            `{"input_ids": ids, "labels": ids}`.
+        plan: how to cut and run it; by default one stage on each rank, cut by estimated costs.
+        num_microbatches: of the default plan.
+        adapters: new adapters, as a configuration of PEFT (`peft.LoraConfig(...)`), or the folder
+            of trained ones; all other parameters are frozen.
+        dtype: of the parameters; by default the folder's.
+        options: as for `Pipeline`; with `loss`, the model's output is its first argument.
+
+    Raises:
+        ModelError: the folder has no configuration, or transformers or peft are missing.
+        CheckpointError: a tensor of the model is not in the folder, or has another shape.
+    """
+    path, trained = Path(folder), isinstance(adapters, str | Path)
+    model = _on_meta(path, dtype)
+    if adapters is not None:
+        model = _with_adapters(model, adapters)
+    chain = capture(model, **example)  # which the Pipeline of the model then has
+    if plan is None:
+        loss = options.get("loss")
+        cells = estimate(
+            chain, kwargs=dict(example), loss=loss, num_microbatches=num_microbatches, device="cpu"
+        )
+        plan = plan_from_costs(cells, num_stages=num_processes(), num_microbatches=num_microbatches)
+    init = None if adapters is None else _initialiser(model)
+    state = Renamed(path, base_name)
+    pipe = PretrainedPipeline(model, plan, state=state, init=init, **options)
+    pipe.config = getattr(model, "config", None)
+    pipe.adapters = getattr(model, "peft_config", {}).get(ADAPTER)
+    if trained:
+        pipe.load_adapters(adapters)
+    return pipe
+
+
+def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Return the model that the folder's configuration describes, without values."""
+    try:
+        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        names = written.get("architectures") or ["AutoModelForCausalLM"]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder} has no {CONFIG} that can be read ({type(error).__name__}: {error}); give a "
+            "folder that save_pretrained of transformers wrote"
+        ) from error
+    transformers = _optional("transformers")
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config.use_cache = False
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise ModelError(
+            f"{folder / CONFIG} names the architecture {names[0]!r}, which this transformers "
+            f"({transformers.__version__}) does not have; update it"
+        )
+    with torch.device("meta"):
+        make = kind.from_config if names[0].startswith("Auto") else kind._from_config
+        model: nn.Module = make(config, dtype=dtype or getattr(config, "dtype", None))
+    return model.train()
+
+
+def _with_adapters(model: nn.Module, adapters: Any) -> nn.Module:
+    peft = _optional("peft")
+    config = adapters
+    if isinstance(adapters, str | Path):
+        config = peft.PeftConfig.from_pretrained(str(adapters))
+        config.inference_mode = False
+    with torch.device("meta"):
+        made: nn.Module = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    return made
+
+
+def _initialiser(model: Any) -> Any:
+    """Return what initialises a module: the base model's own way, and PEFT's for adapters."""
+    base, how = model.get_base_model(), model.peft_config[ADAPTER]
+    lora = getattr(how, "init_lora_weights", True)
+
+    def init(module: nn.Module) -> None:
+        reset = getattr(module, "reset_lora_parameters", None)
+        if reset is not None:
+            reset(ADAPTER, lora)
+        else:
+            base._init_weights(module)
+
+    return init
+
+
+def _optional(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ModelError(f"{name} is not installed; run: pip install {name}") from error
