@@ -1,6 +1,7 @@
 """A model on the meta device gets the values that its constructors meant, or an error names why."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import pytest
 import torch
@@ -296,6 +297,41 @@ def test_tables(given: tuple[str, ...]) -> None:
         made = make(on_meta(lambda b=build: nn.Sequential(b())), given=given)  # type: ignore[misc]
         assert torch.equal(made[0].table, torch.arange(4.0))
         assert "0.table" not in made.state_dict()
+
+
+class WithTable(nn.Module):
+    """Reads a table that another cell has, too, as decoder layers share their rotary one."""
+
+    def __init__(self, table: Refilled) -> None:
+        super().__init__()
+        self.table, self.own = table, nn.Linear(4, 4)
+
+
+def test_a_table_of_several_cells_is_there_on_every_rank() -> None:
+    def build() -> nn.Sequential:
+        table = Refilled()
+        return nn.Sequential(WithTable(table), WithTable(table))
+
+    whole = dict(make(on_meta(build)).named_buffers())
+    for own in (0, 1):
+        cell = make(on_meta(build), own=[own])[own]  # type: ignore[index]
+        for name, table in cell.named_buffers():
+            assert torch.equal(table, whole[f"0.{name}"])
+        assert not cell.own.weight.is_meta
+
+
+def test_marks_of_transformers_do_not_leave_tensors_without_values() -> None:
+    """Its initialisers pass over what was marked; the marks are of values lost on meta."""
+    model = on_meta(lambda: nn.Sequential(nn.ParameterList([torch.empty(3)])))
+    marked: Any = model[0][0]  # type: ignore[index]
+    marked._is_hf_initialized = True
+
+    def init(module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                nn.init.ones_(parameter)
+
+    assert bool((make(model, init=init)[0][0] == 1).all())  # type: ignore[index]
 
 
 def test_a_tensor_that_is_no_buffer_is_named() -> None:

@@ -8,6 +8,10 @@ from tests.docs.blocks import ROOT, run_page
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.timeout(600),
+]
 
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

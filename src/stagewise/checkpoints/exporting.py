@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from stagewise.checkpoints.renamed import TensorSource
 from stagewise.checkpoints.saving import explain_writing, shards_of, to_disk, write_index
-from stagewise.checkpoints.sources import SINGLE, TensorSource, open_model, sha256_of
+from stagewise.checkpoints.sources import SINGLE, open_model, sha256_of
 from stagewise.errors import CheckpointError, UsageError
 
 _FILE = ".safetensors"

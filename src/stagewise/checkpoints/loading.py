@@ -10,7 +10,8 @@ import torch
 
 from stagewise.batch.layouts import is_sharded
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import State, TensorSource, open_source, where
+from stagewise.checkpoints.renamed import TensorSource
+from stagewise.checkpoints.sources import State, open_source, where
 from stagewise.engine.gradients.shards import part_of_whole
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks

@@ -9,18 +9,18 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Protocol, Union
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from stagewise.checkpoints.renamed import Form, Renamed, TensorSource
 from stagewise.errors import CheckpointError
 
-State = Union[str, os.PathLike[str], Mapping[str, torch.Tensor], "Renamed"]
+State = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Renamed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = ".metadata"
@@ -46,30 +46,6 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-
-
-@dataclass(frozen=True)
-class Form:
-    """A saved tensor's shape and dtype (None: unknown to PyTorch)."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-
-class TensorSource(Protocol):
-    """Saved tensors by name."""
-
-    description: str
-
-    @property
-    def names(self) -> Collection[str]:
-        """All saved names."""
-
-    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
-        """Return the forms of `names`, all of which must exist."""
-
-    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Copy saved values into `targets` of the same shapes, converting dtypes."""
 
 
 def open_source(state: State, model_names: Collection[str]) -> TensorSource:
@@ -143,39 +119,6 @@ def weight_map(directory: Path) -> dict[str, str]:
                 "folder; do not trust this checkpoint"
             )
     return files
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """The checkpoint at `path`, where an entry of the model has the name `saved_name(entry)`.
-
-    None: the entry is new, so it is initialised.
-    """
-
-    path: Path
-    saved_name: Callable[[str], str | None]
-
-    def over(self, source: TensorSource, model_names: Collection[str]) -> TensorSource:
-        """Return `source` under the model's names; what it has besides is left out."""
-        there = set(source.names)
-        own = {name: saved for name in model_names if (saved := self.saved_name(name)) in there}
-        return _UnderOtherNames(source, own)
-
-
-class _UnderOtherNames:
-    def __init__(self, source: TensorSource, saved: Mapping[str, str]) -> None:
-        self.description, self._source, self._saved = source.description, source, saved
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._saved.keys()
-
-    def forms(self, names: Collection[str]) -> Mapping[str, Form]:
-        forms = self._source.forms({self._saved[name] for name in names})
-        return {name: forms[self._saved[name]] for name in names}
-
-    def read(self, targets: Mapping[str, torch.Tensor]) -> None:
-        self._source.read({self._saved[name]: target for name, target in targets.items()})
 
 
 class _Dictionary:

@@ -52,9 +52,12 @@ def materialise(
         by_cell.setdefault(min(entry.cells), []).append(entry)
     made: dict[int, torch.Tensor] = {}
     for cell in chain:
-        if cell.index in own:
+        needed = by_cell.get(cell.index, [])
+        if cell.index not in own:  # a table that cells here share with it; parameters are copied
+            needed = [e for e in needed if e.is_buffer and not e.cells.isdisjoint(own)]
+        if needed or cell.index in own:
             parts = list(parts_of(cell, model, init))
-            made |= _initialised(cell, by_cell.get(cell.index, []), parts, seed_cell, set(given))
+            made |= _initialised(cell, needed, parts, seed_cell, set(given))
     for entry in entries:
         if entry.cells.isdisjoint(own):
             continue

@@ -43,6 +43,10 @@ class MetaTensor:
     cells: set[int] = field(default_factory=set)  # that use it
 
     @property
+    def is_buffer(self) -> bool:
+        return not isinstance(self.tensor, nn.Parameter)
+
+    @property
     def is_saved(self) -> bool:
         """Whether it is in the state_dict."""
         first = self.places[0]

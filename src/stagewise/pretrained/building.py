@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from stagewise.checkpoints.loading import load
-from stagewise.checkpoints.sources import Renamed
+from stagewise.checkpoints.renamed import Renamed
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import ModelError
 from stagewise.model.export.capture import capture
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.pretrained.folders import ADAPTERS, save_adapters, save_model
-from stagewise.pretrained.names import ADAPTER, adapter_name, base_name
+from stagewise.pretrained.peft_names import ADAPTER, adapter_name, base_name
 from stagewise.profiling.estimate import estimate
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -80,7 +80,7 @@ def from_pretrained(
         CheckpointError: a tensor of the model is not in the folder, or has another shape.
     """
     path, trained = Path(folder), isinstance(adapters, str | Path)
-    model = _on_meta(path, dtype)
+    base = model = _on_meta(path, dtype)
     if adapters is not None:
         model = _with_adapters(model, adapters)
     chain = capture(model, **example)  # which the Pipeline of the model then has
@@ -93,8 +93,9 @@ def from_pretrained(
     init = None if adapters is None else _initialiser(model)
     state = Renamed(path, base_name)
     pipe = PretrainedPipeline(model, plan, state=state, init=init, **options)
-    pipe.config = getattr(model, "config", None)
-    pipe.adapters = getattr(model, "peft_config", {}).get(ADAPTER)
+    pipe.config = base.config
+    if adapters is not None:
+        pipe.adapters = model.peft_config[ADAPTER]  # type: ignore[index]
     if trained:
         pipe.load_adapters(adapters)
     return pipe
@@ -121,7 +122,7 @@ def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         )
     with torch.device("meta"):
         make = kind.from_config if names[0].startswith("Auto") else kind._from_config
-        model: nn.Module = make(config, dtype=dtype or getattr(config, "dtype", None))
+        model: nn.Module = make(config, dtype=dtype or config.dtype)
     return model.train()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from stagewise.engine.step.agreement import agreed
 from stagewise.errors import CheckpointError
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.pretrained.names import adapter_name
+from stagewise.pretrained.peft_names import adapter_name
 
 ADAPTERS = "adapter_model.safetensors"
 

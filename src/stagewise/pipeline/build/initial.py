@@ -12,7 +12,8 @@ from torch import nn
 
 from stagewise.checkpoints.loading import check, fill
 from stagewise.checkpoints.names import Aliases
-from stagewise.checkpoints.sources import Renamed, State, open_source
+from stagewise.checkpoints.renamed import Renamed
+from stagewise.checkpoints.sources import State, open_source
 from stagewise.engine.stage.randomness import generators_kept, seed_initialisation
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
