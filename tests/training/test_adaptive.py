@@ -268,6 +268,17 @@ def test_a_rank_that_has_become_slow_is_named_once_and_until_when() -> None:
     )
 
 
+def test_a_rank_that_is_grossly_slow_is_named_at_the_next_look() -> None:
+    """By three looks it would be step 40."""
+    gross = (1.0, 4.0, 2.0)
+    told = told_by(USUAL, gross, gross, gross, gross, gross, USUAL, USUAL, USUAL)
+    assert [(step, change) for step, change, _ in told] == [
+        (20, "rank 1 on b has become slow"),
+        (90, "rank 1 on b is no longer slow"),
+    ]
+    assert "since step 20 stage 1 takes 4.0 times as long" in told[0][2]
+
+
 def test_a_slow_step_or_longer_sequences_are_nobodys_fault() -> None:
     longer = tuple(3 * seconds for seconds in USUAL)
     assert not told_by(USUAL, USUAL, USUAL, SLOW, USUAL, SLOW, SLOW, USUAL)

@@ -27,6 +27,7 @@ from stagewise.training.metrics.progress import ChangeRecord
 MAX_ATTEMPTS = 8  # at a step that runs out of memory, each with a plan that needs less
 T = TypeVar("T")
 SLOW = 1.5  # times its own first steps, and the others' growth
+GROSS = 3.0  # so much in every instruction of one step is told at once
 MAX_CHANGES = 8  # per run; if a machine changes all the time, re-planning does not help
 
 
@@ -199,18 +200,29 @@ class PaceWatch:
     def look(self, step: int, timeline: Timeline) -> list[ChangeRecord]:
         """Record step `step`; tell the devices that have become slow, or no longer are.
 
-        The last NUM_LOOKS steps must all show it.
+        The last NUM_LOOKS steps must all show it, or every instruction of this one must be GROSS.
         """
+        if told := self._grossly_slow(step, timeline):  # these steps are not the usual ones
+            self._looks[:NUM_LOOKS] = (self._looks * NUM_LOOKS)[:NUM_LOOKS]
         self._looks.append((step, _seconds(timeline)))
         recent, earlier = self._looks[-NUM_LOOKS:], self._looks[:-NUM_LOOKS]
         del self._looks[NUM_LOOKS:-NUM_LOOKS]
-        told = []
         for place in sorted(recent[-1][1]) if earlier else ():
             paces = list(_paces(place, recent, earlier[:NUM_LOOKS]))
             slow = {pace.is_slow for pace in paces}
             if len(paces) == NUM_LOOKS and len(slow) == 1 and slow != {place in self._slow}:
                 self._slow ^= {place}
                 told.append(self._told(step, replace(paces[-1], since=paces[0].since)))
+        return told
+
+    def _grossly_slow(self, step: int, timeline: Timeline) -> list[ChangeRecord]:
+        first, told = self._looks[:NUM_LOOKS], []
+        now = [(step, _seconds(timeline, min))] if first else []
+        for place in sorted(now[0][1].keys() - self._slow) if now else ():
+            for pace in _paces(place, now, first):
+                if pace.factor > GROSS * max(pace.others, 1.0):
+                    self._slow.add(place)
+                    told.append(self._told(step, pace))
         return told
 
     def _told(self, step: int, pace: Pace) -> ChangeRecord:
@@ -250,13 +262,13 @@ def _paces(
             )
 
 
-def _seconds(timeline: Timeline) -> dict[Place, float]:
-    """Return each device's seconds for one microbatch of each of its stages."""
+def _seconds(timeline: Timeline, of: Callable[[list[float]], float] = median) -> dict[Place, float]:
+    """Return each device's seconds for one microbatch of each of its stages, `of` them all."""
     times: dict[tuple[Place, Kind], list[float]] = {}
     for span in timeline.spans:
         place = span.device, span.instruction.stage
         times.setdefault((place, span.instruction.kind), []).append(span.seconds)
     sums: dict[Place, float] = {}
     for (place, _), seconds in times.items():
-        sums[place] = sums.get(place, 0.0) + median(seconds)
+        sums[place] = sums.get(place, 0.0) + of(seconds)
     return sums
