@@ -278,9 +278,8 @@ def across_stages(num_samples: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("num_samples", [13, 16])
-def test_values_between_stages_may_be_spread_over_ranks(num_samples: int, own_pools: Pools) -> None:
-    assert max(own_pools[4].run(across_stages, num_samples)) < 1e-14
+def test_values_between_stages_may_be_spread_over_ranks(own_pools: Pools) -> None:
+    assert max(own_pools[4].run(across_stages, 13)) < 1e-14
 
 
 class Failing(nn.Module):
