@@ -22,8 +22,10 @@ from torch.utils import _pytree as pytree
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from stagewise.errors import UsageError
 from stagewise.integrations.accumulated import Accumulated, as_microbatches
 from stagewise.integrations.first_step import loss_of, pipeline_for
+from stagewise.integrations.generation import generate_on_ranks
 from stagewise.integrations.one_batch import OneBatch
 from stagewise.integrations.own_part import (
     configuration_kept,
@@ -62,8 +64,6 @@ class PipelineMixin(_Trainer):
         self._divides: bool | None = None  # whether the loss of a part is its part of the loss
         super().__init__(*args, **kwargs)
 
-    # ---- what other processes have ----
-
     def create_accelerator_and_postprocess(self) -> None:
         refuse_unsupported(self.args)
         super().create_accelerator_and_postprocess()
@@ -82,8 +82,6 @@ class PipelineMixin(_Trainer):
         if isinstance(seeds := loader.worker_init_fn, partial) and "rank" in seeds.keywords:
             seeds.keywords["rank"] = 0  # workers of all processes draw alike
         return loader
-
-    # ---- a step ----
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -198,8 +196,6 @@ class PipelineMixin(_Trainer):
         is_wrapped = isinstance(self.optimizer, AcceleratedOptimizer)
         return self.optimizer.optimizer if is_wrapped else self.optimizer
 
-    # ---- evaluation ----
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(*args, **kwargs)
@@ -237,7 +233,11 @@ class PipelineMixin(_Trainer):
         mixed = self.accelerator.mixed_precision != "no"
         return convert_to_fp32(output) if mixed else output
 
-    # ---- what is saved ----
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model's own `generate` does, after `train` or `evaluate`; collective."""
+        if self.pipe is None:
+            raise UsageError("generate needs the stages; call train or evaluate before")
+        return generate_on_ranks(self.model, self.pipe, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._update = []
@@ -287,8 +287,8 @@ class PipelineTrainer(PipelineMixin, Trainer):
     same on any number of processes, but not those of the plain Trainer, which draws from the global
     generator.
 
-    Checkpoints have the plain Trainer's form: any number of processes, and the plain Trainer, go on
-    from them. Resumed on as many processes, a run continues bit for bit.
+    Checkpoints have the plain Trainer's form: any number of processes, and the plain Trainer,
+    resume from them; on as many processes a run continues bit for bit.
 
     Raises:
         UsageError: the TrainingArguments ask for what a pipeline cannot do: see the message.
