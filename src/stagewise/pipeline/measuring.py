@@ -24,7 +24,8 @@ class Measuring(Calls):
 
         Every instruction, message, reduction, optimizer step, and the time between calls. The
         result, `recorder.recording`, is written to the folder `run` if one is given. With `memory`
-        one more step, which leaves no trace, follows every stage's activations.
+        one more step, which leaves no trace, follows every stage's activations. Inside a
+        `torch.profiler.profile`, recorded instructions have their names there, such as `3F5`.
 
         Example:
             >>> import torch, stagewise

@@ -107,6 +107,18 @@ def test_ranks_record_together(pools: Pools, tmp_path: Path) -> None:
     pools[2].run(on_two_ranks, str(tmp_path))
 
 
+def test_torchs_profiler_shows_recorded_instructions() -> None:
+    pipe = pipeline()
+    pipe.step(X, target=Y)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        pipe.step(X, target=Y)
+        with pipe.record():
+            pipe.step(X, target=Y)
+    shown = [event.name for event in profiler.events() or ()]
+    expected = [str(i) for _, i in pipe.plan.built_schedule.instructions()]
+    assert sorted(name for name in shown if name in set(expected)) == sorted(expected)
+
+
 def test_after_an_error_nothing_is_recorded() -> None:
     pipe = pipeline()
     runner, mail = pipe._runner, pipe._runner.mail

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
+from torch.autograd.profiler import record_function
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -59,6 +60,8 @@ class StepRecorder:
         self._plans: list[Plan] = []
         self._cpu: list[float] = []
         self._request: Request | None = None
+        self._profiles = False
+        self._annotation: record_function | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def __enter__(self) -> Self:
@@ -103,19 +106,31 @@ class StepRecorder:
 
     def detach(self) -> None:
         """Record nothing more; the pipeline is as it was."""
+        self._end_annotation()
         for hook in self._hooks:
             hook.remove()
         self._runner.mail, self._runner.clock = self._mail.detached(), time.perf_counter
         self._pipe.run_request, self._request = self._runner.run, None
 
     def _clock(self) -> float:
+        """Return the time, for the executor: at the begin, and before and after instructions."""
+        self._end_annotation()
         now, cpu = _now()
         self._cpu.append(cpu)
+        if self._profiles and len(self._cpu) % 2 == 0:  # torch's profiler shows the instruction
+            self._annotation = record_function(str(NOW.instruction))
+            self._annotation.__enter__()  # type: ignore[no-untyped-call]
         return now
+
+    def _end_annotation(self) -> None:
+        if self._annotation is not None:
+            self._annotation.__exit__(None, None, None)
+            self._annotation = None
 
     def _run(self, request: Request) -> Result:
         """Run a call; a training step is noted."""
         begun, self._cpu = _now(), []
+        self._profiles = torch._C._autograd._profiler_enabled()
         result = self._runner.run(request)
         ended = _now()
         if request.mode is Mode.TRAIN:
