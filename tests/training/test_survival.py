@@ -7,20 +7,27 @@ import signal
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import pytest
 import torch
 from rich.console import Console
 from torch.distributed import TCPStore
 
 from stagewise.checkpoints.exporting import export_model
 from stagewise.engine.watch.memory_kills import MemoryKills
+from stagewise.errors import CheckpointError
 from stagewise.planning import Plan
-from stagewise.training.prepare import TrainOptions
+from stagewise.training.prepare import Trained, TrainOptions
 from stagewise.training.recipe import load_recipe
 from stagewise.training.run_folder import find
+from stagewise.training.survival import Survival
 from stagewise.training.trainer import run_training
+from stagewise.training.update import Stepper
 from stagewise.training.workers.lost import LostWorkers
 from stagewise.training.workers.stop import StopRequest
+from stagewise.training.workers.survivors import Survivors
 from tests.harness import CONTEXT
 from tests.recipes import log_of
 
@@ -162,6 +169,16 @@ def test_losses_and_parameters_are_those_of_the_run_without_losses(tmp_path: Pat
 
     states = [export_of(tmp_path / name) for name in ("whole", "struck")]
     torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lost", [{}, {0: "SIGKILL", 1: "SIGKILL"}])  # nobody, or a whole stage
+def test_what_is_no_loss_or_cannot_be_borne_is_raised_as_it_is(lost: dict[int, str]) -> None:
+    survival, error = object.__new__(Survival), CheckpointError("the disk of rank 0 is full")
+    survival._survivors = cast("Survivors", SimpleNamespace(newly_lost=lambda error: lost))
+    trained = cast("Trained", SimpleNamespace(pipe=SimpleNamespace(plan=PLAN)))
+    with pytest.raises(CheckpointError) as raised:
+        survival.go_on(error, trained, cast("Stepper", SimpleNamespace(ran=None)))
+    assert raised.value is error
 
 
 def export_of(run: Path) -> dict[str, torch.Tensor]:

@@ -82,7 +82,8 @@ class Survival:
     def go_on(self, error: StagewiseError, trained: Trained, stepper: Stepper) -> WentOn:
         """Build what the survivors go on with; raise `error` if they cannot. Each calls this."""
         plan, survivors, ran = trained.pipe.plan, self._survivors, stepper.ran
-        if survivors is None or without(plan, survivors.newly_lost(error)) is None:
+        lost = {} if survivors is None else survivors.newly_lost(error)
+        if survivors is None or not lost or without(plan, lost) is None:
             raise error
         self._halted = stepper.applied_at, stepper.begun
         dead = survivors.meet(error)
