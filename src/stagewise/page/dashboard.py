@@ -1,9 +1,9 @@
 """The page of a run while it trains, served to this machine's browsers only.
 
 The server is a process of its own, which only reads the run's folder, and works for a twentieth of
-the time at most: a page hardly disturbs training. It ends when its standard input does, so with the process that started it, however that
-ends. It answers requests for its own address alone, since a page elsewhere on the web may have its
-name resolved to this machine (DNS rebinding).
+the time at most: a page hardly disturbs training. It ends when its standard input does, so with the
+process that started it, however that ends. It answers requests for its own address alone, since a
+page elsewhere on the web may have its name resolved to this machine (DNS rebinding).
 """
 
 import json
