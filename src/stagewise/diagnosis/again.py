@@ -46,8 +46,8 @@ def _options(plan: Plan, cut: bool) -> Iterator[tuple[str, str]]:
     yield "--microbatches", str(plan.num_microbatches)
     if plan.schedule != "1f1b":
         yield "--schedule", plan.schedule
-    default = SCHEDULES[plan.schedule].stages_per_device
-    if plan.stages_per_device not in (None, default):
+    row = SCHEDULES.get(plan.schedule)  # None: a schedule of the user's own
+    if row is not None and plan.stages_per_device not in (None, row.stages_per_device):
         yield "--stages", str(plan.num_stages)
     if plan.recompute != "never":
         yield "--recompute", plan.recompute
