@@ -28,6 +28,7 @@ from stagewise.planning.search.candidates import Option
 from stagewise.planning.search.cuts import Cut, Cutter, Machine, SearchWork
 from stagewise.planning.search.segments_within import segments_within
 from stagewise.planning.search.skip_cuts import improved_for_skips
+from stagewise.planning.synthesis.moved_recompute import with_moved_recomputations
 from stagewise.planning.synthesis.synthesise import synthesise
 from stagewise.schedule import Schedule, Segments, needed_for, refine, with_recompute
 from stagewise.units import size_in_words
@@ -155,24 +156,24 @@ class Evaluator:
 
     def synthesised(self, plan: EvaluatedPlan, effort: int) -> EvaluatedPlan | Rejected:
         """Evaluate the cut of `plan` under a schedule synthesised for it."""
-        costs = stage_costs(plan.cells, plan.balance)
-        option = replace(plan.option, schedule="auto")
+        costs, link = stage_costs(plan.cells, plan.balance), self.machine.link
+        option, count = replace(plan.option, schedule="auto"), plan.num_microbatches
+        room = self._room(plan.placement, costs, count)
+        capped = isfinite(max(self.machine.memory_bytes))
         try:
             schedule = synthesise(
                 plan.placement,
                 costs,
-                plan.num_microbatches,
-                self.machine.link,
-                memory_bytes=[
-                    int(room) for room in self._room(plan.placement, costs, plan.num_microbatches)
-                ]
-                if isfinite(max(self.machine.memory_bytes))
-                else None,
+                count,
+                link,
+                memory_bytes=[*map(int, room)] if capped else None,
                 recompute=plan.recompute,
                 effort=effort,
             )
         except PlanError as error:
             return Rejected(what=str(option), reason=str(error))
+        if schedule.recomputed and capped and self._recompute == "auto":
+            schedule = with_moved_recomputations(schedule, costs, link, room, effort=effort)
         programs = tuple(str(schedule).splitlines())
         cut = Cut(option=option, schedule=schedule, balance=plan.balance, gap=plan.partition_gap)
         found = self._outcome(cut, plan.cells, schedule, costs, plan.recompute)
