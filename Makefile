@@ -138,6 +138,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.schedules --quick
 	$(BIN)/python -m benchmarks.synthesis --quick
 	$(BIN)/python -m benchmarks.planning --quick
+	$(BIN)/python -W ignore -m benchmarks.auto --quick
+	$(BIN)/python -m benchmarks.ragged --quick
 	$(BIN)/python -m benchmarks.prediction --quick
 	$(BIN)/python -m benchmarks.table1 --quick
 	$(BIN)/python -m benchmarks.table2 --quick

@@ -29,6 +29,7 @@ EXPORTS = [
     "collect_losses",
     "estimate",
     "from_pretrained",
+    "pack_samples",
     "plan",
     "pop",
     "simulate",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stagewise.batch.markers import Arguments, BatchDim, Microbatches, Replicated
+    from stagewise.batch.packing import pack_samples
     from stagewise.costs import StageCost
     from stagewise.errors import StagewiseError, UsageError
     from stagewise.model.added_losses import add_loss, collect_losses
@@ -49,6 +50,7 @@ _HOMES = {
     "collect_losses": "stagewise.model.added_losses",
     "estimate": "stagewise.profiling.estimate",
     "from_pretrained": "stagewise.pretrained.building",
+    "pack_samples": "stagewise.batch.packing",
     "plan": "stagewise.pipeline.plan_model",
     "pop": "stagewise.model.skip",
     "simulate": "stagewise.planning.simulate",
@@ -77,6 +79,7 @@ __all__ = [
     "collect_losses",
     "estimate",
     "from_pretrained",
+    "pack_samples",
     "plan",
     "pop",
     "simulate",

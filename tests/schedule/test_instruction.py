@@ -92,7 +92,7 @@ NAMES_KINDS = {
     "timeline/timeline.py": "an R and its F share what they keep",
     "planning/synthesis/problem.py": "names what synthesis orders, for all of the folder",
     "planning/synthesis/operations.py": "tabulates them; a recomputation is part of its backward",
-    "planning/synthesis/moved_recompute.py": "moves an R, or an F into the time that it saves",
+    "planning/search/moved_recompute.py": "moves an R, or an F into the time that it saves",
     "engine/stage/stage.py": "ACTIONS: what each does",
     "engine/stage/skips.py": "forward, a skip's value; backward, its gradient",
     "engine/transport/transport.py": "a long skip is a message of a forward",

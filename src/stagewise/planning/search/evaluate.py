@@ -26,9 +26,9 @@ from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.bounds import least_option_seconds, least_step_seconds
 from stagewise.planning.search.candidates import Option
 from stagewise.planning.search.cuts import Cut, Cutter, Machine, SearchWork
+from stagewise.planning.search.moved_recompute import with_moved_recomputations
 from stagewise.planning.search.segments_within import segments_within
 from stagewise.planning.search.skip_cuts import improved_for_skips
-from stagewise.planning.synthesis.moved_recompute import with_moved_recomputations
 from stagewise.planning.synthesis.synthesise import synthesise
 from stagewise.schedule import Schedule, Segments, needed_for, refine, with_recompute
 from stagewise.units import size_in_words

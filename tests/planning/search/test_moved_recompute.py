@@ -12,7 +12,7 @@ import stagewise
 from stagewise.costs import CellCost, LinkCost, StageCost, stage_costs
 from stagewise.planning import search, synthesise
 from stagewise.planning.fast_simulate import outcome_of
-from stagewise.planning.synthesis.moved_recompute import with_moved_recomputations
+from stagewise.planning.search.moved_recompute import with_moved_recomputations
 from stagewise.schedule import Instruction, Kind, Schedule, named_schedule, validate, with_recompute
 
 LINK = LinkCost(latency_seconds=0.1)
