@@ -1,8 +1,9 @@
 """The memory of a process while it loads its part of a pretrained model (needs transformers).
 
-Two ranks call `from_pretrained` on a folder of several files, after a tiny one that imports and
-compiles what is needed. Counted is the peak of the resident set beyond that before the call, over
-the bytes of this rank's parameters and buffers. Beside it transformers' own `from_pretrained`.
+Two ranks call `from_pretrained` on a folder of several files, after a tiny one that imports what is
+needed. Counted, once every parameter has been read, is the peak of the resident set beyond that
+before the call, over the bytes of this rank's parameters and buffers. Beside it transformers' own
+`from_pretrained`, which holds the whole model in every process.
 """
 
 import gc
@@ -59,7 +60,7 @@ def _measured(large: str, tiny: str) -> list[Row]:
         "stagewise.from_pretrained": lambda folder: stagewise.from_pretrained(
             folder, {"input_ids": ids, "labels": ids}, num_microbatches=2
         ),
-        "transformers' from_pretrained": AutoModelForCausalLM.from_pretrained,
+        "transformers' from_pretrained": AutoModelForCausalLM.from_pretrained,  # maps the files
     }
     own: list[Row] = []
     for name, load in ways.items():
@@ -67,6 +68,8 @@ def _measured(large: str, tiny: str) -> list[Row]:
         before = _settled()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         model = load(large)
+        for parameter in model.parameters():
+            parameter.sum()  # what is only mapped counts when it is read
         peak = _resident("VmHWM") - before
         module = getattr(model, "module", model)
         part = sum(t.nbytes for t in {*module.parameters(), *module.buffers()})

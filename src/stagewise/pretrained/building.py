@@ -5,6 +5,7 @@ needs only its stages. Idea: build it on the meta device, capture and cut it the
 are estimated, and let every process read its own tensors from the safetensors files.
 """
 
+import gc
 import json
 from collections.abc import Mapping
 from importlib import import_module
@@ -18,6 +19,7 @@ from stagewise.checkpoints.loading import load
 from stagewise.checkpoints.renamed import Renamed
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import ModelError
+from stagewise.free_pages import HEAP
 from stagewise.model.export.capture import capture
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.plan import Plan, plan_from_costs
@@ -90,6 +92,8 @@ def from_pretrained(
             chain, kwargs=dict(example), loss=loss, num_microbatches=num_microbatches, device="cpu"
         )
         plan = plan_from_costs(cells, num_stages=num_processes(), num_microbatches=num_microbatches)
+    gc.collect()  # what capturing left would come on top of the values
+    HEAP.give_back()
     init = None if adapters is None else _initialiser(model)
     state = Renamed(path, base_name)
     pipe = PretrainedPipeline(model, plan, state=state, init=init, **options)
