@@ -17,9 +17,11 @@ from torch import nn
 
 from stagewise.checkpoints.loading import load
 from stagewise.checkpoints.renamed import Renamed
+from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import ModelError
 from stagewise.free_pages import HEAP
+from stagewise.model.captured import Captured
 from stagewise.model.export.capture import capture
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.plan import Plan, plan_from_costs
@@ -87,11 +89,7 @@ def from_pretrained(
         model = _with_adapters(model, adapters)
     chain = capture(model, **example)  # which the Pipeline of the model then has
     if plan is None:
-        loss = options.get("loss")
-        cells = estimate(
-            chain, kwargs=dict(example), loss=loss, num_microbatches=num_microbatches, device="cpu"
-        )
-        plan = plan_from_costs(cells, num_stages=num_processes(), num_microbatches=num_microbatches)
+        plan = _estimated(chain, example, num_microbatches, options.get("loss"))
     gc.collect()  # what capturing left would come on top of the values
     HEAP.give_back()
     init = None if adapters is None else _initialiser(model)
@@ -103,6 +101,17 @@ def from_pretrained(
     if trained:
         pipe.load_adapters(adapters)
     return pipe
+
+
+def _estimated(
+    chain: Captured, example: Mapping[str, Any], num_microbatches: int, loss: Loss | None
+) -> Plan:
+    """Return a plan with one stage on each rank, cut by estimated costs."""
+    kwargs = dict(example)
+    cells = estimate(
+        chain, kwargs=kwargs, loss=loss, num_microbatches=num_microbatches, device="cpu"
+    )
+    return plan_from_costs(cells, num_stages=num_processes(), num_microbatches=num_microbatches)
 
 
 def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:
