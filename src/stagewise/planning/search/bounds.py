@@ -6,11 +6,12 @@ by terms that every plan has, however it cuts, splits or recomputes:
 
 - of a split backward only `I` is on the path; the `W`s may run in parallel;
 - on the last stage, a backward directly after its own forward recomputes nothing;
-- a stage adds the `instruction_overhead` of its first cell, which may be negative.
+- a stage adds the `instruction_overhead` of its first cell, which may be negative;
+- a stage before the first that trains has no backward, and nobody knows where such stages end.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from stagewise.costs import (
     FREE_LINK,
@@ -19,6 +20,7 @@ from stagewise.costs import (
     LinkCost,
     StageCost,
     num_untrained,
+    without_gradients,
 )
 from stagewise.planning.partition.cut_costs import layout
 from stagewise.planning.search.candidates import Option
@@ -71,9 +73,20 @@ class _LeastSeconds:
         return [max(0, of_cell(cell) + least) for cell in self.cells]
 
 
+def _bounding(cells: Sequence[CellCost]) -> list[CellCost]:
+    """Return `cells` whose backward overhead counts, before the first that trains, if it helps."""
+    untrained, found = num_untrained(cells), list(without_gradients(cells))
+    for index, cell in enumerate(found[:untrained]):
+        overhead = cell.instruction_overhead
+        least = {name: min(0, seconds) for name, seconds in asdict(overhead).items()}
+        least["forward_seconds"] = overhead.forward_seconds
+        found[index] = replace(cell, instruction_overhead=InstructionCost(**least))
+    return found
+
+
 def least_option_seconds(option: Option, cells: Sequence[CellCost], recompute: str) -> float:
     """Return a lower bound for plans of this option that recompute by `recompute` or segments."""
-    split = SCHEDULES[option.schedule].splits_backward
+    split, cells = SCHEDULES[option.schedule].splits_backward, _bounding(cells)
     parts = recompute not in POLICIES  # segments may begin with cells of negative overhead
     least = _LeastSeconds(
         cells=cells,
@@ -95,6 +108,7 @@ def least_plan_seconds(
     cells: Sequence[CellCost], num_devices: int, num_microbatches: int, *, replicas: bool
 ) -> float:
     """Return a lower bound for all plans, however they cut, schedule and recompute."""
+    cells = _bounding(cells)
     least = _LeastSeconds(cells=cells, num_starts=1 if replicas else num_devices, may_add=True)
     found = _least(least, _EITHER, num_devices, num_microbatches)
     if replicas:
