@@ -91,3 +91,26 @@ def test_under_torchs_zero_bubble() -> None:
     assert sorted(device.take()) == [20.0, 50.0]
     stage_backward_weight(iter(model.parameters()), groups)
     assert device.take() == [10.0]
+
+
+def test_a_step_at_another_speed_runs_cells_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look takes the device's clock for a state, or its speed for a flag, of the model."""
+    device, num_sleeps = EmulatedDevice(), [0]
+    busy = EmulatedDevice.busy
+
+    def counted(self: EmulatedDevice, start: float, seconds: float) -> None:
+        num_sleeps[0] += 1
+        busy(self, start, seconds)
+
+    monkeypatch.setattr(EmulatedDevice, "busy", counted)
+    plan = stagewise.Plan(balance=(1, 1), num_microbatches=2, schedule="1f1b")
+    model = emulated_model([1e-6] * 2, [2e-6] * 2, device)
+    pipe = stagewise.Pipeline(model, plan, loss=lambda output, target: output.mean())
+    batch = torch.zeros(2, 1024)
+    device.speed = float("inf")
+    for _ in range(9):
+        pipe.step(batch, target=batch)
+    device.speed, num_sleeps[0] = 1.0, 0
+    for step in range(1, 4):
+        pipe.step(batch, target=batch)
+        assert num_sleeps[0] == step * 2 * 2 * 2  # microbatches, cells, forwards and backwards

@@ -11,6 +11,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -20,18 +21,35 @@ _AT_ONCE_SECONDS = 1e-3
 _LEARNT_SECONDS = 2e-6  # change of the oversleep estimate per sleep
 
 
-class EmulatedDevice:
+class EmulatedDevice(ctypes.Structure):
     """A device that is busy by sleeping; the cells of one process share it.
 
-    At a `speed` of infinity, as for warm-up steps, cells take no time.
+    At a `speed` of infinity, as for warm-up steps, cells take no time. Its fields are C's, and it
+    has no pickle, so that no look takes its clock for a state of the model, and no change of speed
+    for one of its flags.
     """
 
+    _fields_ = (
+        ("speed", ctypes.c_double),
+        ("_deadline", ctypes.c_double),
+        ("_ended", ctypes.c_double),
+        ("_oversleep", ctypes.c_double),  # estimate of how many seconds too late a sleep ends
+    )
+    speed: float
+    _deadline: float
+    _ended: float
+    _oversleep: float
+
     def __init__(self) -> None:
-        self.speed = 1.0
-        self._deadline = self._ended = 0.0
-        self._oversleep = 0.0  # estimate of how many seconds too late a sleep ends
+        super().__init__(speed=1.0)
         if sys.platform == "linux":  # 50 us of slack by default, on every sleep
             ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an emulated device belongs to its process: make one in each")
+
+    def __deepcopy__(self, memo: object) -> "EmulatedDevice":
+        return self
 
     def busy(self, start: float, seconds: float) -> None:
         """Sleep until `seconds` after `start`, minus what the preceding cell took too long."""
