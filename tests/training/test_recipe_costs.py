@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stagewise.engine.transport import processes
-from stagewise.training.recipe_costs import _memory_here
+from stagewise.training.recipe_costs import memory_here
 
 
 def test_a_device_has_the_memory_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,6 @@ def test_a_device_has_the_memory_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> 
         "get_device_properties",
         lambda gpu: SimpleNamespace(total_memory=sizes[gpu.index]),
     )
-    assert _memory_here(2) == 80  # the first and the third
-    assert _memory_here(4) == 48
-    assert _memory_here(8) == 24  # two on each
+    assert memory_here(2) == 80  # the first and the third
+    assert memory_here(4) == 48
+    assert memory_here(8) == 24  # two on each

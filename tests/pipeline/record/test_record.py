@@ -13,7 +13,8 @@ from stagewise.recording import Phase, RecordedStep, Recording, read_run
 from stagewise.schedule import Instruction, lower
 from tests.harness import Pools
 
-X, Y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+DRAWN = torch.Generator().manual_seed(0)  # alike in every worker
+X, Y = (torch.randn(8, n, dtype=torch.float64, generator=DRAWN) for n in (6, 3))
 
 
 def pipeline(schedule: str = "1f1b") -> stagewise.Pipeline:

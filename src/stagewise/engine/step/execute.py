@@ -72,7 +72,7 @@ def execute(
         for index, message in enumerate(sends):
             if not record.lost:
                 try:
-                    mail.send(message, value if len(sends) == 1 else value[index])
+                    mail.send(message, value[index] if isinstance(value, list) else value)
                     continue
                 except Exception as error:
                     _fail(error, instruction, stages, record)
