@@ -102,9 +102,11 @@ class Record:
     partial: dict[str, list[int]] = field(default_factory=dict)
     failure: Failure | None = None
     lost: bool = False
+    hears: Callable[[Failure], object] = lambda failure: None  # of it, at once
 
     def fail(self, failure: Failure) -> None:
         """Note why this rank stops computing."""
+        self.hears(failure)
         self.failure, self.lost = failure, True
 
 

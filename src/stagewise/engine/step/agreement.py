@@ -39,6 +39,7 @@ def agreed_failure(
         own = (place, here, text, failure.out_of_memory, is_late)
     first = min(x for x in ranks.gather_all(own, "step: what failed") if x is not None)
     _, rank, text, out_of_memory, is_late = first
+    ranks.goes_on()
     raised: StagewiseError
     if is_late:
         return LateGradients(text)

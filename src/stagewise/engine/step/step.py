@@ -40,7 +40,7 @@ from stagewise.engine.step.vote import RankNeeds, State
 from stagewise.engine.step.weights import BY_SAMPLES, LossCount, agree_on_shares
 from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.transport import Transport
-from stagewise.errors import CellError, PeerError, StagewiseError
+from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Schedule
 
 _FIRST, _EVERY = 8, 16  # calls of each mode that are examined
@@ -103,6 +103,7 @@ class Runner:
         If a rank fails, all raise; further calls are possible unless one was lost or interrupted.
         """
         if self._broken:
+            self.ranks.check()
             raise StagewiseError(
                 "an earlier call failed half-way and the ranks no longer agree; rebuild the "
                 "Pipeline, or restart from a checkpoint"
@@ -163,7 +164,7 @@ class Runner:
         """Return this rank's microbatches and their weights, as its Work."""
         mode, scaling, sizes = request.mode, request.scaling, admitted.sizes
         step, draws, first = request.step_index, self._draws, admitted.first
-        record, parts, look = Record(), Parts(), None
+        record, parts, look = Record(hears=self.ranks.fails), Parts(), None
         try:
             # Gradients of the batch's own tensors flow back through this graph.
             with torch.inference_mode(False), torch.set_grad_enabled(mode is Mode.TRAIN):
@@ -217,7 +218,7 @@ class Runner:
         self, request: Request, program: RankProgram, work: Work
     ) -> tuple[Agreed, list[Source]]:
         """Return the loss and newly found random sources; or raise on every rank, undone."""
-        training = request.mode is Mode.TRAIN
+        training, record = request.mode is Mode.TRAIN, work.record
         watch = request.mode in self.looks.unwatched
         self.looks.unwatched.discard(request.mode)
         draws, buffers, guard = _NO_DRAWS, _NOTHING, bool(program.recomputed)
@@ -239,9 +240,8 @@ class Runner:
                 self.mail.finish()
             except BaseException as error:
                 self.mail.clear()
-                if self._broken:
-                    lost = isinstance(error, PeerError)
-                    self.ranks.fail(None if lost else f"{type(error).__name__}: {error}")
+                if self._broken and (own := self.ranks.fail(error, record.failure)) is not error:
+                    raise own from own.__cause__
                 raise
             finally:
                 for stage in self.stages.values():

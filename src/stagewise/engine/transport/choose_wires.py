@@ -103,7 +103,7 @@ def _between_hosts(group: dist.ProcessGroup, peers: Peers, *, owned: bool = Fals
     gather = partial(gathered, group, peers)
     sockets, limits = connect_sockets(peers, gather, timeout_of(group))
     wire = BySize(sockets, GroupWire(peers, group, owned=owned), limits)
-    return Wires(wire, wire, sockets)
+    return Wires(wire, wire, sockets, interrupt=sockets.interrupt)
 
 
 def _check_streams(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Choose the devices and wires for a plan."""
 
 import gc
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from stagewise.engine.transport.local import LocalMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.processes import (
     are_ready,
+    device_of,
     host_group,
     num_processes,
     own_device,
@@ -33,6 +35,7 @@ from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
 from stagewise.engine.transport.wires.wire import Wire, Wires
+from stagewise.engine.watch.collectives import run_on_devices
 from stagewise.engine.watch.last_words import is_another_s, last_words, leave_for_launcher
 from stagewise.engine.watch.now import NOW
 from stagewise.engine.watch.watchdog import Watchdog
@@ -73,7 +76,7 @@ def connect(
         own = [torch.device(d) for d in devices or [own_device()] * num_devices]
         return own, _side_by_side(own, stage_devices, here)
     if transport == "local" or num_processes() == 1:
-        own = [torch.device(d) for d in devices or [_device_of(chain)] * num_devices]
+        own = [torch.device(d) for d in devices or [device_of(chain)] * num_devices]
         return own, in_one_process([own[device] for device in stage_devices])
     if num_processes() != num_devices:
         raise PlanError(
@@ -136,9 +139,7 @@ def values_of_all(value: T, what: str) -> list[T]:
         return [value]
     group = _whole(None)
     known = _CONNECTED.get(group)
-    rendezvous = known.rendezvous if known else None
-    if rendezvous is None:
-        rendezvous = _connections(own_device(), group, what)[1]
+    rendezvous = (known.rendezvous if known else None) or _connections(own_device(), group, what)[1]
     return rendezvous.gather(value, what)
 
 
@@ -182,22 +183,31 @@ def _connections(
         known, wires = _met(device, group, Peers(dist.get_rank(group), store))
         with known.peers.named():
             watched = known.peers.rank, dist.get_world_size(group), store, timeout_of(known.host)
-            known.watchdog = Watchdog(*watched, abort=partial(_abort, known))
+            how = partial(_end_transfers, known), partial(_interrupt, known)
+            known.watchdog = Watchdog(*watched, NOW, *how)
         known.rendezvous = Rendezvous(wires.control, known.peers)
         # Also runs at the end of a multiprocessing process, which ignores atexit.
-        Finalize(None, leave, exitpriority=0)
+        Finalize(None, _end, exitpriority=0)
         return wires, known.rendezvous
     assert known.rendezvous is not None, "a part of a mesh has none of its own"
     seats = tuple(known.rendezvous.gather(own, what))
     return _wires(known, seats, device, group), known.rendezvous
 
 
-def _abort(known: _Connected) -> None:
+def _interrupt(known: _Connected) -> None:
+    """Let this rank's waits for the others of a group raise, and kernels end that wait for them."""
+    known.peers.is_over = True
+    _end_transfers(known, "interrupt")
+    if run_on_devices():
+        dist.distributed_c10d._abort_process_group()
+
+
+def _end_transfers(known: _Connected, how: str = "abort") -> None:
     """Give up what is in flight between the ranks of a group, also in parts of it."""
     parts = [other for other in [*_CONNECTED.values()] if other.watchdog is None]
-    for wires in [wires for each in (known, *parts) for wires in [*each.wires.values()]]:
-        if wires.abort is not None:
-            wires.abort()
+    for end in [getattr(w, how) for one in (known, *parts) for w in [*one.wires.values()]]:
+        if end is not None:
+            end()
 
 
 def wires_within(
@@ -280,8 +290,10 @@ def leave(error: BaseException | None = None) -> bool | None:
     return is_first
 
 
-def _device_of(chain: Chain) -> torch.device:
-    for cell in chain:
-        for tensor in (*cell.module.parameters(), *cell.module.buffers()):
-            return torch.device("cpu") if tensor.is_meta else tensor.device
-    return torch.device("cpu")
+def _end() -> None:
+    """Leave as the program ends; at once if others wait in collectives, since gloo waits too."""
+    is_over = [connected.peers.is_over for connected in _CONNECTED.values()]
+    leave()
+    if any(is_over):
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)

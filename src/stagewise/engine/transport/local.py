@@ -13,6 +13,7 @@ from stagewise.batch.lanes import Lane, lane
 from stagewise.batch.values import Apart, leaf_of
 from stagewise.engine.transport.failure import LOST, Lost
 from stagewise.engine.transport.transport import Links, is_skip
+from stagewise.engine.watch.now import NOW
 from stagewise.schedule import Message
 from stagewise.schedule.posting import PostFrom
 
@@ -53,6 +54,7 @@ class LocalMailbox:
 
     def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
         self.clear()
+        NOW.begin()
 
     def send_lost(self, message: Message) -> None:
         self._values[message] = LOST
@@ -64,7 +66,9 @@ class LocalMailbox:
 
     def finish(self) -> None:
         assert not self._values, f"never received: {list(map(str, self._values))}"
+        NOW.end()
 
     def clear(self) -> None:
         self._values.clear()
         self._events.clear()
+        NOW.end()

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from stagewise.model.cell import Chain
+
 
 def are_ready() -> bool:
     """Return whether torch.distributed is initialised."""
@@ -46,6 +48,14 @@ def own_device() -> torch.device:
         current = int(local) % torch.accelerator.device_count()
         torch.accelerator.set_device_index(current)
     return torch.device(kind.type, current)
+
+
+def device_of(chain: Chain) -> torch.device:
+    """Return where a model's values are; the CPU if it has none."""
+    for cell in chain:
+        for tensor in (*cell.module.parameters(), *cell.module.buffers()):
+            return torch.device("cpu") if tensor.is_meta else tensor.device
+    return torch.device("cpu")
 
 
 def accelerators() -> list[torch.device]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.batch.values import put_together, take_apart
+from stagewise.engine.transport.failure import Failure
 from stagewise.engine.transport.local_classes import LocalClasses
 from stagewise.engine.transport.message_form import Header, layout_of
 from stagewise.engine.transport.processes import timeout_of
@@ -19,7 +20,9 @@ from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.side_group import SideGroup
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Wires
-from stagewise.errors import CellError
+from stagewise.engine.watch.collectives import was_ended
+from stagewise.engine.watch.last_words import said_of
+from stagewise.errors import CellError, PeerError
 from stagewise.mesh import Slices
 
 T = TypeVar("T")
@@ -238,12 +241,44 @@ class Ranks:
         """Wait until everything sent has left."""
         self._wires.finish()
 
-    def fail(self, cause: str | None) -> None:
-        """Stop for good: tell the others why (None: another rank is lost), and end all messages."""
-        if cause is not None:
-            self._rendezvous.fail(cause)
+    def fails(self, failure: Failure) -> None:
+        """On a mesh, note that this rank fails in a call, which others may hang in; see `watch`.
+
+        PeerError if it does so since another rank is lost in a collective.
+        """
+        if not self.is_on_mesh:
+            return
+        if isinstance(cause := failure.error.__cause__, RuntimeError) and was_ended(cause):
+            raise self._lost_in_collective(cause) from cause
+        self._rendezvous.peers.note(said_of(failure.error))
+
+    def goes_on(self) -> None:
+        """Take back what `fails` has noted: the call is undone on all ranks."""
+        if self.is_on_mesh:
+            self._rendezvous.peers.note("")
+
+    def fail(self, error: BaseException, own: Failure | None) -> BaseException:
+        """Stop for good: tell the others why, unless another rank is lost, and end all messages.
+
+        Return what to raise for `error`: on a mesh this rank's `own` failure, whatever came later.
+        """
+        if self.is_on_mesh and isinstance(error, PeerError) and own is not None:
+            error = own.error
+        elif self.is_on_mesh and isinstance(error, RuntimeError) and was_ended(error):
+            error = self._lost_in_collective(error)
+        if not isinstance(error, PeerError):
+            self._rendezvous.fail(said_of(error))
         if self._wires.abort is not None:
             self._wires.abort()
+        return error
+
+    def check(self) -> None:
+        """PeerError if no call can be made any more."""
+        self._rendezvous.check()
+
+    def _lost_in_collective(self, error: RuntimeError) -> PeerError:
+        self._rendezvous.peers.is_over = True
+        return self._rendezvous.peers.lost(error)
 
     def _header_of(self, own: Header, source: int) -> Header:
         """Return rank `source`'s header; CellError on every rank if it cannot be pickled."""

@@ -72,6 +72,14 @@ class Rendezvous:
         """Return every rank's (picklable) value, by rank; errors as for `exchange`."""
         return [pickle.loads(said) for said in self._said(pickle.dumps(value), what, by)]
 
+    def check(self) -> None:
+        """PeerError if no call can be made any more."""
+        if self.peers.is_over:
+            raise PeerError(
+                "the run has ended on all ranks, since one failed while others waited for it in a "
+                "collective; start the processes again, from the last checkpoint"
+            )
+
     def fail(self, cause: str) -> None:
         """Tell the other ranks why this one stops computing."""
         self._is_lost = True
@@ -89,6 +97,7 @@ class Rendezvous:
 
     def _said(self, own: bytes, what: str, by: int) -> list[bytes]:
         self._last, call = what.split(":")[0], (_cut(what), by)
+        self.check()
         with NOW.agreeing(self._last):
             meaning, answer = self._asked(own, call)
         if meaning == _AGREED:

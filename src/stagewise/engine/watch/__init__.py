@@ -5,6 +5,7 @@
    them, and ends a rank that hangs on after another has failed.
    `shared_store` is its way to the store.
 3. `blame` finds who is waited for, in a table and in one sentence.
-4. `last_words`: what a rank says when an error ends its program; `memory_kills` tells a process
+4. `collectives`: on a mesh, ranks that wait in one for a rank that has failed, and how all end.
+5. `last_words`: what a rank says when an error ends its program; `memory_kills` tells a process
    that the kernel killed for lack of memory.
 """

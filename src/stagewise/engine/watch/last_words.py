@@ -22,10 +22,15 @@ _LATER_SECONDS = 5  # than a killed rank, which the launcher dates when it sees 
 
 def last_words(error: BaseException) -> str:
     """Say which rank failed, at which step, and by what."""
-    what = f"{type(error).__name__}: {error}"
+    what = said_of(error)
     if isinstance(error, PeerError) or (NOW.place and NOW.place in what):
         return what
     return f"{NOW.outside()}: {what}"
+
+
+def said_of(error: BaseException) -> str:
+    """Return an error's type and message."""
+    return f"{type(error).__name__}: {error}"
 
 
 def is_another_s(error: BaseException | None) -> bool:

@@ -22,6 +22,7 @@ from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from stagewise.engine.watch import collectives
 from stagewise.engine.watch.blame import Report, sentence, state_in_words, table
 from stagewise.engine.watch.last_words import leave_for_launcher
 from stagewise.engine.watch.now import NOW, Now
@@ -29,10 +30,12 @@ from stagewise.engine.watch.shared_store import SharedStore, StoreGone, in_time
 from stagewise.errors import PeerError
 
 FAILURE = "stagewise/failure"  # in the store: why the first rank failed
+ALONE = "stagewise/alone"  # in the store: why a rank failed, in a call that may yet be undone
 WAITS = "stagewise/waits"  # in the store: who was waited for when nothing happened last
 MOST_PATIENCE = 60.0  # seconds without progress before the first alarm
 _ANSWER_SECONDS = 3.0  # for others to answer
 _GRACE_SECONDS = 5.0  # for errors that the timeout raises, and after another rank's failure
+_LOOKS_INSIDE = 2  # in a row, in a collective, before a failure is that of the whole run
 _ABORT_SECONDS = 2.0  # an abort may wait for others
 HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs
 
@@ -40,7 +43,8 @@ HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs
 class Watchdog:
     """Watches `now` on this rank; ranks wait for each other for at most `timeout`.
 
-    `abort` ends this rank's transfers, before the process is ended.
+    `abort` ends this rank's transfers, before the process is ended; `interrupt` its waits, so that
+    its calls raise.
     """
 
     def __init__(
@@ -51,8 +55,10 @@ class Watchdog:
         timeout: timedelta,
         now: Now = NOW,
         abort: Callable[[], None] = lambda: None,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
-        self._now, self._abort = now, abort
+        self._now, self._abort, self._interrupt = now, abort, interrupt
+        self._num_inside, self._is_interrupted = 0, False
         self._rank, self._num_ranks = rank, num_ranks
         self._limit = timeout.total_seconds() + _GRACE_SECONDS  # then a rank that waits is ended
         self._patience = min(MOST_PATIENCE, timeout.total_seconds() / 2)
@@ -83,7 +89,7 @@ class Watchdog:
             self._alone(str(error))
 
     def _look(self) -> None:
-        by, cause = self._store.get_each(self._key(), FAILURE)
+        by, cause, alone = self._store.get_each(self._key(), FAILURE, ALONE)
         if (current := self._now.state()) != self._state:
             self._goes_on(current)
             self._failed_before = cause is not None  # and this rank has survived it
@@ -91,6 +97,8 @@ class Watchdog:
                 self._store.set(WAITS, "")
                 self._has_told = False
         seconds = time.monotonic() - self._since
+        if alone:
+            self._look_beside(alone, cause, seconds)
         if by is None and self._now.awaits is not None and seconds >= self._quiet:
             self._store.set_first(self._key(), str(self._rank))
             by = self._store.get(self._key())
@@ -102,6 +110,20 @@ class Watchdog:
         if cause is not None and not self._failed_before:
             self._failed_at = self._failed_at or time.monotonic()
             self._end_if_it_hangs(cause, seconds)
+
+    def _look_beside(self, alone: str, cause: str | None, seconds: float) -> None:
+        """End all waits of a run in which a rank fails, by `alone`, that a collective waits for."""
+        if cause is None:
+            inside = collectives.is_in_collective(self._now)
+            if collectives.run_on_devices() and seconds >= _GRACE_SECONDS:
+                inside = bool(self._now.call) and self._now.awaits is None
+            self._num_inside = self._num_inside + 1 if inside else 0
+            if self._num_inside >= _LOOKS_INSIDE:
+                self._store.set_first(FAILURE, alone)
+                _print(f"{self._own(seconds)}, in a collective; the run has failed ({alone})")
+        elif cause == alone and not self._is_interrupted:
+            self._is_interrupted = True
+            self._interrupt()
 
     def _goes_on(self, state: tuple[object, ...]) -> None:
         """Forget what held this rank up."""

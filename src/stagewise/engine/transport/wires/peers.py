@@ -8,14 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.engine.watch.now import ANY, NOW
 from stagewise.engine.watch.shared_store import in_time, served_by
-from stagewise.engine.watch.watchdog import FAILURE, WAITS
+from stagewise.engine.watch.watchdog import ALONE, FAILURE, WAITS
 from stagewise.errors import PeerError
 
 _PATIENCE_SECONDS, _POLL_SECONDS, _STORE_SECONDS = 2.0, 0.05, 3.0
@@ -26,14 +26,15 @@ _LATE = ("timed out", "timeout")  # in the messages of gloo and NCCL
 class Peers:
     """The other ranks, which may be lost; `store` holds the first cause.
 
-    `numbers` are what ranks are called there, if the group is a part of a mesh.
+    `numbers` are what ranks are called there, if the group is a part of a mesh. Nothing more can be
+    sent once it `is_over`.
     """
 
     def __init__(
         self, rank: int, store: Store | None = None, numbers: Sequence[int] | None = None
     ) -> None:
         self.rank, self.store, self._numbers = rank, store, numbers
-        self.patience = _PATIENCE_SECONDS
+        self.patience, self.is_over = _PATIENCE_SECONDS, False
         self._kills = MemoryKills()
 
     def store_host(self) -> str:
@@ -47,6 +48,12 @@ class Peers:
         said = cause if NOW.place and NOW.place in cause else f"rank {here}: {cause}"
         kept = self._asked(lambda store: store.compare_set(FAILURE, "", said))
         return kept is None or kept.decode() == said
+
+    def note(self, cause: str) -> None:
+        """Write why this rank fails in a call that may yet be undone; "": it has been."""
+        if (store := self.store) is not None:
+            with suppress(RuntimeError, OSError):
+                in_time(lambda: store.set(ALONE, cause), _STORE_SECONDS)
 
     def number(self, rank: int) -> int:
         """Return what a rank is called in messages."""

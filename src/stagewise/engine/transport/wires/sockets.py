@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -96,6 +97,12 @@ class Sockets:
         for link in self._links.values():
             link.close()
         self._links.clear()
+
+    def interrupt(self) -> None:
+        """Let both ends of every connection raise, also where a thread waits; any thread may."""
+        for link in [*self._links.values()]:
+            with suppress(OSError):
+                link.socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Link:

@@ -35,7 +35,7 @@ def around(wires: Wires, copies: "HostCopies") -> Wires:
     later.add(copies.enter_thread)
     data = Staged(wires.data, copies, later)
     stream = None if wires.stream is None else Staged(wires.stream, copies, later)
-    return Wires(data, data, stream, is_staged=True)
+    return Wires(data, data, stream, interrupt=wires.interrupt, is_staged=True)
 
 
 class Staged:

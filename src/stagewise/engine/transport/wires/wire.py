@@ -59,6 +59,8 @@ class Wires:
     prepare: Callable[[Collection[Link]], None] | None = None
     # Ends what is in flight on the devices; afterwards no message can be sent.
     abort: Callable[[], None] | None = None
+    # Ends waits of another thread, which raise; afterwards no message can be sent.
+    interrupt: Callable[[], None] | None = None
     is_staged: bool = False  # all that ranks exchange goes through the host's memory
 
     def finish(self) -> None:
