@@ -187,7 +187,8 @@ def _connections(
             known.watchdog = Watchdog(*watched, NOW, *how)
         known.rendezvous = Rendezvous(wires.control, known.peers)
         # Also runs at the end of a multiprocessing process, which ignores atexit.
-        Finalize(None, _end, exitpriority=0)
+        Finalize(None, leave, exitpriority=1)
+        Finalize(None, _end_at_once, (known.peers,), exitpriority=0)
         return wires, known.rendezvous
     assert known.rendezvous is not None, "a part of a mesh has none of its own"
     seats = tuple(known.rendezvous.gather(own, what))
@@ -290,10 +291,8 @@ def leave(error: BaseException | None = None) -> bool | None:
     return is_first
 
 
-def _end() -> None:
-    """Leave as the program ends; at once if others wait in collectives, since gloo waits too."""
-    is_over = [connected.peers.is_over for connected in _CONNECTED.values()]
-    leave()
-    if any(is_over):
+def _end_at_once(peers: Peers) -> None:
+    """End the process as its program ends, if others wait in collectives, since gloo waits too."""
+    if peers.is_over:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(1)
