@@ -208,3 +208,25 @@ def test_a_failure_that_was_survived_ends_nobody(monkeypatch: pytest.MonkeyPatch
         now.count, now.call, now.awaits = 1, "step", 0
         assert waiting_for(lambda: store.check([WAITS]))
     assert not ended
+
+
+class Late(HashStore):
+    """A store that is late for a while, as on a host with far too much to do."""
+
+    num_late = 0
+
+    def clone(self) -> "Late":
+        return self
+
+    def check(self, keys: list[str]) -> bool:
+        if self.num_late:
+            self.num_late -= 1
+            raise RuntimeError("late")
+        return super().check(keys)
+
+
+def test_a_store_that_was_late_is_asked_again() -> None:
+    store, now = Late(), Now(call="step", awaits=1)
+    with watched([now], store):
+        store.num_late = 2  # it is given up at the third in a row
+        assert waiting_for(lambda: not store.num_late and store.check([WAITS]))

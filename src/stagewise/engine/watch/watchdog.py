@@ -35,6 +35,7 @@ WAITS = "stagewise/waits"  # in the store: who was waited for when nothing happe
 MOST_PATIENCE = 60.0  # seconds without progress before the first alarm
 _ANSWER_SECONDS = 3.0  # for others to answer
 _GRACE_SECONDS = 5.0  # for errors that the timeout raises, and after another rank's failure
+_MOST_LATE = 3  # looks in a row without an answer of the store, before it is given up
 _LOOKS_INSIDE = 2  # in a row, in a collective, before a failure is that of the whole run
 _ABORT_SECONDS = 2.0  # an abort may wait for others
 HANGS_EXIT_CODE = 75  # of a process that is ended because it hangs
@@ -82,11 +83,14 @@ class Watchdog:
         self._store.close()
 
     def _run(self) -> None:
-        try:
-            while not self._stopped.wait(self._look_seconds):
+        problem, num_late = "", 0
+        while num_late < _MOST_LATE and not self._stopped.wait(self._look_seconds):
+            try:
                 self._look()
-        except (RuntimeError, OSError) as error:
-            self._alone(str(error))
+                num_late = 0
+            except (RuntimeError, OSError) as error:
+                problem, num_late = str(error), num_late + 1
+        self._alone(problem)
 
     def _look(self) -> None:
         by, cause, alone = self._store.get_each(self._key(), FAILURE, ALONE)
