@@ -187,8 +187,7 @@ def _connections(
             known.watchdog = Watchdog(*watched, NOW, *how)
         known.rendezvous = Rendezvous(wires.control, known.peers)
         # Also runs at the end of a multiprocessing process, which ignores atexit.
-        Finalize(None, leave, exitpriority=1)
-        Finalize(None, _end_at_once, (known.peers,), exitpriority=0)
+        Finalize(None, leave, exitpriority=0)
         return wires, known.rendezvous
     assert known.rendezvous is not None, "a part of a mesh has none of its own"
     seats = tuple(known.rendezvous.gather(own, what))
@@ -287,12 +286,13 @@ def leave(error: BaseException | None = None) -> bool | None:
             if said is not None and not is_another_s(error):
                 is_first = rendezvous.peers.tell(said)
         connected.leave(said)
+        if connected.peers.is_over:
+            Finalize(None, _end_at_once, exitpriority=0)
     _CONNECTED.clear()
     return is_first
 
 
-def _end_at_once(peers: Peers) -> None:
-    """End the process as its program ends, if others wait in collectives, since gloo waits too."""
-    if peers.is_over:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(1)
+def _end_at_once() -> None:
+    """End the process while others wait in collectives: gloo would wait for them as Python ends."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(1)
