@@ -55,7 +55,8 @@ class Block(nn.Module):
 
 
 def split(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
-    split_sequences(stage, heads=mesh["sp"])
+    how = "ring" if mesh.size() == 2 else "heads"
+    split_sequences(stage, **{how: mesh["sp"]})
 
 
 def piped(axis: str, stages: int, parallelize: Callable[..., None]) -> stagewise.Pipeline:

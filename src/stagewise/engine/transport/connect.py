@@ -17,7 +17,7 @@ import torch.distributed as dist
 from stagewise.engine.transport.choose_wires import Seat, gathered, wires_between
 from stagewise.engine.transport.device_mesh import HereOnMesh, OnMesh
 from stagewise.engine.transport.failure import let_go
-from stagewise.engine.transport.local import LocalMailbox
+from stagewise.engine.transport.local import LocalMailbox, WatchedMailbox
 from stagewise.engine.transport.mailbox import Mailbox
 from stagewise.engine.transport.processes import (
     are_ready,
@@ -119,7 +119,7 @@ def _side_by_side(
     if len(slices.own) == 1:
         alone = Sockets(Peers(0), 1, {}, timedelta())
         ranks = Ranks(Wires(alone, alone), rendezvous, device, here.everyone, slices)
-        return Transport(LocalMailbox([devices[d] for d in stage_devices]), ranks)
+        return Transport(WatchedMailbox([devices[d] for d in stage_devices]), ranks)
     within = wires_within(device, here.pipeline, rendezvous.peers, slices.own)
     ranks = Ranks(within, rendezvous, device, here.everyone, slices)
     return Transport(Mailbox(within, device), ranks)

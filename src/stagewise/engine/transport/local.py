@@ -54,7 +54,6 @@ class LocalMailbox:
 
     def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
         self.clear()
-        NOW.begin()
 
     def send_lost(self, message: Message) -> None:
         self._values[message] = LOST
@@ -66,9 +65,23 @@ class LocalMailbox:
 
     def finish(self) -> None:
         assert not self._values, f"never received: {list(map(str, self._values))}"
-        NOW.end()
 
     def clear(self) -> None:
         self._values.clear()
         self._events.clear()
+
+
+class WatchedMailbox(LocalMailbox):
+    """That of a pipeline of one rank which others of a mesh wait for: it says when calls run."""
+
+    def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
+        super().begin(signature, links, post_from)
+        NOW.begin()
+
+    def finish(self) -> None:
+        super().finish()
+        NOW.end()
+
+    def clear(self) -> None:
+        super().clear()
         NOW.end()

@@ -249,7 +249,7 @@ class Ranks:
         if not self.is_on_mesh:
             return
         if isinstance(cause := failure.error.__cause__, RuntimeError) and was_ended(cause):
-            raise self._lost_in_collective(cause) from cause
+            raise self._rendezvous.peers.lost(cause) from cause
         self._rendezvous.peers.note(said_of(failure.error))
 
     def goes_on(self) -> None:
@@ -262,10 +262,11 @@ class Ranks:
 
         Return what to raise for `error`: on a mesh this rank's `own` failure, whatever came later.
         """
-        if self.is_on_mesh and isinstance(error, PeerError) and own is not None:
-            error = own.error
-        elif self.is_on_mesh and isinstance(error, RuntimeError) and was_ended(error):
-            error = self._lost_in_collective(error)
+        if self.is_on_mesh and isinstance(error, RuntimeError) and was_ended(error):
+            error = self._rendezvous.peers.lost(error)
+        if self.is_on_mesh and isinstance(error, PeerError):
+            self._rendezvous.peers.is_over = True
+            error = error if own is None else own.error
         if not isinstance(error, PeerError):
             self._rendezvous.fail(said_of(error))
         if self._wires.abort is not None:
@@ -275,10 +276,6 @@ class Ranks:
     def check(self) -> None:
         """PeerError if no call can be made any more."""
         self._rendezvous.check()
-
-    def _lost_in_collective(self, error: RuntimeError) -> PeerError:
-        self._rendezvous.peers.is_over = True
-        return self._rendezvous.peers.lost(error)
 
     def _header_of(self, own: Header, source: int) -> Header:
         """Return rank `source`'s header; CellError on every rank if it cannot be pickled."""

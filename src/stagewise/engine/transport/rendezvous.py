@@ -76,8 +76,8 @@ class Rendezvous:
         """PeerError if no call can be made any more."""
         if self.peers.is_over:
             raise PeerError(
-                "the run has ended on all ranks, since one failed while others waited for it in a "
-                "collective; start the processes again, from the last checkpoint"
+                "the run has ended on all ranks, since one failed or was lost while others waited "
+                "for it; start the processes again, from the last checkpoint"
             )
 
     def fail(self, cause: str) -> None:

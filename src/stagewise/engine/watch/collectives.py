@@ -17,7 +17,7 @@ import torch.distributed as dist
 from stagewise.engine.watch.now import Now
 
 _FRAMES = 8  # innermost ones, among which a collective's are
-_COLLECTIVES = str(Path(dist.__file__).parent)
+_COLLECTIVES = str(Path(dist.__file__).parent), str(Path(__file__).parents[2] / "parallel")
 _ENDED = (  # in messages of gloo
     "Application timeout",
     "Broken pipe",
@@ -28,7 +28,9 @@ _ENDED = (  # in messages of gloo
 
 
 def is_in_collective(now: Now) -> bool:
-    """Return whether the thread that makes calls runs code of torch.distributed, not ours."""
+    """Return whether the thread that makes calls runs code of torch.distributed, or of ours that
+    waits for its collectives.
+    """
     frame = sys._current_frames().get(now.thread) if now.awaits is None else None
     for _ in range(_FRAMES):
         if frame is None:
@@ -40,7 +42,7 @@ def is_in_collective(now: Now) -> bool:
 
 
 def run_on_devices() -> bool:
-    """Return whether collectives are kernels, as NCCL's: then the host waits elsewhere for them."""
+    """Return whether collectives are kernels, as NCCL's."""
     return dist.is_initialized() and dist.get_backend() != "gloo"
 
 
@@ -48,5 +50,5 @@ def was_ended(error: BaseException | None) -> bool:
     """Return whether `error` is a collective's, by which another rank is lost or silent."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and "gloo" in text and any(w in text for w in _ENDED)
+    text, torchs = str(error), type(error) is RuntimeError
+    return torchs and "gloo" in text and any(words in text for words in _ENDED)

@@ -119,8 +119,8 @@ class Watchdog:
         """End all waits of a run in which a rank fails, by `alone`, that a collective waits for."""
         if cause is None:
             inside = collectives.is_in_collective(self._now)
-            if collectives.run_on_devices() and seconds >= _GRACE_SECONDS:
-                inside = bool(self._now.call) and self._now.awaits is None
+            if seconds >= _GRACE_SECONDS:  # as for a kernel, or a handle of the user's
+                inside = inside or (bool(self._now.call) and self._now.awaits is None)
             self._num_inside = self._num_inside + 1 if inside else 0
             if self._num_inside >= _LOOKS_INSIDE:
                 self._store.set_first(FAILURE, alone)
