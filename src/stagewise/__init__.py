@@ -89,6 +89,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "parallel":  # a folder of its own, for meshes
+        return import_module("stagewise.parallel")
     if name not in _HOMES:
         raise AttributeError(f"module 'stagewise' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -34,9 +34,9 @@ def fail_and_leave(later: int) -> tuple[str, bool | None]:
     return "", None
 
 
-def test_the_rank_that_failed_tells_it_whoever_is_faster(pools: Pools) -> None:
+def test_the_rank_that_failed_tells_it_whoever_is_faster(own_pools: Pools) -> None:
     """Under torchrun the other told nothing, and the one that failed left it to the other."""
     for later in (0, 1):
-        found = pools[2].run(fail_and_leave, later)
+        found = own_pools[2].run(fail_and_leave, later)
         assert found == [("PeerError", False), ("CellError", True)]
-        pools[2].kill()
+        own_pools[2].kill()
