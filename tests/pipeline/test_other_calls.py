@@ -135,7 +135,7 @@ ACTS: dict[str, tuple[Act, Act, str]] = {
     "total": (
         step,
         lambda p: step(p, total_samples=16),
-        "different totals or scales: rank 0: (Scaling(total_samples=None",
+        "different total_samples, total_weight or loss_scale: rank 0: (Scaling(total_samples=None",
     ),
     "shapes": (
         step,

@@ -17,7 +17,7 @@ def test_all_schedules_are_drawn_smallest_bubble_first(run_here: RunHere) -> Non
     bubbles = [each["bubble_fraction"] for each in found]
     assert bubbles == sorted(bubbles)
     (gpipe,) = (each for each in found if each["schedule"] == "gpipe")
-    assert gpipe["bubble_fraction"] == pytest.approx(1 / 5)  # (K - 1) / (M + K - 1)
+    assert gpipe["bubble_fraction"] == pytest.approx(1 / 5, rel=1e-12)  # (K - 1) / (M + K - 1)
     assert gpipe["step_seconds"] == 15 and gpipe["most_in_flight"] == 4
 
 

@@ -135,7 +135,7 @@ _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
     ),
     "sizes": ("were given Microbatches of different sizes", _HEX, _LATER),
     "inputs": ("were given inputs of different shapes", _HEX, _LATER),
-    "scaling": ("were given different totals or scales", _HEX, _LATER),
+    "scaling": ("were given different total_samples, total_weight or loss_scale", _HEX, _LATER),
     "outputs_on": ("want the outputs on different ranks", _HEX, _LATER),
     "target": (
         "need targets but were given different shapes, dtypes or constants of them",
