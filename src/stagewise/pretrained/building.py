@@ -7,7 +7,7 @@ are estimated, and let every process read its own tensors from the safetensors f
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from stagewise.batch.split import extent
 from stagewise.checkpoints.loading import load
 from stagewise.checkpoints.renamed import Renamed
+from stagewise.costs import CellCost
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import ModelError
@@ -24,7 +26,9 @@ from stagewise.free_pages import HEAP
 from stagewise.model.captured import Captured
 from stagewise.model.export.capture import capture
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.planning.plan import Plan, plan_from_costs
+from stagewise.planning.plan import Plan, plan_for
+from stagewise.planning.request import PlanRequest
+from stagewise.planning.search.search import search_for
 from stagewise.pretrained.folders import ADAPTERS, save_adapters, save_model
 from stagewise.pretrained.peft_names import ADAPTER, adapter_name, base_name
 from stagewise.profiling.estimate import estimate
@@ -58,7 +62,7 @@ def from_pretrained(
     folder: str | Path,
     example: Mapping[str, Any],
     *,
-    plan: Plan | None = None,
+    plan: Plan | Mapping[str, Any] | None = None,
     num_microbatches: int = 8,
     adapters: Any = None,
     dtype: torch.dtype | None = None,
@@ -72,8 +76,10 @@ def from_pretrained(
         folder: what `save_pretrained` of transformers wrote: `config.json` and safetensors.
         example: keyword arguments of the model's forward, as every batch will have them, such as
             `{"input_ids": ids, "labels": ids}`.
-        plan: how to cut and run it; by default one stage on each rank, cut by estimated costs.
-        num_microbatches: of the default plan.
+        plan: how to cut and run it: a Plan, or arguments of `stagewise.plan` for one that is cut by
+            estimated costs, such as `{"num_devices": 2, "memory_bytes": (8e9, 16e9)}`; by default
+            one stage on each rank.
+        num_microbatches: of a plan that is cut here.
         adapters: new adapters, as a configuration of PEFT (`peft.LoraConfig(...)`), or the folder
             of trained ones; all other parameters are frozen.
         dtype: of the parameters; by default the folder's.
@@ -88,8 +94,9 @@ def from_pretrained(
     if adapters is not None:
         model = _with_adapters(model, adapters)
     chain = capture(model, **example)  # which the Pipeline of the model then has
-    if plan is None:
-        plan = _estimated(chain, example, num_microbatches, options.get("loss"))
+    if not isinstance(plan, Plan):
+        wishes = {"num_microbatches": num_microbatches, **(plan or {})}
+        plan = _estimated(chain, example, wishes, options.get("loss"))
     gc.collect()  # what capturing left would come on top of the values
     HEAP.give_back()
     init = None if adapters is None else _initialiser(model)
@@ -104,14 +111,23 @@ def from_pretrained(
 
 
 def _estimated(
-    chain: Captured, example: Mapping[str, Any], num_microbatches: int, loss: Loss | None
+    chain: Captured, example: Mapping[str, Any], wishes: dict[str, Any], loss: Loss | None
 ) -> Plan:
-    """Return a plan with one stage on each rank, cut by estimated costs."""
-    kwargs = dict(example)
-    cells = estimate(
-        chain, kwargs=kwargs, loss=loss, num_microbatches=num_microbatches, device="cpu"
-    )
-    return plan_from_costs(cells, num_stages=num_processes(), num_microbatches=num_microbatches)
+    """Return a plan that is cut by estimated costs, by default with one stage on each rank."""
+    if not {"num_stages", "num_devices", "replicas"} & wishes.keys():
+        wishes["num_devices"] = num_processes()
+    request = PlanRequest(**wishes)
+
+    def costs_at(count: int) -> Sequence[CellCost]:
+        return estimate(
+            chain, kwargs=dict(example), loss=loss, num_microbatches=count, device="cpu"
+        )
+
+    if not request.searched:
+        assert isinstance(request.num_microbatches, int)
+        return plan_for(request, costs_at(request.num_microbatches))
+    num_samples = extent([*example.items()]).num_samples or 1
+    return search_for(request, costs_at, request.counts(num_samples)).plan
 
 
 def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:
