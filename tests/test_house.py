@@ -30,7 +30,7 @@ PUBLIC = {
     "cli/check_command.py:check_command",
     "cli/plan_command.py:plan_command",
     "cli/simulate_command.py:simulate_command",
-    "cli/train_command.py:train",
+    "cli/train/train_command.py:train",
     "model/replay/capture_cells.py:capture_cells",
     "models/amoebanet.py:amoebanet_d",
     "models/language.py:decoder_lm",

@@ -16,7 +16,7 @@ PACKAGE = Path(stagewise.__file__).parent
 # its own; "" is stagewise/__init__.py. What a package's `__init__` gathers stands above its parts.
 LEVELS = [
     ["__main__"],
-    ["cli/shown"],
+    ["cli/shown", "cli/train"],
     ["cli"],
     ["starters", "integrations", "training", "doctor"],
     ["training/state", "training/mesh", "training/metrics"],

@@ -131,6 +131,7 @@ COMMAND_LINE = {
     "train": [
         "--balance",
         "--checkpoint-every",
+        "--config",
         "--dashboard",
         "--devices",
         "--help",
@@ -139,6 +140,7 @@ COMMAND_LINE = {
         "--log",
         "--mesh",
         "--microbatches",
+        "--no-config",
         "--out",
         "--pipeline",
         "--plan",

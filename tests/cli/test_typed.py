@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.train_command import _request
+from stagewise.cli.train.train_command import _request
 from stagewise.cli.typed import Typed, command_line, words_of
 from stagewise.errors import UsageError
 from stagewise.planning.request import PlanRequest

@@ -1,9 +1,10 @@
 """The command `stagewise`.
 
-1. `main` is the table of commands, each imported when it is called.
+1. `main` is the table of commands, each imported when it is called; `config_file` reads the
+   options of one from a TOML file.
 2. `options` defines shared options; `typed` turns them into one request. Neither needs torch.
-3. `train_command` (with `train_options` and `run_place`), `plan_command` (with `plan_search`),
-   `check_command`, `advise_command`, `simulate_command`, `doctor_command` and `export_command` are
-   the commands, as those `shown`; `workers` runs one on every rank.
+3. `plan_command` (with `plan_search`), `check_command`, `advise_command`, `simulate_command`,
+   `doctor_command` and `export_command` are the commands, as those `shown` and those of `train`;
+   `workers` runs one on every rank.
    `closed_terminal` lets a run outlive its window until its checkpoint is written.
 """

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 import stagewise
+from stagewise.cli.config_file import Configured
 from stagewise.errors import CellError, ExactnessWarning, RecipeError, StagewiseError, UsageError
 
 
@@ -28,18 +29,20 @@ class Command:
     module: str
     function: str
     help: str
+    configured: bool = False  # reads its options from a TOML file too
 
 
 COMMANDS = {
     "init": Command(
-        module="stagewise.starters.command",
+        module="stagewise.cli.train.init_command",
         function="init",
         help="Write a recipe to start from, which trains as it is.",
     ),
     "train": Command(
-        module="stagewise.cli.train_command",
+        module="stagewise.cli.train.train_command",
         function="train",
         help="Train the model of a recipe through a pipeline.",
+        configured=True,
     ),
     "report": Command(
         module="stagewise.cli.shown.report_command",
@@ -89,7 +92,7 @@ def command_app(name: str) -> typer.Typer:
     command = COMMANDS[name]
     function: Callable[..., None] = getattr(import_module(command.module), command.function)
     single = _application()
-    single.command()(function)
+    single.command(cls=Configured if command.configured else None)(function)
     return single
 
 

@@ -68,9 +68,9 @@ AdaptiveMicrobatches = Annotated[
     str | None,
     typer.Option(
         metavar="N|auto",
-        help="Number of microbatches per minibatch, or auto: chosen by measuring, and changed "
-        "during the run if that is faster or memory runs out. More keep the devices busier (4 "
-        "times the devices is plenty), but make each computation smaller. "
+        help="Number of microbatches per minibatch, such as 8, or auto: chosen by measuring, and "
+        "changed during the run if that is faster or memory runs out. More keep the devices busier "
+        "(4 times the devices is plenty), but make each computation smaller. "
         f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
         show_default=False,
     ),

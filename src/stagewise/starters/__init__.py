@@ -1,6 +1,5 @@
-"""Recipes to start from, written by `stagewise init`.
+"""Recipes to start from, which `stagewise init` of the command line writes.
 
-1. `command` is that command: it finds out what its argument names, and writes the recipe.
-2. The recipes are `plain`, `vision` and `hugging_face`: text with a few places to fill. They
-   train as they are, on data that the user replaces.
+1. `plain`, `vision` and `hugging_face` are text with a few places to fill.
+2. They train as they are, on data that the user replaces.
 """

@@ -58,8 +58,8 @@ Steps = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Total number of steps (minibatches), including those before --resume. [default: one "
-        "pass over the recipe's data]",
+        help="Total number of steps (minibatches), such as 1000, including those before --resume. "
+        "[default: one pass over the recipe's data]",
         show_default=False,
     ),
 ]
@@ -125,7 +125,7 @@ Record = Annotated[
 Log = Annotated[
     str,
     typer.Option(
-        metavar="NAMES",
+        metavar="NAME,...",
         help="Pass the log's numbers on, as well: tensorboard (in OUT/tensorboard), wandb, mlflow, "
         "prometheus (in OUT/metrics.prom), or several with commas.",
         show_default=False,
@@ -140,6 +140,17 @@ Restarts = Annotated[
         "Under torchrun give its --max-restarts.",
     ),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A TOML file with any of these options, such as microbatches = 8; the command line "
+        "overrides it. [default: the file with the recipe's name that ends in .toml, if there is "
+        "one]",
+        show_default=False,
+    ),
+]
+NoConfig = Annotated[bool, typer.Option("--no-config", help="Read options from no file.")]
 CheckpointEvery = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Steps between checkpoints; 0 for none.")
 ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.train_options import AskedMesh
+from stagewise.cli.train.train_options import AskedMesh
 from stagewise.errors import UsageError
 from tests.recipes import RunHere, write_recipe
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from stagewise.cli.config_file import starting_file
+from stagewise.cli.train.train_command import train
 from stagewise.errors import RecipeError
 from stagewise.starters import hugging_face, plain, vision
 
@@ -27,18 +29,26 @@ Out = Annotated[
 def init(what: What = "plain", out: Out = Path("recipe.py")) -> None:
     """Write a recipe that trains as it is, with data to replace by your own.
 
+    And beside it the TOML file with the options of its runs, each explained.
+
     Example: stagewise init resnet18 --out flowers.py
     """
     if out.suffix != ".py":
         raise RecipeError(f"a recipe's name must end in .py; --out is {out}")
-    if out.exists():
-        raise RecipeError(f"{out} exists; give another name with --out FILE")
+    beside = out.with_suffix(".toml")
+    for path in (out, beside):
+        if path.exists():
+            raise RecipeError(f"{path} exists; give another name with --out FILE")
     text = _recipe(what).replace("@FILE@", out.as_posix())
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{out} cannot be written: {error.strerror or error}") from error
-    lines = f"{out} is written; try it: stagewise train {out} --stages 2 --steps 20"
+    for path, content in ((out, text), (beside, starting_file(train, out))):
+        try:
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be written: {error.strerror or error}") from error
+    lines = (
+        f"{out} is written; try it: stagewise train {out} --stages 2 --steps 20\n"
+        f"{beside} has all options, which train reads too"
+    )
     Console().print(lines, highlight=False, soft_wrap=True)
 
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import stagewise
 from stagewise.cli.main import command_app
+from stagewise.cli.train.init_command import init
 from stagewise.errors import RecipeError
-from stagewise.starters.command import init
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.recipe import build_model, load_recipe
 

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import IO, TYPE_CHECKING, cast
 from rich.console import Console
 
 from stagewise.cli import options as opt
-from stagewise.cli import train_options as run
 from stagewise.cli.closed_terminal import Terminal
-from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
+from stagewise.cli.train import train_options as run
+from stagewise.cli.train.run_place import RunPlace, agreed_place, asked_place
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, saved_plan, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
 from stagewise.errors import PlanError, RecipeError, UsageError
@@ -24,7 +25,12 @@ from stagewise.planning.refit import refitted
 from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.schedule import SCHEDULES
 from stagewise.training.workers.elastic import num_restarts
-from stagewise.training.workers.environment import INTERRUPTED_EXIT_CODE, launched, world_size
+from stagewise.training.workers.environment import (
+    INTERRUPTED_EXIT_CODE,
+    launched,
+    rank_here,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from stagewise.training.prepare import TrainOptions
@@ -72,6 +78,8 @@ def train(
     log: run.Log = "",
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
     dashboard: run.Dashboard = False,
+    config: run.Config = None,
+    no_config: run.NoConfig = False,
 ) -> None:
     """Train the model of a recipe through a pipeline.
 
@@ -86,6 +94,10 @@ def train(
     """
     with report_errors_once() as lifeline:
         RecipeError.unless_file(recipe)
+        if config is not None and (not launched() or rank_here() == 0):
+            print(f"options from {config}, unless the command line gives them", flush=True)
+        # The lines that start workers, or resume, give what the file did.
+        flags = ("--no-config",) if no_config or config is not None else ()
         typed = Typed(
             schedule=schedule,
             recompute=recompute,
@@ -135,7 +147,7 @@ def train(
         with live_page(place.run if dashboard and place else None):
             run_in_workers(
                 _num_devices(wanted) if shape is None else shape.num_ranks,
-                [] if place is None else _arguments(recipe, options_at(place)),
+                [] if place is None else _arguments(recipe, options_at(place), flags),
                 before=lambda: check_form(
                     loaded,
                     wanted,
@@ -147,6 +159,7 @@ def train(
                     loaded,
                     options_at(place or agreed_place(loaded.name, out, asked)),
                     lifeline,
+                    flags,
                     shown=dashboard and place is None,
                 ),
                 timeout=timeout,
@@ -197,7 +210,12 @@ def _request(typed: Typed) -> PlanRequest:
 
 
 def _run(
-    recipe: "Recipe", options: "TrainOptions", lifeline: "Lifeline | None", *, shown: bool
+    recipe: "Recipe",
+    options: "TrainOptions",
+    lifeline: "Lifeline | None",
+    flags: Sequence[str],
+    *,
+    shown: bool,
 ) -> None:
     """Train on every worker; rank 0 prints the result, and serves the page if it is `shown`."""
     from stagewise.engine.transport.processes import is_first
@@ -205,7 +223,7 @@ def _run(
     from stagewise.training.trainer import run_training
     from stagewise.training.workers.stop import stop_request
 
-    command = shlex.join(["stagewise", *_arguments(recipe.path, options, short=True)])
+    command = shlex.join(["stagewise", *_arguments(recipe.path, options, flags, short=True)])
     options = replace(options, command=command)
     console = Console(file=cast("IO[str]", Terminal(sys.stdout)))
     for line in recipe.mesh.in_words(options.mesh) if is_first() else ():
@@ -216,14 +234,17 @@ def _run(
     if is_first():
 
         def again(num_steps: int) -> list[str]:
-            return _arguments(recipe.path, replace(options, num_steps=num_steps), short=True)
+            longer = replace(options, num_steps=num_steps)
+            return _arguments(recipe.path, longer, flags, short=True)
 
         print_result(console, options.run, outcome, again)
     if outcome.stopped:
         end_with(INTERRUPTED_EXIT_CODE)
 
 
-def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) -> list[str]:
+def _arguments(
+    recipe: Path, options: "TrainOptions", flags: Sequence[str], *, short: bool = False
+) -> list[str]:
     """Return the command line of `options`; if `short`, only what resuming the run needs."""
     resume = options.resume
     values = {
@@ -246,7 +267,7 @@ def _arguments(recipe: Path, options: "TrainOptions", *, short: bool = False) ->
             for name, value in values.items()
             if name not in _IN_CHECKPOINT and value != _DEFAULTS.get(name)
         }
-    return ["train", str(recipe), *command_line(values)]
+    return ["train", str(recipe), *command_line(values), *flags]
 
 
 def _plan_words(options: "TrainOptions") -> dict[str, object]:

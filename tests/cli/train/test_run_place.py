@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.run_place import RunPlace, agreed_place, asked_place
+from stagewise.cli.train.run_place import RunPlace, agreed_place, asked_place
 from stagewise.errors import CheckpointError, UsageError
 from stagewise.training.workers import elastic
 from stagewise.training.workers.run_owner import agents_of, owned
