@@ -1,10 +1,12 @@
 """Checkpoints are written while training goes on: exact, one at a time, and told when they fail."""
 
 import io
+import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Event
+from threading import Event, get_native_id
 from typing import Any
 from unittest.mock import patch
 
@@ -60,8 +62,10 @@ class Held:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.released, self.started, self.error = Event(), Event(), error
+        self.priority: int | None = None
 
     def __call__(self, *arguments: Any) -> Any:
+        self.priority = os.getpriority(os.PRIO_PROCESS, get_native_id())
         self.started.set()
         assert self.released.wait(30)
         if self.error is not None:
@@ -81,6 +85,8 @@ def test_what_is_written_is_the_state_of_that_step(
     momenta = [s["momentum_buffer"].clone() for s in trained.optimizer.state.values()]
     saver.save(trained, step=1, seed=0, extra=NOTHING)
     assert held.started.wait(30) and saver.last is None and not saver.failed
+    if sys.platform == "linux":  # training's own priority has not changed
+        assert held.priority == min(os.getpriority(os.PRIO_PROCESS, get_native_id()) + 10, 19)
     train(trained)  # meanwhile
     held.released.set()
     saver.finish()

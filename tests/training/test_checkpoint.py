@@ -1,5 +1,6 @@
 """A checkpoint fits any number of stages, no other model, and is whole or is none."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,35 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     adagrad = torch.optim.Adagrad(other.parameters())
     with pytest.raises(CheckpointError, match="another optimizer"):
         checkpoints.restore(run_folder.find(tmp_path), other, adagrad)
+
+
+@pytest.mark.parametrize(
+    ("values", "may_be_infinite", "sound"),
+    [
+        (torch.full((9,), 6e4, dtype=torch.float16), False, True),  # the sum overflows
+        (torch.tensor([1e38, 3e38, 1.0]), False, True),
+        (torch.tensor([0.0, math.inf]), False, False),
+        (torch.tensor([math.inf, -math.inf]), True, True),  # the sum is NaN
+        (torch.tensor([0.0, math.nan]), True, False),
+        (torch.tensor([1 + 1j, complex(0, math.inf)]), False, False),
+        (torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn), False, True),
+        (torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn), False, False),
+        (torch.empty(0), False, True),
+        (torch.tensor([2**63 - 1, 1]), False, True),
+    ],
+)
+def test_what_is_not_finite_is_found(
+    tmp_path: Path, values: torch.Tensor, may_be_infinite: bool, sound: bool
+) -> None:
+    pipe, _ = build((2, 2))
+    pipe.module.register_buffer("more", values)
+    if not may_be_infinite:  # a buffer may be, statistics of the optimizer not
+        optimizer = torch.optim.SGD(pipe.parameters(), momentum=0.9)
+        optimizer.state[next(iter(pipe.parameters()))] = {"momentum_buffer": values}
+        del pipe.module.more
+    else:
+        optimizer = None
+    assert checkpoints.save(tmp_path, pipe, optimizer, step=1, seed=0).finite == sound
 
 
 def test_half_written_is_not_found_and_the_last_two_are_kept(tmp_path: Path) -> None:

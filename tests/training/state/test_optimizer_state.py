@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import stagewise
+from stagewise.checkpoints.untrusted import Reader
 from stagewise.errors import CheckpointError
 from stagewise.training import checkpoint as checkpoints
 from stagewise.training import run_folder
@@ -150,6 +151,16 @@ def test_another_ranks_rates_are_not_taken() -> None:
         optimizer.step()
         scheduler.step()
     assert again.param_groups[0]["lr"] == second.param_groups[0]["lr"] == 0.05
+
+
+def test_options_of_all_parameters_are_one_entry_of_a_checkpoint(tmp_path: Path) -> None:
+    """Each entry costs a checkpoint as much as a tensor; AdamW has a dozen options."""
+    pipe, optimizer = build(MAKERS["groups"], (1, 2))
+    train(pipe, optimizer, range(1))
+    saved = checkpoints.save(tmp_path, pipe, optimizer, step=1, seed=0)
+    entries = Reader(saved.path).read_metadata().state_dict_metadata
+    others = {name for name in entries if not name.startswith(("model.", "optimizer.state."))}
+    assert others == {"optimizer.groups.rank0", "random.rank0"}
 
 
 def test_parameters_of_one_group_must_have_been_of_one(tmp_path: Path) -> None:

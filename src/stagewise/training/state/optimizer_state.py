@@ -2,9 +2,11 @@
 
 Problem: torch's own helper initialises an optimizer's state by a step with learning rate 0, which
 counts as a step, calls the user's hooks, and creates state where there was none; and it cannot
-restore groups that are empty on a rank. Idea: save state and options as they are, under torch's
-flat names (`state.0.weight.exp_avg`, `param_groups.0.weight.lr`), which do not depend on the
-partition. State that an optimizer has not created yet is neither saved nor required.
+restore groups that are empty on a rank. Idea: save state as it is, under torch's flat names
+(`state.0.weight.exp_avg`), which do not depend on the partition. Options, a dozen for every
+parameter, would be most of a checkpoint's entries, and each costs the same as a tensor: a rank
+writes those of all its groups as one. State that an optimizer has not created yet is neither saved
+nor required.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,20 +18,27 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from stagewise.errors import CheckpointError
-from stagewise.training.state.plain_values import room_for_tensor
+from stagewise.training.state.plain_values import (
+    from_bytes,
+    room_for_bytes,
+    room_for_tensor,
+    to_bytes,
+)
 
 Names = Mapping[nn.Parameter, str]
 Flat = dict[str, Any]
 
-STATE, OPTIONS, SHARED = "state", "param_groups", "shared"
+STATE, OPTIONS, SHARED, GROUPS = "state", "param_groups", "shared", "groups"
 _NOT_OPTIONS = ("params", "param_names")
 
 
-def state_of(optimizer: Optimizer, names: Names) -> Flat:
-    """Return everything that `optimizer` keeps for this rank's parameters."""
+def state_of(optimizer: Optimizer, names: Names, rank: int) -> Flat:
+    """Return everything that `optimizer` keeps for the parameters of this `rank`."""
     flat: Flat = {}
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        for parameter in _own(group, names):
+        own = _own(group, names)
+        for parameter in own:
             name = names.get(parameter)
             if name is None:
                 raise CheckpointError(
@@ -37,11 +46,11 @@ def state_of(optimizer: Optimizer, names: Names) -> Flat:
                     "not belong to the model, so it has no name to be saved under; give the "
                     "optimizer only parameters of the model"
                 )
-            for key, value in group.items():
-                if key not in _NOT_OPTIONS:
-                    flat[f"{OPTIONS}.{name}.{key}"] = value
             for key, value in optimizer.state.get(parameter, {}).items():
                 flat[f"{STATE}.{name}.{key}"] = value
+        options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+        groups.append({"names": [names[p] for p in own], "options": options})
+    flat[f"{GROUPS}.rank{rank}"] = to_bytes(groups, "the optimizer's state")
     whole: Mapping[Any, Any] = optimizer.state
     for whose, value in whole.items():
         if isinstance(whose, str):  # of the optimizer as a whole
@@ -62,6 +71,9 @@ def room_for(
             continue
         kind, _, rest = path[1].partition(".")
         split = _split(rest, every)
+        if kind == GROUPS:
+            _put(room, path[1:], room_for_bytes(index, entry))
+            continue
         if kind != SHARED and (split is None or split[0] not in own):
             continue
         form, value = index.state_dict_metadata[entry], None
@@ -79,6 +91,9 @@ def fill_optimizer(optimizer: Optimizer, flat: Mapping[str, Any], names: Names) 
         kind, _, rest = entry.partition(".")
         if kind == SHARED:
             optimizer.state[rest] = value  # type: ignore[index]
+        elif kind == GROUPS:
+            for each in from_bytes(value):
+                saved |= {(OPTIONS, name): each["options"] for name in each["names"]}
         elif (split := _split(rest, every)) is not None:
             saved.setdefault((kind, split[0]), {})[split[1]] = value
     for number, group in enumerate(optimizer.param_groups):

@@ -45,7 +45,9 @@ def state_of_run(
 ) -> dict[str, dict[str, Any]]:
     """Return this rank's part, under names that do not depend on the partition."""
     optimizer_part = (
-        {} if optimizer is None else optimizer_state.state_of(optimizer, saved_names(pipe))
+        {}
+        if optimizer is None
+        else optimizer_state.state_of(optimizer, saved_names(pipe), own_rank())
     )
     generators = to_bytes(random_states(pipe.device), "the generators' state")
     return {
