@@ -66,6 +66,15 @@ def cast(pipe: stagewise.Pipeline, *, enabled: bool) -> object:
         return step(pipe)
 
 
+def precisely(pipe: stagewise.Pipeline, precision: str) -> object:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        return step(pipe)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def planned() -> object:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     return stagewise.plan(model, X, num_stages=2, num_microbatches=2)
@@ -125,6 +134,12 @@ ACTS: dict[str, tuple[Act, Act, str]] = {
         step,
         partial(cast, enabled=True),
         "under different autocast: rank 0: none, rank 1: [('cpu', torch.bfloat16)]",
+    ),
+    "precision": (
+        step,
+        lambda p: precisely(p, "tf32"),
+        "different settings of torch: rank 0: [('cudnn.conv', 'tf32'), ('cudnn.rnn', 'tf32')], "
+        "rank 1: [('cuda.matmul', 'tf32'), ('cudnn.conv', 'tf32'), ('cudnn.rnn', 'tf32')]; set",
     ),
     "mode": (step, lambda p: step(p.eval()), "rank 0: train(), rank 1: eval()"),
     "outputs": (

@@ -100,3 +100,15 @@ def test_tf32_counts_where_torch_is_allowed_to_use_it() -> None:
         assert dtype_of_a_product() == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_counts_when_it_was_allowed_by_torchs_newer_name() -> None:
+    """After that torch raises where it is asked by the older one."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with fake_mode(), OpCounter() as counter:
+            torch.empty(2, 2) @ torch.empty(2, 2)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert [op.dtype for op in counter.ops] == ["tf32"]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import (
 )
 
 from stagewise.batch.layouts import parts
+from stagewise.model.forward.kernel_settings import is_full
 from stagewise.planning.roofline import Op
 
 _ATEN = torch.ops.aten
@@ -142,8 +143,8 @@ def _is_free(func: torch._ops.OpOverload) -> bool:
 def _in_tf32(packet: object) -> bool:
     """Return whether torch's settings allow TF32 for this operator."""
     if packet in _CONVOLUTIONS:
-        return bool(torch.backends.cudnn.allow_tf32)
-    return torch.get_float32_matmul_precision() != "highest"
+        return not is_full("cudnn.conv")
+    return not is_full("cuda.matmul")
 
 
 def _tensors(tree: object) -> Iterator[torch.Tensor]:

@@ -15,19 +15,13 @@ from stagewise.batch.split import Extent, extent, microbatch_sizes
 from stagewise.batch.values import take_apart
 from stagewise.engine.stage.keywords import NOT_GIVEN, Routes
 from stagewise.engine.stage.work import Mode
-from stagewise.engine.step.digest import (
-    Autocast,
-    autocast_here,
-    digest,
-    fingerprint,
-    mark_of,
-    mark_of_flags,
-)
+from stagewise.engine.step.digest import autocast_here, digest, fingerprint, mark_of, mark_of_flags
 from stagewise.engine.step.step_request import UNSCALED, Request
 from stagewise.engine.step.vote import Difference, RankNeeds, State, Vote, by_name, difference
 from stagewise.engine.step.weights import check_scaling
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import BatchError, CellError, StagewiseError, UsageError
+from stagewise.model.forward.kernel_settings import kernel_settings
 
 
 @dataclass(frozen=True)
@@ -58,14 +52,13 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
         if objection is not None:
             raise objection
         return _alone(request, needs, state, batch)
-    autocast = autocast_here()
-    own = _vote(request, needs, state, batch, autocast, objection)
+    own = _vote(request, needs, state, batch, objection)
     votes = [own.same_kind(row) for row in ranks.exchange_all(own.row(), request.call)]
     if any(vote.objects for vote in votes):
         _refuse(ranks, objection)
     routes, cohorts = needs.routes, ranks.slices.cohorts
     if (differs := difference(votes, routes.names, cohorts)) is not None:
-        _raise(ranks, request, needs, batch, autocast, differs)
+        _raise(ranks, request, needs, batch, differs)
     totals = [_total([votes[rank].num_samples for rank in group]) for group in cohorts]
     _check_scaling(request, needs, sum(totals))
     asked: list[tuple[int, ...] | None] = [None] * len(cohorts)
@@ -132,9 +125,9 @@ def _vote(
     needs: RankNeeds,
     state: State,
     batch: Extent,
-    autocast: Autocast,
     objection: UsageError | None,
 ) -> Vote:
+    autocast = autocast_here()
     names, keywords = needs.routes.names, request.keywords
     parts = [request.inputs, request.target, *(keywords.get(name) for name in names)]
     needs_target = needs.target and request.mode is not Mode.PREDICT
@@ -156,7 +149,8 @@ def _vote(
         target=forms[1] if needs_target and state.shared_flags else NOT_GIVEN,
         scaling=fingerprint(_options(request, needs)),
         outputs_on=fingerprint(list(request.outputs_on)) if request.outputs_on else 0,
-        autocast=fingerprint(autocast),
+        autocast=mark_of_flags((), autocast),
+        kernels=mark_of_flags((), kernel_settings()),
         training=int(state.training),
         input_values=values[0],
         target_values=values[1],
@@ -205,16 +199,12 @@ def _cut(
 
 
 def _raise(
-    ranks: Ranks,
-    request: Request,
-    needs: RankNeeds,
-    batch: Extent,
-    autocast: Autocast,
-    differs: Difference,
+    ranks: Ranks, request: Request, needs: RankNeeds, batch: Extent, differs: Difference
 ) -> NoReturn:
     """Exchange what each rank has of the part that differs, and raise the error."""
     words: dict[str, object] = {
-        "autocast": list(autocast) or "none",
+        "autocast": list(autocast_here()) or "none",
+        "kernels": list(kernel_settings()) or "none",
         "scaling": _options(request, needs),
         "outputs_on": list(request.outputs_on) or "none",
         "sizes": batch.sizes,

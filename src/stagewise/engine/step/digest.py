@@ -15,6 +15,7 @@ import torch
 from stagewise.batch.values import ONE, take_apart
 from stagewise.engine.stage.keywords import NOT_GIVEN
 from stagewise.engine.stage.work import Work
+from stagewise.model.forward.kernel_settings import KernelSettings
 
 _WORD_BYTES, _SAMPLED_WORDS = 8, 4096
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in an object's repr; differs between processes
@@ -76,9 +77,9 @@ def _mark_of_one(forms: tuple[object, ...]) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def mark_of_flags(flags: tuple[bool, ...], autocast: Autocast) -> int:
+def mark_of_flags(flags: tuple[bool, ...], settings: Autocast | KernelSettings) -> int:
     """Return a fingerprint of both."""
-    return fingerprint((flags, autocast))
+    return fingerprint((flags, settings))
 
 
 def fingerprint(value: object) -> int:

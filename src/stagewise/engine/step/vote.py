@@ -82,6 +82,7 @@ class Vote:
     scaling: int = NOT_GIVEN
     outputs_on: int = NOT_GIVEN  # ranks
     autocast: int = NOT_GIVEN
+    kernels: int = NOT_GIVEN  # torch's settings that choose between them
     training: int = NOT_GIVEN  # 1: after pipe.train(); 0: after pipe.eval()
     input_values: int = NOT_GIVEN
     target_values: int = NOT_GIVEN
@@ -111,7 +112,7 @@ _TUPLES = tuple(f.name for f in fields(Vote) if f.default == ())  # after all nu
 _NUMBERS = tuple(f.name for f in fields(Vote))[: -len(_TUPLES)]
 
 
-_OF_CALL = ("step_index", "training", "autocast", "scaling", "outputs_on")
+_OF_CALL = ("step_index", "training", "autocast", "kernels", "scaling", "outputs_on")
 
 
 def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -132,6 +133,13 @@ _MUST_AGREE: dict[str, tuple[str, Callable[[int], str], str]] = {
         "run under different autocast",
         _HEX,
         "; enter torch.autocast with the same dtype on every rank",
+    ),
+    "kernels": (
+        "compute with different settings of torch",
+        _HEX,
+        "; set the precision of float32 products (fp32_precision or "
+        "torch.set_float32_matmul_precision), torch.use_deterministic_algorithms and "
+        "torch.backends.cudnn alike on every rank",
     ),
     "sizes": ("were given Microbatches of different sizes", _HEX, _LATER),
     "inputs": ("were given inputs of different shapes", _HEX, _LATER),

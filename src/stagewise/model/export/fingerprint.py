@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from stagewise.model.forward.contents import PLAIN, Frozen, can_hold
+from stagewise.model.forward.kernel_settings import kernel_settings
 from stagewise.model.forward.users_code import HOOKS_FOR_ALL
 from stagewise.model.forward.visible import Node, Sight, is_own, names_in
 
@@ -192,8 +193,7 @@ def _settings() -> list[object]:
     return [
         torch.get_default_dtype(),
         str(torch.get_default_device()),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        kernel_settings(),
         [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _KERNELS],
         [(kind, torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")],
     ]

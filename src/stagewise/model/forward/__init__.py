@@ -7,5 +7,6 @@
    libraries.
 4. `slots` lists the places that code can write to; `carried` finds what cells carry in them from
    one microbatch to another, or leave for each other.
-5. `asked` records what a forward asks that a trace fixes.
+5. `asked` records what a forward asks that a trace fixes; `kernel_settings` are those of torch that
+   choose between kernels.
 """
