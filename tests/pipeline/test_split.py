@@ -228,6 +228,7 @@ def test_weights_wait_for_their_instruction() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+@pytest.mark.filterwarnings("ignore:a stage's backward holds reentrant checkpointing")
 @pytest.mark.parametrize("what", ["reentrant checkpoint", "legacy hook"])
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_a_stage_that_cannot_be_split_runs_whole(

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812 (the name that PyTorch's user
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from stagewise.engine.stage import split_backward
 from stagewise.engine.stage.activation_meter import ActivationMeter
 from stagewise.engine.stage.split_backward import Product, backward_inputs, backward_weights
 
@@ -264,6 +265,7 @@ def gradients(
     return seen[0], [p.grad for p in module.parameters()], number
 
 
+@pytest.mark.filterwarnings("ignore:a stage's backward holds reentrant checkpointing")
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_of_one_backward(name: str) -> None:
     build, make, number = CASES[name]
@@ -430,9 +432,36 @@ def test_a_compiled_module_runs_backward_whole() -> None:
     compiled = torch.compile(module, backend="aot_eager")
     x = rows(3, 4)
     wanted = gradients(compiled, x, whole=True)
-    got = gradients(compiled, x, whole=False)
+    split_backward._warn_that_all_is_in_i.cache_clear()
+    with pytest.warns(UserWarning, match="holds code compiled by torch.compile.*such as 1f1b"):
+        got = gradients(compiled, x, whole=False)
+    assert gradients(compiled, x, whole=False)[2] == 0, "it is said once"
     assert got[2] == 0 and torch.equal(wanted[0], got[0])  # type: ignore[arg-type]
     assert all(map(torch.equal, wanted[1], got[1]))  # type: ignore[arg-type]
+
+
+def test_the_way_through_a_graph_is_found_once_for_all_of_its_shape() -> None:
+    """A microbatch's graph with another shape, also of the same classes, is cut by itself."""
+    torch.manual_seed(0)
+    one, two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Shared(nn.Module):
+        def __init__(self, second: nn.Linear) -> None:
+            super().__init__()
+            self.own = nn.ModuleList({one: None, second: None})
+            self.second = second
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(one(x).tanh())  # type: ignore[no-any-return]
+
+    x = rows(3, 4)
+    split_backward._cut.cache_clear()
+    for second, products in ((two, 2), (two, 2), (one, 0), (two, 2), (one, 0)):
+        below, own, _ = gradients(Shared(second), x, whole=True)
+        also_below, also_own, number = gradients(Shared(second), x, whole=False)
+        assert number == products
+        assert torch.equal(below, also_below) and all(map(torch.equal, own, also_own))  # type: ignore[arg-type]
+    assert split_backward._cut.cache_info().misses == 2
 
 
 def test_a_graph_that_microbatches_share_is_refused() -> None:

@@ -12,8 +12,11 @@ arXiv:2401.10241.
 """
 
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -21,29 +24,20 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from stagewise.batch.layouts import num_bytes
 from stagewise.engine.stage.activation_meter import SavedTensor, unpack
 from stagewise.engine.stage.autograd import run_backward
+from stagewise.model.forward.users_code import warn_user
 
 # Nodes that cannot run in a partial or retained backward: reentrant checkpointing, compiled code
 # (it frees its inputs), and FSDP's (it reduces gradients when it runs).
-_INDIVISIBLE = (
-    "CheckpointFunctionBackward",
-    "CompiledFunctionBackward",
-    "RegisterPostBackwardFunctionBackward",
-)
-
+_INDIVISIBLE = {
+    "CheckpointFunctionBackward": "reentrant checkpointing",
+    "CompiledFunctionBackward": "code compiled by torch.compile",
+    "RegisterPostBackwardFunctionBackward": "FSDP's reduction of gradients",
+}
+_LEAF = "AccumulateGrad"  # adds to a tensor's `.grad`
 
 TOGETHER_BYTES = 1 << 20  # of weight gradients that are accumulated in one backward call
 # The number of the next node of a graph that this thread makes.
 next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Traits:
-    """The properties of a class of nodes."""
-
-    is_leaf: bool  # adds to a tensor's `.grad`
-    is_product: bool
-    is_indivisible: bool
-    saved: tuple[str, ...]  # attributes that hold the tensors it saved
 
 
 @dataclass
@@ -52,8 +46,30 @@ class Product:
 
     node: Node
     weights: dict[int, GradientEdge]  # by index of the node's input: the edge to its weight
-    own: list[Node]  # the nodes from there to the weight
+    saved: tuple[str, ...]  # attributes that hold the tensors it saved
     received: list[torch.Tensor | None] = field(default_factory=list)
+
+
+# A graph without its tensors: the nodes' classes, and by node the places of its children in a walk
+# from the roots (-1: none); None for a node where the graph begins.
+_Children = tuple[tuple[int, ...] | None, ...]
+
+
+class _Later(NamedTuple):
+    """A product by its place in the walk, and the nodes from its weights (by index) to leaves."""
+
+    place: int
+    weights: tuple[int, ...]
+    own: tuple[int, ...]
+
+
+class _Cut(NamedTuple):
+    """What a graph's nodes do in `I` and `W`, by their places in the walk."""
+
+    products: tuple[_Later, ...]
+    leaves: tuple[int, ...]
+    saved: tuple[tuple[int, tuple[str, ...]], ...]  # attributes with saved tensors
+    whole: str = ""  # the name of a node for which the graph cannot be split
 
 
 def backward_inputs(
@@ -66,21 +82,24 @@ def backward_inputs(
     Returns the products left for `backward_weights`: none if the graph cannot be split.
     """
     inputs = frozenset(entries)
-    users = _users([root.node for root in roots], inputs)
-    products = list(_products(users, inputs))
-    if not products:
+    nodes, children = _walk([root.node for root in roots], inputs)
+    begun = tuple([nodes.index(root.node) for root in roots])
+    cut = _cut(tuple(map(type, nodes)), children, begun)
+    names = dict(cut.saved)
+    later = [p for p in cut.products if not _is_packed(nodes[p.place], names.get(p.place, ()))]
+    if not later:
+        _warn_that_all_is_in_i(cut.whole) if cut.whole else None
         run_backward(roots, gradients)
         return []
-    for product in products:
-        product.node.register_prehook(_note(product.received))
-    later = {node for product in products for node in product.own}
-    now = [node for node in users if _traits(node).is_leaf and node not in later]
+    products = [_product(nodes[p.place], p.weights, names.get(p.place, ())) for p in later]
+    waiting = {place for product in later for place in product.own}
+    now = [nodes[place] for place in cut.leaves if place not in waiting]
     ends = [*inputs, *now, *(product.node for product in products)]
     run_backward(roots, gradients, [GradientEdge(node, 0) for node in ends], keep_graph=True)
-    later.update(product.node for product in products)
-    for node in users:
-        if node not in later:
-            _release(node)
+    waiting.update([product.place for product in later])
+    for place, saved in cut.saved:
+        if place not in waiting:
+            _release(nodes[place], saved)
     return [p for p in products if any(gradient is not None for gradient in p.received)]
 
 
@@ -97,12 +116,15 @@ def backward_weights(products: list[Product]) -> None:
 
     def apply(_: object) -> None:
         present: list[tuple[GradientEdge, torch.Tensor]] = []
+        waiting_bytes = 0
         while products:
-            present += _applied(products.pop(0))
-            if not products or sum(num_bytes(gradient) for _, gradient in present) > TOGETHER_BYTES:
+            for edge, gradient in _applied(products.pop(0)):
+                present.append((edge, gradient))
+                waiting_bytes += num_bytes(gradient)
+            if waiting_bytes > TOGETHER_BYTES or not products:
                 if present:
                     run_backward(*zip(*present, strict=True))
-                present.clear()
+                present, waiting_bytes = [], 0
 
     edges = [edge for product in products for edge in product.weights.values()]
     start = torch.zeros((), device="cpu", requires_grad=True)[...]
@@ -114,7 +136,7 @@ def backward_weights(products: list[Product]) -> None:
 def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
     """Yield the gradients of a product's weights, each with its edge."""
     found = product.node(*product.received)  # type: ignore[operator]
-    _release(product.node)
+    _release(product.node, product.saved)
     results = found if isinstance(found, tuple) else (found,)
     for index, edge in product.weights.items():
         gradient = results[index]
@@ -122,59 +144,89 @@ def _applied(product: Product) -> Iterator[tuple[GradientEdge, torch.Tensor]]:
             yield edge, _fitted(gradient, edge)
 
 
-def _users(roots: Sequence[Node], inputs: frozenset[Node]) -> dict[Node, int]:
-    """Count the edges that lead to each node below `roots`; {} if the graph is indivisible."""
-    users = dict.fromkeys(roots, 0)
-    stack = list(users)
-    for root in roots:
-        users[root] += 1
-    while stack:
-        node = stack.pop()
-        if _traits(node).is_indivisible:
-            return {}
+def _walk(roots: Iterable[Node], inputs: frozenset[Node]) -> tuple[list[Node], _Children]:
+    """Return the nodes from `roots` down to where the graph begins, and their children."""
+    nodes = [*dict.fromkeys(roots)]
+    places = {node: place for place, node in enumerate(nodes)}
+    children: list[tuple[int, ...] | None] = []
+    for node in nodes:  # grows meanwhile
         if node in inputs:
+            children.append(None)
             continue
+        row = []
         for child, _ in node.next_functions:
             if child is None:
+                row.append(-1)
                 continue
-            if child in users:
-                users[child] += 1
-            else:
-                users[child] = 1
-                stack.append(child)
-    return users
+            if child not in places:
+                places[child] = len(nodes)
+                nodes.append(child)
+            row.append(places[child])
+        children.append(tuple(row))
+    return nodes, tuple(children)
 
 
-def _products(users: dict[Node, int], inputs: frozenset[Node]) -> Iterator[Product]:
-    for node in users:
-        if not _traits(node).is_product or _is_packed(node):
-            continue
-        weights: dict[int, GradientEdge] = {}
-        own: list[Node] = []
-        for index, (child, slot) in enumerate(node.next_functions):
-            if child is not None and (chain := _chain(child, users, inputs)):
-                weights[index] = GradientEdge(child, slot)
-                own += chain
-        if weights:
-            yield Product(node, weights, own)
+@functools.lru_cache(maxsize=64)  # microbatches' graphs are alike
+def _cut(kinds: tuple[type[Node], ...], children: _Children, roots: tuple[int, ...]) -> _Cut:
+    """Return how a graph is split; no products if it is indivisible."""
+    names = [kind.__name__ for kind in kinds]
+    if whole := next((name for name in names if name in _INDIVISIBLE), ""):
+        return _Cut((), (), (), whole)
+    users = Counter(roots)
+    for row in children:
+        users.update(row or ())
+
+    def chain(place: int) -> Iterator[int]:
+        """Yield the nodes from here to a leaf if nothing else leads there, else also -1.
+
+        Between a product and its weight there may be, say, a transposition or an autocast cast.
+        """
+        while users[place] == 1 and (row := children[place]) is not None:
+            yield place
+            if names[place] == _LEAF:
+                return
+            below = [child for child in row if child >= 0]
+            if _is_product(names[place]) or len(below) != 1:
+                break
+            (place,) = below
+        yield -1
+
+    products = []
+    for place, row in enumerate(children):
+        if row is not None and _is_product(names[place]):
+            own = {i: [*chain(child)] for i, child in enumerate(row) if child >= 0}
+            own = {index: to_leaf for index, to_leaf in own.items() if to_leaf[-1] >= 0}
+            if own:
+                products.append(_Later(place, tuple(own), tuple(itertools.chain(*own.values()))))
+    saved = enumerate([tuple(n for n in dir(k) if n.startswith("_raw_saved_")) for k in kinds])
+    return _Cut(
+        tuple(products),
+        tuple([place for place, name in enumerate(names) if name == _LEAF]),
+        tuple([(place, attributes) for place, attributes in saved if attributes]),
+    )
 
 
-def _chain(node: Node, users: dict[Node, int], inputs: frozenset[Node]) -> list[Node]:
-    """Return the nodes from here to a leaf if nothing else leads there; else [].
+@functools.cache  # once is enough
+def _warn_that_all_is_in_i(name: str) -> None:
+    warn_user(
+        f"a stage's backward holds {_INDIVISIBLE[name]}, which cannot be split: it runs whole in "
+        "`I` and `W` does nothing; a schedule without `W`, such as 1f1b or interleaved, fits it "
+        "better"
+    )
 
-    Between a product and its weight there may be, say, a transposition or an autocast cast.
-    """
-    chain = []
-    while users[node] == 1 and node not in inputs:
-        chain.append(node)
-        traits = _traits(node)
-        if traits.is_leaf:
-            return chain
-        children = [child for child, _ in node.next_functions if child is not None]
-        if traits.is_product or len(children) != 1:
-            break
-        node = children[0]
-    return []
+
+def _is_product(name: str) -> bool:
+    return name.rstrip("0123456789").removesuffix("Backward") in PRODUCTS
+
+
+def _product(node: Node, indices: Iterable[int], saved: tuple[str, ...]) -> Product:
+    """Return a product, which notes what gradient it receives."""
+    below = node.next_functions
+    edges = ((index, *below[index]) for index in indices)
+    weights = {i: GradientEdge(child, slot) for i, child, slot in edges if child is not None}
+    product = Product(node, weights, saved)
+    node.register_prehook(_note(product.received))
+    return product
 
 
 def _note(received: list[torch.Tensor | None]) -> Callable[[tuple[torch.Tensor, ...]], None]:
@@ -192,26 +244,27 @@ def _fitted(gradient: torch.Tensor, edge: GradientEdge) -> torch.Tensor:
     return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
 
 
-def _saved(node: Node) -> Iterator[torch._C._autograd.SavedTensor]:
-    for name in _traits(node).saved:
+def _saved(node: Node, names: Iterable[str]) -> Iterator[torch._C._autograd.SavedTensor]:
+    for name in names:
         saved = getattr(node, name)
         yield from saved if isinstance(saved, tuple) else (saved,)
 
 
-def _is_packed(node: Node) -> bool:
+def _is_packed(node: Node, saved: Iterable[str]) -> bool:
     """Return whether others' hooks packed its saved tensors: unpacking might rerun a forward."""
-    return any(saved.unpack_hook not in (None, unpack) for saved in _saved(node))  # type: ignore[attr-defined]
+    return any(s.unpack_hook not in (None, unpack) for s in _saved(node, saved))  # type: ignore[attr-defined]
 
 
-def _release(node: Node) -> None:
+def _release(node: Node, names: Iterable[str]) -> None:
     """Free a node's saved tensors, as autograd does when it does not retain the graph.
 
     Except scalars: Python numbers are saved as tensors too, which dispatch modes refuse.
     """
-    for saved in _saved(node):
-        if isinstance(saved.data, SavedTensor):  # type: ignore[attr-defined]
-            saved.data.release()  # type: ignore[attr-defined]
-        elif saved.data is not None and saved.unpack_hook is None and saved.data.dim():  # type: ignore[attr-defined]
+    for saved in _saved(node, names):
+        data = saved.data  # type: ignore[attr-defined]
+        if isinstance(data, SavedTensor):
+            data.release()
+        elif data is not None and saved.unpack_hook is None and data.dim():  # type: ignore[attr-defined]
             saved.register_hooks(_nothing, _spent)  # type: ignore[attr-defined]
 
 
@@ -223,21 +276,6 @@ def _spent(_: None) -> torch.Tensor:
     raise RuntimeError(
         "a graph that has already run backward for one microbatch is used by another; recompute "
         "in each microbatch what they share"
-    )
-
-
-def _traits(node: Node) -> _Traits:
-    return _traits_of(type(node))
-
-
-@functools.lru_cache(maxsize=1024)
-def _traits_of(kind: type[Node]) -> _Traits:
-    name = kind.__name__
-    return _Traits(
-        is_leaf=name == "AccumulateGrad",
-        is_product=name.rstrip("0123456789") in {f"{product}Backward" for product in PRODUCTS},
-        is_indivisible=name in _INDIVISIBLE,
-        saved=tuple(name for name in dir(kind) if name.startswith("_raw_saved_")),
     )
 
 
