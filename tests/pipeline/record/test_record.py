@@ -1,5 +1,7 @@
 """Recorded steps: all that ran, on one clock, and nothing of it in other steps."""
 
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,17 @@ def test_torchs_profiler_shows_recorded_instructions() -> None:
     shown = [event.name for event in profiler.events() or ()]
     expected = [str(i) for _, i in pipe.plan.built_schedule.instructions()]
     assert sorted(name for name in shown if name in set(expected)) == sorted(expected)
+
+
+def test_the_threads_clock_is_read_once_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, real, num_reads = pipeline(), time.thread_time, itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: (next(num_reads), real())[1])
+    with pipe.record():
+        before = next(num_reads)
+        pipe.step(X, target=Y)
+        reads = next(num_reads) - before - 1
+    num_instructions = sum(1 for _ in pipe.plan.built_schedule.instructions())
+    assert reads - num_instructions <= 4  # before and after the call, and where the first begins
 
 
 def test_after_an_error_nothing_is_recorded() -> None:

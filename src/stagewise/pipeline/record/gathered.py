@@ -21,6 +21,7 @@ from stagewise.engine.step.execute import Ran
 from stagewise.engine.step.marks import host_seconds
 from stagewise.engine.step.step import Runner
 from stagewise.pipeline.record.clock_offsets import Offset
+from stagewise.pipeline.record.recorded_mail import Mailed
 from stagewise.planning.plan import Plan
 from stagewise.recording import Clock, Phase, Recorder, Recording, StageMemory, step_of
 from stagewise.recording.recorded import SECOND
@@ -36,14 +37,14 @@ _Place = tuple[Kind, int, int]  # of a stream, stage, microbatch
 class Noted:
     """What this rank saw of one step.
 
-    `cpu` is the thread's clock whenever the executor read its own: at the begin, and before and
-    after each instruction. `updates` are events around the optimizer's kernels.
+    `cpu` is the thread's clock at the begin and after each instruction: reading it enters the
+    kernel. `updates` are events around the optimizer's kernels.
     """
 
     step: int
     plan: int
     samples: int
-    mail: Recorder
+    mail: Mailed
     ran: Ran
     cpu: Sequence[float]
     phases: list[tuple[Phase, Moment, Moment]]
@@ -111,11 +112,11 @@ def _clock(rank: int, place: tuple[str, str], offset: Offset) -> Clock:
 def _recorder(noted: Noted, rank: int) -> Recorder:
     """Return what was noted, with the devices' times where the host only issued work."""
     ran, is_marked = noted.ran, bool(noted.ran.marks)
-    result = Recorder(sent=noted.mail.sent, received=noted.mail.received)
+    result = noted.mail.recorder(rank)
     for index, span in enumerate(ran.spans):
         start, end = (ran.origin + s for s in (span.start_seconds, span.end_seconds))
-        before, begun, ended = noted.cpu[2 * index : 2 * index + 3]
-        cpu = None if is_marked else (ended - begun, begun - before)
+        had = noted.cpu[index + 1] - noted.cpu[index]  # a core, since the instruction before
+        cpu = None if is_marked else (min(had, end - start), max(0.0, had - (end - start)))
         result.ran.append((span.device, span.instruction, start, end, cpu))
     if is_marked:
         _move_to_device(result)

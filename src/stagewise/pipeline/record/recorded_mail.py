@@ -1,12 +1,13 @@
 """Notes the way of every message, around a rank's mail.
 
-Receives are posted in the order in which the messages of a link travel, so the n-th one posted for
-a rank is for the n-th message from it; the mailbox itself knows nothing of being recorded.
+While the step runs, times are appended to lists and nothing else. Receives are posted in the order
+in which the messages of a link travel, so the n-th one posted for a rank is for the n-th message
+from it: which one that is, is looked up afterwards.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,84 +20,97 @@ from stagewise.recording import Recorder
 from stagewise.schedule import Message
 from stagewise.schedule.posting import PostFrom
 
+_now = time.perf_counter
+
+
+@dataclass
+class Mailed:
+    """What was noted of one call's messages; those that stay on their device are among them."""
+
+    links: Links = field(default_factory=dict)
+    posted: list[tuple[int, float]] = field(default_factory=list)  # source, when
+    received: list[tuple[Message, float, float]] = field(default_factory=list)  # awaited, arrived
+    sent: list[tuple[Message, int, float, float]] = field(default_factory=list)  # bytes, begin, end
+
+    def recorder(self, rank: int) -> Recorder:
+        """Return it as a recorder of `rank` has it."""
+        posted = dict(self._posted_times(rank))
+        return Recorder(
+            sent=[row for row in self.sent if not _stays(row[0])],
+            received=[
+                (message, posted.get(message), awaited, arrived)
+                for message, awaited, arrived in self.received
+                if not _stays(message)
+            ],
+        )
+
+    def _posted_times(self, rank: int) -> Iterator[tuple[Message, float]]:
+        for (source, destination), messages in self.links.items():
+            if destination == rank:
+                times = [when for each, when in self.posted if each == source]
+                yield from zip(messages, times, strict=False)
+
 
 class RecordedMail:
-    """The `mail` of a rank, noting into the `recorder` of the running step."""
+    """The `mail` of a rank, noting into `noted` of the running call."""
 
     def __init__(self, mail: Mail) -> None:
-        self.mail, self.recorder = mail, Recorder()
-        self._posts: _PostedWire | None = None
+        self.mail, self._wire = mail, None
         if isinstance(mail, Mailbox):
-            self._posts = mail.data = _PostedWire(mail.data)
+            self._wire = mail.data = _PostedWire(mail.data)
+        self._receive, self._send = mail.receive, mail.send
+        self.send_lost, self.look_ahead, self.waiting = (
+            mail.send_lost,
+            mail.look_ahead,
+            mail.waiting,
+        )
+        self.finish, self.clear, self.renumber = mail.finish, mail.clear, mail.renumber
+        self._start_noting(Mailed())
 
     def detached(self) -> Mail:
         """Return the mail as it was."""
-        if isinstance(self.mail, Mailbox) and self._posts is not None:
-            self.mail.data = self._posts.wire
+        if isinstance(self.mail, Mailbox) and self._wire is not None:
+            self.mail.data = self._wire.wire
         return self.mail
 
     def begin(self, signature: int, links: Links, post_from: PostFrom | None = None) -> None:
-        self.recorder = Recorder()
-        if self._posts is not None:
-            self._posts.begin(links)
+        self._start_noting(Mailed(links))
         self.mail.begin(signature, links, post_from)
 
     def receive(self, message: Message) -> Apart | Lost:
-        start = time.perf_counter()
-        value = self.mail.receive(message)
-        end = time.perf_counter()
-        if message.source != message.destination:
-            posted = None if self._posts is None else self._posts.at.get(message)
-            self.recorder.received.append((message, posted, start, end))
+        start = _now()
+        value = self._receive(message)
+        self._received((message, start, _now()))
         return value
 
     def send(self, message: Message, value: Apart) -> None:
-        start = time.perf_counter()
-        self.mail.send(message, value)
-        end = time.perf_counter()
-        if message.source != message.destination:
-            num_bytes = sum(tensor.nbytes for tensor in value[0])
-            self.recorder.sent.append((message, num_bytes, start, end))
+        start = _now()
+        self._send(message, value)
+        end, num_bytes = _now(), 0
+        for tensor in value[0]:
+            num_bytes += tensor.nbytes
+        self._sent((message, num_bytes, start, end))
 
-    def send_lost(self, message: Message) -> None:
-        self.mail.send_lost(message)
-
-    @property
-    def look_ahead(self) -> Callable[[], None] | None:
-        return self.mail.look_ahead
-
-    def waiting(self) -> Iterator[torch.Tensor]:
-        return self.mail.waiting()
-
-    def finish(self) -> None:
-        self.mail.finish()
-
-    def clear(self) -> None:
-        self.mail.clear()
-
-    def renumber(self, devices: Sequence[torch.device]) -> None:
-        self.mail.renumber(devices)
+    def _start_noting(self, noted: Mailed) -> None:
+        self.noted, self._received, self._sent = noted, noted.received.append, noted.sent.append
+        if self._wire is not None:
+            self._wire.note = noted.posted.append
 
 
 class _PostedWire:
     """A wire that notes when a receive is posted."""
 
+    note: Callable[[tuple[int, float]], None]
+
     def __init__(self, wire: Wire) -> None:
         self.wire, self.rank, self.num_ranks = wire, wire.rank, wire.num_ranks
         self.reached = wire.reached
-        self.at: dict[Message, float] = {}
-        self._expected: dict[int, deque[Message]] = {}
         self.start_send, self.finish, self.close = wire.start_send, wire.finish, wire.close
 
-    def begin(self, links: Links) -> None:
-        self.at.clear()
-        self._expected = {
-            source: deque(messages)
-            for (source, destination), messages in links.items()
-            if destination == self.rank
-        }
-
     def start_receive(self, tensors: Sequence[torch.Tensor], rank: int) -> Arrival:
-        if self._expected.get(rank):
-            self.at[self._expected[rank].popleft()] = time.perf_counter()
+        self.note((rank, _now()))
         return self.wire.start_receive(tensors, rank)
+
+
+def _stays(message: Message) -> bool:
+    return message.source == message.destination

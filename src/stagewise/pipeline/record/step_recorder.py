@@ -7,7 +7,7 @@ step is not touched. What is kept of a step are lists of numbers; ranks talk bef
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -58,16 +58,13 @@ class StepRecorder:
         self._pipe, self._runner, self._run_folder, self._memory = pipe, runner, run, memory
         self._steps = deque[Noted](maxlen=_MOST_STEPS)
         self._plans: list[Plan] = []
-        self._cpu: list[float] = []
         self._request: Request | None = None
-        self._profiles = False
-        self._annotation: record_function | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def __enter__(self) -> Self:
         self._before = clock_offsets(self._runner.ranks)
         self._mail = RecordedMail(self._runner.mail)
-        self._runner.mail, self._runner.clock = self._mail, self._clock
+        self._runner.mail = self._mail
         self._pipe.run_request = self._run
         self._hooks = [
             register_optimizer_step_pre_hook(self._optimizer_begins),
@@ -106,42 +103,29 @@ class StepRecorder:
 
     def detach(self) -> None:
         """Record nothing more; the pipeline is as it was."""
-        self._end_annotation()
         for hook in self._hooks:
             hook.remove()
         self._runner.mail, self._runner.clock = self._mail.detached(), time.perf_counter
         self._pipe.run_request, self._request = self._runner.run, None
 
-    def _clock(self) -> float:
-        """Return the time, for the executor: at the begin, and before and after instructions."""
-        self._end_annotation()
-        now, cpu = _now()
-        self._cpu.append(cpu)
-        if self._profiles and len(self._cpu) % 2 == 0:  # torch's profiler shows the instruction
-            self._annotation = record_function(str(NOW.instruction))
-            self._annotation.__enter__()  # type: ignore[no-untyped-call]
-        return now
-
-    def _end_annotation(self) -> None:
-        if self._annotation is not None:
-            self._annotation.__exit__(None, None, None)
-            self._annotation = None
-
     def _run(self, request: Request) -> Result:
         """Run a call; a training step is noted."""
-        begun, self._cpu = _now(), []
-        self._profiles = torch._C._autograd._profiler_enabled()
+        begun, cpu = _now(), list[float]()
+        ticks = _ticks(cpu)
+        if torch._C._autograd._profiler_enabled():
+            ticks = _annotated(ticks)
+        self._runner.clock = ticks.__next__
         result = self._runner.run(request)
         ended = _now()
         if request.mode is Mode.TRAIN:
             self._request, self._autocast = request, autocast_as_here(self._runner.device)
-            ran, cpu = self._runner.last_run, self._cpu
+            ran = self._runner.last_run
             last = ran.times[-1][-1] if ran.times else ran.origin
             noted = Noted(
                 step=request.step_index if NOW.step is None else NOW.step,
                 plan=self._plan_index(),
                 samples=sum(result.sizes),
-                mail=self._mail.recorder,
+                mail=self._mail.noted,
                 ran=ran,
                 cpu=cpu,
                 phases=[
@@ -181,6 +165,30 @@ def autocast_as_here(device: torch.device) -> Callable[[], AbstractContextManage
     if not torch.is_autocast_enabled(kind):
         return nullcontext
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind))
+
+
+def _ticks(cpu: list[float]) -> Iterator[float]:
+    """Yield the time to the executor: at the begin, and before and after each instruction.
+
+    The thread's own clock goes into `cpu`, at the begin and after each.
+    """
+    now, note, own = time.perf_counter, cpu.append, time.thread_time
+    note(own())
+    yield now()
+    while True:
+        yield now()
+        end = now()
+        note(own())
+        yield end
+
+
+def _annotated(ticks: Iterator[float]) -> Iterator[float]:
+    """Yield `ticks`; torch's profiler shows the instructions."""
+    yield next(ticks)
+    while True:
+        with record_function(str(NOW.instruction)):
+            yield next(ticks)
+        yield next(ticks)
 
 
 def _now() -> Moment:
