@@ -104,7 +104,7 @@ def rehearse() -> tuple[LinkCost, EngineOverhead]:
         tried.append((cells, plan.balance, trials))
     overhead, waited = map(statistics.fmean, zip(*messages, strict=True))
     link = LinkCost(latency_seconds=max(0.0, waited - overhead), overhead_seconds=overhead)
-    return link, engine_overhead(tried)
+    return link, replace(engine_overhead(tried), factors={})  # of this profile's cells
 
 
 def measure(cases: Sequence[Case], num_steps: int) -> list[Row]:

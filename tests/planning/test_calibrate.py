@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -171,3 +172,53 @@ def test_a_cell_never_takes_less_than_nothing() -> None:
     assert known.per_cell.forward_seconds == pytest.approx(-0.09)
     found = with_engine_overhead([cheap, dear], known)
     assert [cell.forward_seconds for cell in found] == pytest.approx([0.01, 8.91])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_cells_were_measured_wrongly_at_is_corrected_by_the_stages_that_ran(
+    split: bool,
+) -> None:
+    """Only what all stages had in common was: a demo's step was predicted at half of its time."""
+
+    def cost(seconds: float) -> CellCost:
+        return CellCost(
+            name="cell",
+            forward_seconds=seconds,
+            backward_seconds=2 * seconds,
+            input_seconds=1.1 * seconds,
+            weight_seconds=0.9 * seconds,
+        )
+
+    truth = [cost(seconds) for seconds in (1, 4, 2, 3, 1, 5)]
+    wrong = [cost(seconds) for seconds in (1.3, 1.5, 2, 4.5, 0.7, 3)]
+    names = "zb_h1" if split else "1f1b", "gpipe"
+
+    def step(name: str, cells: Sequence[CellCost], sizes: tuple[int, ...]) -> Timeline:
+        return simulate(named_schedule(name, len(sizes), 8), stage_costs(cells, sizes))
+
+    tried = [(names[0], (2, 4)), (names[1], (3, 3)), (names[0], (2, 2, 2))]
+    ran = [(wrong, sizes, [step(name, truth, sizes)]) for name, sizes in tried]
+    better = with_engine_overhead(wrong, engine_overhead(ran))
+    for name, sizes in [*tried, (names[1], (2, 4)), (names[0], (3, 3))]:
+        most = 0.01 if (name, sizes) in tried else 0.05
+        real = step(name, truth, sizes).duration_seconds
+        assert step(name, better, sizes).duration_seconds == pytest.approx(real, rel=most)
+
+
+def test_interruptions_that_hit_another_instruction_every_step_are_counted() -> None:
+    """Every instruction's median was as on an idle host, and the step took twice as long."""
+    cells = [CellCost(name="cell", forward_seconds=1, backward_seconds=2)] * 4
+    schedule, sizes = named_schedule("gpipe", 2, 5), (2, 2)
+    quiet = simulate(schedule, stage_costs(cells, sizes))
+
+    def interrupted(number: int) -> Timeline:
+        spans = [
+            replace(span, end_seconds=span.end_seconds + 30 * (index % 5 == number))
+            for index, span in enumerate(sorted(quiet.spans, key=lambda s: str(s.instruction)))
+        ]
+        return Timeline(2, tuple(spans))
+
+    known = engine_overhead([(cells, sizes, [interrupted(number) for number in range(5)])])
+    costs = stage_costs(with_engine_overhead(cells, known), sizes)
+    both = [cost.forward_seconds + cost.backward_seconds for cost in costs]
+    assert both == pytest.approx([6 + 30 * 2 / 5] * 2, rel=0.02)

@@ -37,6 +37,8 @@ from stagewise.profiling.example import Example, agreed_costs
 MEASURING_CELLS = 3.0  # seconds, unless plans are tried
 LEAST_SECONDS, MOST_STEPS = 2.0, 10  # of everything, the search included
 _SHARE_OF_CELLS, _SHARE_OF_FIRST = 0.3, 0.7
+_LEAST_STEPS = 2  # of each plan that is tried: what one shows may be an interruption's
+_WORTH = 0.99  # times the fastest: predicted to take longer, a plan is not tried afterwards
 
 
 def agreed_request(request: PlanRequest, chain: Chain) -> PlanRequest:
@@ -108,7 +110,9 @@ def search_plan(
     if tries:
         limit = max(LEAST_SECONDS, MOST_STEPS * found.chosen.seconds)
         ends = start + (limit if seconds is None else seconds)
-        found = _Contest(example, counts, costs_at, link, ends, progress).decide(found, best)
+        least = _LEAST_STEPS if seconds is None else 1
+        contest = _Contest(example, counts, costs_at, link, ends, least, progress)
+        found = contest.decide(found, best)
     HEAP.give_back(cells)
     return found
 
@@ -138,10 +142,11 @@ class _Contest:
         costs_at: CostsAt,
         link: LinkCost,
         ends: float,
+        least: int,  # steps of each
         progress: Progress | None,
     ) -> None:
         self.example, self.counts, self.costs_at, self.link = example, counts, costs_at, link
-        self._ends, self._progress = ends, progress
+        self._ends, self._least, self._progress = ends, least, progress
         self.plans: dict[str, EvaluatedPlan] = {}  # as predicted
         self.measured: dict[str, Measured] = {}
 
@@ -155,7 +160,7 @@ class _Contest:
         fresh = [
             plan
             for plan in found.finalists
-            if plan.seconds < self.measured[fastest].seconds
+            if plan.seconds < _WORTH * self.measured[fastest].seconds
             and not is_among(plan, self.plans.values())
         ]
         if fresh:
@@ -176,6 +181,7 @@ class _Contest:
             {words: plan.plan() for words, plan in named.items()},
             self.example,
             seconds=share * left,
+            least=self._least,
             tell=self._tell,
         )
         self._latest = [words for words in named if words in self.measured]

@@ -2,13 +2,18 @@
 
 A message between busy processes costs more than one between idle ones: the sender packs it, and
 the thread that carries it waits for a core. Both show up as gaps between instructions.
-Instructions cost more than their cells alone, because of the engine's overhead and cold caches.
+Instructions cost more than their cells alone, because of the engine's overhead and cold caches; and
+a cell measured for a moment may have been measured wrongly. What all cells have in common is
+overhead; what is left of a stage's difference is its cells'.
 """
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stagewise.costs import FREE_INSTRUCTION, CellCost, InstructionCost, stage_costs
 from stagewise.schedule import Instruction, Kind, LoweredProgram, Message, Schedule, lower
@@ -60,11 +65,12 @@ class EngineOverhead:
     A cell is measured as a stage of its own, so its cost contains the engine's own work for one
     instruction. A stage of n cells does that work once, not n times: `per_cell`, which is not
     positive and takes less than the cheapest cell does, is added to every cell, and `per_stage` to
-    every instruction.
+    every instruction. `factors` correct each cell's own seconds, by their name in CellCost.
     """
 
     per_stage: InstructionCost = FREE_INSTRUCTION
     per_cell: InstructionCost = FREE_INSTRUCTION
+    factors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 FREE_ENGINE = EngineOverhead()
@@ -77,20 +83,19 @@ def engine_overhead(trials: Iterable[Trial]) -> EngineOverhead:
 
     A least-squares line over the number of cells per stage, for every kind. If all stages have the
     same number, what is missing counts per cell, and what is too much per instruction. If only `B`
-    ran, its overhead is split between `I` and `W`; if only these ran, `B` gets the sum.
+    ran, its overhead is split between `I` and `W`; if only these ran, `B` gets the sum. What a line
+    does not explain is attributed to the stages' cells.
     """
+    trials = [*trials]
     beyond: dict[Kind, list[tuple[int, float]]] = defaultdict(list)  # (cells - 1, seconds)
     cheapest: dict[Kind, float] = {}
     for cells, sizes, timelines in trials:
         alone, costs = stage_costs(cells, [1] * len(cells)), stage_costs(cells, sizes)
         for kind, traits in KINDS.items():
             cheapest[kind] = min(map(traits.seconds_on, alone), default=0)
-        times: dict[Instruction, list[float]] = defaultdict(list)
-        for span in (span for timeline in timelines for span in timeline.spans):
-            times[span.instruction].append(span.seconds)
-        for i, seconds in times.items():  # a median over the steps, a mean over microbatches
+        for i, seconds in _typical(timelines).items():  # a mean over microbatches
             expected = KINDS[i.kind].seconds_on(costs[i.stage])
-            beyond[i.kind].append((sizes[i.stage] - 1, statistics.median(seconds) - expected))
+            beyond[i.kind].append((sizes[i.stage] - 1, seconds - expected))
     lines = {
         KINDS[kind].seconds: _line(points, _MOST_OF_CELL * cheapest[kind])
         for kind, points in beyond.items()
@@ -98,7 +103,85 @@ def engine_overhead(trials: Iterable[Trial]) -> EngineOverhead:
     per_stage, per_cell = (
         _cost_of({name: line[part] for name, line in lines.items()}) for part in (0, 1)
     )
-    return EngineOverhead(per_stage=per_stage, per_cell=per_cell)
+    common = EngineOverhead(per_stage=per_stage, per_cell=per_cell)
+    found = _corrections(trials, common)
+    stages = {name: line[0] + found[name][0] for name, line in lines.items() if name in found}
+    factors = _of_all_kinds({name: each for name, (_, each) in found.items()})
+    return replace(common, per_stage=_cost_of(stages), factors=factors)
+
+
+def _typical(timelines: Sequence[Timeline]) -> dict[Instruction, float]:
+    """Return what every instruction usually takes, of the time that its device usually works.
+
+    An instruction's median leaves out interruptions by other work, which hit another one in every
+    step: a device's median of sums contains them, and is spread over what it runs.
+    """
+    times: dict[tuple[int, Instruction], list[float]] = defaultdict(list)
+    for span in (span for timeline in timelines for span in timeline.spans):
+        times[span.device, span.instruction].append(span.seconds)
+    medians = {where: statistics.median(seconds) for where, seconds in times.items()}
+    shares: dict[int, float] = {}
+    for device in {device for device, _ in times}:
+        alone = sum(seconds for (own, _), seconds in medians.items() if own == device)
+        sums = [sum(s.seconds for s in each.spans if s.device == device) for each in timelines]
+        shares[device] = statistics.median(sums) / alone if alone else 1.0
+    return {i: seconds * shares[device] for (device, i), seconds in medians.items()}
+
+
+_DOUBT, _TRUST = 0.5, 0.01  # relative deviations: of a cell measured alone, of a stage that ran
+_LEAST_FACTOR = 0.05
+_WHOLE, _HALVES = "backward_seconds", ("input_seconds", "weight_seconds")
+
+
+def _corrections(
+    trials: Sequence[Trial], common: EngineOverhead
+) -> dict[str, tuple[float, tuple[float, ...]]]:
+    """Return, by the name of an instruction's seconds, what to add to those `per_stage`, and what
+    to multiply each cell's with, so that stages take what they took in `trials`.
+
+    The most probable ones if every cell's factor deviates from 1 by `_DOUBT`, and every stage's
+    mean from its sum by `_TRUST` (a linear Gaussian estimate): stages that ran cut differently
+    tell their cells apart.
+    """
+    rows: dict[str, list[list[float]]] = defaultdict(list)  # 1 and cells over what a stage took
+    for cells, sizes, timelines in trials:
+        own = with_engine_overhead(cells, replace(common, per_stage=FREE_INSTRUCTION))
+        alone = stage_costs(own, [1] * len(cells))
+        costs = stage_costs(with_engine_overhead(cells, common), sizes)
+        stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+        took: dict[tuple[int, Kind], list[float]] = defaultdict(list)
+        for i, seconds in _typical(timelines).items():
+            took[i.stage, i.kind].append(seconds)
+        for (stage, kind), each in took.items():
+            of, mean = KINDS[kind].seconds_on, statistics.fmean(each)
+            cell_seconds = [
+                of(cell) * (at == stage) for at, cell in zip(stage_of, alone, strict=True)
+            ]
+            if mean > 0:
+                row = 1, *cell_seconds, mean - of(costs[stage])
+                rows[KINDS[kind].seconds].append([seconds / mean for seconds in row])
+    return {name: _most_probable(np.array(each)) for name, each in rows.items()}
+
+
+def _most_probable(rows: NDArray[np.float64]) -> tuple[float, tuple[float, ...]]:
+    """Return the seconds per stage, and the cells' factors, that explain the last column best."""
+    known, missing = rows[:, :-1], rows[:, -1]
+    doubt = np.full(known.shape[1], _DOUBT)
+    doubt[0] = 1 / known[:, 0].mean()  # anything up to what a stage takes
+    left = np.vstack([np.diag(1 / doubt), known / _TRUST])
+    right = np.concatenate([np.zeros_like(doubt), missing / _TRUST])
+    more, *differences = np.linalg.lstsq(left, right, rcond=None)[0].tolist()
+    return more, tuple(max(_LEAST_FACTOR, 1 + each) for each in differences)
+
+
+def _of_all_kinds(found: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """Add the factors of backwards that did not run: those of the halves, and vice versa."""
+    halves = [found[half] for half in _HALVES if half in found]
+    if halves:
+        found.setdefault(_WHOLE, tuple(map(statistics.fmean, zip(*halves, strict=True))))
+    for half in _HALVES if _WHOLE in found else ():
+        found.setdefault(half, found[_WHOLE])
+    return found
 
 
 def _line(points: Sequence[tuple[int, float]], most: float) -> tuple[float, float]:
@@ -116,22 +199,22 @@ def _line(points: Sequence[tuple[int, float]], most: float) -> tuple[float, floa
 
 
 def _cost_of(known: dict[str, float]) -> InstructionCost:
-    halves = "input_seconds", "weight_seconds"
-    known.setdefault("backward_seconds", sum(known.get(half, 0) for half in halves))
-    for half in halves:
-        known.setdefault(half, known["backward_seconds"] / 2)
+    known.setdefault(_WHOLE, sum(known.get(half, 0) for half in _HALVES))
+    for half in _HALVES:
+        known.setdefault(half, known[_WHOLE] / 2)
     names = {field.name for field in fields(InstructionCost)}
     return InstructionCost(**{name: seconds for name, seconds in known.items() if name in names})
 
 
 def with_engine_overhead(cells: Sequence[CellCost], engine: EngineOverhead) -> tuple[CellCost, ...]:
-    """Return `cells` with the same overhead per cell, and per instruction of every stage."""
+    """Return `cells` as they cost in stages, with the overhead per instruction of every stage."""
     found = []
-    for cell in cells:
+    for at, cell in enumerate(cells):
         changes = {
             name: max(0, seconds + more)
+            * (engine.factors[name][at] if name in engine.factors else 1)
             for name, more in vars(engine.per_cell).items()
-            if more and (seconds := getattr(cell, name)) is not None
+            if (more or engine.factors) and (seconds := getattr(cell, name)) is not None
         }
         found.append(replace(cell, **changes, instruction_overhead=engine.per_stage))
     return tuple(found)
