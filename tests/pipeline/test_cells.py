@@ -4,13 +4,14 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stagewise
-from stagewise.errors import CellError, UsageError
+from stagewise.errors import CellError, ModelError, UsageError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
@@ -447,3 +448,14 @@ def test_ranks_own_disjoint_halves(pools: Pools) -> None:
     run = Run(example="values", balance=even(num_cells("values"), 2))
     whole = merged(pools[2].run(train, run))
     assert set(whole.parameters) == set(train(run).parameters)
+
+
+def test_a_cell_captured_as_a_cuda_graph_is_refused() -> None:
+    """torch replaces `forward` by a function of its own; without a GPU a stand-in is made here."""
+    names: dict[str, Any] = {}
+    exec(compile("def new_fwd(x): return x", torch.cuda.graphs.__file__, "exec"), names)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    model[1][0].forward = names["new_fwd"]
+    plan = stagewise.Plan(balance=(1, 1), num_microbatches=2)
+    with pytest.raises(ModelError, match=r"1\.0 is captured as a CUDA graph.*as it was before"):
+        stagewise.Pipeline(model, plan)

@@ -42,6 +42,14 @@ def num_bytes(tensor: torch.Tensor) -> int:
     return sum(part.nbytes for part in parts(tensor))
 
 
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` in float64, or in float32 on a device that has none, as MPS."""
+    return tensor.float() if tensor.device.type in WITHOUT_FLOAT64 else tensor.double()
+
+
+WITHOUT_FLOAT64 = ("mps",)
+
+
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """Yield its storages, that of its values last."""
     return (part.untyped_storage() for part in parts(tensor))

@@ -34,6 +34,43 @@ def test_float32_parts_with_a_mean_far_from_0() -> None:
     torch.testing.assert_close(got.variance, wanted.variance, rtol=1e-6, atol=0)
 
 
+def test_unequal_microbatches_copy_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the number of batches copied from it, which decides a cumulative mean."""
+    x = torch.randn(16, 3).double()
+    wanted, parts = moments(x), [moments(part) for part in x.split([3, 5, 8])]
+    layer, plain = (nn.BatchNorm1d(3, momentum=None).double() for _ in range(2))
+    monkeypatch.setattr(torch, "tensor", None)
+    got = combined(parts)
+    torch.testing.assert_close(got.mean, wanted.mean, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(got.variance, wanted.variance, rtol=1e-13, atol=0)
+    batches = [x, x + 1, 2 * x]
+    for batch in batches:
+        plain(batch)
+    monkeypatch.setattr(torch.Tensor, "__float__", None)
+    for batch in batches:
+        with (norms := BatchNorms(chain_of([layer]))).one_update(training=True):
+            for m, part in enumerate(batch.split([3, 5, 8])):
+                with norms.noting(0, m):
+                    layer(part)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), buffer, rtol=1e-13, atol=1e-14)
+
+
+def test_devices_without_float64_combine_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MPS; here the CPU stands for it."""
+    layer, plain = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    plain(x)
+    monkeypatch.setattr("stagewise.batch.layouts.WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr(torch.Tensor, "double", None)
+    with (norms := BatchNorms(chain_of([layer]))).one_update(training=True):
+        for m, part in enumerate(x.split([4, 12])):
+            with norms.noting(0, m):
+                layer(part)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), buffer, rtol=1e-5, atol=1e-7)
+
+
 def test_equal_microbatches_copy_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [moments(part) for part in torch.randn(16, 3).double().split(4)]
     counts = torch.full((4, 1), 4.0, dtype=torch.float64)

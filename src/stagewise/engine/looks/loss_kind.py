@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stagewise.batch.layouts import precise
 from stagewise.batch.values import with_paths
 from stagewise.model.added_losses import MAIN_LOSS
 
@@ -124,7 +125,7 @@ def _gradient(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         for tensor, gradient in zip(inputs, gradients, strict=True)
     ]
     real = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
-    return torch.cat([part.to_dense().reshape(-1).double() for part in real])
+    return torch.cat([precise(part.to_dense().reshape(-1)) for part in real])
 
 
 def _kind(

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stagewise.batch.layouts import WITHOUT_FLOAT64, precise
 from stagewise.engine.stage.buffers import BufferKeeper, undone
 from stagewise.model.cell import Cell
 from stagewise.model.forward.users_code import warn_user
@@ -40,15 +41,13 @@ class Moments:
 
 
 def combined(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of all parts together, in float64."""
-    counts: float | torch.Tensor = float(parts[0].count)
-    if any(part.count != counts for part in parts):  # a copy, which a GPU makes the host wait for
-        counts = torch.tensor(
-            [[part.count] for part in parts], dtype=torch.float64, device=parts[0].mean.device
-        )
+    """Return the moments of all parts together, in float64 where the device has it."""
     total = sum(part.count for part in parts)
-    means = torch.stack([part.mean for part in parts]).double()
-    variances = torch.stack([part.variance for part in parts]).double()
+    means = precise(torch.stack([part.mean for part in parts]))
+    variances = precise(torch.stack([part.variance for part in parts]))
+    counts: float | torch.Tensor = float(parts[0].count)
+    if any(part.count != counts for part in parts):  # filled: a GPU's host would wait for a copy
+        counts = torch.stack([means.new_full((1,), part.count) for part in parts])
     mean = means[0] + (counts * (means - means[0])).sum(0) / total
     squares = ((counts - 1) * variances).sum(0) + (counts * (means - mean).square()).sum(0)
     return Moments(total, mean, squares / (total - 1))
@@ -156,7 +155,7 @@ class BatchNorms:
     ) -> None:
         """Share the moments that the replicas of `stage`, with `layers`, noted in it; collective.
 
-        They travel in float64, in which they are combined.
+        They travel in float64.
         """
         parts = [torch.empty(0, dtype=torch.float64, device="cpu")]
         for index, layer in enumerate(layers):
@@ -165,14 +164,17 @@ class BatchNorms:
                     size = note.mean.numel()
                     numbers = [index, call, m, note.count, size]
                     head = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-                    parts += [head, note.mean.double().cpu(), note.variance.double().cpu()]
+                    parts += [head, note.mean.cpu().double(), note.variance.cpu().double()]
         for gathered in gather(torch.cat(parts)):
             rest = gathered.cpu()
             while rest.numel():
                 index, call, m, count, size = map(int, rest[:5].tolist())
                 layer, all_notes = layers[index], self._noted.setdefault(layers[index], {})
                 assert layer.running_mean is not None
-                mean, variance = rest[5 : 5 + 2 * size].to(layer.running_mean.device).chunk(2)
+                moments, device = rest[5 : 5 + 2 * size], layer.running_mean.device
+                if device.type in WITHOUT_FLOAT64:
+                    moments = moments.float()
+                mean, variance = moments.to(device).chunk(2)
                 known = all_notes.setdefault((stage, call), {})
                 known.setdefault(m, Moments(count, mean, variance))
                 rest = rest[5 + 2 * size :]
@@ -234,14 +236,14 @@ def _uses_batch_statistics(layer: _BatchNorm) -> bool:
 
 def _update(layer: _BatchNorm, moments: Moments) -> None:
     """Update the buffers as `_BatchNorm.forward` does, rounded once."""
-    factor = layer.momentum or 0.0
+    factor: float | torch.Tensor = layer.momentum or 0.0
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if layer.momentum is None:  # a cumulative mean
-            factor = 1.0 / float(layer.num_batches_tracked)
+            factor = precise(layer.num_batches_tracked).reciprocal()  # no host waits for it
     for running, new in (
         (layer.running_mean, moments.mean),
         (layer.running_var, moments.variance),
     ):
         assert running is not None
-        running.copy_((1 - factor) * running.double() + factor * new.to(running.device))
+        running.copy_((1 - factor) * precise(running) + factor * new.to(running.device))

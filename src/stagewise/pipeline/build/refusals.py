@@ -1,5 +1,7 @@
 """Refuse models whose cut would change what they compute: shared buffers, memory and statistics.
 
+So would microbatches a module that is captured as a CUDA graph.
+
 A buffer that a cell reads without holding it cannot be refused: by its name alone the code may mean
 another. It is warned of.
 """
@@ -32,6 +34,7 @@ def check_plan(plan: object) -> None:
 
 def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:
     """Raise ModelError or PlanError if cells of different stages share what they must not."""
+    check_graphs(chain)
     check_batchnorms(chain, ranks_of_cells(plan, ranks))
     check_buffers(chain, plan, memory_of_stages(plan, devices, ranks))
     check_storages(chain, plan, ranks)
@@ -132,6 +135,22 @@ def check_storages(chain: Chain, plan: Plan, ranks: Ranks) -> None:
 def _parameters(cell: Cell) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for path, module in cell.named_modules():
         yield from module.named_parameters(prefix=path, recurse=False)
+
+
+def check_graphs(chain: Chain) -> None:
+    """Raise ModelError for a module that torch captured as a CUDA graph.
+
+    Its outputs and gradients are always the same memory, which the next microbatch overwrites.
+    """
+    for cell in chain:
+        for path, module in cell.named_modules():
+            code = getattr(module.__dict__.get("forward"), "__code__", None)
+            if code is not None and code.co_filename == torch.cuda.graphs.__file__:
+                raise ModelError(
+                    f"{path} is captured as a CUDA graph (torch.cuda.make_graphed_callables), "
+                    "whose outputs one microbatch after another would overwrite before they are "
+                    "used; give the module as it was before, or compile it with torch.compile"
+                )
 
 
 def check_batchnorms(chain: Chain, processes: Sequence[Collection[int]]) -> None:
