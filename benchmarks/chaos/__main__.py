@@ -15,6 +15,7 @@ from benchmarks.chaos.calls import try_call
 from benchmarks.chaos.damage import try_damage
 from benchmarks.chaos.faults import FAULTS, Fault
 from benchmarks.chaos.forked import CONTEXT, PRELOADED
+from benchmarks.chaos.launched import launched
 from benchmarks.chaos.summary import as_markdown, failed, rows_in
 from benchmarks.chaos.torch_side import Seen, under_torch
 from benchmarks.chaos.trial import (
@@ -22,7 +23,9 @@ from benchmarks.chaos.trial import (
     Layout,
     Outcome,
     Place,
+    Start,
     Weights,
+    by_command,
     try_fault,
     undisturbed,
 )
@@ -46,6 +49,9 @@ def main(
     kept: Path | None = typer.Option(
         None, "--continue", help="A file that gets a JSON line after each; those in it are done."
     ),
+    is_forked: bool = typer.Option(
+        False, "--forked", help="Fork launchers and workers, but for one in ten: a third the time."
+    ),
     table: list[Path] = typer.Option([], help="Print files of --continue as Markdown; run none."),
 ) -> None:
     """Strike small training runs, resume them, and compare with the runs that nothing struck."""
@@ -56,7 +62,7 @@ def main(
     number = faults or (_NUM_QUICK if quick else _NUM)
     rows = rows_in(kept) if kept is not None and kept.exists() else []
     done = {(row["number"], row["seed"]) for row in rows}
-    trials = torch_trials(seed, only) if torch else our_trials(number, seed, only)
+    trials = torch_trials(seed, only) if torch else our_trials(number, seed, only, is_forked)
     for index, (what, trial) in enumerate(trials):
         if (index, seed) in done:
             continue
@@ -85,16 +91,17 @@ def main(
     sys.exit(bool(lost or unnamed or left))
 
 
-def our_trials(number: int, seed: int, only: str) -> Iterator[Trial]:
+def our_trials(number: int, seed: int, only: str, is_forked: bool) -> Iterator[Trial]:
     """Yield faults in words, and what tries them."""
-    for fault, layout, place in drawn(number, seed, only):
+    for index, (fault, layout, place) in enumerate(drawn(number, seed, only)):
+        start = launched if is_forked and index % 10 else by_command
         what = f"{fault.name}, {layout.name}, rank {place.rank}, step {place.step}"
         if fault.in_loop:
             yield what, partial(try_call, fault, layout, place)
         elif fault.damage:
-            yield what, partial(_with_expected, try_damage, fault, layout)
+            yield what, partial(_with_expected, try_damage, fault, layout, start=start)
         else:
-            yield what, partial(_with_expected, try_fault, fault, layout, place)
+            yield what, partial(_with_expected, try_fault, fault, layout, place, start=start)
 
 
 def torch_trials(seed: int, only: str) -> Iterator[Trial]:
@@ -111,9 +118,9 @@ def _expected(layout: str) -> Weights:
 
 
 def _with_expected(
-    trial: Callable[..., Outcome], fault: Fault, layout: Layout, *place: Place
+    trial: Callable[..., Outcome], fault: Fault, layout: Layout, *place: Place, start: Start
 ) -> Outcome:
-    return trial(fault, layout, *place, _expected(layout.name))
+    return trial(fault, layout, *place, _expected(layout.name), start)
 
 
 def drawn(number: int, seed: int, only: str = "") -> Iterator[tuple[Fault, Layout, Place]]:

@@ -18,6 +18,7 @@ from benchmarks.chaos.processes import Ended
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["torch", "torch._dynamo", "torch.distributed", "stagewise.training.trainer"]
+PRELOADED += ["stagewise.cli.main", "torch.distributed.launcher.api"]
 _LIMIT_SECONDS, _GRACE_SECONDS = 120.0, 30.0
 
 

@@ -136,7 +136,7 @@ def try_fault(
 
     What goes on has no other launcher than `forked`: that is faster, and bits must be the same.
     """
-    goes_on = start is by_command and fault.kills and layout.goes_on_without(place.rank)
+    goes_on = start is not forked and fault.kills and layout.goes_on_without(place.rank)
     ends = fault.ends and not goes_on
     with TemporaryDirectory() as directory:
         folder, mark = Path(directory), Path(directory, "mark")
