@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagewise.batch.values import put_together, take_apart
+from stagewise.engine.transport import choose_wires
 from stagewise.engine.transport.choose_wires import Seat, wires_between
 from stagewise.engine.transport.failure import Lost
 from stagewise.engine.transport.mailbox import Mailbox
@@ -90,6 +92,30 @@ def by_size() -> Wires:
     return wires_between([Seat.of(CPU, group)] * 2, CPU, group, group, own)
 
 
+def on_gpus() -> Wires:
+    """As `connect` makes them; the CPU stands for the GPUs of their links."""
+
+    def links_on_cpu(own: Peers, group: dist.ProcessGroup, _: torch.device) -> LinkGroups:
+        return LinkGroups(own, group, CPU)
+
+    group, own = whole()
+    seats = [Seat("host", "cuda", name, True) for name in "ab"]
+    with mock.patch.object(choose_wires, "LinkGroups", links_on_cpu):
+        wires = wires_between(seats, torch.device("cuda", 0), group, group, own)
+    return wires
+
+
+def connected(wires: Wires) -> Wires:
+    assert wires.prepare is not None
+    wires.prepare([(0, 1), (1, 0)])
+    return wires
+
+
+def of_hosts(wires: Wires) -> Wires:
+    """The wire by which hosts tell each other what they agree on."""
+    return Wires(wires.control, wires.control)
+
+
 def staged_on(ranks: tuple[int, ...]) -> Wires:
     """The CPU of these ranks stands for a device; on others it is the CPU."""
     wires = by_size()
@@ -121,6 +147,8 @@ BETWEEN: dict[str, Callable[[], Wires]] = {
     "Unix sockets": by_sockets,
     "TCP": by_tcp,
     "both by size": by_size,
+    "on GPUs": lambda: connected(on_gpus()),
+    "on GPUs, of the hosts": lambda: of_hosts(on_gpus()),
     "staged": lambda: staged_on((0, 1)),
     "staged on rank 1": lambda: staged_on((1,)),
     "NCCL": nccl,

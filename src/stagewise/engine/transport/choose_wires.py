@@ -1,8 +1,9 @@
 """Choose the wires between ranks by where they compute.
 
-CPUs use sockets for small tensors and gloo for large ones. Accelerators, each with one rank, use
-the backend of their process group, such as NCCL. Whatever else there is goes through the hosts'
-memory: ranks that share a device, kinds of devices that have no such backend, CPUs among GPUs.
+CPUs, and hosts among each other, use sockets for small tensors and gloo for large ones.
+Accelerators, each with one rank, use the backend of their process group, such as NCCL. Whatever
+else there is goes through the hosts' memory: ranks that share a device, kinds of devices that have
+no such backend, CPUs among GPUs.
 """
 
 import os
@@ -67,8 +68,10 @@ def wires_between(
     if device.type == "cpu":
         return _between_hosts(host, peers)
     _check_streams(device)
-    data = LinkGroups(peers, group, device)
-    return Wires(data, GroupWire(peers, host), prepare=data.prepare, abort=data.abort)
+    data, near = LinkGroups(peers, group, device), _between_hosts(host, peers)
+    return Wires(
+        data, near.control, prepare=data.prepare, abort=data.abort, interrupt=near.interrupt
+    )
 
 
 def why_staged(seats: Sequence[Seat]) -> str | None:
