@@ -76,3 +76,23 @@ def test_a_dict_of_arguments_is_to_be_unpacked(case: Case) -> None:
     pipe = stagewise.Pipeline(case.model, plan)
     with pytest.raises(BatchError, match=r"pipe\.step\(\*\*batch\)"):
         pipe.step(case.batch)
+
+
+def test_a_wrapper_that_takes_any_keyword_passes_on_what_the_model_takes() -> None:
+    class Wrapper(nn.Module):  # as PEFT's
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
+            return self.model(*args, **kwargs)
+
+    model = Wrapper(Classifier())
+    batch = {"input_ids": torch.randn(4, 6), "attention_mask": torch.ones(4, 1)}
+    labels = torch.zeros(4, dtype=torch.long)
+    plan = stagewise.plan(
+        model, **batch, labels=labels, num_stages=2, num_microbatches=2, seconds=0
+    )
+    assert plan.num_stages == 2
+    with pytest.raises(TypeError, match="write inputs="):
+        stagewise.plan(model, **batch, input=batch["input_ids"], num_microbatches=2)
