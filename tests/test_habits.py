@@ -67,7 +67,7 @@ def test_a_schedule_of_another_library_is_named_here(theirs: str, ours: str | No
         _ = stagewise.Plan(balance=(1, 1), num_microbatches=2, schedule=theirs)
 
 
-@pytest.mark.parametrize("name", ["to", "generate", "partitions", "backward", "forward"])
+@pytest.mark.parametrize("name", ["to", "devices", "partitions", "backward", "forward"])
 def test_what_a_pipeline_lacks_has_a_remedy(name: str) -> None:
     pipe = stagewise.Pipeline(chain(), PLAN, loss=nn.functional.mse_loss)
     with pytest.raises(AttributeError, match=f"no attribute '{name}'; .*pipe|devices"):

@@ -26,7 +26,7 @@ LEVELS = [
     [""],
     ["pretrained"],
     ["pipeline"],
-    ["pipeline/build", "pipeline/record"],
+    ["pipeline/build", "pipeline/generation", "pipeline/record"],
     ["checkpoints", "profiling"],
     ["engine/step"],
     ["engine/gradients", "engine/looks"],

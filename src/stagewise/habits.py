@@ -58,8 +58,6 @@ CALLS = (
 ATTRIBUTES = {
     "forward": CALLS,
     "backward": "pipe.step(inputs, target=target) has run it: gradients are in .grad",
-    "generate": "call pipe.predict(inputs) for the next token's outputs, or load what "
-    "pipe.save_checkpoint(folder) writes into the plain model",
     **dict.fromkeys(
         ("to", "cuda", "cpu"),
         "give Pipeline the devices of its stages: devices=['cuda:0', 'cuda:1']",

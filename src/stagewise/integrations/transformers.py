@@ -25,7 +25,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from stagewise.errors import UsageError
 from stagewise.integrations.accumulated import Accumulated, as_microbatches
 from stagewise.integrations.first_step import loss_of, pipeline_for
-from stagewise.integrations.generation import generate_on_ranks
 from stagewise.integrations.one_batch import OneBatch
 from stagewise.integrations.own_part import (
     configuration_kept,
@@ -237,7 +236,7 @@ class PipelineMixin(_Trainer):
         """Return what the model's own `generate` does, after `train` or `evaluate`; collective."""
         if self.pipe is None:
             raise UsageError("generate needs the stages; call train or evaluate before")
-        return generate_on_ranks(self.model, self.pipe, *args, **kwargs)
+        return self.pipe.generate(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._update = []

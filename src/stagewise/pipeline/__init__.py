@@ -5,7 +5,8 @@
    `plan_keywords` says what a wrong keyword argument should be.
 2. `pipeline.Pipeline` builds this rank's stages (`build`). Its `calls` (`step`, `evaluate`,
    `predict`) run through `engine.step`; `measuring` says where their time and memory went
-   (`record`); its `share` of the model uses the plain model's names.
+   (`record`); `generates` continues prompts (`generation`); its `share` of the model uses the plain
+   model's names.
 3. `gpipe` is the same with the arguments of the GPipe paper and torchgpipe; `scaler` is torch's
    GradScaler with decisions shared by all ranks.
 """

@@ -40,12 +40,13 @@ from stagewise.pipeline.build.places import (
 from stagewise.pipeline.build.recut import check_cells_stay, recut
 from stagewise.pipeline.build.refusals import check_plan, refuse
 from stagewise.pipeline.build.whole_model import WholeModel
-from stagewise.pipeline.measuring import Measuring
+from stagewise.pipeline.generates import Generates
+from stagewise.pipeline.generation.bare_model import skeleton_of
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
 
 
-class Pipeline(Measuring):
+class Pipeline(Generates):
     """Trains `model` by `plan`, with the plain model's losses and gradients.
 
     Args:
@@ -208,7 +209,7 @@ class Pipeline(Measuring):
         own_devices = [stage.device for stage in stages.values()]
         self._device = own_devices[-1] if own_devices else self._devices[ranks.rank]
         super().__init__(whole, stages, made.ties, ranks)
-        self.plan = plan
+        self.plan, self._skeleton = plan, skeleton_of(model)
         self._batch_dim, self._split, self._merge = batch_dim, split, merge
         captured = captured_of(model)
         self._form = None if captured is None else captured.form

@@ -1,0 +1,230 @@
+"""A model whose forward every rank runs, and in which each computes its own units.
+
+Problem: a layer's input is on the rank that computed the layer before. Idea: all ranks run the same
+Python code, so all know at every layer where the values are (`at`), and which rank is next: one
+gives, the other takes. What a rank does not compute has the right shape and is NaN, so that a model
+which mixes values outside its layers is found out. Which arguments must travel, and what a layer
+returns, the ranks compare once.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import Cache, EncoderDecoderCache
+
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.errors import ModelError
+from stagewise.pipeline.generation.bare_model import filled
+from stagewise.pipeline.generation.shared_units import Form, Function, Stack, Unit, units_of
+
+_WHAT = "generate"
+_DIMS = 8
+
+
+class SpreadModel:
+    """A model's units over `ranks`; `own` are this rank's tensors by name."""
+
+    def __init__(self, model: Any, ranks: Ranks, own: Mapping[str, torch.Tensor]) -> None:
+        self._model, self._ranks = model, ranks
+        self._stacks, self._units = units_of(model)
+        self.at: int | None = None  # the rank that has the values; None: all do
+        self._stack: Stack | None = None  # whose forward is running
+        held = ranks.gather(sorted(own), _WHAT)
+        self._holders: dict[str, list[int]] = {}
+        for rank, names in enumerate(held):
+            for name in names:
+                self._holders.setdefault(name, []).append(rank)
+        self._own = {**own, **self._lent(own)}
+        floating = [t.dtype for t in own.values() if t.is_floating_point()]
+        self._dtype = floating[0] if floating else torch.get_default_dtype()
+        encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+        self._encoder = next((s for s in self._stacks if s.around is encoder), None)
+        self._decoding = sorted(
+            {s.owners[0] for stack in self._stacks if stack is not self._encoder
+             for s in stack.blocks}
+        )  # fmt: skip
+
+    def flows_forward(self) -> bool:
+        """Return whether no rank gives values to one before it."""
+        way = [block.owners[0] for stack in self._stacks for block in stack.blocks]
+        return all(before <= after for before, after in pairwise(way))
+
+    def _lent(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Say who owns each unit; bring together what several ranks have a part of."""
+        needed: dict[str, set[int]] = {}
+        for unit in list(self._units):
+            holders = [set(self._holders.get(name, ())) for name in unit.names()]
+            if not all(holders):  # of no cell, so the model does not use it
+                self._units.remove(unit)
+                continue
+            unit.owners = sorted(set.intersection(*holders))
+            if not unit.owners:
+                unit.owners = [min(map(min, holders))]
+                for name in unit.names():
+                    needed.setdefault(name, set()).add(unit.owners[0])
+        for name, _ in self._model.named_buffers():
+            if name in self._holders:
+                needed.setdefault(name, set()).update(range(self._ranks.num_ranks))
+        lent = {}
+        for name, takers in needed.items():
+            sources = self._holders[name]
+            if takers := takers - set(sources):
+                value = self._ranks.broadcast(own.get(name), sources[0], sorted(takers))
+                if self._ranks.rank in takers:
+                    assert value is not None
+                    lent[name] = value
+        return lent
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Let the model's forward be this rank's part of it."""
+        replaced: list[tuple[nn.Module, Function]] = []
+        for unit in self._units:
+            replaced.append((unit.module, self._shared(unit, unit.module.forward)))
+        for stack in self._stacks:
+            replaced.append((stack.around, self._entered(stack, stack.around.forward)))
+        before = [(module, module.__dict__.get("forward")) for module, _ in replaced]
+        for module, forward in replaced:
+            module.__dict__["forward"] = forward
+        try:
+            with filled(self._model, self._own):
+                yield
+        finally:
+            for module, forward in before:  # type: ignore[assignment]
+                module.__dict__.pop("forward")
+                if forward is not None:
+                    module.__dict__["forward"] = forward
+
+    def _entered(self, stack: Stack, forward: Function) -> Function:
+        """Return the forward of the module around a stack, which all ranks' inputs are for."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.at, self._stack = None, stack
+            output = forward(*args, **kwargs)
+            self._stack = None
+            if stack is self._encoder:
+                self._hand_out(output)
+                self.at = None
+            return output
+
+        return run
+
+    def _hand_out(self, output: Any) -> None:
+        """Give an encoder's output to the ranks that decode."""
+        hidden, source = output.last_hidden_state, self.at
+        assert source is not None
+        if self._ranks.rank == source:
+            for rank in self._decoding:
+                if rank != source:
+                    self._ranks.give(rank, [hidden.contiguous()])
+        elif self._ranks.rank in self._decoding:
+            output.last_hidden_state = self._ranks.take(source, [_room(hidden)])[0]
+
+    def _shared(self, unit: Unit, forward: Function) -> Function:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            leaves, tree = pytree.tree_flatten((args, kwargs))
+            first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+            owner = self._owner(unit)
+            if self.at not in (None, owner):
+                leaves = self._moved(unit, leaves, owner)
+                args, kwargs = pytree.tree_unflatten(leaves, tree)
+            output = forward(*args, **kwargs) if self._ranks.rank == owner else None
+            if unit.stack is not None:
+                output = self._as_block(unit, leaves, first, output, owner)
+            elif output is None:
+                output = unit.stand_in(first, self._dtype)
+            self.at = owner
+            return self._at_stack(output) if not first.is_floating_point() else output
+
+        return run
+
+    def _owner(self, unit: Unit) -> int:
+        """Return who computes a unit: where the values are, if that rank can."""
+        at = self.at
+        if at is None and self._stack is not None:
+            at = self._stack.blocks[0].owners[0]
+        if at in unit.owners or at is None:
+            return at if at is not None else unit.owners[0]
+        return next((rank for rank in unit.owners if rank > at), unit.owners[-1])
+
+    def _at_stack(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Take an embedding to where the first block is, since others may be added to it there."""
+        if self._stack is None:
+            return embedded
+        source, target = self.at, self._stack.blocks[0].owners[0]
+        if source != target and self._ranks.rank == source:
+            self._ranks.give(target, [embedded.contiguous()])
+        elif source != target and self._ranks.rank == target:
+            (taken,) = self._ranks.take(source, [_room(embedded)])  # type: ignore[arg-type]
+            assert taken is not None
+            embedded = taken
+        self.at = target
+        return embedded
+
+    def _moved(self, unit: Unit, leaves: list[Any], owner: int) -> list[Any]:
+        """Take a call's values from where they are to its owner."""
+        source, rank = self.at, self._ranks.rank
+        assert source is not None
+        if len(leaves) not in unit.moves:
+            sums = self._ranks.gather([*map(_digest, leaves)], _WHAT)
+            differ = zip(sums[source], sums[owner], strict=True)
+            unit.moves[len(leaves)] = tuple(n for n, (a, b) in enumerate(differ) if a != b)
+        leaves = list(leaves)
+        for number in unit.moves[len(leaves)]:
+            leaf = leaves[number]
+            if rank == source:
+                shape = torch.zeros(_DIMS, dtype=torch.int64)
+                shape[: leaf.dim() + 1] = torch.tensor([leaf.dim(), *leaf.shape])
+                self._ranks.give(owner, [shape.to(leaf.device)])
+                self._ranks.give(owner, [leaf.contiguous()])
+            elif rank == owner:
+                header = torch.empty(_DIMS, dtype=torch.int64, device=leaf.device)
+                told = self._ranks.take(source, [header])[0]
+                assert told is not None
+                dims, *sizes = told.tolist()
+                leaves[number] = self._ranks.take(source, [leaf.new_empty(sizes[:dims])])[0]
+        return leaves
+
+    def _as_block(
+        self, unit: Unit, leaves: list[Any], hidden: torch.Tensor, output: Any, owner: int
+    ) -> Any:
+        """Return a block's output, or what stands for it; count its tokens in the cache."""
+        if len(leaves) not in unit.forms:
+            form = _form_of(output) if self._ranks.rank == owner else None
+            unit.forms[len(leaves)] = self._ranks.gather(form, _WHAT)[owner]
+        if self._ranks.rank == owner:
+            return output
+        noted = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        for leaf in leaves:
+            if isinstance(leaf, EncoderDecoderCache):
+                leaf.self_attention_cache.update(noted, noted, unit.index)
+            elif isinstance(leaf, Cache):
+                leaf.update(noted, noted, unit.index)
+        form = unit.forms[len(leaves)]
+        if form is None:
+            return hidden
+        others = (hidden.new_empty(0) if there else None for there in form[1:])
+        return (hidden, *others)
+
+
+def _form_of(output: Any) -> Form:
+    if isinstance(output, torch.Tensor):
+        return None
+    if isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
+        return tuple(isinstance(each, torch.Tensor) for each in output)
+    raise ModelError(f"a block returns a {type(output).__name__}, not its hidden states first")
+
+
+def _digest(leaf: Any) -> object:
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+        return None
+    return tuple(leaf.shape), str(float(leaf.double().sum()))
+
+
+def _room(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
