@@ -48,6 +48,7 @@ LEVELS = [
     ["planning/partition", "planning/synthesis"],
     ["recording"],
     ["timeline"],
+    ["schedule/sharded"],
     ["schedule"],
     ["costs", "free_pages", "habits", "mesh", "units", "parity", "slow_notice"],
     ["errors", "html_parts"],

@@ -88,6 +88,9 @@ class StageCost:
     `deferred_bytes` are kept, of which `deferred_input_bytes` are the input. The stage does not
     keep `released_output_bytes` of its output: where the next stage is on its device, those are
     kept as that stage's input only. `far_outputs` are the messages to stages beyond the next one.
+
+    Sharded parameters, once gathered in `gather_seconds`, take `gathered_bytes` more; a step's
+    `gradient_sum_bytes` are kept until they are reduced, in `reduce_seconds`.
     """
 
     forward_seconds: float
@@ -105,6 +108,11 @@ class StageCost:
     released_output_bytes: int = 0
     trainable_bytes: int | None = None  # of the parameters, as in CellCost
     far_outputs: tuple[FarOutput, ...] = ()
+    launch_seconds: float = 0  # to start a gather, and to free what it gathered
+    gather_seconds: float = 0
+    reduce_seconds: float = 0
+    gathered_bytes: int = 0
+    gradient_sum_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,16 +203,6 @@ def load_seconds(cell: CellCost, *, forwards: int = 1, split: bool = False) -> f
     """Return what a cell adds to its device's load; `split` if backwards run in two halves."""
     backward = sum(cell.split_seconds) if split else cell.backward_seconds
     return forwards * cell.forward_seconds + backward
-
-
-def boundary_seconds(cells: Sequence[CellCost], link: LinkCost) -> list[float]:
-    """Return the transfer time, both ways, across the boundary after each cell but the last."""
-    untrained = num_untrained(cells)
-    return [
-        link.transfer_seconds(cell.output_bytes)
-        + (link.transfer_seconds(cell.gradient_bytes) if index >= untrained else 0)
-        for index, cell in enumerate(cells[:-1])
-    ]
 
 
 def stage_costs(

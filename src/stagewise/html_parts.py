@@ -15,6 +15,10 @@ LOOKS = {  # of every kind of instruction, by its letter: colour, plotly's patte
     "I": ("#56B4E9", "/", BLACK),
     "W": ("#009E73", ".", BLACK),
     "R": ("#CC79A7", "x", BLACK),
+    "P": ("#F0E442", "", BLACK),
+    "U": ("#F0E442", "/", BLACK),
+    "S": ("#F0E442", ".", BLACK),
+    "G": ("#D55E00", "x", BLACK),
 }
 
 _MOST_BARS = 5_000

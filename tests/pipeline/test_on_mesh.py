@@ -3,8 +3,10 @@
 The cells of `benchmarks.mesh` are a table of their own (`make test-mesh`); some of them run here.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from stagewise.mesh import MeshShape
 from stagewise.parallel import shard_cells
 from stagewise.planning.alternatives import Room
 from stagewise.planning.meshes.mesh_cost import MeshCost
+from stagewise.schedule.sharded import num_gathers, with_gathers
 from tests.harness import Pools
 
 pytestmark = [
@@ -50,7 +53,11 @@ CELLS = {
         Cell(2, "ring", "zb_v", "tied"),
         Cell(2, "EP", "zb_v", "moe"),
     ],
-}  # those of eight ranks take `make test-mesh`
+}
+AGAIN = [
+    Cell(2, "FSDP2", "interleaved", "tied"),
+    Cell(2, "FSDP2", "zb_v", "lora"),
+]  # those of eight ranks take `make test-mesh`
 OPTIONS = {"schedule": "1f1b", "num_microbatches": 2}
 
 
@@ -60,8 +67,12 @@ def several(cells: list[Cell], plans: list[stagewise.Plan]) -> list[Outcome]:
 
 @pytest.mark.parametrize("num_ranks", CELLS)
 def test_three_steps_are_the_plain_models(num_ranks: int, own_pools: Pools) -> None:
-    cells = CELLS[num_ranks]
-    ranks = own_pools[num_ranks].run(several, cells, [plan_of(cell) for cell in cells], seconds=120)
+    cells = [*CELLS[num_ranks], *AGAIN]
+    plans = [plan_of(cell) for cell in cells]
+    again = [replace(plan, regathered=(0, 1, 2, 3)) for plan in plans[-len(AGAIN) :]]
+    again[0] = replace(again[0], gathers_ahead=False)
+    plans[-len(AGAIN) :] = again
+    ranks = own_pools[num_ranks].run(several, cells, plans, seconds=120)
     for cell, outcomes in zip(cells, zip(*ranks, strict=True), strict=True):
         found = differences(outcomes, plain(cell))
         assert max(found.loss, found.gradient, found.parameter) <= TOLERANCE, (cell, found)
@@ -185,29 +196,66 @@ class Counting(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def reductions(names: tuple[str, ...]) -> dict[str, int]:
+def reductions(names: tuple[str, ...], plan: stagewise.Plan, size: int = 16) -> dict[str, Any]:
+    """Count collectives of a step on `size` samples, of which data rank 1 has two only if that is
+    odd; and how far gradients are from the plain model's.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp_shard"))
-    plan = stagewise.Plan(balance=(2, 2), schedule="zb_h1", num_microbatches=8)
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(4, 4).double() for _ in range(4)])
+    inputs = torch.randn(2 * size, 4, dtype=torch.float64)
+    inputs = inputs[: size + 2] if size % 2 else inputs
+    plain = copy.deepcopy(model)
 
     def each(stage: nn.Module, mesh: DeviceMesh, index: int) -> None:
         for cell in stage.children():
             fully_shard(cell, mesh=mesh["dp_shard"], mp_policy=MixedPrecisionPolicy())
 
     loss = nn.functional.mse_loss
+    loss(plain(inputs), torch.zeros_like(inputs)).backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
     pipe = stagewise.Pipeline(model, plan, loss=loss, mesh=mesh, parallelize=each)
     kept = sum(p.to_local().numel() for p in pipe.parameters())  # type: ignore[attr-defined]
+    own = (inputs[:size], inputs[size:])[mesh.get_local_rank("dp_shard")]
     with Counting() as counting:
-        pipe.step(torch.ones(16, 4), target=torch.zeros(16, 4))
-    return {name: counting.calls[name] for name in names} | {"parameters": kept}
+        pipe.step(own, target=torch.zeros_like(own))
+    worst = 0.0
+    for name, parameter in pipe.named_parameters():
+        assert parameter.grad is not None
+        difference = whole(parameter.grad) - gradients[name]  # type: ignore[operator]
+        worst = max(worst, float(difference.abs().max()))
+    gathers = num_gathers(with_gathers(plan.built_schedule, {s: s for s in range(plan.num_stages)}))
+    planned = [gathers[s] for s in plan.built_schedule.stages_of(mesh.get_local_rank("pp"))]
+    counts = {name: counting.calls[name] for name in names}
+    return counts | {"parameters": kept, "planned": planned, "difference": worst}
+
+
+NAMES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
 
 
 def test_a_step_gathers_and_reduces_once(own_pools: Pools) -> None:
     """Two layers a stage: two of each, whatever the number of microbatches; half of each layer."""
-    names = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
-    for found in own_pools[4].run(reductions, names):
-        assert [found[name] for name in names] == [2, 2, 1]  # one: which gradients there are
-        assert found["parameters"] == 20
+    plan = stagewise.Plan(balance=(2, 2), schedule="zb_h1", num_microbatches=8)
+    for found in own_pools[4].run(reductions, NAMES, plan):
+        assert [found[name] for name in NAMES] == [2, 2, 1]  # one: which gradients there are
+        assert found["parameters"] == 20 and found["planned"] == [1]
+        assert found["difference"] < 1e-15
+
+
+@pytest.mark.parametrize("size", [16, 9])
+def test_a_step_gathers_as_often_as_the_plan_says(size: int, own_pools: Pools) -> None:
+    """Also where a data rank has two microbatches, and the other eight; reduced once all the same.
+
+    Each stage is one layer; rank 0 has stages 0 and 2, rank 1 has 1 and 3.
+    """
+    plan = stagewise.Plan(
+        balance=(1, 1, 1, 1), schedule="interleaved", num_microbatches=8, regathered=(0, 1, 3)
+    )
+    for rank, found in enumerate(own_pools[4].run(reductions, NAMES, plan, size)):
+        planned = [[12, 1], [5, 4]][rank // 2]
+        assert found["planned"] == planned
+        assert [found[name] for name in NAMES] == [sum(planned), 2, 1]
+        assert found["difference"] < 1e-15
 
 
 def kept() -> int:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import stagewise
 from stagewise.costs import CellCost, FarOutput, InstructionCost, StageCost
+from stagewise.engine.gradients.shard_actions import SHARD_ACTIONS
 from stagewise.engine.stage.stage import ACTIONS
 from stagewise.errors import ScheduleError
 from stagewise.schedule import Instruction, Kind
@@ -42,7 +43,7 @@ def test_text_form_round_trips(instruction: Instruction) -> None:
 @pytest.mark.parametrize("text", ["", "F", "2F", "F0", "2f0", "2X0", "-1F0", "2F0 ", "2F0B1"])
 def test_what_is_no_instruction_is_refused(text: str) -> None:
     with pytest.raises(
-        ScheduleError, match="is not an instruction; write the stage, one letter of FBIWR"
+        ScheduleError, match="is not an instruction; write the stage, one letter of FBIWRPUSG"
     ):
         Instruction.parse(text)
 
@@ -52,7 +53,7 @@ def test_every_cost_of_a_stage_belongs_to_a_kind_or_a_stream() -> None:
     named = {
         field
         for traits in KINDS.values()
-        for field in (traits.seconds, *traits.keeps, *traits.frees)
+        for field in (traits.seconds, *traits.keeps, *traits.keeps_once, *traits.frees)
     } | {stream.num_bytes for stream in (ACTIVATIONS, GRADIENTS)}
     # Kept with or without instructions; a part of what waits for `W`; what is not kept.
     apart = {"parameter_bytes", "trainable_bytes", "deferred_input_bytes", "released_output_bytes"}
@@ -61,13 +62,15 @@ def test_every_cost_of_a_stage_belongs_to_a_kind_or_a_stream() -> None:
     assert {stream.num_bytes for stream in (ACTIVATIONS, GRADIENTS)} <= {*FarOutput._fields}
     assert {field.name for field in fields(StageCost)} == named | apart
     of_instructions = {field.name for field in fields(InstructionCost)}
-    assert of_instructions == {traits.seconds for traits in KINDS.values()} - {"recompute_seconds"}
+    of_cells = {traits.seconds for traits in KINDS.values() if not traits.of_shards}
+    assert of_instructions == of_cells - {"recompute_seconds"}
     assert of_instructions < {field.name for field in fields(CellCost)}
 
 
 def test_every_kind_frees_what_it_should_and_can_be_run() -> None:
-    assert KINDS.keys() == ACTIONS.keys() == set(Kind)
-    kept = [field for traits in KINDS.values() for field in traits.keeps]
+    assert KINDS.keys() == ACTIONS.keys() | SHARD_ACTIONS.keys() == set(Kind)
+    assert {kind for kind, traits in KINDS.items() if traits.of_shards} == SHARD_ACTIONS.keys()
+    kept = [field for t in KINDS.values() for field in (*t.keeps, *t.keeps_once)]
     freed = [field for traits in KINDS.values() for field in traits.frees]
     assert set(kept) == set(freed)
 
@@ -93,6 +96,7 @@ NAMES_KINDS = {
     "planning/synthesis/problem.py": "names what synthesis orders, for all of the folder",
     "planning/synthesis/operations.py": "tabulates them; a recomputation is part of its backward",
     "planning/search/moved_recompute.py": "moves an R, or an F into the time that it saves",
+    "engine/gradients/shard_actions.py": "SHARD_ACTIONS: what each does where stages are sharded",
     "engine/stage/stage.py": "ACTIONS: what each does",
     "engine/stage/skips.py": "forward, a skip's value; backward, its gradient",
     "engine/transport/transport.py": "a long skip is a message of a forward",

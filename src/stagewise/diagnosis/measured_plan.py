@@ -132,6 +132,7 @@ def _measured_cells(plan: Plan, usual: Usual, launches: Sequence[float]) -> tupl
         factors = {
             KINDS[kind].seconds: took / planned if (planned := KINDS[kind].seconds_on(cost)) else 1
             for kind, took in seconds.items()
+            if not KINDS[kind].of_shards
         }
         launch = launches[placement[stage][0]]
         made += [_scaled(cell, factors, launch) for cell in cells[start : start + size]]

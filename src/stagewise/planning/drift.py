@@ -53,14 +53,17 @@ class Change:
 
 
 def stage_factors(plan: Plan, timeline: Timeline) -> tuple[float, ...]:
-    """Return, per engine stage, the measured seconds (a sum of medians per kind) over planned."""
+    """Return, per engine stage, the measured seconds (a sum of medians per kind) over planned.
+
+    Without what a plan does not price: the gathers of shards.
+    """
     times: dict[tuple[int, Kind], list[float]] = {}
     for span in timeline.spans:
         place = span.instruction.stage, span.instruction.kind
         times.setdefault(place, []).append(span.seconds)
     factors = []
     for stage, cost in enumerate(plan.engine_costs):
-        kinds = [kind for kind in KINDS if (stage, kind) in times]
+        kinds = [k for k in KINDS if (stage, k) in times and not KINDS[k].of_shards]
         planned = sum(KINDS[kind].seconds_on(cost) for kind in kinds)
         measured = sum(statistics.median(times[stage, kind]) for kind in kinds)
         factors.append(measured / planned if planned else 1.0)

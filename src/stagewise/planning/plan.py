@@ -6,18 +6,11 @@ recomputed anywhere, without the model.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack
 
-from stagewise.costs import (
-    FREE_LINK,
-    NOT_AS_WRITTEN,
-    CellCost,
-    LinkCost,
-    StageCost,
-    stage_costs,
-)
+from stagewise.costs import FREE_LINK, NOT_AS_WRITTEN, CellCost, LinkCost, StageCost, stage_costs
 from stagewise.errors import PlanError
 from stagewise.habits import in_our_words
 from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
@@ -57,7 +50,9 @@ class Plan:
     (`engine_balance`), and recomputes the marked parts for the microbatches of the policy
     `recompute`, or for all if that is "never". `cells` holds the costs of one microbatch that the
     plan was made from; it is empty if a `balance` was given and nothing was measured. If the plan
-    was tried, its steps took `measured_seconds` on the `machine`.
+    was tried, its steps took `measured_seconds` on the `machine`. Where a mesh shards parameters,
+    those of the engine's stages in `regathered` are gathered whenever their device comes to them
+    (`gathers_ahead`: one instruction ahead), others once a step.
     """
 
     balance: tuple[int, ...]
@@ -73,6 +68,8 @@ class Plan:
     link: LinkCost = FREE_LINK
     measured_seconds: float | None = None
     machine: str = ""
+    regathered: tuple[int, ...] = ()
+    gathers_ahead: bool = True
 
     def __post_init__(self) -> None:
         check_numbers("balance", self.balance, several=True)
@@ -110,7 +107,8 @@ class Plan:
     @cached_property
     def built_schedule(self) -> Schedule:
         """The validated schedule of the engine's stages, including recomputations."""
-        plain = self.plain_schedule
+        again, ahead = self.regathered, self.gathers_ahead
+        plain = replace(self.plain_schedule, regathered=again, gathers_ahead=ahead)
         if not self.segments:
             return validate(with_recompute(plain, self.recompute))
         policy = "always" if self.recompute == "never" else self.recompute
@@ -238,8 +236,6 @@ class Plan:
                 **{name: fields[name] for name in plain},
                 balance=tuple(fields["balance"]),
                 stages_per_device=fields.get("stages_per_device"),
-                replicas=tuple(fields.get("replicas", ())),
-                programs=tuple(fields.get("programs", ())),
                 segments=tuple(
                     tuple((int(size), bool(recomputed)) for size, recomputed in parts)
                     for parts in fields.get("segments", ())
@@ -248,6 +244,10 @@ class Plan:
                 link=LinkCost(**fields["link"]),
                 measured_seconds=amounts.get("measured_seconds"),
                 machine=str(fields.get("machine", "")),
+                replicas=tuple(fields.get("replicas", ())),
+                programs=tuple(fields.get("programs", ())),
+                regathered=tuple(fields.get("regathered", ())),
+                gathers_ahead=bool(fields.get("gathers_ahead", True)),
             )
         except NOT_AS_WRITTEN as error:
             raise PlanError(

@@ -2,8 +2,9 @@
 
 An instruction starts when its device is free and its messages have arrived. When it ends, its
 device is busy with each message it sends for the link's overhead; the message then waits until its
-link is free, and takes the link's transfer time. Only addition and comparison are used, so exact
-numbers (Fraction) stay exact.
+link is free, and takes the link's transfer time. Gathers of sharded stages run beside what their
+device does, one after the other. Only addition and comparison are used, so exact numbers (Fraction)
+stay exact.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from operator import attrgetter
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import PlanError
 from stagewise.recording.recorder import Recorder
-from stagewise.schedule import Message, Schedule, lower, walk
+from stagewise.schedule import Instruction, Message, Schedule, lower, walk
 from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
@@ -27,20 +28,20 @@ def simulate(
 
     A `recorder` also notes the messages.
     """
-    _check_schedule(schedule)
-    if len(costs) != schedule.num_stages:
-        raise PlanError(f"got costs of {len(costs)} stages for a schedule of {schedule.num_stages}")
+    _check_schedule(schedule, costs)
     zero = 0 * costs[0].forward_seconds
     device_free = [zero] * schedule.num_devices
     link_free: dict[tuple[int, int], float] = {}
     arrival: dict[Message, float] = {}
-    spans = []
+    gathers, spans = _Gathers(costs, device_free), []
     flows = [(s, s + far.distance) for s, cost in enumerate(costs) for far in cost.far_outputs]
     for device, step in walk(lower(schedule, flows)):
         free = device_free[device]
         start = max([free, *(arrival[message] for message in step.receives)])
         instruction, traits = step.instruction, KINDS[step.instruction.kind]
         end = start + traits.seconds_on(costs[instruction.stage])
+        if traits.of_shards:
+            end = gathers.end_of(device, instruction, start, end)
         device_free[device] = end
         spans.append(
             Span(device=device, instruction=instruction, start_seconds=start, end_seconds=end)
@@ -69,13 +70,33 @@ def simulate(
     )
 
 
-def _check_schedule(schedule: object) -> None:
+class _Gathers:
+    """When the gathers that run on each device, beside its instructions, have ended."""
+
+    def __init__(self, costs: Sequence[StageCost], free: Sequence[float]) -> None:
+        self._costs, self._free = costs, [*free]
+        self._ends: dict[tuple[int, int], float] = {}  # by device and stage
+
+    def end_of(self, device: int, i: Instruction, start: float, end: float) -> float:
+        """Return when an instruction from `start` to `end` has ended, if it waits for a gather."""
+        if KINDS[i.kind].gather == "ends":
+            return max(start, self._ends.pop((device, i.stage), end))
+        if KINDS[i.kind].gather == "starts":
+            begins = max(end, self._free[device])
+            self._free[device] = begins + self._costs[i.stage].gather_seconds
+            self._ends[device, i.stage] = self._free[device]
+        return end
+
+
+def _check_schedule(schedule: object, costs: Sequence[StageCost]) -> None:
     if not isinstance(schedule, Schedule):
         raise PlanError(
             f"simulate() takes a Schedule and a StageCost per stage, but got {schedule!r}; write "
             "simulate(stagewise.schedule.named_schedule('gpipe', 4, 8), [stagewise.StageCost("
             "forward_seconds=1, backward_seconds=2)] * 4), or give plan.timeline"
         )
+    if len(costs) != schedule.num_stages:
+        raise PlanError(f"got costs of {len(costs)} stages for a schedule of {schedule.num_stages}")
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:

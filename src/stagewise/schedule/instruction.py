@@ -25,6 +25,10 @@ class Kind(enum.StrEnum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
     RECOMPUTE = "R"
+    PREFETCH = "P"
+    UNSHARD = "U"
+    RESHARD = "S"
+    REDUCE = "G"
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,12 @@ class KindTraits:
     `parts` is the work that it completes: every stage and microbatch needs each part exactly once;
     a kind without parts is optional. It runs `after` these kinds of the same stage and microbatch,
     where a schedule has them. It waits for what `stream` brings from one neighbour and sends on to
-    the other. `seconds`, `keeps` and `frees` name fields of StageCost.
+    the other. `seconds`, `keeps` and `frees` name fields of StageCost; of `keeps_once` the first of
+    a stage keeps what a later kind frees.
+
+    A kind `of_shards` concerns a sharded stage's parameters, on all ranks that share them, and its
+    number is not a microbatch's but counts. A gather that one kind `starts` runs beside other
+    instructions until the next one `ends` it, which takes what is left of it.
     """
 
     title: str
@@ -82,6 +91,9 @@ class KindTraits:
     stream: Stream | None = None
     keeps: tuple[str, ...] = ()
     frees: tuple[str, ...] = ()
+    keeps_once: tuple[str, ...] = ()
+    of_shards: bool = False
+    gather: Literal["starts", "ends"] | None = None
 
     def seconds_on(self, cost: StageCost) -> float:
         """Return how long it keeps the device of a stage with these costs busy."""
@@ -106,23 +118,31 @@ class KindTraits:
         return bool(self.parts) and "forward" not in self.parts
 
 
-_F, _B, _I, _W, _R = Kind
+_F, _B, _I, _W, _R, _P, _U, _S, _G = Kind
 ACTIVATIONS = Stream("activation", _F, 1, "output_bytes")
 GRADIENTS = Stream("gradient", _B, -1, "gradient_bytes")
 _INPUT, _GRAPH, _WAITING = "input_bytes", "activation_bytes", "deferred_bytes"
+_WHOLE, _SUMS = "gathered_bytes", "gradient_sum_bytes"
 
 # fmt: off
 KINDS: dict[Kind, KindTraits] = {
     _F: KindTraits(title="forward", seconds="forward_seconds", parts=("forward",),
                    stream=ACTIVATIONS, keeps=(_INPUT, _GRAPH)),
     _B: KindTraits(title="backward", seconds="backward_seconds", parts=("inputs", "weights"),
-                   after=(_F, _R), stream=GRADIENTS, frees=(_INPUT, _GRAPH)),
+                   after=(_F, _R), stream=GRADIENTS, frees=(_INPUT, _GRAPH),
+                   keeps_once=(_SUMS,)),
     _I: KindTraits(title="backward for inputs", seconds="input_seconds", parts=("inputs",),
                    after=(_F, _R), stream=GRADIENTS, keeps=(_WAITING,), frees=(_INPUT, _GRAPH)),
     _W: KindTraits(title="backward for weights", seconds="weight_seconds", parts=("weights",),
-                   after=(_F, _R, _I), frees=(_WAITING,)),
+                   after=(_F, _R, _I), frees=(_WAITING,), keeps_once=(_SUMS,)),
     # A recomputed forward does not keep the graph that its R keeps.
     _R: KindTraits(title="recompute", seconds="recompute_seconds", after=(_F,), keeps=(_GRAPH,)),
+    _P: KindTraits(title="start to unshard", seconds="launch_seconds", keeps=(_WHOLE,),
+                   of_shards=True, gather="starts"),
+    _U: KindTraits(title="unshard", seconds="gather_seconds", of_shards=True, gather="ends"),
+    _S: KindTraits(title="reshard", seconds="launch_seconds", frees=(_WHOLE,), of_shards=True),
+    _G: KindTraits(title="reduce gradients", seconds="reduce_seconds", frees=(_SUMS,),
+                   of_shards=True),
 }
 # fmt: on
 

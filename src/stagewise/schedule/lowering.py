@@ -74,7 +74,7 @@ def needed(schedule: Schedule, first_trained: int, untrained: Collection[int] = 
     The former only run forwards; the latter's `I` is a whole backward, `B`, without a `W`.
 
     >>> from stagewise.schedule import parse_schedule
-    >>> print(needed(parse_schedule("0F0 0I0 0W0 | 1F0 1I0 1W0"), 1, {1}))
+    >>> print(needed(parse_schedule("two", "0F0 0I0 0W0\\n1F0 1I0 1W0"), 1, {1}))
     0F0
     1F0 1B0
     """

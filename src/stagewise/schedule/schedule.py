@@ -17,7 +17,9 @@ class Schedule:
 
     `programs[d]` is device d's program; `placement[s]` are the devices that hold stage s. Several
     are replicas, among which `mesh.replica_of` distributes its microbatches. Stages before
-    `first_trained` have no backward: nothing there, nor before, is trained.
+    `first_trained` have no backward: nothing there, nor before, is trained. Sharded stages
+    (`sharded.gathers`) in `regathered` are gathered anew whenever their device comes back to them,
+    one instruction ahead if it `gathers_ahead`; others once.
     """
 
     name: str
@@ -25,6 +27,8 @@ class Schedule:
     placement: Placement
     num_microbatches: int
     first_trained: int = 0
+    regathered: tuple[int, ...] = ()
+    gathers_ahead: bool = True
 
     @property
     def num_devices(self) -> int:
@@ -69,12 +73,13 @@ class Schedule:
     def of_first(self, num_microbatches: int) -> "Schedule":
         """Return the same order with only the first `num_microbatches` microbatches.
 
-        A valid schedule stays valid, because instructions wait only for their own microbatch.
+        A valid schedule stays valid, because instructions wait only for their own microbatch. What
+        ranks do together for a sharded stage stays.
         """
         if num_microbatches >= self.num_microbatches:
             return self
         programs = [
-            tuple(i for i in program if i.microbatch < num_microbatches)
+            tuple(i for i in program if i.microbatch < num_microbatches or KINDS[i.kind].of_shards)
             for program in self.programs
         ]
         return replace(self, programs=tuple(programs), num_microbatches=num_microbatches)

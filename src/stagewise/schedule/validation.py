@@ -2,7 +2,8 @@
 
 Rules, in the order in which they are checked:
   placement   every stage has devices, all of which exist
-  range       instructions name stages and microbatches that exist, on a device that holds them
+  range       instructions name stages and microbatches that exist, on a device that holds them,
+              and nothing that is done only where stages are sharded
   doubled     no instruction appears twice
   complete    every stage runs every microbatch forward, and backward if any does (B, or I and W)
   order       on its device, a forward precedes its recomputation, and that the backward
@@ -55,6 +56,9 @@ def _places(schedule: Schedule) -> Iterator[tuple[Place, Instruction]]:
 def _placement(schedule: Schedule) -> Iterator[Finding]:
     if schedule.num_microbatches < 1:
         yield f"num_microbatches is {schedule.num_microbatches}; it must be at least 1", []
+    if unknown := {*schedule.regathered} - {*range(schedule.num_stages)}:
+        told = f"regathered names the stages {sorted(unknown, key=str)}"
+        yield f"{told}, but there are only stages 0 to {schedule.num_stages - 1}", []
     for stage, devices in enumerate(schedule.placement):
         if not devices or len(set(devices)) != len(devices):
             yield f"stage {stage} is placed on devices {devices}; name each device once", []
@@ -69,7 +73,13 @@ def _placement(schedule: Schedule) -> Iterator[Finding]:
 
 def _range(schedule: Schedule) -> Iterator[Finding]:
     for (device, position), i in _places(schedule):
-        if not 0 <= i.stage < schedule.num_stages:
+        if KINDS[i.kind].of_shards:
+            told = f"{i} gathers or reduces the shards of a stage"
+            yield (
+                f"{told}, which is done where stages are sharded; leave it out",
+                [(device, position)],
+            )
+        elif not 0 <= i.stage < schedule.num_stages:
             yield f"{i} names a stage that is not placed", [(device, position)]
         elif not 0 <= i.microbatch < schedule.num_microbatches:
             yield (

@@ -79,6 +79,12 @@ class Timeline:
         """End of the last span."""
         return max((span.end_seconds for span in self.spans), default=0)
 
+    @property
+    def microbatches(self) -> set[int]:
+        """The numbers of those that ran."""
+        every = (span.instruction for span in self.spans)
+        return {i.microbatch for i in every if not KINDS[i.kind].of_shards}
+
     @cached_property
     def busy_seconds(self) -> tuple[float, ...]:
         """The time each device spent in instructions."""
@@ -189,6 +195,7 @@ def kept_bytes(
     lend = {(i.stage, i.microbatch) for i in program if i.kind is forward} - recomputed
     gone: set[tuple[int, int]] = set()  # graphs that were freed
     waiting: set[tuple[int, int]] = set()  # for `W`
+    reduced = {i.stage for i in program if i.kind is Kind.REDUCE}  # before the first gradients
     for i in program:
         own = stage, m = i.stage, i.microbatch
         giver = stage - 1, m
@@ -207,6 +214,9 @@ def kept_bytes(
             waiting.add(own)
         elif of_waiting:
             waiting.discard(own)
+        if stage in reduced and KINDS[i.kind].keeps_once:
+            reduced.discard(stage)
+            by += sum(getattr(costs[stage], name) for name in KINDS[i.kind].keeps_once)
         yield by
 
 

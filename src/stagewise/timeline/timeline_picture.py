@@ -17,7 +17,7 @@ from stagewise.schedule.instruction import KINDS
 from stagewise.timeline.timeline import Span, Timeline
 from stagewise.units import format_seconds
 
-# Fill character and style of each kind in turn; the last two are spare.
+# Fill character and style of each kind in turn.
 _PALETTE = (
     ("=", "white on blue"),
     ("#", "black on green"),
@@ -26,8 +26,10 @@ _PALETTE = (
     ("~", "black on yellow"),
     ("%", "white on red"),
     (":", "black on white"),
+    ("*", "black on yellow"),
+    ("!", "white on red"),
 )
-_LOOKS = dict(zip(KINDS, _PALETTE, strict=False))
+_LOOKS = dict(zip(KINDS, _PALETTE, strict=True))
 _IDLE = "."
 _MIN_COLUMNS = 10
 _REGULAR = 1e-6  # spans this close to whole multiples of the shortest are drawn as such

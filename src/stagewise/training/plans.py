@@ -175,7 +175,7 @@ def priced_mesh(
     def price(shape: MeshShape) -> MeshCost:
         sides = shape.num_ranks // shape.num_devices
         costs = [
-            MeshCost(shape=shape, plan=plan, room=room, link_over=device.link)
+            MeshCost(shape=shape, plan=plan, room=room, link_over=device.link).within_memory()
             for plan in plans(shape.num_devices, sides, shape.num_ranks)
         ]
         if not costs:

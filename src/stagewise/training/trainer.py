@@ -218,7 +218,7 @@ class Trainer:
             self._reporter.change(told)
         if not self._options.adaptive or pipe.num_ranks != pipe.plan.num_devices:
             return  # in one process devices take turns, so no plan is faster
-        ran = len({span.instruction.microbatch for span in timeline.spans})
+        ran = len(timeline.microbatches)
         if ran < pipe.num_microbatches:
             return  # fewer samples than microbatches, as at the end of an epoch
         decision = self._drifts.look(pipe.plan, timeline)

@@ -41,7 +41,7 @@ def test_sharding_divides_what_is_kept_but_not_what_a_step_needs() -> None:
     assert sharded.kept_bytes == (6000, 2000)  # of 16000 in all, a quarter or less
     assert sharded.device_bytes == (6000 + 2 * 3000, 2000 + 2 * 1000)
     assert cost("pp=2,dp_shard=8").device_bytes == (1500 + 6000, 500 + 2000)
-    assert "saves 4.39 KiB in a step" in str(cost("pp=2,dp_shard=8"))
+    assert "saves up to 4.39 KiB in a step" in str(cost("pp=2,dp_shard=8"))
     assert "1/2 of its stages" in str(sharded)
 
 
@@ -72,7 +72,8 @@ def test_all_shapes_of_a_number_of_devices() -> None:
 def test_the_fastest_that_fits_is_chosen() -> None:
     free = search_meshes(4, lambda shape: cost(str(shape)))
     every = [free.chosen, *free.others]
-    assert free.chosen.step_seconds == min(each.step_seconds for each in every)
+    fastest = min(each.step_seconds for each in every)
+    assert free.chosen.step_seconds == pytest.approx(fastest, rel=1e-9)  # of equal ones, the first
     assert [(str(shape), why) for shape, why in free.rejected] == [("pp=4", "only two cells")]
     assert "not pp=4: only two cells" in str(free)
     tight = search_meshes(4, lambda shape: cost(str(shape), 12_000))

@@ -9,15 +9,17 @@
 So a policy may build on those before it in the list: they settle after it and see its results.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from stagewise.engine.gradients.shard_actions import Gathered
 from stagewise.engine.stage.batchnorm import BatchNorms
 from stagewise.engine.stage.gradient import Gradient, accumulate
+from stagewise.engine.stage.stage import Stage
 from stagewise.engine.stage.stand_ins import NO_STAND_INS, StandIns
 from stagewise.engine.stage.work import Observer
 from stagewise.engine.transport.ranks import Ranks
@@ -44,6 +46,10 @@ class Settlement:
 class ParameterPolicy:
     """Does nothing; a policy overrides what it needs."""
 
+    def gathered(self, stages: Mapping[int, Stage]) -> Mapping[int, Gathered]:
+        """Return, of those of `stages` that are sharded, what gathers and reduces them."""
+        return {}
+
     def before_step(self, step: Settlement) -> None:
         """Prepare for a training step, on every rank."""
 
@@ -68,6 +74,13 @@ class Policies:
 
     def __init__(self, policies: Sequence[ParameterPolicy]) -> None:
         self._policies = policies
+
+    def gathered(self, stages: Mapping[int, Stage]) -> Mapping[int, Gathered]:
+        """Return what gathers and reduces the sharded ones of this rank's stages."""
+        found = dict[int, Gathered]()
+        for policy in self._policies:
+            found |= policy.gathered(stages)
+        return found
 
     @contextmanager
     def around(self, step: Settlement) -> Iterator[None]:

@@ -34,6 +34,7 @@ class Admitted:
     num_args: int = 1  # positional arguments of the model's first cell
     first_trained: int = 0  # stages before it have no backward
     first: int = 0  # this rank's first microbatch among those of all data ranks
+    most: int = 0  # microbatches of any data rank, if there are several
     num_samples: int | None = None  # of all data ranks, if there are several
 
 
@@ -56,7 +57,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
     votes = [own.same_kind(row) for row in ranks.exchange_all(own.row(), request.call)]
     if any(vote.objects for vote in votes):
         _refuse(ranks, objection)
-    routes, cohorts = needs.routes, ranks.slices.cohorts
+    routes, cohorts, part = needs.routes, ranks.slices.cohorts, ranks.slices.data_index
     if (differs := difference(votes, routes.names, cohorts)) is not None:
         _raise(ranks, request, needs, batch, differs)
     totals = [_total([votes[rank].num_samples for rank in group]) for group in cohorts]
@@ -67,11 +68,9 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
         asked = [next((s for r in group if (s := every[r]) is not None), None) for group in cohorts]
     cuts = [_cut(request, needs, *part) for part in zip(totals, asked, strict=True)]
     shared = [_shared([votes[rank] for rank in group], routes) for group in cohorts]
-    part = ranks.slices.data_index
     sizes, is_split, (num_args, forms) = cuts[part], asked[part] is not None, shared[part]
-    flags = [votes[rank].flags for rank in cohorts[part]]
     form = (forms[0], forms[1:], sizes if is_split else None)
-    trained = min([vote.trained for vote in votes])
+    flags, trained = [votes[r].flags for r in cohorts[part]], min([vote.trained for vote in votes])
     return Admitted(
         fingerprint((int(request.mode), form, flags, trained)),
         sizes,
@@ -79,6 +78,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
         num_args,
         trained,
         first=sum(map(len, cuts[:part])),
+        most=max(map(len, cuts)),
         num_samples=sum(totals) if len(cohorts) > 1 else None,
     )
 

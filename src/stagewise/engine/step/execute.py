@@ -5,8 +5,8 @@ Stage.backward -> Mail -> ... -> `.grad`. Sends and receives run in the backgrou
 blocks in `receive`, for what the next instruction needs.
 
 If an instruction fails, or a value it needs is LOST, this rank computes nothing more but stays in
-step: it still receives every message, and sends a placeholder for each one it owes, so that no
-peer blocks.
+step: it still receives every message, sends a placeholder for each one it owes, and takes part in
+what ranks do together for sharded stages, so that no peer blocks.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from stagewise.engine.transport.transport import Mail
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import PeerError
 from stagewise.schedule import Instruction
+from stagewise.schedule.instruction import KINDS
 from stagewise.timeline import Span, Timeline
 
 _Times = list[tuple[int, Instruction, float, float]]  # device, instruction, start, end
@@ -43,7 +44,8 @@ def execute(
 ) -> _Times:
     """Run instructions in order; return what ran when, on `clock`.
 
-    A failure is noted in `work.record`, not raised, except PeerError and BaseExceptions.
+    A failure is noted in `work.record`, not raised, except PeerError and BaseExceptions, and where
+    ranks share a stage's shards.
     """
     ran, record = _Times(), work.record
     for device, instruction, action, receives, sends in steps:
@@ -62,7 +64,7 @@ def execute(
                 _clear(stages, record)
             else:
                 received.append(apart)
-        if not record.lost:
+        if not record.lost or KINDS[instruction.kind].of_shards:
             start = clock()
             try:
                 value = action(received, work)  # a list if there are several to send
@@ -87,8 +89,11 @@ def execute(
 def _fail(
     error: Exception, instruction: Instruction, stages: Mapping[int, Stage], record: Record
 ) -> None:
-    """Record what this rank failed by and free its memory; a lost peer is raised at once."""
-    if isinstance(error, PeerError):
+    """Record what this rank failed by and free its memory.
+
+    A lost peer is raised at once, and so is what fails where others wait inside.
+    """
+    if isinstance(error, PeerError) or KINDS[instruction.kind].of_shards:
         raise error
     stage = stages[instruction.stage]
     within = failed_in_backward(error, stage.cells)

@@ -1,7 +1,7 @@
 """What this rank has of a schedule: its stages, and the programs it runs, bound to them once."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 
 from stagewise.batch.lanes import has_streams
 from stagewise.batch.values import Apart
+from stagewise.engine.gradients.shard_actions import NONE_GATHERED, Gathered, on_shards
 from stagewise.engine.stage.buffers import BufferKeeper
 from stagewise.engine.stage.keywords import names_taken
 from stagewise.engine.stage.stage import Action, Stage
@@ -31,6 +32,7 @@ from stagewise.schedule import (
 )
 from stagewise.schedule.instruction import KINDS
 from stagewise.schedule.posting import PostFrom, post_from
+from stagewise.schedule.sharded import with_gathers
 
 _CPU = torch.device("cpu")
 
@@ -81,13 +83,14 @@ class ProgramKey(NamedTuple):
     """What a rank's program depends on, besides the schedule.
 
     In training no stage before `first_trained` has a backward, and the `untrained` ones of this
-    rank have no gradients of weights.
+    rank have no gradients of weights. Another part of the batch may have the `most` microbatches.
     """
 
     training: bool
     num_microbatches: int
     first_trained: int = 0
     untrained: tuple[int, ...] = ()
+    most: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,8 @@ class Programs(dict[ProgramKey, RankProgram]):
     """One schedule's programs, created on demand.
 
     `flows` are the pairs of non-adjacent stages between which skips travel. On a `device` other
-    than the CPU, a posted receive holds up what waits for the device.
+    than the CPU, a posted receive holds up what waits for the device. This rank's sharded stages
+    are in `gathered`.
     """
 
     def __init__(
@@ -117,9 +121,12 @@ class Programs(dict[ProgramKey, RankProgram]):
         flows: Sequence[tuple[int, int]] = (),
         device: torch.device = _CPU,
         finder: Finder | None = None,
+        gathered: Mapping[int, Gathered] = NONE_GATHERED,
     ) -> None:
         self._schedule, self._stages, self._rank, self._flows = schedule, stages, rank, flows
-        self._finder = finder
+        self._finder, self._gathered = finder, gathered
+        first = {own: stage for stage, own in sorted(gathered.items(), reverse=True)}
+        self._together = {stage: first[own] for stage, own in gathered.items()}
         self._num_devices = len({stage.device for stage in stages.values()})
         self._receives_block = rank is not None and device.type != "cpu"
 
@@ -151,7 +158,10 @@ class Programs(dict[ProgramKey, RankProgram]):
 
     def _bound(self, device: int, step: Step) -> Bound:
         stage = self._stages[step.instruction.stage]
-        action = stage.action(step.instruction)
+        if KINDS[step.instruction.kind].of_shards:
+            action = on_shards(self._gathered[stage.index], step.instruction.kind)
+        else:
+            action = stage.action(step.instruction)
         if self._finder is not None:
             accumulate = stage.cells if KINDS[step.instruction.kind].is_backward else ()
             action = partial(self._finder.run, action, accumulate, step.instruction.microbatch)
@@ -163,9 +173,14 @@ class Programs(dict[ProgramKey, RankProgram]):
 
     def _schedule_of(self, key: ProgramKey) -> Schedule:
         if key.training:
-            schedule = self._schedule.of_first(key.num_microbatches)
-            return needed(schedule, key.first_trained, key.untrained)
-        return forward_only(self._schedule.placement, key.num_microbatches)
+            schedule = self._schedule.of_first(key.most or key.num_microbatches)
+            schedule = needed(schedule, key.first_trained, key.untrained)
+        else:
+            programs = forward_only(self._schedule.placement, key.most or key.num_microbatches)
+            schedule = replace(self._schedule, programs=programs.programs)
+        if self._together:
+            schedule = with_gathers(schedule, self._together)
+        return schedule.of_first(key.num_microbatches)
 
 
 def _give_back_around(steps: list[Bound]) -> None:

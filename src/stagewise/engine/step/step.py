@@ -71,8 +71,10 @@ class Runner:
         parameters = (p for cell in cells for p in cell.module.parameters())
         self._policies = Policies([NewGradients(list(dict.fromkeys(parameters))), *policies])
         loss = next((stage.loss for stage in stages.values() if stage.is_last), None)
-        self._draws = Draws([*(cell.module for cell in cells), loss])
-        self.looks = Looks(count, loss)
+        self._draws, self.looks = (
+            Draws([*(cell.module for cell in cells), loss]),
+            Looks(count, loss),
+        )
         self.last_run, self._broken, self.clock = Ran(), False, time.perf_counter
         self._num_calls = dict.fromkeys(Mode, 0)
         self.root: ModeOf | None = None  # its mode must agree across ranks
@@ -85,11 +87,9 @@ class Runner:
             self.mail.renumber([stage.device for stage in stages.values()])
         self.stages, self.schedule = stages, schedule
         self._here = own = RankShare.of(stages, schedule, self.ranks.num_ranks)
-        self.device, self.last_ranks = own.device, own.last_ranks
-        rank = None if self._alone else self.ranks.rank
-        self._programs = Programs(
-            schedule, stages, rank, self.routes.flows, own.device, self.finder
-        )
+        self.device, self.last_ranks, flows = own.device, own.last_ranks, self.routes.flows
+        rank, gathered = (None if self._alone else self.ranks.rank), self._policies.gathered(stages)
+        self._programs = Programs(schedule, stages, rank, flows, own.device, self.finder, gathered)
         self._needs = RankNeeds.of(own.first, own.last, self.routes, schedule, self._count)
 
     def check_more(self, *, values: bool, finite: bool) -> None:
@@ -108,8 +108,7 @@ class Runner:
                 "an earlier call failed half-way and the ranks no longer agree; rebuild the "
                 "Pipeline, or restart from a checkpoint"
             )
-        if request.batch_dim:
-            request = request.marked()
+        request = request.marked() if request.batch_dim else request
         while True:
             with suppress(LateGradients):  # the stage is known now, on all ranks
                 return self._call(request)
@@ -118,9 +117,10 @@ class Runner:
         count = self._num_calls[request.mode]
         examines = not request.is_measured and (count < _FIRST or count % _EVERY == 0)
         admitted = self._agree(request, examines)
-        training, number = request.mode is Mode.TRAIN, len(admitted.sizes)
+        training, sizes = request.mode is Mode.TRAIN, admitted.sizes
         frozen = tuple([s for s, stage in self.stages.items() if training and not stage.trains])
-        program = self._programs[ProgramKey(training, number, admitted.first_trained, frozen)]
+        first, most = admitted.first_trained, admitted.most
+        program = self._programs[ProgramKey(training, len(sizes), first, frozen, most)]
         self.running = program.instructions
         work = self._split(request, admitted, program, examines)
         (loss, losses), late = self._run(request, program, work)

@@ -1,23 +1,25 @@
 """What a mesh costs and saves: memory per rank, and the time of what data axes exchange.
 
-A sharded stage is gathered before a step's first instruction and its gradients are scattered after
-the last, so that parameters and gradients are whole in between, and nothing hides the exchange. All
-are rings (Patarasuk and Yuan 2009): each rank sends its share `ranks - 1` times.
+Gathers and reductions of sharded stages are simulated with the plan's other instructions, so that
+what compute hides costs nothing.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
-from stagewise.costs import LinkCost
+from stagewise.costs import StageCost
 from stagewise.errors import PlanError
 from stagewise.mesh import MeshShape, is_data_axis, shards_parameters
 from stagewise.planning.alternatives import Room
+from stagewise.planning.meshes.sharded_stages import DataAxis, LinkOver, data_axes, sharded_costs
 from stagewise.planning.plan import Plan
+from stagewise.planning.simulate import simulate
+from stagewise.schedule import Schedule
+from stagewise.schedule.sharded import num_gathers, with_gathers
+from stagewise.timeline import Timeline
 from stagewise.units import format_seconds, size_in_words
-
-LinkOver = Callable[[int], LinkCost]  # between ranks of a group that spans so many in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,58 +58,114 @@ class MeshCost:
         return tuple(factor * size for size in self.parameter_bytes)
 
     @cached_property
+    def sharded_schedule(self) -> Schedule:
+        """The plan's schedule with gathers and reductions, if parameters are sharded."""
+        schedule = self.plan.needed_schedule
+        stages = range(schedule.num_stages) if self.num_shards > 1 else ()
+        return with_gathers(schedule, {stage: stage for stage in stages})
+
+    @cached_property
+    def sharded_costs(self) -> tuple[StageCost, ...]:
+        """The costs of its stages, with those of the exchange."""
+        stages = self.plan.engine_costs
+        return sharded_costs(stages, self._axes) if self.num_shards > 1 else stages
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The predicted step, but for sums over replicas where nothing is sharded."""
+        if self.num_shards == 1:
+            return self.plan.timeline
+        return simulate(self.sharded_schedule, self.sharded_costs, self.plan.link)
+
+    @cached_property
     def device_bytes(self) -> tuple[float, ...]:
-        """What each rank needs in a step, where sharded parameters and gradients are whole."""
+        """What each rank needs in a step: also the parameters and gradients that are whole then."""
         placement, plan = self.plan.built_schedule.placement, self.plan
         besides = self.room.reserve.on(placement, plan.engine_costs, plan.num_microbatches)
-        whole = 2 if self.num_shards > 1 else 0
-        return tuple(
-            kept + whole * size + peak + more
-            for kept, size, peak, more in zip(
-                self.kept_bytes,
-                self.parameter_bytes,
-                plan.peak_activation_bytes,
-                besides,
-                strict=True,
-            )
-        )
+        peaks = self.timeline.peak_activation_bytes(self.sharded_costs)
+        return tuple(map(sum, zip(self.kept_bytes, peaks, besides, strict=True)))
 
     @property
     def fits(self) -> bool:
         return max(self.device_bytes) <= self.room.memory_bytes
 
+    def within_memory(self) -> "MeshCost":
+        """Return the same with stages that are gathered again, ahead if there is memory for that.
+
+        Itself, if it fits already or nothing makes it fit.
+        """
+        if self.fits or self.num_shards == 1:
+            return self
+        found = (self._regathered(ahead=ahead) for ahead in (True, False))
+        return next((cost for cost in found if cost.fits), self)
+
+    def _regathered(self, *, ahead: bool) -> "MeshCost":
+        """Return it with one stage after another of the fullest device gathered again."""
+        found = replace(self, plan=replace(self.plan, gathers_ahead=ahead))
+        while not found.fits:
+            needs, again = found.device_bytes, found.plan.regathered
+            fullest = max(range(len(needs)), key=needs.__getitem__)
+            others = [
+                replace(found, plan=replace(found.plan, regathered=(*again, stage)))
+                for stage in found.plan.built_schedule.stages_of(fullest)
+                if stage not in again
+            ]
+            if not others:
+                break
+            found = min(others, key=lambda cost: (cost.device_bytes[fullest], cost.step_seconds))
+        return found
+
     @cached_property
     def exchange_seconds(self) -> float:
-        """The time to gather parameters and to sum gradients, of the largest stages."""
-        total, size = 0.0, max(self.parameter_bytes)
-        lengths = [length for _, length in self.shape.axes]
-        for place, (name, length) in enumerate(self.shape.axes):
-            if not is_data_axis(name) or length == 1:
-                continue
-            link = self.link_over(prod(lengths[place:]))
-            part = size if shards_parameters(name) else size / self.num_shards
-            total += 2 * (length - 1) * link.transfer_seconds(round(part / length))
-        return total
+        """The time that the exchange of parameters and gradients adds to a step.
+
+        Where they are sharded, the part that is not hidden; else the sums of the largest stages.
+        """
+        if self.num_shards > 1:
+            return self.timeline.duration_seconds - self.plan.timeline.duration_seconds
+        size = max(self.parameter_bytes)
+        return sum(
+            2 * (length - 1) * link.transfer_seconds(round(size / length))
+            for _, length, link in self._axes
+        )
+
+    @cached_property
+    def _axes(self) -> tuple[DataAxis, ...]:
+        return tuple(data_axes(self.shape, self.link_over))
 
     @property
     def step_seconds(self) -> float:
         return self.plan.timeline.duration_seconds + self.exchange_seconds
 
     def __str__(self) -> str:
-        largest = size_in_words(max(self.parameter_bytes))
         shards, kept = self.num_shards, ", ".join(map(size_in_words, self.kept_bytes))
+        hidden = "what compute does not hide" if shards > 1 else "nothing hides them"
         lines = [
             f"mesh {self.shape}: {self.shape.num_ranks} devices, step "
             f"{format_seconds(self.step_seconds)}, of which {format_seconds(self.exchange_seconds)}"
-            " exchange parameters and gradients (nothing hides them)",
+            f" exchange parameters and gradients ({hidden})",
             f"between steps a rank keeps {kept} of parameters, gradients and optimizer state, by "
             "device of the pipeline" + (f": 1/{shards} of its stages" if shards > 1 else ""),
         ]
-        if shards > 1:
-            saved = (1 - 1 / shards) * self.room.state_factor - 2
-            lines.append(
-                f"sharding over {shards} costs a gather and a scatter of up to {largest} a step, "
-                f"and saves {size_in_words(max(0.0, saved * max(self.parameter_bytes)))} in a step "
-                "(parameters and gradients are whole then)"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._sharding_in_words()])
+
+    def _sharding_in_words(self) -> Iterator[str]:
+        if self.num_shards == 1:
+            return
+        factor, saved = self.room.state_factor, 0.0
+        peaks = self.timeline.peak_activation_bytes(self.sharded_costs)
+        for size, kept, peak, before in zip(
+            self.parameter_bytes,
+            self.kept_bytes,
+            peaks,
+            self.plan.peak_activation_bytes,
+            strict=True,
+        ):
+            saved = max(saved, factor * size + before - kept - peak)
+        counts = num_gathers(self.sharded_schedule)
+        again = [f"{n} times stage {s}" for s, n in sorted(counts.items()) if n > 1]
+        often = f"every stage once a step, {', '.join(again)}" if again else "every stage once"
+        yield (
+            f"sharding over {self.num_shards} gathers {often}, and saves up to "
+            f"{size_in_words(saved)} in a step"
+        )

@@ -60,7 +60,7 @@ def search_meshes(num_devices: int, price: Callable[[MeshShape], MeshCost]) -> M
             priced.append(price(shape))
         except StagewiseError as error:
             rejected.append((shape, str(error).splitlines()[0]))
-    priced.sort(key=lambda cost: (not cost.fits, cost.step_seconds, max(cost.device_bytes)))
+    priced.sort(key=_rank)
     if not priced or not priced[0].fits:
         needs = [f"{c.shape} needs {size_in_words(max(c.device_bytes))}" for c in priced[:3]]
         told = "; ".join(needs or dict.fromkeys(why for _, why in rejected))
@@ -69,6 +69,11 @@ def search_meshes(num_devices: int, price: Callable[[MeshShape], MeshCost]) -> M
             "(--recompute always) or more microbatches"
         )
     return MeshChoice(chosen=priced[0], others=tuple(priced[1:]), rejected=tuple(rejected))
+
+
+def _rank(cost: MeshCost) -> tuple[bool, float, float]:
+    """Return what the better of two has less of; seconds that differ by rounding are equal."""
+    return not cost.fits, float(f"{cost.step_seconds:.9g}"), max(cost.device_bytes)
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stagewise.costs import CellCost, LinkCost, boundary_seconds, load_seconds
+from stagewise.costs import CellCost, LinkCost, load_seconds, num_untrained
 from stagewise.planning.partition.any_placement import improve_cuts
 from stagewise.planning.partition.cut_costs import Layout, MemoryNeeds, balance_of, layout
 from stagewise.planning.partition.integer_program import branch_and_bound
@@ -144,3 +144,13 @@ def best_balance(
     )
     assert found is not None  # only a memory cap could leave none
     return found.balance
+
+
+def boundary_seconds(cells: Sequence[CellCost], link: LinkCost) -> list[float]:
+    """Return the transfer time, both ways, across the boundary after each cell but the last."""
+    untrained = num_untrained(cells)
+    return [
+        link.transfer_seconds(cell.output_bytes)
+        + (link.transfer_seconds(cell.gradient_bytes) if index >= untrained else 0)
+        for index, cell in enumerate(cells[:-1])
+    ]

@@ -9,7 +9,7 @@ schedule holds; the simulation decides whether it really fits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import CellCost, LinkCost, boundary_seconds, load_seconds
+from stagewise.costs import CellCost, LinkCost, load_seconds
 from stagewise.errors import ScheduleError
 from stagewise.planning.fast_simulate import held_microbatches
 from stagewise.planning.partition.cut_costs import (
@@ -19,7 +19,7 @@ from stagewise.planning.partition.cut_costs import (
     layout,
     memory_needs,
 )
-from stagewise.planning.partition.place import Effort, place
+from stagewise.planning.partition.place import Effort, boundary_seconds, place
 from stagewise.planning.partition.replicated import replicated_partition
 from stagewise.planning.reserve import NO_RESERVE, Reserve
 from stagewise.planning.search.candidates import (
