@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -376,6 +377,20 @@ def test_a_failure_of_one_data_rank_is_undone_on_all(inner: str, own_pools: Pool
     for found in own_pools[4].run(a_failure, inner):
         assert "too much" in found["said"]
         assert found["kept"] and found["again"]
+
+
+def with_unequal_groups() -> float:
+    """Ranks have other groups, as many as their number, before the pipeline is built."""
+    own = [dist.get_rank()]
+    made = [dist.new_group(own, use_local_synchronization=True) for _ in range(own[0])]
+    found = a_failure("DDP")
+    for group in made:
+        dist.destroy_process_group(group)
+    return float(found["again"])
+
+
+def test_ranks_may_have_other_groups_of_their_own(own_pools: Pools) -> None:
+    assert own_pools[4].run(with_unequal_groups, seconds=40) == [1.0] * 4
 
 
 def refused(what: str) -> str:

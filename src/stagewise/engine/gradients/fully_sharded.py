@@ -58,7 +58,7 @@ def _is_replicated(module: object) -> bool:
     return isinstance(module, ReplicateModule)
 
 
-class Unit(Gathered):
+class ShardedUnit(Gathered):
     """The modules of one or more stages' trees that `fully_shard` was applied to."""
 
     def __init__(self, modules: Sequence[FSDPModule]) -> None:
@@ -135,7 +135,7 @@ class FullySharded(ParameterPolicy):
         found = [[m for m in tree.modules() if isinstance(m, FSDPModule)] for tree in trees]
         for state in dict.fromkeys(_state_of(m) for modules in found for m in modules):
             state._lazy_init()  # the outermost of a stage comes first, so it becomes the root
-        self._units = [Unit(modules) for modules in found if modules]
+        self._units = [ShardedUnit(modules) for modules in found if modules]
         self._over_data, self._now = over_data, self._units
         for unit in self._units:
             _silence(unit)
@@ -156,8 +156,8 @@ class FullySharded(ParameterPolicy):
         All have the same object then.
         """
         of_module = {m: unit for unit in self._units for group in unit.groups for m in _of(group)}
-        together: dict[Unit, set[Unit]] = {unit: {unit} for unit in self._units}
-        own: dict[int, Unit] = {}
+        together: dict[ShardedUnit, set[ShardedUnit]] = {unit: {unit} for unit in self._units}
+        own: dict[int, ShardedUnit] = {}
         for index, stage in stages.items():
             modules = (m for cell in stage.cells for m in cell.module.modules())
             used = {of_module[m] for m in modules if m in of_module}
@@ -165,10 +165,14 @@ class FullySharded(ParameterPolicy):
                 own[index] = next(iter(used))
                 joined = set().union(*(together[unit] for unit in used))
                 together |= dict.fromkeys(joined, joined)
-        made: dict[int, Unit] = {}
+        made: dict[int, ShardedUnit] = {}
         for joined in {id(each): each for each in together.values()}.values():
             several = [unit for unit in self._units if unit in joined]
-            one = several[0] if len(several) == 1 else Unit([m for u in several for m in u.modules])
+            one = (
+                several[0]
+                if len(several) == 1
+                else ShardedUnit([m for u in several for m in u.modules])
+            )
             made[id(joined)] = one
         self._now = [*made.values()]
         return {index: made[id(together[unit])] for index, unit in own.items()}
@@ -205,7 +209,7 @@ class FullySharded(ParameterPolicy):
             unit.reset()
 
 
-def _silence(unit: Unit) -> None:
+def _silence(unit: ShardedUnit) -> None:
     """Keep the hooks of forward and backward from gathering, resharding and reducing."""
     for module in unit.modules:
         module.set_gradient_divide_factor(1.0)

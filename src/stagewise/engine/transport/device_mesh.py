@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh
 
-from stagewise.engine.transport.processes import own_device
+from stagewise.engine.transport.processes import own_device, timeout_of
+from stagewise.engine.transport.wires.new_group import new_group
 from stagewise.errors import PlanError
 from stagewise.mesh import PIPELINE_AXIS, MeshShape, Seating, Slices, is_data_axis
 
@@ -100,7 +101,8 @@ class OnMesh:
         assert world is not None
         if len(ranks) == dist.get_world_size():
             return world
-        made: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+        made = new_group(ranks, timeout_of(world), apart=True)
+        assert made is not None
         return made
 
     def _slices(

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from stagewise.engine.transport.wires.new_group import new_group
 from stagewise.model.cell import Chain
 
 
@@ -108,10 +109,6 @@ def part_of(
 
     Beside a group that is itself a part of the world, others may make groups of their own.
     """
-    made: dist.ProcessGroup = dist.new_group(
-        [*ranks],
-        timeout=timeout,
-        backend=backend,
-        use_local_synchronization=group is not dist.group.WORLD,
-    )
+    made = new_group(ranks, timeout, backend, apart=group is not dist.group.WORLD)
+    assert made is not None
     return made

@@ -18,6 +18,7 @@ from stagewise.engine.transport.message_form import Header, layout_of
 from stagewise.engine.transport.processes import timeout_of
 from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.side_group import SideGroup
+from stagewise.engine.transport.wires.new_group import new_group
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Wires
 from stagewise.engine.watch.collectives import was_ended
@@ -221,14 +222,10 @@ class Ranks:
             device, backend = _CPU, "gloo"
         if self.is_on_mesh and (self.slices.rank not in members or len(members) < 2):
             return None
-        made = dist.new_group(
-            [everyone[rank] for rank in members],
-            timeout=timeout,
-            backend=backend,
-            use_local_synchronization=self.is_on_mesh,  # pipelines make different groups
-        )
-        is_member = self.slices.rank in members
-        return Group(made, device, self._rendezvous.peers) if is_member else None
+        # On a mesh pipelines make different groups.
+        own = [everyone[rank] for rank in members]
+        made = new_group(own, timeout, backend, apart=self.is_on_mesh)
+        return None if made is None else Group(made, device, self._rendezvous.peers)
 
     def beside(self) -> SideGroup:
         """Return all processes that train with this one, for a thread beside training; collective.

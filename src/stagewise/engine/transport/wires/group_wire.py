@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stagewise.engine.transport.wires.new_group import new_group
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.wire import Arrival, Later, Link, flat
 
@@ -131,14 +132,10 @@ class LinkGroups(GroupWire):
         return group, int(self.rank == min(source, destination))
 
     def _connected(self, link: Link) -> dist.ProcessGroup | None:
-        group = dist.new_group(
-            [self._ranks[rank] for rank in link],
-            timeout=self.timeout,
-            use_local_synchronization=self._whole is not dist.group.WORLD,  # of other pipelines
-        )
-        if self.rank not in link:
+        apart = self._whole is not dist.group.WORLD  # other pipelines have other links
+        group = new_group([self._ranks[rank] for rank in link], self.timeout, apart=apart)
+        if group is None:
             return None
-        assert isinstance(group, dist.ProcessGroup)
         byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
         move = group.send if link[0] == self.rank else group.recv
         move([byte], int(self.rank == min(link)), 0).wait()
