@@ -1,4 +1,4 @@
-"""A signal or a touched file asks to stop; a second signal has its usual effect."""
+"""A signal or a touched file asks to stop; a second Ctrl-C has its usual effect."""
 
 import os
 import signal
@@ -17,8 +17,20 @@ def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
         assert not stop.made
         os.kill(os.getpid(), number)
         assert stop.made
-        assert [signal.getsignal(each) for each in SIGNALS] == before
+        for again in SIGNALS:  # as Slurm and torchrun both send one
+            os.kill(os.getpid(), again)
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_later_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagewise.training.workers.stop._ONE_REQUEST_SECONDS", 0.0)
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.made
 
 
 def test_the_stop_file_is_a_request(tmp_path: Path) -> None:
