@@ -93,7 +93,7 @@ HF := .venv-hf
 HF_READY := $(HF)/.ready
 
 test-hf: $(HF_READY)
-	OMP_NUM_THREADS=1 $(HF)/bin/pytest -W ignore --timeout 600 tests/integrations tests/cli/train/test_init_command.py tests/pretrained
+	OMP_NUM_THREADS=1 $(HF)/bin/pytest -W ignore --timeout 600 tests/integrations tests/cli/train/test_init_command.py tests/cli/test_generate_command.py tests/pretrained
 
 $(HF_READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(HF)/bin/python || $(PYTHON) -m venv $(HF)

@@ -28,6 +28,7 @@ PUBLIC = {
     "checker/check_parity.py:check_parity",
     "cli/advise_command.py:advise_command",
     "cli/check_command.py:check_command",
+    "cli/generate_command.py:generate_command",
     "cli/plan_command.py:plan_command",
     "cli/simulate_command.py:simulate_command",
     "cli/train/train_command.py:train",

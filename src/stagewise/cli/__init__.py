@@ -4,7 +4,7 @@
    options of one from a TOML file.
 2. `options` defines shared options; `typed` turns them into one request. Neither needs torch.
 3. `plan_command` (with `plan_search`), `check_command`, `advise_command`, `simulate_command`,
-   `doctor_command` and `export_command` are the commands, as those `shown` and those of `train`;
-   `workers` runs one on every rank.
+   `doctor_command`, `export_command` and `generate_command` are the commands, as those `shown` and
+   those of `train`; `workers` runs one on every rank.
    `closed_terminal` lets a run outlive its window until its checkpoint is written.
 """

@@ -54,6 +54,11 @@ COMMANDS = {
         function="export",
         help="Write the model of a run's checkpoint as safetensors.",
     ),
+    "generate": Command(
+        module="stagewise.cli.generate_command",
+        function="generate_command",
+        help="Continue prompts with the model of a run, if it is one of transformers.",
+    ),
     "plan": Command(
         module="stagewise.cli.plan_command",
         function="plan_command",

@@ -16,7 +16,7 @@ import stagewise
 
 FOLDER = "@FOLDER@"
 TEXT = Path(__file__)  # your text: the name of a file; this recipe itself, until you replace it
-LENGTH, BATCH, LEARNING_RATE = 32, 4, 1e-4
+LENGTH, BATCH, LEARNING_RATE = 32, 8, 1e-4
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)  # exported with the model
 

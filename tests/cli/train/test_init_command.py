@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import stagewise
 from stagewise.cli.main import command_app
 from stagewise.cli.train.init_command import init
+from stagewise.cli.typed import DEFAULT_MICROBATCHES
 from stagewise.errors import RecipeError
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.recipe import build_model, load_recipe
@@ -21,6 +22,7 @@ def trained(path: Path) -> list[float]:
     model = build_model(recipe, seed=0)
     batches = TrainingBatches(recipe, seed=0)
     inputs, target = batches.first
+    assert len(target) >= DEFAULT_MICROBATCHES  # so that the command that init prints runs
     plan = stagewise.plan(
         model,
         inputs,
