@@ -26,6 +26,13 @@ class StagewiseError(Exception):
     """Base of every error raised by stagewise."""
 
 
+def why_unreadable(error: Exception) -> str:
+    """Say what was wrong with fields that were read, and are not as they were written."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    return f"{type(error).__name__}: {error}"
+
+
 class UsageError(StagewiseError, ValueError):
     """The caller's mistake, found before anything runs."""
 

@@ -199,7 +199,7 @@ def test_text_is_the_schedules_text_form() -> None:
         ("--schedule zb_v --stages 3", "zb_v has 2 stages on each device, so 3 stages are not"),
         ("--schedule zb_v --stages 6 --devices 2", "6 stages and 2 devices disagree: zb_v has 2"),
         ("--schedule interleaved --stages 6 --devices 4", "disagree: interleaved has any number"),
-        ("--stages-per-device 2", "disagree: 1f1b has 1 stages on each device"),
+        ("--stages-per-device 2", "disagree: 1f1b has 1 stage on each device"),
         ("--stages 5 --stages-per-device 2", "--stages 5 is not --stages-per-device 2 times 2"),
         ("--schedule a.txt --stages-per-device 2", "a file fixes its own number"),
         ("--weight 3", "--weight is 3 seconds, but the backward that it is part of is only 2"),

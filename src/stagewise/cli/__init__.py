@@ -1,7 +1,7 @@
 """The command `stagewise`.
 
 1. `main` is the table of commands, each imported when it is called; `config_file` reads the
-   options of one from a TOML file.
+   options of one from a TOML file, `plain_command` puts its help and complaints in plain words.
 2. `options` defines shared options; `typed` turns them into one request. Neither needs torch.
 3. `plan_command` (with `plan_search`), `check_command`, `advise_command`, `simulate_command`,
    `doctor_command`, `export_command` and `generate_command` are the commands, as those `shown` and

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import typer.core
 from typer.models import OptionInfo
 
+from stagewise.cli.plain_command import PlainCommand
 from stagewise.errors import UsageError
 
 _PLANNING = ("stages", "devices", "replicas", "microbatches", "schedule", "recompute", "balance")
@@ -94,7 +94,7 @@ def _options_of(function: Callable[..., object]) -> dict[str, _Option]:
     return found
 
 
-class Configured(typer.core.TyperCommand):
+class Configured(PlainCommand):
     """A command on a RECIPE, with the options `--config` and `--no-config`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 import stagewise
 from stagewise.cli.config_file import Configured
+from stagewise.cli.plain_command import PlainCommand
 from stagewise.errors import CellError, ExactnessWarning, RecipeError, StagewiseError, UsageError
 
 
@@ -97,7 +98,7 @@ def command_app(name: str) -> typer.Typer:
     command = COMMANDS[name]
     function: Callable[..., None] = getattr(import_module(command.module), command.function)
     single = _application()
-    single.command(cls=Configured if command.configured else None)(function)
+    single.command(cls=Configured if command.configured else PlainCommand)(function)
     return single
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stagewise.engine.stage.work import Mode
 from stagewise.engine.step.step_request import Request
+from stagewise.errors import UsageError
 from stagewise.pipeline.calls import Calls
 from stagewise.pipeline.record.step_recorder import StepRecorder
 from stagewise.profiling.trial_steps import measure_memory, rehearse
@@ -37,6 +38,8 @@ class Measuring(Calls):
             >>> [str(event.what) for event in recorder.recording.steps[0].events if event.device]
             ['data', 'agree', '1F0', '1B0', '1F1', '1B1', 'reduce']
         """
+        if run is not None and (not isinstance(run, str | Path) or Path(run).is_file()):
+            raise UsageError(f"record() writes into the folder of a run, but got {run!r}")
         return StepRecorder(self, self._runner, None if run is None else Path(run), memory=memory)
 
     def measure_memory(

@@ -38,7 +38,7 @@ from stagewise.pipeline.build.places import (
     ranks_of_stages,
 )
 from stagewise.pipeline.build.recut import check_cells_stay, recut
-from stagewise.pipeline.build.refusals import check_plan, refuse
+from stagewise.pipeline.build.refusals import check_given, check_plan, refuse
 from stagewise.pipeline.build.whole_model import WholeModel
 from stagewise.pipeline.generates import Generates
 from stagewise.pipeline.generation.bare_model import skeleton_of
@@ -164,6 +164,7 @@ class Pipeline(Generates):
         data_axes: Sequence[str] | None = None,
     ) -> None:
         check_plan(plan)
+        check_given(loss, seed, mesh, data_axes)
         if transport != "local":  # whose ranks each run the whole, as they run a sharded model
             refuse_sharded(model)
         chain = chain_of(model)

@@ -139,9 +139,13 @@ def _counts(name: str, num_stages: int | None, num_devices: int | None) -> tuple
     if num_stages != num_devices * usual and (
         not schedule_row(name).takes_any or num_stages % num_devices
     ):
-        need = "any number of" if schedule_row(name).takes_any else str(usual)
+        need = "any number of stages" if schedule_row(name).takes_any else _stages(usual)
         raise PlanError(
-            f"{num_stages} stages and {num_devices} devices disagree: {name} has {need} stages on "
-            "each device, the same on all; leave one of the two out, or correct it"
+            f"{num_stages} stages and {num_devices} devices disagree: {name} has {need} on each "
+            "device, the same on all; leave one of the two out, or correct it"
         )
     return num_devices, num_stages // num_devices
+
+
+def _stages(number: int) -> str:
+    return f"{number} stage{'s' * (number != 1)}"

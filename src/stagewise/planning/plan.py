@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Unpack
 
 from stagewise.costs import FREE_LINK, NOT_AS_WRITTEN, CellCost, LinkCost, StageCost, stage_costs
-from stagewise.errors import PlanError
+from stagewise.errors import PlanError, why_unreadable
 from stagewise.habits import in_our_words
 from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
 from stagewise.planning.partition.balance import check_balance
@@ -251,7 +251,7 @@ class Plan:
             )
         except NOT_AS_WRITTEN as error:
             raise PlanError(
-                f"this is not a plan ({type(error).__name__}: {error}); give the text that "
+                f"this is not a plan ({why_unreadable(error)}); give the text that "
                 "Plan.to_json() or `stagewise plan --json` wrote"
             ) from error
 

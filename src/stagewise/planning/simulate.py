@@ -88,15 +88,19 @@ class _Gathers:
         return end
 
 
-def _check_schedule(schedule: object, costs: Sequence[StageCost]) -> None:
+def _check_schedule(schedule: object, costs: object) -> None:
+    wrong = costs
     if not isinstance(schedule, Schedule):
-        raise PlanError(
-            f"simulate() takes a Schedule and a StageCost per stage, but got {schedule!r}; write "
-            "simulate(stagewise.schedule.named_schedule('gpipe', 4, 8), [stagewise.StageCost("
-            "forward_seconds=1, backward_seconds=2)] * 4), or give plan.timeline"
-        )
-    if len(costs) != schedule.num_stages:
+        wrong = schedule
+    elif isinstance(costs, Sequence) and all(isinstance(each, StageCost) for each in costs):
+        if len(costs) == schedule.num_stages:
+            return
         raise PlanError(f"got costs of {len(costs)} stages for a schedule of {schedule.num_stages}")
+    raise PlanError(
+        f"simulate() takes a Schedule and a StageCost per stage, but got {wrong!r}; write "
+        "simulate(stagewise.schedule.named_schedule('gpipe', 4, 8), [stagewise.StageCost("
+        "forward_seconds=1, recompute_seconds=1, backward_seconds=2)] * 4), or give plan.timeline"
+    )
 
 
 def unit_costs(num_stages: int) -> tuple[StageCost, ...]:

@@ -89,7 +89,7 @@ def from_pretrained(
         ModelError: the folder has no configuration, or transformers or peft are missing.
         CheckpointError: a tensor of the model is not in the folder, or has another shape.
     """
-    path, trained = Path(folder), isinstance(adapters, str | Path)
+    path, trained = _folder(folder), isinstance(adapters, str | Path)
     base = model = _on_meta(path, dtype)
     if adapters is not None:
         model = _with_adapters(model, adapters)
@@ -128,6 +128,12 @@ def _estimated(
         return plan_for(request, costs_at(request.num_microbatches))
     num_samples = extent([*example.items()]).num_samples or 1
     return search_for(request, costs_at, request.counts(num_samples)).plan
+
+
+def _folder(folder: object) -> Path:
+    if not isinstance(folder, str | Path):
+        raise ModelError(f"from_pretrained reads a folder, but got a {type(folder).__name__}")
+    return Path(folder)
 
 
 def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:

@@ -18,7 +18,7 @@ from stagewise.costs import FREE_LINK, CellCost, LinkCost
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.connect import Device, connect, trial_wire, values_of_all
 from stagewise.engine.transport.failure import is_out_of_memory
-from stagewise.engine.transport.processes import num_processes, own_device
+from stagewise.engine.transport.processes import named_device, num_processes, own_device
 from stagewise.errors import BatchError, PlanError
 from stagewise.model.cell import Cell, Chain
 from stagewise.model.cells_of import chain_for, entering
@@ -164,7 +164,7 @@ def example_of(
         target=target,
         keywords=named,
         loss=loss,
-        where=torch.device(where),
+        where=named_device(where),
         num_samples=batch.num_samples,
         parts=None if batch.sizes is None else tuple(batch.sizes),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stagewise.costs import NOT_AS_WRITTEN
-from stagewise.errors import RunError
+from stagewise.errors import RunError, why_unreadable
 from stagewise.recording.recorded import (
     Clock,
     Phase,
@@ -87,8 +87,8 @@ def recording_from_json(text: str) -> Recording:
         )
     except NOT_AS_WRITTEN as error:
         raise RunError(
-            f"this is not a recording ({type(error).__name__}: {error}); give what `stagewise "
-            "train` or Recording.save wrote"
+            f"this is not a recording ({why_unreadable(error)}); give what `stagewise train` or "
+            "pipe.record(folder) wrote"
         ) from error
 
 

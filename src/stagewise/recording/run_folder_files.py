@@ -22,8 +22,9 @@ class RunFiles:
     recording: Recording | None
 
 
-def read_run(path: Path) -> RunFiles:
+def read_run(path: str | Path) -> RunFiles:
     """Read a run's folder, or a recording alone; raise RunError if there is neither."""
+    path = Path(path)
     is_folder = path.is_dir()
     recorded = path / RECORDING_FILE if is_folder else path
     log = path / LOG_FILE

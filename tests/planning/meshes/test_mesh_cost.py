@@ -53,7 +53,7 @@ def test_exchanges_are_rings_on_the_links_that_they_span() -> None:
     assert both.exchange_seconds == pytest.approx((2 * 1500 + 6 * 375 * 10) * BYTE_SECONDS)
     assert both.step_seconds == both.plan.timeline.duration_seconds + both.exchange_seconds
     assert cost("pp=2").exchange_seconds == 0
-    with pytest.raises(PlanError, match=r"has the axes \['tp'\], whose costs depend on"):
+    with pytest.raises(PlanError, match="has tp among its axes, whose costs depend on"):
         cost("pp=2,tp=2")
 
 

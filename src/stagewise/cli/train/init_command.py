@@ -44,7 +44,7 @@ def init(what: What = "plain", out: Out = Path("recipe.py")) -> None:
         try:
             path.write_text(content, encoding="utf-8")
         except OSError as error:
-            raise RecipeError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise RecipeError(f"{path} cannot be written: {error.strerror or error}") from None
     lines = (
         f"{out} is written; try it: stagewise train {out} --stages 2 --steps 20\n"
         f"{beside} has all options, which train reads too"
@@ -84,7 +84,7 @@ def _auto_class(folder: Path) -> str:
         raise RecipeError(
             f"{folder} has no config.json that can be read ({error}); give a folder that a model's "
             "save_pretrained wrote"
-        ) from error
+        ) from None
     if not named or not str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
         raise RecipeError(
             f"{folder} has the architectures {named}; recipes are written for language models that "

@@ -182,7 +182,7 @@ class AskedMesh:
             if rest or not length:
                 raise UsageError(
                     f"{self.num_ranks} devices cannot be divided into {prod(axes.values())} equal "
-                    f"parts ({_words(axes)}); give a multiple of {prod(axes.values())} --devices"
+                    f"parts ({_words(axes)}); make --devices a multiple of {prod(axes.values())}"
                 )
             axes = {PIPELINE_AXIS: length, **axes}
         return axes

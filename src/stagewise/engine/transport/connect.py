@@ -23,6 +23,7 @@ from stagewise.engine.transport.processes import (
     are_ready,
     device_of,
     host_group,
+    named_devices,
     num_processes,
     own_device,
     timeout_of,
@@ -62,10 +63,7 @@ def connect(
     """
     if transport not in ("auto", "local", "distributed"):
         raise PlanError(f"transport is {transport!r}; choose 'auto', 'local' or 'distributed'")
-    if devices is not None and len(devices) != num_devices:
-        raise PlanError(
-            f"got {len(devices)} devices for a plan of {num_devices}; name one for each"
-        )
+    named = None if devices is None else named_devices(devices, num_devices)
     if transport == "distributed" and not are_ready():
         raise PlanError(
             "transport 'distributed' needs torch.distributed: start the script with torchrun and "
@@ -73,10 +71,10 @@ def connect(
         )
     if on is not None:
         here = on.checked(transport, num_devices)
-        own = [torch.device(d) for d in devices or [own_device()] * num_devices]
+        own = named or [own_device()] * num_devices
         return own, _side_by_side(own, stage_devices, here)
     if transport == "local" or num_processes() == 1:
-        own = [torch.device(d) for d in devices or [device_of(chain)] * num_devices]
+        own = named or [device_of(chain)] * num_devices
         return own, in_one_process([own[device] for device in stage_devices])
     if num_processes() != num_devices:
         raise PlanError(
@@ -85,7 +83,7 @@ def connect(
             f"for {num_processes()} devices; to run several such pipelines side by side, give "
             "mesh="
         )
-    own = [torch.device(d) for d in devices or [own_device()] * num_devices]
+    own = named or [own_device()] * num_devices
     return own, between_processes(own[dist.get_rank()])
 
 

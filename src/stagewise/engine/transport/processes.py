@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from stagewise.engine.transport.wires.new_group import new_group
+from stagewise.errors import PlanError
 from stagewise.model.cell import Chain
 
 
@@ -49,6 +50,34 @@ def own_device() -> torch.device:
         current = int(local) % torch.accelerator.device_count()
         torch.accelerator.set_device_index(current)
     return torch.device(kind.type, current)
+
+
+def named_devices(devices: Sequence[torch.device | str], num_devices: int) -> list[torch.device]:
+    """Return a plan's devices; PlanError if they are not as many, or one is not here."""
+    if isinstance(devices, str):
+        raise PlanError(f"devices is {devices!r}; give a list of {num_devices}, one for each")
+    if len(devices) != num_devices:
+        raise PlanError(
+            f"got {len(devices)} devices for a plan of {num_devices}; name one for each"
+        )
+    return [named_device(device) for device in devices]
+
+
+def named_device(device: torch.device | str) -> torch.device:
+    """Return the device of that name; PlanError if there is none here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise PlanError(f"{device!r} is no device; write 'cpu', or 'cuda:0' for a GPU") from None
+    if found.type in ("cuda", "mps", "xpu"):
+        kind = torch.accelerator.current_accelerator(check_available=True)
+        here = torch.accelerator.device_count() if kind and kind.type == found.type else 0
+        if (found.index or 0) >= here:
+            raise PlanError(
+                f"there is no device {device} here: torch sees {here} of this kind; name others "
+                "(stagewise doctor tells what there is), or leave devices out"
+            )
+    return found
 
 
 def device_of(chain: Chain) -> torch.device:

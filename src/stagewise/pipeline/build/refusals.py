@@ -7,6 +7,7 @@ another. It is warned of.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stagewise.batch.layouts import storages
 from stagewise.engine.transport.ranks import Ranks
-from stagewise.errors import ExactnessWarning, ModelError, PlanError
+from stagewise.errors import ExactnessWarning, ModelError, PlanError, UsageError
 from stagewise.model.cell import Cell, Chain, Holder
 from stagewise.model.forward.users_code import warn_user
 from stagewise.model.forward.visible import Sight
@@ -30,6 +31,16 @@ def check_plan(plan: object) -> None:
             "...) or stagewise.Plan(balance=..., num_microbatches=...), or read one with "
             "stagewise.Plan.from_json(text)"
         )
+
+
+def check_given(loss: object, seed: object, mesh: object, data_axes: object) -> None:
+    """Raise UsageError for arguments of a Pipeline that would fail late, or be ignored."""
+    if loss is not None and not callable(loss):
+        raise UsageError(f"loss is {loss!r}; give a function of the output, and of the target")
+    if not isinstance(seed, SupportsIndex):
+        raise UsageError(f"seed is {seed!r}; it must be a whole number, such as seed=0")
+    if data_axes is not None and mesh is None:
+        raise UsageError("data_axes names axes of a mesh, but there is none; give mesh= too")
 
 
 def refuse(chain: Chain, plan: Plan, devices: Sequence[torch.device], ranks: Ranks) -> None:

@@ -34,8 +34,9 @@ class MeshCost:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.shape.beside if not is_data_axis(name)]:
             raise PlanError(
-                f"the mesh {self.shape} has the axes {unknown}, whose costs depend on what "
-                "parallelize does there; leave them out of the plan, or measure by training"
+                f"the mesh {self.shape} has {', '.join(unknown)} among its axes, whose costs "
+                "depend on what parallelize does there; leave them out of the plan, or measure by "
+                "training"
             )
 
     @cached_property

@@ -129,6 +129,8 @@ def metrics_in(row: Mapping[str, object], before: str = "") -> Iterator[tuple[st
 def loggers_named(text: str) -> tuple[str, ...]:
     """Return the loggers in a list with commas; UsageError for one that cannot be used here."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if text and not names:
+        raise UsageError(f"--log {text} names no logger; choose of {', '.join(LOGGERS)}")
     for name in names:
         if name not in LOGGERS:
             raise UsageError(f"there is no logger {name!r}; choose of {', '.join(LOGGERS)}")

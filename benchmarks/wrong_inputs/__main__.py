@@ -1,0 +1,5 @@
+"""Run them all."""
+
+from benchmarks.wrong_inputs.runner import main
+
+main()
