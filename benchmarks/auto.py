@@ -1,15 +1,18 @@
 """Is the plan that `auto` chooses the fastest one measured?
 
 `auto` beside every named schedule with its best cut, and beside the schedules of
-torch.distributed.pipelining on the same cuts, in the same processes, alternating steps.
+torch.distributed.pipelining on the same cuts, in the same processes, alternating steps. A run of
+all workloads takes half an hour; each one's rows are printed when they are there, and `--workload`
+runs some of them, so that a table may be made in parts.
 """
 
 import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,12 +26,17 @@ from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning import Plan, search
 from stagewise.schedule import SCHEDULES
 
+Found = TypeVar("Found")
 WARM_UP = 9  # steps: in the first eight, stagewise looks at what cells do
+TORCH_WARM_UP = 2
 QUICK = "demo", "24 unequal emulated cells"
+PROBE = 200_000  # additions, some milliseconds
 NOTES = (
     "ratio: over the fastest row of the workload; predicted_seconds: before any row was measured, "
     "with costs that auto's trials corrected",
     "planning_seconds: of auto, with measuring and trials",
+    "slowed: what a computation alone took over its CPU time while the rows were measured; well "
+    "above 1, other work ran on this machine, and the times mean little",
 )
 
 
@@ -41,6 +49,7 @@ class Contender:
     step: Callable[[], object]
     predicted_seconds: float | None
     planning_seconds: float | None = None
+    warm_up: int = WARM_UP  # steps that it needs
 
 
 def main(
@@ -57,10 +66,9 @@ def main(
     ]
     if quick:
         chosen = [at for at in chosen if WORKLOADS[at].num_devices <= 4]
-    rows: list[Row] = []
     for at in chosen:
-        rows += run_workers(WORKLOADS[at].num_devices, measure, at, quick, 2 if quick else steps)
-    print_rows("auto beside named schedules", rows, as_json=json, notes=NOTES)
+        rows = run_workers(WORKLOADS[at].num_devices, measure, at, quick, 2 if quick else steps)
+        print_rows("auto beside named schedules", rows, as_json=json, notes=NOTES)
 
 
 def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
@@ -70,14 +78,22 @@ def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
         keep_to_core()
     contenders = [*_contenders(workload, quick)]
     times: list[list[float]] = [[] for _ in contenders]
-    for number in range(WARM_UP + num_steps):
-        DEVICE.speed = math.inf if number < WARM_UP - 1 else 1.0
+    slowed: list[float] = []
+    for number in range(-WARM_UP, num_steps):
+        DEVICE.speed = math.inf if number < -1 else 1.0
         for contender, own in zip(contenders, times, strict=True):
+            if number < -contender.warm_up:
+                continue
             dist.barrier()
             start = time.perf_counter()
             contender.step()
-            own.append(_together(start, time.perf_counter()))
-    medians = [statistics.median(own[WARM_UP:]) for own in times]
+            seconds = _together(start, time.perf_counter())
+            if number >= 0:
+                own.append(seconds)
+                if dist.get_rank() == 0:
+                    slowed.append(_slowed())
+    medians = [statistics.median(own) for own in times]
+    share = statistics.fmean(slowed or [1.0])
     return [
         {
             "workload": f"{workload.name}, K={workload.num_devices}",
@@ -87,6 +103,7 @@ def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
             "ratio": seconds / min(medians),
             "predicted_seconds": contender.predicted_seconds,
             "planning_seconds": contender.planning_seconds,
+            "slowed": share,
         }
         for contender, seconds in zip(contenders, medians, strict=True)
     ]
@@ -106,12 +123,11 @@ def _contenders(workload: Workload, quick: bool) -> Iterator[Contender]:
     )
     planning_seconds = time.perf_counter() - start
     yield _ours("auto", auto, workload.task(quick), planning_seconds)
-    named = {name: plan for name in SCHEDULES if (plan := _best_named(name, auto)) is not None}
-    kept = [*named] if not quick else ["1f1b", "zb_v"]
-    for name in kept:
-        yield _ours("stagewise", named[name], workload.task(quick))
+    named = _on_first(lambda: _named(auto, ["1f1b", "zb_v"] if quick else [*SCHEDULES]))
+    for plan in named.values():
+        yield _ours("stagewise", plan, workload.task(quick))
     for row in TORCH_SCHEDULES if workload.chain else ():
-        if row.ours in kept and row.ours in named:
+        if row.ours in named:
             task, plan = workload.task(quick), named[row.ours]
             # Its zero-bubble backward wants gradients of the stage's inputs and weights alone.
             step = torch_step(
@@ -124,7 +140,21 @@ def _contenders(workload: Workload, quick: bool) -> Iterator[Contender]:
                 task.inputs,
                 task.target,
             )
-            yield Contender("torch.distributed.pipelining", row.name, step, None)
+            yield Contender(
+                "torch.distributed.pipelining", row.name, step, None, warm_up=TORCH_WARM_UP
+            )
+
+
+def _on_first(function: Callable[[], Found]) -> Found:
+    """Return rank 0's result on all, since ranks share the machine's cores."""
+    found = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def _named(auto: Plan, names: Sequence[str]) -> dict[str, Plan]:
+    return {name: plan for name in names if (plan := _best_named(name, auto)) is not None}
 
 
 def _best_named(name: str, auto: Plan) -> Plan | None:
@@ -144,7 +174,7 @@ def _best_named(name: str, auto: Plan) -> Plan | None:
 
 
 def _ours(system: str, plan: Plan, task: Task, planning_seconds: float | None = None) -> Contender:
-    pipe = stagewise.Pipeline(task.model, plan, loss=task.loss)
+    pipe = stagewise.Pipeline(task.model, plan, loss=task.loss, weight=task.weight)
     each = plan.num_stages // plan.num_devices
     return Contender(
         system,
@@ -153,6 +183,13 @@ def _ours(system: str, plan: Plan, task: Task, planning_seconds: float | None = 
         plan.timeline.duration_seconds,
         planning_seconds,
     )
+
+
+def _slowed() -> float:
+    """Return what a computation takes on this rank over its CPU time: 1 if nothing else runs."""
+    start, used = time.perf_counter(), time.thread_time()
+    sum(range(PROBE))
+    return (time.perf_counter() - start) / (time.thread_time() - used)
 
 
 def _together(start: float, end: float) -> float:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name that PyTorch's users know)
 from torch import Tensor, nn
 
+import stagewise
+from benchmarks.ragged import LONGEST, lines, padded, together
+from benchmarks.ragged import loss as line_loss
 from stagewise.models import decoder_lm, transformer, unet
 from stagewise.testing import EmulatedDevice, emulated_model
 
@@ -24,8 +27,9 @@ class Task:
 
     model: nn.Sequential
     inputs: Any
-    target: Tensor
+    target: Any
     loss: Loss
+    weight: Callable[[Tensor], Tensor] | None = None  # of a microbatch's loss
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,24 @@ def fine_tuning(quick: bool) -> Task:
     return Task(model, *_tokens(16, 64), word_loss)
 
 
+def ragged(quick: bool) -> Task:
+    """Lines of plays, packed into microbatches of as many padded words, as far as possible."""
+    texts = lines()[:: len(lines()) // 64][:64]
+    groups = stagewise.pack_samples([len(text) for text in texts], 8, padded)
+    parts = [together([texts[sample] for sample in group]) for group in groups]
+    torch.manual_seed(0)
+    width = 96 if quick else 192
+    model = decoder_lm(
+        vocabulary=256, num_layers=8, width=width, num_heads=4, context=LONGEST, dropout=0.0
+    )
+    batch = [stagewise.Microbatches(each) for each in zip(*map(_shifted, parts), strict=True)]
+    return Task(model, *batch, line_loss, lambda target: (target != 0).sum())
+
+
+def _shifted(words: Tensor) -> tuple[Tensor, Tensor]:
+    return words[:, :-1].contiguous(), words[:, 1:].contiguous()
+
+
 WORKLOADS = (
     emulated((1.0,) * 24, 4, 16),
     emulated((1.0,) * 24, 8, 32),
@@ -178,5 +200,6 @@ WORKLOADS = (
     Workload("unequal CNN", 2, 8, unequal_cnn),
     Workload("U-Net", 2, 8, pictures, chain=False),
     Workload("encoder-decoder", 2, 8, translation, chain=False),
+    Workload("ragged lengths", 2, 8, ragged, chain=False),
     Workload("LoRA", 2, 8, fine_tuning),
 )
