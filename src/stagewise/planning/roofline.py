@@ -8,7 +8,7 @@ one after another, each reading and writing memory, as in PyTorch's eager mode.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import CellCost
+from stagewise.costs import CellCost, FarOutput
 from stagewise.planning.devices import DeviceSpec
 
 
@@ -50,6 +50,7 @@ class CellWork:
     deferred_bytes: int
     deferred_input_bytes: int = 0
     trainable_bytes: int | None = None
+    far_outputs: tuple[FarOutput, ...] = ()
 
     @property
     def forward_flops(self) -> int:
@@ -78,6 +79,7 @@ class CellWork:
             deferred_bytes=self.deferred_bytes,
             deferred_input_bytes=self.deferred_input_bytes,
             trainable_bytes=self.trainable_bytes,
+            far_outputs=self.far_outputs,
         )
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from stagewise.batch.values import take_apart
+from stagewise.costs import FarOutput
 from stagewise.engine.stage.activation_meter import StorageKey, storage_key
 from stagewise.engine.stage.loss import Loss
 from stagewise.engine.stage.skips import SkipRoutes
@@ -121,8 +122,12 @@ class Walk:
                 unsaved_output_bytes=sum(n for key, n in own.items() if holders[key] == 1),
                 released_output_bytes=released,
                 output_bytes=recorded.messages[0].nbytes if recorded.messages else 0,
-                gradient_bytes=sum(
-                    size or 0 for size in self._gradients.get((cell.index, cell.index + 1), ())
+                gradient_bytes=self._gradient_bytes(cell.index, cell.index + 1),
+                far_outputs=tuple(
+                    FarOutput(to - cell.index, sent.nbytes, self._gradient_bytes(cell.index, to))
+                    for to, sent in [
+                        *zip(self._destinations(cell), recorded.messages, strict=True)
+                    ][1:]
                 ),
                 deferred_bytes=backward.deferred_bytes,
                 deferred_input_bytes=backward.deferred_input_bytes,
@@ -130,6 +135,9 @@ class Walk:
             )
             for cell, (recorded, _, released), backward, own in columns
         )
+
+    def _gradient_bytes(self, source: int, target: int) -> int:
+        return sum(size or 0 for size in self._gradients.get((source, target), ()))
 
     def _sent_bytes(self, cell: Cell) -> int:
         """Return the bytes of what `cell` sends to the next, but for what is the caller's."""
