@@ -34,7 +34,7 @@ from stagewise.testing import emulated_model
 
 KINDS = "equal", "unequal", "skips", "frozen", "capped"
 ETHERNET = LinkCost(latency_seconds=20e-6, seconds_per_byte=1e-10)  # 10 GB/s
-FRACTIONS = 0.3, 0.4, 0.5, 0.6  # of the memory that never recomputing needs
+FRACTIONS = 0.2, 0.25, 0.3, 0.35  # of the memory that never recomputing needs
 EFFORT, SCALE = 600_000, 0.012
 
 
