@@ -62,6 +62,7 @@ PACKAGES = {
         "check_balance",
         "choose_schedule",
         "lower_bound_seconds",
+        "order_microbatches",
         "load_devices",
         "place",
         "plan_from_costs",

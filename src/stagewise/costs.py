@@ -127,7 +127,7 @@ class LinkCost:
     seconds_per_byte: float = 0
     overhead_seconds: float = 0
 
-    def transfer_seconds(self, num_bytes: int) -> float:
+    def transfer_seconds(self, num_bytes: float) -> float:
         """Return the seconds that a message of `num_bytes` bytes needs."""
         return self.latency_seconds + num_bytes * self.seconds_per_byte
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -23,8 +24,10 @@ from tests.planning.costs import random_costs, random_link
 
 def assert_equal(schedule: Schedule, rng: random.Random) -> None:
     costs = random_costs(rng, schedule.num_stages)
-    for link in (random_link(rng), random_link(rng)):
-        timeline, outcome = simulate(schedule, costs, link), outcome_of(schedule, costs, link)
+    unequal = [rng.uniform(0, 3) for _ in range(schedule.num_microbatches)]
+    for link, shares in product((random_link(rng), random_link(rng)), ((), unequal)):
+        timeline = simulate(schedule, costs, link, shares=shares)
+        outcome = outcome_of(schedule, costs, link, shares=shares)
         assert outcome.seconds == timeline.duration_seconds
         assert outcome.busy_seconds == pytest.approx(timeline.busy_seconds, rel=1e-12)
         assert outcome.peak_bytes == timeline.peak_activation_bytes(costs)

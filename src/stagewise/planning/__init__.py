@@ -21,6 +21,7 @@ from stagewise.planning.partition.replicated import ReplicatedCut as Replicated
 from stagewise.planning.partition.replicated import replicated_partition
 from stagewise.planning.plan import Plan, plan_from_costs
 from stagewise.planning.request import ScheduleLike
+from stagewise.planning.search.microbatch_order import order_microbatches
 from stagewise.planning.search.search import SearchResult, search
 from stagewise.planning.search.segments import Segmentation, best_segments
 from stagewise.planning.simulate import simulate, unit_costs
@@ -43,6 +44,7 @@ __all__ = [
     "choose_schedule",
     "load_devices",
     "lower_bound_seconds",
+    "order_microbatches",
     "place",
     "plan_from_costs",
     "replicated_partition",

@@ -4,19 +4,23 @@ It makes the same additions as `simulate` and `Timeline.activation_bytes` in the
 results are exactly equal. One pass over the programs, arrival times in flat lists.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import TypeVar
 
 from stagewise.costs import FREE_LINK, LinkCost, StageCost
 from stagewise.errors import ScheduleError
 from stagewise.mesh import device_turns
-from stagewise.schedule import Schedule
-from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, Stream
+from stagewise.planning.simulate import checked_shares
+from stagewise.schedule import Kind, Schedule
+from stagewise.schedule.instruction import ACTIVATIONS, GRADIENTS, KINDS, KindTraits, Stream
 from stagewise.schedule.lowering import lowest_target
 from stagewise.timeline import changes_by_kind, kept_bytes
 
 _NEVER = float("inf")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +34,14 @@ class Outcome:
 
 
 def outcome_of(
-    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost = FREE_LINK
+    schedule: Schedule,
+    costs: Sequence[StageCost],
+    link: LinkCost = FREE_LINK,
+    *,
+    shares: Sequence[float] = (),
 ) -> Outcome:
     """Return what `simulate` and its Timeline would say of duration, busy time and memory."""
-    ends, busy = _ends_and_busy(schedule, costs, link)
+    ends, busy = _ends_and_busy(schedule, costs, link, shares)
     return Outcome(
         seconds=max(ends),
         end_seconds=tuple(ends),
@@ -46,13 +54,22 @@ class _StreamState:
     """When a stream's messages arrive, by stage and microbatch, and which devices wait for them."""
 
     def __init__(
-        self, stream: Stream, schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
+        self,
+        stream: Stream,
+        schedule: Schedule,
+        costs: Sequence[StageCost],
+        link: LinkCost,
+        shares: Sequence[float],
     ) -> None:
         stages, self.step = range(schedule.num_stages), stream.step
-        self.seconds = [
-            stream.seconds(stage, costs, link) if stage + stream.step in stages else 0
-            for stage in stages
-        ]
+        self.seconds = _by_microbatch(
+            schedule,
+            shares,
+            lambda share: [
+                stream.seconds(s, costs, link, 1, share) if s + stream.step in stages else 0
+                for s in stages
+            ],
+        )
         self.arrived: list[float] = [
             _NEVER if stage - stream.step in stages else 0
             for stage in stages
@@ -60,10 +77,15 @@ class _StreamState:
         ]
         self.waiting: dict[int, int] = {}
         self.targets = range(lowest_target(stream, schedule), schedule.num_stages)
-        self.far = [
-            [(d * stream.step, stream.seconds(stage, costs, link, d)) for d in distances]
-            for stage, distances in enumerate(stream.far(costs))
-        ]
+        far = stream.far(costs)
+        self.far = _by_microbatch(
+            schedule,
+            shares,
+            lambda share: [
+                [(d * stream.step, stream.seconds(s, costs, link, d, share)) for d in distances]
+                for s, distances in enumerate(far)
+            ],
+        )
         self.far_arrived: dict[int, float] = {}
         self._count, self._overhead = schedule.num_microbatches, link.overhead_seconds
 
@@ -79,7 +101,7 @@ class _StreamState:
         Return when its device is free.
         """
         device, stage, m = sender
-        for distance, seconds in self.far[stage]:
+        for distance, seconds in self.far[m][stage]:
             goal = (stage + distance) * self._count + m
             if stage + distance in self.targets and (there := runs_on[goal]) != device:
                 now += self._overhead
@@ -89,17 +111,25 @@ class _StreamState:
         return now
 
 
+def _by_microbatch(
+    schedule: Schedule, shares: Sequence[float], of: Callable[[float], Row]
+) -> list[Row]:
+    """Return `of` each microbatch's share; without shares, one row is in all places."""
+    if not shares:
+        return [of(1)] * schedule.num_microbatches
+    return [of(share) for share in checked_shares(schedule, shares)]
+
+
 def _ends_and_busy(
-    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost
+    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost, shares: Sequence[float]
 ) -> tuple[list[float], list[float]]:
     num_microbatches = schedule.num_microbatches
+    both = ACTIVATIONS, GRADIENTS
     streams: dict[Stream | None, _StreamState] = {
-        stream: _StreamState(stream, schedule, costs, link) for stream in (ACTIVATIONS, GRADIENTS)
+        each: _StreamState(each, schedule, costs, link, shares) for each in both
     }
-    kinds = {
-        kind: ([traits.seconds_on(cost) for cost in costs], streams.get(traits.stream))
-        for kind, traits in KINDS.items()
-    }
+    times = _times(schedule, costs, shares)
+    kinds = {kind: (times[kind], streams.get(traits.stream)) for kind, traits in KINDS.items()}
     overhead = link.overhead_seconds
     runs_on = [d for devices in schedule.placement for d in device_turns(devices, num_microbatches)]
     free, last, busy = (list[float]([0] * schedule.num_devices) for _ in range(3))
@@ -118,7 +148,7 @@ def _ends_and_busy(
                     stream.waiting[own] = device
                     break
                 now = max(now, arrival, stream.far_arrived.get(own, 0))
-            seconds = took[stage]
+            seconds = took[m % num_microbatches][stage]  # a gather's number is no microbatch's
             now += seconds
             busy[device] += seconds
             last[device] = now
@@ -130,8 +160,8 @@ def _ends_and_busy(
             if (there := runs_on[where]) != device:
                 now += overhead
                 leaves = max(now, link_free.get((device, there), 0))
-                stream.arrived[where] = link_free[device, there] = leaves + stream.seconds[stage]
-            if stream.far[stage]:
+                stream.arrived[where] = link_free[device, there] = leaves + stream.seconds[m][stage]
+            if stream.far[m][stage]:
                 now = stream.send_far((device, stage, m), now, runs_on, link_free)
             if where in stream.waiting and runs_on[where] != device:
                 ready.append(stream.waiting.pop(where))
@@ -139,6 +169,20 @@ def _ends_and_busy(
     if any(i < len(program) for i, program in zip(at, schedule.programs, strict=True)):
         raise ScheduleError(f"schedule {schedule.name!r} deadlocks; validate() shows where")
     return last, busy
+
+
+def _times(
+    schedule: Schedule, costs: Sequence[StageCost], shares: Sequence[float]
+) -> dict[Kind, list[list[float]]]:
+    """Return what every kind takes, by microbatch and stage."""
+
+    def of(traits: KindTraits, share: float) -> list[float]:
+        return [traits.seconds_on(cost) * share for cost in costs]
+
+    return {
+        kind: _by_microbatch(schedule, () if traits.of_shards else shares, partial(of, traits))
+        for kind, traits in KINDS.items()
+    }
 
 
 def peak_bytes(schedule: Schedule, costs: Sequence[StageCost]) -> tuple[int, ...]:

@@ -23,25 +23,29 @@ def simulate(
     costs: Sequence[StageCost],
     link: LinkCost = FREE_LINK,
     recorder: Recorder | None = None,
+    *,
+    shares: Sequence[float] = (),
 ) -> Timeline:
     """Predict one step of a valid `schedule`; `costs` per stage, one `link` for all pairs.
 
+    Microbatch m takes and sends `shares[m]` times the costs; without shares, all take the costs.
     A `recorder` also notes the messages.
     """
     _check_schedule(schedule, costs)
     zero = 0 * costs[0].forward_seconds
+    share_of = checked_shares(schedule, shares)
     device_free = [zero] * schedule.num_devices
     link_free: dict[tuple[int, int], float] = {}
     arrival: dict[Message, float] = {}
-    gathers, spans = _Gathers(costs, device_free), []
+    gathers, spans = _Gathers(costs, device_free), list[Span]()
     flows = [(s, s + far.distance) for s, cost in enumerate(costs) for far in cost.far_outputs]
     for device, step in walk(lower(schedule, flows)):
         free = device_free[device]
         start = max([free, *(arrival[message] for message in step.receives)])
         instruction, traits = step.instruction, KINDS[step.instruction.kind]
-        end = start + traits.seconds_on(costs[instruction.stage])
-        if traits.of_shards:
-            end = gathers.end_of(device, instruction, start, end)
+        share = 1 if traits.of_shards else share_of[instruction.microbatch]
+        end = start + traits.seconds_on(costs[instruction.stage]) * share
+        end = gathers.end_of(device, instruction, start, end)
         device_free[device] = end
         spans.append(
             Span(device=device, instruction=instruction, start_seconds=start, end_seconds=end)
@@ -52,7 +56,7 @@ def simulate(
                 between = (message.source, message.destination)
                 device_free[device] += link.overhead_seconds
                 leaves = max(device_free[device], link_free.get(between, zero))
-                sent = message.source_stage, costs, link, message.distance
+                sent = message.source_stage, costs, link, message.distance, share
                 arrives = leaves + traits.stream.seconds(*sent)
                 arrival[message] = link_free[between] = arrives
                 if recorder is not None:
@@ -60,14 +64,10 @@ def simulate(
                     recorder.sent.append((message, num_bytes, end, device_free[device]))
         if recorder is not None:
             recorder.ran.append((device, instruction, start, end, None))
-            recorder.received += [
-                (message, None, free, arrival[message])
-                for message in step.receives
-                if message.source != message.destination
-            ]
-    return Timeline(
-        schedule.num_devices, tuple(sorted(spans, key=attrgetter("start_seconds", "device")))
-    )
+            travelled = [m for m in step.receives if m.source != m.destination]
+            recorder.received += [(m, None, free, arrival[m]) for m in travelled]
+    spans.sort(key=attrgetter("start_seconds", "device"))
+    return Timeline(schedule.num_devices, tuple(spans))
 
 
 class _Gathers:
@@ -86,6 +86,16 @@ class _Gathers:
             self._free[device] = begins + self._costs[i.stage].gather_seconds
             self._ends[device, i.stage] = self._free[device]
         return end
+
+
+def checked_shares(schedule: Schedule, shares: Sequence[float]) -> Sequence[float]:
+    """Return every microbatch's share of the costs: by default 1."""
+    if len(shares) not in (0, schedule.num_microbatches) or any(share < 0 for share in shares):
+        raise PlanError(
+            f"got shares {list(shares)} for a schedule of {schedule.num_microbatches} microbatches;"
+            " give each a number that is not negative, or none"
+        )
+    return shares or (1,) * schedule.num_microbatches
 
 
 def _check_schedule(schedule: object, costs: object) -> None:

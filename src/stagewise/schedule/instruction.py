@@ -53,12 +53,19 @@ class Stream:
         return getattr(sent, self.num_bytes)  # type: ignore[no-any-return]
 
     def seconds(
-        self, source_stage: int, costs: Sequence[StageCost], link: LinkCost, distance: int = 1
+        self,
+        source_stage: int,
+        costs: Sequence[StageCost],
+        link: LinkCost,
+        distance: int = 1,
+        share: float = 1,
     ) -> float:
-        """Return the transfer time of a message from `source_stage` to the stage so far away."""
+        """Return the transfer time of a message from `source_stage` to the stage so far away, of a
+        microbatch with `share` times the usual bytes.
+        """
         if self.step < 0 and source_stage + distance * self.step < num_untrained(costs):
             return 0  # it is not sent
-        return link.transfer_seconds(self.size(source_stage, costs, distance))
+        return link.transfer_seconds(self.size(source_stage, costs, distance) * share)
 
     def far(self, costs: Sequence[StageCost]) -> list[list[int]]:
         """Return, per stage, the distances of its messages beyond the next stage, in order."""
