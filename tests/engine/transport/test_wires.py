@@ -304,7 +304,7 @@ def all_checks(row: str) -> dict[str, list[str]]:
             again = BETWEEN[row]()
             list(exchanged(again.data, 1 - again.data.rank, CHECKS["in order"], device))
             close(again)
-            wrong["what is left"] = sorted(held() ^ held_before) + os.listdir(folder)
+            wrong["what is left"] = sorted(held() - held_before) + os.listdir(folder)
         finally:
             tempfile.tempdir = before
     return wrong
