@@ -14,7 +14,16 @@ import torch
 
 from stagewise.engine.stage.randomness import default_generator
 
-_CPU = torch.device("cpu")
+
+def _device_here() -> torch.device:
+    """Return the current accelerator, whose generator a recipe's own code may use, else the CPU."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return torch.device("cpu")
+    is_there = getattr(torch.get_device_module(kind), "is_initialized", lambda: True)
+    if not is_there():  # nothing has drawn from it
+        return torch.device("cpu")
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def seed_everything(seed: int) -> None:
@@ -24,28 +33,28 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def random_states(device: torch.device = _CPU) -> dict[str, Any]:
-    """Return the states of all generators."""
+def random_states(device: torch.device | None = None) -> dict[str, Any]:
+    """Return the states of all generators, that of `device` (default: the accelerator) too."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "device": default_generator(device).get_state(),
+        "device": default_generator(device or _device_here()).get_state(),
     }
 
 
-def restore_random_states(states: Mapping[str, Any], device: torch.device = _CPU) -> None:
+def restore_random_states(states: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Restore what `random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    generator = default_generator(device)
+    generator = default_generator(device or _device_here())
     if generator is not torch.default_generator:
         generator.set_state(states["device"])
 
 
 @contextmanager
-def random_states_kept(device: torch.device = _CPU) -> Iterator[None]:
+def random_states_kept(device: torch.device | None = None) -> Iterator[None]:
     """Restore the generators' states at the end."""
     states = random_states(device)
     try:
