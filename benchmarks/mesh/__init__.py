@@ -4,4 +4,5 @@
 2. `inner`: what is done to each stage beside the pipeline, and the mesh that it needs.
 3. `compare`: three AdamW steps on the ranks of a mesh, and of the plain model; the differences.
 4. `table`: which combinations, and their rows; `__main__` prints them.
+5. `unshards`: what gathers cost that run beside compute, on emulated devices.
 """

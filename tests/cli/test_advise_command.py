@@ -54,7 +54,11 @@ def test_little_memory_makes_a_pipeline_or_tensor_parallelism(
     pipeline = advice(
         capsys, recipe, "--device-memory", "0.003MB", "--devices", "4", "--device", "cpu"
     )
-    assert pipeline["choice"] == "pipeline with replicas"
+    assert pipeline["choice"] == "pipeline of sharded stages"
+    plan = ("--device", "cpu", "--devices", "4", "--mesh", "auto", "--memory", "0.003MB")
+    searched = json.loads(output_of(capsys, "plan", recipe, *plan, "--json"))
+    assert pipeline["options"][:2] == ["--mesh", searched["mesh"]]  # type: ignore[index]
+    assert pipeline["options"][4:6] == ["--microbatches", str(searched["num_microbatches"])]  # type: ignore[index]
     too_big = advice(
         capsys, recipe, "--device-memory", "0.001MB", "--devices", "4", "--device", "cpu"
     )

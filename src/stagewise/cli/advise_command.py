@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stagewise.cli import options as opt
-from stagewise.errors import RecipeError, UsageError
+from stagewise.errors import PlanError, RecipeError, UsageError
 from stagewise.planning.devices import parse_bytes
 from stagewise.slow_notice import told
 from stagewise.training.workers.environment import launched
@@ -19,6 +20,8 @@ from stagewise.training.workers.environment import launched
 if TYPE_CHECKING:
     from stagewise.planning.advice.advise import Advice
     from stagewise.planning.advice.advise_facts import Facts
+    from stagewise.planning.devices import DeviceSpec
+    from stagewise.training.recipe import Recipe
 
 Devices = Annotated[int, typer.Option(min=1, help="How many devices there are.")]
 DeviceMemory = Annotated[
@@ -78,7 +81,9 @@ def advise_command(
             device_memory_bytes=memory,
             num_microbatches=microbatches,
         )
-    advice = advise(facts)
+        advice = advise(facts)
+        if spec is not None and devices > 1:
+            advice = _searched(advice, load_recipe(recipe), spec, facts, microbatches)
     where = [] if device is None else ["--device", device]
     more = where if advice.command != "train" else []
     command = shlex.join(["stagewise", advice.command, str(recipe), *advice.options, *more])
@@ -87,6 +92,28 @@ def advise_command(
         print(json.dumps(record, indent=2))
     else:
         _print(advice, facts, device, command)
+
+
+def _searched(
+    advice: "Advice", recipe: "Recipe", device: "DeviceSpec", facts: "Facts", count: int | None
+) -> "Advice":
+    """Return the advice with the mesh that `plan --mesh auto` finds, if the model needs several."""
+    from stagewise.planning.advice.advise_mesh import with_mesh
+    from stagewise.planning.request import AUTO, PlanRequest
+    from stagewise.training.plans import priced_mesh
+
+    if facts.too_big or facts.fitting[False] == 1:  # the rules see more in these
+        return advice
+    for recompute in ("never", AUTO):
+        request = PlanRequest(
+            num_devices=facts.num_devices,
+            num_microbatches=count or AUTO,
+            recompute=recompute,
+            memory_bytes=facts.device_memory_bytes,
+        )
+        with suppress(PlanError):
+            return with_mesh(advice, priced_mesh(recipe, request, device, None))
+    return advice  # none fits: the rules say how many devices would be enough
 
 
 def _print(advice: "Advice", facts: "Facts", device: str | None, command: str) -> None:
