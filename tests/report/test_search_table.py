@@ -92,3 +92,10 @@ def test_what_was_tried_stands_beside_what_was_predicted() -> None:
     assert "1f1b, 4 microbatches" in row and "3" in row and "65 s" in row
     assert as_record(result)["tried"] == [vars(tried)]
     assert (result.plan.measured_seconds, result.plan.machine) == (66, "2 x cpu")
+
+
+def test_one_device_and_data_parallelism_stand_beside_it() -> None:
+    uncapped, capped = text(found()), text(found(memory_bytes=7_000.0))
+    assert "instead, one device: step 96 s; needs 8.12 KiB a device\n" in uncapped
+    assert "instead, data parallelism on 2 devices: step 48 s, without the sum of" in uncapped
+    assert "which does not fit" in capped and "which" not in uncapped.partition("instead,")[2]

@@ -265,3 +265,10 @@ def test_samples_along_another_dimension_and_sums(tmp_path: Path) -> None:
     validation, step = records[0], records[1]
     assert step["loss"] == pytest.approx(sum(plain[:2]))
     assert validation["validation_loss"] == pytest.approx(sum(plain))
+
+
+def test_the_log_has_the_learning_rate_of_every_step(tmp_path: Path) -> None:
+    halves = "def scheduler(o): return torch.optim.lr_scheduler.ExponentialLR(o, 0.5)"
+    records, _ = run(recipe_of(tmp_path, halves), tmp_path / "run", steps=3)
+    rates = [record["learning_rate"] for record in records if "loss" in record]
+    assert rates == [rates[0], rates[0] / 2, rates[0] / 4]  # type: ignore[operator]

@@ -13,10 +13,12 @@ from stagewise.planning.reserve import NO_RESERVE, Reserve
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """A device's memory, and what it holds besides activations: `state_factor` of parameters."""
+    """A device's memory (infinite: not known), and what it holds besides activations:
+    `state_factor` of parameters.
+    """
 
     device: str  # as in "of h100"
-    memory_bytes: int
+    memory_bytes: float
     state_factor: float
     reserve: Reserve = NO_RESERVE
 

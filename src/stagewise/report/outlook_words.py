@@ -1,6 +1,7 @@
 """Whether a plan fits, what else would do, and how long the data takes, in sentences."""
 
 from collections.abc import Iterator
+from math import isfinite
 
 from rich.text import Text
 
@@ -16,12 +17,13 @@ def outlook_in_words(outlook: Outlook, plan: Plan) -> Iterator[Text]:
     """Yield the alternatives, then loudly what is wrong with the plan."""
     room = outlook.room
     for other in outlook.alternatives:
-        fits = other.needed_bytes <= room.memory_bytes
+        fits = "fits" if other.needed_bytes <= room.memory_bytes else "does not fit"
         excludes = f", without {other.excludes}" if other.excludes else ""
         yield Text(
             f"instead, {other.name}: step {format_seconds(other.step_seconds)}{excludes}; needs "
-            f"{size_in_words(other.needed_bytes)} a device, which "
-            f"{'fits' if fits else 'does not fit'}"
+            f"{size_in_words(other.needed_bytes)} a device"
+            + f", which {fits}"
+            * isfinite(room.memory_bytes)
         )
     depth, count, fill = plan.num_stages, plan.num_microbatches, plan.num_stages - 1
     if count < depth:
@@ -46,8 +48,8 @@ def outlook_in_words(outlook: Outlook, plan: Plan) -> Iterator[Text]:
         return
     alone = outlook.alternatives[0]
     if plan.num_devices > 1 and alone.step_seconds <= plan.timeline.duration_seconds:
-        fits = alone.needed_bytes <= room.memory_bytes
-        why = ": the model is too small for a pipeline" if fits else ", but it does not fit there"
+        holds = alone.needed_bytes <= room.memory_bytes
+        why = ": the model is too small for a pipeline" if holds else ", but it does not fit there"
         yield Text.assemble(
             ("one device is faster", _WARN), f" than this plan on {plan.num_devices}{why}"
         )

@@ -17,8 +17,12 @@ from stagewise.report.run_tables import (
     idle_table,
     memory_table,
 )
+from stagewise.schedule import Instruction
+from stagewise.schedule.instruction import KINDS
 from stagewise.timeline.timeline_picture import render_timeline
 from stagewise.units import format_seconds
+
+_NOTHING = 1e-3  # of a step: less is not worth a command
 
 
 class RunReport:
@@ -51,11 +55,16 @@ class RunReport:
             return
         yield idle_table(self._idle(step))
         if measured is not None:
-            helps = [one for one in what_would_help(measured) if one.seconds > 0]
-            if helps:
-                yield help_table(helps)
+            least = _NOTHING * measured.step_seconds
+            helps = [one for one in what_would_help(measured) if one.seconds >= least]
+            yield help_table(helps) if helps else "nothing that the simulator can replay would help"
             for hint in advice_for(measured):
                 yield f"advice: {hint.sentence}"
+        elif _is_sharded(step):
+            yield (
+                "what would help is not said of sharded stages: the replay has no costs of their "
+                "gathers; what these keep counts as activations below"
+            )
         if self._recording.memory:
             planned = None if measured is None else measured.planned
             yield memory_table(self._recording.memory, planned)
@@ -122,6 +131,13 @@ class RunReport:
         if losses and (seconds := _number(losses[-1], "seconds")) is not None:
             parts.append(f"{format_seconds(seconds)} for the last step")
         return parts[0] + " " + ", ".join(parts[1:])
+
+
+def _is_sharded(step: RecordedStep) -> bool:
+    return any(
+        isinstance(event.what, Instruction) and KINDS[event.what.kind].of_shards
+        for event in step.events
+    )
 
 
 def _number(row: Mapping[str, object], name: str) -> float | None:

@@ -1,15 +1,18 @@
 """The result of a search on one screen: the plan, where its time goes, and the alternatives."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import inf
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from stagewise.planning import Plan, SearchResult
+from stagewise.planning.alternatives import Outlook, Room, outlook_of
 from stagewise.planning.bubble import bubble_causes
 from stagewise.planning.search.evaluate import EvaluatedPlan
 from stagewise.report import format_seconds
+from stagewise.report.outlook_words import outlook_in_words
 from stagewise.units import size_in_words
 
 _SHOWN = 6  # rejected options
@@ -35,6 +38,7 @@ def explanation(result: SearchResult) -> Iterator[RenderableType]:
     yield _devices(result)
     if result.runners_up:
         yield _runners_up(result)
+    yield from outlook_in_words(_outlook(result), plan)
     if besides := str(result.reserve):
         yield f"memory includes {besides}"
     if result.rejected:
@@ -127,6 +131,18 @@ def _runners_up(result: SearchResult) -> Table:
             size_in_words(max(plan.device_bytes)),
         )
     return table
+
+
+def _outlook(result: SearchResult) -> Outlook:
+    """Return what would do instead; every searched plan fits its cap, if there is one."""
+    cap = result.memory_bytes
+    room = Room(
+        device="the devices",
+        memory_bytes=inf if cap is None else min(cap) if isinstance(cap, Sequence) else cap,
+        state_factor=result.state_factor,
+        reserve=result.reserve,
+    )
+    return outlook_of(result.plan, room)
 
 
 def _rejected(result: SearchResult) -> str:

@@ -81,6 +81,12 @@ class Update:
                 losses[name] = losses.get(name, 0.0) + float(value)
         return loss, losses
 
+    @property
+    def learning_rate(self) -> float | None:
+        """That of the next step, of the first of rank 0's parameter groups."""
+        rate = self._optimizer.param_groups[0].get("lr")
+        return None if rate is None else float(rate)
+
     def complete(self) -> None:
         """Unscale and clip the gradients, on all ranks together."""
         self._scaler.unscale_(self._optimizer)
@@ -116,6 +122,7 @@ class StepRan:
     loss: float
     losses: Mapping[str, float]
     scale: float | None
+    learning_rate: float | None
     begun: float
     pipe_seconds: float
 
@@ -129,6 +136,7 @@ class StepRan:
             loss=self.loss,
             losses=parts_of_loss(self.losses),
             loss_scale=self.scale,
+            learning_rate=self.learning_rate,
             seconds=self.pipe_seconds,
             rate=sum(amount for amount, _ in amounts) / (applied_at - self.begun),
             rate_unit=amounts[0][1],
@@ -178,6 +186,7 @@ class Stepper:
             loss=loss,
             losses=losses,
             scale=scale,
+            learning_rate=self.update.learning_rate,
             begun=begun,
             pipe_seconds=pipe_seconds,
         )

@@ -29,7 +29,8 @@ class StepRecord:
 
     `slowest` is the stage that takes longest, and its seconds over the mean of the others'.
 
-    `losses` are the parts of the loss by name, if named; `loss_scale` is that of a GradScaler.
+    `losses` are the parts of the loss by name, if named; `loss_scale` is that of a GradScaler,
+    `learning_rate` that of the first parameter group.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepRecord:
     slowest: tuple[int, float] | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
+    learning_rate: float | None = None
 
     def to_log(self) -> dict[str, object]:
         """Return the record for the log; a loss that is not finite becomes null."""
@@ -61,6 +63,8 @@ class StepRecord:
             fields["losses"] = {name: _finite(value) for name, value in self.losses.items()}
         if self.loss_scale is not None:
             fields["loss_scale"] = self.loss_scale
+        if self.learning_rate is not None:
+            fields["learning_rate"] = self.learning_rate
         return fields
 
 
