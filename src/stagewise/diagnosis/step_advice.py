@@ -76,7 +76,11 @@ def _slow_stage(measured: MeasuredSteps) -> Iterator[str]:
     others = fmean(each for stage, each in enumerate(seconds) if stage != slow)
     if seconds[slow] > _SLOWER * others > 0:
         balance = best_balance(
-            plan.built_schedule, plan.cells, recompute=plan.recompute, link=plan.link
+            plan.built_schedule,
+            plan.cells,
+            recompute=plan.recompute,
+            link=plan.link,
+            speeds=plan.speeds,
         )
         better = "no cut between its cells is better"
         if balance != plan.balance:
@@ -133,6 +137,7 @@ def _devices(measured: MeasuredSteps) -> Iterator[str]:
             num_microbatches=plan.num_microbatches,
             schedule=plan.schedule,
             recompute=plan.recompute,
+            speeds=sorted(plan.speeds, reverse=True)[:number],
         )
         there = fewer.timeline.duration_seconds
         if there <= _AS_FAST * now:

@@ -81,7 +81,13 @@ def _twice_the_microbatches(measured: MeasuredSteps) -> Iterator[_Changed]:
 def _another_cut(measured: MeasuredSteps) -> Iterator[_Changed]:
     plan = measured.plan
     cells = _without_paces(measured)
-    balance = best_balance(plan.built_schedule, cells, recompute=plan.recompute, link=plan.link)
+    balance = best_balance(
+        plan.built_schedule,
+        cells,
+        recompute=plan.recompute,
+        link=plan.link,
+        speeds=plan.speeds,
+    )
     if balance != plan.balance:
         other = _on_its_devices(measured, replace(plan, balance=balance, cells=cells))
         yield _Changed(
@@ -189,6 +195,7 @@ def _other_schedules(measured: MeasuredSteps) -> Iterator[_Changed]:
                 num_microbatches=plan.num_microbatches,
                 schedule=name,
                 recompute=plan.recompute,
+                speeds=plan.speeds,
             )
             each, other = row.stages_per_device, _on_its_devices(measured, found)
             yield _Changed(

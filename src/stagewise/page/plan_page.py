@@ -85,6 +85,7 @@ def rival_steps(plan: Plan) -> Iterator[ShownStep]:
                 num_microbatches=plan.num_microbatches,
                 recompute=plan.recompute,
                 link=plan.link,
+                speeds=plan.speeds,
                 input_bytes=plan.input_bytes,
             )
             yield ShownStep(short_name(rival), rival.timeline, rival.engine_costs)

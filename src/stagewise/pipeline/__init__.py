@@ -2,7 +2,8 @@
 
 1. `plan_model` measures the model's cells and links and passes the costs to the planner;
    `searched_plan` searches with them, runs the best plans (`trials`), and keeps the fastest;
-   `plan_keywords` says what a wrong keyword argument should be.
+   `device_speeds` are the times of the same cells on each; `plan_keywords` says what a wrong
+   keyword argument should be.
 2. `pipeline.Pipeline` builds this rank's stages (`build`). Its `calls` (`step`, `evaluate`,
    `predict`) run through `engine.step`; `measuring` says where their time and memory went
    (`record`); `generates` continues prompts (`generation`); its `share` of the model uses the plain

@@ -19,6 +19,7 @@ from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import Model
 from stagewise.pipeline.build.places import first_devices
 from stagewise.pipeline.build.refusals import check_buffers
+from stagewise.pipeline.device_speeds import on_fastest, with_speeds
 from stagewise.pipeline.plan_keywords import check_keywords
 from stagewise.pipeline.searched_plan import MEASURING_CELLS, agreed_request, search_plan
 from stagewise.pipeline.trials import corrected_costs, devices_are_real, try_plans
@@ -48,8 +49,9 @@ def plan(
     recompute: str = "never",
     balance: Sequence[int] | None = None,
     memory_bytes: float | Sequence[float] | None = None,
+    speeds: Sequence[float] | Literal["measured"] | None = None,
     state_factor: float = 4,
-    device: Device | None = None,
+    device: Device | Sequence[Device] | None = None,
     seconds: float | None = None,
     cells: Sequence[str] | None = None,
     batch_dim: int = 0,
@@ -82,8 +84,11 @@ def plan(
             (`state_factor` times the parameters: 4 for Adam in the parameters' dtype) and for
             activations, or a list with that of each. Receives that ranks post ahead count, and on
             accelerators estimates of contexts, workspaces and communicators.
-        device: where to measure, one cell at a time unless on the CPU; by default where Pipeline
-            would run.
+        speeds: how fast each device is, such as (1, 0.5) if the second takes twice as long, or
+            "measured": by the same cells timed on each. By default devices of one kind are equal,
+            and others are measured.
+        device: where to measure, or one for each device of the plan, all driven by one process; one
+            cell at a time unless on the CPU; by default where Pipeline would run.
         seconds: roughly how long to measure; where plans are tried, for how long in all. By
             default 3 seconds, or ten steps' worth and at least 2 seconds where plans are tried, of
             which at least two steps of each.
@@ -123,6 +128,7 @@ def plan(
         recompute=recompute,
         balance=balance,
         memory_bytes=memory_bytes,
+        speeds=speeds,
         state_factor=state_factor,
         trial=trial,
     )
@@ -159,7 +165,8 @@ def measured_plan(
     assert isinstance(request.num_microbatches, int)
     size = example.size_of(request.num_microbatches)
     splits = choice.built.splits_backward
-    measured = example.measured(size, seconds=seconds, split=splits)
+    request = with_speeds(request, example, size, seconds=seconds / 2)
+    measured = on_fastest(request, example.measured(size, seconds=seconds, split=splits))
     costs, link = agreed_costs(measured, example.where)
 
     plan = plan_for(request, costs, link=link)

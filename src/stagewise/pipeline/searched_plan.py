@@ -17,6 +17,7 @@ from stagewise.engine.transport.processes import is_first, num_processes
 from stagewise.errors import PlanError
 from stagewise.free_pages import HEAP
 from stagewise.model.cell import Chain
+from stagewise.pipeline.device_speeds import on_fastest, with_speeds
 from stagewise.pipeline.trials import (
     Measured,
     corrected_costs,
@@ -88,11 +89,14 @@ def search_plan(
         request = replace(request, num_devices=num_processes())
     assert request.num_devices is not None
     counts = request.counts(example.num_samples, example.parts)
-    tries = devices_are_real(request, request.num_devices)
+    sizes = [example.size_of(count) for count in counts]
     cells = MEASURING_CELLS if seconds is None else seconds
+    request = with_speeds(request, example, min(sizes), seconds=cells / 4)
+    assert request.num_devices is not None
+    tries = devices_are_real(request, request.num_devices)
     if tries:
         cells = _SHARE_OF_CELLS * (LEAST_SECONDS if seconds is None else seconds)
-    costs_at, link = _costs(example, counts, cells, least=1 if tries else None)
+    costs_at, link = _costs(request, example, counts, cells, least=1 if tries else None)
 
     def best(link: LinkCost, engine: EngineOverhead) -> SearchResult:
         return _by_first(
@@ -242,7 +246,12 @@ class _Contest:
 
 
 def _costs(
-    example: Example, counts: Sequence[int], seconds: float, *, least: int | None
+    request: PlanRequest,
+    example: Example,
+    counts: Sequence[int],
+    seconds: float,
+    *,
+    least: int | None,
 ) -> tuple[CostsAt, LinkCost]:
     """Return the cells' costs for each number of microbatches, the same on every rank."""
     sizes = {count: example.size_of(count) for count in counts}
@@ -251,6 +260,6 @@ def _costs(
     for size in sorted({small, large}):
         part = seconds / len({small, large}) if least else seconds
         own = example.measured(size, seconds=part, split=True, least=least)
-        measured[size], link = agreed_costs(own, example.where)
+        measured[size], link = agreed_costs(on_fastest(request, own), example.where)
     at = interpolated(measured[small], small, measured[large], large)
     return (lambda count: at(sizes[count])), link

@@ -142,6 +142,7 @@ def _neighbours(
                         other.cells,
                         recompute=other.recompute,
                         link=other.link,
+                        speeds=other.speeds,
                     )
                     yield replace(other, balance=balance)
 

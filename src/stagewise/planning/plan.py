@@ -16,9 +16,10 @@ from stagewise.habits import in_our_words
 from stagewise.planning.choice import ScheduleChoice, choose_schedule, requested_schedule
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.partition.place import best_balance
+from stagewise.planning.partition.speeds import check_speeds, on_devices
 from stagewise.planning.request import PlanRequest, PlanWishes, check_numbers
 from stagewise.planning.simulate import simulate
-from stagewise.planning.written_costs import check_amount, read_cells
+from stagewise.planning.written_costs import read_fields
 from stagewise.schedule import (
     Schedule,
     Segments,
@@ -49,10 +50,11 @@ class Plan:
     s as (number of cells, recomputed); the engine runs every part as a separate stage
     (`engine_balance`), and recomputes the marked parts for the microbatches of the policy
     `recompute`, or for all if that is "never". `cells` holds the costs of one microbatch that the
-    plan was made from; it is empty if a `balance` was given and nothing was measured. If the plan
-    was tried, its steps took `measured_seconds` on the `machine`. Where a mesh shards parameters,
-    those of the engine's stages in `regathered` are gathered whenever their device comes to them
-    (`gathers_ahead`: one instruction ahead), others once a step.
+    plan was made from; it is empty if a `balance` was given and nothing was measured. Of the
+    devices' `speeds` the fastest is 1, and `cells` are its costs (empty: all are equally fast). If
+    the plan was tried, its steps took `measured_seconds` on the `machine`. Where a mesh shards
+    parameters, those of the engine's stages in `regathered` are gathered whenever their device
+    comes to them (`gathers_ahead`: one instruction ahead), others once a step.
     """
 
     balance: tuple[int, ...]
@@ -66,6 +68,7 @@ class Plan:
     cells: tuple[CellCost, ...] = ()
     input_bytes: int = 0
     link: LinkCost = FREE_LINK
+    speeds: tuple[float, ...] = ()
     measured_seconds: float | None = None
     machine: str = ""
     regathered: tuple[int, ...] = ()
@@ -77,6 +80,7 @@ class Plan:
         check_balance(self.balance, len(self.cells) or sum(self.balance))
         self._check_segments()
         _ = self.built_schedule
+        check_speeds(self.speeds, self.built_schedule.num_devices)
 
     def __repr__(self) -> str:
         from stagewise.planning.plan_words import plan_in_short
@@ -139,25 +143,26 @@ class Plan:
     @property
     def stage_costs(self) -> tuple[StageCost, ...]:
         """The costs per stage; raises PlanError if nothing was measured."""
-        return self._costs(self.balance)
+        return self._costs(self.balance, self.plain_schedule)
 
     @property
     def engine_costs(self) -> tuple[StageCost, ...]:
         """The costs per stage of the engine; raises PlanError if nothing was measured."""
-        return self._costs(self.engine_balance)
+        return self._costs(self.engine_balance, self.built_schedule)
 
     @cached_property
     def timeline(self) -> Timeline:
         """The predicted step."""
         return simulate(self.needed_schedule, self.engine_costs, self.link)
 
-    def _costs(self, balance: Sequence[int]) -> tuple[StageCost, ...]:
+    def _costs(self, balance: Sequence[int], schedule: Schedule) -> tuple[StageCost, ...]:
         if not self.cells:
             raise PlanError(
                 "this plan was made from a balance without measured costs, so it has no "
                 "predictions; give plan() an example batch"
             )
-        return stage_costs(self.cells, balance, input_bytes=self.input_bytes)
+        costs = stage_costs(self.cells, balance, input_bytes=self.input_bytes)
+        return on_devices(costs, schedule.placement, self.speeds)
 
     def _check_segments(self) -> None:
         if not self.segments:
@@ -225,30 +230,7 @@ class Plan:
     def from_json(text: str) -> "Plan":
         """Read what `to_json` wrote; raise PlanError if `text` is not a plan."""
         try:
-            fields = json.loads(text)
-            amounts = {"input_bytes": fields["input_bytes"], **fields["link"]}
-            if fields.get("measured_seconds") is not None:
-                amounts["measured_seconds"] = fields["measured_seconds"]
-            for name, value in amounts.items():
-                check_amount(name, value)
-            plain = "schedule", "num_microbatches", "recompute", "input_bytes"
-            return Plan(
-                **{name: fields[name] for name in plain},
-                balance=tuple(fields["balance"]),
-                stages_per_device=fields.get("stages_per_device"),
-                segments=tuple(
-                    tuple((int(size), bool(recomputed)) for size, recomputed in parts)
-                    for parts in fields.get("segments", ())
-                ),
-                cells=read_cells(fields["cells"]),
-                link=LinkCost(**fields["link"]),
-                measured_seconds=amounts.get("measured_seconds"),
-                machine=str(fields.get("machine", "")),
-                replicas=tuple(fields.get("replicas", ())),
-                programs=tuple(fields.get("programs", ())),
-                regathered=tuple(fields.get("regathered", ())),
-                gathers_ahead=bool(fields.get("gathers_ahead", True)),
-            )
+            return Plan(**read_fields(json.loads(text)))
         except NOT_AS_WRITTEN as error:
             raise PlanError(
                 f"this is not a plan ({why_unreadable(error)}); give the text that "
@@ -278,11 +260,15 @@ def plan_for(
 ) -> Plan:
     """Return the plan with the request's balance, or else with the least load on any device."""
     choice, balance, recompute = requested_schedule(request), request.balance, request.recompute
+    check_speeds(request.known_speeds, choice.num_devices)
     if balance is None:
-        balance = best_balance(choice.built, cells, recompute=recompute, link=link)
+        balance = best_balance(
+            choice.built, cells, recompute=recompute, link=link, speeds=request.known_speeds
+        )
     check_balance(balance, len(cells), choice.num_stages)
     measured = {"cells": tuple(cells), "input_bytes": input_bytes, "link": link}
-    return plan_of(choice, balance, recompute=recompute, **measured)
+    speeds = request.known_speeds
+    return plan_of(choice, balance, recompute=recompute, speeds=speeds, **measured)
 
 
 def plan_from_costs(

@@ -58,13 +58,18 @@ def _segments(plan: Plan) -> str:
     return f" ({again} of {cells} cells, in {len(parts)} segments)" if parts else ""
 
 
+def _speeds(plan: Plan) -> str:
+    listed = ", ".join(f"{speed:.3g}" for speed in plan.speeds)
+    return f", devices of speeds {listed}" if plan.speeds else ""
+
+
 def plan_in_words(plan: Plan) -> str:
     """Return the cut and the predictions of a plan as text."""
     names = [cell.name for cell in plan.cells] or [*map(str, range(sum(plan.balance)))]
     head = (
         f"{cut_in_words(plan, names)}\n"
         f"schedule {plan.schedule}, {plan.num_microbatches} microbatches, recompute "
-        f"{plan.recompute}{_segments(plan)}\n"
+        f"{plan.recompute}{_segments(plan)}{_speeds(plan)}\n"
     )
     if not plan.cells:
         return (

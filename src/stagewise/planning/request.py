@@ -15,10 +15,12 @@ from typing import Literal, NotRequired, TypedDict
 
 from stagewise.errors import PlanError, ScheduleError
 from stagewise.planning.partition.balance import check_balance
+from stagewise.planning.partition.speeds import check_speeds, relative_speeds
 from stagewise.schedule import POLICIES, Schedule, check_replicas, schedule_row
 from stagewise.schedule.recompute import check_policy
 
 AUTO: Literal["auto"] = "auto"
+MEASURED: Literal["measured"] = "measured"  # speeds
 SEGMENTS = "segments"  # in addition to the recomputation policies: optimal parts of stages
 ScheduleLike = str | Schedule | Callable[[int, int], Schedule]  # of devices and microbatches
 Microbatches = int | Sequence[int] | Literal["auto"]
@@ -58,6 +60,7 @@ class PlanWishes(TypedDict):
     recompute: NotRequired[str]
     balance: NotRequired[Sequence[int] | None]
     memory_bytes: NotRequired[float | Sequence[float] | None]
+    speeds: NotRequired[Sequence[float] | Literal["measured"] | None]
     state_factor: NotRequired[float]
     trial: NotRequired[bool | None]
 
@@ -79,6 +82,7 @@ class PlanRequest:
     recompute: str = "never"
     balance: Sequence[int] | None = None
     memory_bytes: float | Sequence[float] | None = None  # of every device, or of each
+    speeds: Sequence[float] | Literal["measured"] | None = None  # None: as devices' kinds tell
     state_factor: float = 4
     trial: bool | None = None  # None: where every device is real
 
@@ -104,6 +108,8 @@ class PlanRequest:
         if self.memory_bytes is not None and not isinstance(self.memory_bytes, int | float):
             caps = tuple(self.memory_bytes)
             object.__setattr__(self, "memory_bytes", caps[0] if len(set(caps)) == 1 else caps)
+        if not isinstance(self.speeds, str | NoneType):
+            object.__setattr__(self, "speeds", relative_speeds(self.speeds))
         if not isinstance(self.replicas, str):
             object.__setattr__(self, "replicas", tuple(self.replicas))
         if self.balance is not None:
@@ -159,6 +165,11 @@ class PlanRequest:
             return given if given is None else tuple(given)
         return (given,) * num_devices
 
+    @property
+    def known_speeds(self) -> tuple[float, ...]:
+        """The speeds of the devices, of which the fastest has 1; empty if all are equal."""
+        return () if isinstance(self.speeds, str | NoneType) else tuple(self.speeds)
+
     def _check_each(self) -> None:
         error = PlanError if self.searched else ScheduleError
         counts = self.num_microbatches
@@ -179,6 +190,15 @@ class PlanRequest:
                 f"recompute is {self.recompute!r}; choose 'auto', {SEGMENTS!r}, or one of "
                 f"{', '.join(sorted(POLICIES))}"
             )
+        if isinstance(self.speeds, str) and self.speeds != MEASURED:
+            raise PlanError(f"speeds is {self.speeds!r}; give one for each device, or {MEASURED!r}")
+        if self.speeds and self.replicas:
+            raise PlanError(
+                "replicas share a stage's microbatches equally, so their devices must be equally "
+                "fast; leave speeds out, or replicas"
+            )
+        if self.num_devices is not None:
+            check_speeds(self.known_speeds, self.num_devices)
         caps = self.caps(1)
         if caps is not None and not (caps and min(caps) > 0):
             raise PlanError(

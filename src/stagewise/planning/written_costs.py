@@ -1,10 +1,41 @@
-"""Costs as a plan's file holds them, read without trust."""
+"""A plan's fields as its file holds them, read without trust."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from stagewise.costs import CellCost, FarOutput, InstructionCost
+from stagewise.costs import CellCost, FarOutput, InstructionCost, LinkCost
+
+
+def read_fields(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a plan from those in its JSON, some of which older ones lack."""
+    amounts = {"input_bytes": written["input_bytes"], **written["link"]}
+    if written.get("measured_seconds") is not None:
+        amounts["measured_seconds"] = written["measured_seconds"]
+    speeds = tuple(written.get("speeds", ()))
+    for name, value in [*amounts.items(), *(("speeds", speed) for speed in speeds)]:
+        check_amount(name, value)
+    if not all(speeds):
+        raise ValueError("a device has the speed 0")
+    plain = "schedule", "num_microbatches", "recompute", "input_bytes"
+    return {
+        **{name: written[name] for name in plain},
+        "balance": tuple(written["balance"]),
+        "stages_per_device": written.get("stages_per_device"),
+        "replicas": tuple(written.get("replicas", ())),
+        "programs": tuple(written.get("programs", ())),
+        "segments": tuple(
+            tuple((int(size), bool(recomputed)) for size, recomputed in parts)
+            for parts in written.get("segments", ())
+        ),
+        "cells": read_cells(written["cells"]),
+        "link": LinkCost(**written["link"]),
+        "speeds": speeds,
+        "measured_seconds": amounts.get("measured_seconds"),
+        "machine": str(written.get("machine", "")),
+        "regathered": tuple(written.get("regathered", ())),
+        "gathers_ahead": bool(written.get("gathers_ahead", True)),
+    }
 
 
 def read_cells(written: Sequence[Mapping[str, Any]]) -> tuple[CellCost, ...]:

@@ -43,6 +43,7 @@ class Example:
     keywords: dict[str, object]
     loss: Loss | None
     where: torch.device
+    devices: tuple[torch.device, ...]  # of the plan, in one process that was told them
     num_samples: int
     parts: tuple[int, ...] | None  # samples per microbatch, if the batch is Microbatches
 
@@ -136,7 +137,7 @@ def example_of(
     target: object,
     kwargs: Mapping[str, object] | None,
     loss: Loss | None,
-    device: Device | None,
+    device: Device | Sequence[Device] | None,
 ) -> Example:
     """Check the arguments of `stagewise.plan` and return them as an Example.
 
@@ -155,7 +156,13 @@ def example_of(
             "nothing in the example has samples; pass tensors with samples along dimension 0"
         )
     here, _ = connect("local", None, chain, 1)
-    where = device or (own_device() if num_processes() > 1 else here[0])
+    listed = device if isinstance(device, Sequence) and not isinstance(device, str) else ()
+    devices = tuple(map(named_device, listed))
+    if device is None or listed:
+        where = devices[0] if devices else own_device() if num_processes() > 1 else here[0]
+    else:
+        assert isinstance(device, torch.device | str)
+        where = named_device(device)
     first, named = entering(model, inputs, keywords)
     return Example(
         model=model,
@@ -164,7 +171,8 @@ def example_of(
         target=target,
         keywords=named,
         loss=loss,
-        where=named_device(where),
+        where=where,
+        devices=devices,
         num_samples=batch.num_samples,
         parts=None if batch.sizes is None else tuple(batch.sizes),
     )

@@ -6,12 +6,13 @@ every objective and cap is a sum of such terms, whatever the algorithm.
 
     seconds of stage s with cells a to b - 1 = ends[s, b] - starts[s, a]
 
-One of r replicas takes every r-th microbatch, so it counts 1/r of the stage's seconds. A boundary
-costs both its stages its transfer time, unless they are on the same devices.
+One of r replicas takes every r-th microbatch, so it counts 1/r of the stage's seconds; on a device
+of speed v, of which the fastest has 1, they count 1/v. A boundary costs both its stages its
+transfer time, unless they are on the same devices.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -86,6 +87,7 @@ class Layout:
     memory_bytes: float = float("inf")
     start_bytes: Array = field(default_factory=lambda: np.zeros((0, 0)))
     end_bytes: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    speeds: tuple[float, ...] = ()  # of the devices; empty: all are equal
 
     @property
     def num_stages(self) -> int:
@@ -146,8 +148,10 @@ class Layout:
         least = float(self.transfers[1:-1].min()) if moves.any() else 0.0
         # A boundary costs each of its sides a transfer, divided among replicas like other work.
         sides = np.r_[moves, False].astype(float) + np.r_[False, moves]
-        even = (float(self.cell_seconds.sum()) + least * float(sides.sum())) / num_devices
         heaviest = np.sort(self.cell_seconds)[::-1]
+        if self.speeds:
+            return max(float(self.cell_seconds.sum()) / sum(self.speeds), float(heaviest[0]))
+        even = (float(self.cell_seconds.sum()) + least * float(sides.sum())) / num_devices
         if shares.max() > 1:
             return max(even, float(heaviest[0]) / int(shares.max()))
         least_sides = float((self.devices @ sides).min())
@@ -168,6 +172,7 @@ def layout(
     *,
     transfer_seconds: Sequence[float] | None = None,
     memory: MemoryNeeds | None = None,
+    speeds: Sequence[float] = (),
 ) -> Layout:
     """Check the costs and arrange them for `placement`; raise PlanError if they are invalid."""
     placed = tuple(map(tuple, placement))
@@ -179,17 +184,21 @@ def layout(
     shares = np.array([len(devices) for devices in placed], dtype=np.float64)[:, None]
     moves = [here != there for here, there in pairwise(placed)]
     left, right = (np.array(side, dtype=np.float64) for side in ([0, *moves], [*moves, 0]))
-    starts = (prefix[None, :] - left[:, None] * transfers) / shares
-    ends = (prefix[None, :] + right[:, None] * transfers) / shares
+    work = prefix[None, :] / _slowest(placed, speeds)
+    starts = (work - left[:, None] * transfers) / shares
+    ends = (work + right[:, None] * transfers) / shares
     common = Layout(
-        placement=placed, cell_seconds=seconds, transfers=transfers, starts=starts, ends=ends
+        placement=placed,
+        cell_seconds=seconds,
+        transfers=transfers,
+        starts=starts,
+        ends=ends,
+        speeds=tuple(speeds),
     )
     if memory is None:
         return common
-    state, kept = (
-        np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-        for values in (memory.state, memory.kept)
-    )
+    sums = (np.cumsum(np.asarray(each, dtype=np.float64)) for each in (memory.state, memory.kept))
+    state, kept = (np.concatenate([[0.0], each]) for each in sums)
     inputs, graphs = (
         np.asarray(n, dtype=np.float64)[:, None] for n in (memory.inputs, memory.graphs)
     )
@@ -198,18 +207,19 @@ def layout(
     crossing = list(pairwise(placed))  # of several boundaries between two devices each has a part
     parts = [moved / crossing.count(pair) for moved, pair in zip(moves, crossing, strict=True)]
     before, after = np.array([[0, *parts], [*parts, 0]], dtype=np.float64)[:, :, None]
-    return Layout(
-        placement=placed,
-        cell_seconds=seconds,
-        transfers=transfers,
-        starts=starts,
-        ends=ends,
+    return replace(
+        common,
         memory_bytes=most,
         start_bytes=shares_of_cap
         * (whole - inputs * np.asarray(memory.entering) - before * np.asarray(memory.arriving)),
         end_bytes=shares_of_cap
         * (whole + graphs * np.asarray(memory.closing) + after * np.asarray(memory.returning)),
     )
+
+
+def _slowest(placement: Placement, speeds: Sequence[float]) -> Array:
+    """Return the speed of every stage's slowest device."""
+    return np.array([[min(speeds[d] for d in devices) if speeds else 1.0] for devices in placement])
 
 
 def _caps(placement: Placement, caps: float | Sequence[float]) -> tuple[float, Array]:

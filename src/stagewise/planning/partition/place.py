@@ -71,19 +71,23 @@ def place(
     *,
     transfer_seconds: Sequence[float] | None = None,
     memory: MemoryNeeds | None = None,
+    speeds: Sequence[float] = (),
     effort: Effort = THOROUGH,
 ) -> Partition | None:
     """Cut the chain into the stages of `placement` so that the busiest device has the least load.
 
     `placement[s]` are the devices of stage s; on r devices, each has 1/r of the stage's load.
     `transfer_seconds[i]`, one fewer than cells, is what the boundary after cell i costs each of its
-    sides, unless both are on the same devices. Return None if no cut was found that fits `memory`;
+    sides, unless both are on the same devices. `speeds` of the devices, of which the fastest has 1,
+    are equal by default. Return None if no cut was found that fits `memory`;
     this is a proof that there is none, unless a device holds three or more stages.
 
     >>> place([(0,), (1,), (0,), (1,)], [3, 1, 1, 1, 1, 5]).balance
     (2, 2, 1, 1)
     """
-    chain = layout(placement, cell_seconds, transfer_seconds=transfer_seconds, memory=memory)
+    chain = layout(
+        placement, cell_seconds, transfer_seconds=transfer_seconds, memory=memory, speeds=speeds
+    )
     if chain.one_per_device:
         exact = cut_one_per_device(chain)
         return None if exact is None else _partition(chain, exact[1])
@@ -93,7 +97,7 @@ def place(
         return _partition(chain, start)
     if known <= bound * (1 + effort.tolerance):
         return _partition(chain, start, bound)
-    if has_two_per_device(chain):
+    if has_two_per_device(chain) and not chain.speeds:
         with suppress(TooMuchWork):
             better = cut_two_per_device(chain, known, effort.max_work)
             return _partition(chain, start if better is None else better[1])
@@ -133,7 +137,12 @@ def _partition(
 
 
 def best_balance(
-    schedule: Schedule, cells: Sequence[CellCost], *, recompute: str, link: LinkCost
+    schedule: Schedule,
+    cells: Sequence[CellCost],
+    *,
+    recompute: str,
+    link: LinkCost,
+    speeds: Sequence[float] = (),
 ) -> tuple[int, ...]:
     """Return the cut that minimises the load of the busiest device of `schedule`."""
     forwards, split = 1 if recompute == "never" else 2, schedule.splits_backward
@@ -141,6 +150,7 @@ def best_balance(
         schedule.placement,
         [load_seconds(cell, forwards=forwards, split=split) for cell in cells],
         transfer_seconds=boundary_seconds(cells, link),
+        speeds=speeds,
     )
     assert found is not None  # only a memory cap could leave none
     return found.balance

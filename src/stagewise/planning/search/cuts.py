@@ -9,7 +9,7 @@ schedule holds; the simulation decides whether it really fits.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagewise.costs import CellCost, LinkCost, load_seconds
+from stagewise.costs import CellCost, LinkCost, StageCost, load_seconds, stage_costs
 from stagewise.errors import ScheduleError
 from stagewise.planning.fast_simulate import held_microbatches
 from stagewise.planning.partition.cut_costs import (
@@ -21,6 +21,7 @@ from stagewise.planning.partition.cut_costs import (
 )
 from stagewise.planning.partition.place import Effort, boundary_seconds, place
 from stagewise.planning.partition.replicated import replicated_partition
+from stagewise.planning.partition.speeds import on_devices
 from stagewise.planning.reserve import NO_RESERVE, Reserve
 from stagewise.planning.search.candidates import (
     Option,
@@ -44,6 +45,13 @@ class Machine:
     memory_bytes: tuple[float, ...]  # per device
     state_factor: float
     reserve: Reserve = NO_RESERVE
+    speeds: tuple[float, ...] = ()  # of the devices; empty: all are equal
+
+    def costs(
+        self, cells: Sequence[CellCost], balance: Sequence[int], placement: Placement
+    ) -> tuple[StageCost, ...]:
+        """Return the costs of stages where they are placed."""
+        return on_devices(stage_costs(cells, balance), placement, self.speeds)
 
     @property
     def usable_bytes(self) -> tuple[float, ...]:
@@ -87,6 +95,8 @@ class Cutter:
 
         If `recomputing`, everything is recomputed; otherwise, nothing.
         """
+        if option.replicated and self._machine.speeds:
+            return "stages on several devices need equally fast ones"
         if option.replicated:
             return self._replicated(option, cells, recomputing, capped)
         try:
@@ -152,17 +162,26 @@ class Cutter:
         needs: MemoryNeeds | None,
         group: object,
     ) -> tuple[tuple[int, ...], float] | None:
-        transfers = boundary_seconds(cells, self._machine.link)
+        transfers, speeds = boundary_seconds(cells, self._machine.link), self._machine.speeds
         if known := self._similar.get(group):  # may be as good for this number of microbatches
-            chain = layout(placement, seconds, transfer_seconds=transfers, memory=needs)
+            chain = layout(
+                placement, seconds, transfer_seconds=transfers, memory=needs, speeds=speeds
+            )
             gap = chain.busiest_seconds(cuts_of(known[0])) / max(chain.least_seconds, 1e-300) - 1
             if gap <= max(known[1], _EFFORT.tolerance):
                 return known[0], gap
         self._work.partitions += 1
-        made = place(placement, seconds, transfer_seconds=transfers, memory=needs, effort=_EFFORT)
+        made = place(
+            placement,
+            seconds,
+            transfer_seconds=transfers,
+            memory=needs,
+            speeds=speeds,
+            effort=_EFFORT,
+        )
         if made is None:
             return None
-        least = layout(placement, seconds, transfer_seconds=transfers).least_seconds
+        least = layout(placement, seconds, transfer_seconds=transfers, speeds=speeds).least_seconds
         self._similar[group] = made.balance, made.seconds / max(least, 1e-300) - 1
         return made.balance, made.gap
 

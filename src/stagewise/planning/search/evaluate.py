@@ -14,7 +14,6 @@ from stagewise.costs import (
     CellCost,
     LinkCost,
     StageCost,
-    stage_costs,
     state_bytes,
     trained_bytes,
 )
@@ -53,6 +52,7 @@ class EvaluatedPlan:
     busy_seconds: tuple[float, ...]
     cells: tuple[CellCost, ...] = field(repr=False)
     link: LinkCost = field(repr=False)
+    speeds: tuple[float, ...] = ()
 
     @property
     def num_microbatches(self) -> int:
@@ -76,6 +76,7 @@ class EvaluatedPlan:
             segments=self.segments,
             cells=self.cells,
             link=self.link,
+            speeds=self.speeds,
         )
 
 
@@ -124,7 +125,7 @@ class Evaluator:
         """Evaluate ways that need less memory; yield the fastest of each kind of recomputation."""
         fastest = self._cuts.cut(option, cells, recomputing=False, capped=False)
         if isinstance(fastest, Cut):
-            costs = stage_costs(cells, fastest.balance)
+            costs = self.machine.costs(cells, fastest.balance, fastest.schedule.placement)
             bound = least_step_seconds(fastest.schedule, costs, self.machine.link)
             if bound >= better_than:
                 yield _too_slow(str(option), bound, better_than)
@@ -145,7 +146,7 @@ class Evaluator:
     ) -> EvaluatedPlan | Rejected:
         cut = self._cuts.cut(option, cells, recomputing=way.recomputing, capped=way.capped)
         if isinstance(cut, Cut):
-            if not (way.capped or option.replicated):
+            if not (way.capped or option.replicated or self.machine.speeds):
                 link = self.machine.link
                 where = cut.schedule.placement, option.num_microbatches
                 self.without_skips[where] = cut.balance
@@ -156,9 +157,9 @@ class Evaluator:
 
     def synthesised(self, plan: EvaluatedPlan, effort: int) -> EvaluatedPlan | Rejected:
         """Evaluate the cut of `plan` under a schedule synthesised for it."""
-        costs, link = stage_costs(plan.cells, plan.balance), self.machine.link
         option, count = replace(plan.option, schedule="auto"), plan.num_microbatches
-        room = self._room(plan.placement, costs, count)
+        costs = self.machine.costs(plan.cells, plan.balance, plan.placement)
+        room, link = self._room(plan.placement, costs, count), self.machine.link
         capped = isfinite(max(self.machine.memory_bytes))
         try:
             schedule = synthesise(
@@ -184,19 +185,20 @@ class Evaluator:
     ) -> EvaluatedPlan | Rejected:
         """Return the time and memory of a cut, or why it is rejected."""
         what = _in_words(cut.option, recompute)
-        costs = stage_costs(cells, cut.balance)
+        costs = self.machine.costs(cells, cut.balance, where := cut.schedule.placement)
         bound = least_step_seconds(cut.schedule, costs, self.machine.link)
         if bound >= better_than:
             return _too_slow(str(cut.option), bound, better_than)
         if recompute != SEGMENTS:
             schedule = with_recompute(cut.schedule, recompute)
             return self._outcome(cut, cells, schedule, costs, recompute)
-        room = self._room(cut.schedule.placement, costs, cut.option.num_microbatches)
+        room = self._room(where, costs, cut.option.num_microbatches)
         segments = segments_within(cut.schedule, cells, cut.balance, room)
         if segments is None:
             return Rejected(what=what, reason="no segments fit into memory", lacks_memory=True)
         refined = refine(cut.schedule, segments)
-        finer = stage_costs(cells, [size for parts in segments for size, _ in parts])
+        sizes = [size for parts in segments for size, _ in parts]
+        finer = self.machine.costs(cells, sizes, refined.placement)
         return self._outcome(cut, cells, refined, finer, recompute, segments)
 
     def _outcome(
@@ -235,6 +237,7 @@ class Evaluator:
             busy_seconds=outcome.busy_seconds,
             cells=tuple(cells),
             link=self.machine.link,
+            speeds=self.machine.speeds,
         )
 
     def _reduce_seconds(self, placement: Placement, costs: Sequence[StageCost]) -> list[float]:

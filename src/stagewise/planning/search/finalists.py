@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from stagewise.costs import CellCost, LinkCost
 from stagewise.planning.fast_simulate import outcome_of
-from stagewise.planning.search.evaluate import EvaluatedPlan
+from stagewise.planning.search.evaluate import EvaluatedPlan, Rejected
 
 FINALISTS = 3
 _HOPELESS = 1.3  # times the fastest prediction: more than predictions are wrong by
@@ -69,4 +69,14 @@ def repriced(plan: EvaluatedPlan, cells: Sequence[CellCost], link: LinkCost) -> 
         link=link,
         seconds=plan.seconds - old.seconds + new.seconds,
         busy_seconds=new.busy_seconds,
+    )
+
+
+def nothing_fits(rejected: Sequence[Rejected], num_devices: int, num_cells: int) -> str:
+    """Return what to say if every option was rejected."""
+    listing = "\n".join(f"  {each}" for each in rejected[:10])
+    more = f"\n  and {len(rejected) - 10} more" if len(rejected) > 10 else ""
+    return (
+        f"no plan for {num_cells} cells on {num_devices} devices fits; use more devices, more "
+        f"microbatches or a larger cap. Considered:\n{listing}{more}"
     )

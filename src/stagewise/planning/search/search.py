@@ -20,7 +20,7 @@ from stagewise.planning.search.bounds import least_plan_seconds, least_step_seco
 from stagewise.planning.search.candidates import Option, options
 from stagewise.planning.search.cuts import Machine, SearchWork
 from stagewise.planning.search.evaluate import EvaluatedPlan, Evaluator, Rejected
-from stagewise.planning.search.finalists import Tried, finalists
+from stagewise.planning.search.finalists import Tried, finalists, nothing_fits
 from stagewise.planning.synthesis.lower_bound import lower_bound_seconds
 from stagewise.schedule import POLICIES
 
@@ -161,6 +161,7 @@ def search(
     link: LinkCost = FREE_LINK,
     schedules: Sequence[str] | None = None,
     recompute: str = "auto",
+    speeds: Sequence[float] = (),
     replicas: bool = False,
     synthesis: bool = True,
     state_factor: float = 4,
@@ -178,6 +179,7 @@ def search(
         reserve: what devices need besides.
         schedules: names in SCHEDULES; by default all of them.
         recompute: a policy, "segments", or "auto" for the fastest within the cap.
+        speeds: of the devices, of which `costs_at` is the fastest; by default all are equal.
         replicas: whether stages may have several devices, if the schedule supports that.
         synthesis: whether to synthesise schedules for the best cuts.
         max_instructions: limit of simulated instructions; options beyond it are rejected.
@@ -192,6 +194,7 @@ def search(
         schedule=AUTO,
         recompute=recompute,
         memory_bytes=memory_bytes,
+        speeds=speeds,
     )
     caps = request.caps(num_devices)
     machine = Machine(
@@ -200,6 +203,7 @@ def search(
         memory_bytes=caps or (float("inf"),) * num_devices,
         state_factor=state_factor,
         reserve=reserve,
+        speeds=request.known_speeds,
     )
     counts = sorted(set(num_microbatches))
     cells = {count: tuple(costs_at(count)) for count in counts}
@@ -233,7 +237,7 @@ def search(
             progress(len(all_options), len(all_options), "synthesised schedules")
         running.synthesise()
     if not running.evaluated:
-        raise PlanError(_nothing_fits(running.rejected, num_devices, len(cells[counts[0]])))
+        raise PlanError(nothing_fits(running.rejected, num_devices, len(cells[counts[0]])))
     ranked = sorted(running.evaluated, key=_rank)
     whole = running.whole_stages(every_option, cells)
     chosen, *others = ranked
@@ -277,6 +281,7 @@ def search_for(
         link=link,
         schedules=request.schedules,
         recompute=request.recompute,
+        speeds=request.known_speeds,
         replicas=request.replicas == AUTO,
         synthesis=request.schedules is None,
         state_factor=request.state_factor,
@@ -287,12 +292,3 @@ def search_for(
 def _rank(plan: EvaluatedPlan) -> tuple[float, int, int]:
     """Sort key: by time, then memory, then the number of instructions."""
     return plan.seconds, max(plan.device_bytes), plan.option.num_instructions
-
-
-def _nothing_fits(rejected: Sequence[Rejected], num_devices: int, num_cells: int) -> str:
-    listing = "\n".join(f"  {each}" for each in rejected[:10])
-    more = f"\n  and {len(rejected) - 10} more" if len(rejected) > 10 else ""
-    return (
-        f"no plan for {num_cells} cells on {num_devices} devices fits; use more devices, more "
-        f"microbatches or a larger cap. Considered:\n{listing}{more}"
-    )
