@@ -147,6 +147,7 @@ COMMAND_LINE = {
         "--plan",
         "--recompute",
         "--record",
+        "--replace-lost",
         "--replicas",
         "--restarts",
         "--resume",

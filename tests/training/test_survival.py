@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.distributed import TCPStore
+from torch.distributed.checkpoint import FileSystemReader
 
 from stagewise.checkpoints.exporting import export_model
 from stagewise.engine.watch.memory_kills import MemoryKills
@@ -25,7 +28,7 @@ from stagewise.training.run_folder import find
 from stagewise.training.survival import Survival
 from stagewise.training.trainer import run_training
 from stagewise.training.update import Stepper
-from stagewise.training.workers.lost import LostWorkers
+from stagewise.training.workers.lost import REPLACES, LostWorkers
 from stagewise.training.workers.stop import StopRequest
 from stagewise.training.workers.survivors import Survivors
 from tests.harness import CONTEXT
@@ -41,7 +44,8 @@ KILLS = json.loads(os.environ.get("KILLS", "{}"))
 DRAWN = 0
 
 def strike(place):
-    if KILLS.get(os.environ.get("RANK")) == [place, (DRAWN + 1) // 2]:
+    is_first = "STAGEWISE_REPLACES" not in os.environ
+    if is_first and KILLS.get(os.environ.get("RANK")) == [place, (DRAWN + 1) // 2]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 class Cell(nn.Module):
@@ -68,6 +72,7 @@ class Batches:
 
     def __iter__(self):
         global DRAWN
+        DRAWN = 0
         for _ in range(40):
             DRAWN += 1
             x = torch.randn(32, 6).double()
@@ -92,7 +97,9 @@ def state(module):
 PLAN = Plan(balance=(2, 2), replicas=(2, 2), schedule="1f1b", num_microbatches=4)
 
 
-def launched(folder: Path, out: str, kills: dict[str, list[object]]) -> list[int | None]:
+def launched(
+    folder: Path, out: str, kills: dict[str, list[object]], size: int = 4, replaced: int = 0
+) -> list[int | None]:
     """Train as our launcher does, which tells the others who was killed; return exit codes."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     stop = folder / f"{out}-launcher" / "stop"
@@ -100,19 +107,23 @@ def launched(folder: Path, out: str, kills: dict[str, list[object]]) -> list[int
     environment = {
         "KILLS": json.dumps(kills),
         "STAGEWISE_STOP_FILE": str(stop),
-        "WORLD_SIZE": "4",
-        "LOCAL_WORLD_SIZE": "4",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "survival",
     }
-    processes = [
-        CONTEXT.Process(target=worker, args=(folder, out, rank, environment)) for rank in range(4)
-    ]
-    for process in processes:
+    processes, running = list[BaseProcess](), dict[int, int]()
+
+    def start(rank: int) -> None:
+        arguments = folder, out, rank, environment, replaced
+        processes.append(process := CONTEXT.Process(target=worker, args=arguments))
         process.start()
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+        running[process.sentinel] = rank
+
+    for rank in range(size):
+        start(rank)
     lost, deadline = LostWorkers.of({}, str(stop)), time.monotonic() + 90
     try:
         while running:
@@ -120,8 +131,12 @@ def launched(folder: Path, out: str, kills: dict[str, list[object]]) -> list[int
             assert ended, f"ranks {[*running.values()]} hang"
             for sentinel in ended:
                 rank = running.pop(sentinel)  # type: ignore[call-overload]
-                if processes[rank].exitcode == -signal.SIGKILL and lost.are_expected:
+                [code] = [each.exitcode for each in processes if each.sentinel == sentinel]
+                if code == -signal.SIGKILL and lost.are_expected:
                     lost.add(rank, MemoryKills().in_words())
+                    if replaced:
+                        environment[REPLACES] = "1"
+                        start(rank)
     finally:
         for process in processes:
             process.kill()
@@ -129,7 +144,7 @@ def launched(folder: Path, out: str, kills: dict[str, list[object]]) -> list[int
     return [process.exitcode for process in processes]
 
 
-def worker(folder: Path, out: str, rank: int, environment: dict[str, str]) -> None:
+def worker(folder: Path, out: str, rank: int, environment: dict[str, str], replaced: int) -> None:
     output = os.open(folder / f"{out}-output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -139,7 +154,7 @@ def worker(folder: Path, out: str, rank: int, environment: dict[str, str]) -> No
     words = "train recipe.py --plan plan.json --steps 7 --validate-every 3 --checkpoint-every 3"
     from stagewise.cli.main import app
 
-    app([*words.split(), "--timeout", "60", "--out", out])
+    app([*words.split(), "--timeout", "60", "--out", out, "--replace-lost", str(replaced)])
 
 
 def test_losses_and_parameters_are_those_of_the_run_without_losses(tmp_path: Path) -> None:
@@ -171,9 +186,41 @@ def test_losses_and_parameters_are_those_of_the_run_without_losses(tmp_path: Pat
     torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=1e-12)
 
 
+def test_workers_started_anew_go_on_with_their_neighbours_copy(tmp_path: Path) -> None:
+    """One of two workers is killed in a forward of step 3, the other when step 5 is applied."""
+    plan = replace(PLAN, replicas=())
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert launched(tmp_path, "whole", {}, 2) == [0, 0]
+    kills: dict[str, list[object]] = {"1": ["forward", 3], "0": ["optimizer", 5]}
+    codes = launched(tmp_path, "struck", kills, 2, replaced=2)
+    assert sorted(codes) == [-signal.SIGKILL, -signal.SIGKILL, 0, 0]  # type: ignore[type-var]
+
+    whole, struck = (log_of(tmp_path / name) for name in ("whole", "struck"))
+    losses = [{e["step"]: e["loss"] for e in log if "loss" in e} for log in (whole, struck)]
+    assert losses[1] == losses[0] and len(losses[0]) == 7
+    told = [e["step"] for e in struck if "loss_of_ranks" in e]
+    assert told[0] in (1, 2) and told[1] in (3, 4)  # were the last copies complete?
+    states = [export_of(tmp_path / name) for name in ("whole", "struck")]
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+    entries = [find(tmp_path / name).path for name in ("whole", "struck")]
+    assert contents(entries[1]) == contents(entries[0])  # of the optimizer, and all others
+
+
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    """The bytes of every entry of every rank's file."""
+    index = FileSystemReader(checkpoint).read_metadata()
+    assert index.storage_data is not None and len(index.storage_data) > 40
+    return {
+        key.fqn: (checkpoint / place.relative_path).read_bytes()[place.offset :][: place.length]
+        for key, place in index.storage_data.items()
+    }
+
+
 @pytest.mark.parametrize("lost", [{}, {0: "SIGKILL", 1: "SIGKILL"}])  # nobody, or a whole stage
 def test_what_is_no_loss_or_cannot_be_borne_is_raised_as_it_is(lost: dict[int, str]) -> None:
     survival, error = object.__new__(Survival), CheckpointError("the disk of rank 0 is full")
+    survival._replaces = False
     survival._survivors = cast("Survivors", SimpleNamespace(newly_lost=lambda error: lost))
     trained = cast("Trained", SimpleNamespace(pipe=SimpleNamespace(plan=PLAN)))
     with pytest.raises(CheckpointError) as raised:

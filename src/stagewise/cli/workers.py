@@ -65,10 +65,9 @@ def run_in_workers(
                 f"of {num_workers} devices: give --devices {world_size()}, or "
                 f"torchrun --nproc-per-node {num_workers}"
             )
-        from stagewise.training.workers.worker import joined
+        from stagewise.training.workers.anew import run_joined
 
-        with joined(timeout):
-            body()
+        run_joined(timeout, body)
     elif not may_share and _share_accelerators(num_workers):
         raise UsageError(
             f"the mesh needs {num_workers} devices, each with a process of its own, but this "

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from stagewise.engine.transport.processes import own_rank
 from stagewise.engine.transport.side_group import Gathering, SideGroup
 from stagewise.errors import CheckpointError
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.planning.plan import Plan
 from stagewise.training.checkpoint_errors import explain_read_errors, explain_write_errors
 from stagewise.training.run_folder import (
     NUM_KEPT,
@@ -65,6 +66,18 @@ class PendingCheckpoint:
     state: Mapping[str, dict[str, Any]]
     may_be_infinite: frozenset[str]  # entries of the model, such as masks
     description: Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered(Checkpoint):
+    """A checkpoint in memory: this rank's part of it, of the same plan.
+
+    `plan` is the one in force, `before` the run's first step with the validation loss before it.
+    """
+
+    state: Mapping[str, Any] = field(repr=False)
+    plan: Plan
+    before: tuple[int, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +126,21 @@ def stage(
         run=run,
         state=staged,
         may_be_infinite=frozenset(staged["model"]) - needs_values,
-        description=Checkpoint(
-            path=folder_of(run, step),
-            step=step,
-            seed=seed,
-            parameter_shapes={n: tuple(shape) for n, shape in pipe.parameter_shapes.items()},
-            scaler=dict(extra.scaler),
-            validation_loss=extra.validation_loss,
-            num_devices=pipe.plan.num_devices,
-            num_microbatches=pipe.num_microbatches,
-        ),
+        description=described(run, pipe, step=step, seed=seed, extra=extra),
+    )
+
+
+def described(run: Path, pipe: Pipeline, *, step: int, seed: int, extra: Extra) -> Checkpoint:
+    """Return the description of a checkpoint that is not written yet."""
+    return Checkpoint(
+        path=folder_of(run, step),
+        step=step,
+        seed=seed,
+        parameter_shapes={n: tuple(shape) for n, shape in pipe.parameter_shapes.items()},
+        scaler=dict(extra.scaler),
+        validation_loss=extra.validation_loss,
+        num_devices=pipe.plan.num_devices,
+        num_microbatches=pipe.num_microbatches,
     )
 
 
@@ -166,6 +184,23 @@ def restore(
     extra: Extra = NOTHING,
 ) -> Restored:
     """Load model, optimizer, schedule, the recipe's objects and step; every rank calls this."""
+    if isinstance(checkpoint, Remembered):
+        state = dict(checkpoint.state)
+    else:
+        state = _read(checkpoint, pipe, optimizer, extra)
+    with agreed(pipe.ranks, RESTORING), explain_read_errors(checkpoint), torch.no_grad():
+        put_state_back(state, pipe, optimizer, extra)
+        data, random = (
+            {key: from_bytes(value) for key, value in state[section].items()}
+            for section in ("data", "random")
+        )
+    pipe.step_index = checkpoint.step
+    return Restored(data=data.get(DATA), random=next(iter(random.values()), None))
+
+
+def _read(
+    checkpoint: Checkpoint, pipe: Pipeline, optimizer: Optimizer | None, extra: Extra
+) -> dict[str, dict[str, Any]]:
     with agreed(pipe.ranks, RESTORING), explain_read_errors(checkpoint):
         check_fits(checkpoint, pipe.parameter_shapes)
         schedules.check_saved(optimizer, extra.scheduler)
@@ -178,14 +213,7 @@ def restore(
         torch.no_grad(),
     ):
         load_distributed(state, storage_reader=reader, planner=Planner(), no_dist=True)
-    with agreed(pipe.ranks, RESTORING), explain_read_errors(checkpoint), torch.no_grad():
-        put_state_back(state, pipe, optimizer, extra)
-        data, random = (
-            {key: from_bytes(value) for key, value in state[section].items()}
-            for section in ("data", "random")
-        )
-    pipe.step_index = checkpoint.step
-    return Restored(data=data.get(DATA), random=next(iter(random.values()), None))
+    return state
 
 
 def _room(

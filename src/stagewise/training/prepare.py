@@ -78,6 +78,7 @@ class TrainOptions:
     interrupted: Interrupted | None = None  # of an earlier start of this launch
     agents: tuple[str, ...] = ()  # that have started the workers
     timeout: int = 600  # seconds that workers wait for each other
+    replace: int = 0  # lost workers at most, by ones with a neighbour's copy of their state
     record: int = 3  # steps at a time
     loggers: tuple[str, ...] = ()
     command: str = ""  # that would train so again
@@ -140,6 +141,8 @@ def _planned(
     recipe: Recipe, options: TrainOptions, model: Model, batch: Batch
 ) -> tuple[Plan, Mapping[int, tuple[CellCost, ...]]]:
     """Return the plan, and the measured costs if microbatches are adaptive."""
+    if isinstance(options.resume, checkpoints.Remembered):
+        return options.resume.plan, {}
     if isinstance(options.plan, Plan):
         warn_elsewhere(options.plan, own_device())
         return options.plan, {}

@@ -5,9 +5,13 @@ replicas too, and every rank draws the same batches. So the survivors form a pro
 make the interrupted step on all or on none, and build their pipeline for the same plan without the
 lost devices. Nothing is read from the disk, at most the interrupted step is repeated, and since
 losses, gradients and draws do not depend on who runs a microbatch, the run stays what it was.
+
+Without replicas, and if asked, a lost worker is replaced by a new one, which gets the copy of its
+state that its neighbour keeps (`workers.neighbour`, `workers.anew`).
 """
 
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +24,16 @@ from stagewise.errors import CheckpointError, PeerError, StagewiseError
 from stagewise.planning.plan import Plan
 from stagewise.planning.refit import without
 from stagewise.recording import LOG_FILE
+from stagewise.training.checkpoint import Remembered, described
 from stagewise.training.metrics.progress import ChangeRecord
 from stagewise.training.prepare import Prepared, Trained, TrainOptions, rebuild
 from stagewise.training.recipe import Recipe
-from stagewise.training.state.run_state import Extra, put_state_back, state_of_run
+from stagewise.training.state.run_state import DATA, Extra, put_state_back, state_of_run
 from stagewise.training.update import Stepper, StepRan
+from stagewise.training.workers.anew import StartedAnew
 from stagewise.training.workers.elastic import Interrupted
 from stagewise.training.workers.lost import LostWorkers
+from stagewise.training.workers.neighbour import COPIES
 from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.survivors import Survivors
 
@@ -55,11 +62,39 @@ class Survival:
         plan, lost = prepared.trained.pipe.plan, LostWorkers.here()
         alone = options.mesh is None and plan.num_devices == num_processes()
         can = alone and any(without(plan, {device}) for device in range(plan.num_devices))
-        self._survivors = Survivors(lost, options.timeout) if lost is not None and can else None
+        self._replaces = alone and not can and options.replace > 0 and plan.num_devices > 1
+        self._survivors = None
         self._halted: tuple[float, int] | None = None  # since when, and in which step
-        if self._survivors is not None:
+        if lost is not None and (can or self._replaces):
+            number = options.replace if self._replaces else 0
+            self._survivors = Survivors(lost, options.timeout, number)
             prepared.trained.pipe.ranks.expect_losses()
             stepper.is_atomic = True
+        self._replaces &= lost is not None
+        if self._replaces:
+            COPIES.begin(prepared.trained.pipe.ranks.beside())
+            stepper.before_update = COPIES.settle
+
+    def keep(
+        self,
+        trained: Trained,
+        step: int,
+        extra_at: Callable[[int], Extra],
+        before: tuple[int, float | None],
+    ) -> None:
+        """Copy the state after `step` to the neighbour, if lost ranks are replaced."""
+        if not self._replaces:
+            return
+        run, seed, extra = self._options.run, self._options.seed, extra_at(step)
+        state = state_of_run(trained.pipe, trained.optimizer, extra)
+        position = {} if extra.data is None else {DATA: extra.data}  # on every rank
+        remembered = Remembered(
+            **vars(described(run, trained.pipe, step=step, seed=seed, extra=extra)),
+            state={**state, "data": position},
+            plan=trained.pipe.plan,
+            before=before,
+        )
+        COPIES.keep(step, (self._options.agents, remembered))
 
     def lost_during(self, work: Callable[[], None]) -> StagewiseError | None:
         """Do `work`; return what it raises if a lost rank may be the reason."""
@@ -83,6 +118,8 @@ class Survival:
         """Build what the survivors go on with; raise `error` if they cannot. Each calls this."""
         plan, survivors, ran = trained.pipe.plan, self._survivors, stepper.ran
         lost = {} if survivors is None else survivors.newly_lost(error)
+        if survivors is not None and lost and self._replaces:
+            raise StartedAnew(survivors, error, _until(stepper, lost))
         if survivors is None or not lost or without(plan, lost) is None:
             raise error
         self._halted = stepper.applied_at, stepper.begun
@@ -109,6 +146,16 @@ class Survival:
     def close(self) -> None:
         """Release the run's folder, if this rank has taken it over."""
         self._locks.close()
+
+
+def _until(stepper: Stepper, lost: Mapping[int, str]) -> Interrupted:
+    reasons = (f"{_named([rank])} was lost ({how})" for rank, how in lost.items())
+    return Interrupted(
+        last_step=stepper.applied,
+        when=time.time() - (time.perf_counter() - stepper.applied_at),
+        restart=0,
+        why=f"{'; '.join(reasons)}, and started anew with its neighbour's copy of its state",
+    )
 
 
 def _carry_over(old: Trained, num_batches: int, new: Trained) -> None:

@@ -18,7 +18,6 @@ from stagewise.engine.transport.processes import is_first
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import OutOfMemoryError, StagewiseError
 from stagewise.planning.plan import Plan
-from stagewise.planning.plan_words import Figures
 from stagewise.timeline import Timeline
 from stagewise.training.adaptive import (
     DriftWatch,
@@ -29,7 +28,8 @@ from stagewise.training.adaptive import (
     within_memory,
 )
 from stagewise.training.background import Saver
-from stagewise.training.metrics.progress import ChangeRecord, ValidationRecord
+from stagewise.training.checkpoint import Remembered
+from stagewise.training.metrics.progress import ChangeRecord
 from stagewise.training.metrics.recovering import reporter_here
 from stagewise.training.metrics.run_recorder import RunRecorder
 from stagewise.training.metrics.step_times import StepTimes
@@ -47,8 +47,8 @@ from stagewise.training.run_folder import best
 from stagewise.training.state.random_states import random_states_kept
 from stagewise.training.state.run_state import Extra
 from stagewise.training.survival import Survival
-from stagewise.training.update import Losses, Stepper, parts_of_loss
-from stagewise.training.validating import sample_of, validated
+from stagewise.training.update import Losses, Stepper
+from stagewise.training.validating import peaks_of, sample_of, validated
 from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.stop import StopRequest
 
@@ -60,7 +60,8 @@ def run_training(
     recipe: Recipe, options: TrainOptions, *, console: Console, stop: StopRequest
 ) -> RunOutcome:
     """Train until the last step or a stop request; every rank calls this."""
-    if is_first() and not isinstance(options.plan, Plan):
+    regains = isinstance(options.resume, Remembered)
+    if is_first() and not (regains or isinstance(options.plan, Plan)):
         console.print("measuring the model's cells ...", highlight=False)
     prepared = prepare(recipe, options)
     with owned(options.run, options.agents), NOW.numbered():  # nothing is written before this
@@ -94,7 +95,8 @@ class Trainer:
         self._stepper = Stepper(recipe, options, prepared)
         self._survival = Survival(recipe, options, prepared, self._stepper)
         # Whether what is due after the last step is done; whether to save what only survivors hold.
-        self._is_followed, self._saves_next = True, False
+        kept = options.resume if isinstance(options.resume, Remembered) else None
+        self._is_followed, self._saves_next = kept is None, kept is not None and kept.step > 0
         self._next_plan: Plan | None = None  # with another cut, used from the next step on
         self._drifts = DriftWatch(prepared.measured)
         self._times = StepTimes()
@@ -102,7 +104,8 @@ class Trainer:
         window = options.record, options.first_step, prepared.num_steps
         self._recorder = RunRecorder(options.run, *window, options.command)
         self._saver = Saver(options.run, options.resume, options.keep)
-        self._before: list[float | None] = []  # the loss before the first step, once known
+        # The first step, and the loss before it, once known.
+        self._before = list[tuple[int, float | None]]() if kept is None else [kept.before]
         self._validated: tuple[int, float | None] = -1, None  # the step, and its loss
         self._use(prepared.trained)
 
@@ -112,16 +115,18 @@ class Trainer:
         while (lost := self._survival.lost_during(self._train)) is not None:
             self._go_on(lost)
         ended = self._stepper.applied == num_steps
-        generates = ended and not self._prepared.parts.dims
+        generates, batch = ended and not self._prepared.parts.dims, self._prepared.batches.first
         say = self._reporter.say
         return RunOutcome(
             plan=self._pipe.plan,
-            first_step=options.first_step,
+            first_step=self._before[0][0],
             last_step=self._stepper.applied,
             num_steps=num_steps,
-            validation_before=self._before[0],
+            validation_before=self._before[0][1],
             validation_after=self._validated[1] if self._validated[0] >= 0 else None,
-            measured=self._measured() if ended else None,
+            measured=self._times.figures(peaks_of(self._recipe, self._pipe, batch))
+            if ended
+            else None,
             sample=sample_of(self._recipe, self._pipe, say) if generates else None,
             checkpoint=None if self._saver.last is None else self._saver.last.path,
             best=best(options.run),
@@ -139,7 +144,8 @@ class Trainer:
         stepper, num_steps = self._stepper, self._prepared.num_steps
         NOW.step = stepper.applied
         if not self._before:
-            self._before.append(self._validate(stepper.applied))
+            self._before.append((stepper.applied, self._validate(stepper.applied)))
+        self._keep(stepper.applied)
         while True:
             if not self._is_followed:
                 self._follow(stepper.applied)
@@ -194,6 +200,8 @@ class Trainer:
             if step < self._prepared.num_steps:
                 self._look(step, timeline)
         self._times.note(ran.pipe_seconds / len(ran.batches))
+        if step < self._prepared.num_steps:
+            self._keep(step)
         self._reporter.step(ran.record(self._stepper.applied_at, bubble, slowest))
         if told := self._survival.told(ran):
             self._reporter.say(told)
@@ -261,38 +269,30 @@ class Trainer:
         prepared = self._prepared
         if not prepared.validation:
             return None
+        batches, parts = prepared.validation, prepared.parts
         with random_states_kept(self._pipe.device):  # a resumed run validates once more
-            found = validated(self._recipe, self._pipe, prepared.validation, prepared.parts)
-        mean = sum(found.losses.values())
-        self._validated = step, mean
-        self._reporter.validation(
-            ValidationRecord(
-                step=step,
-                validation_loss=mean,
-                metrics=found.metrics,
-                losses=parts_of_loss(found.losses),
-            )
-        )
-        return mean
-
-    def _measured(self) -> Figures:
-        """Return the time of the steps after the warm-up, and the memory of one more step."""
-        inputs, target = self._prepared.batches.first
-        with self._recipe.precision():
-            peaks = self._pipe.measure_memory(inputs, target=target)
-        return self._times.figures(peaks)
+            record = validated(self._recipe, self._pipe, batches, parts, step)
+        self._validated = step, record.validation_loss
+        self._reporter.validation(record)
+        return record.validation_loss
 
     def _save(self, step: int) -> None:
         trained = self._prepared.trained
+        self._saver.save(trained, step=step, seed=self._options.seed, extra=self._extra(step))
+
+    def _keep(self, step: int) -> None:
+        self._survival.keep(self._prepared.trained, step, self._extra, self._before[0])
+
+    def _extra(self, step: int) -> Extra:
+        trained = self._prepared.trained
         validated_step, loss = self._validated
-        extra = Extra(
+        return Extra(
             scheduler=trained.scheduler,
             scaler=self._stepper.update.scaler_state,
             objects=trained.objects,
             data=self._prepared.batches.position(),
             validation_loss=loss if validated_step == step else None,
         )
-        self._saver.save(trained, step=step, seed=self._options.seed, extra=extra)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -148,13 +148,15 @@ class StepRan:
 class Stepper:
     """Makes one step after the other; `applied` is the last one.
 
-    `is_atomic`: a step is made on every rank or on none, at the price of one more exchange. `begun`
+    `is_atomic`: a step is made on every rank or on none, at the price of one more exchange, and
+    `before_update` is done on all before one makes it. `begun`
     is the step begun last, `ran` the last one that was computed here.
     """
 
     def __init__(self, recipe: Recipe, options: TrainOptions, prepared: Prepared) -> None:
         self._recipe, self._data, self.applied = recipe, prepared.batches, options.first_step
         self.applied_at, self.is_atomic = time.perf_counter(), False
+        self.before_update: Callable[[], None] = lambda: None
         self.begun = self.applied
         self.ran: StepRan | None = None
         self._batches: Sequence[Batch] = ()  # of a step that was begun
@@ -190,6 +192,7 @@ class Stepper:
             begun=begun,
             pipe_seconds=pipe_seconds,
         )
+        self.before_update()
         if self.is_atomic:
             self._pipe.ranks.exchange_all((), "the update of a step")
         self._apply()

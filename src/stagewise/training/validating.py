@@ -1,33 +1,25 @@
-"""Losses and metrics on a recipe's validation data, as if it were one batch; a sample."""
+"""Losses and metrics on a recipe's validation data, as if it were one batch; a sample; memory."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from stagewise.batch.markers import unmarked
 from stagewise.batch.split import batch_size
 from stagewise.batch.values import move, take_apart
 from stagewise.engine.step.weights import is_sum
 from stagewise.pipeline.pipeline import Pipeline
-from stagewise.training.mesh.data_parts import WHOLE, DataParts
+from stagewise.training.mesh.data_parts import DataParts
+from stagewise.training.metrics.progress import ValidationRecord
 from stagewise.training.recipe import Batch, Recipe, Tree
-from stagewise.training.update import weights_of_all
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validated:
-    """Losses by name, reduced as the recipe does, and metrics."""
-
-    losses: dict[str, float]
-    metrics: dict[str, float]
+from stagewise.training.update import parts_of_loss, weights_of_all
 
 
 def validated(
-    recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch], parts: DataParts = WHOLE
-) -> Validated:
+    recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch], parts: DataParts, step: int
+) -> ValidationRecord:
     """Evaluate all `batches`, each weighted by its samples or weights; every rank calls this.
 
-    Metrics are of whole batches, also where every rank evaluates a part; there are none where
-    ranks only ever see parts of sequences.
+    Losses are reduced as the recipe does. Metrics are of whole batches, also where every rank
+    evaluates a part; there are none where ranks only ever see parts of sequences.
     """
     summed = is_sum(recipe.loss, recipe.loss_reduction, has_weight=recipe.weight is not None)
     metrics: dict[str, float] = {}
@@ -48,8 +40,11 @@ def validated(
         found = {} if parts.dims else _metrics(recipe, pipe, inputs, target)
         for name, value in found.items():
             metrics[name] = metrics.get(name, 0.0) + size * value
-    return Validated(
-        losses={name: total / weight for name, (total, weight) in sums.items() if weight},
+    losses = {name: total / weight for name, (total, weight) in sums.items() if weight}
+    return ValidationRecord(
+        step=step,
+        validation_loss=sum(losses.values()),
+        losses=parts_of_loss(losses),
         metrics={name: total / num_samples for name, total in metrics.items()},
     )
 
@@ -61,6 +56,13 @@ def sample_of(recipe: Recipe, pipe: Pipeline, say: Callable[[str], None]) -> str
     say("generating a sample ...")
     with recipe.blame("generate(predict)"), recipe.precision():
         return str(recipe.generate(pipe.predict))
+
+
+def peaks_of(recipe: Recipe, pipe: Pipeline, batch: Batch) -> tuple[int, ...]:
+    """Return the memory that a step of `batch` needs; every rank calls this."""
+    inputs, target = batch
+    with recipe.precision():
+        return pipe.measure_memory(inputs, target=target)
 
 
 def _metrics(recipe: Recipe, pipe: Pipeline, inputs: Tree, target: Tree) -> dict[str, float]:

@@ -45,8 +45,17 @@ def agreed_place(name: str, out: Path | None, asked: Callable[[], RunPlace]) -> 
     """Return the place where all workers run; every worker calls this."""
     from stagewise.engine.transport.connect import values_of_all
     from stagewise.engine.transport.processes import is_first
+    from stagewise.training.workers.anew import Regained
     from stagewise.training.workers.elastic import agent_here
 
+    if (regained := Regained.latest) is not None:
+        agents, checkpoint = regained.kept
+        return RunPlace(
+            run=checkpoint.run,
+            checkpoint=checkpoint,
+            interrupted=regained.interrupted,
+            agents=agents,
+        )
     agents = list(dict.fromkeys(values_of_all(agent_here(), "the run's launch")))
     found: RunPlace | UsageError | None = None
     if is_first():

@@ -46,6 +46,7 @@ _DEFAULTS = {
     "--checkpoint-every": 100,
     "--keep": 2,
     "--record": 3,
+    "--replace-lost": 0,
     "--timeout": opt.DEFAULT_TIMEOUT,
 }
 _IN_CHECKPOINT = ("--seed", "--out", "--init", "--resume")  # implied by --resume RUN
@@ -74,6 +75,7 @@ def train(
     checkpoint_every: run.CheckpointEvery = 100,
     keep: run.Keep = 2,
     restarts: run.Restarts = 0,
+    replace_lost: run.Replace = 0,
     record: run.Record = 3,
     log: run.Log = "",
     timeout: opt.Timeout = opt.DEFAULT_TIMEOUT,
@@ -114,6 +116,8 @@ def train(
                 "--microbatches auto measures one pipeline while it trains, but on the mesh "
                 f"{shape} several run side by side; give a number"
             )
+        if replace_lost:
+            run.check_replaced(shape, adaptive=microbatches == AUTO)
         from stagewise.training.metrics.metric_loggers import loggers_named
         from stagewise.training.prepare import TrainOptions, check_form
         from stagewise.training.recipe import load_recipe
@@ -139,6 +143,7 @@ def train(
                 interrupted=place.interrupted,
                 agents=tuple(place.agents),
                 timeout=timeout,
+                replace=replace_lost,
                 record=record,
                 loggers=loggers,
                 mesh=shape,
@@ -260,6 +265,7 @@ def _arguments(
         "--record": options.record,
         "--log": ",".join(options.loggers) or None,
         "--timeout": options.timeout,
+        "--replace-lost": options.replace,
     }
     if short:
         values = {

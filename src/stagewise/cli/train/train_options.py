@@ -10,6 +10,7 @@ import typer
 
 from stagewise.errors import UsageError
 from stagewise.mesh import PIPELINE_AXIS, MeshShape
+from stagewise.training.workers.environment import launched, launched_by_us
 
 Dashboard = Annotated[
     bool,
@@ -140,6 +141,16 @@ Restarts = Annotated[
         "Under torchrun give its --max-restarts.",
     ),
 ]
+Replace = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="How many killed workers to replace in the running run. Each worker keeps, in host "
+        "memory, copies of its own state and its neighbour's after the last two steps; a new "
+        "worker gets its state from there, and at most two steps are repeated.",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -209,6 +220,21 @@ class AskedMesh:
                 f"--devices {found.num_ranks} (under torchrun: as many processes)"
             )
         return found if found.num_ranks > 1 else None
+
+
+def check_replaced(mesh: MeshShape | None, *, adaptive: bool) -> None:
+    """Raise UsageError if lost workers cannot be replaced."""
+    if launched() and not launched_by_us():
+        raise UsageError(
+            "--replace-lost needs workers that stagewise train starts itself, because torchrun "
+            "ends all when one dies; leave it out, or give torchrun --max-restarts"
+        )
+    if mesh is not None or adaptive:
+        other = f"the mesh {mesh}" if mesh is not None else "--microbatches auto"
+        raise UsageError(
+            f"--replace-lost cannot be used with {other} yet; leave one of them out, or give "
+            "--restarts, which goes on from the last checkpoint"
+        )
 
 
 def _words(axes: Mapping[str, int]) -> str:

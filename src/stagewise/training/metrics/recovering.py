@@ -50,12 +50,14 @@ class Recovering(Reporter):
         self._reporter, self._lost = reporter, lost
         self._first_step, self._is_regained = first_step, False
         self._repeated_seconds = 0.0
-        why = f"restart {lost.restart}, after a failure" if lost.restart else "workers came or left"
+        restart = f"restart {lost.restart}, after a failure" if lost.restart else ""
+        why = lost.why or restart or "workers came or left"
         self.change(
             ChangeRecord(
                 step=first_step,
                 change=f"going on with {num_workers} worker(s) after step {first_step}",
                 reason=f"{why}; the last step was {lost.last_step}",
+                kind="loss_of_ranks" if lost.why else "change",
             )
         )
 

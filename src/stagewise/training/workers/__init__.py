@@ -6,5 +6,6 @@
 3. `run_owner` reserves a run's folder for one run.
    `elastic` says whether this is its first start.
 4. When one is killed, `lost` is how launcher and workers tell it, and the `survivors` meet again.
+   `neighbour` keeps copies of states, from which one that is started `anew` goes on.
 5. `stop` detects a stop request between two steps; `lifeline` ends a worker whose launcher died.
 """

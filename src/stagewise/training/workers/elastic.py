@@ -38,6 +38,7 @@ class Interrupted:
     last_step: int
     when: float  # seconds since the epoch
     restart: int  # its number, 0 if workers came or went without a failure
+    why: str = ""  # if it was not a restart
 
     @staticmethod
     def of(log: Path, restart: int) -> "Interrupted":

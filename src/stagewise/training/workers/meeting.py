@@ -59,6 +59,11 @@ def store_of_all(timeout: timedelta) -> Store:
     return store
 
 
+def agent_store() -> TCPStore:
+    """Return another connection to the launcher's store, whose names no start has to itself."""
+    return _connected(*meeting_place(), serves=False)
+
+
 def _connected(host: str, port: int, *, serves: bool) -> TCPStore:
     """Serve the store or connect to it, in a thread: torch waits for ever for a first answer."""
     found = list[TCPStore | Exception]()

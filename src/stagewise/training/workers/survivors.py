@@ -2,18 +2,21 @@
 
 Problem: torch's process groups cannot lose a member. Idea: whoever loses a peer asks the launcher
 (`lost`) who is dead, gives up its groups, by which those who wait for it learn of it too, and meets
-the others at the launcher's store, under a name that only this loss has.
+the others at the launcher's store, under a name that only this loss has. Those started in the place
+of lost ones come there too.
 """
 
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
 from stagewise.engine.transport.connect import give_up
-from stagewise.engine.transport.processes import num_processes, own_rank
 from stagewise.engine.transport.wires.peers import SILENT
 from stagewise.errors import PeerError, StagewiseError
+from stagewise.training.workers.environment import rank_here, world_size
 from stagewise.training.workers.lost import LostWorkers
+from stagewise.training.workers.meeting import agent_store
 from stagewise.training.workers.worker import form_group, timedelta_of
 
 WORD_SECONDS = 3.0  # for the launcher to see that a worker is dead
@@ -22,13 +25,16 @@ _POLL_SECONDS = 0.02
 
 
 class Survivors:
-    """The members of the process group, by their ranks when all were started."""
+    """The members of the process group, by their ranks when all were started.
 
-    def __init__(self, lost: LostWorkers, timeout: float) -> None:
-        self.members = tuple(range(num_processes()))
-        self._lost, self._timeout, self._rank = lost, timeout, own_rank()
-        self._store = dist.distributed_c10d._get_default_store()
-        lost.expect()
+    Up to `replacements` lost ones are replaced; then nobody is left out.
+    """
+
+    def __init__(self, lost: LostWorkers, timeout: float, replacements: int = 0) -> None:
+        self.members, self._rank = tuple(range(world_size())), rank_here()
+        self._lost, self._timeout, self._replaces = lost, timeout, replacements > 0
+        self._store, self._num_settled = agent_store(), len(lost.events())
+        lost.expect(replacements)
 
     def newly_lost(self, error: StagewiseError) -> dict[int, str]:
         """Return how members have ended that the launcher knows to be dead, by present rank.
@@ -40,32 +46,37 @@ class Survivors:
             time.sleep(_POLL_SECONDS)
         return self._by_rank(known)
 
-    def meet(self, error: StagewiseError) -> dict[int, str]:
+    def meet(self, error: StagewiseError | None = None) -> dict[int, str]:
         """Form the default process group of those that are left; each of them calls this.
 
         `error` is what the loss has led to here. Returns how the others have ended, by rank in the
         group before.
         """
-        give_up(error)
-        ends, known = time.monotonic() + self._timeout, dict[int, str]()
-        while known != (known := self._known()):
-            left = [rank for rank in self.members if rank not in known]
-            name = "-".join(["without", *map(str, sorted(self._lost.known()))])
+        if error is not None:
+            give_up(error)
+        ends, number = time.monotonic() + self._timeout, 0
+        while number != (number := len(self._lost.events())):
+            known = self._known()
+            left = [rank for rank in self.members if self._replaces or rank not in known]
+            name = f"{Path(self._lost.path).name}-after-{number}"
             store = dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
             store.set(f"here/{self._rank}", "")
-            while not store.check([f"here/{rank}" for rank in left]) and known == self._known():
+            while not store.check([f"here/{rank}" for rank in left]):
+                if number != len(self._lost.events()):
+                    break
                 if time.monotonic() > ends:
                     raise PeerError(
-                        f"ranks {left} were to go on without {sorted(known)}, but did not all "
-                        f"come within {self._timeout:g} s; continue with --resume"
+                        f"ranks {left} were to go on after the loss of {sorted(known)}, but did "
+                        f"not all come within {self._timeout:g} s; continue with --resume"
                     )
                 time.sleep(_POLL_SECONDS)
-        dead, self.members = self._by_rank(known), tuple(left)
+        dead, self.members, self._num_settled = self._by_rank(known), tuple(left), number
         form_group(store, left.index(self._rank), len(left), timedelta_of(self._timeout))
         return dead
 
     def _known(self) -> dict[int, str]:
-        return {rank: how for rank, how in self._lost.known().items() if rank in self.members}
+        new = self._lost.events()[self._num_settled :]
+        return {rank: how for rank, how in new if rank in self.members}
 
     def _by_rank(self, known: dict[int, str]) -> dict[int, str]:
         return {self.members.index(rank): how for rank, how in known.items()}

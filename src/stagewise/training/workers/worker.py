@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -34,15 +34,20 @@ RANK_0_SECONDS = 3.0
 
 
 @contextmanager
-def joined(timeout: float | None = None) -> Iterator[None]:
+def joined(
+    timeout: float | None = None, form: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU.
 
     Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
-    `timeout` is in seconds, None for torch's.
+    `timeout` is in seconds, None for torch's. `form` makes the group if it is not that of a start.
     """
-    patience = timedelta_of(timeout)
-    store = store_of_all(patience or dist.default_pg_timeout)
-    form_group(store, rank_here(), world_size(), patience)
+    if form is not None:
+        form()
+    else:
+        patience = timedelta_of(timeout)
+        store = store_of_all(patience or dist.default_pg_timeout)
+        form_group(store, rank_here(), world_size(), patience)
     try:
         yield
     except SystemExit:
