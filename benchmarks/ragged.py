@@ -1,7 +1,9 @@
 """Texts of unequal lengths: equal numbers of samples, against microbatches that cost the same.
 
 Lines of Shakespeare's plays, each microbatch padded to its longest line, on two workers; all ways
-train the same batches, alternating steps.
+train the same batches, alternating steps. How much a schedule made for one batch could gain beyond
+that is bounded in simulation: no schedule takes less than the busiest device's work, plus the
+cheapest microbatch's way to it and from it.
 """
 
 import statistics
@@ -17,12 +19,18 @@ from torch import Tensor, nn
 
 import stagewise
 from benchmarks.workers import Row, print_rows, run_workers
+from stagewise.costs import CellCost
 from stagewise.models import decoder_lm
+from stagewise.planning import order_microbatches, simulate
 
 NUM_STAGES, NUM_MICROBATCHES, LONGEST, WARM_UP = 2, 8, 256, 9
 NOTES = (
     "padded_words: of a step, with padding; dearest: of the microbatch with most, over the mean",
+    "over_bound: the simulated step over a lower bound for all schedules of these microbatches",
 )
+# Two equal stages, of which only the relation of forward and backward counts here.
+CELLS = (CellCost(name="layer", forward_seconds=1, backward_seconds=2),) * 8
+PLAN = stagewise.Plan(balance=(4, 4), num_microbatches=NUM_MICROBATCHES, cells=CELLS)
 
 
 def main(
@@ -45,12 +53,32 @@ def in_turn(lengths: Sequence[int]) -> list[list[int]]:
     return [[*range(at, at + size)] for at in range(0, len(lengths), size)]
 
 
+def packed(lengths: Sequence[int]) -> list[list[int]]:
+    """Microbatches of as many padded words."""
+    return stagewise.pack_samples(lengths, NUM_MICROBATCHES, padded)
+
+
+def in_order(lengths: Sequence[int]) -> list[list[int]]:
+    """The same, in the order that the simulator finds fastest."""
+    groups = packed(lengths)
+    costs = [padded([lengths[sample] for sample in group]) for group in groups]
+    return [groups[number] for number in order_microbatches(PLAN, costs)]
+
+
+def over_bound(costs: Sequence[float]) -> float:
+    """The simulated step of PLAN over what any schedule takes at least."""
+    shares = [cost / statistics.fmean(costs) for cost in costs]
+    seconds = simulate(PLAN.built_schedule, PLAN.stage_costs, shares=shares).duration_seconds
+    stage = PLAN.stage_costs[0]
+    each = stage.forward_seconds + stage.backward_seconds
+    return seconds / (each * (sum(shares) + min(shares)))
+
+
 WAYS = {
     "equal numbers": in_turn,
     "packed by words": lambda lengths: stagewise.pack_samples(lengths, NUM_MICROBATCHES),
-    "packed by padded words": lambda lengths: stagewise.pack_samples(
-        lengths, NUM_MICROBATCHES, padded
-    ),
+    "packed by padded words": packed,
+    "packed, in the best order": in_order,
 }
 
 
@@ -62,11 +90,11 @@ def measure(quick: bool) -> list[Row]:
     model = decoder_lm(
         vocabulary=256, num_layers=6, width=width, num_heads=4, context=LONGEST, dropout=0.0
     )
-    plan = stagewise.Plan(balance=(4, 4), num_microbatches=NUM_MICROBATCHES)
-    pipe = stagewise.Pipeline(model, plan, loss=loss, weight=lambda target: (target != 0).sum())
+    pipe = stagewise.Pipeline(model, PLAN, loss=loss, weight=lambda target: (target != 0).sum())
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     words: dict[str, list[float]] = {way: [] for way in WAYS}
     dearest: dict[str, list[float]] = {way: [] for way in WAYS}
+    bounds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(WARM_UP + num_steps):
         chosen = torch.randint(len(texts), (batch_size,)).tolist()
         own = [texts[at] for at in chosen]
@@ -85,6 +113,7 @@ def measure(quick: bool) -> list[Row]:
                 costs = [part.numel() for part in parts]
                 words[way].append(sum(costs))
                 dearest[way].append(max(costs) / statistics.fmean(costs))
+                bounds[way].append(over_bound(costs))
     slowest = statistics.median(times["equal numbers"])
     return [
         {
@@ -93,6 +122,7 @@ def measure(quick: bool) -> list[Row]:
             "ratio": statistics.median(times[way]) / slowest,
             "padded_words": statistics.fmean(words[way]),
             "dearest": statistics.fmean(dearest[way]),
+            "over_bound": statistics.fmean(bounds[way]),
         }
         for way in WAYS
     ]
