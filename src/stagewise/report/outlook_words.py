@@ -61,4 +61,4 @@ def pace_in_words(seconds: float, amount: int, unit: str, num_steps: int | None)
     if num_steps is None:
         return pace
     whole = duration_in_words(num_steps * seconds)
-    return f"{pace}; one pass over the data, {num_steps} steps: {whole}"
+    return f"{pace}; one pass over the data, {num_steps} step{'s' * (num_steps != 1)}: {whole}"
