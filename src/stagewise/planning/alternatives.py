@@ -6,7 +6,7 @@ is, from the costs that the plan was made from.
 
 from dataclasses import dataclass
 
-from stagewise.costs import FREE_LINK, load_seconds, state_bytes, trained_bytes
+from stagewise.costs import FREE_LINK, stage_costs, state_bytes, trained_bytes
 from stagewise.planning.plan import Plan
 from stagewise.planning.reserve import NO_RESERVE, Reserve
 
@@ -50,6 +50,15 @@ class Outlook:
         return max(self.device_bytes) <= self.room.memory_bytes
 
 
+def one_device_seconds(plan: Plan) -> float:
+    """Return a step of one device, the fastest, that accumulates the microbatches' gradients.
+
+    Its work is that of the plan's stages, with what their instructions take beyond the cells.
+    """
+    stages = stage_costs(plan.cells, plan.balance)
+    return plan.num_microbatches * sum(s.forward_seconds + s.backward_seconds for s in stages)
+
+
 def outlook_of(plan: Plan, room: Room) -> Outlook:
     """Return what each device of a plan with costs needs, and what the alternatives would take."""
     schedule = plan.built_schedule
@@ -70,7 +79,7 @@ def _alternatives(plan: Plan, room: Room) -> tuple[Alternative, ...]:
     """
     number, link = plan.num_devices, plan.link
     trained = sum(map(trained_bytes, plan.cells))
-    alone = plan.num_microbatches * sum(map(load_seconds, plan.cells))
+    alone = one_device_seconds(plan)
     needs = (
         sum(state_bytes(cell, room.state_factor) for cell in plan.cells)
         + sum(cell.activation_bytes for cell in plan.cells)

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from stagewise.planning import Plan
 from stagewise.planning.advice.advise_rules import MICROBATCHES_PER_STAGE
+from stagewise.planning.advice.not_faster import not_faster
 from stagewise.planning.alternatives import Outlook
 from stagewise.units import duration_in_words, format_seconds, size_in_words
 
@@ -25,6 +26,8 @@ def outlook_in_words(outlook: Outlook, plan: Plan) -> Iterator[Text]:
             + f", which {fits}"
             * isfinite(room.memory_bytes)
         )
+    if outlook.fits and (reason := not_faster(plan, plan.timeline.duration_seconds)):
+        yield Text(reason)
     depth, count, fill = plan.num_stages, plan.num_microbatches, plan.num_stages - 1
     if count < depth:
         wanted = MICROBATCHES_PER_STAGE * depth

@@ -2,14 +2,18 @@
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from stagewise.diagnosis import as_measured
+from stagewise.errors import StagewiseError
 from stagewise.planning import Plan
+from stagewise.planning.advice.not_faster import not_faster
 from stagewise.planning.plan_words import Figures, predicted
-from stagewise.recording import LOG_FILE, RECORDING_FILE
+from stagewise.recording import LOG_FILE, RECORDING_FILE, read_run
 from stagewise.report.plan_table import comparison_table
 from stagewise.training.run_folder import Checkpoint
 
@@ -43,6 +47,17 @@ def nonfinite_warning(step: int, loss: float) -> str:
     )
 
 
+def _not_faster(run: Path, plan: Plan, measured: Figures) -> str | None:
+    """Return why the devices were not faster than one, by what was recorded, if anything was."""
+    steps = None
+    with suppress(StagewiseError):
+        recording = read_run(run).recording
+        steps = None if recording is None else as_measured(recording)
+    if steps is not None:
+        return None if steps.takes_turns else not_faster(steps.plan, steps.step_seconds)
+    return not_faster(plan, measured.step_seconds or 0.0)
+
+
 def print_result(
     console: Console, run: Path, outcome: RunOutcome, command: Callable[[int], Sequence[str]]
 ) -> None:
@@ -60,6 +75,8 @@ def print_result(
         say(f"\n--- sample ---\n{outcome.sample}\n--- end of sample ---\n")
     if outcome.measured is not None:
         console.print(comparison_table(predicted(outcome.plan), outcome.measured))
+        if reason := _not_faster(run, outcome.plan, outcome.measured):
+            say(reason)
     if outcome.validation_before is not None and outcome.validation_after is not None:
         say(
             f"validation loss: {outcome.validation_before:.4f} after step {outcome.first_step}, "
