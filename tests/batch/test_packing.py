@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.batch.packing import CostOf, pack_samples
+from stagewise.costs import CellCost
 from stagewise.errors import BatchError
+from stagewise.planning import order_microbatches
 
 PADDING = 0
 
@@ -99,11 +101,15 @@ def test_gradients_are_those_of_the_whole_batch(num_stages: int) -> None:
     piped.load_state_dict(plain.state_dict())
     everything = together(range(11))
     loss(plain(everything), everything).backward()
-    plan = stagewise.Plan(balance=[[3], [1, 2], [1, 1, 1]][num_stages - 1], num_microbatches=4)
+    cells = (CellCost(name="cell", forward_seconds=1, backward_seconds=2),) * 3
+    balance = [[3], [1, 2], [1, 1, 1]][num_stages - 1]
+    plan = stagewise.Plan(balance=balance, num_microbatches=4, cells=cells)
     pipe = stagewise.Pipeline(piped, plan, loss=loss, weight=num_words)
     for cost in (None, padded):
         pipe.zero_grad()
         parts = [*map(together, pack_samples(lengths, 4, cost))]
+        order = order_microbatches(plan, [part.numel() for part in parts])
+        parts = [parts[number] for number in order]
         batch = stagewise.Microbatches(parts)
         pipe.step(batch, target=batch)
         for wanted, got in zip(plain.parameters(), piped.parameters(), strict=True):

@@ -54,6 +54,12 @@ def test_shares_of_other_microbatches_are_refused(shares: list[float]) -> None:
         simulate(schedule, [one] * 2, shares=shares)
 
 
+@pytest.mark.parametrize("costs", [[], [1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [0.0, 0.0]])
+def test_costs_of_other_microbatches_have_no_order(costs: list[float]) -> None:
+    with pytest.raises(PlanError, match="for a plan of 2; give each a number"):
+        order_microbatches(plan_of("1f1b", 2), costs)
+
+
 def seconds(plan: Plan, costs: list[float], order: tuple[int, ...] | list[int]) -> float:
     mean = sum(costs) / len(costs)
     shares = [costs[number] / mean for number in order]

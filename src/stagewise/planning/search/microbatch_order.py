@@ -10,6 +10,7 @@ move single microbatches and exchange pairs while the simulated step gets shorte
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+from stagewise.errors import PlanError
 from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.plan import Plan
 
@@ -20,7 +21,8 @@ def order_microbatches(plan: Plan, costs: Sequence[float]) -> list[int]:
     """Return the microbatches' numbers in the order in which `plan` runs them fastest.
 
     `costs` are relative, such as padded tokens; their mean is what the plan's cells were measured
-    for. Give the pipeline the microbatches in this order.
+    for. Give the pipeline the microbatches in this order. Raises PlanError unless there is a cost,
+    not negative, for every microbatch of the plan.
 
     Example:
         >>> from stagewise.costs import CellCost
@@ -30,6 +32,11 @@ def order_microbatches(plan: Plan, costs: Sequence[float]) -> list[int]:
         >>> order_microbatches(plan, [4, 1, 2, 3])
         [1, 3, 0, 2]
     """
+    if len(costs) != plan.num_microbatches or min(costs) < 0 or not sum(costs) > 0:
+        raise PlanError(
+            f"got costs {list(costs)} of microbatches for a plan of {plan.num_microbatches}; give "
+            "each a number that is not negative, such as its padded tokens"
+        )
     schedule, stages, link = plan.needed_schedule, plan.engine_costs, plan.link
     mean = sum(costs) / len(costs)
 
