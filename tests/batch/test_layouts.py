@@ -38,6 +38,7 @@ def test_bytes_are_those_of_indices_and_values(name: str) -> None:
     assert sum(storage.nbytes() for storage in storages(tensor)) >= num_bytes(tensor)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # torch 2.11
 def test_a_coo_tensor_of_two_elements_has_their_indices_too() -> None:
     tensor = torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (1000,), check_invariants=True)
     assert num_bytes(tensor) == 2 * 8 + 2 * 4
