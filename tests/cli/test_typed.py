@@ -6,7 +6,7 @@ import pytest
 
 from stagewise.cli.train.train_command import _request
 from stagewise.cli.typed import Typed, command_line, words_of
-from stagewise.errors import UsageError
+from stagewise.errors import PlanError, UsageError
 from stagewise.planning.request import PlanRequest
 from stagewise.schedule import grid, named_schedule
 
@@ -19,6 +19,8 @@ from stagewise.schedule import grid, named_schedule
         Typed(schedule="gpipe", replicas="1,2,1", recompute="except_last"),
         Typed(schedule="auto", recompute="auto", microbatches="auto", memory="8.1GiB"),
         Typed(schedule="auto", memory="16GB,24.5GB", devices=2),
+        Typed(devices=3, speeds="1,0.3,0.7"),
+        Typed(devices=2, speeds="measured", memory="16GB,24GB"),
         Typed(replicas="auto", microbatches="4,8", recompute="segments", devices=4),
     ],
     ids=str,
@@ -74,3 +76,12 @@ def test_training_with_auto_begins_at_the_usual_number() -> None:
 def test_contradictions_are_told_by_option() -> None:
     with pytest.raises(UsageError, match="but --stages and --balance was given; leave it out"):
         Typed(schedule="auto", stages=2, balance="1,2").request()
+
+
+def test_training_takes_unequal_devices() -> None:
+    request = Typed(devices=2, speeds="2,1", memory="16GB,24GB").fixed()
+    assert request.speeds == (1.0, 0.5) and request.caps(2) == (16e9, 24e9)
+    with pytest.raises(UsageError, match="--speeds 'fast' is not a list of numbers; write one for"):
+        Typed(speeds="fast").request()
+    with pytest.raises(PlanError, match="speeds has 3 numbers for 2 devices"):
+        Typed(devices=2, speeds="1,2,3").request()

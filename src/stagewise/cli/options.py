@@ -44,6 +44,25 @@ Devices = Annotated[
         show_default=False,
     ),
 ]
+Speeds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="V,V,...|measured",
+        help="How fast each device is, such as 1,0.5 if the second takes twice as long, or "
+        "measured: the same cells are timed on each. The cut follows. [default: equal, if they are "
+        "of one kind]",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of each device, such as 8GB (or 8GB,16GB for two devices), for parameters, "
+        "gradients, optimizer state and activations: search for the fastest plan that fits.",
+        show_default=False,
+    ),
+]
 HtmlFile = Annotated[
     Path | None,
     typer.Option(

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from stagewise.cli import options as opt
 from stagewise.cli.plan_search import (
-    Memory,
     MeshText,
     Microbatches,
     NoTrial,
@@ -51,7 +50,8 @@ def plan_command(
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
     mesh: MeshText = None,
-    memory: Memory = None,
+    memory: opt.Memory = None,
+    speeds: opt.Speeds = None,
     device: opt.DeviceName = None,
     device_file: opt.DeviceFile = None,
     efficiency: opt.EfficiencyText = None,
@@ -101,6 +101,7 @@ def plan_command(
             microbatches=microbatches,
             balance=balance,
             memory=memory,
+            speeds=speeds,
             trial=False if no_trial else None,
         )
         from stagewise.training.recipe import load_recipe

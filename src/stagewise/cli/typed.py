@@ -3,13 +3,14 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from stagewise.errors import PlanError, ScheduleError, UsageError
 from stagewise.planning.devices import parse_bytes
 from stagewise.planning.plan import Plan
-from stagewise.planning.request import AUTO, Microbatches, PlanRequest
+from stagewise.planning.request import AUTO, MEASURED, Microbatches, PlanRequest
 from stagewise.schedule import SCHEDULES, Schedule, parse_schedule
 from stagewise.schedule.table import unknown_schedule
 
@@ -30,6 +31,7 @@ class Typed:
     microbatches: str | None = None
     balance: str | None = None
     memory: str | None = None
+    speeds: str | None = None
     trial: bool | None = None
 
     def request(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
@@ -47,6 +49,7 @@ class Typed:
                 num_microbatches=self._microbatches(schedule),
                 balance=_balance(self.balance),
                 memory_bytes=None if self.memory is None else _caps(self.memory),
+                speeds=_speeds(self.speeds),
                 trial=self.trial,
             )
         except PlanError as error:
@@ -55,7 +58,7 @@ class Typed:
     def fixed(self, *, default_devices: int = DEFAULT_DEVICES) -> PlanRequest:
         """Return a request for one schedule; raise UsageError if anything is left to the search."""
         request = self.request(default_devices=default_devices)
-        if request.searched:
+        if replace(request, memory_bytes=None).searched:
             raise UsageError(
                 "this command needs one schedule, policy and number of microbatches; search with "
                 "stagewise plan RECIPE --json > plan.json, and train with --plan plan.json"
@@ -107,6 +110,7 @@ def words_of(request: PlanRequest) -> dict[str, object]:
         "--schedule": schedule if isinstance(schedule, str) else schedule.name,
         "--recompute": request.recompute,
         "--balance": None if request.balance is None else _joined(request.balance),
+        "--speeds": _joined_speeds(request),
         "--memory": ",".join(f"{cap / 1e6!r}MB" for cap in request.caps(1) or ()) or None,
     }
 
@@ -149,6 +153,18 @@ def _caps(text: str) -> list[float]:
     return [parse_bytes(cap, "--memory") for cap in text.split(",")]
 
 
+def _speeds(text: str | None) -> list[float] | Literal["measured"] | None:
+    if text is None or text == MEASURED:
+        return MEASURED if text else None
+    try:
+        return [float(speed) for speed in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--speeds {text!r} is not a list of numbers; write one for each device, such as "
+            f"--speeds 1,0.5, or --speeds {MEASURED}"
+        ) from None
+
+
 def _balance(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -167,6 +183,11 @@ def numbers_in(
 
 def _joined(numbers: str | int | Iterable[int]) -> str:
     return str(numbers) if isinstance(numbers, str | int) else ",".join(map(str, numbers))
+
+
+def _joined_speeds(request: PlanRequest) -> str | None:
+    given = request.speeds
+    return given if given is None or isinstance(given, str) else ",".join(map(repr, given)) or None
 
 
 def _by_option(message: str) -> str:

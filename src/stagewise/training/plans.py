@@ -84,6 +84,11 @@ def make_plan(
     """
     if recipe.meta:
         return plan_on_meta(recipe, model, request, batch=batch)
+    if request.memory_bytes is not None:
+        with recipe.precision():
+            example = recipe_example(recipe, model, batch)
+            request = replace(request, state_factor=state_factor(recipe, example.chain))
+            return search_plan(request, example, seconds=seconds).plan
     with recipe.precision():
         return measured_plan(request, recipe_example(recipe, model, batch), seconds=seconds)
 
@@ -95,6 +100,11 @@ def plan_on_meta(recipe: Recipe, model: Model, request: PlanRequest, *, batch: B
     cell cannot be estimated, its number of parameters is used instead.
     """
     assert isinstance(request.num_microbatches, int)
+    if request.memory_bytes is not None:
+        raise PlanError(
+            "a model on the meta device is cut without measuring what fits; leave --memory out, or "
+            "train with --plan and a file that stagewise plan --device DEVICE --json wrote"
+        )
     try:
         cells = estimated(recipe, model, batch, request.num_microbatches, "cpu")
     except ModelError:

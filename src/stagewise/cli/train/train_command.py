@@ -61,6 +61,8 @@ def train(
     schedule: opt.ScheduleName = "1f1b",
     recompute: opt.Recompute = "never",
     balance: opt.Balance = None,
+    memory: opt.Memory = None,
+    speeds: opt.Speeds = None,
     mesh: run.Mesh = None,
     pipeline: run.Pipeline = None,
     shard: run.Shard = None,
@@ -108,6 +110,8 @@ def train(
             replicas=replicas,
             microbatches=microbatches,
             balance=balance,
+            memory=memory,
+            speeds=speeds,
         )
         asked_mesh = run.AskedMesh(mesh=mesh, pipeline=pipeline, shard=shard, tensor=tensor)
         wanted, shape = _wanted(typed, plan, asked_mesh)
