@@ -17,6 +17,8 @@ from stagewise.recording import LOG_FILE, RECORDING_FILE, read_run
 from stagewise.report.plan_table import comparison_table
 from stagewise.training.run_folder import Checkpoint
 
+_EXAMINED = 8  # first steps, which are looked at closely and take longer
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
@@ -47,7 +49,7 @@ def nonfinite_warning(step: int, loss: float) -> str:
     )
 
 
-def _not_faster(run: Path, plan: Plan, measured: Figures) -> str | None:
+def _not_faster(run: Path, outcome: RunOutcome, measured: Figures) -> str | None:
     """Return why the devices were not faster than one, by what was recorded, if anything was."""
     steps = None
     with suppress(StagewiseError):
@@ -55,7 +57,8 @@ def _not_faster(run: Path, plan: Plan, measured: Figures) -> str | None:
         steps = None if recording is None else as_measured(recording)
     if steps is not None:
         return None if steps.takes_turns else not_faster(steps.plan, steps.step_seconds)
-    return not_faster(plan, measured.step_seconds or 0.0)
+    usual = outcome.last_step - outcome.first_step > _EXAMINED
+    return not_faster(outcome.plan, measured.step_seconds or 0.0) if usual else None
 
 
 def print_result(
@@ -75,7 +78,7 @@ def print_result(
         say(f"\n--- sample ---\n{outcome.sample}\n--- end of sample ---\n")
     if outcome.measured is not None:
         console.print(comparison_table(predicted(outcome.plan), outcome.measured))
-        if reason := _not_faster(run, outcome.plan, outcome.measured):
+        if reason := _not_faster(run, outcome, outcome.measured):
             say(reason)
     if outcome.validation_before is not None and outcome.validation_after is not None:
         say(
