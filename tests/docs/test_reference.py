@@ -1,6 +1,7 @@
 """The reference shows every public name, with a docstring; `make docs` builds it from these."""
 
 import inspect
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from tests.test_surface import EXPORTS, PACKAGES
 
-PAGES = Path(__file__).parents[2] / "docs" / "reference"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "reference"
 PUBLIC = {"stagewise": EXPORTS, **PACKAGES}
 
 
@@ -39,3 +41,9 @@ def test_every_public_name_is_documented(package: str) -> None:
             and not inspect.getdoc(found)
         ]
     assert silent == []
+
+
+def test_every_extra_is_told_where_people_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert [e for e in project["optional-dependencies"] if f"| `{e}` |" not in page] == []

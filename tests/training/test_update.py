@@ -256,14 +256,18 @@ def optimizer(parameters):
 
 def test_samples_along_another_dimension_and_sums(tmp_path: Path) -> None:
     path = tmp_path / "time.py"
-    path.write_text(TIME_FIRST)
+    path.write_text(TIME_FIRST + "\nclip_grad_norm = 1e9\n")
     recipe = load_recipe(path)
     records, _ = run(recipe, tmp_path / "out", steps=1)
     model, data = build_model(recipe, seed=0), [*(recipe.data("train") or ())]
     assert isinstance(model, nn.Module)
-    plain = [float(recipe.loss(model(x), y).detach()) for x, y in data]  # type: ignore[union-attr]
+    losses = [recipe.loss(model(x), y) for x, y in data]
+    plain = [float(loss.detach()) for loss in losses]  # type: ignore[union-attr]
+    torch.autograd.backward(losses[:2])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     validation, step = records[0], records[1]
     assert step["loss"] == pytest.approx(sum(plain[:2]))
+    assert step["gradient_norm"] == pytest.approx(float(norm), rel=1e-6)
     assert validation["validation_loss"] == pytest.approx(sum(plain))
 
 

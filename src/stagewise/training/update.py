@@ -42,6 +42,8 @@ class Update:
         self._recipe, self._pipe, self._scheduler = recipe, trained.pipe, trained.scheduler
         self._parts = parts
         self._averagers = averagers(trained.objects)
+        self.gradient_norm: float | None = None  # of the last step, before clipping
+        self._has_rate = trained.optimizer is not None
         self._optimizer = trained.optimizer or torch.optim.SGD([{"params": []}])
         self._scaler = GradScaler(trained.pipe, **recipe.scaler_options)
         if scaler_state and self._scaler.is_enabled():
@@ -83,8 +85,8 @@ class Update:
 
     @property
     def learning_rate(self) -> float | None:
-        """That of the next step, of the first of rank 0's parameter groups."""
-        rate = self._optimizer.param_groups[0].get("lr")
+        """That of the next step, of this rank's first parameter group, if it trains anything."""
+        rate = self._optimizer.param_groups[0].get("lr") if self._has_rate else None
         return None if rate is None else float(rate)
 
     def complete(self) -> None:
@@ -93,7 +95,8 @@ class Update:
         if self._recipe.clip_grad_value is not None:
             self._pipe.clip_grad_value_(self._recipe.clip_grad_value)
         if self._recipe.clip_grad_norm is not None:
-            self._pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
+            norm = self._pipe.clip_grad_norm_(self._recipe.clip_grad_norm)
+            self.gradient_norm = float(norm)
 
     def apply(self) -> None:
         """Step the optimizer, unless gradients overflowed on some rank; needs no other rank."""
@@ -123,6 +126,7 @@ class StepRan:
     losses: Mapping[str, float]
     scale: float | None
     learning_rate: float | None
+    gradient_norm: float | None
     begun: float
     pipe_seconds: float
 
@@ -137,6 +141,7 @@ class StepRan:
             losses=parts_of_loss(self.losses),
             loss_scale=self.scale,
             learning_rate=self.learning_rate,
+            gradient_norm=self.gradient_norm,
             seconds=self.pipe_seconds,
             rate=sum(amount for amount, _ in amounts) / (applied_at - self.begun),
             rate_unit=amounts[0][1],
@@ -189,6 +194,7 @@ class Stepper:
             losses=losses,
             scale=scale,
             learning_rate=self.update.learning_rate,
+            gradient_norm=self.update.gradient_norm,
             begun=begun,
             pipe_seconds=pipe_seconds,
         )

@@ -30,7 +30,7 @@ class StepRecord:
     `slowest` is the stage that takes longest, and its seconds over the mean of the others'.
 
     `losses` are the parts of the loss by name, if named; `loss_scale` is that of a GradScaler,
-    `learning_rate` that of the first parameter group.
+    `learning_rate` that of the first parameter group, `gradient_norm` that before clipping.
     """
 
     step: int
@@ -43,6 +43,7 @@ class StepRecord:
     losses: Mapping[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
     learning_rate: float | None = None
+    gradient_norm: float | None = None
 
     def to_log(self) -> dict[str, object]:
         """Return the record for the log; a loss that is not finite becomes null."""
@@ -65,6 +66,8 @@ class StepRecord:
             fields["loss_scale"] = self.loss_scale
         if self.learning_rate is not None:
             fields["learning_rate"] = self.learning_rate
+        if self.gradient_norm is not None:
+            fields["gradient_norm"] = _finite(self.gradient_norm)
         return fields
 
 
