@@ -11,7 +11,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -30,13 +32,12 @@ Found = TypeVar("Found")
 WARM_UP = 9  # steps: in the first eight, stagewise looks at what cells do
 TORCH_WARM_UP = 2
 QUICK = "demo", "24 unequal emulated cells"
-PROBE = 200_000  # additions, some milliseconds
 NOTES = (
     "ratio: over the fastest row of the workload; predicted_seconds: before any row was measured, "
     "with costs that auto's trials corrected",
     "planning_seconds: of auto, with measuring and trials",
-    "slowed: what a computation alone took over its CPU time while the rows were measured; well "
-    "above 1, other work ran on this machine, and the times mean little",
+    "waited: the share of the steps' time that rank 0's threads waited for a core; well above 0 "
+    "with no more workers than cores, other work ran on this machine, and the times mean little",
 )
 
 
@@ -78,22 +79,21 @@ def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
         keep_to_core()
     contenders = [*_contenders(workload, quick)]
     times: list[list[float]] = [[] for _ in contenders]
-    slowed: list[float] = []
+    waited = 0.0
     for number in range(-WARM_UP, num_steps):
         DEVICE.speed = math.inf if number < -1 else 1.0
         for contender, own in zip(contenders, times, strict=True):
             if number < -contender.warm_up:
                 continue
             dist.barrier()
-            start = time.perf_counter()
+            start, before = time.perf_counter(), _waited()
             contender.step()
             seconds = _together(start, time.perf_counter())
             if number >= 0:
                 own.append(seconds)
-                if dist.get_rank() == 0:
-                    slowed.append(_slowed())
+                waited += _waited() - before
     medians = [statistics.median(own) for own in times]
-    share = statistics.fmean(slowed or [1.0])
+    share = waited / sum(map(sum, times))
     return [
         {
             "workload": f"{workload.name}, K={workload.num_devices}",
@@ -103,7 +103,7 @@ def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
             "ratio": seconds / min(medians),
             "predicted_seconds": contender.predicted_seconds,
             "planning_seconds": contender.planning_seconds,
-            "slowed": share,
+            "waited": share,
         }
         for contender, seconds in zip(contenders, medians, strict=True)
     ]
@@ -185,11 +185,16 @@ def _ours(system: str, plan: Plan, task: Task, planning_seconds: float | None = 
     )
 
 
-def _slowed() -> float:
-    """Return what a computation takes on this rank over its CPU time: 1 if nothing else runs."""
-    start, used = time.perf_counter(), time.thread_time()
-    sum(range(PROBE))
-    return (time.perf_counter() - start) / (time.thread_time() - used)
+def _waited() -> float:
+    """Return the seconds that this process's threads have been ready to run, but without a core.
+
+    Linux counts them; elsewhere 0.
+    """
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has just ended
+            total += int(path.read_text().split()[1])
+    return total / 1e9
 
 
 def _together(start: float, end: float) -> float:

@@ -182,8 +182,8 @@ def ragged(quick: bool) -> Task:
     model = decoder_lm(
         vocabulary=256, num_layers=8, width=width, num_heads=4, context=LONGEST, dropout=0.0
     )
-    batch = [stagewise.Microbatches(each) for each in zip(*map(_shifted, parts), strict=True)]
-    return Task(model, *batch, line_loss, lambda target: (target != 0).sum())
+    words, following = map(stagewise.Microbatches, zip(*map(_shifted, parts), strict=True))
+    return Task(model, words, following, line_loss, lambda target: (target != 0).sum())
 
 
 def _shifted(words: Tensor) -> tuple[Tensor, Tensor]:
