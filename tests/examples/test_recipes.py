@@ -112,7 +112,10 @@ def test_images(
     torch.testing.assert_close(normed[places], images, atol=1e-5, rtol=1e-5)
     assert classes.tolist() == [place % 10 for place in places]
     assert len(set(places)) == 128, "no image twice"
-    assert [batch_size(inputs, "inputs") for inputs, _ in validation_batches(recipe)] == [128, 12]
+    assert [batch_size(inputs, "inputs") for inputs, _ in validation_batches(recipe)[""]] == [
+        128,
+        12,
+    ]
     with torch.no_grad():
         output = recipe.model()(images[:4])  # type: ignore[operator]
     assert output.shape == (4, 10)

@@ -124,7 +124,7 @@ def test_data_without_batches(tmp_path: Path) -> None:
 
 def test_no_validation(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("[(torch.ones(5, WIDTH), torch.ones(5, 1))]", "None"))
-    assert validation_batches(load_recipe(path)) == ()
+    assert validation_batches(load_recipe(path)) == {}
 
 
 @pytest.mark.parametrize(

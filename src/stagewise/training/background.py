@@ -16,6 +16,7 @@ from stagewise.errors import CheckpointError, StagewiseError
 from stagewise.training.checkpoint import PendingCheckpoint, stage, write
 from stagewise.training.prepare import Trained
 from stagewise.training.run_folder import Checkpoint
+from stagewise.training.state.optimizers import for_evaluation
 from stagewise.training.state.run_state import Extra
 
 # That a failing run waits for a checkpoint that is being written: alone, and where peers may hang.
@@ -45,6 +46,7 @@ class Saver:
     def save(self, trained: Trained, *, step: int, seed: int, extra: Extra) -> None:
         """Copy the state after `step`, and start to write it."""
         self.finish()
+        for_evaluation(trained.optimizer)
         self.step, pipe = step, trained.pipe
         if self._ranks is None:
             self._ranks = pipe.ranks.beside()

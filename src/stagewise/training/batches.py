@@ -114,17 +114,25 @@ class TrainingBatches:
                 self._random = random_states()
 
 
-def validation_batches(recipe: Recipe) -> tuple[Batch, ...]:
-    """Return the batches of data("validation"); none if the recipe returns None."""
+def validation_batches(recipe: Recipe) -> dict[str, tuple[Batch, ...]]:
+    """Return the batches of data("validation") by the set's name, "" if it returns one set.
+
+    None if the recipe returns None.
+    """
     with recipe.blame("data('validation')"):
         data = recipe.data("validation")
-        batches = () if data is None else tuple(data)
-    return tuple(checked_batch(recipe, "validation", batch) for batch in batches)
+        sets = data if isinstance(data, Mapping) else {"": () if data is None else data}
+        drawn = {str(name): tuple(batches) for name, batches in sets.items()}
+    return {
+        name: tuple(checked_batch(recipe, "validation", batch) for batch in batches)
+        for name, batches in drawn.items()
+        if batches
+    }
 
 
 def _data(recipe: Recipe, split: str) -> Iterable[object]:
     data = recipe.data(split)
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise RecipeError(
             f"data({split!r}) in {recipe.path} returned a {type(data).__name__}; it must return "
             "batches: a list, a DataLoader, or any other iterable"

@@ -96,7 +96,7 @@ class Prepared:
 
     trained: Trained
     batches: TrainingBatches
-    validation: tuple[Batch, ...]
+    validation: Mapping[str, tuple[Batch, ...]]  # by set
     num_steps: int
     measured: Mapping[int, tuple[CellCost, ...]]  # by number of microbatches, if adaptive
     pretrained: Pretrained | None  # of a model of transformers

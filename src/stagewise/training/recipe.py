@@ -30,13 +30,13 @@ from stagewise.training.recipe_values import (
     SCHEDULER,
     VALUES,
     check_spelling,
+    checked_optimizer,
     checked_value,
-    needs_closure,
 )
+from stagewise.training.state.optimizers import empty_lists_allowed
 from stagewise.training.state.own_objects import Objects, Stateful, checked_objects
 from stagewise.training.state.pretrained import Savable
 from stagewise.training.state.random_states import seed_everything
-from stagewise.training.state.schedules import is_scheduled
 
 # Inputs, target and output are the user's own: any pytree that the model and the loss agree on.
 Tree = Any
@@ -54,6 +54,10 @@ class Recipe:
     names the modules that become the model's cells: see `stagewise.capture_cells`. `tokenizer` is
     exported with a model of transformers.
 
+    `optimizer(parameters)` may return several. `data("validation")` may return several sets by
+    name; the first has the validation loss, and all are among the metrics. `callback(record)` hears
+    on every rank what the log gets of a step or validation; True ends the run.
+
     `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step.
     `state(module)` returns objects by name that checkpoints hold too, for this rank's part of the
     model; one with `update_parameters`, such as AveragedModel, is called with it after every step.
@@ -69,12 +73,13 @@ class Recipe:
 
     path: Path
     model: Callable[[], Model]
-    data: Callable[[str], Iterable[Batch] | None]
+    data: Callable[[str], Iterable[Batch] | Mapping[str, Iterable[Batch]] | None]
     loss: Callable[[Tree, Tree], Tensor | Mapping[str, Tensor]]
-    optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    optimizer: Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     state: Callable[[nn.Module], Mapping[str, Stateful]] | None = None
     generate: Callable[[Callable[[Tree], Tree]], str] | None = None
+    callback: Callable[[Mapping[str, object]], object] | None = None
     metrics: Callable[[Tree, Tree], Mapping[str, float]] | None = None
     weight: Callable[[Tree], float | Tensor | Mapping[str, float | Tensor]] | None = None
     clip_grad_norm: float | None = None
@@ -141,31 +146,10 @@ class Recipe:
         """
         if not parameters:
             return None
-        with self.blame("optimizer(parameters)"):
-            try:
-                made = self.optimizer(parameters)
-            except ValueError as error:
-                if "empty parameter list" in str(error):  # torch's message
-                    return None
-                raise
-        if not isinstance(made, Optimizer):
-            raise RecipeError(
-                f"optimizer(parameters) in {self.path} returned a {type(made).__name__}; it must "
-                f"return a torch.optim.Optimizer, for example:\n\n{REQUIRED['optimizer']}"
-            )
-        if needs_closure(made):
-            raise RecipeError(
-                f"optimizer(parameters) in {self.path} returned a {type(made).__name__}, whose "
-                "step() needs a closure that recomputes the loss; choose one that uses existing "
-                "gradients, or train from Python, where pipe.step can be the closure"
-            )
-        if self.scheduler is None and is_scheduled(made):
-            raise RecipeError(
-                f"optimizer(parameters) in {self.path} also made a learning-rate schedule, which "
-                "checkpoints would not include; return it from scheduler(optimizer) instead, for "
-                f"example:\n\n{SCHEDULER}"
-            )
-        return made
+        with self.blame("optimizer(parameters)"), empty_lists_allowed():
+            made = self.optimizer(parameters)
+        whole = checked_optimizer(self.path, made, has_schedule=self.scheduler is not None)
+        return whole if any(group["params"] for group in whole.param_groups) else None
 
     def make_scheduler(self, optimizer: Optimizer | None) -> LRScheduler | None:
         """Return the schedule of this rank's optimizer, or None if either is missing."""
@@ -180,6 +164,13 @@ class Recipe:
                 f"step, without a metric, for example:\n\n{SCHEDULER}"
             )
         return made
+
+    def hear(self, record: Mapping[str, object]) -> bool:
+        """Let the callback have a record of the log; return whether it asks for the run's end."""
+        if self.callback is None:
+            return False
+        with self.blame("callback(record)"):
+            return self.callback(record) is True
 
     def make_objects(self, module: nn.Module) -> Objects:
         """Return the recipe's own objects for this rank's part of the model, by name.

@@ -29,6 +29,7 @@ from stagewise.profiling.example import Example, example_of
 from stagewise.profiling.fakes import likeness
 from stagewise.training.batches import TrainingBatches
 from stagewise.training.recipe import Batch, Model, Recipe, build_model
+from stagewise.training.state.optimizers import for_training
 from stagewise.training.state.random_states import seed_everything
 
 _PROBE = 64  # parameters with which an optimizer's state is measured
@@ -133,10 +134,12 @@ def state_factor(recipe: Recipe, chain: Chain) -> float:
     dtypes = [p.dtype for cell in chain for p in cell.module.parameters() if p.requires_grad]
     if not dtypes:
         return 1.0
-    probe = nn.Parameter(torch.zeros(_PROBE, dtype=dtypes[0]))
+    probe = nn.Parameter(torch.zeros(1, _PROBE, dtype=dtypes[0]))  # a matrix, as most are
     probe.grad = torch.zeros_like(probe)
     optimizer = recipe.make_optimizer([probe])
-    assert optimizer is not None
+    if optimizer is None:  # for vectors alone
+        return 2.0
+    for_training(optimizer)
     with recipe.blame("a step of the optimizer"):
         optimizer.step()
     state = optimizer.state.get(probe, {}).values()

@@ -8,9 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from stagewise.errors import RecipeError
+from stagewise.training.state.optimizers import SeveralOptimizers
 from stagewise.training.state.pretrained import Savable
+from stagewise.training.state.schedules import is_scheduled
 
 
 def _is_positive(value: object) -> bool:
@@ -41,7 +44,16 @@ REQUIRED = {
 }
 
 # Those that it may have.
-OPTIONAL = ("generate", "init", "metrics", "parallelize", "scheduler", "state", "weight")
+OPTIONAL = (
+    "callback",
+    "generate",
+    "init",
+    "metrics",
+    "parallelize",
+    "scheduler",
+    "state",
+    "weight",
+)
 
 SCHEDULER = (
     "def scheduler(optimizer):\n"
@@ -122,6 +134,32 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     by_position = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return any(each.default is each.empty and each.kind in by_position for each in parameters)
+
+
+def checked_optimizer(path: Path, made: object, *, has_schedule: bool) -> Optimizer:
+    """Return what optimizer(parameters) made, several as one; raise RecipeError if unusable."""
+    parts = list(made) if isinstance(made, list | tuple) and made else [made]
+    for one in parts:
+        if not isinstance(one, Optimizer):
+            raise RecipeError(
+                f"optimizer(parameters) in {path} returned a {type(made).__name__}; it must return "
+                f"a torch.optim.Optimizer, or a list of them, for example:\n\n"
+                f"{REQUIRED['optimizer']}"
+            )
+        if needs_closure(one):
+            raise RecipeError(
+                f"optimizer(parameters) in {path} returned a {type(one).__name__}, whose step() "
+                "needs a closure that recomputes the loss; choose one that uses existing "
+                "gradients, or train from Python, where pipe.step can be the closure"
+            )
+        if not has_schedule and is_scheduled(one):
+            raise RecipeError(
+                f"optimizer(parameters) in {path} also made a learning-rate schedule, which "
+                "checkpoints would not include; return it from scheduler(optimizer) instead, for "
+                f"example:\n\n{SCHEDULER}"
+            )
+    found = [one for one in parts if isinstance(one, Optimizer)]
+    return found[0] if len(found) == 1 else SeveralOptimizers(found)
 
 
 def check_spelling(path: Path, module: Mapping[str, object]) -> None:

@@ -87,8 +87,8 @@ class Trainer:
     ) -> None:
         self._recipe, self._options, self._prepared = recipe, options, prepared
         self._pipe, self._stop = prepared.trained.pipe, stop
-        told = partial(reporter_here, console, options.run, loggers=options.loggers)
-        self._report_on = partial(told, line_every=LOOK_EVERY)
+        told = partial(reporter_here, console, options.run, recipe.hear, LOOK_EVERY)
+        self._report_on = partial(told, loggers=options.loggers)
         steps = options.first_step, prepared.num_steps
         self._reporter = self._report_on(steps, interrupted=options.interrupted)
         self._reporter.say(str(self._pipe.plan))
@@ -111,9 +111,9 @@ class Trainer:
 
     def run(self) -> RunOutcome:
         """Train, validate and save checkpoints; at the end generate and measure."""
-        options, num_steps = self._options, self._prepared.num_steps
         while (lost := self._survival.lost_during(self._train)) is not None:
             self._go_on(lost)
+        options, num_steps = self._options, self._prepared.num_steps  # which a callback may end
         ended = self._stepper.applied == num_steps
         generates, batch = ended and not self._prepared.parts.dims, self._prepared.batches.first
         say = self._reporter.say
@@ -125,7 +125,7 @@ class Trainer:
             validation_before=self._before[0][1],
             validation_after=self._validated[1] if self._validated[0] >= 0 else None,
             measured=self._times.figures(peaks_of(self._recipe, self._pipe, batch))
-            if ended
+            if ended and self._times.is_known
             else None,
             sample=sample_of(self._recipe, self._pipe, say) if generates else None,
             checkpoint=None if self._saver.last is None else self._saver.last.path,
@@ -149,11 +149,13 @@ class Trainer:
         while True:
             if not self._is_followed:
                 self._follow(stepper.applied)
-            ends = self._stop.made or self._saver.failed
+            ends = self._stop.made or self._saver.failed or self._reporter.ends
             if stepper.applied == num_steps or self._pipe.any(ends):
                 break
             NOW.step = stepper.applied + 1
             self._train_step(stepper.applied + 1)
+        if self._pipe.any(self._reporter.ends):
+            self._prepared = replace(self._prepared, num_steps=stepper.applied)
         if stepper.applied not in (self._options.first_step, self._saver.step):
             self._save(stepper.applied)
         self._saver.finish()
@@ -250,10 +252,8 @@ class Trainer:
         self._pipe.module.to("meta")  # frees the old stages before the new ones are built
         if self._prepared.trained.optimizer is not None:
             self._prepared.trained.optimizer.state.clear()
-        inputs, fill = (
-            self._prepared.batches.first[0],
-            partial(restore_from, self._recipe, checkpoint),
-        )
+        inputs = self._prepared.batches.first[0]
+        fill = partial(restore_from, self._recipe, checkpoint)
         self._use(rebuild(self._recipe, self._options, plan, inputs, fill))
 
     def _use(self, trained: Trained) -> None:
@@ -269,9 +269,9 @@ class Trainer:
         prepared = self._prepared
         if not prepared.validation:
             return None
-        batches, parts = prepared.validation, prepared.parts
+        sets, parts = prepared.validation, prepared.parts
         with random_states_kept(self._pipe.device):  # a resumed run validates once more
-            record = validated(self._recipe, self._pipe, batches, parts, step)
+            record = validated(self._recipe, prepared.trained, sets, parts, step)
         self._validated = step, record.validation_loss
         self._reporter.validation(record)
         return record.validation_loss

@@ -23,6 +23,7 @@ from stagewise.training.metrics.progress import StepRecord
 from stagewise.training.prepare import Prepared, Trained, TrainOptions
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.state.kept_buffers import KeptBuffers
+from stagewise.training.state.optimizers import for_training
 from stagewise.training.state.own_objects import averagers
 
 Weights = dict[str, float]  # by the loss's name; "" if one applies to all
@@ -67,6 +68,7 @@ class Update:
             total_samples = sum(batch_size(inputs, "inputs") for inputs, _ in every)
             if self._recipe.weight is not None:
                 total_weight = self._total_weight(every)
+        for_training(self._optimizer)
         self._pipe.zero_grad()
         loss, losses = 0.0, dict[str, float]()
         for inputs, target in map(self._parts.own, batches):

@@ -1,6 +1,7 @@
 """Losses and metrics on a recipe's validation data, as if it were one batch; a sample; memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from stagewise.batch.markers import unmarked
 from stagewise.batch.split import batch_size
@@ -9,14 +10,38 @@ from stagewise.engine.step.weights import is_sum
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.training.mesh.data_parts import DataParts
 from stagewise.training.metrics.progress import ValidationRecord
+from stagewise.training.prepare import Trained
 from stagewise.training.recipe import Batch, Recipe, Tree
+from stagewise.training.state.optimizers import for_evaluation
 from stagewise.training.update import parts_of_loss, weights_of_all
 
 
 def validated(
+    recipe: Recipe,
+    trained: Trained,
+    sets: Mapping[str, Sequence[Batch]],
+    parts: DataParts,
+    step: int,
+) -> ValidationRecord:
+    """Evaluate the sets; every rank calls this.
+
+    The losses are those of the first. Of several, all losses and metrics are metrics by set.
+    """
+    for_evaluation(trained.optimizer)
+    found = {name: _of_set(recipe, trained.pipe, sets[name], parts, step) for name in sets}
+    first = next(iter(found.values()))
+    if len(found) == 1:
+        return first
+    named = {f"{name}/loss": one.validation_loss for name, one in found.items()}
+    for name, one in found.items():
+        named |= {f"{name}/{metric}": value for metric, value in one.metrics.items()}
+    return replace(first, metrics=named)
+
+
+def _of_set(
     recipe: Recipe, pipe: Pipeline, batches: Sequence[Batch], parts: DataParts, step: int
 ) -> ValidationRecord:
-    """Evaluate all `batches`, each weighted by its samples or weights; every rank calls this.
+    """Evaluate all `batches`, each weighted by its samples or weights.
 
     Losses are reduced as the recipe does. Metrics are of whole batches, also where every rank
     evaluates a part; there are none where ranks only ever see parts of sequences.

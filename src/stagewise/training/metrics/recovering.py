@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stagewise.engine.transport.processes import is_first, num_processes
+from stagewise.training.metrics.heard import Hear, Heard
 from stagewise.training.metrics.progress import (
     ChangeRecord,
     Reporter,
@@ -21,14 +22,15 @@ from stagewise.training.workers.elastic import Interrupted
 def reporter_here(
     console: Console,
     run: Path,
-    steps: tuple[int, int],
+    hear: Hear,
     line_every: int,
+    steps: tuple[int, int],
     interrupted: Interrupted | None = None,
     loggers: Sequence[str] = (),
-) -> Reporter:
-    """Return this rank's reporter; `steps` are the number done and that of all."""
+) -> Heard:
+    """Return this rank's reporter, which `hear` hears; `steps` are the number done and of all."""
     if not is_first():
-        return Silent()
+        return Heard(Silent(), hear)
     done, every = steps
     shown = Shown(
         console=console,
@@ -38,7 +40,8 @@ def reporter_here(
         line_every=line_every,
         loggers=loggers,
     )
-    return Recovering(shown, interrupted, done, num_processes()) if interrupted else shown
+    told = Recovering(shown, interrupted, done, num_processes()) if interrupted else shown
+    return Heard(told, hear)
 
 
 class Recovering(Reporter):

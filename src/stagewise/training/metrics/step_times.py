@@ -25,6 +25,11 @@ class StepTimes:
         self._bubbles.append(float(timeline.bubble_fraction))
         return self._bubbles[-1]
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a step's timeline has been seen, which a short run may end without."""
+        return bool(self._bubbles)
+
     def forget(self) -> None:
         """Begin anew, with another plan."""
         self._seconds.clear()
