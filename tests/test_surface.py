@@ -46,7 +46,13 @@ PACKAGES = {
         "transformer_l",
         "unet",
     ],
-    "stagewise.parallel": ["Experts", "shard_cells", "split_experts", "split_sequences"],
+    "stagewise.parallel": [
+        "Experts",
+        "shard_cells",
+        "split_experts",
+        "split_sequences",
+        "tp_plan",
+    ],
     "stagewise.planning": [
         "DeviceSpec",
         "LowerBound",

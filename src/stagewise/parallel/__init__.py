@@ -1,6 +1,7 @@
 """What is done to a stage beside the pipeline, as a Pipeline's `parallelize` or within it.
 
 1. `shard_cells` shards every cell over a mesh's sharding axis; `stagewise train --shard` uses it.
+   `tp_plan` splits matrices as a model of transformers says.
 2. `split_sequences` lets attention see whole sequences of which ranks have parts: by heads
    (Ulysses), by a ring (`ring_attention`), or both.
 3. `experts` are a layer of which every position uses a few, and which ranks can share.
@@ -10,5 +11,6 @@
 from stagewise.parallel.experts import Experts, split_experts
 from stagewise.parallel.shard_cells import shard_cells
 from stagewise.parallel.split_sequences import split_sequences
+from stagewise.parallel.tp_plan import tp_plan
 
-__all__ = ["Experts", "shard_cells", "split_experts", "split_sequences"]
+__all__ = ["Experts", "shard_cells", "split_experts", "split_sequences", "tp_plan"]
