@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.distributed.launcher.api import elastic_launch
 
@@ -59,7 +60,7 @@ def print_rows(title: str, rows: Sequence[Row], *, as_json: bool, notes: Sequenc
     for key in rows[0]:
         table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(escape(_text(value)) for value in row.values()))
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     console.print(

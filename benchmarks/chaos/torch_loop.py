@@ -29,7 +29,7 @@ def main() -> None:
     for _ in range(int(os.environ["CHAOS_STEPS"])):
         next_step()
         strike("data")
-        x = torch.randn(recipe.BATCH, recipe.WIDTH)
+        x = torch.randn(recipe.BATCH, recipe.WIDTH, dtype=torch.float64)
         if rank == 0:
             schedule.step(x)
         elif rank == num_ranks - 1:

@@ -1,5 +1,6 @@
 """Ranks that do not make the same calls hear of it at once, all of them, by name."""
 
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import partial
 from multiprocessing import util
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import nn
 import stagewise
 from stagewise.checker.check_parity import check_parity
 from stagewise.engine.transport.connect import leave
+from stagewise.engine.watch.watchdog import FAILURE
 from stagewise.errors import BatchError, PeerError, PlanError, StagewiseError
 from tests.engine.transport.wires import fresh_connections
 from tests.harness import Pools
@@ -296,6 +299,36 @@ def test_a_failure_outside_a_call_is_told_with_rank_host_stage_and_step(
     assert told[failing][0] == said + "ValueError: no more"
     text, seconds = told[1 - failing]
     assert text.startswith(said + "ValueError: no more") and seconds < SOON_SECONDS
+
+
+def one_loses_it_outside() -> str:
+    """Rank 1's program fails, upon which a collective of torch's own fails on rank 0."""
+    group = torch.distributed.distributed_c10d._get_default_group()
+    default = torch.distributed.distributed_c10d._get_default_store()
+    torch.distributed.PrefixStore(group.group_name, default).delete_key(FAILURE)  # of other tests
+    torch.distributed.barrier()
+    with fresh_connections():
+        step(pipe := pipeline())
+        if pipe.rank == 0:
+            torch.distributed.barrier()
+        own, said = ValueError("no more"), io.StringIO()
+        sys.last_value = own if pipe.rank else RuntimeError("Connection closed by peer")
+        with redirect_stderr(said):
+            leave()
+        del sys.last_value
+        if pipe.rank == 1:
+            torch.distributed.barrier()
+        return said.getvalue()
+
+
+def test_who_ends_by_a_failure_that_torch_does_not_explain_says_the_first(pools: Pools) -> None:
+    told, first = pools[2].run(one_loses_it_outside)
+    assert re.fullmatch(
+        r"(stagewise: the run has failed .*\n)?stagewise: the first failure: rank 1 on "
+        rf"{socket.gethostname()}, stage 1, after step 0: ValueError: no more\n",
+        told,
+    )
+    assert first == ""
 
 
 @pytest.mark.parametrize("ending", [0, 1])

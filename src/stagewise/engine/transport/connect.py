@@ -274,7 +274,8 @@ def leave(error: BaseException | None = None) -> bool | None:
     `error` is what ends it, if not sys.last_value. Returns whether it is the first failure of all
     ranks, which one that reports another's never is; None without connections.
     """
-    error, is_first = error or getattr(sys, "last_value", None), None
+    at_exit, is_first = error is None, None
+    error = error or getattr(sys, "last_value", None)
     said = None if error is None else last_words(error)
     if error is not None and _CONNECTED:
         leave_for_launcher(error)
@@ -283,6 +284,9 @@ def leave(error: BaseException | None = None) -> bool | None:
             is_first = False
             if said is not None and not is_another_s(error):
                 is_first = rendezvous.peers.tell(said)
+                if at_exit and not is_first:  # such as a collective of torch's, whose peer has gone
+                    cause = rendezvous.peers.first_failure()
+                    print(f"stagewise: the first failure: {cause}", file=sys.stderr, flush=True)
         connected.leave(said)
         if connected.peers.is_over:
             Finalize(None, _end_at_once, exitpriority=0)

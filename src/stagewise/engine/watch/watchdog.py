@@ -112,6 +112,8 @@ class Watchdog:
         if self._now.awaits is not None and seconds >= self._limit:
             self._end(f"the run is ended: {self._store.get(WAITS) or 'nobody was reported'}")
         if cause is not None and not self._failed_before:
+            if not self._failed_at and self._is_elsewhere(cause):
+                _print(f"the run has failed ({cause}), while this rank runs code of its own")
             self._failed_at = self._failed_at or time.monotonic()
             self._end_if_it_hangs(cause, seconds)
 
@@ -169,6 +171,11 @@ class Watchdog:
         is_in_run = self._now.call or self._was_asked or self._now.is_numbered
         if is_in_run and time.monotonic() - max(self._failed_at, self._since) >= self._grace:
             self._end(f"the run has failed ({cause}), so this process is ended")
+
+    def _is_elsewhere(self, cause: str) -> bool:
+        """Whether this rank, which has not failed, is between calls in a script of the user's."""
+        is_own = bool(self._now.place) and self._now.place in cause
+        return not (is_own or self._now.call or self._now.is_numbered)
 
     def _alone(self, problem: str) -> None:
         """Without a store, tell what this rank does if it makes no progress, and end it at last."""

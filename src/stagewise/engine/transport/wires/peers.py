@@ -49,6 +49,10 @@ class Peers:
         kept = self._asked(lambda store: store.compare_set(FAILURE, "", said))
         return kept is None or kept.decode() == said
 
+    def first_failure(self) -> str | None:
+        """Return what the rank that stopped first has told."""
+        return self._read(FAILURE)
+
     def note(self, cause: str) -> None:
         """Write why this rank fails in a call that may yet be undone; "": it has been."""
         if (store := self.store) is not None:
