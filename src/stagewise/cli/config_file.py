@@ -20,7 +20,10 @@ from typer.models import OptionInfo
 from stagewise.cli.plain_command import PlainCommand
 from stagewise.errors import UsageError
 
-_PLANNING = ("stages", "devices", "replicas", "microbatches", "schedule", "recompute", "balance")
+_PLANNING = (
+    *("stages", "devices", "replicas", "microbatches", "schedule", "recompute", "balance"),
+    *("memory", "speeds"),
+)
 # What the command line gives -> what it contradicts in the file, which then does not count.
 _SETS_ASIDE: Mapping[str, tuple[str, ...]] = {
     "plan": _PLANNING,
