@@ -132,13 +132,19 @@ def test_the_file_of_init_holds_every_option_explained(tmp_path: Path) -> None:
 def test_two_workers_train_by_the_file(tmp_path: Path, run_here: RunHere) -> None:
     """Its values reach the workers, and the lines that go on are whole without it."""
     recipe = write_recipe(tmp_path)
-    lines = "devices = 2", 'microbatches = 4\nrecompute = "always"', "steps = 2", 'out = "mine"'
+    lines = (
+        'devices = "cpu,cpu"',
+        'microbatches = 4\nrecompute = "always"',
+        "steps = 2",
+        'out = "mine"',
+    )
     (tmp_path / "tiny.toml").write_text("\n".join(lines) + "\nvalidate-every = 0\nkeep = 5\n")
     code, out, err = run_here("train", recipe, "--keep", "2")
     assert (code, err) == (0, "")
     assert "options from" in out and "recompute always" in out
     (told,) = re.findall("continue with: stagewise (.*)", out)
     assert "--no-config" in told and "--recompute always" in told
+    assert "--devices cpu,cpu" in told
     assert [record["step"] for record in log_of(tmp_path / "mine") if "loss" in record] == [1, 2]
     code, out, err = run_here("train", recipe, "--resume", "mine", "--steps", "3", "--devices", "1")
     assert (code, err) == (0, "") and "step 3/3" in out and "recompute always" in out

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.train.train_command import _request
-from stagewise.cli.typed import Typed, command_line, words_of
+from stagewise.cli.train.wanted import _request
+from stagewise.cli.typed import (
+    NumDevices,
+    Typed,
+    check_unnamed,
+    command_line,
+    num_devices,
+    words_of,
+)
 from stagewise.errors import PlanError, UsageError
 from stagewise.planning.request import PlanRequest
 from stagewise.schedule import grid, named_schedule
@@ -20,6 +27,7 @@ from stagewise.schedule import grid, named_schedule
         Typed(schedule="auto", recompute="auto", microbatches="auto", memory="8.1GiB"),
         Typed(schedule="auto", memory="16GB,24.5GB", devices=2),
         Typed(devices=3, speeds="1,0.3,0.7"),
+        Typed(devices=num_devices("cuda:1,cpu"), speeds="measured"),
         Typed(devices=2, speeds="measured", memory="16GB,24GB"),
         Typed(replicas="auto", microbatches="4,8", recompute="segments", devices=4),
     ],
@@ -29,8 +37,9 @@ def test_a_worker_is_told_the_same_request(typed: Typed) -> None:
     request = typed.request()
     words = command_line(words_of(request))
     given = dict(zip(words[::2], words[1::2], strict=True))
+    kinds = {"stages": int, "devices": num_devices}
     numbers = {
-        name: int(given.pop(f"--{name}")) for name in ("stages", "devices") if f"--{name}" in given
+        name: kind(given.pop(f"--{name}")) for name, kind in kinds.items() if f"--{name}" in given
     }
     again = Typed(**{name[2:]: text for name, text in given.items()}, **numbers)  # type: ignore[arg-type]
     assert again.request() == request
@@ -85,3 +94,39 @@ def test_training_takes_unequal_devices() -> None:
         Typed(speeds="fast").request()
     with pytest.raises(PlanError, match="speeds has 3 numbers for 2 devices"):
         Typed(devices=2, speeds="1,2,3").request()
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "share_a_process"),
+    [
+        ("3", 3, False),
+        ("cuda:0,cuda:1", 2, False),
+        ("cpu,cpu,cpu", 3, False),
+        ("cuda:0,cpu", 2, True),
+        ("cuda:0,cuda:0", 2, True),
+        ("mps", 1, False),
+    ],
+)
+def test_devices_are_counted_or_named(text: str, number: int, *, share_a_process: bool) -> None:
+    found = num_devices(text)
+    assert found == number and found.share_a_process is share_a_process
+    assert found.names == (() if text.isdecimal() else tuple(text.split(",")))
+    if found.names:
+        with pytest.raises(UsageError, match=f"--devices {text} names .*, but so; .* {number}$"):
+            check_unnamed(found, "so")
+    else:
+        check_unnamed(found, "so")
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "2.5", "", "cuda:0,", "cuda:x", "cuda:0;cuda:1", "2,2"]
+)
+def test_what_is_neither_a_number_of_devices_nor_names(text: str) -> None:
+    with pytest.raises(UsageError, match="give a number of at least 1, such as 4, or names"):
+        num_devices(text)
+
+
+def test_every_device_is_named() -> None:
+    with pytest.raises(PlanError, match="2 devices are named for 3; name each"):
+        PlanRequest(num_devices=3, num_microbatches=4, device_names=("cpu", "cpu"))
+    assert NumDevices.of(2, ()).names == ()

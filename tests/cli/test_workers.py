@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from stagewise.cli.main import app
+from stagewise.cli.typed import num_devices
 from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.engine.transport import processes
 from stagewise.training.workers import launch, lifeline
@@ -25,6 +26,9 @@ from tests.recipes import log_of, write_recipe
         (2, 4, False, "0 on cuda:0, 1 on cuda:0, 2 on cuda:1, 3 on cuda:1"),
         (2, 3, False, "0 on cuda:0, 1 on cuda:0, 2 on cuda:1"),
         (4, 1, False, "0 on cuda:0"),
+        (1, num_devices("cpu,cpu"), True, ""),
+        (2, num_devices("cuda:1,cuda:0"), True, ""),
+        (2, num_devices("cuda:1,cpu"), False, "0 on cuda:1, 1 on cpu"),
     ],
 )
 def test_workers_that_would_share_an_accelerator_are_one_process(

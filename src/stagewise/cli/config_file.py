@@ -52,7 +52,7 @@ class _Option:
         """What its value must be, in words."""
         if bool in (self.kind, *getattr(self.kind, "__args__", ())):
             return "true or false"
-        if int in (self.kind, *getattr(self.kind, "__args__", ())):
+        if self.told.parser is None and int in (self.kind, *getattr(self.kind, "__args__", ())):
             least, most = self.told.min, self.told.max
             above = "" if least is None else f" of at least {least}"
             return f"an integer{above}" + ("" if most is None else f" and at most {most}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stagewise.cli.typed import DEFAULT_MICROBATCHES
+from stagewise.cli.typed import DEFAULT_MICROBATCHES, num_devices
 from stagewise.errors import UsageError
 from stagewise.planning.devices import (
     DeviceSpec,
@@ -38,9 +38,11 @@ Stages = Annotated[
 Devices = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        parser=num_devices,
+        metavar="N|NAME,NAME,...",
         help="Number of devices, each with its own worker process (and its own GPU, if there are "
-        "any); 1 trains in this process. [default: 2, or as many as hold the stages]",
+        "any), or their names, such as cuda:0,cuda:1; one process drives devices of several kinds, "
+        "as cuda:0,cpu. 1 trains in this process. [default: 2, or as many as hold the stages]",
         show_default=False,
     ),
 ]

@@ -18,7 +18,7 @@ from stagewise.cli.plan_search import (
     run_search,
     save_page,
 )
-from stagewise.cli.typed import Typed, command_line, words_of
+from stagewise.cli.typed import NumDevices, Typed, check_unnamed, command_line, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
 from stagewise.errors import RecipeError
 from stagewise.planning.choice import requested_schedule
@@ -92,6 +92,8 @@ def plan_command(
 
             check_html(html)
         spec = opt.chosen_device(device, device_file, efficiency)
+        if spec is not None or mesh is not None:
+            check_unnamed(devices, "what is planned is for others, or for a mesh")
         typed = Typed(
             schedule=schedule,
             recompute=recompute,
@@ -124,7 +126,7 @@ def plan_command(
         too = [*["--json"] * as_json, *["--no-trial"] * no_trial]
         too += command_line({"--html": html, "--seconds": seconds})
         run_in_workers(
-            num_devices,
+            NumDevices.of(num_devices, request.device_names),
             ["plan", str(recipe), *command_line(words_of(request)), *too],
             before=lambda: None if request.searched else check_form(loaded, request),
             body=lambda: _run(loaded, request, None, as_json=as_json, html=html, seconds=seconds),

@@ -15,8 +15,56 @@ from stagewise.schedule import SCHEDULES, Schedule, parse_schedule
 from stagewise.schedule.table import unknown_schedule
 
 DEFAULT_MICROBATCHES, DEFAULT_DEVICES = 8, 2
+_NAME = re.compile(r"[a-z]+(:\d+)?")  # of a device, as torch has it
 
 _OPTIONS = {"num_stages": "--stages", "balance": "--balance", "replicas": "--replicas"}
+
+
+class NumDevices(int):
+    """A number of devices, which were perhaps told by their names."""
+
+    names: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(number: int, names: Iterable[str]) -> "NumDevices":
+        """Return a number with the devices' names, if they have any."""
+        found = NumDevices(number)
+        found.names = tuple(names)
+        return found
+
+    @property
+    def share_a_process(self) -> bool:
+        """Whether one process must drive them: of several kinds, or one more than once."""
+        kinds = {name.split(":")[0] for name in self.names}
+        repeated = len(set(self.names)) < len(self.names)
+        return len(kinds) > 1 or (repeated and kinds != {"cpu"})
+
+
+def device_names_of(devices: int | None) -> tuple[str, ...]:
+    """Return the names by which devices were told, if they were."""
+    return devices.names if isinstance(devices, NumDevices) else ()
+
+
+def check_unnamed(devices: int | None, why: str) -> None:
+    """Raise UsageError if devices are named where only their number can be told."""
+    if names := device_names_of(devices):
+        raise UsageError(
+            f"--devices {','.join(names)} names devices of this machine, but {why}; give their "
+            f"number, --devices {len(names)}"
+        )
+
+
+def num_devices(text: object) -> NumDevices:
+    """Return how many devices `--devices` means: a number, or names; UsageError."""
+    names = tuple(str(text).strip().split(","))
+    if str(text).isdecimal() and int(str(text)) > 0:
+        return NumDevices(str(text))
+    if not all(map(_NAME.fullmatch, names)):
+        raise UsageError(
+            f"--devices is {text!r}; give a number of at least 1, such as 4, or names, such as "
+            "cuda:0,cuda:1 or cuda:0,cpu"
+        )
+    return NumDevices.of(len(names), names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +93,7 @@ class Typed:
                 recompute=self.recompute,
                 num_stages=self.stages,
                 num_devices=default_devices if unsized and named else self.devices,
+                device_names=device_names_of(self.devices),
                 replicas=AUTO if self.replicas == AUTO else parsed_replicas(self.replicas),
                 num_microbatches=self._microbatches(schedule),
                 balance=_balance(self.balance),
@@ -104,7 +153,7 @@ def words_of(request: PlanRequest) -> dict[str, object]:
     assert isinstance(schedule, str | Schedule)
     return {
         "--stages": request.num_stages,
-        "--devices": request.num_devices,
+        "--devices": ",".join(request.device_names) or request.num_devices,
         "--replicas": _joined(request.replicas) or None,
         "--microbatches": _joined(request.num_microbatches),
         "--schedule": schedule if isinstance(schedule, str) else schedule.name,

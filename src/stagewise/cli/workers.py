@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stagewise.cli.typed import NumDevices, device_names_of
 from stagewise.errors import UsageError
 from stagewise.training.workers.environment import (
     INTERRUPTED_EXIT_CODE,
@@ -41,7 +42,7 @@ def report_errors_once() -> Iterator["Lifeline | None"]:
 
 
 def run_in_workers(
-    num_workers: int,
+    num_workers: int,  # perhaps NumDevices
     arguments: list[str],
     *,
     before: Callable[[], None],
@@ -88,6 +89,8 @@ def run_in_workers(
 
 
 def _share_accelerators(num_workers: int) -> bool:
+    if isinstance(num_workers, NumDevices) and num_workers.names:
+        return num_workers.share_a_process
     from stagewise.engine.transport.processes import accelerators
 
     return 0 < len(accelerators()) < num_workers
@@ -97,7 +100,7 @@ def _say_where(num_devices: int) -> None:
     """Say on which accelerators this process runs the plan's devices; nothing without any."""
     from stagewise.engine.transport.processes import devices_here
 
-    if devices := devices_here(num_devices):
+    if devices := device_names_of(num_devices) or devices_here(num_devices):
         where = ", ".join(f"{number} on {device}" for number, device in enumerate(devices))
         print(f"one process runs all devices of the plan: {where}", file=sys.stderr)
 

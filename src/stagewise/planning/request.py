@@ -63,6 +63,7 @@ class PlanWishes(TypedDict):
     speeds: NotRequired[Sequence[float] | Literal["measured"] | None]
     state_factor: NotRequired[float]
     trial: NotRequired[bool | None]
+    device_names: NotRequired[Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,17 @@ class PlanRequest:
     speeds: Sequence[float] | Literal["measured"] | None = None  # None: as devices' kinds tell
     state_factor: float = 4
     trial: bool | None = None  # None: where every device is real
+    device_names: Sequence[str] = ()  # as torch names them; (): what there is, in order
 
     def __post_init__(self) -> None:
         counts = self.num_microbatches
         check_numbers("num_microbatches", () if counts == AUTO else counts)
         check_numbers("num_stages", () if self.num_stages is None else self.num_stages)
         check_numbers("num_devices", () if self.num_devices is None else self.num_devices)
+        if self.device_names and self.num_devices != len(self.device_names):
+            raise PlanError(
+                f"{len(self.device_names)} devices are named for {self.num_devices}; name each"
+            )
         check_numbers("balance", () if self.balance is None else self.balance, several=True)
         check_numbers("replicas", () if self.replicas == AUTO else self.replicas, several=True)
         for cap in self.memory_bytes if isinstance(self.memory_bytes, list | tuple) else ():

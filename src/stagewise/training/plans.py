@@ -1,11 +1,14 @@
 """The plan of a recipe: measured here, estimated for a device, or searched for."""
 
 import functools
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from stagewise.batch.split import batch_size
 from stagewise.costs import CellCost
+from stagewise.engine.transport.connect import Device
+from stagewise.engine.transport.processes import devices_here
 from stagewise.errors import ModelError, PlanError, ScheduleError
 from stagewise.mesh import MeshShape
 from stagewise.model.chain import chain_of
@@ -75,6 +78,15 @@ def measured_choice(
     return chosen, {count: plan.cells for count, plan in plans.items()}
 
 
+def devices_of(wanted: PlanRequest | Plan, number: int) -> Sequence[Device] | None:
+    """Return the devices that are named for a plan of so many, else those of one process.
+
+    After workers were lost there are fewer than were named.
+    """
+    names = () if isinstance(wanted, Plan) else wanted.device_names
+    return names if len(names) == number else devices_here(number)
+
+
 def make_plan(
     recipe: Recipe, model: Model, request: PlanRequest, *, batch: Batch, seconds: float = 3.0
 ) -> Plan:
@@ -86,11 +98,12 @@ def make_plan(
         return plan_on_meta(recipe, model, request, batch=batch)
     if request.memory_bytes is not None:
         with recipe.precision():
-            example = recipe_example(recipe, model, batch)
+            example = recipe_example(recipe, model, batch, request.device_names)
             request = replace(request, state_factor=state_factor(recipe, example.chain))
             return search_plan(request, example, seconds=seconds).plan
     with recipe.precision():
-        return measured_plan(request, recipe_example(recipe, model, batch), seconds=seconds)
+        example = recipe_example(recipe, model, batch, request.device_names)
+        return measured_plan(request, example, seconds=seconds)
 
 
 def plan_on_meta(recipe: Recipe, model: Model, request: PlanRequest, *, batch: Batch) -> Plan:
@@ -205,7 +218,7 @@ def measured_search(
     """Search with costs measured here, and try the best plans; every rank calls this."""
     model, batch = build_model(recipe, seed=0), TrainingBatches(recipe, seed=0).first
     with recipe.precision():
-        example = recipe_example(recipe, model, batch)
+        example = recipe_example(recipe, model, batch, request.device_names)
         request = replace(request, state_factor=state_factor(recipe, example.chain))
         return search_plan(request, example, seconds=seconds, progress=progress)
 

@@ -14,7 +14,7 @@ from stagewise.checkpoints.names import aliases_of
 from stagewise.checkpoints.sources import open_source
 from stagewise.costs import CellCost
 from stagewise.engine.step.agreement import agreed
-from stagewise.engine.transport.processes import devices_here, own_device, own_rank
+from stagewise.engine.transport.processes import named_device, own_device, own_rank
 from stagewise.errors import (
     CheckpointError,
     RecipeError,
@@ -33,7 +33,7 @@ from stagewise.training import checkpoint as checkpoints
 from stagewise.training.batches import TrainingBatches, validation_batches
 from stagewise.training.checkpoint_errors import explain_read_errors
 from stagewise.training.mesh.data_parts import DataParts
-from stagewise.training.plans import make_plan, measured_choice
+from stagewise.training.plans import devices_of, make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
 from stagewise.training.state.own_objects import Objects
@@ -209,7 +209,7 @@ def _pipeline(
         loss=recipe.loss,
         weight=recipe.weight,
         seed=options.seed,
-        devices=devices_here(plan.num_devices),
+        devices=devices_of(options.plan, plan.num_devices),
         init=recipe.init,
         accumulate_in_float32=recipe.accumulate_in_float32,
         find_nonfinite=recipe.find_nonfinite,
@@ -238,6 +238,8 @@ def check_form(
     """
     if mesh is not None:
         recipe.mesh.check(mesh)
+    if isinstance(plan, PlanRequest):
+        list(map(named_device, plan.device_names))
     try:
         with torch.device("meta"):
             model = recipe.model()

@@ -13,7 +13,7 @@ import stagewise
 from stagewise.batch.split import extent
 from stagewise.costs import FREE_LINK, CellCost
 from stagewise.engine.transport.connect import Device
-from stagewise.engine.transport.processes import devices_here
+from stagewise.engine.transport.processes import devices_here, num_processes, own_rank
 from stagewise.errors import BatchError
 from stagewise.model.cell import Chain
 from stagewise.model.cells_of import chain_for
@@ -75,12 +75,21 @@ def _measured(recipe: Recipe, num_microbatches: int) -> Estimated:
     return Estimated(cells=plan.cells, model=model, batch_size=num_samples_of(batch))
 
 
-def recipe_example(recipe: Recipe, model: Model, batch: Batch) -> Example:
-    """Return the example with which the model's cells are measured, where they will train."""
+def recipe_example(
+    recipe: Recipe, model: Model, batch: Batch, names: Sequence[str] = ()
+) -> Example:
+    """Return the example with which the model's cells are measured, where they will train.
+
+    `names` are those of the plan's devices.
+    """
     inputs, target = batch
     chain_for(model, inputs, {}, recipe.cells)
-    where: Sequence[Device | None] = devices_here(1) or [None]
-    return example_of(model, inputs, target, {}, recipe.loss, where[0])
+    where: Device | Sequence[Device] | None = names or None
+    if names and num_processes() > 1:
+        where = names[own_rank()]
+    elif not names and (found := devices_here(1)):
+        (where,) = found
+    return example_of(model, inputs, target, {}, recipe.loss, where)
 
 
 def facts_of(

@@ -14,22 +14,17 @@ from stagewise.cli import options as opt
 from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.train import train_options as run
 from stagewise.cli.train.run_place import RunPlace, agreed_place, asked_place
-from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, saved_plan, words_of
+from stagewise.cli.train.wanted import num_devices_of, wanted_of
+from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
-from stagewise.errors import PlanError, RecipeError, UsageError
-from stagewise.mesh import PIPELINE_AXIS, MeshShape
+from stagewise.errors import RecipeError, UsageError
 from stagewise.page.dashboard import live_page
-from stagewise.planning.choice import requested_schedule
 from stagewise.planning.plan import Plan
-from stagewise.planning.refit import refitted
-from stagewise.planning.request import AUTO, PlanRequest
-from stagewise.schedule import SCHEDULES
-from stagewise.training.workers.elastic import num_restarts
+from stagewise.planning.request import AUTO
 from stagewise.training.workers.environment import (
     INTERRUPTED_EXIT_CODE,
     launched,
     rank_here,
-    world_size,
 )
 
 if TYPE_CHECKING:
@@ -114,7 +109,7 @@ def train(
             speeds=speeds,
         )
         asked_mesh = run.AskedMesh(mesh=mesh, pipeline=pipeline, shard=shard, tensor=tensor)
-        wanted, shape = _wanted(typed, plan, asked_mesh)
+        wanted, shape = wanted_of(typed, plan, asked_mesh)
         if shape is not None and microbatches == AUTO:
             raise UsageError(
                 "--microbatches auto measures one pipeline while it trains, but on the mesh "
@@ -155,7 +150,7 @@ def train(
 
         with live_page(place.run if dashboard and place else None):
             run_in_workers(
-                _num_devices(wanted) if shape is None else shape.num_ranks,
+                num_devices_of(wanted) if shape is None else shape.num_ranks,
                 [] if place is None else _arguments(recipe, options_at(place), flags),
                 before=lambda: check_form(
                     loaded,
@@ -175,47 +170,6 @@ def train(
                 restarts=restarts,
                 may_share=shape is None,
             )
-
-
-def _wanted(
-    typed: Typed, plan: Path | None, asked: run.AskedMesh
-) -> tuple[PlanRequest | Plan, MeshShape | None]:
-    """Return the request or plan, and the mesh, for as many devices as torchrun's workers.
-
-    Without a number of devices it is theirs. If torchrun starts workers again, those that are left
-    go on with a plan that is like the wanted one; a mesh must stay as it is.
-    """
-    here = world_size() if launched() else None
-    if axes := replace(asked, num_ranks=typed.devices or here).axes():
-        asked = replace(asked, num_ranks=typed.devices or here)
-        sized = plan is not None or typed.replicas is not None
-        typed = replace(typed, devices=None if sized else axes.get(PIPELINE_AXIS))
-        wanted = _request(typed) if plan is None else saved_plan(plan, typed)
-        return wanted, asked.shape(_num_devices(wanted))
-    unsized = typed.stages is None and typed.devices is None and typed.replicas is None
-    if here is not None and plan is None and unsized and typed.schedule in SCHEDULES:
-        typed = replace(typed, devices=here)
-    wanted = _request(typed) if plan is None else saved_plan(plan, typed)
-    number = _num_devices(wanted)
-    if here is None or here == number or not num_restarts()[1]:
-        return wanted, None
-    return refitted(wanted, here), None
-
-
-def _num_devices(wanted: PlanRequest | Plan) -> int:
-    return (wanted if isinstance(wanted, Plan) else requested_schedule(wanted)).num_devices
-
-
-def _request(typed: Typed) -> PlanRequest:
-    """Return the request; `--microbatches auto` starts with the default number."""
-    if typed.microbatches != AUTO:
-        return typed.fixed()
-    if typed.schedule not in SCHEDULES:
-        raise PlanError(
-            f"--microbatches auto needs a schedule for any number of microbatches, but the file "
-            f"{typed.schedule} is for a fixed number; give a name, or leave --microbatches out"
-        )
-    return replace(typed, microbatches=None).fixed()
 
 
 def _run(
