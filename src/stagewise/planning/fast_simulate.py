@@ -148,7 +148,8 @@ def _ends_and_busy(
                     stream.waiting[own] = device
                     break
                 now = max(now, arrival, stream.far_arrived.get(own, 0))
-            seconds = took[m % num_microbatches][stage]  # a gather's number is no microbatch's
+            # A gather's number is no microbatch's.
+            seconds = took[m if m < num_microbatches else 0][stage]
             now += seconds
             busy[device] += seconds
             last[device] = now

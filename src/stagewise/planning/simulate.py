@@ -33,7 +33,7 @@ def simulate(
     """
     _check_schedule(schedule, costs)
     zero = 0 * costs[0].forward_seconds
-    share_of = checked_shares(schedule, shares)
+    shares = checked_shares(schedule, shares) if shares else ()  # programs may run further ones
     device_free = [zero] * schedule.num_devices
     link_free: dict[tuple[int, int], float] = {}
     arrival: dict[Message, float] = {}
@@ -43,7 +43,7 @@ def simulate(
         free = device_free[device]
         start = max([free, *(arrival[message] for message in step.receives)])
         instruction, traits = step.instruction, KINDS[step.instruction.kind]
-        share = 1 if traits.of_shards else share_of[instruction.microbatch]
+        share = shares[instruction.microbatch] if shares and not traits.of_shards else 1
         end = start + traits.seconds_on(costs[instruction.stage]) * share
         end = gathers.end_of(device, instruction, start, end)
         device_free[device] = end
