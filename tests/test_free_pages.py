@@ -8,7 +8,14 @@ from torch import nn
 
 import stagewise
 from stagewise.engine.looks import mixing
-from stagewise.free_pages import ADVANCE, HEAP, SHARE, FreePages, trim_of_glibc
+from stagewise.free_pages import (
+    ADVANCE,
+    HEAP,
+    SHARE,
+    FreePages,
+    fault_seconds_per_byte,
+    trim_of_glibc,
+)
 
 
 class Doubled(nn.Module):
@@ -26,11 +33,24 @@ def ticking(*seconds: float) -> Callable[[], float]:
 
 def test_it_takes_its_share_of_the_steps_at_most() -> None:
     given_back: list[int] = []
-    pages = FreePages(lambda: given_back.append(step), clock=ticking(*[3.3 * SHARE] * 8))
+    pages = FreePages(
+        lambda: given_back.append(step), clock=ticking(*[3.3 * SHARE] * 8), resident=lambda: 0
+    )
     for step in range(15):  # noqa: B007  (what `given_back` notes)
         pages.give_back(1.0)
-    # Each takes the share of 3.3 steps; ten count before the first.
-    assert ADVANCE == 10 and given_back == [0, 1, 2, 3, 4, 6, 9, 13]
+    # Each takes the share of 3.3 steps; two count before the first.
+    assert ADVANCE == 2 and given_back == [0, 1, 4, 7, 11, 14]
+
+
+def test_what_faulting_in_again_takes_counts_too() -> None:
+    given_back: list[int] = []
+    sizes = iter([3 << 30, 1 << 30] * 3)
+    pages = FreePages(lambda: given_back.append(1), clock=lambda: 0.0, resident=lambda: next(sizes))
+    pages.give_back(1.0)
+    assert pages._spent_seconds == (2 << 30) * fault_seconds_per_byte()
+    assert 1e-12 < fault_seconds_per_byte() < 1e-6
+    pages.give_back(1.0)
+    assert given_back == [1], "gigabytes take longer than a hundredth of these steps"
 
 
 def test_a_c_library_without_it() -> None:

@@ -3,20 +3,25 @@
 Problem: gradients are allocated among activations in the C library's heap. Freed activations leave
 holes between them, which stay resident: between steps a rank keeps 20 to 25 % of its peak without a
 tensor living there, and at the peak itself 15 % are holes (measured with `benchmarks.resident`).
-Idea: `malloc_trim` (glibc, man 3) also releases such holes. It takes milliseconds, as does faulting
-the pages in again: a plan that recomputes prefers memory to time, and trims at a step's end and
-after each stage's first backward, which allocates its gradients. Trimming is skipped where it would
-take more than a small share of the steps' time. A look at mixing runs a cell on more samples than a
-microbatch has: without trimming just before, its memory would come on top of the holes, and set the
-peak of the whole run. Looks are too rare for the time to count.
+Idea: `malloc_trim` (glibc, man 3) also releases such holes. It takes milliseconds, and faulting the
+pages in again longer: a plan that recomputes prefers memory to time, and trims at a step's end and
+after each stage's first backward, which allocates its gradients. Trimming is skipped where both
+would take more than a small share of the steps' time; what a fault takes is measured once. A look
+at mixing runs a cell on more samples than a microbatch has: without trimming just before, its
+memory would come on top of the holes, and set the peak of the whole run. Looks are too rare for the
+time to count.
 """
 
 import ctypes
+import functools
+import mmap
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-SHARE = 0.01  # of the steps' seconds that trimming may take; faulting in takes about as much
-ADVANCE = 10.0  # the steps' seconds assumed before the first
+SHARE = 0.01  # of the steps' seconds that trimming and faulting in again may take
+ADVANCE = 2.0  # the steps' seconds assumed before the first
+_PROBE_BYTES = 1 << 22
 
 
 def trim_of_glibc() -> Callable[[], object] | None:
@@ -28,6 +33,29 @@ def trim_of_glibc() -> Callable[[], object] | None:
     return lambda: trim(0)
 
 
+def resident_bytes() -> int:
+    """Return what this process has in memory; 0 where that cannot be read."""
+    try:
+        with Path("/proc/self/statm").open("rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+@functools.cache
+def fault_seconds_per_byte() -> float:
+    """Return the CPU time in which a page is faulted in, over its bytes; measured once."""
+    with mmap.mmap(-1, _PROBE_BYTES) as fresh:
+        pages = range(0, _PROBE_BYTES, mmap.PAGESIZE)
+        start = time.thread_time()
+        for place in pages:
+            fresh[place] = 1
+        faulted = time.thread_time()
+        for place in pages:
+            fresh[place] = 2
+        return max(0.0, 2 * faulted - start - time.thread_time()) / _PROBE_BYTES
+
+
 class FreePages:
     """Trims the heap after steps, as long as that is cheap compared to them."""
 
@@ -35,8 +63,9 @@ class FreePages:
         self,
         trim: Callable[[], object] | None,
         clock: Callable[[], float] = time.thread_time,  # not what others take of the core
+        resident: Callable[[], int] = resident_bytes,
     ) -> None:
-        self.trim, self._clock = trim, clock
+        self.trim, self._clock, self._resident = trim, clock, resident
         self._step_seconds, self._spent_seconds = ADVANCE, 0.0
 
     def give_back(self, step_seconds: float = 0.0) -> None:
@@ -44,9 +73,11 @@ class FreePages:
         self._step_seconds += step_seconds
         if self.trim is None or self._spent_seconds > SHARE * self._step_seconds:
             return
-        start = self._clock()
+        before, start = self._resident(), self._clock()
         self.trim()
         self._spent_seconds += self._clock() - start
+        released = max(0, before - self._resident())
+        self._spent_seconds += released * fault_seconds_per_byte()
 
 
 HEAP = FreePages(trim_of_glibc())  # this process's

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from stagewise.cli import options as opt
-from stagewise.cli.config_file import Configured, starting_file
+from stagewise.cli.config_file import Configured, _options_of, _read, starting_file
 from stagewise.cli.main import command_app
 from stagewise.cli.train import train_options as run
 from stagewise.cli.train.train_command import train
@@ -81,6 +81,17 @@ def test_what_the_command_line_contradicts_does_not_count(tmp_path: Path) -> Non
     found = options_of(tmp_path, "--plan", "mine.json")
     assert (found["stages"], found["balance"], found["microbatches"]) == (None, None, None)
     assert options_of(tmp_path, "--shard", "2")["mesh"] is None
+    found = options_of(tmp_path, "--stages", "2")
+    assert (found["balance"], found["mesh"]) == (None, None)
+    assert options_of(tmp_path, "--replicas", "1,2")["mesh"] is None
+    assert options_of(tmp_path, "--mesh", "pp=1,dp_shard=2")["stages"] is None
+
+
+def test_lists_are_what_the_command_line_separates_by_commas(tmp_path: Path) -> None:
+    lines = "speeds = [1, 0.5]", 'memory = ["8GB", "16GB"]', "balance = [2, 3]"
+    (beside := tmp_path / "tiny.toml").write_text("\n".join(lines))
+    found = _read(beside, _options_of(train))
+    assert (found["speeds"], found["memory"], found["balance"]) == ("1,0.5", "8GB,16GB", "2,3")
 
 
 WRONG = {
@@ -125,6 +136,7 @@ def test_the_file_of_init_holds_every_option_explained(tmp_path: Path) -> None:
     for block in text.strip().split("\n\n")[1:]:
         assert block.startswith("# ") and re.search(r"(?m)^(# )?[a-z-]+ = ", block)
     assert max(map(len, text.splitlines())) <= 100
+    assert every["speeds"] == "1,0.5" and every["memory"] == "8GB"
     active = tomllib.loads(text)
     assert active["schedule"] == "1f1b" and "stages" not in active
 

@@ -1,5 +1,7 @@
 """Greedy output of ranks that hold some blocks each is the plain model's, token for token."""
 
+import re
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+import torch.distributed as dist
 import transformers
 
 import stagewise
@@ -115,6 +118,88 @@ def all_generated(kinds: list[str], num_ranks: int) -> dict[str, list[bool]]:
         with pytest.raises(ModelError, match="generate met NaN"):  # on every rank
             pipe.generate(**prompts(), max_new_tokens=2, do_sample=False)
     return found
+
+
+WRONG: dict[str, tuple[object, dict[str, Any], str]] = {
+    "floats": (torch.zeros(2, 3), {}, "torch.float32; give a tensor of integers with the shape"),
+    "a list": ([[1, 2]], {}, "input_ids is .*; give a tensor of integers"),
+    "no prompt": (torch.zeros(0, 3).long(), {}, "neither of them 0"),
+    "no token": (torch.zeros(2, 0).long(), {}, "neither of them 0"),
+    "another vocabulary": (
+        torch.full((2, 3), 64),
+        {},
+        "64, but the model's tokens go from 0 to 63",
+    ),
+    "too long": (
+        torch.ones(2, 24).long(),
+        {"max_new_tokens": 1024},
+        "1048 long, but the model has 1024 positions; make max_new_tokens at most 1000",
+    ),
+}
+
+
+def refused() -> tuple[list[str], bool]:
+    """Which wrong prompts were not refused in the words above, and whether the next are well."""
+    pipe = pipe_of("GPT-2", 2)
+    unlike = []
+    for name, (ids, options, words) in WRONG.items():
+        with pytest.raises(UsageError) as raised:
+            pipe.generate(ids, **{"max_new_tokens": 2, **options})  # type: ignore[arg-type]
+        if not re.search(words, str(raised.value)):
+            unlike.append(f"{name}: {raised.value}")
+    options = {"max_new_tokens": 2, "do_sample": False}
+    plain = model_of("GPT-2")[0].double().eval()
+    same = pipe.generate(**prompts(), **options)
+    return unlike, torch.equal(same, plain.generate(**prompts(), **options))
+
+
+def failing_alone(rank: int) -> tuple[list[str], float]:
+    """What generate says where one rank fails in it, and the next call; seconds of the first."""
+    pipe, said, seconds = pipe_of("GPT-2", 2), list[str](), list[float]()
+    start = time.monotonic()
+    fails = [StopsAt(rank)]
+    for criteria in (fails, None):
+        try:
+            pipe.generate(**prompts(), max_new_tokens=6, stopping_criteria=criteria)
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        seconds.append(time.monotonic() - start)
+    return said, seconds[0]
+
+
+class StopsAt(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Raises on one rank, at the third token."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._left = rank, 3
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._left -= 1
+        if dist.get_rank() == self._rank and not self._left:
+            raise ValueError("raised by one")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_wrong_prompts_are_refused_on_every_rank() -> None:
+    pools = Pools()
+    try:
+        assert pools[2].run(refused, seconds=100) == [([], True)] * 2
+    finally:
+        pools.kill()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_ends_the_call_on_all(rank: int) -> None:
+    pools = Pools()
+    try:
+        ends = pools[2].run(failing_alone, rank, seconds=60)
+    finally:
+        pools.kill()
+    own, other = ends[rank], ends[1 - rank]
+    assert own[0][0] == "ValueError: raised by one"
+    assert other[0][0].startswith("PeerError") and "raised by one" in other[0][0]
+    assert all(said[1].startswith("PeerError") for said, _ in ends), "nothing can be sent any more"
+    assert max(seconds for _, seconds in ends) < 15
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -87,12 +87,21 @@ def test_the_search_weighs_speeds_and_memory() -> None:
     assert tight.plan.balance == (6, 6)
 
 
+@pytest.mark.parametrize("speeds", [(1,), (1, 1, 1), (2, 1, 1)])
+def test_speeds_are_as_many_as_devices(speeds: tuple[float, ...]) -> None:
+    """Also equal ones, which change nothing."""
+    with pytest.raises(PlanError, match=f"speeds has {len(speeds)} numbers for 2 devices"):
+        plan_from_costs(cells([1] * 4), num_devices=2, num_microbatches=2, speeds=speeds)
+    with pytest.raises(PlanError, match="speeds has 1 numbers for 3 devices"):
+        plan_from_costs(cells([1] * 4), num_stages=3, num_microbatches=2, speeds=(1,))
+
+
 @pytest.mark.parametrize("speeds", [(1, 0), (1, -1), ("fast", 1), "quick", (1, True), 2, ()])
 def test_what_is_no_speed_is_refused(speeds: object) -> None:
     def made() -> PlanRequest:
         return PlanRequest(num_devices=2, num_microbatches=2, speeds=speeds)  # type: ignore[arg-type]
 
-    if speeds in ((), 2):
+    if speeds == ():
         assert made().known_speeds == ()
         return
     with pytest.raises(PlanError, match="speeds is"):

@@ -24,14 +24,15 @@ _PLANNING = (
     *("stages", "devices", "replicas", "microbatches", "schedule", "recompute", "balance"),
     *("memory", "speeds"),
 )
+_MESH = ("mesh", "pipeline", "shard", "tensor")
 # What the command line gives -> what it contradicts in the file, which then does not count.
 _SETS_ASIDE: Mapping[str, tuple[str, ...]] = {
     "plan": _PLANNING,
     **dict.fromkeys(_PLANNING, ("plan",)),
-    "replicas": ("stages", "devices", "plan"),
-    "stages": ("replicas", "plan"),
+    "replicas": ("stages", "devices", "balance", "plan", *_MESH),
+    "stages": ("replicas", "balance", "plan", "mesh", "pipeline"),
     "devices": ("replicas", "plan"),
-    "mesh": ("pipeline", "shard", "tensor"),
+    "mesh": ("pipeline", "shard", "tensor", "stages", "devices", "replicas", "balance"),
     **dict.fromkeys(("pipeline", "shard", "tensor"), ("mesh",)),
     "resume": ("init", "out", "seed"),
     "init": ("resume",),
@@ -57,7 +58,7 @@ class _Option:
             above = "" if least is None else f" of at least {least}"
             return f"an integer{above}" + ("" if most is None else f" and at most {most}")
         number = "a number or " if _takes_numbers(self.metavar) else ""
-        return f"{number}a string" + (", or a list" if self.metavar.endswith("...") else "")
+        return f"{number}a string" + (", or a list" if "..." in self.metavar else "")
 
     @property
     def metavar(self) -> str:
@@ -68,7 +69,7 @@ class _Option:
         """A value for it, in TOML."""
         if self.default not in (None, ""):
             return _toml(self.default)
-        such = re.search(r"such as ([^\s.;)]*[^\s.;),])", self.told.help or "")
+        such = re.search(r"such as ((?:[^\s;).,]|[.,](?=[^\s;).,]))+)", self.told.help or "")
         if self.needed.startswith("an integer"):
             return such[1] if such else "2"
         return _toml(such[1] if such else self.metavar)
@@ -182,10 +183,11 @@ def _as_text(value: object, metavar: str) -> str | None:
         return value
     if _takes_numbers(metavar) and type(value) is int:
         return str(value)
-    if metavar.endswith("..."):
+    if "..." in metavar:
         if isinstance(value, dict) and "=" in metavar:
             value = [f"{k}={v}" for k, v in value.items()]
-        if isinstance(value, list) and all(type(each) in (int, str) for each in value):
+        items = (int, str) if _takes_numbers(metavar) else (int, float, str)
+        if isinstance(value, list) and all(type(each) in items for each in value):
             return ",".join(map(str, value))
     return None
 

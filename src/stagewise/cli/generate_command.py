@@ -66,7 +66,7 @@ Devices = Annotated[
         min=1, help="Over how many worker processes to spread the layers, each with its own GPU."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the draws.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")]
 
 
 def generate_command(
@@ -159,7 +159,8 @@ def _run(
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        some = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = some  # the mask hides it
     config = transformers.AutoConfig.from_pretrained(str(folder))
     decodes_only = not config.is_encoder_decoder
     batch = tokenizer(

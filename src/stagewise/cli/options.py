@@ -59,7 +59,7 @@ Speeds = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE",
+        metavar="SIZE,SIZE,...",
         help="Memory of each device, such as 8GB (or 8GB,16GB for two devices), for parameters, "
         "gradients, optimizer state and activations: search for the fastest plan that fits.",
         show_default=False,

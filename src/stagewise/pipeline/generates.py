@@ -7,6 +7,7 @@ from torch import nn
 
 from stagewise.errors import ModelError, UsageError
 from stagewise.pipeline.generation.bare_model import filled
+from stagewise.pipeline.generation.prompts import check_prompts
 from stagewise.pipeline.measuring import Measuring
 
 
@@ -37,9 +38,13 @@ class Generates(Measuring):
 
         Raises:
             ModelError: the model has no `generate`, or is not a stack of blocks.
-            UsageError: an option that several ranks cannot follow, or a pipeline on a mesh.
+            UsageError: prompts that are no ids of the model's tokens, or longer than its positions;
+                an option that several ranks cannot follow, or a pipeline on a mesh.
+            PeerError: another rank failed by itself, such as by running out of memory; then no rank
+                can make further calls.
         """
         model = self._generative(lanes)
+        check_prompts(model, input_ids, options)
         self.overflow.before_collective()
         if input_ids is not None:
             options["inputs"] = input_ids

@@ -115,6 +115,7 @@ class PlanRequest:
             caps = tuple(self.memory_bytes)
             object.__setattr__(self, "memory_bytes", caps[0] if len(set(caps)) == 1 else caps)
         if not isinstance(self.speeds, str | NoneType):
+            self._check_number_of_speeds()
             object.__setattr__(self, "speeds", relative_speeds(self.speeds))
         if not isinstance(self.replicas, str):
             object.__setattr__(self, "replicas", tuple(self.replicas))
@@ -125,6 +126,19 @@ class PlanRequest:
             self._check_searchable()
         else:
             self._check_together()
+
+    def _check_number_of_speeds(self) -> None:
+        """Also of equal ones, of which nothing is kept."""
+        given = self.speeds if isinstance(self.speeds, list | tuple) else None
+        if given is None:
+            raise PlanError(
+                f"speeds is {self.speeds!r}; give one for each device, such as (1, 0.5)"
+            )
+        number = self.num_devices
+        if number is None and len(given) == 1 and self.num_stages is not None:
+            number = self.num_stages
+        if number is not None:
+            check_speeds(given, number)
 
     @property
     def searched(self) -> bool:

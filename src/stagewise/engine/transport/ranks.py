@@ -256,7 +256,6 @@ class Ranks:
 
     def fail(self, error: BaseException, own: Failure | None) -> BaseException:
         """Stop for good: tell the others why, unless another rank is lost, and end all messages.
-
         Return what to raise for `error`: on a mesh this rank's `own` failure, whatever came later.
         """
         if self.is_on_mesh and isinstance(error, RuntimeError) and was_ended(error):
@@ -269,6 +268,14 @@ class Ranks:
         if self._wires.abort is not None:
             self._wires.abort()
         return error
+
+    def fail_in(self, what: str, error: Exception, *, clean: bool) -> None:
+        """End everything, as this rank fails alone in `what`; not if all ranks do, and `clean`."""
+        peers = self._rendezvous.peers
+        if isinstance(error, PeerError) or not peers.all_fail(what, self.num_ranks, clean=clean):
+            self.fail(error, None)
+            peers.is_over = True
+            self._wires.interrupt() if self._wires.interrupt is not None else None
 
     def check(self) -> None:
         """PeerError if no call can be made any more."""

@@ -5,6 +5,7 @@ the same loop, to the same end. Greedy tokens are those of the plain model. Samp
 with the same seed, as long as one lane draws them.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from stagewise.errors import ModelError, UsageError
 from stagewise.pipeline.generation.spread import SpreadModel
 from stagewise.pipeline.generation.turns import Turns
 
+_WHAT, _CALLS = "generate", itertools.count()
 # What one process alone can do: options of `generate`, with values that do not ask for it.
 _ALONE: Mapping[str, tuple[object, ...]] = {
     "output_logits": (None, False),
@@ -47,6 +49,7 @@ def generate_on_ranks(
     """Return what `model.generate(**options)` does, on every rank; collective."""
     options.setdefault("use_cache", True)  # a trainer's model has it off
     spread = SpreadModel(model, ranks, own)
+    what = f"{_WHAT} {next(_CALLS)}"
     config = options.get("generation_config") or model.generation_config
     _refuse(options, config)
 
@@ -69,9 +72,15 @@ def generate_on_ranks(
         choice = _Choice(ranks, spread, turns, in_full=in_full)
         return partial(_one_lane, model, part, choice, _autocast_here())
 
-    with spread.run():
-        found = turns.run([*map(lane, parts)])
-    ranks.finish()
+    try:
+        with spread.run():
+            found = turns.run([*map(lane, parts)])
+        ranks.finish()
+    except ModelError:  # that all ranks meet
+        raise
+    except Exception as error:
+        ranks.fail_in(what, error, clean=not spread.has_moved)
+        raise
     return _joined(found, options, config)
 
 

@@ -34,6 +34,7 @@ class SpreadModel:
         self._stacks, self._units = units_of(model)
         self.at: int | None = None  # the rank that has the values; None: all do
         self._stack: Stack | None = None  # whose forward is running
+        self.has_moved = False  # whether values have left a rank, or were waited for
         held = ranks.gather(sorted(own), _WHAT)
         self._holders: dict[str, list[int]] = {}
         for rank, names in enumerate(held):
@@ -131,6 +132,7 @@ class SpreadModel:
             first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
             owner = self._owner(unit)
             if self.at not in (None, owner):
+                self.has_moved = True
                 leaves = self._moved(unit, leaves, owner)
                 args, kwargs = pytree.tree_unflatten(leaves, tree)
             output = forward(*args, **kwargs) if self._ranks.rank == owner else None
@@ -157,6 +159,7 @@ class SpreadModel:
         if self._stack is None:
             return embedded
         source, target = self.at, self._stack.blocks[0].owners[0]
+        self.has_moved |= source != target
         if source != target and self._ranks.rank == source:
             self._ranks.give(target, [embedded.contiguous()])
         elif source != target and self._ranks.rank == target:

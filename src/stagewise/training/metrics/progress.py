@@ -5,6 +5,7 @@ Only rank 0 shows anything, the others' reporter is `Silent`. A line of the log 
 
 import json
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,6 +179,7 @@ class Shown(Reporter):
         self._task = self._bar.add_task("training", total=num_steps, completed=first_step, shown="")
         self._bubble: float | None = None
         self._slowest: tuple[int, float] | None = None
+        self._shown = first_step, time.perf_counter()
         run.mkdir(parents=True, exist_ok=True)
         log = run / LOG_FILE
         kept = lines_until(log, first_step) if log.exists() else []
@@ -188,7 +190,8 @@ class Shown(Reporter):
         self._write(record.to_log())
         if record.bubble_fraction is not None:
             self._bubble, self._slowest = record.bubble_fraction, record.slowest
-        rate = f"{record.rate:,.0f} {record.rate_unit}/s"
+        seconds = self._seconds_between(record)
+        rate = f"{record.rate * record.seconds / seconds:,.0f} {record.rate_unit}/s"
         shown = f"loss {record.loss:.4f}{_parts(record.losses)}  {rate}"
         if self._bubble is not None:
             shown += f"  bubble {self._bubble:.0%}"
@@ -198,8 +201,15 @@ class Shown(Reporter):
             self._bar.start()  # has no effect if it is running
             self._bar.update(self._task, completed=record.step, shown=shown)
         elif record.step % self._line_every == 0 or record.step == self._num_steps:
-            left = record.seconds * (self._num_steps - record.step)
+            self._shown = record.step, time.perf_counter()
+            left = seconds * (self._num_steps - record.step)
             self._print(f"step {record.step}/{self._num_steps}  {shown}  {left:,.0f} s left")
+
+    def _seconds_between(self, record: StepRecord) -> float:
+        """Return the time from step to step since the last line, with waiting for data."""
+        step, since = self._shown
+        passed = (time.perf_counter() - since) / max(1, record.step - step)
+        return max(passed, record.seconds)
 
     def validation(self, record: ValidationRecord) -> None:
         self._write(record.to_log())

@@ -59,6 +59,21 @@ class Peers:
             with suppress(RuntimeError, OSError):
                 in_time(lambda: store.set(ALONE, cause), _STORE_SECONDS)
 
+    def all_fail(self, what: str, num_ranks: int, *, clean: bool) -> bool:
+        """Note that this rank fails in `what`, a name used once; return whether all soon do, and
+        all `clean`.
+        """
+        own, deadline = "clean" if clean else "not", time.monotonic() + _PATIENCE_SECONDS
+
+        def asked(store: Store) -> bytes:
+            store.set(f"{what} {self.rank}", own)
+            keys = [f"{what} {rank}" for rank in range(num_ranks)]
+            while not store.check(keys) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            return b"".join(store.get(key) for key in keys) if store.check(keys) else b"not"
+
+        return self._asked(asked) == b"clean" * num_ranks
+
     def number(self, rank: int) -> int:
         """Return what a rank is called in messages."""
         return rank if self._numbers is None else self._numbers[rank]
