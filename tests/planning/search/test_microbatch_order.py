@@ -1,8 +1,10 @@
 """Microbatches of unequal costs: each takes its share, and the order is the simulator's choice."""
 
+import math
 import random
 from fractions import Fraction
 from itertools import permutations
+from typing import Any
 
 import pytest
 
@@ -54,8 +56,14 @@ def test_shares_of_other_microbatches_are_refused(shares: list[float]) -> None:
         simulate(schedule, [one] * 2, shares=shares)
 
 
-@pytest.mark.parametrize("costs", [[], [1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [0.0, 0.0]])
-def test_costs_of_other_microbatches_have_no_order(costs: list[float]) -> None:
+@pytest.mark.parametrize(
+    "costs",
+    [
+        *([], [1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [0.0, 0.0]),
+        *([1.0, math.inf], [1.0, math.nan], None, 5, "12", ["a", "b"]),
+    ],
+)
+def test_costs_of_other_microbatches_have_no_order(costs: Any) -> None:
     with pytest.raises(PlanError, match="for a plan of 2; give each a number"):
         order_microbatches(plan_of("1f1b", 2), costs)
 

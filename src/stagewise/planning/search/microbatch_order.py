@@ -7,6 +7,7 @@ Idea: simulate. Start with the order given, and with the cheapest first, last, a
 move single microbatches and exchange pairs while the simulated step gets shorter.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -32,10 +33,16 @@ def order_microbatches(plan: Plan, costs: Sequence[float]) -> list[int]:
         >>> order_microbatches(plan, [4, 1, 2, 3])
         [1, 3, 0, 2]
     """
-    if len(costs) != plan.num_microbatches or min(costs) < 0 or not sum(costs) > 0:
+    given: object = costs  # whatever was given
+    numbers = [
+        cost
+        for cost in (given if isinstance(given, list | tuple) else ())
+        if isinstance(cost, int | float) and 0 <= cost < math.inf
+    ]
+    if len(numbers) != plan.num_microbatches or len(numbers) < len(costs) or not sum(numbers):
         raise PlanError(
-            f"got costs {list(costs)} of microbatches for a plan of {plan.num_microbatches}; give "
-            "each a number that is not negative, such as its padded tokens"
+            f"got costs {costs!r} of microbatches for a plan of {plan.num_microbatches}; give each "
+            "a number that is not negative, such as its padded tokens, and one above 0"
         )
     schedule, stages, link = plan.needed_schedule, plan.engine_costs, plan.link
     mean = sum(costs) / len(costs)
