@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from stagewise.cli.main import app
-from stagewise.cli.typed import num_devices
+from stagewise.cli.typed import NumDevices, num_devices
 from stagewise.cli.workers import report_errors_once, run_in_workers
 from stagewise.engine.transport import processes
 from stagewise.training.workers import launch, lifeline
@@ -45,8 +45,12 @@ def test_workers_that_would_share_an_accelerator_are_one_process(
     monkeypatch.delenv("RANK", raising=False)
     ran = []
     monkeypatch.setattr(launch, "launch", lambda number, words, _: ran.append((number, words)))
-    run_in_workers(workers, ["x"], before=lambda: None, body=lambda: ran.append("here"))  # type: ignore[arg-type]
+    checks: list[None] = []
+    run_in_workers(
+        workers, ["x"], before=lambda: checks.append(None), body=lambda: ran.append("here")
+    )  # type: ignore[arg-type]
     assert ran == [(workers, ["x"]) if launched else "here"]
+    assert len(checks) == (launched or isinstance(workers, NumDevices)), "before anything is said"
     err = capsys.readouterr().err
     assert err == (f"one process runs all devices of the plan: {said}\n" if said else "")
 

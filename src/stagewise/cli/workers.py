@@ -75,6 +75,7 @@ def run_in_workers(
             "machine has fewer accelerators; make the mesh smaller, or start it with torchrun"
         )
     elif num_workers == 1 or _share_accelerators(num_workers):
+        before() if device_names_of(num_workers) else None  # are they here?
         _say_where(num_workers)
         body()
     else:
