@@ -36,7 +36,7 @@ def test_the_accelerators_generator_is_kept_too(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_an_accelerator_it_is_the_cpus() -> None:
     if torch.accelerator.current_accelerator(check_available=True) is not None:
-        pytest.skip("there is one")
+        pytest.skip("an accelerator is here, whose generator is kept besides")
     with random_states.random_states_kept():
         first = draws(torch.default_generator)
     assert draws(torch.default_generator) == first

@@ -76,7 +76,7 @@ def generate_on_ranks(
         with spread.run():
             found = turns.run([*map(lane, parts)])
         ranks.finish()
-    except ModelError:  # that all ranks meet
+    except MetNaN:  # as all ranks have
         raise
     except Exception as error:
         ranks.fail_in(what, error, clean=not spread.has_moved)
@@ -154,8 +154,12 @@ class _Told(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _mixed() -> ModelError:
-    return ModelError(
+class MetNaN(ModelError):
+    """What every rank raises, since the one with the logits tells the others."""
+
+
+def _mixed() -> MetNaN:
+    return MetNaN(
         "generate met NaN: either the model's outputs are, or its forward uses a layer's output "
         "again outside its blocks, which ranks do not have; save the model, and generate in one "
         "process"
