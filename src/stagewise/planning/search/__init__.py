@@ -9,6 +9,7 @@
    places recomputations anew, where memory is short.
 5. `search` evaluates candidates, the most promising first, and reports what it rejected and why.
 6. `finalists`: those that are worth trying on the real devices.
-7. `microbatch_order`: in which order a plan runs microbatches that do not all cost the same.
+7. `microbatch_order`: in which order a plan runs microbatches that do not all cost the same;
+   `descent` improves it, and cuts for skips, step by step.
 8. `less_memory`: what to change in a plan that ran out of memory.
 """

@@ -14,6 +14,7 @@ from itertools import product
 from stagewise.errors import PlanError
 from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.plan import Plan
+from stagewise.planning.search.descent import descended
 
 _MAX_INSTRUCTIONS = 400_000  # simulated: a second or less
 
@@ -51,21 +52,9 @@ def order_microbatches(plan: Plan, costs: Sequence[float]) -> list[int]:
         shares = [costs[number] / mean for number in order]
         return outcome_of(schedule, stages, link, shares=shares).seconds
 
-    left = _MAX_INSTRUCTIONS // sum(map(len, schedule.programs))
     starts = [*_starts(costs)]
-    least, best = min((seconds(order), order) for order in starts)
-    left -= len(starts)
-    improving = True
-    while improving:
-        improving = False
-        for order in _neighbours(best):
-            left -= 1
-            if left < 0:
-                return best
-            if (took := seconds(order)) < least:
-                least, best, improving = took, order, True
-                break
-    return best
+    left = _MAX_INSTRUCTIONS // sum(map(len, schedule.programs)) - len(starts)
+    return descended(min(starts, key=seconds), seconds, _neighbours, left)
 
 
 def _starts(costs: Sequence[float]) -> Iterator[list[int]]:

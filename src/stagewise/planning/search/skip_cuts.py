@@ -13,6 +13,7 @@ from itertools import pairwise
 from stagewise.costs import CellCost, LinkCost, stage_costs
 from stagewise.planning.fast_simulate import outcome_of
 from stagewise.planning.partition.cut_costs import Placement, balance_of, cuts_of
+from stagewise.planning.search.descent import descended
 from stagewise.schedule import Schedule
 
 _MAX_SIMULATIONS = 120
@@ -35,7 +36,7 @@ def improved_for_skips(
     schedule: Schedule, cells: Sequence[CellCost], balance: Sequence[int], link: LinkCost
 ) -> tuple[int, ...]:
     """Return `balance`, or a cut near it that is faster with the cells' skips."""
-    best, left = tuple(balance), _MAX_SIMULATIONS
+    best = tuple(balance)
     if not any(cell.far_outputs for cell in cells):
         return best
 
@@ -43,17 +44,7 @@ def improved_for_skips(
         seconds = outcome_of(schedule, stage_costs(cells, sizes), link).seconds
         return seconds, wire_bytes(schedule.placement, cells, sizes)
 
-    rating, improving = rated(best), True
-    while improving:
-        improving = False
-        for sizes in _neighbours(best):
-            left -= 1
-            if left < 0:
-                return best
-            if (other := rated(sizes)) < rating:
-                best, rating, improving = sizes, other, True
-                break
-    return best
+    return descended(best, rated, _neighbours, _MAX_SIMULATIONS)
 
 
 def _neighbours(balance: Sequence[int]) -> Iterator[tuple[int, ...]]:
