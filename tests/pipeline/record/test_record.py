@@ -1,7 +1,9 @@
 """Recorded steps: all that ran, on one clock, and nothing of it in other steps."""
 
+import gc
 import itertools
-import time
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from torch import nn
 
 import stagewise
 from stagewise.errors import CellError
+from stagewise.pipeline.record import recorded_mail
 from stagewise.pipeline.record.clock_offsets import between
+from stagewise.pipeline.record.thread_clock import cpu_seconds
 from stagewise.recording import Phase, RecordedStep, Recording, read_run
-from stagewise.schedule import Instruction, lower
+from stagewise.schedule import Instruction, Message, lower
 from tests.harness import Pools
 
 DRAWN = torch.Generator().manual_seed(0)  # alike in every worker
@@ -122,15 +126,52 @@ def test_torchs_profiler_shows_recorded_instructions() -> None:
     assert sorted(name for name in shown if name in set(expected)) == sorted(expected)
 
 
-def test_the_threads_clock_is_read_once_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, real, num_reads = pipeline(), time.thread_time, itertools.count()
-    monkeypatch.setattr(time, "thread_time", lambda: (next(num_reads), real())[1])
+def test_the_threads_clock_is_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tenth of a millisecond something is noted, so every fifth time it is read."""
+    pipe, num_notes, num_reads = pipeline(), itertools.count(), itertools.count()
+    monkeypatch.setattr(recorded_mail, "_now", lambda: next(num_notes) / 10_000)
+    monkeypatch.setattr(recorded_mail, "_own", lambda: next(num_reads) / 10_000)
     with pipe.record():
-        before = next(num_reads)
         pipe.step(X, target=Y)
-        reads = next(num_reads) - before - 1
+    notes, reads = next(num_notes), next(num_reads)
     num_instructions = sum(1 for _ in pipe.plan.built_schedule.instructions())
-    assert reads - num_instructions <= 4  # before and after the call, and where the first begins
+    assert notes == 1 + 2 * num_instructions  # at the begin; a message each; after each
+    assert reads <= 2 + notes / 5
+
+
+def test_recording_adds_few_calls_to_a_step() -> None:
+    """Its cost does not hide: two functions an instruction and message, and what C does in them."""
+    pipe = pipeline()
+    optimizer = train(pipe, 10)  # the first calls are examined
+
+    def num_calls() -> Counter[str]:
+        found = Counter[str]()
+        sys.setprofile(lambda frame, event, argument: found.update([event]))
+        pipe.step(X, target=Y)
+        sys.setprofile(None)
+        optimizer.zero_grad()
+        return found
+
+    plain = num_calls()
+    with pipe.record():
+        train(pipe, 1)
+        recorded = num_calls()
+    num_instructions = sum(1 for _ in pipe.plan.built_schedule.instructions())
+    num_messages = num_instructions / 2
+    added = recorded - plain
+    assert added["call"] <= 2 * num_instructions + 2 * num_messages + 20
+    assert added["c_call"] <= 3 * num_instructions + 6 * num_messages + 40
+
+
+def test_nothing_is_kept_for_the_garbage_collector_to_visit() -> None:
+    pipe = pipeline()
+    with pipe.record() as recorder:
+        pipe.step(X, target=Y)
+    (noted,) = recorder._steps
+    gc.collect()
+    for kept in vars(noted.mail).values():
+        for each in kept if isinstance(kept, list) else ():
+            assert not gc.is_tracked(each) or isinstance(each, Message)
 
 
 def test_after_an_error_nothing_is_recorded() -> None:
@@ -155,3 +196,15 @@ def test_an_offset_counts_where_it_can_be_told_from_none(
     before: tuple[float, float], after: tuple[float, float], found: tuple[float, float]
 ) -> None:
     assert between(before, after) == pytest.approx(found)
+
+
+def test_cpu_time_between_two_readings_counts_for_instructions_first() -> None:
+    spans = [(1.0, 3.0), (4.0, 5.0), (7.0, 8.0), (8.0, 10.0), (12.0, 13.0)]
+    readings = [(0.0, 100.0), (6.0, 101.5), (11.0, 105.0), (14.0, 105.5)]
+    assert list(cpu_seconds(spans, readings)) == [
+        (1.0, 0.0),  # of three seconds these two had one and a half
+        (0.5, 0.0),
+        (1.0, 0.5),  # all, and half a second before one of them
+        (2.0, 0.5),
+        (0.5, 0.0),
+    ]

@@ -4,6 +4,7 @@ On an accelerator the host only issues work: events on its stream say when instr
 ran, and a message is there when the instruction that takes it starts.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from stagewise.engine.step.marks import host_seconds
 from stagewise.engine.step.step import Runner
 from stagewise.pipeline.record.clock_offsets import Offset
 from stagewise.pipeline.record.recorded_mail import Mailed
+from stagewise.pipeline.record.thread_clock import Moment, cpu_seconds
 from stagewise.planning.plan import Plan
 from stagewise.recording import Clock, Phase, Recorder, Recording, StageMemory, step_of
 from stagewise.recording.recorded import SECOND
@@ -29,7 +31,6 @@ from stagewise.recording.recorder import Noted as NotedEvent
 from stagewise.schedule import Kind
 from stagewise.schedule.instruction import KINDS
 
-Moment = tuple[float, float]  # by the wall clock, and by the thread's
 _Place = tuple[Kind, int, int]  # of a stream, stage, microbatch
 
 
@@ -37,8 +38,8 @@ _Place = tuple[Kind, int, int]  # of a stream, stage, microbatch
 class Noted:
     """What this rank saw of one step.
 
-    `cpu` is the thread's clock at the begin and after each instruction: reading it enters the
-    kernel. `updates` are events around the optimizer's kernels.
+    `data` is the time before the call, which `ended`, and `updated` is when the optimizers ran,
+    with events around their kernels.
     """
 
     step: int
@@ -46,8 +47,9 @@ class Noted:
     samples: int
     mail: Mailed
     ran: Ran
-    cpu: Sequence[float]
-    phases: list[tuple[Phase, Moment, Moment]]
+    data: tuple[Moment, Moment]
+    ended: Moment
+    updated: list[tuple[Moment, Moment]] = field(default_factory=list)
     updates: list[Mark] = field(default_factory=list)
 
 
@@ -112,21 +114,35 @@ def _clock(rank: int, place: tuple[str, str], offset: Offset) -> Clock:
 def _recorder(noted: Noted, rank: int) -> Recorder:
     """Return what was noted, with the devices' times where the host only issued work."""
     ran, is_marked = noted.ran, bool(noted.ran.marks)
-    result = noted.mail.recorder(rank)
-    for index, span in enumerate(ran.spans):
-        start, end = (ran.origin + s for s in (span.start_seconds, span.end_seconds))
-        had = noted.cpu[index + 1] - noted.cpu[index]  # a core, since the instruction before
-        cpu = None if is_marked else (min(had, end - start), max(0.0, had - (end - start)))
-        result.ran.append((span.device, span.instruction, start, end, cpu))
+    result, readings = noted.mail.recorder(rank, ran), [*noted.mail.readings, noted.ended]
+    spans = [(ran.origin + span.start_seconds, ran.origin + span.end_seconds) for span in ran.spans]
+    cpus = itertools.repeat(None) if is_marked else cpu_seconds(spans, readings)
+    result.ran = [
+        (span.device, span.instruction, *times, cpu)
+        for span, times, cpu in zip(ran.spans, spans, cpus, strict=False)
+    ]
     if is_marked:
         _move_to_device(result)
     updates = iter(host_seconds(dict(enumerate(noted.updates))).values() if noted.updates else ())
-    for phase, (start, begun), (end, ended) in noted.phases:
-        cpu = None if is_marked else (ended - begun, 0.0)
+    for phase, (start, begun), (end, ended) in _phases(noted):
         if phase is Phase.OPTIMIZER and noted.updates:
             start, end = next(updates)
+        cpu = None if is_marked else (max(0.0, ended - begun), 0.0)
         result.ran.append((rank, phase, start, max(start, end), cpu))
     return result
+
+
+def _phases(noted: Noted) -> Iterator[tuple[Phase, Moment, Moment]]:
+    """Yield what surrounds the instructions; the first reading is where they begin."""
+    ran, (_, called) = noted.ran, noted.data
+    yield Phase.DATA, *noted.data
+    yield Phase.AGREE, called, (ran.origin, noted.mail.readings[0][1])
+    since, spent = noted.mail.readings[-1]
+    for *_, start, last in ran.times:
+        spent += last - start if last > since else 0.0
+    yield Phase.REDUCE, (ran.times[-1][-1] if ran.times else ran.origin, spent), noted.ended
+    for begun, ended in noted.updated:
+        yield Phase.OPTIMIZER, begun, ended
 
 
 def _move_to_device(recorder: Recorder) -> None:

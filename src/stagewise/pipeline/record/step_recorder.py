@@ -29,11 +29,12 @@ from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
 from stagewise.engine.watch.now import NOW
 from stagewise.pipeline.record.clock_offsets import between, clock_offsets
-from stagewise.pipeline.record.gathered import Moment, Noted, recording_of
+from stagewise.pipeline.record.gathered import Noted, recording_of
 from stagewise.pipeline.record.recorded_mail import RecordedMail
 from stagewise.pipeline.record.stage_memory import stage_memory
+from stagewise.pipeline.record.thread_clock import Moment
 from stagewise.planning.plan import Plan
-from stagewise.recording import Phase, Recording, save_recording
+from stagewise.recording import Recording, save_recording
 
 _MOST_STEPS = 100
 
@@ -110,29 +111,21 @@ class StepRecorder:
 
     def _run(self, request: Request) -> Result:
         """Run a call; a training step is noted."""
-        begun, cpu = _now(), list[float]()
-        ticks = _ticks(cpu)
-        if torch._C._autograd._profiler_enabled():
-            ticks = _annotated(ticks)
-        self._runner.clock = ticks.__next__
+        begun = _now()
+        is_profiled = torch._C._autograd._profiler_enabled()
+        self._runner.clock = _annotated().__next__ if is_profiled else time.perf_counter
         result = self._runner.run(request)
         ended = _now()
         if request.mode is Mode.TRAIN:
             self._request, self._autocast = request, autocast_as_here(self._runner.device)
-            ran = self._runner.last_run
-            last = ran.times[-1][-1] if ran.times else ran.origin
             noted = Noted(
                 step=request.step_index if NOW.step is None else NOW.step,
                 plan=self._plan_index(),
                 samples=sum(result.sizes),
                 mail=self._mail.noted,
-                ran=ran,
-                cpu=cpu,
-                phases=[
-                    (Phase.DATA, self._free, begun),
-                    (Phase.AGREE, begun, (ran.origin, cpu[0])),
-                    (Phase.REDUCE, (last, cpu[-1]), ended),
-                ],
+                ran=self._runner.last_run,
+                data=(self._free, begun),
+                ended=ended,
             )
             self._steps.append(noted)
         self._free = _now()
@@ -154,7 +147,7 @@ class StepRecorder:
         self._free = _now()
         if self._steps:
             noted, device = self._steps[-1], self._runner.device
-            noted.phases.append((Phase.OPTIMIZER, self._begun, self._free))
+            noted.updated.append((self._begun, self._free))
             if self._mark is not None:
                 noted.updates.append((device, self._mark, mark(device)))
 
@@ -167,28 +160,13 @@ def autocast_as_here(device: torch.device) -> Callable[[], AbstractContextManage
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind))
 
 
-def _ticks(cpu: list[float]) -> Iterator[float]:
-    """Yield the time to the executor: at the begin, and before and after each instruction.
-
-    The thread's own clock goes into `cpu`, at the begin and after each.
-    """
-    now, note, own = time.perf_counter, cpu.append, time.thread_time
-    note(own())
-    yield now()
-    while True:
-        yield now()
-        end = now()
-        note(own())
-        yield end
-
-
-def _annotated(ticks: Iterator[float]) -> Iterator[float]:
-    """Yield `ticks`; torch's profiler shows the instructions."""
-    yield next(ticks)
+def _annotated() -> Iterator[float]:
+    """Yield the time to the executor; torch's profiler shows the instructions."""
+    yield time.perf_counter()
     while True:
         with record_function(str(NOW.instruction)):
-            yield next(ticks)
-        yield next(ticks)
+            yield time.perf_counter()
+        yield time.perf_counter()
 
 
 def _now() -> Moment:
