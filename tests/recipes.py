@@ -58,7 +58,7 @@ def write_recipe(directory: Path, *changes: tuple[str, str], name: str = "tiny.p
 def log_of(run: Path) -> list[dict[str, float]]:
     """The log's records, without times."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds", "bubble_fraction", "slowest_stage", "times_the_others")
+    timed = ("seconds", "time", "bubble_fraction", "slowest_stage", "times_the_others")
     return [
         {k: v for k, v in record.items() if k not in timed and not k.endswith("_per_second")}
         for record in records

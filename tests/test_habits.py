@@ -75,12 +75,16 @@ def test_what_a_pipeline_lacks_has_a_remedy(name: str) -> None:
     assert not hasattr(pipe, "nothing_of_the_kind")
 
 
-def test_a_pipeline_is_not_called() -> None:
+def test_a_pipeline_is_neither_called_nor_a_list() -> None:
     pipe = stagewise.Pipeline(chain(), PLAN, loss=nn.functional.mse_loss)
     with pytest.raises(TypeError, match=r"pipe\.step\(inputs, target=target\)"):
         pipe(X)
     with pytest.raises(stagewise.UsageError, match=r"target=\.\.\."):
         pipe.step(X, Y)
+    for ask in (len, iter, lambda pipe: pipe[0]):
+        with pytest.raises(TypeError, match=r"no sequence of layers; .*pipe\.module|not iterable"):
+            next(iter(ask(pipe)))
+    assert pipe
     assert repr(pipe) == f"<Pipeline, stages 0, 1 on rank 0 of 1: {PLAN!r}>"
     with pytest.raises(stagewise.StagewiseError, match="cop"):
         copy.copy(pipe)

@@ -82,4 +82,12 @@ _PYTHON = [
     py("stagewise.Plan.from_json('{}')", "it has no 'input_bytes'"),
     py("from stagewise.recording import read_run; read_run('nosuch')", "does not exist"),
 ]
-NEWER = [*_MESHES, *_REPORTS, *_RUNS, *_PYTHON]
+_HABITS = [
+    cli("export logrun x.st", 2, "would be a folder.*x.safetensors"),
+    py("len(stagewise.Pipeline(model, plan, loss=mse))", "no sequence of layers.*pipe.module"),
+    py(
+        "stagewise.skippable(pop=['a'])(type('A', (nn.Module,), {'forward': lambda s: (yield)}))",
+        "yields, but stash and pop are calls",
+    ),
+]
+NEWER = [*_MESHES, *_REPORTS, *_RUNS, *_PYTHON, *_HABITS]

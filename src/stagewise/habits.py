@@ -55,6 +55,7 @@ CALLS = (
     "pipe.step(inputs, target=target) runs all microbatches forward and backward and returns the "
     "loss, pipe.predict(inputs) returns the outputs"
 )
+PARTS = "pipe.plan has its balance and num_microbatches, pipe.module this rank's cells"
 ATTRIBUTES = {
     "forward": CALLS,
     "backward": "pipe.step(inputs, target=target) has run it: gradients are in .grad",
@@ -62,10 +63,7 @@ ATTRIBUTES = {
         ("to", "cuda", "cpu"),
         "give Pipeline the devices of its stages: devices=['cuda:0', 'cuda:1']",
     ),
-    **dict.fromkeys(
-        ("partitions", "balance", "chunks"),
-        "pipe.plan has its balance and num_microbatches, pipe.module this rank's cells",
-    ),
+    **dict.fromkeys(("partitions", "balance", "chunks"), PARTS),
     "devices": "pipe.device is this rank's; under torchrun device r is rank r's",
     "save_pretrained": "call pipe.save_checkpoint(folder), and config.save_pretrained(folder)",
 }
@@ -139,3 +137,12 @@ class Answers:
 
         def __call__(self, *_, **__):
             raise TypeError(f"a {type(self).__name__} is no function: {CALLS}")
+
+        def __getitem__(self, _):
+            raise TypeError(f"a {type(self).__name__} is no sequence of layers; {PARTS}")
+
+        def __len__(self):
+            return self[:]
+
+        def __bool__(self):
+            return True

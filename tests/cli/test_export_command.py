@@ -54,7 +54,7 @@ def test_the_commands_from_run_to_run(tmp_path: Path, run_here: RunHere) -> None
         more = ("--init", source, "--out", f"again-{number}")
         assert run_here("train", recipe, *options, *more)[0] == 0
         again = [json.loads(x) for x in Path(f"again-{number}/log.jsonl").read_text().splitlines()]
-        assert again[0] == log[-1] | {"step": 0}
+        assert again[0] | {"time": 0} == log[-1] | {"step": 0, "time": 0}
 
 
 def test_bad_initial_values_are_refused_before_anything_starts(
@@ -82,6 +82,7 @@ def test_bad_initial_values_are_refused_before_anything_starts(
         (("nowhere", "out"), "nowhere does not exist"),
         (("run", "out"), "run has no complete checkpoint"),
         (("run", "run"), "run exists already"),
+        (("run", "x.st"), "x.st would be a folder: one file is written only if"),
     ]:
         code, _, err = run_here("export", *arguments)
         assert code == 2 and told in err

@@ -4,7 +4,8 @@ import copy
 import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,16 @@ def test_skips_that_do_not_pair_up(model: Callable[[], nn.Module], text: str) ->
 def test_a_bare_string_is_no_list_of_names() -> None:
     with pytest.raises(ModelError, match=r"got the string 'abc'; give a list: \['abc'\]"):
         skippable(stash="abc")
+
+
+def test_a_forward_that_yields_is_answered_with_calls() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Iterator[Any]:
+        yield stash("x", x)
+
+    ported = type("Ported", (nn.Module,), {"forward": forward})
+    for cell in (ported, ported()):
+        with pytest.raises(ModelError, match=r"forward yields, .* stagewise.stash\(name, value\)"):
+            skippable(stash=["x"])(cell)
 
 
 def test_subclasses_inherit_what_is_declared() -> None:

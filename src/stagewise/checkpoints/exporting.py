@@ -17,11 +17,17 @@ from stagewise.checkpoints.sources import SINGLE, open_model, sha256_of
 from stagewise.errors import CheckpointError, UsageError
 
 _FILE = ".safetensors"
+_OTHER_FILES = (".safetensor", ".st", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz")
 _EXTRA = "_extra_state"  # a module's own entry of a state_dict, which may be anything
 
 
 def check_free(out: Path) -> None:
-    """Raise UsageError if something is at `out` already."""
+    """Raise UsageError if something is at `out` already, or its name is that of another file."""
+    if out.suffix.lower() in _OTHER_FILES:
+        raise UsageError(
+            f"{out} would be a folder: one file is written only if its name ends in {_FILE}; give "
+            f"{out.with_suffix(_FILE)}, or the name of a folder"
+        )
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stagewise.planning.devices import DeviceSpec
     from stagewise.training.recipe import Recipe
 
-Devices = Annotated[int, typer.Option(min=1, help="How many devices there are.")]
+Devices = Annotated[int, typer.Option(min=1, metavar="N", help="How many devices there are.")]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(
@@ -36,6 +36,7 @@ Microbatches = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Number of microbatches per minibatch. [default: four times the devices, at most one "
         "per sample]",
         show_default=False,

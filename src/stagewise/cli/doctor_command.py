@@ -22,6 +22,7 @@ Devices = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Number of worker processes to start and examine on this machine. [default: those "
         "that torchrun has started; else one for each GPU, or only this process]",
         show_default=False,

@@ -63,10 +63,12 @@ TopP = Annotated[
 Devices = Annotated[
     int,
     typer.Option(
-        min=1, help="Over how many worker processes to spread the layers, each with its own GPU."
+        min=1,
+        metavar="N",
+        help="Over how many worker processes to spread the layers, each with its own GPU.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the draws.")]
 
 
 def generate_command(

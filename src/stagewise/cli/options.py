@@ -30,6 +30,7 @@ Stages = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Number of stages. Some schedules put several on each device. [default: as many as "
         "the devices hold]",
         show_default=False,
@@ -79,6 +80,7 @@ Microbatches = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Number of microbatches per minibatch. More keep the devices busier (4 times the "
         "devices is plenty), but make each computation smaller. "
         f"[default: {DEFAULT_MICROBATCHES}, or those of the schedule's file]",
@@ -137,6 +139,7 @@ Replicas = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         help="Seed of the initial parameters, dropout and, unless the recipe seeds it itself, "
         "the order of the data. [default: 0, or the checkpoint's with --resume]",
         show_default=False,

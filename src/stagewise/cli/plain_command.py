@@ -1,8 +1,9 @@
 """A command whose help and complaints are in its user's words.
 
-typer shows types as Python names them (`--json <bool>`), and says what is wrong with a value in the
-words of the library that checks it ("Input should be a valid integer, unable to parse string as an
-integer"). Here a switch takes no value, and numbers are asked for as people write them.
+typer shows types as Python names them (`--json <bool>`, `--steps <int range> [x>=1]`), and says
+what is wrong with a value in the words of the library that checks it ("Input should be a valid
+integer, unable to parse string as an integer"). Here a switch takes no value, other options say
+what they take by their `metavar`, and numbers are asked for as people write them.
 """
 
 import re
@@ -19,6 +20,10 @@ _IN_WORDS = (
 )
 
 
+def _nothing(*_: object, **__: object) -> None:
+    """What stands in the column of types beside an argument's name, and in that of ranges."""
+
+
 class PlainCommand(typer.core.TyperCommand):
     """See above."""
 
@@ -27,6 +32,9 @@ class PlainCommand(typer.core.TyperCommand):
         for param in params:
             if isinstance(param, typer.core.TyperOption) and param.is_flag:
                 param.metavar = ""
+            elif isinstance(param, typer.core.TyperArgument):
+                param.display_type_rich = _nothing  # type: ignore[method-assign]
+            param._get_number_range_help_str = _nothing
         return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -18,7 +18,6 @@ from stagewise.planning.choice import ScheduleChoice, requested_schedule
 from stagewise.planning.simulate import simulate
 from stagewise.report import format_seconds, render_timeline
 from stagewise.schedule import (
-    POLICIES,
     SCHEDULES,
     EqualStages,
     Schedule,
@@ -34,6 +33,7 @@ PerDevice = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Stages per device, for schedules that allow any number. [default: 2]",
         show_default=False,
     ),
@@ -47,6 +47,7 @@ def simulate_command(
         int | None,
         typer.Option(
             min=1,
+            metavar="N",
             help=f"Number of devices. [default: {DEFAULT_DEVICES}, or as many as hold the stages]",
             show_default=False,
         ),
@@ -54,31 +55,30 @@ def simulate_command(
     stages_per_device: PerDevice = None,
     replicas: opt.Replicas = None,
     microbatches: opt.Microbatches = None,
-    recompute: Annotated[
-        str,
-        typer.Option(
-            help="Which microbatches store only their inputs and are recomputed before their "
-            f"backward: {', '.join(POLICIES)}."
-        ),
-    ] = "never",
+    recompute: opt.Recompute = "never",
     forward: Annotated[
         str,
         typer.Option(
+            metavar="S,S,...",
             help="Seconds of one microbatch's forward: one number for all stages, or one per "
-            "stage, separated by commas."
+            "stage, separated by commas.",
         ),
     ] = "1",
-    backward: Annotated[str, typer.Option(help="The same for the backward.")] = "2",
+    backward: Annotated[
+        str, typer.Option(metavar="S,S,...", help="The same for the backward.")
+    ] = "2",
     weight: Annotated[
         str | None,
         typer.Option(
+            metavar="S,S,...",
             help="The same for the weight-gradient part of the backward, for schedules that split "
             "it. [default: half]",
             show_default=False,
         ),
     ] = None,
     latency: Annotated[
-        float, typer.Option(help="Seconds that a message between two devices takes.")
+        float,
+        typer.Option(metavar="SECONDS", help="Seconds that a message between two devices takes."),
     ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the drawing.")

@@ -9,6 +9,7 @@ block used twice and nested blocks just work.
 Invariant: within its scope a skip is stashed once and popped once, by a later cell.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,13 +86,19 @@ def skippable(*, stash: Sequence[str] = (), pop: Sequence[str] = ()) -> Callable
     """Declare what a class of cells, or one cell, stashes and pops in every forward.
 
     Use it as a class decorator; for names that differ from cell to cell, apply it to the cell:
-    `skippable(stash=[name])(self)`. Raises ModelError for a bare string.
+    `skippable(stash=[name])(self)`. Raises ModelError for a bare string, or a forward that yields.
     """
     for names in (stash, pop):
         if isinstance(names, str):
             raise ModelError(f"skippable got the string {names!r}; give a list: [{names!r}]")
 
     def declare(cell: _Cell) -> _Cell:
+        if inspect.isgeneratorfunction(cell.forward):  # torchgpipe's are
+            raise ModelError(
+                f"{cell.forward.__qualname__} yields, but stash and pop are calls here: write "
+                "stagewise.stash(name, value) for `yield stash(name, value)`, and "
+                "value = stagewise.pop(name) for `value = yield pop(name)`"
+            )
         setattr(cell, DECLARED, Declared(tuple(stash), tuple(pop)))
         return cell
 

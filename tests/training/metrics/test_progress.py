@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_a_loss_that_is_no_number_is_null(tmp_path: Path, loss: float) -> None:
     reporter.step(record(1, loss=loss))
     reporter.close()
     fields = json.loads((tmp_path / LOG_FILE).read_text())
+    assert 0 <= time.time() - fields.pop("time") < 100
     assert fields == {"step": 1, "loss": None, "seconds": 0.5, "tokens_per_second": 1234.6}
 
 

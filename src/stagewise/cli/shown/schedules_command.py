@@ -35,9 +35,12 @@ class _Drawn:
 
 
 def schedules_command(
-    devices: Annotated[int, typer.Option("--devices", "-K", min=1, help="Number of devices.")] = 4,
+    devices: Annotated[
+        int, typer.Option("--devices", "-K", min=1, metavar="N", help="Number of devices.")
+    ] = 4,
     microbatches: Annotated[
-        int, typer.Option("--microbatches", "-M", min=1, help="Number of microbatches.")
+        int,
+        typer.Option("--microbatches", "-M", min=1, metavar="N", help="Number of microbatches."),
     ] = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the drawings.")

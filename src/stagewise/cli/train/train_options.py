@@ -34,6 +34,7 @@ Pipeline = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Devices of each pipeline: the axis pp of a mesh. [default: --devices divided by the "
         "others]",
         show_default=False,
@@ -43,6 +44,7 @@ Shard = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Divide each batch, and shard each stage, over this many ranks: the axis dp_shard.",
         show_default=False,
     ),
@@ -51,6 +53,7 @@ Tensor = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Ranks along the axis tp, over which the recipe's parallelize splits matrices.",
         show_default=False,
     ),
@@ -59,6 +62,7 @@ Steps = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Total number of steps (minibatches), such as 1000, including those before --resume. "
         "[default: one pass over the recipe's data]",
         show_default=False,
@@ -67,6 +71,7 @@ Steps = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
+        metavar="FOLDER",
         help="Directory for log and checkpoints. [default: runs/RECIPE, with a number appended if "
         "that exists]",
         show_default=False,
@@ -119,8 +124,8 @@ Record = Annotated[
         min=0,
         max=100,
         metavar="N",
-        help="Record N steps with all that happens in them, after 8 steps and again every 100, in "
-        "OUT/recording.json, for stagewise report; 0 for none.",
+        help="Record N steps, at most 100, with all that happens in them, after 8 steps and again "
+        "every 100, in OUT/recording.json, for stagewise report; 0 for none.",
     ),
 ]
 Log = Annotated[

@@ -13,9 +13,9 @@ from stagewise.units import format_seconds
 _FASTER = 1.05  # times as fast as one device
 
 
-def not_faster(plan: Plan, step_seconds: float) -> str | None:
+def not_faster(plan: Plan, step_seconds: float, step: str = "step") -> str | None:
     """Return why a plan whose steps take `step_seconds` is not faster than one device, with the
-    remedy; None if it is, or if nothing was measured.
+    remedy; None if it is, or if nothing was measured. `step` says which steps these are.
     """
     number = plan.num_devices
     if number == 1 or not plan.cells or step_seconds <= 0:
@@ -25,7 +25,7 @@ def not_faster(plan: Plan, step_seconds: float) -> str | None:
         return None
     share, cause = max(_causes(plan, step_seconds))
     return (
-        f"{number} devices are not faster than one: a step takes {format_seconds(step_seconds)}, "
+        f"{number} devices are not faster than one: a {step} takes {format_seconds(step_seconds)}, "
         f"one device would take {format_seconds(alone)}. {cause.format(share=f'{share:.0%}')}. If "
         f"the model fits one device, data parallelism (--replicas {number}) takes about "
         f"{format_seconds(alone / number)} and the sum of gradients"

@@ -1,6 +1,7 @@
 """Progress of a run: a bar on a terminal, lines elsewhere, and a log file.
 
-Only rank 0 shows anything, the others' reporter is `Silent`. A line of the log is a JSON object.
+Only rank 0 shows anything, the others' reporter is `Silent`. A line of the log is a JSON object;
+`time` is when it was written, in seconds since 1970.
 """
 
 import json
@@ -236,7 +237,7 @@ class Shown(Reporter):
         self._console.print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
 
     def _write(self, fields: Mapping[str, object]) -> None:
-        self._log.write(json.dumps(fields) + "\n")
+        self._log.write(json.dumps({**fields, "time": round(time.time(), 3)}) + "\n")
         self._loggers.log(fields)
 
 
