@@ -34,7 +34,7 @@ class PlainCommand(typer.core.TyperCommand):
                 param.metavar = ""
             elif isinstance(param, typer.core.TyperArgument):
                 param.display_type_rich = _nothing  # type: ignore[method-assign]
-            param._get_number_range_help_str = _nothing
+            param._get_number_range_help_str = _nothing  # type: ignore[attr-defined]
         return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
