@@ -90,7 +90,7 @@ def _measured(large: str, tiny: str) -> list[Row]:
 
 def _settled() -> int:
     gc.collect()
-    FreePages(trim_of_glibc()).give_back(1.0)
+    FreePages(trim_of_glibc()).give_back()
     return _resident("VmRSS")
 
 

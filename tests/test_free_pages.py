@@ -1,4 +1,4 @@
-"""Pages go back after steps, and for no more of their time than is said."""
+"""Pages go back in every step where that is cheap, and hardly ever where it is not."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,8 +9,8 @@ from torch import nn
 import stagewise
 from stagewise.engine.looks import mixing
 from stagewise.free_pages import (
-    ADVANCE,
     HEAP,
+    RARELY,
     SHARE,
     FreePages,
     fault_seconds_per_byte,
@@ -31,30 +31,44 @@ def ticking(*seconds: float) -> Callable[[], float]:
     return lambda: next(times)
 
 
-def test_it_takes_its_share_of_the_steps_at_most() -> None:
+def test_cheap_trims_are_in_every_step_and_others_in_hardly_any() -> None:
+    given_back: list[int] = []
+    costs = [0.9 * SHARE] * 3 + [3.3 * SHARE] + [0.9 * SHARE] * 4
+    pages = FreePages(lambda: given_back.append(step), ticking(*costs), resident=lambda: 0)
+    for step in range(40):  # noqa: B007  (what `given_back` notes)
+        pages.after_step(1.0)
+    rest = 33
+    assert RARELY == SHARE / 10 and given_back == [0, 1, 2, 3, *range(4 + rest, 40)]
+
+
+def test_what_is_trimmed_within_a_step_counts_with_it() -> None:
     given_back: list[int] = []
     pages = FreePages(
-        lambda: given_back.append(step), clock=ticking(*[3.3 * SHARE] * 8), resident=lambda: 0
+        lambda: given_back.append(1), ticking(*[0.6 * SHARE] * 8), resident=lambda: 0
     )
-    for step in range(15):  # noqa: B007  (what `given_back` notes)
-        pages.give_back(1.0)
-    # Each takes the share of 3.3 steps; two count before the first.
-    assert ADVANCE == 2 and given_back == [0, 1, 4, 7, 11, 14]
+    for _ in range(2):
+        pages.within_step()
+        pages.after_step(1.0)
+    assert len(given_back) == 2, "both together take more than their share of the first step"
 
 
 def test_what_faulting_in_again_takes_counts_too() -> None:
     given_back: list[int] = []
     sizes = iter([3 << 30, 1 << 30] * 3)
     pages = FreePages(lambda: given_back.append(1), clock=lambda: 0.0, resident=lambda: next(sizes))
-    pages.give_back(1.0)
+    pages.within_step()
     assert pages._spent_seconds == (2 << 30) * fault_seconds_per_byte()
     assert 1e-12 < fault_seconds_per_byte() < 1e-6
-    pages.give_back(1.0)
-    assert given_back == [1], "gigabytes take longer than a hundredth of these steps"
+    pages.after_step(1.0)
+    pages.after_step(1.0)
+    assert given_back == [1, 1], "gigabytes take longer than a hundredth of these steps"
 
 
 def test_a_c_library_without_it() -> None:
-    FreePages(None).give_back(1.0)
+    pages = FreePages(None)
+    pages.give_back()
+    pages.after_step(1.0)
+    assert pages._spent_seconds == 0
 
 
 @pytest.mark.parametrize(("recompute", "calls"), [("never", 0), ("always", 3)])
@@ -68,7 +82,7 @@ def test_only_steps_that_recompute_give_back(
     given_back: list[int] = []
     monkeypatch.setattr(HEAP, "trim", lambda: given_back.append(1))
     monkeypatch.setattr(HEAP, "_clock", ticking(0.0, 0.0, 1000.0))
-    monkeypatch.setattr(HEAP, "_spent_seconds", 0.0)
+    monkeypatch.setattr(HEAP, "_resting", 0)
     for _ in range(2):  # the second has no time for it
         pipe.step(torch.ones(4, 2), target=torch.ones(4, 2))
     assert len(given_back) == calls
@@ -82,8 +96,6 @@ def test_the_c_library_is_asked_where_it_can() -> None:
 def test_planning_gives_back_what_its_trial_steps_took(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[None] = []
     monkeypatch.setattr(HEAP, "trim", lambda: trims.append(None))
-    monkeypatch.setattr(HEAP, "_clock", lambda: 0.0)
-    monkeypatch.setattr(HEAP, "_spent_seconds", 0.0)
     model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(4, 2)
     loss = nn.functional.mse_loss
     for count in (2, [2, 4]):  # measured, and searched for

@@ -5,22 +5,24 @@ holes between them, which stay resident: between steps a rank keeps 20 to 25 % o
 tensor living there, and at the peak itself 15 % are holes (measured with `benchmarks.resident`).
 Idea: `malloc_trim` (glibc, man 3) also releases such holes. It takes milliseconds, and faulting the
 pages in again longer: a plan that recomputes prefers memory to time, and trims at a step's end and
-after each stage's first backward, which allocates its gradients. Trimming is skipped where both
-would take more than a small share of the steps' time; what a fault takes is measured once. A look
-at mixing runs a cell on more samples than a microbatch has: without trimming just before, its
-memory would come on top of the holes, and set the peak of the whole run. Looks are too rare for the
-time to count.
+after each stage's first backward, which allocates its gradients. The step with the most pages sets
+the peak, so trimming some steps gains nothing: either all steps trim, or, where that would take
+more than a small share of their time, hardly any; what a fault takes is measured once. A look at
+mixing runs a cell on more samples than a microbatch has: without trimming just before, its memory
+would come on top of the holes, and set the peak of the whole run. Looks are too rare for the time
+to count.
 """
 
 import ctypes
 import functools
+import math
 import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-SHARE = 0.01  # of the steps' seconds that trimming and faulting in again may take
-ADVANCE = 2.0  # the steps' seconds assumed before the first
+SHARE = 0.01  # of a step's seconds that trimming and faulting in again may take
+RARELY = 0.001  # the same of many steps, where one takes more
 _PROBE_BYTES = 1 << 22
 
 
@@ -57,7 +59,7 @@ def fault_seconds_per_byte() -> float:
 
 
 class FreePages:
-    """Trims the heap after steps, as long as that is cheap compared to them."""
+    """Trims the heap in and after steps, where that is cheap compared to them."""
 
     def __init__(
         self,
@@ -66,18 +68,33 @@ class FreePages:
         resident: Callable[[], int] = resident_bytes,
     ) -> None:
         self.trim, self._clock, self._resident = trim, clock, resident
-        self._step_seconds, self._spent_seconds = ADVANCE, 0.0
+        self._spent_seconds = 0.0  # in the running step
+        self._resting = 0  # steps to come without trimming
 
-    def give_back(self, step_seconds: float = 0.0) -> None:
-        """Call after a step that took `step_seconds`, or within one."""
-        self._step_seconds += step_seconds
-        if self.trim is None or self._spent_seconds > SHARE * self._step_seconds:
+    def give_back(self) -> None:
+        """Trim, at once."""
+        if self.trim is not None:
+            self.trim()
+
+    def within_step(self) -> None:
+        """Trim, unless that has been too slow lately."""
+        if self._resting or self.trim is None:
             return
         before, start = self._resident(), self._clock()
         self.trim()
         self._spent_seconds += self._clock() - start
         released = max(0, before - self._resident())
         self._spent_seconds += released * fault_seconds_per_byte()
+
+    def after_step(self, step_seconds: float) -> None:
+        """Call after a step that took `step_seconds`, with what was trimmed within."""
+        if self._resting:
+            self._resting -= 1
+            return
+        self.within_step()
+        if self._spent_seconds > SHARE * step_seconds:
+            self._resting = math.ceil(self._spent_seconds / (RARELY * step_seconds))
+        self._spent_seconds = 0.0
 
 
 HEAP = FreePages(trim_of_glibc())  # this process's

@@ -118,7 +118,7 @@ class Calls(Share):
         result = self._run(Mode.TRAIN, inputs, target, kwargs, outputs_on, batch_dim, scaling)
         self.step_index += 1
         if self.plan.recomputes:
-            HEAP.give_back(time.perf_counter() - start)
+            HEAP.after_step(time.perf_counter() - start)
         loss = self._loss_of(result)
         return (loss, self._outputs_of(result, outputs_on)) if return_outputs else loss
 

@@ -174,7 +174,7 @@ def measured_plan(
         found = try_plans({plan.schedule: plan}, example, seconds=0, least=_REHEARSED)
         link, engine = corrected_costs(link, lambda _: costs, [*found.values()], example.where)
         plan = plan_for(request, with_engine_overhead(costs, engine), link=link)
-    HEAP.give_back(seconds)
+    HEAP.give_back()
     return _in_blocks(plan, example.chain)
 
 

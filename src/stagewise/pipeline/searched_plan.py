@@ -117,7 +117,7 @@ def search_plan(
         least = _LEAST_STEPS if seconds is None else 1
         contest = _Contest(example, counts, costs_at, link, ends, least, progress)
         found = contest.decide(found, best)
-    HEAP.give_back(cells)
+    HEAP.give_back()
     return found
 
 

@@ -194,7 +194,7 @@ def _give_back_around(steps: list[Bound]) -> None:
 
 def _trimmed(action: Action, received: list[Apart], work: Work) -> Any:
     done = action(received, work)
-    HEAP.give_back()
+    HEAP.within_step()
     return done
 
 
