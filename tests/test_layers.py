@@ -172,6 +172,18 @@ def test_the_levels_name_every_room_once() -> None:
     assert len(DEPTH) == sum(map(len, LEVELS))
 
 
+def test_the_picture_shows_every_room_from_the_top_down() -> None:
+    """A room within another may be left out, and so may small files and what only forwards."""
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = page.split("## The layers")[1].split("```")[1].splitlines()
+    shown = [name for line in lines for name in line[:26].replace(",", " ").split()]
+    shown = [name for name in shown if "─" not in name]
+    assert [*map(DEPTH.__getitem__, shown)] == sorted(map(DEPTH.__getitem__, shown))
+    small = {"", "__main__", "free_pages", "habits", "slow_notice"}
+    rooms = {room for room in DEPTH if room.count("/") == room.startswith("engine/")}
+    assert rooms - small == set(shown)
+
+
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_pure_layers_load_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

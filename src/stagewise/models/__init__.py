@@ -4,7 +4,7 @@ Under `torch.device("meta")` each builds without memory.
 
 1. `amoebanet` and `transformer` are GPipe's two models; `language` is a decoder alone.
 2. `attention` is what both Transformers are made of.
-3. `resnet` and `unet` are what torchgpipe measures besides.
+3. `resnet` and `unet` are the other two that torchgpipe measures.
 """
 
 from stagewise.models.amoebanet import amoebanet_d

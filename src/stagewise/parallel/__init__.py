@@ -1,11 +1,11 @@
-"""What is done to a stage beside the pipeline, as a Pipeline's `parallelize` or within it.
+"""Other parallelism, within a stage: what a Pipeline's `parallelize` may do.
 
 1. `shard_cells` shards every cell over a mesh's sharding axis; `stagewise train --shard` uses it.
-   `tp_plan` splits matrices as a model of transformers says.
+   `tp_plan` splits matrices as a model of transformers asks for.
 2. `split_sequences` lets attention see whole sequences of which ranks have parts: by heads
    (Ulysses), by a ring (`ring_attention`), or both.
-3. `experts` are a layer of which every position uses a few, and which ranks can share.
-4. `exchange` is how ranks of an axis swap tensors, with gradients.
+3. `experts`: a layer of which every position uses a few, spread over ranks.
+4. `exchange`: how ranks of an axis swap tensors, with gradients.
 """
 
 from stagewise.parallel.experts import Experts, split_experts

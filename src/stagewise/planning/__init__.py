@@ -1,15 +1,15 @@
 """From costs to a plan, without torch.
 
 1. `simulate` predicts when each instruction of a schedule runs; `fast_simulate` only the duration.
-2. A `request` says what is wanted, `reserve` what memory holds besides state and activations.
-   `refit` changes it for a run that goes on with other devices. `partition` cuts the chain,
-   `choice` builds the requested schedule, `synthesis` makes one,
-   `search` compares them all; `bubble` splits idle time by cause.
-3. `plan` is the result: frozen, with its predictions, which `plan_words` tells and
-   `alternatives` compares with one device and data parallelism, `meshes` runs side by side;
-   `written_costs` reads its file.
-4. `devices`, `roofline` and `interpolate` derive costs from published figures or from few
-   measurements; `calibrate` corrects costs by trial steps, `drift` detects that they have changed.
+2. A `request` says what is wanted; `refit` changes it for a run that goes on with other devices.
+   `reserve` is what memory holds besides state and activations. `partition` cuts the chain,
+   `choice` builds the requested schedule, `synthesis` makes one, `search` compares them all;
+   `bubble` splits idle time by cause.
+3. `plan` is the result: frozen, with its predictions, which `plan_words` puts in words and
+   `alternatives` compares with one device and data parallelism. `meshes` are for several pipelines
+   side by side; `written_costs` reads a plan's file.
+4. `devices`, `roofline` and `interpolate` derive costs from published figures or from a
+   few measurements; `calibrate` corrects costs by trial steps, `drift` detects when they change.
 5. `advice` answers whether a pipeline is the right tool at all.
 """
 

@@ -1,10 +1,10 @@
 """What happened in a step, on one clock: instructions, messages and what surrounds them.
 
 1. `recorded` is the data: steps with their events, in nanoseconds of rank 0's clock.
-2. A `recorder` notes the events of one process, or of a simulation; all ranks' make a step.
-3. `causes` says why devices were idle, to the nanosecond, from a `chart` of who waits for whom.
+2. A `recorder` notes the events of one process, or of a simulation; those of all ranks make a step.
+3. `causes` says why devices were idle, to the nanosecond, by a `chart` of who waits for whom.
 4. `recording_file` writes steps to a run's folder and reads them back, trusting nothing.
-5. `run_folder_files` reads all that a run wrote: its recording and the lines of its log.
+5. `run_folder_files` reads everything that a run wrote: its recording and the lines of its log.
 """
 
 from stagewise.recording.causes import IdleTime, idle_time

@@ -1,7 +1,7 @@
 """Reports for the terminal, without torch.
 
 1. `plan_table`: a plan's predictions and measurements; `search_table`: the result of a search;
-   `outlook_words`: whether a plan fits, and what else would do.
+   `outlook_words`: whether a plan fits, and what else would.
 2. `run_report`: what a run wrote, with its `run_tables`; `chrome_trace` is for Perfetto.
 3. `parity_table`: the result of a parity check.
 

@@ -1,5 +1,5 @@
-"""Commands that show what is there, without a model.
+"""Commands that need no model.
 
-1. `report_command`: what a run wrote.
-2. `schedules_command`: all schedules beside each other.
+1. `report_command` shows what a run wrote.
+2. `schedules_command` draws all schedules side by side.
 """

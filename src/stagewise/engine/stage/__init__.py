@@ -4,8 +4,8 @@
    microbatch between forward and backward.
 2. `stage` runs its cells: forward, recomputation, backward, or backward in two parts; on the last
    stage `loss` follows the last cell.
-3. Around a cell: `keywords` passes its keyword arguments, `skips` what other cells stashed for it,
-   `randomness` seeds the default generators, `draws` other ones, `buffers` holds the buffer values
+3. Around a cell: `keywords` passes its keyword arguments, `skips` what other cells stashed for it;
+   `randomness` seeds the default generators, `draws` the others; `buffers` holds the buffer values
    that it must see, `stand_ins` its tied parameters.
 4. `autograd` separates the stage's graph from the model's, `split_backward` runs it in two parts.
 5. `gradient` gives gradients their form; `batchnorm` combines statistics over the minibatch;
