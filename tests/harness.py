@@ -28,9 +28,14 @@ CONTEXT.set_forkserver_preload(
         "torch",
         "torch._dynamo",  # which the first optimizer of a process imports
         "torch.distributed",
+        "torch.distributed.checkpoint._fsspec_filesystem",
         "stagewise.pipeline.pipeline",
         "stagewise.pipeline.plan_model",
         "stagewise.training.trainer",
+        "stagewise.cli.plan_command",
+        "stagewise.cli.train.train_command",
+        "hypothesis",  # with pytest, what the files of cases import
+        "pytest",
     ]
 )
 _PR_SET_PDEATHSIG = 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stagewise.cli.main import main
+from tests.forked import fork_workers
 from tests.recipes import RunHere
 
 
@@ -15,8 +16,10 @@ def run_here(
 ) -> RunHere:
     """`recipes.run_command` without a process of its own, whose imports take seconds.
 
-    Workers are processes all the same. One test of every command starts it as a user does.
+    Workers are processes all the same, but forked. One test of every command starts it, and its
+    workers, as a user does.
     """
+    fork_workers(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "STAGEWISE_STOP_FILE"):

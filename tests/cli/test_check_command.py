@@ -8,8 +8,8 @@ from stagewise.schedule import POLICIES, SCHEDULES
 from tests.recipes import RunHere, run_command, write_recipe
 
 
-def test_the_tiny_recipe_agrees(tmp_path: Path) -> None:
-    code, out, err = run_command("check", write_recipe(tmp_path), "--double", cwd=tmp_path)
+def test_the_tiny_recipe_agrees(tmp_path: Path, run_here: RunHere) -> None:
+    code, out, err = run_here("check", write_recipe(tmp_path), "--double")
     assert (code, err) == (0, "")
     for expected in ("gradient 3.weight", "parameter 0.0.bias", "1f1b, 4, 4, except_last"):
         assert expected in out

@@ -9,12 +9,12 @@ import pytest
 
 import stagewise
 from stagewise.planning import bottleneck_seconds
-from tests.recipes import RunHere, run_command, write_recipe
+from tests.recipes import RunHere, write_recipe
 
 
-def test_json_is_a_plan_with_predictions(tmp_path: Path) -> None:
+def test_json_is_a_plan_with_predictions(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
-    code, out, err = run_command("plan", recipe, "--microbatches", "4", "--json", cwd=tmp_path)
+    code, out, err = run_here("plan", recipe, "--microbatches", "4", "--json")
     assert (code, err) == (0, "")
     plan = stagewise.Plan.from_json(out)
     predicted = json.loads(out)["predicted"]
