@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.forked import Forked
+
 TINY = """
 import torch
 from torch import nn
@@ -66,14 +68,24 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 class Command:
-    """`python -m stagewise ARGUMENTS` in a session of its own, killed whole when it takes long."""
+    """`python -m stagewise ARGUMENTS` in a session of its own, killed whole when it takes long.
 
-    def __init__(self, *arguments: str | Path, cwd: Path, module: str = "stagewise") -> None:
+    `forked` is for what does not depend on how Python itself starts.
+    """
+
+    def __init__(
+        self, *arguments: str | Path, cwd: Path, module: str = "stagewise", forked: bool = False
+    ) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "STAGEWISE_STOP_FILE"):
             environment.pop(name, None)
+        words = ["-m", module, *map(str, arguments)]
+        self.process: subprocess.Popen[str] | Forked
+        if forked:
+            self.process = Forked(words, environment, cwd)
+            return
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [sys.executable, *words],
             cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,
@@ -85,6 +97,7 @@ class Command:
     def finish(self) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
         out, err = self.process.communicate(timeout=SECONDS)
+        assert self.process.returncode is not None
         return self.process.returncode, out, err
 
     def read_until(self, text: str) -> str:
@@ -116,7 +129,7 @@ class Command:
         self.kill()
 
 
-def run_command(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
+def run_command(*arguments: str | Path, cwd: Path, forked: bool = False) -> tuple[int, str, str]:
     """Run `stagewise ARGUMENTS` to its end."""
-    with Command(*arguments, cwd=cwd) as command:
+    with Command(*arguments, cwd=cwd, forked=forked) as command:
         return command.finish()

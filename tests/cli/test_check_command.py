@@ -48,7 +48,7 @@ def test_what_a_cell_carries_over_is_a_warning(tmp_path: Path) -> None:
     changes = ("def model():", COUNTS), ("nn.Linear(WIDTH, 1)", "Counts(WIDTH, 1)")
     arguments = ("--stages", "2", "--schedule", "gpipe", "--recompute", "never")
     recipe = write_recipe(tmp_path, *changes)
-    code, out, err = run_command("check", recipe, *arguments, cwd=tmp_path)
+    code, out, err = run_command("check", recipe, *arguments, cwd=tmp_path, forked=True)
     assert code == 0 and "ok: 1 pipelined run" in out
     assert err.startswith("warning: cell '3' changes calls in every") and err.count("\n") == 1
 

@@ -95,7 +95,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, ("sum(dim=1, keepdim=True)\n", f"sum(1, True)\n            {sleep}\n")
     )
-    with Command("train", recipe, "--steps", "1000", *SMALL, cwd=tmp_path) as command:
+    with Command("train", recipe, "--steps", "1000", *SMALL, cwd=tmp_path, forked=True) as command:
         command.read_until("asleep")
         command.interrupt()
         assert command.process.stderr is not None
@@ -151,7 +151,9 @@ def test_a_failure_outside_the_pipeline_names_rank_and_step(
 def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
     tell = "import os\n    open(f\"pid-{os.environ['RANK']}\", 'w').write(str(os.getpid()))"
     recipe = write_recipe(tmp_path, ("def model():", f"def model():\n    {tell}"))
-    with Command("train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path) as command:
+    with Command(
+        "train", recipe, "--steps", "1000000", *SMALL, cwd=tmp_path, forked=True
+    ) as command:
         command.read_until("step 10/")
         os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
         code, out, err = command.finish()
@@ -221,7 +223,7 @@ def test_torchrun_starts_the_workers_again_when_one_has_died(
     recipe, more = write_recipe(tmp_path, change), ("--steps", "5", "--checkpoint-every", "1")
     torchrun = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "stagewise")
     arguments = (*torchrun, "train", recipe, *more, *SMALL)
-    with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
+    with Command(*arguments, cwd=tmp_path, module="torch.distributed.run", forked=True) as command:
         code, out, err = command.finish()
     assert code == 0, err
     assert out.count("continue with") == 1
@@ -235,7 +237,7 @@ def test_torchrun_starts_as_many_workers_as_asked_for(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     torchrun = ("--standalone", "--nproc-per-node", "2", "-m", "stagewise")
     arguments = (*torchrun, "train", recipe, "--steps", "3", *SMALL, "--stages", "3")
-    with Command(*arguments, cwd=tmp_path, module="torch.distributed.run") as command:
+    with Command(*arguments, cwd=tmp_path, module="torch.distributed.run", forked=True) as command:
         code, _, err = command.finish()
     assert code != 0
     assert (
