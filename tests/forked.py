@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import CONTEXT
+from tests.harness import CONTEXT, ensure_server
 
 _HANDLED = signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGQUIT  # an exec resets these
 
@@ -39,6 +39,7 @@ class Forked:
         folder: Path,
         streams: Sequence[int] | None = None,
     ) -> None:
+        ensure_server()
         pipes = [] if streams else [os.pipe() for _ in range(2)]
         ours = [os.fdopen(fd) for fd, _ in pipes]
         self.stdout, self.stderr = ours or [None, None]

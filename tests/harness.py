@@ -8,8 +8,10 @@ Invariant: no worker outlives pytest. A pool is killed on a time-out, on a failu
 longer agree) and at the end; a worker whose parent dies is killed by the kernel.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
@@ -23,22 +25,15 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",  # which the first optimizer of a process imports
-        "torch.distributed",
-        "torch.distributed.checkpoint._fsspec_filesystem",
-        "stagewise.pipeline.pipeline",
-        "stagewise.pipeline.plan_model",
-        "stagewise.training.trainer",
-        "stagewise.cli.plan_command",
-        "stagewise.cli.train.train_command",
-        "hypothesis",  # with pytest, what the files of cases import
-        "pytest",
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
+ROOT = Path(__file__).parents[1]
 _PR_SET_PDEATHSIG = 1
+
+
+def ensure_server() -> None:
+    """Have the fork server run; it starts where it can import `tests.preloaded`."""
+    with contextlib.chdir(ROOT):
+        multiprocessing.forkserver.ensure_running()
 
 
 class WorkerError(Exception):
@@ -65,6 +60,7 @@ class Pool:
     """
 
     def __init__(self, num_ranks: int, backend: str = "gloo", timeout: float | None = None) -> None:
+        ensure_server()
         self.num_ranks = num_ranks
         self._directory = tempfile.TemporaryDirectory(prefix="stagewise-ranks-")
         store = Path(self._directory.name) / "store"
