@@ -57,8 +57,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Processes that tests start share compiled code, also where the environment asks for none.
 pytest: $(READY)
-	$(BIN)/pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
 
 soak: $(READY)
 	STAGEWISE_SOAK=20 $(BIN)/pytest --timeout 3600 \

@@ -14,6 +14,7 @@ from benchmarks.mesh.compare import NUM_MICROBATCHES
 from benchmarks.mesh.inner import Parallelize, sharded, split, split_and_sharded
 from benchmarks.mesh.subjects import Batch, batches, built
 from tests.harness import Pools
+from tests.pipeline.runs import unexamined
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed:UserWarning")
 
@@ -36,7 +37,7 @@ def made(name: str, model: str) -> tuple[stagewise.Pipeline, torch.optim.Optimiz
     loss = nn.functional.cross_entropy
     pipe = stagewise.Pipeline(built(model), plan, loss=loss, mesh=mesh, parallelize=parallelize)
     optimizer = torch.optim.SGD(pipe.parameters(), lr=0.01, momentum=0.9, foreach=False)
-    return pipe, optimizer, part(mesh)
+    return unexamined(pipe), optimizer, part(mesh)
 
 
 def part(mesh: DeviceMesh) -> Batch:

@@ -106,15 +106,21 @@ def test_a_plan_that_does_not_fit_says_so_and_fails(tmp_path: Path, run_here: Ru
     assert code == 0 and predicted["fits"] and len(predicted["device_bytes"]) == 4
 
 
-def test_a_missing_recipe_is_told_before_torch_is_imported(tmp_path: Path) -> None:
-    script = (
-        "import sys; from stagewise.cli.main import main; sys.argv[1:] = ['COMMAND', 'absent.py']\n"
-        "try: main()\nfinally: assert 'torch' not in sys.modules"
-    )
-    for command in ("plan", "train", "check", "advise"):
-        text = script.replace("COMMAND", command)
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-        assert done.returncode == 2 and "there is no recipe file absent.py" in done.stderr, command
+def test_a_missing_recipe_is_told_before_torch_is_imported() -> None:
+    script = """
+import sys
+from stagewise.cli.main import main
+for command in ("plan", "train", "check", "advise"):
+    sys.argv[1:] = [command, "absent.py"]
+    try:
+        main()
+    except SystemExit as end:
+        print(command, end.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    told = [f"{command} 2 False" for command in ("plan", "train", "check", "advise")]
+    assert done.stdout.splitlines() == told and done.returncode == 0
+    assert done.stderr.count("there is no recipe file absent.py") == 4
 
 
 def test_meshes_are_priced_and_searched(tmp_path: Path, run_here: RunHere) -> None:

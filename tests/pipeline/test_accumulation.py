@@ -12,6 +12,7 @@ from stagewise.errors import CellError
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
+from tests.pipeline.runs import unexamined
 from tests.schedules import RUNNABLE, layout, planned
 
 WIDTH, SIZE, NUM_MICROBATCHES = 8, 64, 32
@@ -75,6 +76,7 @@ def trained(balance: tuple[int, ...], schedule: str, policies: list[str]) -> lis
     states = []
     for policy in policies:
         pipe = pipe_of(build(), *balance, schedule=schedule, recompute=policy)
+        pipe = unexamined(pipe) if states else pipe
         for index in range(2):
             inputs, target = minibatch(index)
             pipe.step(inputs, target=target)

@@ -19,6 +19,7 @@ from stagewise.model.chain import chain_of
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
+from tests.pipeline.runs import unexamined
 from tests.schedules import RUNNABLE, layout, planned
 
 WIDTH, SIZE, NUM_MICROBATCHES = 3, 22, 4  # microbatches of 6, 6, 5, 5
@@ -143,6 +144,7 @@ def trained(
     states = []
     for policy in policies:
         pipe = pipe_of(build(name, dtype), num_stages, schedule=schedule, recompute=policy)
+        pipe = unexamined(pipe) if states else pipe
         for index in range(2):
             inputs, target = minibatch(index, dtype)
             pipe.step(inputs, target=target)

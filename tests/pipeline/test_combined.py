@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 (the name that PyTorch's user
 import stagewise
 from stagewise.schedule import POLICIES
 from tests.harness import Pools
+from tests.pipeline.runs import unexamined
 from tests.schedules import RUNNABLE, layout, planned
 
 Step = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]  # total, losses, gradients
@@ -83,6 +84,7 @@ def train(
     for policy in policies:
         plan = planned(balance, schedule, num_microbatches=4, recompute=policy)
         pipe = stagewise.Pipeline(build(dropout), plan, loss=loss, weight=weight)
+        pipe = unexamined(pipe) if runs else pipe
         optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.01)
         steps: list[Step] = []
         for _ in range(3):
