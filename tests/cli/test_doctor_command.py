@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.recipes import SECONDS, RunHere
 
 
@@ -15,6 +17,7 @@ def test_one_process_is_examined_by_default(run_here: RunHere) -> None:
     assert "what to do" in out and "versions" in out and "links" not in out
 
 
+@pytest.mark.timeout(300)
 def test_two_workers_reach_each_other_and_a_low_limit_is_told(tmp_path: Path) -> None:
     command = f"ulimit -n 200; exec {sys.executable} -m stagewise doctor --devices 2 --json"
     ran = subprocess.run(

@@ -10,6 +10,7 @@ import pytest
 from stagewise.recording import read_run
 from tests.recipes import Command, RunHere, log_of, run_command, write_recipe
 
+pytestmark = pytest.mark.timeout(300)
 SMALL = ("--microbatches", "4", "--validate-every", "0")
 
 
