@@ -43,9 +43,7 @@ def test_cheap_trims_are_in_every_step_and_others_in_hardly_any() -> None:
 
 def test_what_is_trimmed_within_a_step_counts_with_it() -> None:
     given_back: list[int] = []
-    pages = FreePages(
-        lambda: given_back.append(1), ticking(*[0.6 * SHARE] * 8), resident=lambda: 0
-    )
+    pages = FreePages(lambda: given_back.append(1), ticking(*[0.6 * SHARE] * 8), resident=lambda: 0)
     for _ in range(2):
         pages.within_step()
         pages.after_step(1.0)
