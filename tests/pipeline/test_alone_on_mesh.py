@@ -4,7 +4,10 @@ Gloo lets nobody leave a collective before a connection closes, so these process
 do, by the error (`tests.harness`).
 """
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +103,7 @@ def said_after(pipe: stagewise.Pipeline, x: Tensor) -> None:
         raise
 
 
-def outcomes(ranks: int, case: Callable[..., None], *args: object) -> list[Raised]:
+def outcomes(ranks: int, case: Callable[..., object], *args: object) -> list[Raised]:
     pool = Pool(ranks, timeout=TIMEOUT)
     try:
         return pool.outcomes(case, *args, seconds=SECONDS)
@@ -130,6 +133,26 @@ def test_a_rank_that_cannot_gather_is_named_by_all() -> None:
     assert failed.error.startswith("ValueError: boom")
     assert other.error.startswith("PeerError: rank 0 lost another rank while waiting for it")
     assert f"First failure: rank {FAILS}: ValueError: boom" in other.error
+
+
+def in_gather_caught(told_in: str) -> str:
+    """The failing rank catches its error, and its process lives on: connections stay open."""
+    if dist.get_rank() != FAILS:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = told_in
+        in_gather()
+    with pytest.raises(ValueError, match="boom") as caught:
+        in_gather()
+    return str(caught.value)
+
+
+def test_a_script_that_lives_on_lets_the_others_end(tmp_path: Path) -> None:
+    """By their watchdogs, and with the cause where a launcher looks for it."""
+    told_in = tmp_path / "error.json"
+    other, failed = outcomes(2, in_gather_caught, str(told_in))
+    assert other.error == "died" and "boom" in str(failed)
+    message = json.loads(told_in.read_text())["message"]["message"]
+    assert "rank 0" in message and "the run has failed (rank 1" in message
+    assert "ValueError: boom" in message
 
 
 def test_errors_of_a_collective_are_told_from_those_of_the_users() -> None:

@@ -105,6 +105,19 @@ def test_a_rank_that_hangs_after_a_failure_is_ended(monkeypatch: pytest.MonkeyPa
     assert "the run has failed (rank 1: ValueError: no more)" in stderr.getvalue()
 
 
+def test_a_rank_that_went_on_just_as_another_failed_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was taken for one that had survived the failure: all that a look sees is both."""
+    ended: list[int] = []
+    monkeypatch.setattr("stagewise.engine.watch.watchdog.os._exit", ended.append)
+    now, store = Now(call="step"), HashStore()
+    with watched([now], store):
+        now.count += 1
+        store.set(FAILURE, "rank 1: ValueError: cannot gather")
+        assert waiting_for(lambda: bool(ended))
+
+
 def test_a_failure_of_an_earlier_run_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr("stagewise.engine.watch.watchdog.os._exit", ended.append)

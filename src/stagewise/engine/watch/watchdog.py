@@ -68,7 +68,8 @@ class Watchdog:
         answering = max(self._look_seconds, min(_ANSWER_SECONDS, self._patience / 2))
         self._answering = timedelta(seconds=answering)
         self._store = SharedStore(store, self._answering)
-        self._failed_before = self._store.get(FAILURE) is not None
+        self._known = self._store.get(FAILURE)  # at the look before
+        self._failed_before = self._known is not None
         self._stopped = threading.Event()
         self._num_alarms, self._has_told, self._was_asked = 0, False, False
         self._quiet, self._failed_at = self._patience, 0.0
@@ -96,7 +97,7 @@ class Watchdog:
         by, cause, alone = self._store.get_each(self._key(), FAILURE, ALONE)
         if (current := self._now.state()) != self._state:
             self._goes_on(current)
-            self._failed_before = cause is not None  # and this rank has survived it
+            self._failed_before = self._known is not None  # and this rank has survived it
             if self._has_told:
                 self._store.set(WAITS, "")
                 self._has_told = False
@@ -116,6 +117,7 @@ class Watchdog:
                 _print(f"the run has failed ({cause}), while this rank runs code of its own")
             self._failed_at = self._failed_at or time.monotonic()
             self._end_if_it_hangs(cause, seconds)
+        self._known = cause
 
     def _look_beside(self, alone: str, cause: str | None, seconds: float) -> None:
         """End all waits of a run in which a rank fails, by `alone`, that a collective waits for."""
