@@ -1,13 +1,18 @@
 """What a run's report says where there is nothing to replay."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stagewise.costs import FREE_LINK
+from stagewise.diagnosis import predicted_step
+from stagewise.planning import simulate
 from stagewise.recording import RecordedEvent, RecordedStep, Recording, RunFiles
 from stagewise.report.run_report import RunReport
 from stagewise.schedule import Instruction
+from stagewise.schedule.sharded import with_gathers
 from tests.diagnosis.test_diagnosis import plan, recorded
 
 
@@ -31,3 +36,28 @@ def test_savings_of_nothing_are_left_out() -> None:
         True,
         False,
     ]
+
+
+def test_the_predicted_step_of_sharded_stages_has_their_gathers() -> None:
+    """Recorded is the plan's own step, on devices whose gathers take 3 s and reductions 2 s."""
+    made = plan(2, 2, num_devices=2, link=FREE_LINK)
+    schedule = with_gathers(made.needed_schedule, {0: 0, 1: 1})
+    costs = tuple(replace(c, gather_seconds=3.0, reduce_seconds=2.0) for c in made.engine_costs)
+    events = tuple(
+        RecordedEvent(
+            device=span.device,
+            what=span.instruction,
+            start_ns=round(span.start_seconds * 1e9),
+            end_ns=round(span.end_seconds * 1e9),
+        )
+        for span in simulate(schedule, costs, FREE_LINK).spans
+    )
+    step = RecordedStep(step=1, num_devices=2, plan=0, events=events)
+    recording = Recording(num_devices=2, steps=(step,), plans=(json.loads(made.to_json()),))
+    found = predicted_step(recording)
+    assert found is not None and [c.gather_seconds for c in found.costs] == pytest.approx([3, 3])
+    assert found.timeline.duration_seconds == pytest.approx(step.timeline.duration_seconds)
+    record = RunReport(RunFiles(path=Path("run"), rows=(), recording=recording)).record()
+    assert record["predicted"]["step_seconds"] == found.timeline.duration_seconds  # type: ignore[index]
+    fewer = replace(step, events=tuple(e for e in events if str(e.what) != "0G0"))
+    assert predicted_step(replace(recording, steps=(fewer,))) is None

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
+from stagewise.diagnosis import predicted_step
 from stagewise.errors import PlanError
 from stagewise.page.page_contents import Around, Losses, Page, Section, ShownStep
 from stagewise.page.plan_page import rival_steps, short_name
@@ -52,7 +53,10 @@ def _steps(run: RunFiles, mark: str) -> Iterator[ShownStep]:
     usual = recording.usual_step
     plan = _plan_of(recording)
     if plan is not None and plan.cells:
-        yield ShownStep(f"predicted: {short_name(plan)}{mark}", plan.timeline, plan.engine_costs)
+        predicted = predicted_step(recording)
+        timeline = plan.timeline if predicted is None else predicted.timeline
+        costs = plan.engine_costs if predicted is None else predicted.costs
+        yield ShownStep(f"predicted: {short_name(plan)}{mark}", timeline, costs)
     if usual is None:
         return
     others = [step for step in recording.steps if step is not usual]

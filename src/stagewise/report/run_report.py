@@ -5,7 +5,15 @@ from functools import cached_property
 
 from rich.console import RenderableType
 
-from stagewise.diagnosis import MeasuredSteps, advice_for, as_measured, what_would_help
+from stagewise.diagnosis import (
+    MeasuredSteps,
+    PredictedStep,
+    advice_for,
+    as_measured,
+    predicted_step,
+    what_would_help,
+)
+from stagewise.diagnosis.sharded_steps import is_sharded
 from stagewise.errors import StagewiseError
 from stagewise.recording import IdleTime, RecordedStep, RunFiles, idle_time
 from stagewise.recording.recorded import SECOND
@@ -17,11 +25,10 @@ from stagewise.report.run_tables import (
     idle_table,
     memory_table,
 )
-from stagewise.schedule import Instruction
-from stagewise.schedule.instruction import KINDS
 from stagewise.timeline.timeline_picture import render_timeline
 from stagewise.units import format_seconds
 
+_AS_MEASURED = "gathers and reductions take as long as they were measured"
 _NOTHING = 1e-3  # of a step: less is not worth a command
 
 
@@ -34,13 +41,13 @@ class RunReport:
     def shown(self, width: int) -> Iterator[RenderableType]:
         """Yield text and tables, at most `width` columns wide."""
         yield self._course()
-        step, measured = self._step, self._measured
+        step = self._step
         if self._recording is None or step is None:
             yield "no step was recorded: train for more steps, or without --record 0"
             return
-        if measured is not None and measured.planned.cells:
-            yield "\npredicted"
-            yield render_timeline(measured.planned.timeline, width=width)
+        if (predicted := self._predicted) is not None:
+            yield "\npredicted" + f" ({_AS_MEASURED})" * is_sharded(step)
+            yield render_timeline(predicted.timeline, width=width)
         number = len(self._recording.steps)
         yield f"\nmeasured: step {step.step}" + (f", the median of {number}" * (number > 1))
         yield render_timeline(step.timeline, width=width)
@@ -60,7 +67,7 @@ class RunReport:
             yield help_table(helps) if helps else "nothing that the simulator can replay would help"
             for hint in advice_for(measured):
                 yield f"advice: {hint.sentence}"
-        elif _is_sharded(step):
+        elif is_sharded(step):
             yield (
                 "what would help is not said of sharded stages: the replay has no costs of their "
                 "gathers; what these keep counts as activations below"
@@ -86,14 +93,13 @@ class RunReport:
             ],
             **idle_record(self._idle(step)),
         }
+        if (predicted := self._predicted) is not None:
+            found["predicted"] = {
+                "step_seconds": predicted.timeline.duration_seconds,
+                "bubble_fraction": float(predicted.timeline.bubble_fraction),
+                "peak_activation_bytes": predicted.timeline.peak_activation_bytes(predicted.costs),
+            }
         if measured is not None:
-            planned = measured.planned
-            if planned.cells:
-                found["predicted"] = {
-                    "step_seconds": planned.timeline.duration_seconds,
-                    "bubble_fraction": float(planned.timeline.bubble_fraction),
-                    "peak_activation_bytes": planned.peak_activation_bytes,
-                }
             found |= {
                 "replayed_seconds": measured.replayed_seconds,
                 "what_would_help": [help_record(one) for one in what_would_help(measured)],
@@ -110,6 +116,13 @@ class RunReport:
         try:
             return None if self._recording is None else as_measured(self._recording)
         except StagewiseError:  # what the step shows is shown without its plan
+            return None
+
+    @cached_property
+    def _predicted(self) -> PredictedStep | None:
+        try:
+            return None if self._recording is None else predicted_step(self._recording)
+        except StagewiseError:
             return None
 
     def _idle(self, step: RecordedStep) -> IdleTime:
@@ -131,13 +144,6 @@ class RunReport:
         if losses and (seconds := _number(losses[-1], "seconds")) is not None:
             parts.append(f"{format_seconds(seconds)} for the last step")
         return parts[0] + " " + ", ".join(parts[1:])
-
-
-def _is_sharded(step: RecordedStep) -> bool:
-    return any(
-        isinstance(event.what, Instruction) and KINDS[event.what.kind].of_shards
-        for event in step.events
-    )
 
 
 def _number(row: Mapping[str, object], name: str) -> float | None:
