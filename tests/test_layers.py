@@ -18,6 +18,7 @@ LEVELS = [
     ["__main__"],
     ["cli/shown", "cli/train"],
     ["cli"],
+    ["training/pricing"],
     ["starters", "integrations", "training", "doctor"],
     ["training/state", "training/mesh", "training/metrics"],
     ["page"],

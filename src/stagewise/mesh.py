@@ -230,5 +230,15 @@ class MeshShape:
         """The axes beside the pipeline's."""
         return {name: length for name, length in self.axes if name != PIPELINE_AXIS}
 
+    def span_of(self, axis: str) -> int:
+        """Return how many ranks in a row those along an axis span."""
+        names = [name for name, _ in self.axes]
+        return prod(length for _, length in self.axes[names.index(axis) :])
+
+    @property
+    def long_axes(self) -> frozenset[str]:
+        """The axes of more than one rank."""
+        return frozenset(name for name, length in self.axes if length > 1)
+
     def __str__(self) -> str:
         return ",".join(f"{name}={length}" for name, length in self.axes)

@@ -40,7 +40,8 @@ def verdicts(found: dict[str, object]) -> dict[str, dict[str, object]]:
 
 def test_a_small_model_needs_no_pipeline(tmp_path: Path, capsys: Capture) -> None:
     found = advice(capsys, write_recipe(tmp_path), "--device", "h100", "--devices", "8")
-    assert found["choice"] == "data parallelism"
+    assert found["choice"] == "pipeline of sharded stages"  # of eight, but:
+    assert "but one device takes" in str(found["reason"])
     by_rule = verdicts(found)
     assert by_rule["four microbatches per stage"]["numbers"]["batch_size"] == 8  # type: ignore[index]
     assert not by_rule["communication is cheap"]["ok"]
@@ -152,7 +153,7 @@ def test_a_plan_for_devices_that_one_does_not_have(tmp_path: Path, capsys: Captu
 @pytest.mark.parametrize(
     ("memory", "devices", "words"),
     [
-        (None, "8", "train RECIPE --replicas 8"),
+        (None, "8", "train RECIPE --mesh pp=2,dp_replicate=2,dp_shard=2 "),
         ("1 MB", "8", "train RECIPE --devices 8 --pipeline"),
     ],
 )
@@ -165,4 +166,4 @@ def test_advice_ends_in_a_command(
     said = output_of(capsys, *arguments).splitlines()  # type: ignore[arg-type]
     assert said[-1].startswith("next: stagewise " + words.replace("RECIPE", str(recipe)))
     assert said[-2].startswith("to compare: FSDP (ZeRO-3) over 8 devices")
-    assert said[0].split(":")[0] in ("data parallelism", "tensor parallelism")
+    assert said[0].split(":")[0] in ("pipeline of sharded stages", "tensor parallelism")

@@ -140,7 +140,7 @@ def test_meshes_are_priced_and_searched(tmp_path: Path, run_here: RunHere) -> No
     assert code == 2 and "no mesh of 4 devices fits: pp=" in err
     for words, told in {
         "--mesh auto": "needs --devices, the number of all of them",
-        "--mesh pp=2,tp=2": "whose costs depend on what parallelize does there",
+        "--mesh pp=2,tp=2": "has an axis 'tp', but nothing in",
         "--mesh pp=2 --devices 4": "the mesh pp=2 needs 2 devices, but --devices is 4",
         "--mesh pp=2 --stages 2": "leave --stages out",
     }.items():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _BY_ROW, _BY_COLUMN = (torch.sparse_csr, torch.sparse_bsr), (torch.sparse_csc, torch.sparse_bsc)
@@ -35,6 +36,17 @@ def is_sharded(tensor: object) -> bool:
     """Return whether `tensor` is a DTensor; importing its class would take a second."""
     known = sys.modules.get("torch.distributed.tensor")
     return known is not None and isinstance(tensor, known.DTensor)
+
+
+def is_fake(tensor: object) -> bool:
+    """Return whether `tensor` has no values, as in estimates; so have those within a DTensor."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_sharded_type(kind: type) -> bool:
+    """Return whether `kind` is DTensor, as `is_sharded` has it."""
+    known = sys.modules.get("torch.distributed.tensor")
+    return known is not None and issubclass(kind, known.DTensor)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:

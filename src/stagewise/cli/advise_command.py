@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stagewise.cli import options as opt
+from stagewise.costs import load_seconds
 from stagewise.errors import PlanError, RecipeError, UsageError
 from stagewise.planning.devices import parse_bytes
 from stagewise.slow_notice import told
@@ -98,23 +98,22 @@ def advise_command(
 def _searched(
     advice: "Advice", recipe: "Recipe", device: "DeviceSpec", facts: "Facts", count: int | None
 ) -> "Advice":
-    """Return the advice with the mesh that `plan --mesh auto` finds, if the model needs several."""
+    """Return the advice with the mesh that `plan --mesh auto` finds, if any fits."""
     from stagewise.planning.advice.advise_mesh import with_mesh
     from stagewise.planning.request import AUTO, PlanRequest
-    from stagewise.training.plans import priced_mesh
+    from stagewise.training.pricing.mesh_plans import priced_mesh
 
-    if facts.too_big or facts.fitting[False] == 1:  # the rules see more in these
-        return advice
-    for recompute in ("never", AUTO):
-        request = PlanRequest(
-            num_devices=facts.num_devices,
-            num_microbatches=count or AUTO,
-            recompute=recompute,
-            memory_bytes=facts.device_memory_bytes,
-        )
-        with suppress(PlanError):
-            return with_mesh(advice, priced_mesh(recipe, request, device, None))
-    return advice  # none fits: the rules say how many devices would be enough
+    request = PlanRequest(
+        num_devices=facts.num_devices,
+        num_microbatches=count or AUTO,
+        memory_bytes=facts.device_memory_bytes,
+    )
+    try:
+        found = priced_mesh(recipe, request, device, None)
+    except PlanError:
+        return advice  # none fits: the rules say what would
+    alone = facts.num_microbatches * sum(map(load_seconds, facts.cells))
+    return with_mesh(advice, found, alone if facts.fitting[False] == 1 else None)
 
 
 def _print(advice: "Advice", facts: "Facts", device: str | None, command: str) -> None:

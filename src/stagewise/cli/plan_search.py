@@ -86,7 +86,7 @@ def run_mesh(
     number = typed.devices if shape is None else shape.num_devices
     microbatches = typed.microbatches or AUTO
     request = replace(typed, devices=number, microbatches=microbatches).request()
-    from stagewise.training.plans import priced_mesh
+    from stagewise.training.pricing.mesh_plans import priced_mesh
 
     found = priced_mesh(recipe, request, spec, shape)
     chosen = found.chosen
@@ -95,6 +95,7 @@ def run_mesh(
             **json.loads(chosen.plan.to_json()),
             "mesh": str(chosen.shape),
             "predicted": _figures(chosen),
+            "why": found.why,
             "others": [_figures(other) for other in found.others],
         }
         print(json.dumps(fields, indent=2))
@@ -110,6 +111,7 @@ def _figures(cost: "MeshCost") -> dict[str, object]:
         "mesh": str(cost.shape),
         "step_seconds": cost.step_seconds,
         "exchange_seconds": cost.exchange_seconds,
+        "parts": cost.parts,
         "kept_bytes": cost.kept_bytes,
         "device_bytes": cost.device_bytes,
         "fits": cost.fits,

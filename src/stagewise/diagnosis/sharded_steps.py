@@ -28,7 +28,7 @@ class PredictedStep:
     costs: tuple[StageCost, ...]
 
 
-def is_sharded(step: RecordedStep) -> bool:
+def has_shards(step: RecordedStep) -> bool:
     """Return whether a step gathers or reduces shards."""
     return any(map(_of_shards, _ran(step)))
 

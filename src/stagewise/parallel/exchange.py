@@ -30,6 +30,9 @@ class Axis:
         ranks = [] if mesh is None else mesh.mesh.tolist()
         self.stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
 
+    def __deepcopy__(self, memo: object) -> "Axis":
+        return self  # a copy of a module has its place on the same mesh
+
     def swap(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send so many rows of `x` to each rank in turn; return what they send, in their order."""
         swapped: Tensor = _Swap.apply(x, self._group, [*sent], [*received])  # type: ignore[no-untyped-call]

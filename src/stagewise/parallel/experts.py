@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 
+from stagewise.batch.layouts import is_fake
 from stagewise.errors import ModelError
 from stagewise.model.added_losses import add_loss
 from stagewise.parallel.exchange import Axis
@@ -96,15 +97,29 @@ class Experts(nn.Module):
             add_loss(self.balance * self._imbalance(odds, chosen), "balance")
         which = chosen.T.flatten()  # first choices first
         order = which.argsort(stable=True)
-        counts = torch.bincount(which, minlength=odds.shape[-1])
-        order, counts = self._within_capacity(order, counts, len(positions))
-        rows = order % len(positions)
-        computed = self._exchanged(positions[rows], counts)
+        if is_fake(order):  # an estimate: experts get equal shares
+            order = order[: len(order) // odds.shape[-1] * odds.shape[-1]]
+            rows = order % len(positions)
+            computed = self._in_equal_shares(positions[rows])
+        else:
+            counts = _uses(which, odds.shape[-1])
+            order, counts = self._within_capacity(order, counts, len(positions))
+            rows = order % len(positions)
+            computed = self._exchanged(positions[rows], counts)
         scaled = computed * shares.T.flatten()[order, None]
         return torch.zeros_like(positions).index_add(0, rows, scaled).view_as(x)
 
+    def _in_equal_shares(self, rows: Tensor) -> Tensor:
+        """Do what `_exchanged` does with rows of which every expert gets as many."""
+        axis, num_here = self._axis, len(self.up) // self._axis.size
+        if axis.size == 1:
+            return self._computed(rows, [len(rows) // num_here] * num_here)
+        each = [len(rows) // axis.size] * axis.size
+        here = axis.swap(rows, each, each)
+        return axis.swap(self._computed(here, [len(rows) // num_here] * num_here), each, each)
+
     def _imbalance(self, odds: Tensor, chosen: Tensor) -> Tensor:
-        used = torch.bincount(chosen.flatten(), minlength=odds.shape[-1]).to(odds.dtype)
+        used = _uses(chosen.flatten(), odds.shape[-1]).to(odds.dtype)
         return odds.shape[-1] * (used / chosen.numel() * odds.mean(0)).sum()
 
     def _within_capacity(
@@ -146,6 +161,11 @@ class Experts(nn.Module):
                 for up, up_bias, down, down_bias, part in experts
             ]
         )
+
+
+def _uses(chosen: Tensor, number: int) -> Tensor:
+    """Return how often each of so many experts was chosen; also of tensors without values."""
+    return chosen.new_zeros(number).index_add(0, chosen, torch.ones_like(chosen))
 
 
 def split_experts(stage: nn.Module, mesh: DeviceMesh) -> None:

@@ -14,16 +14,26 @@ from stagewise.planning.devices import DeviceSpec
 
 @dataclass(frozen=True)
 class Op:
-    """One operator, or `count` equal ones: FLOPs, bytes moved, dtype."""
+    """One operator, or `count` equal ones: FLOPs, bytes moved, dtype.
+
+    A collective sends so many `messages` of `num_bytes`, one after the other, among ranks that
+    `span` so many.
+    """
 
     name: str
     flops: int
     num_bytes: int
     dtype: str
     count: int = 1
+    messages: int = 0
+    span: int = 0
 
     def seconds(self, device: DeviceSpec) -> float:
-        """Return the seconds on `device` by the roofline model."""
+        """Return the seconds on `device` by the roofline model, or over its links."""
+        if self.messages:
+            return (
+                self.count * self.messages * device.link(self.span).transfer_seconds(self.num_bytes)
+            )
         return self.count * max(
             self.flops / device.flops_rate(self.dtype), self.num_bytes / device.memory_rate
         )
@@ -59,6 +69,10 @@ class CellWork:
     @property
     def backward_flops(self) -> int:
         return total_flops(self.backward)
+
+    def exchange_seconds(self, device: DeviceSpec) -> float:
+        """Return what of forward and backward is spent in collectives."""
+        return seconds([op for op in (*self.forward, *self.backward) if op.messages], device)
 
     def cost(self, device: DeviceSpec) -> CellCost:
         """Return the estimated costs on `device`."""

@@ -7,6 +7,7 @@ from itertools import islice
 
 import torch
 
+from stagewise.batch.layouts import num_bytes
 from stagewise.batch.values import take_apart
 from stagewise.costs import FarOutput
 from stagewise.engine.stage.activation_meter import StorageKey, storage_key
@@ -42,10 +43,10 @@ class Walk:
         self._storages: list[int] = []  # bytes of each storage that crosses a boundary
         known: dict[StorageKey, int] = {}
 
-        def number(key: StorageKey, num_bytes: int) -> int:
+        def number(key: StorageKey, size: int) -> int:
             if key not in known:
                 known[key] = len(self._storages)
-                self._storages.append(num_bytes)
+                self._storages.append(size)
             return known[key]
 
         # The batch is a message too.
@@ -71,9 +72,9 @@ class Walk:
             self._known[key] = self._record(cell, incoming, arrived)
         recorded = self._known[key]
         names = dict(enumerate(arrived))
-        for local, num_bytes in recorded.new_bytes.items():
+        for local, size in recorded.new_bytes.items():
             names[local] = len(self._storages)
-            self._storages.append(num_bytes)
+            self._storages.append(size)
         for destination, message in zip(self._destinations(cell), recorded.messages, strict=True):
             self._mail[cell.index, destination] = message.renumbered(names)
         self._saved |= {names[local] for local in recorded.saved}
@@ -115,7 +116,7 @@ class Walk:
                 forward=recorded.ops,
                 backward=backward.ops,
                 input_backward=backward.input_ops,
-                parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
+                parameter_bytes=sum(map(num_bytes, cell.module.parameters())),
                 activation_bytes=recorded.activation_bytes
                 if cell.index + 1 != untrained
                 else self._sent_bytes(cell),
@@ -131,7 +132,9 @@ class Walk:
                 ),
                 deferred_bytes=backward.deferred_bytes,
                 deferred_input_bytes=backward.deferred_input_bytes,
-                trainable_bytes=cell.trainable_bytes,
+                trainable_bytes=sum(
+                    num_bytes(p) for p in cell.module.parameters() if p.requires_grad
+                ),
             )
             for cell, (recorded, _, released), backward, own in columns
         )
@@ -164,10 +167,10 @@ class Walk:
         made = trial.forward()
         new: dict[int, int] = {}
 
-        def number(key: StorageKey, num_bytes: int) -> int:
+        def number(key: StorageKey, size: int) -> int:
             if key not in own:
                 own[key] = len(arrived) + len(new)
-                new[own[key]] = num_bytes
+                new[own[key]] = size
             return own[key]
 
         return Recorded(

@@ -7,12 +7,18 @@ backward pass.
 
 import copy
 from collections.abc import Hashable, Iterator
+from functools import partial
+from types import FunctionType, MethodType
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stagewise.batch.layouts import is_sharded
+from stagewise.engine.gradients.shards import like, local_of
+
 _OWN = ("_parameters", "_buffers", "_modules")
+_DEPTH = 8  # of functions that refer to functions
 
 
 def fake_mode() -> FakeTensorMode:
@@ -22,6 +28,9 @@ def fake_mode() -> FakeTensorMode:
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return a fake tensor of the same form; call inside a `fake_mode`."""
+    if is_sharded(tensor):
+        part = fake_like(local_of(tensor).detach())
+        return like(tensor, part).requires_grad_(tensor.requires_grad)
     if tensor.layout is not torch.strided:
         return torch.empty_like(tensor, device="cpu")
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
@@ -44,8 +53,8 @@ def fake_module(module: nn.Module) -> nn.Module:
 def likeness(module: nn.Module) -> Hashable:
     """Return a key that is equal for modules that do the same work: class, shapes, mode, settings.
 
-    What cannot be compared (functions, hooks, other objects) is equal only if it is the same
-    object.
+    Functions are equal if their code is, and what they refer to; what cannot be compared is equal
+    only if it is the same object.
     """
     order: dict[int, int] = {}  # modules with different ties are different
     return tuple(
@@ -63,20 +72,43 @@ def likeness(module: nn.Module) -> Hashable:
     )
 
 
-def plain(value: object) -> Hashable:
+def plain(value: object, depth: int = 0) -> Hashable:
     """Return a key that is equal for equal values, or for the same object."""
     if isinstance(value, torch.Tensor):
         stride = value.stride() if value.layout is torch.strided else value.layout
         form = (tuple(value.shape), stride, value.dtype, value.requires_grad)
         return (type(value), *form)
     if isinstance(value, tuple | list | set | frozenset):
-        return (type(value), *map(plain, value))
+        return (type(value), *(plain(item, depth) for item in value))
     if isinstance(value, dict):
-        return (type(value), *((plain(key), plain(item)) for key, item in value.items()))
+        return (
+            type(value),
+            *((plain(key, depth), plain(item, depth)) for key, item in value.items()),
+        )
     simple = bool | int | float | complex | str | bytes | torch.dtype | torch.device
     if value is None or isinstance(value, simple):
         return (type(value), value)
+    if depth < _DEPTH and (inside := _inside(value)) is not None:
+        return (type(value), *(plain(item, depth + 1) for item in inside))
     return ("the same object", id(value))
+
+
+def _inside(value: object) -> tuple[object, ...] | None:
+    """Return what a function or a placement of a DTensor is made of, such as code and closure."""
+    if isinstance(value, FunctionType):
+        try:
+            held = [cell.cell_contents for cell in value.__closure__ or ()]
+        except ValueError:  # not assigned yet
+            return None
+        code = id(value.__code__), id(value.__globals__)
+        return (*code, held, value.__defaults__, value.__kwdefaults__)
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, MethodType):
+        return id(value.__func__), id(value.__self__)
+    if type(value).__module__ == "torch.distributed.tensor.placement_types":
+        return (repr(value),)
+    return None
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -8,6 +8,7 @@ operators that it does not know (element-wise ones) have none, their time is tha
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,7 +19,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from stagewise.batch.layouts import parts
+from stagewise.batch.layouts import is_sharded_type, parts
+from stagewise.engine.transport.pretended import exchange_of, is_collective
 from stagewise.model.forward.kernel_settings import is_full
 from stagewise.planning.roofline import Op
 
@@ -84,7 +86,7 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._counts: Counter[tuple[str, int, int, str]] = Counter()
+        self._counts: Counter[Op] = Counter()
         self.running: str | None = None
 
     def __torch_dispatch__(
@@ -94,26 +96,29 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if any(map(is_sharded_type, types)):
+            return NotImplemented  # a DTensor runs operators on its part, and collectives
         self.running = str(func)
         output = func(*args, **(kwargs or {}))
         self.running = None
-        if not _is_free(func):
+        if is_collective(func):
+            if (sent := exchange_of(func, args, kwargs or {}, output)) is not None:
+                messages, size, span = sent
+                self._counts[Op(str(func), 0, size, "", messages=messages, span=span)] += 1
+        elif not _is_free(func):
             self._counts[_measured(func, args, kwargs or {}, output)] += 1
         return output
 
     @property
     def ops(self) -> tuple[Op, ...]:
         """The operators that ran, equal ones merged."""
-        return tuple(
-            Op(name, flops, num_bytes, dtype, count)
-            for (name, flops, num_bytes, dtype), count in self._counts.items()
-        )
+        return tuple(replace(op, count=count) for op, count in self._counts.items())
 
 
 def _measured(
     func: torch._ops.OpOverload, args: object, kwargs: Mapping[str, object], output: object
-) -> tuple[str, int, int, str]:
-    """Return name, FLOPs, bytes and dtype of one call."""
+) -> Op:
+    """Return one call as an operator."""
     packet = func.overloadpacket
     read, written = list(_tensors((args, kwargs))), list(_tensors(output))
     formula = _FORMULAS.get(packet)
@@ -130,7 +135,7 @@ def _measured(
     dtype = str(floating[0]).removeprefix("torch.") if floating else "float32"
     if flops and dtype == "float32" and _in_tf32(packet):
         dtype = "tf32"
-    return str(packet), flops, sum(map(_bytes, (*read, *written))), dtype
+    return Op(str(packet), flops, sum(map(_bytes, (*read, *written))), dtype)
 
 
 def _is_free(func: torch._ops.OpOverload) -> bool:

@@ -13,7 +13,7 @@ from stagewise.diagnosis import (
     predicted_step,
     what_would_help,
 )
-from stagewise.diagnosis.sharded_steps import is_sharded
+from stagewise.diagnosis.sharded_steps import has_shards
 from stagewise.errors import StagewiseError
 from stagewise.recording import IdleTime, RecordedStep, RunFiles, idle_time
 from stagewise.recording.recorded import SECOND
@@ -46,7 +46,7 @@ class RunReport:
             yield "no step was recorded: train for more steps, or without --record 0"
             return
         if (predicted := self._predicted) is not None:
-            yield "\npredicted" + f" ({_AS_MEASURED})" * is_sharded(step)
+            yield "\npredicted" + f" ({_AS_MEASURED})" * has_shards(step)
             yield render_timeline(predicted.timeline, width=width)
         number = len(self._recording.steps)
         yield f"\nmeasured: step {step.step}" + (f", the median of {number}" * (number > 1))
@@ -67,7 +67,7 @@ class RunReport:
             yield help_table(helps) if helps else "nothing that the simulator can replay would help"
             for hint in advice_for(measured):
                 yield f"advice: {hint.sentence}"
-        elif is_sharded(step):
+        elif has_shards(step):
             yield (
                 "what would help is not said of sharded stages: the replay has no costs of their "
                 "gathers; what these keep counts as activations below"

@@ -1,6 +1,5 @@
 """The plan of a recipe: measured here, estimated for a device, or searched for."""
 
-import functools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from stagewise.costs import CellCost
 from stagewise.engine.transport.connect import Device
 from stagewise.engine.transport.processes import devices_here
 from stagewise.errors import ModelError, PlanError, ScheduleError
-from stagewise.mesh import MeshShape
 from stagewise.model.chain import chain_of
 from stagewise.pipeline.plan_model import measured_plan
 from stagewise.pipeline.searched_plan import search_plan
@@ -18,8 +16,6 @@ from stagewise.planning import Plan, SearchResult
 from stagewise.planning.alternatives import Outlook, outlook_of
 from stagewise.planning.choice import requested_schedule
 from stagewise.planning.devices import DeviceSpec
-from stagewise.planning.meshes.mesh_cost import MeshCost
-from stagewise.planning.meshes.mesh_search import MeshChoice, search_meshes
 from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.plan import plan_for
 from stagewise.planning.request import PlanRequest
@@ -28,7 +24,6 @@ from stagewise.planning.search.search import Progress, search_for
 from stagewise.report.outlook_words import pace_in_words
 from stagewise.slow_notice import told
 from stagewise.training.batches import TrainingBatches, amount_of
-from stagewise.training.mesh.data_parts import DataParts
 from stagewise.training.recipe import Batch, Model, Recipe, build_model
 from stagewise.training.recipe_costs import (
     estimate_recipe,
@@ -161,55 +156,6 @@ def foreseen_plan(recipe: Recipe, request: PlanRequest, device: DeviceSpec | Non
         outlook=outlook_of(plan, room),
         pace=pace_in_words(seconds, amount * number, unit, passes),
     )
-
-
-def priced_mesh(
-    recipe: Recipe, request: PlanRequest, device: DeviceSpec, shape: MeshShape | None
-) -> MeshChoice:
-    """Return the fastest mesh of the request's devices, or what `shape` would cost.
-
-    Costs are estimated for `device`. Each data rank plans for its own part of the batch: with the
-    request's number of microbatches, or as many of 1, 2, 4 and 8 for each device as are fastest.
-    """
-    model, batch = meta_model(recipe), TrainingBatches(recipe, seed=0).first
-    room, known = room_of(recipe, chain_of(model), device, 1), dict[int, tuple[CellCost, ...]]()
-    if request.memory_bytes is not None:
-        room = replace(room, memory_bytes=int(min(request.caps(1) or ())))
-
-    def costs_at(part: Batch, count: int) -> tuple[CellCost, ...]:
-        size = -(-num_samples_of(part) // count)
-        if size not in known:
-            known[size] = estimated(recipe, model, part, count, device)
-        return known[size]
-
-    @functools.cache
-    def plans(pipeline: int, sides: int, links: int) -> list[Plan]:
-        part = DataParts({"dp": sides}, {"dp": 0}).own(batch)
-        check_counts(len(chain_of(model)), pipeline)
-        found, own = list[Plan](), replace(request, num_devices=pipeline, memory_bytes=None)
-        for count in own.counts(num_samples_of(part)):
-            for fixed in own.fixed_with(count):
-                with suppress(ScheduleError, PlanError):  # not every schedule takes every number
-                    check_counts(len(chain_of(model)), requested_schedule(fixed).num_stages)
-                    cells = costs_at(part, count)
-                    found.append(plan_for(fixed, cells, link=device.link(links)))
-        return found
-
-    def price(shape: MeshShape) -> MeshCost:
-        sides = shape.num_ranks // shape.num_devices
-        costs = [
-            MeshCost(shape=shape, plan=plan, room=room, link_over=device.link).within_memory()
-            for plan in plans(shape.num_devices, sides, shape.num_ranks)
-        ]
-        if not costs:
-            raise PlanError("no schedule takes such numbers of devices and microbatches")
-        return min(costs, key=lambda cost: (not cost.fits, cost.step_seconds))
-
-    with told(f"estimating the model's cells for {device.name}"):
-        if shape is not None:
-            return MeshChoice(chosen=price(shape), others=(), rejected=())
-        assert request.num_devices is not None
-        return search_meshes(request.num_devices, price)
 
 
 def measured_search(

@@ -54,7 +54,7 @@ def test_parameters_and_gradients_are_whole_for_a_part_of_the_step() -> None:
 
 def test_exchanges_are_rings_on_the_axes() -> None:
     axes = [*data_axes(MeshShape.of("pp=2,dp_replicate=2,dp_shard=4,tp=2"), _link)]
-    assert [(shards, length) for shards, length, _ in axes] == [(False, 2), (True, 4)]
+    assert [(shards, length) for shards, length, *_ in axes] == [(False, 2), (True, 4)]
     (cost,) = sharded_costs([replace(COST, parameter_bytes=800, trainable_bytes=400)], axes)
     assert cost.gather_seconds == 3 * 200 and cost.gathered_bytes == 800
     assert cost.reduce_seconds == 3 * 100 + 2 * 50 * 10 and cost.gradient_sum_bytes == 400

@@ -5,7 +5,7 @@ does before the caller has.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +17,7 @@ from stagewise.engine.stage.gradient import Gradient
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,6 +33,18 @@ def local_gradient(parameter: nn.Parameter, gradient: Gradient) -> Gradient:
     if found.placements != there.placements:
         found = found.redistribute(placements=there.placements)
     return found.to_local()
+
+
+def divided_along(parameter: torch.Tensor) -> Iterator[tuple[str, int, int]]:
+    """Yield the axes along which ranks have other parts, the dimension, and the number of ranks."""
+    if is_sharded(parameter):
+        whole = cast("DTensor", parameter)
+        names = whole.device_mesh.mesh_dim_names or ()
+        for name, length, placement in zip(
+            names, whole.device_mesh.shape, whole.placements, strict=False
+        ):
+            if not placement.is_replicate() and not placement.is_partial():
+                yield name, cast("Shard", placement).dim, length
 
 
 def like(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@
    dictionary suffices (`local`).
 4. `ranks` is how ranks agree, exchange and sum (`side_group`: for a thread beside training). All
    Pipelines of a process group share a `rendezvous`, which checks that they make the same call.
-5. `failure`: what a failing rank tells the others. `processes`: those of torch.distributed, before
+5. `pretended`: a mesh whose other ranks are not there, for estimates.
+6. `failure`: what a failing rank tells the others. `processes`: those of torch.distributed, before
    they become ranks of a pipeline.
 """

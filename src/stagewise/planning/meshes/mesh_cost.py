@@ -4,7 +4,7 @@ Gathers and reductions of sharded stages are simulated with the plan's other ins
 what compute hides costs nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -13,6 +13,7 @@ from stagewise.costs import StageCost
 from stagewise.errors import PlanError
 from stagewise.mesh import MeshShape, is_data_axis, shards_parameters
 from stagewise.planning.alternatives import Room
+from stagewise.planning.meshes.divided_cells import UNDIVIDED, DividedCells
 from stagewise.planning.meshes.sharded_stages import DataAxis, LinkOver, data_axes, sharded_costs
 from stagewise.planning.plan import Plan
 from stagewise.planning.simulate import simulate
@@ -20,6 +21,9 @@ from stagewise.schedule import Schedule
 from stagewise.schedule.sharded import num_gathers, with_gathers
 from stagewise.timeline import Timeline
 from stagewise.units import format_seconds, size_in_words
+
+COMPUTE, IDLE = "compute", "idle time"
+INSIDE, EXCHANGE = "exchange inside cells", "exchange of parameters and gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +34,11 @@ class MeshCost:
     plan: Plan
     room: Room
     link_over: LinkOver
+    cells: DividedCells = UNDIVIDED
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.shape.beside if not is_data_axis(name)]:
+        known = self.cells.axes
+        if unknown := [n for n in self.shape.beside if not is_data_axis(n) and n not in known]:
             raise PlanError(
                 f"the mesh {self.shape} has {', '.join(unknown)} among its axes, whose costs "
                 "depend on what parallelize does there; leave them out of the plan, or measure by "
@@ -124,15 +130,48 @@ class MeshCost:
         """
         if self.num_shards > 1:
             return self.timeline.duration_seconds - self.plan.timeline.duration_seconds
-        size = max(self.parameter_bytes)
         return sum(
-            2 * (length - 1) * link.transfer_seconds(round(size / length))
-            for _, length, link in self._axes
+            2
+            * (axis.length - 1)
+            * axis.link.transfer_seconds(round(self._most_summed(axis) / axis.length))
+            for axis in self._axes
+        )
+
+    def _most_summed(self, axis: DataAxis) -> int:
+        """Return the bytes that the device with the most sums over an axis."""
+        stages, schedule = self.plan.engine_costs, self.plan.built_schedule
+        return max(
+            sum(axis.summed_bytes(s, stages[s].parameter_bytes) for s in schedule.stages_of(device))
+            for device in range(self.plan.num_devices)
         )
 
     @cached_property
     def _axes(self) -> tuple[DataAxis, ...]:
-        return tuple(data_axes(self.shape, self.link_over))
+        own = self.cells.own_by_stage(self.plan.engine_balance)
+        return tuple(data_axes(self.shape, self.link_over, own))
+
+    @cached_property
+    def parts(self) -> Mapping[str, float]:
+        """What a step's seconds are for; what differs from device to device is a mean."""
+        plan, timeline = self.plan, self.plan.timeline
+        busy = sum(span.seconds for span in timeline.spans) / plan.num_devices
+        inside = plan.num_microbatches * sum(self.cells.exchange_seconds) / plan.num_devices
+        return {
+            COMPUTE: busy - inside,
+            INSIDE: inside,
+            IDLE: timeline.duration_seconds - busy,
+            EXCHANGE: self.exchange_seconds,
+        }
+
+    def why_not(self, other: "MeshCost") -> str:
+        """Say where `other`, a slower mesh, loses its time against this one, and where it gains."""
+        gained = {name: other.parts[name] - seconds for name, seconds in self.parts.items()}
+        least = 0.01 * other.step_seconds
+        in_order = sorted(gained.items(), key=lambda item: -item[1])
+        more = [f"{format_seconds(s)} more of {name}" for name, s in in_order if s > least]
+        less = [f"{format_seconds(-s)} less of {name}" for name, s in in_order if s < -least]
+        words = ", ".join(more) + (", but " if more and less else "") + ", ".join(less)
+        return f"{other.shape} has {words}" if words else ""
 
     @property
     def step_seconds(self) -> float:
@@ -144,7 +183,8 @@ class MeshCost:
         lines = [
             f"mesh {self.shape}: {self.shape.num_ranks} devices, step "
             f"{format_seconds(self.step_seconds)}, of which {format_seconds(self.exchange_seconds)}"
-            f" exchange parameters and gradients ({hidden})",
+            f" exchange parameters and gradients ({hidden})"
+            + (f", and {format_seconds(self.parts[INSIDE])} are {INSIDE}" * bool(self.cells.axes)),
             f"between steps a rank keeps {kept} of parameters, gradients and optimizer state, by "
             "device of the pipeline" + (f": 1/{shards} of its stages" if shards > 1 else ""),
         ]
