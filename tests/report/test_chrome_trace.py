@@ -23,6 +23,7 @@ def test_every_event_is_a_slice_and_every_message_an_arrow() -> None:
     assert names == {f"device {d}, {kind}" for d in (0, 1) for kind in ("measured", "predicted")}
     ends = Counter(e["id"] for e in events if e["ph"] in "sf")
     assert set(ends.values()) == {2} and len(ends) == 2 * num_steps * messages
+    assert {type(number) for number in ends} == {int}  # Perfetto passes over arrows with names
     for end in (e for e in events if e["ph"] in "sf"):
         assert any(
             (e["pid"], e["tid"]) == (end["pid"], end["tid"])

@@ -5,6 +5,7 @@ of what its rank does around them, and one of steps. Arrows lead from the instru
 message to the one that it is for. The format: "Trace Event Format", Google, 2016.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,10 +26,11 @@ _Place = tuple[Kind, int, int]  # of a stream, stage, microbatch
 def chrome_trace(recording: Recording) -> str:
     """Return the trace as JSON."""
     number, events, predicts = recording.num_devices, list[TraceEvent](), False
+    arrows = itertools.count(1)  # Perfetto finds both ends only by whole numbers
     for step in recording.steps:
-        events += _step_events(step, 0, "measured")
+        events += _step_events(step, 0, "measured", arrows)
         if (predicted := _predicted(recording, step)) is not None:
-            events += _step_events(predicted, number, "predicted")
+            events += _step_events(predicted, number, "predicted", arrows)
             predicts = True
     kinds = ["measured", "predicted"] if predicts else ["measured"]
     rows = [
@@ -68,7 +70,9 @@ def _predicted(recording: Recording, step: RecordedStep) -> RecordedStep | None:
     )
 
 
-def _step_events(step: RecordedStep, first: int, kind: str) -> Iterator[TraceEvent]:
+def _step_events(
+    step: RecordedStep, first: int, kind: str, arrows: Iterator[int]
+) -> Iterator[TraceEvent]:
     """Yield a step's events; its devices are processes from number `first` on."""
     sends, uses = dict[_Place, TraceEvent](), dict[_Place, TraceEvent]()
     for event in step.events:
@@ -94,12 +98,12 @@ def _step_events(step: RecordedStep, first: int, kind: str) -> Iterator[TraceEve
                 place = stream.kind, what.stage, what.microbatch
                 sends[place] = uses[place] = slice_
         yield slice_
-    for number, recorded in enumerate(step.messages):
+    for recorded in step.messages:
         message = recorded.message
         sent = sends.get((message.kind, message.source_stage, message.microbatch))
         used = uses.get((message.kind, message.destination_stage, message.microbatch))
         if sent is not None and used is not None:
-            yield from _arrow(sent, used, f"{kind} {step.step} {number}", _STREAMS[message.kind])
+            yield from _arrow(sent, used, next(arrows), _STREAMS[message.kind])
     for device in range(step.num_devices):
         yield {
             "ph": "X",
@@ -114,14 +118,14 @@ def _step_events(step: RecordedStep, first: int, kind: str) -> Iterator[TraceEve
 
 
 def _arrow(
-    sent: Mapping[str, object], used: Mapping[str, object], name: str, stream: str
+    sent: Mapping[str, object], used: Mapping[str, object], number: int, stream: str
 ) -> Iterator[TraceEvent]:
     """Yield the two ends of a message's arrow, which lie in its instructions."""
     ends = (("s", sent), ("f", used))
     for phase, there in ends:
         where = {key: there[key] for key in ("pid", "tid", "ts", "cat")}
         bound = {"bp": "e"} if phase == "f" else {}
-        yield {"ph": phase, "name": stream, "id": name, **where, **bound}
+        yield {"ph": phase, "name": stream, "id": number, **where, **bound}
 
 
 def _names(process: int, name: str) -> Iterator[TraceEvent]:
