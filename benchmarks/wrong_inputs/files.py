@@ -91,7 +91,7 @@ FILES: dict[str, str | bytes] = {
     "oldrun/recording.json": '{"format": "stagewise recording", "version": 2}',
     "logrun/log.jsonl": '{"step": 1, "loss": 0.5}\n',
     "other.json": '{"a": 1}',
-    "typo.toml": "stagse = 2\n",
+    "misspelt.toml": "stagse = 2\n",
     "wrongtype.toml": 'stages = "two"\n',
     "table.toml": "[train]\nstages = 2\n",
     "negative.toml": "steps = -3\n",
