@@ -161,3 +161,13 @@ def test_what_cannot_be_right(arguments: dict[str, object], message: str) -> Non
 def test_blocked_is_not_a_result() -> None:
     case = random_case(random.Random(3))
     assert simulate(synthesised(case), case.costs, case.link).duration_seconds < NEVER
+
+
+def test_stages_that_take_no_time_get_their_microbatches() -> None:
+    """Little's law gave them none in flight, and list scheduling was deadlocked."""
+    free = StageCost(forward_seconds=0, backward_seconds=0, recompute_seconds=0)
+    costs = [free] * 8
+    costs[5] = replace(free, backward_seconds=1e-5, input_seconds=6e-4)
+    costs[6] = replace(free, forward_seconds=4e-6, weight_seconds=0.011)
+    schedule = synthesise([(stage % 2,) for stage in range(8)], costs, 4, effort=100_000)
+    validate(schedule)

@@ -70,7 +70,8 @@ def rules(problem: Problem, bounds: HeadsAndTails) -> Iterator[Rule]:
         for own in problem.stages_of
     )
     lasting = [bounds.forward[s] + bounds.round_trips[s] + bounds.inputs[s] for s in stages]
-    little = [math.ceil(t / cycle) if cycle else 1 for t in lasting]  # Little's law
+    # Little's law; stages that take no time need one, too.
+    little = [max(1, math.ceil(t / cycle)) if cycle else 1 for t in lasting]
     sweeps = [(UNLIMITED,) * problem.num_stages]
     sweeps += [tuple(n + more for n in little) for more in (0, 1, 2, 4)]
     sweeps += [tuple(len(stages) - s + more for s in stages) for more in (0, 2)]
