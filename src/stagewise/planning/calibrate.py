@@ -100,12 +100,12 @@ def engine_overhead(trials: Iterable[Trial]) -> EngineOverhead:
         KINDS[kind].seconds: _line(points, _MOST_OF_CELL * cheapest[kind])
         for kind, points in beyond.items()
     }
-    per_stage, per_cell = (
-        _cost_of({name: line[part] for name, line in lines.items()}) for part in (0, 1)
-    )
-    common = EngineOverhead(per_stage=per_stage, per_cell=per_cell)
+    # Less than nothing per instruction are cells that take less: a finer stage is not free.
+    at_least = {name: max(0.0, line[0]) for name, line in lines.items()}
+    per_cell = _cost_of({name: line[1] for name, line in lines.items()})
+    common = EngineOverhead(per_stage=_cost_of({**at_least}), per_cell=per_cell)
     found = _corrections(trials, common)
-    stages = {name: line[0] + found[name][0] for name, line in lines.items() if name in found}
+    stages = {name: more + found[name][0] for name, more in at_least.items() if name in found}
     factors = _of_all_kinds({name: each for name, (_, each) in found.items()})
     return replace(common, per_stage=_cost_of(stages), factors=factors)
 
@@ -136,8 +136,8 @@ _WHOLE, _HALVES = "backward_seconds", ("input_seconds", "weight_seconds")
 def _corrections(
     trials: Sequence[Trial], common: EngineOverhead
 ) -> dict[str, tuple[float, tuple[float, ...]]]:
-    """Return, by the name of an instruction's seconds, what to add to those `per_stage`, and what
-    to multiply each cell's with, so that stages take what they took in `trials`.
+    """Return, by the name of an instruction's seconds, what to add to those `per_stage`, which stay
+    at least 0, and what to multiply each cell's with, so that stages take what they took.
 
     The most probable ones if every cell's factor deviates from 1 by `_DOUBT`, and every stage's
     mean from its sum by `_TRUST` (a linear Gaussian estimate): stages that ran cut differently
@@ -160,17 +160,25 @@ def _corrections(
             if mean > 0:
                 row = 1, *cell_seconds, mean - of(costs[stage])
                 rows[KINDS[kind].seconds].append([seconds / mean for seconds in row])
-    return {name: _most_probable(np.array(each)) for name, each in rows.items()}
+    return {
+        name: _most_probable(np.array(each), -getattr(common.per_stage, name))
+        for name, each in rows.items()
+    }
 
 
-def _most_probable(rows: NDArray[np.float64]) -> tuple[float, tuple[float, ...]]:
-    """Return the seconds per stage, and the cells' factors, that explain the last column best."""
+def _most_probable(rows: NDArray[np.float64], least: float) -> tuple[float, tuple[float, ...]]:
+    """Return the seconds per stage, at `least` so many, and the cells' factors, that explain the
+    last column best.
+    """
     known, missing = rows[:, :-1], rows[:, -1]
     doubt = np.full(known.shape[1], _DOUBT)
     doubt[0] = 1 / known[:, 0].mean()  # anything up to what a stage takes
     left = np.vstack([np.diag(1 / doubt), known / _TRUST])
     right = np.concatenate([np.zeros_like(doubt), missing / _TRUST])
     more, *differences = np.linalg.lstsq(left, right, rcond=None)[0].tolist()
+    if more < least:
+        more, right = least, right - least * left[:, 0]
+        differences = np.linalg.lstsq(left[:, 1:], right, rcond=None)[0].tolist()
     return more, tuple(max(_LEAST_FACTOR, 1 + each) for each in differences)
 
 
