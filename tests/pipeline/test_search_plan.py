@@ -6,6 +6,7 @@ from torch import nn
 
 import stagewise
 from stagewise.engine.step.step import Runner
+from stagewise.engine.step.step_request import Request
 from stagewise.errors import PlanError
 from stagewise.pipeline.searched_plan import search_plan
 from stagewise.planning.request import PlanRequest
@@ -209,10 +210,10 @@ def test_plans_are_tried_in_one_process_if_asked_for() -> None:
 
 
 def test_a_plan_that_memory_is_too_small_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(runner: Runner, request: object, *, is_measured: bool) -> object:
+    def step(runner: Runner, request: Request) -> object:
         if runner.schedule.num_stages > 2:
             raise torch.OutOfMemoryError("no")
-        return trial_step(runner, request, is_measured=is_measured)  # type: ignore[arg-type]
+        return trial_step(runner, request)
 
     monkeypatch.setattr("stagewise.pipeline.trials.trial_step", step)
     assert planned(num_devices=2, trial=True).num_stages == 2

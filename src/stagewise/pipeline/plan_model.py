@@ -90,8 +90,8 @@ def plan(
         device: where to measure, or one for each device of the plan, all driven by one process; one
             cell at a time unless on the CPU; by default where Pipeline would run.
         seconds: roughly how long to measure; where plans are tried, for how long in all. By
-            default 3 seconds, or ten steps' worth and at least 2 seconds where plans are tried, of
-            which at least two steps of each.
+            default 3 seconds, or ten steps' worth and at least 2 seconds where plans are tried;
+            little time leaves at least two plans, and one step of each that counts.
         cells: paths of the model's modules, or patterns such as `["embed", "layers.*", "head"]`,
             to use as its cells, for a model that torch.export cannot trace; needs an example: see
             `stagewise.capture_cells`.

@@ -3,7 +3,8 @@
 Problem: predictions leave out what only shows when all devices are busy: messages that wait for a
 core, caches that neighbours evict, the engine's own work.
 Idea: all plans run in turn, so that noise affects all alike, each for as many steps as fit into the
-time; medians are compared. Gradients, buffers, random states and modes are left as they were.
+time; medians are compared. Steps are not looked at for what would be wrong in training, which takes
+several steps' time. Gradients, buffers, random states and modes are left as they were.
 """
 
 import platform
@@ -45,6 +46,10 @@ _SLOWER = 1.25  # times the fastest: not tried further
 TellTrial = Callable[[str], None]
 
 
+class NoMemoryError(PlanError):
+    """Memory is not enough for any of the plans."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A plan's steps: seconds of each, on the slowest rank, and timelines of all ranks."""
@@ -76,29 +81,33 @@ def try_plans(
     seconds: float,
     least: int = 1,
     tell: TellTrial = lambda what: None,
+    warm: dict[str, "Running"] | None = None,
 ) -> dict[str, Measured]:
     """Run `plans`, by their words, for about `seconds`, at least `least` steps each; collective.
 
-    A plan for which memory is not enough is left out. Any other failure is a PlanError that names
-    the plan, on every rank.
+    A plan that is not `warm` takes one step more first, and is put there. A plan for which memory
+    is not enough is left out. Any other failure is a PlanError that names the plan, on every rank.
     """
     start = time.perf_counter()
-    notice = f"trying {len(plans)} plan{'s' * (len(plans) > 1)} for a few steps"
     own = dict.fromkeys(p for cell in example.chain for p in cell.module.parameters())
     with (
-        notice_if_slow(notice),
+        notice_if_slow(f"trying {len(plans)} plan{'s' * (len(plans) > 1)} for a few steps"),
         in_training_mode(example.model, example.chain),
         gradients_aside(own),
     ):
-        running = {what: _Running.of(plan, example) for what, plan in plans.items()}
-        left, found = dict(running), {what: Measured(plan=plan) for what, plan in plans.items()}
+        warm = {} if warm is None else warm
+        left = {w: warm.get(w) or Running.of(plan, example) for w, plan in plans.items()}
+        found = {what: Measured(plan=plan) for what, plan in plans.items()}
         for number in range(1 + max(least, MAX_STEPS)):
             began = time.perf_counter()
             for what, each in [*left.items()]:
+                if not number and what in warm:
+                    continue
                 tell(f"trying {what}, step {number}")
-                took = each.step(what, is_measured=number > 0)
+                took = each.step(what)
+                warm[what] = each
                 if took is None:
-                    del left[what], found[what]
+                    del left[what], found[what], warm[what]
                 elif number:
                     found[what].timelines.append(took[0])
                     found[what].step_seconds.append(took[1])
@@ -110,7 +119,7 @@ def try_plans(
                 fastest = min(found[what].seconds for what in left)
                 left = {w: e for w, e in left.items() if found[w].seconds <= _SLOWER * fastest}
     if not found:
-        raise PlanError(
+        raise NoMemoryError(
             f"none of the plans ({', '.join(plans)}) could be run for want of memory; give "
             "memory_bytes (--memory), so that only plans that fit are compared"
         )
@@ -118,25 +127,25 @@ def try_plans(
 
 
 @dataclass
-class _Running:
+class Running:
     """A plan's runner and the request of a step, ready to be run on this rank."""
 
     runner: Runner
     request: Request
 
     @staticmethod
-    def of(plan: Plan, example: Example) -> "_Running":
+    def of(plan: Plan, example: Example) -> "Running":
         where = devices_here(plan.num_devices) or [example.where] * plan.num_devices
         pipe = Pipeline(example.model, plan, loss=example.loss, devices=where)
         args = () if example.inputs is None else (example.inputs,)
-        return _Running(pipe._runner, pipe._trial(args, example.target, example.keywords))
+        return Running(pipe._runner, pipe._trial(args, example.target, example.keywords))
 
-    def step(self, what: str, *, is_measured: bool) -> tuple[Timeline, float] | None:
+    def step(self, what: str) -> tuple[Timeline, float] | None:
         """Return a step's timeline, and its seconds on the slowest rank; None without memory."""
         error: Exception | None = None
         try:
             with untouched(self.runner.stages):  # also for the other plans
-                timeline, seconds = trial_step(self.runner, self.request, is_measured=is_measured)
+                timeline, seconds = trial_step(self.runner, self.request)
         except Exception as raised:  # on every rank, as a step's failure is
             error = raised
         lacks = any(values_of_all(error is not None and is_out_of_memory(error), "trying plans"))

@@ -26,7 +26,8 @@ from stagewise.schedule import POLICIES
 
 MAX_INSTRUCTIONS = 4_000_000
 _MAX_BOUND = 50_000  # instructions up to which the tighter bound is quick to compute
-_SYNTHESISED, _SYNTHESIS_EFFORT, _MAX_SYNTHESIS = 3, 600_000, 12_000
+SYNTHESIS_EFFORT = 600_000
+_SYNTHESISED, _MAX_SYNTHESIS = 3, 12_000
 _RUNNERS_UP = 5
 
 CostsAt = Callable[[int], Sequence[CellCost]]
@@ -136,7 +137,7 @@ class _Search:
         ]
         return [plan for plan in found if isinstance(plan, EvaluatedPlan)]
 
-    def synthesise(self) -> None:
+    def synthesise(self, effort: int) -> None:
         """Synthesise schedules for the best cuts that are small enough."""
         seen: set[object] = set()
         for plan in sorted(self.evaluated, key=_rank):
@@ -148,7 +149,7 @@ class _Search:
             plain = self.evaluator.without_skips.get(made_for[:2], plan.balance)
             for balance in dict.fromkeys((plan.balance, plain)):
                 cut = replace(plan, balance=balance)
-                self.record(self.evaluator.synthesised(cut, _SYNTHESIS_EFFORT))
+                self.record(self.evaluator.synthesised(cut, effort))
 
 
 def search(
@@ -164,6 +165,7 @@ def search(
     speeds: Sequence[float] = (),
     replicas: bool = False,
     synthesis: bool = True,
+    effort: int = SYNTHESIS_EFFORT,
     state_factor: float = 4,
     max_instructions: int = MAX_INSTRUCTIONS,
     progress: Progress | None = None,
@@ -182,6 +184,7 @@ def search(
         speeds: of the devices, of which `costs_at` is the fastest; by default all are equal.
         replicas: whether stages may have several devices, if the schedule supports that.
         synthesis: whether to synthesise schedules for the best cuts.
+        effort: limit of what each synthesis examines.
         max_instructions: limit of simulated instructions; options beyond it are rejected.
         progress: called before each option.
 
@@ -235,7 +238,7 @@ def search(
     if synthesis:
         if progress is not None:
             progress(len(all_options), len(all_options), "synthesised schedules")
-        running.synthesise()
+        running.synthesise(effort)
     if not running.evaluated:
         raise PlanError(nothing_fits(running.rejected, num_devices, len(cells[counts[0]])))
     ranked = sorted(running.evaluated, key=_rank)
@@ -265,6 +268,7 @@ def search_for(
     *,
     link: LinkCost = FREE_LINK,
     reserve: Reserve = NO_RESERVE,
+    effort: int = SYNTHESIS_EFFORT,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Search for a plan that meets `request`, among `counts` of microbatches.
@@ -284,6 +288,7 @@ def search_for(
         speeds=request.known_speeds,
         replicas=request.replicas == AUTO,
         synthesis=request.schedules is None,
+        effort=effort,
         state_factor=request.state_factor,
         progress=progress,
     )
