@@ -2,12 +2,13 @@
 
 `auto` beside every named schedule with its best cut, and beside the schedules of
 torch.distributed.pipelining on the same cuts, in the same processes, in turns of two steps, of
-which the second is timed. A run of all workloads takes half an hour; each one's rows are printed
+which the second is timed. A run of all workloads takes most of an hour; each one's rows are printed
 when they are there, and `--workload` runs some of them, so that a table may be made in parts.
 """
 
 import copy
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,9 @@ QUICK = "demo", "24 unequal emulated cells"
 NOTES = (
     "ratio: over the fastest row of the workload; predicted_seconds: before any row was measured, "
     "with costs that auto's trials corrected",
-    "planning_seconds: of auto, with measuring and trials",
+    "planning_seconds: of auto, with measuring and trials; trial_seconds: its step in these trials",
+    "pace: what a fixed computation on all ranks took during the steps, over what it took before "
+    "and after planning: away from 1, the machine has changed since the predictions were made",
     "waited: the share of the steps' time that rank 0's threads waited for a core; well above 0 "
     "with no more workers than cores, other work ran on this machine, and the times mean little",
 )
@@ -52,6 +55,7 @@ class Contender:
     step: Callable[[], object]
     predicted_seconds: float | None
     planning_seconds: float | None = None
+    trial_seconds: float | None = None
     warm_up: int = WARM_UP  # steps that it needs
 
 
@@ -59,7 +63,11 @@ def main(
     quick: bool = typer.Option(False, help="Two workloads, few rows; less than a minute."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
     workload: list[str] = typer.Option([], help="Only these: a part of the name is enough."),
-    steps: int = typer.Option(5, help="Measured steps of every row; their median is shown."),
+    steps: int = typer.Option(
+        0,
+        help="Measured steps of every row, whose median is shown; by "
+        "default 5, and 7 where cells compute.",
+    ),
 ) -> None:
     """Compare auto with every named schedule and with torch's."""
     chosen = [
@@ -70,8 +78,14 @@ def main(
     if quick:
         chosen = [at for at in chosen if WORKLOADS[at].num_devices <= 4]
     for at in chosen:
-        rows = run_workers(WORKLOADS[at].num_devices, measure, at, quick, 2 if quick else steps)
+        rows = run_workers(
+            WORKLOADS[at].num_devices, measure, at, quick, steps or _num_steps(at, quick)
+        )
         print_rows("auto beside named schedules", rows, as_json=json, notes=NOTES)
+
+
+def _num_steps(at: int, quick: bool) -> int:
+    return 2 if quick else 5 if WORKLOADS[at].is_emulated else 7
 
 
 def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
@@ -79,12 +93,17 @@ def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
     workload = WORKLOADS[at]
     if workload.is_emulated:
         keep_to_core()
-    contenders = [*_contenders(workload, quick)]
+    paces = [_pace()]
+    contenders = [*_contenders(workload, quick, paces)]
     times: list[list[float]] = [[] for _ in contenders]
-    waited = 0.0
+    waited, later = 0.0, list[float]()
     for number in range(-WARM_UP, num_steps):
         DEVICE.speed = math.inf if number < -1 else 1.0
-        for contender, own in zip(contenders, times, strict=True):
+        if number >= 0:
+            later.append(_pace())
+        turns = [*zip(contenders, times, strict=True)]
+        random.Random(number).shuffle(turns)  # no row always follows the same other one
+        for contender, own in turns:
             if number < -contender.warm_up:
                 continue
             if number >= 0 and not workload.is_emulated:
@@ -107,13 +126,15 @@ def measure(at: int, quick: bool, num_steps: int) -> list[Row]:
             "ratio": seconds / min(medians),
             "predicted_seconds": contender.predicted_seconds,
             "planning_seconds": contender.planning_seconds,
+            "trial_seconds": contender.trial_seconds,
             "waited": share,
+            "pace": statistics.median(later) / statistics.fmean(paces),
         }
         for contender, seconds in zip(contenders, medians, strict=True)
     ]
 
 
-def _contenders(workload: Workload, quick: bool) -> Iterator[Contender]:
+def _contenders(workload: Workload, quick: bool, paces: list[float]) -> Iterator[Contender]:
     task = workload.task(quick)
     start = time.perf_counter()
     auto = stagewise.plan(
@@ -126,6 +147,7 @@ def _contenders(workload: Workload, quick: bool) -> Iterator[Contender]:
         schedule="auto",
     )
     planning_seconds = time.perf_counter() - start
+    paces.append(_pace())
     yield _ours("auto", auto, workload.task(quick), planning_seconds)
     named = _on_first(lambda: _named(auto, ["1f1b", "zb_v"] if quick else [*SCHEDULES]))
     for plan in named.values():
@@ -186,7 +208,20 @@ def _ours(system: str, plan: Plan, task: Task, planning_seconds: float | None = 
         lambda: pipe.step(task.inputs, target=task.target),
         plan.timeline.duration_seconds,
         planning_seconds,
+        plan.measured_seconds,
     )
+
+
+def _pace() -> float:
+    """Return the seconds of a fixed computation that all ranks run at once: a median of several."""
+    a, times = torch.ones(192, 192), list[float]()
+    for _ in range(9):
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(8):
+            a = (a @ a).clamp(max=1)
+        times.append(_together(start, time.perf_counter()))
+    return statistics.median(times)
 
 
 def _waited() -> float:

@@ -4,7 +4,8 @@ Three tables. `sets`: the search over random cost sets (equal and unequal cells,
 beginnings, memory caps, slow links) beside every named schedule with its best cut. `skips`: bytes
 that a step of a U-Net and of an encoder-decoder sends between devices, cut and placed without and
 with a price on what jumps over stages. `caps`: recomputation that moves, under a cap that
-never-recompute does not fit into, beside the best fixed policy.
+never-recompute does not fit into, beside the best fixed policy, and beside recomputation that
+begins when the gradient arrives, as everywhere else.
 """
 
 import math
@@ -12,8 +13,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -175,70 +176,116 @@ def _skip_row(name: str, way: str, plan: Plan) -> Row:
         "skips": way,
         "schedule": f"{plan.schedule}, {plan.num_stages // plan.num_devices} stages per device",
         "wire_bytes": sent * plan.num_microbatches,
+        "least_bytes": _least_bytes(plan) * plan.num_microbatches,
         "step_seconds": plan.timeline.duration_seconds,
     }
 
 
+def _least_bytes(plan: Plan) -> int:
+    """Return what a microbatch sends at least, however the chain is cut and placed.
+
+    Every device but the first gets something from another one, across some boundary, and the
+    smallest that are not the same boundary are taken.
+    """
+    crossing = sorted(cell.output_bytes + cell.gradient_bytes for cell in plan.cells[:-1])
+    return sum(crossing[: plan.num_devices - 1])
+
+
 def cap_rows() -> list[Row]:
-    """Two emulated devices, four unequal stages in a V, 8 microbatches: simulated and measured."""
-    plans = [plan for fraction in FRACTIONS for plan in _capped(fraction)]
-    measured = run_workers(2, _steps, plans)
+    """Emulated devices under a cap: the best schedules of three kinds, simulated and measured."""
+    cases = [replace(V, fraction=fraction) for fraction in FRACTIONS] + [LINE]
+    return [row for case in cases for row in _cap_rows(case)]
+
+
+@dataclass(frozen=True)
+class Capped:
+    """Stages of one cell each, and the share of what never recomputing keeps that there is."""
+
+    placement: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...]
+    num_microbatches: int
+    fraction: float
+
+    @property
+    def num_devices(self) -> int:
+        return 1 + max(device for (device,) in self.placement)
+
+    def cells(self, *, on_arrival: bool) -> tuple[CellCost, ...]:
+        """The cells; `on_arrival`, a backward begins with the forward, and no graph is kept."""
+        return tuple(
+            CellCost(
+                name=str(at),
+                forward_seconds=w * SCALE,
+                backward_seconds=(2 + on_arrival) * w * SCALE,
+                input_seconds=(1 + on_arrival) * w * SCALE,
+                weight_seconds=w * SCALE,
+                activation_bytes=0 if on_arrival else int(1000 * w),
+                output_bytes=50,
+                gradient_bytes=50,
+                deferred_bytes=int(500 * w),
+            )
+            for at, w in enumerate(self.weights)
+        )
+
+
+_DICE = random.Random(2)
+V = Capped(((0,), (1,), (1,), (0,)), tuple(_DICE.uniform(0.5, 1.5) for _ in range(4)), 8, 0.3)
+LINE = Capped(((0,), (1,), (2,), (3,)), (1.0,) * 4, 4, 0.3)
+
+
+def _cap_rows(case: Capped) -> list[Row]:
+    plans = _capped(case)
+    measured = run_workers(case.num_devices, _steps, [*plans.values()], case.num_microbatches)
+    first = plans["on arrival"].timeline.duration_seconds
     return [
         {
-            "cap": f"{fraction:.0%} of never recomputing",
+            "devices": case.num_devices,
+            "stages": len(case.placement),
+            "cap": f"{case.fraction:.0%} of never recomputing",
             "recomputation": way,
-            "recomputed": len(plan.built_schedule.recomputed),
+            "recomputed": len(plan.built_schedule.recomputed)
+            or len(case.placement) * case.num_microbatches * (way == "on arrival"),
             "peak_bytes": max(plan.peak_activation_bytes),
             "simulated_seconds": plan.timeline.duration_seconds,
+            "simulated_gain": first / plan.timeline.duration_seconds,
             "measured_seconds": seconds,
+            "measured_gain": measured[0] / seconds,
         }
-        for (fraction, way), plan, seconds in zip(
-            product(FRACTIONS, ("fixed", "moved")), plans, measured, strict=True
-        )
+        for (way, plan), seconds in zip(plans.items(), measured, strict=True)
     ]
 
 
-def _capped(fraction: float) -> tuple[Plan, Plan]:
-    """Return the fastest synthesised schedule of any policy, and the fastest with moved `R`."""
-    dice = random.Random(2)
-    weights = [dice.uniform(0.5, 1.5) for _ in range(4)]
-    cells = [
-        CellCost(
-            name=str(at),
-            forward_seconds=w * SCALE,
-            backward_seconds=2 * w * SCALE,
-            input_seconds=w * SCALE,
-            weight_seconds=w * SCALE,
-            activation_bytes=int(1000 * w),
-            output_bytes=50,
-            gradient_bytes=50,
-            deferred_bytes=int(500 * w),
-        )
-        for at, w in enumerate(weights)
-    ]
-    costs, placement = stage_costs(cells, [1] * 4), ((0,), (1,), (1,), (0,))
-    link = LinkCost(latency_seconds=1e-4)
-    never = synthesise(placement, costs, 8, link, effort=EFFORT)
-    caps = [int(fraction * max(outcome_of(never, costs, link).peak_bytes))] * 2
+def _capped(case: Capped) -> dict[str, Plan]:
+    """Return the fastest synthesised schedules: every microbatch recomputed when its gradient
+    arrives, as torch's checkpoint does; any policy, before it arrives; and with moved `R`.
+    """
+    cells, ones = case.cells(on_arrival=False), [1] * len(case.weights)
+    costs, link = stage_costs(cells, ones), LinkCost(latency_seconds=1e-4)
+    problem = case.placement, costs, case.num_microbatches, link
+    never = synthesise(*problem, effort=EFFORT)
+    most = int(case.fraction * max(outcome_of(never, costs, link).peak_bytes))
+    caps = [most] * case.num_devices
     fixed, moved = [], []
     for policy in POLICIES:
-        try:
-            plain = synthesise(
-                placement, costs, 8, link, memory_bytes=caps, recompute=policy, effort=EFFORT
-            )
-        except PlanError:  # does not fit
-            continue
-        fixed.append(plain)
-        moved.append(with_moved_recomputations(plain, costs, link, caps, effort=EFFORT))
+        with suppress(PlanError):  # does not fit
+            fixed.append(synthesise(*problem, memory_bytes=caps, recompute=policy, effort=EFFORT))
+            moved.append(with_moved_recomputations(fixed[-1], costs, link, caps, effort=EFFORT))
 
     def fastest(found: Sequence[Schedule]) -> Plan:
         best = min(found, key=lambda each: outcome_of(each, costs, link).seconds)
-        return Plan.from_schedule(best, balance=(1,) * 4, cells=cells, link=link)
+        return Plan.from_schedule(best, balance=ones, cells=cells, link=link)
 
-    return fastest(fixed), fastest(moved)
+    late = case.cells(on_arrival=True)
+    whole = case.placement, stage_costs(late, ones), case.num_microbatches, link
+    on_arrival = synthesise(*whole, memory_bytes=caps, effort=EFFORT)
+    return {
+        "on arrival": Plan.from_schedule(on_arrival, balance=ones, cells=late, link=link),
+        "fixed": fastest(fixed),
+        "moved": fastest(moved),
+    }
 
 
-def _steps(plans: Sequence[Plan]) -> list[float]:
+def _steps(plans: Sequence[Plan], num_microbatches: int) -> list[float]:
     """Run on every rank: the median step of every plan, all in turn."""
     keep_to_core()
     pipes = []
@@ -248,7 +295,7 @@ def _steps(plans: Sequence[Plan]) -> list[float]:
         forward, backward, weight = times
         model = emulated_model(forward, backward, DEVICE, weight)
         pipes.append(stagewise.Pipeline(model, plan, loss=lambda output, target: output.mean()))
-    batch = torch.zeros(8, 1024)
+    batch = torch.zeros(num_microbatches, 1024)
     times = [list[float]() for _ in plans]
     for number in range(-WARM_UP, 5):
         DEVICE.speed = math.inf if number < -1 else 1.0
