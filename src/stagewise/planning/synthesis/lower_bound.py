@@ -38,11 +38,6 @@ class LowerBound:
     path_seconds: float
 
     @property
-    def busiest_device(self) -> int:
-        """The device with the largest bound by work alone."""
-        return max(range(len(self.work_seconds)), key=self.work_seconds.__getitem__)
-
-    @property
     def seconds(self) -> float:
         """The largest of the bounds."""
         return max(
