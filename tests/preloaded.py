@@ -5,10 +5,10 @@ of them, and so copies them all: half of its time.
 Idea: after the last import they are set apart, as Python's documentation of `gc.freeze` advises.
 """
 
+import contextlib
 import gc
 
 import hypothesis  # noqa: F401 (with pytest, what the files of cases import)
-import pydantic.type_adapter  # noqa: F401 (typer's)
 import pytest  # noqa: F401
 import torch._dynamo
 import torch.distributed.checkpoint._fsspec_filesystem
@@ -21,5 +21,7 @@ import stagewise.pipeline.pipeline
 import stagewise.pipeline.plan_model
 import stagewise.training.trainer  # noqa: F401
 
+with contextlib.suppress(ImportError):  # some versions of typer want it
+    import pydantic.type_adapter  # noqa: F401
 gc.collect()
 gc.freeze()
