@@ -1,7 +1,7 @@
 """Cells: those of a plain chain, and the pieces of a captured model."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from stagewise.model.forward.watch import Watch
 from stagewise.model.skip_pairs import NO_SKIPS, CellSkips
+
+Together = Callable[..., object]
 
 
 class Holder(nn.Module):
@@ -42,6 +44,14 @@ class Piece(nn.Module):
         """Hold a module under `name`; see `owned`."""
         self._owned.append((place, path, name))
         self.add_module(name, module)
+
+    def together(self, others: Sequence[nn.Module]) -> "Together | None":
+        """Return what runs this piece and `others`, which follow it, in one call; None: nothing.
+
+        It is called as this piece is, with a first argument more: to be called with the number, in
+        the chain, of each of `others` before that runs.
+        """
+        return None
 
     def owned(self) -> Iterator[tuple[int, str, nn.Module]]:
         """Yield (place in the plain model's order, path, module) of everything it holds.
@@ -106,6 +116,12 @@ class ForwardNames:
 
 
 Chain = tuple[Cell, ...]
+
+
+def together(cells: Chain) -> Together | None:
+    """Return what runs `cells` in one call, if they can; see `Piece.together`."""
+    first, *others = [cell.module for cell in cells]
+    return first.together(others) if others and isinstance(first, Piece) else None
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from stagewise.errors import CellError, ModelError
 from stagewise.model.captured import Captured
 from stagewise.model.chain import chain_of, module_tree
 from stagewise.model.replay.patterns import selected
+from stagewise.model.replay.replayed_call import Run
 from tests.harness import Pools
 
 F = nn.functional
@@ -532,3 +534,65 @@ def test_a_backward_that_adds_to_gradients_itself_leaves_none() -> None:
     F.mse_loss(plain(x), target).backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class Biased(Decoder):
+    """Nothing is tied, and its forward takes numbers of the batch, which may require gradients."""
+
+    def __init__(self, **options: float) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, ids: Tensor, mask: Any, labels: Tensor, bias: Tensor) -> Any:  # type: ignore[override]
+        output = super().forward(ids, mask, labels)
+        output["loss"] = output["loss"] + (bias * output["logits"]).mean()
+        return output
+
+
+def third_step(num_stages: int, recompute: str, *, asks: bool) -> tuple[list[Tensor], int]:
+    """Loss and gradients of a step that is not looked at, and how often forward began in it."""
+    torch.manual_seed(0)
+    model = Biased(p=0.3, layerdrop=0.4).double()
+    bias = torch.randn(8, LENGTH, WORDS, dtype=torch.float64, requires_grad=asks)
+    batch = {**words(8), "bias": bias}
+    num_cells = len(stagewise.capture_cells(model, EVERY, **batch).chain)
+    small, extra = divmod(num_cells, num_stages)
+    balance = tuple(small + (stage < extra) for stage in range(num_stages))
+    plan = stagewise.Plan(balance=balance, num_microbatches=2, recompute=recompute)
+    pipe = stagewise.Pipeline(model, plan, loss=loss_of)
+    for _ in range(3):
+        pipe.zero_grad()
+        bias.grad = None
+        with mock.patch.object(Run, "run", autospec=True, side_effect=Run.run) as runs:
+            loss = pipe.step(**batch)
+    gradients = [p.grad for p in pipe.parameters() if p.grad is not None]
+    return [loss, *gradients, *([bias.grad] if bias.grad is not None else [])], runs.call_count
+
+
+@pytest.mark.filterwarnings("ignore::stagewise.errors.ExactnessWarning")
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_the_cells_of_a_stage_run_in_one_call_with_the_same_bits(recompute: str) -> None:
+    found = {count: third_step(count, recompute, asks=False) for count in (1, 2, 7)}
+    assert all(map(torch.equal, found[1][0], found[7][0]))
+    assert all(map(torch.equal, found[2][0], found[7][0]))
+    assert found[1][1] == 2 < found[2][1] < found[7][1]  # of two microbatches
+
+
+@pytest.mark.filterwarnings("ignore::stagewise.errors.ExactnessWarning")
+def test_numbers_of_the_batch_that_require_gradients_are_summed_alike_at_every_cut() -> None:
+    one, seven = (third_step(count, "never", asks=True)[0] for count in (1, 7))
+    assert all(map(torch.equal, one, seven))
+
+
+def test_an_error_in_a_stage_of_several_cells_names_its_cell() -> None:
+    torch.manual_seed(0)
+    model = Biased().double()
+    batch = {**words(8), "bias": torch.ones(8, LENGTH, WORDS)}
+    ours = stagewise.capture_cells(model, ["layers.*"], **batch)
+    pipe = stagewise.Pipeline(model, stagewise.Plan(balance=(4,), num_microbatches=1), loss=loss_of)
+    pipe.step(**batch)
+    owned = {path: module for _, path, module in ours.chain[2].module.owned()}  # type: ignore[operator]
+    owned["layers.2"].register_forward_pre_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(CellError, match=r"cell 'layers.2' .*ZeroDivisionError"):
+            pipe.step(**batch)

@@ -6,18 +6,18 @@ gradients are summed does not depend on where the chain is cut.
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import nn
 
 from stagewise.batch.markers import Arguments
 from stagewise.batch.values import leaf_of, put_together, take_apart
 from stagewise.engine.stage.flight import CellKeywords, Flight
-from stagewise.engine.stage.work import StageGiven, Work
+from stagewise.engine.stage.work import CellForward, StageGiven, Work
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import BatchError, CellError
-from stagewise.model.cell import Cell, Chain
+from stagewise.model.cell import Cell, Chain, Together
 from stagewise.schedule import Instruction
 
 
@@ -65,7 +65,32 @@ def given_of(flight: Flight) -> StageGiven:
     return put_together(flight.inputs, flight.structure), named  # type: ignore[return-value]
 
 
-def invoke(module: nn.Module, value: object, keywords: Mapping[str, object]) -> object:
+def asks_by_name(flight: Flight) -> bool:
+    """Return whether a keyword argument requires gradients, which are summed cell by cell."""
+    return any(t.requires_grad for given in flight.keywords for t in given.tensors)
+
+
+def in_one_call(
+    cells: Chain, together: Together, enter: Callable[[Cell], object]
+) -> tuple[Cell, CellForward]:
+    """Return the first cell with the forward of all, which enters each of the others in order."""
+    first = entered = cells[0].index
+
+    def enter_until(index: int) -> None:
+        nonlocal entered
+        while entered < index:
+            entered += 1
+            enter(cells[entered - first])
+
+    def forward(value: object, keywords: Mapping[str, object]) -> object:
+        output = invoke(partial(together, enter_until), value, keywords)
+        enter_until(cells[-1].index)  # those that the model has skipped
+        return output
+
+    return cells[0], forward
+
+
+def invoke(module: Callable[..., object], value: object, keywords: Mapping[str, object]) -> object:
     """Call a cell with the output of the one before it."""
     if isinstance(value, Arguments):
         return module(*value.args, **{**keywords, **value.kwargs})

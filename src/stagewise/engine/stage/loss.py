@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from stagewise.batch.objects import opened
+from stagewise.batch.values import detached
 from stagewise.engine.stage.flight import Flight
 from stagewise.engine.stage.work import OTHERS, Mode, Work
 from stagewise.errors import BatchError
@@ -30,6 +32,29 @@ def share_of(work: Work, name: str, m: int) -> float:
     """Return the weight of the loss `name` of microbatch m."""
     shares = work.shares
     return shares.get(name, shares.get(OTHERS, work.by_samples))[m]
+
+
+def end(
+    loss: Loss | None,
+    output: object,
+    flight: Flight,
+    m: int,
+    work: Work,
+    device: torch.device,
+    *,
+    keeps: bool,
+) -> object:
+    """Finish the last stage: record the output if it is kept, compute and record the losses."""
+    if work.mode is Mode.PREDICT:
+        work.record.outputs[m] = output
+        return opened(output)
+    if keeps:
+        work.record.outputs[m] = detached(output)
+    losses = losses_of(loss, output, m, work, device)
+    if not losses:
+        return output
+    flight.names, roots = tuple(losses), tuple(losses.values())  # one may be a root twice
+    return roots if len(roots) == 1 else tuple(root[...] for root in roots)
 
 
 def losses_of(

@@ -17,8 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from stagewise.batch.markers import Arguments
-from stagewise.batch.objects import opened
-from stagewise.batch.values import Apart, detached, leaf_of, optionals, put_together, take_apart
+from stagewise.batch.values import Apart, leaf_of, optionals, put_together, take_apart
 from stagewise.engine.stage import split_backward
 from stagewise.engine.stage.autograd import (
     check_changes,
@@ -30,22 +29,23 @@ from stagewise.engine.stage.autograd import (
 )
 from stagewise.engine.stage.buffers import BufferKeeper
 from stagewise.engine.stage.flight import Flight, noting, starts_gradients
-from stagewise.engine.stage.keywords import failed, given_of, invoke, run_cell, take_keywords
-from stagewise.engine.stage.loss import (
-    Loss,
-    add_seeds,
-    losses_of,
-    record_added,
-    seeds_of,
-    takes_target,
+from stagewise.engine.stage.keywords import (
+    asks_by_name,
+    failed,
+    given_of,
+    in_one_call,
+    invoke,
+    run_cell,
+    take_keywords,
 )
+from stagewise.engine.stage.loss import Loss, add_seeds, end, record_added, seeds_of, takes_target
 from stagewise.engine.stage.same_again import sampled
 from stagewise.engine.stage.split_backward import Product, next_number
 from stagewise.engine.stage.work import CellForward, LateGradients, Mode, RunCell, Work
 from stagewise.engine.watch.now import NOW
 from stagewise.errors import UsageError
 from stagewise.model.added_losses import COLLECTING, LossCollector
-from stagewise.model.cell import Cell, Chain
+from stagewise.model.cell import Cell, Chain, together
 from stagewise.schedule import Instruction, Kind
 
 Action = Callable[[list[Apart], Work], Any]  # received values -> the value to send
@@ -80,6 +80,7 @@ class Stage:
         self.trains = self.has_own_gradients = False  # by a parameter; by anything else
         self._run_cell: RunCell = run_cell
         self._calls_modules = True  # directly, without wrappers
+        self._together = together(cells)
 
     def begin(self) -> tuple[bool, ...]:
         """Begin a call; return the flags that, with the inputs, decide which gradients exist."""
@@ -235,28 +236,38 @@ class Stage:
         named: dict[int, Any] = {}
         for given in flight.keywords:
             named[given.cell] = put_together(fed[given.places], given.structure)
-        randomness, running = work.randomness[self.device], None
+        randomness = work.randomness[self.device]
+        running: Cell | None = None
         collector, calls, directly = LossCollector(), self._calls, self._calls_modules
         if work.look is not None and kind is Kind.FORWARD:
             last, again = self.cells[-1] if self.is_last else None, work.again(self.device)
             directly, calls = False, work.look.cells(calls, collector, m, last, again)
         for around in work.around:
             directly, calls = False, around(calls)
+
+        def enter(cell: Cell) -> None:
+            nonlocal running
+            running = NOW.cell = cell
+            collector.cell = cell.index
+            flight.starts.append(next_number())
+            randomness.enter_cell(cell.index, m)
+
+        if directly and self._together is not None and not asks_by_name(flight):
+            directly, calls = False, [in_one_call(self.cells, self._together, enter)]
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
-            for running, forward in calls:
-                NOW.cell, collector.cell, index = running, running.index, running.index
-                flight.starts.append(next_number())
-                randomness.enter_cell(index, m)
-                if directly and index not in named and type(value) is not Arguments:
-                    value = running.module(value)
+            for cell, forward in calls:
+                enter(cell)
+                if directly and cell.index not in named and type(value) is not Arguments:
+                    value = cell.module(value)
                 else:
-                    value = forward(value, named.get(index, _NO_KEYWORDS))
+                    value = forward(value, named.get(cell.index, _NO_KEYWORDS))
             running = NOW.cell = None
             flight.starts.append(next_number())
             if self.is_last:
                 randomness.enter_loss(m)
-                value = self._end(value, flight, kind, m, work)
+                keeps = work.keeps_outputs and kind is Kind.FORWARD
+                value = end(self.loss, value, flight, m, work, self.device, keeps=keeps)
         except UsageError:
             raise
         except Exception as error:
@@ -266,19 +277,6 @@ class Stage:
             COLLECTING.active = outer
         flight.added = collector.added
         return value
-
-    def _end(self, output: object, flight: Flight, kind: Kind, m: int, work: Work) -> object:
-        """Finish the last stage: record the output, or compute and record the losses."""
-        if work.mode is Mode.PREDICT:
-            work.record.outputs[m] = output
-            return opened(output)
-        if work.keeps_outputs and kind is Kind.FORWARD:
-            work.record.outputs[m] = detached(output)
-        losses = losses_of(self.loss, output, m, work, self.device)
-        if not losses:
-            return output
-        flight.names, roots = tuple(losses), tuple(losses.values())  # one may be a root twice
-        return roots if len(roots) == 1 else tuple(root[...] for root in roots)
 
 
 ACTIONS: Mapping[Kind, Callable[[Stage, int, list[Apart], Work], Apart | None]] = {

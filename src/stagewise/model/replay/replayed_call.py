@@ -1,4 +1,4 @@
-"""One call of the model's own forward, of which only one cell's part really runs.
+"""One call of the model's own forward, in which only the parts of one cell, or several, really run.
 
 The blocks divide the call into parts: part i lasts from the call of block i to that of the next
 one; the first begins with the call itself, the last ends with it. In the parts before its own, a
@@ -37,6 +37,7 @@ from stagewise.model.replay.torch_functions import (
     OF_DEVICE,
     QUERIES,
     RANDOM,
+    called,
     changes_first,
     function_name,
 )
@@ -50,20 +51,21 @@ class _Stop(BaseException):
 
 
 class Run(TorchFunctionMode):
-    """One call of the skeleton; `cell` is the part that runs (None: all)."""
+    """One call of the skeleton; `cells` are the parts that run (None: all), each entered before."""
 
     def __init__(
         self,
         skeleton: Skeleton,
         names: Sequence[str],
-        cell: int | None,
+        cells: range | None,
         blocks: Mapping[int, nn.Module],
         state: Callable[[str], torch.Tensor | None],
         required: Required,
         arriving: Handover | None = None,
     ) -> None:
         super().__init__()
-        self._skeleton, self._names, self._cell = skeleton, names, cell
+        self._skeleton, self._names, self._cells = skeleton, names, cells
+        self.enter: Callable[[int], object] = lambda index: None
         self._blocks, self._state, self._arriving = blocks, state, arriving
         self._required = required
         self._events = list(arriving.ledger.events) if arriving else []
@@ -73,12 +75,13 @@ class Run(TorchFunctionMode):
         self._turns: Counter[tuple[int, str, str]] = Counter()
         ledger = arriving.ledger if arriving else None
         ids = dict(zip(ledger.refs, ledger.ids, strict=True)) if ledger else {}
-        self._own = Values(skeleton, state, required, ids, learns=cell is None)
+        self._own = Values(skeleton, state, required, ids, learns=cells is None)
         self._device, self._inputs = torch.device("cpu"), set[int]()
 
     @property
     def _is_last(self) -> bool:
-        return (self._own.part if self._cell is None else self._cell) == len(self._names) - 1
+        last = self._own.part if self._cells is None else self._cells[-1]
+        return last == len(self._names) - 1
 
     def _is_live(self) -> bool:
         """Return whether code now really runs; the first time, insert the values passed on."""
@@ -102,7 +105,7 @@ class Run(TorchFunctionMode):
             self._skeleton.put_back()
         if not self._is_live():
             raise self._diverged("the end of forward", line_running())
-        if self._cell is None:
+        if self._cells is None:
             self._own.part = len(self._names) - 1
         leaves, spec = flat_leaves(output)
         output = pytree.tree_unflatten(
@@ -131,7 +134,7 @@ class Run(TorchFunctionMode):
             )
         self._last_block = index
         leaves, spec = flat_leaves((args, kwargs))
-        if self._cell is not None and index > self._cell:
+        if self._cells is not None and index > self._cells[-1]:
             raise _Stop(index, leaves)
         self._own.part = max(self._own.part, index)
         what = f"block {name}"
@@ -145,6 +148,7 @@ class Run(TorchFunctionMode):
                     "functions, from values of another cell; name the module that makes it in "
                     "cells"
                 )
+        self.enter(index)
         args, kwargs = pytree.tree_unflatten(given, spec)
         return self._recorded(what, self._blocks[index](*args, **kwargs), leaves, given)
 
@@ -205,21 +209,21 @@ class Run(TorchFunctionMode):
         if touches and all(
             self._own.is_constant(leaf) for leaf in leaves if self._own.is_ours(leaf)
         ):
-            return _call(func, [self._own.real(leaf, name) for leaf in leaves], spec)
+            return called(func, [self._own.real(leaf, name) for leaf in leaves], spec)
         if not self._is_live():
             return self._replayed(name, leaves)
         self._check_states(leaves)
         given = [self._own.real(leaf, name) for leaf in leaves]
-        return self._recorded(name, _call(func, given, spec), leaves, given)
+        return self._recorded(name, called(func, given, spec), leaves, given)
 
     def _check_states(self, leaves: list[object]) -> None:
         """Stop if a later cell holds a parameter used here, since its block was skipped."""
-        if self._cell is None:
+        if self._cells is None:
             return
         for leaf in leaves:
             name = self._skeleton.states.get(id(leaf))
             if name is not None and self._own.value_of(leaf) is None and self._state(name) is None:
-                for later in range(self._cell + 1, len(self._names)):
+                for later in range(self._cells[-1] + 1, len(self._names)):
                     if name in self._required.states[later]:
                         raise _Stop(later, leaves)
 
@@ -232,7 +236,7 @@ class Run(TorchFunctionMode):
         else:
             values = ((leaf, self._own.value_of(leaf)) for leaf in leaves)
             leaves = [v.real if v is not None and v.real is not None else x for x, v in values]
-        return _call(func, leaves, spec)
+        return called(func, leaves, spec)
 
     def _recorded(
         self, what: str, result: object, leaves: list[object], given: list[object]
@@ -293,8 +297,3 @@ class Run(TorchFunctionMode):
             "blocks that cells= names, it must do the same for the same inputs: draw random "
             "numbers with torch, and keep no counters in attributes"
         )
-
-
-def _call(func: Callable[..., Any], leaves: Sequence[object], spec: pytree.TreeSpec) -> Any:
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return func(*args, **kwargs)

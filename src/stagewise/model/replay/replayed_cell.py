@@ -1,13 +1,17 @@
-"""A cell that runs its part of the model's own forward."""
+"""A cell that runs its part of the model's own forward, or those of the next cells as well.
 
-from collections.abc import Sequence
+A stage's cells run in one call, since each call begins with what comes before the first block.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from stagewise.model.cell import Piece
+from stagewise.model.cell import Piece, Together
 from stagewise.model.replay.handover import Handover, Required, Returned
 from stagewise.model.replay.replayed_call import Run
 from stagewise.model.replay.skeleton import Skeleton
@@ -39,24 +43,47 @@ class ReplayedCell(Piece):
 
     def forward(self, value: Any = None, **inputs: Any) -> Any:
         """Continue from the previous cell's output; `inputs` are the model's own, by name."""
-        is_last = self._index == len(self._names) - 1
+        return self._run((self,), lambda index: None, value, **inputs)
+
+    def together(self, others: Sequence[nn.Module]) -> Together | None:
+        cells = [self, *(each for each in others if isinstance(each, ReplayedCell))]
+        same = len(cells) == 1 + len(others) and all(
+            each._skeleton is self._skeleton and each._index == self._index + number
+            for number, each in enumerate(cells)
+        )
+        return partial(self._run, cells) if same else None
+
+    def _run(
+        self,
+        cells: "Sequence[ReplayedCell]",
+        enter: Callable[[int], object],
+        value: Any = None,
+        /,
+        **inputs: Any,
+    ) -> Any:
+        """Run `cells`, of which this is the first."""
+        numbers = range(self._index, self._index + len(cells))
+        is_last = numbers[-1] == len(self._names) - 1
         if isinstance(value, Returned):
             return value.output if is_last else value
-        if isinstance(value, Handover) and value.ledger.block > self._index:
-            return value  # the model skipped this block
+        if isinstance(value, Handover) and value.ledger.block > numbers[-1]:
+            return value  # the model skipped these blocks
         arriving = value if isinstance(value, Handover) else None
-        block = next(m for _, path, m in self.owned() if path == self._names[self._index])
         run = Run(
             self._skeleton,
             self._names,
-            self._index,
-            {self._index: block},
-            self._state,
+            numbers,
+            {each._index: each._block() for each in cells},
+            partial(_state_in, cells),
             self._required,
             arriving,
         )
+        run.enter = enter
         self._skeleton.train(self.training)
         return run.run(inputs, self._device(arriving, inputs))
+
+    def _block(self) -> nn.Module:
+        return next(m for _, path, m in self.owned() if path == self._names[self._index])
 
     def _state(self, name: str) -> torch.Tensor | None:
         """Return the parameter or buffer of this name; None if the cell does not hold it."""
@@ -82,3 +109,8 @@ class ReplayedCell(Piece):
         given = (arriving.tensors if arriving else (), inputs)
         tensors = (t for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor))
         return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _state_in(cells: Sequence[ReplayedCell], name: str) -> torch.Tensor | None:
+    """Return the parameter or buffer of this name; None if none of the cells holds it."""
+    return next((found for cell in cells if (found := cell._state(name)) is not None), None)

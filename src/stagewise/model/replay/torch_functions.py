@@ -1,7 +1,9 @@
 """Properties of torch's functions that a replay must know, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch.utils import _pytree as pytree
 
 _QUERIES = """shape dtype device ndim size dim numel stride layout is_floating_point is_complex
 is_signed requires_grad is_contiguous __len__ __hash__ nelement ndimension element_size itemsize
@@ -28,3 +30,9 @@ def changes_first(name: str) -> bool:
     """Return whether a function of this name changes its first argument in place."""
     special = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     return special or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def called(func: Callable[..., Any], leaves: Sequence[object], spec: pytree.TreeSpec) -> Any:
+    """Call a function with arguments that were taken apart."""
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return func(*args, **kwargs)
