@@ -69,6 +69,7 @@ FILES: dict[str, str | bytes] = {
     "schedulerbad.py": changed(more="def scheduler(optimizer): return 3\n"),
     "plateau.py": changed(
         more="def scheduler(o): return torch.optim.lr_scheduler.ReduceLROnPlateau(o)\n"
+        "scheduler_metric = 'accuracy'\n"
     ),
     "onesample.py": changed(
         ("torch.ones(8, 8), torch.ones(8, 1)", "torch.ones(1, 8), torch.ones(1, 1)")

@@ -168,6 +168,7 @@ def _left_out(recipe: "Recipe") -> list[str]:
         "grad_scaler": recipe.grad_scaler is not None,
         "accumulate": recipe.accumulate > 1,
         "accumulate_in_float32": recipe.accumulate_in_float32,
+        "groups": bool(recipe.groups),
     }
     return [name for name, is_asked in asked.items() if is_asked]
 

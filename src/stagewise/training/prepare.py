@@ -15,11 +15,7 @@ from stagewise.checkpoints.sources import open_source
 from stagewise.costs import CellCost
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.processes import named_device, own_device, own_rank
-from stagewise.errors import (
-    CheckpointError,
-    RecipeError,
-    UsageError,
-)
+from stagewise.errors import CheckpointError, RecipeError, UsageError
 from stagewise.mesh import MeshShape
 from stagewise.model.cells_of import chain_for
 from stagewise.model.chain import chain_of, is_chain, module_tree
@@ -36,6 +32,7 @@ from stagewise.training.mesh.data_parts import DataParts
 from stagewise.training.plans import devices_of, make_plan, measured_choice
 from stagewise.training.recipe import Batch, Model, Recipe, Tree, build_model
 from stagewise.training.run_folder import NUM_KEPT, Checkpoint, check_fits
+from stagewise.training.state.optimizers import check_groups
 from stagewise.training.state.own_objects import Objects
 from stagewise.training.state.pretrained import Pretrained, pretrained_of
 from stagewise.training.state.random_states import (
@@ -44,6 +41,7 @@ from stagewise.training.state.random_states import (
     seed_everything,
 )
 from stagewise.training.state.run_state import Extra
+from stagewise.training.state.schedules import check_heard
 from stagewise.training.workers.elastic import Interrupted
 
 
@@ -123,6 +121,9 @@ def prepare(recipe: Recipe, options: TrainOptions) -> Prepared:
         batches.go_to(pipe.step_index, restored.data)
     seed_everything(options.seed)
     validation = validation_batches(recipe)
+    with agreed(pipe.ranks, "checking the schedule"):
+        validates = bool(validation) and options.validate_every > 0
+        check_heard(recipe.path, trained.scheduler, validates=validates)
     if options.resume is not None and restored.random is not None:
         with explain_read_errors(options.resume):
             restore_random_states(restored.random, pipe.device)
@@ -177,12 +178,12 @@ def rebuild(
 
 def _trained(recipe: Recipe, pipe: Pipeline) -> Trained:
     """Build this rank's optimizer and schedule; raise RecipeError if no rank updates anything."""
-    parameters = list(pipe.module.parameters())
+    named = dict(pipe.named_parameters())
     with agreed(pipe.ranks, "making the optimizer"):
-        optimizer = recipe.make_optimizer(parameters)
+        optimizer = recipe.make_optimizer([*named.values()], [*named])
         scheduler = recipe.make_scheduler(optimizer)
         objects = recipe.make_objects(pipe.module)
-    if not pipe.any(optimizer is not None) and pipe.any(bool(parameters)):
+    if not pipe.any(optimizer is not None) and pipe.any(bool(named)):
         raise RecipeError(
             f"optimizer(parameters) in {recipe.path} uses none of the model's parameters on any "
             "rank, so nothing would be trained; make it use some"
@@ -260,6 +261,7 @@ def _check_values(
 ) -> None:
     """Raise CheckpointError unless the values to start from are those of such a model."""
     whole = model if isinstance(model, nn.Module) else module_tree(chain_of(model))
+    check_groups(recipe.path, recipe.groups, [name for name, _ in whole.named_parameters()])
     if resume is not None:
         check_fits(resume, {n: tuple(p.shape) for n, p in whole.named_parameters()})
     elif init is not None:

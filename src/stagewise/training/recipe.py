@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from stagewise.batch.markers import along
 from stagewise.engine.watch.now import NOW
@@ -33,7 +33,7 @@ from stagewise.training.recipe_values import (
     checked_optimizer,
     checked_value,
 )
-from stagewise.training.state.optimizers import empty_lists_allowed
+from stagewise.training.state.optimizers import Groups, empty_lists_allowed, grouped
 from stagewise.training.state.own_objects import Objects, Stateful, checked_objects
 from stagewise.training.state.pretrained import Savable
 from stagewise.training.state.random_states import seed_everything
@@ -56,9 +56,12 @@ class Recipe:
 
     `optimizer(parameters)` may return several. `data("validation")` may return several sets by
     name; the first has the validation loss, and all are among the metrics. `callback(record)` hears
-    on every rank what the log gets of a step or validation; True ends the run.
+    on every rank what the log gets of a step or validation; True ends the run. With `groups`,
+    options by patterns of parameters' names, `optimizer` is given groups instead of parameters: of
+    each pattern those that it matches first, and last the rest.
 
-    `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step.
+    `scheduler(optimizer)` is a schedule of torch.optim.lr_scheduler, stepped once after every step;
+    ReduceLROnPlateau after every due validation, with its loss or the `scheduler_metric`.
     `state(module)` returns objects by name that checkpoints hold too, for this rank's part of the
     model; one with `update_parameters`, such as AveragedModel, is called with it after every step.
     A step uses `accumulate` batches of `data("train")` as one minibatch. `autocast` is the dtype of
@@ -98,6 +101,8 @@ class Recipe:
     tokenizer: Savable | None = None
     parallelize: Parallelize | None = None
     data_axes: Mapping[str, int] = field(default_factory=dict)
+    groups: Groups = field(default_factory=dict)
+    scheduler_metric: str = ""
 
     @property
     def name(self) -> str:
@@ -139,15 +144,19 @@ class Recipe:
             message = f"{what} failed in {where}{place}: {type(error).__name__}: {error}"
             raise RecipeError(message) from error
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer | None:
+    def make_optimizer(
+        self, parameters: list[nn.Parameter], names: Sequence[str] = ()
+    ) -> Optimizer | None:
         """Return the optimizer of this rank's parameters; None if it uses none of them.
 
-        A rank may hold no parameters, or none that the recipe selects.
+        A rank may hold no parameters, or none that the recipe selects. Those without `names` are in
+        no group but the last.
         """
         if not parameters:
             return None
+        given: list[Any] = grouped(parameters, names, self.groups) if self.groups else parameters
         with self.blame("optimizer(parameters)"), empty_lists_allowed():
-            made = self.optimizer(parameters)
+            made = self.optimizer(given)
         whole = checked_optimizer(self.path, made, has_schedule=self.scheduler is not None)
         return whole if any(group["params"] for group in whole.param_groups) else None
 
@@ -157,11 +166,10 @@ class Recipe:
             return None
         with self.blame("scheduler(optimizer)"):
             made = self.scheduler(optimizer)
-        if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+        if not isinstance(made, LRScheduler):
             raise RecipeError(
                 f"scheduler(optimizer) in {self.path} returned a {type(made).__name__}; it must "
-                "return a schedule of torch.optim.lr_scheduler that is stepped once per training "
-                f"step, without a metric, for example:\n\n{SCHEDULER}"
+                f"return a schedule of torch.optim.lr_scheduler, for example:\n\n{SCHEDULER}"
             )
         return made
 

@@ -112,6 +112,19 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
         "a dict from axes of the mesh to the dimension of a batch's tensors that is divided along "
         "them, such as {'ep': 0, 'sp': 1}",
     ),
+    "groups": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(isinstance(pattern, str) for pattern in value)
+            and all(isinstance(options, Mapping) for options in value.values())
+        ),
+        "a dict from patterns of parameters' names to the options of a group of theirs, such as "
+        "{'*.bias': {'weight_decay': 0.0}, 'head.*': {'lr': 1e-2}}",
+    ),
+    "scheduler_metric": (
+        lambda value: isinstance(value, str),
+        "the name of a metric or part of the loss on the validation data, such as 'accuracy'",
+    ),
     "meta": (
         lambda value: isinstance(value, bool),
         "True, to build the model on the meta device, or False",

@@ -272,6 +272,7 @@ class Trainer:
         sets, parts = prepared.validation, prepared.parts
         with random_states_kept(self._pipe.device):  # a resumed run validates once more
             record = validated(self._recipe, prepared.trained, sets, parts, step)
+        self._stepper.hear(record)
         self._validated = step, record.validation_loss
         self._reporter.validation(record)
         return record.validation_loss

@@ -11,6 +11,7 @@ So if one rank has updated, all could, and those that had not yet heard of it do
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,13 +19,15 @@ from stagewise.batch.split import batch_size, extent, microbatch_sizes, split
 from stagewise.model.added_losses import MAIN_LOSS
 from stagewise.pipeline.scaler import GradScaler
 from stagewise.training.batches import amount_of
+from stagewise.training.checkpoint import Remembered
 from stagewise.training.mesh.data_parts import WHOLE, DataParts
-from stagewise.training.metrics.progress import StepRecord
+from stagewise.training.metrics.progress import StepRecord, ValidationRecord
 from stagewise.training.prepare import Prepared, Trained, TrainOptions
 from stagewise.training.recipe import Batch, Recipe
 from stagewise.training.state.kept_buffers import KeptBuffers
 from stagewise.training.state.optimizers import for_training
 from stagewise.training.state.own_objects import averagers
+from stagewise.training.state.schedules import waits_for_metric
 
 Weights = dict[str, float]  # by the loss's name; "" if one applies to all
 Losses = tuple[float, dict[str, float]]  # the loss, total and by name
@@ -105,13 +108,20 @@ class Update:
         with self._recipe.blame("the optimizer's step()"):
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        if self._scheduler is not None:
+        if self._scheduler is not None and not waits_for_metric(self._scheduler):
             with self._recipe.blame("the schedule's step()"):
                 self._scheduler.step()
         what = "update_parameters(module) of an object of state(module)"
         with self._recipe.blame(what), torch.no_grad():
             for each in self._averagers:
                 each.update_parameters(self._pipe.module)
+
+    def hear(self, record: ValidationRecord) -> None:
+        """Step a schedule that waits for a metric."""
+        scheduler: Any = self._scheduler
+        if waits_for_metric(scheduler):
+            with self._recipe.blame("the schedule's step(metric)"):
+                scheduler.step(record.named(self._recipe.scheduler_metric))
 
     def _total_weight(self, batches: Sequence[Batch]) -> float | Weights:
         sums = weights_of_all(self._recipe, batches, self._pipe.num_microbatches)
@@ -164,6 +174,10 @@ class Stepper:
         self._recipe, self._data, self.applied = recipe, prepared.batches, options.first_step
         self.applied_at, self.is_atomic = time.perf_counter(), False
         self.before_update: Callable[[], None] = lambda: None
+        # The last step whose validation was heard; that of the step to resume from was.
+        self._heard, self._hears_every = options.first_step, options.validate_every
+        if isinstance(options.resume, Remembered):
+            self._heard -= 1
         self.begun = self.applied
         self.ran: StepRan | None = None
         self._batches: Sequence[Batch] = ()  # of a step that was begun
@@ -205,6 +219,13 @@ class Stepper:
             self._pipe.ranks.exchange_all((), "the update of a step")
         self._apply()
         return ran
+
+    def hear(self, record: ValidationRecord) -> None:
+        """Let the schedule hear of a due validation, once; that before the first step is not."""
+        is_due = self._hears_every > 0 and record.step > 0 == record.step % self._hears_every
+        if is_due and record.step > self._heard:
+            self._heard = record.step
+            self.update.hear(record)
 
     def settle(self, furthest: int) -> None:
         """After a rank was lost: apply the step that another rank has applied, or undo this one."""

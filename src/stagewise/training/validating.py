@@ -29,13 +29,14 @@ def validated(
     """
     for_evaluation(trained.optimizer)
     found = {name: _of_set(recipe, trained.pipe, sets[name], parts, step) for name in sets}
-    first = next(iter(found.values()))
-    if len(found) == 1:
-        return first
-    named = {f"{name}/loss": one.validation_loss for name, one in found.items()}
-    for name, one in found.items():
-        named |= {f"{name}/{metric}": value for metric, value in one.metrics.items()}
-    return replace(first, metrics=named)
+    record = next(iter(found.values()))
+    if len(found) > 1:
+        named = {f"{name}/loss": one.validation_loss for name, one in found.items()}
+        for name, one in found.items():
+            named |= {f"{name}/{metric}": value for metric, value in one.metrics.items()}
+        record = replace(record, metrics=named)
+    record.named(recipe.scheduler_metric)  # raises on all ranks, before the first step
+    return record
 
 
 def _of_set(

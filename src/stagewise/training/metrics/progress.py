@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from stagewise.errors import RecipeError
 from stagewise.recording import LOG_FILE
 from stagewise.training.metrics.metric_loggers import Loggers
 
@@ -81,6 +82,17 @@ class ValidationRecord:
     validation_loss: float
     metrics: Mapping[str, float]
     losses: Mapping[str, float] = field(default_factory=dict)  # by name, if named
+
+    def named(self, name: str) -> float:
+        """Return a metric or part of the loss; the loss itself for ""."""
+        known = {"": self.validation_loss, **self.losses, **self.metrics}
+        if name not in known:
+            there = ", ".join(n for n in known if n) or "nothing but the loss"
+            raise RecipeError(
+                f"scheduler_metric is {name!r}, but validation has {there}; give one of these, "
+                "return it from metrics(output, target), or leave scheduler_metric out for the loss"
+            )
+        return known[name]
 
     def to_log(self) -> dict[str, object]:
         """Return the record for the log."""

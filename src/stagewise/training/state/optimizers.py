@@ -1,16 +1,25 @@
-"""Optimizers that a recipe may return beyond a plain one: several together, and those with modes.
+"""Optimizers that a recipe may return beyond a plain one: several together, and those with modes;
+and the groups of parameters that it is given.
 
 Muon updates matrices only, so another updates the rest; a rank may hold parameters for one of them
 alone, and torch refuses an empty list. Schedule-free optimizers keep one set of weights to train
 with and another to evaluate with, and are told which is wanted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
+
+from stagewise.errors import RecipeError
+
+Groups = Mapping[str, Mapping[str, Any]]  # pattern of names -> the group's options
 
 
 @runtime_checkable
@@ -89,3 +98,32 @@ def empty_lists_allowed() -> Iterator[None]:
         yield
     finally:
         Optimizer.__init__ = made  # type: ignore[method-assign]
+
+
+def grouped(
+    parameters: Sequence[nn.Parameter], names: Sequence[str], groups: Groups
+) -> list[dict[str, Any]]:
+    """Return a group for each pattern, of what it is the first to match, and last of the rest.
+
+    Every rank has all of them, in the same order; schedules may treat each differently.
+    """
+    made = [{"params": list[nn.Parameter](), **options} for options in (*groups.values(), {})]
+    for parameter, name in zip_longest(parameters, names, fillvalue=""):
+        matching = (n for n, pattern in enumerate(groups) if fnmatchcase(str(name), pattern))
+        made[next(matching, -1)]["params"].append(parameter)
+    return made
+
+
+def check_groups(path: Path, groups: Groups, names: Collection[str]) -> None:
+    """Raise RecipeError for a pattern that matches none of the model's parameters first."""
+    left = set(names)
+    for pattern in groups:
+        found = {name for name in left if fnmatchcase(name, pattern)}
+        if not found:
+            taken = any(fnmatchcase(name, pattern) for name in names)
+            raise RecipeError(
+                f"groups in {path}: {pattern!r} "
+                + ("only matches what patterns before it do" if taken else "matches no parameter")
+                + f"; the model's are called {', '.join([*names][:6])}{' ...' * (len(names) > 6)}"
+            )
+        left -= found

@@ -1,19 +1,21 @@
 """The learning-rate schedule of a run: one on every rank, saved and resumed with it.
 
-A recipe's `scheduler(optimizer)` makes it; it steps once after every training step. Its state is
+A recipe's `scheduler(optimizer)` makes it; it steps once after every training step, or, if it waits
+for a metric, after every due validation, of which all ranks know the same numbers. Its state is
 saved as one entry. Lists per parameter group are not restored from it but from the optimizer,
 because with another number of stages a rank may have other groups.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from stagewise.errors import CheckpointError
+from stagewise.errors import CheckpointError, RecipeError
 from stagewise.training.state.plain_values import from_bytes, room_for_bytes, to_bytes
 
 _ENTRY = "state"
@@ -61,6 +63,21 @@ def _parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _parts(part)
+
+
+def waits_for_metric(scheduler: LRScheduler | None) -> bool:
+    """Return whether it is stepped with a number of a validation."""
+    return isinstance(scheduler, ReduceLROnPlateau)
+
+
+def check_heard(path: Path, scheduler: LRScheduler | None, *, validates: bool) -> None:
+    """Raise RecipeError for a schedule that waits for a metric of validations that never come."""
+    if waits_for_metric(scheduler) and not validates:
+        raise RecipeError(
+            f"scheduler(optimizer) in {path} returned a {type(scheduler).__name__}, which is "
+            "stepped with a metric after every due validation, but there is none: let "
+            "data('validation') return batches, and give a --validate-every greater than 0"
+        )
 
 
 def check_saved(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
