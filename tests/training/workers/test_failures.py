@@ -7,7 +7,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.engine.watch.watchdog import HANGS_EXIT_CODE
-from stagewise.training.workers.failures import first_cause
+from stagewise.training.workers.failures import first_cause, would_come_again
 
 
 def failure(rank: int, exit_code: int, text: str, when: int) -> ProcessFailure:
@@ -44,3 +44,24 @@ def test_a_traceback_is_the_users_not_that_of_waiting() -> None:
     assert "Traceback" not in str(first_cause(hangs, MemoryKills()))
     fails = {0: failure(0, 1, WAITED, 5), 1: failure(1, 1, "ValueError: no more", 9)}
     assert str(first_cause(fails, MemoryKills())).endswith("Traceback")
+
+
+MISTAKE, LOST = (2, "RecipeError: no loss", 5), (1, WAITED, 5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "comes_again"),
+    [
+        (MISTAKE, MISTAKE, True),
+        (LOST, MISTAKE, True),  # what waited for it has ended before it
+        (MISTAKE, (-signal.SIGTERM, "", 5), True),  # ended by the launcher, as the first had failed
+        ((1, "ValueError: no more", 5), LOST, False),
+        ((2, "CheckpointError: no space", 5), (2, "CheckpointError: no space", 5), False),
+        ((-signal.SIGKILL, "", 5), MISTAKE, False),  # such as a batch that was no longer agreed on
+    ],
+)
+def test_only_the_users_mistake_comes_again(
+    first: tuple[int, str, int], second: tuple[int, str, int], comes_again: bool
+) -> None:
+    failures = {0: failure(0, *first), 1: failure(1, *second)}
+    assert would_come_again(failures, MemoryKills()) is comes_again

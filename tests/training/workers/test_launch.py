@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
 
+from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.training.workers import launch
 
 
@@ -27,3 +30,13 @@ def test_one_signal_ends_workers_that_do_not_stop(
         time.sleep(20)  # the workers hang; the alarm interrupts this
     assert ended.value.sigval == signal.SIGKILL
     assert [signal.getsignal(each) for each in (number, signal.SIGALRM)] == before
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 2), (2, 1)])
+def test_restarts_are_not_for_the_users_mistakes(tmp_path: Path, code: int, starts: int) -> None:
+    """Each start took as long as importing torch, to find the same."""
+    started = tmp_path / "started"
+    config = launch.launch_config(2, str(tmp_path), signals="SIGQUIT", restarts=1)
+    with launch.mistakes_end(MemoryKills()), pytest.raises(ChildFailedError):
+        elastic_launch(config, "sh")("-c", f"echo >> {started}; sleep 0.2; exit {code}")
+    assert len(started.read_text()) == 2 * starts

@@ -11,7 +11,13 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from stagewise.engine.watch.memory_kills import MemoryKills
 from stagewise.engine.watch.watchdog import HANGS_EXIT_CODE
-from stagewise.errors import PeerError, RecipeError, StagewiseError, UsageError
+from stagewise.errors import (
+    CheckpointError,
+    PeerError,
+    RecipeError,
+    StagewiseError,
+    UsageError,
+)
 from stagewise.training.workers.environment import USAGE_EXIT_CODE
 
 _CAUSED = "\nThe above exception was the direct cause"  # between Python's chained tracebacks
@@ -41,6 +47,21 @@ def first_cause(failures: Mapping[int, ProcessFailure], kills: MemoryKills) -> S
         seen = [said for said in others if said.startswith(PeerError.__name__)]
         text += f"\n{seen[0].partition(': ')[2]}" if seen else ""
     return PeerError(f"the worker of rank {rank} failed: {text}{root}")
+
+
+def would_come_again(failures: Mapping[int, ProcessFailure], kills: MemoryKills) -> bool:
+    """Return whether workers that are started again would fail alike: by the user's mistake.
+
+    A checkpoint that could not be read or written is none: the disk may have room again, and the
+    one before may be whole. Nor is what happens when a worker is killed.
+    """
+    if any(each.exitcode < 0 and each.exitcode != -signal.SIGTERM for each in failures.values()):
+        return False
+    return any(
+        failure.exitcode == USAGE_EXIT_CODE
+        and not _text(failure, kills).startswith(CheckpointError.__name__)
+        for failure in failures.values()
+    )
 
 
 def _text(failure: ProcessFailure, kills: MemoryKills) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -28,7 +30,7 @@ from stagewise.training.workers.environment import (
     exit_code_file,
     num_cores,
 )
-from stagewise.training.workers.failures import first_cause
+from stagewise.training.workers.failures import first_cause, would_come_again
 from stagewise.training.workers.lost import held_back
 from stagewise.training.workers.stop import SIGNALS
 
@@ -56,9 +58,9 @@ def launch(num_workers: int, arguments: list[str], restarts: int = 0) -> int:
             **worker_environment(num_workers),
         }
         entrypoint, kills = elastic_launch(config, sys.executable), MemoryKills()
+        held, ends = held_back(stop_file, kills), mistakes_end(kills)
         try:
-            held = held_back(stop_file, kills)
-            with _environment(environment), _signals_touch(stop_file), held:
+            with _environment(environment), _signals_touch(stop_file), held, ends:
                 entrypoint("-m", "stagewise", *arguments)
         except ChildFailedError as error:
             raise first_cause(error.failures, kills) from None
@@ -84,6 +86,24 @@ def launch_config(
         logs_specs=DefaultLogsSpecs(log_dir=log_directory),
         signals_to_handle=signals,
     )
+
+
+@contextmanager
+def mistakes_end(kills: MemoryKills) -> Iterator[None]:
+    """Inside, torchelastic starts no workers again that would only fail alike."""
+    plain = LocalElasticAgent._monitor_workers
+
+    def monitor(agent: LocalElasticAgent, group: WorkerGroup) -> RunResult:
+        result: RunResult = plain(agent, group)
+        if would_come_again(result.failures, kills):
+            agent._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LocalElasticAgent._monitor_workers = plain  # type: ignore[method-assign]
 
 
 def worker_environment(num_workers: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from stagewise.engine.transport.connect import disconnect, leave
 from stagewise.engine.transport.processes import accelerators
 from stagewise.engine.watch.last_words import last_words
-from stagewise.errors import PeerError, UsageError
+from stagewise.errors import CheckpointError, PeerError, UsageError
 from stagewise.training.workers.elastic import num_restarts
 from stagewise.training.workers.environment import (
     FAILURE_EXIT_CODE,
@@ -102,7 +102,8 @@ def report_failure_once(lifeline: Lifeline) -> Iterator[None]:
         if launched_by_us():
             get_error_handler().record_exception(error)
         is_first = leave(error)
-        if launched_by_us() and is_first is not False and len({*num_restarts()}) > 1:
+        again = isinstance(error, CheckpointError) or not usage  # see `would_come_again`
+        if launched_by_us() and again and is_first is not False and len({*num_restarts()}) > 1:
             print(f"{last_words(error)}\nstarting the workers again", file=sys.stderr)
         if not launched_by_us() and is_first is not False and not isinstance(error, PeerError):
             if usage and is_first is None and os.environ["RANK"] != "0":
