@@ -263,8 +263,7 @@ class Ranks:
         if self.is_on_mesh and isinstance(error, PeerError):
             self._rendezvous.peers.is_over = True
             error = error if own is None else own.error
-        if not isinstance(error, PeerError):
-            self._rendezvous.fail(said_of(error))
+        self._rendezvous.fail(None if isinstance(error, PeerError) else said_of(error))
         if self._wires.abort is not None:
             self._wires.abort()
         return error

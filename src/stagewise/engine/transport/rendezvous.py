@@ -80,10 +80,11 @@ class Rendezvous:
                 "for it; start the processes again, from the last checkpoint"
             )
 
-    def fail(self, cause: str) -> None:
-        """Tell the other ranks why this one stops computing."""
+    def fail(self, cause: str | None) -> None:
+        """Stop inside a call, and tell the other ranks why, if they have not been told (None)."""
         self._is_lost = True
-        self.peers.tell(cause)
+        if cause is not None:
+            self.peers.tell(cause)
 
     def leave(self, failure: str | None) -> None:
         """Tell waiting ranks that this rank's program has ended, by `failure`; does not block."""
