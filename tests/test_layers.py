@@ -18,6 +18,8 @@ LEVELS = [
     ["__main__"],
     ["cli/shown", "cli/train"],
     ["cli"],
+    ["training/trainer"],
+    ["training/pace"],
     ["training/pricing"],
     ["starters", "integrations", "training", "doctor"],
     ["training/state", "training/mesh", "training/metrics"],
@@ -56,7 +58,7 @@ LEVELS = [
     ["errors", "html_parts"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
-APART = ["model/cells_of", "planning/__init__"]  # files with a line of their own
+APART = ["model/cells_of", "planning/__init__", "training/trainer"]  # files with a line of their own
 PURE = set().union(*LEVELS[DEPTH["diagnosis"] :])
 NO_TORCH = [
     "stagewise",

@@ -15,10 +15,8 @@ from stagewise.costs import CellCost
 from stagewise.errors import OutOfMemoryError
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import PlanRequest
-from stagewise.schedule import Instruction, Kind
-from stagewise.timeline import Span, Timeline
 from stagewise.training import plans, run_folder, trainer
-from stagewise.training.adaptive import DriftWatch, PaceWatch
+from stagewise.training.adaptive import DriftWatch
 from stagewise.training.prepare import TrainOptions
 from stagewise.training.recipe import Batch, Recipe, load_recipe
 from stagewise.training.trainer import run_training
@@ -226,64 +224,6 @@ def test_a_watch_forgets_what_it_saw_of_a_plan_that_ran_out_of_memory() -> None:
     assert found is not None and found.change is not None
     assert found.words == "microbatches 2 instead of 4"
     assert found.change.plan.cells[0].forward_seconds == 0.2, "scaled by what drifted"
-
-
-def timeline_of(*seconds: float) -> Timeline:
-    """Two microbatches on each device, whose instructions take its `seconds`."""
-    spans = [
-        Span(
-            device=device,
-            instruction=Instruction(device, kind, m),
-            start_seconds=0.0,
-            end_seconds=took,
-        )
-        for device, took in enumerate(seconds)
-        for kind in (Kind.FORWARD, Kind.BACKWARD)
-        for m in range(2)
-    ]
-    return Timeline(len(seconds), tuple(spans))
-
-
-def told_by(*looks: tuple[float, ...]) -> list[tuple[int, str, str]]:
-    watch = PaceWatch(["rank 0 on a", "rank 1 on b", "rank 2 on c"])
-    told = []
-    for number, seconds in enumerate(looks, start=1):
-        for record in watch.look(10 * number, timeline_of(*seconds)):
-            told.append((record.step, record.change, record.reason))
-    return told
-
-
-USUAL, SLOW = (1.0, 1.0, 2.0), (1.0, 2.5, 2.0)
-
-
-def test_a_rank_that_has_become_slow_is_named_once_and_until_when() -> None:
-    told = told_by(USUAL, USUAL, SLOW, SLOW, SLOW, SLOW, SLOW, USUAL, USUAL, USUAL, USUAL)
-    assert [(step, change) for step, change, _ in told] == [
-        (50, "rank 1 on b has become slow"),
-        (100, "rank 1 on b is no longer slow"),
-    ]
-    assert told[0][2] == (
-        "since step 30 stage 1 takes 2.5 times as long there as in its first steps, the other "
-        "devices 1.0 times"
-    )
-
-
-def test_a_rank_that_is_grossly_slow_is_named_at_the_next_look() -> None:
-    """By three looks it would be step 40."""
-    gross = (1.0, 4.0, 2.0)
-    told = told_by(USUAL, gross, gross, gross, gross, gross, USUAL, USUAL, USUAL)
-    assert [(step, change) for step, change, _ in told] == [
-        (20, "rank 1 on b has become slow"),
-        (90, "rank 1 on b is no longer slow"),
-    ]
-    assert "since step 20 stage 1 takes 4.0 times as long" in told[0][2]
-
-
-def test_a_slow_step_or_longer_sequences_are_nobodys_fault() -> None:
-    longer = tuple(3 * seconds for seconds in USUAL)
-    assert not told_by(USUAL, USUAL, USUAL, SLOW, USUAL, SLOW, SLOW, USUAL)
-    assert not told_by(USUAL, USUAL, USUAL, longer, longer, longer, longer)
-    assert not told_by(SLOW, SLOW, SLOW, SLOW, SLOW)  # from the first step on
 
 
 def test_a_resumed_run_keeps_its_number_of_microbatches(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from stagewise.costs import CellCost, InstructionCost, scaled
 from stagewise.errors import UsageError
 from stagewise.planning.partition.place import best_balance
+from stagewise.planning.partition.speeds import relative_speeds
 from stagewise.planning.plan import Plan
 from stagewise.planning.refit import with_microbatches
 from stagewise.schedule import SCHEDULES, Kind
@@ -84,6 +85,16 @@ def drift_of(plan: Plan, looks: Sequence[Timeline]) -> Drift | None:
     factors = tuple(map(statistics.median, by_stage))
     cells = _scaled(plan.cells, plan.engine_balance, factors)
     return Drift(plan=replace(plan, cells=cells), factors=factors)
+
+
+def at_speeds(plan: Plan, speeds: Sequence[float]) -> Plan:
+    """Return `plan` with what its cells would cost on devices of these speeds.
+
+    Those of the plan's own devices have the same scale: 1 is that of the device that was priced.
+    """
+    cells = tuple(_scaled_cell(cell, 1 / max(speeds)) for cell in plan.cells)
+    relative = relative_speeds([*speeds])
+    return replace(plan, cells=cells, speeds=relative, measured_seconds=None, machine="")
 
 
 def faster_plan(

@@ -8,6 +8,6 @@
    evaluates validation data by `validating`.
 4. `checkpoint` writes what `state` holds to a `run_folder`, in the `background` while training goes
    on, and reads it again; `checkpoint_errors` say what failed.
-5. `adaptive` re-plans, `survival` goes on without lost ranks, `metrics` shows and records steps,
-   `outcome` is the result.
+5. `adaptive` re-plans, `pace` does so around slow ranks, `survival` goes on without lost ones,
+   `metrics` shows and records steps, `outcome` is the result.
 """

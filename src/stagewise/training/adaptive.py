@@ -1,14 +1,11 @@
 """Change the plan during a run when costs drift from those that it was made from.
 
-Also name a device that has become slow: one whose instructions take longer than in its first steps,
-while those of the others do not.
 All ranks see the same timelines and costs, so each reaches the same decision independently.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
 from typing import TypeVar
 
 import torch
@@ -20,14 +17,12 @@ from stagewise.planning.drift import NUM_LOOKS, Change, Drift, drift_of, faster_
 from stagewise.planning.plan import Plan
 from stagewise.planning.search.less_memory import with_less_memory
 from stagewise.planning.search.stage_blocks import in_blocks
-from stagewise.schedule import Kind
 from stagewise.timeline import Timeline
 from stagewise.training.metrics.progress import ChangeRecord
 
 MAX_ATTEMPTS = 8  # at a step that runs out of memory, each with a plan that needs less
 T = TypeVar("T")
-SLOW = 1.5  # times its own first steps, and the others' growth
-GROSS = 3.0  # so much in every instruction of one step is told at once
+STAYS = "the plan stays: no other is predicted to be sufficiently faster"
 MAX_CHANGES = 8  # per run; if a machine changes all the time, re-planning does not help
 
 
@@ -59,18 +54,23 @@ class Decision:
     def words(self) -> str:
         """The change in words."""
         if self.change is None:
-            return "the plan stays, because no other is predicted to be sufficiently faster"
-        old, new = self.drift.plan, self.change.plan
-        parts = [
-            f"{what} {now} instead of {before}"
-            for what, now, before in (
-                ("microbatches", new.num_microbatches, old.num_microbatches),
-                ("schedule", new.schedule, old.schedule),
-                ("cells per stage", list(new.balance), list(old.balance)),
-            )
-            if now != before
-        ]
-        return ", ".join(parts)
+            return STAYS
+        return change_in_words(self.drift.plan, self.change.plan)
+
+
+def change_in_words(old: Plan, new: Plan) -> str:
+    """Say in what they differ."""
+    parts = [
+        f"{what} {now} instead of {before}"
+        for what, now, before in (
+            ("microbatches", new.num_microbatches, old.num_microbatches),
+            ("schedule", new.schedule, old.schedule),
+            ("recomputation", new.recompute, old.recompute),
+            ("cells per stage", list(new.balance), list(old.balance)),
+        )
+        if now != before
+    ]
+    return ", ".join(parts) or "instructions in another order"
 
 
 def use(pipe: Pipeline, plan: Plan) -> None:
@@ -156,119 +156,3 @@ class DriftWatch:
         if change is not None and plan.segments:
             change = replace(change, plan=in_blocks(change.plan))
         return Decision(drift=drift, change=change)
-
-
-Place = tuple[int, int]  # device, stage
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """That a device has become slow, or is no longer (`factor` is that of a usual one)."""
-
-    device: int
-    stage: int
-    factor: float  # its seconds over those of its first steps
-    others: float  # the same of the other devices, their median
-    since: int  # the first step that shows it
-
-    @property
-    def is_slow(self) -> bool:
-        return self.factor > SLOW * self.others
-
-    def __str__(self) -> str:
-        return (
-            f"since step {self.since} stage {self.stage} takes {self.factor:.1f} times as long "
-            f"there as in its first steps, the other devices {self.others:.1f} times"
-        )
-
-
-class PaceWatch:
-    """Watches the measured timelines of one plan, which all ranks have.
-
-    `places` name the devices; without one for each they are numbered.
-    """
-
-    def __init__(self, places: Sequence[str]) -> None:
-        self._places = places
-        self.forget()
-
-    def forget(self) -> None:
-        """Watch a new plan from here on."""
-        self._looks: list[tuple[int, dict[Place, float]]] = []  # step, seconds
-        self._slow: set[Place] = set()
-
-    def look(self, step: int, timeline: Timeline) -> list[ChangeRecord]:
-        """Record step `step`; tell the devices that have become slow, or no longer are.
-
-        The last NUM_LOOKS steps must all show it, or every instruction of this one must be GROSS.
-        """
-        if told := self._grossly_slow(step, timeline):  # these steps are not the usual ones
-            self._looks[:NUM_LOOKS] = (self._looks * NUM_LOOKS)[:NUM_LOOKS]
-        self._looks.append((step, _seconds(timeline)))
-        recent, earlier = self._looks[-NUM_LOOKS:], self._looks[:-NUM_LOOKS]
-        del self._looks[NUM_LOOKS:-NUM_LOOKS]
-        for place in sorted(recent[-1][1]) if earlier else ():
-            paces = list(_paces(place, recent, earlier[:NUM_LOOKS]))
-            slow = {pace.is_slow for pace in paces}
-            if len(paces) == NUM_LOOKS and len(slow) == 1 and slow != {place in self._slow}:
-                self._slow ^= {place}
-                told.append(self._told(step, replace(paces[-1], since=paces[0].since)))
-        return told
-
-    def _grossly_slow(self, step: int, timeline: Timeline) -> list[ChangeRecord]:
-        first, told = self._looks[:NUM_LOOKS], []
-        now = [(step, _seconds(timeline, min))] if first else []
-        for place in sorted(now[0][1].keys() - self._slow) if now else ():
-            for pace in _paces(place, now, first):
-                if pace.factor > GROSS * max(pace.others, 1.0):
-                    self._slow.add(place)
-                    told.append(self._told(step, pace))
-        return told
-
-    def _told(self, step: int, pace: Pace) -> ChangeRecord:
-        is_rank = len(self._places) > pace.device and self._places[pace.device]
-        who = self._places[pace.device] if is_rank else f"device {pace.device}"
-        what = "has become slow" if pace.is_slow else "is no longer slow"
-        return ChangeRecord(step=step, change=f"{who} {what}", reason=str(pace), kind="pace")
-
-
-def slowest_stage(timeline: Timeline) -> tuple[int, float] | None:
-    """Return the stage whose microbatches take longest, and its seconds over the others' mean."""
-    by_stage: dict[int, list[float]] = {}
-    for (_, stage), seconds in _seconds(timeline).items():
-        by_stage.setdefault(stage, []).append(seconds)
-    means = {stage: fmean(seconds) for stage, seconds in by_stage.items()}
-    if len(means) < 2:
-        return None
-    stage = max(means, key=means.__getitem__)
-    others = fmean(seconds for other, seconds in means.items() if other != stage)
-    return (stage, means[stage] / others) if others else None
-
-
-def _paces(
-    place: Place,
-    recent: Sequence[tuple[int, Mapping[Place, float]]],
-    first: Sequence[tuple[int, Mapping[Place, float]]],
-) -> Iterator[Pace]:
-    """Yield how `place` does in `recent` steps, compared with the `first` ones."""
-    usual = {p: median(s[p] for _, s in first if p in s) for p in first[0][1]}
-    for step, seconds in recent:
-        grown = {p: now / usual[p] for p, now in seconds.items() if usual.get(p)}
-        others = [factor for p, factor in grown.items() if p[0] != place[0]]
-        if place in grown and others:
-            device, stage = place
-            yield Pace(
-                device=device, stage=stage, factor=grown[place], others=median(others), since=step
-            )
-
-
-def _seconds(timeline: Timeline, of: Callable[[list[float]], float] = median) -> dict[Place, float]:
-    """Return each device's seconds for one microbatch of each of its stages, `of` them all."""
-    times: dict[tuple[Place, Kind], list[float]] = {}
-    for span in timeline.spans:
-        place = span.device, span.instruction.stage
-        times.setdefault((place, span.instruction.kind), []).append(span.seconds)
-    sums: dict[Place, float] = {}
-    for (place, _), seconds in times.items():
-        sums[place] = sums.get(place, 0.0) + of(seconds)
-    return sums

@@ -19,14 +19,7 @@ from stagewise.engine.watch.now import NOW
 from stagewise.errors import OutOfMemoryError, StagewiseError
 from stagewise.planning.plan import Plan
 from stagewise.timeline import Timeline
-from stagewise.training.adaptive import (
-    DriftWatch,
-    PaceWatch,
-    slowest_stage,
-    use,
-    use_less_memory,
-    within_memory,
-)
+from stagewise.training.adaptive import DriftWatch, use, use_less_memory, within_memory
 from stagewise.training.background import Saver
 from stagewise.training.checkpoint import Remembered
 from stagewise.training.metrics.progress import ChangeRecord
@@ -34,6 +27,8 @@ from stagewise.training.metrics.recovering import reporter_here
 from stagewise.training.metrics.run_recorder import RunRecorder
 from stagewise.training.metrics.step_times import StepTimes
 from stagewise.training.outcome import RunOutcome, nonfinite_warning
+from stagewise.training.pace.pace_watch import slowest_stage
+from stagewise.training.pace.slow_ranks import SlowRanks
 from stagewise.training.prepare import (
     Prepared,
     Trained,
@@ -98,7 +93,7 @@ class Trainer:
         kept = options.resume if isinstance(options.resume, Remembered) else None
         self._is_followed, self._saves_next = kept is None, kept is not None and kept.step > 0
         self._next_plan: Plan | None = None  # with another cut, used from the next step on
-        self._drifts = DriftWatch(prepared.measured)
+        self._drifts, self._slow_ranks = DriftWatch(prepared.measured), SlowRanks(options)
         self._times = StepTimes()
         self._warned_infinite = False
         window = options.record, options.first_step, prepared.num_steps
@@ -224,7 +219,8 @@ class Trainer:
     def _look(self, step: int, timeline: Timeline) -> None:
         """Change the plan for the steps after `step` if costs have drifted; all ranks do this."""
         pipe = self._pipe
-        for told in self._paces.look(step, timeline):
+        records, self._next_plan = self._slow_ranks.look(step, timeline)
+        for told in records:
             self._reporter.change(told)
         if not self._options.adaptive or pipe.num_ranks != pipe.plan.num_devices:
             return  # in one process devices take turns, so no plan is faster
@@ -238,7 +234,7 @@ class Trainer:
             self._next_plan = decision.plan
         else:
             use(pipe, decision.plan)
-        self._paces.forget()
+        self._slow_ranks.forget()
         self._times.forget()
         self._reporter.change(decision.record(step))
 
@@ -259,7 +255,7 @@ class Trainer:
     def _use(self, trained: Trained) -> None:
         """Go on with another pipeline."""
         self._pipe = trained.pipe
-        self._paces = PaceWatch(self._pipe.ranks.gather(NOW.place, "places"))
+        self._slow_ranks.use(trained)
         self._times.forget()
         self._prepared = replace(self._prepared, trained=trained)
         self._stepper.use(trained)
