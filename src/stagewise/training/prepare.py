@@ -76,7 +76,7 @@ class TrainOptions:
     interrupted: Interrupted | None = None  # of an earlier start of this launch
     agents: tuple[str, ...] = ()  # that have started the workers
     timeout: int = 600  # seconds that workers wait for each other
-    replace: int = 0  # lost workers at most, by ones with a neighbour's copy of their state
+    replace: int = 0  # lost workers at most, by ones that find their state in memory
     record: int = 3  # steps at a time
     loggers: tuple[str, ...] = ()
     command: str = ""  # that would train so again

@@ -6,8 +6,8 @@ make the interrupted step on all or on none, and build their pipeline for the sa
 lost devices. Nothing is read from the disk, at most the interrupted step is repeated, and since
 losses, gradients and draws do not depend on who runs a microbatch, the run stays what it was.
 
-Without replicas, and if asked, a lost worker is replaced by a new one, which gets the copy of its
-state that its neighbour keeps (`workers.neighbour`, `workers.anew`).
+Without replicas, and if asked, a lost worker is replaced by a new one, which finds its state in
+memory that the launcher holds (`workers.kept_states`, `workers.anew`).
 """
 
 import time
@@ -32,8 +32,8 @@ from stagewise.training.state.run_state import DATA, Extra, put_state_back, stat
 from stagewise.training.update import Stepper, StepRan
 from stagewise.training.workers.anew import StartedAnew
 from stagewise.training.workers.elastic import Interrupted
+from stagewise.training.workers.kept_states import KeptStates
 from stagewise.training.workers.lost import LostWorkers
-from stagewise.training.workers.neighbour import COPIES
 from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.survivors import Survivors
 
@@ -71,9 +71,9 @@ class Survival:
             prepared.trained.pipe.ranks.expect_losses()
             stepper.is_atomic = True
         self._replaces &= lost is not None
-        if self._replaces:
-            COPIES.begin(prepared.trained.pipe.ranks.beside())
-            stepper.before_update = COPIES.settle
+        self._kept = KeptStates.here() if self._replaces else None
+        if self._kept is not None and not isinstance(options.resume, Remembered):
+            self._kept.clear()
 
     def keep(
         self,
@@ -82,8 +82,8 @@ class Survival:
         extra_at: Callable[[int], Extra],
         before: tuple[int, float | None],
     ) -> None:
-        """Copy the state after `step` to the neighbour, if lost ranks are replaced."""
-        if not self._replaces:
+        """Copy the state after `step`, if lost ranks are replaced."""
+        if self._kept is None:
             return
         run, seed, extra = self._options.run, self._options.seed, extra_at(step)
         state = state_of_run(trained.pipe, trained.optimizer, extra)
@@ -94,7 +94,7 @@ class Survival:
             plan=trained.pipe.plan,
             before=before,
         )
-        COPIES.keep(step, (self._options.agents, remembered))
+        self._kept.keep(step, (self._options.agents, remembered))
 
     def lost_during(self, work: Callable[[], None]) -> StagewiseError | None:
         """Do `work`; return what it raises if a lost rank may be the reason."""
@@ -154,7 +154,7 @@ def _until(stepper: Stepper, lost: Mapping[int, str]) -> Interrupted:
         last_step=stepper.applied,
         when=time.time() - (time.perf_counter() - stepper.applied_at),
         restart=0,
-        why=f"{'; '.join(reasons)}, and started anew with its neighbour's copy of its state",
+        why=f"{'; '.join(reasons)}, and started anew with the state that it had kept",
     )
 
 

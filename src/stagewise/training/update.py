@@ -165,15 +165,13 @@ class StepRan:
 class Stepper:
     """Makes one step after the other; `applied` is the last one.
 
-    `is_atomic`: a step is made on every rank or on none, at the price of one more exchange, and
-    `before_update` is done on all before one makes it. `begun`
+    `is_atomic`: a step is made on every rank or on none, at the price of one more exchange. `begun`
     is the step begun last, `ran` the last one that was computed here.
     """
 
     def __init__(self, recipe: Recipe, options: TrainOptions, prepared: Prepared) -> None:
         self._recipe, self._data, self.applied = recipe, prepared.batches, options.first_step
         self.applied_at, self.is_atomic = time.perf_counter(), False
-        self.before_update: Callable[[], None] = lambda: None
         # The last step whose validation was heard; that of the step to resume from was.
         self._heard, self._hears_every = options.first_step, options.validate_every
         if isinstance(options.resume, Remembered):
@@ -214,7 +212,6 @@ class Stepper:
             begun=begun,
             pipe_seconds=pipe_seconds,
         )
-        self.before_update()
         if self.is_atomic:
             self._pipe.ranks.exchange_all((), "the update of a step")
         self._apply()

@@ -151,9 +151,9 @@ Replace = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="How many killed workers to replace in the running run. Each worker keeps, in host "
-        "memory, copies of its own state and its neighbour's after the last two steps; a new "
-        "worker gets its state from there, and at most two steps are repeated.",
+        help="How many killed workers to replace in the running run. Each worker keeps copies of "
+        "its state after the last two steps in host memory that outlives it; a new worker finds "
+        "them there, and at most two steps are repeated.",
     ),
 ]
 Config = Annotated[

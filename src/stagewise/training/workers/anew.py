@@ -1,8 +1,8 @@
 """Workers started in the place of lost ones: how they and the others go on together.
 
-A worker that loses a peer leaves its run's body by `StartedAnew`, and all meet: the others with the
-copies that they keep, the new one with empty hands. Then each begins the body again, as if resumed
-from a checkpoint, but with its state from memory.
+A worker that loses a peer leaves its run's body by `StartedAnew`, and all meet. Then each begins
+the body again, as if resumed from a checkpoint, but with its state from memory (`kept_states`),
+where the new one finds that of the lost one.
 """
 
 import os
@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 
 from stagewise.errors import StagewiseError
 from stagewise.training.workers.elastic import Interrupted
+from stagewise.training.workers.kept_states import KeptStates
 from stagewise.training.workers.lost import REPLACES, LostWorkers
-from stagewise.training.workers.neighbour import COPIES
 from stagewise.training.workers.survivors import Survivors
 from stagewise.training.workers.worker import joined
 
 
 class StartedAnew(Exception):
-    """A rank was lost, whose state a neighbour keeps, and another is started in its place."""
+    """A rank was lost, whose state is kept, and another is started in its place."""
 
     def __init__(self, survivors: Survivors, error: StagewiseError, until: Interrupted) -> None:
         super().__init__(until.why)
@@ -29,7 +29,7 @@ class StartedAnew(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Regained:
-    """What a run goes on from after a loss: what this rank has given its neighbour to keep."""
+    """What a run goes on from after a loss: what this rank, or the lost one, had kept."""
 
     kept: Any
     interrupted: Interrupted
@@ -65,7 +65,7 @@ def _meet(timeout: float) -> None:
 
 def _regain(until: Interrupted | None) -> None:
     """Agree with all on the step to go on from; collective."""
-    kept, told = COPIES.regained(until)
+    kept, told = KeptStates.here().regained(until)
     ends = [each for each in told if each is not None]
     last = max(ends, key=lambda each: each.last_step)
     Regained.latest = Regained(kept=kept, interrupted=last)

@@ -31,6 +31,7 @@ from stagewise.training.workers.environment import (
     num_cores,
 )
 from stagewise.training.workers.failures import first_cause, would_come_again
+from stagewise.training.workers.kept_states import KEPT_STATES, memory_for
 from stagewise.training.workers.lost import held_back
 from stagewise.training.workers.stop import SIGNALS
 
@@ -60,14 +61,16 @@ def launch(num_workers: int, arguments: list[str], restarts: int = 0) -> int:
         entrypoint, kills = elastic_launch(config, sys.executable), MemoryKills()
         held, ends = held_back(stop_file, kills), mistakes_end(kills)
         try:
-            with _environment(environment), _signals_touch(stop_file), held, ends:
-                entrypoint("-m", "stagewise", *arguments)
+            with memory_for(num_workers, Path(directory)) as kept:
+                told = _environment({**environment, KEPT_STATES: kept})
+                with told, _signals_touch(stop_file), held, ends:
+                    entrypoint("-m", "stagewise", *arguments)
         except ChildFailedError as error:
             raise first_cause(error.failures, kills) from None
         except SignalException:
             raise KeyboardInterrupt from None
-        told = Path(exit_code_file(str(stop_file)))
-        return int(told.read_text()) if told.exists() else 0
+        code = Path(exit_code_file(str(stop_file)))
+        return int(code.read_text()) if code.exists() else 0
 
 
 def launch_config(
