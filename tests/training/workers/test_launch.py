@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
@@ -37,6 +38,27 @@ def test_restarts_are_not_for_the_users_mistakes(tmp_path: Path, code: int, star
     """Each start took as long as importing torch, to find the same."""
     started = tmp_path / "started"
     config = launch.launch_config(2, str(tmp_path), signals="SIGQUIT", restarts=1)
-    with launch.mistakes_end(MemoryKills()), pytest.raises(ChildFailedError):
+    with launch.failures_end(MemoryKills()), pytest.raises(ChildFailedError):
         elastic_launch(config, "sh")("-c", f"echo >> {started}; sleep 0.2; exit {code}")
     assert len(started.read_text()) == 2 * starts
+
+
+def test_a_worker_that_does_not_end_is_not_waited_for_as_long_as_torch_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped, or hangs; torchelastic gives it 30 seconds."""
+    monkeypatch.setattr(launch, "ENDING_SECONDS", 1)
+    patience = []
+    plain = SubprocessContext._close
+
+    def close(context: SubprocessContext, death_sig: signal.Signals, timeout: int = 30) -> None:
+        patience.append(timeout)
+        plain(context, death_sig, timeout)
+
+    monkeypatch.setattr(SubprocessContext, "_close", close)
+    config = launch.launch_config(2, str(tmp_path), signals="SIGQUIT")
+    with launch.failures_end(MemoryKills()), pytest.raises(ChildFailedError) as failed:
+        command = "trap '' TERM; [ $RANK = 1 ] && sleep 60; sleep 0.2; exit 1"
+        elastic_launch(config, "sh")("-c", command)
+    assert max(patience) == 1
+    assert failed.value.failures[1].exitcode == -signal.SIGKILL

@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -20,6 +21,7 @@ from types import FrameType
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -36,6 +38,9 @@ from stagewise.training.workers.lost import held_back
 from stagewise.training.workers.stop import SIGNALS
 
 PATIENCE_SECONDS = 25  # of the 30 that a cluster usually waits between SIGTERM and SIGKILL
+# For workers to end after one has failed, before they are killed: one that is stopped or hangs does
+# not end by itself, and for any other the watchdog's 5 seconds are enough.
+ENDING_SECONDS = 8
 _HANGUP, _ALARM = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", None)  # not Windows
 _KEEP_BYTES = str(1 << 40)  # more than any machine has
 
@@ -59,7 +64,7 @@ def launch(num_workers: int, arguments: list[str], restarts: int = 0) -> int:
             **worker_environment(num_workers),
         }
         entrypoint, kills = elastic_launch(config, sys.executable), MemoryKills()
-        held, ends = held_back(stop_file, kills), mistakes_end(kills)
+        held, ends = held_back(stop_file, kills), failures_end(kills)
         try:
             with memory_for(num_workers, Path(directory)) as kept:
                 told = _environment({**environment, KEPT_STATES: kept})
@@ -92,11 +97,14 @@ def launch_config(
 
 
 @contextmanager
-def mistakes_end(kills: MemoryKills) -> Iterator[None]:
-    """Inside, torchelastic starts no workers again that would only fail alike."""
+def failures_end(kills: MemoryKills) -> Iterator[None]:
+    """Inside, torchelastic waits for workers to end, after one has failed, no longer than it takes
+    them if they do at all, and starts none again that would only fail alike.
+    """
     plain = LocalElasticAgent._monitor_workers
 
     def monitor(agent: LocalElasticAgent, group: WorkerGroup) -> RunResult:
+        vars(agent._pcontext).setdefault("close", partial(_close_soon, agent._pcontext))
         result: RunResult = plain(agent, group)
         if would_come_again(result.failures, kills):
             agent._remaining_restarts = 0
@@ -107,6 +115,12 @@ def mistakes_end(kills: MemoryKills) -> Iterator[None]:
         yield
     finally:
         LocalElasticAgent._monitor_workers = plain  # type: ignore[method-assign]
+
+
+def _close_soon(
+    context: PContext, death_sig: signal.Signals | None = None, timeout: int = ENDING_SECONDS
+) -> None:
+    PContext.close(context, death_sig, min(timeout, ENDING_SECONDS))
 
 
 def worker_environment(num_workers: int) -> dict[str, str]:
