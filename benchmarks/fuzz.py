@@ -121,7 +121,9 @@ def _changed_bytes(text: bytes, drawn: random.Random) -> bytes:
             bytes(byte ^ 1 << drawn.randrange(8) for byte in text[start:end]),
             text[start:end] * drawn.choice((2, 50)),
             drawn.randbytes(end - start),
-            drawn.choice((b"9" * 400, b"[" * 2000, b"(" * 300, b"\n", b"\xff", b'"', b"\x00")),
+            drawn.choice(
+                (b"9" * 400, b"9" * 5000, b"[" * 2000, b"(" * 300, b"\n", b"\xff", b'"', b"\x00")
+            ),
         )
     )
     return text[:start] + new + (b"" if drawn.random() < 0.05 else text[end:])

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save as save_safetensors
 
+from benchmarks.fuzz_words import COMMANDS, TOML, recordings, report, toml, words
 from stagewise.checkpoints.sources import open_source
 from stagewise.cli.typed import Typed, named_or_read
 from stagewise.costs import CellCost, LinkCost
@@ -113,13 +114,16 @@ _OPTIONS = {
 
 def _options() -> tuple[bytes, ...]:
     searched = {"schedule": "auto", "devices": 2, "microbatches": "4,8", "memory": "16GB,8GiB"}
+    searched |= {"speeds": "1,0.5"}
     return tuple(json.dumps(each).encode() for each in (_OPTIONS, searched))
 
 
 def _config(text: bytes, folder: Path) -> object:
     try:
         given = json.loads(text)
-        words = {name: given[name] for name in (_OPTIONS.keys() | {"memory"}) & given.keys()}
+        words = {
+            name: given[name] for name in (_OPTIONS.keys() | {"memory", "speeds"}) & given.keys()
+        }
         efficiency = str(words.pop("efficiency", "0.5"))
         typed = {name: str(value) for name, value in words.items() if value is not None}
         numbers = {name: int(typed.pop(name) or 1) for name in ("stages", "devices") & typed.keys()}
@@ -282,4 +286,7 @@ PARSERS: dict[str, Parser] = {
     "weight map": Parser(_weight_maps, _weight_map),
     "safetensors": Parser(lambda: (_tensors(),), _safetensors),
     "log": Parser(_logs, _log),
+    "TOML beside a recipe": Parser(lambda: TOML, toml),
+    "command line": Parser(lambda: COMMANDS, words),
+    "recording": Parser(recordings, report),
 }

@@ -58,7 +58,11 @@ LEVELS = [
     ["errors", "html_parts"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
-APART = ["model/cells_of", "planning/__init__", "training/trainer"]  # files with a line of their own
+APART = [
+    "model/cells_of",
+    "planning/__init__",
+    "training/trainer",
+]  # files with a line of their own
 PURE = set().union(*LEVELS[DEPTH["diagnosis"] :])
 NO_TORCH = [
     "stagewise",

@@ -19,6 +19,7 @@ A message says what was found, what is needed, and what to do next. ExactnessWar
 error: the step runs, but with numbers that differ from the plain model's.
 """
 
+import os
 from pathlib import Path
 
 
@@ -31,6 +32,11 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]!r}"
     return f"{type(error).__name__}: {error}"
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is a whole number; Python raises an error for one of very many digits."""
+    return text.isdecimal() and len(text) < 19
 
 
 class UsageError(StagewiseError, ValueError):
@@ -63,7 +69,7 @@ class RecipeError(UsageError):
     @classmethod
     def unless_file(cls, path: Path) -> None:
         """Raise the error that there is no recipe at `path`, if so; torch is not needed for it."""
-        if not path.is_file():
+        if not os.path.isfile(path):  # False also for what can be no file's name
             raise cls(
                 f"there is no recipe file {path}; give the path of a Python file that defines "
                 "model, data, loss, optimizer"

@@ -15,7 +15,7 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from stagewise.errors import UsageError
+from stagewise.errors import UsageError, is_number
 
 Placement = tuple[tuple[int, ...], ...]  # per stage: its devices
 
@@ -200,7 +200,7 @@ class MeshShape:
         axes: dict[str, int] = {}
         for word in text.split(","):
             name, _, length = (part.strip() for part in word.partition("="))
-            if not name.isidentifier() or not length.isdecimal() or not 0 < int(length) < 1 << 31:
+            if not name.isidentifier() or not is_number(length) or not 0 < int(length) < 1 << 31:
                 raise UsageError(
                     f"--mesh {text!r} has {word!r}, which is no axis with its length; write axes "
                     "such as --mesh pp=2,dp_shard=2"

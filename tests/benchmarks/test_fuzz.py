@@ -45,6 +45,10 @@ def changed_plan(**changes: object) -> bytes:
         ("devices", b"a = " + b"[" * 100_000),
         ("devices", b"a = " + b"9" * 5000),
         ("checkpoint", b"[" * 100_000),
+        ("TOML beside a recipe", b"stages = " + b"[" * 100_000),
+        ("TOML beside a recipe", b"stages = " + b"9" * 5000),
+        ("command line", b"train own.py --mesh pp=" + b"9" * 5000),
+        ("command line", b"train own.py --devices " + b"9" * 5000),
     ],
 )
 def test_an_input_is_refused_at_once(name: str, text: bytes, tmp_path: Path) -> None:

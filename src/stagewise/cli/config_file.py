@@ -7,6 +7,7 @@ command's own options. Their values take the place of the options' defaults, aft
 
 import difflib
 import inspect
+import os
 import re
 import textwrap
 import tomllib
@@ -126,7 +127,7 @@ def _path_of(given: Mapping[str, object]) -> Path | None:
     if not isinstance(recipe, str) or not recipe.endswith(".py"):
         return None
     beside = Path(recipe).with_suffix(".toml")
-    return beside if beside.is_file() else None
+    return beside if os.path.isfile(beside) else None  # False for what can be no file's name
 
 
 def _read(path: Path, options: Mapping[str, _Option]) -> dict[str, object]:
@@ -137,7 +138,7 @@ def _read(path: Path, options: Mapping[str, _Option]) -> dict[str, object]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"the options in {path} cannot be read: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, too many digits, too deep
         raise UsageError(
             f"{path} is not TOML: {error}; write a line such as: microbatches = 8"
         ) from None

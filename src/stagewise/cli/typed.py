@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from stagewise.errors import PlanError, ScheduleError, UsageError
+from stagewise.errors import PlanError, ScheduleError, UsageError, is_number
 from stagewise.planning.devices import parse_bytes
 from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, MEASURED, Microbatches, PlanRequest
@@ -57,7 +57,7 @@ def check_unnamed(devices: int | None, why: str) -> None:
 def num_devices(text: object) -> NumDevices:
     """Return how many devices `--devices` means: a number, or names; UsageError."""
     names = tuple(str(text).strip().split(","))
-    if str(text).isdecimal() and int(str(text)) > 0:
+    if is_number(str(text)) and int(str(text)) > 0:
         return NumDevices(str(text))
     if not all(map(_NAME.fullmatch, names)):
         raise UsageError(
@@ -224,7 +224,7 @@ def numbers_in(
     option: str, text: str, write: str, example: str, *, what: str = "list of positive integers"
 ) -> tuple[int, ...]:
     """Parse "1,2,4"; raise UsageError that suggests `example`."""
-    found = tuple(int(word) for word in text.split(",") if word.strip().isdecimal())
+    found = tuple(int(word) for word in text.split(",") if is_number(word.strip()))
     if len(found) != len(text.split(",")) or 0 in found:
         raise UsageError(f"{option} {text!r} is not a {what}; write {write} {option} {example}")
     return found

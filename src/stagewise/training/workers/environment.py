@@ -2,7 +2,7 @@
 
 import os
 
-from stagewise.errors import UsageError
+from stagewise.errors import UsageError, is_number
 
 USAGE_EXIT_CODE = 2  # the user's mistake, in a worker and in the command itself
 FAILURE_EXIT_CODE = 1
@@ -56,7 +56,7 @@ def meeting_place() -> tuple[str, int]:
 
 def _number(name: str, otherwise: int) -> int:
     text = os.environ.get(name, str(otherwise))
-    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+    if not is_number(text) or (name == "WORLD_SIZE" and int(text) == 0):
         raise UsageError(
             f"{name}={text!r} is not a number of workers, a rank or a port; correct it"
         )
