@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils.serialization import config as serialization
 
 from stagewise.checkpoints.sources import sha256_of
 from stagewise.checkpoints.untrusted import Planner, Reader
@@ -165,7 +166,8 @@ def _written(
             unfinished.mkdir(parents=True)
     with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
         state = dict(staged.state)
-        save_distributed(state, checkpoint_id=unfinished, process_group=group)
+        with serialization.patch({"save.compute_crc32": False}):  # `_digests` sees as much
+            save_distributed(state, checkpoint_id=unfinished, process_group=group)
     checkpoint = replace(
         staged.description,
         finite=all(ranks.gather(_is_finite(staged), SAVING)),

@@ -34,9 +34,13 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the states of all generators, that of `device` (default: the accelerator) too."""
+    """Return the states of all generators, that of `device` (default: the accelerator) too.
+
+    Python's 625 words are a tensor: a checkpoint would write, and check, each by itself.
+    """
+    version, words, gauss = random.getstate()
     return {
-        "python": random.getstate(),
+        "python": (version, torch.tensor(words), gauss),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
         "device": default_generator(device or _device_here()).get_state(),
@@ -45,7 +49,8 @@ def random_states(device: torch.device | None = None) -> dict[str, Any]:
 
 def restore_random_states(states: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Restore what `random_states` returned."""
-    random.setstate(states["python"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(map(int, words)), gauss))  # older checkpoints have integers
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     generator = default_generator(device or _device_here())
