@@ -3,11 +3,13 @@
 Two ranks call `from_pretrained` on a folder of several files, after a tiny one that imports what is
 needed. Counted, once every parameter has been read, is the peak of the resident set beyond that
 before the call, over the bytes of this rank's parameters and buffers. Beside it transformers' own
-`from_pretrained`, which holds the whole model in every process.
+`from_pretrained`, which holds the whole model in every process; and, with bitsandbytes installed, a
+base that is quantised to NF4 while it is read.
 """
 
 import gc
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import typer
 
 import stagewise
 from benchmarks.workers import Row, print_rows, run_workers
+from stagewise.batch.layouts import held_bytes
 from stagewise.free_pages import FreePages, trim_of_glibc
 
 MEBIBYTE = 1 << 20
@@ -62,6 +65,16 @@ def _measured(large: str, tiny: str) -> list[Row]:
         ),
         "transformers' from_pretrained": AutoModelForCausalLM.from_pretrained,  # maps the files
     }
+    if find_spec("bitsandbytes") is not None:
+        from transformers import BitsAndBytesConfig
+
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        ways["stagewise, quantised to NF4"] = lambda folder: stagewise.from_pretrained(
+            folder,
+            {"input_ids": ids, "labels": ids},
+            num_microbatches=2,
+            quantization_config=nf4,
+        )
     own: list[Row] = []
     for name, load in ways.items():
         load(tiny)
@@ -72,7 +85,7 @@ def _measured(large: str, tiny: str) -> list[Row]:
             parameter.sum()  # what is only mapped counts when it is read
         peak = _resident("VmHWM") - before
         module = getattr(model, "module", model)
-        part = sum(t.nbytes for t in {*module.parameters(), *module.buffers()})
+        part = sum(held_bytes(t) for t in {*module.parameters(), *module.buffers()})
         own.append(
             {
                 "what": name,

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stagewise.batch.layouts import equal, num_bytes, parts, storages
+from stagewise.batch.layouts import equal, held_bytes, num_bytes, parts, storages
 
 DENSE = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 3.0]])
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
@@ -47,3 +49,20 @@ def test_a_coo_tensor_of_two_elements_has_their_indices_too() -> None:
 def test_an_opaque_tensor_counts_as_its_dense_copy() -> None:
     if torch.backends.mkldnn.is_available():
         assert num_bytes(DENSE.to_mkldnn()) == DENSE.nbytes
+
+
+class Packed(nn.Parameter):
+    """As bitsandbytes has them: elements in a parameter, scales in an attribute's attributes."""
+
+    def __new__(cls, data: Tensor, module: nn.Module) -> "Packed":
+        made: Any = torch.Tensor._make_subclass(cls, data, False)
+        inner = SimpleNamespace(absmax=torch.zeros(2), code=torch.zeros(16))
+        made.quant_state = SimpleNamespace(absmax=torch.zeros(8, dtype=torch.uint8), state2=inner)
+        made.module, made.CB = module, data  # of which neither counts again
+        return made  # type: ignore[no-any-return]
+
+
+def test_held_bytes_counts_what_a_quantised_parameter_keeps_beside_its_elements() -> None:
+    assert held_bytes(nn.Parameter(torch.zeros(3, 5))) == 60
+    packed = Packed(torch.zeros(128, 1, dtype=torch.uint8), nn.Linear(8, 8))
+    assert held_bytes(packed) == 128 + 8 + 4 * (2 + 16)

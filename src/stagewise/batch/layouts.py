@@ -49,9 +49,32 @@ def is_sharded_type(kind: type) -> bool:
     return known is not None and issubclass(kind, known.DTensor)
 
 
+def is_wrapper(tensor: object) -> bool:
+    """Return whether `tensor` is made up of others, as quantised ones are, but no DTensor."""
+    return bool(is_traceable_wrapper_subclass(tensor)) and not is_sharded(tensor)
+
+
 def num_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes of its elements, and of their indices if it is sparse."""
     return sum(part.nbytes for part in parts(tensor))
+
+
+def held_bytes(parameter: torch.Tensor) -> int:
+    """Return the bytes of a parameter, with what a quantised one keeps beside its elements.
+
+    A wrapper subclass has all of it inside; bitsandbytes has it in attributes, such as
+    `quant_state`.
+    """
+    storages = {part.untyped_storage()._cdata: part.nbytes for part in _held(parameter)}
+    return sum(storages.values())
+
+
+def _held(value: object, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield from parts(value)
+    if depth and not isinstance(value, type | torch.nn.Module):
+        for kept in getattr(value, "__dict__", {}).values():
+            yield from _held(kept, depth - 1)
 
 
 def precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,16 @@
 """What a source of saved tensors is, and one that has other names than the model.
 
-Problem: a base model in a folder does not know the names that its tensors have among adapters.
+Problem: a base model in a folder does not know the names that its tensors have among adapters, and
+quantised weights are made of what is saved, by a library that knows how.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,67 @@ class TensorSource(Protocol):
         """Copy saved values into `targets` of the same shapes, converting dtypes."""
 
 
+class Maker(Protocol):
+    """Makes some of a model's parameters from saved tensors, one at a time."""
+
+    def sources(self, name: str, saved: Collection[str]) -> Sequence[str]:
+        """Return what the entry `name` is made of; empty if it is read as it is."""
+
+    def make(self, name: str, values: Mapping[str, torch.Tensor]) -> nn.Parameter:
+        """Return the entry, made of these values, on their device."""
+
+
 @dataclass(frozen=True)
 class Renamed:
     """The checkpoint at `path`, where an entry of the model has the name `saved_name(entry)`.
 
-    None: the entry is new, so it is initialised.
+    None: the entry is new, so it is initialised. `maker` makes those that are not read as they are.
     """
 
     path: Path
     saved_name: Callable[[str], str | None]
+    maker: Maker | None = None
 
     def over(self, source: TensorSource, model_names: Collection[str]) -> TensorSource:
         """Return `source` under the model's names; what it has besides is left out."""
         there = set(source.names)
         own = {name: saved for name in model_names if (saved := self.saved_name(name)) in there}
         return _UnderOtherNames(source, own)
+
+    def to_make(self, saved: Collection[str], own: Mapping[str, torch.Tensor]) -> dict[str, "Made"]:
+        """Return those of this rank's entries that are made, not read as they are."""
+        if self.maker is None:
+            return {}
+        found = {name: self.maker.sources(name, saved) for name in own}
+        return {
+            name: Made(name, sources, own[name].dtype, self.maker)
+            for name, sources in found.items()
+            if sources
+        }
+
+
+@dataclass(frozen=True)
+class Made:
+    """An entry that is made of saved tensors; of a single one, in the dtype of the model."""
+
+    name: str
+    sources: Sequence[str]
+    dtype: torch.dtype
+    maker: Maker
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether it is made of the weight itself, which must have its shape."""
+        return len(self.sources) == 1
+
+    def make(self, source: TensorSource, device: torch.device) -> nn.Parameter:
+        """Read what it is made of, and make it."""
+        values = {}
+        for name, form in source.forms(set(self.sources)).items():
+            dtype = self.dtype if self.is_of_one else form.dtype
+            values[name] = torch.empty(form.shape, dtype=dtype)
+        source.read(values)
+        return self.maker.make(self.name, {name: t.to(device) for name, t in values.items()})
 
 
 class _UnderOtherNames:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from stagewise.batch.layouts import is_wrapper
 from stagewise.checkpoints.names import Aliases
 from stagewise.checkpoints.sources import DIGESTS, INDEX, SINGLE, sha256_of, weight_map, where
 from stagewise.engine.gradients.shards import gathered_whole
@@ -94,7 +95,15 @@ def _writable(own: Mapping[str, object], aliases: Aliases) -> dict[str, torch.Te
             f"{others[0]} is not a tensor ({len(others)} such entries in the state_dict), and "
             "safetensors only holds tensors; save pipe.state_dict() of every rank with torch.save"
         )
-    return {aliases[n][0]: value for n, value in own.items() if isinstance(value, torch.Tensor)}
+    tensors = {n: value for n, value in own.items() if isinstance(value, torch.Tensor)}
+    quantised = [n for n, t in tensors.items() if n not in aliases or is_wrapper(t)]
+    if quantised:
+        raise CheckpointError(
+            f"{quantised[0]} is quantised, or belongs to a weight that is ({len(quantised)} such "
+            "entries in the state_dict), which has not the plain model's form; save what is "
+            "trained: pipe.save_pretrained(folder) writes the adapters"
+        )
+    return {aliases[n][0]: value for n, value in tensors.items()}
 
 
 def shards_of(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -145,7 +145,7 @@ class _Safetensors:
     def __init__(
         self, path: Path, files: Mapping[str, Path], digests: Mapping[Path, str] = _NO_DIGESTS
     ) -> None:
-        self.description, self._files, self._digests = str(path), files, digests
+        self.description, self._files, self._digests = str(path), files, dict(digests)
 
     @property
     def names(self) -> Collection[str]:
@@ -163,7 +163,7 @@ class _Safetensors:
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         for path, _ in self._by_file(targets):
             with _blame(path):
-                digest = self._digests.get(path)
+                digest = self._digests.pop(path, None)  # a file is hashed once
                 if digest is not None and sha256_of(path) != digest:
                     raise ValueError("it is not what was written (its SHA-256 differs)")
         for path, own in self._by_file(targets):

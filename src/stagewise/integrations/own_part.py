@@ -32,7 +32,8 @@ def keep_own_part(model: nn.Module, pipe: Pipeline, optimizer: Optimizer | None)
             full = f"{path}.{name}" if path else name
             mine = own.get(full, first.get(full))
             if mine is None:
-                mine = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                mine = nn.Parameter(like, requires_grad=parameter.requires_grad)
             module._parameters[name] = replaced.setdefault(id(parameter), mine)
     if optimizer is not None:
         _replace(optimizer, replaced)

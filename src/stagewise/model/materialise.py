@@ -31,6 +31,7 @@ def materialise(
     init: Init | None = None,
     model: nn.Module | None = None,
     given: Collection[str] = (),
+    later: Collection[str] = (),
 ) -> None:
     """Give the cells with indices `own` memory and values; all others stay on the meta device.
 
@@ -41,12 +42,13 @@ def materialise(
             `_init_weights(module)`, if any, as in transformers.
         model: the model of the chain, whose other modules may have such an `_init_weights`.
         given: names of tensors that only get memory, since the caller fills them.
+        later: names of tensors that stay on the meta device, since the caller makes them.
 
     Raises:
         ModelError: a tensor of these cells has no initialisation, its initialisation failed, or
             a constructor initialised it in a way that is lost.
     """
-    entries = entries_of(chain, model)
+    entries = [e for e in entries_of(chain, model) if not set(later).intersection(e.names)]
     by_cell: dict[int, list[MetaTensor]] = {}
     for entry in entries:
         by_cell.setdefault(min(entry.cells), []).append(entry)

@@ -201,7 +201,7 @@ class Pipeline(Generates):
         whole.agree(ranks, plan, options)
         refuse(chain, plan, self._devices, ranks)
         given = Given(init=init, state=state, seed=seed)
-        initialise(model, chain, plan, ranks, whole.aliases, given)
+        initialise(model, chain, plan, ranks, self._devices, whole.aliases, given)
         self._skips = SkipRoutes(chain, plan.engine_balance)
         build = partial(build_stages, chain, plan, ranks, self._devices, self._skips, loss)
         wishes = Wishes(mesh=mesh, parallelize=parallelize, in_float32=accumulate_in_float32)

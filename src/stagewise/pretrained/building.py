@@ -7,7 +7,7 @@ are estimated, and let every process read its own tensors from the safetensors f
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from stagewise.planning.request import PlanRequest
 from stagewise.planning.search.search import search_for
 from stagewise.pretrained.folders import ADAPTERS, save_adapters, save_model
 from stagewise.pretrained.peft_names import ADAPTER, adapter_name, base_name
+from stagewise.pretrained.quantised import Quantised, quantiser_of
 from stagewise.profiling.estimate import estimate
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -66,6 +67,7 @@ def from_pretrained(
     num_microbatches: int = 8,
     adapters: Any = None,
     dtype: torch.dtype | None = None,
+    quantization_config: Any = None,
     **options: Any,
 ) -> PretrainedPipeline:
     """Return a Pipeline of the model in a Hugging Face folder; every rank calls this.
@@ -83,35 +85,59 @@ def from_pretrained(
         adapters: new adapters, as a configuration of PEFT (`peft.LoraConfig(...)`), or the folder
             of trained ones; all other parameters are frozen.
         dtype: of the parameters; by default the folder's.
+        quantization_config: transformers' `BitsAndBytesConfig` or `TorchAoConfig`: every process
+            quantises its own weights while it reads them; a folder that is quantised needs none.
         options: as for `Pipeline`; with `loss`, the model's output is its first argument.
 
     Raises:
-        ModelError: the folder has no configuration, or transformers or peft are missing.
+        ModelError: the folder has no configuration, or is quantised in another way; or
+            transformers or peft are missing.
         CheckpointError: a tensor of the model is not in the folder, or has another shape.
     """
-    path, trained = _folder(folder), isinstance(adapters, str | Path)
-    base = model = _on_meta(path, dtype)
-    if adapters is not None:
-        model = _with_adapters(model, adapters)
+    path = _folder(folder)
+    config, model, maker = _models(path, dtype, adapters, quantization_config)
     chain = capture(model, **example)  # which the Pipeline of the model then has
     if not isinstance(plan, Plan):
         wishes = {"num_microbatches": num_microbatches, **(plan or {})}
-        plan = _estimated(chain, example, wishes, options.get("loss"))
-    gc.collect()  # what capturing left would come on top of the values
-    HEAP.give_back()
-    init = None if adapters is None else _initialiser(model)
-    state = Renamed(path, base_name)
-    pipe = PretrainedPipeline(model, plan, state=state, init=init, **options)
-    pipe.config = base.config
+        plan = _estimated(chain, example, wishes, options.get("loss"), maker)
+    _tidy()
+    given = {"init": _initialiser(model, adapters), "state": Renamed(path, base_name, maker)}
+    pipe = PretrainedPipeline(model, plan, **given, **options)
+    pipe.config = config
     if adapters is not None:
-        pipe.adapters = model.peft_config[ADAPTER]  # type: ignore[index]
-    if trained:
+        pipe.adapters = model.peft_config[ADAPTER]
+    if isinstance(adapters, str | Path):
         pipe.load_adapters(adapters)
     return pipe
 
 
+def _tidy() -> None:
+    """Free what capturing has left, which would come on top of the values."""
+    gc.collect()
+    HEAP.give_back()
+
+
+def _models(
+    folder: Path, dtype: torch.dtype | None, adapters: Any, quantization_config: Any
+) -> tuple[Any, Any, Quantised | None]:
+    """Return the configuration, the model without values, and what quantises it, if anything."""
+    config, make = _described(folder)
+    quantiser = quantiser_of(config, quantization_config, folder)
+    if quantiser is not None:
+        dtype = quantiser.update_dtype(dtype or config.dtype)
+    model = make(dtype)
+    if adapters is not None:
+        model = _with_adapters(model, adapters)
+    maker = quantiser and Quantised.of(quantiser, model, make(dtype), folder)
+    return config, model, maker
+
+
 def _estimated(
-    chain: Captured, example: Mapping[str, Any], wishes: dict[str, Any], loss: Loss | None
+    chain: Captured,
+    example: Mapping[str, Any],
+    wishes: dict[str, Any],
+    loss: Loss | None,
+    quantised: Quantised | None,
 ) -> Plan:
     """Return a plan that is cut by estimated costs, by default with one stage on each rank."""
     if not {"num_stages", "num_devices", "replicas"} & wishes.keys():
@@ -119,9 +145,10 @@ def _estimated(
     request = PlanRequest(**wishes)
 
     def costs_at(count: int) -> Sequence[CellCost]:
-        return estimate(
+        costs = estimate(
             chain, kwargs=dict(example), loss=loss, num_microbatches=count, device="cpu"
         )
+        return costs if quantised is None else quantised.smaller(costs, chain.chain)
 
     if not request.searched:
         assert isinstance(request.num_microbatches, int)
@@ -136,8 +163,8 @@ def _folder(folder: object) -> Path:
     return Path(folder)
 
 
-def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """Return the model that the folder's configuration describes, without values."""
+def _described(folder: Path) -> tuple[Any, Callable[[torch.dtype | None], nn.Module]]:
+    """Return the folder's configuration, and what makes the model that it describes on meta."""
     try:
         written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         names = written.get("architectures") or ["AutoModelForCausalLM"]
@@ -155,10 +182,14 @@ def _on_meta(folder: Path, dtype: torch.dtype | None) -> nn.Module:
             f"{folder / CONFIG} names the architecture {names[0]!r}, which this transformers "
             f"({transformers.__version__}) does not have; update it"
         )
-    with torch.device("meta"):
-        make = kind.from_config if names[0].startswith("Auto") else kind._from_config
-        model: nn.Module = make(config, dtype=dtype or config.dtype)
-    return model.train()
+
+    def on_meta(dtype: torch.dtype | None) -> nn.Module:
+        with torch.device("meta"):
+            make = kind.from_config if names[0].startswith("Auto") else kind._from_config
+            model: nn.Module = make(config, dtype=dtype or config.dtype)
+        return model.train()
+
+    return config, on_meta
 
 
 def _with_adapters(model: nn.Module, adapters: Any) -> nn.Module:
@@ -172,8 +203,10 @@ def _with_adapters(model: nn.Module, adapters: Any) -> nn.Module:
     return made
 
 
-def _initialiser(model: Any) -> Any:
+def _initialiser(model: Any, adapters: Any) -> Any:
     """Return what initialises a module: the base model's own way, and PEFT's for adapters."""
+    if adapters is None:
+        return None
     base, how = model.get_base_model(), model.peft_config[ADAPTER]
     lora = getattr(how, "init_lora_weights", True)
 

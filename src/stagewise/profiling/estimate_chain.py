@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from stagewise.batch.layouts import num_bytes
+from stagewise.batch.layouts import held_bytes
 from stagewise.batch.values import take_apart
 from stagewise.costs import FarOutput
 from stagewise.engine.stage.activation_meter import StorageKey, storage_key
@@ -116,7 +116,7 @@ class Walk:
                 forward=recorded.ops,
                 backward=backward.ops,
                 input_backward=backward.input_ops,
-                parameter_bytes=sum(map(num_bytes, cell.module.parameters())),
+                parameter_bytes=sum(map(held_bytes, cell.module.parameters())),
                 activation_bytes=recorded.activation_bytes
                 if cell.index + 1 != untrained
                 else self._sent_bytes(cell),

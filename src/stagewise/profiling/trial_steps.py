@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.layouts import held_bytes
 from stagewise.batch.values import take_apart
 from stagewise.costs import CellCost, without_gradients
 from stagewise.engine.stage.activation_meter import ActivationMeter, StorageKey, storage_key
@@ -110,7 +111,7 @@ def profile(
             name=cell.name,
             forward_seconds=seconds_of(cell, Kind.FORWARD),
             backward_seconds=seconds_of(cell, Kind.BACKWARD),
-            parameter_bytes=sum(p.nbytes for p in cell.module.parameters()),
+            parameter_bytes=sum(map(held_bytes, cell.module.parameters())),
             activation_bytes=measured.kept[cell.index],
             unsaved_output_bytes=measured.unsaved[cell.index],
             released_output_bytes=measured.released[cell.index],

@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
+from stagewise.batch.layouts import is_sharded
 from stagewise.errors import ModelError
 from stagewise.model.forward.users_code import HOOKS
 
@@ -88,7 +89,7 @@ torch.library.register_fake("stagewise::leaf", _fake, lib=_LIBRARY)
 
 def is_leaf(module: nn.Module) -> bool:
     """Return whether `module` remains a call."""
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, _BatchNorm) or is_quantised(module):
         return True
     cls = type(module).__mro__[1] if is_parametrized(module) else type(module)
     is_torch = cls.__module__.startswith("torch.nn.modules.")
@@ -98,6 +99,16 @@ def is_leaf(module: nn.Module) -> bool:
     keeps = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
     in_place = bool(getattr(module, "inplace", False))
     return is_torch and is_whole and (keeps or isinstance(module, _DropoutNd)) and not in_place
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Return whether `module` is a linear layer whose weight torch.export could not trace.
+
+    Its weight is no plain Parameter: torchao puts a tensor subclass there, bitsandbytes a class of
+    its own, in a subclass of nn.Linear.
+    """
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    return weight is not None and type(weight) is not nn.Parameter and not is_sharded(weight)
 
 
 def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -150,6 +161,8 @@ def opaque(leaves: dict[str, nn.Module]) -> Iterator[dict[int, LeafCall]]:
 def _marked(path: str, leaf: nn.Module, calls: dict[int, LeafCall]) -> Callable[..., object]:
     run = leaf.forward
     faked = partial(_recurrent, leaf) if isinstance(leaf, nn.RNNBase) else run
+    if is_quantised(leaf):
+        faked = partial(_linear, leaf)
 
     def forward(*args: object, **kwargs: object) -> object:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -182,3 +195,9 @@ def _recurrent(module: nn.RNNBase, input: torch.Tensor, hx: object = None) -> ob
     ]
     output = input.new_empty(*input.shape[:-1], directions * size)
     return output, tuple(states) if isinstance(module, nn.LSTM) else states[0]
+
+
+def _linear(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """Return an output of a linear layer's shape, whatever its weight is."""
+    assert isinstance(module, nn.Linear)
+    return input.new_empty(*input.shape[:-1], module.out_features)

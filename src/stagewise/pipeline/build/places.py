@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,16 +52,26 @@ def build_stages(
 
     `cells` include all cells of this rank.
     """
-    mesh, ends = mesh_of(plan, ranks), [0, *itertools.accumulate(plan.engine_balance)]
     known, stages = {cell.index: cell for cell in cells}, {}
-    for index, replica, _ in mesh.places_of(ranks.rank):
-        device = devices[mesh.placement[index][replica]]
-        own = tuple(known[cell] for cell in range(ends[index], ends[index + 1]))
+    for index, indices, device in own_stages(plan, ranks, devices):
+        own = tuple(map(known.__getitem__, indices))
         for cell in own:
-            cell.module.to(device)
-        is_last = index == len(ends) - 2
+            tensors = (*cell.module.parameters(), *cell.module.buffers())
+            if any(tensor.device != device for tensor in tensors):  # else even `to` may fail
+                cell.module.to(device)
+        is_last = index == len(plan.engine_balance) - 1
         stages[index] = routes.stage(index, own, device, is_last=is_last, loss=loss)
     return stages
+
+
+def own_stages(
+    plan: Plan, ranks: Ranks, devices: Sequence[torch.device]
+) -> Iterator[tuple[int, range, torch.device]]:
+    """Yield this rank's stages, with their cells' indices and their devices."""
+    mesh, ends = mesh_of(plan, ranks), [0, *itertools.accumulate(plan.engine_balance)]
+    for index, replica, _ in mesh.places_of(ranks.rank):
+        device = devices[mesh.placement[index][replica]]
+        yield index, range(ends[index], ends[index + 1]), device
 
 
 def not_run_here(

@@ -50,7 +50,8 @@ def _bare(
     }
     for name, parameter in module._parameters.items():
         if parameter is not None and id(parameter) not in tensors:
-            tensors[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
+            like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            tensors[id(parameter)] = nn.Parameter(like, False)
         copy._parameters[name] = None if parameter is None else tensors[id(parameter)]
     for name, child in module._modules.items():
         copy._modules[name] = None if child is None else _bare(child, made, tensors)

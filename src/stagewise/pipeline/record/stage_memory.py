@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from stagewise.batch.layouts import held_bytes
 from stagewise.engine.stage.activation_meter import storage_bytes
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
@@ -37,7 +38,7 @@ def stage_memory(
             StageMemory(
                 stage=index,
                 device=runner.ranks.rank if runner.ranks.num_ranks > 1 else on[0],
-                parameter_bytes=sum(map(storage_bytes, own)),
+                parameter_bytes=sum(map(held_bytes, own)),
                 gradient_bytes=sum(storage_bytes(p) for p in own if p.requires_grad),
                 optimizer_bytes=sum(
                     storage_bytes(value) for value in states if isinstance(value, torch.Tensor)
