@@ -1,8 +1,7 @@
 """A Pipeline for a trainer's model, made from the first step that it has to run."""
 
 import weakref
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -22,8 +21,24 @@ Loss = Callable[[object, Any], torch.Tensor]
 class Losing(Protocol):
     """A trainer that computes losses."""
 
-    def loss_of_microbatch(self, output: object, target: Mapping[str, Any]) -> torch.Tensor:
-        """Return a microbatch's part of the loss."""
+    def loss_of_microbatch(self, output: object, target: Any) -> torch.Tensor:
+        """Return a microbatch's loss, or its part of the loss."""
+
+
+class Here(Protocol):
+    """What a trainer knows of its process, as transformers' TrainingArguments do."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+
+    @property
+    def seed(self) -> int:
+        """From which dropout and the like are drawn."""
 
 
 _TRAINERS: weakref.WeakValueDictionary[int, Losing] = weakref.WeakValueDictionary()
@@ -38,7 +53,7 @@ def loss_of(trainer: Losing) -> Loss:
     number = id(trainer)
     _TRAINERS[number] = trainer
 
-    def loss(output: object, target: Mapping[str, Any]) -> torch.Tensor:
+    def loss(output: object, target: Any) -> torch.Tensor:
         return _TRAINERS[number].loss_of_microbatch(output, target)
 
     return loss
@@ -46,18 +61,21 @@ def loss_of(trainer: Losing) -> Loss:
 
 def pipeline_for(
     model: nn.Module,
-    args: Any,
+    args: Here,
     asked: PipelineArguments,
     step: Accumulated,
     loss: Loss,
-    resumed: Path | None,
+    resumed: Plan | None,
+    *,
+    summed: bool = True,
 ) -> Pipeline:
-    """Return a pipeline whose losses are added up over microbatches; collective.
+    """Return a pipeline, for whose plan the steps of `loss` are measured; collective.
 
-    `args` are TrainingArguments; `resumed` is the plan of the run that is resumed.
+    `resumed` is the plan of the run that is resumed; `summed`: losses are added up over
+    microbatches, as they are.
     """
     alone = args.world_size == 1
-    used = asked.given_plan(resumed)
+    used = asked.given_plan() or resumed
     if used is not None:
         chain_for(model, None, step.keywords, asked.cells)
     elif alone and (asked.num_stages or 1) == 1:
@@ -82,10 +100,10 @@ def pipeline_for(
         model,
         used,
         loss=loss,
-        loss_reduction="sum",
+        loss_reduction="sum" if summed else "mean",
         seed=args.seed,
         devices=[args.device] * used.num_devices if alone else None,
-        merge=_merged,
+        merge=_merged if summed else None,
     )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from stagewise.planning.plan import Plan
 
+_PER_STAGE = 4  # microbatches, if nothing else is said
+
 
 @dataclass(kw_only=True)
 class PipelineArguments:
@@ -43,9 +45,28 @@ class PipelineArguments:
         default=None, metadata={"help": "A file with a plan, used instead of making one."}
     )
 
-    def given_plan(self, fallback: Path | None = None) -> Plan | None:
-        """Return the plan of the file `plan`, or else of `fallback` if that exists."""
-        where = Path(self.plan) if self.plan else fallback
-        if where is None or not (self.plan or where.exists()):
-            return None
-        return Plan.from_json(where.read_text(encoding="utf-8"))
+    def given_plan(self) -> Plan | None:
+        """Return the plan of the file `plan`, if one is named."""
+        return None if self.plan is None else plan_in(Path(self.plan))
+
+    def counts(self, num_processes: int, num_batches: int = 1) -> list[int]:
+        """Return into how many microbatches to split each batch of an update."""
+        stages = self.num_stages or num_processes
+        wanted = self.num_microbatches or (_PER_STAGE * stages if stages > 1 else 0)
+        if wanted <= num_batches:
+            return [1] * num_batches
+        each, more = divmod(wanted, num_batches)
+        return [each + (index < more) for index in range(num_batches)]
+
+    @property
+    def smallest(self) -> int:
+        """The samples of a microbatch, unless a batch has fewer or a number was asked for.
+
+        Models branch on batches of one sample, which cells captured with more then refuse.
+        """
+        return 1 if self.num_microbatches else 2
+
+
+def plan_in(file: Path) -> Plan:
+    """Return the plan that a file holds."""
+    return Plan.from_json(file.read_text(encoding="utf-8"))

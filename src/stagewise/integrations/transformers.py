@@ -33,10 +33,11 @@ from stagewise.integrations.own_part import (
     whole_optimizer_state,
     whole_state,
 )
-from stagewise.integrations.pipeline_arguments import PipelineArguments
-from stagewise.integrations.stand_in import StandIn, answering, arguments_of
+from stagewise.integrations.pipeline_arguments import PipelineArguments, plan_in
+from stagewise.integrations.stand_in import StandIn, arguments_of, once
 from stagewise.integrations.unsupported import refuse_unsupported
 from stagewise.pipeline.pipeline import Pipeline
+from stagewise.planning.plan import Plan
 from stagewise.training.state.random_states import random_states_kept
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ else:
     _Trainer = object  # the Trainer comes after the mixin
 
 PLAN_FILE = "pipeline_plan.json"
-_PER_STAGE = 4  # microbatches, if nothing else is said
 
 
 class PipelineMixin(_Trainer):
@@ -59,7 +59,7 @@ class PipelineMixin(_Trainer):
         self.pipeline_args = pipeline or PipelineArguments()
         self.pipe: Pipeline | None = None
         self._update: list[Mapping[str, Any]] = []  # batches that the step is still to run
-        self._resumed: Path | None = None
+        self._resumed: Plan | None = None
         self._divides: bool | None = None  # whether the loss of a part is its part of the loss
         super().__init__(*args, **kwargs)
 
@@ -117,7 +117,7 @@ class PipelineMixin(_Trainer):
         can_split = num_items is not None and self._is_divided(batches[0], num_items)
         counts = self._counts(len(batches), can_split=can_split)
         targets = [{**batch, "num_items_in_batch": num_items} for batch in batches]
-        return as_microbatches(calls, targets, counts, self._smallest)
+        return as_microbatches(calls, targets, counts, self.pipeline_args.smallest)
 
     def _is_divided(self, batch: Mapping[str, Any], num_items: Any) -> bool:
         """Return whether the loss is divided by `num_items`, so that parts of a batch add up.
@@ -144,28 +144,16 @@ class PipelineMixin(_Trainer):
 
     def _counts(self, num_batches: int, *, can_split: bool) -> list[int]:
         """Return into how many microbatches to split each batch of an update."""
-        stages = self.pipeline_args.num_stages or self.args.world_size
-        wanted = self.pipeline_args.num_microbatches or (_PER_STAGE * stages if stages > 1 else 0)
-        if not can_split or wanted <= num_batches:
+        if not can_split:
             return [1] * num_batches
-        each, more = divmod(wanted, num_batches)
-        return [each + (index < more) for index in range(num_batches)]
-
-    @property
-    def _smallest(self) -> int:
-        """The samples of a microbatch, unless a batch has fewer or a number was asked for.
-
-        Models branch on batches of one sample, which cells captured with more then refuse.
-        """
-        return 1 if self.pipeline_args.num_microbatches else 2
+        return self.pipeline_args.counts(self.args.world_size, num_batches)
 
     def loss_of_microbatch(self, output: object, target: Mapping[str, Any]) -> torch.Tensor:
         """Compute a microbatch's part of the loss; the last stage calls this."""
         inputs = dict(target["inputs"])
         num_items = inputs.pop("num_items_in_batch")
-        loss = self.compute_loss(
-            answering(self.model, self._in_float32(output)), inputs, num_items_in_batch=num_items
-        )
+        answer = once(self._in_float32(output), "compute_loss")
+        loss = self.compute_loss(StandIn(self.model, answer), inputs, num_items_in_batch=num_items)
         return loss if self._is_scaled(num_items) else loss * target["share"]
 
     def _built(self, step: Accumulated) -> Pipeline:
@@ -223,7 +211,7 @@ class PipelineMixin(_Trainer):
         divided = "num_items_in_batch" in called and bool(self._divides)
         can_split = divided or called.get("labels") is None
         counts = self._counts(1, can_split=can_split)
-        step = as_microbatches([called], [called], counts, self._smallest)
+        step = as_microbatches([called], [called], counts, self.pipeline_args.smallest)
         with self.accelerator.autocast():
             return self._in_float32(self._built(step).predict(**step.keywords))
 
@@ -260,7 +248,8 @@ class PipelineMixin(_Trainer):
             (folder / PLAN_FILE).write_text(self.pipe.plan.to_json(), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self._resumed = Path(checkpoint) / PLAN_FILE if checkpoint else None
+        file = Path(checkpoint) / PLAN_FILE if checkpoint else None
+        self._resumed = plan_in(file) if file is not None and file.exists() else None
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:

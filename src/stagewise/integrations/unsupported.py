@@ -1,4 +1,4 @@
-"""What of a TrainingArguments a pipeline cannot do, in words."""
+"""What of a TrainingArguments, or of Lightning's Trainer, a pipeline cannot do, in words."""
 
 from collections.abc import Callable
 from typing import Any
@@ -85,11 +85,46 @@ _REFUSED: list[_Row] = [
 ]
 
 
+_REFUSED_OF_LIGHTNING: list[_Row] = [
+    (
+        "precision",
+        lambda t: t.strategy.precision_plugin.precision == "16-mixed",
+        "losses would have to be scaled across stages; use precision='bf16-mixed'",
+    ),
+    (
+        "automatic_optimization=False",
+        lambda t: not t.lightning_module.automatic_optimization,
+        "gradients are there once training_step returns; return the loss and let Lightning step, "
+        "or write the loop yourself with stagewise.Pipeline",
+    ),
+    (
+        "sync_batchnorm",
+        lambda t: t.strategy._layer_sync is not None,
+        "running statistics are those of the whole batch already; leave it out",
+    ),
+    (
+        "callbacks",
+        lambda t: _named(t.callbacks, ("WeightAveraging", "StochasticWeightAveraging")),
+        "it copies the whole model, of which a process has its stages; average saved checkpoints",
+    ),
+]
+
+
+def _named(values: Any, names: Any) -> bool:
+    return any(base.__name__ in names for value in values for base in type(value).__mro__)
+
+
 def refuse_unsupported(args: Any) -> None:
     """Raise UsageError, with all of it, if `args` ask for what a pipeline cannot do."""
-    found = [f"{name}: {why}" for name, asked, why in _REFUSED if asked(args)]
+    _refuse(_REFUSED, args, "PipelineTrainer cannot do what these TrainingArguments ask for")
+
+
+def refuse_in_lightning(trainer: Any) -> None:
+    """Raise UsageError, with all of it, if Lightning's Trainer asks for what a pipeline cannot."""
+    _refuse(_REFUSED_OF_LIGHTNING, trainer, "PipelineStrategy cannot do what this Trainer asks for")
+
+
+def _refuse(rows: list[_Row], given: Any, what: str) -> None:
+    found = [f"{name}: {why}" for name, asked, why in rows if asked(given)]
     if found:
-        raise UsageError(
-            "PipelineTrainer cannot do what these TrainingArguments ask for:\n  "
-            + "\n  ".join(found)
-        )
+        raise UsageError(f"{what}:\n  " + "\n  ".join(found))
