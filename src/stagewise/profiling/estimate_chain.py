@@ -133,7 +133,7 @@ class Walk:
                 deferred_bytes=backward.deferred_bytes,
                 deferred_input_bytes=backward.deferred_input_bytes,
                 trainable_bytes=sum(
-                    num_bytes(p) for p in cell.module.parameters() if p.requires_grad
+                    held_bytes(p) for p in cell.module.parameters() if p.requires_grad
                 ),
             )
             for cell, (recorded, _, released), backward, own in columns

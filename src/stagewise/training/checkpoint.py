@@ -166,7 +166,8 @@ def _written(
             unfinished.mkdir(parents=True)
     with agreed(ranks, SAVING), explain_write_errors(unfinished, run):
         state = dict(staged.state)
-        with serialization.patch({"save.compute_crc32": False}):  # `_digests` sees as much
+        off = {"save.compute_crc32": False}  # `_digests` sees as much
+        with serialization.patch(off):  # type: ignore[attr-defined]
             save_distributed(state, checkpoint_id=unfinished, process_group=group)
     checkpoint = replace(
         staged.description,

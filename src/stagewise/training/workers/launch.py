@@ -104,7 +104,8 @@ def failures_end(kills: MemoryKills) -> Iterator[None]:
     plain = LocalElasticAgent._monitor_workers
 
     def monitor(agent: LocalElasticAgent, group: WorkerGroup) -> RunResult:
-        vars(agent._pcontext).setdefault("close", partial(_close_soon, agent._pcontext))
+        if (context := agent._pcontext) is not None:
+            vars(context).setdefault("close", partial(_close_soon, context))
         result: RunResult = plain(agent, group)
         if would_come_again(result.failures, kills):
             agent._remaining_restarts = 0
