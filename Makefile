@@ -13,7 +13,7 @@ DOCS_READY := $(DOCS)/.ready
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-hf test-mesh test-hosts test-slurm docs test-docs test-page test-notebook screenshots bench clean
+.PHONY: help setup demo test lint types pytest soak chaos test-gpu gpu-check test-models test-hf test-mesh test-hosts test-slurm test-kubernetes docs test-docs test-page test-notebook screenshots bench clean
 
 help:
 	@echo "make demo      train a language model on Shakespeare through two pipeline workers"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-notebook  run examples/tutorial.ipynb"
 	@echo "make screenshots  write docs/pictures from pages in headless Chromium"
 	@echo "make test-hosts  two hosts as network namespaces, started by torchrun (Linux, root)"
+	@echo "make test-kubernetes  the Job for Kubernetes: its schema, and its pods as such hosts"
 	@echo "make test-slurm  a Slurm cluster of two such hosts (apt-get install slurm-wlm munge)"
 	@echo "make bench     all benchmarks in their quick form"
 	@echo "make clean     remove the environment, caches and runs"
@@ -136,6 +137,10 @@ test-hosts: $(READY)
 
 test-slurm: $(READY)
 	$(BIN)/python -m benchmarks.slurm
+
+test-kubernetes: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check kubernetes-validate
+	$(BIN)/python -m benchmarks.kubernetes
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.overhead --quick

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import stagewise
-from benchmarks.mesh.inner import INNER, SAMPLES
+from benchmarks.mesh.inner import INNER, SAMPLES, Inner
 from benchmarks.mesh.subjects import Batch, batches, built
 
 NUM_STEPS, NUM_SAMPLES, NUM_MICROBATCHES, MAX_NORM = 3, 19, 4, 0.5
@@ -40,8 +40,9 @@ class Cell:
 
 
 def part_of(batch: Batch, part: int, num_parts: int) -> Batch:
-    """Return the samples of one data rank: every part is of another size."""
-    ends = [round(NUM_SAMPLES * index / num_parts) for index in range(num_parts + 1)]
+    """Return the samples of one data rank: every part of 19 is of another size."""
+    number = len(batch.tokens)
+    ends = [round(number * index / num_parts) for index in range(num_parts + 1)]
     here = slice(ends[part], ends[part + 1])
     return Batch(batch.tokens[here], batch.target[here])
 
@@ -60,19 +61,11 @@ def on_mesh(cell: Cell, plan: stagewise.Plan) -> Outcome:
         parallelize=inner.parallelize,
         data_axes=inner.data_axes,
     )
-    place = mesh.get_coordinate()
-    assert place is not None
-    part, piece, num_pieces = 0, 0, 1
-    for (name, length), at in zip(inner.axes.items(), place[1:], strict=True):
-        part = part * length + at if name.startswith(SAMPLES) else part
-        if name in inner.sequence:
-            piece, num_pieces = piece * length + at, num_pieces * length
     outcome = Outcome()
     own = [p for p in pipe.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": own}], lr=0.01, foreach=False)
     for batch in batches(NUM_SAMPLES, NUM_STEPS):
-        mine = part_of(batch, part, inner.num_parts)
-        mine = Batch(*(t.chunk(num_pieces, 1)[piece] for t in (mine.tokens, mine.target)))
+        mine = own_part(batch, inner, mesh)
         optimizer.zero_grad()
         outcome.losses.append(float(pipe.step(mine.tokens, target=mine.target)))
         outcome.norms.append(float(pipe.clip_grad_norm_(MAX_NORM)))
@@ -84,18 +77,31 @@ def on_mesh(cell: Cell, plan: stagewise.Plan) -> Outcome:
     return outcome
 
 
+def own_part(batch: Batch, inner: Inner, mesh: DeviceMesh) -> Batch:
+    """Return this rank's samples, and its piece of their sequences."""
+    place = mesh.get_coordinate()
+    assert place is not None
+    part, piece, num_pieces = 0, 0, 1
+    for (name, length), at in zip(inner.axes.items(), place[1:], strict=True):
+        part = part * length + at if name.startswith(SAMPLES) else part
+        if name in inner.sequence:
+            piece, num_pieces = piece * length + at, num_pieces * length
+    mine = part_of(batch, part, inner.num_parts)
+    return Batch(*(t.chunk(num_pieces, 1)[piece] for t in (mine.tokens, mine.target)))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a DTensor."""
     full = getattr(tensor, "full_tensor", None)
     return (tensor if full is None else full()).clone()
 
 
-def plain(cell: Cell) -> Outcome:
+def plain(cell: Cell, num_samples: int = NUM_SAMPLES) -> Outcome:
     """Train the plain model, microbatch by microbatch, since auxiliary losses are of each."""
     model, outcome, num_parts = built(cell.model), Outcome(), INNER[cell.inner].num_parts
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, foreach=False)
-    for batch in batches(NUM_SAMPLES, NUM_STEPS):
+    for batch in batches(num_samples, NUM_STEPS):
         optimizer.zero_grad()
         loss = 0.0
         for mine in (part_of(batch, part, num_parts) for part in range(num_parts)):
@@ -105,7 +111,7 @@ def plain(cell: Cell) -> Outcome:
                 strict=True,
             )
             for tokens, target in pieces:
-                value = _loss(model, tokens, target) * (len(tokens) / NUM_SAMPLES)
+                value = _loss(model, tokens, target) * (len(tokens) / num_samples)
                 value.backward()
                 loss += float(value.detach())
         outcome.losses.append(loss)

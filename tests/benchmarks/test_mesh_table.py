@@ -1,8 +1,12 @@
 """What the table of meshes holds; its cells run in tests/pipeline/test_on_mesh.py."""
 
+import numpy as np
+
+from benchmarks.mesh.checkpoints import united, verdict
 from benchmarks.mesh.compare import Cell, Outcome, plain
 from benchmarks.mesh.inner import INNER
 from benchmarks.mesh.table import cells_of, judged, row_of, summary, why_not
+from benchmarks.mesh.torch_side import in_words
 
 KEYS = [
     "pp",
@@ -45,3 +49,15 @@ def test_a_cell_is_judged_by_its_worst_difference() -> None:
 
 def _there(outcome: Outcome) -> dict:  # type: ignore[type-arg]
     return {name: gradient for name, gradient in outcome.gradients.items() if gradient is not None}
+
+
+def test_the_matrix_of_checkpoints_tells_what_differs() -> None:
+    ranks = [{"a": {"x": np.ones(2)}}, {"a": {"y": np.zeros(3)}}]
+    every = united(ranks, "a")
+    assert verdict({"x": np.ones(2)}, every) == "equal"
+    assert verdict({"x": np.ones(2), "y": np.ones(3)}, every) == "1 of 2 DIFFER"
+
+
+def test_what_torch_cannot_be_asked_is_said() -> None:
+    assert in_words(Cell(2, "EP", "1f1b", "moe"), 16).startswith("not tried: torch has no layer")
+    assert in_words(Cell(2, "DDP", "auto", "decoder"), 16) == "not tried: torch chooses no schedule"
