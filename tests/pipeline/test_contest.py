@@ -71,7 +71,5 @@ def test_trials_are_not_examined_and_warm_up_once(monkeypatch: pytest.MonkeyPatc
     trials = [(runner, request) for runner, request in ran if runner.schedule.num_devices > 1]
     assert plan.measured_seconds and len(trials) >= 2
     assert all(request.is_measured for _, request in trials)
-    tried = [str(runner.schedule) for runner in dict.fromkeys(runner for runner, _ in trials)]
-    assert len(set(tried)) == len(tried)  # each was built once
     steps = Counter(runner for runner, _ in trials)
     assert set(steps.values()) <= {2, 3}  # one to warm up, one in each round
