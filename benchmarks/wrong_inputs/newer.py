@@ -21,7 +21,7 @@ _MESHES = [
     cli("plan tiny.py --mesh auto", 2, "needs --device"),
     cli("plan tiny.py --device h100 --mesh auto", 2, "needs --devices"),
     cli("plan tiny.py --device h100 --devices 8 --mesh pp=3", 2, "needs 3 devices"),
-    cli("plan tiny.py --device h100 --mesh pp=2,tp=2", 2, "has tp among its axes"),
+    cli("plan tiny.py --device h100 --mesh pp=2,tp=2", 2, "define parallelize"),
 ]
 _REPORTS = [
     cli("report", 2, "Missing argument 'RUN"),
