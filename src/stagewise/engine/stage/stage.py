@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import BackwardCFunction
@@ -39,6 +39,7 @@ from stagewise.engine.stage.keywords import (
     take_keywords,
 )
 from stagewise.engine.stage.loss import Loss, add_seeds, end, record_added, seeds_of, takes_target
+from stagewise.engine.stage.randomness import CellRandomness
 from stagewise.engine.stage.same_again import sampled
 from stagewise.engine.stage.split_backward import Product, next_number
 from stagewise.engine.stage.work import CellForward, LateGradients, Mode, RunCell, Work
@@ -237,32 +238,26 @@ class Stage:
         for given in flight.keywords:
             named[given.cell] = put_together(fed[given.places], given.structure)
         randomness = work.randomness[self.device]
-        running: Cell | None = None
         collector, calls, directly = LossCollector(), self._calls, self._calls_modules
         if work.look is not None and kind is Kind.FORWARD:
             last, again = self.cells[-1] if self.is_last else None, work.again(self.device)
             directly, calls = False, work.look.cells(calls, collector, m, last, again)
         for around in work.around:
             directly, calls = False, around(calls)
-
-        def enter(cell: Cell) -> None:
-            nonlocal running
-            running = NOW.cell = cell
-            collector.cell = cell.index
-            flight.starts.append(next_number())
-            randomness.enter_cell(cell.index, m)
-
         if directly and self._together is not None and not asks_by_name(flight):
+            enter = partial(_enter, flight, collector, randomness, m)
             directly, calls = False, [in_one_call(self.cells, self._together, enter)]
         outer, COLLECTING.active = COLLECTING.active, collector
         try:
             for cell, forward in calls:
-                enter(cell)
-                if directly and cell.index not in named and type(value) is not Arguments:
+                NOW.cell, collector.cell, index = cell, cell.index, cell.index
+                flight.starts.append(next_number())
+                randomness.enter_cell(index, m)
+                if directly and index not in named and type(value) is not Arguments:
                     value = cell.module(value)
                 else:
-                    value = forward(value, named.get(cell.index, _NO_KEYWORDS))
-            running = NOW.cell = None
+                    value = forward(value, named.get(index, _NO_KEYWORDS))
+            NOW.cell = None
             flight.starts.append(next_number())
             if self.is_last:
                 randomness.enter_loss(m)
@@ -272,7 +267,7 @@ class Stage:
             raise
         except Exception as error:
             at = Instruction(self.index, kind, m)
-            raise failed(running, error, at, self.device, work) from error
+            raise failed(cast("Cell | None", NOW.cell), error, at, self.device, work) from error
         finally:
             COLLECTING.active = outer
         flight.added = collector.added
@@ -294,3 +289,12 @@ def _edge_of(output: torch.Tensor) -> GradientEdge | None:
     if node is not None and not isinstance(node, BackwardCFunction):
         return GradientEdge(node, output.output_nr)
     return get_gradient_edge(output) if output.requires_grad else None
+
+
+def _enter(
+    flight: Flight, collector: LossCollector, randomness: CellRandomness, m: int, cell: Cell
+) -> None:
+    """Begin `cell` within the call of an earlier one, as `_through` begins the others."""
+    NOW.cell, collector.cell = cell, cell.index
+    flight.starts.append(next_number())
+    randomness.enter_cell(cell.index, m)
