@@ -11,7 +11,7 @@ from stagewise.planning.calibrate import (
     message_seconds,
     with_engine_overhead,
 )
-from stagewise.schedule import SCHEDULES, Kind, named_schedule
+from stagewise.schedule import SCHEDULES, Kind, named_schedule, with_recompute
 from stagewise.timeline import Span, Timeline
 
 STAGE = StageCost(
@@ -92,6 +92,17 @@ def test_what_instructions_take_beyond_their_cells_is_read_back(name: str, sign:
     if Kind.BACKWARD_INPUT in kinds:
         assert read == InstructionCost(**{k: pytest.approx(v) for k, v in vars(truth).items()})
     again = simulate(schedule, stage_costs(surrounded(cells, read), each))
+    assert again.duration_seconds == pytest.approx(timeline.duration_seconds)
+
+
+def test_recomputations_have_no_overhead_of_their_own() -> None:
+    """They cost a forward: InstructionCost has no seconds of theirs."""
+    schedule = with_recompute(named_schedule("gpipe", 2, 4), "always")
+    cells = [CellCost(name="cell", forward_seconds=1, backward_seconds=2)] * 2
+    truth = InstructionCost(forward_seconds=0.5, backward_seconds=0.5)
+    timeline = simulate(schedule, stage_costs(surrounded(cells, truth), (1, 1)))
+    known = engine_overhead([(cells, (1, 1), [timeline])])
+    again = simulate(schedule, stage_costs(with_engine_overhead(cells, known), (1, 1)))
     assert again.duration_seconds == pytest.approx(timeline.duration_seconds)
 
 

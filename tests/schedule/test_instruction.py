@@ -100,6 +100,7 @@ NAMES_KINDS = {
     "engine/stage/stage.py": "ACTIONS: what each does",
     "engine/stage/skips.py": "forward, a skip's value; backward, its gradient",
     "engine/transport/transport.py": "a long skip is a message of a forward",
+    "diagnosis/sharded_steps.py": "what gathers and reductions took, by their kinds",
     "profiling/trial_steps.py": "measures each cell by its F, B, I and W",
     "profiling/estimate_cell.py": "counts each cell's F, B and I",
 }

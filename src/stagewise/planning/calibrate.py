@@ -161,7 +161,7 @@ def _corrections(
                 row = 1, *cell_seconds, mean - of(costs[stage])
                 rows[KINDS[kind].seconds].append([seconds / mean for seconds in row])
     return {
-        name: _most_probable(np.array(each), -getattr(common.per_stage, name))
+        name: _most_probable(np.array(each), -getattr(common.per_stage, name, 0.0))
         for name, each in rows.items()
     }
 

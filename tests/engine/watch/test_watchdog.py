@@ -4,6 +4,7 @@ import contextlib
 import io
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -243,3 +244,18 @@ def test_a_store_that_was_late_is_asked_again() -> None:
     with watched([now], store):
         store.num_late = 2  # it is given up at the third in a row
         assert waiting_for(lambda: not store.num_late and store.check([WAITS]))
+
+
+def test_what_the_watchdog_compares_keeps_no_cell_alive() -> None:
+    """It kept the last one of a plan that was tried, with weights that are another rank's."""
+
+    class Layer:
+        name = "layers.3"
+
+    now, layer = Now(), Layer()
+    now.cell, gone = layer, weakref.ref(layer)
+    state = now.state()
+    assert "layers.3" in state
+    now.end()
+    del layer
+    assert gone() is None and state != now.state()

@@ -41,8 +41,9 @@ class Now:
     numbers: Sequence[int] | None = None  # what the ranks of a pipeline on a mesh are called
 
     def state(self) -> tuple[object, ...]:
-        """Return what differs after any progress."""
-        return self.count, self.call, self.instruction, self.cell, self.awaits
+        """Return what differs after any progress; it may be kept, so no cell is in it."""
+        cell = None if self.cell is None else self.cell.name
+        return self.count, self.call, self.instruction, cell, self.awaits
 
     def when(self, call: str) -> str:
         """Say which step `call` belongs to ("": no call runs)."""
