@@ -25,6 +25,9 @@ from stagewise.pretrained.peft_names import base_name
 
 _METHODS = "torchao", "bitsandbytes"
 _PROBE = 64  # rows of a weight that are quantised to learn how many bytes it will take
+# Whether an evaluation on the CPU may pack a layer of bitsandbytes anew, for a kernel that rounds
+# to bfloat16 and has no gradient: adapters below it would not train any more.
+_REPACKS = "support_avx512bf16_for_cpu"
 
 
 def quantiser_of(config: Any, asked: Any, folder: Path) -> Any:
@@ -35,7 +38,16 @@ def quantiser_of(config: Any, asked: Any, folder: Path) -> Any:
     written = getattr(config, "quantization_config", None)
     if asked is None and written is None:
         return None
-    auto = import_module("transformers.quantizers.auto").AutoHfQuantizer
+    module = import_module("transformers.quantizers.auto")
+    auto = module.AutoHfQuantizer
+    if isinstance(asked, Mapping):
+        try:
+            asked = module.AutoQuantizationConfig.from_dict(dict(asked))
+        except (ValueError, TypeError) as error:
+            raise ModelError(
+                f"quantization_config={asked!r} describes no way of quantising ({error}); give a "
+                "BitsAndBytesConfig or a TorchAoConfig of transformers"
+            ) from error
     method = _method(asked if written is None else written)
     if method not in _METHODS:
         where = "quantization_config asks for" if written is None else f"{folder} is quantised by"
@@ -58,8 +70,8 @@ def quantiser_of(config: Any, asked: Any, folder: Path) -> Any:
 
 
 def _method(config: Any) -> str:
-    written = config if isinstance(config, Mapping) else vars(config)
-    found = written.get("quant_method", type(config).__name__)
+    own = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    found = own.get("quant_method", f"{config!r}" if not own else type(config).__name__)
     return str(found.value if isinstance(found, Enum) else found)
 
 
@@ -106,6 +118,8 @@ class Quantised(Maker):
             self.model.get_submodule(name.rpartition(".")[0]),
         )
         layer._parameters[attribute] = weight = self._made(base, values)
+        if hasattr(layer, _REPACKS):
+            setattr(layer, _REPACKS, False)
         if type(own) is not type(layer):
             _become(own, layer, attribute)
         return weight
