@@ -93,7 +93,7 @@ def _answering(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def refuse_argument(callee: str, unknown: str, known: Iterable[str]) -> NoReturn:
     """Raise TypeError that says what `unknown` is called here, if that can be guessed."""
-    meant, remedy = meant_argument(unknown, known), ""
+    meant, remedy = meant_argument(unknown, known, likeness=0.7), ""
     if meant is not None and meant in known:
         remedy = f"; write {meant}=" if meant != unknown else ""
     elif meant is not None:
@@ -102,11 +102,11 @@ def refuse_argument(callee: str, unknown: str, known: Iterable[str]) -> NoReturn
     raise TypeError(f"{callee}() got an unexpected keyword argument {unknown!r}{remedy}")
 
 
-def meant_argument(unknown: str, known: Iterable[str]) -> str | None:
+def meant_argument(unknown: str, known: Iterable[str], likeness: float = 0.8) -> str | None:
     """Return the argument that `unknown` stands for in another library, or is a typo of."""
     if meant := ARGUMENTS.get(unknown):
         return meant
-    close = difflib.get_close_matches(unknown, [*known, *OF_PLAN], n=1, cutoff=0.8)
+    close = difflib.get_close_matches(unknown, [*known, *OF_PLAN], n=1, cutoff=likeness)
     return close[0] if close else None
 
 

@@ -137,3 +137,12 @@ def test_new_adapters_begin_as_the_base_model(tmp_path: Path) -> None:
 def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(stagewise.errors.ModelError, match=r"has no config\.json"):
         stagewise.from_pretrained(tmp_path, batch())
+
+
+def test_a_misspelt_argument_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    for given, meant in (("quantization", "quantization_config"), ("los", "loss")):
+        message = rf"^from_pretrained\(\) got .* '{given}'; write {meant}="
+        with pytest.raises(TypeError, match=message):
+            stagewise.from_pretrained(tmp_path / "not there", batch(), **{given: None})
+    with pytest.raises(TypeError, match="argument 'state'"):
+        stagewise.from_pretrained(tmp_path / "not there", batch(), state="folder")

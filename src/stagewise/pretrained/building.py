@@ -6,6 +6,7 @@ are estimated, and let every process read its own tensors from the safetensors f
 """
 
 import gc
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -23,6 +24,7 @@ from stagewise.engine.stage.loss import Loss
 from stagewise.engine.transport.processes import num_processes
 from stagewise.errors import ModelError
 from stagewise.free_pages import HEAP
+from stagewise.habits import refuse_argument
 from stagewise.model.captured import Captured
 from stagewise.model.export.capture import capture
 from stagewise.pipeline.pipeline import Pipeline
@@ -34,6 +36,8 @@ from stagewise.pretrained.peft_names import ADAPTER, adapter_name, base_name
 from stagewise.pretrained.quantised import Quantised, quantiser_of
 from stagewise.profiling.estimate import estimate
 
+# Of Pipeline, whose other parameters are made of the folder.
+_OPTIONS = {*inspect.signature(Pipeline).parameters} - {"model", "plan", "init", "state"}
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 
@@ -94,6 +98,9 @@ def from_pretrained(
             transformers or peft are missing.
         CheckpointError: a tensor of the model is not in the folder, or has another shape.
     """
+    for unknown in options.keys() - _OPTIONS:
+        known = {*inspect.signature(from_pretrained).parameters, *_OPTIONS} - {"options"}
+        refuse_argument("from_pretrained", unknown, known)
     path = _folder(folder)
     config, model, maker = _models(path, dtype, adapters, quantization_config)
     chain = capture(model, **example)  # which the Pipeline of the model then has
