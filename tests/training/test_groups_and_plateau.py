@@ -148,6 +148,11 @@ def test_a_pattern_that_matches_nothing_is_refused_before_workers_start(
         )
 
 
+def test_a_group_that_names_its_own_parameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="without 'params', which the patterns tell"):
+        load_recipe(recipe_of(tmp_path, more="groups = {'*.bias': {'params': []}}"))
+
+
 def test_a_schedule_that_would_wait_for_ever_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="after every due validation, but there is none: let dat"):
         run(recipe_of(tmp_path), tmp_path / "run", (5,), every=0)

@@ -116,10 +116,11 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda value: (
             isinstance(value, Mapping)
             and all(isinstance(pattern, str) for pattern in value)
-            and all(isinstance(options, Mapping) for options in value.values())
+            and all(isinstance(o, Mapping) and "params" not in o for o in value.values())
         ),
-        "a dict from patterns of parameters' names to the options of a group of theirs, such as "
-        "{'*.bias': {'weight_decay': 0.0}, 'head.*': {'lr': 1e-2}}",
+        "a dict from patterns of parameters' names to the options of a group of theirs (without "
+        "'params', which the patterns tell), such as {'*.bias': {'weight_decay': 0.0}, 'head.*': "
+        "{'lr': 1e-2}}",
     ),
     "scheduler_metric": (
         lambda value: isinstance(value, str),
