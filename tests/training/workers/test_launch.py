@@ -43,10 +43,11 @@ def test_restarts_are_not_for_the_users_mistakes(tmp_path: Path, code: int, star
     assert len(started.read_text()) == 2 * starts
 
 
-def test_a_worker_that_does_not_end_is_not_waited_for_as_long_as_torch_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("other", "seconds"), [("kill -STOP 0", 1), ("sleep 0.5", 30)])
+def test_only_a_stopped_worker_is_not_waited_for_as_long_as_torch_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, seconds: int
 ) -> None:
-    """One that is stopped, or hangs; torchelastic gives it 30 seconds."""
+    """Any other may be about to complete a checkpoint, and is given torchelastic's 30 seconds."""
     monkeypatch.setattr(launch, "ENDING_SECONDS", 1)
     patience = []
     plain = SubprocessContext._close
@@ -56,9 +57,11 @@ def test_a_worker_that_does_not_end_is_not_waited_for_as_long_as_torch_would(
         plain(context, death_sig, timeout)
 
     monkeypatch.setattr(SubprocessContext, "_close", close)
-    config = launch.launch_config(2, str(tmp_path), signals="SIGQUIT")
+    config, ended = launch.launch_config(2, str(tmp_path), signals="SIGQUIT"), tmp_path / "ended"
     with launch.failures_end(MemoryKills()), pytest.raises(ChildFailedError) as failed:
-        command = "trap '' TERM; [ $RANK = 1 ] && sleep 60; sleep 0.2; exit 1"
-        elastic_launch(config, "sh")("-c", command)
-    assert max(patience) == 1
-    assert failed.value.failures[1].exitcode == -signal.SIGKILL
+        command = f"trap '' TERM; [ $RANK = 1 ] && {{ {other}; echo >> {ended}; exit 3; }}"
+        elastic_launch(config, "sh")("-c", f"{command}; sleep 0.2; exit 1")
+    assert patience[0] == seconds  # later, none is left
+    assert ended.exists() == (seconds == 30)
+    if not ended.exists():
+        assert failed.value.failures[1].exitcode == -signal.SIGKILL

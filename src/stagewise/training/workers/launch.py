@@ -38,8 +38,8 @@ from stagewise.training.workers.lost import held_back
 from stagewise.training.workers.stop import SIGNALS
 
 PATIENCE_SECONDS = 25  # of the 30 that a cluster usually waits between SIGTERM and SIGKILL
-# For workers to end after one has failed, before they are killed: one that is stopped or hangs does
-# not end by itself, and for any other the watchdog's 5 seconds are enough.
+# For workers to end after one has failed, before they are killed, if one is stopped (SIGSTOP): it
+# does not end by itself, and no checkpoint that it belongs to can be completed.
 ENDING_SECONDS = 8
 _HANGUP, _ALARM = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", None)  # not Windows
 _KEEP_BYTES = str(1 << 40)  # more than any machine has
@@ -98,8 +98,8 @@ def launch_config(
 
 @contextmanager
 def failures_end(kills: MemoryKills) -> Iterator[None]:
-    """Inside, torchelastic waits for workers to end, after one has failed, no longer than it takes
-    them if they do at all, and starts none again that would only fail alike.
+    """Inside, torchelastic does not wait long for a stopped worker to end after another has failed,
+    and starts none again that would only fail alike.
     """
     plain = LocalElasticAgent._monitor_workers
 
@@ -119,9 +119,20 @@ def failures_end(kills: MemoryKills) -> Iterator[None]:
 
 
 def _close_soon(
-    context: PContext, death_sig: signal.Signals | None = None, timeout: int = ENDING_SECONDS
+    context: PContext, death_sig: signal.Signals | None = None, timeout: int = 30
 ) -> None:
-    PContext.close(context, death_sig, min(timeout, ENDING_SECONDS))
+    if any(map(_is_stopped, context.pids().values())):
+        timeout = min(timeout, ENDING_SECONDS)
+    PContext.close(context, death_sig, timeout)
+
+
+def _is_stopped(process: int) -> bool:
+    """Return whether a process waits for SIGCONT; False where /proc does not tell."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def worker_environment(num_workers: int) -> dict[str, str]:
