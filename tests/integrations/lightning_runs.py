@@ -82,6 +82,130 @@ class Manual(Classifier):
         self.automatic_optimization = False
 
 
+class Narrow(Classifier):
+    """Trains its last layer only, although all have gradients."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.model[-1].parameters(), lr=0.1)
+
+
+class Losing(Classifier):
+    """Computes a loss of outputs and labels, and logs it."""
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        loss = self.loss(self(batch[0]), batch[1])
+        self.log("train_loss", loss, batch_size=len(batch[0]), on_step=True, on_epoch=True)
+        return loss
+
+
+def labels_in(batch: list[Tensor]) -> Tensor:
+    return (batch[1] != 1).sum()
+
+
+class Padded(Losing):
+    """Ignores the labels of one class."""
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out, torch.where(y == 1, -100, y))
+
+
+class Summed(Losing):
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out, y, reduction="sum")
+
+
+class ByPosition(Losing):
+    """Weighs the first samples of a batch less than its last."""
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        weights = torch.linspace(1, 2, len(y), dtype=out.dtype)
+        return (nn.functional.cross_entropy(out, y, reduction="none") * weights).mean()
+
+
+class Reducing(Losing):
+    """Logs a maximum, a minimum and a count."""
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        self.log("greatest", out.max(), reduce_fx="max")
+        self.log("least", out.min(), reduce_fx=torch.min, on_step=True, on_epoch=True)
+        self.log("right", (out.argmax(-1) == y).double().sum(), reduce_fx="sum")
+        return nn.functional.cross_entropy(out, y)
+
+
+class Product(Losing):
+    """Logs by a reduction that microbatches do not have."""
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        self.log("product", out.mean(), reduce_fx=torch.prod)
+        return nn.functional.cross_entropy(out, y)
+
+
+class Counting(Losing):
+    """Counts its calls, behind that of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.cross_entropy(out, y)
+
+
+class Collecting(Counting):
+    """Keeps its losses, and makes a cache, which is no change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self.cache: Tensor | None = None
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        self.cache = torch.zeros(1) if self.cache is None else self.cache
+        self.kept.append(loss := nn.functional.cross_entropy(out, y))
+        return loss
+
+
+class Buffered(Classifier):
+    """Counts in a buffer, ahead of the model's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+
+class Cached(Losing):
+    """Makes what it needs at the first call."""
+
+    weights: Tensor | None = None
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        if self.weights is None:
+            self.weights = out.new_ones(CLASSES)
+        return nn.functional.cross_entropy(out, y) * self.weights.mean()
+
+
+class Quasi(Classifier):
+    """Has an optimizer that takes products over all parameters."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+
+class Peeking(Classifier):
+    """Reads a parameter of the first stage in a hook, which the second has without values."""
+
+    def on_train_batch_end(self, *args: object) -> None:
+        float(self.model[0].weight.sum())
+
+
 class Rows(Callback):
     """What a callback sees after each batch."""
 
@@ -110,11 +234,12 @@ def trained(
     num_stages: int | None = None,
     module: type[Classifier] | None = None,
     stop_early: bool = False,
+    weight: Any = None,
     **options: Any,
 ) -> Run:
     """Train, and return what a callback saw, what was saved, and predictions."""
     pl.seed_everything(1, verbose=False)
-    ours = PipelineStrategy(pipeline=PipelineArguments(num_stages=num_stages))
+    ours = PipelineStrategy(pipeline=PipelineArguments(num_stages=num_stages), weight=weight)
     strategy: Any = ours if pipelined else "auto"
     plain: Any = Classifier(dropout) if module is None else module()
     plain.double()  # Lightning restores checkpoints before it converts modules

@@ -12,10 +12,23 @@ import torch
 from stagewise.errors import StagewiseError
 from tests.harness import Pools
 from tests.integrations.lightning_runs import (
+    Buffered,
+    ByPosition,
+    Cached,
     Classifier,
+    Collecting,
+    Counting,
     Drawing,
     Manual,
+    Narrow,
+    Padded,
+    Peeking,
+    Product,
+    Quasi,
+    Reducing,
     Skipping,
+    Summed,
+    labels_in,
     trained,
     trained_on_ranks,
 )
@@ -94,10 +107,46 @@ def test_mixed_precision(plain: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("module", "options", "weight"),
+    [
+        (Narrow, {"gradient_clip_val": 0.02}, None),  # the norm of what is optimized
+        (Padded, {}, labels_in),
+        (Reducing, {}, None),
+        (Cached, {}, None),
+    ],
+)
+def test_what_a_module_may_do_is_as_in_plain_lightning(
+    module: type[Classifier], options: dict[str, Any], weight: Any
+) -> None:
+    own, other = (
+        trained(pipelined=pipelined, num_stages=2, module=module, weight=weight, **options)
+        for pipelined in (True, False)
+    )
+    assert_equal(own, other)
+
+
+def test_an_optimizer_that_couples_parameters_needs_one_process(pools: Pools) -> None:
+    with pytest.raises(Exception, match="LBFGS computes its step from all parameters together"):
+        pools[2].run(trained_on_ranks, [{"module": Quasi}], seconds=100)
+
+
+def test_where_a_hook_fails_on_one_process_the_others_end(pools: Pools) -> None:
+    with pytest.raises(Exception, match="meta"):
+        pools[2].run(trained_on_ranks, [{"module": Peeking}], seconds=100)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"module": Drawing}, "draws random numbers before it calls the model"),
         ({"module": Skipping}, "without a loss; return the loss of every batch"),
+        ({"module": Padded}, "samples do not count equally"),
+        ({"module": Summed}, "is a sum over samples"),
+        ({"module": ByPosition}, "depends on the other samples of its batch"),
+        ({"module": Product}, "give 'mean', 'sum', 'max' or 'min'"),
+        ({"module": Counting}, "changes calls of the LightningModule"),
+        ({"module": Collecting}, "changes kept of the LightningModule"),
+        ({"module": Buffered}, "changes seen of the LightningModule"),
         ({"module": Manual}, "automatic_optimization=False: gradients are there once"),
         ({"sync_batchnorm": True}, "sync_batchnorm: running statistics are those of the whole"),
     ],

@@ -1,6 +1,6 @@
 """The batches of an update as the microbatches of one step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from stagewise.batch.markers import Microbatches
 from stagewise.batch.split import batch_size, microbatch_sizes, split
 
 Inputs = Mapping[str, Any]
+Count = tuple[int, float]  # of a part: its samples, and its weight in means
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,25 @@ def as_microbatches(
     whole = {name: value for name, value in calls[0].items() if name not in parts[0]}
     split_up = {name: Microbatches([part[name] for part in parts]) for name in parts[0]}
     return Accumulated({**whole, **split_up}, Microbatches(ends), len(parts))
+
+
+def in_parts(
+    called: dict[str, Any],
+    batch: object,
+    count: int,
+    smallest: int,
+    weight: Callable[[Any], float | torch.Tensor] | None,
+) -> tuple[Accumulated, list[Count]]:
+    """Return a step of one batch, in `count` parts, and what these count.
+
+    Each sample has its part's index, so that two parts can be joined, to look at their loss.
+    """
+    size = batch_size(called, "the batch")
+    sizes = microbatch_sizes(size, max(1, min(size // smallest, count)))
+    parts = split(batch, sizes)
+    rows = [{"index": torch.full((n,), i), "batch": parts[i]} for i, n in enumerate(sizes)]
+    counts = sizes if weight is None else [float(weight(part)) for part in parts]
+    return Accumulated(called, Microbatches(rows), len(sizes)), [*zip(sizes, counts, strict=True)]
 
 
 def _names(batch: Inputs) -> set[str]:

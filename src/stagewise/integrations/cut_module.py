@@ -1,6 +1,6 @@
 """What of a LightningModule is cut, and what it may not do outside of that."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,3 +47,16 @@ def refuse_draws(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
             "training_step draws random numbers before it calls the model, and would draw others "
             "for its loss; draw them in the data set, or in on_after_batch_transfer"
         )
+
+
+def refuse_loss(warnings: Iterable[str]) -> None:
+    """Raise UsageError if a pipeline has warned that microbatches' losses do not make the whole."""
+    for text in warnings:
+        if text.startswith("the loss"):
+            raise UsageError(
+                "training_step's loss for a batch is not the mean over its samples of the losses "
+                "of its microbatches. Return such a mean; or say what part of a batch counts how "
+                "much, as in PipelineStrategy(weight=lambda batch: (batch[1] != -100).sum()); or "
+                "do not split batches, with PipelineArguments(num_microbatches=1). The Pipeline, "
+                f"whose options these words name, says: {text}"
+            )

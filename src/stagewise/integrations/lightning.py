@@ -9,8 +9,9 @@ model (norms, states) is asked of the Pipeline.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,24 +19,23 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from stagewise.batch.markers import Microbatches
-from stagewise.batch.split import batch_size, microbatch_sizes, split
 from stagewise.engine.stage.gradient import gradients_aside, taken
 from stagewise.errors import UsageError
-from stagewise.integrations.accumulated import Accumulated
-from stagewise.integrations.cut_module import cut_path, refuse_draws
+from stagewise.integrations.accumulated import Accumulated, Count, in_parts
+from stagewise.integrations.cut_module import cut_path, refuse_draws, refuse_loss
 from stagewise.integrations.first_step import loss_of, pipeline_for
 from stagewise.integrations.known_gradients import with_gradients
-from stagewise.integrations.logged import Logged, averaged, log_kept
+from stagewise.integrations.logged import Logged, log_kept, put_together
 from stagewise.integrations.own_part import (
     keep_own_part,
     loading_own_part,
     whole_optimizer_state,
     whole_state,
 )
+from stagewise.integrations.own_state import State, changed, refuse_changed, state_beside
 from stagewise.integrations.pipeline_arguments import PipelineArguments
 from stagewise.integrations.stand_in import Called, arguments_in, forward_answered, once
-from stagewise.integrations.unsupported import refuse_in_lightning
+from stagewise.integrations.unsupported import refuse_coupling, refuse_in_lightning
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.plan import Plan
 from stagewise.training.state.random_states import random_states, random_states_kept
@@ -50,14 +50,17 @@ class PipelineStrategy(DDPStrategy):
         module: the path of the module to cut, such as "model"; by default the only one in the
             LightningModule that has parameters. `training_step` calls it once.
         pipeline: how it is cut and run; by default one stage for each process.
+        weight: `weight(batch)` of a part of a batch: how much its mean loss counts, such as the
+            number of labels that are not ignored; by default the number of samples.
         options: as for Lightning's DDPStrategy.
 
     The loss that `training_step` returns is a mean over the batch's samples, as are the numbers
-    that it logs. Dropout draws by seed, batch, module and microbatch.
+    that it logs with `reduce_fx="mean"`. Dropout draws by seed, batch, module and microbatch.
 
     Raises:
         UsageError: the Trainer asks for what a pipeline cannot do, or `training_step` returns no
-            loss, draws random numbers before it calls the model, or logs what is no number.
+            loss or one that does not add up over parts of the batch, draws random numbers before it
+            calls the model, logs what is no number, or changes what the LightningModule holds.
         ModelError: the module to cut is not clear, or cannot be captured; or other modules are
             trained, which no stage would own.
     """
@@ -67,14 +70,17 @@ class PipelineStrategy(DDPStrategy):
         module: str | None = None,
         *,
         pipeline: PipelineArguments | None = None,
+        weight: Callable[[Any], float | torch.Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.pipe: Pipeline | None = None
         self._pipeline_args, self._path = pipeline or PipelineArguments(), module
         self._resumed: Plan | None = None
+        self._weight = weight
         self._rest: tuple[object, ...] = ()  # arguments of training_step beside the batch
         self._logged: Logged | None = None  # of the step under way
+        self._to_watch = 2  # batches in which training_step may change nothing; caches are made
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +109,7 @@ class PipelineStrategy(DDPStrategy):
             if hasattr(each, "sync_on_compute"):  # a metric, which sees whole batches everywhere
                 each.sync_on_compute = False
         super(DDPStrategy, self).setup(trainer)
+        refuse_coupling(self.optimizers if self.world_size > 1 else ())
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm
 
     def _setup_model(self, model: Any) -> Any:
@@ -125,10 +132,12 @@ class PipelineStrategy(DDPStrategy):
         (batch, *rest), self._rest = [*args, *kwargs.values()], ()
         with self.precision_plugin.train_step_context():
             before = random_states() if self.pipe is None else None
+            held = self._held()
             called = arguments_in(lambda: module.training_step(batch, *rest), self.cut, _STEP)
             if before is not None:
                 refuse_draws(before, random_states())
-            step, sizes = self._split(called, batch)
+            refuse_changed(changed(held, self._held()))
+            step, counts = self._split(called, batch)
             self._rest, self._logged = tuple(rest), None
             pipe = self._built(step)
             pipe.train()
@@ -139,19 +148,23 @@ class PipelineStrategy(DDPStrategy):
                 loss = pipe.step(**called, target=step.target)
                 gradients = [taken(parameter) for parameter in parameters]
         logged, self._logged = self._logged, None
-        for part in pipe.ranks.gather(logged, _STEP):
-            for entry in averaged(part, sizes):
-                module.log(entry.name, entry.value, *entry.options[0], **entry.options[1])
+        mine = logged, changed(held, self._held()), pipe.exactness_warnings
+        parts, paths, told = zip(*pipe.ranks.gather(mine, _STEP), strict=True)
+        refuse_changed({*chain.from_iterable(paths)})
+        refuse_loss(chain.from_iterable(told))
+        self._to_watch = max(0, self._to_watch - 1)
+        for entry in chain.from_iterable(put_together(part, counts) for part in parts):
+            module.log(entry.name, entry.value, **entry.options)
         return with_gradients(loss.to(self.root_device), gradients, parameters)
 
-    def _split(self, called: Called, target: object) -> tuple[Accumulated, list[int]]:
+    def _held(self) -> State:
+        module: Any = self.lightning_module
+        return state_beside(module, self.cut) if self._to_watch else {}
+
+    def _split(self, called: Called, target: object) -> tuple[Accumulated, list[Count]]:
         asked = self._pipeline_args
-        size = batch_size(called, "the batch")
         [count] = asked.counts(self.world_size)
-        sizes = microbatch_sizes(size, max(1, min(size // asked.smallest, count)))
-        parts = split(target, sizes)
-        rows = [{"index": i, "batch": part} for i, part in enumerate(parts)]
-        return Accumulated(called, Microbatches(rows), len(sizes)), sizes
+        return in_parts(called, target, count, asked.smallest, self._weight)
 
     def loss_of_microbatch(self, output: object, target: Any) -> torch.Tensor:
         """Return what `training_step` does for a microbatch; the last stage calls this."""
@@ -160,7 +173,7 @@ class PipelineStrategy(DDPStrategy):
         with forward_answered(self.cut, once(output, _STEP)), log_kept(module, entries):
             found = module.training_step(target["batch"], *self._rest)
         if self._logged is not None:
-            self._logged.setdefault(target["index"], entries)
+            self._logged.setdefault(int(target["index"][0]), entries)
         loss = found.get("loss") if isinstance(found, Mapping) else found
         if not isinstance(loss, torch.Tensor):
             raise UsageError(
@@ -177,7 +190,14 @@ class PipelineStrategy(DDPStrategy):
             with random_states_kept(), torch.inference_mode(False), torch.enable_grad():
                 cut.train()
                 self.pipe = pipeline_for(
-                    cut, self, self._pipeline_args, step, loss_of(self), self._resumed, summed=False
+                    cut,
+                    self,
+                    self._pipeline_args,
+                    step,
+                    loss_of(self),
+                    self._resumed,
+                    summed=False,
+                    weight=None if (own := self._weight) is None else lambda t: own(t["batch"]),
                 )
                 for optimizer in self.optimizers or [None]:
                     keep_own_part(cut, self.pipe, optimizer)
@@ -213,9 +233,12 @@ class PipelineStrategy(DDPStrategy):
         context = self.precision_plugin.predict_step_context
         return self._evaluated("predict_step", context, args, kwargs)
 
-    def _clip_by_norm(self, optimizer: object, clip_val: float) -> None:
+    def _clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        """Clip what the optimizer has, as Lightning does: the others' gradients do not count."""
         assert self.pipe is not None
-        self.pipe.clip_grad_norm_(clip_val)
+        its = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        with gradients_aside(p for p in self.pipe.parameters() if id(p) not in its):
+            self.pipe.clip_grad_norm_(clip_val)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the value of this process, which all have."""

@@ -1,6 +1,6 @@
 """What of a TrainingArguments, or of Lightning's Trainer, a pipeline cannot do, in words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from stagewise.errors import UsageError
@@ -110,6 +110,10 @@ _REFUSED_OF_LIGHTNING: list[_Row] = [
 ]
 
 
+# Optimizers, by name, that take norms or products over all parameters.
+_COUPLING = ("LBFGS", "SAM", "Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptLion", "DAdaptAdaGrad")
+
+
 def _named(values: Any, names: Any) -> bool:
     return any(base.__name__ in names for value in values for base in type(value).__mro__)
 
@@ -122,6 +126,17 @@ def refuse_unsupported(args: Any) -> None:
 def refuse_in_lightning(trainer: Any) -> None:
     """Raise UsageError, with all of it, if Lightning's Trainer asks for what a pipeline cannot."""
     _refuse(_REFUSED_OF_LIGHTNING, trainer, "PipelineStrategy cannot do what this Trainer asks for")
+
+
+def refuse_coupling(optimizers: Iterable[object]) -> None:
+    """Raise UsageError for optimizers whose step depends on all parameters, not each on its own."""
+    for optimizer in optimizers:
+        if _named([optimizer], _COUPLING):
+            raise UsageError(
+                f"{type(optimizer).__name__} computes its step from all parameters together, but a "
+                "process has only those of its own stages; use an optimizer that updates every "
+                "parameter by itself, such as SGD or AdamW, or one process"
+            )
 
 
 def _refuse(rows: list[_Row], given: Any, what: str) -> None:

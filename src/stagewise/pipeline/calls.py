@@ -206,6 +206,11 @@ class Calls(Share):
         """The last call's losses by name, with those that cells added; unnamed: "loss"."""
         return dict(self._losses)
 
+    @property
+    def exactness_warnings(self) -> list[str]:
+        """What the last call has warned of on this rank, as ExactnessWarnings."""
+        return self._runner.looks.told
+
     def _run(
         self,
         mode: Mode,

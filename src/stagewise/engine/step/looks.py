@@ -157,6 +157,7 @@ class Looks:
         self.elsewhere: Mapping[str, weakref.ref[Any]] = {}
         self._at_ones: set[Mode] = set()  # whose first call of one microbatch was looked at
         self._said: dict[str, int] = {}  # what is wrong -> how badly
+        self.told: list[str] = []  # in words, what the last call's warnings say
         self.are_off = False  # cells may not run again on copies
         self.unwatched = set(Mode)  # modes in which it is not known what cells draw from
 
@@ -223,7 +224,8 @@ class Looks:
             )
         new = {w: v for w, v in found.items() if v[0] > self._said.get(w, -1)}
         self._said |= {what: badly for what, (badly, _) in new.items()}
-        for _, text in new.values():
+        self.told = [text for _, text in new.values()]
+        for text in self.told:
             warn_user(text, ExactnessWarning)
 
     def _over_nothing(self, work: Work) -> str | None:
