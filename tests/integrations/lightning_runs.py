@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from stagewise.errors import StagewiseError
 from stagewise.integrations.lightning import PipelineStrategy
 from stagewise.integrations.pipeline_arguments import PipelineArguments
 
@@ -286,3 +287,12 @@ def trained_on_ranks(cases: list[dict[str, Any]]) -> list[Run]:
         MASTER_PORT="0",
     )
     return [trained(pipelined=True, **case) for case in cases]
+
+
+def refused_on_ranks(case: dict[str, Any]) -> str:
+    """Run a case on every rank of a pool, and return what it says when it is refused."""
+    try:
+        trained_on_ranks([case])
+    except StagewiseError as error:
+        return str(error)
+    return ""
