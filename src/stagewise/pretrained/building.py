@@ -98,9 +98,7 @@ def from_pretrained(
             transformers or peft are missing.
         CheckpointError: a tensor of the model is not in the folder, or has another shape.
     """
-    for unknown in options.keys() - _OPTIONS:
-        known = {*inspect.signature(from_pretrained).parameters, *_OPTIONS} - {"options"}
-        refuse_argument("from_pretrained", unknown, known)
+    _check_options(options)
     path = _folder(folder)
     config, model, maker = _models(path, dtype, adapters, quantization_config)
     chain = capture(model, **example)  # which the Pipeline of the model then has
@@ -116,6 +114,12 @@ def from_pretrained(
     if isinstance(adapters, str | Path):
         pipe.load_adapters(adapters)
     return pipe
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for unknown in options.keys() - _OPTIONS:
+        known = {*inspect.signature(from_pretrained).parameters, *_OPTIONS} - {"options"}
+        refuse_argument("from_pretrained", unknown, known)
 
 
 def _tidy() -> None:
