@@ -94,8 +94,7 @@ def from_pretrained(
         options: as for `Pipeline`; with `loss`, the model's output is its first argument.
 
     Raises:
-        ModelError: the folder has no configuration, or is quantised in another way; or
-            transformers or peft are missing.
+        ModelError: no configuration, or quantised in another way; no transformers, or no peft.
         CheckpointError: a tensor of the model is not in the folder, or has another shape.
     """
     _check_options(options)
