@@ -6,8 +6,8 @@
    the model, so that the trainer's own loss code runs on the outputs of the last stage.
 3. `lightning` has `PipelineStrategy`, for Lightning's Trainer: the `first_step` is the same, of a
    LightningModule the `cut_module` is spread, its training_step runs on outputs of the last stage
-   as that loss code does, what it has `logged` for microbatches is put together, and gradients
-   are handed over as the `known_gradients` of its loss.
+   as that loss code does, and may change nothing of its `own_state`; what it has `logged` for
+   microbatches is put together, and gradients are handed over as the `known_gradients` of its loss.
 4. `accumulated` makes the batches of an update the microbatches of one step; `own_part` frees the
    parameters of other processes, and puts together what they save.
 

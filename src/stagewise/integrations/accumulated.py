@@ -20,6 +20,7 @@ class Accumulated:
     keywords: dict[str, Any]
     target: Microbatches
     count: int
+    weight: Callable[..., Any] | None = None  # of a part, by its target
 
 
 def as_microbatches(
@@ -62,7 +63,9 @@ def in_parts(
     parts = split(batch, sizes)
     rows = [{"index": torch.full((n,), i), "batch": parts[i]} for i, n in enumerate(sizes)]
     counts = sizes if weight is None else [float(weight(part)) for part in parts]
-    return Accumulated(called, Microbatches(rows), len(sizes)), [*zip(sizes, counts, strict=True)]
+    weigh = None if weight is None else lambda target: weight(target["batch"])
+    step = Accumulated(called, Microbatches(rows), len(sizes), weigh)
+    return step, [*zip(sizes, counts, strict=True)]
 
 
 def _names(batch: Inputs) -> set[str]:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from stagewise.engine.step.weights import Weight
 from stagewise.integrations.accumulated import Accumulated
 from stagewise.integrations.pipeline_arguments import PipelineArguments
 from stagewise.model.cells_of import chain_for
@@ -69,12 +68,11 @@ def pipeline_for(
     resumed: Plan | None,
     *,
     summed: bool = True,
-    weight: Weight | None = None,
 ) -> Pipeline:
     """Return a pipeline, for whose plan the steps of `loss` are measured; collective.
 
     `resumed` is the plan of the run that is resumed; `summed`: losses are added up over
-    microbatches, as they are; else they are means, which count by `weight` or by samples.
+    microbatches, as they are; else they are means, which count by the step's weight or by samples.
     """
     alone = args.world_size == 1
     used = asked.given_plan() or resumed
@@ -102,7 +100,7 @@ def pipeline_for(
         model,
         used,
         loss=loss,
-        weight=weight,
+        weight=step.weight,
         loss_reduction="sum" if summed else "mean",
         seed=args.seed,
         devices=[args.device] * used.num_devices if alone else None,

@@ -32,7 +32,7 @@ from stagewise.integrations.own_part import (
     whole_optimizer_state,
     whole_state,
 )
-from stagewise.integrations.own_state import State, changed, refuse_changed, state_beside
+from stagewise.integrations.own_state import HeldState, paths_changed, refuse_changed, state_beside
 from stagewise.integrations.pipeline_arguments import PipelineArguments
 from stagewise.integrations.stand_in import Called, arguments_in, forward_answered, once
 from stagewise.integrations.unsupported import refuse_coupling, refuse_in_lightning
@@ -136,7 +136,7 @@ class PipelineStrategy(DDPStrategy):
             called = arguments_in(lambda: module.training_step(batch, *rest), self.cut, _STEP)
             if before is not None:
                 refuse_draws(before, random_states())
-            refuse_changed(changed(held, self._held()))
+            refuse_changed(paths_changed(held, self._held()))
             step, counts = self._split(called, batch)
             self._rest, self._logged = tuple(rest), None
             pipe = self._built(step)
@@ -148,7 +148,7 @@ class PipelineStrategy(DDPStrategy):
                 loss = pipe.step(**called, target=step.target)
                 gradients = [taken(parameter) for parameter in parameters]
         logged, self._logged = self._logged, None
-        mine = logged, changed(held, self._held()), pipe.exactness_warnings
+        mine = logged, paths_changed(held, self._held()), pipe.exactness_warnings
         parts, paths, told = zip(*pipe.ranks.gather(mine, _STEP), strict=True)
         refuse_changed({*chain.from_iterable(paths)})
         refuse_loss(chain.from_iterable(told))
@@ -157,7 +157,7 @@ class PipelineStrategy(DDPStrategy):
             module.log(entry.name, entry.value, **entry.options)
         return with_gradients(loss.to(self.root_device), gradients, parameters)
 
-    def _held(self) -> State:
+    def _held(self) -> HeldState:
         module: Any = self.lightning_module
         return state_beside(module, self.cut) if self._to_watch else {}
 
@@ -197,7 +197,6 @@ class PipelineStrategy(DDPStrategy):
                     loss_of(self),
                     self._resumed,
                     summed=False,
-                    weight=None if (own := self._weight) is None else lambda t: own(t["batch"]),
                 )
                 for optimizer in self.optimizers or [None]:
                     keep_own_part(cut, self.pipe, optimizer)

@@ -24,7 +24,7 @@ class LoggedNumber:
 
     name: str
     value: torch.Tensor
-    reduction: str
+    put_by: str
     options: dict[str, Any]
 
 
@@ -78,7 +78,7 @@ def put_together(logged: Logged, counts: Sequence[Count]) -> list[LoggedNumber]:
 
 def _whole(rows: Mapping[int, LoggedNumber], counts: Sequence[Count]) -> LoggedNumber:
     last = [*rows.values()][-1]
-    number = replace(last, value=_reduced(last.reduction, rows, counts))
+    number = replace(last, value=_reduced(last.put_by, rows, counts))
     said = [entry.options.get("batch_size") for entry in rows.values()]
     if said == [counts[index][0] for index in rows]:  # also of microbatches that log nothing
         return replace(number, options={**last.options, "batch_size": sum(n for n, _ in counts)})

@@ -13,12 +13,12 @@ from torch import nn
 
 from stagewise.errors import UsageError
 
-State = dict[str, tuple[object, object]]  # by path: a value, kept alive, and what to compare
+HeldState = dict[str, tuple[object, object]]  # by path: a value, kept alive, and what to compare
 
 _HIDDEN = frozenset(vars(LightningModule()))
 
 
-def state_beside(module: nn.Module, cut: nn.Module) -> State:
+def state_beside(module: nn.Module, cut: nn.Module) -> HeldState:
     """Return what `module` and its parts hold beside `cut`, torch and Lightning."""
     inside = {id(each) for each in cut.modules()}
     return {
@@ -38,7 +38,7 @@ def _token(value: object) -> object:
     return len(value) if isinstance(value, list | dict | set | tuple) else None
 
 
-def changed(before: State, after: State) -> list[str]:
+def paths_changed(before: HeldState, after: HeldState) -> list[str]:
     """Return the paths of what was there before and has changed."""
     return [
         path for path, (_, token) in before.items() if path in after and after[path][1] != token
