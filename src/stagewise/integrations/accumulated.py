@@ -47,7 +47,7 @@ def as_microbatches(
     return Accumulated({**whole, **split_up}, Microbatches(ends), len(parts))
 
 
-def in_parts(
+def part_by_part(
     called: dict[str, Any],
     batch: object,
     count: int,

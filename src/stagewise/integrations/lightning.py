@@ -21,11 +21,11 @@ from torch import nn
 
 from stagewise.engine.stage.gradient import gradients_aside, taken
 from stagewise.errors import UsageError
-from stagewise.integrations.accumulated import Accumulated, Count, in_parts
+from stagewise.integrations.accumulated import Accumulated, Count, part_by_part
 from stagewise.integrations.cut_module import cut_path, refuse_draws, refuse_loss
 from stagewise.integrations.first_step import loss_of, pipeline_for
 from stagewise.integrations.known_gradients import with_gradients
-from stagewise.integrations.logged import Logged, log_kept, put_together
+from stagewise.integrations.logged import Logged, for_the_whole, log_kept
 from stagewise.integrations.own_part import (
     keep_own_part,
     loading_own_part,
@@ -153,7 +153,7 @@ class PipelineStrategy(DDPStrategy):
         refuse_changed({*chain.from_iterable(paths)})
         refuse_loss(chain.from_iterable(told))
         self._to_watch = max(0, self._to_watch - 1)
-        for entry in chain.from_iterable(put_together(part, counts) for part in parts):
+        for entry in chain.from_iterable(for_the_whole(part, counts) for part in parts):
             module.log(entry.name, entry.value, **entry.options)
         return with_gradients(loss.to(self.root_device), gradients, parameters)
 
@@ -164,7 +164,7 @@ class PipelineStrategy(DDPStrategy):
     def _split(self, called: Called, target: object) -> tuple[Accumulated, list[Count]]:
         asked = self._pipeline_args
         [count] = asked.counts(self.world_size)
-        return in_parts(called, target, count, asked.smallest, self._weight)
+        return part_by_part(called, target, count, asked.smallest, self._weight)
 
     def loss_of_microbatch(self, output: object, target: Any) -> torch.Tensor:
         """Return what `training_step` does for a microbatch; the last stage calls this."""

@@ -67,7 +67,7 @@ def _rest(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("name", "value")}
 
 
-def put_together(logged: Logged, counts: Sequence[Count]) -> list[LoggedNumber]:
+def for_the_whole(logged: Logged, counts: Sequence[Count]) -> list[LoggedNumber]:
     """Return each entry for the whole batch, whose microbatches count so much."""
     found: dict[str, dict[int, LoggedNumber]] = {}
     for index, entries in sorted(logged.items()):

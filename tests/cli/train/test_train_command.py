@@ -21,7 +21,8 @@ def losses(run: Path) -> list[dict[str, float]]:
 def test_two_workers_train_and_what_they_leave(tmp_path: Path, run_here: RunHere) -> None:
     recipe = write_recipe(tmp_path)
     code, out, err = run_command("train", recipe, "--steps", "10", *SMALL, cwd=tmp_path)
-    assert (code, err) == (0, "")
+    waits = [line for line in err.splitlines() if " waits at localhost:" not in line]
+    assert (code, waits) == (0, [])  # a slow machine is told that a rank is slow to start
     for expected in ("stage 1:", "step 10/10  loss", "step time", "peak activations, device 1"):
         assert expected in out
     assert out.count("validation loss") == 3  # before, after, and in the summary
