@@ -6,72 +6,28 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import stagewise
-from benchmarks.mesh.compare import NUM_MICROBATCHES
-from benchmarks.mesh.inner import Parallelize, sharded, split, split_and_sharded
-from benchmarks.mesh.subjects import Batch, batches, built
+from benchmarks.mesh.checkpoints import SAVED as MESHES
+from benchmarks.mesh.checkpoints import made as pipeline_on
+from benchmarks.mesh.checkpoints import state_of, stepped
+from benchmarks.mesh.checkpoints import values as values_of
+from benchmarks.mesh.subjects import Batch, built
 from tests.harness import Pools
 from tests.pipeline.runs import unexamined
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed:UserWarning")
 
-# name -> the lengths of "pp" and of the other axes, and what is done to stages
-MESHES: dict[str, tuple[dict[str, int], Parallelize | None]] = {
-    "replicas": ({"pp": 2, "dp": 2}, None),
-    "fully sharded": ({"pp": 2, "dp_shard": 2}, sharded),
-    "hybrid": ({"pp": 1, "dp_replicate": 2, "dp_shard": 2}, sharded),
-    "split": ({"tp": 2, "pp": 2}, split),
-    "split and sharded": ({"pp": 1, "dp_shard": 2, "tp": 2}, split_and_sharded),
-}
-
 
 def made(name: str, model: str) -> tuple[stagewise.Pipeline, torch.optim.Optimizer, Batch]:
     """A pipeline, its optimizer, and this rank's part of a batch."""
-    axes, parallelize = MESHES[name]
-    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
-    balance = (8,) if axes["pp"] == 1 else (4, 4)
-    plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=NUM_MICROBATCHES)
-    loss = nn.functional.cross_entropy
-    pipe = stagewise.Pipeline(built(model), plan, loss=loss, mesh=mesh, parallelize=parallelize)
+    pipe, batch = pipeline_on(MESHES[name], model)
     optimizer = torch.optim.SGD(pipe.parameters(), lr=0.01, momentum=0.9, foreach=False)
-    return unexamined(pipe), optimizer, part(mesh)
-
-
-def part(mesh: DeviceMesh) -> Batch:
-    (batch,) = batches(16, 1)
-    number = index = 0
-    for name in mesh.mesh_dim_names or ():
-        if name.startswith("dp"):
-            number, index = max(number, 1) * mesh[name].size(), index * mesh[name].size()
-            index += mesh.get_local_rank(name)
-    here = slice(index * 16 // max(number, 1), (index + 1) * 16 // max(number, 1))
-    return Batch(batch.tokens[here], batch.target[here])
-
-
-def stepped(pipe: stagewise.Pipeline, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    optimizer.zero_grad()
-    loss = float(pipe.step(batch.tokens, target=batch.target))
-    optimizer.step()
-    return loss
-
-
-def whole(tensor: Tensor) -> Tensor:
-    full = getattr(tensor, "full_tensor", None)
-    return (tensor if full is None else full()).detach().clone()
+    return unexamined(pipe), optimizer, batch
 
 
 def values(pipe: stagewise.Pipeline) -> dict[str, Any]:
-    """As arrays: each tensor sent between processes takes a file descriptor."""
-    return {name: whole(tensor).numpy() for name, tensor in pipe.state_dict().items()}
-
-
-def state_of(pipe: stagewise.Pipeline, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """As torch.distributed.checkpoint takes it, and loads it in place."""
-    state = {name: optimizer.state[p]["momentum_buffer"] for name, p in pipe.named_parameters()}
-    return {"model": pipe.state_dict(), "optimizer": state}
+    return values_of(pipe.state_dict())
 
 
 def saved(folder: str) -> dict[str, Any]:
