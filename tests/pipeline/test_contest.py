@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 import stagewise
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
-from stagewise.pipeline.contest import FIRST_EFFORT, TimeLeft, _number
+from stagewise.pipeline.contest import FIRST_EFFORT, Contest, TimeLeft, _number
+from stagewise.pipeline.trials import Measured
 from stagewise.planning.search.finalists import FINALISTS
 from stagewise.planning.search.search import SYNTHESIS_EFFORT
 
@@ -47,7 +49,9 @@ def test_a_search_examines_what_there_is_time_for() -> None:
     assert quick.effort(4.0) == SYNTHESIS_EFFORT
 
 
-def test_trials_are_not_examined_and_warm_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_are_not_examined_and_every_second_step_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Looks at the first calls took several steps' time for every plan, twice for the fastest."""
     ran, run = list[tuple[Runner, Request]](), Runner.run
 
@@ -72,4 +76,24 @@ def test_trials_are_not_examined_and_warm_up_once(monkeypatch: pytest.MonkeyPatc
     assert plan.measured_seconds and len(trials) >= 2
     assert all(request.is_measured for _, request in trials)
     steps = Counter(runner for runner, _ in trials)
-    assert set(steps.values()) <= {2, 3}  # one to warm up, one in each round
+    assert set(steps.values()) <= {2, 4}  # one to warm up and one that counts, in each round
+
+
+def test_a_prediction_counts_as_one_step_more() -> None:
+    """A single step is wrong by more than good plans differ; so is a prediction."""
+    predicted = {"a": 1.1, "b": 1.0}
+    contest = Contest.__new__(Contest)
+    contest._known = lambda: (None, None)  # type: ignore
+    contest._repriced = lambda plan, *_: plan  # type: ignore
+    contest.plans = {name: SimpleNamespace(seconds=s) for name, s in predicted.items()}  # type: ignore
+    contest._latest = [*predicted]
+
+    def ranked(**steps: list[float]) -> list[str]:
+        contest.measured = {
+            name: Measured(plan=stagewise.Plan(balance=(1,), num_microbatches=1), step_seconds=each)
+            for name, each in steps.items()
+        }
+        return contest._ranked()
+
+    assert ranked(a=[1.0], b=[1.01]) == ["b", "a"]
+    assert ranked(a=[1.0] * 3, b=[1.05] * 3) == ["a", "b"]

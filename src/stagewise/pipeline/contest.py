@@ -2,10 +2,12 @@
 
 Problem: predictions are wrong by more than good plans differ, and trying plans takes time.
 Idea: the fastest predicted plans of different kinds run first; what all of them show corrects the
-costs; what the next search finds runs beside the fastest so far. Each takes a step to warm up and
-one that counts, more where time is left; where there is little, fewer plans are tried.
+costs; what the next search finds runs beside the fastest so far. Each takes turns of a step to warm
+up and one that counts, as many as there is time for; where there is little, fewer plans are tried.
+A step or two are no certainty either: the corrected prediction counts as one step more.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -84,7 +86,7 @@ class Contest:
         """Return the result of the search that trials correct, with the fastest plan measured."""
         step = found.chosen.seconds
         left = self._clock.left(step)
-        number = _number((1 - _SHARE_OF_SEARCH) * left, step, others=3, least=2)
+        number = _number((1 - _SHARE_OF_SEARCH) * left, step, others=4, least=2)
         self._run_first(found.finalists, number, _SHARE_OF_FIRST * left)
         fastest, *others = self._ranked()
         step, so_far = self.measured[fastest].seconds, self.plans[fastest]
@@ -98,9 +100,9 @@ class Contest:
         ]
         left = self._clock.left(step)
         close = [w for w in others if self.measured[w].seconds < _CLOSE * step]
-        if fresh or (close and left > 2 * step):
+        if fresh or (close and left > 4 * step):
             again = [self.plans[words] for words in close]
-            number = _number(left, step, others=1, least=1)
+            number = _number(left, step, others=2, least=1)
             self._run([so_far, *[*fresh, *again][: min(number, FINALISTS - 1)]], left)
         return self._result(found, self._ranked()[0])
 
@@ -140,7 +142,13 @@ class Contest:
 
     def _ranked(self) -> list[str]:
         """Return those that ran in turn last, the fastest first."""
-        return sorted(self._latest, key=lambda words: self.measured[words].seconds)
+        link, engine = self._known()
+
+        def seconds(words: str) -> float:
+            predicted = self._repriced(self.plans[words], link, engine).seconds
+            return statistics.fmean([*self.measured[words].step_seconds, predicted])
+
+        return sorted(self._latest, key=seconds)
 
     def _cells(self, count: int, engine: EngineOverhead) -> tuple[CellCost, ...]:
         return with_engine_overhead(self.costs_at(count), engine)

@@ -2,9 +2,11 @@
 
 Problem: predictions leave out what only shows when all devices are busy: messages that wait for a
 core, caches that neighbours evict, the engine's own work.
-Idea: all plans run in turn, so that noise affects all alike, each for as many steps as fit into the
-time; medians are compared. Steps are not looked at for what would be wrong in training, which takes
-several steps' time. Gradients, buffers, random states and modes are left as they were.
+Idea: all plans run in turn, so that noise affects all alike, each for as many turns as fit into the
+time; medians are compared. A turn is two steps, of which the second counts: the first one finds
+caches as another plan has left them, which happens to nobody in training. Steps are not looked at
+for what would be wrong in training, which takes several steps' time. Gradients, buffers, random
+states and modes are left as they were.
 """
 
 import platform
@@ -41,7 +43,7 @@ from stagewise.profiling.trial_steps import trial_step, untouched
 from stagewise.slow_notice import notice_if_slow
 from stagewise.timeline import Timeline
 
-MAX_STEPS = 9
+MAX_TURNS = 9
 _SLOWER = 1.25  # times the fastest: not tried further
 TellTrial = Callable[[str], None]
 
@@ -83,10 +85,11 @@ def try_plans(
     tell: TellTrial = lambda what: None,
     warm: dict[str, "Running"] | None = None,
 ) -> dict[str, Measured]:
-    """Run `plans`, by their words, for about `seconds`, at least `least` steps each; collective.
+    """Run `plans`, by their words, for about `seconds`, at least `least` turns each; collective.
 
-    A plan that is not `warm` takes one step more first, and is put there. A plan for which memory
-    is not enough is left out. Any other failure is a PlanError that names the plan, on every rank.
+    Those in `warm` are built already, and those that are built are put there. A plan for which
+    memory is not enough is left out. Any other failure is a PlanError that names the plan, on every
+    rank.
     """
     start = time.perf_counter()
     own = dict.fromkeys(p for cell in example.chain for p in cell.module.parameters())
@@ -98,26 +101,24 @@ def try_plans(
         warm = {} if warm is None else warm
         left = {w: warm.get(w) or Running.of(plan, example) for w, plan in plans.items()}
         found = {what: Measured(plan=plan) for what, plan in plans.items()}
-        for number in range(1 + max(least, MAX_STEPS)):
+        for number in range(1, 1 + max(least, MAX_TURNS)):
             began = time.perf_counter()
             for what, each in [*left.items()]:
-                if not number and what in warm:
-                    continue
                 tell(f"trying {what}, step {number}")
-                took = each.step(what)
+                alone = number > 1 and len(left) == 1
+                took = each.step(what) if alone or each.step(what) else None
                 warm[what] = each
                 if took is None:
                     del left[what], found[what], warm[what]
-                elif number:
+                else:
                     found[what].timelines.append(took[0])
                     found[what].step_seconds.append(took[1])
             now = time.perf_counter()
             is_late = values_of_all(now - start + (now - began) > seconds, "trying plans")[0]
             if not left or (number >= least and is_late):
                 break
-            if number:
-                fastest = min(found[what].seconds for what in left)
-                left = {w: e for w, e in left.items() if found[w].seconds <= _SLOWER * fastest}
+            fastest = min(found[what].seconds for what in left)
+            left = {w: e for w, e in left.items() if found[w].seconds <= _SLOWER * fastest}
     if not found:
         raise NoMemoryError(
             f"none of the plans ({', '.join(plans)}) could be run for want of memory; give "

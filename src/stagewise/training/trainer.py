@@ -48,7 +48,6 @@ from stagewise.training.workers.run_owner import owned
 from stagewise.training.workers.stop import StopRequest
 
 LOOK_EVERY = 10  # steps between gathering the measured timeline on all ranks
-WARM_UP = 3  # first steps excluded from measured times
 
 
 def run_training(
