@@ -184,6 +184,15 @@ def test_without_cause_there_is_no_advice() -> None:
     assert advice_for(quiet) == []
 
 
+def test_a_stage_with_replicas_may_take_longer() -> None:
+    made = plan(1, 2, link=FREE_LINK, num_devices=None, replicas=(1, 2))
+    assert "slow stage" not in {advice.about for advice in advice_for(recorded(made))}
+    slow = plan(1, 4, link=FREE_LINK, num_devices=None, replicas=(1, 2))
+    told = {advice.about: advice.sentence for advice in advice_for(recorded(slow))}
+    assert "stage 1 takes 2.0 times as long" in told["slow stage"]
+    assert "(12 s for a microbatch, on 2 devices)" in told["slow stage"]
+
+
 def test_a_command_keeps_what_is_not_of_the_plan() -> None:
     other = plan(1, 1, 1, 1, schedule="interleaved", recompute="always", num_microbatches=8)
     command = "stagewise train 'my recipe.py' --plan x.json --steps 5 --microbatches=4"

@@ -41,6 +41,7 @@ def test_savings_of_nothing_are_left_out() -> None:
 def test_the_predicted_step_of_sharded_stages_has_their_gathers() -> None:
     """Recorded is the plan's own step, on devices whose gathers take 3 s and reductions 2 s."""
     made = plan(2, 2, num_devices=2, link=FREE_LINK)
+    made = replace(made, cells=tuple(replace(cell, parameter_bytes=70) for cell in made.cells))
     schedule = with_gathers(made.needed_schedule, {0: 0, 1: 1})
     costs = tuple(replace(c, gather_seconds=3.0, reduce_seconds=2.0) for c in made.engine_costs)
     events = tuple(
@@ -57,6 +58,8 @@ def test_the_predicted_step_of_sharded_stages_has_their_gathers() -> None:
     found = predicted_step(recording)
     assert found is not None and [c.gather_seconds for c in found.costs] == pytest.approx([3, 3])
     assert found.timeline.duration_seconds == pytest.approx(step.timeline.duration_seconds)
+    peaks = found.figures.peak_activation_bytes  # and gathered parameters, which are kept too
+    assert [*peaks] == [peak + 70 for peak in made.peak_activation_bytes]
     record = RunReport(RunFiles(path=Path("run"), rows=(), recording=recording)).record()
     assert record["predicted"]["step_seconds"] == found.timeline.duration_seconds  # type: ignore[index]
     fewer = replace(step, events=tuple(e for e in events if str(e.what) != "0G0"))

@@ -2,7 +2,8 @@
 
 A measured plan knows nothing of shards: what is gathered, and how long that takes, is decided when
 `parallelize` runs. So gathers and reductions take as long as the recorded steps show (of gathers,
-the shortest: the others were also held up), and the rest what was planned.
+the shortest: the others were also held up), and the rest what was planned. Gathered parameters are
+kept from forward to backward, and measured with the activations.
 """
 
 import json
@@ -13,6 +14,7 @@ from statistics import fmean
 
 from stagewise.costs import StageCost
 from stagewise.planning import Plan, simulate
+from stagewise.planning.plan_words import Figures
 from stagewise.recording import RecordedStep, Recording
 from stagewise.schedule import Instruction, Kind
 from stagewise.schedule.instruction import KINDS
@@ -26,6 +28,14 @@ class PredictedStep:
 
     timeline: Timeline
     costs: tuple[StageCost, ...]
+
+    @property
+    def figures(self) -> Figures:
+        return Figures(
+            step_seconds=self.timeline.duration_seconds,
+            bubble_fraction=self.timeline.bubble_fraction,
+            peak_activation_bytes=self.timeline.peak_activation_bytes(self.costs),
+        )
 
 
 def has_shards(step: RecordedStep) -> bool:
@@ -74,6 +84,7 @@ def _with_exchange(cost: StageCost, stage: int, steps: Sequence[RecordedStep]) -
         launch_seconds=fmean(launches) if launches else 0.0,
         gather_seconds=min((end - start for start, end in gathers), default=0.0),
         reduce_seconds=fmean(reductions) if reductions else 0.0,
+        gathered_bytes=cost.parameter_bytes,
     )
 
 

@@ -71,7 +71,9 @@ def _slow_stage(measured: MeasuredSteps) -> Iterator[str]:
     plan = measured.plan
     if plan.num_stages < 2 or plan.segments:
         return
-    seconds = [cost.forward_seconds + cost.backward_seconds for cost in plan.stage_costs]
+    devices = [len(on) for on in plan.built_schedule.placement]  # of each stage's replicas
+    whole = [cost.forward_seconds + cost.backward_seconds for cost in plan.stage_costs]
+    seconds = [each / number for each, number in zip(whole, devices, strict=True)]
     slow = max(range(len(seconds)), key=seconds.__getitem__)
     others = fmean(each for stage, each in enumerate(seconds) if stage != slow)
     if seconds[slow] > _SLOWER * others > 0:
@@ -88,7 +90,9 @@ def _slow_stage(measured: MeasuredSteps) -> Iterator[str]:
             better = f"cut anew, {measured.command(other, cut=True)}"
         yield (
             f"stage {slow} takes {seconds[slow] / others:.1f} times as long as the mean of the "
-            f"others ({format_seconds(seconds[slow])} for a microbatch): {better}"
+            f"others ({format_seconds(whole[slow])} for a microbatch"
+            + f", on {devices[slow]} devices" * (devices[slow] > 1)
+            + f"): {better}"
         )
 
 

@@ -73,8 +73,9 @@ class RunReport:
                 "gathers; what these keep counts as activations below"
             )
         if self._recording.memory:
-            planned = None if measured is None else measured.planned
-            yield memory_table(self._recording.memory, planned)
+            predicted = self._predicted
+            peaks = () if predicted is None else predicted.figures.peak_activation_bytes
+            yield memory_table(self._recording.memory, peaks)
 
     def record(self) -> dict[str, object]:
         """Return the same as JSON-ready values."""
@@ -94,11 +95,7 @@ class RunReport:
             **idle_record(self._idle(step)),
         }
         if (predicted := self._predicted) is not None:
-            found["predicted"] = {
-                "step_seconds": predicted.timeline.duration_seconds,
-                "bubble_fraction": float(predicted.timeline.bubble_fraction),
-                "peak_activation_bytes": predicted.timeline.peak_activation_bytes(predicted.costs),
-            }
+            found["predicted"] = vars(predicted.figures)
         if measured is not None:
             found |= {
                 "replayed_seconds": measured.replayed_seconds,

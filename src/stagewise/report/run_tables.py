@@ -1,12 +1,12 @@
 """What a run recorded, as tables: why devices were idle, what would help, memory, clocks."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 from stagewise.diagnosis import Help
-from stagewise.planning import Plan
 from stagewise.recording import Cause, Clock, IdleTime, StageMemory
 from stagewise.recording.recorded import SECOND
 from stagewise.units import format_seconds, size_in_words
@@ -50,14 +50,17 @@ def help_table(found: Sequence[Help]) -> Table:
     return table
 
 
-def memory_table(memory: Sequence[StageMemory], plan: Plan | None) -> Table:
-    """Return what every stage holds, and the peak of its activations beside the prediction."""
+def memory_table(memory: Sequence[StageMemory], peaks: Sequence[int]) -> Table:
+    """Return what every stage holds, and the peak of its activations beside the predicted `peaks`
+    of devices, where it has one for itself.
+    """
     table = _table("Memory", "stage", "device", "parameters", "gradients", "optimizer")
     for heading in ("peak activations", "predicted"):
         table.add_column(heading, justify="right")
-    expected = _peaks(plan) if plan is not None and plan.cells else {}
+    stages = Counter(one.device for one in memory)
+    devices = Counter(one.stage for one in memory)
     for one in memory:
-        peak = expected.get(one.stage)
+        is_alone = stages[one.device] == devices[one.stage] == 1
         table.add_row(
             str(one.stage),
             str(one.device),
@@ -65,18 +68,9 @@ def memory_table(memory: Sequence[StageMemory], plan: Plan | None) -> Table:
             size_in_words(one.gradient_bytes),
             size_in_words(one.optimizer_bytes),
             size_in_words(one.peak_bytes),
-            "-" if peak is None else size_in_words(peak),
+            size_in_words(peaks[one.device]) if is_alone and peaks else "-",
         )
     return table
-
-
-def _peaks(plan: Plan) -> Mapping[int, int]:
-    """Return the predicted peak of stages that have a device for themselves."""
-    placement = plan.built_schedule.placement
-    alone = {on[0]: stage for stage, on in enumerate(placement) if len(on) == 1}
-    several = [on[0] for on in placement]
-    peaks = plan.peak_activation_bytes
-    return {stage: peaks[device] for device, stage in alone.items() if several.count(device) == 1}
 
 
 def clocks_in_words(clocks: Sequence[Clock]) -> str:

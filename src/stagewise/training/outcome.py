@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stagewise.diagnosis import as_measured
+from stagewise.diagnosis import as_measured, predicted_step
 from stagewise.errors import StagewiseError
 from stagewise.planning import Plan
 from stagewise.planning.advice.not_faster import not_faster
 from stagewise.planning.plan_words import Figures, predicted
-from stagewise.recording import LOG_FILE, RECORDING_FILE, read_run
+from stagewise.recording import LOG_FILE, RECORDING_FILE, Recording, read_run
 from stagewise.report.plan_table import comparison_table
 from stagewise.training.run_folder import Checkpoint
 
@@ -49,17 +49,24 @@ def nonfinite_warning(step: int, loss: float) -> str:
     )
 
 
-def _not_faster(run: Path, outcome: RunOutcome, measured: Figures) -> str | None:
+def _not_faster(recording: Recording | None, outcome: RunOutcome, seconds: float) -> str | None:
     """Return why the devices were not faster than one, by what was recorded, if anything was."""
     steps = None
     with suppress(StagewiseError):
-        recording = read_run(run).recording
         steps = None if recording is None else as_measured(recording)
     if steps is not None:
         which = "recorded step"  # of which there are a few; the table has all
         return None if steps.takes_turns else not_faster(steps.plan, steps.step_seconds, which)
     usual = outcome.last_step - outcome.first_step > _EXAMINED
-    return not_faster(outcome.plan, measured.step_seconds or 0.0) if usual else None
+    return not_faster(outcome.plan, seconds) if usual else None
+
+
+def _expected(recording: Recording | None, plan: Plan) -> Figures:
+    """Return the prediction, with what shards cost if it is known."""
+    step = None
+    with suppress(StagewiseError):
+        step = None if recording is None else predicted_step(recording)
+    return predicted(plan) if step is None else step.figures
 
 
 def print_result(
@@ -78,8 +85,11 @@ def print_result(
     if outcome.sample is not None:
         say(f"\n--- sample ---\n{outcome.sample}\n--- end of sample ---\n")
     if outcome.measured is not None:
-        console.print(comparison_table(predicted(outcome.plan), outcome.measured))
-        if reason := _not_faster(run, outcome, outcome.measured):
+        recording = None
+        with suppress(StagewiseError):
+            recording = read_run(run).recording
+        console.print(comparison_table(_expected(recording, outcome.plan), outcome.measured))
+        if reason := _not_faster(recording, outcome, outcome.measured.step_seconds or 0.0):
             say(reason)
     if outcome.validation_before is not None and outcome.validation_after is not None:
         say(
