@@ -82,6 +82,28 @@ def main(
             WORKLOADS[at].num_devices, measure, at, quick, steps or _num_steps(at, quick)
         )
         print_rows("auto beside named schedules", rows, as_json=json, notes=NOTES)
+        if not json:
+            print(_summary(rows))
+
+
+def _summary(rows: list[Row]) -> str:
+    """Say whether auto is the fastest, and how wrong predictions are."""
+    auto, *_ = rows
+    over = [
+        float(row["predicted_seconds"]) / float(row["step_seconds"] or 0)
+        for row in rows
+        if row["predicted_seconds"] is not None
+    ]
+    common = statistics.median(over)
+    torchs = [float(row["ratio"] or 0) for row in rows if str(row["system"]).startswith("torch")]
+    said = [f"auto takes {auto['ratio']:.3f} of the fastest row's time"]
+    if torchs:
+        said.append(f"torch's fastest {min(torchs) / float(auto['ratio'] or 0):.3f} of auto's")
+    for what, by in (("predictions", 1.0), (f"over their common {common:.3f}, they", common)):
+        errors = [abs(each / by - 1) for each in over]
+        median, worst = statistics.median(errors), max(errors)
+        said.append(f"{what} are wrong by {median:.1%} (median), {worst:.1%} (worst)")
+    return f"{auto['workload']}: {'; '.join(said)}"
 
 
 def _num_steps(at: int, quick: bool) -> int:
