@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 import stagewise
-from stagewise.schedule import SCHEDULES, Schedule, named_schedule
+from stagewise.schedule import POLICIES, SCHEDULES, Schedule, named_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,15 @@ def cuts(name: str, num_cells: int) -> list[int]:
     if SCHEDULES[name].stages_per_device == 1:
         return [n for n in (1, 2, 3, 4) if n <= num_cells]
     return [n for n in (2, 3, 4, 6) if n <= num_cells][-2:]
+
+
+def policy_in_turn(number: int) -> str:
+    """The policy of a run between processes, one after the other for cuts that follow each other.
+
+    What a stage recomputes, it recomputes by itself. So in one process every policy runs at every
+    cut, and between processes each runs at some.
+    """
+    return list(POLICIES)[number % len(POLICIES)]
 
 
 def planned(balance: Sequence[int], schedule: str, **more: object) -> stagewise.Plan:

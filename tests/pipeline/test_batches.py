@@ -17,7 +17,7 @@ from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
 from tests.pipeline.runs import even, unexamined
-from tests.schedules import RUNNABLE, cuts, layout, planned
+from tests.schedules import RUNNABLE, cuts, layout, planned, policy_in_turn
 
 MSE = nn.functional.mse_loss
 NUM_MICROBATCHES = 4
@@ -339,7 +339,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_cut_schedule_policy_and_transport_is_bit_identical(pools: Pools, form: str) -> None:
-    for schedule in RUNNABLE:
+    for index, schedule in enumerate(RUNNABLE, [*FORMS].index(form)):
         wanted = train(Run(form=form, schedule=schedule))
         assert wanted.gradients
         for num_stages in cuts(schedule, 4):
@@ -352,10 +352,11 @@ def test_any_cut_schedule_policy_and_transport_is_bit_identical(pools: Pools, fo
             num_devices, _ = layout(schedule, num_stages)
             if num_devices == 1:
                 continue
-            for records in zip(*pools[num_devices].run(train_each, runs), strict=True):
-                gradients = {n: g for record in records for n, g in record.gradients.items()}
-                for record in records:
-                    assert_same(replace(record, gradients=gradients), wanted)
+            run = replace(runs[0], recompute=policy_in_turn(index + num_stages))
+            records = pools[num_devices].run(train, run)
+            gradients = {n: g for record in records for n, g in record.gradients.items()}
+            for record in records:
+                assert_same(replace(record, gradients=gradients), wanted)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -722,7 +723,8 @@ def test_other_shapes_forms_and_arguments_at_every_step(pools: Pools, schedule: 
         for num_stages in (2, 4):
             num_devices, _ = layout(schedule, num_stages)
             same(restless(num_stages, schedule, recompute), wanted)
-            if num_devices == 1:
+            turn = policy_in_turn(RUNNABLE.index(schedule) + num_stages // 2)
+            if num_devices == 1 or recompute != turn:
                 continue
             first, *others = pools[num_devices].run(restless, num_stages, schedule, recompute)
             same(first, wanted)

@@ -20,7 +20,7 @@ from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
 from tests.pipeline.runs import unexamined
-from tests.schedules import RUNNABLE, layout, planned
+from tests.schedules import RUNNABLE, layout, planned, policy_in_turn
 
 WIDTH, SIZE, NUM_MICROBATCHES = 3, 22, 4  # microbatches of 6, 6, 5, 5
 State = dict[str, Tensor]
@@ -176,16 +176,17 @@ def test_any_cut_policy_and_transport_has_the_same_bits(
     pools: Pools, name: str, schedule: str
 ) -> None:
     (wanted,) = trained(name, 1, schedule, ["never"], torch.float32)
-    num_cells = len(MODELS[name]())
+    num_cells, turn = len(MODELS[name]()), [*MODELS].index(name) + RUNNABLE.index(schedule)
     for num_stages in range(1, min(num_cells, 4) + 1):
-        arguments = (name, num_stages, schedule, list(POLICIES), torch.float32)
         if name == "twice in a stage":
             if num_stages > 2:
                 continue
         elif (num_devices := layout(schedule, num_stages)[0]) > 1:
-            for ranks in zip(*pools[num_devices].run(trained, *arguments), strict=True):
-                assert_same({k: t for state in ranks for k, t in state.items()}, wanted)
-        for state in trained(*arguments):
+            policy = policy_in_turn(turn + num_stages)
+            arguments = (name, num_stages, schedule, [policy], torch.float32)
+            ranks = pools[num_devices].run(trained, *arguments)
+            assert_same({k: t for [state] in ranks for k, t in state.items()}, wanted)
+        for state in trained(name, num_stages, schedule, list(POLICIES), torch.float32):
             assert_same(state, wanted)
 
 
