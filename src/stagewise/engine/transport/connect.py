@@ -89,8 +89,9 @@ def connect(
 
 def in_one_process(devices: Sequence[torch.device]) -> Transport:
     """Return the transport of a process that runs every stage, stage s on `devices[s]`."""
-    wire = Sockets(Peers(0), 1, {}, timedelta())  # a single rank, which sends itself nothing
-    ranks = Ranks(Wires(wire, wire), Rendezvous(wire, Peers(0)), devices[-1])
+    alone = Peers(0)  # a single rank, which sends itself nothing
+    wire = Sockets(alone, 1, {}, timedelta())
+    ranks = Ranks(Wires(wire, wire), Rendezvous(wire, alone), devices[-1])
     return Transport(LocalMailbox(devices), ranks)
 
 

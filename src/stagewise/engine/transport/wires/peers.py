@@ -35,7 +35,7 @@ class Peers:
     ) -> None:
         self.rank, self.store, self._numbers = rank, store, numbers
         self.patience, self.is_over = _PATIENCE_SECONDS, False
-        self._kills = MemoryKills()
+        self._kills = None if store is None else MemoryKills()  # there is nobody without one
 
     def store_host(self) -> str:
         """Return the host that serves the store; this host's name if none does."""
@@ -117,7 +117,7 @@ class Peers:
         return raised
 
     def _killed(self) -> str:
-        number = self._kills.number
+        number = self._kills.number if self._kills else None
         by_kernel = f"since the start the kernel has killed {number} here because memory ran out"
         return by_kernel if number else "killed, or out of memory?"
 
