@@ -18,7 +18,7 @@ from stagewise.batch.markers import along
 from stagewise.batch.values import move, take_apart
 from stagewise.checker import references
 from stagewise.checker.choices import alone, choices_of
-from stagewise.checker.pipelined import pipelined
+from stagewise.checker.pipelined import Known, pipelined
 from stagewise.checker.prepared import prepared
 from stagewise.checker.references import Tensors
 from stagewise.checker.subject import MakeOptimizer, Model, Subject
@@ -143,17 +143,17 @@ def check_parity(
     allowed = TOLERANCES[compared] if tolerance is None else tolerance
     rows: list[ParityRow] = []
     warned: list[str] = []
-    predicted: dict[object, Tensors] = {}
+    known = Known()
     for count in counts:
         plain = PlainModel(subject, count, allowed)
         for chosen in choices[count]:
             first: Tensors | None = None
             for policy, choice in itertools.product(policies, chosen):
-                run = pipelined(subject, choice, policy, transport, predicted)
+                run = pipelined(subject, choice, policy, transport, known)
                 if first is None and transport == "local":
                     first = run.tensors
                 elif first is None:
-                    first = pipelined(subject, alone(choice), policy, "local", predicted).tensors
+                    first = pipelined(subject, alone(choice), policy, "local", known).tensors
                 configuration = Configuration(
                     schedule=choice.name,
                     num_stages=choice.num_stages,

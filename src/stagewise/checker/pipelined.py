@@ -1,9 +1,13 @@
-"""One step of the pipelined model, and its results on this rank."""
+"""One step of the pipelined model, and its results on this rank.
+
+Outputs are predicted once for each placement, and cells and losses are looked at once for each cut
+(that took twice as long as the steps): other schedules and policies would find the same.
+"""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -30,6 +34,14 @@ class PipelinedStep:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What further runs need not find again."""
+
+    outputs: dict[object, Tensors] = field(default_factory=dict)  # by placement
+    warnings: dict[object, tuple[str, ...]] = field(default_factory=dict)  # by cut
+
+
 @contextmanager
 def _heard() -> Iterator[list[str]]:
     """Collect exactness warnings, which the report will say, instead of showing them."""
@@ -49,14 +61,14 @@ def pipelined(
     choice: ScheduleChoice,
     recompute: str,
     transport: Literal["local", "distributed"],
-    predicted: dict[object, Tensors],
+    known: Known,
 ) -> PipelinedStep:
-    """Run one step of the pipelined model; `predicted` caches outputs across runs."""
+    """Run one step of the pipelined model; `known` grows."""
     balance = _even(len(chain_of(subject.model)), choice.num_stages)
     plan = plan_of(choice, balance, recompute=recompute)
 
-    def build() -> Pipeline:
-        return Pipeline(
+    def build(*, looks: bool) -> Pipeline:
+        pipe = Pipeline(
             subject.fresh_model(),
             plan,
             loss=subject.loss,
@@ -66,15 +78,23 @@ def pipelined(
             seed=subject.seed,
             transport=transport,
         )
+        pipe._runner.looks.are_off = not looks
+        return pipe
 
-    key = (choice.built.placement, plan.num_microbatches, transport)
+    place = (choice.built.placement, plan.num_microbatches, transport)
+    # A rank looks at what it runs; in one process that is all, whatever the placement.
+    cut = place if transport == "distributed" else (balance, plan.num_microbatches)
+    looks = cut not in known.warnings
     with _heard() as texts:
-        if key not in predicted:  # the same for every schedule and policy
+        if place not in known.outputs:
             args, _, kwargs = _call(subject)
-            predicted[key] = outputs_or_none(lambda: build().predict(*args, **kwargs))
-        pipe = build()
+            known.outputs[place] = outputs_or_none(
+                lambda: build(looks=looks).predict(*args, **kwargs)
+            )
+        pipe = build(looks=looks)
         args, target, kwargs = _call(subject)
         loss = pipe.step(*args, target=target, **kwargs)
+    said = known.warnings.setdefault(cut, tuple(texts))
     inputs = args[0] if args else None
     seen = subject.entering(inputs, kwargs) if pipe.rank == 0 else None
     tensors = references.collected(loss, seen, pipe.named_parameters(), pipe.named_buffers())
@@ -88,9 +108,9 @@ def pipelined(
     new = references.updated(subject, dict(pipe.named_parameters()))
     tensors.update((f"parameter {name}", value) for name, value in new.items())
     return PipelinedStep(
-        tensors=predicted[key] | tensors,
+        tensors=known.outputs[place] | tensors,
         given=references.after_optimizer(subject, gradients, norm),
-        warnings=tuple(texts),
+        warnings=tuple(dict.fromkeys((*said, *texts))),
     )
 
 
