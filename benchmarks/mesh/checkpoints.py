@@ -53,11 +53,13 @@ LOADED: Mapping[str, Layout] = {
 ONE = "one process"
 
 
-def made(layout: Layout, model: str = MODEL) -> tuple[stagewise.Pipeline, Batch]:
+def made(
+    layout: Layout, model: str = MODEL, num_microbatches: int = NUM_MICROBATCHES
+) -> tuple[stagewise.Pipeline, Batch]:
     """Return a pipeline, and this rank's part of a batch."""
     mesh = init_device_mesh("cpu", tuple(layout.axes.values()), mesh_dim_names=tuple(layout.axes))
     plan = stagewise.Plan(
-        balance=layout.balance, schedule=layout.schedule, num_microbatches=NUM_MICROBATCHES
+        balance=layout.balance, schedule=layout.schedule, num_microbatches=num_microbatches
     )
     pipe = stagewise.Pipeline(
         built(model),

@@ -1,4 +1,4 @@
-"""Three AdamW steps on a mesh, against the plain model's; the largest relative differences."""
+"""AdamW steps on a mesh, against the plain model's; the largest relative differences."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ NUM_STEPS, NUM_SAMPLES, NUM_MICROBATCHES, MAX_NORM = 3, 19, 4, 0.5
 
 @dataclass
 class Outcome:
-    """Of three steps: losses, norms, the last gradients, and parameters, by name."""
+    """Of several steps: losses, norms, the last gradients, and parameters, by name."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ def part_of(batch: Batch, part: int, num_parts: int) -> Batch:
     return Batch(batch.tokens[here], batch.target[here])
 
 
-def on_mesh(cell: Cell, plan: stagewise.Plan) -> Outcome:
+def on_mesh(cell: Cell, plan: stagewise.Plan, num_steps: int = NUM_STEPS) -> Outcome:
     """Train on this rank of a mesh, and return what it holds, whole."""
     inner = INNER[cell.inner]
     mesh = init_device_mesh(
@@ -64,7 +64,7 @@ def on_mesh(cell: Cell, plan: stagewise.Plan) -> Outcome:
     outcome = Outcome()
     own = [p for p in pipe.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": own}], lr=0.01, foreach=False)
-    for batch in batches(NUM_SAMPLES, NUM_STEPS):
+    for batch in batches(NUM_SAMPLES, num_steps):
         mine = own_part(batch, inner, mesh)
         optimizer.zero_grad()
         outcome.losses.append(float(pipe.step(mine.tokens, target=mine.target)))
@@ -96,12 +96,12 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor if full is None else full()).clone()
 
 
-def plain(cell: Cell, num_samples: int = NUM_SAMPLES) -> Outcome:
+def plain(cell: Cell, num_samples: int = NUM_SAMPLES, num_steps: int = NUM_STEPS) -> Outcome:
     """Train the plain model, microbatch by microbatch, since auxiliary losses are of each."""
     model, outcome, num_parts = built(cell.model), Outcome(), INNER[cell.inner].num_parts
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, foreach=False)
-    for batch in batches(num_samples, NUM_STEPS):
+    for batch in batches(num_samples, num_steps):
         optimizer.zero_grad()
         loss = 0.0
         for mine in (part_of(batch, part, num_parts) for part in range(num_parts)):
