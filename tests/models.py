@@ -322,7 +322,7 @@ EXAMPLES: dict[str, Example] = {
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> nn.Module:
     """The same model on every rank."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return EXAMPLES[name].model().to(dtype)
 
 
@@ -331,7 +331,7 @@ def batch(
 ) -> tuple[object, object]:
     """Inputs and target of `size` samples; floating tensors in `dtype`."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         example = EXAMPLES[name]
         return pytree.tree_map_only(
             torch.Tensor,

@@ -25,3 +25,4 @@ with contextlib.suppress(ImportError):  # some versions of typer want it
     import pydantic.type_adapter  # noqa: F401
 gc.collect()
 gc.freeze()
+gc.set_threshold(10_000)  # as in pytest: see `conftest`

@@ -23,7 +23,7 @@ State = dict[str, Tensor | None]
 def build(dtype: torch.dtype = BF16) -> list[nn.Module]:
     """bfloat16 cells, the third in float32, the second frozen."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         cells: list[nn.Module] = [
             nn.Linear(WIDTH, WIDTH),
             nn.Sequential(nn.LayerNorm(WIDTH).requires_grad_(False)),
@@ -266,7 +266,7 @@ def test_the_sums_live_as_long_as_grad() -> None:
 
 
 def test_float16_and_clipping() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     cells: list[nn.Module] = [nn.Linear(WIDTH, WIDTH).half(), nn.Linear(WIDTH, WIDTH).half()]
     pipe = pipe_of(cells, 1, 1, num_microbatches=4)
     inputs, target = minibatch(0, torch.float16)
@@ -283,7 +283,7 @@ def test_float16_and_clipping() -> None:
 def test_sparse_gradients() -> None:
     wanted = []
     for in_float32 in (True, False):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         table = nn.Embedding(6, WIDTH, sparse=True).bfloat16()
         cells = [table, nn.Linear(WIDTH, WIDTH).bfloat16()]
         pipe = pipe_of(cells, 1, 1, num_microbatches=2, in_float32=in_float32)
@@ -296,7 +296,7 @@ def test_sparse_gradients() -> None:
 
 def build_tied() -> list[nn.Module]:
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         cells = [nn.Linear(WIDTH, WIDTH).to(BF16) for _ in range(4)]
     cells[3].weight = cells[1].weight = cells[0].weight
     return list(cells)

@@ -195,7 +195,7 @@ class Record:
 
 def cells_of(run: Run) -> list[nn.Module]:
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         return [cell.to(run.dtype) for cell in FORMS[run.form].cells()]
 
 
@@ -207,7 +207,7 @@ def batch_of(
         return tensor.requires_grad_(run.gradients and tensor.is_floating_point())
 
     with torch.random.fork_rng():
-        torch.manual_seed(2 + index)
+        torch.default_generator.manual_seed(2 + index)
         batch = FORMS[run.form].batch(size)
         inputs, target, keywords = batch
         inputs, keywords = pytree.tree_map_only(Tensor, cast, (inputs, keywords))
@@ -516,7 +516,7 @@ def test_every_rank_refuses_what_one_must(pools: Pools) -> None:
 
 def gradients_of_the_batch(transport: str) -> list[Tensor | None]:
     """Of inputs, of an argument that the last rank takes, and of the table every sample shares."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     plan = stagewise.Plan(balance=(2, 2), schedule="1f1b", num_microbatches=NUM_MICROBATCHES)
     cells = [nn.Linear(3, 6), nn.Tanh(), Scaled(), Masked()]
     pipe = stagewise.Pipeline(cells, plan, loss=MSE, transport=transport)  # type: ignore[arg-type]
@@ -541,7 +541,7 @@ def test_gradients_of_the_batch_arrive_where_it_is_used(pools: Pools) -> None:
 
 def given_on_its_own_rank() -> list[object]:
     """Only what a rank needs: inputs on the first, Microbatches on the last; outputs on one."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     pipe = takers_pipe()
     whole, target = torch.randn(10, 3), torch.randn(10, 3)
     sizes = [1, 4, 3, 2]
@@ -654,7 +654,7 @@ def test_a_target_with_a_graph_and_what_all_its_samples_share(recompute: str) ->
     model = nn.Linear(3, 3).double()
     grads = []
     for balance in [None, (1, 1), (2,)]:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         x, y = (torch.randn(10, 3, dtype=torch.double).requires_grad_() for _ in range(2))
         weights = torch.rand(3, dtype=torch.double).requires_grad_()
         factor = torch.tensor(0.5, dtype=torch.double).requires_grad_()
@@ -697,7 +697,7 @@ class Restless(nn.Module):
 
 def restless(num_stages: int, schedule: str, recompute: str) -> tuple[list[object], list[Tensor]]:
     """Other shapes, forms and arguments at every step, and then the same again."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     last = Call(lambda value: bare(value).mean((1, 2)))
     cells = [nn.Linear(3, 3), Restless(), Restless(), Restless(), last]
     run = Run(form="", num_stages=num_stages, schedule=schedule, recompute=recompute)

@@ -105,7 +105,7 @@ MODELS: dict[str, Callable[[], list[nn.Module]]] = {
 
 def build(name: str, dtype: torch.dtype) -> list[nn.Module]:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         modules = MODELS[name]()
         nn.Sequential(*modules).to(dtype)
         return modules
@@ -268,7 +268,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("warm", [False, True])
 def test_calls_that_do_not_train_leave_buffers_alone(warm: bool) -> None:
     """Also those of layers that ignore eval mode."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     cells = [Stubborn(BN(WIDTH)), spectral_norm(nn.Linear(WIDTH, WIDTH)), Counts(), BN(WIDTH)]
     pipe = pipe_of([*cells, nn.Linear(WIDTH, 1)], 3, recompute="always")
     inputs, target = minibatch(0, torch.float32)
@@ -349,7 +349,7 @@ def test_a_failed_step_leaves_buffers_as_they_were(
 def test_a_subclass_with_its_own_forward_changes_once_per_microbatch_and_says_so() -> None:
     states = []
     for policy in POLICIES:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         pipe = pipe_of([nn.Linear(WIDTH, WIDTH), OwnForward(WIDTH), BN(WIDTH)], 2, recompute=policy)
         inputs, target = minibatch(0, torch.float32)
         with pytest.warns(UserWarning, match=r"layers 1 override forward.*once per mic"):
@@ -376,7 +376,7 @@ def test_a_compiled_cell() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cell = wrap(nn.Sequential(layer), **({"backend": "eager"} if layer is got else {}))  # type: ignore[operator]
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             pipe = pipe_of([cell, nn.Linear(WIDTH, 1)], 2, recompute="always")
             for _ in range(3):
                 pipe.step(inputs, target=target)

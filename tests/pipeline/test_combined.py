@@ -48,7 +48,7 @@ class Up(nn.Module):
 
 def build(dropout: float) -> nn.Sequential:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         embedding, head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
         head.weight = embedding.weight
         frozen = nn.Linear(8, 8).requires_grad_(False)

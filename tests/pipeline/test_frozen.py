@@ -81,7 +81,7 @@ MODELS: dict[str, Callable[[], list[nn.Module]]] = {
 
 
 def build(name: str) -> list[nn.Module]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return [cell.double() for cell in MODELS[name]()]
 
 

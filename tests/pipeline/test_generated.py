@@ -68,7 +68,7 @@ class ByMicrobatch(nn.Module):
 
 def model_of(names: list[str]) -> nn.Sequential:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         cells = [cell for name in names for cell in (ALL | PIECES)[name]()]
     return nn.Sequential(*cells)
 
