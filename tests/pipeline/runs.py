@@ -86,6 +86,11 @@ def unexamined(pipe: stagewise.Pipeline) -> stagewise.Pipeline:
     return pipe
 
 
+def looked_at(number: int) -> bool:
+    """Whether a generated case is one of those (a third) that are examined, too."""
+    return number % 3 == 0
+
+
 def train(run: Run) -> Record:
     """Train as `run` says; gradients are those of the last step, before any clipping."""
     return trained(pipeline(run), run)

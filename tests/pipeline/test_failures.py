@@ -7,6 +7,7 @@ all ranks catch the error and go on, and must end with the bits of a run in whic
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -25,7 +26,16 @@ from stagewise.errors import CellError, StagewiseError
 from stagewise.schedule import Instruction
 from tests.harness import Pools
 from tests.models import batch
-from tests.pipeline.runs import Record, Run, assert_identical, even, merged, num_cells, pipeline
+from tests.pipeline.runs import (
+    Record,
+    Run,
+    assert_identical,
+    even,
+    looked_at,
+    merged,
+    num_cells,
+    pipeline,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:cell .* changes count:UserWarning")
 
@@ -102,8 +112,8 @@ def disturbed(run: Run) -> list[tuple[str, Record, list[tuple[str, str]]]]:
     schedule = pipeline(run).plan.built_schedule
     instructions = [i for program in schedule.programs for i in program]
     for number, instruction in enumerate(instructions):
-        pipe, record, errors = pipeline(run), Record(), []
-        text = str(instruction)
+        pipe = pipeline(replace(run, examined=looked_at(number)))
+        record, errors, text = Record(), list[tuple[str, str]](), str(instruction)
         for index, size in enumerate(run.sizes):
             inputs, target = batch(run.example, size, run.dtype, seed=4 + index)
             with sabotaged(pipe, text, lambda: Broken("no more"), after=number % 2 == 1):
