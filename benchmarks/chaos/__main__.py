@@ -41,6 +41,7 @@ Trial = tuple[str, Callable[[], Outcome | Seen]]  # in words, and how it is trie
 def main(
     quick: bool = typer.Option(False, help="Twenty faults; takes a few minutes."),
     faults: int = typer.Option(0, min=0, help=f"How many. [default: {_NUM}]", show_default=False),
+    first: int = typer.Option(0, min=0, help="Leave out those with lower numbers."),
     seed: int = typer.Option(0, help="What ranks, steps and microbatches are drawn from."),
     json: bool = typer.Option(False, "--json", help="One JSON object per row."),
     only: str = typer.Option("", help="Only faults whose name contains this."),
@@ -64,7 +65,7 @@ def main(
     done = {(row["number"], row["seed"]) for row in rows}
     trials = torch_trials(seed, only) if torch else our_trials(number, seed, only, is_forked)
     for index, (what, trial) in enumerate(trials):
-        if (index, seed) in done:
+        if index < first or (index, seed) in done:
             continue
         found = trial()
         row = {**asdict(found), "number": index, "seed": seed}
