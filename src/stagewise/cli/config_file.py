@@ -38,6 +38,7 @@ _SETS_ASIDE: Mapping[str, tuple[str, ...]] = {
     "resume": ("init", "out", "seed"),
     "init": ("resume",),
 }
+_ASKS_NO_OTHER = "resume", "auto"  # goes on with the very run that the file has
 _NOT_KEYS = ("config", "no_config")
 
 
@@ -109,7 +110,8 @@ class Configured(PlainCommand):
         if path is not None:
             assert self.callback is not None
             values = _read(path, _options_of(inspect.unwrap(self.callback)))
-            aside = {name for key in given for name in _SETS_ASIDE.get(key, ())}
+            asked = {key for key in given if (key, given[key]) != _ASKS_NO_OTHER}
+            aside = {name for key in asked for name in _SETS_ASIDE.get(key, ())}
             kept = {name: value for name, value in values.items() if name not in aside}
             ctx.default_map = {**kept, "config": str(path)}
         return list(super().parse_args(ctx, args))

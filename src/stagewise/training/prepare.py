@@ -292,7 +292,9 @@ def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) 
         )
     if num_steps < 1:
         raise UsageError(f"the number of steps is {num_steps}; train for at least 1 step")
-    if options.resume is not None and num_steps <= options.resume.step:
+    # A run that is started again, perhaps after its last step, has only to be complete.
+    least = 0 if options.resume is None else options.resume.step + (options.interrupted is None)
+    if options.resume is not None and num_steps < least:
         raise CheckpointError(
             f"the checkpoint {options.resume.path} already has {options.resume.step} of "
             f"{num_steps} steps; give a larger --steps to continue training"

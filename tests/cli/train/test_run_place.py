@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewise.cli.train.run_place import RunPlace, agreed_place, asked_place
+from stagewise.cli.train.run_place import IF_ANY, RunPlace, agreed_place, asked_place
 from stagewise.errors import CheckpointError, UsageError
 from stagewise.training.workers import elastic
 from stagewise.training.workers.run_owner import agents_of, owned
@@ -60,3 +60,10 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
             asked_place("tiny", out, None)
     assert asked_place("tiny", tmp_path / "new", None).run == tmp_path / "new"
     assert not (tmp_path / "new").exists()
+
+
+def test_the_run_in_the_folder_goes_on_if_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--resume auto goes on .* give --out FOLDER as well"):
+        asked_place("tiny", None, IF_ANY)
+    found = asked_place("tiny", tmp_path / "run", IF_ANY)
+    assert found == RunPlace(run=tmp_path / "run")

@@ -214,6 +214,21 @@ def test_resume_of_another_model_and_of_a_taken_directory(
     assert "leave --seed out" in err
 
 
+def test_the_same_command_goes_on_where_a_cluster_starts_it_again(
+    tmp_path: Path, run_here: RunHere
+) -> None:
+    """As of a container that was killed before its first checkpoint, later, and after the last."""
+    recipe, once = write_recipe(tmp_path), ("--devices", "1", *SMALL, "--resume", "auto")
+    (tmp_path / "tiny.toml").write_text('out = "run"\n')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    for steps in ("3", "5", "5"):
+        code, out, err = run_here("train", recipe, *once, "--steps", steps)
+        assert (code, err) == (0, ""), err
+    assert "going on with 1 worker(s) after step 5, because" in out
+    assert [record["step"] for record in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
 def test_torchrun_starts_the_workers_again_when_one_has_died(
     tmp_path: Path, run_here: RunHere
 ) -> None:

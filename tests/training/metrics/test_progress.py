@@ -113,5 +113,5 @@ def test_without_a_failure_nothing_is_repeated() -> None:
     lost = Interrupted(last_step=7, when=0.0, restart=0)
     reporter = Recovering(kept, lost, first_step=7, num_workers=4)
     reporter.step(step(8))
-    assert "workers came or left; the last step was 7" in kept.said[0]
+    assert "the workers were started again; the last step was 7" in kept.said[0]
     assert kept.said[1].endswith("with 0 steps repeated in 0.0 s")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stagewise.training.workers.elastic import Interrupted
 
 
+IF_ANY = Path("auto")  # given as --resume: from the checkpoint in --out, if there is one
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPlace:
     """A run's folder and its checkpoint; `interrupted` if an earlier start of it got there."""
@@ -34,11 +37,31 @@ def asked_place(
     name: str, out: Path | None, resume: Path | None, init: Path | None = None
 ) -> RunPlace:
     """Return the place that the options ask for; raise CheckpointError if it is another run's."""
+    if resume == IF_ANY:
+        return _place_if_any(name, out, init)
     checkpoint, values = _start(resume, init)
     if launched_by_us() and out is not None:  # the parent has chosen
         return RunPlace(run=out, checkpoint=checkpoint, init=values)
     run = _run_directory(name, out, checkpoint)
     return RunPlace(run=run, checkpoint=checkpoint, init=values)
+
+
+def _place_if_any(name: str, out: Path | None, init: Path | None) -> RunPlace:
+    """Return the place of the run in `out`, which goes on if it has a checkpoint."""
+    from stagewise.recording import LOG_FILE
+    from stagewise.training.run_folder import whole
+    from stagewise.training.workers.elastic import Interrupted
+
+    if out is None:
+        raise UsageError(
+            f"--resume {IF_ANY} goes on with the run in --out if there is one, so that the same "
+            "command can be started again and again; give --out FOLDER as well"
+        )
+    if not whole(out):
+        return asked_place(name, out, None, init)
+    return replace(
+        asked_place(name, out, out), interrupted=Interrupted.of(out / LOG_FILE, restart=0)
+    )
 
 
 def agreed_place(name: str, out: Path | None, asked: Callable[[], RunPlace]) -> RunPlace:

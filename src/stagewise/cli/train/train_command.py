@@ -13,7 +13,7 @@ from rich.console import Console
 from stagewise.cli import options as opt
 from stagewise.cli.closed_terminal import Terminal
 from stagewise.cli.train import train_options as run
-from stagewise.cli.train.run_place import RunPlace, agreed_place, asked_place
+from stagewise.cli.train.run_place import IF_ANY, RunPlace, agreed_place, asked_place
 from stagewise.cli.train.wanted import num_devices_of, wanted_of
 from stagewise.cli.typed import DEFAULT_MICROBATCHES, Typed, command_line, words_of
 from stagewise.cli.workers import end_with, report_errors_once, run_in_workers
@@ -216,7 +216,7 @@ def _arguments(
         "--seed": options.seed,
         "--out": options.run,
         "--init": options.init,
-        "--resume": resume.path if resume else None,
+        "--resume": IF_ANY if options.interrupted else resume.path if resume else None,
         "--validate-every": options.validate_every,
         "--checkpoint-every": options.checkpoint_every,
         "--keep": options.keep,

@@ -82,7 +82,8 @@ Resume = Annotated[
     typer.Option(
         metavar="PATH",
         help="Resume from a run's last checkpoint (give the run's directory) or from a certain "
-        "checkpoint (its directory). The number of stages may change.",
+        "checkpoint (its directory). The number of stages may change. auto: from the last one in "
+        "--out, if there is one, for a command that a cluster may start again.",
         show_default=False,
     ),
 ]

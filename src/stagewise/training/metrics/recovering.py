@@ -54,7 +54,7 @@ class Recovering(Reporter):
         self._first_step, self._is_regained = first_step, False
         self._repeated_seconds = 0.0
         restart = f"restart {lost.restart}, after a failure" if lost.restart else ""
-        why = lost.why or restart or "workers came or left"
+        why = lost.why or restart or "the workers were started again"
         self.change(
             ChangeRecord(
                 step=first_step,

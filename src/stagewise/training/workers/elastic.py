@@ -37,7 +37,7 @@ class Interrupted:
 
     last_step: int
     when: float  # seconds since the epoch
-    restart: int  # its number, 0 if workers came or went without a failure
+    restart: int  # its number, 0 if workers came or went, or the command was given again
     why: str = ""  # if it was not a restart
 
     @staticmethod
