@@ -21,12 +21,12 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from stagewise.checkpoints.exporting import export_model
 from stagewise.engine.watch.memory_kills import MemoryKills
-from stagewise.errors import CheckpointError
+from stagewise.errors import CheckpointError, PeerError, StagewiseError
 from stagewise.planning import Plan
 from stagewise.training.prepare import Trained, TrainOptions
-from stagewise.training.recipe import load_recipe
+from stagewise.training.recipe import Recipe, load_recipe
 from stagewise.training.run_folder import find
-from stagewise.training.survival import Survival
+from stagewise.training.survival import Survival, WentOn
 from stagewise.training.trainer import run_training
 from stagewise.training.update import Stepper
 from stagewise.training.workers.kept_states import KEPT_STATES, memory_for
@@ -225,12 +225,53 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("lost", [{}, {0: "SIGKILL", 1: "SIGKILL"}])  # nobody, or a whole stage
 def test_what_is_no_loss_or_cannot_be_borne_is_raised_as_it_is(lost: dict[int, str]) -> None:
     survival, error = object.__new__(Survival), CheckpointError("the disk of rank 0 is full")
-    survival._replaces = False
+    survival._replaces, survival._going = False, None
     survival._survivors = cast("Survivors", SimpleNamespace(newly_lost=lambda error: lost))
     trained = cast("Trained", SimpleNamespace(pipe=SimpleNamespace(plan=PLAN)))
     with pytest.raises(CheckpointError) as raised:
         survival.go_on(error, trained, cast("Stepper", SimpleNamespace(ran=None)))
     assert raised.value is error
+
+
+def test_one_that_is_lost_as_the_others_go_on_is_left_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is killed in a step, and rank 2 of those that are left while they build."""
+    trained = cast("Trained", SimpleNamespace(pipe=SimpleNamespace(plan=PLAN)))
+    losses, plans = [{0: "SIGKILL"}, {1: "SIGBUS"}], list[Plan]()
+
+    def rebuild(recipe: object, options: object, plan: Plan, *_: object) -> Trained:
+        plans.append(plan)
+        if len(plans) == 1:
+            raise PeerError("rank 0 lost rank 1 while building")
+        return trained
+
+    monkeypatch.setattr("stagewise.training.survival.rebuild", rebuild)
+    survival = object.__new__(Survival)
+    survival._replaces, survival._halted, survival._going = False, None, None
+    survival._locks, survival._inputs = ExitStack(), None
+    survival._recipe = cast("Recipe", SimpleNamespace(accumulate=1))
+    survival._options = TrainOptions(plan=PLAN, run=tmp_path)
+    meets = SimpleNamespace(newly_lost=lambda error: losses[0], meet=lambda error: losses.pop(0))
+    survival._survivors = cast("Survivors", meets)
+    stepper = SimpleNamespace(ran=None, applied=4, applied_at=0.0, begun=5, settle=lambda _: None)
+    went = list[WentOn]()
+
+    def work(lost: StagewiseError | None) -> None:
+        if lost is None:
+            raise PeerError("rank 1 lost rank 0")
+        went.append(survival.go_on(lost, trained, cast("Stepper", stepper)))
+
+    error = None
+    while (error := survival.lost_during(work, error)) is not None:
+        pass
+    assert [plan.replicas for plan in plans] == [(1, 2), (1, 1)]
+    assert went[0].first_was_lost
+    assert went[0].record.change == (
+        "going on without rank 0, then rank 1: stage 0 runs on 1 rank instead of 2, stage 1 runs "
+        "on 1 rank instead of 2"
+    )
+    assert went[0].record.reason == "rank 0 was lost (SIGKILL); then rank 1 was lost (SIGBUS)"
 
 
 def export_of(run: Path) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ from stagewise.training.workers.elastic import Interrupted
 from stagewise.training.workers.kept_states import KeptStates
 from stagewise.training.workers.lost import LostWorkers
 from stagewise.training.workers.run_owner import owned
-from stagewise.training.workers.survivors import Survivors
+from stagewise.training.workers.survivors import Survivors, losses_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,29 @@ class WentOn:
     first_was_lost: bool
     record: ChangeRecord
     unshown: StepRan | None
+
+
+@dataclass(kw_only=True)
+class _Going:
+    """On from what was `trained`: the plan that is left, and who was lost, as ranks were then."""
+
+    trained: Trained
+    left: Plan
+    first_was_lost: bool = False
+    needs_lock: bool = False
+    names: str = ""
+    reasons: str = ""
+
+    def on_without(self, dead: Mapping[int, str]) -> Plan | None:
+        """Note who was lost; return the plan that is left, None if a stage is gone."""
+        left = without(self.left, dead)
+        if left is not None:
+            self.left = left
+            self.first_was_lost |= 0 in dead
+            self.needs_lock |= 0 in dead
+            self.names += f"{', then ' * bool(self.names)}{_named(dead)}"
+            self.reasons += f"{'; then ' * bool(self.reasons)}{losses_in_words(dead)}"
+        return left
 
 
 class Survival:
@@ -65,6 +88,7 @@ class Survival:
         self._replaces = alone and not can and options.replace > 0 and plan.num_devices > 1
         self._survivors = None
         self._halted: tuple[float, int] | None = None  # since when, and in which step
+        self._going: _Going | None = None  # on without some
         if lost is not None and (can or self._replaces):
             number = options.replace if self._replaces else 0
             self._survivors = Survivors(lost, options.timeout, number)
@@ -96,12 +120,17 @@ class Survival:
         )
         self._kept.keep(step, (self._options.agents, remembered))
 
-    def lost_during(self, work: Callable[[], None]) -> StagewiseError | None:
-        """Do `work`; return what it raises if a lost rank may be the reason."""
+    def lost_during(
+        self, work: Callable[[StagewiseError | None], None], before: StagewiseError | None
+    ) -> StagewiseError | None:
+        """Do `work`, which goes on from what it has led to `before`; return what it raises now.
+
+        It is raised if no lost rank may be the reason, or if the run cannot go on from it.
+        """
         try:
-            work()
+            work(before)
         except (PeerError, CheckpointError) as error:  # a checkpoint needs all ranks as well
-            if self._survivors is None:
+            if self._survivors is None or error is before:
                 raise
             return error
         return None
@@ -115,47 +144,50 @@ class Survival:
         return f"{ran.begun - since:.1f} s passed without progress; {again}"
 
     def go_on(self, error: StagewiseError, trained: Trained, stepper: Stepper) -> WentOn:
-        """Build what the survivors go on with; raise `error` if they cannot. Each calls this."""
-        plan, survivors, ran = trained.pipe.plan, self._survivors, stepper.ran
+        """Build what the survivors go on with; raise `error` if they cannot. Each calls this.
+
+        Again, with the same `trained`, if another is lost meanwhile.
+        """
+        survivors, ran = self._survivors, stepper.ran
+        if self._going is None or self._going.trained is not trained:
+            self._going = _Going(trained=trained, left=trained.pipe.plan)
+        going = self._going
         lost = {} if survivors is None else survivors.newly_lost(error)
         if survivors is not None and lost and self._replaces:
-            raise StartedAnew(survivors, error, _until(stepper, lost))
-        if survivors is None or not lost or without(plan, lost) is None:
+            raise StartedAnew(survivors, error, _until(stepper))
+        if survivors is None or not lost or without(going.left, lost) is None:
             raise error
-        self._halted = stepper.applied_at, stepper.begun
-        dead = survivors.meet(error)
-        left = without(plan, dead)
+        self._halted = self._halted or (stepper.applied_at, stepper.begun)
+        left = going.on_without(survivors.meet(error))
         if left is None:
             raise error
         stepper.settle(max(values_of_all(stepper.applied, "the last step of each")))
         fill = partial(_carry_over, trained, stepper.applied * self._recipe.accumulate)
         made = rebuild(self._recipe, self._options, left, self._inputs, fill)
-        if 0 in dead:
+        if going.needs_lock:
             self._locks.enter_context(owned(self._options.run, self._options.agents))
+            going.needs_lock = False
         record = ChangeRecord(
             step=stepper.applied,
-            change=f"going on without {_named(dead)}: {_in_words(plan, left)}",
-            reason="; ".join(f"rank {rank} was lost ({how})" for rank, how in dead.items()),
+            change=f"going on without {going.names}: {_in_words(trained.pipe.plan, left)}",
+            reason=going.reasons,
             kind="loss_of_ranks",
         )
         error.__cause__ = error.__context__ = error.__traceback__ = None  # they keep the old stages
         is_logged = Interrupted.of(self._options.run / LOG_FILE, 0).last_step >= stepper.applied
         unshown = None if is_logged or ran is None or ran.step > stepper.applied else ran
-        return WentOn(trained=made, first_was_lost=0 in dead, record=record, unshown=unshown)
+        return WentOn(
+            trained=made, first_was_lost=going.first_was_lost, record=record, unshown=unshown
+        )
 
     def close(self) -> None:
         """Release the run's folder, if this rank has taken it over."""
         self._locks.close()
 
 
-def _until(stepper: Stepper, lost: Mapping[int, str]) -> Interrupted:
-    reasons = (f"{_named([rank])} was lost ({how})" for rank, how in lost.items())
-    return Interrupted(
-        last_step=stepper.applied,
-        when=time.time() - (time.perf_counter() - stepper.applied_at),
-        restart=0,
-        why=f"{'; '.join(reasons)}, and started anew with the state that it had kept",
-    )
+def _until(stepper: Stepper) -> tuple[int, float]:
+    """Return the last step, and when it was applied, in seconds since the epoch."""
+    return stepper.applied, time.time() - (time.perf_counter() - stepper.applied_at)
 
 
 def _carry_over(old: Trained, num_batches: int, new: Trained) -> None:

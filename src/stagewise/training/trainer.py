@@ -105,8 +105,9 @@ class Trainer:
 
     def run(self) -> RunOutcome:
         """Train, validate and save checkpoints; at the end generate and measure."""
-        while (lost := self._survival.lost_during(self._train)) is not None:
-            self._go_on(lost)
+        lost: StagewiseError | None = None
+        while (lost := self._survival.lost_during(self._train, lost)) is not None:
+            pass
         options, num_steps = self._options, self._prepared.num_steps  # which a callback may end
         ended = self._stepper.applied == num_steps
         generates, batch = ended and not self._prepared.parts.dims, self._prepared.batches.first
@@ -133,8 +134,10 @@ class Trainer:
         self._reporter.close()
         self._survival.close()
 
-    def _train(self) -> None:
-        """Train to the last step, or until the run is to stop, and save."""
+    def _train(self, lost: StagewiseError | None) -> None:
+        """Go on if ranks were `lost`; train to the last step, or until the run is to stop; save."""
+        if lost is not None:
+            self._go_on(lost)
         stepper, num_steps = self._stepper, self._prepared.num_steps
         NOW.step = stepper.applied
         if not self._before:

@@ -265,7 +265,8 @@ def give_up(error: BaseException) -> None:
     Group.give_up()
     SideGroup.give_up()
     disconnect()
-    dist.distributed_c10d._abort_process_group()
+    if dist.is_initialized():  # not if another was lost as it was to be
+        dist.distributed_c10d._abort_process_group()
     gc.collect()
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-
+from stagewise.engine.transport.connect import values_of_all
+from stagewise.engine.transport.processes import is_first
 from stagewise.errors import UsageError
 
 LOCK = ".lock"
@@ -23,18 +23,16 @@ _PATIENCE_SECONDS, _POLL_SECONDS = 10.0, 0.1
 @contextmanager
 def owned(run: Path, agents: Sequence[str] = ()) -> Iterator[None]:
     """Lock the folder `run` for the launch of `agents`; UsageError on every rank if it is taken."""
-    together = dist.is_initialized() and dist.get_world_size() > 1
-    refusal: list[str | None] = [None]
+    refusal: str | None = None
     handle: int | None = None
-    if not together or dist.get_rank() == 0:
+    if is_first():
         try:
             handle = _locked(run, agents)
         except UsageError as error:
-            refusal = [str(error)]
-    if together:
-        dist.broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        raise UsageError(refusal[0])
+            refusal = str(error)
+    refusal = values_of_all(refusal, "the lock of the run's folder")[0]
+    if refusal is not None:
+        raise UsageError(refusal)
     try:
         yield
     finally:

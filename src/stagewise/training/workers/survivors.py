@@ -7,6 +7,7 @@ of lost ones come there too.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -71,7 +72,10 @@ class Survivors:
                     )
                 time.sleep(_POLL_SECONDS)
         dead, self.members, self._num_settled = self._by_rank(known), tuple(left), number
-        form_group(store, left.index(self._rank), len(left), timedelta_of(self._timeout))
+        try:
+            form_group(store, left.index(self._rank), len(left), timedelta_of(self._timeout))
+        except RuntimeError as error:  # of torch: another was lost meanwhile
+            raise PeerError(f"ranks {left} could not form a group anew: {error}") from error
         return dead
 
     def _known(self) -> dict[int, str]:
@@ -80,3 +84,8 @@ class Survivors:
 
     def _by_rank(self, known: dict[int, str]) -> dict[int, str]:
         return {self.members.index(rank): how for rank, how in known.items()}
+
+
+def losses_in_words(dead: Mapping[int, str]) -> str:
+    """Say which ranks were lost, and how."""
+    return "; ".join(f"rank {rank} was lost ({how})" for rank, how in dead.items())

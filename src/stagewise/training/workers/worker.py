@@ -34,17 +34,13 @@ RANK_0_SECONDS = 3.0
 
 
 @contextmanager
-def joined(
-    timeout: float | None = None, form: Callable[[], object] | None = None
-) -> Iterator[None]:
+def joined(timeout: float | None = None, *, forms: bool = True) -> Iterator[None]:
     """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU.
 
     Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
-    `timeout` is in seconds, None for torch's. `form` makes the group if it is not that of a start.
+    `timeout` is in seconds, None for torch's. Unless this `forms` the group, it is left to be formed.
     """
-    if form is not None:
-        form()
-    else:
+    if forms:
         patience = timedelta_of(timeout)
         store = store_of_all(patience or dist.default_pg_timeout)
         form_group(store, rank_here(), world_size(), patience)
