@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_the_run_in_the_folder_goes_on_if_there_is_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--resume auto goes on .* give --out FOLDER as well"):
+    with pytest.raises(UsageError, match=r"--resume auto goes on .* give --out FOLDER as well"):
         asked_place("tiny", None, IF_ANY)
     found = asked_place("tiny", tmp_path / "run", IF_ANY)
     assert found == RunPlace(run=tmp_path / "run")

@@ -81,11 +81,11 @@ def test_slowness_is_known_once_two_looks_have_shown_it() -> None:
     watch = PaceWatch([])
     watch.look(10, on_slow(EVEN, 1, 1, 1))
     watch.look(20, on_slow(EVEN, 1, 0.25, 1))
-    assert watch.slowed() == {}, "one look may be an interruption"
+    assert watch.slowed({}) == {}, "one look may be an interruption"
     watch.look(30, on_slow(EVEN, 1, 0.25, 1))
-    assert watch.slowed() == {1: 4.0}
+    assert watch.slowed({}) == {1: 4.0}
     watch.look(40, on_slow(EVEN, 1, 1, 1))
-    assert watch.slowed() == {} and watch.slowed(known=[1]) == {1: 1.0}
+    assert watch.slowed({}) == {} and watch.slowed({1: 4.0}) == {1: 4.0}
 
 
 def test_what_was_usual_stays_so_when_cells_move() -> None:
@@ -95,7 +95,7 @@ def test_what_was_usual_stays_so_when_cells_move() -> None:
         watch.look(step, on_slow(EVEN, 1, speed, 1))
     watch.carry_over(EVEN, other)
     told = [watch.look(step, on_slow(other, 1, 0.25, 1)) for step in range(3, 8)]
-    assert told == [[]] * 5 and watch.slowed(known=[1]) == {1: 4.0}
+    assert told == [[]] * 5 and watch.slowed({1: 4.0}) == {1: 4.0}
     told = [watch.look(step, on_slow(other, 1, 1, 1)) for step in range(8, 12)]
     (record,) = [each for some in told for each in some]
     assert (record.step, record.change) == (10, "device 1 is no longer slow")

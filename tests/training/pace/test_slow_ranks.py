@@ -89,6 +89,15 @@ def test_cells_move_away_from_a_slow_rank_and_back(asked: PlanRequest | Plan) ->
     assert run.plan == usual
 
 
+def test_a_slow_rank_that_becomes_slower_is_planned_around_again() -> None:
+    run = Run(ASKED, plan_for(ASKED, CELLS))
+    assert "[4, 2] instead of [3, 3]" in run.looks(1, 1, 1, 0.4, 0.4, 0.4)[1].change
+    assert run.looks(0.1, 0.4, 0.3, 0.1, 0.5) == []  # noise: never at two looks together
+    [change] = run.looks(0.1, 0.1)
+    assert "[5, 1] instead of [4, 2]" in change.change
+    assert change.reason == "rank 1 on b takes 10.0 times as long as usual"
+
+
 @pytest.mark.parametrize(
     ("asked", "plan", "options", "why"),
     [

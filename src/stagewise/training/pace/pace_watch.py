@@ -2,7 +2,7 @@
 while those of the others do not. All ranks see the same timelines, and say the same.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -88,17 +88,24 @@ class PaceWatch:
                 told.append(self._told(step, replace(paces[-1], since=paces[0].since)))
         return told
 
-    def slowed(self, known: Collection[int] = ()) -> dict[int, float]:
+    def slowed(self, known: Mapping[int, float]) -> dict[int, float]:
         """Return how many times as long as usual each slow device takes, compared with the others.
 
-        Those that are not `known` must have been slow at the last looks too.
+        Those that are not `known` must have been slow at the last looks too; those that are, SLOW
+        times slower or faster than known, or else what is known is returned.
         """
-        first, found = self._looks[:NUM_LOOKS], dict[int, list[float]]()
+        first, found = self._looks[:NUM_LOOKS], dict[int, list[list[float]]]()
         for place in sorted(self._slow):
             paces = list(_paces(place, self._looks[-_CONFIRMED:], first))
-            if place[0] in known or all(pace.is_slow for pace in paces):
-                found.setdefault(place[0], []).append(paces[-1].factor / paces[-1].others)
-        return {device: max(1.0, median(times)) for device, times in found.items()}
+            if paces and (place[0] in known or all(pace.is_slow for pace in paces)):
+                times = [pace.factor / pace.others for pace in paces]
+                found.setdefault(place[0], []).append(times)
+        return {
+            device: _agreed(
+                known.get(device), [max(1.0, median(t)) for t in zip(*of, strict=False)]
+            )
+            for device, of in found.items()
+        }
 
     def name_of(self, device: int) -> str:
         """Return the rank and its host, or the device's number."""
@@ -132,6 +139,16 @@ def slowest_stage(timeline: Timeline) -> tuple[int, float] | None:
     stage = max(means, key=means.__getitem__)
     others = fmean(seconds for other, seconds in means.items() if other != stage)
     return (stage, means[stage] / others) if others else None
+
+
+def _agreed(known: float | None, times: Sequence[float]) -> float:
+    """Return the last of `times`; what is `known` unless all are SLOW times more, or less but slow.
+
+    A device that is slow no longer is to be told as such first.
+    """
+    if known is None or min(times) > SLOW * known or SLOW < min(times) <= max(times) < known / SLOW:
+        return times[-1]
+    return known
 
 
 def _usual(first: Sequence[Look]) -> dict[Place, float]:

@@ -59,8 +59,8 @@ class SlowRanks:
         """Return what there is to tell after `step`, and the plan to change to, if any."""
         pipe, told = self._trained.pipe, self._watch.look(step, timeline)
         slowed = self._watch.slowed(self._known)
-        is_known = slowed.keys() == self._known.keys()
-        if is_known or self._options.adaptive or pipe.num_ranks != self._plan.num_devices:
+        takes_turns = pipe.num_ranks != self._plan.num_devices
+        if slowed == self._known or self._options.adaptive or takes_turns:
             return told, None  # in one process devices take turns, so no plan is faster
         self._known = slowed
         names = ", ".join(

@@ -7,7 +7,7 @@ where the new one finds that of the lost one. If another is lost while they do s
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,8 +22,8 @@ from stagewise.training.workers.worker import joined
 class StartedAnew(Exception):
     """A rank was lost, whose state is kept, and another is started in its place.
 
-    `error` is what the loss has led to here, `until` this rank's last step and its end (seconds since
-    the epoch); the new one's are None.
+    `error` is what the loss has led to here, `until` this rank's last step and when it was applied
+    (seconds since the epoch); the new one's are None.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -38,7 +38,7 @@ def joined(timeout: float | None = None, *, forms: bool = True) -> Iterator[None
     """Join the default process group: gloo on CPU, and NCCL or its like if there is a GPU.
 
     Workers that share a GPU must not be bound to it, which would connect them by NCCL at once.
-    `timeout` is in seconds, None for torch's. Unless this `forms` the group, it is left to be formed.
+    `timeout` is in seconds, None for torch's. Unless this `forms` the group, it is formed inside.
     """
     if forms:
         patience = timedelta_of(timeout)
