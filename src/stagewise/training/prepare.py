@@ -234,8 +234,7 @@ def check_form(
 ) -> None:
     """Find mistakes that the model's structure alone shows, before workers start.
 
-    The model is built on the meta device, without memory; if that fails, the workers find the same
-    mistakes later.
+    The model is built on the meta device; if that fails, the workers find the same mistakes later.
     """
     if mesh is not None:
         recipe.mesh.check(mesh)
@@ -292,11 +291,10 @@ def _num_steps(recipe: Recipe, options: TrainOptions, batches: TrainingBatches) 
         )
     if num_steps < 1:
         raise UsageError(f"the number of steps is {num_steps}; train for at least 1 step")
-    # A run that is started again, perhaps after its last step, has only to be complete.
-    least = 0 if options.resume is None else options.resume.step + (options.interrupted is None)
-    if options.resume is not None and num_steps < least:
+    done = options.resume  # a run that is started again may be complete
+    if done is not None and num_steps < done.step + (options.interrupted is None):
         raise CheckpointError(
-            f"the checkpoint {options.resume.path} already has {options.resume.step} of "
-            f"{num_steps} steps; give a larger --steps to continue training"
+            f"the checkpoint {done.path} already has {done.step} of {num_steps} steps; give a "
+            "larger --steps to continue training"
         )
     return num_steps

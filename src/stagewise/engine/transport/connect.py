@@ -257,10 +257,7 @@ def disconnect() -> None:
 
 
 def give_up(error: BaseException) -> None:
-    """Close all connections of this process in the middle of a call, which has raised `error`.
-
-    Ranks that wait for this one then fail as well. Process groups of torch are given up, too.
-    """
+    """Give up all connections and groups in a call that has raised `error`; who waits fails too."""
     let_go(error)
     Group.give_up()
     SideGroup.give_up()
