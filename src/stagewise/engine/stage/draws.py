@@ -198,8 +198,8 @@ def _inside(value: object) -> Iterable[object]:
         closed = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         named = [known[name] for name in names_in(value.__code__) if name in known]
         return [*closed, *named, *(value.__defaults__ or ())]
-    if isinstance(value, Mapping):
-        return list(value.values())
+    if isinstance(value, dict):  # what it holds: its own values() may import what it names
+        return list(dict.values(value))
     if isinstance(value, list | tuple | set):
         return list(value)
     return [*getattr(value, "__dict__", {}).values()]
