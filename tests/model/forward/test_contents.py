@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 import stagewise
+from stagewise.engine.stage.draws import Draws
 from stagewise.model.forward.contents import contents
-from stagewise.model.forward.slots import changed, snapshot
-from stagewise.model.forward.visible import Sight
+from stagewise.model.forward.slots import changed
+from stagewise.model.forward.viewpoint import Viewpoint
+from stagewise.model.forward.visible import Sight, is_own
 
 
 class Keeps(nn.Module):
@@ -33,17 +35,19 @@ class Keeps(nn.Module):
 )
 def test_another_expression_is_seen(before: object, after: object) -> None:
     module, sight = Keeps(before), Sight(named_only=True)
-    first = snapshot(sight, module)
-    assert not changed(first, snapshot(sight, module))
+    view = Viewpoint(sight, module)
+    first = view.take()
+    assert not changed(first, view.take())
     module.kept = after
-    assert changed(first, snapshot(sight, module)) == {(id(vars(module)), "kept")}
+    assert changed(first, view.take()) == {(id(vars(module)), "kept")}
 
 
 def test_a_matrix_that_changes_in_place_is_seen() -> None:
     module, sight = Keeps(sympy.Matrix([1, 2])), Sight(named_only=True)
-    first = snapshot(sight, module)
+    view = Viewpoint(sight, module)
+    first = view.take()
     module.kept[0] = 3
-    assert changed(first, snapshot(sight, module))
+    assert changed(first, view.take())
 
 
 def test_a_captured_cell_is_seen_without_the_insides_of_its_sizes() -> None:
@@ -63,4 +67,16 @@ def test_a_mapping_that_computes_what_it_names_is_not_asked() -> None:
         def __iter__(self) -> Any:
             raise ValueError("imported")
 
+        def values(self) -> Any:
+            raise ValueError("imported")
+
     assert contents(Lazy(one="a")) == [("['one']", "a")]
+    with Draws([Keeps(Lazy(one="a"))]).kept(watch=True):  # looks for generators
+        pass
+
+
+def test_what_is_installed_is_no_code_of_the_users() -> None:
+    """Found: an environment beside this one was walked as if the user had written it."""
+    for folder in ("/home/ada/.local/lib/python3.12/site-packages", "/usr/lib/dist-packages"):
+        assert not is_own(f"{folder}/transformers/models/llama/modeling_llama.py")
+    assert is_own("/home/ada/packages/mine.py")

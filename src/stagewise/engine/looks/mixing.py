@@ -15,7 +15,6 @@ as the whole.
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -28,8 +27,8 @@ from stagewise.engine.looks.whole import Division
 from stagewise.engine.stage.work import RunCell, StageGiven
 from stagewise.free_pages import trim_of_glibc
 from stagewise.model.cell import Cell, Chain
-from stagewise.model.forward.slots import snapshot
 from stagewise.model.forward.users_code import is_stock
+from stagewise.model.forward.viewpoint import Viewpoint
 from stagewise.model.forward.visible import Sight
 
 _MOST_BYTES = 1 << 26  # of two microbatches' input to a stage
@@ -56,10 +55,11 @@ class MixingLook:
         keywords: Mapping[str, object],
         *,
         with_backward: bool,
+        sight: Sight,
     ) -> None:
-        """`keywords` are those of the whole batch."""
+        """`keywords` are those of the whole batch; `sight` is of all cells, kept between calls."""
         self._sizes, self._batch_dim, self._keywords = tuple(sizes), batch_dim, keywords
-        self._with_backward = with_backward
+        self._with_backward, self._sight = with_backward, sight
         self._kept: dict[int, _Kept] = {}  # by a stage's first cell
         # What that stage gets from the one before, if messages do not tell, and the parts' sizes.
         self._carried: dict[int, tuple[list[object], tuple[int, ...]]] = {}
@@ -85,7 +85,7 @@ class MixingLook:
                 devices = {tensor.device for tensor in tensors}
                 parameters = [p for cell in cells for p in cell.module.parameters()]
                 modules = [cell.module for cell in cells if not is_stock(cell.module)]
-                now = partial(snapshot, Sight(named_only=True), *modules)
+                now = Viewpoint(self._sight, *modules).take
                 with without_trace(devices, parameters), suppress(Exception), now().kept(now):
                     parts = [part for part, _ in kept.parts]
                     if self._trim is not None:

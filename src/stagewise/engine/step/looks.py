@@ -152,7 +152,8 @@ class Looks:
     def __init__(self, count: LossCount, loss: Callable[..., object] | None) -> None:
         self._count, self._loss = count, loss
         self._seen: defaultdict[Mode, _Seen] = defaultdict(_Seen)
-        self._sights: dict[int, Sight] = {}  # by cell
+        self._sights: dict[type, Sight] = {}  # by class of a cell
+        self._sight = Sight(named_only=True)  # of all cells
         # The cells of other ranks, by name, for as long as they are alive here.
         self.elsewhere: Mapping[str, weakref.ref[Any]] = {}
         self._at_ones: set[Mode] = set()  # whose first call of one microbatch was looked at
@@ -181,6 +182,7 @@ class Looks:
                 request.batch_dim,
                 request.keywords,
                 with_backward=request.mode is Mode.TRAIN,
+                sight=self._sight,
             )
         losses = FirstLook(
             sizes,

@@ -5,8 +5,8 @@
    lists everything that a forward's code can see.
 3. `watch` notices changes of that since the model was captured; `library`, of what it uses of
    libraries.
-4. `slots` lists the places that code can write to; `carried` finds what cells carry in them from
-   one microbatch to another, or leave for each other.
+4. `slots` lists the places that code can write to, of which a `viewpoint` takes snapshots;
+   `carried` finds what cells carry in them from one microbatch to another, or leave for each other.
 5. `asked` records what a forward asks that a trace fixes; `kernel_settings` are those of torch that
    choose between kernels.
 """

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, only_read, snapshot
+from stagewise.model.forward.slots import Key, Slot, Snapshot, changed, only_read
+from stagewise.model.forward.viewpoint import Viewpoint
 from stagewise.model.forward.visible import Sight
 
 Forward = Callable[..., object]
@@ -54,12 +55,13 @@ class _Run:
 class Carried:
     """Examines the first microbatches of one call, in all cells and the loss of a rank."""
 
-    sights: dict[int, Sight]  # by index of the code; kept between calls
+    sights: dict[type, Sight]  # by class of the code, for its names; kept between calls
     is_first: bool  # the first call of its mode, which also searches for invisible state
     last_stage: int = -1
     found: dict[str, str] = field(default_factory=dict)  # what is wrong -> message
     _runs: dict[int, list[_Run]] = field(default_factory=dict)
     _codes: dict[int, WatchedCode] = field(default_factory=dict)
+    _views: dict[int, Viewpoint] = field(default_factory=dict)
 
     def watched(
         self, code: WatchedCode, forward: Forward, again: Restored | None, compare: Compare
@@ -95,9 +97,10 @@ class Carried:
         self.found.update([*self._kept(code, *runs), *self._left(code, runs[-1])])
 
     def _snapshot(self, code: WatchedCode) -> Snapshot:
-        if code.index not in self.sights:
-            self.sights[code.index] = Sight(named_only=True)
-        return snapshot(self.sights[code.index], code.runs)
+        if code.index not in self._views:
+            sight = self.sights.setdefault(type(code.runs), Sight(named_only=True))
+            self._views[code.index] = Viewpoint(sight, code.runs)
+        return self._views[code.index].take()
 
     def _kept(self, code: WatchedCode, first: _Run, second: _Run) -> Iterator[tuple[str, str]]:
         """Yield problems with state that the code keeps for itself."""
@@ -161,6 +164,7 @@ class Carried:
         with contextlib.suppress(Exception):
             self._look_elsewhere(codes)
         self._runs.clear()  # they refer to the call, which refers to this
+        self._views.clear()
 
     def _look_elsewhere(self, codes: Mapping[str, weakref.ref[Any]]) -> None:
         left, varying = dict[Key, tuple[WatchedCode, Slot]](), set[Key]()
@@ -172,7 +176,9 @@ class Carried:
                     left[key] = self._codes[index], after.slots[key]
         for name, reference in codes.items() if left else ():
             code, sight = reference(), Sight(named_only=True)
-            keys = left.keys() & (() if code is None else snapshot(sight, code).slots.keys())
+            keys = left.keys() & (
+                () if code is None else Viewpoint(sight, code).take().slots.keys()
+            )
             keys = {k for k in keys if not isinstance(k[1], str) or k[1] in sight.names}
             if (constant := keys - varying) and code is not None:
                 keys -= constant - only_read(sight.walk(code), constant)

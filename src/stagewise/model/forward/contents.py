@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
@@ -23,7 +23,7 @@ from types import (
     ModuleType,
     SimpleNamespace,
 )
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -213,6 +213,35 @@ _READERS: dict[Any, Reader] = {
     ContextVar: lambda variable: [(".get()", variable.get(None))],
     weakref.ref: lambda reference: [("()", reference())],
 }
+
+
+class ValueKind(NamedTuple):
+    """What a class's objects are; remembered, since to ask abstract classes takes long."""
+
+    is_code: bool
+    is_tensor: bool
+    is_array: bool
+    is_iterator: bool
+
+
+def value_kind(value: object) -> ValueKind:
+    """Return what objects of a value's class are."""
+    kind: Any = type(value)
+    return _value_kind(kind)
+
+
+@functools.lru_cache(maxsize=4096)
+def _value_kind(kind: type) -> ValueKind:
+    code = ModuleType, FunctionType, type, nn.Module
+    return ValueKind(
+        *(issubclass(kind, each) for each in (code, torch.Tensor, np.ndarray, Iterator))
+    )
+
+
+def is_code(value: object) -> bool:
+    """Return whether it is code, a module or a parameter, none of which forward assigns."""
+    known = value_kind(value)
+    return known.is_code or (known.is_tensor and isinstance(value, nn.Parameter))
 
 
 def is_fixed(kind: type) -> bool:

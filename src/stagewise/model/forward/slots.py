@@ -11,7 +11,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
@@ -20,16 +20,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stagewise.model.forward.contents import PLAIN, Frozen, Item, frozen
+from stagewise.model.forward.contents import PLAIN, Frozen, Item, frozen, is_code, value_kind
 from stagewise.model.forward.users_code import HOOKS
-from stagewise.model.forward.visible import Node, Sight, stored_in
+from stagewise.model.forward.visible import Node, stored_in
 
 Key = tuple[int, object]  # the holder's id, and the name in it
 _ABSENT = object()
 _MOST_BYTES, _MOST_ITEMS = 1 << 20, 4096  # of a copied tensor, of an inspected dict
 _DEPTH = 4  # of compared values
 _SEQUENCES = (list, deque, set)
-_CODE = (ModuleType, FunctionType, type, nn.Module, nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,14 @@ class Slot:
     def is_shared_tensor(self) -> bool:
         """Whether it is a tensor too large to copy, which code that runs again would change."""
         return self.copy is self.value and isinstance(self.value, torch.Tensor)
+
+    def now(self) -> "Slot":
+        """Return the slot as it is now, if its value can have changed in place."""
+        if isinstance(self.holder, _SEQUENCES):
+            return replace(self, copy=[*map(_copy, self.holder)])
+        if self.mark is None and self.copy is self.value:
+            return self
+        return replace(self, copy=_copy(self.value), mark=_mark(self.value))
 
     def fresh(self) -> object:
         """Return another copy."""
@@ -91,16 +98,6 @@ class Snapshot:
                     slot.write(slot.value)
 
 
-def snapshot(sight: Sight, *codes: Any) -> Snapshot:
-    """Return the current slots that `codes`, modules or functions, can write to."""
-    found, holders = dict[Key, Slot](), set[int]()
-    for node in sight.walk(*codes):
-        holders.update(map(id, _stores(node.value)))
-        for key, slot in _in_node(node):
-            found.setdefault(key, slot)
-    return Snapshot(found, holders)
-
-
 def changed(before: Snapshot, after: Snapshot) -> set[Key]:
     """Return the slots that differ, among holders that exist in both snapshots."""
     found = set()
@@ -135,7 +132,7 @@ def _fills_itself(owner: object, name: object) -> bool:
     return not isinstance(owner, type) and hasattr(found, "__get__")
 
 
-def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:
+def slots_in(node: Node) -> Iterator[tuple[Key, Slot]]:
     """Yield the slots of an object."""
     value: Any = node.value
     kind = "hook" if any(f".{kind}[" in f".{node.path}" for kind in HOOKS) else ""
@@ -146,7 +143,7 @@ def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:
             write, held = _entry(holder, name), holder.get(name, _ABSENT)
         else:
             write, held = _attribute(holder, name), vars(holder).get(name, _ABSENT)
-        if held is not _ABSENT and not isinstance(held, _CODE):
+        if held is not _ABSENT and not is_code(held):
             path = _as_written(f"{node.path}{label}")
             if isinstance(value, nn.Module) and holder is value._buffers:
                 of = "statistic" if isinstance(value, _BatchNorm) else "buffer"
@@ -160,7 +157,7 @@ def _in_node(node: Node) -> Iterator[tuple[Key, Slot]]:
         yield (id(value), None), Slot(path, value, held, copy, _contents(value), kind, None)
 
 
-def _stores(value: Any) -> list[Any]:
+def stores_in(value: Any) -> list[Any]:
     """Return the parts of a value that hold slots by name."""
     own = getattr(value, "__dict__", None)
     if isinstance(value, (dict, type, *_SEQUENCES)):
@@ -181,8 +178,9 @@ def _holders(value: Any, items: Sequence[Item]) -> Iterator[tuple[str, Any, obje
         for label, _ in items:
             yield from _of_function(value, label)
     else:
+        stores = stores_in(value)
         for label, _ in items:
-            for store in _stores(value) if label.startswith(".") else ():
+            for store in stores if label.startswith(".") else ():
                 if label[1:] in (vars(store) if isinstance(store, type) else store):
                     yield label, store, label[1:]
 
@@ -212,17 +210,18 @@ def _as_written(path: str) -> str:
 
 def _copy(value: Any) -> Any:
     """Copy a tensor or array, unless it is large; return anything else as it is."""
-    if isinstance(value, torch.Tensor):
+    kind = value_kind(value)
+    if kind.is_tensor:
         plain = value.layout is torch.strided and not isinstance(value, nn.Parameter)
         return value.detach().clone() if plain and value.nbytes <= _MOST_BYTES else value
-    is_small = isinstance(value, np.ndarray) and value.nbytes <= _MOST_BYTES
-    return value.copy() if is_small else value
+    return value.copy() if kind.is_array and value.nbytes <= _MOST_BYTES else value
 
 
 def _mark(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
+    kind = value_kind(value)
+    if kind.is_tensor:
         return None if value.is_inference() else value._version
-    if isinstance(value, Iterator):
+    if kind.is_iterator:
         return operator.length_hint(value, -1)
     stands_for = frozen(value)
     return stands_for.data if isinstance(stands_for, Frozen) else None
@@ -282,8 +281,7 @@ def alike(one: Any, other: Any, depth: int = _DEPTH) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         forms = (one.shape, one.dtype, one.device), (other.shape, other.dtype, other.device)
-        same = forms[0] == forms[1]
-        return same and (one.is_meta or torch.equal(one.detach(), other.detach()))
+        return forms[0] == forms[1] and (one.is_meta or torch.equal(one.detach(), other.detach()))
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and bool(np.array_equal(one, other))
     if isinstance(one, PLAIN):

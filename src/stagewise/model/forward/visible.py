@@ -52,8 +52,11 @@ _PROTOCOL = {
 _NAME_BY_TEXT = {"getattr", "setattr", "hasattr", "attrgetter", "__getattribute__"}
 _LEAST_PART = 2  # letters of a string that counts as a part of names
 _MOST_NODES = 5000
+_ATOMS = {type(None), bool, int, float, str}  # the most frequent kinds, in which nothing is
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+# Of another environment that this one sees: the system's, the user's own, one in PYTHONPATH.
+_INSTALLED = "/site-packages/", "/dist-packages/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,10 @@ class Node:
 
 def is_own(file: str) -> bool:
     """Return whether a file belongs to the user, not to a library."""
-    return is_users(file) and not file.startswith(_LIBRARIES)
+    if not is_users(file) or file.startswith(_LIBRARIES):
+        return False
+    path = file.replace(os.sep, "/")
+    return not any(folder in path for folder in _INSTALLED)
 
 
 class Sight:
@@ -104,7 +110,7 @@ class Sight:
             here, items = len(nodes), self.items(value)
             nodes.append(Node(path, value, items, parent, place))
             for index, (label, item) in enumerate(items):
-                if id(item) not in seen and self._holds(item):
+                if id(item) not in seen and self.holds(item):
                     seen.add(id(item))
                     waiting.append((f"{path}{label}".lstrip("."), item, here, index))
         self.is_whole = not waiting
@@ -114,8 +120,10 @@ class Sight:
         """Return whether cells call the module itself."""
         return module in self._skipped
 
-    def _holds(self, value: Any) -> bool:
+    def holds(self, value: Any) -> bool:
         """Return whether something can be seen in `value`."""
+        if type(value) in _ATOMS:
+            return False
         if isinstance(value, nn.Module):
             return value not in self._skipped
         if isinstance(value, type):
@@ -134,7 +142,7 @@ class Sight:
             found = contents(value)
             if self._named_only and found and found[-1][0] == ".__class__":  # an object's
                 found = [item for item in found if self._is_named(item)]
-        return [(label, frozen(item)) for label, item in found]
+        return [(label, item if type(item) in _ATOMS else frozen(item)) for label, item in found]
 
     def _is_named(self, item: Item) -> bool:
         return self._may_name(item[0][1:]) or item[0] == ".__class__"
