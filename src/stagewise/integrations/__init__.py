@@ -8,7 +8,8 @@
    LightningModule the `cut_module` is spread, its training_step runs on outputs of the last stage
    as that loss code does, and may change nothing of its `own_state`; what it has `logged` for
    microbatches is put together, and gradients are handed over as the `known_gradients` of its loss.
-4. `accumulated` makes the batches of an update the microbatches of one step; `own_part` frees the
+4. `trl` has `PipelineSFTTrainer`, of trl's SFTTrainer, whose fused head it computes from logits.
+5. `accumulated` makes the batches of an update the microbatches of one step; `own_part` frees the
    parameters of other processes, and puts together what they save.
 
 Only these modules import the other libraries, so import them by their own names.

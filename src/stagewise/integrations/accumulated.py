@@ -29,7 +29,7 @@ def as_microbatches(
     """Split the batches, given as arguments `calls` and their `targets`, into `counts` parts each.
 
     Parts have at least `smallest` samples, if the batch has. What is no tensor with samples is the
-    same in all batches.
+    same in all batches. Each sample has its part's index, also where parts are joined for a look.
     """
     parts: list[Inputs] = []
     ends: list[Inputs] = []
@@ -39,9 +39,13 @@ def as_microbatches(
         sizes = microbatch_sizes(size, max(1, min(size // smallest, count)))
         parts += _split(samples, sizes)
         shares = [each / size / len(calls) for each in sizes]
-        rows = zip(_split(_with_samples(target), sizes), shares, strict=True)
+        indices = [torch.full((n,), len(ends) + i) for i, n in enumerate(sizes)]
+        rows = zip(_split(_with_samples(target), sizes), shares, indices, strict=True)
         others = {name: value for name, value in target.items() if name not in _names(target)}
-        ends += [{"inputs": {**others, **row}, "share": share} for row, share in rows]
+        ends += [
+            {"inputs": {**others, **row}, "share": share, "index": index}
+            for row, share, index in rows
+        ]
     whole = {name: value for name, value in calls[0].items() if name not in parts[0]}
     split_up = {name: Microbatches([part[name] for part in parts]) for name in parts[0]}
     return Accumulated({**whole, **split_up}, Microbatches(ends), len(parts))

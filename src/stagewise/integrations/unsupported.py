@@ -110,6 +110,26 @@ _REFUSED_OF_LIGHTNING: list[_Row] = [
 ]
 
 
+_REFUSED_OF_TRL: list[_Row] = [
+    (
+        "padding_free or packing by 'bfd'",
+        lambda t: t.padding_free,
+        "such a batch is one row, which cannot be split into microbatches; leave padding_free out, "
+        'and pack with packing_strategy="wrapped"',
+    ),
+    (
+        "activation_offloading",
+        lambda t: t.args.activation_offloading,
+        'stages recompute by themselves: give PipelineArguments(recompute="always")',
+    ),
+    (
+        "compute_loss_func or label_smoothing_factor",
+        lambda t: t.compute_loss_func is not None or t.args.label_smoothing_factor,
+        "trl runs the model twice for it, and will remove it; override compute_loss",
+    ),
+]
+
+
 # Optimizers, by name, that take norms or products over all parameters.
 _COUPLING = ("LBFGS", "SAM", "Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptLion", "DAdaptAdaGrad")
 
@@ -126,6 +146,11 @@ def refuse_unsupported(args: Any) -> None:
 def refuse_in_lightning(trainer: Any) -> None:
     """Raise UsageError, with all of it, if Lightning's Trainer asks for what a pipeline cannot."""
     _refuse(_REFUSED_OF_LIGHTNING, trainer, "PipelineStrategy cannot do what this Trainer asks for")
+
+
+def refuse_in_trl(trainer: Any) -> None:
+    """Raise UsageError, with all of it, if trl's trainer asks for what a pipeline cannot do."""
+    _refuse(_REFUSED_OF_TRL, trainer, "PipelineSFTTrainer cannot do what this SFTConfig asks for")
 
 
 def refuse_coupling(optimizers: Iterable[object]) -> None:
