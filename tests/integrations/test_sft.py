@@ -123,7 +123,7 @@ def test_two_processes_train_and_log_as_trl(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
-    arguments = config(str(tmp_path), padding_free=True, max_length=None)
+    arguments = config(str(tmp_path), padding_free=True, max_length=None, eval_strategy="no")
     with pytest.raises(UsageError, match=r"padding_free.*one row.*wrapped"):
         PipelineSFTTrainer(
             model=language_model(),

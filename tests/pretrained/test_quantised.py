@@ -109,13 +109,15 @@ def plain_steps(model: nn.Module) -> Seen:
     return steps(model, dict(model.named_parameters()), loss_of)
 
 
-def pipelined_steps(base: str, adapters: str, kind: str, num_devices: int) -> tuple[Seen, int]:
+def pipelined_steps(
+    base: str, adapters: str, kind: str, num_devices: int, **plan: Any
+) -> tuple[Seen, int]:
     pipe = stagewise.from_pretrained(
         base,
         batch(),
         adapters=adapters,
         quantization_config=config_of(kind),
-        plan={"num_devices": num_devices},
+        plan=plan or {"num_devices": num_devices},
         num_microbatches=2,
     )
     seen = steps(pipe, dict(pipe.named_parameters()), lambda: pipe.step(**batch()))
@@ -124,6 +126,10 @@ def pipelined_steps(base: str, adapters: str, kind: str, num_devices: int) -> tu
 
 def cases_on_ranks(cases: list[tuple[str, str, str, int]]) -> list[tuple[Seen, int]]:
     return [pipelined_steps(*case) for case in cases]
+
+
+def replicas_on_ranks(case: tuple[str, str, str, int]) -> Seen:
+    return pipelined_steps(*case, num_stages=1, replicas=(2,))[0]
 
 
 def assert_same(found: list[Seen], want: Seen) -> None:
@@ -163,6 +169,8 @@ def test_processes_train_adapters_on_their_own_quantised_part(
     seen = pools[ranks].run(cases_on_ranks, cases, seconds=400)
     for index, kind in enumerate(kinds):
         assert_same([rank[index][0] for rank in seen], want[kind])
+    if ranks == 2:
+        assert_same(pools[2].run(replicas_on_ranks, cases[-1], seconds=200), want[kinds[-1]])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "8bit"])

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stagewise.batch.layouts import is_wrapper, parts
 from stagewise.engine.gradients.part_sum import PartSum, SharedPart
 from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
 from stagewise.engine.gradients.shards import NO_SHARDING, Axes, Sharding
@@ -90,7 +91,8 @@ class Replicas(ParameterPolicy):
         """Copy the parameters and buffers of each stage's first rank to the others."""
         for tensors, group in self._equal:
             for tensor in tensors:
-                group.copy_from_first(tensor)
+                for part in parts(tensor) if is_wrapper(tensor) else (tensor,):
+                    group.copy_from_first(part)
 
     def before_step(self, step: Settlement) -> None:
         self._sums = [PartSum(shared, step) for shared in self._shared]
