@@ -138,17 +138,17 @@ def alive_at(steps: tuple[int, ...], recompute: str, schedule: str) -> list[Live
     return found
 
 
-STEPS = (20, 80, 200)
+STEPS = (20, 40, 70)  # calls 32, 48 and 64, between these, are looked at
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("recompute", ["never", "except_last"])
-def test_200_steps_leak_nothing(recompute: str, schedule: str) -> None:
+def test_many_steps_leak_nothing(recompute: str, schedule: str) -> None:
     assert len(set(alive_at(STEPS, recompute, schedule))) == 1
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])
-def test_200_steps_leak_nothing_between_processes(pools: Pools, recompute: str) -> None:
+def test_many_steps_leak_nothing_between_processes(pools: Pools, recompute: str) -> None:
     for found in pools[2].run(alive_at, STEPS, recompute, "1f1b"):
         assert len(set(found)) == 1, found
 
