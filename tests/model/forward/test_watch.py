@@ -23,6 +23,7 @@ from stagewise.model.captured import captured_of, remember
 from stagewise.model.export.opaque_modules import leaves_of
 from stagewise.model.forward.watch import Watch
 from tests.harness import Pools
+from tests.pipeline.runs import unexamined
 
 SETTINGS = SimpleNamespace(scale=1.0, unused=1.0)
 TABLE = {"scale": 1.0}
@@ -130,7 +131,8 @@ def built(*, cells: bool = False) -> tuple[stagewise.Pipeline, Any, Tensor]:
     assert captured is not None
     balance = (1, len(captured.chain) - 1)
     plan = stagewise.Plan(balance=balance, schedule="1f1b", num_microbatches=2)
-    return stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss), model, x
+    pipe = stagewise.Pipeline(model, plan, loss=nn.functional.mse_loss)
+    return unexamined(pipe), model, x  # the look at its large dicts would take a second each
 
 
 @pytest.fixture
