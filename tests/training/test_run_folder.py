@@ -1,7 +1,9 @@
 """A run's checkpoints: damage is found, the last good one kept and used, a full disk named."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,29 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(
     assert len(told) == 1 and "step-00000002 is damaged and was renamed" in told[0]
     assert find_undamaged(tmp_path) == (checkpoint, [])
     assert (last.parent / "step-00000002.damaged").is_dir(), "nothing is lost"
+
+
+@pytest.mark.parametrize("unreadable", ["__0_0.distcp", DESCRIPTION])
+def test_what_this_user_may_not_read_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    """It was renamed as damaged, so that its owner did not find it either."""
+    run_of(tmp_path, 1, 2)
+    open_file = io.open
+
+    def refuse(file: Any, *args: Any, **options: Any) -> Any:
+        if Path(file).name == unreadable and "00000002" in str(file):
+            raise PermissionError(13, "Permission denied", str(file))
+        return open_file(file, *args, **options)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(CheckpointError, match=r"Permission|may not"),
+    ):
+        patched.setattr("io.open", refuse)
+        patched.setattr("builtins.open", refuse)
+        find_undamaged(tmp_path)
+    assert find_undamaged(tmp_path)[0].step == 2
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "a\0b", "..", "", "absent"])

@@ -186,6 +186,8 @@ def find_undamaged(path: Path) -> tuple[Checkpoint, list[str]]:
             checkpoint = _read(each)
             damage = damage_of(checkpoint)
         except CheckpointError as error:
+            if isinstance(error.__cause__, PermissionError):  # it may be as good as any
+                raise
             damage = str(error)
         if damage is not None:
             renamed = _set_aside(each)
@@ -230,6 +232,9 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
         try:
             if sha256_of(file) != digest:
                 return f"{name} has changed since it was written (its SHA-256 differs)"
+        except PermissionError as error:
+            whose = "may not be read by this user; allow it, or resume as its owner"
+            raise CheckpointError(f"{file} {whose}") from error
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
