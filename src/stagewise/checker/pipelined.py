@@ -4,6 +4,7 @@ Outputs are predicted once for each placement, and cells and losses are looked a
 (that took twice as long as the steps): other schedules and policies would find the same.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from stagewise.errors import ExactnessWarning
 from stagewise.model.chain import chain_of
 from stagewise.pipeline.pipeline import Pipeline
 from stagewise.planning.choice import ScheduleChoice
-from stagewise.planning.plan import plan_of
+from stagewise.planning.plan import Plan, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +68,7 @@ def pipelined(
     balance = _even(len(chain_of(subject.model)), choice.num_stages)
     plan = plan_of(choice, balance, recompute=recompute)
 
-    def build(*, looks: bool) -> Pipeline:
-        pipe = Pipeline(
-            subject.fresh_model(),
-            plan,
-            loss=subject.loss,
-            weight=subject.weight,
-            batch_dim=subject.batch_dim,
-            loss_reduction="sum" if subject.sums_losses else "mean",
-            seed=subject.seed,
-            transport=transport,
-        )
-        pipe._runner.looks.are_off = not looks
-        return pipe
-
+    build = functools.partial(_pipeline, subject, plan, transport)
     place = (choice.built.placement, plan.num_microbatches, transport)
     # A rank looks at what it runs; in one process that is all, whatever the placement.
     cut = place if transport == "distributed" else (balance, plan.num_microbatches)
@@ -112,6 +100,23 @@ def pipelined(
         given=references.after_optimizer(subject, gradients, norm),
         warnings=tuple(dict.fromkeys((*said, *texts))),
     )
+
+
+def _pipeline(
+    subject: Subject, plan: Plan, transport: Literal["local", "distributed"], *, looks: bool
+) -> Pipeline:
+    pipe = Pipeline(
+        subject.fresh_model(),
+        plan,
+        loss=subject.loss,
+        weight=subject.weight,
+        batch_dim=subject.batch_dim,
+        loss_reduction="sum" if subject.sums_losses else "mean",
+        seed=subject.seed,
+        transport=transport,
+    )
+    pipe._runner.looks.are_off = not looks
+    return pipe
 
 
 def _call(subject: Subject) -> tuple[tuple[object, ...], object, dict[str, Any]]:
