@@ -24,10 +24,14 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules", *HOOKS)
 
 
 class Viewpoint:
-    """What `codes`, modules or functions, see by `sight`. It keeps alive what it has seen."""
+    """What `codes`, modules or functions, see. It keeps alive what it has seen.
+
+    It begins with the names that `sight` knows, which learns those of this code. What other code
+    names later is not seen: it would look like an attribute that this code has added.
+    """
 
     def __init__(self, sight: Sight, *codes: Any) -> None:
-        self._sight, self._codes = sight, codes
+        self._shared, self._sight, self._codes = sight, sight.apart(), codes
         self._nodes: list[Node] = []
         self._places: list[Sequence[object]] = []  # of each node, the values in it
         self._keys: list[list[Key]] = []  # of each node, the slots found in it first
@@ -44,6 +48,7 @@ class Viewpoint:
 
     def _walk(self) -> None:
         self._nodes = self._sight.walk(*self._codes)
+        self._shared.learn(self._sight)
         self._places = [self._places_of(node.value) for node in self._nodes]
         self._holders = {id(store) for node in self._nodes for store in stores_in(node.value)}
         self._slots, self._keys = {}, []

@@ -93,6 +93,18 @@ class Sight:
         self.is_whole = True  # whether the last walk was complete
         self.asks_modes = False  # whether code reads `training` of other modules than its own
 
+    def apart(self) -> "Sight":
+        """Return a sight that knows the same names, and learns others for itself."""
+        other = Sight(named_only=self._named_only)
+        other._skipped = self._skipped
+        other.learn(self)
+        return other
+
+    def learn(self, other: "Sight") -> None:
+        """Know the names that `other` knows."""
+        self.names |= other.names
+        self._parts |= other._parts
+
     def walk(self, *models: nn.Module) -> list[Node]:
         """Return everything the forwards of `models` can see, each object once, nearest first."""
         known = -1
