@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import stagewise
+from stagewise.costs import FREE_LINK
 from stagewise.engine.step.step import Runner
 from stagewise.engine.step.step_request import Request
 from stagewise.pipeline.contest import FIRST_EFFORT, Contest, TimeLeft, _number
 from stagewise.pipeline.trials import Measured
+from stagewise.planning.calibrate import FREE_ENGINE
 from stagewise.planning.search.finalists import FINALISTS
 from stagewise.planning.search.search import SYNTHESIS_EFFORT
 
@@ -83,7 +85,6 @@ def test_a_prediction_counts_as_one_step_more() -> None:
     """A single step is wrong by more than good plans differ; so is a prediction."""
     predicted = {"a": 1.1, "b": 1.0}
     contest = Contest.__new__(Contest)
-    contest._known = lambda: (None, None)  # type: ignore
     contest._repriced = lambda plan, *_: plan  # type: ignore
     contest.plans = {name: SimpleNamespace(seconds=s) for name, s in predicted.items()}  # type: ignore
     contest._latest = [*predicted]
@@ -93,7 +94,7 @@ def test_a_prediction_counts_as_one_step_more() -> None:
             name: Measured(plan=stagewise.Plan(balance=(1,), num_microbatches=1), step_seconds=each)
             for name, each in steps.items()
         }
-        return contest._ranked()
+        return contest._ranked(FREE_LINK, FREE_ENGINE)
 
     assert ranked(a=[1.0], b=[1.01]) == ["b", "a"]
     assert ranked(a=[1.0] * 3, b=[1.05] * 3) == ["a", "b"]

@@ -9,8 +9,9 @@ import pytest
 from stagewise.costs import FREE_LINK
 from stagewise.diagnosis import predicted_step
 from stagewise.planning import simulate
-from stagewise.recording import RecordedEvent, RecordedStep, Recording, RunFiles
+from stagewise.recording import RecordedEvent, RecordedStep, Recording, RunFiles, StageMemory
 from stagewise.report.run_report import RunReport
+from stagewise.report.run_tables import memory_table
 from stagewise.schedule import Instruction
 from stagewise.schedule.sharded import with_gathers
 from tests.diagnosis.test_diagnosis import plan, recorded
@@ -36,6 +37,16 @@ def test_savings_of_nothing_are_left_out() -> None:
         True,
         False,
     ]
+
+
+def test_memory_of_more_devices_than_the_step_was_planned_for() -> None:
+    """A run may end with other devices than those of its usual step."""
+    memory = [
+        StageMemory(stage=s, device=s, parameter_bytes=1, gradient_bytes=1, optimizer_bytes=0)
+        for s in range(2)
+    ]
+    [*shown] = memory_table(memory, [3]).columns[-1].cells
+    assert shown == ["3 B", "-"]
 
 
 def test_the_predicted_step_of_sharded_stages_has_their_gathers() -> None:

@@ -31,11 +31,7 @@ class PredictedStep:
 
     @property
     def figures(self) -> Figures:
-        return Figures(
-            step_seconds=self.timeline.duration_seconds,
-            bubble_fraction=self.timeline.bubble_fraction,
-            peak_activation_bytes=self.timeline.peak_activation_bytes(self.costs),
-        )
+        return Figures.of(self.timeline, self.costs)
 
 
 def has_shards(step: RecordedStep) -> bool:

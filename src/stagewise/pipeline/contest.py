@@ -88,9 +88,9 @@ class Contest:
         left = self._clock.left(step)
         number = _number((1 - _SHARE_OF_SEARCH) * left, step, others=4, least=2)
         self._run_first(found.finalists, number, _SHARE_OF_FIRST * left)
-        fastest, *others = self._ranked()
-        step, so_far = self.measured[fastest].seconds, self.plans[fastest]
         link, engine = self._known()
+        fastest, *others = self._ranked(link, engine)
+        step, so_far = self.measured[fastest].seconds, self.plans[fastest]
         found = best(link, engine, self._clock.effort(self._clock.left(step)))
         least = self._repriced(so_far, link, engine).seconds
         fresh = [
@@ -104,7 +104,7 @@ class Contest:
             again = [self.plans[words] for words in close]
             number = _number(left, step, others=2, least=1)
             self._run([so_far, *[*fresh, *again][: min(number, FINALISTS - 1)]], left)
-        return self._result(found, self._ranked()[0])
+        return self._result(found)
 
     def _run_first(self, plans: Sequence[EvaluatedPlan], number: int, seconds: float) -> None:
         """Try the first `number` plans; if memory is not enough for any, those that follow."""
@@ -140,9 +140,8 @@ class Contest:
         if self._progress is not None:
             self._progress(1, 1, what)
 
-    def _ranked(self) -> list[str]:
+    def _ranked(self, link: LinkCost, engine: EngineOverhead) -> list[str]:
         """Return those that ran in turn last, the fastest first."""
-        link, engine = self._known()
 
         def seconds(words: str) -> float:
             predicted = self._repriced(self.plans[words], link, engine).seconds
@@ -163,8 +162,9 @@ class Contest:
     ) -> EvaluatedPlan:
         return repriced(plan, self._cells(plan.num_microbatches, engine), link)
 
-    def _result(self, found: SearchResult, fastest: str) -> SearchResult:
+    def _result(self, found: SearchResult) -> SearchResult:
         link, engine = self._known()
+        fastest, *_ = self._ranked(link, engine)
         priced = {words: self._repriced(self.plans[words], link, engine) for words in self.measured}
         chosen = priced[fastest]
         order = sorted(self.measured, key=lambda w: (w != fastest, self.measured[w].seconds))

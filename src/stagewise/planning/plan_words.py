@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from html import escape
 
+from stagewise.costs import StageCost
 from stagewise.planning.plan import Plan
 from stagewise.schedule.text import schedule_in_html
+from stagewise.timeline import Timeline
 from stagewise.timeline.notebook_picture import timeline_in_html
 from stagewise.units import format_seconds, size_in_words
 
@@ -21,16 +23,21 @@ class Figures:
     bubble_fraction: float | None
     peak_activation_bytes: tuple[int, ...]
 
+    @staticmethod
+    def of(timeline: Timeline, costs: Sequence[StageCost]) -> "Figures":
+        """Return those of a timeline of stages with these costs."""
+        return Figures(
+            step_seconds=timeline.duration_seconds,
+            bubble_fraction=timeline.bubble_fraction,
+            peak_activation_bytes=timeline.peak_activation_bytes(costs),
+        )
+
 
 def predicted(plan: Plan) -> Figures:
     """Return a plan's predictions; none if its cells were not measured."""
     if not plan.cells:
         return Figures(step_seconds=None, bubble_fraction=None, peak_activation_bytes=())
-    return Figures(
-        step_seconds=plan.timeline.duration_seconds,
-        bubble_fraction=plan.timeline.bubble_fraction,
-        peak_activation_bytes=plan.peak_activation_bytes,
-    )
+    return Figures.of(plan.timeline, plan.engine_costs)
 
 
 def cut_in_words(plan: Plan, names: Sequence[str]) -> str:

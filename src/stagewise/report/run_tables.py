@@ -59,8 +59,10 @@ def memory_table(memory: Sequence[StageMemory], peaks: Sequence[int]) -> Table:
         table.add_column(heading, justify="right")
     stages = Counter(one.device for one in memory)
     devices = Counter(one.stage for one in memory)
+    expected = dict(enumerate(peaks))  # of the usual step's plan, which may have fewer devices
     for one in memory:
         is_alone = stages[one.device] == devices[one.stage] == 1
+        peak = expected.get(one.device) if is_alone else None
         table.add_row(
             str(one.stage),
             str(one.device),
@@ -68,7 +70,7 @@ def memory_table(memory: Sequence[StageMemory], peaks: Sequence[int]) -> Table:
             size_in_words(one.gradient_bytes),
             size_in_words(one.optimizer_bytes),
             size_in_words(one.peak_bytes),
-            size_in_words(peaks[one.device]) if is_alone and peaks else "-",
+            "-" if peak is None else size_in_words(peak),
         )
     return table
 

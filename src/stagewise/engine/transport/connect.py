@@ -262,7 +262,7 @@ def give_up(error: BaseException) -> None:
     Group.give_up()
     SideGroup.give_up()
     disconnect()
-    if dist.is_initialized():  # not if another was lost as it was to be
+    if dist.is_initialized():  # not where another rank was lost while the group was formed
         dist.distributed_c10d._abort_process_group()
     gc.collect()
 
