@@ -95,7 +95,8 @@ def assert_alike(found: list[dict[str, float]], expected: list[dict[str, float]]
         row, wanted = dict(row), dict(wanted)
         for each in (row, wanted):
             each.pop("total_flos", None)  # of parameters, some of which are elsewhere
-        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+        # trl keeps entropies in float32.
+        assert row == pytest.approx(wanted, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["adapted", "language"])
