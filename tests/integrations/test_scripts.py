@@ -10,6 +10,8 @@ pytest.importorskip("accelerate")
 from examples import pipeline_trainer
 from tests.docs.blocks import ROOT, blocks_of, run_page
 
+WRITES = {"fine-tuning": {"base", "adapters", "tuned"}}
+
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
@@ -23,6 +25,7 @@ def test_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert needing and not missing, "a package of make test-hf is not installed"
     monkeypatch.chdir(tmp_path)
     assert run_page(path, tmp_path) >= len(needing)
+    assert WRITES.get(page, set()) <= {written.name for written in tmp_path.iterdir()}
 
 
 def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
