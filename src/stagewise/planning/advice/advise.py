@@ -54,8 +54,11 @@ class _Choice:
     words: Callable[[Facts], list[str]]
 
 
+ALONE = ("--devices", "1")  # the options of training on one device
+
+
 def _alone(facts: Facts) -> list[str]:
-    return ["train", "--devices", "1"]
+    return ["train", *ALONE]
 
 
 def _parallel(facts: Facts) -> list[str]:

@@ -8,7 +8,7 @@ Where none fits, the rules say what would.
 from dataclasses import replace
 
 from stagewise.mesh import is_data_axis
-from stagewise.planning.advice.advise import Advice
+from stagewise.planning.advice.advise import ALONE, Advice
 from stagewise.planning.meshes.mesh_cost import MeshCost
 from stagewise.planning.meshes.mesh_search import MeshChoice
 from stagewise.units import format_seconds
@@ -17,7 +17,8 @@ _NAMES = {"tp": "tensor", "sp": "sequence", "cp": "sequence", "ep": "expert"}
 
 
 def with_mesh(advice: Advice, found: MeshChoice, alone_seconds: float | None = None) -> Advice:
-    """Return the advice to train on the mesh that the search found.
+    """Return the advice to train on the mesh that the search found, or on one device if that is
+    faster.
 
     A step of one device takes `alone_seconds`, if the model fits it.
     """
@@ -30,10 +31,11 @@ def with_mesh(advice: Advice, found: MeshChoice, alone_seconds: float | None = N
     if found.why:
         reason += f": {found.why}"
     if alone_seconds is not None and alone_seconds <= best.step_seconds:
-        reason += (
-            f"; but one device takes {format_seconds(alone_seconds)}: the model, or its batch, is "
-            "too small for several"
+        reason = (
+            f"a step takes {format_seconds(alone_seconds)}: the model, or its batch, is too small "
+            f"for several; {reason}"
         )
+        return replace(advice, choice="one device", reason=reason, command="train", options=ALONE)
     return replace(
         advice, choice=_name(best), reason=reason, command="train", options=_options(best)
     )
