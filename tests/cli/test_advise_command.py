@@ -40,8 +40,9 @@ def verdicts(found: dict[str, object]) -> dict[str, dict[str, object]]:
 
 def test_a_small_model_needs_no_pipeline(tmp_path: Path, capsys: Capture) -> None:
     found = advice(capsys, write_recipe(tmp_path), "--device", "h100", "--devices", "8")
-    assert found["choice"] == "pipeline of sharded stages"  # of eight, but:
-    assert "but one device takes" in str(found["reason"])
+    assert found["choice"] == "one device"
+    assert "too small for several; on pp=2,dp_replicate=2,dp_shard=2" in str(found["reason"])
+    assert found["options"] == ["--devices", "1"]
     by_rule = verdicts(found)
     assert by_rule["four microbatches per stage"]["numbers"]["batch_size"] == 8  # type: ignore[index]
     assert not by_rule["communication is cheap"]["ok"]
@@ -151,18 +152,18 @@ def test_a_plan_for_devices_that_one_does_not_have(tmp_path: Path, capsys: Captu
 
 
 @pytest.mark.parametrize(
-    ("memory", "devices", "words"),
+    ("width", "memory", "words"),
     [
-        (None, "8", "train RECIPE --mesh pp=2,dp_replicate=2,dp_shard=2 "),
-        ("1 MB", "8", "train RECIPE --devices 8 --pipeline"),
+        (4096, None, "train RECIPE --mesh pp=4,dp_shard=2 "),
+        (512, "1 MB", "train RECIPE --devices 8 --pipeline"),
     ],
 )
 def test_advice_ends_in_a_command(
-    tmp_path: Path, capsys: Capture, memory: str | None, devices: str, words: str
+    tmp_path: Path, capsys: Capture, width: int, memory: str | None, words: str
 ) -> None:
-    recipe = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = 512"))
+    recipe = write_recipe(tmp_path, ("WIDTH = 8", f"WIDTH = {width}"))
     given = [] if memory is None else ["--device-memory", memory]
-    arguments = ("advise", recipe, "--device", "h100", "--devices", devices, *given)
+    arguments = ("advise", recipe, "--device", "h100", "--devices", "8", *given)
     said = output_of(capsys, *arguments).splitlines()  # type: ignore[arg-type]
     assert said[-1].startswith("next: stagewise " + words.replace("RECIPE", str(recipe)))
     assert said[-2].startswith("to compare: FSDP (ZeRO-3) over 8 devices")
