@@ -20,7 +20,7 @@ help:
 	@echo "make test      lint, types and all tests"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy --strict"
-	@echo "make soak      tests with thousands of generated models, new ones each time"
+	@echo "make soak      thousands of generated models, new ones each time, and every policy at every cut"
 	@echo "make chaos     200 faults at random places of small runs, resumed and compared"
 	@echo "make test-gpu  the tests that need a GPU, or two or more; skipped if there is none"
 	@echo "make gpu-check what stagewise does on this machine's GPUs: a table, in eight minutes"
@@ -64,7 +64,9 @@ pytest: $(READY)
 
 soak: $(READY)
 	STAGEWISE_SOAK=20 $(BIN)/pytest --timeout 3600 \
-		tests/pipeline/test_generated.py tests/pipeline/test_random_chains.py
+		tests/pipeline/test_generated.py tests/pipeline/test_random_chains.py \
+		tests/pipeline/test_exactness.py tests/pipeline/test_batches.py \
+		tests/pipeline/test_batchnorm.py tests/pipeline/test_frozen.py
 
 chaos: $(READY)
 	$(BIN)/python -m benchmarks.chaos

@@ -1,5 +1,7 @@
 """Schedules for tests, of any size."""
 
+import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import stagewise
 from stagewise.schedule import POLICIES, SCHEDULES, Schedule, named_schedule
+from tests.soak import FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,19 @@ def policy_in_turn(number: int) -> str:
     cut, and between processes each runs at some.
     """
     return list(POLICIES)[number % len(POLICIES)]
+
+
+def policies_at(*cut: object) -> tuple[list[str], list[str]]:
+    """The policies of runs at `cut` in one process, and between processes: all in a soak.
+
+    Else two in one process, and between processes one at every second cut, drawn by what names the
+    cut, so that among many cuts every policy meets every schedule and number of stages.
+    """
+    if FACTOR > 1:
+        return [*POLICIES], [*POLICIES]
+    turn = zlib.crc32(repr(cut).encode())
+    first, second, _ = random.Random(turn).sample([*POLICIES], 3)
+    return [first, second], [first] * (turn % 2)
 
 
 def planned(balance: Sequence[int], schedule: str, **more: object) -> stagewise.Plan:

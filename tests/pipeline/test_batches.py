@@ -17,7 +17,7 @@ from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
 from tests.pipeline.runs import even, unexamined
-from tests.schedules import RUNNABLE, cuts, layout, planned, policy_in_turn
+from tests.schedules import RUNNABLE, cuts, layout, planned, policies_at, policy_in_turn
 
 MSE = nn.functional.mse_loss
 NUM_MICROBATCHES = 4
@@ -339,24 +339,22 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_cut_schedule_policy_and_transport_is_bit_identical(pools: Pools, form: str) -> None:
-    for index, schedule in enumerate(RUNNABLE, [*FORMS].index(form)):
+    for schedule in RUNNABLE:
         wanted = train(Run(form=form, schedule=schedule))
         assert wanted.gradients
         for num_stages in cuts(schedule, 4):
-            runs = [
-                Run(form=form, num_stages=num_stages, schedule=schedule, recompute=policy)
-                for policy in POLICIES
-            ]
-            for record in train_each(runs):
+            here, between = policies_at(form, schedule, num_stages)
+            run = Run(form=form, num_stages=num_stages, schedule=schedule)
+            for record in train_each([replace(run, recompute=policy) for policy in here]):
                 assert_same(record, wanted)
             num_devices, _ = layout(schedule, num_stages)
             if num_devices == 1:
                 continue
-            run = replace(runs[0], recompute=policy_in_turn(index + num_stages))
-            records = pools[num_devices].run(train, run)
-            gradients = {n: g for record in records for n, g in record.gradients.items()}
-            for record in records:
-                assert_same(replace(record, gradients=gradients), wanted)
+            for policy in between:
+                records = pools[num_devices].run(train, replace(run, recompute=policy))
+                gradients = {n: g for record in records for n, g in record.gradients.items()}
+                for record in records:
+                    assert_same(replace(record, gradients=gradients), wanted)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -385,7 +383,7 @@ def test_gradients_of_the_batch_are_bit_identical(form: str) -> None:
         runs = [
             Run(form=form, num_stages=n, schedule=schedule, recompute=policy, gradients=True)
             for n in (2, 4)
-            for policy in POLICIES
+            for policy in policies_at(form, schedule, n)[0]
         ]
         for record in train_each(runs):
             assert_same(record, wanted)

@@ -20,7 +20,7 @@ from stagewise.schedule import POLICIES
 from tests.harness import Pools
 from tests.models import Call
 from tests.pipeline.runs import unexamined
-from tests.schedules import RUNNABLE, layout, planned, policy_in_turn
+from tests.schedules import RUNNABLE, layout, planned, policies_at
 
 WIDTH, SIZE, NUM_MICROBATCHES = 3, 22, 4  # microbatches of 6, 6, 5, 5
 State = dict[str, Tensor]
@@ -176,17 +176,17 @@ def test_any_cut_policy_and_transport_has_the_same_bits(
     pools: Pools, name: str, schedule: str
 ) -> None:
     (wanted,) = trained(name, 1, schedule, ["never"], torch.float32)
-    num_cells, turn = len(MODELS[name]()), [*MODELS].index(name) + RUNNABLE.index(schedule)
-    for num_stages in range(1, min(num_cells, 4) + 1):
+    for num_stages in range(1, min(len(MODELS[name]()), 4) + 1):
+        here, between = policies_at(name, schedule, num_stages)
         if name == "twice in a stage":
             if num_stages > 2:
                 continue
-        elif (num_devices := layout(schedule, num_stages)[0]) > 1:
-            policy = policy_in_turn(turn + num_stages)
-            arguments = (name, num_stages, schedule, [policy], torch.float32)
+        elif (num_devices := layout(schedule, num_stages)[0]) > 1 and between:
+            arguments = (name, num_stages, schedule, between, torch.float32)
             ranks = pools[num_devices].run(trained, *arguments)
-            assert_same({k: t for [state] in ranks for k, t in state.items()}, wanted)
-        for state in trained(name, num_stages, schedule, list(POLICIES), torch.float32):
+            for states in zip(*ranks, strict=True):
+                assert_same({k: t for state in states for k, t in state.items()}, wanted)
+        for state in trained(name, num_stages, schedule, here, torch.float32):
             assert_same(state, wanted)
 
 

@@ -21,7 +21,7 @@ from tests.pipeline.runs import (
     train_each,
     train_plain,
 )
-from tests.schedules import cuts, layout, policy_in_turn
+from tests.schedules import cuts, layout, policies_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:cell .* (changes count|mixes samples):UserWarning")
 
@@ -50,21 +50,34 @@ PAIRS = [
 def test_any_cut_policy_and_transport_is_bit_identical(
     pools: Pools, example: str, schedule: str
 ) -> None:
-    """Three momentum steps with clipping, against the same run on one stage, never recomputing.
-
-    Between processes with one policy a cut, but with all at every number of stages.
-    """
+    """Three momentum steps with clipping, against the same run on one stage, never recomputing."""
     run = Run(example=example, schedule=schedule, sizes=SIZES, optimizer="sgd", max_norm=0.5)
     wanted = train(cut(run, 1))
     assert any(gradient is not None for gradient in wanted.gradients.values())
     for num_stages in cuts(schedule, num_cells(example)):
-        runs = [cut(replace(run, recompute=policy), num_stages) for policy in POLICIES]
+        here, between = policies_at(example, schedule, num_stages)
+        runs = [cut(replace(run, recompute=policy), num_stages) for policy in here]
         for record in train_each(runs):
             assert_identical(record, wanted)
-        if layout(schedule, num_stages)[0] > 1:
-            policy = policy_in_turn(PAIRS.index((example, schedule)) + num_stages)
+        for policy in between if layout(schedule, num_stages)[0] > 1 else ():
             on_some = cut(replace(run, recompute=policy), num_stages)
             assert_identical(on_ranks(pools, on_some), wanted)
+
+
+def test_every_policy_meets_every_schedule_and_number_of_stages() -> None:
+    """Since not all of them run at every cut."""
+    here, between = set[tuple[object, str]](), set[tuple[object, str]]()
+    wanted = set[object]()
+    for example, schedule in PAIRS:
+        for num_stages in cuts(schedule, num_cells(example)):
+            one, several = policies_at(example, schedule, num_stages)
+            here |= {*itertools.product((schedule, num_stages), one)}
+            if layout(schedule, num_stages)[0] > 1:
+                wanted |= {schedule, num_stages}
+                between |= {*itertools.product((schedule, num_stages), several)}
+    assert here >= {*itertools.product(wanted, POLICIES)}
+    assert between >= {*itertools.product(wanted - SCHEDULES.keys(), POLICIES)}
+    assert {at for at, _ in between} == wanted
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.batch.values import Apart
-from stagewise.schedule import POLICIES, Kind, Message
+from stagewise.schedule import Kind, Message
 from tests.harness import Pools
 from tests.pipeline.runs import even, unexamined
-from tests.schedules import RUNNABLE, cuts, layout, planned, policy_in_turn
+from tests.schedules import RUNNABLE, cuts, layout, planned, policies_at
 
 Named = dict[str, Tensor | None]
 
@@ -141,15 +141,15 @@ def plain(name: str, needs_grad: bool) -> tuple[Named, Tensor | None]:
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_plain_models(pools: Pools, name: str, needs_grad: bool) -> None:
     wanted, wanted_input = plain(name, needs_grad)
-    for index, schedule in enumerate(RUNNABLE, [*MODELS].index(name) + needs_grad):
+    for schedule in RUNNABLE:
         [(one, one_input)] = gradients(name, 1, schedule, needs_grad, ["never"])
         assert (wanted_input is None) == (one_input is None)
         for num_stages in cuts(schedule, 4):
             arguments = name, num_stages, schedule, needs_grad
-            ranks = [gradients(*arguments, list(POLICIES))]
-            if (num_devices := layout(schedule, num_stages)[0]) > 1:
-                policy = policy_in_turn(index + num_stages)
-                ranks += pools[num_devices].run(gradients, *arguments, [policy])
+            here, between = policies_at(*arguments)
+            ranks = [gradients(*arguments, here)]
+            if (num_devices := layout(schedule, num_stages)[0]) > 1 and between:
+                ranks += pools[num_devices].run(gradients, *arguments, between)
             for results in ranks:
                 for own, own_input in results:
                     if "0.module.weight" in own or results is ranks[0]:

@@ -100,7 +100,7 @@ def cases(draw: st.DrawFn) -> tuple[list[str], dict[str, object]]:
 def test_any_chain_has_the_plain_models_gradients(part: int) -> None:
     @part_of(part)
     @hypothesis.settings(
-        max_examples=examples(50), suppress_health_check=[hypothesis.HealthCheck.too_slow]
+        max_examples=examples(35), suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     @hypothesis.given(cases())
     def check(case: tuple[list[str], dict[str, object]]) -> None:

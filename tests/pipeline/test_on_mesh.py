@@ -45,9 +45,7 @@ CELLS = {
     4: [
         Cell(2, "DDP", "gpipe", "tied"),
         Cell(2, "FSDP2", "zb_v", "tied"),
-        Cell(2, "FSDP2", "interleaved", "encoder-decoder"),
         Cell(2, "TP", "zb_v", "lora"),
-        Cell(2, "TP", "1f1b", "moe"),
         Cell(1, "HSDP", "1f1b", "tied"),
         Cell(1, "FSDP2+TP", "gpipe", "decoder"),
         Cell(1, "USP", "1f1b", "encoder-decoder"),
