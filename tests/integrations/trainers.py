@@ -14,14 +14,14 @@ from transformers import Trainer, TrainingArguments, set_seed
 from stagewise.integrations.transformers import PipelineArguments, PipelineTrainer
 
 transformers.logging.set_verbosity_error()
-VOCABULARY, CLASSES = 64, 3
+VOCABULARY, CLASSES, WIDTH = 64, 3, 32
 Run = dict[str, Any]
 
 
 def language_model(dropout: float = 0.0) -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=WIDTH,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -35,7 +35,7 @@ def language_model(dropout: float = 0.0) -> nn.Module:
 def classifier(dropout: float = 0.0) -> nn.Module:
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=WIDTH,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
