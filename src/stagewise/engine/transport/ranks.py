@@ -195,18 +195,26 @@ class Ranks:
         """Start sending to `rank`, which must `take` as many; do not modify until `finish`."""
         present = torch.tensor([tensor is not None for tensor in tensors], device=_CPU)
         self._wires.control.start_send([present], rank)
-        self._wires.data.start_send([t.detach() for t in tensors if t is not None], rank)
+        self.send(rank, [tensor for tensor in tensors if tensor is not None])
 
     def take(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Return what `rank` gives: tensors with the shapes and dtypes of `like`, or None."""
         present = torch.empty(len(like), dtype=torch.bool, device=_CPU)
         self._wires.control.start_receive([present], rank)()
-        taken = [
-            torch.empty_like(tensor, requires_grad=False) if is_there else None
-            for tensor, is_there in zip(like, present.tolist(), strict=True)
-        ]
-        self._wires.data.start_receive([t for t in taken if t is not None], rank)()
-        return taken
+        there = present.tolist()
+        some = self.receive(rank, [t for t, is_there in zip(like, there, strict=True) if is_there])
+        left = iter(some)
+        return [next(left) if is_there else None for is_there in there]
+
+    def send(self, rank: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start sending to `rank`, which must `receive` as many; do not modify until `finish`."""
+        self._wires.data.start_send([tensor.detach() for tensor in tensors], rank)
+
+    def receive(self, rank: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what `rank` sends: tensors with the shapes and dtypes of `like`."""
+        received = [torch.empty_like(tensor, requires_grad=False) for tensor in like]
+        self._wires.data.start_receive(received, rank)()
+        return received
 
     def group(self, ranks: Sequence[int], axes: Collection[str] | None = ()) -> Group | None:
         """Create a group of `ranks`; None on other ranks or with a single one. Collective.

@@ -123,8 +123,7 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
         self._turns.pass_on()
         assert source is not None
         room = scores if self._in_full else input_ids[:, -1]
-        (chosen,) = self._ranks.take(source, [torch.empty_like(room)])
-        assert chosen is not None
+        (chosen,) = self._ranks.receive(source, [room.contiguous()])
         if bool((chosen.isnan() if self._in_full else chosen < 0).any()):
             raise _mixed()
         if self._in_full:
@@ -140,7 +139,7 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
     def _tell(self, tokens: torch.Tensor) -> None:
         for rank in range(self._ranks.num_ranks):
             if rank != self._ranks.rank:
-                self._ranks.give(rank, [tokens.contiguous()])
+                self._ranks.send(rank, [tokens.contiguous()])
 
 
 class _Told(StoppingCriteria):  # type: ignore[misc]

@@ -7,7 +7,7 @@ which mixes values outside its layers is found out. Which arguments must travel,
 returns, the ranks compare once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -122,9 +122,9 @@ class SpreadModel:
         if self._ranks.rank == source:
             for rank in self._decoding:
                 if rank != source:
-                    self._ranks.give(rank, [hidden.contiguous()])
+                    self._ranks.send(rank, [hidden.contiguous()])
         elif self._ranks.rank in self._decoding:
-            output.last_hidden_state = self._ranks.take(source, [_room(hidden)])[0]
+            output.last_hidden_state = self._ranks.receive(source, [_room(hidden)])[0]
 
     def _shared(self, unit: Unit, forward: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ class SpreadModel:
             owner = self._owner(unit)
             if self.at not in (None, owner):
                 self.has_moved = True
-                leaves = self._moved(unit, leaves, owner)
+                leaves = self._moved(unit, leaves, first, owner)
                 args, kwargs = pytree.tree_unflatten(leaves, tree)
             output = forward(*args, **kwargs) if self._ranks.rank == owner else None
             if unit.stack is not None:
@@ -161,15 +161,14 @@ class SpreadModel:
         source, target = self.at, self._stack.blocks[0].owners[0]
         self.has_moved |= source != target
         if source != target and self._ranks.rank == source:
-            self._ranks.give(target, [embedded.contiguous()])
+            self._ranks.send(target, [embedded.contiguous()])
         elif source != target and self._ranks.rank == target:
-            (taken,) = self._ranks.take(source, [_room(embedded)])  # type: ignore[arg-type]
-            assert taken is not None
-            embedded = taken
+            assert source is not None
+            (embedded,) = self._ranks.receive(source, [_room(embedded)])
         self.at = target
         return embedded
 
-    def _moved(self, unit: Unit, leaves: list[Any], owner: int) -> list[Any]:
+    def _moved(self, unit: Unit, leaves: list[Any], hidden: torch.Tensor, owner: int) -> list[Any]:
         """Take a call's values from where they are to its owner."""
         source, rank = self.at, self._ranks.rank
         assert source is not None
@@ -177,20 +176,24 @@ class SpreadModel:
             sums = self._ranks.gather([*map(_digest, leaves)], _WHAT)
             differ = zip(sums[source], sums[owner], strict=True)
             unit.moves[len(leaves)] = tuple(n for n, (a, b) in enumerate(differ) if a != b)
-        leaves = list(leaves)
-        for number in unit.moves[len(leaves)]:
-            leaf = leaves[number]
-            if rank == source:
-                shape = torch.zeros(_DIMS, dtype=torch.int64)
-                shape[: leaf.dim() + 1] = torch.tensor([leaf.dim(), *leaf.shape])
-                self._ranks.give(owner, [shape.to(leaf.device)])
-                self._ranks.give(owner, [leaf.contiguous()])
-            elif rank == owner:
-                header = torch.empty(_DIMS, dtype=torch.int64, device=leaf.device)
-                told = self._ranks.take(source, [header])[0]
-                assert told is not None
-                dims, *sizes = told.tolist()
-                leaves[number] = self._ranks.take(source, [leaf.new_empty(sizes[:dims])])[0]
+        moving, leaves = unit.moves[len(leaves)], list(leaves)
+        has_shapes = all(leaves[number] is hidden for number in moving)  # those of hidden states
+        if rank == source:
+            sent = [leaves[number].contiguous() for number in moving]
+            if not has_shapes:
+                self._ranks.send(owner, [_shapes(sent).to(hidden.device)])
+            self._ranks.send(owner, sent)
+        elif rank == owner:
+            rooms = [_room(leaves[number]) for number in moving]
+            if not has_shapes:
+                told = torch.empty(len(moving), _DIMS, dtype=torch.int64, device=hidden.device)
+                shapes = self._ranks.receive(source, [told])[0].tolist()
+                rooms = [
+                    room.new_empty(sizes[:dims])
+                    for room, (dims, *sizes) in zip(rooms, shapes, strict=True)
+                ]
+            for number, leaf in zip(moving, self._ranks.receive(source, rooms), strict=True):
+                leaves[number] = leaf
         return leaves
 
     def _as_block(
@@ -227,6 +230,11 @@ def _digest(leaf: Any) -> object:
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
         return None
     return tuple(leaf.shape), str(float(leaf.double().sum()))
+
+
+def _shapes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    rows = [[t.dim(), *t.shape, *[0] * (_DIMS - 1 - t.dim())] for t in tensors]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _room(like: torch.Tensor) -> torch.Tensor:
