@@ -8,6 +8,7 @@ from torch import nn
 from stagewise.errors import ModelError, UsageError
 from stagewise.pipeline.generation.bare_model import filled
 from stagewise.pipeline.generation.prompts import check_prompts
+from stagewise.pipeline.generation.shared_units import Agreed
 from stagewise.pipeline.measuring import Measuring
 
 
@@ -15,6 +16,7 @@ class Generates(Measuring):
     """Continues prompts with a model of transformers."""
 
     _skeleton: nn.Module | None
+    _agreed: Agreed
     _device: torch.device
 
     def generate(
@@ -59,7 +61,7 @@ class Generates(Measuring):
                 return model.generate(**here)  # type: ignore[operator]
         from stagewise.pipeline.generation.generating import generate_on_ranks
 
-        return generate_on_ranks(model, self._ranks, own, lanes, here)
+        return generate_on_ranks(model, self._ranks, own, self._agreed, lanes, here)
 
     def _generative(self, lanes: int | None) -> nn.Module:
         """Return the model to generate with; raise unless it can be, and in such lanes."""

@@ -42,6 +42,7 @@ from stagewise.pipeline.build.refusals import check_given, check_plan, refuse
 from stagewise.pipeline.build.whole_model import WholeModel
 from stagewise.pipeline.generates import Generates
 from stagewise.pipeline.generation.bare_model import skeleton_of
+from stagewise.pipeline.generation.shared_units import Agreed
 from stagewise.planning.partition.balance import check_balance
 from stagewise.planning.plan import Plan
 
@@ -210,7 +211,7 @@ class Pipeline(Generates):
         own_devices = [stage.device for stage in stages.values()]
         self._device = own_devices[-1] if own_devices else self._devices[ranks.rank]
         super().__init__(whole, stages, made.ties, ranks)
-        self.plan, self._skeleton = plan, skeleton_of(model)
+        self.plan, self._skeleton, self._agreed = plan, skeleton_of(model), Agreed()
         self._batch_dim, self._split, self._merge = batch_dim, split, merge
         captured = captured_of(model)
         self._form = None if captured is None else captured.form

@@ -21,6 +21,7 @@ from transformers import (
 
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, UsageError
+from stagewise.pipeline.generation.shared_units import Agreed
 from stagewise.pipeline.generation.spread import SpreadModel
 from stagewise.pipeline.generation.turns import Turns
 
@@ -43,12 +44,13 @@ def generate_on_ranks(
     model: Any,
     ranks: Ranks,
     own: Mapping[str, torch.Tensor],
+    agreed: Agreed,
     lanes: int | None,
     options: dict[str, Any],
 ) -> Any:
     """Return what `model.generate(**options)` does, on every rank; collective."""
     options.setdefault("use_cache", True)  # a trainer's model has it off
-    spread = SpreadModel(model, ranks, own)
+    spread = SpreadModel(model, ranks, own, agreed)
     what = f"{_WHAT} {next(_CALLS)}"
     config = options.get("generation_config") or model.generation_config
     _refuse(options, config)

@@ -4,7 +4,7 @@ A block of a list of layers is one, and so is every module outside these lists t
 such as an embedding or the head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,6 @@ class Unit:
     stack: Stack | None = None
     index: int = 0
     owners: Sequence[int] = ()
-    forms: dict[int, Form] = field(default_factory=dict)  # by the number of leaves of a call
-    moves: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return the names of its parameters in the model."""
@@ -55,6 +53,14 @@ class Unit:
             return hidden
         empty = torch.full((), torch.nan, dtype=dtype, device=hidden.device)
         return empty.expand(*hidden.shape[:-1], widths[-1])
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks of a Pipeline have told each other about units, by path and form of a call."""
+
+    forms: dict[Hashable, Form] = field(default_factory=dict)  # of blocks' outputs
+    moves: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # leaves that travel
 
 
 def units_of(model: nn.Module) -> tuple[list[Stack], list[Unit]]:

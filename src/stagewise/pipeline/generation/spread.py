@@ -7,7 +7,7 @@ which mixes values outside its layers is found out. Which arguments must travel,
 returns, the ranks compare once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -20,17 +20,31 @@ from transformers import Cache, EncoderDecoderCache
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError
 from stagewise.pipeline.generation.bare_model import filled
-from stagewise.pipeline.generation.shared_units import Form, Function, Stack, Unit, units_of
+from stagewise.pipeline.generation.shared_units import (
+    Agreed,
+    Form,
+    Function,
+    Stack,
+    Unit,
+    units_of,
+)
 
 _WHAT = "generate"
 _DIMS = 8
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a unit
+
 
 class SpreadModel:
-    """A model's units over `ranks`; `own` are this rank's tensors by name."""
+    """A model's units over `ranks`; `own` are this rank's tensors by name.
 
-    def __init__(self, model: Any, ranks: Ranks, own: Mapping[str, torch.Tensor]) -> None:
-        self._model, self._ranks = model, ranks
+    What the ranks find out about calls of units is added to `agreed`, for the next time.
+    """
+
+    def __init__(
+        self, model: Any, ranks: Ranks, own: Mapping[str, torch.Tensor], agreed: Agreed
+    ) -> None:
+        self._model, self._ranks, self._agreed = model, ranks, agreed
         self._stacks, self._units = units_of(model)
         self.at: int | None = None  # the rank that has the values; None: all do
         self._stack: Stack | None = None  # whose forward is running
@@ -128,20 +142,20 @@ class SpreadModel:
 
     def _shared(self, unit: Unit, forward: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Any:
-            leaves, tree = pytree.tree_flatten((args, kwargs))
-            first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+            given = *args, *kwargs.values()
+            hidden = next(value for value in given if isinstance(value, torch.Tensor))
             owner = self._owner(unit)
             if self.at not in (None, owner):
                 self.has_moved = True
-                leaves = self._moved(unit, leaves, first, owner)
-                args, kwargs = pytree.tree_unflatten(leaves, tree)
+                args, kwargs = self._moved(unit, (args, kwargs), hidden, owner)
             output = forward(*args, **kwargs) if self._ranks.rank == owner else None
             if unit.stack is not None:
-                output = self._as_block(unit, leaves, first, output, owner)
+                call = unit.path, len(args), *kwargs
+                output = self._as_block(unit, call, given, hidden, output, owner)
             elif output is None:
-                output = unit.stand_in(first, self._dtype)
+                output = unit.stand_in(hidden, self._dtype)
             self.at = owner
-            return self._at_stack(output) if not first.is_floating_point() else output
+            return self._at_stack(output) if not hidden.is_floating_point() else output
 
         return run
 
@@ -168,15 +182,17 @@ class SpreadModel:
         self.at = target
         return embedded
 
-    def _moved(self, unit: Unit, leaves: list[Any], hidden: torch.Tensor, owner: int) -> list[Any]:
+    def _moved(self, unit: Unit, call: Call, hidden: torch.Tensor, owner: int) -> Call:
         """Take a call's values from where they are to its owner."""
         source, rank = self.at, self._ranks.rank
         assert source is not None
-        if len(leaves) not in unit.moves:
+        leaves, tree = pytree.tree_flatten(call)
+        key = unit.path, source, owner, *(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        if key not in self._agreed.moves:
             sums = self._ranks.gather([*map(_digest, leaves)], _WHAT)
             differ = zip(sums[source], sums[owner], strict=True)
-            unit.moves[len(leaves)] = tuple(n for n, (a, b) in enumerate(differ) if a != b)
-        moving, leaves = unit.moves[len(leaves)], list(leaves)
+            self._agreed.moves[key] = tuple(n for n, (a, b) in enumerate(differ) if a != b)
+        moving = self._agreed.moves[key]
         has_shapes = all(leaves[number] is hidden for number in moving)  # those of hidden states
         if rank == source:
             sent = [leaves[number].contiguous() for number in moving]
@@ -194,24 +210,31 @@ class SpreadModel:
                 ]
             for number, leaf in zip(moving, self._ranks.receive(source, rooms), strict=True):
                 leaves[number] = leaf
-        return leaves
+        moved: Call = pytree.tree_unflatten(leaves, tree)
+        return moved
 
     def _as_block(
-        self, unit: Unit, leaves: list[Any], hidden: torch.Tensor, output: Any, owner: int
+        self,
+        unit: Unit,
+        call: Hashable,
+        given: Iterable[Any],
+        hidden: torch.Tensor,
+        output: Any,
+        owner: int,
     ) -> Any:
         """Return a block's output, or what stands for it; count its tokens in the cache."""
-        if len(leaves) not in unit.forms:
+        if call not in self._agreed.forms:
             form = _form_of(output) if self._ranks.rank == owner else None
-            unit.forms[len(leaves)] = self._ranks.gather(form, _WHAT)[owner]
+            self._agreed.forms[call] = self._ranks.gather(form, _WHAT)[owner]
         if self._ranks.rank == owner:
             return output
         noted = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
-        for leaf in leaves:
-            if isinstance(leaf, EncoderDecoderCache):
-                leaf.self_attention_cache.update(noted, noted, unit.index)
-            elif isinstance(leaf, Cache):
-                leaf.update(noted, noted, unit.index)
-        form = unit.forms[len(leaves)]
+        for value in given:
+            if isinstance(value, EncoderDecoderCache):
+                value.self_attention_cache.update(noted, noted, unit.index)
+            elif isinstance(value, Cache):
+                value.update(noted, noted, unit.index)
+        form = self._agreed.forms[call]
         if form is None:
             return hidden
         others = (hidden.new_empty(0) if there else None for there in form[1:])

@@ -23,7 +23,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._left: list[int] = []
-        self._turn: list[threading.Semaphore] = []
+        self._turn: list[threading.Lock] = []
         self._now = 0
         self._error: BaseException | None = None
 
@@ -34,7 +34,9 @@ class Turns:
             return [tasks[0]()]
         results: dict[int, T] = {}
         self._left = [*range(len(tasks))]
-        self._turn = [threading.Semaphore(0) for _ in tasks]
+        self._turn = [threading.Lock() for _ in tasks]
+        for lock in self._turn:
+            lock.acquire()
 
         def run_one(number: int) -> None:
             self._turn[number].acquire()
