@@ -48,7 +48,8 @@ def verdicts(report: ParityReport) -> dict[str, object]:
 def test_every_example_agrees(example: str, dtype: torch.dtype) -> None:
     inputs, target = batch(example, 10)
     every = dtype is torch.float64 and example in ("mlp", "conv")
-    some = RUNNABLE if dtype is torch.float64 else ["1f1b", "zb_v"]
+    half = RUNNABLE[sorted(EXAMPLES).index(example) % 2 :: 2]
+    some = half if dtype is torch.float64 else ["1f1b", "zb_v"]
     names = sorted(SCHEDULES) if every else some
     report = check_parity(
         build(example),
@@ -452,7 +453,9 @@ def test_on_real_ranks(pools: Pools) -> None:
 def test_weighted_several_and_added_losses_agree(case: str) -> None:
     loss, weight = LOSSES[case]
     tokens, target = padded()
-    report = check_parity(language(), tokens, target=target, loss=loss, weight=weight)
+    report = check_parity(
+        language(), tokens, target=target, loss=loss, weight=weight, schedules=["1f1b", "zb_v"]
+    )
     report.raise_for_failure()
     assert {row.verdict for row in report.rows} == {"ok"}
     if weight is not None:  # and the check can tell: as if every microbatch counted alike
