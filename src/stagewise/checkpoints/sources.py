@@ -26,6 +26,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = ".metadata"
 DIGESTS = "sha256"  # of every file, in the index's metadata
 _NO_DIGESTS: Mapping[Path, str] = {}
+_PART_BYTES = 1 << 22  # of a tensor that is copied from a file part by part
 _LONG = 100  # characters of a path in a message to all ranks
 _PREFIX = "model."  # where applications store the model next to the optimizer
 _DTYPES = {
@@ -169,7 +170,7 @@ class _Safetensors:
         for path, own in self._by_file(targets):
             with _blame(path), _opened(path) as handle:
                 for name in own:
-                    targets[name].copy_(handle.get_tensor(name))
+                    _copy(path, handle, name, targets[name])
 
     def _by_file(self, names: Iterable[str]) -> Iterable[tuple[Path, list[str]]]:
         files: dict[Path, list[str]] = {}
@@ -230,6 +231,19 @@ class _Distributed:
                 load_distributed(
                     state, storage_reader=self._reader, planner=Planner(), no_dist=True
                 )
+
+
+def _copy(path: Path, handle: Any, name: str, target: torch.Tensor) -> None:
+    """Copy a tensor of a file; a large one part by part, so that it is never here twice."""
+    rows = 0 if target.dim() == 0 else _PART_BYTES * len(target) // max(target.nbytes, 1)
+    if rows == 0 or rows >= len(target):
+        target.copy_(handle.get_tensor(name))
+        return
+    for first in range(0, len(target), rows):
+        with safe_open(path, framework="pt") as mapped:  # closed, and its pages gone, each time
+            part = mapped.get_slice(name)[first : first + rows]
+            target[first : first + rows].copy_(part)
+            del part
 
 
 def _opened(path: Path) -> Any:

@@ -21,6 +21,7 @@ from stagewise.checkpoints.renamed import Maker
 from stagewise.costs import CellCost
 from stagewise.errors import ModelError
 from stagewise.model.cell import Cell, Chain
+from stagewise.pretrained.in_blocks import InBlocks
 from stagewise.pretrained.peft_names import base_name
 
 _METHODS = "torchao", "bitsandbytes"
@@ -134,7 +135,8 @@ class Quantised(Maker):
             read = quantiser.get_load_operations()["deserialize"](quantiser)
             made = read.convert(parts, source_patterns=[*parts], **about)
         else:
-            made = quantiser.get_quantize_ops().convert({base: [values[base]]}, **about)
+            with InBlocks():
+                made = quantiser.get_quantize_ops().convert({base: [values[base]]}, **about)
         layer = self.twin.get_submodule(path)
         value = made.get(base, made.get(attribute, layer._parameters[attribute]))
         weight: nn.Parameter = (

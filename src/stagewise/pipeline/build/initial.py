@@ -20,6 +20,7 @@ from stagewise.engine.stage.randomness import generators_kept, seed_initialisati
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError
+from stagewise.free_pages import HEAP
 from stagewise.model.cell import Chain
 from stagewise.model.chain import Model, module_tree
 from stagewise.model.materialise import materialise
@@ -112,3 +113,4 @@ def _put(
         real = made[name].make(source, own[min(entry.cells)])
         for place in entry.places:
             place.put(real)
+        HEAP.give_back()  # what making it has freed would stay resident, several times the weight

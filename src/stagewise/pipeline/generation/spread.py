@@ -187,7 +187,8 @@ class SpreadModel:
         source, rank = self.at, self._ranks.rank
         assert source is not None
         leaves, tree = pytree.tree_flatten(call)
-        key = unit.path, source, owner, *(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        key = unit.path, source, owner, len(leaves)  # the same for all lanes: none but the first
+        # may ask the ranks, as the tokens of those before are on their way.
         if key not in self._agreed.moves:
             sums = self._ranks.gather([*map(_digest, leaves)], _WHAT)
             differ = zip(sums[source], sums[owner], strict=True)
