@@ -4,7 +4,8 @@ Two ranks call `from_pretrained` on a folder of several files, after a tiny one 
 needed. Counted, once every parameter has been read, is the peak of the resident set beyond that
 before the call, over the bytes of this rank's parameters and buffers. Beside it transformers' own
 `from_pretrained`, which holds the whole model in every process; and, with bitsandbytes installed, a
-base that is quantised to NF4 while it is read.
+larger base, in bfloat16 as they come, that is quantised to NF4 while it is read: the weight that is
+being quantised is there in full.
 """
 
 import gc
@@ -32,14 +33,18 @@ def main(
 ) -> None:
     """Measure what a process holds at most while it loads."""
     with tempfile.TemporaryDirectory() as folder:
-        large, tiny = Path(folder) / "large", Path(folder) / "tiny"
+        large, tiny, base = (Path(folder) / name for name in ("large", "tiny", "base"))
         _write(large, width=512 if quick else 1024, num_layers=8)
         _write(tiny, width=16, num_layers=2)
-        rows = run_workers(2, _measured, str(large), str(tiny))
+        if find_spec("bitsandbytes") is not None:  # in 4 bits about as much as the other
+            _write(base, width=1024 if quick else 2048, num_layers=16, dtype=torch.bfloat16)
+        rows = run_workers(2, _measured, str(large), str(tiny), str(base))
     print_rows("memory while loading", rows, as_json=json, notes=(GOAL,))
 
 
-def _write(folder: Path, *, width: int, num_layers: int) -> None:
+def _write(
+    folder: Path, *, width: int, num_layers: int, dtype: torch.dtype = torch.float32
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -51,10 +56,11 @@ def _write(folder: Path, *, width: int, num_layers: int) -> None:
         num_key_value_heads=4,
         use_cache=False,
     )
-    LlamaForCausalLM(config).save_pretrained(str(folder), max_shard_size="20MB")
+    model: Any = LlamaForCausalLM._from_config(config, dtype=dtype)
+    model.save_pretrained(str(folder), max_shard_size="20MB")
 
 
-def _measured(large: str, tiny: str) -> list[Row]:
+def _measured(large: str, tiny: str, base: str) -> list[Row]:
     """The rows of all ranks, on every rank."""
     from transformers import AutoModelForCausalLM
 
@@ -80,9 +86,9 @@ def _measured(large: str, tiny: str) -> list[Row]:
         load(tiny)
         before = _settled()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        model = load(large)
+        model = load(base if "NF4" in name else large)
         for parameter in model.parameters():
-            parameter.sum()  # what is only mapped counts when it is read
+            parameter.flatten()[::512].sum()  # what is only mapped counts when it is read
         peak = _resident("VmHWM") - before
         module = getattr(model, "module", model)
         part = sum(held_bytes(t) for t in {*module.parameters(), *module.buffers()})

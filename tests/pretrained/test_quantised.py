@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.batch.layouts import held_bytes
 from stagewise.errors import CheckpointError, ModelError
+from stagewise.pretrained.in_blocks import _NUM_AT_ONCE, InBlocks
 from stagewise.pretrained.quantised import quantiser_of
 from tests.harness import Pools
 
@@ -155,6 +156,21 @@ def test_adapters_train_as_on_a_base_quantised_by_transformers(tmp_path: Path, k
         found, held = pipelined_steps(str(base), str(tmp_path / kind), kind, num_devices)
         assert_same([found], want)
         assert held < 0.6 * full
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_blocks_are_quantised_to_the_same_bits(kind: str) -> None:
+    quantise = pytest.importorskip("bitsandbytes").functional.quantize_4bit
+    shapes = (1000, 300), (7, 13), (_NUM_AT_ONCE // 64, 64)  # the first two with a rest
+    for shape in shapes:
+        for double in (False, True):
+            weight = torch.randn(shape, dtype=torch.bfloat16)
+            options = {"quant_type": kind, "compress_statistics": double}
+            whole, about = quantise(weight, **options)
+            with InBlocks():
+                parts, about_parts = quantise(weight, **options)
+            assert torch.equal(parts, whole)
+            assert torch.equal(about_parts.absmax, about.absmax)
 
 
 @pytest.mark.parametrize(("ranks", "some"), [(2, KINDS), (4, ("nf4",))])

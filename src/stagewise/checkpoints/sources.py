@@ -235,10 +235,10 @@ class _Distributed:
 
 def _copy(path: Path, handle: Any, name: str, target: torch.Tensor) -> None:
     """Copy a tensor of a file; a large one part by part, so that it is never here twice."""
-    rows = 0 if target.dim() == 0 else _PART_BYTES * len(target) // max(target.nbytes, 1)
-    if rows == 0 or rows >= len(target):
+    if target.nbytes <= _PART_BYTES or target.dim() == 0:
         target.copy_(handle.get_tensor(name))
         return
+    rows = max(1, _PART_BYTES * len(target) // target.nbytes)
     for first in range(0, len(target), rows):
         with safe_open(path, framework="pt") as mapped:  # closed, and its pages gone, each time
             part = mapped.get_slice(name)[first : first + rows]

@@ -14,7 +14,7 @@ _OPERATOR = "bitsandbytes::quantize_4bit"
 _NUM_AT_ONCE = 1 << 16  # values; a multiple of every block's
 
 
-class InBlocks(TorchDispatchMode):
+class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, large weights are quantised to 4 bits part by part."""
 
     def __torch_dispatch__(
