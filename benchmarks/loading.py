@@ -36,8 +36,8 @@ def main(
         large, tiny, base = (Path(folder) / name for name in ("large", "tiny", "base"))
         _write(large, width=512 if quick else 1024, num_layers=8)
         _write(tiny, width=16, num_layers=2)
-        if find_spec("bitsandbytes") is not None:  # in 4 bits about as much as the other
-            _write(base, width=1024 if quick else 2048, num_layers=16, dtype=torch.bfloat16)
+        if find_spec("bitsandbytes") is not None:
+            _write(base, width=512 if quick else 1024, num_layers=16, dtype=torch.bfloat16)
         rows = run_workers(2, _measured, str(large), str(tiny), str(base))
     print_rows("memory while loading", rows, as_json=json, notes=(GOAL,))
 
