@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import stagewise
 from stagewise.engine.transport import choose_wires, connect
-from stagewise.engine.transport.ranks import Group, Ranks
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.wires.group import Group
 from stagewise.engine.transport.wires.staged import staged
 from stagewise.engine.transport.wires.wire import Wires
 from stagewise.schedule import SCHEDULES

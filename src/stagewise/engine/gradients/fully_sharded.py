@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
 from stagewise.engine.gradients.shard_actions import Gathered
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.transport.ranks import Group
+from stagewise.engine.transport.wires.group import Group
 from stagewise.errors import ModelError
 
 

@@ -21,7 +21,7 @@ from stagewise.engine.stage.gradient import (
     taken,
     wide,
 )
-from stagewise.engine.transport.ranks import Group
+from stagewise.engine.transport.wires.group import Group
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from stagewise.engine.gradients.policy import ParameterPolicy, Settlement
 from stagewise.engine.gradients.shards import NO_SHARDING, Axes, Sharding
 from stagewise.engine.stage.batchnorm import layers_of
 from stagewise.engine.stage.stage import Stage
-from stagewise.engine.transport.ranks import Group, Ranks
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.wires.group import Group
 from stagewise.schedule import Instruction
 from stagewise.schedule.instruction import kinds_with
 

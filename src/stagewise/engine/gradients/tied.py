@@ -27,7 +27,8 @@ from stagewise.engine.stage.gradient import (
     wide,
 )
 from stagewise.engine.stage.stand_ins import StandIns, _places
-from stagewise.engine.transport.ranks import Group, Ranks
+from stagewise.engine.transport.ranks import Ranks
+from stagewise.engine.transport.wires.group import Group
 from stagewise.errors import CellError
 from stagewise.model.tied_parameters import Tied
 

@@ -28,10 +28,11 @@ from stagewise.engine.transport.processes import (
     own_device,
     timeout_of,
 )
-from stagewise.engine.transport.ranks import Group, Ranks
+from stagewise.engine.transport.ranks import Ranks
 from stagewise.engine.transport.rendezvous import Rendezvous
 from stagewise.engine.transport.side_group import SideGroup
 from stagewise.engine.transport.transport import Transport
+from stagewise.engine.transport.wires.group import Group
 from stagewise.engine.transport.wires.group_wire import GroupWire, LinkGroups
 from stagewise.engine.transport.wires.peers import Peers
 from stagewise.engine.transport.wires.sockets import Sockets
