@@ -24,6 +24,7 @@ X, Y = torch.ones(4, 4), torch.ones(4, 1)
     ("call", "remedy"),
     [
         (lambda: stagewise.plan(chain(), X, num_stages=2, chunks=8), "num_microbatches="),
+        (lambda: stagewise.plan(chain(), X, devices=2, num_microbatches=2), "write num_devices="),
         (lambda: stagewise.plan(chain(), X, loss_fn=1, num_microbatches=2), "write loss="),
         (lambda: stagewise.plan(chain(), X, num_stage=2, num_microbatches=2), "num_stages="),
         (lambda: stagewise.plan(chain(), X, maks=X, num_microbatches=2), "argument 'maks'"),

@@ -15,6 +15,7 @@ ARGUMENTS = {
     "chunks": "num_microbatches",
     "checkpoint": "recompute",
     "criterion": "loss",
+    "devices": "num_devices",
     "gradient_accumulation_steps": "num_microbatches",
     "gradient_checkpointing": "recompute",
     "labels_key": "target",
