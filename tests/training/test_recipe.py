@@ -49,6 +49,15 @@ def test_syntax_error_names_file_and_line(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_syntax_error_of_a_relative_path_names_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = = 8"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=rf"SyntaxError: .* at {path.name}, line 5"):
+        load_recipe(Path(path.name))
+
+
 def test_import_error_names_file_and_line(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("WIDTH = 8", "import no_such_package"))
     with pytest.raises(RecipeError, match=rf"ModuleNotFoundError: .* at {path}, line 5"):

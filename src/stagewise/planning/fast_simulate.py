@@ -21,6 +21,7 @@ from stagewise.timeline import changes_by_kind, kept_bytes
 
 _NEVER = float("inf")
 Row = TypeVar("Row")
+Times = list[list[tuple[float, float]]]  # start and end, by device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,18 @@ def outcome_of(
         busy_seconds=tuple(busy),
         peak_bytes=peak_bytes(schedule, costs),
     )
+
+
+def step_seconds(schedule: Schedule, costs: Sequence[StageCost], link: LinkCost) -> float:
+    """Return the duration alone."""
+    return max(_ends_and_busy(schedule, costs, link, ())[0])
+
+
+def times_of(schedule: Schedule, costs: Sequence[StageCost], link: LinkCost) -> Times:
+    """Return when each of a device's instructions starts and ends, in its program's order."""
+    times: Times = [[] for _ in schedule.programs]
+    _ends_and_busy(schedule, costs, link, (), times)
+    return times
 
 
 class _StreamState:
@@ -121,19 +134,17 @@ def _by_microbatch(
 
 
 def _ends_and_busy(
-    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost, shares: Sequence[float]
+    schedule: Schedule,
+    costs: Sequence[StageCost],
+    link: LinkCost,
+    shares: Sequence[float],
+    times: Times | None = None,
 ) -> tuple[list[float], list[float]]:
     num_microbatches = schedule.num_microbatches
-    both = ACTIVATIONS, GRADIENTS
-    streams: dict[Stream | None, _StreamState] = {
-        each: _StreamState(each, schedule, costs, link, shares) for each in both
-    }
-    times = _times(schedule, costs, shares)
-    kinds = {kind: (times[kind], streams.get(traits.stream)) for kind, traits in KINDS.items()}
-    overhead = link.overhead_seconds
+    kinds = _streams_and_seconds(schedule, costs, link, shares)
+    overhead, link_free = link.overhead_seconds, dict[tuple[int, int], float]()
     runs_on = [d for devices in schedule.placement for d in device_turns(devices, num_microbatches)]
     free, last, busy = (list[float]([0] * schedule.num_devices) for _ in range(3))
-    link_free: dict[tuple[int, int], float] = {}
     at, ready = [0] * schedule.num_devices, list(range(schedule.num_devices))
     while ready:
         device = ready.pop()
@@ -150,6 +161,8 @@ def _ends_and_busy(
                 now = max(now, arrival, stream.far_arrived.get(own, 0))
             # A gather's number is no microbatch's.
             seconds = took[m if m < num_microbatches else 0][stage]
+            if times is not None:
+                times[device].append((now, now + seconds))
             now += seconds
             busy[device] += seconds
             last[device] = now
@@ -172,16 +185,22 @@ def _ends_and_busy(
     return last, busy
 
 
-def _times(
-    schedule: Schedule, costs: Sequence[StageCost], shares: Sequence[float]
-) -> dict[Kind, list[list[float]]]:
-    """Return what every kind takes, by microbatch and stage."""
+def _streams_and_seconds(
+    schedule: Schedule, costs: Sequence[StageCost], link: LinkCost, shares: Sequence[float]
+) -> dict[Kind, tuple[list[list[float]], _StreamState | None]]:
+    """Return what every kind takes, by microbatch and stage, and whose messages it waits for."""
 
     def of(traits: KindTraits, share: float) -> list[float]:
         return [traits.seconds_on(cost) * share for cost in costs]
 
+    streams: dict[Stream | None, _StreamState] = {
+        each: _StreamState(each, schedule, costs, link, shares) for each in (ACTIVATIONS, GRADIENTS)
+    }
     return {
-        kind: _by_microbatch(schedule, () if traits.of_shards else shares, partial(of, traits))
+        kind: (
+            _by_microbatch(schedule, () if traits.of_shards else shares, partial(of, traits)),
+            streams.get(traits.stream),
+        )
         for kind, traits in KINDS.items()
     }
 

@@ -279,11 +279,11 @@ def _run(path: Path) -> ModuleType:
 
 def _place(path: Path, error: Exception | SystemExit) -> str:
     """Return the recipe's line that led to `error`."""
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
-        return f"{path}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    return f"{path}, line {own[-1].lineno}" if own else f"a function of {path}"
+    at = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        at.append((error.filename or "", error.lineno))
+    own = [line for name, line in at if Path(name).resolve() == path.resolve()]
+    return f"{path}, line {own[-1]}" if own else f"a function of {path}"
 
 
 def build_model(recipe: Recipe, *, seed: int, meta: bool = False) -> Model:

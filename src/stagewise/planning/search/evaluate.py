@@ -174,7 +174,7 @@ class Evaluator:
         except PlanError as error:
             return Rejected(what=str(option), reason=str(error))
         if schedule.recomputed and capped and self._recompute == "auto":
-            schedule = with_moved_recomputations(schedule, costs, link, room, effort=effort)
+            schedule = with_moved_recomputations(schedule, costs, link, room, effort=effort // 3)
         programs = tuple(str(schedule).splitlines())
         cut = Cut(option=option, schedule=schedule, balance=plan.balance, gap=plan.partition_gap)
         found = self._outcome(cut, plan.cells, schedule, costs, plan.recompute)

@@ -222,8 +222,9 @@ def _joined(
     best = joined.only(_undominated(joined, joined.seconds))
     step = float(best.seconds.max(initial=0.0)) / most
     while len(best.held) > most and step < float(best.seconds.max()):
-        # Compare rounded seconds, so that labels less than a step faster are dropped.
-        best = joined.only(_undominated(joined, np.floor(joined.seconds / step)))
+        # Compare rounded seconds, so that labels less than a step faster are dropped. What was
+        # dominated stays so, as seconds that were not above others are not so when rounded.
+        best = best.only(_undominated(best, np.floor(best.seconds / step)))
         best = replace(best, slack=joined.slack + step)
         step *= 2
     return best
@@ -232,20 +233,24 @@ def _joined(
 def _undominated(labels: _Labels, seconds: Floats) -> Ints:
     """Return the indices of the labels not dominated in `seconds`, held and rebuilt bytes."""
     order = np.lexsort((labels.seconds, labels.rebuilt, labels.held, seconds))
-    stairs_held: list[int] = []  # the front so far: rising, while rebuilt falls
-    stairs_rebuilt: list[int] = []
+    # The front so far, whose held bytes rise while rebuilt ones fall, and an end to both.
+    stairs_held: list[float] = [float("inf")]
+    stairs_rebuilt = [-1]
     chosen = []
     for at, held, rebuilt in zip(
         order.tolist(), labels.held[order].tolist(), labels.rebuilt[order].tolist(), strict=True
     ):
-        place = bisect_right(stairs_held, held)
+        place = end = bisect_right(stairs_held, held)
         if place and stairs_rebuilt[place - 1] <= rebuilt:
             continue
-        end = place
-        while end < len(stairs_held) and stairs_rebuilt[end] >= rebuilt:
+        while stairs_rebuilt[end] >= rebuilt:
             end += 1
         if place and stairs_held[place - 1] == held:
             place -= 1
-        stairs_held[place:end], stairs_rebuilt[place:end] = [held], [rebuilt]
+        if place == end:
+            stairs_held.insert(place, held)
+            stairs_rebuilt.insert(place, rebuilt)
+        else:
+            stairs_held[place:end], stairs_rebuilt[place:end] = [held], [rebuilt]
         chosen.append(at)
     return np.array(chosen, dtype=np.int64)

@@ -24,7 +24,7 @@ class Operations:
     `needs[op]` is the arrival that op waits for and `fills[op]` the one that it causes, -1 for
     none; `link_of[op]` numbers the pair of devices that its message crosses, -1 if it stays.
     `recompute_seconds[op]` precedes a backward that recomputes, unless it directly follows its own
-    forward on the last stage (`follows_forward`). An arrival is complete with its `far` messages.
+    forward on the last stage. An arrival is complete with its `far` messages.
     """
 
     seconds: list[float]

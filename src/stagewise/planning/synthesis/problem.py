@@ -74,6 +74,15 @@ class Problem(Operations):
         whole, graph = KINDS[Kind.FORWARD].bytes_kept, KINDS[Kind.RECOMPUTE].bytes_kept
         return [(whole(cost) - graph(cost), graph(cost)) for cost in self.costs]
 
+    @cached_property
+    def own_forward(self) -> list[int]:
+        """By operation: the forward that a backward of the last stage rebuilds, elsewhere -1."""
+        found, last = [-1] * len(self.seconds), self.num_stages - 1
+        for kind, of in enumerate(OPERATIONS):
+            for m in range(self.num_microbatches) if "inputs" in KINDS[of].parts else ():
+                found[self.op(kind, last, m)] = self.op(FORWARD, last, m)
+        return found
+
     def op(self, kind: int, stage: int, microbatch: int) -> int:
         """Return the number of an operation."""
         return (kind * self.num_stages + stage) * self.num_microbatches + microbatch
@@ -121,11 +130,6 @@ class Problem(Operations):
         """Return what a microbatch keeps on `stage` while its graph exists."""
         return self.input_bytes(stage, microbatch) + self.kept_bytes[stage][1]
 
-    def follows_forward(self, previous: int, op: int) -> bool:
-        """Return whether backward `op` follows its own forward `previous` on the last stage."""
-        _, stage, m = self.parts(op)
-        return stage == self.num_stages - 1 and previous == self.op(FORWARD, stage, m)
-
     def schedule(self, name: str, programs: Programs) -> Schedule:
         """Return the schedule of `programs`, including recomputations."""
         own, _ = _instructions(self.num_stages, self.num_microbatches)
@@ -140,16 +144,14 @@ class Problem(Operations):
     def instructions(self, program: list[int]) -> list[Instruction]:
         """Return a device's program as `schedule` would, but faster."""
         own, again = _instructions(self.num_stages, self.num_microbatches)
-        recomputes, last = self.recomputes, self.num_stages - 1
+        recomputes = self.recomputes
         if not any(recomputes):
             return [own[op] for op in program]
         found: list[Instruction] = []
         previous = -1
         for op in program:
             first = again[op]
-            at_once = (
-                first is not None and first.stage == last and self.follows_forward(previous, op)
-            )
+            at_once = previous >= 0 and previous == self.own_forward[op]
             if first is not None and recomputes[first.microbatch] and not at_once:
                 found.append(first)
             found.append(own[op])

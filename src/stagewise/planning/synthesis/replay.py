@@ -74,8 +74,8 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
     p, overhead = problem, problem.link.overhead_seconds
     seconds, again, transfers = p.seconds, p.recompute_seconds, p.transfer_seconds
     needs, fills, reaches, link_of = p.needs, p.fills, p.reaches, p.link_of
-    far, waiting = _Far(p), dict[int, int]()
-    recomputing, follows_forward = any(problem.recomputes), problem.follows_forward
+    far, far_from, waiting = _Far(p), p.far, dict[int, int]()
+    far_arrived, recomputing, own_forward = far.arrived, any(p.recomputes), p.own_forward
     size = 2 * problem.num_stages * problem.num_microbatches
     arrivals = [NEVER] * size if times is None else times.arrivals
     link_free: list[float] = [0] * problem.num_links
@@ -83,24 +83,23 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
     at, ready = [0] * problem.num_devices, list(range(problem.num_devices))
     while ready:
         device = ready.pop()
-        program, i, t, end = programs[device], at[device], free[device], last[device]
-        while i < len(program):
+        program, t, end = programs[device], free[device], last[device]
+        for i in range(at[device], len(program)):
             op = program[i]
             need = needs[op]
             if (arrival := arrivals[need] if need >= 0 else 0) == NEVER:
-                waiting[need] = device
+                waiting[need], at[device] = device, i
                 break
-            if far.arrived and far.arrived.get(need, 0) > arrival:
+            if far_arrived and far_arrived.get(need, 0) > arrival:
                 arrival = arrivals[need] = far.complete(need, times)
-            if recomputing and again[op] and not (i and follows_forward(program[i - 1], op)):
+            if recomputing and again[op] and not (i and program[i - 1] == own_forward[op]):
                 t += again[op]
-            if times is not None:
-                times.frees[op] = t
+            freed = t
             if arrival > t:
                 t = arrival
             end = t = t + seconds[op]
             if times is not None:
-                times.ends[op] = t
+                times.frees[op], times.ends[op] = freed, end
             fill = fills[op]
             if fill >= 0:
                 link = link_of[op]
@@ -110,15 +109,16 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
                     t += overhead
                     leaves = link_free[link] if link_free[link] > t else t
                     arrivals[fill] = link_free[link] = leaves + transfers[op]
-                if op in p.far:
+                if far_from and op in far_from:
                     t = far.send(op, t, link_free)
                 if fill in waiting and reaches[op] != device:
                     del waiting[fill]
                     ready.append(reaches[op])
                 if times is not None:
                     times.senders[fill] = op
-            i += 1
-        at[device], free[device], last[device] = i, t, end
+        else:
+            at[device] = len(program)
+        free[device], last[device] = t, end
     return NEVER if any(map(int.__lt__, at, map(len, programs))) else max(last)
 
 
