@@ -148,9 +148,9 @@ class Cutter:
         placement = placement_of(option)
         memory = (needs.inputs, needs.graphs) if needs else None
         group = (placement, recomputing, schedule_row(option.schedule).splits_backward, memory)
-        key = (*group, option.num_microbatches)
+        seconds = _loads(option, cells, recomputing)
+        key = (placement, tuple(seconds), memory)
         if key not in self._known:
-            seconds = _loads(option, cells, recomputing)
             self._known[key] = self._made(placement, cells, seconds, needs, group)
         return self._known[key]
 

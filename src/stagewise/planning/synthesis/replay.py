@@ -47,35 +47,40 @@ def replay(problem: Problem, programs: Programs) -> Replay:
 
 
 class _Far:
-    """Messages past other stages: the last that arrived for each arrival, and who sent it."""
+    """Messages past other stages, each sent before the arrival it belongs to is filled."""
 
     def __init__(self, problem: Problem) -> None:
         self._sent, self._overhead = problem.far, problem.link.overhead_seconds
-        self.arrived: dict[int, float] = {}
+        self._arrived: dict[int, float] = {}  # the last of each arrival's
         self._senders: dict[int, int] = {}
 
     def send(self, op: int, now: float, link_free: list[float]) -> float:
         """Send what `op` sends past others; return when its device is free."""
-        for goal, link, seconds in self._sent[op]:
+        for goal, link, seconds in self._sent.get(op, ()):
             now += self._overhead
             link_free[link] = max(link_free[link], now) + seconds
-            if self.arrived.get(goal, -1) < link_free[link]:
-                self.arrived[goal], self._senders[goal] = link_free[link], op
+            if self._arrived.get(goal, -1) < link_free[link]:
+                self._arrived[goal], self._senders[goal] = link_free[link], op
         return now
 
-    def complete(self, need: int, times: Replay | None) -> float:
-        """Return when `need` is complete; note in `times` who completed it."""
-        if times is not None:
-            times.senders[need] = self._senders[need]
-        return self.arrived[need]
+    def complete(self, arrivals: list[float], fill: int) -> None:
+        """Let an arrival that has been filled wait for what was sent past others."""
+        if self._arrived.get(fill, -1) > arrivals[fill]:
+            arrivals[fill] = self._arrived[fill]
+        else:
+            self._senders.pop(fill, None)
+
+    def sender_of(self, fill: int, op: int) -> int:
+        """Return who completed an arrival that `op` filled."""
+        return self._senders.get(fill, op)
 
 
 def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float:
     p, overhead = problem, problem.link.overhead_seconds
     seconds, again, transfers = p.seconds, p.recompute_seconds, p.transfer_seconds
     needs, fills, reaches, link_of = p.needs, p.fills, p.reaches, p.link_of
-    far, far_from, waiting = _Far(p), p.far, dict[int, int]()
-    far_arrived, recomputing, own_forward = far.arrived, any(p.recomputes), p.own_forward
+    has_far, far, waiting = bool(p.far), _Far(p), dict[int, int]()
+    recomputing, own_forward = any(p.recomputes), p.own_forward
     size = 2 * problem.num_stages * problem.num_microbatches
     arrivals = [NEVER] * size if times is None else times.arrivals
     link_free: list[float] = [0] * problem.num_links
@@ -90,8 +95,6 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
             if (arrival := arrivals[need] if need >= 0 else 0) == NEVER:
                 waiting[need], at[device] = device, i
                 break
-            if far_arrived and far_arrived.get(need, 0) > arrival:
-                arrival = arrivals[need] = far.complete(need, times)
             if recomputing and again[op] and not (i and program[i - 1] == own_forward[op]):
                 t += again[op]
             freed = t
@@ -109,13 +112,14 @@ def _replay(problem: Problem, programs: Programs, times: Replay | None) -> float
                     t += overhead
                     leaves = link_free[link] if link_free[link] > t else t
                     arrivals[fill] = link_free[link] = leaves + transfers[op]
-                if far_from and op in far_from:
+                    if fill in waiting:
+                        del waiting[fill]
+                        ready.append(reaches[op])
+                if has_far:
+                    far.complete(arrivals, fill)
                     t = far.send(op, t, link_free)
-                if fill in waiting and reaches[op] != device:
-                    del waiting[fill]
-                    ready.append(reaches[op])
                 if times is not None:
-                    times.senders[fill] = op
+                    times.senders[fill] = far.sender_of(fill, op)
         else:
             at[device] = len(program)
         free[device], last[device] = t, end
