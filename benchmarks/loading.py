@@ -4,8 +4,9 @@ Two ranks call `from_pretrained` on a folder of several files, after a tiny one 
 needed. Counted, once every parameter has been read, is the peak of the resident set beyond that
 before the call, over the bytes of this rank's parameters and buffers. Beside it transformers' own
 `from_pretrained`, which holds the whole model in every process; and, with bitsandbytes installed, a
-larger base, in bfloat16 as they come, that is quantised to NF4 while it is read: the weight that is
-being quantised is there in full.
+base in bfloat16, as they come, that is quantised to NF4 while it is read. Its layers are as wide as
+those of a model of 7 billion parameters: what the graph of a layer takes in Python, 1.5 MiB, does
+not depend on that, so it weighs more in narrower ones (`--quick`).
 """
 
 import gc
@@ -37,7 +38,7 @@ def main(
         _write(large, width=512 if quick else 1024, num_layers=8)
         _write(tiny, width=16, num_layers=2)
         if find_spec("bitsandbytes") is not None:
-            _write(base, width=512 if quick else 1024, num_layers=16, dtype=torch.bfloat16)
+            _write(base, width=1024 if quick else 4096, num_layers=4, dtype=torch.bfloat16)
         rows = run_workers(2, _measured, str(large), str(tiny), str(base))
     print_rows("memory while loading", rows, as_json=json, notes=(GOAL,))
 

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 SHARE = 0.01  # of a step's seconds that trimming and faulting in again may take
 RARELY = 0.001  # the same of many steps, where one takes more
 _PROBE_BYTES = 1 << 22
@@ -42,6 +44,14 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0
+
+
+def let_go(mapped: torch.Tensor) -> None:
+    """Drop the pages of a tensor that is mapped from a file; they would be read from it again."""
+    advice, start = getattr(mmap, "MADV_DONTNEED", None), mapped.data_ptr()
+    first, end = (at // mmap.PAGESIZE * mmap.PAGESIZE for at in (start, start + mapped.nbytes))
+    if advice is not None and first < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
 
 
 @functools.cache

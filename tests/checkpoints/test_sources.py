@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stagewise.checkpoints import sources
+from stagewise.free_pages import let_go
 
 
 class Whole:
@@ -39,3 +40,14 @@ def test_large_tensors_are_copied_part_by_part(
             sources._copy(path, whole, name, target)
             assert torch.equal(target, value.to(target.dtype)), name
     assert {*whole.asked} == {"small", "number", "none"}
+
+
+def test_a_mapped_tensor_is_the_file_s_after_its_pages_are_let_go(tmp_path: Path) -> None:
+    value, path = torch.randn(300, 1000), tmp_path / "model.safetensors"
+    save_file({"a": torch.randn(3), "value": value}, path)
+    mapped = sources.open_source(path, ["value"]).mapped("value")
+    assert mapped is not None and torch.equal(mapped, value)
+    let_go(mapped[100:200])
+    let_go(mapped)
+    assert torch.equal(mapped, value)
+    assert sources.open_source({"value": value}, ["value"]).mapped("value") is None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import stagewise
 from stagewise.batch.layouts import held_bytes
 from stagewise.errors import CheckpointError, ModelError
+from stagewise.pretrained import in_blocks
 from stagewise.pretrained.in_blocks import _NUM_AT_ONCE, InBlocks
 from stagewise.pretrained.quantised import quantiser_of
 from tests.harness import Pools
@@ -167,10 +168,23 @@ def test_blocks_are_quantised_to_the_same_bits(kind: str) -> None:
             weight = torch.randn(shape, dtype=torch.bfloat16)
             options = {"quant_type": kind, "compress_statistics": double}
             whole, about = quantise(weight, **options)
-            with InBlocks():
+            with InBlocks(mapped=False):
                 parts, about_parts = quantise(weight, **options)
             assert torch.equal(parts, whole)
             assert torch.equal(about_parts.absmax, about.absmax)
+
+
+def test_a_weight_is_mapped_and_let_go_as_far_as_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, let_go = folder_of(tmp_path), list[Tensor]()
+    monkeypatch.setattr(in_blocks, "let_go", let_go.append)
+    pipe = stagewise.from_pretrained(
+        base, batch(), num_microbatches=2, quantization_config=config_of("nf4")
+    )
+    weights = [module.weight for module in pipe.module.modules() if hasattr(module, "quant_state")]
+    assert len(let_go) == len(weights) == 7 * SIZES["num_hidden_layers"]
+    assert not any(part.is_shared() or part.requires_grad for part in let_go)
 
 
 @pytest.mark.parametrize(("ranks", "some"), [(2, KINDS), (4, ("nf4",))])

@@ -36,15 +36,25 @@ class TensorSource(Protocol):
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Copy saved values into `targets` of the same shapes, converting dtypes."""
 
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a tensor whose memory is a file's, to be read once; None if it is in none."""
+
 
 class Maker(Protocol):
     """Makes some of a model's parameters from saved tensors, one at a time."""
 
+    @property
+    def reads_in_parts(self) -> bool:
+        """Whether it reads a single source on the CPU part by part, and keeps nothing of it."""
+
     def sources(self, name: str, saved: Collection[str]) -> Sequence[str]:
         """Return what the entry `name` is made of; empty if it is read as it is."""
 
-    def make(self, name: str, values: Mapping[str, torch.Tensor]) -> nn.Parameter:
-        """Return the entry, made of these values, on their device."""
+    def make(self, name: str, values: Mapping[str, torch.Tensor], *, mapped: bool) -> nn.Parameter:
+        """Return the entry, made of these values, on their device.
+
+        If they are `mapped`, their memory is a file's, and its pages can be let go once read.
+        """
 
 
 @dataclass(frozen=True)
@@ -92,12 +102,17 @@ class Made:
 
     def make(self, source: TensorSource, device: torch.device) -> nn.Parameter:
         """Read what it is made of, and make it."""
-        values = {}
-        for name, form in source.forms(set(self.sources)).items():
-            dtype = self.dtype if self.is_of_one else form.dtype
-            values[name] = torch.empty(form.shape, dtype=dtype)
+        forms = source.forms(set(self.sources))
+        dtypes = {n: self.dtype if self.is_of_one else form.dtype for n, form in forms.items()}
+        if self.maker.reads_in_parts and self.is_of_one and device.type == "cpu":
+            name, form = next(iter(forms.items()))
+            found = source.mapped(name) if form.dtype == dtypes[name] else None
+            if found is not None:
+                return self.maker.make(self.name, {name: found}, mapped=True)
+        values = {n: torch.empty(form.shape, dtype=dtypes[n]) for n, form in forms.items()}
         source.read(values)
-        return self.maker.make(self.name, {name: t.to(device) for name, t in values.items()})
+        values = {name: value.to(device) for name, value in values.items()}
+        return self.maker.make(self.name, values, mapped=False)
 
 
 class _UnderOtherNames:
@@ -114,3 +129,6 @@ class _UnderOtherNames:
 
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._source.read({self._saved[name]: target for name, target in targets.items()})
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        return self._source.mapped(self._saved[name])

@@ -139,6 +139,9 @@ class _Dictionary:
         for name, target in targets.items():
             target.copy_(self._state[name])
 
+    def mapped(self, name: str) -> None:
+        return None
+
 
 class _Safetensors:
     """One file or several; each is opened once for everything read from it."""
@@ -163,14 +166,24 @@ class _Safetensors:
 
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         for path, _ in self._by_file(targets):
-            with _blame(path):
-                digest = self._digests.pop(path, None)  # a file is hashed once
-                if digest is not None and sha256_of(path) != digest:
-                    raise ValueError("it is not what was written (its SHA-256 differs)")
+            self._check_digest(path)
         for path, own in self._by_file(targets):
             with _blame(path), _opened(path) as handle:
                 for name in own:
                     _copy(path, handle, name, targets[name])
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        path = self._files[name]
+        self._check_digest(path)
+        with _blame(path), safe_open(path, framework="pt") as handle:
+            found: torch.Tensor = handle.get_tensor(name)
+        return found
+
+    def _check_digest(self, path: Path) -> None:
+        digest = self._digests.pop(path, None)  # a file is hashed once
+        with _blame(path):
+            if digest is not None and sha256_of(path) != digest:
+                raise ValueError("it is not what was written (its SHA-256 differs)")
 
     def _by_file(self, names: Iterable[str]) -> Iterable[tuple[Path, list[str]]]:
         files: dict[Path, list[str]] = {}
@@ -231,6 +244,9 @@ class _Distributed:
                 load_distributed(
                     state, storage_reader=self._reader, planner=Planner(), no_dist=True
                 )
+
+    def mapped(self, name: str) -> None:
+        return None
 
 
 def _copy(path: Path, handle: Any, name: str, target: torch.Tensor) -> None:

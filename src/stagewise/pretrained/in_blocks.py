@@ -2,7 +2,8 @@
 
 Problem: on a CPU, bitsandbytes computes it with PyTorch's operators, whose temporaries take two and
 a half times the weight in float32, and seven times it in bfloat16. Idea: every block of a weight is
-quantised by itself, so the operator gives the same bits for some blocks after others.
+quantised by itself, so the operator gives the same bits for some blocks after others. A weight that
+is mapped from its file is so never here whole.
 """
 
 from typing import Any
@@ -10,12 +11,21 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stagewise.free_pages import let_go
+
 _OPERATOR = "bitsandbytes::quantize_4bit"
 _NUM_AT_ONCE = 1 << 16  # values; a multiple of every block's
 
 
 class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, large weights are quantised to 4 bits part by part."""
+    """While it is entered, weights are quantised to 4 bits part by part.
+
+    Those whose memory is a file's, if they are `mapped`, are let go as far as they have been read.
+    """
+
+    def __init__(self, *, mapped: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._let_go = let_go if mapped else _keep
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -24,5 +34,18 @@ class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.name() != _OPERATOR or args[0].device.type != "cpu":
             return func(*args, **given)
         weight, *how = args
-        parts = [func(part, *how, **given) for part in weight.reshape(-1).split(_NUM_AT_ONCE)]
-        return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        whole, sizes = list[torch.Tensor](), list[int]()
+        for number, part in enumerate(weight.reshape(-1).split(_NUM_AT_ONCE)):
+            pieces = func(part, *how, **given)
+            self._let_go(part)
+            if not whole:  # the last part may be smaller than the first, and so than all others
+                sizes = [len(piece) for piece in pieces]
+                rows = [-(-size * weight.numel() // len(part)) for size in sizes]
+                whole = [p.new_empty(n, *p.shape[1:]) for p, n in zip(pieces, rows, strict=True)]
+            for all_rows, piece, size in zip(whole, pieces, sizes, strict=True):
+                all_rows[number * size :][: len(piece)] = piece
+        return tuple(whole)
+
+
+def _keep(part: torch.Tensor) -> None:
+    """Do nothing: the memory is not a file's."""

@@ -109,7 +109,12 @@ class Quantised(Maker):
         found = [full for part in parts if (full := f"{path}.{part}") in saved]
         return () if found == [base] else found
 
-    def make(self, name: str, values: Mapping[str, torch.Tensor]) -> nn.Parameter:
+    @property
+    def reads_in_parts(self) -> bool:
+        """Whether `InBlocks` reads the weights, which bitsandbytes quantises to 4 bits."""
+        return bool(getattr(self.quantiser.quantization_config, "load_in_4bit", False))
+
+    def make(self, name: str, values: Mapping[str, torch.Tensor], *, mapped: bool) -> nn.Parameter:
         """Return the weight, and let its layer in the model become the twin's."""
         base = base_name(name)
         assert base is not None
@@ -118,14 +123,16 @@ class Quantised(Maker):
             self.twin.get_submodule(path),
             self.model.get_submodule(name.rpartition(".")[0]),
         )
-        layer._parameters[attribute] = weight = self._made(base, values)
+        layer._parameters[attribute] = weight = self._made(base, values, mapped)
         if hasattr(layer, _REPACKS):
             setattr(layer, _REPACKS, False)
         if type(own) is not type(layer):
             _become(own, layer, attribute)
         return weight
 
-    def _made(self, base: str, values: Mapping[str, torch.Tensor]) -> nn.Parameter:
+    def _made(
+        self, base: str, values: Mapping[str, torch.Tensor], mapped: bool = False
+    ) -> nn.Parameter:
         """Return the weight that transformers makes of `values`."""
         path, _, attribute = base.rpartition(".")
         quantiser = self.quantiser
@@ -135,7 +142,7 @@ class Quantised(Maker):
             read = quantiser.get_load_operations()["deserialize"](quantiser)
             made = read.convert(parts, source_patterns=[*parts], **about)
         else:
-            with InBlocks():  # type: ignore[no-untyped-call]
+            with InBlocks(mapped=mapped):
                 made = quantiser.get_quantize_ops().convert({base: [values[base]]}, **about)
         layer = self.twin.get_submodule(path)
         value = made.get(base, made.get(attribute, layer._parameters[attribute]))

@@ -95,3 +95,13 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(metric_loggers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install wandb"):
         loggers_named("wandb")
+
+
+def test_a_folder_of_that_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(metric_loggers.LOGGERS, "runs_of_ours", metric_loggers.MLflow)
+    (tmp_path / "runs_of_ours").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="pip install runs_of_ours"):
+        loggers_named("runs_of_ours")
