@@ -46,7 +46,7 @@ def resident_bytes() -> int:
         return 0
 
 
-def let_go(mapped: torch.Tensor) -> None:
+def drop_pages(mapped: torch.Tensor) -> None:
     """Drop the pages of a tensor that is mapped from a file; they would be read from it again."""
     advice, start = getattr(mmap, "MADV_DONTNEED", None), mapped.data_ptr()
     first, end = (at // mmap.PAGESIZE * mmap.PAGESIZE for at in (start, start + mapped.nbytes))

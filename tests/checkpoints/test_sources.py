@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stagewise.checkpoints import sources
-from stagewise.free_pages import let_go
+from stagewise.free_pages import drop_pages
 
 
 class Whole:
@@ -47,7 +47,7 @@ def test_a_mapped_tensor_is_the_file_s_after_its_pages_are_let_go(tmp_path: Path
     save_file({"a": torch.randn(3), "value": value}, path)
     mapped = sources.open_source(path, ["value"]).mapped("value")
     assert mapped is not None and torch.equal(mapped, value)
-    let_go(mapped[100:200])
-    let_go(mapped)
+    drop_pages(mapped[100:200])
+    drop_pages(mapped)
     assert torch.equal(mapped, value)
     assert sources.open_source({"value": value}, ["value"]).mapped("value") is None

@@ -177,14 +177,14 @@ def test_blocks_are_quantised_to_the_same_bits(kind: str) -> None:
 def test_a_weight_is_mapped_and_let_go_as_far_as_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, let_go = folder_of(tmp_path), list[Tensor]()
-    monkeypatch.setattr(in_blocks, "let_go", let_go.append)
+    base, drop_pages = folder_of(tmp_path), list[Tensor]()
+    monkeypatch.setattr(in_blocks, "drop_pages", drop_pages.append)
     pipe = stagewise.from_pretrained(
         base, batch(), num_microbatches=2, quantization_config=config_of("nf4")
     )
     weights = [module.weight for module in pipe.module.modules() if hasattr(module, "quant_state")]
-    assert len(let_go) == len(weights) == 7 * SIZES["num_hidden_layers"]
-    assert not any(part.is_shared() or part.requires_grad for part in let_go)
+    assert len(drop_pages) == len(weights) == 7 * SIZES["num_hidden_layers"]
+    assert not any(part.is_shared() or part.requires_grad for part in drop_pages)
 
 
 @pytest.mark.parametrize(("ranks", "some"), [(2, KINDS), (4, ("nf4",))])

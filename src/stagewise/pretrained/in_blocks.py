@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagewise.free_pages import let_go
+from stagewise.free_pages import drop_pages
 
 _OPERATOR = "bitsandbytes::quantize_4bit"
 _NUM_AT_ONCE = 1 << 16  # values; a multiple of every block's
@@ -25,7 +25,7 @@ class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, *, mapped: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._let_go = let_go if mapped else _keep
+        self._drop = drop_pages if mapped else _keep
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -37,7 +37,7 @@ class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         whole, sizes = list[torch.Tensor](), list[int]()
         for number, part in enumerate(weight.reshape(-1).split(_NUM_AT_ONCE)):
             pieces = func(part, *how, **given)
-            self._let_go(part)
+            self._drop(part)
             if not whole:  # the last part may be smaller than the first, and so than all others
                 sizes = [len(piece) for piece in pieces]
                 rows = [-(-size * weight.numel() // len(part)) for size in sizes]
