@@ -216,3 +216,16 @@ def test_refuses_what_makes_no_sense() -> None:
         search(model(4), 1, num_microbatches=[1], recompute="maybe")
     with pytest.raises(ScheduleError, match="there is no schedule 'zigzag'"):
         search(model(4), 1, num_microbatches=[1], schedules=["zigzag"])
+
+
+@pytest.mark.parametrize(
+    ("seed", "tried"), [(None, "breadth_first"), (1, "dualpipe_v"), (3, "breadth_first")]
+)
+def test_of_named_plans_that_are_alike_the_one_that_changes_stages_least_is_tried(
+    seed: int | None, tried: str
+) -> None:
+    found = search(model(16, seed=seed), 2, num_microbatches=[8], link=LINK)
+    named = [
+        plan for plan in found.finalists if not plan.programs and plan.option.stages_per_device > 1
+    ]
+    assert [plan.option.schedule for plan in named] == [tried]

@@ -3,11 +3,14 @@
 Problem: predictions leave something out, and what they leave out is alike for similar plans, so the
 first few of the ranking are wrong together.
 Idea: take the fastest of every kind (named or synthesised, stages per device, microbatches), and
-always the fastest named schedule and the fastest with one stage per device.
+always the fastest named schedule and the fastest with one stage per device. Of named ones that
+predictions cannot tell apart, the one whose devices change least from stage to stage: weights that
+were just used are still in a core's caches, which no prediction counts.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from stagewise.costs import CellCost, LinkCost
 from stagewise.planning.fast_simulate import outcome_of
@@ -15,6 +18,8 @@ from stagewise.planning.search.evaluate import EvaluatedPlan, Rejected
 
 FINALISTS = 3
 _HOPELESS = 1.3  # times the fastest prediction: more than predictions are wrong by
+_ALIKE = 1.03  # times the fastest named one: less than predictions are wrong by
+_SMALL = 20_000  # instructions of a schedule that is built to be looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +47,29 @@ def finalists(
     kinds = {_kind(plan): plan for plan in reversed(hopeful)}
     picked = [
         *hopeful[:1],
-        *[plan for plan in evaluated if not plan.programs][:1],
+        *_steadiest([plan for plan in evaluated if not plan.programs]),
         *[plan for plan in whole if plan.seconds <= most][:1],
         *sorted(kinds.values(), key=lambda plan: plan.seconds),
     ]
     return [plan for at, plan in enumerate(picked) if not is_among(plan, picked[:at])][:number]
+
+
+def _steadiest(plans: Sequence[EvaluatedPlan]) -> list[EvaluatedPlan]:
+    """Return, of plans about as fast as the first and of its kind, the one that changes least."""
+    alike = [
+        plan
+        for plan in plans
+        if plan.seconds <= _ALIKE * plans[0].seconds
+        and plan.option.num_instructions <= _SMALL
+        and (plan.option.stages_per_device > 1) == (plans[0].option.stages_per_device > 1)
+    ]
+    return [min(alike, key=_num_changes)] if alike else [*plans[:1]]
+
+
+def _num_changes(plan: EvaluatedPlan) -> int:
+    """Return how often a device goes on with another stage than before."""
+    programs = plan.plan().built_schedule.programs
+    return sum(a.stage != b.stage for program in programs for a, b in pairwise(program))
 
 
 def is_among(plan: EvaluatedPlan, others: Iterable[EvaluatedPlan]) -> bool:
