@@ -3,6 +3,7 @@
 import inspect
 import traceback
 from collections.abc import Mapping
+from types import TracebackType
 
 from torch import fx, nn
 
@@ -64,6 +65,16 @@ def refusal(model: nn.Module, error: Exception) -> ModelError:
         f"{_where(model, error)} cannot be captured: {meaning} ({type(error).__name__}: "
         f"{first}); {remedy}"
     )
+
+
+def shortened(error: Exception) -> Exception:
+    """Return an error of torch.export with the user's lines alone: torch's own are hundreds."""
+    error.__cause__ = error.__context__ = None
+    kept: TracebackType | None = None
+    for frame, number in reversed([*traceback.walk_tb(error.__traceback__)]):
+        if is_users(frame.f_code.co_filename):
+            kept = TracebackType(kept, frame, frame.f_lasti, number)
+    return error.with_traceback(kept)
 
 
 def differs(model: nn.Module, found: Mismatch, asked: Mapping[str, str]) -> ModelError:

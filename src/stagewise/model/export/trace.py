@@ -24,7 +24,7 @@ from stagewise.errors import ModelError
 from stagewise.model.export.asked_sizes import AskedSizes, asked_sizes
 from stagewise.model.export.export_workarounds import traceable
 from stagewise.model.export.opaque_modules import LEAF, LeafCall, opaque
-from stagewise.model.export.refusal import refusal
+from stagewise.model.export.refusal import refusal, shortened
 from stagewise.model.promised_sizes import Condition
 
 # Sequences of tokens or vectors. Images keep their size: symbolic ones can be slow to trace.
@@ -121,7 +121,7 @@ def _traced(
             try:
                 return _exported(model, args, kwargs, shapes), calls, asked
             except Exception as error:
-                raise refusal(model, error) from error
+                raise refusal(model, error) from shortened(error)
 
     program, calls, asked = exported(False)
     decide = bool(asked.texts) and not _same_without(program, lambda: exported(True)[0])
