@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ import stagewise
 from stagewise.errors import BatchError
 from stagewise.model.captured import captured_of
 from stagewise.model.cells_of import chain_for
+from stagewise.model.promised_sizes import Condition, TakenInput, check_promises
 
 F = nn.functional
 
@@ -45,6 +47,16 @@ class Reader(nn.Module):
         states, first = self.gru(states + last[-1].repeat(1, 2)[:, None])
         x = self.encoder(states * first[0][:, None], mask=causal, src_key_padding_mask=~keep)
         return {"scores": self.head(x), "mean": (x * keep[..., None]).sum(1) / length**0.5}
+
+
+def test_one_sample_too_few_is_told() -> None:
+    """As on the meta device, where no values show that one sample goes the way of several."""
+    samples, length = sympy.symbols("samples length")
+    form = TakenInput(name="x", leaf=0, shape=(samples, length), dtype=torch.float32)
+    for size, said in ((samples, "give each microbatch two samples or more"), (length, "padded")):
+        condition = Condition(holds=sympy.Ne(size, 1 if size is samples else 4), place="a.py")
+        with pytest.raises(BatchError, match=said):
+            check_promises([form], [torch.ones(1, 4)], [condition])
 
 
 class Decides(nn.Module):

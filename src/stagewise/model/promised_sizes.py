@@ -7,6 +7,7 @@ before anything runs (`export/asked_sizes.py` records the assumptions).
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +25,10 @@ _SAMPLES = sympy.Symbol("samples", integer=True, positive=True)  # of a microbat
 _REMEDY = (
     "pass such a batch (padded, if need be), or capture the model with an example of these sizes: "
     "stagewise.capture(model, ...)"
+)
+_TWO_SAMPLES = (
+    "give each microbatch two samples or more: fewer microbatches (--microbatches, "
+    "num_microbatches=), or a larger batch"
 )
 
 
@@ -115,22 +120,27 @@ def check_promises(
                         f"example where it equals {_text(wanted.xreplace(names))}, which is "
                         f"{expected} here; {_REMEDY}"
                     )
+    counts = {form.shape[0] for form in forms if form.counts_samples}
     for condition in conditions:
-        _check_condition(condition, known, names)
+        _check_condition(condition, known, names, counts)
 
 
 def _check_condition(
-    condition: Condition, known: Mapping[Any, sympy.Basic], names: Mapping[Any, sympy.Symbol]
+    condition: Condition,
+    known: Mapping[Any, sympy.Basic],
+    names: Mapping[Any, sympy.Symbol],
+    counts: AbstractSet[Any],
 ) -> None:
     """Raise BatchError if all of its sizes are known and it cannot hold."""
     symbols = condition.holds.free_symbols
     if not symbols <= known.keys() or _may_hold(condition.holds.xreplace(known)):
         return
     values = ", ".join(sorted(f"{names[s]} is {known[s]}" for s in symbols if known[s] != _SAMPLES))
+    alone = symbols <= counts and all(known[s] == 1 for s in symbols)
     raise BatchError(
         f"{values}, but the model was captured with an example where "
         f"{_text(condition.holds.xreplace(names))}, on which {condition.place} depends; "
-        f"{_REMEDY}; or do not branch on sizes in forward"
+        f"{_TWO_SAMPLES if alone else _REMEDY}; or do not branch on sizes in forward"
     )
 
 
