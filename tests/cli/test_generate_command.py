@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from stagewise.checkpoints.sources import SINGLE
+from stagewise.cli import generate_command
 from tests.recipes import RunHere, write_recipe
 
 
@@ -19,6 +22,18 @@ def test_a_model_of_ones_own_is_refused_in_words(tmp_path: Path, run_here: RunHe
     Path("model/config.json").write_text("{}")
     code, _, err = run_here("generate", "model", "To be")
     assert code == 2 and "model has no tokenizer: set tokenizer =" in err
+
+
+def test_what_cannot_be_is_told_before_workers_start(
+    tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        Path(name).write_text("{}")
+    save_file({f"{n}.{p}": torch.ones(1) for n in "ab" for p in ("weight", "bias")}, SINGLE)
+    for spec, said in ((None, "pip install"), (tmp_path, "5 devices need a layer each, but")):
+        monkeypatch.setattr(generate_command, "find_spec", lambda name, spec=spec: spec)
+        code, _, err = run_here("generate", ".", "To be", "--devices", "5")
+        assert code == 2 and said in err and "rank" not in err
 
 
 def test_texts_are_the_plain_models_on_any_number_of_devices(

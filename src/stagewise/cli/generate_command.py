@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ from stagewise.training.workers.environment import launched
 if TYPE_CHECKING:
     import torch
 
+_NO_TRANSFORMERS = (
+    "stagewise generate needs transformers; run: pip install 'stagewise[huggingface]'"
+)
 _CONFIG, _TOKENIZERS = "config.json", ("tokenizer.json", "tokenizer_config.json")
 
 Source = Annotated[
@@ -107,7 +111,7 @@ def generate_command(
         run_in_workers(
             devices,
             ["generate", *command_line(words), *flags, "--", str(folder), *prompts],
-            before=lambda: None,
+            before=lambda: _check(folder, devices),
             body=lambda: _run(folder, prompts, how, seed, devices),
             timeout=timeout,
         )
@@ -144,6 +148,20 @@ def _folder_of(run: Path, room: Path) -> Path:
     return folder
 
 
+def _check(folder: Path, devices: int) -> None:
+    """Raise UsageError for what can be known before workers start."""
+    if find_spec("transformers") is None:
+        raise UsageError(_NO_TRANSFORMERS)
+    from stagewise.checkpoints.sources import open_source
+
+    modules = {name.rpartition(".")[0] for name in open_source(str(folder), ()).names}
+    if devices > len(modules):
+        raise UsageError(
+            f"{devices} devices need a layer each, but the model of {folder} has {len(modules)} "
+            "modules with parameters; use fewer --devices"
+        )
+
+
 def _run(
     folder: Path, prompts: Sequence[str], how: dict[str, Any], seed: int, devices: int
 ) -> None:
@@ -151,9 +169,7 @@ def _run(
     try:
         import transformers
     except ImportError as error:
-        raise UsageError(
-            "stagewise generate needs transformers; run: pip install 'stagewise[huggingface]'"
-        ) from error
+        raise UsageError(_NO_TRANSFORMERS) from error
     import torch
 
     from stagewise.engine.transport.processes import is_first
