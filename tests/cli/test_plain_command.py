@@ -13,6 +13,7 @@ from stagewise.cli.main import COMMANDS, command_app
     [
         ("schedules", "-K two", "not a whole number, such as 4"),
         ("schedules", "-K 0", "it must be at least 1"),
+        ("schedules", "--stages 4", "Possible options: --devices, --json, --microbatches"),
         ("simulate", "--latency x", "not a number, such as 0.5"),
         ("train", "x.py --record 101", "it must be at most 100"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 import typer.core
 
+_FEW = 8  # options, of which all are named to who gives an unknown one
 _IN_WORDS = (
     (r"Input should be a valid integer.*", "this is not a whole number, such as 4"),
     (r"Input should be a valid number.*", "this is not a number, such as 0.5"),
@@ -44,3 +45,12 @@ class PlainCommand(typer.core.TyperCommand):
             for theirs, ours in _IN_WORDS:
                 error.message = re.sub(theirs, ours, error.message)
             raise
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # which typer does not export
+                self._name_all_options(error)
+            raise
+
+    def _name_all_options(self, error: Any) -> None:
+        names = [name for param in self.params for name in param.opts if name.startswith("--")]
+        if not error.possibilities and len(names) <= _FEW:
+            error.possibilities = names
