@@ -1,10 +1,12 @@
 """What a run's report says where there is nothing to replay."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from stagewise.costs import FREE_LINK
 from stagewise.diagnosis import predicted_step
@@ -47,6 +49,18 @@ def test_memory_of_more_devices_than_the_step_was_planned_for() -> None:
     ]
     [*shown] = memory_table(memory, [3]).columns[-1].cells
     assert shown == ["3 B", "-"]
+
+
+def test_the_memory_table_is_whole_at_eighty_columns() -> None:
+    size = 987 * 2**20 + 2**19
+    one = StageMemory(
+        stage=0, device=0, parameter_bytes=size, gradient_bytes=size, optimizer_bytes=size
+    )
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(memory_table([one], [size]))
+    told = console.export_text()
+    assert "activations" in told and "…" not in told
+    assert {line[-1] for line in told.splitlines()[1:]} == {*"┓┃┩│┘"}
 
 
 def test_the_predicted_step_of_sharded_stages_has_their_gathers() -> None:

@@ -55,8 +55,9 @@ def memory_table(memory: Sequence[StageMemory], peaks: Sequence[int]) -> Table:
     of devices, where it has one for itself.
     """
     table = _table("Memory", "stage", "device", "parameters", "gradients", "optimizer")
-    for heading in ("peak activations", "predicted"):
-        table.add_column(heading, justify="right")
+    table.pad_edge = False  # all of it in 80 columns
+    for heading in ("peak activations", "predicted"):  # broken between words where it is narrow
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     stages = Counter(one.device for one in memory)
     devices = Counter(one.stage for one in memory)
     expected = dict(enumerate(peaks))  # of the usual step's plan, which may have fewer devices
