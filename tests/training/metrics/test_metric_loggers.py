@@ -1,6 +1,8 @@
 """The numbers of a run's log, elsewhere."""
 
+import functools
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +90,15 @@ def test_packages_get_the_same_numbers(
     assert package.calls == calls
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert loggers_named("") == () and loggers_named(" prometheus ,") == ("prometheus",)
     with pytest.raises(UsageError, match=r"no logger 'x'; choose of tensorboard"):
         loggers_named("prometheus,x")
-    monkeypatch.setattr(metric_loggers, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install wandb"):
-        loggers_named("wandb")
-
-
-def test_a_folder_of_that_name_is_no_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(metric_loggers.LOGGERS, "runs_of_ours", metric_loggers.MLflow)
-    (tmp_path / "runs_of_ours").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match="pip install runs_of_ours"):
-        loggers_named("runs_of_ours")
+    (tmp_path / "wandb").mkdir()  # as its own earlier runs leave one; Python would import it
+    beside = functools.partial(PathFinder.find_spec, path=[str(tmp_path)])
+    for find in (lambda name: None, beside):
+        monkeypatch.setattr(metric_loggers, "find_spec", find)
+        with pytest.raises(UsageError, match="pip install wandb"):
+            loggers_named("wandb")
