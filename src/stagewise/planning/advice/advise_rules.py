@@ -187,14 +187,15 @@ def _transfer(facts: Facts) -> Verdict:
     shares = [_share(facts.link, before, after) for before, after in itertools.pairwise(stages)]
     worst = max(shares, default=0.0)
     known = facts.link != FREE_LINK
+    many = len(shares) > 1
+    where = f"at the worst of {len(shares)} boundaries" if many else "between the two stages"
     return Verdict(
         rule="communication is cheap",
         ok=worst <= TRANSFER_SHARE,
         advice="nothing"
         if worst <= TRANSFER_SHARE
         else "use fewer stages or a faster link, or cut where less data crosses",
-        reason=f"at the worst of {len(shares)} boundaries, communication takes {worst:.1%} of the "
-        "adjacent stages' compute time"
+        reason=f"{where}, communication takes {worst:.1%} of the adjacent stages' compute time"
         if known
         else "the link is unknown; name a device to include communication",
         numbers={"num_stages": depth, "transfer_share": worst, "limit": TRANSFER_SHARE},
