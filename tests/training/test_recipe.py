@@ -43,6 +43,22 @@ def test_no_function(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("def data(split)", "def data()", r"data in .* takes \(\), but is called as data\(split\)"),
+        ("def model()", "def model(width)", r"model in .* is called as model\(\) \(missing"),
+        ("def loss(output", "def loss(a, output", r"called as loss\(output, target\)"),
+        ("WIDTH = 8", "WIDTH = 8\ndef metrics(out): ...", r"as metrics\(output, target\) \(too"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_told_before_anything_runs(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(write_recipe(tmp_path, (old, new)))
+
+
 def test_syntax_error_names_file_and_line(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, ("WIDTH = 8", "WIDTH = = 8"))
     with pytest.raises(RecipeError, match=rf"SyntaxError: .* at {path}, line 5"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from stagewise.training.recipe_values import (
     SCHEDULER,
     VALUES,
     check_spelling,
+    checked_function,
     checked_optimizer,
     checked_value,
 )
@@ -196,10 +197,10 @@ def load_recipe(path: Path) -> Recipe:
     RecipeError.unless_file(path)
     module = _run(path)
     for name, example in REQUIRED.items():
-        _check(path, name, _get(module, name, f"for example:\n\n{example}"))
+        checked_function(path, name, _get(module, name, f"for example:\n\n{example}"))
     check_spelling(path, vars(module))
     optional = {
-        name: _check(path, name, getattr(module, name))
+        name: checked_function(path, name, getattr(module, name))
         for name in OPTIONAL
         if hasattr(module, name)
     }
@@ -238,15 +239,6 @@ def checked_batch(recipe: Recipe, split: str, batch: object) -> Batch:
         f"data({split!r}) in {recipe.path} returned {got} as a batch; every batch must be a pair "
         "(inputs, target): put several inputs in a tuple or dict"
     )
-
-
-T = TypeVar("T")
-
-
-def _check(path: Path, name: str, value: T) -> T:
-    if not callable(value):
-        raise RecipeError(f"{name} in {path} is a {type(value).__name__}; it must be a function")
-    return value
 
 
 def _get(module: ModuleType, name: str, remedy: str) -> object:

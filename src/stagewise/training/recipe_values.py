@@ -43,17 +43,23 @@ REQUIRED = {
     "optimizer": ("def optimizer(parameters):\n    return torch.optim.AdamW(parameters, lr=1e-3)"),
 }
 
-# Those that it may have.
-OPTIONAL = (
-    "callback",
-    "generate",
-    "init",
-    "metrics",
-    "parallelize",
-    "scheduler",
-    "state",
-    "weight",
-)
+# Those that it may have, and how all are called.
+OPTIONAL = {
+    "callback": "record",
+    "generate": "predict",
+    "init": "module",
+    "metrics": "output, target",
+    "parallelize": "module, mesh, stage_index",
+    "scheduler": "optimizer",
+    "state": "module",
+    "weight": "target",
+}
+_CALLS = OPTIONAL | {
+    "model": "",
+    "data": "split",
+    "loss": "output, target",
+    "optimizer": "parameters",
+}
 
 SCHEDULER = (
     "def scheduler(optimizer):\n"
@@ -198,6 +204,25 @@ def check_spelling(path: Path, module: Mapping[str, object]) -> None:
 
 def _singulars(name: str) -> tuple[str, str]:
     return name.removesuffix("s"), name.removesuffix("es")
+
+
+def checked_function(path: Path, name: str, value: Any) -> Any:
+    """Return `value`; raise RecipeError unless it can be called as stagewise calls it."""
+    if not callable(value):
+        raise RecipeError(f"{name} in {path} is a {type(value).__name__}; it must be a function")
+    call = _CALLS[name]
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # of functions that are not Python's it may be unknown
+        return value
+    try:
+        signature.bind(*filter(None, call.split(", ")))
+    except TypeError as error:
+        raise RecipeError(
+            f"{name} in {path} takes {signature}, but is called as {name}({call}) ({error}); "
+            "give it these parameters"
+        ) from None
+    return value
 
 
 def checked_value(path: Path, name: str, value: Any) -> Any:
