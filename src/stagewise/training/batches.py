@@ -8,13 +8,18 @@ continues from it; otherwise a resumed run draws and drops the batches that are 
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 
-from stagewise.batch.split import batch_size
+from stagewise.batch.split import batch_size, extent
 from stagewise.batch.values import take_apart
-from stagewise.errors import CheckpointError, RecipeError
+from stagewise.errors import BatchError, CheckpointError, RecipeError
+from stagewise.mesh import MeshShape
+from stagewise.planning import Plan
+from stagewise.planning.request import PlanRequest
+from stagewise.training.mesh.data_parts import DataParts
 from stagewise.training.recipe import Batch, Recipe, checked_batch
 from stagewise.training.state.own_objects import Stateful
 from stagewise.training.state.plain_values import to_bytes
@@ -112,6 +117,30 @@ class TrainingBatches:
                     yield
             finally:
                 self._random = random_states()
+
+
+def check_mesh(recipe: Recipe, shape: MeshShape, plan: PlanRequest | Plan) -> None:
+    """Raise UsageError unless the recipe uses all axes and its first batch suffices for all ranks.
+
+    For before workers start: data that cannot be drawn in this process are left to them.
+    """
+    recipe.mesh.check(shape)
+    parts = DataParts.of(recipe.mesh, shape, 0)
+    number = prod(parts.axes.values())
+    if number == 1:
+        return
+    try:
+        batch = TrainingBatches(recipe, seed=0).first
+    except Exception:
+        return
+    whole, part = (extent([("batch", b)]).num_samples or 0 for b in (batch, parts.own(batch)))
+    count = plan.num_microbatches if isinstance(plan, PlanRequest) else 0  # a plan's may be fewer
+    if isinstance(count, int) and 0 < part < count:
+        raise BatchError(
+            f"the mesh {shape} gives a data rank {part} of a batch's {whole} samples, too few for "
+            f"{count} microbatches; use larger batches, at most --microbatches {part}, or shorter "
+            "data axes"
+        )
 
 
 def validation_batches(recipe: Recipe) -> dict[str, tuple[Batch, ...]]:

@@ -26,7 +26,7 @@ from stagewise.planning.choice import requested_schedule
 from stagewise.planning.partition.balance import check_counts
 from stagewise.planning.request import PlanRequest
 from stagewise.training import checkpoint as checkpoints
-from stagewise.training.batches import TrainingBatches, validation_batches
+from stagewise.training.batches import TrainingBatches, check_mesh, validation_batches
 from stagewise.training.checkpoint_errors import explain_read_errors
 from stagewise.training.mesh.data_parts import DataParts
 from stagewise.training.plans import devices_of, make_plan, measured_choice
@@ -237,7 +237,7 @@ def check_form(
     The model is built on the meta device; if that fails, the workers find the same mistakes later.
     """
     if mesh is not None:
-        recipe.mesh.check(mesh)
+        check_mesh(recipe, mesh, plan)
     if isinstance(plan, PlanRequest):
         list(map(named_device, plan.device_names))
     try:
