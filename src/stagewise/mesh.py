@@ -10,12 +10,12 @@ of the batch; messages and the engine number ranks within their own pipeline.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from stagewise.errors import UsageError, is_number
+from stagewise.errors import BatchError, UsageError, is_number
 
 Placement = tuple[tuple[int, ...], ...]  # per stage: its devices
 
@@ -100,6 +100,8 @@ class Slices:
     rank: int
     seatings: tuple[Seating, ...]
     data_axes: tuple[str, ...] = ()
+    # Data axes along which cells exchange parts of a microbatch; True: parts of one shape.
+    exchanged: Mapping[str, bool] = field(default_factory=dict)
 
     @staticmethod
     def one(rank: int, num_ranks: int) -> "Slices":
@@ -143,6 +145,31 @@ class Slices:
         for rank, seating in enumerate(self.seatings):
             ranks[seating.data].append(rank)
         return tuple(map(tuple, ranks.values()))
+
+    def check_counts(self, num_microbatches: Sequence[int]) -> None:
+        """Raise BatchError unless parts of which cells exchange microbatches have equally many."""
+        for group in self._along(self.exchanged) if self.exchanged else ():
+            if len(counts := {num_microbatches[index] for index in group}) > 1:
+                raise BatchError(
+                    f"cells exchange parts of every microbatch along {', '.join(self.exchanged)}, "
+                    f"but ranks there have batches for {sorted(counts)} microbatches; give each "
+                    f"rank at least {max(counts)} samples"
+                )
+
+    @cached_property
+    def alike(self) -> list[list[int]]:
+        """The ranks of each group whose parts of the batch must have equal shapes."""
+        axes = [name for name, is_alike in self.exchanged.items() if is_alike]
+        groups = self._along(axes) if axes else []
+        return [[rank for part in group for rank in self.cohorts[part]] for group in groups]
+
+    def _along(self, axes: Collection[str]) -> list[list[int]]:
+        """Return the parts of the batch, by index, in groups that differ along these axes only."""
+        fixed = [i for i, name in enumerate(self.data_axes) if name not in axes]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, data in enumerate(self.parts):
+            groups.setdefault(tuple(data[i] for i in fixed), []).append(index)
+        return [*groups.values()]
 
     def beside(self, axes: Collection[str] | None, stages: Sequence[int]) -> list[int]:
         """Return the ranks at `stages` of the pipelines that differ from ours along `axes` only.

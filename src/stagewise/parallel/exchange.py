@@ -12,18 +12,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from stagewise.engine.transport.device_mesh import note_exchange
 from stagewise.errors import PlanError
 
 
 class Axis:
-    """This rank's place among those of a mesh with one axis; a single rank without one."""
+    """This rank's place among those of a mesh with one axis; a single rank without one.
 
-    def __init__(self, mesh: DeviceMesh | None) -> None:
+    `is_alike`: what is exchanged has the same shape on every rank.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, *, is_alike: bool = False) -> None:
+        if not isinstance(mesh, DeviceMesh | None):
+            raise PlanError(
+                f"a {type(mesh).__name__} was given where an axis of the mesh is needed; name it, "
+                "as in mesh['sp']"
+            )
         if mesh is not None and mesh.ndim != 1:
             raise PlanError(
                 f"a mesh with the axes {mesh.mesh_dim_names} was given where one axis is needed; "
                 "name it, as in mesh['sp']"
             )
+        if mesh is not None and mesh.size() > 1:
+            note_exchange(mesh, is_alike=is_alike)
         self.size = 1 if mesh is None else mesh.size()
         self.index = 0 if mesh is None else mesh.get_local_rank()
         self._group = None if mesh is None else mesh.get_group()

@@ -41,21 +41,37 @@ def split_sequences(
     A module of which the class is called ...Attention and that computes it otherwise is a
     ModelError in its forward.
     """
-    whole = _Whole(Axis(heads), Axis(ring))
+    whole = _Whole(Axis(heads, is_alike=True), Axis(ring, is_alike=True))
     if heads is None and ring is None:
         raise PlanError("split_sequences needs an axis: heads=mesh['sp'] or ring=mesh['sp']")
+    if heads is not None and ring is not None and heads.mesh_dim_names == ring.mesh_dim_names:
+        raise PlanError(
+            f"heads= and ring= are both {heads.mesh_dim_names}, whose ranks divide a sequence "
+            "once; give one of them, or two axes"
+        )
     if heads is not None and ring is not None and 0 < whole.ring.stride < whole.heads.stride:
         raise PlanError(
             f"ring={ring.mesh_dim_names} comes after heads={heads.mesh_dim_names} on the mesh, but "
             "ranks along heads must have neighbouring parts of a sequence; name ring first"
         )
-    for cell in cells_in(module) or [*_callable(module)]:
+    cells = cells_in(module) or [*_callable(module)]
+    if any(map(_is_split, cells)):
+        raise PlanError(
+            "split_sequences was called before for a part of this module, whose attention would "
+            "exchange twice; call it once, for the whole stage"
+        )
+    for cell in cells:
         cell.register_forward_pre_hook(whole.enter)
         cell.register_forward_hook(whole.leave, always_call=True)
         for part in cell.modules():
             if type(part).__name__.lower().endswith(("attention", "attn")):
                 part.register_forward_pre_hook(whole.count)
                 part.register_forward_hook(whole.check)
+
+
+def _is_split(cell: nn.Module) -> bool:
+    hooks = (hook for part in cell.modules() for hook in part._forward_pre_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", None), _Whole) for hook in hooks)
 
 
 def _callable(module: nn.Module) -> Iterator[nn.Module]:

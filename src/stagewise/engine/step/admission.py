@@ -58,7 +58,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
     if any(vote.objects for vote in votes):
         _refuse(ranks, objection)
     routes, cohorts, part = needs.routes, ranks.slices.cohorts, ranks.slices.data_index
-    if (differs := difference(votes, routes.names, cohorts)) is not None:
+    if (differs := difference(votes, routes.names, cohorts, ranks.slices.alike)) is not None:
         _raise(ranks, request, needs, batch, differs)
     totals = [_total([votes[rank].num_samples for rank in group]) for group in cohorts]
     _check_scaling(request, needs, sum(totals))
@@ -67,6 +67,7 @@ def admit(ranks: Ranks, request: Request, needs: RankNeeds, state: State) -> Adm
         every = ranks.gather_all(batch.sizes, f"{request.call}: sizes")
         asked = [next((s for r in group if (s := every[r]) is not None), None) for group in cohorts]
     cuts = [_cut(request, needs, *part) for part in zip(totals, asked, strict=True)]
+    ranks.slices.check_counts([len(sizes) for sizes in cuts])
     shared = [_shared([votes[rank] for rank in group], routes) for group in cohorts]
     sizes, is_split, (num_args, forms) = cuts[part], asked[part] is not None, shared[part]
     form = (forms[0], forms[1:], sizes if is_split else None)

@@ -15,6 +15,10 @@ _BATCH = (
     "; give every rank the same batch (drawn with one seed or sampler), or None if a rank needs "
     "none of it"
 )
+_EQUAL = (
+    " along an axis that divides sequences; give equal parts of the same samples (pad sequences to "
+    "a multiple of the axis)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,13 @@ class Vote:
         """Return only what must agree between ranks with different parts of the batch."""
         return Vote(**{name: getattr(self, name) for name in _OF_CALL})
 
+    def of_shapes(self) -> "Vote":
+        """Return only what must agree between ranks with parts of the same sequences."""
+        unknown = (NOT_GIVEN,) * len(self.keywords)
+        return Vote(
+            inputs=self.inputs, sizes=self.sizes, keywords=self.keywords, keyword_values=unknown
+        )
+
     def same_kind(self, row: Sequence[int]) -> "Vote":
         """Return another rank's vote from its row."""
         taken: dict[str, Any] = dict(zip(_NUMBERS, row, strict=False))
@@ -170,6 +181,10 @@ class Difference:
     show: Callable[[int], str]
     remedy: str
 
+    def of(self, ranks: Sequence[int]) -> "Difference":
+        """Return that of `ranks`, which were numbered from 0."""
+        return replace(self, said={ranks[i]: number for i, number in self.said.items()})
+
     def error(self, words: Sequence[str | None]) -> BatchError:
         """Return the error, with each rank's part in `words` if there, else its number."""
         listing = ", ".join(
@@ -179,15 +194,22 @@ class Difference:
 
 
 def difference(
-    votes: Sequence[Vote], keywords: Sequence[str], cohorts: Sequence[Sequence[int]] = ()
+    votes: Sequence[Vote],
+    keywords: Sequence[str],
+    cohorts: Sequence[Sequence[int]] = (),
+    alike: Sequence[Sequence[int]] = (),
 ) -> Difference | None:
     """Return the first difference in what must agree, the same on every rank.
 
-    The ranks of a cohort (default: all) have the same part of the batch.
+    The ranks of a cohort (default: all) have the same part of the batch, those that are `alike`
+    parts of equal shapes.
     """
     for ranks in cohorts or [range(len(votes))] if len(votes) > 1 else ():
         for found in _differences([votes[rank] for rank in ranks], keywords):
-            return replace(found, said={ranks[i]: number for i, number in found.said.items()})
+            return found.of(ranks)
+    for ranks in alike:
+        for found in _differences([votes[rank].of_shapes() for rank in ranks], keywords):
+            return replace(found.of(ranks), remedy=_EQUAL)
     if len(cohorts) > 1:
         return next(_differences([vote.of_call() for vote in votes], ()), None)
     return None

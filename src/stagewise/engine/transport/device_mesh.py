@@ -5,7 +5,9 @@ along all others (such as tensor parallelism's) the same. Names decide unless th
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -22,6 +24,30 @@ def mesh_here(shape: MeshShape) -> DeviceMesh:
     """Return the mesh of all processes; collective."""
     names, lengths = zip(*shape.axes, strict=True)
     return init_device_mesh(own_device().type, lengths, mesh_dim_names=names)
+
+
+_exchanged: ContextVar[dict[str, bool] | None] = ContextVar("stagewise_exchanged", default=None)
+
+
+@contextmanager
+def exchanges_noted() -> Iterator[dict[str, bool]]:
+    """Inside, collect along which axes cells are made to exchange parts of a batch.
+
+    True: of equally shaped parts.
+    """
+    noted: dict[str, bool] = {}
+    token = _exchanged.set(noted)
+    try:
+        yield noted
+    finally:
+        _exchanged.reset(token)
+
+
+def note_exchange(axis: DeviceMesh, *, is_alike: bool) -> None:
+    """Say that cells will exchange parts of a batch along `axis`, of equal shapes if `is_alike`."""
+    if (noted := _exchanged.get()) is not None:
+        for name in axis.mesh_dim_names or ():
+            noted[name] = noted.get(name, False) or is_alike
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the cells, which run as they were given.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from stagewise.engine.gradients.shards import Axes, Sharding, form_of, spread_ov
 from stagewise.engine.stage.stage import Stage
 from stagewise.engine.step.agreement import agreed
 from stagewise.engine.step.digest import fingerprint
-from stagewise.engine.transport.device_mesh import DeviceMesh
+from stagewise.engine.transport.device_mesh import DeviceMesh, exchanges_noted
 from stagewise.engine.transport.ranks import Ranks
 from stagewise.errors import ModelError, PlanError, UsageError
 from stagewise.model.cell import Cell
@@ -35,7 +36,7 @@ def parallelised(
     if ranks that hold the same stage differ afterwards.
     """
     made: list[nn.Module] = []
-    with agreed(ranks, _WHAT):
+    with exchanges_noted() as exchanged, agreed(ranks, _WHAT):
         for index, stage in stages.items():
             whole = module_tree(stage.cells)
             before, roots = _names(whole), _roots(stage.cells, whole)
@@ -60,8 +61,27 @@ def parallelised(
                     "change it in place (module.compile(), fully_shard)"
                 )
             made.append(whole)
-    _compare(stages, ranks)
+        _check_exchanged(exchanged, mesh, ranks.slices.data_axes)
+    _compare([f"parts exchanged along {sorted(exchanged)}", *_described(stages.values())], ranks)
+    every = [] if not ranks.slices.data_axes else ranks.gather_all(exchanged, f"{_WHAT}: axes")
+    whole_mesh: dict[str, bool] = {}
+    for axis, is_alike in (pair for noted in every for pair in noted.items()):
+        whole_mesh[axis] = whole_mesh.get(axis, False) or is_alike
+    ranks.slices = replace(ranks.slices, exchanged=whole_mesh)
     return made
+
+
+def _check_exchanged(
+    exchanged: Mapping[str, bool], mesh: DeviceMesh, data_axes: Sequence[str]
+) -> None:
+    """Raise PlanError if cells exchange parts along an axis whose ranks have the same one."""
+    own = mesh.mesh_dim_names or ()
+    if wrong := [name for name in exchanged if name in own and name not in data_axes]:
+        raise PlanError(
+            f"parallelize divides sequences or experts over {wrong[0]!r}, but the Pipeline's data "
+            f"axes are {[*data_axes]}, along which alone ranks have parts of their own; give "
+            f"data_axes={[*data_axes, wrong[0]]}, or divide over another axis than the pipeline's"
+        )
 
 
 def sharding_of(
@@ -100,10 +120,9 @@ def refuse_float32(sharding: Sharding, in_float32: bool, ranks: Ranks) -> None:
             )
 
 
-def _compare(stages: Mapping[int, Stage], ranks: Ranks) -> None:
+def _compare(words: Sequence[str], ranks: Ranks) -> None:
     """Raise PlanError on every rank if those that hold the same stages have made others of them."""
-    words = [*_described(stages.values())]
-    marks = [row[0] for row in ranks.exchange_all([fingerprint(words)], f"{_WHAT}: parameters")]
+    marks = [row[0] for row in ranks.exchange_all([fingerprint([*words])], f"{_WHAT}: parameters")]
     seatings = ranks.slices.seatings
     first = {seating.stage: rank for rank, seating in reversed([*enumerate(seatings)])}
     differing = [r for r, s in enumerate(seatings) if marks[r] != marks[first[s.stage]]]
