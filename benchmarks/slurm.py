@@ -139,11 +139,12 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 
 def submitted(run: Run, folder: Path, *words: str) -> str:
-    """Submit `stagewise train recipe.py` with these words; return the job's number."""
+    """Submit `stagewise train recipe.py --resume auto` with these words; return its number."""
     options = ("--parsable", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10")
     output = f"--output={folder}/job-%j.txt"
     script = "examples/cluster/slurm.sbatch"
-    return run("sbatch", *options, output, script, "train", str(folder / "recipe.py"), *words)[:-1]
+    train = "train", str(folder / "recipe.py"), "--resume", "auto"
+    return run("sbatch", *options, output, script, *train, *words)[:-1]
 
 
 def ended(run: Run, folder: Path, job: str, state: str = "COMPLETED") -> None:
@@ -178,7 +179,7 @@ def main() -> None:
         run("scancel", "--signal=TERM", job)
         ended(run, folder, job, "FAILED")  # torchrun's code after a signal is 1
         done = len(losses(log.parent))
-        further = ("--steps", str(done + 5), "--resume", f"{folder}/long")
+        further = ("--steps", str(done + 5), "--out", f"{folder}/long")
         ended(run, folder, submitted(run, folder, *MESH, *further))
         worst = {"two nodes": _difference(folder, "short", 3)}
         worst[f"ended after step {done}, and went on"] = _difference(folder, "long", done + 5)
