@@ -101,14 +101,24 @@ def facts_of(
     num_microbatches: int | None,
 ) -> Facts:
     """Return the facts for `stagewise advise`; measured here if `device` is None."""
-    if num_microbatches is None:
-        size = num_samples_of(TrainingBatches(recipe, seed=0).first)
-        num_microbatches = min(MICROBATCHES_PER_STAGE * num_devices, size)
+
+    def costs_at(count: int) -> Estimated:
+        if device is None:
+            return _measured(recipe, count)
+        return estimate_recipe(recipe, device, count)
+
+    size = num_samples_of(TrainingBatches(recipe, seed=0).first)
+    count = num_microbatches or min(MICROBATCHES_PER_STAGE * num_devices, size)
+    try:
+        found = costs_at(count)
+    except BatchError:
+        if num_microbatches is not None:
+            raise
+        count = max(1, size // 2)  # the model was traced for two samples or more at a time
+        found = costs_at(count)
     if device is None:
-        found = _measured(recipe, num_microbatches)
         memory, link = memory_here(num_devices), FREE_LINK
     else:
-        found = estimate_recipe(recipe, device, num_microbatches)
         memory, link = device.memory_bytes, device.link(num_devices)
     chain = chain_of(found.model)
     return Facts(
@@ -116,7 +126,7 @@ def facts_of(
         num_devices=num_devices,
         device_memory_bytes=device_memory_bytes or memory,
         batch_size=found.batch_size,
-        num_microbatches=num_microbatches,
+        num_microbatches=count,
         state_factor=state_factor(recipe, chain),
         link=link,
         has_batchnorm=any(

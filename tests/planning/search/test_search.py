@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from stagewise.costs import CellCost, LinkCost
-from stagewise.errors import PlanError, ScheduleError
+from stagewise.errors import BatchError, PlanError, ScheduleError
 from stagewise.planning import Plan, plan_from_costs, search
 from stagewise.planning.request import SEGMENTS
 from stagewise.planning.search.search import CostsAt, SearchResult
@@ -229,3 +229,16 @@ def test_of_named_plans_that_are_alike_the_one_that_changes_stages_least_is_trie
         plan for plan in found.finalists if not plan.programs and plan.option.stages_per_device > 1
     ]
     assert [plan.option.schedule for plan in named] == [tried]
+
+
+def test_numbers_of_microbatches_that_the_batch_does_not_allow_are_left_out() -> None:
+    def costs_at(count: int) -> list[CellCost]:
+        if count > 4:
+            raise BatchError("a microbatch of one sample")
+        return [*model(8)(count)]
+
+    found = search(costs_at, 2, num_microbatches=[2, 4, 8], link=LINK)
+    assert {plan.num_microbatches for plan in (found.chosen, *found.runners_up)} <= {2, 4}
+    assert "8 microbatches: a microbatch of one sample" in map(str, found.rejected)
+    with pytest.raises(BatchError, match="one sample"):
+        search(costs_at, 2, num_microbatches=[8, 16], link=LINK)

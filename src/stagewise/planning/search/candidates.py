@@ -4,9 +4,11 @@ Everything that the search knows about schedules is here: which there are (`opti
 place stages (`placement_of`) and their instructions (`schedule_for`, `replicated_schedule`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from stagewise.costs import CellCost
+from stagewise.errors import BatchError
 from stagewise.planning.partition.cut_costs import Placement
 from stagewise.schedule import SCHEDULES, Schedule, named_schedule, schedule_row
 
@@ -37,6 +39,24 @@ class Option:
         each = f", {per_device} stages per device" if per_device > 1 else ""
         replicas = ", replicated stages" if self.replicated else ""
         return f"{self.schedule}, {self.num_microbatches} microbatches{each}{replicas}"
+
+
+def costs_by_count(
+    costs_at: Callable[[int], Sequence[CellCost]], counts: Sequence[int]
+) -> tuple[dict[int, tuple[CellCost, ...]], list[tuple[int, str]]]:
+    """Return the costs at every number of microbatches, and what cannot be divided so, and why.
+
+    Raises BatchError if none is possible.
+    """
+    found, refused = dict[int, tuple[CellCost, ...]](), list[tuple[int, BatchError]]()
+    for count in counts:
+        try:
+            found[count] = tuple(costs_at(count))
+        except BatchError as error:  # such as a microbatch of one sample, where two are needed
+            refused.append((count, error))
+    if not found and refused:
+        raise refused[0][1]
+    return found, [(count, str(error)) for count, error in refused]
 
 
 def options(

@@ -17,7 +17,7 @@ from stagewise.planning.plan import Plan
 from stagewise.planning.request import AUTO, PlanRequest
 from stagewise.planning.reserve import NO_RESERVE, Reserve
 from stagewise.planning.search.bounds import least_plan_seconds, least_step_seconds
-from stagewise.planning.search.candidates import Option, options
+from stagewise.planning.search.candidates import Option, costs_by_count, options
 from stagewise.planning.search.cuts import Machine, SearchWork
 from stagewise.planning.search.evaluate import EvaluatedPlan, Evaluator, Rejected
 from stagewise.planning.search.finalists import Tried, finalists, nothing_fits
@@ -208,10 +208,11 @@ def search(
         reserve=reserve,
         speeds=request.known_speeds,
     )
-    counts = sorted(set(num_microbatches))
-    cells = {count: tuple(costs_at(count)) for count in counts}
+    cells, left_out = costs_by_count(costs_at, sorted(set(num_microbatches)))
+    counts = [*cells]
     evaluator = Evaluator(machine, recompute)
     running = _Search(evaluator)
+    running.rejected += [Rejected(what=f"{m} microbatches", reason=r) for m, r in left_out]
     all_options = sorted(
         options(num_devices, len(cells[counts[0]]), counts, schedules, replicas),
         key=lambda option: (
