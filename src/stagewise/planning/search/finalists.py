@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from stagewise.costs import CellCost, LinkCost
 from stagewise.planning.fast_simulate import outcome_of
+from stagewise.planning.search.candidates import schedule_for
 from stagewise.planning.search.evaluate import EvaluatedPlan, Rejected
 
 FINALISTS = 3
@@ -56,20 +57,23 @@ def finalists(
 
 def _steadiest(plans: Sequence[EvaluatedPlan]) -> list[EvaluatedPlan]:
     """Return, of plans about as fast as the first and of its kind, the one that changes least."""
-    alike = [
-        plan
-        for plan in plans
+    alike = {
+        plan.option.schedule: plan  # the fastest with that schedule
+        for plan in reversed(plans)
         if plan.seconds <= _ALIKE * plans[0].seconds
+        and not plan.option.replicated
         and plan.option.num_instructions <= _SMALL
         and (plan.option.stages_per_device > 1) == (plans[0].option.stages_per_device > 1)
-    ]
-    return [min(alike, key=_num_changes)] if alike else [*plans[:1]]
+    }
+    return [min(reversed(alike.values()), key=_changes)] if len(alike) > 1 else [*plans[:1]]
 
 
-def _num_changes(plan: EvaluatedPlan) -> int:
-    """Return how often a device goes on with another stage than before."""
-    programs = plan.plan().built_schedule.programs
-    return sum(a.stage != b.stage for program in programs for a, b in pairwise(program))
+def _changes(plan: EvaluatedPlan) -> float:
+    """Return in which share of instructions a device goes on with another stage than before."""
+    few = min(plan.num_microbatches, 2 * plan.option.num_devices)  # enough to tell schedules apart
+    schedule = schedule_for(replace(plan.option, num_microbatches=few))
+    changes = [a.stage != b.stage for p in schedule.programs for a, b in pairwise(p)]
+    return sum(changes) / max(1, len(changes))
 
 
 def is_among(plan: EvaluatedPlan, others: Iterable[EvaluatedPlan]) -> bool:
