@@ -168,10 +168,21 @@ def test_blocks_are_quantised_to_the_same_bits(kind: str) -> None:
             weight = torch.randn(shape, dtype=torch.bfloat16)
             options = {"quant_type": kind, "compress_statistics": double}
             whole, about = quantise(weight, **options)
-            with InBlocks(mapped=False):
+            with InBlocks():
                 parts, about_parts = quantise(weight, **options)
             assert torch.equal(parts, whole)
             assert torch.equal(about_parts.absmax, about.absmax)
+
+
+def test_a_copy_of_a_mapped_weight_is_not_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantise = pytest.importorskip("bitsandbytes").functional.quantize_4bit
+    mapped, let_go = torch.randn(512, 384), list[Tensor]()
+    monkeypatch.setattr(in_blocks, "drop_pages", let_go.append)
+    with InBlocks(mapped=mapped):
+        quantise(mapped.T.contiguous())  # as of GPT-2's layers
+        assert not let_go
+        quantise(mapped)
+    assert len(let_go) == 3 and all(part.data_ptr() >= mapped.data_ptr() for part in let_go)
 
 
 def test_a_weight_is_mapped_and_let_go_as_far_as_it_is_read(

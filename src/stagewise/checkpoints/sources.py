@@ -175,7 +175,7 @@ class _Safetensors:
     def mapped(self, name: str) -> torch.Tensor | None:
         path = self._files[name]
         self._check_digest(path)
-        with _blame(path), safe_open(path, framework="pt") as handle:
+        with _blame(path), safe_open(path, framework="pt", backend="mmap") as handle:
             found: torch.Tensor = handle.get_tensor(name)
         return found
 

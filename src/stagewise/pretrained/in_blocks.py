@@ -20,12 +20,14 @@ _NUM_AT_ONCE = 1 << 16  # values; a multiple of every block's
 class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, weights are quantised to 4 bits part by part.
 
-    Those whose memory is a file's, if they are `mapped`, are let go as far as they have been read.
+    One that is `mapped` from a file is let go as far as it has been read; a copy of it is not, such
+    as of a transposed one: its memory is nobody else's to drop.
     """
 
-    def __init__(self, *, mapped: bool) -> None:
+    def __init__(self, *, mapped: torch.Tensor | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._drop = drop_pages if mapped else _keep
+        start = 0 if mapped is None else mapped.data_ptr()
+        self._mapped = range(start, start + (0 if mapped is None else mapped.nbytes))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -37,7 +39,8 @@ class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         whole, sizes = list[torch.Tensor](), list[int]()
         for number, part in enumerate(weight.reshape(-1).split(_NUM_AT_ONCE)):
             pieces = func(part, *how, **given)
-            self._drop(part)
+            if part.data_ptr() in self._mapped:
+                drop_pages(part)
             if not whole:  # the last part may be smaller than the first, and so than all others
                 sizes = [len(piece) for piece in pieces]
                 rows = [-(-size * weight.numel() // len(part)) for size in sizes]
@@ -45,7 +48,3 @@ class InBlocks(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for all_rows, piece, size in zip(whole, pieces, sizes, strict=True):
                 all_rows[number * size :][: len(piece)] = piece
         return tuple(whole)
-
-
-def _keep(part: torch.Tensor) -> None:
-    """Do nothing: the memory is not a file's."""

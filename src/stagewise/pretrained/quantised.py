@@ -142,7 +142,7 @@ class Quantised(Maker):
             read = quantiser.get_load_operations()["deserialize"](quantiser)
             made = read.convert(parts, source_patterns=[*parts], **about)
         else:
-            with InBlocks(mapped=mapped):
+            with InBlocks(mapped=values[base] if mapped else None):
                 made = quantiser.get_quantize_ops().convert({base: [values[base]]}, **about)
         layer = self.twin.get_submodule(path)
         value = made.get(base, made.get(attribute, layer._parameters[attribute]))

@@ -120,9 +120,10 @@ class TrainingBatches:
 
 
 def check_mesh(recipe: Recipe, shape: MeshShape, plan: PlanRequest | Plan) -> None:
-    """Raise UsageError unless the recipe uses all axes and its first batch suffices for all ranks.
+    """Raise unless the recipe uses all axes, and its first batch suffices for all data ranks.
 
-    For before workers start: data that cannot be drawn in this process are left to them.
+    UsageError or BatchError. For before workers start: data that cannot be drawn in this process
+    are left to them.
     """
     recipe.mesh.check(shape)
     parts = DataParts.of(recipe.mesh, shape, 0)

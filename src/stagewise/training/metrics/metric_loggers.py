@@ -134,8 +134,8 @@ def loggers_named(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in LOGGERS:
             raise UsageError(f"there is no logger {name!r}; choose of {', '.join(LOGGERS)}")
-        spec = find_spec(name) if name != "prometheus" else None
-        if name != "prometheus" and (spec is None or spec.origin is None):  # or a folder so named
+        # A folder of that name, which Python would import, has no origin.
+        if name != "prometheus" and getattr(find_spec(name), "origin", None) is None:
             raise UsageError(
                 f"--log {name} needs {name}, which is not installed: pip install {name}"
             )
