@@ -126,6 +126,12 @@ def metrics_in(row: Mapping[str, object], before: str = "") -> Iterator[tuple[st
             yield f"{before}{name}", float(value)
 
 
+def _is_installed(package: str) -> bool:
+    """Return whether it is; a folder of that name, which Python would import, has no origin."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def loggers_named(text: str) -> tuple[str, ...]:
     """Return the loggers in a list with commas; UsageError for one that cannot be used here."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
@@ -134,8 +140,7 @@ def loggers_named(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in LOGGERS:
             raise UsageError(f"there is no logger {name!r}; choose of {', '.join(LOGGERS)}")
-        # A folder of that name, which Python would import, has no origin.
-        if name != "prometheus" and getattr(find_spec(name), "origin", None) is None:
+        if name != "prometheus" and not _is_installed(name):
             raise UsageError(
                 f"--log {name} needs {name}, which is not installed: pip install {name}"
             )
